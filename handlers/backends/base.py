@@ -1,0 +1,139 @@
+"""The seam between requests and whatever generates: one small protocol, one file per backend.
+
+A backend turns a `GenerationRequest`, whose pictures are already loaded, into a `Generation`: a stream of
+`Delta`s. It raises `handlers.errors.ServingError` (and only that) for everything a client can be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from handlers.request import GenerationRequest
+
+FinishReason = Literal["stop", "length", "abort"]
+"""stop: end-of-sequence, a stop id or a stop string (see `stop_reason`); length: max_tokens or the context's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One candidate at one position. `rank` counts from 1 (the most likely token)."""
+
+    token_id: int
+    text: str
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """What was chosen at a position and the most likely alternatives there, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one step added to answer number `index` (0 to n-1).
+
+    text: whole characters only; may lag behind token_ids while a character or a stop string is undecided.
+    token_texts: one text per id of token_ids, for dialects that show tokens one by one.
+    stop_reason: the stop string or stop id that ended the answer; None for end-of-sequence and for length.
+    eos: the answer ended with the model's own end-of-sequence token.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    eos: bool = False
+
+
+@dataclass(slots=True)
+class PromptStats:
+    """Facts about the prompt, complete once the first delta has arrived.
+
+    prompt_tokens counts the placeholders of pictures; image_tokens is their part of it; cached_tokens is how
+    many were found in the prefix cache.
+    """
+
+    prompt_tokens: int
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_text: str = ""
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+
+
+class Generation(Protocol):
+    """One admitted request. Iterate to the end or call `aclose`, which aborts what is still running."""
+
+    stats: PromptStats
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    async def aclose(self) -> None:
+        """Abort within one engine step. Safe to call twice and after the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the backend can generate now. `reason` is safe to show to a client."""
+
+    ready: bool
+    reason: str
+
+
+@dataclass(slots=True)
+class BackendStats:
+    """A snapshot for metrics: gauges now, counters since start (they go on counting over engine restarts)."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    encoder_cache_queries: int = 0
+    encoder_cache_hits: int = 0
+    preemptions: int = 0
+    engine_restarts: int = 0
+    replicas: int = 0
+    replicas_ready: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What requests may ask of this backend."""
+
+    model_name: str
+    max_model_len: int
+    images: bool
+    adapters: bool = False
+    structured_outputs: bool = False
+
+
+class Backend(Protocol):
+    """A loaded (or loading) model. `load` is called once; all methods run on the server's event loop."""
+
+    async def load(self) -> None:
+        """Return when the model can generate. Raises `ServingError` with what to do when it cannot be loaded."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Valid once `load` has returned."""
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Template, tokenise, check lengths and admit. Everything a client did wrong is raised here, before
+        any reply has begun."""
+
+    def health(self) -> Health: ...
+
+    def stats(self) -> BackendStats: ...
+
+    async def close(self) -> None:
+        """Abort what runs and release everything. Never raises."""

@@ -1,0 +1,117 @@
+"""The one tree of errors that a client can be answered with.
+
+Raised where the fact is known, turned into a reply in one place per dialect. `message` is for the client:
+it says what was wrong, with which value and what to do, and never holds a path, a secret, a prompt or a
+stack trace. What only the operator may know goes into `__cause__` and so into the log.
+"""
+
+from __future__ import annotations
+
+
+class ServingError(Exception):
+    """Root of the tree. `status` is the HTTP status code, `kind` the label used in replies and metrics."""
+
+    status = 500
+    kind = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        """param: the request's field at fault. retry_after: seconds, sent as `Retry-After`."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequest(ServingError):
+    """The payload says something that cannot be done: a bad value, too long a prompt, too many pictures."""
+
+    status = 400
+    kind = "invalid_request"
+
+
+class ImageError(InvalidRequest):
+    """A picture cannot be used. `index` counts the request's pictures from 0, in reading order."""
+
+    kind = "invalid_image"
+
+    def __init__(self, index: int, reason: str, *, param: str | None = None) -> None:
+        super().__init__(f"image {index}: {reason}", param=param)
+        self.index = index
+
+
+class ImageFetchFailed(ImageError):
+    """The picture's own host answered with an error, or not at all: the request is well formed, its link is not."""
+
+    status = 422
+    kind = "image_fetch_failed"
+
+
+class ImageFetchTimeout(ImageError):
+    """The picture did not arrive before the deadline."""
+
+    status = 408
+    kind = "image_fetch_timeout"
+
+
+class ImageTooLarge(ImageError):
+    """The picture has more bytes or pixels than the operator allows."""
+
+    status = 413
+    kind = "image_too_large"
+
+
+class NotFound(ServingError):
+    """No such model, adapter or route."""
+
+    status = 404
+    kind = "not_found"
+
+
+class DeadlineExceeded(ServingError):
+    """The request's own deadline (`option.predict_timeout`) passed."""
+
+    status = 408
+    kind = "deadline_exceeded"
+
+
+class PayloadTooLarge(ServingError):
+    status = 413
+    kind = "payload_too_large"
+
+
+class UnsupportedMediaType(ServingError):
+    status = 415
+    kind = "unsupported_media_type"
+
+
+class Unprocessable(ServingError):
+    status = 422
+    kind = "unprocessable"
+
+
+class CustomCodeError(ServingError):
+    """The user's own model.py raised."""
+
+    status = 424
+    kind = "custom_code_error"
+
+
+class Overloaded(ServingError):
+    """The queue is full: try again later, elsewhere or with less."""
+
+    status = 429
+    kind = "overloaded"
+
+
+class Unavailable(ServingError):
+    """The engine is loading, draining, restarting or dead."""
+
+    status = 503
+    kind = "unavailable"
+
+
+class EngineFailed(ServingError):
+    """The engine failed on this request, or died while it held it."""
+
+    status = 500
+    kind = "engine_failed"

@@ -1,0 +1,111 @@
+"""The one request type in the middle: every dialect is read into it, every backend is driven by it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """A decoded picture: upright, RGB, with the digest of the *decoded* content that keys every cache."""
+
+    image: Image
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(slots=True)
+class ImagePart:
+    """A picture named by the client; `loaded` is None until `handlers.images` has fetched and decoded it.
+
+    url: `https:`, `http:` or `data:`, exactly as the client wrote it (never logged).
+    """
+
+    url: str
+    loaded: LoadedImage | None = None
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(slots=True)
+class Message:
+    """One turn. `text_only` remembers that the client sent a bare string instead of a list of parts."""
+
+    role: Role
+    parts: list[Part]
+    text_only: bool = False
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+@dataclass(slots=True)
+class ChatPrompt:
+    """Turns that still have to go through the model's chat template."""
+
+    messages: list[Message]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(slots=True)
+class TextPrompt:
+    """A prompt without turns: text and pictures in order. `token_ids` replaces `parts` when the client sent ids."""
+
+    parts: list[Part]
+    token_ids: list[int] | None = None
+    add_special_tokens: bool = True
+
+
+Prompt = ChatPrompt | TextPrompt
+
+
+@dataclass(slots=True)
+class GenerationRequest:
+    """One prompt to answer `n` times.
+
+    deadline: `time.monotonic()` seconds after which the answer is worthless and is aborted; None for never.
+    truncate_prompt_tokens: keep only this many last tokens of a text prompt without pictures.
+    """
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    n: int = 1
+    stream: bool = False
+    model: str | None = None
+    adapter: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+    truncate_prompt_tokens: int | None = None
+    arrival: float = field(default_factory=time.monotonic)
+
+    def images(self) -> Iterator[ImagePart]:
+        """The request's pictures in reading order: the order of their index in error messages."""
+        if isinstance(self.prompt, ChatPrompt):
+            for message in self.prompt.messages:
+                for part in message.parts:
+                    if isinstance(part, ImagePart):
+                        yield part
+        else:
+            for part in self.prompt.parts:
+                if isinstance(part, ImagePart):
+                    yield part
