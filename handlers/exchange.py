@@ -1,0 +1,37 @@
+"""What passes between the HTTP server and the handlers: one request in, one reply out, no sockets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A request as it came over the wire.
+
+    route: the matched route's template, e.g. "/invocations" or "/v1/chat/completions".
+    headers: names in lower case. body: whole and within `max_request_size`.
+    model: the model named in the path, None where the route names none.
+    """
+
+    route: str
+    body: bytes
+    headers: Mapping[str, str]
+    request_id: str
+    model: str | None = None
+
+
+@dataclass(slots=True)
+class Reply:
+    """A reply, whole (`body`) or streamed (`chunks`, already framed; exactly one of the two is used).
+
+    Whoever holds a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
+    the queue and aborts it in the engine.
+    """
+
+    status: int
+    content_type: str
+    body: bytes = b""
+    chunks: AsyncIterator[bytes] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
