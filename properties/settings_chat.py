@@ -1,0 +1,49 @@
+"""Options about what requests may say and how replies look."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from properties.field import Level, Variable, option
+from properties.values import Seconds
+
+OutputFormat = Literal["json", "jsonlines", "sse", "json_chat", "jsonlines_chat", "sse_chat", "none"]
+
+
+class ChatSettings(BaseModel):
+    """Requests and replies"""
+
+    chat_template: str | None = option(
+        "Jinja chat template: a path (absolute, or relative to the model directory) or the text itself. "
+        "Default: the model's own.",
+        default=None,
+        verbatim=True,
+    )
+    chat_template_content_format: Literal["auto", "string", "openai"] = option(
+        "How the template wants a message's content: one string, a list of parts, or found out (auto).",
+        default="auto",
+    )
+    predict_timeout: Seconds = option(
+        "Longest time for one request, waiting included; then it is aborted.",
+        default=240,
+        unit="s",
+        variables=(
+            Variable("SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS", Level.SAGEMAKER),
+            Variable("PREDICT_TIMEOUT"),
+        ),
+    )
+    output_formatter: OutputFormat | None = option(
+        "Form of replies on /invocations and /predictions. Default: follows the request.", default=None
+    )
+    tgi_compat: bool = option("Replies exactly as Text Generation Inference writes them.", default=False)
+    enable_auto_tool_choice: bool = option(
+        'Let the model decide to call a tool (tool_choice "auto").', default=False
+    )
+    tool_call_parser: str | None = option(
+        "How tool calls are read from the model's answer, e.g. hermes, llama3_json, mistral.", default=None
+    )
+    reasoning_parser: str | None = option(
+        "How reasoning is told from the answer, e.g. deepseek_r1, qwen3.", default=None
+    )

@@ -1,0 +1,82 @@
+"""Keys of the HTTP server and the process: written without `option.`, set by SERVING_*."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, SecretStr
+
+from properties.field import Level, Variable, server_key
+from properties.values import Count, Devices, Port, Positive, Seconds
+
+
+def _megabytes(text: str) -> str:
+    try:
+        return str(int(float(text) * 2**20))
+    except (ValueError, OverflowError):
+        raise ValueError("a number of MiB") from None
+
+
+class ServerSettings(BaseModel):
+    """Server and process"""
+
+    host: str = server_key("Address to listen on.", default="0.0.0.0")
+    port: Port = server_key(
+        "Port to listen on.",
+        default=8080,
+        variables=(Variable("SAGEMAKER_BIND_TO_PORT", Level.SAGEMAKER),),
+    )
+    api_key: SecretStr | None = server_key(
+        "Key that clients must send as `Authorization: Bearer <key>`. Default: none is asked for.",
+        default=None,
+        secret=True,
+        variables=(Variable("VLLM_API_KEY"), Variable("APHRODITE_API_KEY")),
+    )
+    job_queue_size: Positive = server_key(
+        "Most requests that wait; one more is answered 429.",
+        default=1000,
+        unit="requests",
+        variables=(Variable("MAX_CONCURRENT_REQUESTS", Level.TGI),),
+    )
+    min_workers: Positive | None = server_key(
+        "Fewest copies of the model that must be ready. Default: max_workers.",
+        default=None,
+        aliases=("minWorkers",),
+        variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
+    )
+    max_workers: Positive | None = server_key(
+        "Copies of the model. Default: devices divided by tensor_parallel_degree; 1 without accelerators.",
+        default=None,
+        aliases=("maxWorkers",),
+        variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
+    )
+    load_on_devices: Devices = server_key("Devices to use.", default="*")
+    retry_threshold: Count = server_key(
+        "Engine failures that a restart answers; after one more the server stays unhealthy.", default=3
+    )
+    max_request_size: Positive = server_key(
+        "Largest request body; a larger one is answered 413.",
+        default=64 * 2**20,
+        unit="bytes",
+        variables=(
+            Variable("SAGEMAKER_MAX_REQUEST_SIZE", Level.SAGEMAKER),
+            Variable("SAGEMAKER_MAX_PAYLOAD_IN_MB", Level.SAGEMAKER, _megabytes, rank=1),
+        ),
+    )
+    chunked_read_timeout: Seconds = server_key(
+        "Longest pause between two parts of a reply, the first included; then the request is aborted.",
+        default=120,
+        unit="s",
+    )
+    drain_timeout: Seconds = server_key(
+        "Time that running requests get to finish after SIGTERM. SageMaker kills the container after 30 s.",
+        default=30,
+        unit="s",
+    )
+    request_id_header_key: str | None = server_key(
+        "Header that carries the request's id. Default: X-Amzn-SageMaker-Inference-Id, else x-request-id.",
+        default=None,
+    )
+    log_format: Literal["text", "json"] = server_key("Form of log lines.", default="text")
+    log_prompts: bool = server_key("Write prompts and answers to the log. Pictures never are.", default=False)
+    strict_options: bool = server_key("An unknown option is an error instead of a warning.", default=False)

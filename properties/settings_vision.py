@@ -1,0 +1,62 @@
+"""Options about pictures: how many, from where, how large, and what is kept of them."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from properties.field import ROLLING, Variable, option
+from properties.values import Count, JsonObject, Limits, Names, Networks, Positive, Seconds
+
+
+class VisionSettings(BaseModel):
+    """Pictures"""
+
+    limit_mm_per_prompt: Limits = option(
+        "Most items per prompt and modality; a modality that is not named keeps its default of 1.",
+        default={"image": 1, "video": 1, "audio": 1},
+    )
+    image_placeholder_token: str | None = option(
+        "Text that stands for a picture in a prompt. Default: what the model's processor says.",
+        default=None,
+        verbatim=True,
+    )
+    image_fetch_timeout: Seconds = option(
+        "Longest time to fetch one picture, connections, redirects and transfer together.",
+        default=10,
+        unit="s",
+        variables=(Variable("APHRODITE_IMAGE_FETCH_TIMEOUT"), Variable("VLLM_IMAGE_FETCH_TIMEOUT")),
+    )
+    image_fetch_max_redirects: Count = option(
+        "Redirects followed for one picture; every target is checked anew.", default=3
+    )
+    allowed_media_domains: Names | None = option(
+        "Only pictures from these hosts (exact names) are fetched. Default: any public host.", default=None
+    )
+    image_fetch_allow_private: Networks = option(
+        "Hosts, addresses and networks that may be fetched from although private, loopback or link-local.",
+        default=[],
+    )
+    max_image_bytes: Positive = option(
+        "Largest picture file, fetched or inline.", default=20 * 2**20, unit="bytes"
+    )
+    max_image_pixels: Positive = option(
+        "Largest picture, width times height, checked before it is decoded.",
+        default=89_478_485,
+        unit="pixels",
+        variables=(Variable("VLLM_MAX_IMAGE_PIXELS"),),
+    )
+    image_cache_mb: Count = option(
+        "Host memory for prepared pictures, found again by their content; 0: none.",
+        default=256,
+        backends=ROLLING,
+        unit="MiB",
+    )
+    encoder_cache_mb: Count = option(
+        "Device memory for outputs of the vision encoder, found again by the picture's content; 0: none.",
+        default=256,
+        backends=ROLLING,
+        unit="MiB",
+    )
+    mm_processor_kwargs: JsonObject | None = option(
+        'Arguments for the model\'s picture processor, e.g. {"max_pixels": 802816}.', default=None
+    )

@@ -1,0 +1,129 @@
+"""The types of option values: how text becomes a value, and what to say is allowed when it does not."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import AllowInfNan, BeforeValidator
+
+MODALITIES = ("image", "video", "audio")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a type accepts, in words that finish the sentence "allowed: ..."."""
+
+    text: str
+
+
+def _json(text: str, kind: type, name: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"not a JSON {name}")
+    return value
+
+
+def _object(value: object) -> object:
+    return _json(value, dict, "object") if isinstance(value, str) else value
+
+
+def _names(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return _json(value, list, "list")
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _networks(value: object) -> object:
+    names = _names(value)
+    if isinstance(names, list):
+        for name in names:
+            if isinstance(name, str) and "/" in name:
+                try:
+                    ipaddress.ip_network(name)
+                except ValueError as error:
+                    raise ValueError(str(error)) from None
+    return names
+
+
+def _devices(value: object) -> object:
+    if not isinstance(value, str) or value == "*":
+        return value
+    return [part.strip() for part in re.split("[;,]", value) if part.strip()]
+
+
+def _limits(value: object) -> object:
+    """`{"image": 4}`, `{"image": {"count": 4}}` (vLLM) or `image=4,video=2` -> one count per modality."""
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            value = _json(value, dict, "object")
+        else:
+            parts = (part.partition("=") for part in value.split(",") if part.strip())
+            value = {name.strip(): count.strip() for name, _, count in parts}
+    if not isinstance(value, dict):
+        return value
+    unknown = sorted(set(map(str, value)) - set(MODALITIES))
+    if unknown:
+        raise ValueError(f"unknown modality {', '.join(unknown)}")
+    counts = {name: _count(name, entry) for name, entry in value.items()}
+    return dict.fromkeys(MODALITIES, 1) | counts
+
+
+def _count(name: str, entry: object) -> object:
+    if not isinstance(entry, dict):
+        return entry
+    if "count" not in entry:
+        raise ValueError(f"{name} has no count")
+    return entry["count"]
+
+
+def _one_of(spellings: dict[str, str]) -> Callable[[object], object]:
+    def read(value: object) -> object:
+        return spellings.get(value, value) if isinstance(value, str) else value
+
+    return read
+
+
+Count = Annotated[int, Ge(0), Allowed("a whole number from 0")]
+Positive = Annotated[int, Ge(1), Allowed("a whole number from 1")]
+Port = Annotated[int, Ge(0), Le(65535), Allowed("a port number from 0 (any free port) to 65535")]
+Seconds = Annotated[float, Gt(0), AllowInfNan(False), Allowed("a number above 0")]
+Amount = Annotated[float, Ge(0), AllowInfNan(False), Allowed("a number from 0")]
+Fraction = Annotated[float, Gt(0), Le(1), Allowed("a number above 0, at most 1")]
+Seed = Annotated[int, Ge(0), Le(2**64 - 1), Allowed("a whole number from 0 to 2^64-1")]
+Degree = Annotated[
+    Annotated[int, Ge(1)] | Literal["max"],
+    Allowed("a whole number from 1, or max"),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "float16", "bfloat16"],
+    BeforeValidator(_one_of({"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"})),
+    Allowed("auto, float32 (fp32), float16 (fp16), bfloat16 (bf16)"),
+]
+Limits = Annotated[
+    dict[str, Annotated[int, Ge(0)]],
+    BeforeValidator(_limits),
+    Allowed('counts from 0 for image, video, audio, as {"image": 4, "video": 0} or image=4,video=0'),
+]
+Names = Annotated[list[str], BeforeValidator(_names), Allowed("a list: a,b or a JSON list")]
+Networks = Annotated[
+    list[str],
+    BeforeValidator(_networks),
+    Allowed("a list of host names, IP addresses and networks such as 10.0.0.0/8: a,b or a JSON list"),
+]
+Devices = Annotated[
+    Literal["*"] | list[Annotated[int, Ge(0)]],
+    BeforeValidator(_devices),
+    Allowed("* for all, or device numbers: 0;1"),
+]
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_object), Allowed("a JSON object")]
