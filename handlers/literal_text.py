@@ -1,0 +1,182 @@
+"""Client text stays text: control tokens that a client typed are never read as control tokens.
+
+A tokenizer finds its special tokens wherever they stand in a prompt, also in what a user wrote. So what a
+client wrote is searched first: each occurrence of a control token, and each end of a text that could complete
+one together with its neighbours, is replaced by a mark (`Hidden`). The template is rendered with the marks in
+place; then every control token that is still visible was printed by the template, and the rest is text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF8FF)]
+_END = chr(0xF8FF)
+
+
+class ControlTokens:
+    """Strings that must not be obeyed when a client types them."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self.tokens = sorted(set(tokens), key=lambda token: (-len(token), token))
+        self.pattern = "|".join(map(re.escape, self.tokens)) or r"(?!)"
+        self._whole = re.compile(self.pattern)
+        self._starts = {token[:n] for token in self.tokens for n in range(1, len(token))}
+        self._ends = {token[-n:] for token in self.tokens for n in range(1, len(token))}
+        self._longest = len(self.tokens[0]) - 1 if self.tokens else 0
+
+    def spans(self, text: str, *, alone: bool) -> list[tuple[int, int]]:
+        """Where `text` holds a control token, or a piece of one at an end (past white space).
+
+        alone: also the whole text where it is the middle of a control token.
+        """
+        spans = [match.span() for match in self._whole.finditer(text)]
+        if not self.tokens or not text:
+            return spans
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+        if first >= last:
+            return spans
+        if alone and last - first < self._longest and any(text[first:last] in token for token in self.tokens):
+            return [(first, last)]
+        longest = min(self._longest, last - first)
+        for n in range(longest, 0, -1):
+            if text[first : first + n] in self._ends:
+                spans.append((first, first + n))
+                break
+        for n in range(longest, 0, -1):
+            if text[last - n : last] in self._starts:
+                spans.append((last - n, last))
+                break
+        return _merged(spans)
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+class Hidden:
+    """The marks of one prompt. Their name is drawn anew for each prompt, so no client can write one."""
+
+    def __init__(self, control: ControlTokens) -> None:
+        self._control = control
+        self._name = "".join(secrets.choice(_PRIVATE_USE) for _ in range(10))
+        self.literals: list[str] = []
+        self.pattern = f"{self._name}(\\d+){_END}"
+
+    def text(self, text: str, *, alone: bool = False) -> str:
+        spans = self._control.spans(text, alone=alone)
+        if not spans:
+            return text
+        pieces, position = [], 0
+        for start, end in spans:
+            pieces += [text[position:start], f"{self._name}{len(self.literals)}{_END}"]
+            self.literals.append(text[start:end])
+            position = end
+        return "".join([*pieces, text[position:]])
+
+    def value(self, value: Any) -> Any:
+        """The same for every string in a JSON value, keys included."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list):
+            return [self.value(item) for item in value]
+        if isinstance(value, dict):
+            return {self.value(key): self.value(item) for key, item in value.items()}
+        return value
+
+    def restore(self, text: str) -> str:
+        return (
+            re.sub(self.pattern, lambda match: self.literals[int(match[1])], text) if self.literals else text
+        )
+
+
+class LiteralEncoder:
+    """Encodes text in which only chosen control tokens count, exactly as the tokenizer would encode the rest.
+
+    It is a copy of the tokenizer that reads no control token at all. A control token that counts is written
+    as an anchor, an added token with the same white-space rules, and gets its own id after encoding.
+    """
+
+    def __init__(self, backend: Tokenizer, control: ControlTokens) -> None:
+        description = json.loads(backend.to_str())
+        flags = {token["content"]: token for token in description["added_tokens"]}
+        for token in control.tokens:
+            if token in flags:
+                flags[token]["special"] = True
+        self._backend = Tokenizer.from_str(json.dumps(description))
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        nonce = "".join(secrets.choice(_PRIVATE_USE) for _ in range(10))
+        anchors = {(left, right): f"{nonce}{left:d}{right:d}{_END}" for left in (0, 1) for right in (0, 1)}
+        self._backend.add_tokens(
+            [
+                AddedToken(anchor, lstrip=bool(left), rstrip=bool(right), normalized=False, special=False)
+                for (left, right), anchor in anchors.items()
+            ]
+        )
+        self._anchor_ids = {self._backend.token_to_id(anchor) for anchor in anchors.values()}
+        self._anchor_of = {
+            token: anchors[int(flags[token]["lstrip"]), int(flags[token]["rstrip"])]
+            if token in flags
+            else anchors[0, 0]
+            for token in control.tokens
+        }
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._id_of = {token: vocabulary[token] for token in control.tokens}
+        self._control_ids = set(self._id_of.values()) - _unknown_ids(description["model"], vocabulary)
+        self._text_of = {i: token for token, i in self._id_of.items()}
+        self._pattern = control.pattern
+
+    def encode(self, rendered: str, hidden: Hidden, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a rendered prompt: its visible control tokens count, its marks stand for literal text."""
+        pieces: list[str] = []
+        counted: list[int] = []
+        position = 0
+        for match in re.finditer(f"{hidden.pattern}|{self._pattern}", rendered):
+            pieces.append(rendered[position : match.start()])
+            if match[1] is not None:
+                pieces.append(hidden.literals[int(match[1])])
+            else:
+                pieces.append(self._anchor_of[match[0]])
+                counted.append(self._id_of[match[0]])
+            position = match.end()
+        pieces.append(rendered[position:])
+        encoding = self._backend.encode("".join(pieces), add_special_tokens=add_special_tokens)
+        return self._with_ids(encoding.ids, encoding.special_tokens_mask, counted)
+
+    def _with_ids(self, ids: Sequence[int], added: Sequence[int], counted: Sequence[int]) -> list[int]:
+        """Anchors become what they stand for; a control id that plain text gave by itself is spelled out."""
+        result: list[int] = []
+        remaining = iter(counted)
+        for token_id, is_added in zip(ids, added, strict=True):
+            if token_id in self._anchor_ids:
+                result.append(next(remaining))
+            elif token_id in self._control_ids and not is_added:
+                result += self._spelled(token_id)
+            else:
+                result.append(token_id)
+        return result
+
+    def _spelled(self, token_id: int) -> list[int]:
+        letters = self._text_of[token_id]
+        ids = [i for letter in letters for i in self._backend.encode(letter, add_special_tokens=False).ids]
+        return ids if token_id not in ids else [i for i in ids if i != token_id]
+
+
+def _unknown_ids(model: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
+    """The id that honest text gets where the vocabulary has no other: by name, for Unigram by number."""
+    ids = {vocabulary[token] for token in [model.get("unk_token")] if token in vocabulary}
+    return ids | {model["unk_id"]} if model.get("unk_id") is not None else ids

@@ -1,0 +1,283 @@
+"""From turns, text and pictures to token ids: the model's chat template, with client text kept literal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+
+from handlers.errors import InvalidRequest, ServingError
+from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder
+from handlers.request import ChatPrompt, ImagePart, Message, TextPart, TextPrompt
+from handlers.template_source import TemplateSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+_LONGEST_REASON = 300
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """token_ids hold exactly one image-token id per picture, in reading order; `text` is for people."""
+
+    text: str
+    token_ids: list[int]
+    n_images: int
+
+
+class PromptRenderer:
+    """Renders prompts for one model. Pure and CPU-bound: long prompts belong in a worker thread.
+
+    tokenizer: a fast tokenizer that nobody else asks to truncate or to pad.
+    chat_template: Jinja source; None where the model has none (chat prompts are then refused).
+    content_format: what the template wants as a message's content; "auto" looks into its source.
+    image_token: the one token that stands for a picture; None for a model that sees none.
+    placeholder: what is written where the template does not write a picture itself, `image_token` unless the
+        family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
+
+    Raises ValueError when these do not fit together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        chat_template: str | None,
+        content_format: Literal["auto", "string", "openai"] = "auto",
+        image_token: str | None = None,
+        *,
+        placeholder: str | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._forced_format = content_format
+        self._template = chat_template
+        self._source = self._parse(chat_template) if chat_template is not None else None
+        self._bos = tokenizer.bos_token
+        self.image_token_id = _single_id(tokenizer, image_token) if image_token is not None else None
+        self._placeholder = image_token if placeholder is None else placeholder
+        if image_token is not None and (self._placeholder or "").count(image_token) != 1:
+            raise ValueError(
+                f"the placeholder {placeholder!r} must hold the image token {image_token!r} once"
+            )
+
+        control = ControlTokens(_control_tokens(tokenizer, image_token, self._source))
+        self._chat_control = control
+        self._text_control = ControlTokens([image_token] if image_token is not None else [])
+        self._literal = LiteralEncoder(self._backend, control)
+        self._normalised = self._backend.normalizer is not None and any(
+            token.normalized and token.content in set(control.tokens)
+            for token in tokenizer.added_tokens_decoder.values()
+        )
+
+    def render(self, prompt: ChatPrompt | TextPrompt) -> RenderedPrompt:
+        """Text and ids of a prompt. Raises InvalidRequest for what the client can mend."""
+        if isinstance(prompt, ChatPrompt):
+            return self._chat(prompt)
+        return self._text(prompt)
+
+    def _chat(self, prompt: ChatPrompt) -> RenderedPrompt:
+        template = prompt.template if prompt.template is not None else self._template
+        source = self._source
+        if prompt.template is not None:
+            try:
+                source = self._parse(prompt.template)
+            except ValueError as error:
+                raise InvalidRequest(str(error), param="chat_template") from error
+        if template is None or source is None:
+            raise InvalidRequest(
+                "this model has no chat template: set option.chat_template, or send a prompt as `inputs`",
+                param="messages",
+            )
+        n_images = sum(isinstance(part, ImagePart) for m in prompt.messages for part in m.parts)
+        self._require_pictures(n_images)
+        hidden = Hidden(self._chat_control)
+        rendered = self._apply(template, source, prompt, hidden)
+        # A processor's rule: what starts with BOS has all its special tokens, anything else gets them added.
+        # A tokenizer alone (a model without pictures) adds none to a rendered template.
+        starts_with_bos = bool(self._bos) and rendered.startswith(self._bos)
+        add_special_tokens = self.image_token_id is not None and not starts_with_bos
+        return self._encoded(rendered, hidden, n_images, add_special_tokens)
+
+    def _text(self, prompt: TextPrompt) -> RenderedPrompt:
+        n_images = sum(isinstance(part, ImagePart) for part in prompt.parts)
+        self._require_pictures(n_images)
+        hidden = Hidden(self._text_control)
+        if prompt.token_ids is not None:
+            return self._counted(str(self._tokenizer.decode(prompt.token_ids)), list(prompt.token_ids), 0)
+        pieces = [
+            hidden.text(part.text) if isinstance(part, TextPart) else self._placeholder or ""
+            for part in prompt.parts
+        ]
+        return self._encoded("".join(pieces), hidden, n_images, prompt.add_special_tokens)
+
+    def _apply(self, template: str, source: TemplateSource, prompt: ChatPrompt, hidden: Hidden) -> str:
+        parts = (self._forced_format if self._forced_format != "auto" else source.content_format) == "openai"
+        messages = [
+            self._message(message, hidden, parts, source.accepts_strings) for message in prompt.messages
+        ]
+        if prompt.continue_final_message and not _ends_with_text(prompt):
+            raise InvalidRequest(
+                "there is no text to continue in the last message", param="continue_final_message"
+            )
+        ours = set(self._tokenizer.special_tokens_map) | {"messages", "tools", "add_generation_prompt"}
+        wanted = source.variables - ours - {"chat_template", "tokenize", "continue_final_message"}
+        variables = {name: hidden.value(v) for name, v in prompt.template_kwargs.items() if name in wanted}
+        if len(variables) != len(prompt.template_kwargs):
+            unknown = sorted(set(prompt.template_kwargs) - set(variables))
+            log.debug("chat template variables that the template does not read: %s", unknown)
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages,
+                tools=hidden.value(prompt.tools) if prompt.tools else None,
+                chat_template=template,
+                add_generation_prompt=prompt.add_generation_prompt,
+                continue_final_message=prompt.continue_final_message,
+                tokenize=False,
+                **variables,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                _reason("the chat template refuses the messages", error), param="messages"
+            ) from error
+        except ValueError as error:
+            if not prompt.continue_final_message:
+                raise InvalidRequest(
+                    "the chat template cannot render these messages", param="messages"
+                ) from error
+            raise InvalidRequest(
+                "the chat template does not end with the last message's text, so it cannot be continued",
+                param="continue_final_message",
+            ) from error
+        except Exception as error:
+            raise InvalidRequest(
+                "the chat template cannot render these messages", param="messages"
+            ) from error
+        return str(rendered)
+
+    def _message(self, message: Message, hidden: Hidden, parts: bool, strings: bool) -> dict[str, Any]:
+        turn: dict[str, Any] = {"role": message.role}
+        if not parts:
+            turn["content"] = "\n".join(
+                hidden.text(part.text, alone=True) if isinstance(part, TextPart) else self._placeholder or ""
+                for part in message.parts
+            )
+        elif strings and _is_plain(message):
+            turn["content"] = "".join(
+                hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)
+            )
+        else:
+            turn["content"] = [
+                {"type": "text", "text": hidden.text(part.text, alone=True)}
+                if isinstance(part, TextPart)
+                else {"type": "image"}
+                for part in message.parts
+            ]
+        if message.name is not None:
+            turn["name"] = hidden.text(message.name, alone=True)
+        if message.tool_calls is not None:
+            turn["tool_calls"] = [hidden.value(_with_parsed_arguments(call)) for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = hidden.text(message.tool_call_id)
+        return turn
+
+    def _encoded(
+        self, rendered: str, hidden: Hidden, n_images: int, add_special_tokens: bool
+    ) -> RenderedPrompt:
+        if hidden.literals or self._normalised:
+            ids = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
+        else:
+            ids = self._backend.encode(rendered, add_special_tokens=add_special_tokens).ids
+        if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:
+            ids = ids[1:]
+        return self._counted(hidden.restore(rendered), ids, n_images)
+
+    def _counted(self, text: str, ids: list[int], n_images: int) -> RenderedPrompt:
+        placeholders = ids.count(self.image_token_id) if self.image_token_id is not None else n_images
+        if placeholders < n_images:
+            raise InvalidRequest(
+                f"the request has {n_images} pictures, but the chat template prints {placeholders} of them: "
+                "put pictures into user messages",
+                param="messages",
+            )
+        if placeholders > n_images:
+            if n_images == 0:
+                raise InvalidRequest(
+                    "the prompt holds placeholders of pictures, but the request has no picture"
+                )
+            raise ServingError("the model's chat template shows more pictures than the request has")
+        return RenderedPrompt(text, ids, n_images)
+
+    def _require_pictures(self, n_images: int) -> None:
+        if n_images and self.image_token_id is None:
+            raise InvalidRequest("this model does not take pictures", param="messages")
+
+    def _parse(self, template: str) -> TemplateSource:
+        try:
+            return TemplateSource.parse(template)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"the chat template has an error in line {error.lineno}: {error.message}"
+            ) from error
+
+
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerFast, image_token: str | None, source: TemplateSource | None
+) -> set[str]:
+    """Special tokens, the picture's, and added tokens that only the template is meant to print.
+
+    The last are turn markers that a conversion did not flag as special. Tokens that a template searches the
+    messages for ("</think>") are mark-up that clients may well send, and runs of white space are text.
+    """
+    control = {token for token in tokenizer.all_special_tokens if token}
+    for token in tokenizer.added_tokens_decoder.values():
+        text = token.content
+        marker = source is not None and text in source.printed and text not in source.searched
+        if token.special or (marker and len(text.strip(" \t\r\n▁")) > 1):
+            control.add(text)
+    if image_token is not None:
+        control.add(image_token)
+    return control & set(tokenizer.get_vocab())
+
+
+def _single_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    ids = tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise ValueError(f"the image token {token!r} is {len(ids)} tokens in this tokenizer; it must be one")
+    return int(ids[0])
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether a template that knows strings gets one: the client sent one, or a lone system text."""
+    if message.text_only or not message.parts:
+        return True
+    lone_text = len(message.parts) == 1 and isinstance(message.parts[0], TextPart)
+    return lone_text and message.role in ("system", "developer")
+
+
+def _ends_with_text(prompt: ChatPrompt) -> bool:
+    return bool(prompt.messages) and any(isinstance(part, TextPart) for part in prompt.messages[-1].parts)
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI sends the arguments as a JSON string; templates written for transformers want the object."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _reason(what: str, error: jinja2.TemplateError) -> str:
+    reason = " ".join((error.message or "").split())
+    return f"{what}: {reason[:_LONGEST_REASON]}" if reason else what
