@@ -9,6 +9,12 @@ from pydantic import BaseModel, SecretStr
 from properties.field import VLLM, Level, Variable, option, server_key
 from properties.values import Count, Dtype, Names, Positive, Seconds, Seed
 
+_BUILT_IN = (
+    ("djl_python.huggingface", ""),
+    ("djl_python.lmi_vllm.vllm_async_service", ""),
+    ("djl_python.rolling_batch", ""),
+)
+
 
 class ModelSettings(BaseModel):
     """Model and loading"""
@@ -72,6 +78,7 @@ class ModelSettings(BaseModel):
         default=None,
         aliases=("entryPoint", "entrypoint"),
         variables=(Variable("DJL_ENTRY_POINT"),),
+        replaced=_BUILT_IN,
     )
     handler: str = option("Function that the custom handler is called by.", default="handle")
     download_dir: str | None = server_key(

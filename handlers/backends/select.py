@@ -1,0 +1,91 @@
+"""Which backend serves a model, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from properties.field import BackendName
+from properties.problem import ConfigurationError, Problem
+
+RollingBatch = Literal["auto", "vllm", "rolling", "disable"]
+
+_DROPPED_BY_VLLM = {
+    "MllamaForConditionalGeneration": "0.10.2",
+    "FuyuForCausalLM": "0.25",
+    "ChameleonForConditionalGeneration": "0.28",
+}
+"""Architecture -> the last vLLM version that served it."""
+
+_REMOTE_CODE_IN_VLLM = frozenset({"Phi3VForCausalLM"})
+"""Served by vLLM only with the model's own Python code."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves, and the reason for people."""
+
+    backend: BackendName
+    reason: str
+
+
+def vllm_installed() -> bool:
+    """Whether vLLM can be imported; it is not imported here."""
+    return find_spec("vllm") is not None
+
+
+def vllm_backend_present() -> bool:
+    """Whether this build has an adapter for vLLM."""
+    return find_spec("handlers.backends.vllm") is not None
+
+
+def choose(
+    rolling_batch: RollingBatch,
+    architectures: Sequence[str],
+    accelerators: int,
+    *,
+    vllm: bool | None = None,
+    adapter: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Choice:
+    """Apply `option.rolling_batch` to a model and a machine.
+
+    architectures: from the model's config.json; empty when it is not known.
+    accelerators: devices that the process sees. vllm: whether vLLM is installed; adapter: whether this build
+    can drive it (None: found out).
+    Raises ConfigurationError when vLLM is demanded and cannot serve.
+    """
+    installed = vllm_installed() if vllm is None else vllm
+    present = vllm_backend_present() if adapter is None else adapter
+    refusal = _refusal(architectures, installed, present, trust_remote_code)
+    if rolling_batch == "vllm":
+        if refusal is not None:
+            raise ConfigurationError(
+                [Problem(f"option.rolling_batch = 'vllm': {refusal}; use rolling or auto", "rolling_batch")]
+            )
+        return Choice("vllm", "option.rolling_batch says so")
+    if rolling_batch == "rolling":
+        return Choice("rolling", "option.rolling_batch says so")
+    if rolling_batch == "disable":
+        return Choice("rolling", "option.rolling_batch = disable: the embedded engine, one request at a time")
+    if refusal is not None:
+        return Choice("rolling", refusal)
+    if accelerators == 0:
+        return Choice("rolling", "no accelerator is visible")
+    return Choice("vllm", "vLLM is installed, sees an accelerator and serves the model")
+
+
+def _refusal(architectures: Sequence[str], installed: bool, present: bool, remote_code: bool) -> str | None:
+    """Why vLLM cannot serve; None when it can."""
+    if not present:
+        return "this build has no vLLM backend"
+    if not installed:
+        return "vLLM is not installed"
+    for name in architectures:
+        if name in _DROPPED_BY_VLLM:
+            return f"vLLM serves {name} no more since {_DROPPED_BY_VLLM[name]}"
+        if name in _REMOTE_CODE_IN_VLLM and not remote_code:
+            return f"vLLM serves {name} only with option.trust_remote_code=true"
+    return None

@@ -1,0 +1,261 @@
+"""The effective configuration: what the user wrote in all places, as one checked object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from properties.field import BackendName, Level
+from properties.location import ModelLocation, find_home, holds_model, locate
+from properties.names import FACTS, key_of
+from properties.problem import ConfigurationError, Problem, Source
+from properties.recommend import context_length, recommended
+from properties.resolution import Resolution, Sourced, resolve_values
+from properties.settings import Settings
+from properties.sources import FILE_NAME, Written, read_command_line, read_environment, read_file
+
+MODEL_STORE = Path("/opt/ml/model")
+_MODEL_KEY = key_of("model_id")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What to serve and how.
+
+    sources: where each attribute of `settings` has its value from.
+    extra: `option.*` names that the schema does not know, without the prefix.
+    home: the directory whose serving.properties, model.py and adapters/ count; None where there is none.
+    """
+
+    settings: Settings
+    sources: dict[str, Source]
+    warnings: list[Problem]
+    extra: dict[str, Sourced]
+    model_location: ModelLocation
+    home: Path | None
+    _written: tuple[Written, ...] = field(repr=False)
+    _noted: tuple[Problem, ...] = field(repr=False)
+
+    def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
+        """Add what the model's config.json recommends, below all that the user wrote.
+
+        Raises ConfigurationError when the user's values do not fit the model.
+        """
+        hints = recommended(config)
+        added = tuple(
+            Written(Level.RECOMMENDED, key_of(name), value, "config.json") for name, value in hints.items()
+        )
+        kept = tuple(item for item in self._written if item.level is not Level.RECOMMENDED)
+        configuration = _build(kept + added, self._noted, self.home, self.model_location)
+        length, limit = configuration.settings.max_model_len, context_length(config)
+        if length is not None and limit is not None and length > limit:
+            source = configuration.sources["max_model_len"]
+            configuration.warnings.append(
+                Problem(
+                    f"option.max_model_len = {length} ({source.location}) is more than the {limit} positions "
+                    "that the model's config.json states",
+                    "max_model_len",
+                    source,
+                )
+            )
+        return configuration
+
+    def with_model_directory(self, directory: Path) -> Configuration:
+        """Add what became known when the model was downloaded to `directory`: its config.json and, for a
+        model from S3, its serving.properties (one from the hub is not read: its author is not the operator).
+
+        Raises ConfigurationError as `resolve` does.
+        """
+        configuration = self
+        if self.model_location.kind == "s3" and (directory / FILE_NAME).is_file():
+            problems: list[Problem] = []
+            noted = list(self._noted)
+            added = []
+            for item in read_file(directory / FILE_NAME, problems, noted):
+                if item.key == _MODEL_KEY:
+                    noted.append(
+                        Problem(f"{item.location}: {item.key} is not used: the file lies in the model")
+                    )
+                else:
+                    added.append(item)
+            if problems:
+                raise ConfigurationError(problems, noted)
+            written = self._written + tuple(added)
+            configuration = _build(written, tuple(noted), self.home or directory, self.model_location)
+        config = read_model_config(directory)
+        return configuration if config is None else configuration.with_model_config(config)
+
+    def stated(self, name: str) -> Any:
+        """The value of an option if someone wrote it, None if it is recommended or a default: for a backend
+        that may choose less than what is recommended, but never less than what was asked for."""
+        return getattr(self.settings, name) if self.sources[name].level < Level.RECOMMENDED else None
+
+    def unhonoured(self, backend: BackendName) -> list[Problem]:
+        """A warning for each option that was written and that this backend does not honour."""
+        return [
+            Problem(
+                f"{key_of(name)} ({source.location}) has no effect with the {backend} backend; "
+                f"honoured by: {', '.join(FACTS[name].backends)}",
+                name,
+                source,
+            )
+            for name, source in self.sources.items()
+            if source.level < Level.RECOMMENDED and backend not in FACTS[name].backends
+        ]
+
+
+def resolve(
+    *,
+    model: str | None,
+    environ: Mapping[str, str],
+    options: Sequence[str] = (),
+    model_store: Path = MODEL_STORE,
+) -> Configuration:
+    """Read all sources. Touches no network and starts nothing.
+
+    model: the command line's MODEL: a directory, a hub id or an s3:// URL.
+    options: `--option` arguments, each "name=value"; they win over everything else.
+    model_store: where SageMaker puts a model; used when MODEL is not given.
+    Raises ConfigurationError with all problems at once.
+    """
+    problems: list[Problem] = []
+    noted: list[Problem] = []
+    written = [*read_command_line(options, problems), *read_environment(environ)]
+    named = _first(written, _MODEL_KEY)
+    try:
+        home = find_home(model, named.raw.strip() if named else None, model_store)
+    except ValueError as error:
+        problems.append(Problem(str(error), "model_id"))
+        home = None
+    if home is not None and (home / FILE_NAME).is_file():
+        written += read_file(home / FILE_NAME, problems, noted)
+    written += _model_from_place(model, home, written, noted)
+    try:
+        return _build(tuple(written), tuple(noted), home, None, problems)
+    except ConfigurationError as error:
+        raise error from None
+
+
+def read_model_config(directory: Path) -> dict[str, Any] | None:
+    """A model directory's config.json; None where there is none.
+
+    Raises ConfigurationError when it is not a JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError([Problem(f"the model's config.json cannot be read: {error}")]) from None
+    if not isinstance(config, dict):
+        raise ConfigurationError([Problem("the model's config.json is not a JSON object")])
+    return config
+
+
+def _first(written: Sequence[Written], key: str) -> Written | None:
+    found = [item for item in written if item.key == key]
+    return min(found, key=lambda item: item.level) if found else None
+
+
+def _model_from_place(
+    model: str | None, home: Path | None, written: Sequence[Written], noted: list[Problem]
+) -> list[Written]:
+    """The model id that follows from MODEL or from the model directory itself."""
+    above = _first(written, _MODEL_KEY)
+    if model is not None and home is None:
+        return [Written(Level.COMMAND_LINE, _MODEL_KEY, model, "MODEL")]
+    if home is None:
+        return []
+    if model is not None:
+        if above is not None and above.level <= Level.FILE:
+            return []
+        if above is not None:
+            noted.append(Problem(f"{above.location} is not used: MODEL names a directory", "model_id"))
+        return [Written(Level.COMMAND_LINE, _MODEL_KEY, str(home), "MODEL")]
+    if above is None:
+        return [Written(Level.DEFAULT, _MODEL_KEY, str(home), str(home))]
+    if (home / "config.json").is_file() and Path(above.raw.strip()) != home:
+        noted.append(
+            Problem(
+                f"the model in {home} is not served: {above.location} names {above.raw.strip()}", "model_id"
+            )
+        )
+    return []
+
+
+def _build(
+    written: tuple[Written, ...],
+    noted: tuple[Problem, ...],
+    home: Path | None,
+    location: ModelLocation | None,
+    problems: Sequence[Problem] = (),
+) -> Configuration:
+    result = resolve_values(written)
+    result.problems[:0] = problems
+    result.warnings[:0] = noted
+    location = location or _locate(result, home)
+    _check_together(result, home)
+    if result.problems or location is None:
+        raise ConfigurationError(result.problems, result.warnings)
+    return Configuration(
+        result.settings, result.sources, result.warnings, result.extra, location, home, written, noted
+    )
+
+
+def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
+    settings, source = result.settings, result.sources["model_id"]
+    if settings.model_id is None:
+        if not any(problem.option == "model_id" for problem in result.problems):
+            result.problems.append(
+                Problem(
+                    "no model: give MODEL, set HF_MODEL_ID or OPTION_MODEL_ID, or put one in /opt/ml/model",
+                    "model_id",
+                )
+            )
+        return None
+    try:
+        location = locate(settings.model_id, settings.revision, home)
+    except ValueError as error:
+        result.problems.append(
+            Problem(
+                f"option.model_id = {settings.model_id!r} ({source.location}): {error}", "model_id", source
+            )
+        )
+        return None
+    custom = settings.entry_point is not None
+    if location.kind == "directory" and not custom and not holds_model(Path(location.value)):
+        result.problems.append(
+            Problem(f"no model: {location.value} holds neither config.json nor model.py", "model_id", source)
+        )
+    return location
+
+
+def _check_together(result: Resolution, home: Path | None) -> None:
+    """What only several values, or a value and the files, can show to be wrong."""
+    settings, sources = result.settings, result.sources
+
+    def problem(name: str, message: str) -> None:
+        result.problems.append(Problem(message, name, sources[name]))
+
+    def written(name: str) -> str:
+        return f"{key_of(name)} = {getattr(settings, name)!r} ({sources[name].location})"
+
+    low, high = settings.min_workers, settings.max_workers
+    if low is not None and high is not None and low > high:
+        problem("min_workers", f"{written('min_workers')} is more than {written('max_workers')}")
+    if settings.enable_auto_tool_choice and settings.tool_call_parser is None:
+        problem(
+            "enable_auto_tool_choice", f"{written('enable_auto_tool_choice')} needs option.tool_call_parser"
+        )
+    entry = settings.entry_point
+    if entry is not None and home is not None and not (home / entry).is_file():
+        problem("entry_point", f"{written('entry_point')}: no such file in {home}")
+    template = settings.chat_template
+    if template is not None and "{" not in template and "\n" not in template:
+        places = [Path(template)] if home is None else [home / template]
+        if (home is not None or Path(template).is_absolute()) and not any(p.is_file() for p in places):
+            problem("chat_template", f"{written('chat_template')}: no such file, and no template text")

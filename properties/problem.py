@@ -1,0 +1,72 @@
+"""Where a value came from, and what can be wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from properties.field import Level
+
+MASK = "********"
+
+_KINDS = {
+    Level.COMMAND_LINE: "command line",
+    Level.SAGEMAKER: "SageMaker variable",
+    Level.FILE: "serving.properties",
+    Level.ENVIRONMENT: "environment option",
+    Level.DEDICATED: "environment variable",
+    Level.TGI: "TGI variable",
+    Level.RECOMMENDED: "recommended from config.json",
+    Level.DEFAULT: "default",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value was written.
+
+    location: for people, e.g. "serving.properties line 7" or "OPTION_DTYPE".
+    raw: the text as written, masked for a secret; None for a default.
+    """
+
+    level: Level
+    location: str
+    raw: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The level in words, e.g. "command line"."""
+        return _KINDS[self.level]
+
+
+DEFAULT = Source(Level.DEFAULT, "default")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong or doubtful.
+
+    option: the attribute of `Settings` at fault, where there is one.
+    message: whole in itself: names the option, the value, where it was written and what is allowed.
+    """
+
+    message: str
+    option: str | None = None
+    source: Source | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigurationError(Exception):
+    """The configuration cannot be used.
+
+    problems: everything that is wrong with it, not the first only. warnings: what was merely doubtful.
+    """
+
+    def __init__(self, problems: Sequence[Problem], warnings: Sequence[Problem] = ()) -> None:
+        self.problems = list(problems)
+        self.warnings = list(warnings)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__("\n".join([f"{head} in the configuration:", *(f"  {p}" for p in self.problems)]))

@@ -1,0 +1,215 @@
+"""From what was written to one value per option: precedence, names, types, and everything that is wrong."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from properties.field import Level
+from properties.legacy import IGNORED, SILENT, TRUE_MEANS
+from properties.names import FACTS, KEYS, PREFIX, key_of, nearest
+from properties.problem import DEFAULT, MASK, Problem, Source
+from properties.settings import Settings
+from properties.sources import Written
+from properties.values import Allowed
+
+
+@dataclass(frozen=True)
+class Sourced:
+    """A value that the schema does not know, and where it was written."""
+
+    value: str
+    source: Source
+
+
+@dataclass
+class Resolution:
+    """What came out, complete or not: `settings` holds defaults where `problems` names an option."""
+
+    settings: Settings = field(default_factory=Settings)
+    sources: dict[str, Source] = field(default_factory=dict)
+    extra: dict[str, Sourced] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+def resolve_values(written: Iterable[Written]) -> Resolution:
+    """Choose, convert and check. Nothing is raised: every problem is collected."""
+    result = Resolution()
+    candidates: dict[str, list[Written]] = defaultdict(list)
+    unknown: list[Written] = []
+    for item in _expanded(written, result):
+        if item.key in KEYS:
+            candidates[KEYS[item.key]].append(item)
+        elif item.key in IGNORED:
+            result.warnings.append(
+                Problem(f"{item.location}: {item.key} has no effect here: {IGNORED[item.key]}")
+            )
+        elif not (item.level is Level.ENVIRONMENT and item.key in SILENT):
+            unknown.append(item)
+    values = {name: _choose(name, items, result) for name, items in candidates.items()}
+    _validate({name: item for name, item in values.items() if item is not None}, result)
+    _report_unknown(unknown, result)
+    for name in FACTS:
+        result.sources.setdefault(name, DEFAULT)
+    return result
+
+
+def allowed(name: str) -> str:
+    """What an option accepts, in words."""
+    info = Settings.model_fields[name]
+    texts = [item.text for item in info.metadata if isinstance(item, Allowed)]
+    texts = texts or list(_allowed_in(info.annotation))
+    return texts[0] if texts else "text"
+
+
+def _allowed_in(annotation: Any) -> Iterator[str]:
+    if annotation is bool:
+        yield "true or false"
+    for part in getattr(annotation, "__metadata__", ()):
+        if isinstance(part, Allowed):
+            yield part.text
+    choices = get_args(annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        yield ", ".join(choices)
+    for choice in choices:
+        yield from _allowed_in(choice)
+
+
+def _expanded(written: Iterable[Written], result: Resolution) -> Iterator[Written]:
+    """Take apart what stands for several options, and what stands for another."""
+    for item in written:
+        if item.key == "inference_address":
+            yield from _address(item, result)
+        elif item.key in TRUE_MEANS:
+            name, value = TRUE_MEANS[item.key]
+            result.warnings.append(
+                Problem(f"{item.location}: {item.key} is deprecated: write {key_of(name)}={value}", name)
+            )
+            if item.raw.strip().lower() == "true":
+                yield replace(item, key=key_of(name), raw=value)
+        else:
+            yield item
+
+
+def _address(item: Written, result: Resolution) -> Iterator[Written]:
+    try:
+        url = urlsplit(item.raw.strip())
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+        url = urlsplit("")
+    if url.scheme != "http" or host is None:
+        result.problems.append(
+            Problem(f"inference_address = {item.raw.strip()!r} ({item.location}): allowed: http://HOST:PORT")
+        )
+        return
+    yield replace(item, key="host", raw=host, rank=1)
+    if port is not None:
+        yield replace(item, key="port", raw=str(port), rank=1)
+
+
+def _choose(name: str, items: Sequence[Written], result: Resolution) -> Written | None:
+    """The item that counts: of the highest level, then the lowest rank; several of these must agree."""
+    best = min((item.level, item.rank) for item in items)
+    chosen = [item for item in items if (item.level, item.rank) == best]
+    for item in items:
+        if item.variable is not None and item.level is best[0] and item.rank > best[1]:
+            result.warnings.append(Problem(f"{item.location} is not used: {chosen[0].location} wins", name))
+    ready = [prepared for item in chosen if (prepared := _prepare(name, item, result)) is not None]
+    if len(ready) < len(chosen):
+        return None
+    if len(ready) > 1 and not _agree(name, ready):
+        told = " and ".join(f"{item.key} = {_shown(name, item.raw)} ({item.location})" for item in ready)
+        result.problems.append(
+            Problem(f"{key_of(name)} has two different values: {told}", name, _source(name, ready[0]))
+        )
+        return None
+    return ready[0]
+
+
+def _prepare(name: str, item: Written, result: Resolution) -> Written | None:
+    """Strip, convert and translate old spellings of the value; None after a problem."""
+    facts = FACTS[name]
+    raw = item.raw if facts.verbatim else item.raw.strip()
+    if item.variable is not None:
+        if item.variable.instead is not None:
+            result.warnings.append(
+                Problem(f"{item.location} is deprecated: write {item.variable.instead}", name)
+            )
+        try:
+            raw = item.variable.convert(raw)
+        except ValueError as error:
+            result.problems.append(Problem(f"{item.location} = {raw!r}: allowed: {error}", name))
+            return None
+    meaning = dict(facts.replaced).get(raw)
+    if meaning is not None:
+        result.warnings.append(
+            Problem(
+                f"{key_of(name)} = {raw!r} ({item.location}) is deprecated: {meaning or 'nothing'} is used",
+                name,
+            )
+        )
+        raw = meaning
+        if not raw:
+            return None
+    return replace(item, raw=raw)
+
+
+def _agree(name: str, items: Sequence[Written]) -> bool:
+    """Whether texts mean the same value; what cannot be read agrees with its own copies alone."""
+    try:
+        values = [getattr(Settings.model_validate({name: item.raw}), name) for item in items]
+    except ValidationError:
+        return len({item.raw for item in items}) == 1
+    return all(value == values[0] for value in values)
+
+
+def _validate(chosen: dict[str, Written], result: Resolution) -> None:
+    try:
+        result.settings = Settings.model_validate({name: item.raw for name, item in chosen.items()})
+    except ValidationError as failure:
+        bad: dict[str, str] = {}
+        for error in failure.errors(include_url=False):
+            name = str(error["loc"][0])
+            own = error["type"] == "value_error"
+            bad.setdefault(name, f"{error['msg'].removeprefix('Value error, ')}; " if own else "")
+        for name, detail in bad.items():
+            result.problems.append(_bad_value(name, chosen[name], detail))
+        good = {name: item for name, item in chosen.items() if name not in bad}
+        result.settings = Settings.model_validate({name: item.raw for name, item in good.items()})
+    result.sources = {name: _source(name, item) for name, item in chosen.items()}
+
+
+def _bad_value(name: str, item: Written, detail: str) -> Problem:
+    hint = " (a comment needs a line of its own)" if item.level is Level.FILE and " #" in item.raw else ""
+    value = f"{key_of(name)} = {_shown(name, item.raw)} ({item.location})"
+    return Problem(f"{value}: {detail}allowed: {allowed(name)}{hint}", name, _source(name, item))
+
+
+def _report_unknown(unknown: Sequence[Written], result: Resolution) -> None:
+    """A warning each, or a problem with strict_options. The value is not shown: it may be a secret."""
+    for item in unknown:
+        known = nearest(item.key, item.level)
+        written = item.location if item.level is Level.ENVIRONMENT else f"{item.key} ({item.location})"
+        meant = f"; did you mean {known}?" if known else ""
+        report = result.problems if result.settings.strict_options else result.warnings
+        report.append(Problem(f"{written}: no such option{meant}"))
+        if item.key.startswith(PREFIX):
+            name = item.key.removeprefix(PREFIX)
+            before = result.extra.get(name)
+            if before is None or item.level < before.source.level:
+                result.extra[name] = Sourced(item.raw.strip(), Source(item.level, item.location, item.raw))
+
+
+def _source(name: str, item: Written) -> Source:
+    return Source(item.level, item.location, MASK if FACTS[name].secret else item.raw)
+
+
+def _shown(name: str, raw: str) -> str:
+    return MASK if FACTS[name].secret else repr(raw)
