@@ -1,0 +1,283 @@
+"""The next token of each request in a step, chosen for all rows at once.
+
+A row's logits go through, in this order: repetition penalty, presence and frequency penalties, logit bias,
+the min_tokens mask; then argmax where temperature is 0, else temperature, top_k, top_p, min_p, typical_p (the
+order of transformers' `generate`) and the draw. The draw depends on the request's seed and on how many tokens
+it has, on nothing else: not on the batch, on preemption or on how the prompt was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.logits import Edits, Ids, TokenCounts, Weights, best, keep_typical, mix64, pick, temper, threshold
+from engine.logits import uniform as uniform_of
+from engine.sampling_params import SamplingParams
+
+_PROMPT_LOGPROBS_ELEMENTS = 1 << 24
+
+
+class Logprobs(msgspec.Struct, array_like=True):
+    """What the model thought at one position, before any processor.
+
+    Entry 0 is the chosen token, then come the k best, best first; the chosen token is repeated there if it is
+    among them. A rank is 1 + the number of tokens that are strictly more probable.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(slots=True)
+class SamplingState:
+    """What sampling knows of one sequence; lives as long as the sequence and survives preemption.
+
+    prompt_token_ids: shared with the sequence, not copied.
+    output_token_ids: shared; the engine appends to it after each step and never removes.
+    seed: params.seed or the engine's own; differs between the answers of one request.
+    plain: needs nothing beyond the argmax of its logits, at any step.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: list[int]
+    eos_token_ids: tuple[int, ...]
+    seed: int
+    plain: bool = field(init=False, repr=False)
+    _penalised: bool = field(init=False, repr=False)
+    _key: int = field(init=False, repr=False)
+    _filters: tuple[float, int, float, float, float] = field(init=False, repr=False)
+    _bias: tuple[Ids, Weights] | None = field(init=False, repr=False)
+    _enders: Ids = field(init=False, repr=False)
+    _seen: TokenCounts | None = field(init=False, repr=False, default=None)
+    _num_seen: int = field(init=False, repr=False, default=0)
+    _written: TokenCounts | None = field(init=False, repr=False, default=None)
+    _num_written: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self._penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or bool(params.logit_bias)
+        )
+        self.plain = (
+            params.greedy and not self._penalised and params.min_tokens == 0 and params.logprobs is None
+        )
+        self._key = mix64(self.seed)
+        self._filters = (params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
+        bias = params.logit_bias
+        self._bias = (np.fromiter(bias, np.int64), np.fromiter(bias.values(), np.float32)) if bias else None
+        enders = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
+        self._enders = np.array(sorted(enders), np.int64)
+
+    @property
+    def edited(self) -> bool:
+        """This step's logits want penalties, a bias or the min_tokens mask."""
+        return self._penalised or len(self.output_token_ids) < self.params.min_tokens
+
+    @property
+    def filters(self) -> tuple[float, int, float, float, float]:
+        """temperature, top_k, top_p, min_p, typical_p"""
+        return self._filters
+
+    @property
+    def uniform(self) -> float:
+        """This position's number in [0, 1)."""
+        return uniform_of(self._key, len(self.output_token_ids))
+
+    @property
+    def bias(self) -> tuple[Ids, Weights] | None:
+        return self._bias
+
+    @property
+    def forbidden(self) -> Ids | None:
+        """The ids that would end the answer before min_tokens; None once it is long enough."""
+        too_short = len(self.output_token_ids) < self.params.min_tokens
+        return self._enders if too_short and len(self._enders) else None
+
+    @property
+    def seen(self) -> TokenCounts:
+        """The tokens of prompt and answer."""
+        if self._seen is None:
+            self._seen = TokenCounts(self.prompt_token_ids)
+        for token in self.output_token_ids[self._num_seen :]:
+            self._seen.add(token)
+        self._num_seen = len(self.output_token_ids)
+        return self._seen
+
+    @property
+    def written(self) -> TokenCounts:
+        """The tokens of the answer."""
+        if self._written is None:
+            self._written = TokenCounts()
+        for token in self.output_token_ids[self._num_written :]:
+            self._written.add(token)
+        self._num_written = len(self.output_token_ids)
+        return self._written
+
+
+class Sampler:
+    """Chooses tokens for logits of one vocabulary on one device; keeps nothing between steps."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+
+    def sample(
+        self, logits: Tensor, states: Sequence[SamplingState]
+    ) -> tuple[list[int], list[Logprobs | None]]:
+        """The next token of each row, and its logprobs where asked for.
+
+        logits: [B, V], float32, bfloat16 or float16; not changed. One state per row.
+
+        A row that has no token (NaN or +inf among its logits, or all of them -inf) gets -1 and no logprobs,
+        which the engine turns into that request's error; the other rows are not affected.
+        """
+        assert logits.shape == (len(states), self._vocab_size)
+        if all(state.plain for state in states):
+            return best(logits).tolist(), [None] * len(states)
+        tokens = self._choose(logits, states)
+        asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        if not asking:
+            return tokens.tolist(), [None] * len(states)
+        counts = [states[row].params.logprobs or 0 for row in asking]
+        rows = self._index(asking)
+        packed = _pack_logprobs(_select(logits, rows, len(states)), tokens[rows], max(counts))
+        host = torch.cat((tokens.double(), packed.flatten())).tolist()
+        chosen = [int(token) for token in host[: len(states)]]
+        logprobs: list[Logprobs | None] = [None] * len(states)
+        width = packed.shape[1]
+        for place, (row, count) in enumerate(zip(asking, counts, strict=True)):
+            start = len(states) + place * width
+            if chosen[row] >= 0:
+                logprobs[row] = _unpack_logprobs(host[start : start + width], count)
+        return chosen, logprobs
+
+    def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+        """Tokens [B] int64: plain, edited greedy and drawn rows each take only the work they need."""
+        groups: tuple[list[int], list[int], list[int]] = ([], [], [])
+        for row, state in enumerate(states):
+            groups[(1 if state.edited else 0) if state.params.greedy else 2].append(row)
+        plain, edited, drawn = groups
+        if len(plain) == len(states):
+            return best(logits)
+        tokens = torch.empty(len(states), dtype=torch.int64, device=self._device)
+        if plain:
+            rows = self._index(plain)
+            tokens[rows] = best(logits[rows])
+        if edited:
+            rows = self._index(edited)
+            tokens[rows] = best(self._edit(_select(logits, rows, len(states)), [states[r] for r in edited]))
+        if drawn:
+            rows = self._index(drawn)
+            tokens[rows] = self._draw(_select(logits, rows, len(states)), [states[r] for r in drawn])
+        return tokens
+
+    def _edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+        """Float32 scores [S, V] after penalties, bias and min_tokens mask; `logits` if none is wanted."""
+        repetition, shift, bias, mask = (Edits(self._vocab_size) for _ in range(4))
+        for row, state in enumerate(states):
+            if not state.edited:
+                continue
+            params = state.params
+            if params.repetition_penalty != 1.0:
+                repetition.add(row, state.seen.ids, params.repetition_penalty)
+            if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+                written = state.written
+                amount = params.presence_penalty + params.frequency_penalty * written.counts
+                shift.add(row, written.ids, -amount)
+            if state.bias is not None:
+                bias.add(row, *state.bias)
+            if state.forbidden is not None:
+                mask.add(row, state.forbidden, -np.inf)
+        if not (repetition or shift or bias or mask):
+            return logits
+        scores = logits.to(torch.float32, copy=True)
+        if repetition:
+            repetition.penalise_repetition(scores)
+        if shift:
+            shift.shift(scores)
+        if bias:
+            bias.shift(scores)
+        if mask:
+            mask.mask(scores)
+        return scores
+
+    def _draw(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+        """Tokens [S] int64 drawn from each row's filtered distribution."""
+        host = torch.tensor([(*state.filters, state.uniform) for state in states], dtype=torch.float64)
+        temperature, top_k, top_p, min_p, typical_p, uniform = host.to(self._device).unsqueeze(-1).unbind(1)
+        _, ks, top_ps, min_ps, typical_ps, _ = host.unbind(1)
+        scores = temper(self._edit(logits, states).float(), temperature.float())
+        if bool(((ks > 0) & (ks < self._vocab_size)).any()) or bool((top_ps < 1.0).any()):
+            all_of_them = torch.where(top_k > 0, top_k, self._vocab_size).clamp_max(self._vocab_size).long()
+            scores = scores.masked_fill(scores < threshold(scores, all_of_them, top_p), -torch.inf)
+        if bool((min_ps > 0.0).any()):
+            scores = scores.masked_fill(scores.exp() < min_p.float(), -torch.inf)
+        if bool((typical_ps < 1.0).any()):
+            scores = keep_typical(scores, typical_p)
+        return pick(scores, uniform)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+
+def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[Logprobs]:
+    """The logprobs of each prompt token given those before it, with the k best beside it.
+
+    logits: [T, V]; next_token_ids: the T tokens that follow those positions.
+    """
+    assert len(logits) == len(next_token_ids)
+    chosen = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device)
+    step = max(1, _PROMPT_LOGPROBS_ELEMENTS // logits.shape[-1])
+    packed = [
+        _pack_logprobs(logits[start : start + step], chosen[start : start + step], k)
+        for start in range(0, len(logits), step)
+    ]
+    return [_unpack_logprobs(row, k) for part in packed for row in part.tolist()]
+
+
+def _select(logits: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    return logits if len(rows) == num_rows else logits[rows]
+
+
+def _pack_logprobs(logits: Tensor, chosen: Tensor, k: int) -> Tensor:
+    """[A, 3 * (1 + min(k, V))] float64: token ids, logprobs and ranks of the chosen token and the k best.
+
+    Logprobs are log_softmax in float32. Among equals the lowest id comes first; where the chosen token ties
+    with the k-th best it is preferred to it.
+    """
+    logits = logits.float()
+    own = chosen.clamp_min(0).unsqueeze(-1)
+    own_value = logits.gather(-1, own)
+    own_rank = (logits > own_value).sum(-1, keepdim=True) + 1
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    if values.shape[-1]:
+        missing = (values[:, -1:] == own_value) & ~(ids == own).any(-1, keepdim=True)
+        ids[:, -1:] = torch.where(missing, own, ids[:, -1:])
+        ids, by_id = ids.sort(dim=-1)
+        values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(-1, by_value)
+    ranks = (values.unsqueeze(-2) > values.unsqueeze(-1)).sum(-1) + 1
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    parts = (own, ids, own_value - normaliser, values - normaliser, own_rank, ranks)
+    return torch.cat([part.double() for part in parts], dim=-1)
+
+
+def _unpack_logprobs(packed: list[float], k: int) -> Logprobs:
+    width = len(packed) // 3
+    stop = min(1 + k, width)
+    return Logprobs(
+        [int(token) for token in packed[:stop]],
+        packed[width : width + stop],
+        [int(rank) for rank in packed[2 * width : 2 * width + stop]],
+    )
