@@ -17,7 +17,10 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """A decoded picture: upright, RGB, with the digest of the *decoded* content that keys every cache."""
+    """A decoded picture: upright, RGB, shared and so never changed.
+
+    digest: SHA-256 of the encoded file, from which the pixels follow; it keys every cache.
+    """
 
     image: Image
     digest: bytes

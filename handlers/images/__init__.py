@@ -1,0 +1,1 @@
+"""A request's pictures: fetched from hostile places or decoded from data URLs, and kept by content."""

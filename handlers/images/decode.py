@@ -1,0 +1,121 @@
+"""Encoded bytes to upright RGB pictures, with Pillow, under a cap on pixels. All of it runs in threads."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin, features
+
+from handlers.errors import ImageTooLarge
+from handlers.images.problem import PictureProblem
+
+# The plugins above are imported so that Pillow finds them without importing all of its others.
+PLUGINS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", *(["AVIF"] if features.check("avif") else [])]
+MAX_JPEG_SCANS = 256
+
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The first frame, turned as its EXIF orientation says, RGB; what is transparent shows white.
+
+    16-bit samples lose their low byte; colour profiles are ignored. The result shares nothing with a file or
+    with another picture, so that threads may read it. Raises PictureProblem; nothing is decoded above
+    `max_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_cost(image, data, max_pixels)
+            image.load()
+            return _flatten(_turn(image))
+    except PictureProblem:
+        raise
+    except UnidentifiedImageError as error:
+        raise PictureProblem(_unknown(data)) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(max_pixels) from error
+    except MemoryError as error:
+        raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        TypeError,
+        EOFError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        # What Pillow's readers let through on broken files, all of it about the file.
+        raise PictureProblem("its data is truncated or damaged") from error
+
+
+def allow_pixels(max_pixels: int) -> None:
+    """Lifts Pillow's own cap, which is one for the whole process, to ours: ours is checked per picture."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+
+
+def decoded_bytes(image: Image.Image) -> int:
+    """Bytes that Pillow holds for an RGB picture: it pads each pixel to four."""
+    return image.width * image.height * 4
+
+
+def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise _too_many_pixels(max_pixels)
+    # Every scan of a progressive JPEG is a pass over all pixels, and an empty one takes but a few bytes.
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise PictureProblem(f"it is a JPEG of more than {MAX_JPEG_SCANS} scans")
+
+
+def _turn(image: Image.Image) -> Image.Image:
+    try:
+        method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Damaged metadata, of which there are many kinds, must not cost the picture.
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        flat = Image.new("RGB", image.size, "white")
+        flat.paste(layer, mask=layer)
+        return flat
+    flat = image.copy() if image.mode == "RGB" else image.convert("RGB")
+    flat.info.clear()  # profiles and comments, which nobody reads and which the cache does not count
+    return flat
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Modes I and I;16 hold 16-bit grey, which Pillow's own conversion would clip instead of scale."""
+    samples: np.ndarray[Any, Any] = np.asarray(image)
+    return Image.fromarray((samples.clip(0, 65535) >> 8).astype(np.uint8))
+
+
+def _unknown(data: bytes) -> str:
+    if data[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, not a picture"
+    if b"<svg" in data[:1024]:
+        return "SVG pictures are not supported; send PNG, JPEG or WebP"
+    return f"its data is in no supported format ({', '.join(name for name in FORMATS if name != 'MPO')})"
+
+
+def _too_many_pixels(max_pixels: int) -> PictureProblem:
+    return PictureProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)

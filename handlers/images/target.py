@@ -1,0 +1,103 @@
+"""Picture URLs taken apart once: what is checked here is, byte for byte, what is asked for."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, urljoin, urlsplit
+
+from handlers.images.problem import PictureProblem
+
+MAX_URL_CHARACTERS = 8192
+DEFAULT_PORTS = {"http": 80, "https": 443}
+HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
+SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
+BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]{32,}")
+KEPT_IN_PATH = "/%:@!$&'()*+,;=-._~?"  # everything that RFC 3986 allows; a stray % is left as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One hop's destination. `host` is lower-case ASCII without a final dot or an IPv6 literal's brackets."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        """The value of the `Host` header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    def follow(self, location: str) -> Target:
+        """Where a redirect answered by this target leads; raises PictureProblem like `parse_target`."""
+        target = parse_target(urljoin(f"{self.scheme}://{self.authority}{self.path}", location))
+        if self.scheme == "https" and target.scheme == "http":
+            raise PictureProblem("its host redirects from https to http, which is refused")
+        return target
+
+
+def parse_target(url: str) -> Target:
+    """Reads an `http:` or `https:` URL. Any port is accepted, the fragment is dropped, spaces and other
+    characters that may not stand in a path are percent-encoded.
+
+    Raises PictureProblem for other schemes, user names and passwords, and malformed authorities.
+    """
+    check_scheme(url)
+    if len(url) > MAX_URL_CHARACTERS:
+        raise PictureProblem(f"its URL is longer than {MAX_URL_CHARACTERS} characters")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise PictureProblem("its URL is malformed") from error
+    if "@" in parts.netloc:
+        raise PictureProblem("its URL holds a user name or password, which is refused")
+    if port == 0:
+        raise PictureProblem("its URL names port 0")
+    path = quote(parts.path, safe=KEPT_IN_PATH.rstrip("?")) or "/"
+    if parts.query:
+        path += "?" + quote(parts.query, safe=KEPT_IN_PATH)
+    return Target(
+        parts.scheme, _host(parts.netloc, parts.hostname), port or DEFAULT_PORTS[parts.scheme], path
+    )
+
+
+def check_scheme(url: str) -> None:
+    """Raises PictureProblem, with what to send instead, unless the URL starts with `http:` or `https:`."""
+    scheme = SCHEME.match(url[:32])
+    if scheme is not None and scheme[1].lower() in DEFAULT_PORTS:
+        return
+    if not url:
+        raise PictureProblem("its URL is empty")
+    if scheme is not None:
+        raise PictureProblem(f"{scheme[1].lower()}: URLs are refused; send an http:, https: or data: URL")
+    if BASE64.match(url[:256]):
+        raise PictureProblem(
+            "its URL has no scheme; if it is base64, write data:image/jpeg;base64, in front of it"
+        )
+    raise PictureProblem("its URL has no scheme; send an http:, https: or data: URL")
+
+
+def _host(netloc: str, host: str | None) -> str:
+    if not host:
+        raise PictureProblem("its URL names no host")
+    if netloc.startswith("["):
+        if "%" in host:
+            raise PictureProblem("its URL's IPv6 address has a zone, which is refused")
+        try:
+            return str(ipaddress.IPv6Address(host))
+        except ValueError as error:
+            raise PictureProblem("its URL's IPv6 address is malformed") from error
+    if len(host) <= 253:
+        try:
+            name = host.encode("idna").decode("ascii").lower()
+        except UnicodeError as error:
+            raise PictureProblem("its URL's host name is malformed") from error
+        name = name.removesuffix(".")
+        if HOST_NAME.fullmatch(name) and ".." not in name:
+            return name
+    raise PictureProblem("its URL's host name is malformed")
