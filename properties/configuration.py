@@ -18,6 +18,7 @@ from properties.settings import Settings
 from properties.sources import FILE_NAME, Written, read_command_line, read_environment, read_file
 
 MODEL_STORE = Path("/opt/ml/model")
+DEFAULTS = Settings()
 _MODEL_KEY = key_of("model_id")
 
 
@@ -94,7 +95,7 @@ class Configuration:
         return getattr(self.settings, name) if self.sources[name].level < Level.RECOMMENDED else None
 
     def unhonoured(self, backend: BackendName) -> list[Problem]:
-        """A warning for each option that was written and that this backend does not honour."""
+        """A warning for each option that was changed and that this backend does not honour."""
         return [
             Problem(
                 f"{key_of(name)} ({source.location}) has no effect with the {backend} backend; "
@@ -103,7 +104,9 @@ class Configuration:
                 source,
             )
             for name, source in self.sources.items()
-            if source.level < Level.RECOMMENDED and backend not in FACTS[name].backends
+            if backend not in FACTS[name].backends
+            and source.level < Level.RECOMMENDED
+            and getattr(self.settings, name) != getattr(DEFAULTS, name)
         ]
 
 

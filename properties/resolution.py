@@ -55,8 +55,7 @@ def resolve_values(written: Iterable[Written]) -> Resolution:
     values = {name: _choose(name, items, result) for name, items in candidates.items()}
     _validate({name: item for name, item in values.items() if item is not None}, result)
     _report_unknown(unknown, result)
-    for name in FACTS:
-        result.sources.setdefault(name, DEFAULT)
+    result.sources = {name: result.sources.get(name, DEFAULT) for name in FACTS}
     return result
 
 

@@ -1,0 +1,188 @@
+"""`lmi check`: show what would be served and how, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from container.fit import Fit, fit
+from container.machine import Machine, this_machine
+from handlers.backends.select import Choice, choose
+from properties.configuration import Configuration, read_model_config, resolve
+from properties.field import Level
+from properties.names import key_of
+from properties.problem import MASK, ConfigurationError, Problem
+
+_WIDEST = 72
+
+
+def run_check(model: str | None, options: Sequence[str], as_json: bool, environ: Mapping[str, str]) -> int:
+    """Resolve and check: the whole of `lmi check [MODEL] [--option NAME=VALUE] [--json]`.
+
+    Prints to standard output; returns the exit status: 0, or 1 on an error.
+    """
+    try:
+        configuration = resolve(model=model, environ=environ, options=options)
+    except ConfigurationError as error:
+        _print({"errors": _texts(error.problems), "warnings": _texts(error.warnings)}, as_json)
+        return 1
+    return check(configuration, as_json=as_json)
+
+
+def check(configuration: Configuration, *, as_json: bool, machine: Machine | None = None) -> int:
+    """Print the effective configuration, the backend and the memory estimate; return the exit status.
+
+    machine: what to measure the estimate against; None looks at this one.
+    """
+    report = describe(configuration, machine or this_machine())
+    _print(report, as_json)
+    return 1 if report["errors"] else 0
+
+
+def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
+    """What `lmi check --json` prints: errors, warnings, model, backend, memory, options, extra.
+
+    Sizes are in bytes. backend and memory are None where an error, or a model that is not on this machine
+    yet, leaves them unknown.
+    """
+    errors: list[Problem] = []
+    config: dict[str, Any] | None = None
+    location = configuration.model_location
+    directory = Path(location.value) if location.kind == "directory" else None
+    if directory is not None:
+        try:
+            config = read_model_config(directory)
+            if config is not None:
+                configuration = configuration.with_model_config(config)
+        except ConfigurationError as error:
+            errors += error.problems
+    warnings = list(configuration.warnings)
+    choice = _choose(configuration, config or {}, machine, errors)
+    if choice is not None:
+        warnings += configuration.unhonoured(choice.backend)
+    found: Fit | None = None
+    if directory is not None and config is not None and not errors:
+        found = fit(configuration, directory, config, machine)
+        errors += found.errors
+        warnings += found.warnings
+    return {
+        "errors": _texts(errors),
+        "warnings": _texts(warnings),
+        "model": {
+            **asdict(location),
+            "home": None if configuration.home is None else str(configuration.home),
+        },
+        "backend": None if choice is None else asdict(choice),
+        "memory": None if found is None else found.numbers(),
+        "options": _options(configuration),
+        "extra": {
+            name: {"value": MASK, "source": item.source.kind, "location": item.source.location}
+            for name, item in configuration.extra.items()
+        },
+    }
+
+
+def _choose(
+    configuration: Configuration, config: Mapping[str, Any], machine: Machine, errors: list[Problem]
+) -> Choice | None:
+    settings = configuration.settings
+    try:
+        return choose(
+            settings.rolling_batch,
+            config.get("architectures") or [],
+            len(machine.accelerators),
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except ConfigurationError as error:
+        errors += error.problems
+        return None
+
+
+def _options(configuration: Configuration) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for name, source in configuration.sources.items():
+        value = getattr(configuration.settings, name)
+        rows[key_of(name)] = {
+            "value": MASK if isinstance(value, SecretStr) else value,
+            "source": source.kind,
+            "location": source.location,
+            "given": source.level < Level.RECOMMENDED,
+        }
+    return rows
+
+
+def _texts(problems: Sequence[Problem]) -> list[str]:
+    return [str(problem) for problem in problems]
+
+
+def _print(report: Mapping[str, Any], as_json: bool) -> None:
+    text = json.dumps(report, indent=2) if as_json else "\n".join(_lines(report))
+    sys.stdout.write(text + "\n")
+
+
+def _lines(report: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "options" in report:
+        rows = [("option", "value", "source")]
+        ordered = sorted(report["options"].items(), key=lambda item: not item[1]["given"])
+        for name, row in ordered:
+            where = row["location"] if row["given"] else row["source"]
+            rows.append((name, _shown(row["value"]), where))
+        for name, row in report["extra"].items():
+            rows.append((f"option.{name}", row["value"], f"{row['location']} (unknown)"))
+        lines += [*_table(rows), ""]
+        model = report["model"]
+        lines.append(f"model    {model['value']} ({model['kind']}), served as {model['name']}")
+        if report["backend"] is not None:
+            lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
+        lines += [f"memory   {text}" for text in _memory(report["memory"], model["kind"])]
+        lines.append("")
+    lines += [f"warning: {text}" for text in report["warnings"]]
+    lines += [f"error: {text}" for text in report["errors"]]
+    if not report["errors"]:
+        lines.append("no errors")
+    return lines
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return [f"{name:<{first}}  {value:<{second}}  {source}".rstrip() for name, value, source in rows]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
+
+
+def _memory(memory: Mapping[str, Any] | None, kind: str) -> list[str]:
+    if memory is None:
+        return ["unknown" if kind == "directory" else "unknown until the model has been downloaded"]
+    lines = [
+        f"copies of the model: {memory['copies']}, devices per copy: {memory['devices_per_copy']} "
+        f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}"
+    ]
+    if memory["weights"] is not None:
+        lines.append(
+            f"weights {_size(memory['weights'])} ({memory['weights_basis']}), "
+            f"{_size(memory['weights_per_device'])} per device"
+        )
+    if memory["cache_per_device"] is not None:
+        lines.append(f"key/value cache {_size(memory['cache_per_device'])} per device")
+    if memory["cache_tokens"] is not None:
+        lines.append(
+            f"room for {memory['cache_tokens']} tokens, {memory['cache_bytes_per_token']} bytes each"
+        )
+    return lines
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

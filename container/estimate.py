@@ -1,0 +1,149 @@
+"""How much memory a model needs, from its files' headers and its config.json, without loading it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from properties.recommend import model_dtype, text_config
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_OTHERS = {"F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of all weights in the type they are served in, and what they were counted from."""
+
+    size: int
+    basis: str
+
+
+def served_dtype(dtype: str, config: Mapping[str, Any]) -> str:
+    """The type that `option.dtype` comes to for a model; bfloat16 where neither says."""
+    return dtype if dtype != "auto" else model_dtype(config) or "bfloat16"
+
+
+def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights | None:
+    """Estimate from safetensors headers, else from an index's total_size, else from config.json's shapes.
+
+    dtype: a key of DTYPE_BYTES. None where nothing tells. Raises ValueError naming a file that is damaged.
+    """
+    width = DTYPE_BYTES[dtype]
+    files = _safetensors(directory)
+    if files:
+        return Weights(sum(_tensor_bytes(path, width) for path in files), "safetensors headers")
+    for name in _INDEXES:
+        index = directory / name
+        if index.is_file():
+            stored = DTYPE_BYTES[served_dtype("auto", config)]
+            return Weights(_total_size(index) * width // stored, f"total_size in {name}")
+    parameters = _parameters(config)
+    return Weights(parameters * width, "shapes in config.json") if parameters else None
+
+
+def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
+    """Keys and values of one token in all layers: 2 * layers * key/value heads * head size * bytes."""
+    text = text_config(config)
+    layers, heads, hidden = (
+        _number(text, *names)
+        for names in (
+            ("num_hidden_layers", "n_layer"),
+            ("num_attention_heads", "n_head"),
+            ("hidden_size", "n_embd"),
+        )
+    )
+    if layers is None or heads is None:
+        return None
+    size = _number(text, "head_dim") or (hidden // heads if hidden else None)
+    if size is None:
+        return None
+    return 2 * layers * (_number(text, "num_key_value_heads") or heads) * size * DTYPE_BYTES[dtype]
+
+
+def _safetensors(directory: Path) -> list[Path]:
+    """The checkpoint's files; Mistral's second copy (consolidated*) is left out where there is another."""
+    index = directory / _INDEXES[0]
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        files = [directory / name for name in names]
+        return files if all(path.is_file() for path in files) else []
+    files = sorted(directory.glob("*.safetensors"))
+    return [path for path in files if not path.name.startswith("consolidated")] or files
+
+
+def _tensor_bytes(path: Path, width: int) -> int:
+    """Bytes of a file's tensors: floating-point ones at `width` bytes an element, others as stored.
+
+    Format: 8 bytes little-endian length, then that many bytes of JSON
+    (https://huggingface.co/docs/safetensors/index#format).
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} is not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError(f"{path.name} is not a safetensors file") from None
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            stored = entry["dtype"]
+            size = width if stored in _FLOATS else _OTHERS.get(stored, 1)
+            total += math.prod(entry["shape"]) * size
+    return total
+
+
+def _total_size(index: Path) -> int:
+    size = _read_json(index).get("metadata", {}).get("total_size", 0)
+    return int(size)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise ValueError(f"{path.name} is not valid JSON") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of the transformer layers and embeddings that config.json describes; 0 where it does not."""
+    return sum(_stack(part) for part in _parts(config))
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield text_config(config)
+    vision = config.get("vision_config")
+    if isinstance(vision, Mapping):
+        yield vision
+
+
+def _stack(part: Mapping[str, Any]) -> int:
+    hidden = _number(part, "hidden_size", "n_embd")
+    layers = _number(part, "num_hidden_layers", "n_layer")
+    if hidden is None or layers is None:
+        return 0
+    heads = _number(part, "num_attention_heads", "n_head") or 1
+    size = _number(part, "head_dim") or hidden // heads
+    shared = _number(part, "num_key_value_heads") or heads
+    wide = _number(part, "intermediate_size") or 4 * hidden
+    vocabulary = _number(part, "vocab_size") or 0
+    matrices = 3 if vocabulary else 2
+    embeddings = vocabulary * hidden * (1 if part.get("tie_word_embeddings") else 2)
+    return embeddings + layers * (2 * hidden * size * (heads + shared) + matrices * hidden * wide)
+
+
+def _number(part: Mapping[str, Any], *names: str) -> int | None:
+    for name in names:
+        value = part.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

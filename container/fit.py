@@ -1,0 +1,178 @@
+"""Whether a model fits the machine: its weights and key/value cache against each device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from container.estimate import cache_bytes_per_token, served_dtype, weights
+from container.machine import Device, Machine
+from properties.configuration import Configuration
+from properties.problem import Problem
+
+HOST_SHARE = 0.25
+HOST_MOST = 4 << 30
+ACCELERATOR_RESERVE = 1 << 30
+"""The embedded engine's own defaults for its cache (engine/memory.py): on a CPU a share of the memory and a
+most in bytes; on an accelerator what gpu_memory_utilization leaves, less a reserve in bytes."""
+
+
+@dataclass
+class Fit:
+    """The estimate. Sizes in bytes; None where config.json and the files do not tell.
+
+    copies: replicas that are started. cache_tokens: tokens that the caches of one copy hold.
+    """
+
+    dtype: str
+    device: Device
+    copies: int
+    devices_per_copy: int
+    weights: int | None = None
+    weights_basis: str | None = None
+    cache_bytes_per_token: int | None = None
+    errors: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    cache_per_device: int | None = None
+
+    @property
+    def weights_per_device(self) -> int | None:
+        return None if self.weights is None else -(-self.weights // self.devices_per_copy)
+
+    @property
+    def cache_tokens(self) -> int | None:
+        if self.cache_per_device is None or self.cache_bytes_per_token is None:
+            return None
+        return self.cache_per_device * self.devices_per_copy // self.cache_bytes_per_token
+
+    def numbers(self) -> dict[str, Any]:
+        """For `lmi check --json`."""
+        return {
+            "dtype": self.dtype,
+            "device": self.device.name,
+            "device_memory": self.device.memory,
+            "copies": self.copies,
+            "devices_per_copy": self.devices_per_copy,
+            "weights": self.weights,
+            "weights_basis": self.weights_basis,
+            "weights_per_device": self.weights_per_device,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "cache_per_device": self.cache_per_device,
+            "cache_tokens": self.cache_tokens,
+        }
+
+
+def fit(configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine) -> Fit:
+    """Estimate what a model directory needs and compare it with the machine. Nothing is raised."""
+    settings = configuration.settings
+    dtype = served_dtype(settings.dtype, config)
+    shapes = _full_config(directory, config)
+    device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
+    degree, copies = _layout(configuration, len(machine.accelerators))
+    result = Fit(dtype, device, copies, degree, cache_bytes_per_token=cache_bytes_per_token(shapes, dtype))
+    if machine.accelerators and degree * copies > len(machine.accelerators):
+        result.errors.append(
+            Problem(
+                f"{copies} x {degree} devices are asked for and {len(machine.accelerators)} are visible: "
+                "lower option.tensor_parallel_degree, option.pipeline_parallel_degree or max_workers",
+                "tensor_parallel_degree",
+                configuration.sources["tensor_parallel_degree"],
+            )
+        )
+    try:
+        counted = weights(directory, shapes, dtype)
+    except (ValueError, OSError) as error:
+        result.errors.append(Problem(f"the model's weights cannot be read: {error}", "model_id"))
+        return result
+    if counted is not None:
+        result.weights, result.weights_basis = counted.size, counted.basis
+    if machine.accelerators:
+        _fit_accelerator(result, configuration)
+    else:
+        _fit_host(result, configuration)
+    _compare_with_context(result, configuration)
+    return result
+
+
+def _layout(configuration: Configuration, accelerators: int) -> tuple[int, int]:
+    """(devices per copy, copies); the host counts as one device that all ranks and copies share."""
+    settings = configuration.settings
+    stages = settings.pipeline_parallel_degree
+    available = max(accelerators, 1)
+    degree = settings.tensor_parallel_degree
+    ranks = max(available // stages, 1) if degree == "max" else degree
+    copies = settings.max_workers or max(accelerators // (ranks * stages), 1)
+    return ranks * stages, copies
+
+
+def _fit_accelerator(result: Fit, configuration: Configuration) -> None:
+    settings = configuration.settings
+    usable = int(result.device.memory * settings.gpu_memory_utilization)
+    held = result.weights_per_device or 0
+    asked = settings.kv_cache_memory_mb
+    cache = _useful(result, configuration, max(usable - held - ACCELERATOR_RESERVE, 0))
+    if held > usable or (asked is not None and held + cache > usable):
+        _too_large(result, held + (cache if asked is not None else 0), usable, "each device")
+
+
+def _fit_host(result: Fit, configuration: Configuration) -> None:
+    memory = result.device.memory
+    cache = _useful(result, configuration, min(HOST_MOST, int(memory * HOST_SHARE)))
+    ranks = result.copies * result.devices_per_copy
+    held = (result.weights or 0) * result.copies
+    if held + cache * ranks > memory:
+        _too_large(result, held + cache * ranks, memory, "the host")
+
+
+def _useful(result: Fit, configuration: Configuration, room: int) -> int:
+    """Set and return the cache per device: what was asked for, else `room`, and no more than a full batch of
+    the longest requests could fill."""
+    settings = configuration.settings
+    asked = settings.kv_cache_memory_mb
+    cache = room if asked is None else asked * 2**20
+    if settings.max_model_len is not None and result.cache_bytes_per_token is not None:
+        tokens = settings.max_rolling_batch_size * settings.max_model_len
+        cache = min(cache, tokens * result.cache_bytes_per_token // result.devices_per_copy)
+    result.cache_per_device = cache
+    return cache
+
+
+def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
+    result.errors.append(
+        Problem(
+            f"the model does not fit: {needed / 2**30:.2f} GiB are needed and {usable / 2**30:.2f} GiB are "
+            f"usable on {where}; use more devices, a smaller dtype, a smaller option.kv_cache_memory_mb or a "
+            "smaller model"
+        )
+    )
+
+
+def _compare_with_context(result: Fit, configuration: Configuration) -> None:
+    length, room = configuration.settings.max_model_len, result.cache_tokens
+    if result.errors or length is None or room is None or room >= length:
+        return
+    source = configuration.sources["max_model_len"]
+    text = (
+        f"the key/value cache holds {room} tokens, fewer than one request of option.max_model_len = {length} "
+        f"({source.location})"
+    )
+    if configuration.stated("max_model_len") is None:
+        result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len", source))
+    else:
+        result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len", source))
+
+
+def _full_config(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json with the values that it leaves to its family's defaults (many models on the hub state only
+    what differs from them); as it is where the family is unknown.
+    """
+    try:
+        from transformers import AutoConfig
+
+        loaded = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        full: dict[str, Any] = loaded.to_dict()
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return config
+    return {**full, **{name: config[name] for name in ("dtype", "torch_dtype") if name in config}}
