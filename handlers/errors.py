@@ -115,3 +115,9 @@ class EngineFailed(ServingError):
 
     status = 500
     kind = "engine_failed"
+
+
+class InvalidConfiguration(ServingError):
+    """The model cannot be served as it is configured: met at start, never by a client."""
+
+    kind = "invalid_configuration"

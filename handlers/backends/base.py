@@ -6,7 +6,7 @@ A backend turns a `GenerationRequest`, whose pictures are already loaded, into a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -108,11 +108,15 @@ class BackendStats:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What requests may ask of this backend."""
+    """What requests may ask of this backend.
 
-    model_name: str
+    default_sampling: fields of `SamplingParams` that the model's generation_config.json sets, for requests that
+    do not name them.
+    """
+
     max_model_len: int
     images: bool
+    default_sampling: Mapping[str, float | int] = field(default_factory=dict)
     adapters: bool = False
     structured_outputs: bool = False
 

@@ -1,0 +1,19 @@
+"""What can go wrong in the engine, in terms that do not know HTTP."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Root of the engine's errors. The message may be shown to an operator, not to a client."""
+
+
+class ModelLoadError(EngineError):
+    """The model cannot be loaded; the message says which fact stands against it and what to do."""
+
+
+class EngineDead(EngineError):
+    """The engine process is gone; the requests it held are lost."""
+
+
+class RequestRejected(EngineError):
+    """The engine refuses this request alone; the message may be shown to the client."""

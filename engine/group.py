@@ -1,0 +1,180 @@
+"""Replicas of one model: who gets a request, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from engine.client import EngineClient, OutputStream
+from engine.config import EngineConfig
+from engine.errors import EngineDead, EngineError
+from engine.messages import Add, Ready, Stats
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+"""The first restart comes at once; the pause before each further one doubles."""
+
+AFFINITY_SLACK = 4
+"""How many more requests than the least loaded replica one may hold and still be preferred for what it has
+cached."""
+
+AFFINITY_KEYS = 4096
+"""Remembered places of prefixes and pictures."""
+
+
+class Replica:
+    """One engine process after another under one name."""
+
+    def __init__(self, number: int, config: EngineConfig) -> None:
+        self.number = number
+        self.config = config
+        self.client = EngineClient(config)
+        self.failures = 0
+        self.lost = Stats()
+        """The counters of the processes that died."""
+
+    def retire(self) -> None:
+        """Note the counters of the process that died, and make a place for the next one."""
+        for name in ("prefix_queries", "prefix_hits", "encoder_queries", "encoder_hits", "preemptions", "steps"):
+            setattr(self.lost, name, getattr(self.lost, name) + getattr(self.client.stats, name))
+        self.client = EngineClient(self.config)
+
+
+class Ticket:
+    """A submitted request: where it went, under which ids, and where its outputs come."""
+
+    __slots__ = ("client", "ids", "stream")
+
+    def __init__(self, client: EngineClient, stream: OutputStream, ids: list[int]) -> None:
+        self.client = client
+        self.stream = stream
+        self.ids = ids
+
+    def abort(self) -> None:
+        for request_id in self.ids:
+            self.client.abort(request_id)
+
+    def abort_one(self, request_id: int) -> None:
+        self.client.abort(request_id)
+
+
+class EngineGroup:
+    """Starts the replicas, keeps them running, and hands out requests."""
+
+    def __init__(self, configs: Sequence[EngineConfig], *, retry_threshold: int = 3) -> None:
+        """retry_threshold: failures of a replica, with no answered request between them, that a restart
+        answers; after one more it is given up."""
+        self._retry_threshold = retry_threshold
+        self.replicas = [Replica(number, config) for number, config in enumerate(configs)]
+        self.restarts = 0
+        self.facts: Ready | None = None
+        """What the first replica that came up said of itself."""
+        self._places: OrderedDict[bytes, int] = OrderedDict()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    async def start(self) -> Ready:
+        """All replicas, one after the other up to the first, then together. Raises EngineError when one fails."""
+        first, *others = self.replicas
+        self.facts = await first.client.start()
+        results = await asyncio.gather(*(r.client.start() for r in others), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+        self._keepers = [asyncio.create_task(self._keep(r), name=f"replica-{r.number}") for r in self.replicas]
+        return self.facts
+
+    @property
+    def alive(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.client.alive]
+
+    @property
+    def given_up(self) -> bool:
+        """Every replica died too often; nothing will generate again."""
+        return bool(self._keepers) and all(keeper.done() for keeper in self._keepers) and not self.alive
+
+    def submit(self, adds: Sequence[Add], keys: Sequence[bytes] = ()) -> Ticket:
+        """Send one request, or the n answers of one, to one replica. Raises EngineDead when none is alive.
+
+        keys: what the replica would profit from having seen, most telling first (pictures, the prompt's
+        beginning).
+        """
+        replica = self._choose(keys)
+        client, stream = replica.client, OutputStream()
+        ids = [client.submit(add, stream) for add in adds]
+        for key in keys:
+            self._places[key] = replica.number
+            self._places.move_to_end(key)
+        while len(self._places) > AFFINITY_KEYS:
+            self._places.popitem(last=False)
+        return Ticket(client, stream, ids)
+
+    def stats(self) -> Stats:
+        """Summed over the replicas; counters include the processes that died."""
+        total = Stats()
+        for replica in self.replicas:
+            parts = [replica.lost, replica.client.stats] if replica.client.alive else [replica.lost]
+            for part in parts:
+                for name in Stats.__struct_fields__:
+                    setattr(total, name, getattr(total, name) + getattr(part, name))
+        return total
+
+    async def close(self) -> None:
+        """End all processes. Never raises."""
+        self._closing = True
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(replica.client.stop() for replica in self.replicas), return_exceptions=True)
+
+    def _choose(self, keys: Sequence[bytes]) -> Replica:
+        alive = self.alive
+        if not alive:
+            raise EngineDead("no engine process is running")
+        least = min(alive, key=lambda replica: replica.client.num_requests)
+        for key in keys:
+            number = self._places.get(key)
+            if number is None:
+                continue
+            known = self.replicas[number]
+            if known.client.alive and known.client.num_requests <= least.client.num_requests + AFFINITY_SLACK:
+                return known
+        return least
+
+    async def _keep(self, replica: Replica) -> None:
+        """Restart the replica's process whenever it dies, until it dies too often."""
+        while not self._closing:
+            code = await replica.client.wait_dead()
+            served = replica.client.answered
+            await replica.client.stop()
+            replica.retire()
+            replica.failures = 1 if served else replica.failures + 1
+            logger.error("engine process of replica %d ended with code %s", replica.number, code)
+            while replica.failures <= self._retry_threshold:
+                await asyncio.sleep(_pause(replica.failures))
+                self.restarts += 1
+                try:
+                    await replica.client.start()
+                except EngineError as error:
+                    logger.error("replica %d did not start again: %s", replica.number, error)
+                    await replica.client.stop()
+                    replica.retire()
+                    replica.failures += 1
+                else:
+                    logger.info("replica %d is back", replica.number)
+                    break
+            else:
+                logger.critical("replica %d is given up after %d failures", replica.number, replica.failures)
+                return
+
+
+def _pause(failures: int) -> float:
+    """Seconds to wait before the restart after that many failures in a row."""
+    if failures <= 1:
+        return 0.0
+    return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (failures - 2))

@@ -1,0 +1,60 @@
+"""How many blocks the key/value cache gets, and how long a request may be."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from transformers import PretrainedConfig
+
+from engine.attention.kernel import CacheShape
+from engine.config import EngineConfig
+from engine.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL_LEN = 4096
+"""Where config.json names no length."""
+
+CPU_SHARE = 0.25
+CPU_MOST = 4 << 30
+"""On a CPU the cache takes this share of the machine's memory, and never more than this many bytes."""
+
+CUDA_RESERVE = 1 << 30
+"""Bytes left free for activations beside the cache on an accelerator."""
+
+
+def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig) -> tuple[int, int]:
+    """(max_model_len in tokens, number of blocks).
+
+    Raises ModelLoadError when a length that was asked for does not fit.
+    """
+    declared = int(getattr(text, "max_position_embeddings", None) or DEFAULT_MODEL_LEN)
+    if config.max_model_len is not None and config.max_model_len > declared:
+        raise ModelLoadError(
+            f"max_model_len {config.max_model_len} is more than the model's own {declared} positions; lower it"
+        )
+    wanted = config.max_model_len or declared
+    budget = config.kv_cache_bytes if config.kv_cache_bytes is not None else _default_budget(config, shape.device)
+    affordable = budget // shape.bytes_per_block
+    useful = config.max_num_seqs * -(-wanted // shape.block_size)
+    num_blocks = min(affordable, useful)
+    room = num_blocks * shape.block_size
+    if num_blocks < 1 or (config.max_model_len is not None and room < config.max_model_len):
+        raise ModelLoadError(
+            f"the key/value cache of {budget >> 20} MiB holds {max(room, 0)} tokens, fewer than one request of "
+            f"max_model_len {wanted}; lower max_model_len or give the cache more memory "
+            "(kv_cache_memory_mb, gpu_memory_utilization)"
+        )
+    if room < wanted:
+        logger.warning("max_model_len lowered from %d to %d: the key/value cache holds no more", wanted, room)
+    return min(wanted, room), num_blocks
+
+
+def _default_budget(config: EngineConfig, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - total * (1 - config.gpu_memory_utilization)) - CUDA_RESERVE)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(CPU_MOST, total * CPU_SHARE) * config.cpu_share / config.tensor_parallel_degree)

@@ -1,0 +1,152 @@
+"""The words that the front and an engine process say to each other: msgpack, each preceded by its length.
+
+One direction is `ToEngine`, the other `FromEngine`; nothing else crosses the socket.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from engine.sampler import Logprobs
+from engine.sampling_params import SamplingParams
+
+FRAME = struct.Struct("<I")
+"""The length prefix: four bytes, little endian."""
+
+MAX_FRAME_BYTES = 1 << 30
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TensorData(msgspec.Struct, array_like=True):
+    """An array on the wire: numpy's dtype name, shape and C-order bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    @classmethod
+    def pack(cls, array: npt.NDArray[np.generic]) -> TensorData:
+        array = np.ascontiguousarray(array)
+        return cls(str(array.dtype), array.shape, array.data.cast("B") if array.size else b"")
+
+    def unpack(self) -> npt.NDArray[np.generic]:
+        """A writable array that owns its memory."""
+        return np.frombuffer(bytearray(self.data), dtype=np.dtype(self.dtype)).reshape(self.shape)
+
+
+class Picture(msgspec.Struct, array_like=True):
+    """One picture of a prompt.
+
+    digest: identifies the pixels *and* how they were prepared; it keys the encoder cache and enters the hash
+        of every key/value block that holds one of the picture's tokens.
+    offset, length: where its tokens stand in the prompt.
+    is_embed: which of these `length` tokens take one of the encoder's output rows, in order; None means all
+        (some families put row ends and break tokens between the rows).
+    tensors: the arguments of the family's encoder.
+    """
+
+    digest: bytes
+    offset: int
+    length: int
+    tensors: dict[str, TensorData]
+    is_embed: list[bool] | None = None
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+class Add(msgspec.Struct, tag=True):
+    """A new request. `request_id` is chosen by the front and unique per engine process."""
+
+    request_id: int
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    eos_token_ids: tuple[int, ...]
+    pictures: list[Picture] = []
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, tag=True):
+    request_ids: list[int]
+
+
+class Ping(msgspec.Struct, tag=True):
+    """Answered between two steps: proof that the loop turns."""
+
+    number: int
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    pass
+
+
+ToEngine = Add | Abort | Ping | Shutdown
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded and a first step has run."""
+
+    max_model_len: int
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+    dtype: str
+    attention: str
+    weight_bytes: int
+
+
+class LoadFailed(msgspec.Struct, tag=True):
+    message: str
+
+
+class Output(msgspec.Struct, array_like=True):
+    """What one step gave one request.
+
+    cached_tokens and prompt_logprobs come with the first output. `error` is set with finish "error".
+    stop_token: the stop id that ended the answer, None for end-of-sequence.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    finish: FinishReason | None = None
+    logprobs: list[Logprobs] | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: list[Logprobs] | None = None
+    error: str | None = None
+
+
+class Stats(msgspec.Struct, array_like=True):
+    """Gauges now, counters since the process started."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    encoder_queries: int = 0
+    encoder_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class StepDone(msgspec.Struct, tag=True):
+    outputs: list[Output]
+    stats: Stats
+
+
+class Pong(msgspec.Struct, tag=True):
+    number: int
+    stats: Stats
+
+
+FromEngine = Ready | LoadFailed | StepDone | Pong

@@ -1,0 +1,184 @@
+"""The engine's own process: `python -m engine.process FD`, where FD is the socket to the front.
+
+The first frame on the socket is the `EngineConfig`; then `ToEngine` messages come in and `FromEngine` messages go
+out. When the front goes away, in whatever manner, the process ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import EngineError
+from engine.messages import (
+    FRAME,
+    MAX_FRAME_BYTES,
+    Abort,
+    Add,
+    FromEngine,
+    LoadFailed,
+    Output,
+    Ping,
+    Pong,
+    Ready,
+    Shutdown,
+    StepDone,
+    ToEngine,
+)
+
+logger = logging.getLogger("engine.process")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Channel:
+    """The engine's end of the socket: blocking, one reader thread, one writer."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    def read_config(self) -> EngineConfig:
+        return msgspec.msgpack.decode(self._read_frame() or b"", type=EngineConfig)
+
+    def send(self, message: FromEngine) -> None:
+        body = self._encoder.encode(message)
+        self._socket.sendall(FRAME.pack(len(body)) + body)
+
+    def messages(self) -> Iterator[ToEngine]:
+        """Until the front closes the socket."""
+        while (frame := self._read_frame()) is not None:
+            yield self._decoder.decode(frame)
+
+    def _read_frame(self) -> bytearray | None:
+        header = self._read(FRAME.size)
+        if header is None:
+            return None
+        (size,) = FRAME.unpack(header)
+        if size > MAX_FRAME_BYTES:
+            raise EngineError(f"a frame of {size} bytes came; allowed: {MAX_FRAME_BYTES}")
+        return self._read(size)
+
+    def _read(self, size: int) -> bytearray | None:
+        data = bytearray(size)
+        view, got = memoryview(data), 0
+        while got < size:
+            count = self._socket.recv_into(view[got:])
+            if count == 0:
+                return None
+            got += count
+        return data
+
+
+def serve(channel: Channel, config: EngineConfig) -> None:
+    """Load the model, say so, and step until the front says stop or is gone."""
+    import torch
+
+    from engine.engine import Engine
+
+    torch.set_num_threads(config.threads or default_threads(config))
+    try:
+        engine = Engine.load(config)
+    except EngineError as error:
+        channel.send(LoadFailed(str(error)))
+        return
+    runner = engine.runner
+    channel.send(
+        Ready(
+            max_model_len=runner.max_model_len,
+            max_num_seqs=engine.scheduler.max_num_seqs,
+            num_blocks=runner.num_blocks,
+            block_size=runner.block_size,
+            dtype=str(runner.dtype).removeprefix("torch."),
+            attention=runner.kernel.name,
+            weight_bytes=runner.weight_bytes,
+        )
+    )
+    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+    threading.Thread(target=_read_all, args=(channel, inbox), daemon=True, name="reader").start()
+    while True:
+        message = _next(inbox, block=not engine.has_work)
+        refused: list[Output] = []
+        while message is not _EMPTY:
+            if message is None or isinstance(message, Shutdown):
+                return
+            if isinstance(message, Add):
+                refusal = engine.add(message)
+                if refusal is not None:
+                    refused.append(refusal)
+            elif isinstance(message, Abort):
+                for request_id in message.request_ids:
+                    engine.abort(request_id)
+            elif isinstance(message, Ping):
+                channel.send(Pong(message.number, engine.stats()))
+            message = _next(inbox, block=False)
+        outputs = refused + engine.step()
+        if outputs:
+            channel.send(StepDone(outputs, engine.stats()))
+
+
+class _Empty:
+    """No message is waiting."""
+
+
+_EMPTY = _Empty()
+
+
+def _next(inbox: queue.SimpleQueue[ToEngine | None], *, block: bool) -> ToEngine | _Empty | None:
+    try:
+        return inbox.get(block=block)
+    except queue.Empty:
+        return _EMPTY
+
+
+def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | None]) -> None:
+    """None, put last, means that the front is gone."""
+    try:
+        for message in channel.messages():
+            inbox.put(message)
+    except (OSError, msgspec.MsgspecError, EngineError):
+        logger.exception("the connection to the front failed")
+    finally:
+        inbox.put(None)
+
+
+def default_threads(config: EngineConfig) -> int:
+    """OMP_NUM_THREADS where it is set, else the cores that this process may use, one of them left to the front."""
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    if wished.isdecimal() and int(wished) > 0:
+        return int(wished)
+    cores = (len(os.sched_getaffinity(0)) - 1) * config.cpu_share
+    return max(1, int(cores / config.tensor_parallel_degree))
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when the front dies, even in the middle of a step; elsewhere the closed
+    socket does it between two steps."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr)
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        serve(channel, channel.read_config())
+    except BrokenPipeError:
+        logger.info("the front is gone")
+
+
+if __name__ == "__main__":
+    main()

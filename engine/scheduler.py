@@ -1,0 +1,123 @@
+"""Who computes how many tokens in the next step: one budget, no phases, decodes first."""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The tokens [start, start + length) of a sequence, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @property
+    def samples(self) -> bool:
+        """The chunk reaches the newest token, so its last position's logits choose the next one."""
+        return self.stop == self.sequence.num_tokens
+
+
+class Scheduler:
+    """Keeps the waiting and the running sequences and cuts each step's batch from them.
+
+    Each running sequence wants its uncomputed tokens computed. Those that want one (decodes) are served
+    before those that want more, so a long prompt never delays an answer that is being streamed; what is left
+    of the token budget goes to prompts, running ones first, then waiting ones in order of rank. When blocks
+    run out the running sequence of the last rank loses its own and goes back to the front of the queue: its
+    tokens are computed again later (much of them often still findable as a cached prefix).
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        assert max_num_batched_tokens >= max_num_seqs, "the budget must hold one token for every sequence"
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda s: s.rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or not, and give its blocks back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.pool.release(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """Cut the next batch. Empty only when there is no work."""
+        chunks: list[Chunk] = []
+        budget = self.max_num_batched_tokens
+        preempted: set[int] = set()
+        for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.rank)):
+            if budget == 0:
+                break
+            if sequence.request_id in preempted:
+                continue
+            length = min(sequence.num_uncomputed, budget)
+            if self._make_room(sequence, sequence.num_computed + length, chunks, preempted):
+                chunks.append(Chunk(sequence, sequence.num_computed, length))
+                budget -= length
+        budget = self.max_num_batched_tokens - sum(chunk.length for chunk in chunks)
+        if not preempted:
+            self._admit(chunks, budget)
+        return chunks
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Start waiting sequences while there are tokens, places and blocks for them."""
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            sequence.num_computed = self.pool.reuse_prefix(sequence)
+            length = min(sequence.num_uncomputed, budget)
+            if not self._fits(sequence, sequence.num_computed + length):
+                self.pool.release(sequence)
+                sequence.num_computed = 0
+                return
+            self.pool.allocate(sequence, sequence.num_computed + length)
+            if sequence.cached_tokens < 0:
+                sequence.cached_tokens = sequence.num_computed
+            self.waiting.pop(0)
+            self.running.append(sequence)
+            chunks.append(Chunk(sequence, sequence.num_computed, length))
+            budget -= length
+
+    def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks are there, and one more for each running sequence, so that admitting does not cause preempting."""
+        reserve = len(self.running)
+        missing = self.pool.missing(sequence, num_tokens)
+        return missing + reserve <= self.pool.num_free or (reserve == 0 and missing <= self.pool.num_free)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk], preempted: set[int]) -> bool:
+        """Allocate for `sequence`, preempting from the last rank up; False when it was itself preempted."""
+        while not self.pool.allocate(sequence, num_tokens):
+            victim = max(self.running, key=lambda s: s.rank)
+            self._preempt(victim)
+            preempted.add(victim.request_id)
+            chunks[:] = [chunk for chunk in chunks if chunk.sequence is not victim]
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self.pool.release(victim)
+        victim.num_computed = 0
+        self.preemptions += 1
+        insort(self.waiting, victim, key=lambda s: s.rank)

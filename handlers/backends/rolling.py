@@ -1,0 +1,431 @@
+"""The embedded engine as a backend: prompts become token ids here, token ids become text here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.errors import EngineDead, EngineError
+from engine.group import EngineGroup, Ticket
+from engine.messages import Add, Output, Picture
+from engine.sampler import Logprobs
+from engine.sampling_params import SamplingParams
+from handlers.backends.base import (
+    BackendStats,
+    Capabilities,
+    Delta,
+    Health,
+    PositionLogprobs,
+    PromptStats,
+    TokenLogprob,
+)
+from handlers.backends.pictures import PicturePreparer, ReadyPicture
+from handlers.backends.rolling_plan import plan_engines
+from handlers.detokenizer import Detokenizer
+from handlers.errors import EngineFailed, InvalidRequest, Unavailable
+from handlers.request import ChatPrompt, GenerationRequest
+from handlers.templates import PromptRenderer, RenderedPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from engine.families.base import Preprocessor
+    from properties.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LONG_PROMPT_CHARACTERS = 20_000
+"""Prompts with more text than this are rendered and tokenised in a thread, not on the event loop."""
+
+PREFIX_KEY_TOKENS = 64
+"""The beginning of a prompt that decides, after its pictures, which replica it would like."""
+
+
+class RollingBackend:
+    """See `handlers.backends.base.Backend`."""
+
+    def __init__(self, settings: Settings, model_path: Path) -> None:
+        self._settings = settings
+        self._path = str(model_path)
+        self._pool = ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="prepare")
+        self._group: EngineGroup | None = None
+        self._capabilities: Capabilities | None = None
+        self._loaded = False
+
+    @classmethod
+    def from_settings(cls, settings: Settings, model_path: Path) -> RollingBackend:
+        return cls(settings, model_path)
+
+    async def load(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            front = await loop.run_in_executor(self._pool, _Front.load, self._settings, self._path)
+            self._group = EngineGroup(
+                plan_engines(self._settings, self._path, front.accelerators),
+                retry_threshold=self._settings.retry_threshold,
+            )
+            facts = await self._group.start()
+        except EngineError as error:
+            raise Unavailable(f"the model cannot be loaded: {error}") from error
+        self._front = front
+        self._preparer = (
+            PicturePreparer(front.preprocessor, self._pool, self._settings.encoder_cache_mb << 20)
+            if front.preprocessor is not None
+            else None
+        )
+        self._capabilities = Capabilities(
+            max_model_len=facts.max_model_len,
+            images=front.preprocessor is not None,
+            default_sampling=front.default_sampling,
+        )
+        self._loaded = True
+        logger.info(
+            "embedded engine ready: %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",
+            len(self._group.replicas), facts.dtype, facts.attention, facts.max_model_len, facts.num_blocks,
+            facts.block_size,
+        )  # fmt: skip
+
+    @property
+    def capabilities(self) -> Capabilities:
+        assert self._capabilities is not None, "load() has not returned"
+        return self._capabilities
+
+    async def generate(self, request: GenerationRequest) -> RollingGeneration:
+        group = self._group
+        if group is None or not self._loaded:
+            raise Unavailable("the model is still loading", retry_after=5)
+        pictures: list[ReadyPicture] = []
+        parts = list(request.images())
+        if parts and self._preparer is not None:
+            pictures = await self._preparer.prepare(parts)
+        rendered = await self._render(request)
+        token_ids, placed = _place_pictures(rendered, pictures, self._front.renderer.image_token_id)
+        if request.truncate_prompt_tokens is not None and not placed:
+            token_ids = token_ids[-request.truncate_prompt_tokens :]
+        self._check(request, token_ids)
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        adds = [
+            Add(
+                request_id=0,
+                token_ids=token_ids,
+                params=request.sampling,
+                seed=seed + index,
+                eos_token_ids=self._front.eos_token_ids,
+                pictures=placed,
+                priority=request.priority,
+            )
+            for index in range(request.n)
+        ]
+        keys = [picture.digest for picture in placed]
+        keys.append(b"".join(t.to_bytes(4, "little") for t in token_ids[:PREFIX_KEY_TOKENS]))
+        try:
+            ticket = group.submit(adds, keys)
+        except EngineDead as error:
+            raise Unavailable("the engine is being restarted; try again", retry_after=5) from error
+        stats = PromptStats(
+            prompt_tokens=len(token_ids),
+            image_tokens=sum(picture.length for picture in placed),
+            prompt_token_ids=token_ids,
+            prompt_text=rendered.text,
+        )
+        prime = () if isinstance(request.prompt, ChatPrompt) else tuple(token_ids[-8:])
+        return RollingGeneration(ticket, request.sampling, stats, self._front.tokenizer, prime)
+
+    def health(self) -> Health:
+        group = self._group
+        if group is None or not self._loaded:
+            return Health(False, "the model is loading")
+        alive, total = len(group.alive), len(group.replicas)
+        if alive == 0:
+            reason = "the engine failed too often" if group.given_up else "the engine is being restarted"
+            return Health(False, reason)
+        return Health(True, "ready" if alive == total else f"ready: {alive} of {total} replicas")
+
+    def stats(self) -> BackendStats:
+        group = self._group
+        if group is None:
+            return BackendStats()
+        now = group.stats()
+        return BackendStats(
+            running=now.running,
+            waiting=now.waiting,
+            kv_blocks_used=now.blocks_used,
+            kv_blocks_total=now.blocks_total,
+            prefix_cache_queries=now.prefix_queries,
+            prefix_cache_hits=now.prefix_hits,
+            encoder_cache_queries=now.encoder_queries,
+            encoder_cache_hits=now.encoder_hits,
+            preemptions=now.preemptions,
+            engine_restarts=group.restarts,
+            replicas=len(group.replicas),
+            replicas_ready=len(group.alive),
+        )
+
+    async def close(self) -> None:
+        self._loaded = False
+        if self._group is not None:
+            await self._group.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _render(self, request: GenerationRequest) -> RenderedPrompt:
+        renderer = self._front.renderer
+        if _text_length(request) <= LONG_PROMPT_CHARACTERS:
+            return renderer.render(request.prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, renderer.render, request.prompt)
+
+    def _check(self, request: GenerationRequest, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequest for what the engine would have to refuse."""
+        longest, used = self.capabilities.max_model_len, len(token_ids)
+        wanted = request.sampling.max_tokens
+        if used == 0:
+            raise InvalidRequest("the prompt is empty")
+        if used >= longest:
+            raise InvalidRequest(
+                f"the prompt has {used} tokens, pictures included; this model's context is {longest} tokens, "
+                "the answer included: shorten the prompt or send fewer pictures",
+            )
+        if wanted is not None and used + wanted > longest:
+            raise InvalidRequest(
+                f"the prompt has {used} tokens and max_tokens is {wanted}, together more than this model's context "
+                f"of {longest} tokens: ask for at most {longest - used}",
+                param="max_tokens",
+            )
+        bias = request.sampling.logit_bias
+        if bias and (bad := next((t for t in bias if not 0 <= t < self._front.vocab_size), None)) is not None:
+            raise InvalidRequest(f"logit_bias names token {bad}, which is not in the vocabulary", param="logit_bias")
+        try:
+            request.sampling.validate()
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+
+
+class RollingGeneration:
+    """See `handlers.backends.base.Generation`."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        params: SamplingParams,
+        stats: PromptStats,
+        tokenizer: PreTrainedTokenizerFast,
+        prime: Sequence[int],
+    ) -> None:
+        self.stats = stats
+        self._ticket = ticket
+        self._params = params
+        self._tokenizer = tokenizer
+        self._index = {request_id: index for index, request_id in enumerate(ticket.ids)}
+        self._open = set(ticket.ids)
+        self._texts = [
+            Detokenizer(
+                tokenizer.backend_tokenizer,
+                stop=params.stop,
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                prime=prime,
+            )
+            for _ in ticket.ids
+        ]
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            while self._open:
+                for output in await self._ticket.stream.get():
+                    if output.request_id in self._open:
+                        yield self._delta(output)
+        except EngineDead as error:
+            raise EngineFailed("the engine process died while it worked on this request; try again") from error
+        finally:
+            self._ticket.abort()
+
+    async def aclose(self) -> None:
+        self._open.clear()
+        self._ticket.abort()
+
+    def _delta(self, output: Output) -> Delta:
+        if output.finish == "error":
+            raise EngineFailed(output.error or "the engine failed on this request")
+        index = self._index[output.request_id]
+        text = self._texts[index]
+        if output.cached_tokens > 0:
+            self.stats.cached_tokens = max(self.stats.cached_tokens, output.cached_tokens)
+        if output.prompt_logprobs is not None and self.stats.prompt_logprobs is None:
+            self.stats.prompt_logprobs = [None, *(self._position(entry) for entry in output.prompt_logprobs)]
+        silent = output.finish == "stop" and not self._params.include_stop_str_in_output
+        *body, last = output.token_ids
+        pieces = [text.push(token) for token in body]
+        pieces.append("" if silent else text.push(last))
+        delta = Delta(
+            index=index,
+            token_ids=output.token_ids,
+            text="".join(pieces),
+            logprobs=None if output.logprobs is None else [self._position(entry) for entry in output.logprobs],
+        )
+        if text.stopped_by is not None:
+            delta.finish_reason, delta.stop_reason = "stop", text.stopped_by
+            self._ticket.abort_one(output.request_id)
+        elif output.finish is not None:
+            delta.text += text.finish()
+            delta.finish_reason = "length" if output.finish == "length" else "stop"
+            delta.stop_reason = output.stop_token
+            delta.eos = output.finish == "stop" and output.stop_token is None
+        if delta.finish_reason is not None:
+            self._open.discard(output.request_id)
+        return delta
+
+    def _position(self, entry: Logprobs) -> PositionLogprobs:
+        chosen, *top = (
+            TokenLogprob(token, self._token_text(token), logprob, rank)
+            for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
+        )
+        return PositionLogprobs(chosen, tuple(top))
+
+    def _token_text(self, token_id: int) -> str:
+        return str(self._tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+class _Front:
+    """What the front knows of the model, without its weights."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        renderer: PromptRenderer,
+        preprocessor: Preprocessor | None,
+        eos_token_ids: tuple[int, ...],
+        default_sampling: dict[str, float | int],
+        vocab_size: int,
+        accelerators: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = renderer
+        self.preprocessor = preprocessor
+        self.eos_token_ids = eos_token_ids
+        self.default_sampling = default_sampling
+        self.vocab_size = vocab_size
+        self.accelerators = accelerators
+
+    @classmethod
+    def load(cls, settings: Settings, path: str) -> _Front:
+        """Blocking: imports transformers and reads the model's files."""
+        import torch
+        from transformers import AutoTokenizer
+
+        from engine.errors import ModelLoadError
+        from engine.loader import load_preprocessor, read_config
+
+        config = read_config(path, trust_remote_code=settings.trust_remote_code)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
+        if not tokenizer.is_fast:
+            raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
+        preprocessor = load_preprocessor(path, settings.mm_processor_kwargs)
+        image_token = settings.image_placeholder_token
+        if preprocessor is not None:
+            named = tokenizer.convert_ids_to_tokens(preprocessor.image_token_id)
+            image_token = image_token or named
+            if tokenizer.convert_tokens_to_ids(image_token) != preprocessor.image_token_id:
+                raise ModelLoadError(
+                    f"option.image_placeholder_token is {image_token!r}; this model's picture token is {named!r}"
+                )
+        try:
+            renderer = PromptRenderer(
+                tokenizer,
+                _chat_template(settings.chat_template, path) or tokenizer.chat_template,
+                settings.chat_template_content_format,
+                image_token if preprocessor is not None else None,
+            )
+        except ValueError as error:
+            raise ModelLoadError(str(error)) from error
+        generation = _generation_config(path)
+        return cls(
+            tokenizer,
+            renderer,
+            preprocessor,
+            _eos_token_ids(generation, config.get_text_config(), tokenizer),
+            _default_sampling(generation),
+            int(config.get_text_config().vocab_size),
+            torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        )
+
+
+def _place_pictures(
+    rendered: RenderedPrompt, pictures: Sequence[ReadyPicture], image_token_id: int | None
+) -> tuple[list[int], list[Picture]]:
+    """Replace each image token by its picture's own tokens."""
+    if not pictures:
+        return rendered.token_ids, []
+    token_ids: list[int] = []
+    placed: list[Picture] = []
+    waiting = iter(pictures)
+    for token in rendered.token_ids:
+        if token != image_token_id:
+            token_ids.append(token)
+            continue
+        picture = next(waiting)
+        own = picture.prepared.token_ids
+        placed.append(
+            Picture(picture.digest, len(token_ids), len(own), picture.tensors, picture.prepared.is_embed)
+        )
+        token_ids += own
+    return token_ids, placed
+
+
+def _text_length(request: GenerationRequest) -> int:
+    prompt = request.prompt
+    groups = [message.parts for message in prompt.messages] if isinstance(prompt, ChatPrompt) else [prompt.parts]
+    return sum(len(part.text) for parts in groups for part in parts if hasattr(part, "text"))
+
+
+def _chat_template(setting: str | None, model_path: str) -> str | None:
+    """The setting is a path (absolute, or in the model directory) or the text itself."""
+    from engine.errors import ModelLoadError
+
+    if setting is None:
+        return None
+    if "{" in setting or "\n" in setting:
+        return setting
+    path = Path(model_path, setting)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"option.chat_template {setting!r} is neither a template nor a readable file") from error
+
+
+def _generation_config(path: str) -> dict[str, Any]:
+    try:
+        return dict(msgspec.json.decode(Path(path, "generation_config.json").read_bytes(), type=dict[str, Any]))
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError) as error:
+        from engine.errors import ModelLoadError
+
+        raise ModelLoadError("generation_config.json of the model cannot be read") from error
+
+
+def _eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """generation_config.json decides, as in transformers; else the model's config; else the tokenizer."""
+    for source in (generation.get("eos_token_id"), getattr(text_config, "eos_token_id", None), tokenizer.eos_token_id):
+        if source is not None:
+            return tuple(source) if isinstance(source, list) else (int(source),)
+    return ()
+
+
+def _default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
+    """The fields of generation_config.json that we know by the same name; none where it says greedy."""
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+    found = {name: generation[name] for name in names if isinstance(generation.get(name), int | float)}
+    if generation.get("do_sample") is False:
+        found = {"temperature": 0.0, **{k: v for k, v in found.items() if k == "repetition_penalty"}}
+    return found

@@ -1,0 +1,70 @@
+"""From the user's settings to the embedded engine's processes: which devices, how many replicas, how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig
+from handlers.errors import InvalidConfiguration
+
+if TYPE_CHECKING:
+    from properties.settings import Settings
+
+
+def plan_engines(settings: Settings, model_path: str, accelerators: int) -> list[EngineConfig]:
+    """One config per replica.
+
+    With accelerators: as many replicas as the devices divided by tensor_parallel_degree, or max_workers where
+    that is fewer. Without: max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is 1).
+    Raises InvalidConfiguration when there are too few devices.
+    """
+    devices = _devices(settings.load_on_devices, accelerators)
+    degree = settings.tensor_parallel_degree
+    if devices:
+        ranks = len(devices) if degree == "max" else degree
+        if ranks > len(devices):
+            raise InvalidConfiguration(
+                f"option.tensor_parallel_degree is {ranks}, but {len(devices)} devices are there; lower it or set max"
+            )
+        groups = [tuple(devices[at : at + ranks]) for at in range(0, len(devices) - ranks + 1, ranks)]
+        groups = groups[: settings.max_workers or len(groups)]
+    else:
+        ranks = 1 if degree == "max" else degree
+        workers = settings.max_workers or settings.min_workers or 1
+        groups = [("cpu",) * ranks] * workers
+    cache = settings.kv_cache_memory_mb
+    return [
+        EngineConfig(
+            model_path=model_path,
+            dtype=settings.dtype,
+            devices=group,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=1 if settings.rolling_batch == "disable" else settings.max_rolling_batch_size,
+            max_num_batched_tokens=settings.max_rolling_batch_prefill_tokens,
+            block_size=settings.block_size or 16,
+            kv_cache_bytes=None if cache is None else cache << 20,
+            cpu_share=1.0 / len(groups),
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            encoder_cache_bytes=settings.encoder_cache_mb << 20,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        for group in groups
+    ]
+
+
+def _devices(wanted: Sequence[str] | str, accelerators: int) -> list[str]:
+    """Torch's names of the accelerators to use; empty on a machine without any."""
+    if not accelerators:
+        return []
+    if wanted == "*" or not wanted or list(wanted) == ["*"]:
+        return [f"cuda:{number}" for number in range(accelerators)]
+    names = [f"cuda:{name}" if name.isdecimal() else name for name in wanted]
+    for name in names:
+        number = name.removeprefix("cuda:")
+        if not number.isdecimal() or int(number) >= accelerators:
+            raise InvalidConfiguration(
+                f"load_on_devices names {name!r}, but the devices are 0 to {accelerators - 1}"
+            )
+    return names

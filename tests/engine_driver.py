@@ -1,0 +1,117 @@
+"""Drives an engine in this process, step by step, and asks transformers what the right tokens are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.families.base import Preprocessor
+from engine.loader import load_preprocessor
+from engine.messages import Add, Output, Picture, TensorData
+from engine.sampling_params import SamplingParams
+
+EOS = (257, 263)
+
+
+def random_image(seed: int) -> Image.Image:
+    random = np.random.default_rng(seed)
+    size = random.integers(8, 60, 2)
+    return Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+@dataclass
+class Prompt:
+    """Text token ids with pictures (by seed) standing between them."""
+
+    items: list[int | Image.Image]
+
+    def add(self, preprocessor: Preprocessor | None, params: SamplingParams, seed: int = 0) -> Add:
+        token_ids: list[int] = []
+        pictures: list[Picture] = []
+        for item in self.items:
+            if isinstance(item, int):
+                token_ids.append(item)
+                continue
+            assert preprocessor is not None
+            prepared = preprocessor.prepare(item)
+            pictures.append(
+                Picture(
+                    digest=item.tobytes()[:64] + bytes(item.size),
+                    offset=len(token_ids),
+                    length=len(prepared.token_ids),
+                    tensors={name: TensorData.pack(array) for name, array in prepared.tensors.items()},
+                )
+            )
+            token_ids += prepared.token_ids
+        return Add(0, token_ids, params, seed, EOS, pictures)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [item for item in self.items if not isinstance(item, int)]
+
+
+class Oracle:
+    """transformers' own `generate`, one request at a time, in float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.preprocessor = load_preprocessor(str(path))
+        loader = AutoModelForCausalLM if self.preprocessor is None else AutoModelForImageTextToText
+        self.model: PreTrainedModel = loader.from_pretrained(path, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def generate(self, prompt: Prompt, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
+        add = prompt.add(self.preprocessor, SamplingParams())
+        ids = torch.tensor([add.token_ids])
+        extra = {}
+        if add.pictures:
+            extra["pixel_values"] = torch.stack(
+                [torch.from_numpy(p.tensors["pixel_values"].unpack()) for p in add.pictures]
+            )
+        out = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
+            eos_token_id=None if ignore_eos else list(EOS), pad_token_id=258, **extra,
+        )  # fmt: skip
+        return out[0, ids.shape[1] :].tolist()
+
+
+@dataclass
+class Result:
+    token_ids: list[int] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def finish(self) -> str | None:
+        return self.outputs[-1].finish if self.outputs else None
+
+
+def load_engine(path: Path, **settings: object) -> Engine:
+    defaults: dict[str, object] = {"dtype": "float32", "kv_cache_bytes": 8 << 20}
+    return Engine.load(EngineConfig(model_path=str(path), **{**defaults, **settings}))  # type: ignore[arg-type]
+
+
+def collect(results: dict[int, Result], outputs: list[Output]) -> None:
+    for output in outputs:
+        result = results.setdefault(output.request_id, Result())
+        result.outputs.append(output)
+        result.token_ids += output.token_ids
+
+
+def run_all(engine: Engine, adds: list[Add], *, max_steps: int = 10_000) -> dict[int, Result]:
+    """All requests at once, to their ends."""
+    results: dict[int, Result] = {}
+    for number, add in enumerate(adds):
+        add.request_id = number
+        refusal = engine.add(add)
+        collect(results, [refusal] if refusal else [])
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return results
+        collect(results, engine.step())
+    raise AssertionError("the engine did not finish")

@@ -1,0 +1,124 @@
+"""Tiny random models in the hub's format, made from configs: every family and text decoder that is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+from transformers import AutoModelForCausalLM
+
+VOCAB = 320
+SPECIALS = ["<s>", "</s>", "<pad>", "<image>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Byte level, no merges: any text is encodable and ids are easy to reason about."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False, model_max_length=1 << 30,
+    )  # fmt: skip
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def text_config(kind: str = "llama", **overrides: Any) -> PretrainedConfig:
+    """A decoder of two layers; grouped-query attention, and a sliding window for Mistral."""
+    shared: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    kinds: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+    if kind == "mistral":
+        shared["sliding_window"] = 24
+    return kinds[kind](**{**shared, **overrides})
+
+
+def make_text_model(path: Path, kind: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(text_config(kind, **overrides))
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    _write_generation_config(path)
+    return path
+
+
+def make_llava(
+    path: Path, *, tower: str = "clip", text: str = "llama", seed: int = 0, strategy: str = "default", **overrides: Any
+) -> Path:
+    """A Llava of 28-pixel pictures: 16 patches, so 16 tokens (17 with CLIP's class token, 15 for SigLIP with
+    "default", which cuts the first row off)."""
+    torch.manual_seed(seed)
+    vision: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 7,
+    }  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, initializer_range=0.5, initializer_factor=4.0) if tower == "clip" else SiglipVisionConfig(**vision),
+        text_config=text_config(text, **overrides),
+        image_token_index=259,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=16,
+    )
+    model = LlavaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "vision_tower" in name or "projector" in name:
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    size = {"height": 28, "width": 28}
+    processor = CLIPImageProcessor(size=size, do_center_crop=False) if tower == "clip" else SiglipImageProcessor(size=size)
+    processor.save_pretrained(path)
+    preprocessor = json.loads((path / "preprocessor_config.json").read_text())
+    preprocessor["processor_class"] = "LlavaProcessor"
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    (path / "processor_config.json").write_text(
+        json.dumps(
+            {
+                "processor_class": "LlavaProcessor", "patch_size": 7, "image_token": "<image>",
+                "vision_feature_select_strategy": strategy,
+                "num_additional_image_tokens": 1 if tower == "clip" else 0,
+            }  # fmt: skip
+        )
+    )
+    _write_generation_config(path)
+    return path
+
+
+def _write_generation_config(path: Path) -> None:
+    (path / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 256, "eos_token_id": [257, 263], "pad_token_id": 258})
+    )
