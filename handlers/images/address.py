@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from handlers.images.target import canonical_host
+
 IPAddress = IPv4Address | IPv6Address
 
 GLOBAL_UNICAST = IPv6Network("2000::/3")  # all that IANA has handed out; RFC 4291, section 2.4
@@ -45,13 +47,14 @@ class AllowedPrivate:
     """The operator's exceptions: host names, addresses and networks (`option.image_fetch_allow_private`)."""
 
     def __init__(self, entries: Iterable[str]) -> None:
+        """Raises ValueError for an entry that is none of these."""
         self.hosts: set[str] = set()
         self.networks: list[IPv4Network | IPv6Network] = []
         for entry in entries:
             try:
                 self.networks.append(ipaddress.ip_network(entry.strip("[]"), strict=False))
             except ValueError:
-                self.hosts.add(entry.lower().rstrip("."))
+                self.hosts.add(canonical_host(entry))
 
     def admits(self, host: str, address: IPAddress) -> bool:
         """Whether `host`, as the URL spells it, may be fetched from `address` although that is not public."""

@@ -64,7 +64,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         failure: Exception = httpcore.ConnectError()
         loop = asyncio.get_running_loop()
         for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
-            share = (self._deadline - loop.time()) / left
+            share = (self._deadline - loop.time()) / left if left > 1 else None
             try:
                 stream = await self._network.connect_tcp(address, port, timeout=share)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:

@@ -9,7 +9,7 @@ from handlers.errors import ImageTooLarge
 from handlers.images.problem import PictureProblem
 
 MAX_HEADER = 1024
-UNTYPED = {"", "application/octet-stream", "binary/octet-stream"}
+ACCEPTED_TYPES = {"", "image", "application/octet-stream", "binary/octet-stream"}
 DISCARDED = {ord(character): None for character in " \t\r\n\f\v="}
 URL_SAFE = {ord("-"): "+", ord("_"): "/"}
 
@@ -32,7 +32,9 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     if len(url) - comma > 4 * max_bytes + MAX_HEADER:  # 4: base64 and percent-encoding both, at their worst
         raise _too_large(max_bytes)
     payload = url[comma + 1 :]
-    data = _base64(payload) if "base64" in parameters else unquote_to_bytes(payload)
+    data = (
+        _base64(payload) if "base64" in parameters else unquote_to_bytes(payload.encode("utf-8", "replace"))
+    )
     if not data:
         raise PictureProblem("its data URL is empty")
     if len(data) > max_bytes:
@@ -43,7 +45,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 def _check_type(media_type: str) -> None:
     if media_type.startswith("image/svg"):
         raise PictureProblem("SVG pictures are not supported; send PNG, JPEG or WebP")
-    if not media_type.startswith("image/") and media_type not in UNTYPED:
+    if not media_type.startswith("image/") and media_type not in ACCEPTED_TYPES:
         raise PictureProblem("its data URL does not declare a picture; write data:image/jpeg;base64,...")
 
 

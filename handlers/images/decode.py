@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from handlers.images.problem import PictureProblem
 # The plugins above are imported so that Pillow finds them without importing all of its others.
 PLUGINS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", *(["AVIF"] if features.check("avif") else [])]
-MAX_JPEG_SCANS = 256
+MAX_JPEG_SCANS = 100
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -49,17 +48,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise _too_many_pixels(max_pixels) from error
     except MemoryError as error:
         raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        LookupError,
-        TypeError,
-        EOFError,
-        OverflowError,
-        struct.error,
-    ) as error:
-        # What Pillow's readers let through on broken files, all of it about the file.
+    except Exception as error:  # Pillow's readers fail in a dozen ways, all of them about the file.
         raise PictureProblem("its data is truncated or damaged") from error
 
 
@@ -98,7 +87,7 @@ def _flatten(image: Image.Image) -> Image.Image:
         flat = Image.new("RGB", image.size, "white")
         flat.paste(layer, mask=layer)
         return flat
-    flat = image.copy() if image.mode == "RGB" else image.convert("RGB")
+    flat = image.convert("RGB")  # always a new picture
     flat.info.clear()  # profiles and comments, which nobody reads and which the cache does not count
     return flat
 

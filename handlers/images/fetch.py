@@ -14,7 +14,7 @@ from handlers.errors import ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
 from handlers.images.address import AllowedPrivate
 from handlers.images.connect import CheckedBackend, Resolver, resolve
 from handlers.images.problem import PictureProblem
-from handlers.images.target import Target, parse_target
+from handlers.images.target import Target, canonical_host, parse_target
 
 REDIRECTS = {301, 302, 303, 307, 308}
 USER_AGENT = "lmi-handler"
@@ -48,9 +48,7 @@ class Fetcher:
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
         self._turns = asyncio.Semaphore(max_concurrent)
-        self._domains = (
-            None if allowed_domains is None else {name.lower().rstrip(".") for name in allowed_domains}
-        )
+        self._domains = None if allowed_domains is None else set(map(canonical_host, allowed_domains))
         self._allow_private = AllowedPrivate(allow_private)
         self._resolver = resolver or resolve
         self._given_ssl_context = ssl_context
@@ -92,16 +90,17 @@ class Fetcher:
         return target
 
     async def _follow(self, target: Target, deadline: float) -> list[bytes]:
-        for _ in range(self._max_redirects + 1):
-            reply = await self._hop(target, deadline)
+        reply = await self._hop(target, deadline)
+        for _ in range(self._max_redirects):
             if isinstance(reply, list):
                 return reply
             try:
                 target = self._checked(target.follow(reply))
+                reply = await self._hop(target, deadline)
             except PictureProblem as problem:
-                raise PictureProblem(
-                    f"its host redirects elsewhere: {problem.reason}", problem.error
-                ) from problem
+                raise PictureProblem(f"after a redirect, {problem.reason}", problem.error) from problem
+        if isinstance(reply, list):
+            return reply
         raise PictureProblem(
             f"its host redirects more than {self._max_redirects} times (option.image_fetch_max_redirects)",
             ImageFetchFailed,
@@ -120,7 +119,7 @@ class Fetcher:
         headers: dict[str | bytes, str | bytes] = {
             "Host": target.authority,
             "User-Agent": USER_AGENT,
-            "Accept": "image/*",
+            "Accept": "image/*, */*;q=0.5",
             "Accept-Encoding": "identity",
             "Connection": "close",
         }
@@ -149,7 +148,8 @@ class Fetcher:
                 "its host sent it with a Content-Encoding, which is refused", ImageFetchFailed
             )
         left = self._max_bytes
-        if int(fields.get(b"content-length", b"0")) > left:
+        length = fields.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 18 or int(length) > left:
             raise self._too_large()
         pieces: list[bytes] = []
         async for piece in response.aiter_stream():

@@ -128,13 +128,10 @@ class ImageLoader:
     async def _in_thread(self, source: str | list[bytes]) -> LoadedImage:
         loop = asyncio.get_running_loop()
         future, decoded = await loop.run_in_executor(self._threads, self._decode_source, source)
-        if decoded:
-            self.decoded += 1
-        else:
-            self.cache_hits += 1
-        if future.done():
-            return future.result()
-        return await asyncio.shield(asyncio.wrap_future(future))
+        picture = future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
+        self.decoded += decoded
+        self.cache_hits += not decoded
+        return picture
 
     def _decode_source(self, source: str | list[bytes]) -> tuple[Future[LoadedImage], bool]:
         data = decode_data_url(source, self.limits.max_bytes) if isinstance(source, str) else b"".join(source)

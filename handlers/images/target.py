@@ -7,14 +7,17 @@ import re
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
+from handlers.errors import ImageFetchFailed
 from handlers.images.problem import PictureProblem
 
 MAX_URL_CHARACTERS = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
-HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
+MAX_HOST_CHARACTERS = 253
+HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]{32,}")
-KEPT_IN_PATH = "/%:@!$&'()*+,;=-._~?"  # everything that RFC 3986 allows; a stray % is left as it is
+KEPT_IN_PATH = "/%:@!$&'()*+,;=-._~"  # everything that RFC 3986 allows; a stray % is left as it is
+KEPT_IN_QUERY = KEPT_IN_PATH + "?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,15 @@ class Target:
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
     def follow(self, location: str) -> Target:
-        """Where a redirect answered by this target leads; raises PictureProblem like `parse_target`."""
-        target = parse_target(urljoin(f"{self.scheme}://{self.authority}{self.path}", location))
+        """Where a redirect answered by this target leads, never from https to http. Raises PictureProblem."""
+        try:
+            target = parse_target(urljoin(f"{self.scheme}://{self.authority}{self.path}", location))
+        except ValueError as error:
+            raise PictureProblem("its URL is malformed", ImageFetchFailed) from error
+        except PictureProblem as problem:
+            raise PictureProblem(problem.reason, ImageFetchFailed) from problem
         if self.scheme == "https" and target.scheme == "http":
-            raise PictureProblem("its host redirects from https to http, which is refused")
+            raise PictureProblem("it would leave https for http, which is refused", ImageFetchFailed)
         return target
 
 
@@ -52,18 +60,16 @@ def parse_target(url: str) -> Target:
     try:
         parts = urlsplit(url)
         port = parts.port
+        path = quote(parts.path, safe=KEPT_IN_PATH) or "/"
+        if parts.query:
+            path += "?" + quote(parts.query, safe=KEPT_IN_QUERY)
     except ValueError as error:
         raise PictureProblem("its URL is malformed") from error
     if "@" in parts.netloc:
         raise PictureProblem("its URL holds a user name or password, which is refused")
     if port == 0:
         raise PictureProblem("its URL names port 0")
-    path = quote(parts.path, safe=KEPT_IN_PATH.rstrip("?")) or "/"
-    if parts.query:
-        path += "?" + quote(parts.query, safe=KEPT_IN_PATH)
-    return Target(
-        parts.scheme, _host(parts.netloc, parts.hostname), port or DEFAULT_PORTS[parts.scheme], path
-    )
+    return Target(parts.scheme, _host(parts.hostname), port or DEFAULT_PORTS[parts.scheme], path)
 
 
 def check_scheme(url: str) -> None:
@@ -82,22 +88,26 @@ def check_scheme(url: str) -> None:
     raise PictureProblem("its URL has no scheme; send an http:, https: or data: URL")
 
 
-def _host(netloc: str, host: str | None) -> str:
-    if not host:
+def canonical_host(name: str) -> str:
+    """A host as `Target.host` has it: IDNA, lower case, no final dot; IPv6 compressed, without brackets.
+
+    Raises ValueError.
+    """
+    if ":" in name:
+        return str(ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]")))
+    if len(name) <= MAX_HOST_CHARACTERS:
+        ascii_name = name.encode("idna").decode("ascii").lower().removesuffix(".")
+        if HOST_NAME.fullmatch(ascii_name):
+            return ascii_name
+    raise ValueError(f"not a host name: {name[:MAX_HOST_CHARACTERS]!r}")
+
+
+def _host(name: str | None) -> str:
+    if not name:
         raise PictureProblem("its URL names no host")
-    if netloc.startswith("["):
-        if "%" in host:
-            raise PictureProblem("its URL's IPv6 address has a zone, which is refused")
-        try:
-            return str(ipaddress.IPv6Address(host))
-        except ValueError as error:
-            raise PictureProblem("its URL's IPv6 address is malformed") from error
-    if len(host) <= 253:
-        try:
-            name = host.encode("idna").decode("ascii").lower()
-        except UnicodeError as error:
-            raise PictureProblem("its URL's host name is malformed") from error
-        name = name.removesuffix(".")
-        if HOST_NAME.fullmatch(name) and ".." not in name:
-            return name
-    raise PictureProblem("its URL's host name is malformed")
+    if "%" in name:
+        raise PictureProblem("its URL's host has a percent sign, which is refused")
+    try:
+        return canonical_host(name)
+    except ValueError as error:
+        raise PictureProblem("its URL's host name is malformed") from error
