@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,10 +137,7 @@ def resolve(
     if home is not None and (home / FILE_NAME).is_file():
         written += read_file(home / FILE_NAME, problems, noted)
     written += _model_from_place(model, home, written, noted)
-    try:
-        return _build(tuple(written), tuple(noted), home, None, problems)
-    except ConfigurationError as error:
-        raise error from None
+    return _build(tuple(written), tuple(noted), home, None, problems)
 
 
 def read_model_config(directory: Path) -> dict[str, Any] | None:
@@ -255,10 +253,10 @@ def _check_together(result: Resolution, home: Path | None) -> None:
             "enable_auto_tool_choice", f"{written('enable_auto_tool_choice')} needs option.tool_call_parser"
         )
     entry = settings.entry_point
-    if entry is not None and home is not None and not (home / entry).is_file():
+    if entry is not None and home is not None and not os.path.isfile(home / entry):
         problem("entry_point", f"{written('entry_point')}: no such file in {home}")
     template = settings.chat_template
     if template is not None and "{" not in template and "\n" not in template:
-        places = [Path(template)] if home is None else [home / template]
-        if (home is not None or Path(template).is_absolute()) and not any(p.is_file() for p in places):
+        path = os.path.join(home or "", template)
+        if (home is not None or os.path.isabs(path)) and not os.path.isfile(path):
             problem("chat_template", f"{written('chat_template')}: no such file, and no template text")

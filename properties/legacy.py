@@ -92,3 +92,9 @@ TRUE_MEANS: dict[str, tuple[str, str]] = {
     "option.load_in_4bit": ("quantize", "bitsandbytes"),
 }
 """Deprecated switches: the option and the value that `true` stands for."""
+
+
+def ignored_because(key: str) -> str | None:
+    """The reason why a key has no effect, with or without `option.`; None for any other key."""
+    bare = key.removeprefix("option.")
+    return IGNORED.get(key) or IGNORED.get(bare) or IGNORED.get(f"option.{bare}")

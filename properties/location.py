@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def locate(model_id: str, revision: str | None, home: Path | None) -> ModelLocat
     if model_id.startswith("s3://"):
         return ModelLocation("s3", model_id, _name(model_id.rstrip("/").rpartition("/")[2]))
     for path in ([home / model_id] if home else []) + [Path(model_id)]:
-        if path.is_dir():
+        if os.path.isdir(path):
             return ModelLocation("directory", str(path), _name(path.resolve().name))
     if model_id.startswith(("/", "./", "../", "~")):
         raise ValueError("no such directory")
@@ -50,11 +51,11 @@ def find_home(model: str | None, named: str | None, store: Path) -> Path | None:
     Raises ValueError when the store holds several models and none is named.
     """
     if model is not None:
-        return Path(model) if Path(model).is_dir() else None
+        return Path(model) if os.path.isdir(model) else None
     entries = _visible(store)
     if (store / "serving.properties").is_file():
         return store
-    if named is not None and Path(named).is_dir():
+    if named is not None and os.path.isdir(named):
         return Path(named)
     if not entries:
         return None

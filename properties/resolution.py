@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from properties.field import Level
-from properties.legacy import IGNORED, SILENT, TRUE_MEANS
+from properties.legacy import SILENT, TRUE_MEANS, ignored_because
 from properties.names import FACTS, KEYS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Problem, Source
 from properties.settings import Settings
@@ -46,10 +46,8 @@ def resolve_values(written: Iterable[Written]) -> Resolution:
     for item in _expanded(written, result):
         if item.key in KEYS:
             candidates[KEYS[item.key]].append(item)
-        elif item.key in IGNORED:
-            result.warnings.append(
-                Problem(f"{item.location}: {item.key} has no effect here: {IGNORED[item.key]}")
-            )
+        elif (reason := ignored_because(item.key)) is not None:
+            result.warnings.append(Problem(f"{item.location}: {item.key} has no effect here: {reason}"))
         elif not (item.level is Level.ENVIRONMENT and item.key in SILENT):
             unknown.append(item)
     values = {name: _choose(name, items, result) for name, items in candidates.items()}

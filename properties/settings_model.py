@@ -39,7 +39,11 @@ class ModelSettings(BaseModel):
         variables=(Variable("HF_TASK"),),
         replaced=(("image-text-to-text", "generate"), ("image-to-text", "generate")),
     )
-    engine: Literal["Python"] = server_key("LMI's engine name; the only one is Python.", default="Python")
+    engine: Literal["Python"] = server_key(
+        "LMI's engine name; the only one is Python.",
+        default="Python",
+        replaced=(("python", "Python"), ("MPI", "Python")),
+    )
     dtype: Dtype = option("Type of weights and activations. auto: as config.json says.", default="auto")
     quantize: str | None = option(
         "Quantise while loading, e.g. fp8 or bitsandbytes. Leave out for a model that is quantised already.",

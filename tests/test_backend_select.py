@@ -1,0 +1,73 @@
+"""Which backend serves a model, and the reason that is given."""
+
+import subprocess
+import sys
+
+import pytest
+
+from handlers.backends.select import choose
+from properties.problem import ConfigurationError
+
+LLAVA = ["LlavaForConditionalGeneration"]
+
+
+def test_auto_takes_vllm_where_everything_speaks_for_it() -> None:
+    choice = choose("auto", LLAVA, 1, vllm=True, adapter=True)
+    assert choice.backend == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "accelerators", "vllm", "adapter", "reason"),
+    [
+        (LLAVA, 1, True, False, "this build has no vLLM backend"),
+        (LLAVA, 1, False, True, "vLLM is not installed"),
+        (LLAVA, 0, True, True, "no accelerator is visible"),
+        (["MllamaForConditionalGeneration"], 1, True, True, "0.10.2"),
+        (["FuyuForCausalLM"], 1, True, True, "0.25"),
+        (["ChameleonForConditionalGeneration"], 1, True, True, "0.28"),
+        (["Phi3VForCausalLM"], 1, True, True, "trust_remote_code"),
+    ],
+)
+def test_auto_falls_to_the_embedded_engine_and_says_why(
+    architectures: list[str], accelerators: int, vllm: bool, adapter: bool, reason: str
+) -> None:
+    choice = choose("auto", architectures, accelerators, vllm=vllm, adapter=adapter)
+    assert choice.backend == "rolling"
+    assert reason in choice.reason
+
+
+def test_phi3_v_with_remote_code_is_vllms() -> None:
+    choice = choose("auto", ["Phi3VForCausalLM"], 1, vllm=True, adapter=True, trust_remote_code=True)
+    assert choice.backend == "vllm"
+
+
+@pytest.mark.parametrize("rolling_batch", ["rolling", "disable"])
+def test_the_embedded_engine_on_demand(rolling_batch: str) -> None:
+    assert choose(rolling_batch, LLAVA, 8, vllm=True, adapter=True).backend == "rolling"  # type: ignore[arg-type]
+
+
+def test_vllm_on_demand_needs_no_accelerator() -> None:
+    assert choose("vllm", LLAVA, 0, vllm=True, adapter=True).backend == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "vllm", "adapter", "reason"),
+    [
+        (LLAVA, True, False, "this build has no vLLM backend; use rolling"),
+        (LLAVA, False, True, "vLLM is not installed"),
+        (["FuyuForCausalLM"], True, True, "FuyuForCausalLM"),
+    ],
+)
+def test_vllm_on_demand_is_refused_with_the_reason(
+    architectures: list[str], vllm: bool, adapter: bool, reason: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        choose("vllm", architectures, 1, vllm=vllm, adapter=adapter)
+
+
+def test_choosing_imports_no_engine() -> None:
+    code = (
+        "import sys; from handlers.backends.select import choose; choose('auto', [], 0);"
+        "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,233 @@
+"""`lmi check`: what would be served, without loading it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from container.check import check, describe, run_check
+from container.estimate import cache_bytes_per_token, weights
+from container.fit import ACCELERATOR_RESERVE, HOST_MOST, HOST_SHARE
+from container.machine import Device, Machine, host_memory
+from properties.configuration import resolve
+
+GIB = 2**30
+CPU = Machine((), Device("host memory", 8 * GIB))
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "dtype": "bfloat16",
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 100,
+        "max_position_embeddings": 256,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+}
+TOKEN = 2 * 3 * 2 * 16 * 2
+"""Keys and values x layers x heads x head size x bytes of bfloat16."""
+
+
+def machine(count: int, memory: int = 24 * GIB) -> Machine:
+    return Machine((Device("GPU", memory),) * count, CPU.host)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    tensors = {"a": np.zeros((100, 64), np.float32), "b": np.zeros(7, np.int64)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def report(model: Path, on: Machine, *options: str, **environ: str) -> dict[str, Any]:
+    return describe(resolve(model=str(model), environ=environ, options=options), on)
+
+
+def test_weights_are_counted_from_headers_in_the_served_type(model: Path) -> None:
+    assert report(model, CPU)["memory"]["weights"] == 6400 * 2 + 7 * 8
+    assert report(model, CPU, "dtype=fp32")["memory"]["weights"] == 6400 * 4 + 7 * 8
+
+
+def test_weights_of_several_files_are_counted_once(model: Path) -> None:
+    save_file({"c": np.zeros(10, np.float16)}, model / "model-2.safetensors")
+    save_file({"a": np.zeros((100, 64), np.float16)}, model / "consolidated.safetensors")
+    assert report(model, CPU)["memory"]["weights"] == 6400 * 2 + 7 * 8 + 20
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert report(model, CPU)["memory"]["weights"] == 6400 * 2 + 7 * 8
+
+
+def test_weights_from_an_index_and_from_shapes(tmp_path: Path) -> None:
+    shapes = weights(tmp_path, CONFIG, "bfloat16")
+    assert shapes is not None
+    text = 2 * 100 * 64 + 3 * (2 * 64 * 16 * (4 + 2) + 3 * 64 * 128)
+    vision = 2 * (2 * 32 * 16 * (2 + 2) + 2 * 32 * 64)
+    assert (shapes.size, shapes.basis) == ((text + vision) * 2, "shapes in config.json")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1000}, "weight_map": {"a": "absent.safetensors"}})
+    )
+    index = weights(tmp_path, CONFIG, "float32")
+    assert index is not None
+    assert (index.size, index.basis) == (2000, "total_size in model.safetensors.index.json")
+    assert weights(tmp_path / "none", {}, "float32") is None
+
+
+def test_cache_per_token() -> None:
+    assert cache_bytes_per_token(CONFIG, "bfloat16") == TOKEN
+    plain = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    assert cache_bytes_per_token(plain, "float32") == 2 * 2 * 4 * 8 * 4
+    assert cache_bytes_per_token({}, "float32") is None
+
+
+def test_shapes_that_config_json_leaves_to_the_family_are_filled_in(model: Path) -> None:
+    short = {**CONFIG, "text_config": {"model_type": "llama", "max_position_embeddings": 256}}
+    (model / "config.json").write_text(json.dumps(short))
+    assert report(model, CPU)["memory"]["cache_bytes_per_token"] == 2 * 32 * 32 * 128 * 2
+
+
+def test_cache_on_the_host(model: Path) -> None:
+    full_batch = report(model, CPU, "max_rolling_batch_size=4")["memory"]
+    assert full_batch["cache_per_device"] == 4 * 256 * TOKEN
+    assert full_batch["cache_tokens"] == 4 * 256
+    small = Machine((), Device("host memory", 4 * 2**20))
+    assert report(model, small)["memory"]["cache_per_device"] == 2**20
+    asked = report(model, CPU, "kv_cache_memory_mb=1")["memory"]
+    assert asked["cache_per_device"] == 2**20
+
+
+def test_devices_share_weights_and_cache(model: Path) -> None:
+    memory = report(model, machine(4), "tensor_parallel_degree=2")["memory"]
+    assert (memory["copies"], memory["devices_per_copy"]) == (2, 2)
+    assert memory["weights_per_device"] == (6400 * 2 + 7 * 8) // 2
+    everything = report(model, machine(4))["memory"]
+    assert (everything["copies"], everything["devices_per_copy"]) == (1, 4)
+
+
+def test_more_devices_than_there_are(model: Path) -> None:
+    (error,) = report(model, machine(2), "tensor_parallel_degree=4")["errors"]
+    assert "1 x 4 devices are asked for and 2 are visible" in error
+    assert report(model, CPU, "tensor_parallel_degree=2")["errors"] == []
+
+
+def test_a_model_that_does_not_fit(model: Path) -> None:
+    (error,) = report(model, machine(1, 10_000))["errors"]
+    assert "does not fit" in error
+    (error,) = report(model, CPU, "kv_cache_memory_mb=9000", "max_rolling_batch_size=100000000")["errors"]
+    assert "usable on the host" in error
+
+
+def test_a_cache_that_holds_no_full_request(model: Path) -> None:
+    tiny = Machine((), Device("host memory", 128 * 1024))
+    (warning,) = report(model, tiny)["warnings"]
+    assert "holds 85 tokens" in warning
+    assert "will be lowered" in warning
+    (error,) = report(model, tiny, "max_model_len=200")["errors"]
+    assert "lower it or enlarge the cache" in error
+
+
+def test_a_damaged_checkpoint_is_named(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (error,) = report(model, CPU)["errors"]
+    assert "model.safetensors is not a safetensors file" in error
+
+
+def test_backend_and_its_reason(model: Path) -> None:
+    assert report(model, CPU)["backend"]["backend"] == "rolling"
+    (warning,) = report(model, CPU, "max_loras=2")["warnings"]
+    assert "option.max_loras (--option max_loras) has no effect with the rolling backend" in warning
+
+
+def test_hub_models_are_unknown_until_downloaded() -> None:
+    found = describe(resolve(model="org/m", environ={}), CPU)
+    assert found["memory"] is None
+    assert found["model"]["kind"] == "hub"
+    assert found["errors"] == []
+
+
+def test_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "serving.properties").write_text("option.dtype=fp16\noption.max_modle_len=9\n")
+    environ = {"OPTION_HF_TOKEN": "hf_abcdef", "OPTION_API_KEYS": "s3cret"}
+    found = resolve(model=str(model), environ=environ, options=["api_key=s3cret"])
+    assert check(found, as_json=False, machine=CPU) == 0
+    text = capsys.readouterr().out
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in text.splitlines() if line}
+    assert rows["option.dtype"] == ["float16", "serving.properties line 1"]
+    assert rows["option.max_model_len"] == ["256", "recommended from config.json"]
+    assert rows["option.seed"] == ["0", "default"]
+    assert rows["api_key"] == ["********", "--option api_key"]
+    assert "s3cret" not in text
+    assert "hf_abcdef" not in text
+    assert "did you mean option.max_model_len?" in text
+    assert "backend  rolling: " in text
+    assert "room for" in text
+
+
+def test_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_check(str(model), ["dtype=bf16"], True, {"HF_TOKEN": "hf_abcdef"}) == 0
+    text = capsys.readouterr().out
+    found = json.loads(text)
+    assert found["options"]["option.dtype"] == {
+        "value": "bfloat16",
+        "source": "command line",
+        "location": "--option dtype",
+        "given": True,
+    }
+    assert found["options"]["option.limit_mm_per_prompt"]["value"] == {"image": 1, "video": 1, "audio": 1}
+    assert found["memory"]["cache_bytes_per_token"] == TOKEN
+    assert "hf_abcdef" not in text
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_errors_exit_with_1(model: Path, capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    assert run_check(str(model), ["dtype=x", "port=y"], as_json, {}) == 1
+    text = capsys.readouterr().out
+    assert "option.dtype" in text
+    assert "port" in text
+    if as_json:
+        assert len(json.loads(text)["errors"]) == 2
+
+
+def test_damaged_config_json(model: Path) -> None:
+    (model / "config.json").write_text("{")
+    (error,) = report(model, CPU)["errors"]
+    assert "config.json cannot be read" in error
+
+
+def test_memory_limit_of_the_container(tmp_path: Path) -> None:
+    physical = host_memory(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory(tmp_path) == physical
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert host_memory(tmp_path) == 1048576
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/memory.limit_in_bytes").write_text("4096\n")
+    assert host_memory(tmp_path) == 4096
+
+
+def test_the_estimate_follows_the_engine() -> None:
+    from engine import memory
+
+    assert (HOST_SHARE, HOST_MOST, ACCELERATOR_RESERVE) == (
+        memory.CPU_SHARE,
+        memory.CPU_MOST,
+        memory.CUDA_RESERVE,
+    )

@@ -1,0 +1,138 @@
+"""What is wrong is told whole, with a way out."""
+
+from pathlib import Path
+
+import pytest
+
+from properties.configuration import Configuration, ConfigurationError, resolve
+
+
+def configure(*options: str, **environ: str) -> Configuration:
+    return resolve(model="org/model", environ=environ, options=options)
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "serving.properties").write_text("option.dtype=fp8\nminWorkers=3\nmaxWorkers=2\n")
+    with pytest.raises(ConfigurationError) as raised:
+        resolve(
+            model=str(tmp_path),
+            environ={"OPTION_GPU_MEMORY_UTILIZATION": "7", "OPTION_CHAT_TEMPLATE": "none.jinja"},
+            options=["port=x", "nonsense"],
+        )
+    text = str(raised.value)
+    assert len(raised.value.problems) == 6
+    assert text.startswith("6 problems in the configuration:")
+    for part in ("fp8", "serving.properties line 2", "OPTION_GPU_MEMORY_UTILIZATION", "none.jinja", "port"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("variable", "suggestion"),
+    [
+        ("OPTION_ROLLING_BACK", "OPTION_ROLLING_BATCH"),
+        ("OPTION_MAX_MODLE_LEN", "OPTION_MAX_MODEL_LEN"),
+        ("OPTION_TENSOR_PARALLEL_SIZ", "OPTION_TENSOR_PARALLEL_SIZE"),
+        ("OPTION_JOB_QUEUE_SIZE", "SERVING_JOB_QUEUE_SIZE"),
+        ("SERVING_DTYPE", "OPTION_DTYPE"),
+        ("SERVING_JOB_QEUE_SIZE", "SERVING_JOB_QUEUE_SIZE"),
+        ("OPTION_Dtype", "OPTION_DTYPE"),
+    ],
+)
+def test_unknown_variable_is_a_warning_with_the_nearest_name(variable: str, suggestion: str) -> None:
+    found = configure(**{variable: "1"})
+    assert [str(warning) for warning in found.warnings] == [
+        f"{variable}: no such option; did you mean {suggestion}?"
+    ]
+
+
+def test_unknown_name_in_the_file_tells_the_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "serving.properties").write_text("\noption.max_modle_len=5\ndtype=fp16\n")
+    found = resolve(model=str(tmp_path), environ={})
+    assert [str(warning) for warning in found.warnings] == [
+        "option.max_modle_len (serving.properties line 2): no such option; "
+        "did you mean option.max_model_len?",
+        "dtype (serving.properties line 3): no such option; did you mean option.dtype?",
+    ]
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing() -> None:
+    found = configure(OPTION_ZZZ="1")
+    assert [str(warning) for warning in found.warnings] == ["OPTION_ZZZ: no such option"]
+
+
+def test_unknown_options_are_kept_with_their_source() -> None:
+    found = configure("swap_space=2", OPTION_SWAP_SPACE="3 ", OPTION_ENABLE_EXPERT_PARALLEL="true")
+    assert found.extra["swap_space"].value == "2"
+    assert found.extra["swap_space"].source.kind == "command line"
+    assert found.extra["enable_expert_parallel"].source.location == "OPTION_ENABLE_EXPERT_PARALLEL"
+
+
+def test_strict_options_turn_unknown_names_into_errors() -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        configure(SERVING_STRICT_OPTIONS="true", OPTION_DTIPE="1", OPTION_ZZZ="1")
+    assert len(raised.value.problems) == 2
+    assert "did you mean OPTION_DTYPE?" in str(raised.value)
+
+
+def test_names_without_effect_warn_with_the_reason_even_when_strict() -> None:
+    found = configure(SERVING_STRICT_OPTIONS="true", OPTION_MPI_MODE="true", SERVING_BATCH_SIZE="4")
+    texts = sorted(str(warning) for warning in found.warnings)
+    assert texts[0].startswith("OPTION_MPI_MODE: option.mpi_mode has no effect here: ")
+    assert texts[1].startswith("SERVING_BATCH_SIZE: batch_size has no effect here: ")
+
+
+def test_names_of_the_java_server_are_silent() -> None:
+    assert configure(SERVING_OPTS="-Dx=y", SERVING_FEATURES="vllm").warnings == []
+
+
+def test_two_spellings_may_say_the_same() -> None:
+    found = configure("tensor_parallel_degree=2", "tensor_parallel_size=2.0", "max_num_seqs=32")
+    assert found.settings.tensor_parallel_degree == 2
+    assert found.settings.max_rolling_batch_size == 32
+
+
+def test_two_spellings_that_differ_are_both_named() -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        configure(OPTION_MAX_ROLLING_BATCH_SIZE="4", OPTION_MAX_NUM_SEQS="5")
+    (problem,) = raised.value.problems
+    assert problem.option == "max_rolling_batch_size"
+    for part in ("OPTION_MAX_ROLLING_BATCH_SIZE", "OPTION_MAX_NUM_SEQS", "'4'", "'5'"):
+        assert part in str(problem)
+
+
+def test_secrets_never_show() -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        configure("api_key=first", "port=x", VLLM_API_KEY="third", APHRODITE_API_KEY="fourth")
+    assert "first" not in str(raised.value)
+    with pytest.raises(ConfigurationError, match=r"\*\*\*\*") as raised:
+        configure(VLLM_API_KEY="third", APHRODITE_API_KEY="fourth")
+    assert "third" not in str(raised.value)
+    assert "hf_abc" not in " ".join(map(str, configure(OPTION_HF_TOKENN="hf_abc").warnings))
+
+
+def test_tool_choice_needs_a_parser() -> None:
+    with pytest.raises(ConfigurationError, match=r"needs option\.tool_call_parser"):
+        configure("enable_auto_tool_choice=true")
+    assert configure("enable_auto_tool_choice=true", "tool_call_parser=hermes").warnings == []
+
+
+def test_chat_template_may_be_text_or_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ x }}")
+    assert configure(f"chat_template={path}").settings.chat_template == str(path)
+    assert configure("chat_template={% for m in messages %}").settings.chat_template is not None
+    with pytest.raises(ConfigurationError, match="no such file"):
+        configure(f"chat_template={tmp_path}/missing.jinja")
+
+
+def test_options_of_another_backend_are_named() -> None:
+    found = configure("max_loras=2", "kv_cache_memory_mb=64", "load_format=auto")
+    assert [problem.option for problem in found.unhonoured("rolling")] == ["max_loras"]
+    assert [problem.option for problem in found.unhonoured("vllm")] == ["kv_cache_memory_mb"]
+
+
+def test_inference_address_must_be_http() -> None:
+    with pytest.raises(ConfigurationError, match=r"allowed: http://HOST:PORT"):
+        configure(SERVING_INFERENCE_ADDRESS="unix:/tmp/s")

@@ -1,0 +1,170 @@
+"""How text becomes a value."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from properties.configuration import Configuration, ConfigurationError, resolve
+
+
+def value(name: str, text: str) -> Any:
+    return getattr(configure([f"{name}={text}"]).settings, name)
+
+
+def configure(options: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Configuration:
+    return resolve(model="org/model", environ=environ or {}, options=options)
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE", "1", "yes", "on", "t", "y", " true ", "true\t"])
+def test_one_way_to_read_true(text: str) -> None:
+    assert value("enforce_eager", text) is True
+    assert value("enable_lora", text) is True
+
+
+@pytest.mark.parametrize("text", ["false", "False", "0", "no", "off", "f", "n", "false "])
+def test_one_way_to_read_false(text: str) -> None:
+    assert value("enable_prefix_caching", text) is False
+
+
+@pytest.mark.parametrize("text", ["64", "64.0", " 64 "])
+def test_whole_number(text: str) -> None:
+    assert value("max_rolling_batch_size", text) == 64
+
+
+@pytest.mark.parametrize("text", ["max", "max "])
+def test_tensor_parallel_degree_max(text: str) -> None:
+    assert value("tensor_parallel_degree", text) == "max"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fp32", "float32"),
+        ("float32", "float32"),
+        ("fp16", "float16"),
+        ("float16", "float16"),
+        ("bf16", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+        ("auto", "auto"),
+    ],
+)
+def test_dtype_spellings(text: str, expected: str) -> None:
+    assert value("dtype", text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "video"),
+    [
+        ('{"image":4,"video":0}', 4, 0),
+        ('{"image": {"count": 4, "width": 512}, "video": 2}', 4, 2),
+        ("image=4,video=2", 4, 2),
+        ("image=4, video=2", 4, 2),
+        ('{"image": 2}', 2, 1),
+    ],
+)
+def test_limit_mm_per_prompt(text: str, image: int, video: int) -> None:
+    limits = value("limit_mm_per_prompt", text)
+    assert (limits["image"], limits["video"], limits["audio"]) == (image, video, 1)
+
+
+def test_limit_is_one_per_modality_by_default() -> None:
+    assert configure().settings.limit_mm_per_prompt == {"image": 1, "video": 1, "audio": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["4", '{"image":', '{"picture": 1}', '{"image": -1}', '{"image": {"width": 5}}', "image", '["image"]'],
+)
+def test_limit_that_makes_no_sense(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"option.limit_mm_per_prompt .*allowed: counts from 0"):
+        value("limit_mm_per_prompt", text)
+
+
+def test_lists_and_objects() -> None:
+    assert value("allowed_media_domains", "a.org, b.org") == ["a.org", "b.org"]
+    assert value("served_model_name", '["a", "b,c"]') == ["a", "b,c"]
+    assert value("image_fetch_allow_private", "10.0.0.0/8,box") == ["10.0.0.0/8", "box"]
+    assert value("load_on_devices", "0;2") == [0, 2]
+    assert value("load_on_devices", "*") == "*"
+    assert value("mm_processor_kwargs", '{"max_pixels": 5}') == {"max_pixels": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("dtype", "fp8"),
+        ("dtype", "FP16"),
+        ("enforce_eager", "maybe"),
+        ("max_rolling_batch_size", "64.5"),
+        ("max_rolling_batch_size", "0"),
+        ("tensor_parallel_degree", "all"),
+        ("gpu_memory_utilization", "1.1"),
+        ("predict_timeout", "nan"),
+        ("predict_timeout", "inf"),
+        ("rolling_batch", "trtllm"),
+        ("port", "70000"),
+        ("image_fetch_allow_private", "10.0.0.1/8"),
+        ("mm_processor_kwargs", "[1]"),
+        ("output_formatter", "xml"),
+        ("engine", "OnnxRuntime"),
+    ],
+)
+def test_bad_value_names_option_value_source_and_what_is_allowed(name: str, text: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        value(name, text)
+    (problem,) = raised.value.problems
+    assert problem.option == name
+    for part in (name, repr(text), f"--option {name}", "allowed: "):
+        assert part in str(problem)
+
+
+def test_text_options_keep_spaces_only_where_they_matter() -> None:
+    template = "{{ messages }}\nAssistant: "
+    assert value("chat_template", template) == template
+    assert value("image_placeholder_token", "<image> ") == "<image> "
+    assert value("tokenizer_mode", " mistral ") == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("rolling_batch", "lmi-dist", "vllm"),
+        ("rolling_batch", "scheduler", "auto"),
+        ("quantize", "bitsandbytes8", "bitsandbytes"),
+        ("entry_point", "djl_python.huggingface", None),
+        ("engine", "MPI", "Python"),
+    ],
+)
+def test_old_value_is_understood_with_a_warning(name: str, old: str, new: str | None) -> None:
+    found = configure([f"{name}={old}"])
+    assert getattr(found.settings, name) == new
+    (warning,) = found.warnings
+    assert "deprecated" in str(warning)
+    assert repr(old) in str(warning)
+
+
+def test_deprecated_switch_names_its_replacement() -> None:
+    found = configure(environ={"OPTION_LOAD_IN_8BIT": "true"})
+    assert found.settings.quantize == "bitsandbytes"
+    assert "write option.quantize=bitsandbytes" in str(found.warnings[0])
+    off = configure(environ={"OPTION_LOAD_IN_8BIT": "false"})
+    assert off.settings.quantize is None
+
+
+def test_deprecated_variable_names_its_replacement() -> None:
+    found = configure(environ={"HF_TRUST_REMOTE_CODE": "true"})
+    assert found.settings.trust_remote_code is True
+    assert [str(warning) for warning in found.warnings] == [
+        "HF_TRUST_REMOTE_CODE is deprecated: write OPTION_TRUST_REMOTE_CODE"
+    ]
+
+
+def test_settings_are_frozen_and_hide_secrets() -> None:
+    found = configure(["api_key=s3cret"], {"HF_TOKEN": "hf_s3cret"})
+    assert found.settings.api_key is not None
+    assert found.settings.api_key.get_secret_value() == "s3cret"
+    assert "s3cret" not in repr(found)
+    assert found.sources["hf_token"].raw == "********"
+    with pytest.raises(ValueError, match="frozen"):
+        found.settings.port = 1  # type: ignore[misc]
