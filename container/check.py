@@ -67,8 +67,8 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     if choice is not None:
         warnings += configuration.unhonoured(choice.backend)
     found: Fit | None = None
-    if directory is not None and config is not None and not errors:
-        found = fit(configuration, directory, config, machine)
+    if directory is not None and config is not None and choice is not None:
+        found = fit(configuration, choice.backend, directory, config, machine)
         errors += found.errors
         warnings += found.warnings
     return {
@@ -107,7 +107,7 @@ def _choose(
 def _options(configuration: Configuration) -> dict[str, dict[str, Any]]:
     rows = {}
     for name, source in configuration.sources.items():
-        value = getattr(configuration.settings, name)
+        value = configuration.effective(name)
         rows[key_of(name)] = {
             "value": MASK if isinstance(value, SecretStr) else value,
             "source": source.kind,

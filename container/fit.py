@@ -9,8 +9,13 @@ from typing import Any
 
 from container.estimate import cache_bytes_per_token, served_dtype, weights
 from container.machine import Device, Machine
+from handlers.backends.rolling_plan import plan_engines
+from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
+from properties.field import BackendName
 from properties.problem import Problem
+from properties.recommend import context_length
+from properties.settings import Settings
 
 HOST_SHARE = 0.25
 HOST_MOST = 4 << 30
@@ -28,8 +33,8 @@ class Fit:
 
     dtype: str
     device: Device
-    copies: int
-    devices_per_copy: int
+    copies: int = 1
+    devices_per_copy: int = 1
     weights: int | None = None
     weights_basis: str | None = None
     cache_bytes_per_token: int | None = None
@@ -64,23 +69,24 @@ class Fit:
         }
 
 
-def fit(configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine) -> Fit:
+def fit(
+    configuration: Configuration,
+    backend: BackendName,
+    directory: Path,
+    config: Mapping[str, Any],
+    machine: Machine,
+) -> Fit:
     """Estimate what a model directory needs and compare it with the machine. Nothing is raised."""
     settings = configuration.settings
     dtype = served_dtype(settings.dtype, config)
     shapes = _full_config(directory, config)
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
-    degree, copies = _layout(configuration, len(machine.accelerators))
-    result = Fit(dtype, device, copies, degree, cache_bytes_per_token=cache_bytes_per_token(shapes, dtype))
-    if machine.accelerators and degree * copies > len(machine.accelerators):
-        result.errors.append(
-            Problem(
-                f"{copies} x {degree} devices are asked for and {len(machine.accelerators)} are visible: "
-                "lower option.tensor_parallel_degree, option.pipeline_parallel_degree or max_workers",
-                "tensor_parallel_degree",
-                configuration.sources["tensor_parallel_degree"],
-            )
-        )
+    result = Fit(dtype, device, cache_bytes_per_token=cache_bytes_per_token(shapes, dtype))
+    try:
+        result.copies, result.devices_per_copy = _layout(settings, backend, len(machine.accelerators))
+    except InvalidConfiguration as error:
+        result.errors.append(Problem(error.message))
+        return result
     try:
         counted = weights(directory, shapes, dtype)
     except (ValueError, OSError) as error:
@@ -92,19 +98,27 @@ def fit(configuration: Configuration, directory: Path, config: Mapping[str, Any]
         _fit_accelerator(result, configuration)
     else:
         _fit_host(result, configuration)
-    _compare_with_context(result, configuration)
+    _compare_with_positions(result, configuration, backend, context_length(shapes))
+    _compare_with_cache(result, configuration)
     return result
 
 
-def _layout(configuration: Configuration, accelerators: int) -> tuple[int, int]:
-    """(devices per copy, copies); the host counts as one device that all ranks and copies share."""
-    settings = configuration.settings
-    stages = settings.pipeline_parallel_degree
-    available = max(accelerators, 1)
-    degree = settings.tensor_parallel_degree
-    ranks = max(available // stages, 1) if degree == "max" else degree
-    copies = settings.max_workers or max(accelerators // (ranks * stages), 1)
-    return ranks * stages, copies
+def _layout(settings: Settings, backend: BackendName, accelerators: int) -> tuple[int, int]:
+    """(copies, devices per copy); the host counts as one device for each process.
+
+    Raises InvalidConfiguration when there are too few devices.
+    """
+    if backend == "rolling":
+        engines = plan_engines(settings, "", accelerators)
+        return len(engines), engines[0].tensor_parallel_degree
+    stages, degree = settings.pipeline_parallel_degree, settings.tensor_parallel_degree
+    devices = stages * (max(accelerators // stages, 1) if degree == "max" else degree)
+    if devices > accelerators > 0:
+        raise InvalidConfiguration(
+            f"option.tensor_parallel_degree and option.pipeline_parallel_degree ask for {devices} devices, "
+            f"but {accelerators} are there"
+        )
+    return settings.max_workers or max(accelerators // devices, 1), devices
 
 
 def _fit_accelerator(result: Fit, configuration: Configuration) -> None:
@@ -119,8 +133,8 @@ def _fit_accelerator(result: Fit, configuration: Configuration) -> None:
 
 def _fit_host(result: Fit, configuration: Configuration) -> None:
     memory = result.device.memory
-    cache = _useful(result, configuration, min(HOST_MOST, int(memory * HOST_SHARE)))
     ranks = result.copies * result.devices_per_copy
+    cache = _useful(result, configuration, min(HOST_MOST, int(memory * HOST_SHARE)) // ranks)
     held = (result.weights or 0) * result.copies
     if held + cache * ranks > memory:
         _too_large(result, held + cache * ranks, memory, "the host")
@@ -129,11 +143,11 @@ def _fit_host(result: Fit, configuration: Configuration) -> None:
 def _useful(result: Fit, configuration: Configuration, room: int) -> int:
     """Set and return the cache per device: what was asked for, else `room`, and no more than a full batch of
     the longest requests could fill."""
-    settings = configuration.settings
+    settings, length = configuration.settings, configuration.effective("max_model_len")
     asked = settings.kv_cache_memory_mb
     cache = room if asked is None else asked * 2**20
-    if settings.max_model_len is not None and result.cache_bytes_per_token is not None:
-        tokens = settings.max_rolling_batch_size * settings.max_model_len
+    if length is not None and result.cache_bytes_per_token is not None:
+        tokens = settings.max_rolling_batch_size * length
         cache = min(cache, tokens * result.cache_bytes_per_token // result.devices_per_copy)
     result.cache_per_device = cache
     return cache
@@ -149,8 +163,23 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
     )
 
 
-def _compare_with_context(result: Fit, configuration: Configuration) -> None:
-    length, room = configuration.settings.max_model_len, result.cache_tokens
+def _compare_with_positions(
+    result: Fit, configuration: Configuration, backend: BackendName, positions: int | None
+) -> None:
+    asked = configuration.settings.max_model_len
+    if asked is None or positions is None or asked <= positions:
+        return
+    source = configuration.sources["max_model_len"]
+    text = (
+        f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
+        "model's config.json states"
+    )
+    report = result.errors if backend == "rolling" else result.warnings
+    report.append(Problem(f"{text}; lower it", "max_model_len", source))
+
+
+def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
+    length, room = configuration.effective("max_model_len"), result.cache_tokens
     if result.errors or length is None or room is None or room >= length:
         return
     source = configuration.sources["max_model_len"]
@@ -158,7 +187,7 @@ def _compare_with_context(result: Fit, configuration: Configuration) -> None:
         f"the key/value cache holds {room} tokens, fewer than one request of option.max_model_len = {length} "
         f"({source.location})"
     )
-    if configuration.stated("max_model_len") is None:
+    if configuration.settings.max_model_len is None:
         result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len", source))
     else:
         result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len", source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from properties.field import BackendName, Level
 from properties.location import ModelLocation, find_home, holds_model, locate
 from properties.names import FACTS, key_of
 from properties.problem import ConfigurationError, Problem, Source
-from properties.recommend import context_length, recommended
+from properties.recommend import recommended
 from properties.resolution import Resolution, Sourced, resolve_values
 from properties.settings import Settings
 from properties.sources import FILE_NAME, Written, read_command_line, read_environment, read_file
@@ -27,7 +27,10 @@ _MODEL_KEY = key_of("model_id")
 class Configuration:
     """What to serve and how.
 
-    sources: where each attribute of `settings` has its value from.
+    settings: what was written, and defaults. A default of None or "auto" leaves the choice to the backend.
+    sources: where each option has its value from.
+    recommended: attribute -> value that the model's config.json suggests where nobody wrote one. It is kept
+    apart from `settings`: a backend may go below what is recommended, but not below what was asked for.
     extra: `option.*` names that the schema does not know, without the prefix.
     home: the directory whose serving.properties, model.py and adapters/ count; None where there is none.
     """
@@ -38,32 +41,21 @@ class Configuration:
     extra: dict[str, Sourced]
     model_location: ModelLocation
     home: Path | None
+    recommended: dict[str, object]
     _written: tuple[Written, ...] = field(repr=False)
     _noted: tuple[Problem, ...] = field(repr=False)
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
-        """Add what the model's config.json recommends, below all that the user wrote.
-
-        Raises ConfigurationError when the user's values do not fit the model.
-        """
-        hints = recommended(config)
-        added = tuple(
-            Written(Level.RECOMMENDED, key_of(name), value, "config.json") for name, value in hints.items()
-        )
-        kept = tuple(item for item in self._written if item.level is not Level.RECOMMENDED)
-        configuration = _build(kept + added, self._noted, self.home, self.model_location)
-        length, limit = configuration.settings.max_model_len, context_length(config)
-        if length is not None and limit is not None and length > limit:
-            source = configuration.sources["max_model_len"]
-            configuration.warnings.append(
-                Problem(
-                    f"option.max_model_len = {length} ({source.location}) is more than the {limit} positions "
-                    "that the model's config.json states",
-                    "max_model_len",
-                    source,
-                )
-            )
-        return configuration
+        """Add what the model's config.json recommends, below all that anybody wrote."""
+        hints = {
+            name: value
+            for name, value in recommended(config).items()
+            if self.sources[name].level >= Level.RECOMMENDED
+        }
+        sources = {
+            name: Source(Level.RECOMMENDED, "config.json", str(value)) for name, value in hints.items()
+        }
+        return replace(self, recommended=hints, sources=self.sources | sources)
 
     def with_model_directory(self, directory: Path) -> Configuration:
         """Add what became known when the model was downloaded to `directory`: its config.json and, for a
@@ -90,10 +82,9 @@ class Configuration:
         config = read_model_config(directory)
         return configuration if config is None else configuration.with_model_config(config)
 
-    def stated(self, name: str) -> Any:
-        """The value of an option if someone wrote it, None if it is recommended or a default: for a backend
-        that may choose less than what is recommended, but never less than what was asked for."""
-        return getattr(self.settings, name) if self.sources[name].level < Level.RECOMMENDED else None
+    def effective(self, name: str) -> Any:
+        """An option's value, recommended where nobody wrote one."""
+        return self.recommended.get(name, getattr(self.settings, name))
 
     def unhonoured(self, backend: BackendName) -> list[Problem]:
         """A warning for each option that was changed and that this backend does not honour."""
@@ -203,7 +194,7 @@ def _build(
     if result.problems or location is None:
         raise ConfigurationError(result.problems, result.warnings)
     return Configuration(
-        result.settings, result.sources, result.warnings, result.extra, location, home, written, noted
+        result.settings, result.sources, result.warnings, result.extra, location, home, {}, written, noted
     )
 
 

@@ -35,10 +35,10 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def recommended(config: Mapping[str, Any]) -> dict[str, str]:
-    """Attribute of `Settings` -> text of the recommended value.
+def recommended(config: Mapping[str, Any]) -> dict[str, object]:
+    """Attribute of `Settings` -> recommended value.
 
     dtype is not among them: its default, auto, leaves the choice to the backend, which knows the device.
     """
     length = context_length(config)
-    return {} if length is None else {"max_model_len": str(length)}
+    return {} if length is None else {"max_model_len": length}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import AllowInfNan, BeforeValidator
+from pydantic import AllowInfNan, BeforeValidator, StringConstraints
 
 MODALITIES = ("image", "video", "audio")
 
@@ -122,7 +122,7 @@ Networks = Annotated[
     Allowed("a list of host names, IP addresses and networks such as 10.0.0.0/8: a,b or a JSON list"),
 ]
 Devices = Annotated[
-    Literal["*"] | list[Annotated[int, Ge(0)]],
+    Literal["*"] | list[Annotated[str, StringConstraints(pattern=r"^\d+$")]],
     BeforeValidator(_devices),
     Allowed("* for all, or device numbers: 0;1"),
 ]

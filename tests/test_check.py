@@ -123,7 +123,7 @@ def test_devices_share_weights_and_cache(model: Path) -> None:
 
 def test_more_devices_than_there_are(model: Path) -> None:
     (error,) = report(model, machine(2), "tensor_parallel_degree=4")["errors"]
-    assert "1 x 4 devices are asked for and 2 are visible" in error
+    assert "tensor_parallel_degree is 4, but 2 devices are there" in error
     assert report(model, CPU, "tensor_parallel_degree=2")["errors"] == []
 
 
@@ -141,6 +141,18 @@ def test_a_cache_that_holds_no_full_request(model: Path) -> None:
     assert "will be lowered" in warning
     (error,) = report(model, tiny, "max_model_len=200")["errors"]
     assert "lower it or enlarge the cache" in error
+
+
+def test_more_tokens_than_the_model_has_positions(model: Path) -> None:
+    (error,) = report(model, CPU, "max_model_len=257")["errors"]
+    assert "option.max_model_len = 257 (--option max_model_len) is more than the 256 positions" in error
+    assert report(model, CPU, "max_model_len=256")["errors"] == []
+
+
+def test_copies_share_the_host(model: Path) -> None:
+    small = Machine((), Device("host memory", 8 * 2**20))
+    memory = report(model, small, "max_workers=2")["memory"]
+    assert (memory["copies"], memory["cache_per_device"]) == (2, 2**20)
 
 
 def test_a_damaged_checkpoint_is_named(model: Path) -> None:

@@ -137,7 +137,7 @@ def test_downloaded_s3_model_brings_its_own_properties_and_config(tmp_path: Path
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
     later = found.with_model_directory(tmp_path)
     assert (later.settings.seed, later.settings.dtype) == (2, "float16")
-    assert later.settings.max_model_len == 512
+    assert later.effective("max_model_len") == 512
     assert later.settings.model_id == "s3://bucket/m"
     assert later.home == tmp_path
     assert "option.model_id is not used" in str(later.warnings[0])
@@ -148,13 +148,6 @@ def test_hub_author_cannot_configure_the_server(tmp_path: Path) -> None:
     found = resolve(model="org/m", environ={})
     directory(tmp_path, "option.trust_remote_code=true\n")
     assert found.with_model_directory(tmp_path).settings.trust_remote_code is False
-
-
-def test_asking_for_more_than_the_model_has_positions() -> None:
-    found = resolve(model="org/m", environ={}, options=["max_model_len=9000"])
-    later = found.with_model_config({"max_position_embeddings": 4096})
-    assert "more than the 4096 positions" in str(later.warnings[0])
-    assert later.with_model_config({"max_position_embeddings": 9000}).warnings == []
 
 
 def test_reading_the_configuration_loads_no_engine() -> None:

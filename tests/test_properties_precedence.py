@@ -61,14 +61,19 @@ def test_tgi_variable_over_recommendation(tmp_path: Path) -> None:
     config = {"text_config": {"max_position_embeddings": 4096}}
     found = configure(tmp_path, MAX_BATCH_SIZE="9", OPTION_MAX_MODEL_LEN="100").with_model_config(config)
     assert found.settings.max_rolling_batch_size == 9
-    assert found.settings.max_model_len == found.stated("max_model_len") == 100
+    assert found.settings.max_model_len == found.effective("max_model_len") == 100
+    assert found.sources["max_model_len"].location == "OPTION_MAX_MODEL_LEN"
 
 
 def test_recommendation_over_default(tmp_path: Path) -> None:
     found = configure(tmp_path).with_model_config({"text_config": {"max_position_embeddings": 4096}})
-    assert found.settings.max_model_len == 4096
+    assert found.effective("max_model_len") == 4096
     assert found.sources["max_model_len"].kind == "recommended from config.json"
-    assert found.stated("max_model_len") is None
+
+
+def test_recommendation_leaves_the_choice_to_the_backend(tmp_path: Path) -> None:
+    found = configure(tmp_path).with_model_config({"text_config": {"max_position_embeddings": 4096}})
+    assert found.settings.max_model_len is None
 
 
 def test_default_where_nobody_says(tmp_path: Path) -> None:
