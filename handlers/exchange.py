@@ -23,6 +23,30 @@ class Incoming:
 
 
 @dataclass(slots=True)
+class RequestFacts:
+    """What one log record says about a request; complete once its reply has been sent or closed.
+
+    Times are seconds from the request's arrival; `first_token` is None until there is one. Tokens are sums
+    over the prompts of the request. `error` is the kind of the error that ended it.
+    """
+
+    request_id: str
+    route: str
+    model: str | None = None
+    status: int = 0
+    stream: bool = False
+    images: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token: float | None = None
+    total: float | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
 class Reply:
     """A reply, whole (`body`) or streamed (`chunks`, already framed; exactly one of the two is used).
 
@@ -35,3 +59,4 @@ class Reply:
     body: bytes = b""
     chunks: AsyncIterator[bytes] | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    facts: RequestFacts | None = None

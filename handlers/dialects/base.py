@@ -1,0 +1,120 @@
+"""What a dialect is: a function that reads a body into a `Task`, and the writer that this task carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from engine.sampling_params import SamplingParams
+from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
+from handlers.errors import InvalidRequest, ServingError
+from handlers.request import GenerationRequest
+
+SSE = "text/event-stream; charset=utf-8"
+JSON = "application/json"
+JSON_LINES = "application/jsonlines"
+
+
+@dataclass(frozen=True, slots=True)
+class Conventions:
+    """What holds for every request of a server.
+
+    model_name: shown in replies to requests that name no model. sampling: the model's own defaults
+    (generation_config.json) by the names of SamplingParams. lines: how LMI streams are framed for a client
+    that does not say.
+    """
+
+    model_name: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    lines: Literal["jsonlines", "sse"] = "jsonlines"
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole answer: the sum of its deltas."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    eos: bool = False
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason, self.eos = delta.finish_reason, delta.stop_reason, delta.eos
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+@dataclass(slots=True)
+class Answered:
+    """One prompt and its n answers."""
+
+    stats: PromptStats
+    answers: list[Answer]
+
+
+class Writer(Protocol):
+    """Writes one task's reply, whole or in chunks that are already framed.
+
+    keep_alive: what may be sent while nothing happens; empty where the framing knows no such thing.
+    """
+
+    @property
+    def stream_type(self) -> str:
+        """Content type of a streamed reply; a whole one is JSON."""
+
+    @property
+    def keep_alive(self) -> bytes: ...
+
+    def whole(self, answered: list[Answered]) -> bytes: ...
+
+    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
+        """Empty when the delta shows nothing."""
+
+    def end(self, stats: PromptStats) -> bytes: ...
+
+    def failed(self, error: ServingError) -> bytes:
+        """The last thing in a stream that broke after its first chunk."""
+
+
+@dataclass(slots=True)
+class Task:
+    """What a body asks for. Several requests are several prompts, answered together and in order."""
+
+    requests: list[GenerationRequest]
+    writer: Writer
+
+    @property
+    def stream(self) -> bool:
+        return self.requests[0].stream
+
+
+def sampling_params(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> SamplingParams:
+    """The client's values over the model's defaults; None counts as not given.
+
+    names: what the client calls a field where that is not its name here. Raises InvalidRequest.
+    """
+    known = SamplingParams.__struct_fields__
+    values = {name: value for name, value in defaults.items() if name in known and value is not None}
+    values.update((name, value) for name, value in given.items() if value is not None)
+    sampling = SamplingParams(**values)
+    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
+        raise InvalidRequest("seed does not fit into 64 bits", param="seed")
+    try:
+        sampling.validate()
+    except ValueError as error:
+        field_name, _, rest = str(error).partition(" ")
+        shown = (names or {}).get(field_name, field_name)
+        raise InvalidRequest(f"{shown} {rest}", param=shown) from error
+    return sampling

@@ -1,0 +1,109 @@
+"""From the bytes of a request to a JSON object, or to the reason why they are none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from handlers.errors import InvalidRequest, UnsupportedMediaType
+
+T = TypeVar("T")
+
+_UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+
+
+class _RepeatedKey(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    if len({key for key, _ in pairs}) != len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+
+
+_DUPLICATES = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def read_body(body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
+    """A JSON object, or `{"inputs": text}` for text/plain.
+
+    Raises UnsupportedMediaType for any other type, InvalidRequest for what is no strict JSON object in UTF-8:
+    the message says where.
+    """
+    content_type, charset = _content_type(headers.get("content-type", ""))
+    is_json = content_type in ("", "application/json") or content_type.endswith("+json")
+    if not is_json and content_type != "text/plain":
+        raise UnsupportedMediaType(f"content type {content_type[:80]!r}: send application/json or text/plain")
+    if charset not in _UTF8:
+        raise UnsupportedMediaType(f"charset {charset[:40]!r}: send UTF-8")
+    if not body:
+        raise InvalidRequest("the body is empty")
+    return _object(body) if is_json else {"inputs": _text(body)}
+
+
+def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
+    """`body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault."""
+    try:
+        return msgspec.convert(body, shape)
+    except msgspec.ValidationError as error:
+        found = _AT.match(str(error))
+        assert found is not None
+        path = ".".join(filter(None, [under, found["path"]]))
+        what = found["what"][:1].lower() + found["what"][1:]
+        where = f"{path}: " if path else ""
+        raise InvalidRequest(
+            f"{where}{'a key: ' if found['key'] else ''}{what}", param=path or None
+        ) from None
+
+
+def _content_type(header: str) -> tuple[str, str]:
+    content_type, *parameters = header.lower().split(";")
+    charset = "utf-8"
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "charset":
+            charset = value.strip().strip('"')
+    return content_type.strip(), charset
+
+
+def _text(body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start})") from None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(body)
+        _DUPLICATES.decode(body.decode())
+    except UnicodeDecodeError:
+        _text(body)
+        raise InvalidRequest("the body is not UTF-8") from None
+    except _RepeatedKey as error:
+        raise InvalidRequest(
+            f"the body is no strict JSON: the key {str(error)[:80]!r} appears twice"
+        ) from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    except msgspec.MsgspecError as error:
+        _text(body)
+        raise InvalidRequest(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
+    except ValueError:
+        raise InvalidRequest("the body is no valid JSON") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return value
+
+
+def _plain(message: str, size: int) -> str:
+    message = message.removeprefix("JSON is malformed: ")
+    if message == "Input data was truncated":
+        return f"it ends too early, or has half a surrogate pair (byte {size})"
+    return message[:1].lower() + message[1:]

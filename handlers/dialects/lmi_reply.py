@@ -1,0 +1,142 @@
+"""LMI replies: one JSON object (or a list for a list of prompts), or a JSON line for each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
+from handlers.dialects.base import JSON_LINES, SSE, Answer, Answered
+from handlers.dialects.error_replies import lmi_error
+from handlers.dialects.openai_reply import finite
+from handlers.errors import ServingError
+
+_encode = msgspec.json.Encoder().encode
+
+
+class LmiWriter:
+    """inputs: the prompts as they were sent. many: whether they were a list, which is answered by a list."""
+
+    def __init__(
+        self,
+        inputs: list[str],
+        *,
+        many: bool = False,
+        details: bool = False,
+        prefill: bool = False,
+        full_text: bool = False,
+        top_tokens: int = 0,
+        seed: int | None = None,
+        sse: bool = False,
+    ) -> None:
+        self._inputs = inputs
+        self._many = many
+        self._details = details
+        self._prefill = prefill
+        self._full_text = full_text
+        self._top_tokens = top_tokens
+        self._seed = seed
+        self._before, self._after = (b"data: ", b"\n\n") if sse else (b"", b"\n")
+        self._answer = Answer()
+        self.stream_type = SSE if sse else JSON_LINES
+        self.keep_alive = b": keep-alive\n\n" if sse else b""
+
+    def whole(self, answered: list[Answered]) -> bytes:
+        replies = [
+            self._reply(text, one.stats, one.answers[0])
+            for text, one in zip(self._inputs, answered, strict=True)
+        ]
+        return _encode(replies if self._many else replies[0])
+
+    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
+        """A line for each token; the last one also has the whole text, and details if they were asked for."""
+        self._answer.add(delta)
+        lines: list[dict[str, Any]] = [
+            {"token": token} for token in _shown(delta, last=delta.finish_reason is not None)
+        ]
+        if self._top_tokens:
+            for line, position in zip(lines, delta.logprobs or (), strict=False):
+                line["top_tokens"] = self._top(position)
+        if delta.finish_reason is not None:
+            if not lines:
+                lines.append({"token": {"id": None, "text": delta.text, "log_prob": None}})
+            lines[-1]["generated_text"] = self._text(self._inputs[0], self._answer)
+            if self._details:
+                lines[-1]["details"] = self._summary(self._inputs[0], self._answer)
+        return b"".join([self._before + _encode(line) + self._after for line in lines])
+
+    def end(self, stats: PromptStats) -> bytes:
+        return b""
+
+    def failed(self, error: ServingError) -> bytes:
+        return self._before + _encode(lmi_error(error)) + self._after
+
+    def _reply(self, inputs: str, stats: PromptStats, answer: Answer) -> dict[str, Any]:
+        reply: dict[str, Any] = {"generated_text": self._text(inputs, answer)}
+        if not self._details:
+            return reply
+        details = self._summary(inputs, answer)
+        details["tokens"] = [_token(position.chosen) for position in answer.logprobs]
+        if answer.eos and len(details["tokens"]) == len(answer.token_ids) > 0:
+            details["tokens"][-1]["special_token"] = True
+        if self._prefill:
+            details["prefill"] = _prefill(stats)
+        if self._top_tokens:
+            details["top_tokens"] = [self._top(position) for position in answer.logprobs]
+        return {**reply, "details": details}
+
+    def _text(self, inputs: str, answer: Answer) -> str:
+        return inputs + answer.text if self._full_text else answer.text
+
+    def _summary(self, inputs: str, answer: Answer) -> dict[str, Any]:
+        return {
+            "finish_reason": finish_reason(answer),
+            "generated_tokens": len(answer.token_ids),
+            "seed": self._seed,
+            "inputs": inputs,
+        }
+
+    def _top(self, position: PositionLogprobs) -> list[dict[str, Any]]:
+        return [_token(candidate) for candidate in position.top[: self._top_tokens]]
+
+
+def finish_reason(answer: Answer) -> str:
+    """LMI's words: length, eos_token, stop_sequence."""
+    if answer.finish_reason == "length":
+        return "length"
+    return "eos_token" if answer.eos or answer.stop_reason is None else "stop_sequence"
+
+
+def _shown(delta: Delta, *, last: bool) -> list[dict[str, Any]]:
+    """The delta's tokens with texts that add up to its text: clients join them.
+
+    A token that holds a piece of a character has an empty text; the one that completes it has it all.
+    """
+    tokens = [_token(position.chosen) for position in delta.logprobs or ()]
+    if len(tokens) != len(delta.token_ids):
+        tokens = [{"id": token_id, "text": "", "log_prob": None} for token_id in delta.token_ids]
+    if "".join(token["text"] for token in tokens) != delta.text:
+        for token in tokens:
+            token["text"] = ""
+        if tokens:
+            tokens[-1]["text"] = delta.text
+    if last and delta.eos and tokens:
+        tokens[-1]["special_token"] = True
+    return tokens
+
+
+def _prefill(stats: PromptStats) -> list[dict[str, Any]]:
+    """The prompt's tokens; the first has no probability."""
+    ids = stats.prompt_token_ids
+    positions = stats.prompt_logprobs or []
+    return [
+        _token(position.chosen)
+        if position is not None
+        else {"id": ids[i] if i < len(ids) else None, "text": "", "log_prob": None}
+        for i, position in enumerate(positions)
+    ]
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    return {"id": token.token_id, "text": token.text, "log_prob": finite(token.logprob)}

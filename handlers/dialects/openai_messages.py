@@ -1,0 +1,108 @@
+"""Chat messages and their content parts, in the shapes that OpenAI's clients and vLLM's users send."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from handlers.errors import InvalidRequest
+from handlers.request import ImagePart, Message, Part, Role, TextPart
+
+_ROLES: tuple[Role, ...] = get_args(Role)
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_PICTURE_PARTS = frozenset({"image_url", "input_image"})
+
+
+def read_messages(messages: list[Any]) -> list[Message]:
+    """Raises InvalidRequest with the path of what is wrong, as in "messages[1].content[0].image_url.url"."""
+    if not messages:
+        raise InvalidRequest("messages is empty: send at least one", param="messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: Any, path: str) -> Message:
+    if not isinstance(message, dict):
+        raise _wrong(path, "an object", message)
+    role = message.get("role")
+    if role is None:
+        raise _missing(f"{path}.role")
+    if role not in _ROLES:
+        raise InvalidRequest(
+            f"{path}.role is {str(role)[:40]!r}; allowed: {', '.join(_ROLES)}", param=f"{path}.role"
+        )
+    name, calls, call_id = message.get("name"), message.get("tool_calls"), message.get("tool_call_id")
+    for key, value in (("name", name), ("tool_call_id", call_id)):
+        if value is not None and not isinstance(value, str):
+            raise _wrong(f"{path}.{key}", "a string", value)
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise _wrong(f"{path}.tool_calls", "a list of objects", calls)
+    content = message.get("content")
+    if content is None and role == "assistant":
+        content = message.get("refusal") or ([] if calls else None)
+    return Message(
+        role=role,
+        parts=_content(content, f"{path}.content"),
+        text_only=isinstance(content, str),
+        name=name,
+        tool_calls=calls or None,
+        tool_call_id=call_id,
+    )
+
+
+def _content(content: Any, path: str) -> list[Part]:
+    if isinstance(content, str):
+        return [TextPart(content)]
+    if isinstance(content, list):
+        return [_part(part, f"{path}[{i}]") for i, part in enumerate(content)]
+    if content is None:
+        raise _missing(path)
+    raise _wrong(path, "a string or a list of parts", content)
+
+
+def _part(part: Any, path: str) -> Part:
+    if isinstance(part, str):
+        return TextPart(part)
+    if not isinstance(part, dict):
+        raise _wrong(path, "an object", part)
+    kind = part.get("type")
+    if kind is None:
+        kind = next((key for key in ("text", "image_url") if key in part), None)
+    if kind is None:
+        raise _missing(f"{path}.type")
+    if not isinstance(kind, str):
+        raise _wrong(f"{path}.type", "a string", kind)
+    if kind in _TEXT_PARTS:
+        key = _TEXT_PARTS[kind]
+        return TextPart(_string(part.get(key), f"{path}.{key}"))
+    if kind in _PICTURE_PARTS:
+        return ImagePart(_url(part.get("image_url"), f"{path}.image_url"))
+    raise InvalidRequest(
+        f"{path}.type is {kind[:40]!r}; this server reads parts of type text and image_url",
+        param=f"{path}.type",
+    )
+
+
+def _url(image_url: Any, path: str) -> str:
+    """`image_url` is an object with a `url`, or the URL itself; `detail` has no meaning for these models."""
+    if isinstance(image_url, dict):
+        image_url, path = image_url.get("url"), f"{path}.url"
+    url = _string(image_url, path)
+    if not url:
+        raise InvalidRequest(f"{path} is empty: send a https:, http: or data: URL", param=path)
+    return url
+
+
+def _string(value: Any, path: str) -> str:
+    if value is None:
+        raise _missing(path)
+    if not isinstance(value, str):
+        raise _wrong(path, "a string", value)
+    return value
+
+
+def _missing(path: str) -> InvalidRequest:
+    return InvalidRequest(f"{path} is missing", param=path)
+
+
+def _wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return InvalidRequest(f"{path} is {names.get(type(value), 'a number')}, not {wanted}", param=path)

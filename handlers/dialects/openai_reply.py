@@ -1,0 +1,160 @@
+"""Chat completions written: one JSON object, or server-sent events of chunks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
+from handlers.dialects.base import SSE, Answered
+from handlers.dialects.error_replies import openai_error
+from handlers.errors import ServingError
+
+_encode = msgspec.json.Encoder().encode
+
+_LEAST_LOGPROB = -9999.0  # OpenAI's number for "impossible"; JSON has no infinity
+_TAIL = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+_TAIL_NO_USAGE_YET = b'},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+
+
+class ChatWriter:
+    """Writes one chat completion. A plain token costs two concatenations and one escaped string."""
+
+    stream_type = SSE
+    keep_alive = b": keep-alive\n\n"
+
+    def __init__(
+        self,
+        *,
+        reply_id: str,
+        model: str,
+        top_logprobs: int | None = None,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+    ) -> None:
+        """top_logprobs: None for no logprobs, else how many alternatives to show beside the chosen token."""
+        self._head = {"id": reply_id, "created": int(time.time()), "model": model}
+        self._top = top_logprobs
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._completion_tokens = 0
+        self._prefixes: dict[int, bytes] = {}
+        head = _encode({**self._head, "object": "chat.completion.chunk"})
+        self._start = b"data: " + head[:-1] + b',"choices":'
+        self._tail = _TAIL_NO_USAGE_YET if include_usage else _TAIL
+
+    def whole(self, answered: list[Answered]) -> bytes:
+        (only,) = answered
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": self._logprobs(answer.logprobs),
+                "finish_reason": answer.finish_reason,
+                "stop_reason": answer.stop_reason,
+            }
+            for index, answer in enumerate(only.answers)
+        ]
+        completion_tokens = sum(len(answer.token_ids) for answer in only.answers)
+        reply: dict[str, Any] = {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage(only.stats, completion_tokens),
+        }
+        if only.stats.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = [_prompt_position(position) for position in only.stats.prompt_logprobs]
+        return _encode(reply)
+
+    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
+        self._completion_tokens += len(delta.token_ids)
+        prefix = self._prefixes.get(delta.index)
+        if prefix is None:
+            return self._first(delta, stats)
+        if delta.finish_reason is None and self._top is None and not self._continuous_usage:
+            return prefix + _encode(delta.text) + self._tail if delta.text else b""
+        if not (delta.text or delta.logprobs or delta.finish_reason):
+            return b""
+        return self._chunk(delta, {"content": delta.text}, stats)
+
+    def end(self, stats: PromptStats) -> bytes:
+        if not self._include_usage:
+            return b"data: [DONE]\n\n"
+        last = _encode(usage(stats, self._completion_tokens))
+        return self._start + b'[],"usage":' + last + b"}\n\ndata: [DONE]\n\n"
+
+    def failed(self, error: ServingError) -> bytes:
+        return b"data: " + _encode(openai_error(error)) + b"\n\n"
+
+    def _first(self, delta: Delta, stats: PromptStats) -> bytes:
+        """The role comes with an answer's first token, so that a client's time to first token is true."""
+        self._prefixes[delta.index] = self._start + b'[{"index":%d,"delta":{"content":' % delta.index
+        return self._chunk(delta, {"role": "assistant", "content": delta.text}, stats)
+
+    def _chunk(self, delta: Delta, content: dict[str, str], stats: PromptStats) -> bytes:
+        choice: dict[str, Any] = {
+            "index": delta.index,
+            "delta": content,
+            "logprobs": self._logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        line = self._start + _encode([choice])
+        if self._continuous_usage:
+            line += b',"usage":' + _encode(usage(stats, self._completion_tokens))
+        elif self._include_usage:
+            line += b',"usage":null'
+        return line + b"}\n\n"
+
+    def _logprobs(self, positions: list[PositionLogprobs] | None) -> dict[str, Any] | None:
+        if self._top is None:
+            return None
+        content = [
+            {
+                **_token(position.chosen),
+                "top_logprobs": [_token(candidate) for candidate in position.top[: self._top]],
+            }
+            for position in positions or ()
+        ]
+        return {"content": content, "refusal": None}
+
+
+def usage(stats: PromptStats, completion_tokens: int) -> dict[str, Any]:
+    """Pictures count among the prompt's tokens; `image_tokens` says how many of them they are."""
+    return {
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": stats.prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": stats.cached_tokens, "image_tokens": stats.image_tokens},
+    }
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    """`bytes` is null for a piece of a character, which its text cannot show."""
+    piece = "\ufffd" in token.text
+    return {
+        "token": token.text,
+        "logprob": finite(token.logprob),
+        "bytes": None if piece else list(token.text.encode()),
+    }
+
+
+def _prompt_position(position: PositionLogprobs | None) -> dict[str, Any] | None:
+    """vLLM's shape: candidates by token id."""
+    if position is None:
+        return None
+    return {
+        str(token.token_id): {
+            "logprob": finite(token.logprob),
+            "rank": token.rank,
+            "decoded_token": token.text,
+        }
+        for token in (position.chosen, *position.top)
+    }
+
+
+def finite(logprob: float) -> float:
+    return logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB

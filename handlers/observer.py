@@ -1,0 +1,45 @@
+"""What metrics are told about requests while they run."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from handlers.exchange import RequestFacts
+
+
+class Observer(Protocol):
+    """Called on the event loop; `on_token_gap` once for each step of each stream, so it must be cheap.
+
+    Every admitted request ends in exactly one `on_finished`, failed or not; `on_error` also counts those that
+    were never admitted. Times are seconds.
+    """
+
+    def on_admitted(self) -> None: ...
+
+    def on_first_token(self, seconds: float) -> None:
+        """Since the request's arrival."""
+
+    def on_token_gap(self, seconds: float) -> None: ...
+
+    def on_finished(self, facts: RequestFacts) -> None: ...
+
+    def on_error(self, kind: str) -> None: ...
+
+
+class Unobserved:
+    """Nobody listens."""
+
+    def on_admitted(self) -> None:
+        pass
+
+    def on_first_token(self, seconds: float) -> None:
+        pass
+
+    def on_token_gap(self, seconds: float) -> None:
+        pass
+
+    def on_finished(self, facts: RequestFacts) -> None:
+        pass
+
+    def on_error(self, kind: str) -> None:
+        pass

@@ -1,0 +1,153 @@
+"""One admitted task from its first look at the engine to its last delta: deadline, abort, counts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+
+from handlers.admission import Permit
+from handlers.backends.base import Backend, Delta, Generation, PromptStats
+from handlers.dialects.base import Answer, Answered, Task
+from handlers.dialects.error_replies import client_error
+from handlers.errors import DeadlineExceeded, EngineFailed, ServingError
+from handlers.exchange import RequestFacts
+from handlers.images.loader import ImageLoader
+from handlers.observer import Observer
+from handlers.request import GenerationRequest
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """Holds the permit and the generations of one task, and gives them back exactly once, in `close`.
+
+    `begin` may be awaited once, then either `answers` or (for a stream) `deltas`; all raise ServingError.
+    Whoever made a Run must `close` it, also after an error or a cancellation.
+    """
+
+    def __init__(
+        self, task: Task, permit: Permit, facts: RequestFacts, observer: Observer, deadline: float | None
+    ) -> None:
+        """deadline: `time.monotonic()` seconds."""
+        self.task = task
+        self.facts = facts
+        self._permit = permit
+        self._observer = observer
+        self._deadline = deadline
+        self._arrival = task.requests[0].arrival
+        self._generations: list[Generation] = []
+        self._closed = False
+        self._limit = asyncio.timeout(None)
+        observer.on_admitted()
+
+    @property
+    def stats(self) -> PromptStats:
+        return self._generations[0].stats
+
+    def time_limit(self) -> asyncio.Timeout:
+        """What is left of the request's time, for `async with`; `failure` knows when it has run out."""
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        self._limit = asyncio.timeout(left)
+        return self._limit
+
+    def failure(self, error: Exception) -> ServingError:
+        """What the client is told of an exception of this run, which is logged and noted here."""
+        if isinstance(error, TimeoutError) and self._limit.expired():
+            known: ServingError = DeadlineExceeded("the request's time (option.predict_timeout) is up")
+            known.__cause__ = error
+        else:
+            known = client_error(error, self.facts.request_id)
+        self.facts.error = known.kind
+        return known
+
+    async def begin(self, backend: Backend, images: ImageLoader) -> None:
+        """Fetch all pictures, then hand every prompt to the backend."""
+        pictures = [part for request in self.task.requests for part in request.images()]
+        self.facts.images = len(pictures)
+        if pictures:
+            await images.load(pictures, self._deadline)
+        for request in self.task.requests:
+            self._generations.append(await backend.generate(request))
+
+    async def answers(self) -> list[Answered]:
+        """All answers, whole. The prompts generate together, whatever the order in which they are read."""
+        pairs = list(zip(self._generations, self.task.requests, strict=True))
+        if len(pairs) == 1:
+            return [await self._read(*pairs[0])]
+        reading = [asyncio.create_task(self._read(*pair)) for pair in pairs]
+        try:
+            return await asyncio.gather(*reading)
+        finally:
+            for task in reading:
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """The deltas of the only prompt of a stream."""
+        unfinished = self.task.requests[0].n
+        last = [0.0] * unfinished
+        async for delta in self._generations[0]:
+            self._count(delta, last)
+            unfinished -= delta.finish_reason is not None
+            yield delta
+        if unfinished:
+            raise EngineFailed("the engine ended the answer too early")
+
+    async def close(self) -> None:
+        """Abort what still runs, free the places, complete the facts. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            for generation in self._generations:
+                try:
+                    await generation.aclose()
+                except Exception:
+                    log.exception("request %s: the backend failed to abort", self.facts.request_id)
+        finally:
+            self._permit.release()
+            self._complete_facts()
+            self._observer.on_finished(self.facts)
+
+    async def _read(self, generation: Generation, request: GenerationRequest) -> Answered:
+        answers = [Answer() for _ in range(request.n)]
+        last = [0.0] * request.n
+        async for delta in generation:
+            self._count(delta, last)
+            answers[delta.index].add(delta)
+        if any(answer.finish_reason is None for answer in answers):
+            raise EngineFailed("the engine ended the answer too early")
+        return Answered(generation.stats, answers)
+
+    def _count(self, delta: Delta, last: list[float]) -> None:
+        """last: when each answer of this prompt had its last token."""
+        now = time.monotonic()
+        facts = self.facts
+        if last[delta.index]:
+            self._observer.on_token_gap(now - last[delta.index])
+        elif facts.first_token is None:
+            facts.first_token = now - self._arrival
+            self._observer.on_first_token(facts.first_token)
+        last[delta.index] = now
+        facts.completion_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            if delta.finish_reason == "abort":
+                raise self._aborted()
+            facts.finish_reason = delta.finish_reason
+
+    def _aborted(self) -> DeadlineExceeded | EngineFailed:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return DeadlineExceeded("the request's time (option.predict_timeout) is up")
+        return EngineFailed("the engine aborted the request")
+
+    def _complete_facts(self) -> None:
+        facts = self.facts
+        facts.total = time.monotonic() - self._arrival
+        for generation in self._generations:
+            facts.prompt_tokens += generation.stats.prompt_tokens
+            facts.image_tokens += generation.stats.image_tokens
+            facts.cached_tokens += generation.stats.cached_tokens
+        if facts.finish_reason is None and facts.error is None:
+            facts.finish_reason = "abort"

@@ -1,0 +1,168 @@
+"""The whole way of one request: body, dialect, admission, pictures, backend, reply."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from handlers.admission import Admission
+from handlers.backends.base import Backend
+from handlers.dialects.base import JSON, Conventions, Task
+from handlers.dialects.body import read_body
+from handlers.dialects.error_replies import ErrorStyle, client_error, error_reply, log_error, style_of
+from handlers.dialects.lmi import read_lmi
+from handlers.dialects.openai_chat import read_chat
+from handlers.errors import InvalidRequest, NotFound
+from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.images.loader import ImageLoader
+from handlers.observer import Observer, Unobserved
+from handlers.reply_stream import ReplyStream
+from handlers.run import Run
+
+log = logging.getLogger(__name__)
+
+ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """Names and meanings are those of the options.
+
+    predict_timeout: seconds from a request's arrival to the end of its answer; None for any time.
+    limit_mm_per_prompt: most items of a modality in one prompt. keep_alive: seconds of silence in a stream of
+    server-sent events after which a comment is sent; None for never.
+    """
+
+    job_queue_size: int = 1000
+    max_rolling_batch_size: int = 256
+    predict_timeout: float | None = 240.0
+    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 1})
+    keep_alive: float | None = 15.0
+
+
+class Service:
+    """Answers requests in every dialect with one backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        images: ImageLoader,
+        limits: ServiceLimits,
+        *,
+        model_name: str,
+        lines: Literal["jsonlines", "sse"] = "jsonlines",
+        observer: Observer | None = None,
+    ) -> None:
+        """model_name: shown to clients that name none.
+        lines: how LMI streams are framed for a client that does not say.
+        """
+        self._backend = backend
+        self._images = images
+        self._limits = limits
+        self._model_name = model_name
+        self._lines = lines
+        self._observer: Observer = observer if observer is not None else Unobserved()
+        self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
+
+    @property
+    def in_flight(self) -> int:
+        """Prompts that generate or wait."""
+        return self._admission.taken
+
+    async def answer(self, incoming: Incoming) -> Reply:
+        """Never raises but when cancelled, and then everything is given back.
+
+        A stream is returned with its first token, so that whatever fails before has its own status code.
+        """
+        facts = RequestFacts(incoming.request_id, incoming.route)
+        style = style_of(incoming.route)
+        arrival = time.monotonic()
+        try:
+            body = read_body(incoming.body, incoming.headers)
+            style = _style(body, style)
+            task = self._task(body, incoming)
+            for request in task.requests:
+                request.arrival = arrival
+            facts.model = task.requests[0].model
+            return await self._run(task, facts)
+        except Exception as error:
+            known = client_error(error, incoming.request_id)
+        log_error(known, incoming.request_id)
+        self._observer.on_error(known.kind)
+        reply = error_reply(known, style)
+        facts.status, facts.error = known.status, known.kind
+        facts.total = time.monotonic() - arrival
+        reply.facts = facts
+        return reply
+
+    def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
+        capabilities = self._backend.capabilities
+        conventions = Conventions(self._model_name, capabilities.default_sampling, self._lines)
+        adapter = incoming.headers.get(ADAPTER_HEADER) or None
+        if "messages" in body:
+            task = read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
+        elif "inputs" in body:
+            accept = incoming.headers.get("accept", "")
+            task = read_lmi(body, conventions, request_id=incoming.request_id, adapter=adapter, accept=accept)
+        elif "prompt" in body:
+            raise InvalidRequest(
+                "completions (`prompt`) are not served: send messages or inputs", param="prompt"
+            )
+        else:
+            raise InvalidRequest("the body has neither messages nor inputs", param="messages")
+        for request in task.requests:
+            if request.adapter is not None and not capabilities.adapters:
+                raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
+            self._check_pictures(sum(1 for _ in request.images()), capabilities.images)
+        return task
+
+    def _check_pictures(self, count: int, allowed: bool) -> None:
+        if count and not allowed:
+            raise InvalidRequest("this model does not take pictures")
+        most = self._limits.limit_mm_per_prompt.get("image", 1)
+        if count > most:
+            raise InvalidRequest(
+                f"the prompt holds {count} pictures; this server takes at most {most} "
+                f'(option.limit_mm_per_prompt={{"image": {most}}})'
+            )
+
+    async def _run(self, task: Task, facts: RequestFacts) -> Reply:
+        permit = self._admission.admit(len(task.requests))
+        timeout = self._limits.predict_timeout
+        deadline = None if timeout is None else task.requests[0].arrival + timeout
+        for request in task.requests:
+            request.deadline = deadline
+        facts.stream = task.stream
+        run = Run(task, permit, facts, self._observer, deadline)
+        stream: ReplyStream | None = None
+        try:
+            async with run.time_limit():
+                await run.begin(self._backend, self._images)
+                if not task.stream:
+                    body = task.writer.whole(await run.answers())
+                else:
+                    deltas = run.deltas()
+                    first = await anext(deltas)
+                    stream = ReplyStream(run, first, deltas, self._observer, self._limits.keep_alive)
+            facts.status = 200
+        except Exception as error:
+            known = run.failure(error)
+            facts.status = known.status
+            if known is error:
+                raise
+            raise known from error
+        finally:
+            if stream is None:
+                await run.close()
+        if stream is not None:
+            return Reply(200, task.writer.stream_type, chunks=stream, facts=facts)
+        return Reply(200, JSON, body, facts=facts)
+
+
+def _style(body: dict[str, Any], otherwise: ErrorStyle) -> ErrorStyle:
+    if "messages" in body:
+        return "openai"
+    return "lmi" if "inputs" in body else otherwise
