@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.logits import Edits, Ids, TokenCounts, Weights, best, keep_typical, mix64, pick, temper, threshold
-from engine.logits import uniform as uniform_of
+from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick
+from engine.distribution import uniform as uniform_of
+from engine.logits import Edits, Ids, TokenCounts, Weights, best
 from engine.sampling_params import SamplingParams
 
 _PROMPT_LOGPROBS_ELEMENTS = 1 << 24
@@ -35,7 +36,7 @@ class Logprobs(msgspec.Struct, array_like=True):
     ranks: list[int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SamplingState:
     """What sampling knows of one sequence; lives as long as the sequence and survives preemption.
 
@@ -43,6 +44,9 @@ class SamplingState:
     output_token_ids: shared; the engine appends to it after each step and never removes.
     seed: params.seed or the engine's own; differs between the answers of one request.
     plain: needs nothing beyond the argmax of its logits, at any step.
+    penalised: has penalties or a bias.
+    filters: temperature, top_k, top_p, min_p, typical_p.
+    enders: the tokens that would end the answer, masked while it is shorter than min_tokens.
     """
 
     params: SamplingParams
@@ -51,43 +55,45 @@ class SamplingState:
     eos_token_ids: tuple[int, ...]
     seed: int
     plain: bool = field(init=False, repr=False)
-    _penalised: bool = field(init=False, repr=False)
+    penalised: bool = field(init=False, repr=False)
+    filters: tuple[float, int, float, float, float] = field(init=False, repr=False)
+    bias: tuple[Ids, Weights] | None = field(init=False, repr=False, default=None)
+    enders: Ids = field(init=False, repr=False)
     _key: int = field(init=False, repr=False)
-    _filters: tuple[float, int, float, float, float] = field(init=False, repr=False)
-    _bias: tuple[Ids, Weights] | None = field(init=False, repr=False)
-    _enders: Ids = field(init=False, repr=False)
     _seen: TokenCounts | None = field(init=False, repr=False, default=None)
-    _num_seen: int = field(init=False, repr=False, default=0)
     _written: TokenCounts | None = field(init=False, repr=False, default=None)
-    _num_written: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         params = self.params
-        self._penalised = (
+        if params.logit_bias:
+            biases = sorted(params.logit_bias.items())
+            self.bias = (
+                np.array([token for token, _ in biases], np.int64),
+                np.array([amount for _, amount in biases], np.float32),
+            )
+        self.penalised = (
             params.repetition_penalty != 1.0
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
-            or bool(params.logit_bias)
+            or self.bias is not None
         )
         self.plain = (
-            params.greedy and not self._penalised and params.min_tokens == 0 and params.logprobs is None
+            params.greedy and not self.penalised and params.min_tokens == 0 and params.logprobs is None
         )
-        self._key = mix64(self.seed)
-        self._filters = (params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
-        bias = params.logit_bias
-        self._bias = (np.fromiter(bias, np.int64), np.fromiter(bias.values(), np.float32)) if bias else None
+        self.filters = (params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
         enders = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
-        self._enders = np.array(sorted(enders), np.int64)
+        self.enders = np.array(sorted(enders), np.int64)
+        self._key = mix64(self.seed)
+
+    @property
+    def too_short(self) -> bool:
+        """The answer may not end yet."""
+        return len(self.output_token_ids) < self.params.min_tokens
 
     @property
     def edited(self) -> bool:
         """This step's logits want penalties, a bias or the min_tokens mask."""
-        return self._penalised or len(self.output_token_ids) < self.params.min_tokens
-
-    @property
-    def filters(self) -> tuple[float, int, float, float, float]:
-        """temperature, top_k, top_p, min_p, typical_p"""
-        return self._filters
+        return self.penalised or self.too_short
 
     @property
     def uniform(self) -> float:
@@ -95,23 +101,11 @@ class SamplingState:
         return uniform_of(self._key, len(self.output_token_ids))
 
     @property
-    def bias(self) -> tuple[Ids, Weights] | None:
-        return self._bias
-
-    @property
-    def forbidden(self) -> Ids | None:
-        """The ids that would end the answer before min_tokens; None once it is long enough."""
-        too_short = len(self.output_token_ids) < self.params.min_tokens
-        return self._enders if too_short and len(self._enders) else None
-
-    @property
     def seen(self) -> TokenCounts:
         """The tokens of prompt and answer."""
         if self._seen is None:
             self._seen = TokenCounts(self.prompt_token_ids)
-        for token in self.output_token_ids[self._num_seen :]:
-            self._seen.add(token)
-        self._num_seen = len(self.output_token_ids)
+        self._seen.follow(self.output_token_ids)
         return self._seen
 
     @property
@@ -119,9 +113,7 @@ class SamplingState:
         """The tokens of the answer."""
         if self._written is None:
             self._written = TokenCounts()
-        for token in self.output_token_ids[self._num_written :]:
-            self._written.add(token)
-        self._num_written = len(self.output_token_ids)
+        self._written.follow(self.output_token_ids)
         return self._written
 
 
@@ -151,7 +143,7 @@ class Sampler:
             return tokens.tolist(), [None] * len(states)
         counts = [states[row].params.logprobs or 0 for row in asking]
         rows = self._index(asking)
-        packed = _pack_logprobs(_select(logits, rows, len(states)), tokens[rows], max(counts))
+        packed = _pack_logprobs(_select(logits, rows), tokens[rows], max(counts))
         host = torch.cat((tokens.double(), packed.flatten())).tolist()
         chosen = [int(token) for token in host[: len(states)]]
         logprobs: list[Logprobs | None] = [None] * len(states)
@@ -176,15 +168,15 @@ class Sampler:
             tokens[rows] = best(logits[rows])
         if edited:
             rows = self._index(edited)
-            tokens[rows] = best(self._edit(_select(logits, rows, len(states)), [states[r] for r in edited]))
+            tokens[rows] = best(self._edit(_select(logits, rows), [states[r] for r in edited]))
         if drawn:
             rows = self._index(drawn)
-            tokens[rows] = self._draw(_select(logits, rows, len(states)), [states[r] for r in drawn])
+            tokens[rows] = self._draw(_select(logits, rows), [states[r] for r in drawn])
         return tokens
 
     def _edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Float32 scores [S, V] after penalties, bias and min_tokens mask; `logits` if none is wanted."""
-        repetition, shift, bias, mask = (Edits(self._vocab_size) for _ in range(4))
+        repetition, penalties, bias, mask = Edits(), Edits(), Edits(), Edits()
         for row, state in enumerate(states):
             if not state.edited:
                 continue
@@ -194,38 +186,39 @@ class Sampler:
             if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
                 written = state.written
                 amount = params.presence_penalty + params.frequency_penalty * written.counts
-                shift.add(row, written.ids, -amount)
+                penalties.add(row, written.ids, -amount)
             if state.bias is not None:
                 bias.add(row, *state.bias)
-            if state.forbidden is not None:
-                mask.add(row, state.forbidden, -np.inf)
-        if not (repetition or shift or bias or mask):
+            if state.too_short:
+                mask.add(row, state.enders, -np.inf)
+        if not (repetition or penalties or bias or mask):
             return logits
         scores = logits.to(torch.float32, copy=True)
         if repetition:
             repetition.penalise_repetition(scores)
-        if shift:
-            shift.shift(scores)
-        if bias:
-            bias.shift(scores)
-        if mask:
-            mask.mask(scores)
+        for edits in (penalties, bias, mask):
+            if edits:
+                edits.shift(scores)
         return scores
 
     def _draw(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Tokens [S] int64 drawn from each row's filtered distribution."""
-        host = torch.tensor([(*state.filters, state.uniform) for state in states], dtype=torch.float64)
-        temperature, top_k, top_p, min_p, typical_p, uniform = host.to(self._device).unsqueeze(-1).unbind(1)
-        _, ks, top_ps, min_ps, typical_ps, _ = host.unbind(1)
-        scores = temper(self._edit(logits, states).float(), temperature.float())
-        if bool(((ks > 0) & (ks < self._vocab_size)).any()) or bool((top_ps < 1.0).any()):
-            all_of_them = torch.where(top_k > 0, top_k, self._vocab_size).clamp_max(self._vocab_size).long()
-            scores = scores.masked_fill(scores < threshold(scores, all_of_them, top_p), -torch.inf)
-        if bool((min_ps > 0.0).any()):
-            scores = scores.masked_fill(scores.exp() < min_p.float(), -torch.inf)
-        if bool((typical_ps < 1.0).any()):
-            scores = keep_typical(scores, typical_p)
-        return pick(scores, uniform)
+        host = [(*state.filters, state.uniform) for state in states]
+        parameters = torch.tensor(host, dtype=torch.float64).to(self._device)
+        temperature, top_k, top_p, min_p, typical_p, uniform = parameters.unsqueeze(-1).unbind(1)
+        top_k = torch.where(top_k > 0, top_k, self._vocab_size).clamp_max(self._vocab_size)
+        mass = masses(self._edit(logits, states), temperature)
+        cut = [row for row, (_, k, p, least, _, _) in enumerate(host) if k > 0 or p < 1.0 or least > 0.0]
+        if cut:
+            rows = self._index(cut)
+            ordered = any(host[row][1] > 0 or host[row][2] < 1.0 for row in cut)
+            kept = keep_likeliest(_select(mass, rows), top_k[rows], top_p[rows], min_p[rows], ordered=ordered)
+            mass = _replace(mass, rows, kept)
+        typical = [row for row, filters in enumerate(host) if filters[4] < 1.0]
+        if typical:
+            rows = self._index(typical)
+            mass = _replace(mass, rows, keep_typical(_select(mass, rows), typical_p[rows]))
+        return pick(mass, uniform)
 
     def _index(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self._device)
@@ -246,8 +239,13 @@ def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> li
     return [_unpack_logprobs(row, k) for part in packed for row in part.tolist()]
 
 
-def _select(logits: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    return logits if len(rows) == num_rows else logits[rows]
+def _select(table: Tensor, rows: Tensor) -> Tensor:
+    """Those rows, in rising order; the table itself if they are all of it."""
+    return table if len(rows) == len(table) else table[rows]
+
+
+def _replace(table: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    return new if len(rows) == len(table) else table.index_copy_(0, rows, new)
 
 
 def _pack_logprobs(logits: Tensor, chosen: Tensor, k: int) -> Tensor:
