@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import sys
 from collections import deque
-from pathlib import Path
 
 import msgspec
 
 from engine.config import EngineConfig
+from engine.environment import child_environment
 from engine.errors import EngineDead, EngineError, ModelLoadError
 from engine.messages import (
     FRAME,
@@ -115,7 +114,7 @@ class EngineClient:
                 sys.executable, "-P", "-m", "engine.process", str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=_child_environment(),
+                env=child_environment(),
                 start_new_session=True,
             )  # fmt: skip
         reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -149,14 +148,14 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None and self.alive:
             self._send(Abort([request_id]))
 
-    async def ping(self, number: int, timeout: float) -> bool:
-        """Whether the engine's loop answers within `timeout` seconds."""
+    async def ping(self, number: int, seconds: float) -> bool:
+        """Whether the engine's loop answers within that many seconds."""
         if not self.alive:
             return False
         pong = self._pongs[number] = asyncio.get_running_loop().create_future()
         self._send(Ping(number))
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 await pong
         except (TimeoutError, EngineDead):
             return False
@@ -194,7 +193,9 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
 
-    async def _receive(self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromEngine]) -> None:
+    async def _receive(
+        self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromEngine]
+    ) -> None:
         try:
             while (message := await _read(reader, decoder)) is not None:
                 self._handle(message)
@@ -209,7 +210,9 @@ class EngineClient:
             except TimeoutError:
                 self.kill()
                 await self._process.wait()
-        self._bury(f"the engine process ended (exit code {self._process.returncode}) while it held this request")
+        self._bury(
+            f"the engine process ended (exit code {self._process.returncode}) while it held this request"
+        )
 
     def _handle(self, message: FromEngine) -> None:
         if isinstance(message, StepDone):
@@ -217,7 +220,11 @@ class EngineClient:
             self.answered = True
             streams = self._streams
             for output in message.outputs:
-                stream = streams.get(output.request_id) if output.finish is None else streams.pop(output.request_id, None)
+                stream = (
+                    streams.get(output.request_id)
+                    if output.finish is None
+                    else streams.pop(output.request_id, None)
+                )
                 if stream is not None:
                     stream.put(output)
         elif isinstance(message, Pong):
@@ -247,7 +254,9 @@ class EngineClient:
         self._writer.writelines((FRAME.pack(len(body)), body))
 
 
-async def _read(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromEngine]) -> FromEngine | None:
+async def _read(
+    reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromEngine]
+) -> FromEngine | None:
     """The next message; None once the engine has closed its end."""
     try:
         (size,) = FRAME.unpack(await reader.readexactly(FRAME.size))
@@ -256,10 +265,3 @@ async def _read(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[F
         return decoder.decode(await reader.readexactly(size))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-
-
-def _child_environment() -> dict[str, str]:
-    """Ours, with this very package importable: `-P` keeps the working directory out of the module path."""
-    root = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": root if not inherited else f"{root}{os.pathsep}{inherited}"}

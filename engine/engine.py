@@ -8,12 +8,13 @@ import torch
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.loader import load_family
+from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
 from engine.messages import Add, FinishReason, Output, Picture, Stats
-from engine.runner import ModelRunner, StepLogits
+from engine.runner import StepLogits
 from engine.sampler import Sampler, prompt_logprobs
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import Sequence
+from engine.step_input import ChunkInput
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,17 @@ INTERNAL_ERROR = "the engine failed on this request"
 class Engine:
     """Add requests, call `step` while `has_work`; each step gives the outputs of all requests that got a token."""
 
-    def __init__(self, config: EngineConfig, runner: ModelRunner) -> None:
-        self.runner = runner
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.executor = executor
+        self.runner = runner = executor.runner
         budget = config.max_num_batched_tokens or (512 if runner.device.type == "cpu" else 8192)
-        self.pool = BlockPool(runner.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+        self.pool = BlockPool(
+            runner.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
+        )
         self.scheduler = Scheduler(
-            self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=max(budget, config.max_num_seqs)
+            self.pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max(budget, config.max_num_seqs),
         )
         self.sampler = Sampler(runner.vocab_size, runner.device)
         self._sequences: dict[int, Sequence] = {}
@@ -37,9 +43,10 @@ class Engine:
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
-        """A single-rank engine on `config.devices[0]`."""
-        device = torch.device(config.devices[0])
-        return cls(config, ModelRunner(config, load_family(config, device), device))
+        """Load the model on all of `config.devices`. Raises ModelLoadError."""
+        if config.tensor_parallel_degree > 1:
+            return cls(config, ParallelExecutor(config))
+        return cls(config, LocalExecutor(load_runner(config)))
 
     @property
     def has_work(self) -> bool:
@@ -49,7 +56,9 @@ class Engine:
         """Queue a request. An output is returned for one that is refused at once."""
         longest = self.runner.max_model_len
         if not 0 < len(add.token_ids) < longest:
-            return _refusal(add.request_id, f"the prompt has {len(add.token_ids)} tokens; allowed: 1 to {longest - 1}")
+            return _refusal(
+                add.request_id, f"the prompt has {len(add.token_ids)} tokens; allowed: 1 to {longest - 1}"
+            )
         if any(not 0 <= token < self.runner.vocab_size for token in add.token_ids) and not add.pictures:
             return _refusal(add.request_id, "the prompt holds a token id outside the vocabulary")
         self._arrivals += 1
@@ -76,7 +85,7 @@ class Engine:
         chunks = self._encode_pictures(chunks, outputs)
         for group, logits in self._run(chunks, outputs):
             self._advance(group, logits, outputs)
-        self.runner.encoder_cache.trim()
+        self.executor.trim()
         return outputs
 
     def stats(self) -> Stats:
@@ -105,8 +114,10 @@ class Engine:
         if not missing:
             return chunks
         try:
-            self.runner.encode(list(missing.values()))
+            self.executor.encode(list(missing.values()))
         except Exception:
+            if not self.executor.isolates_failures:
+                raise
             logger.exception("encoding %d pictures together failed; encoding them one by one", len(missing))
             for picture in missing.values():
                 self._encode_alone(picture)
@@ -123,7 +134,7 @@ class Engine:
         if picture.digest in self.runner.encoder_cache:
             return
         try:
-            self.runner.encode([picture])
+            self.executor.encode([picture])
         except Exception:
             logger.exception("a picture could not be encoded")
 
@@ -135,13 +146,15 @@ class Engine:
         if not chunks:
             return []
         try:
-            return [(chunks, self.runner.run(chunks))]
+            return [(chunks, self.executor.run([ChunkInput.of(chunk) for chunk in chunks]))]
         except Exception:
+            if not self.executor.isolates_failures:
+                raise
             logger.exception("a step of %d requests failed; running them one by one", len(chunks))
         done: list[tuple[list[Chunk], StepLogits]] = []
         for chunk in chunks:
             try:
-                done.append(([chunk], self.runner.run([chunk])))
+                done.append(([chunk], self.executor.run([ChunkInput.of(chunk)])))
             except Exception:
                 logger.exception("the step failed with this request alone")
                 self._fail(chunk.sequence, INTERNAL_ERROR, outputs)
@@ -161,7 +174,7 @@ class Engine:
         token_ids, logprobs = self.sampler.sample(logits.samples, [s.sampling for s in sampling])
         for sequence, token_id, logprob in zip(sampling, token_ids, logprobs, strict=True):
             if token_id < 0:
-                self.runner.kernel.scrub(self.pool.discard(sequence))
+                self.executor.scrub(self.pool.discard(sequence))
                 self._fail(sequence, "the model gave no usable probabilities (NaN) for this request", outputs)
                 continue
             sequence.append(token_id)
@@ -213,7 +226,9 @@ def _note_prompt_logprobs(chunk: Chunk, rows: torch.Tensor) -> None:
     last = min(chunk.stop, sequence.num_prompt_tokens - 1)
     if first < last:
         targets = sequence.token_ids[first + 1 : last + 1]
-        sequence.prompt_logprobs += prompt_logprobs(rows[first - chunk.start : last - chunk.start], targets, count)
+        sequence.prompt_logprobs += prompt_logprobs(
+            rows[first - chunk.start : last - chunk.start], targets, count
+        )
 
 
 def _refusal(request_id: int, message: str) -> Output:

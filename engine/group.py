@@ -34,12 +34,20 @@ class Replica:
         self.config = config
         self.client = EngineClient(config)
         self.failures = 0
+        self.given_up = False
         self.lost = Stats()
         """The counters of the processes that died."""
 
     def retire(self) -> None:
         """Note the counters of the process that died, and make a place for the next one."""
-        for name in ("prefix_queries", "prefix_hits", "encoder_queries", "encoder_hits", "preemptions", "steps"):
+        for name in (
+            "prefix_queries",
+            "prefix_hits",
+            "encoder_queries",
+            "encoder_hits",
+            "preemptions",
+            "steps",
+        ):
             setattr(self.lost, name, getattr(self.lost, name) + getattr(self.client.stats, name))
         self.client = EngineClient(self.config)
 
@@ -73,6 +81,7 @@ class EngineGroup:
         self.restarts = 0
         self.facts: Ready | None = None
         """What the first replica that came up said of itself."""
+        self._change = asyncio.Event()
         self._places: OrderedDict[bytes, int] = OrderedDict()
         self._keepers: list[asyncio.Task[None]] = []
         self._closing = False
@@ -86,7 +95,9 @@ class EngineGroup:
             if isinstance(result, BaseException):
                 await self.close()
                 raise result
-        self._keepers = [asyncio.create_task(self._keep(r), name=f"replica-{r.number}") for r in self.replicas]
+        self._keepers = [
+            asyncio.create_task(self._keep(r), name=f"replica-{r.number}") for r in self.replicas
+        ]
         return self.facts
 
     @property
@@ -96,7 +107,11 @@ class EngineGroup:
     @property
     def given_up(self) -> bool:
         """Every replica died too often; nothing will generate again."""
-        return bool(self._keepers) and all(keeper.done() for keeper in self._keepers) and not self.alive
+        return all(replica.given_up for replica in self.replicas)
+
+    async def changed(self) -> None:
+        """Return when next a replica has died, come back, or been given up."""
+        await self._change.wait()
 
     def submit(self, adds: Sequence[Add], keys: Sequence[bytes] = ()) -> Ticket:
         """Send one request, or the n answers of one, to one replica. Raises EngineDead when none is alive.
@@ -146,6 +161,10 @@ class EngineGroup:
                 return known
         return least
 
+    def _announce(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+
     async def _keep(self, replica: Replica) -> None:
         """Restart the replica's process whenever it dies, until it dies too often."""
         while not self._closing:
@@ -154,6 +173,7 @@ class EngineGroup:
             await replica.client.stop()
             replica.retire()
             replica.failures = 1 if served else replica.failures + 1
+            self._announce()
             logger.error("engine process of replica %d ended with code %s", replica.number, code)
             while replica.failures <= self._retry_threshold:
                 await asyncio.sleep(_pause(replica.failures))
@@ -167,9 +187,12 @@ class EngineGroup:
                     replica.failures += 1
                 else:
                     logger.info("replica %d is back", replica.number)
+                    self._announce()
                     break
             else:
                 logger.critical("replica %d is given up after %d failures", replica.number, replica.failures)
+                replica.given_up = True
+                self._announce()
                 return
 
 

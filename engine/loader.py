@@ -21,6 +21,7 @@ from engine.errors import ModelLoadError
 from engine.families.base import Family, Preprocessor
 from engine.families.llava import LlavaFamily, LlavaPreprocessor, num_image_tokens
 from engine.families.text import TextFamily
+from engine.tensor_parallel import Ranks, shard
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def read_config(model_path: str, *, trust_remote_code: bool = False) -> Pretrain
     """Raises ModelLoadError for a directory without a config.json that transformers understands, and for a
     model that this engine does not serve."""
     try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"config.json of the model cannot be read: {error}") from error
     check_supported(config)
@@ -83,8 +84,8 @@ def resolve_dtype(config: PretrainedConfig, name: str, device: torch.device) -> 
     return dtype
 
 
-def load_family(config: EngineConfig, device: torch.device, **parallel: Any) -> Family:
-    """Load the weights. `parallel` goes to `from_pretrained` (a tensor-parallel plan and its mesh)."""
+def load_family(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> Family:
+    """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
     model_config = read_config(config.model_path, trust_remote_code=config.trust_remote_code)
     dtype = resolve_dtype(model_config, config.dtype, device)
     vision = VISION_FAMILIES.get(model_config.model_type)
@@ -95,13 +96,15 @@ def load_family(config: EngineConfig, device: torch.device, **parallel: Any) -> 
             dtype=dtype,
             attn_implementation=_attention(model_config),
             trust_remote_code=config.trust_remote_code,
-            **(parallel or {"device_map": str(device)} if device.type != "cpu" else parallel),
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelLoadError(f"the model's weights cannot be loaded: {error}") from error
-    model.eval()
-    family = TextFamily if vision is None else vision[0]
-    return family(model)
+    model.train(mode=False)
+    family = (TextFamily if vision is None else vision[0])(model)
+    if ranks is not None:
+        shard(family.decoder, family.text_config, ranks)
+    torch.nn.Module.to(model, device)
+    return family
 
 
 def _attention(config: PretrainedConfig) -> str | dict[str, str]:

@@ -36,7 +36,9 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
             f"max_model_len {config.max_model_len} is more than the model's own {declared} positions; lower it"
         )
     wanted = config.max_model_len or declared
-    budget = config.kv_cache_bytes if config.kv_cache_bytes is not None else _default_budget(config, shape.device)
+    budget = (
+        config.kv_cache_bytes if config.kv_cache_bytes is not None else _default_budget(config, shape.device)
+    )
     affordable = budget // shape.bytes_per_block
     useful = config.max_num_seqs * -(-wanted // shape.block_size)
     num_blocks = min(affordable, useful)

@@ -28,12 +28,16 @@ class TensorData(msgspec.Struct, array_like=True):
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes | memoryview
+    data: memoryview
 
     @classmethod
     def pack(cls, array: npt.NDArray[np.generic]) -> TensorData:
         array = np.ascontiguousarray(array)
-        return cls(str(array.dtype), array.shape, array.data.cast("B") if array.size else b"")
+        return cls(
+            str(array.dtype),
+            array.shape,
+            memoryview(array.tobytes()) if not array.size else array.data.cast("B"),
+        )
 
     def unpack(self) -> npt.NDArray[np.generic]:
         """A writable array that owns its memory."""

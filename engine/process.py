@@ -1,4 +1,5 @@
-"""The engine's own process: `python -m engine.process FD`, where FD is the socket to the front.
+"""The engine's own process: `python -m engine.process FD`, where FD is the socket to the front (and
+`--rank FD` for a further tensor-parallel rank, where FD is the socket to rank 0).
 
 The first frame on the socket is the `EngineConfig`; then `ToEngine` messages come in and `FromEngine` messages go
 out. When the front goes away, in whatever manner, the process ends.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import queue
 import signal
 import socket
@@ -20,9 +20,8 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
+from engine.framing import read_frame, write_frame
 from engine.messages import (
-    FRAME,
-    MAX_FRAME_BYTES,
     Abort,
     Add,
     FromEngine,
@@ -50,35 +49,15 @@ class Channel:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
 
     def read_config(self) -> EngineConfig:
-        return msgspec.msgpack.decode(self._read_frame() or b"", type=EngineConfig)
+        return msgspec.msgpack.decode(read_frame(self._socket) or b"", type=EngineConfig)
 
     def send(self, message: FromEngine) -> None:
-        body = self._encoder.encode(message)
-        self._socket.sendall(FRAME.pack(len(body)) + body)
+        write_frame(self._socket, self._encoder.encode(message))
 
     def messages(self) -> Iterator[ToEngine]:
         """Until the front closes the socket."""
-        while (frame := self._read_frame()) is not None:
+        while (frame := read_frame(self._socket)) is not None:
             yield self._decoder.decode(frame)
-
-    def _read_frame(self) -> bytearray | None:
-        header = self._read(FRAME.size)
-        if header is None:
-            return None
-        (size,) = FRAME.unpack(header)
-        if size > MAX_FRAME_BYTES:
-            raise EngineError(f"a frame of {size} bytes came; allowed: {MAX_FRAME_BYTES}")
-        return self._read(size)
-
-    def _read(self, size: int) -> bytearray | None:
-        data = bytearray(size)
-        view, got = memoryview(data), 0
-        while got < size:
-            count = self._socket.recv_into(view[got:])
-            if count == 0:
-                return None
-            got += count
-        return data
 
 
 def serve(channel: Channel, config: EngineConfig) -> None:
@@ -86,6 +65,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     import torch
 
     from engine.engine import Engine
+    from engine.executor import default_threads
 
     torch.set_num_threads(config.threads or default_threads(config))
     try:
@@ -153,15 +133,6 @@ def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | None]) -> No
         inbox.put(None)
 
 
-def default_threads(config: EngineConfig) -> int:
-    """OMP_NUM_THREADS where it is set, else the cores that this process may use, one of them left to the front."""
-    wished = os.environ.get("OMP_NUM_THREADS", "")
-    if wished.isdecimal() and int(wished) > 0:
-        return int(wished)
-    cores = (len(os.sched_getaffinity(0)) - 1) * config.cpu_share
-    return max(1, int(cores / config.tensor_parallel_degree))
-
-
 def die_with_parent() -> None:
     """Ask Linux to end this process when the front dies, even in the middle of a step; elsewhere the closed
     socket does it between two steps."""
@@ -172,10 +143,18 @@ def die_with_parent() -> None:
 def main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr)
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
+    )
+    sock = socket.socket(fileno=int(sys.argv[-1]))
     try:
-        serve(channel, channel.read_config())
+        if sys.argv[1] == "--rank":
+            from engine.executor import follow
+
+            follow(sock)
+        else:
+            channel = Channel(sock)
+            serve(channel, channel.read_config())
     except BrokenPipeError:
         logger.info("the front is gone")
 

@@ -13,11 +13,10 @@ from engine.attention.kernel import CacheShape, PackedStep
 from engine.attention.select import make_kernel
 from engine.config import EngineConfig
 from engine.encoder_cache import EncoderCache
-from engine.errors import ModelLoadError
 from engine.families.base import Family
 from engine.memory import cache_blocks
 from engine.messages import Picture
-from engine.scheduler import Chunk
+from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,6 @@ class ModelRunner:
         self.vocab_size = int(text.vocab_size)
         self.encoder_cache = EncoderCache(config.encoder_cache_bytes)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        if heads % config.tensor_parallel_degree:
-            raise ModelLoadError(
-                f"tensor_parallel_degree {config.tensor_parallel_degree} does not divide the model's {heads} "
-                "key/value heads; choose a divisor of it"
-            )
         shape = CacheShape(
             num_layers=text.num_hidden_layers,
             num_blocks=1,
@@ -71,20 +65,35 @@ class ModelRunner:
     def weight_bytes(self) -> int:
         return sum(p.nbytes for p in self.family.model.parameters())
 
+    def execute(self, command: Command) -> StepLogits | None:
+        """What another rank tells this one; only `Run` has a result."""
+        if isinstance(command, Run):
+            return self.run(command.chunks)
+        if isinstance(command, Encode):
+            self.encode(command.pictures)
+        elif isinstance(command, Trim):
+            self.encoder_cache.trim()
+        elif isinstance(command, Scrub):
+            self.kernel.scrub(command.blocks)
+        return None
+
     @torch.inference_mode()
     def encode(self, pictures: Items[Picture]) -> None:
         """Run the vision encoder and keep the outputs. Pictures must differ in digest and not be cached."""
         for start in range(0, len(pictures), ENCODE_BATCH):
             some = pictures[start : start + ENCODE_BATCH]
             tensors = [
-                {name: torch.from_numpy(data.unpack()).to(self.device) for name, data in picture.tensors.items()}
+                {
+                    name: torch.from_numpy(data.unpack()).to(self.device)
+                    for name, data in picture.tensors.items()
+                }
                 for picture in some
             ]
             for picture, features in zip(some, self.family.encode(tensors), strict=True):
                 self.encoder_cache.put(picture.digest, features)
 
     @torch.inference_mode()
-    def run(self, chunks: Items[Chunk]) -> StepLogits:
+    def run(self, chunks: Items[ChunkInput]) -> StepLogits:
         """Compute the chunks' keys and values, and the logits of those that sample or show prompt logprobs."""
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         step, token_ids, positions = self._pack([chunks[i] for i in order])
@@ -96,50 +105,54 @@ class ModelRunner:
             self._merge_pictures(embeddings, chunk, start)
             if chunk.samples:
                 rows[index] = start + chunk.length - 1
-            if chunk.sequence.prompt_logprobs is not None and chunk.start < chunk.sequence.num_prompt_tokens:
+            if chunk.prompt_logits:
                 whole[index] = slice(start, start + chunk.length)
         self.kernel.begin(step)
-        hidden = self.family.forward(embeddings, torch.from_numpy(positions).to(self.device), kernel=self.kernel)
+        hidden = self.family.forward(
+            embeddings, torch.from_numpy(positions).to(self.device), kernel=self.kernel
+        )
         wanted = [rows[i] for i in range(len(chunks)) if i in rows]
-        picked = hidden if wanted == list(range(len(hidden))) else hidden[torch.tensor(wanted, dtype=torch.long)]
+        picked = (
+            hidden if wanted == list(range(len(hidden))) else hidden[torch.tensor(wanted, dtype=torch.long)]
+        )
         return StepLogits(
             samples=self.family.logits(picked),
             prompts={index: self.family.logits(hidden[span]) for index, span in whole.items()},
         )
 
-    def _pack(self, chunks: Items[Chunk]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
+    def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
         size = self.block_size
         total = sum(chunk.length for chunk in chunks)
         token_ids, positions, slots = (np.empty(total, dtype=np.int64) for _ in range(3))
         starts = [0]
         num_decodes = 0
         for chunk in chunks:
-            at, table = starts[-1], chunk.sequence.block_table
+            at, table = starts[-1], chunk.block_table
             if chunk.length == 1:
                 num_decodes += 1
-                token_ids[at] = chunk.sequence.token_ids[chunk.start]
+                token_ids[at] = chunk.token_ids[0]
                 positions[at] = chunk.start
                 slots[at] = table[chunk.start // size] * size + chunk.start % size
             else:
                 span = slice(at, at + chunk.length)
                 place = np.arange(chunk.start, chunk.stop)
-                token_ids[span] = chunk.sequence.token_ids[chunk.start : chunk.stop]
+                token_ids[span] = chunk.token_ids
                 positions[span] = place
                 slots[span] = np.asarray(table)[place // size] * size + place % size
             starts.append(at + chunk.length)
         step = PackedStep(
             query_starts=starts,
             context_lens=[chunk.stop for chunk in chunks],
-            block_tables=[chunk.sequence.block_table for chunk in chunks],
+            block_tables=[chunk.block_table for chunk in chunks],
             slots=torch.from_numpy(slots).to(self.device),
             num_decodes=num_decodes,
             block_size=size,
         )
         return step, token_ids, positions
 
-    def _merge_pictures(self, embeddings: torch.Tensor, chunk: Chunk, at: int) -> None:
+    def _merge_pictures(self, embeddings: torch.Tensor, chunk: ChunkInput, at: int) -> None:
         """Overwrite the rows of picture tokens: the chunk's first row is row `at` of `embeddings`."""
-        for picture in chunk.sequence.pictures_within(chunk.start, chunk.stop):
+        for picture in chunk.pictures:
             first, last = max(chunk.start, picture.offset), min(chunk.stop, picture.end)
             features = self.encoder_cache[picture.digest]
             if picture.is_embed is None:
@@ -147,6 +160,8 @@ class ModelRunner:
                 embeddings[at + first - chunk.start : at + last - chunk.start] = part.to(embeddings.dtype)
                 continue
             before = sum(picture.is_embed[: first - picture.offset])
-            mask = torch.tensor(picture.is_embed[first - picture.offset : last - picture.offset], device=self.device)
+            mask = torch.tensor(
+                picture.is_embed[first - picture.offset : last - picture.offset], device=self.device
+            )
             rows = torch.arange(at + first - chunk.start, at + last - chunk.start, device=self.device)[mask]
             embeddings[rows] = features[before : before + len(rows)].to(embeddings.dtype)

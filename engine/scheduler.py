@@ -104,7 +104,9 @@ class Scheduler:
         missing = self.pool.missing(sequence, num_tokens)
         return missing + reserve <= self.pool.num_free or (reserve == 0 and missing <= self.pool.num_free)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk], preempted: set[int]) -> bool:
+    def _make_room(
+        self, sequence: Sequence, num_tokens: int, chunks: list[Chunk], preempted: set[int]
+    ) -> bool:
         """Allocate for `sequence`, preempting from the last rank up; False when it was itself preempted."""
         while not self.pool.allocate(sequence, num_tokens):
             victim = max(self.running, key=lambda s: s.rank)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
@@ -21,7 +22,6 @@ from transformers import (
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
-from transformers import AutoModelForCausalLM
 
 VOCAB = 320
 SPECIALS = ["<s>", "</s>", "<pad>", "<image>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
@@ -75,7 +75,13 @@ def make_text_model(path: Path, kind: str = "llama", *, seed: int = 0, **overrid
 
 
 def make_llava(
-    path: Path, *, tower: str = "clip", text: str = "llama", seed: int = 0, strategy: str = "default", **overrides: Any
+    path: Path,
+    *,
+    tower: str = "clip",
+    text: str = "llama",
+    seed: int = 0,
+    strategy: str = "default",
+    **overrides: Any,
 ) -> Path:
     """A Llava of 28-pixel pictures: 16 patches, so 16 tokens (17 with CLIP's class token, 15 for SigLIP with
     "default", which cuts the first row off)."""
@@ -85,7 +91,9 @@ def make_llava(
         "image_size": 28, "patch_size": 7,
     }  # fmt: skip
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision, initializer_range=0.5, initializer_factor=4.0) if tower == "clip" else SiglipVisionConfig(**vision),
+        vision_config=CLIPVisionConfig(**vision, initializer_range=0.5, initializer_factor=4.0)
+        if tower == "clip"
+        else SiglipVisionConfig(**vision),
         text_config=text_config(text, **overrides),
         image_token_index=259,
         vision_feature_layer=-1,
@@ -94,13 +102,16 @@ def make_llava(
     )
     model = LlavaForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
-        if "vision_tower" in name or "projector" in name:
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.3)
+        if ("vision_tower" in name or "projector" in name) and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     size = {"height": 28, "width": 28}
-    processor = CLIPImageProcessor(size=size, do_center_crop=False) if tower == "clip" else SiglipImageProcessor(size=size)
+    processor = (
+        CLIPImageProcessor(size=size, do_center_crop=False)
+        if tower == "clip"
+        else SiglipImageProcessor(size=size)
+    )
     processor.save_pretrained(path)
     preprocessor = json.loads((path / "preprocessor_config.json").read_text())
     preprocessor["processor_class"] = "LlavaProcessor"
@@ -108,10 +119,12 @@ def make_llava(
     (path / "processor_config.json").write_text(
         json.dumps(
             {
-                "processor_class": "LlavaProcessor", "patch_size": 7, "image_token": "<image>",
+                "processor_class": "LlavaProcessor",
+                "patch_size": 7,
+                "image_token": "<image>",
                 "vision_feature_select_strategy": strategy,
                 "num_additional_image_tokens": 1 if tower == "clip" else 0,
-            }  # fmt: skip
+            }
         )
     )
     _write_generation_config(path)

@@ -50,13 +50,15 @@ def test_tokens_equal_generate_for_random_loads(model: tuple[Path, Oracle], seed
         max_model_len=240,
         max_num_seqs=8 if tight else rng.choice([3, 16]),
         max_num_batched_tokens=rng.choice([17, 48, 512]),
-        # keys and values of two layers, two heads of sixteen: 512 bytes a token; tight holds one of the longest requests
+        # two layers of two key/value heads of sixteen: 512 bytes a token; tight holds one long request
         kv_cache_bytes=512 * (256 if tight else 8192),
         encoder_cache_bytes=rng.choice([0, 1 << 20]),
         enable_prefix_caching=rng.random() < 0.8,
     )
     prefixes = [[rng.randrange(256) for _ in range(rng.randint(10, 60))] for _ in range(2)]
-    prompts = [random_prompt(rng, pictures=oracle.preprocessor is not None, prefixes=prefixes) for _ in range(14)]
+    prompts = [
+        random_prompt(rng, pictures=oracle.preprocessor is not None, prefixes=prefixes) for _ in range(14)
+    ]
     lengths = [rng.randint(20, 44) if tight else rng.randint(1, 24) for _ in prompts]
     arrivals = sorted((rng.randint(0, 2 if tight else 40), number) for number in range(len(prompts)))
     aborted = set(rng.sample(range(len(prompts)), 2))

@@ -213,6 +213,11 @@ def _attend_chunk(
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
     out = scaled_dot_product_attention(
-        query.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scale
+        query.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
     )
     return out[0].transpose(0, 1)

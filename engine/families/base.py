@@ -79,7 +79,10 @@ class Family(ABC):
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
         """[T, D] and positions [T] through the decoder -> [T, D]."""
         out = self.decoder(
-            inputs_embeds=embeddings.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, **kernel
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            **kernel,
         )
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden

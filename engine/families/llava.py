@@ -25,7 +25,8 @@ class LlavaPreprocessor(Preprocessor):
 
     def __init__(self, model_path: str, *, overrides: dict[str, Any] | None = None) -> None:
         config = AutoConfig.from_pretrained(model_path)
-        processor = AutoImageProcessor.from_pretrained(model_path, **(overrides or {}))
+        load: Any = AutoImageProcessor.from_pretrained
+        processor = load(model_path, **(overrides or {}))
         self._pipeline = PixelPipeline(processor)
         self.image_token_id = int(config.image_token_id)
         self._token_ids = [self.image_token_id] * num_image_tokens(config)
@@ -54,7 +55,9 @@ class LlavaFamily(Family):
 
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         pixels = torch.stack([picture["pixel_values"] for picture in pictures])
-        features = self.model.model.get_image_features(pixel_values=pixels.to(self.model.dtype), return_dict=True)
+        features = self.model.model.get_image_features(
+            pixel_values=pixels.to(self.model.dtype), return_dict=True
+        )
         return list(features.pooler_output)
 
 

@@ -50,7 +50,11 @@ class PixelPipeline:
 
 class _Direct:
     def __init__(
-        self, size: dict[str, int], crop: tuple[int, int] | None, resample: Image.Resampling, table: npt.NDArray[np.float32]
+        self,
+        size: dict[str, int],
+        crop: tuple[int, int] | None,
+        resample: Image.Resampling,
+        table: npt.NDArray[np.float32],
     ) -> None:
         self._size = size
         self._crop = crop
@@ -82,7 +86,7 @@ class _Direct:
         return out
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing; `shortest_edge` keeps the aspect, cutting fractions off as transformers does."""
+        """(width, height) after resizing; `shortest_edge` keeps the aspect and cuts fractions off."""
         if "height" in self._size:
             return self._size["width"], self._size["height"]
         edge = self._size["shortest_edge"]

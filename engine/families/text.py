@@ -16,7 +16,7 @@ class TextFamily(Family):
 
     @property
     def head(self) -> torch.nn.Module:
-        head: torch.nn.Module = self.model.get_output_embeddings()
+        head: torch.nn.Module = self.model.lm_head
         return head
 
     @property

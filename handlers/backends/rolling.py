@@ -55,7 +55,9 @@ class RollingBackend:
     def __init__(self, settings: Settings, model_path: Path) -> None:
         self._settings = settings
         self._path = str(model_path)
-        self._pool = ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="prepare")
+        self._pool = ThreadPoolExecutor(
+            max_workers=max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="prepare"
+        )
         self._group: EngineGroup | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
@@ -200,7 +202,9 @@ class RollingBackend:
             )
         bias = request.sampling.logit_bias
         if bias and (bad := next((t for t in bias if not 0 <= t < self._front.vocab_size), None)) is not None:
-            raise InvalidRequest(f"logit_bias names token {bad}, which is not in the vocabulary", param="logit_bias")
+            raise InvalidRequest(
+                f"logit_bias names token {bad}, which is not in the vocabulary", param="logit_bias"
+            )
         try:
             request.sampling.validate()
         except ValueError as error:
@@ -243,7 +247,9 @@ class RollingGeneration:
                     if output.request_id in self._open:
                         yield self._delta(output)
         except EngineDead as error:
-            raise EngineFailed("the engine process died while it worked on this request; try again") from error
+            raise EngineFailed(
+                "the engine process died while it worked on this request; try again"
+            ) from error
         finally:
             self._ticket.abort()
 
@@ -268,7 +274,9 @@ class RollingGeneration:
             index=index,
             token_ids=output.token_ids,
             text="".join(pieces),
-            logprobs=None if output.logprobs is None else [self._position(entry) for entry in output.logprobs],
+            logprobs=None
+            if output.logprobs is None
+            else [self._position(entry) for entry in output.logprobs],
         )
         if text.stopped_by is not None:
             delta.finish_reason, delta.stop_reason = "stop", text.stopped_by
@@ -325,7 +333,7 @@ class _Front:
 
         config = read_config(path, trust_remote_code=settings.trust_remote_code)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
         if not tokenizer.is_fast:
@@ -333,7 +341,7 @@ class _Front:
         preprocessor = load_preprocessor(path, settings.mm_processor_kwargs)
         image_token = settings.image_placeholder_token
         if preprocessor is not None:
-            named = tokenizer.convert_ids_to_tokens(preprocessor.image_token_id)
+            named = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
             image_token = image_token or named
             if tokenizer.convert_tokens_to_ids(image_token) != preprocessor.image_token_id:
                 raise ModelLoadError(
@@ -384,7 +392,9 @@ def _place_pictures(
 
 def _text_length(request: GenerationRequest) -> int:
     prompt = request.prompt
-    groups = [message.parts for message in prompt.messages] if isinstance(prompt, ChatPrompt) else [prompt.parts]
+    groups = (
+        [message.parts for message in prompt.messages] if isinstance(prompt, ChatPrompt) else [prompt.parts]
+    )
     return sum(len(part.text) for parts in groups for part in parts if hasattr(part, "text"))
 
 
@@ -400,12 +410,16 @@ def _chat_template(setting: str | None, model_path: str) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"option.chat_template {setting!r} is neither a template nor a readable file") from error
+        raise ModelLoadError(
+            f"option.chat_template {setting!r} is neither a template nor a readable file"
+        ) from error
 
 
 def _generation_config(path: str) -> dict[str, Any]:
     try:
-        return dict(msgspec.json.decode(Path(path, "generation_config.json").read_bytes(), type=dict[str, Any]))
+        return dict(
+            msgspec.json.decode(Path(path, "generation_config.json").read_bytes(), type=dict[str, Any])
+        )
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.MsgspecError) as error:
@@ -416,7 +430,11 @@ def _generation_config(path: str) -> dict[str, Any]:
 
 def _eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """generation_config.json decides, as in transformers; else the model's config; else the tokenizer."""
-    for source in (generation.get("eos_token_id"), getattr(text_config, "eos_token_id", None), tokenizer.eos_token_id):
+    for source in (
+        generation.get("eos_token_id"),
+        getattr(text_config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
         if source is not None:
             return tuple(source) if isinstance(source, list) else (int(source),)
     return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from engine.config import EngineConfig
 from handlers.errors import InvalidConfiguration
@@ -54,17 +54,15 @@ def plan_engines(settings: Settings, model_path: str, accelerators: int) -> list
     ]
 
 
-def _devices(wanted: Sequence[str] | str, accelerators: int) -> list[str]:
+def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:
     """Torch's names of the accelerators to use; empty on a machine without any."""
     if not accelerators:
         return []
-    if wanted == "*" or not wanted or list(wanted) == ["*"]:
+    if wanted == "*":
         return [f"cuda:{number}" for number in range(accelerators)]
-    names = [f"cuda:{name}" if name.isdecimal() else name for name in wanted]
-    for name in names:
-        number = name.removeprefix("cuda:")
-        if not number.isdecimal() or int(number) >= accelerators:
+    for number in wanted:
+        if not 0 <= int(number) < accelerators:
             raise InvalidConfiguration(
-                f"load_on_devices names {name!r}, but the devices are 0 to {accelerators - 1}"
+                f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}"
             )
-    return names
+    return [f"cuda:{number}" for number in wanted]

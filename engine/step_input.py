@@ -1,0 +1,81 @@
+"""One step's work as plain data: what the scheduler decided, in the form that every rank is told it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.messages import Picture
+from engine.scheduler import Chunk
+
+
+class PicturePlace(msgspec.Struct, array_like=True):
+    """Where a picture's tokens stand in its prompt (see `Picture`), without its pixels."""
+
+    digest: bytes
+    offset: int
+    length: int
+    is_embed: list[bool] | None
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+class ChunkInput(msgspec.Struct, array_like=True):
+    """The tokens [start, start + len(token_ids)) of one sequence.
+
+    samples: the logits of the last token are wanted. prompt_logits: those of all its tokens are.
+    pictures: those that have a token in the chunk.
+    """
+
+    token_ids: list[int]
+    start: int
+    block_table: list[int]
+    samples: bool
+    prompt_logits: bool
+    pictures: list[PicturePlace]
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> ChunkInput:
+        sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+        return cls(
+            token_ids=sequence.token_ids[start:stop],
+            start=start,
+            block_table=sequence.block_table,
+            samples=stop == sequence.num_tokens,
+            prompt_logits=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens,
+            pictures=[
+                PicturePlace(p.digest, p.offset, p.length, p.is_embed)
+                for p in sequence.pictures_within(start, stop)
+            ]
+            if sequence.pictures
+            else [],
+        )
+
+
+class Encode(msgspec.Struct, tag=True):
+    pictures: list[Picture]
+
+
+class Run(msgspec.Struct, tag=True):
+    chunks: list[ChunkInput]
+
+
+class Trim(msgspec.Struct, tag=True):
+    pass
+
+
+class Scrub(msgspec.Struct, tag=True):
+    blocks: list[int]
+
+
+Command = Encode | Run | Trim | Scrub
+"""What a rank can be told. All ranks are told the same, in the same order, so their caches stay alike."""

@@ -1,0 +1,72 @@
+"""Tensor parallelism: each rank keeps a part of every large matrix and the partial results are summed.
+
+Which matrix is cut which way is transformers' own `base_model_tp_plan` (Shoeybi et al. 2019, Megatron-LM: columns
+of the first matrix of a pair, rows of the second, one sum after it).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from engine.errors import ModelLoadError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place among those that share the model."""
+
+    rank: int
+    size: int
+
+
+def read_plan(config: PretrainedConfig, size: int) -> dict[str, str]:
+    """Module name -> how it is cut. Raises ModelLoadError when the model has no plan, or its heads or widths
+    cannot be divided by the number of ranks."""
+    plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+    if not plan:
+        raise ModelLoadError(f"model type {config.model_type!r} has no tensor-parallel plan; set degree 1")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        value = getattr(config, name, None)
+        if value is not None and value % size:
+            raise ModelLoadError(
+                f"tensor_parallel_degree {size} does not divide the model's {name} {value}; choose a divisor"
+            )
+    return plan
+
+
+def shard(decoder: torch.nn.Module, config: PretrainedConfig, ranks: Ranks) -> None:
+    """Cut the decoder's matrices down to this rank's part, in place. Raises ModelLoadError as `read_plan`."""
+    plan = read_plan(config, ranks.size)
+    for name, module in decoder.named_modules():
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+        if style is None:
+            continue
+        if not isinstance(module, torch.nn.Linear) or style not in ("colwise", "rowwise"):
+            raise ModelLoadError(f"tensor parallelism of {name!r} ({style}) is not supported; set degree 1")
+        if style == "colwise":
+            _cut(module, ranks, dim=0)
+        else:
+            _cut(module, ranks, dim=1)
+            module.register_forward_hook(_sum_over_ranks)
+
+
+def _cut(module: torch.nn.Linear, ranks: Ranks, dim: int) -> None:
+    """Along the outputs (dim 0) the bias is cut as well; along the inputs (dim 1) only rank 0 adds it."""
+    weight = module.weight.data.chunk(ranks.size, dim)[ranks.rank].clone()
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        bias = module.bias.data
+        kept = bias.chunk(ranks.size)[ranks.rank].clone() if dim == 0 else bias * (ranks.rank == 0)
+        module.bias = torch.nn.Parameter(kept, requires_grad=False)
+
+
+def _sum_over_ranks(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor:
+    dist.all_reduce(output)
+    return output

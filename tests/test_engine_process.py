@@ -1,0 +1,222 @@
+"""The engine as it runs in production: its own processes, started, spoken to, split over ranks, and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.client import EngineClient, OutputStream
+from engine.config import EngineConfig
+from engine.errors import EngineDead, ModelLoadError
+from engine.group import EngineGroup
+from engine.messages import Add, Output
+from engine.sampling_params import SamplingParams
+from tests.engine_driver import EOS, Oracle, Prompt, random_image
+from tests.models import make_llava
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture(scope="module")
+def oracle(llava: Path) -> Oracle:
+    return Oracle(llava)
+
+
+def config(path: Path, **settings: object) -> EngineConfig:
+    defaults = {"dtype": "float32", "kv_cache_bytes": 4 << 20, "threads": 1}
+    return EngineConfig(model_path=str(path), **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
+    try:
+        await client.start()
+        yield client
+    finally:
+        await client.stop()
+
+
+@asynccontextmanager
+async def running_group(configs: Sequence[EngineConfig], **settings: int) -> AsyncIterator[EngineGroup]:
+    group = EngineGroup(configs, **settings)
+    try:
+        await group.start()
+        yield group
+    finally:
+        await group.close()
+
+
+def endless(tokens: int = 400) -> Add:
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    return Add(0, [5, 6, 7], params, 0, EOS)
+
+
+async def finish(stream: OutputStream) -> list[Output]:
+    outputs: list[Output] = []
+    while not outputs or outputs[-1].finish is None:
+        outputs += await stream.get()
+    return outputs
+
+
+async def answer(client: EngineClient, add: Add) -> list[int]:
+    stream = OutputStream()
+    client.submit(add, stream)
+    return [token for output in await finish(stream) for token in output.token_ids]
+
+
+async def fails(stream: OutputStream) -> None:
+    """Read on until the stream fails with EngineDead."""
+    for _ in range(10_000):
+        try:
+            await stream.get()
+        except EngineDead:
+            return
+    pytest.fail("the stream did not fail")
+
+
+PROMPTS = [
+    Prompt([1, 2, 3]),
+    Prompt([9, random_image(1), 4, 5]),
+    Prompt([random_image(2), 7, random_image(1), 8]),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tokens_are_right_whatever_the_number_of_ranks(llava: Path, oracle: Oracle, ranks: int) -> None:
+    async def scenario() -> list[list[int]]:
+        async with running(EngineClient(config(llava, devices=("cpu",) * ranks))) as client:
+            params = SamplingParams(temperature=0.0, max_tokens=20)
+            adds = [prompt.add(oracle.preprocessor, params) for prompt in PROMPTS * 3]
+            return list(await asyncio.gather(*(answer(client, add) for add in adds)))
+
+    got = asyncio.run(scenario())
+    want = [oracle.generate(prompt, 20) for prompt in PROMPTS]
+    assert got == want * 3
+
+
+def test_a_degree_that_does_not_divide_the_heads_is_refused(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running(EngineClient(config(llava, devices=("cpu",) * 4))):
+            pytest.fail("four ranks cannot share two key/value heads")
+
+    with pytest.raises(ModelLoadError, match="does not divide the model's num_key_value_heads 2"):
+        asyncio.run(scenario())
+
+
+def test_killing_one_rank_ends_the_group_and_fails_its_requests(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running(EngineClient(config(llava, devices=("cpu", "cpu")))) as client:
+            stream = OutputStream()
+            client.submit(endless(), stream)
+            await stream.get()
+            assert client.pid is not None
+            (rank,) = psutil.Process(client.pid).children()
+            rank.kill()
+            async with asyncio.timeout(10):
+                await fails(stream)
+                await client.wait_dead()
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava)]) as group:
+            ticket = group.submit([endless()])
+            await ticket.stream.get()
+            pid = group.replicas[0].client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(2):
+                await fails(ticket.stream)
+            assert not group.alive
+            with pytest.raises(EngineDead):
+                group.submit([endless()])
+            async with asyncio.timeout(60):
+                while not group.alive:
+                    await group.changed()
+            assert group.replicas[0].client.pid != pid
+            assert group.restarts == 1
+            again = group.submit([endless(5)])
+            assert len(await finish(again.stream)) == 5
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_dies_again_and_again_is_given_up(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava)], retry_threshold=1) as group:
+            async with asyncio.timeout(60):
+                group.replicas[0].client.kill()
+                while group.restarts == 0 or not group.alive:
+                    await group.changed()
+                group.replicas[0].client.kill()
+                while not group.given_up:
+                    await group.changed()
+            assert group.restarts == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_aborted_request_leaves_the_engine_within_a_step(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running(EngineClient(config(llava))) as client:
+            stream = OutputStream()
+            request_id = client.submit(endless(), stream)
+            await stream.get()
+            client.abort(request_id)
+            assert await client.ping(1, 5.0)
+            assert client.stats.running == 0
+            assert client.stats.blocks_used == 0
+
+    asyncio.run(scenario())
+
+
+def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava), config(llava)]) as group:
+            tickets = [group.submit([endless(30)]) for _ in range(8)]
+            held = [replica.client.num_requests for replica in group.replicas]
+            assert held == [4, 4]
+            await asyncio.gather(*(finish(ticket.stream) for ticket in tickets))
+            first = group.submit([endless(3)], [b"picture"])
+            await finish(first.stream)
+            second = group.submit([endless(3)], [b"picture"])
+            await finish(second.stream)
+            assert first.client is second.client
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
+    async def scenario() -> int:
+        client = EngineClient(config(llava))
+        await client.start()
+        client.submit(endless(), OutputStream())
+        assert client._writer is not None
+        client._writer.close()
+        async with asyncio.timeout(10):
+            code = await client.wait_dead()
+        await client.stop()
+        assert code is not None
+        return code
+
+    assert asyncio.run(scenario()) == 0
+
+
+def test_a_missing_model_is_reported_with_a_reason(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        await EngineClient(config(tmp_path)).start()
+
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        asyncio.run(scenario())
