@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from container.fit import Fit, fit
 from container.machine import Machine, this_machine
 from handlers.backends.select import Choice, choose
 from properties.configuration import Configuration, read_model_config, resolve
@@ -46,7 +45,8 @@ def check(configuration: Configuration, *, as_json: bool, machine: Machine | Non
 
 
 def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
-    """What `lmi check --json` prints: errors, warnings, model, backend, memory, options, extra.
+    """What `lmi check --json` prints: errors, warnings, model, backend, memory, handler, options,
+    extra.
 
     Sizes are in bytes. backend and memory are None where an error, or a model that is not on this machine
     yet, leaves them unknown.
@@ -66,11 +66,14 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     choice = _choose(configuration, config or {}, machine, errors)
     if choice is not None:
         warnings += configuration.unhonoured(choice.backend)
-    found: Fit | None = None
+    memory = None
     if directory is not None and config is not None and choice is not None:
+        from container.fit import fit  # brings torch and transformers, which the other reports do without
+
         found = fit(configuration, choice.backend, directory, config, machine)
         errors += found.errors
         warnings += found.warnings
+        memory = found.numbers()
     return {
         "errors": _texts(errors),
         "warnings": _texts(warnings),
@@ -79,8 +82,9 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             "home": None if configuration.home is None else str(configuration.home),
         },
         "backend": None if choice is None else asdict(choice),
-        "memory": None if found is None else found.numbers(),
-        "options": _options(configuration),
+        "memory": memory,
+        "handler": _handler(configuration),
+        "options": effective_options(configuration),
         "extra": {
             name: {"value": MASK, "source": item.source.kind, "location": item.source.location}
             for name, item in configuration.extra.items()
@@ -104,7 +108,16 @@ def _choose(
         return None
 
 
-def _options(configuration: Configuration) -> dict[str, dict[str, Any]]:
+def _handler(configuration: Configuration) -> str | None:
+    """The file of the user's own handler, where there is one."""
+    home = configuration.home
+    own = home is not None and (home / "model.py").is_file()
+    return configuration.settings.entry_point or ("model.py" if own else None)
+
+
+def effective_options(configuration: Configuration) -> dict[str, dict[str, Any]]:
+    """Key -> value, source, location, and whether it was given (not recommended, no default). Secrets are
+    masked."""
     rows = {}
     for name, source in configuration.sources.items():
         value = configuration.effective(name)
@@ -141,6 +154,8 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"model    {model['value']} ({model['kind']}), served as {model['name']}")
         if report["backend"] is not None:
             lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
+        if report["handler"] is not None:
+            lines.append(f"handler  {report['handler']}, the model's own, comes first")
         lines += [f"memory   {text}" for text in _memory(report["memory"], model["kind"])]
         lines.append("")
     lines += [f"warning: {text}" for text in report["warnings"]]

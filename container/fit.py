@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
 from container.estimate import cache_bytes_per_token, served_dtype, weights
 from container.machine import Device, Machine
+from engine.errors import ModelLoadError
+from engine.loader import read_config, resolve_dtype
+from engine.memory import CPU_MOST, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.rolling_plan import plan_engines
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
@@ -16,12 +22,6 @@ from properties.field import BackendName
 from properties.problem import Problem
 from properties.recommend import context_length
 from properties.settings import Settings
-
-HOST_SHARE = 0.25
-HOST_MOST = 4 << 30
-ACCELERATOR_RESERVE = 1 << 30
-"""The embedded engine's own defaults for its cache (engine/memory.py): on a CPU a share of the memory and a
-most in bytes; on an accelerator what gpu_memory_utilization leaves, less a reserve in bytes."""
 
 
 @dataclass
@@ -78,10 +78,18 @@ def fit(
 ) -> Fit:
     """Estimate what a model directory needs and compare it with the machine. Nothing is raised."""
     settings = configuration.settings
-    dtype = served_dtype(settings.dtype, config)
-    shapes = _full_config(directory, config)
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
-    result = Fit(dtype, device, cache_bytes_per_token=cache_bytes_per_token(shapes, dtype))
+    result = Fit(served_dtype(settings.dtype, config), device)
+    shapes = config
+    if not settings.trust_remote_code:
+        try:
+            shapes = _as_transformers_reads(directory, config)
+            if backend == "rolling":
+                result.dtype = _engine_dtype(directory, settings.dtype, bool(machine.accelerators))
+        except ModelLoadError as error:
+            result.errors.append(Problem(str(error), "model_id"))
+    dtype = result.dtype
+    result.cache_bytes_per_token = cache_bytes_per_token(shapes, dtype)
     try:
         result.copies, result.devices_per_copy = _layout(settings, backend, len(machine.accelerators))
     except InvalidConfiguration as error:
@@ -126,7 +134,7 @@ def _fit_accelerator(result: Fit, configuration: Configuration) -> None:
     usable = int(result.device.memory * settings.gpu_memory_utilization)
     held = result.weights_per_device or 0
     asked = settings.kv_cache_memory_mb
-    cache = _useful(result, configuration, max(usable - held - ACCELERATOR_RESERVE, 0))
+    cache = _useful(result, configuration, max(usable - held - CUDA_RESERVE, 0))
     if held > usable or (asked is not None and held + cache > usable):
         _too_large(result, held + (cache if asked is not None else 0), usable, "each device")
 
@@ -134,7 +142,7 @@ def _fit_accelerator(result: Fit, configuration: Configuration) -> None:
 def _fit_host(result: Fit, configuration: Configuration) -> None:
     memory = result.device.memory
     ranks = result.copies * result.devices_per_copy
-    cache = _useful(result, configuration, min(HOST_MOST, int(memory * HOST_SHARE)) // ranks)
+    cache = _useful(result, configuration, min(CPU_MOST, int(memory * CPU_SHARE)) // ranks)
     held = (result.weights or 0) * result.copies
     if held + cache * ranks > memory:
         _too_large(result, held + cache * ranks, memory, "the host")
@@ -193,15 +201,17 @@ def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
         result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len", source))
 
 
-def _full_config(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _as_transformers_reads(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json with the values that it leaves to its family's defaults (many models on the hub state only
-    what differs from them); as it is where the family is unknown.
-    """
+    what differs from them); as it is where transformers does not know the family."""
     try:
-        from transformers import AutoConfig
-
-        loaded = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        full: dict[str, Any] = loaded.to_dict()
-    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        full: dict[str, Any] = AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return config
     return {**full, **{name: config[name] for name in ("dtype", "torch_dtype") if name in config}}
+
+
+def _engine_dtype(directory: Path, dtype: str, accelerated: bool) -> str:
+    """The type that the embedded engine computes in. Raises ModelLoadError for a model that it does not serve."""
+    device = torch.device("cuda" if accelerated else "cpu")
+    return str(resolve_dtype(read_config(str(directory)), dtype, device)).removeprefix("torch.")

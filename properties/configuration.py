@@ -38,7 +38,7 @@ class Configuration:
     settings: Settings
     sources: dict[str, Source]
     warnings: list[Problem]
-    extra: dict[str, Sourced]
+    extra: dict[str, Sourced] = field(repr=False)
     model_location: ModelLocation
     home: Path | None
     recommended: dict[str, object]

@@ -61,6 +61,6 @@ def nearest(key: str, level: Level) -> str | None:
         return None
     known = _BY_SPELLING[found[0]]
     if level is Level.ENVIRONMENT:
-        spelling = found[0] if re.search("[A-Z]", found[0]) else found[0].upper()
-        return ("OPTION_" if known.startswith(PREFIX) else "SERVING_") + spelling
+        own = environment_name(KEYS[known])
+        return own if found[0] != found[0].lower() else own.partition("_")[0] + "_" + found[0].upper()
     return found[0] if level is Level.COMMAND_LINE else known

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
-from pydantic import AllowInfNan, BeforeValidator, StringConstraints
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import AllowInfNan, BeforeValidator
 
 MODALITIES = ("image", "video", "audio")
 
@@ -122,7 +122,7 @@ Networks = Annotated[
     Allowed("a list of host names, IP addresses and networks such as 10.0.0.0/8: a,b or a JSON list"),
 ]
 Devices = Annotated[
-    Literal["*"] | list[Annotated[str, StringConstraints(pattern=r"^\d+$")]],
+    Literal["*"] | Annotated[list[Annotated[int, Ge(0)]], MinLen(1)],
     BeforeValidator(_devices),
     Allowed("* for all, or device numbers: 0;1"),
 ]

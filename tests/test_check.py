@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 from container.check import check, describe, run_check
 from container.estimate import cache_bytes_per_token, weights
-from container.fit import ACCELERATOR_RESERVE, HOST_MOST, HOST_SHARE
 from container.machine import Device, Machine, host_memory
 from properties.configuration import resolve
 
@@ -58,6 +57,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def report(model: Path, on: Machine, *options: str, **environ: str) -> dict[str, Any]:
+    environ = {"OPTION_DTYPE": "bf16", **environ}
     return describe(resolve(model=str(model), environ=environ, options=options), on)
 
 
@@ -235,11 +235,13 @@ def test_memory_limit_of_the_container(tmp_path: Path) -> None:
     assert host_memory(tmp_path) == 4096
 
 
-def test_the_estimate_follows_the_engine() -> None:
-    from engine import memory
+def test_a_model_that_the_embedded_engine_does_not_serve(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (error,) = report(model, CPU)["errors"]
+    assert "'bert' is not served by the embedded engine" in error
 
-    assert (HOST_SHARE, HOST_MOST, ACCELERATOR_RESERVE) == (
-        memory.CPU_SHARE,
-        memory.CPU_MOST,
-        memory.CUDA_RESERVE,
-    )
+
+def test_the_models_own_handler_is_named(model: Path) -> None:
+    assert report(model, CPU)["handler"] is None
+    (model / "model.py").touch()
+    assert report(model, CPU)["handler"] == "model.py"

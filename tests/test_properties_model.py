@@ -28,6 +28,33 @@ def test_hub_id_with_an_empty_store(tmp_path: Path, variable: str) -> None:
     assert found.warnings == []
 
 
+def test_what_sagemakers_sdk_sends_needs_no_warning(tmp_path: Path) -> None:
+    version_2 = {
+        "OPTION_LIMIT_MM_PER_PROMPT": '{"image":2}',
+        "HF_MODEL_ID": "llava-hf/llava-v1.6-mistral-7b-hf",
+        "OPTION_ENGINE": "Python",
+    }
+    version_3 = {
+        "HF_MODEL_ID": "org/m",
+        "TENSOR_PARALLEL_DEGREE": "1",
+        "OPTION_DTYPE": "bf16",
+        "OPTION_ENGINE": "Python",
+        "SERVING_MIN_WORKERS": "1",
+        "SERVING_MAX_WORKERS": "1",
+        "OPTION_MODEL_LOADING_TIMEOUT": "240",
+        "OPTION_PREDICT_TIMEOUT": "60",
+        "SERVING_OPTS": "-Dai.djl.logging.level=debug",
+        "HF_HOME": "/opt/ml/model/",
+        "SAGEMAKER_PROGRAM": "",
+        "SAGEMAKER_SUBMIT_DIRECTORY": "",
+        "SAGEMAKER_CONTAINER_LOG_LEVEL": "20",
+    }
+    for environ in (version_2, version_3):
+        found = resolve(model=None, environ=environ, model_store=tmp_path)
+        assert found.warnings == []
+        assert found.model_location.value == environ["HF_MODEL_ID"]
+
+
 def test_hub_id_without_any_store(tmp_path: Path) -> None:
     found = resolve(model=None, environ={"HF_MODEL_ID": "org/m"}, model_store=tmp_path / "none")
     assert found.model_location.value == "org/m"

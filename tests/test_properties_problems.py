@@ -37,6 +37,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("SERVING_DTYPE", "OPTION_DTYPE"),
         ("SERVING_JOB_QEUE_SIZE", "SERVING_JOB_QUEUE_SIZE"),
         ("OPTION_Dtype", "OPTION_DTYPE"),
+        ("SERVING_minWorkers", "SERVING_MIN_WORKERS"),
     ],
 )
 def test_unknown_variable_is_a_warning_with_the_nearest_name(variable: str, suggestion: str) -> None:

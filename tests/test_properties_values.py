@@ -85,7 +85,7 @@ def test_lists_and_objects() -> None:
     assert value("allowed_media_domains", "a.org, b.org") == ["a.org", "b.org"]
     assert value("served_model_name", '["a", "b,c"]') == ["a", "b,c"]
     assert value("image_fetch_allow_private", "10.0.0.0/8,box") == ["10.0.0.0/8", "box"]
-    assert value("load_on_devices", "0;2") == ["0", "2"]
+    assert value("load_on_devices", "0;2") == [0, 2]
     assert value("load_on_devices", "*") == "*"
     assert value("mm_processor_kwargs", '{"max_pixels": 5}') == {"max_pixels": 5}
 
@@ -107,6 +107,8 @@ def test_lists_and_objects() -> None:
         ("image_fetch_allow_private", "10.0.0.1/8"),
         ("mm_processor_kwargs", "[1]"),
         ("output_formatter", "xml"),
+        ("load_on_devices", ";"),
+        ("load_on_devices", "cuda"),
         ("engine", "OnnxRuntime"),
     ],
 )
