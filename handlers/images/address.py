@@ -14,6 +14,7 @@ GLOBAL_UNICAST = IPv6Network("2000::/3")  # all that IANA has handed out; RFC 42
 NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 DOCUMENTATION = IPv6Network("3fff::/20")  # RFC 9637, newer than this Python's tables
 V4_NOT_PUBLIC = (
+    IPv4Network("192.0.0.0/24"),  # protocol assignments, RFC 6890; Python knows only parts of it
     IPv4Network("192.88.99.0/24"),  # 6to4 relays, RFC 7526
     IPv4Network("168.63.129.16/32"),  # Azure's host agent: metadata behind a global address
 )

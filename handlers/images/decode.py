@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from handlers.images.problem import PictureProblem
 
 # The plugins above are imported so that Pillow finds them without importing all of its others.
 PLUGINS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", *(["AVIF"] if features.check("avif") else [])]
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
 MAX_JPEG_SCANS = 100
 
 ORIENTATION = 0x0112
@@ -52,8 +53,11 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise PictureProblem("its data is truncated or damaged") from error
 
 
-def allow_pixels(max_pixels: int) -> None:
-    """Lifts Pillow's own cap, which is one for the whole process, to ours: ours is checked per picture."""
+def prepare_pillow(max_pixels: int) -> None:
+    """Pillow's settings for the whole process: its own cap lifted to ours, which is checked per picture, and
+    its warnings silenced, with which anyone's damaged picture could fill the operator's log.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
@@ -103,7 +107,7 @@ def _unknown(data: bytes) -> str:
         return "it is a web page, not a picture"
     if b"<svg" in data[:1024]:
         return "SVG pictures are not supported; send PNG, JPEG or WebP"
-    return f"its data is in no supported format ({', '.join(name for name in FORMATS if name != 'MPO')})"
+    return f"its data is in no supported format ({', '.join(FORMATS)})"
 
 
 def _too_many_pixels(max_pixels: int) -> PictureProblem:

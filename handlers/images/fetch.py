@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from handlers.images.address import AllowedPrivate
 from handlers.images.connect import CheckedBackend, Resolver, resolve
 from handlers.images.problem import PictureProblem
 from handlers.images.target import Target, canonical_host, parse_target
+
+logging.getLogger("httpcore").setLevel(logging.INFO)  # below, it writes redirects with their secrets
 
 REDIRECTS = {301, 302, 303, 307, 308}
 USER_AGENT = "lmi-handler"
@@ -170,8 +173,9 @@ class Fetcher:
 
 
 def _unreachable(error: httpcore.ConnectError) -> str:
-    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
         return "its host's TLS certificate cannot be verified"
-    if isinstance(error.__cause__, ssl.SSLError):
-        return "its host does not speak proper TLS"
-    return "its host cannot be reached"
+    return "its host cannot be reached" if cause is None else "its host does not speak proper TLS"

@@ -15,7 +15,7 @@ from handlers.errors import ImageFetchTimeout
 from handlers.images.cache import DecodedCache
 from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.decode import allow_pixels, decode
+from handlers.images.decode import decode, prepare_pillow
 from handlers.images.fetch import Fetcher
 from handlers.images.problem import PictureProblem
 from handlers.request import ImagePart, LoadedImage
@@ -58,7 +58,7 @@ class ImageLoader:
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """resolver and ssl_context replace the system's name resolution and certificate authorities."""
-        allow_pixels(limits.max_pixels)
+        prepare_pillow(limits.max_pixels)
         self.limits = limits
         self.fetched = 0
         self.bytes = 0
