@@ -1,0 +1,7 @@
+"""`python -m container` is `lmi`."""
+
+import sys
+
+from container.cli import main
+
+sys.exit(main())

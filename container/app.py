@@ -1,0 +1,292 @@
+"""The HTTP surface: every route, what it answers, and one log line for each request worth one."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs
+
+from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
+from container.life import Life
+from container.metrics import Metrics
+from handlers.dialects.error_replies import client_error, error_reply, style_of
+from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
+from handlers.exchange import Incoming, Reply, RequestFacts
+from properties.settings import Settings
+
+logger = logging.getLogger("container.request")
+
+_JSON = "application/json"
+_UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
+_SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
+_TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+_GRACE_SECONDS = 5.0
+"""What the handlers may take beyond a request's time to say themselves that it is over."""
+
+_GENERATE = {
+    "/invocations": "/invocations",
+    "/v1/chat/completions": "/v1/chat/completions",
+    "/invocations/v1/chat/completions": "/v1/chat/completions",
+}
+"""Path -> route. The last is what huggingface_hub makes of a base URL that ends in /invocations."""
+
+_GENERATE_NAMED = re.compile(r"/predictions/(?P<model>.+)|/models/(?P<target>.+)/invoke")
+_READ = ("GET", "HEAD")
+
+
+class MethodNotAllowed(ServingError):
+    status = 405
+    kind = "method_not_allowed"
+
+
+class Unauthorized(ServingError):
+    status = 401
+    kind = "authentication_failed"
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request on its way. `route` is a template, never what the client typed."""
+
+    method: str
+    path: str
+    query: str
+    headers: dict[str, str]
+    receive: Receive
+    exchange: Exchange
+    request_id: str
+    route: str = "unknown"
+    model: str | None = None
+    body_read: bool = False
+    facts: RequestFacts | None = None
+    error: str | None = None
+    arrival: float = field(default_factory=time.monotonic)
+
+
+class App:
+    """An ASGI application. `calls` are the requests for answers that run now; `idle` is set while there is none."""
+
+    def __init__(
+        self, settings: Settings, life: Life, metrics: Metrics, names: Sequence[str], accepted: frozenset[str]
+    ) -> None:
+        """names: shown by /v1/models. accepted: what a path may call the model."""
+        self._settings = settings
+        self._life = life
+        self._metrics = metrics
+        self._names = names
+        self._accepted = accepted
+        self._created = int(time.time())
+        key = settings.api_key
+        self._key = None if key is None else key.get_secret_value().encode()
+        self.calls: set[Call] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        call = Call(
+            method=scope["method"],
+            path=scope["path"],
+            query=scope["query_string"].decode("latin-1"),
+            headers=headers,
+            receive=receive,
+            exchange=Exchange(receive, send),
+            request_id=request_id(headers, self._settings.request_id_header_key),
+        )
+        try:
+            await self._respond(call)
+        except ClientGone:
+            call.exchange.ending = "client_gone"
+        except Exception as error:
+            await self._fail(call, error)
+        self._note(call)
+
+    async def _respond(self, call: Call) -> None:
+        path = call.path
+        if path in ("/ping", "/health"):
+            call.route = path
+            self._allow(call, _READ)
+            await self._reply(call, self._ping() if path == "/ping" else self._health())
+        elif path in ("/metrics", "/server/metrics"):
+            call.route = path
+            self._allow(call, _READ)
+            await self._reply(call, self._metrics_page(call))
+        elif path == "/v1/models" or path.startswith("/v1/models/"):
+            call.route = "/v1/models"
+            self._allow(call, _READ)
+            self._authorize(call)
+            await self._reply(call, self._models(path.removeprefix("/v1/models").lstrip("/")))
+        elif path in _GENERATE:
+            call.route = _GENERATE[path]
+            await self._generate(call)
+        elif match := _GENERATE_NAMED.fullmatch(path):
+            call.route = "/predictions/{model}" if match["model"] else "/models/{model}/invoke"
+            call.model = self._known(match["model"] or match["target"])
+            await self._generate(call)
+        else:
+            raise NotFound("no such route; POST /invocations and /v1/chat/completions answer requests")
+
+    async def _generate(self, call: Call) -> None:
+        self._allow(call, ("POST",))
+        self._authorize(call)
+        service = self._life.service
+        if self._life.phase != "serving" or service is None:
+            raise Unavailable(f"not ready: {self._life.reason}", retry_after=5)
+        self.calls.add(call)
+        self.idle.clear()
+        try:
+            body = await read_body(call.headers, call.receive, self._settings.max_request_size)
+            call.body_read = True
+            incoming = Incoming(call.route, body, call.headers, call.request_id, call.model)
+            await call.exchange.run(
+                self._answer(call, service.answer(incoming)),
+                {**_UNCACHED, "x-request-id": call.request_id},
+                longest=self._settings.predict_timeout + _GRACE_SECONDS,
+                pause=self._settings.chunked_read_timeout,
+            )
+        finally:
+            self.calls.discard(call)
+            if not self.calls:
+                self.idle.set()
+        if call.exchange.status == 0 and call.exchange.ending == "overdue":
+            raise DeadlineExceeded("the request's time is up (predict_timeout); ask for less or raise it")
+        if call.exchange.status == 0 and call.exchange.ending == "shutdown":
+            raise Unavailable(
+                "the server stopped before the answer was complete; send it again", retry_after=5
+            )
+
+    async def _answer(self, call: Call, answering: Any) -> Reply:
+        reply: Reply = await answering
+        call.facts = reply.facts
+        return reply
+
+    def _known(self, path: str) -> str:
+        """The model that a path names, `NAME` or `NAME/VERSION`. Raises NotFound as LMI words it."""
+        for name in (path, path.rpartition("/")[0]):
+            if name in self._accepted:
+                return name
+        raise NotFound(f"Model or workflow not found: {path[:200]}")
+
+    def _allow(self, call: Call, methods: Sequence[str]) -> None:
+        if call.method not in methods:
+            raise MethodNotAllowed(f"{call.method} is not allowed here; use {' or '.join(methods)}")
+
+    def _authorize(self, call: Call) -> None:
+        if self._key is None:
+            return
+        scheme, _, given = call.headers.get("authorization", "").partition(" ")
+        sent = given.strip().encode("latin-1", "replace")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._key):
+            raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
+
+    def _ping(self) -> Reply:
+        health = self._life.health()
+        body = {"status": self._life.status_word(), "reason": health.reason}
+        return Reply(200 if health.ready else 503, _JSON, _json(body))
+
+    def _health(self) -> Reply:
+        health = self._life.health()
+        body = {"status": "ok"} if health.ready else {"status": "unavailable", "reason": health.reason}
+        return Reply(200 if health.ready else 503, _JSON, _json(body))
+
+    def _metrics_page(self, call: Call) -> Reply:
+        names = parse_qs(call.query).get("name[]", [])
+        body, content_type = self._metrics.export(call.headers.get("accept", ""), names)
+        return Reply(200, content_type, body)
+
+    def _models(self, wanted: str) -> Reply:
+        backend = self._life.backend
+        length = {} if backend is None else {"max_model_len": backend.capabilities.max_model_len}
+        models = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._created,
+                "owned_by": "lmi",
+                "root": name,
+                **length,
+            }
+            for name in self._names
+        ]
+        if not wanted:
+            return Reply(200, _JSON, _json({"object": "list", "data": models}))
+        for model in models:
+            if model["id"] == wanted:
+                return Reply(200, _JSON, _json(model))
+        raise NotFound(f"no model {wanted[:200]!r} is served here; GET /v1/models lists the names")
+
+    async def _reply(self, call: Call, reply: Reply, linger: bool = False) -> None:
+        await call.exchange.send(reply, {**_UNCACHED, "x-request-id": call.request_id}, linger)
+
+    async def _fail(self, call: Call, error: Exception) -> None:
+        """Answer an error that no handler turned into a reply; a reply that has begun can only be cut off."""
+        known = client_error(error, call.request_id)
+        call.error = known.kind
+        self._metrics.on_error(known.kind)
+        if known.status >= 500 and not isinstance(error, Unavailable):
+            logger.error(
+                "the request failed", exc_info=error, extra={"facts": {"request_id": call.request_id}}
+            )
+        if call.exchange.status != 0:
+            return
+        reply = error_reply(known, style_of(call.route))
+        if isinstance(error, MethodNotAllowed):
+            reply.headers["Allow"] = ", ".join(_READ if call.route in _READ_ROUTES else ("POST",))
+        await self._reply(call, reply, linger=not call.body_read and _has_body(call.headers))
+
+    def _note(self, call: Call) -> None:
+        """Count the request and write its line: never its prompt, its answer or its pictures."""
+        exchange, facts = call.exchange, call.facts
+        status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
+        self._metrics.on_http(call.route, status)
+        if call.route in _READ_ROUTES and status != 401:
+            return
+        line: dict[str, Any] = {
+            "request_id": call.request_id,
+            "method": call.method,
+            "route": call.route,
+            "status": status,
+        }
+        if facts is not None:
+            line |= {
+                "stream": facts.stream,
+                "prompt_tokens": facts.prompt_tokens,
+                "completion_tokens": facts.completion_tokens,
+                "cached_tokens": facts.cached_tokens,
+                "images": facts.images,
+                "image_tokens": facts.image_tokens,
+                "ttft_ms": None if facts.first_token is None else round(facts.first_token * 1000, 1),
+                "finish_reason": facts.finish_reason,
+            }
+        line["total_ms"] = round((time.monotonic() - call.arrival) * 1000, 1)
+        line["error"] = call.error or (facts.error if facts is not None else None)
+        line["ended"] = exchange.ending
+        logger.info("request", extra={"facts": line})
+
+
+_READ_ROUTES = ("/ping", "/health", "/metrics", "/server/metrics", "/v1/models")
+
+
+def request_id(headers: Mapping[str, str], configured: str | None) -> str:
+    """The caller's own id where it is a harmless token, else a new one."""
+    for name in [configured.lower()] if configured else [_SAGEMAKER_ID, "x-request-id"]:
+        value = headers.get(name, "")
+        if _TOKEN.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def _has_body(headers: Mapping[str, str]) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+def _json(body: object) -> bytes:
+    return json.dumps(body).encode() + b"\n"

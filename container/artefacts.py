@@ -1,0 +1,57 @@
+"""Getting the model onto this machine: a directory, a hub repository or an S3 prefix become a directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+from properties.location import ModelLocation
+from properties.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class ArtefactError(Exception):
+    """The model cannot be fetched; the message names it and says what to do."""
+
+
+def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Event) -> Path:
+    """The model's directory, after downloading what is not there yet. Blocks: call it in a thread.
+
+    cancelled: set it to make the download stop soon. Raises ArtefactError.
+    """
+    if location.kind == "directory":
+        return Path(location.value)
+    root = download_root(settings.download_dir)
+    if location.kind == "s3":
+        from container.s3 import fetch_s3
+
+        return fetch_s3(location.value, root, cancelled)
+    from container.hub import fetch_hub
+
+    return fetch_hub(
+        location.value,
+        location.revision,
+        root,
+        token=None if settings.hf_token is None else settings.hf_token.get_secret_value(),
+        offline=settings.offline,
+        with_code=settings.trust_remote_code,
+    )
+
+
+def download_root(configured: str | None) -> Path:
+    """Where downloads are kept: a directory of ours alone, made if it is not there. Raises ArtefactError."""
+    root = Path(configured) if configured else Path(tempfile.gettempdir()) / f"lmi-models-{os.getuid()}"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = root.stat().st_uid
+    except OSError as error:
+        raise ArtefactError(
+            f"downloads cannot be kept in {root}: {error.strerror}; set SERVING_DOWNLOAD_DIR"
+        ) from error
+    if configured is None and owner != os.getuid():
+        raise ArtefactError(f"{root} belongs to another user; set SERVING_DOWNLOAD_DIR")
+    return root

@@ -1,0 +1,205 @@
+"""The process from start to stop: bind, fetch, load, serve, drain, exit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from container.app import App
+from container.artefacts import ArtefactError, fetch
+from container.build import build_backend, build_images, build_service
+from container.life import Life
+from container.listen import HttpServer, address_of, bind
+from container.metrics import Metrics
+from container.names import accepted_names, public_names
+from handlers.backends.base import Backend
+from handlers.errors import ServingError
+from handlers.images.loader import ImageLoader
+from properties.configuration import Configuration
+from properties.problem import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+BackendBuilder = Callable[[Configuration, Path], Backend]
+T = TypeVar("T")
+
+_CLOSE_SECONDS = 3.0
+"""What closing the backend and the connections gets out of drain_timeout: the platform kills at its end."""
+
+
+class LoadFailed(Exception):
+    """The model cannot be served; the message says why and what to do."""
+
+
+class Server:
+    """One model, one port, one life."""
+
+    def __init__(self, configuration: Configuration, build: BackendBuilder = build_backend) -> None:
+        """build: called in a thread when the model's files are there. Raises OSError when the port is taken."""
+        self.configuration = configuration
+        self.life = Life()
+        self.metrics = Metrics(self.life.stats)
+        self.listener = bind(configuration.settings.host, configuration.settings.port)
+        self._build = build
+        self._images: ImageLoader | None = None
+        self._backend: Backend | None = None
+        self._fetch_cancelled = threading.Event()
+        self._stop = asyncio.Event()
+        self._app = App(
+            configuration.settings,
+            self.life,
+            self.metrics,
+            public_names(configuration),
+            accepted_names(configuration),
+        )
+
+    async def run(self) -> int:
+        """Serve until a signal or a failure; the process's exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        http = HttpServer(self._app)
+        serving = loop.create_task(http.serve(sockets=[self.listener]))
+        loading = loop.create_task(self._load())
+        stopping = loop.create_task(self._stop.wait())
+        logger.info("listening on %s", address_of(self.listener))
+        await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        status = 0
+        if loading.done() and (failure := loading.exception()) is not None:
+            self._report(failure)
+            status = 1
+        elif loading.done():
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        await self._shut_down(http, serving, loading)
+        return status
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._stop.is_set():
+            logger.warning("%s again: exiting at once", name)
+            threading.Timer(0.2, os._exit, (128 + number,)).start()
+            return
+        logger.info("%s: stopping; running requests may finish", name)
+        self.request_stop()
+
+    async def _load(self) -> None:
+        """Fetch the model, load it, begin to serve. Raises LoadFailed, ConfigurationError, ServingError."""
+        seconds = self.configuration.settings.model_loading_timeout
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._fetch_and_load()
+        except TimeoutError as error:
+            raise LoadFailed(
+                f"the model was not ready within {seconds:.0f} s; raise option.model_loading_timeout"
+            ) from error
+        logger.info("ready after %.1f s", time.monotonic() - began)
+
+    async def _fetch_and_load(self) -> None:
+        location = self.configuration.model_location
+        if location.kind != "directory":
+            self.life.reason = "the model is being downloaded"
+            logger.info("fetching %s", location.value)
+        try:
+            directory = await in_daemon_thread(
+                lambda: fetch(location, self.configuration.settings, self._fetch_cancelled)
+            )
+        except ArtefactError as error:
+            raise LoadFailed(str(error)) from error
+        self.life.reason = "the model is loading"
+        configuration = self.configuration.with_model_directory(directory)
+        for problem in configuration.warnings:
+            if problem not in self.configuration.warnings:
+                logger.warning("%s", problem)
+        self._backend = backend = await in_daemon_thread(lambda: self._build(configuration, directory))
+        await backend.load()
+        self._images = build_images(configuration.settings)
+        self.life.serve(backend, build_service(configuration, backend, self._images, self.metrics))
+
+    def _report(self, failure: BaseException) -> None:
+        if isinstance(failure, ConfigurationError):
+            for problem in failure.problems:
+                logger.error("%s", problem)
+        expected = isinstance(failure, LoadFailed | ConfigurationError | ServingError)
+        logger.error("the model cannot be served: %s", failure, exc_info=None if expected else failure)
+        if expected and failure.__cause__ is not None:
+            logger.error("it was caused by", exc_info=failure.__cause__)
+        self.life.fail("the model could not be loaded; the log says why")
+
+    async def _shut_down(
+        self, http: HttpServer, serving: asyncio.Task[None], loading: asyncio.Task[None]
+    ) -> None:
+        """Refuse what is new, finish what runs, abort the rest; within drain_timeout in all."""
+        if self.life.phase != "failed":
+            self.life.drain()
+        self._fetch_cancelled.set()
+        loading.cancel()
+        await asyncio.wait({loading})
+        seconds = self.configuration.settings.drain_timeout
+        try:
+            async with asyncio.timeout(max(seconds - _CLOSE_SECONDS, seconds / 2)):
+                await self._app.idle.wait()
+        except TimeoutError:
+            logger.warning("aborting %d requests that did not finish in time", len(self._app.calls))
+        for call in list(self._app.calls):
+            call.exchange.stop("shutdown")
+        if self._backend is not None:
+            await self._backend.close()
+        if self._images is not None:
+            await self._images.aclose()
+        http.should_exit = True
+        await asyncio.wait({serving})
+        logger.info("stopped")
+
+
+def serve(configuration: Configuration, build: BackendBuilder = build_backend) -> int:
+    """Run a server to its end; the process's exit status."""
+    import uvloop
+
+    async def run() -> int:
+        try:
+            server = Server(configuration, build)
+        except OSError as error:
+            settings = configuration.settings
+            logger.error("cannot listen on %s:%d: %s", settings.host, settings.port, error.strerror)
+            return 1
+        return await server.run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a thread that does not keep the process from exiting."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = work(), None
+        except BaseException as error:
+            outcome = None, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, daemon=True, name="load").start()
+    return await done

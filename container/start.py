@@ -1,0 +1,46 @@
+"""From the command line to a running server: read the configuration, set up the log, report what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+
+from container.build import build_backend
+from container.logs import logging_to
+from container.server import BackendBuilder, serve
+from properties.configuration import Configuration, resolve
+from properties.field import Level
+from properties.problem import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+
+def start(
+    model: str | None,
+    options: Sequence[str],
+    environ: Mapping[str, str],
+    default_host: str | None,
+    build: BackendBuilder = build_backend,
+) -> int:
+    """Serve to the end; the process's exit status.
+
+    default_host: where to listen when no source of the configuration says; None leaves it to the schema.
+    """
+    try:
+        configuration = resolve(model=model, environ=environ, options=options)
+        if default_host is not None and configuration.sources["host"].level is Level.DEFAULT:
+            configuration = resolve(model=model, environ=environ, options=[*options, f"host={default_host}"])
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    with logging_to(form=configuration.settings.log_format):
+        _announce(configuration)
+        return serve(configuration, build)
+
+
+def _announce(configuration: Configuration) -> None:
+    location = configuration.model_location
+    logger.info("model %s (%s)", location.value, location.kind)
+    for problem in configuration.warnings:
+        logger.warning("%s", problem)
