@@ -58,11 +58,10 @@ def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[st
     """Torch's names of the accelerators to use; empty on a machine without any."""
     if not accelerators:
         return []
-    if wanted == "*":
-        return [f"cuda:{number}" for number in range(accelerators)]
-    for number in wanted:
-        if not 0 <= int(number) < accelerators:
+    numbers = range(accelerators) if wanted == "*" else wanted
+    for number in numbers:
+        if number >= accelerators:
             raise InvalidConfiguration(
                 f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}"
             )
-    return [f"cuda:{number}" for number in wanted]
+    return [f"cuda:{number}" for number in numbers]
