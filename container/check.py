@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -109,10 +110,18 @@ def _choose(
 
 
 def _handler(configuration: Configuration) -> str | None:
-    """The file of the user's own handler, where there is one."""
-    home = configuration.home
-    own = home is not None and (home / "model.py").is_file()
-    return configuration.settings.entry_point or ("model.py" if own else None)
+    """The file of the user's own handler, where there is one: model.py counts only if it defines the function.
+    It is read, not run."""
+    settings, home = configuration.settings, configuration.home
+    if settings.entry_point is not None or home is None:
+        return settings.entry_point
+    try:
+        module = ast.parse((home / "model.py").read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    defined = any(isinstance(node, functions) and node.name == settings.handler for node in module.body)
+    return "model.py" if defined else None
 
 
 def effective_options(configuration: Configuration) -> dict[str, dict[str, Any]]:
@@ -155,7 +164,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         if report["backend"] is not None:
             lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
         if report["handler"] is not None:
-            lines.append(f"handler  {report['handler']}, the model's own, comes first")
+            lines.append(f"handler  {report['handler']}: the model's own")
         lines += [f"memory   {text}" for text in _memory(report["memory"], model["kind"])]
         lines.append("")
     lines += [f"warning: {text}" for text in report["warnings"]]

@@ -82,6 +82,7 @@ class EngineSettings(BaseModel):
     enforce_eager: bool = option(
         "No graph capture and no compilation: quicker start, slower steps.",
         default=False,
+        backends=VLLM,
         variables=(Variable("ENABLE_CUDA_GRAPHS", Level.TGI, _cuda_graphs),),
     )
     cpu_offload_gb_per_gpu: Amount = option(

@@ -67,7 +67,7 @@ class ModelSettings(BaseModel):
             Variable("HF_TRUST_REMOTE_CODE", Level.TGI, instead="OPTION_TRUST_REMOTE_CODE"),
         ),
     )
-    seed: Seed = option("Seed of the engine for requests that bring none.", default=0)
+    seed: Seed = option("Seed of the engine for requests that bring none.", default=0, backends=VLLM)
     model_loading_timeout: Seconds = option(
         "Longest time until the model can generate.",
         default=1800,

@@ -46,9 +46,8 @@ class VisionSettings(BaseModel):
         variables=(Variable("VLLM_MAX_IMAGE_PIXELS"),),
     )
     image_cache_mb: Count = option(
-        "Host memory for prepared pictures, found again by their content; 0: none.",
+        "Host memory for decoded pictures, found again by their content; 0: none.",
         default=256,
-        backends=ROLLING,
         unit="MiB",
     )
     encoder_cache_mb: Count = option(

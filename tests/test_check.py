@@ -243,5 +243,9 @@ def test_a_model_that_the_embedded_engine_does_not_serve(model: Path) -> None:
 
 def test_the_models_own_handler_is_named(model: Path) -> None:
     assert report(model, CPU)["handler"] is None
-    (model / "model.py").touch()
+    (model / "model.py").write_text("raise RuntimeError('it must not be run')\n")
+    assert report(model, CPU)["handler"] is None
+    (model / "model.py").write_text("def handle(inputs):\n    raise RuntimeError\n")
     assert report(model, CPU)["handler"] == "model.py"
+    (model / "mine.py").touch()
+    assert report(model, CPU, "entry_point=mine.py")["handler"] == "mine.py"
