@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from container.check import check, describe, run_check
 from container.estimate import cache_bytes_per_token, weights
+from container.fit import fit
 from container.machine import Device, Machine, host_memory
 from properties.configuration import resolve
 
@@ -57,7 +58,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def report(model: Path, on: Machine, *options: str, **environ: str) -> dict[str, Any]:
-    environ = {"OPTION_DTYPE": "bf16", **environ}
+    environ = {"OPTION_DTYPE": "bf16", "OPTION_ROLLING_BATCH": "rolling", **environ}
     return describe(resolve(model=str(model), environ=environ, options=options), on)
 
 
@@ -125,6 +126,26 @@ def test_more_devices_than_there_are(model: Path) -> None:
     (error,) = report(model, machine(2), "tensor_parallel_degree=4")["errors"]
     assert "tensor_parallel_degree is 4, but 2 devices are there" in error
     assert report(model, CPU, "tensor_parallel_degree=2")["errors"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "copies", "devices"),
+    [
+        ([], 1, 4),
+        (["tensor_parallel_degree=2"], 2, 2),
+        (["pipeline_parallel_degree=2"], 1, 4),
+        (["pipeline_parallel_degree=2", "tensor_parallel_degree=1", "max_workers=1"], 1, 2),
+    ],
+)
+def test_vllm_multiplies_both_degrees(model: Path, options: list[str], copies: int, devices: int) -> None:
+    found = fit(resolve(model=str(model), environ={}, options=options), "vllm", model, CONFIG, machine(4))
+    assert (found.copies, found.devices_per_copy) == (copies, devices)
+
+
+def test_vllm_with_too_few_devices(model: Path) -> None:
+    options = ["pipeline_parallel_degree=2", "tensor_parallel_degree=4"]
+    found = fit(resolve(model=str(model), environ={}, options=options), "vllm", model, CONFIG, machine(4))
+    assert "ask for 8 devices, but 4 are there" in str(found.errors[0])
 
 
 def test_a_model_that_does_not_fit(model: Path) -> None:
