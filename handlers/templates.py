@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LONGEST_REASON = 300
+_OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+"""Variables of a template that a request has fields for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +129,14 @@ class PromptRenderer:
             raise InvalidRequest(
                 "there is no text to continue in the last message", param="continue_final_message"
             )
-        ours = set(self._tokenizer.special_tokens_map) | {"messages", "tools", "add_generation_prompt"}
-        wanted = source.variables - ours - {"chat_template", "tokenize", "continue_final_message"}
-        variables = {name: hidden.value(v) for name, v in prompt.template_kwargs.items() if name in wanted}
-        if len(variables) != len(prompt.template_kwargs):
-            unknown = sorted(set(prompt.template_kwargs) - set(variables))
-            log.debug("chat template variables that the template does not read: %s", unknown)
+        ours = set(self._tokenizer.special_tokens_map) | _OURS
+        wanted = source.variables - ours
+        if unread := prompt.template_kwargs.keys() - wanted:
+            log.debug("chat template variables that the template does not read: %s", sorted(unread))
         try:
+            messages = [
+                self._message(message, hidden, parts, source.accepts_strings) for message in prompt.messages
+            ]
             rendered = self._tokenizer.apply_chat_template(
                 messages,
                 tools=hidden.value(prompt.tools) if prompt.tools else None,
@@ -141,7 +144,11 @@ class PromptRenderer:
                 add_generation_prompt=prompt.add_generation_prompt,
                 continue_final_message=prompt.continue_final_message,
                 tokenize=False,
-                **variables,
+                **{
+                    name: hidden.value(value)
+                    for name, value in prompt.template_kwargs.items()
+                    if name in wanted
+                },
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(

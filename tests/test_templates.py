@@ -415,3 +415,12 @@ def test_a_final_message_can_be_continued(plain: PreTrainedTokenizerFast) -> Non
     assert rendered.n_images == 0
     with pytest.raises(InvalidRequest, match="no text to continue"):
         renderer.render(ChatPrompt([said(None)], add_generation_prompt=False, continue_final_message=True))
+
+
+def test_values_nested_beyond_reason_are_refused(plain: PreTrainedTokenizerFast) -> None:
+    renderer = PromptRenderer(plain, "{{ mood }}" + PARTS, image_token="<image>")
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="cannot render"):
+        renderer.render(ChatPrompt([said("hi")], template_kwargs={"mood": deep}))

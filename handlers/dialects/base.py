@@ -110,7 +110,8 @@ def sampling_params(
     values.update((name, value) for name, value in given.items() if value is not None)
     sampling = SamplingParams(**values)
     if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
-        raise InvalidRequest("seed does not fit into 64 bits", param="seed")
+        shown = (names or {}).get("seed", "seed")
+        raise InvalidRequest(f"{shown} does not fit into 64 bits", param=shown)
     try:
         sampling.validate()
     except ValueError as error:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from engine.sampling_params import SamplingParams
 from handlers.dialects.base import Conventions, Task, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.lmi_reply import LmiWriter
@@ -29,7 +30,11 @@ _PICTURE = re.compile(
 )
 _UNSUPPORTED_ABOVE_ONE = ("best_of", "num_beams", "n")
 _UNSUPPORTED = ("watermark", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")
-_NAMES = {"max_tokens": "parameters.max_new_tokens", "min_tokens": "parameters.min_new_tokens"}
+_NAMES = {name: f"parameters.{name}" for name in SamplingParams.__struct_fields__} | {
+    "max_tokens": "parameters.max_new_tokens",
+    "min_tokens": "parameters.min_new_tokens",
+    "logprobs": "parameters.top_n_tokens",
+}
 
 
 class Parameters(msgspec.Struct):
@@ -137,7 +142,8 @@ def _sampling(parameters: Parameters, stream: bool) -> dict[str, Any]:
     stop = [*_strings(parameters.stop_sequences), *_strings(parameters.stop)]
     if "" in stop:
         raise InvalidRequest(
-            "parameters.stop_sequences: an empty string cannot end an answer", param="stop_sequences"
+            "parameters.stop_sequences: an empty string cannot end an answer",
+            param="parameters.stop_sequences",
         )
     shows_tokens = stream or bool(parameters.details)
     return {

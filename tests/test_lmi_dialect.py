@@ -1,0 +1,324 @@
+"""The LMI body and its replies, as the LMI input and output schema documents them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.sampling_params import SamplingParams
+from handlers.backends.base import Delta, PositionLogprobs, PromptStats
+from handlers.dialects.base import Conventions, Task
+from handlers.dialects.lmi import picture_parts, read_lmi
+from handlers.errors import InvalidRequest
+from handlers.exchange import Reply
+from handlers.request import ImagePart, TextPart, TextPrompt
+from tests.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
+
+CAT = "https://pictures.example/cat.png"
+
+
+def task(inputs: Any = "hi", *, defaults: dict[str, Any] | None = None, **parameters: Any) -> Task:
+    body = {"inputs": inputs, "parameters": parameters}
+    return read_lmi(body, Conventions("shapes", defaults or {}), request_id="r1")
+
+
+def sampling(defaults: dict[str, Any] | None = None, **parameters: Any) -> SamplingParams:
+    return task(defaults=defaults, **parameters).requests[0].sampling
+
+
+def answer(steps: list[Step], body: Any, route: str = "/invocations", **headers: str) -> Reply:
+    async def ask() -> Reply:
+        backend = ScriptedBackend(steps, stats=lambda: STATS)
+        reply = await service(backend, limit_mm_per_prompt={"image": 9}).answer(
+            incoming(body, route, **headers)
+        )
+        reply.body = await everything(reply)
+        return reply
+
+    return asyncio.run(ask())
+
+
+STATS = PromptStats(
+    2, prompt_token_ids=[1, 5], prompt_logprobs=[None, PositionLogprobs(token(5, "hi", -1.25), ())]
+)
+
+
+def result(steps: list[Step], body: Any, **headers: str) -> Any:
+    reply = answer(steps, body, **headers)
+    assert (reply.status, reply.content_type) == (200, "application/json"), reply.body
+    return json.loads(reply.body)
+
+
+def lines(steps: list[Step], body: Any) -> list[Any]:
+    reply = answer(steps, {**body, "stream": True})
+    assert (reply.status, reply.content_type) == (200, "application/jsonlines"), reply.body
+    assert reply.body.endswith(b"\n")
+    return [json.loads(line) for line in reply.body.splitlines()]
+
+
+# Reading
+
+
+def test_defaults_are_thirty_tokens_and_greedy() -> None:
+    assert sampling() == SamplingParams(max_tokens=30, temperature=0.0)
+    assert sampling(do_sample=False, temperature=0.7).greedy
+    assert sampling(seed=4, top_p=0.5).greedy
+    assert sampling(do_sample=True).temperature == 1.0
+    assert sampling(temperature=0.7).temperature == 0.7
+    defaults = {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.05}
+    assert sampling(defaults) == SamplingParams(
+        max_tokens=30, temperature=0.0, top_k=20, repetition_penalty=1.05
+    )
+    assert sampling(defaults, do_sample=True).temperature == 0.3
+
+
+def test_every_parameter_reaches_the_engine() -> None:
+    asked = task(
+        max_new_tokens=5,
+        min_new_tokens=1,
+        do_sample=True,
+        temperature=0.5,
+        top_k=4,
+        top_p=0.9,
+        min_p=0.1,
+        typical_p=0.8,
+        repetition_penalty=1.2,
+        presence_penalty=0.1,
+        frequency_penalty=0.3,
+        seed=7,
+        stop_sequences=["END"],
+        stop=["\n"],
+        stop_token_ids=[9],
+        ignore_eos_token=True,
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        details=True,
+        decoder_input_details=True,
+        top_n_tokens=3,
+        truncate=100,
+    ).requests[0]
+    assert asked.truncate_prompt_tokens == 100
+    assert asked.sampling == SamplingParams(
+        max_tokens=5,
+        min_tokens=1,
+        temperature=0.5,
+        top_k=4,
+        top_p=0.9,
+        min_p=0.1,
+        typical_p=0.8,
+        repetition_penalty=1.2,
+        presence_penalty=0.1,
+        frequency_penalty=0.3,
+        seed=7,
+        stop=("END", "\n"),
+        stop_token_ids=(9,),
+        ignore_eos=True,
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        logprobs=3,
+        prompt_logprobs=0,
+    )
+
+
+def test_unknown_and_harmless_parameters_are_accepted() -> None:
+    task(best_of=1, num_beams=1, watermark=False, whatever=[1], details=None)
+    body = {"inputs": "x", "parameters": None, "stream": None, "unknown": 1}
+    assert read_lmi(body, Conventions("m"), request_id="r").requests[0].sampling.max_tokens == 30
+
+
+def test_pictures_are_markdown_links_in_place() -> None:
+    url = "https://en.wikipedia.org/wiki/File_(a).jpg"
+    text = f'Look: ![a cat]({CAT}) and ![]({url})\n![](data:image/png;base64,QUJD "title") what?'
+    assert picture_parts(text) == [
+        TextPart("Look: "),
+        ImagePart(CAT),
+        TextPart(" and "),
+        ImagePart(url),
+        TextPart("\n"),
+        ImagePart("data:image/png;base64,QUJD"),
+        TextPart(" what?"),
+    ]
+    for plain in ("", "![logo](logo.png)", "[a](https://x.example)", "![](ftp://x)", "![](", f"! []({CAT})"):
+        assert picture_parts(plain) == [TextPart(plain)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet='![]() "\nhttps:data,', max_size=80))
+def test_cutting_out_pictures_loses_no_text(text: str) -> None:
+    parts = picture_parts(text)
+    for part in parts:
+        piece = part.text if isinstance(part, TextPart) else part.url
+        assert piece in text
+    if not any(isinstance(part, ImagePart) for part in parts):
+        assert parts == [TextPart(text)]
+
+
+def test_hostile_text_is_searched_in_linear_time() -> None:
+    for hostile in (
+        "![" * 200_000,
+        "![](https:" * 100_000,
+        "![](https:(" * 100_000,
+        "![]( " * 100_000,
+        "(" * 10**6,
+    ):
+        started = time.perf_counter()
+        picture_parts(hostile)
+        assert time.perf_counter() - started < 2.0
+
+
+def test_prompts_are_raw_text() -> None:
+    (request,) = task("USER: hi").requests
+    assert request.prompt == TextPrompt([TextPart("USER: hi")])
+    assert request.prompt.add_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({"inputs": None}, "inputs"),
+        ({"inputs": 5}, "inputs"),
+        ({"inputs": []}, "inputs"),
+        ({"inputs": ["a", 1]}, "inputs[1]"),
+        ({"inputs": ["a", "b"], "stream": True}, "inputs"),
+        ({"inputs": "x", "stream": "yes"}, "stream"),
+        ({"inputs": "x", "parameters": []}, "parameters"),
+        ({"inputs": "x", "parameters": {"max_new_tokens": 0}}, "parameters.max_new_tokens"),
+        ({"inputs": "x", "parameters": {"max_new_tokens": "5"}}, "parameters.max_new_tokens"),
+        ({"inputs": "x", "parameters": {"temperature": -1}}, "parameters.temperature"),
+        ({"inputs": "x", "parameters": {"top_p": 0, "do_sample": True}}, "parameters.top_p"),
+        ({"inputs": "x", "parameters": {"stop_sequences": [""]}}, "parameters.stop_sequences"),
+        ({"inputs": "x", "parameters": {"stop_sequences": [1]}}, "parameters.stop_sequences[0]"),
+        ({"inputs": "x", "parameters": {"truncate": 0}}, "parameters.truncate"),
+        ({"inputs": "x", "parameters": {"top_n_tokens": 50}}, "parameters.top_n_tokens"),
+        ({"inputs": "x", "parameters": {"best_of": 2}}, "parameters.best_of"),
+        ({"inputs": "x", "parameters": {"num_beams": 4}}, "parameters.num_beams"),
+        ({"inputs": "x", "parameters": {"watermark": True}}, "parameters.watermark"),
+        ({"inputs": ["x", "y"], "adapters": ["a"]}, "adapters"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_path(body: dict[str, Any], path: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read_lmi(body, Conventions("m"), request_id="r")
+    assert caught.value.param == path
+    assert path in caught.value.message
+
+
+def test_adapters_go_to_their_prompts() -> None:
+    body = {"inputs": ["x", "y", "z"], "adapters": ["a", "", "b"]}
+    requests = read_lmi(body, Conventions("m"), request_id="r").requests
+    assert [request.adapter for request in requests] == ["a", None, "b"]
+    requests = read_lmi(body, Conventions("m"), request_id="r", adapter="h").requests
+    assert [request.adapter for request in requests] == ["h"] * 3
+
+
+# Writing
+
+
+def test_a_plain_reply_is_the_text_alone() -> None:
+    assert result(said("a ", "é"), {"inputs": "hi"}) == {"generated_text": "a é"}
+    assert result(said("a"), {"inputs": "hi", "parameters": {"return_full_text": True}}) == {
+        "generated_text": "hia"
+    }
+    assert result(said("a"), {"inputs": ["hi"]}) == [{"generated_text": "a"}]
+    assert result(said("a"), b"what is \xc3\xa9?", content_type="text/plain") == {"generated_text": "a"}
+
+
+def test_details() -> None:
+    parameters = {"details": True, "decoder_input_details": True, "top_n_tokens": 2, "seed": 3}
+    reply = result(said("a", "b", reason="length"), {"inputs": "hi", "parameters": parameters})
+    details = reply["details"]
+    assert details["finish_reason"] == "length"
+    assert details["generated_tokens"] == 2
+    assert details["inputs"] == "hi"
+    assert details["seed"] == 3
+    assert details["tokens"] == [
+        {"id": 10, "text": "a", "log_prob": -0.5},
+        {"id": 11, "text": "b", "log_prob": -0.5},
+    ]
+    assert details["prefill"] == [
+        {"id": 1, "text": "", "log_prob": None},
+        {"id": 5, "text": "hi", "log_prob": -1.25},
+    ]
+    assert [[t["text"] for t in position] for position in details["top_tokens"]] == [
+        ["a", "other"],
+        ["b", "other"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("last", "word"),
+    [
+        ({"reason": "length"}, "length"),
+        ({"eos": True}, "eos_token"),
+        ({}, "eos_token"),
+        ({"stop_reason": "END"}, "stop_sequence"),
+        ({"stop_reason": 17}, "stop_sequence"),
+    ],
+)
+def test_finish_reasons_have_lmis_words(last: dict[str, Any], word: str) -> None:
+    reply = result(said("a", **last), {"inputs": "hi", "parameters": {"details": True}})
+    assert reply["details"]["finish_reason"] == word
+
+
+def test_a_stream_is_a_line_for_each_token() -> None:
+    found = lines(said("a", "b", eos=True), {"inputs": "hi"})
+    assert found == [
+        {"token": {"id": 10, "text": "a", "log_prob": -0.5}},
+        {"token": {"id": 11, "text": "b", "log_prob": -0.5, "special_token": True}, "generated_text": "ab"},
+    ]
+    found = lines(said("a", "b"), {"inputs": "hi", "parameters": {"details": True, "return_full_text": True}})
+    assert found[-1]["generated_text"] == "hiab"
+    assert found[-1]["details"] == {
+        "finish_reason": "eos_token",
+        "generated_tokens": 2,
+        "seed": None,
+        "inputs": "hi",
+    }
+    assert "details" not in found[0]
+
+
+def piece(token_id: int, text: str) -> PositionLogprobs:
+    return PositionLogprobs(token(token_id, text), ())
+
+
+def test_the_tokens_texts_add_up_to_the_answer() -> None:
+    steps: list[Step] = [
+        Delta(0, [1], "", [piece(1, "\ufffd")]),
+        Delta(0, [2], "é", [piece(2, "\ufffd")]),
+        Delta(0, [3, 4], "ab", [piece(3, "a"), piece(4, "b")]),
+        Delta(0, [5, 6], "c", [piece(5, "c"), piece(6, "STOP")]),
+        Delta(0, [], "!", None, "stop", "STOP"),
+    ]
+    found = lines(steps, {"inputs": "hi"})
+    assert [line["token"]["text"] for line in found] == ["", "é", "a", "b", "", "c", "!"]
+    assert [line["token"]["id"] for line in found] == [1, 2, 3, 4, 5, 6, None]
+    assert found[-1]["generated_text"] == "éabc!"
+
+
+def test_clients_that_ask_for_events_get_events() -> None:
+    body = {"inputs": "hi", "stream": True}
+    reply = answer(said("a", "b"), body, accept="text/event-stream")
+    assert reply.content_type.startswith("text/event-stream")
+    events = reply.body.decode().split("\n\n")
+    assert [json.loads(event.removeprefix("data: "))["token"]["text"] for event in events[:-1]] == ["a", "b"]
+    assert answer(said("a"), body, accept="*/*").content_type == "application/jsonlines"
+
+
+def test_the_same_body_is_answered_on_every_route() -> None:
+    for route in ("/invocations", "/predictions/{model}", "/v1/chat/completions", "/models/{model}/invoke"):
+        assert json.loads(answer(said("a"), {"inputs": "hi"}, route).body) == {"generated_text": "a"}
+
+
+def test_errors_say_code_and_message_where_either_kind_of_client_looks() -> None:
+    reply = answer(said("a"), {"inputs": "hi", "parameters": {"max_new_tokens": 0}}, "/v1/chat/completions")
+    body = json.loads(reply.body)
+    assert reply.status == body["code"] == 400
+    assert "max_new_tokens" in body["message"]
+    assert body["error"] == body["message"]
+    assert answer(said("a"), b"x", content_type="text/csv").status == 415
