@@ -92,8 +92,10 @@ class Edits:
         known = (ids >= 0) & (ids < vocab_size)
         if not known.all():
             where, values = where[known], values[known]
-        device = scores.device
-        return scores.view(-1), torch.from_numpy(where).to(device), torch.from_numpy(values).to(device)
+        on_device = [
+            torch.from_numpy(array).to(scores.device, non_blocking=True) for array in (where, values)
+        ]
+        return scores.view(-1), on_device[0], on_device[1]
 
 
 def best(scores: Tensor) -> Tensor:

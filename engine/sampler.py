@@ -204,7 +204,7 @@ class Sampler:
     def _draw(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Tokens [S] int64 drawn from each row's filtered distribution."""
         host = [(*state.filters, state.uniform) for state in states]
-        parameters = torch.tensor(host, dtype=torch.float64).to(self._device)
+        parameters = self._send(torch.tensor(host, dtype=torch.float64))
         temperature, top_k, top_p, min_p, typical_p, uniform = parameters.unsqueeze(-1).unbind(1)
         top_k = torch.where(top_k > 0, top_k, self._vocab_size).clamp_max(self._vocab_size)
         mass = masses(self._edit(logits, states), temperature)
@@ -221,7 +221,11 @@ class Sampler:
         return pick(mass, uniform)
 
     def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+        return self._send(torch.tensor(rows, dtype=torch.int64))
+
+    def _send(self, host: Tensor) -> Tensor:
+        """To the device without waiting for it: the one wait of a step is for its tokens."""
+        return host.to(self._device, non_blocking=True)
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[Logprobs]:

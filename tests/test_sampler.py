@@ -146,6 +146,8 @@ class TestEditsOfLogits:
         processor = MinNewTokensLengthLogitsProcessor(1, 2, [EOS], device="cpu")
         theirs = processor(torch.tensor([[1] + [4] * length]), logits)
         assert torch.equal(ours, theirs)
+        beside_a_bias = edited(logits, [state([1], [4] * length, min_tokens=2, logit_bias={9: 0.0})])
+        assert torch.equal(beside_a_bias, theirs)
 
     def test_min_tokens_masks_stop_ids_too_but_no_ignored_end(self) -> None:
         logits = torch.zeros(2, 6)
@@ -334,6 +336,13 @@ class TestDraw:
         chosen = pick(mass, column(number, 50))
         assert (mass.gather(-1, chosen.unsqueeze(-1)) > 0).all()
 
+    def test_is_the_inverse_of_the_cumulative_distribution(self) -> None:
+        mass = torch.rand(1, 300, generator=torch.Generator().manual_seed(0)) ** 3
+        numbers = np.linspace(0.0, 0.9999, 777)
+        cumulative = (mass[0].double() / mass.double().sum()).cumsum(0).numpy()
+        chosen = pick(mass.expand(777, -1).contiguous(), torch.from_numpy(numbers).unsqueeze(1))
+        assert chosen.tolist() == np.searchsorted(cumulative, numbers, side="right").tolist()
+
     def test_picks_the_first_and_the_last_at_the_ends(self) -> None:
         mass = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 0.0]])
         assert pick(mass, column(0.0, 1)).item() == 1
@@ -420,6 +429,13 @@ class TestLogprobs:
         assert answer.token_ids[0] == 200
         assert 200 in answer.token_ids[1:]
 
+    def test_a_token_that_equals_the_last_of_the_best_is_preferred_to_it(self) -> None:
+        logits = torch.tensor([[5.0] + [4.0] * 9])
+        for token in range(1, 10):
+            (answer,) = prompt_logprobs(logits, [token], 2)
+            assert answer.token_ids == [token, 0, token]
+            assert answer.ranks == [2, 1, 2]
+
     def test_more_than_the_vocabulary_is_all_of_it(self) -> None:
         (answer,) = answered(torch.tensor([[1.0, 3.0, 2.0]]), [state(logprobs=20)])
         assert answer is not None
@@ -447,3 +463,23 @@ class TestLogprobs:
         packed = msgspec.msgpack.encode(answer)
         assert msgspec.msgpack.decode(packed) == [[1, 2], [-0.5, -1.0], [1, 2]]
         assert msgspec.msgpack.decode(packed, type=Logprobs) == answer
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_accelerator_gives_the_same_tokens() -> None:
+    device = torch.device("cuda")
+    logits = random_logits(6, 5000)
+    states = [
+        state([1, 2], [3], seed=row, **params)
+        for row, params in enumerate(
+            [
+                {"temperature": 0.0},
+                {"temperature": 0.0, "repetition_penalty": 1.3},
+                {"top_p": 0.9},
+                {"top_k": 40, "min_p": 0.05},
+                {"typical_p": 0.7},
+                {"logprobs": 3, "min_tokens": 5},
+            ]
+        )
+    ]
+    assert Sampler(5000, device).sample(logits.to(device), states)[0] == sample(logits, states)
