@@ -1,0 +1,180 @@
+"""Models from `s3://bucket/prefix/`: what belongs to them, and boto3's errors as what to do about them.
+
+Layout below the download root, one directory per URL: `files/` (see `container.transfer`), `unpacked/` for an
+archive, `lock`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from container.artefacts import ArtefactError
+from container.transfer import STREAMS, Cancelled, S3Object, Transfer
+
+logger = logging.getLogger(__name__)
+
+_ARCHIVES = (".tar.gz", ".tgz")
+
+
+def fetch_s3(url: str, root: Path, cancelled: threading.Event) -> Path:
+    """The directory that holds a copy of everything below `s3://bucket/prefix`, or of one .tar.gz unpacked.
+
+    What an earlier run fetched is kept where size and entity tag still agree. Credentials, region and endpoint
+    are boto3's (environment, container role, ...). Raises ArtefactError, or Cancelled once `cancelled` is set.
+    """
+    bucket, prefix = parse_url(url)
+    place = root / "s3" / hashlib.sha256(url.encode()).hexdigest()[:24]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with _translated(url), _alone(place, cancelled):
+            return _fetch(url, bucket, prefix, place, cancelled)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ArtefactError(f"{url}: no space left in {root}; set SERVING_DOWNLOAD_DIR") from error
+        raise ArtefactError(f"{url}: cannot be kept in {root}: {error.strerror or error}") from error
+
+
+def parse_url(url: str) -> tuple[str, str]:
+    """Bucket and prefix, which is empty for a whole bucket. Raises ArtefactError."""
+    match = re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?", url)
+    if match is None:
+        raise ArtefactError(f"{url}: write s3://bucket/prefix/")
+    return match[1], match[2] or ""
+
+
+def _fetch(url: str, bucket: str, prefix: str, place: Path, cancelled: threading.Event) -> Path:
+    client = _client()
+    transfer = Transfer(client, bucket, place, cancelled)
+    archive = prefix.endswith(_ARCHIVES)
+    objects = [_head(client, bucket, prefix)] if archive else list(_listed(client, bucket, prefix))
+    if not objects:
+        raise ArtefactError(f"{url}: there is nothing below this prefix; check the name and the region")
+    logger.info("%s: %d files", url, len(objects))
+    fetched = transfer.run(objects)
+    logger.info("%s: complete, %d files were fetched anew", url, fetched)
+    if not archive:
+        return transfer.files
+    return _unpack(transfer.files / objects[0].path, place / "unpacked", anew=fetched > 0)
+
+
+def _head(client: Any, bucket: str, key: str) -> S3Object:
+    answer = client.head_object(Bucket=bucket, Key=key)
+    return S3Object(key, answer["ContentLength"], answer["ETag"], PurePosixPath(key.rpartition("/")[2]))
+
+
+def _listed(client: Any, bucket: str, prefix: str) -> Iterator[S3Object]:
+    """All objects below the prefix. A key that is no harmless relative path stops everything."""
+    if prefix and not prefix.endswith("/"):
+        prefix += "/"
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", ()):
+            relative = entry["Key"].removeprefix(prefix)
+            if relative and not relative.endswith("/"):
+                path = _safe_path(entry["Key"], relative)
+                yield S3Object(entry["Key"], entry["Size"], entry["ETag"], path)
+
+
+def _unpack(archive: Path, place: Path, anew: bool) -> Path:
+    """Unpack where it cannot reach out of its directory; the last rename says that it is complete."""
+    if place.is_dir() and not anew:
+        return place
+    draft = place.with_name("unpacking")
+    for old in (draft, place):
+        shutil.rmtree(old, ignore_errors=True)
+    draft.mkdir()
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(draft, filter="data")
+    except (tarfile.TarError, EOFError) as error:
+        raise ArtefactError(f"{archive.name} cannot be unpacked: {error}") from error
+    os.replace(draft, place)
+    return place
+
+
+def _safe_path(key: str, relative: str) -> PurePosixPath:
+    parts = relative.split("/")
+    if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
+        raise ArtefactError(f"the key {key!r} is no name for a file below the model's directory; rename it")
+    return PurePosixPath(*parts)
+
+
+@contextmanager
+def _alone(place: Path, cancelled: threading.Event) -> Iterator[None]:
+    """One process at a time in a directory; the others wait and then find the work done."""
+    with (place / "lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if cancelled.wait(0.2):
+                    raise Cancelled from None
+        yield
+
+
+def _client() -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise ArtefactError("models from s3:// need boto3: pip install 'lmi-handler[s3]'") from error
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            connect_timeout=10,
+            read_timeout=30,
+            max_pool_connections=STREAMS,
+            retries={"mode": "standard", "max_attempts": 3},
+        ),
+    )
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """boto3's errors as what to do about them."""
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    try:
+        yield
+    except (ArtefactError, Cancelled, OSError):
+        raise
+    except Exception as error:
+        code = _code(error)
+        known = {
+            "NoSuchBucket": f"there is no bucket {bucket!r}; check the name",
+            "404": "there is no such object; check the bucket and the key",
+            "NoSuchKey": "an object went away while it was fetched; start again",
+            "412": "an object changed while it was fetched; start again",
+            "PreconditionFailed": "an object changed while it was fetched; start again",
+        }
+        denied = (
+            "access is denied; the role needs s3:ListBucket on the bucket and s3:GetObject on its objects"
+        )
+        no_one = (
+            "no AWS credentials were found; give the container a role or set AWS_ACCESS_KEY_ID and its like"
+        )
+        if code in known:
+            told = known[code]
+        elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+            told = f"{denied} ({code})"
+        elif type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            told = no_one
+        else:
+            told = f"{error}"
+        raise ArtefactError(f"{url}: {told}") from error
+
+
+def _code(error: Exception) -> str:
+    response: dict[str, Any] = getattr(error, "response", {})
+    return str(response.get("Error", {}).get("Code", ""))
