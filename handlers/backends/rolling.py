@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 LONG_PROMPT_CHARACTERS = 20_000
 """Prompts with more text than this are rendered and tokenised in a thread, not on the event loop."""
 
+LOWEST_LOGPROB = -9999.0
+"""Stands for a probability of zero, which JSON has no logarithm for; vLLM's value."""
+
 PREFIX_KEY_TOKENS = 64
 """The beginning of a prompt that decides, after its pictures, which replica it would like."""
 
@@ -292,7 +295,7 @@ class RollingGeneration:
 
     def _position(self, entry: Logprobs) -> PositionLogprobs:
         chosen, *top = (
-            TokenLogprob(token, self._token_text(token), logprob, rank)
+            TokenLogprob(token, self._token_text(token), max(logprob, LOWEST_LOGPROB), rank)
             for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
         )
         return PositionLogprobs(chosen, tuple(top))

@@ -1,0 +1,74 @@
+"""Text as it arrives: whole characters, stop strings across any cut, nothing lost and nothing twice."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handlers.detokenizer import Detokenizer
+from tests.models import make_tokenizer
+
+TOKENIZER = make_tokenizer().backend_tokenizer
+
+
+def ids(text: str) -> list[int]:
+    """One token per byte: the hardest cut there is."""
+    encoded: list[int] = TOKENIZER.encode(text, add_special_tokens=False).ids
+    return encoded
+
+
+def feed(detokenizer: Detokenizer, token_ids: list[int]) -> list[str]:
+    pieces = [detokenizer.push(token) for token in token_ids]
+    if detokenizer.stopped_by is None:
+        pieces.append(detokenizer.finish())
+    return pieces
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40).filter(lambda t: "<" not in t))
+def test_any_text_comes_out_whole(text: str) -> None:
+    pieces = feed(Detokenizer(TOKENIZER), ids(text))
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet="abé🙂", max_size=24),
+    st.lists(st.text(alphabet="abé🙂", min_size=1, max_size=4), max_size=3),
+)
+def test_the_answer_ends_before_the_stop_string_that_is_complete_first(text: str, stops: list[str]) -> None:
+    detokenizer = Detokenizer(TOKENIZER, stop=stops)
+    got = "".join(feed(detokenizer, ids(text)))
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert got == (text[: min(ends)[1]] if ends else text)
+    assert (detokenizer.stopped_by is not None) == bool(ends)
+
+
+def test_text_that_may_be_a_stop_string_is_held_back_until_it_is_decided() -> None:
+    detokenizer = Detokenizer(TOKENIZER, stop=["stop!"])
+    assert "".join(detokenizer.push(token) for token in ids("go sto")) == "go "
+    assert "".join(detokenizer.push(token) for token in ids("re")) == "store"
+
+
+def test_the_stop_string_can_be_kept() -> None:
+    detokenizer = Detokenizer(TOKENIZER, stop=["END"], include_stop=True)
+    assert "".join(feed(detokenizer, ids("the END of it"))) == "the END"
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
+    detokenizer = Detokenizer(TOKENIZER, stop=["a"], min_tokens=3)
+    assert "".join(feed(detokenizer, ids("aabba"))) == "aabb"
+
+
+@pytest.mark.parametrize(("skip", "want"), [(True, "ab"), (False, "a<|end|>b")])
+def test_special_tokens_are_shown_only_when_asked_for(skip: bool, want: str) -> None:
+    token_ids = [*ids("a"), TOKENIZER.token_to_id("<|end|>"), *ids("b")]
+    assert "".join(feed(Detokenizer(TOKENIZER, skip_special_tokens=skip), token_ids)) == want
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 263), max_size=40))
+def test_no_tokens_crash_it(token_ids: list[int]) -> None:
+    feed(Detokenizer(TOKENIZER), token_ids)

@@ -1,0 +1,56 @@
+"""The direct way from picture to pixels gives the processors' own numbers, to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+from engine.families.pixels import PixelPipeline
+
+PROCESSORS: dict[str, Any] = {
+    "clip": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    "clip, crop larger than the picture": CLIPImageProcessor(
+        size={"shortest_edge": 20}, crop_size={"height": 32, "width": 33}
+    ),
+    "clip without crop": CLIPImageProcessor(size={"height": 24, "width": 30}, do_center_crop=False),
+    "siglip": SiglipImageProcessor(size={"height": 28, "width": 28}),
+    "clip without normalising": CLIPImageProcessor(
+        size={"height": 16, "width": 16}, do_center_crop=False, do_normalize=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSORS))
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 120), st.integers(0, 2**32 - 1))
+def test_pixels_equal_the_processors(name: str, width: int, height: int, seed: int) -> None:
+    processor = PROCESSORS[name]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    pipeline = PixelPipeline(processor)
+    want = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(pipeline(image), want)
+
+
+@pytest.mark.parametrize("name", ["clip", "clip without crop", "siglip"])
+def test_the_usual_processors_take_the_direct_way(name: str) -> None:
+    assert PixelPipeline(PROCESSORS[name]).is_direct
+
+
+def test_a_processor_with_another_step_is_used_itself() -> None:
+    class Odd(type(PROCESSORS["siglip"])):  # type: ignore[misc]
+        def normalize(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().normalize(image, *args, **kwargs) + np.asarray(image).mean()
+
+    processor = Odd(size={"height": 28, "width": 28})
+    pipeline = PixelPipeline(processor)
+    assert not pipeline.is_direct
+    image = Image.new("RGB", (30, 40), (10, 200, 30))
+    want = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(pipeline(image), want)
