@@ -105,6 +105,7 @@ PROCESSOR = {
     "num_additional_image_tokens": 1,
     "image_token": "<image>",
 }
+PLACES = "embeddings.position_embedding.weight"
 # transformers' own names for the parts, and the hub's.
 RENAMES = (
     ("model.language_model.", "language_model.model."),
@@ -130,7 +131,23 @@ def create(seed: int = 0) -> LlavaForConditionalGeneration:
     """Return a model with random float32 weights."""
     torch.manual_seed(seed)
     config = LlavaConfig(**{k: v for k, v in CONFIG.items() if k not in ("dtype", "torch_dtype")})
-    return LlavaForConditionalGeneration(config).float()
+    model = LlavaForConditionalGeneration(config).float()
+    places = model.model.vision_tower.get_parameter(PLACES)
+    with torch.no_grad():
+        places[1:] = waves(GRID, places.shape[1])
+    return model
+
+
+def waves(grid: int, width: int) -> torch.Tensor:
+    """Return starting values for the places of ``grid * grid`` patches: [patches, width], near ones alike.
+
+    They are about as large as the patches' own values; the usual tiny ones hide from a small tower for long
+    what lies beside what.
+    """
+    down, across = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    rates = 1.5 / 50 ** (torch.arange(width // 4) / (width // 4))
+    turns = [axis.reshape(-1, 1) * rates for axis in (across, down)]
+    return 0.35 * torch.cat([wave(turn) for turn in turns for wave in (torch.sin, torch.cos)], dim=1)
 
 
 def hub_name(name: str) -> str:

@@ -15,11 +15,12 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from model import GRID, IMAGE_TOKENS, create, export, normalise, squeeze
@@ -30,38 +31,37 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from world import BACKGROUNDS, COLORS, KINDS, Scene, draw, patch_labels, sample_scene
+from world import BACKGROUNDS, COLORS, FINE, KINDS, PatchLabels, Scene, draw, patch_labels, sample_scene
 
 PICTURES = 32  # per batch
 POOL = 6000  # pictures kept at hand; a share of every batch's pictures is drawn anew
-FRESH = 0.4
+FRESH = 0.2
 SHARES = {1: 0.5, 2: 0.22, 3: 0.14, 4: 0.14}  # batches by pictures in a conversation
 HELD_OUT_SEED = 7_000_000
 
 
 @dataclass
 class View:
-    """A scene with its picture [SIDE, SIDE, 3] in levels and its patch labels [patches, 3]."""
+    """A scene with its picture [SIDE, SIDE, 3] in levels and what its patches hold."""
 
     scene: Scene
-    levels: torch.Tensor
-    labels: torch.Tensor
+    levels: npt.NDArray[np.uint8]
+    labels: PatchLabels
 
     @classmethod
     def make(cls, rng: random.Random) -> View:
         """Draw a random scene; one in thirty is a plain background."""
         scene = sample_scene(rng, 0 if rng.random() < 0.03 else None)
-        levels = torch.from_numpy(np.array(squeeze(draw(scene))))
-        return cls(scene, levels, torch.from_numpy(patch_labels(scene, GRID)))
+        return cls(scene, squeeze(draw(scene)), patch_labels(scene, GRID))
 
 
 @dataclass
 class Batch:
-    """Pictures [N, SIDE, SIDE, 3], labels [N, patches, 3], grounds [N]; ids and targets [B, T]; talks."""
+    """Pictures [N, SIDE, SIDE, 3], backgrounds [N] and patch labels [N, patches, ...]; ids, targets [B, T]; talks."""
 
     levels: torch.Tensor
-    labels: torch.Tensor
     grounds: torch.Tensor
+    labels: dict[str, torch.Tensor]
     ids: torch.Tensor
     targets: torch.Tensor
     talks: list[Conversation]
@@ -78,9 +78,12 @@ def pack(talks: list[tuple[Conversation, list[View]]]) -> Batch:
         ids[i, : len(row)] = torch.tensor(row)
         targets[i, : len(row)] = torch.tensor(target)
     return Batch(
-        torch.stack([view.levels for view in views]),
-        torch.stack([view.labels for view in views]),
+        torch.from_numpy(np.stack([view.levels for view in views])),
         torch.tensor([BACKGROUNDS.index(view.scene.background) for view in views]),
+        {
+            each.name: torch.from_numpy(np.stack([getattr(view.labels, each.name) for view in views]))
+            for each in fields(PatchLabels)
+        },
         ids,
         targets,
         [talk for talk, _ in talks],
@@ -99,7 +102,7 @@ class Batches(IterableDataset[Batch]):
         pool: list[View] = []
 
         def view() -> View:
-            if len(pool) < self.pool and (len(pool) < PICTURES * 8 or rng.random() < 0.7):
+            if len(pool) < self.pool and (len(pool) < PICTURES * 8 or rng.random() < 0.3):
                 pool.append(View.make(rng))
                 return pool[-1]
             at = rng.randrange(len(pool))
@@ -125,30 +128,51 @@ class Batches(IterableDataset[Batch]):
 
 
 class Seer(nn.Module):
-    """Throw-away heads on the tower: kind, colour and cover of a patch, background of a picture."""
+    """Throw-away heads that teach the vision tower: to tell shapes from the ground halfway up, to name them at the top.
+
+    Left to the answers alone, a tower this small takes hours to find out that corners matter.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.patch = nn.Linear(width, len(KINDS) + 1 + len(COLORS) + 1 + 1)
+        self.lower, self.upper = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.fine = nn.Linear(width, FINE * FINE + 2)
+        self.patch = nn.Linear(width, len(KINDS) + 1 + len(COLORS) + 1 + 4)
+        self.shape = nn.Linear(width, len(KINDS))
         self.ground = nn.Linear(width, len(BACKGROUNDS))
 
-    def forward(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss for features [N, patches, width] and the share of covered patches it names."""
-        features = self.norm(features)
-        kinds, colors, cover = (
-            self.patch(features).float().split((len(KINDS) + 1, len(COLORS) + 1, 1), dim=-1)
-        )
+    def forward(
+        self, half: torch.Tensor, top: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss for features [N, patches, width] of two heights, and the share of patches named rightly."""
         labels = batch.labels
-        # A patch with a mere corner of a shape counts less than one with much of it.
-        weight = torch.where(labels[..., 2] == 0, 0.5, labels[..., 2] / 16 + 0.3)
-        each = F.cross_entropy(kinds.transpose(1, 2), labels[..., 0], reduction="none")
-        each = each + F.cross_entropy(colors.transpose(1, 2), labels[..., 1], reduction="none")
-        loss = (each * weight).mean() + (cover[..., 0] - labels[..., 2] / 16).square().mean()
-        ground = self.ground(features.mean(dim=1)).float()
-        loss = loss + 0.3 * F.cross_entropy(ground, batch.grounds)
-        full = labels[..., 2] > 4
-        right = (kinds.argmax(-1) == labels[..., 0]) & (colors.argmax(-1) == labels[..., 1])
+        owner, kind, color = labels["owner"].long(), labels["kind"].long(), labels["color"].long()
+        mask, bends = self.fine(self.lower(half)).float().split((FINE * FINE, 2), dim=-1)
+        loss = F.binary_cross_entropy_with_logits(mask, labels["mask"].float())
+        loss = loss + 4 * (bends - labels["corners"].float()).square().mean()
+
+        features = self.upper(top)
+        sizes = (len(KINDS) + 1, len(COLORS) + 1, 4)
+        kinds, colors, box = self.patch(features).float().split(sizes, dim=-1)
+        covered = labels["mask"].float().mean(dim=-1)
+        weight = torch.where(owner == 0, 0.15, covered + 0.3)
+        each = F.cross_entropy(kinds.transpose(1, 2), kind, reduction="none")
+        each = each + F.cross_entropy(colors.transpose(1, 2), color, reduction="none")
+        loss = loss + (each * weight).sum() / weight.sum()
+        loss = loss + 2 * (box - labels["box"].float()).abs()[owner > 0].mean()
+
+        # The mean over a shape's own patches must tell its kind before any single patch has to.
+        owned = (owner[:, None, :] == torch.arange(1, 4)[:, None]).float() * covered[:, None, :]
+        there = owned.sum(dim=-1) > 0
+        means = (owned / owned.sum(dim=-1, keepdim=True).clamp(min=1e-6)) @ features.float()
+        wanted = (
+            torch.where(owner[:, None, :] == torch.arange(1, 4)[:, None], kind[:, None, :], 0).amax(-1) - 1
+        )
+        loss = loss + F.cross_entropy(self.shape(means).float()[there], wanted[there])
+
+        loss = loss + 0.3 * F.cross_entropy(self.ground(features.mean(dim=1)).float(), batch.grounds)
+        full = covered > 0.25
+        right = (kinds.argmax(-1) == kind) & (colors.argmax(-1) == color)
         return loss, right[full].float().mean()
 
 
@@ -173,10 +197,11 @@ def attend(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def see(model: LlavaForConditionalGeneration, levels: torch.Tensor) -> torch.Tensor:
-    """Return the vision tower's patch features [N, patches, width] for levels [N, SIDE, SIDE, 3]."""
-    features: torch.Tensor = model.model.vision_tower(normalise(levels)).last_hidden_state
-    return features[:, 1:]
+def see(model: LlavaForConditionalGeneration, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return patch features [N, patches, width] of the tower's middle and top for levels [N, SIDE, SIDE, 3]."""
+    told = model.model.vision_tower(normalise(levels), output_hidden_states=True)
+    layers = model.config.vision_config.num_hidden_layers
+    return told.hidden_states[layers // 2][:, 1:], told.last_hidden_state[:, 1:]
 
 
 def speak(
@@ -200,7 +225,7 @@ def quick_check(model: LlavaForConditionalGeneration, batches: list[Batch]) -> d
     total: collections.Counter[str] = collections.Counter()
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
-            logits, targets = speak(model, see(model, batch.levels), batch)
+            logits, targets = speak(model, see(model, batch.levels)[1], batch)
         hit = torch.zeros_like(batch.targets, dtype=torch.bool)
         hit[batch.targets >= 0] = logits.argmax(-1) == targets
         for row, row_hit, talk in zip(batch.targets.tolist(), hit.tolist(), batch.talks, strict=True):
@@ -237,7 +262,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=10.0, help="minutes between exports and checkpoints")
     parser.add_argument("--peak", type=float, default=1.3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--init-only", action="store_true", help="export random weights and stop")
     return parser.parse_args()
 
@@ -308,7 +333,7 @@ def main() -> None:
         alone = spent < options.see_minutes * 60
         if alone:
             progress, share = spent / (options.see_minutes * 60), 0.5
-            lr = options.peak if progress > 0.1 else options.peak * (progress / 0.1 + 0.01)
+            lr = options.peak * min(1.0, 0.02 + spent / 60)
         else:
             progress = (spent / 60 - options.see_minutes) / (options.minutes - options.see_minutes)
             lr = rate(progress, options.peak)
@@ -316,8 +341,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast("cpu", torch.bfloat16):
-            features = see(model, batch.levels)
-            loss, seen = seer(features, batch)
+            half, features = see(model, batch.levels)
+            loss, seen = seer(half, features, batch)
             losses["see"] += 0.02 * (loss.item() - losses["see"])
             losses["seen"] += 0.02 * (seen.item() - losses["seen"])
             loss = loss * share

@@ -63,6 +63,7 @@ GROUNDS: dict[str, tuple[RGB, ...]] = {
 }
 RENDERERS = ("polygon", "distance", "samples")
 MIN_CONTRAST = 105.0  # weighted RGB distance between a shape and its background, of 765 at most
+FINE = 6  # points across a patch at which its labels are judged
 MIN_APART = 0.12  # between the middles of two shapes, as a share of the picture's width
 
 
@@ -405,22 +406,53 @@ def draw(scene: Scene) -> Image.Image:
     return picture
 
 
-def patch_labels(scene: Scene, grid: int) -> npt.NDArray[np.int64]:
-    """Return what covers most of each patch: [grid * grid, 3] kind, colour and 16ths covered.
+@dataclass(frozen=True)
+class PatchLabels:
+    """What ``grid * grid`` patches of a picture hold, row by row; the shape that covers most of a patch owns it.
 
-    Kinds and colours count from 1 in the order of ``KINDS`` and ``COLORS``, 0 is none; a patch is
-    judged at 16 points.
+    ``owner`` [P]: 0 for none, else 1 for the leftmost shape and so on. ``kind``, ``color`` [P]: counted from 1
+    in the order of ``KINDS`` and ``COLORS``, 0 for none. ``mask`` [P, FINE * FINE]: which points of a patch
+    any shape covers. ``box`` [P, 4]: from the patch's middle to the middle of its owner's box, across and
+    down, and the box's width and height, as shares of the picture's. ``corners`` [P, 2]: how many corners
+    that point outwards and inwards lie in it.
     """
-    xs = ((np.arange(grid * 4, dtype=np.float32) + np.float32(0.5)) / (grid * 4)) * scene.width
-    ys = ((np.arange(grid * 4, dtype=np.float32) + np.float32(0.5)) / (grid * 4)) * scene.height
-    best = np.zeros((grid, grid, 3), dtype=np.int64)
-    for shape in scene.shapes:
-        hits = inside(shape, xs, ys).reshape(grid, 4, grid, 4).sum(axis=(1, 3))
-        better = hits > best[..., 2]
-        best[better, 0] = KINDS.index(shape.kind) + 1
-        best[better, 1] = COLORS.index(shape.color) + 1
-        best[better, 2] = hits[better]
-    return best.reshape(grid * grid, 3)
+
+    owner: npt.NDArray[np.uint8]
+    kind: npt.NDArray[np.uint8]
+    color: npt.NDArray[np.uint8]
+    mask: npt.NDArray[np.bool_]
+    box: npt.NDArray[np.float16]
+    corners: npt.NDArray[np.uint8]
+
+
+def patch_labels(scene: Scene, grid: int) -> PatchLabels:
+    """Return what each patch of ``scene`` holds."""
+    count = grid * grid
+    steps = (np.arange(grid * FINE, dtype=np.float32) + np.float32(0.5)) / (grid * FINE)
+    most = np.zeros(count, dtype=np.int64)
+    owner, kind, color = (np.zeros(count, dtype=np.uint8) for _ in range(3))
+    mask = np.zeros((count, FINE * FINE), dtype=bool)
+    box = np.zeros((count, 4), dtype=np.float16)
+    bends = np.zeros((count, 2), dtype=np.uint8)
+    across, down = ((np.arange(count) % grid + 0.5) / grid, (np.arange(count) // grid + 0.5) / grid)
+    for i, shape in enumerate(scene.shapes):
+        covered = inside(shape, steps * scene.width, steps * scene.height)
+        covered = covered.reshape(grid, FINE, grid, FINE).transpose(0, 2, 1, 3).reshape(count, FINE * FINE)
+        mask |= covered
+        own = covered.sum(axis=1) > most
+        most[own] = covered.sum(axis=1)[own]
+        owner[own], kind[own], color[own] = i + 1, KINDS.index(shape.kind) + 1, COLORS.index(shape.color) + 1
+        left, top, right, bottom = shape.box
+        box[own, 0] = (left + right) / 2 / scene.width - across[own]
+        box[own, 1] = (top + bottom) / 2 / scene.height - down[own]
+        box[own, 2], box[own, 3] = (right - left) / scene.width, (bottom - top) / scene.height
+        points = np.array(shape.points or np.zeros((0, 2)))
+        before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+        turns = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
+        outward = turns * turns.sum() > 0
+        cells = np.clip(points / (scene.width, scene.height) * grid, 0, grid - 1).astype(np.int64)
+        np.add.at(bends, (cells[:, 1] * grid + cells[:, 0], np.where(outward, 0, 1)), 1)
+    return PatchLabels(owner, kind, color, mask, box, bends)
 
 
 def names(shapes: Sequence[Shape]) -> str:
