@@ -16,8 +16,13 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF8FF)]
 _END = chr(0xF8FF)
+_MARK = f"(?P<mark>[\ue000-\ue0ff]{{10}}[0-9]+{_END})"
+
+
+def _fresh_name() -> str:
+    """Ten private-use characters, 80 random bits."""
+    return "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(10))
 
 
 class ControlTokens:
@@ -71,9 +76,8 @@ class Hidden:
 
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
-        self._name = "".join(secrets.choice(_PRIVATE_USE) for _ in range(10))
-        self.literals: list[str] = []
-        self.pattern = f"{self._name}(\\d+){_END}"
+        self._name = ""
+        self.literals: dict[str, str] = {}
 
     def text(self, text: str, *, alone: bool = False) -> str:
         spans = self._control.spans(text, alone=alone)
@@ -81,8 +85,10 @@ class Hidden:
             return text
         pieces, position = [], 0
         for start, end in spans:
-            pieces += [text[position:start], f"{self._name}{len(self.literals)}{_END}"]
-            self.literals.append(text[start:end])
+            self._name = self._name or _fresh_name()
+            mark = f"{self._name}{len(self.literals)}{_END}"
+            self.literals[mark] = text[start:end]
+            pieces += [text[position:start], mark]
             position = end
         return "".join([*pieces, text[position:]])
 
@@ -97,8 +103,11 @@ class Hidden:
         return value
 
     def restore(self, text: str) -> str:
+        """What the client and the template wrote together, without marks."""
         return (
-            re.sub(self.pattern, lambda match: self.literals[int(match[1])], text) if self.literals else text
+            re.sub(_MARK, lambda match: self.literals.get(match[0], match[0]), text)
+            if self.literals
+            else text
         )
 
 
@@ -119,7 +128,7 @@ class LiteralEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        nonce = "".join(secrets.choice(_PRIVATE_USE) for _ in range(10))
+        nonce = _fresh_name()
         anchors = {(left, right): f"{nonce}{left:d}{right:d}{_END}" for left in (0, 1) for right in (0, 1)}
         self._backend.add_tokens(
             [
@@ -138,17 +147,17 @@ class LiteralEncoder:
         self._id_of = {token: vocabulary[token] for token in control.tokens}
         self._control_ids = set(self._id_of.values()) - _unknown_ids(description["model"], vocabulary)
         self._text_of = {i: token for token, i in self._id_of.items()}
-        self._pattern = control.pattern
+        self._pattern = re.compile(f"{_MARK}|{control.pattern}")
 
     def encode(self, rendered: str, hidden: Hidden, *, add_special_tokens: bool) -> list[int]:
         """Ids of a rendered prompt: its visible control tokens count, its marks stand for literal text."""
         pieces: list[str] = []
         counted: list[int] = []
         position = 0
-        for match in re.finditer(f"{hidden.pattern}|{self._pattern}", rendered):
+        for match in self._pattern.finditer(rendered):
             pieces.append(rendered[position : match.start()])
-            if match[1] is not None:
-                pieces.append(hidden.literals[int(match[1])])
+            if match["mark"] is not None:
+                pieces.append(hidden.literals.get(match[0], match[0]))
             else:
                 pieces.append(self._anchor_of[match[0]])
                 counted.append(self._id_of[match[0]])

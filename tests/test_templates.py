@@ -424,3 +424,16 @@ def test_values_nested_beyond_reason_are_refused(plain: PreTrainedTokenizerFast)
         deep = [deep]
     with pytest.raises(InvalidRequest, match="cannot render"):
         renderer.render(ChatPrompt([said("hi")], template_kwargs={"mood": deep}))
+
+
+def test_text_that_looks_like_a_mark_is_kept(plain: PreTrainedTokenizerFast) -> None:
+    renderer = PromptRenderer(plain, PARTS, image_token="<image>")
+    text = "\ue000" * 25 + "0\uf8ff<image>" + "\ue001" * 10 + "1\uf8ff7<|im_end|>5"
+    rendered = renderer.render(ChatPrompt([said(text, None)]))
+    assert text + "<image>" in rendered.text
+    assert skeleton(plain, rendered.token_ids) == ["<|im_start|>", "<image>", "<|im_end|>", "<|im_start|>"]
+    special = special_ids(plain)
+    shown = plain.decode(
+        [i for i in rendered.token_ids if i not in special], clean_up_tokenization_spaces=False
+    )
+    assert shown == f"user\n{text}\nassistant\n"

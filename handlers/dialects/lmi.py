@@ -25,8 +25,7 @@ DEFAULT_NEW_TOKENS = 30
 
 # ![alternative text](url "title"): only a link that names its scheme is a picture; other Markdown stays text.
 _PICTURE = re.compile(
-    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)',
-    re.IGNORECASE,
+    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)',
 )
 _UNSUPPORTED_ABOVE_ONE = ("best_of", "num_beams", "n")
 _UNSUPPORTED = ("watermark", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")
