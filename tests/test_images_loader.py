@@ -27,6 +27,7 @@ def data_url(colour: str = "red", side: int = 16) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+BAD_BASE64 = "data:image/png;base64,!"
 BAD = "data:image/png;base64,AAAA"
 
 
@@ -115,7 +116,7 @@ def test_a_failure_abandons_the_others() -> None:
     ("url", "kind", "message"),
     [
         (BAD, ImageError, "image 1: its data is in no supported format (JPEG, PNG, WEBP, GIF, BMP, TIFF"),
-        ("data:image/png;base64,!", ImageError, "image 1: its data URL is not valid base64"),
+        (BAD_BASE64, ImageError, "image 1: its data URL is not valid base64"),
         (data_url(side=17), ImageTooLarge, "image 1: it has more than 256 pixels (option.max_image_pixels)"),
         (
             "data:," + "x" * 1001,
@@ -222,6 +223,7 @@ def test_cancelling_one_of_two_does_not_disturb_the_other(monkeypatch: pytest.Mo
         return Image.new("RGB", (1, 1))
 
     monkeypatch.setattr("handlers.images.loader.decode", slow)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
 
     async def main(cancelled: int) -> None:
         started.clear()
@@ -230,7 +232,9 @@ def test_cancelling_one_of_two_does_not_disturb_the_other(monkeypatch: pytest.Mo
         loads = [asyncio.create_task(load(loader, data_url()))]
         await asyncio.to_thread(started.wait)
         loads.append(asyncio.create_task(load(loader, data_url())))
-        await asyncio.sleep(0)
+        behind = asyncio.create_task(load(loader, BAD_BASE64))
+        with pytest.raises(ImageError):  # in the one idle thread, so after the second load was there
+            await behind
         loads[cancelled].cancel()
         with pytest.raises(asyncio.CancelledError):
             await loads[cancelled]

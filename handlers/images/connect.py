@@ -23,7 +23,7 @@ Resolver = Callable[[str, int], Sequence[str]]
 
 MAX_ADDRESSES = 4
 HEAD_BYTES = 64 * 1024
-HEAD_READ = 8 * 1024
+HEAD_READ = 2 * 1024
 
 
 def resolve(host: str, port: int) -> list[str]:
