@@ -6,25 +6,30 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from container.server import BackendBuilder
 
 LOOPBACK = "127.0.0.1"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `lmi` command; the exit status."""
+def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
+    """The `lmi` command; the exit status. build: makes the backend; None is the one that the options choose."""
     arguments = _parser().parse_args(argv)
     if arguments.command == "check":
         from container.check import run_check
 
         return run_check(arguments.model, arguments.option, arguments.json, os.environ)
-    return _serve(arguments, reachable=False)
+    return _serve(arguments, build, reachable=False)
 
 
-def serve_main(argv: Sequence[str] | None = None) -> int:
+def serve_main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
     """The `serve` command: `lmi serve`, but on all addresses, as a container must be."""
     given = list(sys.argv[1:] if argv is None else argv)
-    return _serve(_parser().parse_args(["serve", *given]), reachable=True)
+    return _serve(_parser().parse_args(["serve", *given]), build, reachable=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(arguments: argparse.Namespace, reachable: bool) -> int:
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+def _serve(arguments: argparse.Namespace, build: BackendBuilder | None, *, reachable: bool) -> int:
+    """reachable: listen on all addresses unless told otherwise."""
+    # As process 1 of a container we would not even be killed by a signal that nobody handles.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(0))
     from container.start import start
 
     options = list(arguments.option)
@@ -64,7 +72,12 @@ def _serve(arguments: argparse.Namespace, reachable: bool) -> int:
         options.append(f"host={arguments.host}")
     if arguments.port is not None:
         options.append(f"port={arguments.port}")
-    return start(arguments.model, options, os.environ, None if reachable else LOOPBACK)
+    status = start(arguments.model, options, os.environ, None if reachable else LOOPBACK, build)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        os._exit(status)  # A transfer or a decoder that hangs must not keep the process.
+    return status
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def start(
     options: Sequence[str],
     environ: Mapping[str, str],
     default_host: str | None,
-    build: BackendBuilder = build_backend,
+    build: BackendBuilder | None = None,
 ) -> int:
     """Serve to the end; the process's exit status.
 
@@ -36,7 +36,7 @@ def start(
         return 1
     with logging_to(form=configuration.settings.log_format):
         _announce(configuration)
-        return serve(configuration, build)
+        return serve(configuration, build or build_backend)
 
 
 def _announce(configuration: Configuration) -> None:
