@@ -22,8 +22,9 @@ from handlers.images.problem import PictureProblem
 Resolver = Callable[[str, int], Sequence[str]]
 
 MAX_ADDRESSES = 4
-HEAD_BYTES = 64 * 1024
+HEAD_BYTES = 32 * 1024
 HEAD_READ = 2 * 1024
+BODY_READ = 64 * 1024
 
 
 def resolve(host: str, port: int) -> list[str]:
@@ -110,7 +111,7 @@ class ReadBudget:
     def begin_body(self, max_bytes: int) -> None:
         """Chunk framing may cost a quarter on top of the body."""
         self.left = max_bytes + max_bytes // 4 + HEAD_BYTES
-        self.portion = HEAD_BYTES
+        self.portion = BODY_READ
         self.problem = PictureProblem(
             f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge
         )
