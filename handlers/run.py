@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class Run:
     """Holds the permit and the generations of one task, and gives them back exactly once, in `close`.
 
-    `begin` may be awaited once, then either `answers` or (for a stream) `deltas`; all raise ServingError.
+    After `load_pictures` either `answers` or (for a stream) `deltas` may be asked for, once.
     Whoever made a Run must `close` it, also after an error or a cancellation.
     """
 
@@ -62,33 +62,33 @@ class Run:
         self.facts.error = known.kind
         return known
 
-    async def begin(self, backend: Backend, images: ImageLoader) -> None:
-        """Fetch all pictures, then hand every prompt to the backend."""
+    async def load_pictures(self, images: ImageLoader) -> None:
+        """Of all prompts at the same time."""
         pictures = [part for request in self.task.requests for part in request.images()]
         self.facts.images = len(pictures)
         if pictures:
             await images.load(pictures, self._deadline)
-        for request in self.task.requests:
-            self._generations.append(await backend.generate(request))
 
-    async def answers(self) -> list[Answered]:
-        """All answers, whole. The prompts generate together, whatever the order in which they are read."""
-        pairs = list(zip(self._generations, self.task.requests, strict=True))
-        if len(pairs) == 1:
-            return [await self._read(*pairs[0])]
-        reading = [asyncio.create_task(self._read(*pair)) for pair in pairs]
+    async def answers(self, backend: Backend) -> list[Answered]:
+        """All answers, whole. The prompts generate together; the first that fails ends all."""
+        requests = self.task.requests
+        if len(requests) == 1:
+            return [await self._answer(backend, requests[0])]
+        answering = [asyncio.create_task(self._answer(backend, request)) for request in requests]
         try:
-            return await asyncio.gather(*reading)
+            return await asyncio.gather(*answering)
         finally:
-            for task in reading:
+            for task in answering:
                 task.cancel()
-            await asyncio.gather(*reading, return_exceptions=True)
+            await asyncio.gather(*answering, return_exceptions=True)
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self, backend: Backend) -> AsyncIterator[Delta]:
         """The deltas of the only prompt of a stream."""
-        unfinished = self.task.requests[0].n
-        last = [0.0] * unfinished
-        async for delta in self._generations[0]:
+        (request,) = self.task.requests
+        generation = await self._generate(backend, request)
+        unfinished = request.n
+        last = [0.0] * request.n
+        async for delta in generation:
             self._count(delta, last)
             unfinished -= delta.finish_reason is not None
             yield delta
@@ -100,18 +100,27 @@ class Run:
         if self._closed:
             return
         self._closed = True
-        try:
-            for generation in self._generations:
-                try:
-                    await generation.aclose()
-                except Exception:
-                    log.exception("request %s: the backend failed to abort", self.facts.request_id)
-        finally:
-            self._permit.release()
-            self._complete_facts()
-            self._observer.on_finished(self.facts)
+        cancelled: asyncio.CancelledError | None = None
+        for generation in self._generations:
+            try:
+                await generation.aclose()
+            except asyncio.CancelledError as error:
+                cancelled = error
+            except Exception:
+                log.exception("request %s: the backend failed to abort", self.facts.request_id)
+        self._permit.release()
+        self._complete_facts()
+        self._observer.on_finished(self.facts)
+        if cancelled is not None:
+            raise cancelled
 
-    async def _read(self, generation: Generation, request: GenerationRequest) -> Answered:
+    async def _generate(self, backend: Backend, request: GenerationRequest) -> Generation:
+        generation = await backend.generate(request)
+        self._generations.append(generation)
+        return generation
+
+    async def _answer(self, backend: Backend, request: GenerationRequest) -> Answered:
+        generation = await self._generate(backend, request)
         answers = [Answer() for _ in range(request.n)]
         last = [0.0] * request.n
         async for delta in generation:

@@ -140,11 +140,11 @@ class Service:
         stream: ReplyStream | None = None
         try:
             async with run.time_limit():
-                await run.begin(self._backend, self._images)
+                await run.load_pictures(self._images)
                 if not task.stream:
-                    body = task.writer.whole(await run.answers())
+                    body = task.writer.whole(await run.answers(self._backend))
                 else:
-                    deltas = run.deltas()
+                    deltas = run.deltas(self._backend)
                     first = await anext(deltas)
                     stream = ReplyStream(run, first, deltas, self._observer, self._limits.keep_alive)
             facts.status = 200

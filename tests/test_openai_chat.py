@@ -264,6 +264,7 @@ def user(*parts: Any) -> dict[str, Any]:
         (user({"type": "image_url", "image_url": {"url": ""}}), "messages[1].content[0].image_url.url"),
         (user({"type": "image_url", "image_url": ["a"]}), "messages[1].content[0].image_url"),
         (chat(model=4), "model"),
+        (chat(model="m" * 1000), "model"),
         (chat(temperature=-1), "temperature"),
         (chat(temperature="hot"), "temperature"),
         (chat(temperature=True), "temperature"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -402,3 +403,33 @@ async def test_text_that_lags_behind_its_tokens_is_not_lost() -> None:
     texts = [e["choices"][0]["delta"]["content"] for e in events if e["choices"]]
     assert texts == ["", "é", "!"]
     assert events[-1]["usage"]["completion_tokens"] == 4
+
+
+@run
+async def test_no_place_is_lost_whenever_a_client_leaves() -> None:
+    draw = random.Random(7)
+    steps = said(*"abcd", pause=0.003)
+    backend, watched = ScriptedBackend(steps), Watched()
+    subject = service(backend, Pictures(0.003), observer=watched, keep_alive=0.002)
+
+    async def visit() -> None:
+        many = {"inputs": [f"![]({PICTURE[0]['image_url']['url']})", "x", "y"]}
+        body = draw.choice([chat(PICTURE), chat(PICTURE, stream=True), chat(PICTURE, stream=True), many])
+        reply = await subject.answer(incoming(body))
+        assert reply.status == 200
+        if reply.chunks is not None:
+            try:
+                async for _ in reply.chunks:
+                    pass
+            finally:
+                await reply.chunks.aclose()  # type: ignore[attr-defined]
+
+    for _ in range(150):
+        visiting = asyncio.create_task(visit())
+        await asyncio.sleep(draw.uniform(0, 0.02))
+        visiting.cancel()
+        await asyncio.wait([visiting])
+        assert visiting.cancelled() or visiting.exception() is None
+        assert (subject.in_flight, backend.running) == (0, 0)
+    assert watched.admitted == len(watched.finished)
+    assert {facts.finish_reason for facts in watched.finished} == {"stop", "abort"}

@@ -437,3 +437,23 @@ def test_text_that_looks_like_a_mark_is_kept(plain: PreTrainedTokenizerFast) -> 
         [i for i in rendered.token_ids if i not in special], clean_up_tokenization_spaces=False
     )
     assert shown == f"user\n{text}\nassistant\n"
+
+
+def test_a_template_that_wants_its_system_text_bare_gets_it_bare(plain: PreTrainedTokenizerFast) -> None:
+    template = (
+        "{{ messages[0]['content'] }}|{% for m in messages[1:] %}{% if m['content'] is not string %}"
+        "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    renderer = PromptRenderer(plain, template, image_token="<image>")
+    for bare in (False, True):
+        turns = [said("Be brief.", role="system", bare=bare), said("hi", bare=bare)]
+        assert renderer.render(ChatPrompt(turns)).text == "Be brief.|hi"
+
+
+def test_tool_calls_reach_the_template_as_objects(plain: PreTrainedTokenizerFast) -> None:
+    template = "{% for c in messages[0].tool_calls %}{{ c.function.arguments.city }}{% endfor %}"
+    turn = said(role="assistant")
+    turn.tool_calls = [{"function": {"name": "weather", "arguments": '{"city": "Bonn <image>"}'}}]
+    rendered = PromptRenderer(plain, template, image_token="<image>").render(ChatPrompt([turn]))
+    assert rendered.text == "Bonn <image>"
+    assert rendered.n_images == 0

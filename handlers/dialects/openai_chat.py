@@ -18,6 +18,7 @@ from handlers.request import ChatPrompt, GenerationRequest
 log = logging.getLogger(__name__)
 
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
+_Name = Annotated[str, Meta(max_length=512)]
 _StopStrings = Annotated[list[str], Meta(max_length=64)]
 
 MAX_ANSWERS = 128
@@ -78,7 +79,7 @@ class ChatBody(msgspec.Struct):
     """A request's scalar fields. Those of the first block are OpenAI's, the others vLLM's."""
 
     messages: list[Any]
-    model: str | None = None
+    model: _Name | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, _Bias] | None = None
@@ -117,7 +118,7 @@ class ChatBody(msgspec.Struct):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     priority: int | None = None
-    request_id: str | None = None
+    request_id: _Name | None = None
     adapters: str | None = None
 
 
