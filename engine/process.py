@@ -104,7 +104,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
                 channel.send(Pong(message.number, engine.stats()))
             message = _next(inbox, block=False)
         outputs = refused + engine.step()
-        if outputs:
+        if outputs or not engine.has_work:
             channel.send(StepDone(outputs, engine.stats()))
 
 
