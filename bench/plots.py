@@ -1,0 +1,85 @@
+"""PNG plots of what was measured: latency against load, and one run over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+Summaries = dict[str, list[dict[str, Any]]]
+"""A server's name -> its summaries, one per load."""
+
+
+def latency_against_load(path: Path, servers: Summaries) -> None:
+    """Draw the latencies over the requests per second that each load reached; p50 solid, p99 dashed."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    panels = (
+        ("ttft_ms", "time to first token, ms"),
+        ("itl_ms", "inter-token latency, ms"),
+        ("e2e_ms", "whole reply, ms"),
+    )
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for color, (name, rows) in enumerate(servers.items()):
+            rates = [row["requests_per_s"] for row in rows]
+            for percentile, style in (("p50", "o-"), ("p99", "o--")):
+                values = [row[key][percentile] for row in rows]
+                axis.plot(rates, values, style, color=f"C{color}", label=f"{name} {percentile}")
+            for rate, row in zip(rates, rows, strict=True):
+                axis.annotate(_arrival(row["load"]), (rate, row[key]["p50"]), fontsize=8, xytext=(3, 3),
+                              textcoords="offset points")  # fmt: skip
+        axis.set(title=title, xlabel="requests/s", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def timelines(path: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Draw one column per run: each request waiting and speaking, chunks per second, processor, memory."""
+    figure, axes = plt.subplots(
+        4, len(runs), figsize=(6.5 * len(runs), 10), layout="constrained", squeeze=False, sharex="col",
+        height_ratios=(3, 1, 1, 1),
+    )  # fmt: skip
+    for column, (name, run) in enumerate(runs.items()):
+        requests, chunks, cpu, memory = axes[:, column]
+        spans = np.array(sorted(run["requests"])).reshape(-1, 3)
+        rows = np.arange(len(spans))
+        requests.hlines(rows, spans[:, 0], spans[:, 1], color="0.75", label="to the first token")
+        requests.hlines(rows, spans[:, 1], spans[:, 2], color="C0", label="speaking")
+        requests.set(title=name, ylabel="request")
+        requests.legend(fontsize=8, loc="upper left")
+        width = run["seconds"] / max(1, len(run["chunks"]))
+        chunks.stairs(np.array(run["chunks"]) / width, np.arange(len(run["chunks"]) + 1) * width)
+        chunks.set(ylabel="chunks/s")
+        samples = np.array(run["samples"]).reshape(-1, 4)
+        if len(samples) > 1:
+            cpu.plot(samples[1:, 0], np.diff(samples[:, 1]) / np.diff(samples[:, 0]))
+            memory.plot(samples[:, 0], samples[:, 2] / 1e6, label="front")
+            memory.plot(samples[:, 0], samples[:, 3] / 1e6, label="workers")
+            memory.legend(fontsize=8)
+        cpu.set(ylabel="cores in use", ylim=(0, None))
+        memory.set(ylabel="resident MB", xlabel="seconds", ylim=(0, None))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def memory(path: Path, pictures: list[int], front: list[float], workers: list[float]) -> None:
+    """Draw resident memory, in MB, over the pictures that a server has seen."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(pictures, front, "o-", label="front")
+    axis.plot(pictures, workers, "o-", label="workers")
+    axis.set(xlabel="unique pictures", ylabel="resident MB", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _arrival(load: dict[str, Any]) -> str:
+    return f"{load['streams']}" if load["rate"] is None else f"{load['rate']:g}/s"

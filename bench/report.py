@@ -1,0 +1,146 @@
+"""Numbers from a run: what is printed, what is saved, what is compared."""
+
+from __future__ import annotations
+
+import collections
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import psutil
+
+from bench.load import Run
+from bench.servers import MB, Sample
+
+PERCENTILES = (50, 90, 99)
+
+
+def summary(run: Run, samples: list[Sample]) -> dict[str, Any]:
+    """Return a run's numbers as plain JSON values; latencies in milliseconds, memory in megabytes.
+
+    Rates count whole replies over the time from the first request to the last reply. The time to the first
+    token ends at the first chunk that carries content; the inter-token latency is the time between two such
+    chunks, and the time per output token a reply's time after its first chunk over its tokens after the first.
+    """
+    seconds = run.end - run.begin
+    whole = [reply for reply in run.replies if reply.ok and reply.contents]
+    gaps = [np.diff(reply.contents) for reply in whole]
+    per_token = [
+        (reply.contents[-1] - reply.contents[0]) / (reply.completion_tokens - 1)
+        for reply in whole
+        if reply.completion_tokens > 1
+    ]
+    return {
+        "load": asdict(run.load),
+        "seconds": seconds,
+        "requests": len(run.replies),
+        "outcomes": dict(collections.Counter(reply.outcome for reply in run.replies)),
+        "errors": sorted({reply.error for reply in run.replies if reply.error})[:3],
+        "requests_per_s": len(whole) / seconds,
+        "tokens_per_s": sum(reply.completion_tokens for reply in whole) / seconds,
+        "prompt_tokens": float(np.mean([reply.prompt_tokens for reply in whole])) if whole else 0.0,
+        "tokens_per_chunk": _ratio(
+            sum(reply.completion_tokens for reply in whole), sum(len(reply.contents) for reply in whole)
+        ),
+        "ttft_ms": _percentiles([reply.contents[0] - reply.start for reply in whole]),
+        "itl_ms": _percentiles(np.concatenate(gaps) if gaps else []),
+        "tpot_ms": _percentiles(per_token),
+        "e2e_ms": _percentiles([reply.end - reply.start for reply in whole]),
+        "client_cores": run.client_cpu / seconds,
+        **_machine_use(run, samples),
+    }
+
+
+def timeline(run: Run, samples: list[Sample]) -> dict[str, Any]:
+    """Return when each request started, spoke first and ended, and the samples, in seconds from the start."""
+    return {
+        "seconds": run.end - run.begin,
+        "requests": [
+            [round(x - run.begin, 4) for x in (reply.start, reply.contents[0], reply.end)]
+            for reply in run.replies
+            if reply.contents
+        ],
+        "chunks": _histogram(run),
+        "samples": [[round(s.when - run.begin, 3), s.cpu, s.front, s.workers] for s in _during(run, samples)],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader of the numbers needs to know of the machine."""
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return a Markdown table of summaries by the name of the row."""
+    columns = ["", "requests/s", "tokens/s", "TTFT p50/p90/p99 ms", "ITL p50/p90/p99 ms"]
+    columns += ["CPU cores", "front MB", "workers MB", "failed"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['requests_per_s']:.1f} | {row['tokens_per_s']:.0f} | {_three(row['ttft_ms'])} "
+            f"| {_three(row['itl_ms'])} | {row['cpu_cores']:.2f} | {row['front_mb']:.0f} "
+            f"| {row['workers_mb']:.0f} | {failed(row)} |"
+        )
+    return "\n".join(lines)
+
+
+def failed(row: dict[str, Any]) -> int:
+    """Return how many of a summary's requests did not bring a whole reply."""
+    return int(row["requests"] - row["outcomes"].get("200", 0))
+
+
+def cores(run: Run, samples: list[Sample]) -> float:
+    """Return how many cores a server kept busy on average during a run, its own or another's."""
+    seen = _during(run, samples)
+    return (seen[-1].cpu - seen[0].cpu) / (seen[-1].when - seen[0].when) if len(seen) > 1 else 0.0
+
+
+def _three(values: dict[str, float]) -> str:
+    return " / ".join(f"{values[f'p{p}']:.1f}" for p in PERCENTILES)
+
+
+def _percentiles(seconds: Any) -> dict[str, float]:
+    if len(seconds) == 0:
+        return {**{f"p{p}": 0.0 for p in PERCENTILES}, "mean": 0.0, "max": 0.0}
+    values = np.asarray(seconds) * 1e3
+    found = np.percentile(values, PERCENTILES)
+    named = {f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}
+    return {**named, "mean": float(values.mean()), "max": float(values.max())}
+
+
+def _machine_use(run: Run, samples: list[Sample]) -> dict[str, float]:
+    seen = _during(run, samples)
+    return {
+        "cpu_cores": cores(run, samples),
+        "front_mb": max((s.front for s in seen), default=0) / MB,
+        "workers_mb": max((s.workers for s in seen), default=0) / MB,
+    }
+
+
+def _during(run: Run, samples: list[Sample]) -> list[Sample]:
+    return [s for s in samples if run.begin <= s.when <= run.end]
+
+
+def _histogram(run: Run, bins: int = 100) -> list[int]:
+    arrivals = [when for reply in run.replies for when in reply.contents]
+    counts, _ = np.histogram(arrivals, bins, (run.begin, run.end))
+    return [int(count) for count in counts]
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else 0.0
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

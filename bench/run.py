@@ -1,0 +1,96 @@
+"""Measure one server under load: ours, started here, or any OpenAI-compatible one that is up.
+
+python -m bench.run --streams 1,4,16,32
+python -m bench.run --model examples/shapes --option max_rolling_batch_size=64
+python -m bench.run --url http://10.0.0.7:8080 --rate 2,4,8 --size 1024x1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import load, models, plots, report, servers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m bench.run"
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--url", help="measure a server that is already up, http://host:port")
+    load.add_arguments(parser, streams="1,4,16,32")
+    arguments = parser.parse_args()
+    out = results_folder("run")
+    with server(arguments, out) as target:
+        runs = [measure(target, one, target.name) for one in load.from_arguments(arguments)]
+    rows = {str(run.load): report.summary(run, target.samples) for run in runs}
+    lines = {str(run.load): report.timeline(run, target.samples) for run in runs}
+    save(out / "results.json", {"machine": report.machine(), "server": target.name, "runs": [*rows.values()]})
+    plots.latency_against_load(out / "latency.png", {target.name: [*rows.values()]})
+    plots.timelines(out / "timeline.png", dict([*lines.items()][-1:]))
+    print(f"\n{report.table(rows)}\n\n{out}/results.json, latency.png, timeline.png")
+    complain(rows)
+
+
+@contextlib.contextmanager
+def server(arguments: argparse.Namespace, out: Path) -> Iterator[servers.Server]:
+    """Yield the server that the options name, started here unless it is already up."""
+    servers.interrupt_on_termination()
+    if arguments.url:
+        yield servers.running(arguments.url)
+        return
+    port = servers.free_port()
+    command = servers.our_command(model_folder(arguments), port, arguments.option)
+    with servers.started("ours", command, port, out / "ours.log") as target:
+        yield target
+
+
+def measure(target: servers.Server, one: load.Load, label: str) -> load.Run:
+    """Run one load against a server."""
+    made = load.requests(one, target.host, target.model)
+    return load.run(one, target.host, target.port, made, f"{label}: {one}")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model our server serves, and how."""
+    parser.add_argument("--model", type=Path, help="a model's folder (default: a random Llava of --random)")
+    parser.add_argument("--random", choices=models.SIZES, default="1.5m", help="parameters (%(default)s)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="for our server; may be repeated"
+    )
+
+
+def model_folder(arguments: argparse.Namespace) -> Path:
+    """Return the model's folder, written first if it is the random one."""
+    if arguments.model:
+        return Path(arguments.model)
+    return models.write(RESULTS / "models" / arguments.random, arguments.random)
+
+
+def results_folder(kind: str) -> Path:
+    out = RESULTS / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def complain(rows: dict[str, dict[str, Any]]) -> None:
+    """Exit with the reasons if any request failed."""
+    for name, row in rows.items():
+        if report.failed(row):
+            raise SystemExit(f"{name}: {report.failed(row)} failed, {row['outcomes']}: {row['errors']}")
+
+
+if __name__ == "__main__":
+    main()

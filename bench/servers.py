@@ -1,0 +1,205 @@
+"""Start a server, wait until it answers, watch its processes, and leave none of them behind."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+HOST = "127.0.0.1"
+MB = 1_000_000
+
+
+@dataclass
+class Sample:
+    """One look at a server's processes; resident memory in bytes, with pages that two share counted twice."""
+
+    when: float  # seconds on time.perf_counter's clock
+    cpu: float  # seconds of processor time so far
+    front: int  # resident memory of the process that was started: the HTTP server
+    workers: int  # and of all its children
+
+
+@dataclass
+class Server:
+    """A server that answers at ``host`` and ``port`` as ``model``; no samples where it is not ours to watch."""
+
+    name: str
+    host: str
+    port: int
+    model: str
+    samples: list[Sample] = field(default_factory=list)
+
+
+def our_command(folder: Path, port: int, options: Sequence[str] = ()) -> list[str]:
+    """Return the command that serves a folder with this project; options are ``key=value``."""
+    chosen = [word for option in options for word in ("--option", option)]
+    return [str(Path(sys.executable).with_name("lmi")), "serve", str(folder), "--port", str(port), *chosen]
+
+
+def vllm_command(python: Path, folder: Path, port: int, arguments: Sequence[str] = ()) -> list[str]:
+    """Return the command that serves a folder with the vLLM of another environment, at its own defaults."""
+    module = "vllm.entrypoints.openai.api_server"
+    where = ["--model", str(folder), "--host", HOST, "--port", str(port)]
+    return [str(python), "-m", module, *where, *arguments]
+
+
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; unset, it would claim nearly all of the machine's memory
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def started(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    patience: float = 300.0,
+) -> Iterator[Server]:
+    """Run a server until the block ends; raises RuntimeError with its last words if it never answers."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        watch = _Watch(process.pid)
+        try:
+            model = _wait(process, port, log, patience)
+            yield Server(name, HOST, port, model, watch.samples)
+        finally:
+            watch.stop()
+            _end(process, watch.seen)
+
+
+def running(url: str) -> Server:
+    """Return a server that somebody else started, at ``http://host:port``."""
+    host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
+    model = _model(host, int(port or 80))
+    if model is None:
+        raise RuntimeError(f"{url} does not answer GET /v1/models with 200: is the server up?")
+    return Server(url, host, int(port or 80), model)
+
+
+def interrupt_on_termination() -> None:
+    """Let SIGTERM end this program as Ctrl-C does, so that it still stops the servers it started."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path, patience: float) -> str:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server exited with {process.returncode}; {log} ends:\n{_tail(log)}")
+        if _get(HOST, port, "/ping") is not None:
+            model = _model(HOST, port)
+            if model is not None:
+                return model
+        time.sleep(0.25)
+    raise RuntimeError(f"the server did not answer within {patience:g} s; {log} ends:\n{_tail(log)}")
+
+
+def _model(host: str, port: int) -> str | None:
+    body = _get(host, port, "/v1/models")
+    return None if body is None else str(json.loads(body)["data"][0]["id"])
+
+
+def _get(host: str, port: int, path: str) -> bytes | None:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        return reply.read() if reply.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+
+
+def _end(process: subprocess.Popen[bytes], seen: set[psutil.Process]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    _, alive = psutil.wait_procs(list(seen), timeout=5)
+    for child in alive:  # psutil checks that the id still means the same process
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+class _Watch:
+    """Samples a process and its children twice a second, in a thread."""
+
+    def __init__(self, pid: int, interval: float = 0.5) -> None:
+        self.samples: list[Sample] = []
+        self.seen: set[psutil.Process] = set()
+        self._front = psutil.Process(pid)
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._sample()
+
+    def _sample(self) -> None:
+        children = self._front.children(recursive=True)
+        self.seen.update(children)
+        cpu, front = _usage(self._front)
+        workers = 0
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seconds, resident = _usage(child)
+                cpu, workers = cpu + seconds, workers + resident
+        self.samples.append(Sample(time.perf_counter(), cpu, front, workers))
+
+
+def _usage(process: psutil.Process) -> tuple[float, int]:
+    with process.oneshot():
+        times = process.cpu_times()
+        return times.user + times.system, process.memory_info().rss
