@@ -98,8 +98,11 @@ def failed(row: dict[str, Any]) -> int:
 
 def cores(run: Run, samples: list[Sample]) -> float:
     """Return how many cores a server kept busy on average during a run, its own or another's."""
-    seen = _during(run, samples)
-    return (seen[-1].cpu - seen[0].cpu) / (seen[-1].when - seen[0].when) if len(seen) > 1 else 0.0
+    if not samples:
+        return 0.0
+    times, used = [s.when for s in samples], [s.cpu for s in samples]
+    begin, end = np.interp([run.begin, run.end], times, used)
+    return float((end - begin) / (run.end - run.begin))
 
 
 def _three(values: dict[str, float]) -> str:
@@ -116,7 +119,7 @@ def _percentiles(seconds: Any) -> dict[str, float]:
 
 
 def _machine_use(run: Run, samples: list[Sample]) -> dict[str, float]:
-    seen = _during(run, samples)
+    seen = _during(run, samples) or samples[-1:]
     return {
         "cpu_cores": cores(run, samples),
         "front_mb": max((s.front for s in seen), default=0) / MB,

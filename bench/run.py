@@ -54,9 +54,12 @@ def server(arguments: argparse.Namespace, out: Path) -> Iterator[servers.Server]
 
 
 def measure(target: servers.Server, one: load.Load, label: str) -> load.Run:
-    """Run one load against a server."""
+    """Run one load against a server, and wait until a sample of its processes follows it."""
     made = load.requests(one, target.host, target.model)
-    return load.run(one, target.host, target.port, made, f"{label}: {one}")
+    run = load.run(one, target.host, target.port, made, f"{label}: {one}")
+    if target.samples:
+        time.sleep(2 * servers.INTERVAL)
+    return run
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

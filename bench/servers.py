@@ -20,6 +20,7 @@ import psutil
 
 HOST = "127.0.0.1"
 MB = 1_000_000
+INTERVAL = 0.5  # seconds between samples
 
 
 @dataclass
@@ -167,13 +168,12 @@ def _end(process: subprocess.Popen[bytes], seen: set[psutil.Process]) -> None:
 
 
 class _Watch:
-    """Samples a process and its children twice a second, in a thread."""
+    """Samples a process and its children, in a thread."""
 
-    def __init__(self, pid: int, interval: float = 0.5) -> None:
+    def __init__(self, pid: int) -> None:
         self.samples: list[Sample] = []
         self.seen: set[psutil.Process] = set()
         self._front = psutil.Process(pid)
-        self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -183,7 +183,7 @@ class _Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._interval):
+        while not self._stop.wait(INTERVAL):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._sample()
 
