@@ -113,23 +113,23 @@ class Exchange:
         with `ending` set. Raises what the work raises.
         """
         loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
+        self._task = task = asyncio.current_task()
         watcher = loop.create_task(self._watch_client())
         clock = loop.create_task(self._watch_clock(longest, pause))
         try:
             await self.send(await work, headers)
         except asyncio.CancelledError:
-            if self.ending is None or self._task is None:
+            if self.ending is None or task is None:
                 raise
-            self._task.uncancel()
+            task.uncancel()
         finally:
-            self._closing = True
+            self._task = None
             watcher.cancel()
             clock.cancel()
 
     def stop(self, ending: Ending) -> None:
         """Cancel what runs, unless the reply is complete."""
-        if self._task is not None and not self._closing and self.ending is None:
+        if self._task is not None and self.ending is None:
             self.ending = ending
             self._task.cancel()
 
@@ -178,7 +178,8 @@ class Exchange:
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.stop("client_gone")
+        if not self._closing:  # The server reports its own end of the exchange as a disconnect, too.
+            self.stop("client_gone")
 
     async def _watch_clock(self, longest: float, pause: float) -> None:
         clock = asyncio.get_running_loop().time

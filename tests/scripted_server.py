@@ -82,12 +82,15 @@ def _order(request: GenerationRequest) -> dict[str, Any]:
 class ServerProcess:
     """The server as a child. `lines` grows as it writes its log."""
 
-    def __init__(self, model: Path, *arguments: str, command: str = "lmi", **environ: str) -> None:
+    def __init__(
+        self, model: Path, *arguments: str, command: str = "lmi", port: int | None = 0, **environ: str
+    ) -> None:
+        """port: of `--port`; None leaves it to the environment."""
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text("{}")
-        port = () if any(a.startswith("--port") for a in arguments) else ("--port", "0")
+        chosen = () if port is None else ("--port", str(port))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.scripted_server", command, str(model), *port, *arguments],
+            [sys.executable, "-m", "tests.scripted_server", command, str(model), *chosen, *arguments],
             cwd=HERE.parent.parent,
             env={**os.environ, **environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,

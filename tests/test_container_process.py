@@ -1,0 +1,186 @@
+"""The process from start to stop, as a platform sees it: its port, its answers to signals, its exit status."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.scripted_server import HERE, ServerProcess
+
+
+def order(**fields: object) -> dict[str, object]:
+    stream = fields.pop("stream", False)
+    return {"messages": [{"role": "user", "content": json.dumps(fields)}], "stream": stream}
+
+
+def begin(server: ServerProcess, **fields: object) -> socket.socket:
+    """Send a request and read nothing."""
+    body = json.dumps(order(**fields)).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection.sendall(
+        b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + f"Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+    return connection
+
+
+def until_running(server: ServerProcess) -> None:
+    end = time.monotonic() + 10
+    with httpx.Client(base_url=server.url) as client:
+        while "in_flight 1.0" not in client.get("/metrics").text:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_the_port_answers_while_the_model_loads(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD="1") as server:
+        server.listening()
+        ping = httpx.get(f"{server.url}/ping")
+        assert ping.status_code == 503
+        assert ping.json() == {"status": "Loading", "reason": "the model is loading"}
+        early = httpx.post(f"{server.url}/v1/chat/completions", json=order())
+        assert early.status_code == 503
+        assert int(early.headers["retry-after"]) > 0
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert httpx.get(f"{server.url}/v1/models").status_code == 200
+        server.ready()
+        assert httpx.get(f"{server.url}/ping").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_runs_finish(tmp_path: Path, number: int) -> None:
+    with ServerProcess(tmp_path / "m") as server:
+        server.ready()
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json=order(tokens=6, pause=0.1, stream=True)
+        ) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.signal(number)
+            server.wait_for("stopping; running requests may finish")
+            refused = httpx.post(f"{server.url}/v1/chat/completions", json=order())
+            assert refused.status_code == 503
+            assert "stopping" in refused.json()["error"]["message"]
+            assert httpx.get(f"{server.url}/ping").json()["status"] == "Draining"
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""]
+        assert server.wait() == 0
+        assert "aborting" not in server.log
+
+
+def test_what_does_not_finish_in_time_is_told_and_the_exit_is_clean(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", "--option", "drain_timeout=0.6") as server:
+        server.ready()
+        with begin(server, tokens=2, pause=60) as connection:
+            until_running(server)
+            began = time.monotonic()
+            server.signal()
+            assert connection.recv(100).startswith(b"HTTP/1.1 503 ")
+        assert server.wait() == 0
+        assert time.monotonic() - began < 3
+        assert "aborting 1 requests" in server.log
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m") as server:
+        server.ready()
+        with begin(server, tokens=2, pause=30):
+            until_running(server)
+            server.signal()
+            server.wait_for("stopping")
+            began = time.monotonic()
+            server.signal()
+            assert server.wait() == 128 + signal.SIGTERM
+            assert time.monotonic() - began < 2
+
+
+def test_a_signal_while_the_model_loads_ends_it(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD="60") as server:
+        server.listening()
+        began = time.monotonic()
+        server.signal()
+        assert server.wait() == 0
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ("not enough memory: lower option.max_model_len", "not enough memory: lower option.max_model_len"),
+        ("crash", "RuntimeError: secret detail"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path: Path, plan: str, told: str) -> None:
+    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD=plan) as server:
+        assert server.wait() == 1
+        assert told in server.log
+        assert ("Traceback" in server.log) == (plan == "crash")
+
+
+def test_loading_has_a_time_limit(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", "--option", "model_loading_timeout=0.3", SCRIPTED_LOAD="60") as server:
+        assert server.wait() == 1
+        assert "raise option.model_loading_timeout" in server.log
+
+
+def test_a_model_that_cannot_be_fetched_ends_the_process(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", "--option", "model_id=s3://nothing-here/model/",
+        AWS_ENDPOINT_URL_S3="http://127.0.0.1:9", AWS_ACCESS_KEY_ID="k", AWS_SECRET_ACCESS_KEY="s",
+        AWS_MAX_ATTEMPTS="1", SERVING_DOWNLOAD_DIR=str(tmp_path / "d"),
+    ) as server:  # fmt: skip
+        assert server.wait() == 1
+        assert "s3://nothing-here/model/" in server.log
+
+
+def test_a_wrong_configuration_is_told_whole(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", "--option", "dtype=int3", "--option", "job_queue_size=-1") as server:
+        assert server.wait() == 1
+        assert "option.dtype = 'int3'" in server.log
+        assert "job_queue_size = '-1'" in server.log
+        assert "Traceback" not in server.log
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with ServerProcess(tmp_path / "m", port=port) as server:
+            assert server.wait() == 1
+            assert f"cannot listen on 127.0.0.1:{port}" in server.log
+
+
+def test_only_the_serve_command_listens_on_all_addresses(tmp_path: Path) -> None:
+    for command, arguments, host in (
+        ("lmi", (), "127.0.0.1"),
+        ("lmi", ("--host", "127.0.0.2"), "127.0.0.2"),
+        ("serve", (), "0.0.0.0"),
+    ):
+        with ServerProcess(tmp_path / "m", *arguments, command=command) as server:
+            assert server.listening().host == host
+
+
+def test_the_platform_may_choose_the_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ServerProcess(tmp_path / "m", port=None, SAGEMAKER_BIND_TO_PORT=str(port)) as server:
+        assert server.listening().port == port
+
+
+def test_a_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", "--option", "chunked_read_timeout=0.5") as server:
+        server.ready()
+        with begin(server, tokens=10_000, say="x" * 10_000, stream=True):
+            assert "ended=stalled" in server.wait_for("container.request")
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from container.cli import _parser; _parser().format_help(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent.parent, check=False).returncode == 0
