@@ -78,5 +78,6 @@ def build_service(
             limit_mm_per_prompt=settings.limit_mm_per_prompt,
         ),
         model_name=public_names(configuration)[0],
+        lines="sse" if settings.output_formatter in ("sse", "sse_chat") else "jsonlines",
         observer=observer,
     )

@@ -91,7 +91,7 @@ class Configuration:
         return [
             Problem(
                 f"{key_of(name)} ({source.location}) has no effect with the {backend} backend; "
-                f"honoured by: {', '.join(FACTS[name].backends)}",
+                f"honoured by: {', '.join(FACTS[name].backends) or 'none yet'}",
                 name,
                 source,
             )

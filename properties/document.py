@@ -81,7 +81,9 @@ def example() -> str:
         for name, field, facts in options(topic):
             about = f"{facts.meaning} Allowed: {_allowed(name, facts)}."
             if facts.backends != BOTH:
-                about += f" Only with {', '.join(facts.backends)}."
+                about += (
+                    f" Only with {', '.join(facts.backends)}." if facts.backends else " Without effect yet."
+                )
             lines += textwrap.wrap(about, 108, initial_indent="# ", subsequent_indent="# ")
             lines += [f"#{key_of(name)}={_default(field)}", ""]
     return "\n".join(lines)
@@ -101,7 +103,7 @@ def _tables() -> Iterator[str]:
                 _allowed(name, facts),
                 f"`{_default(field)}`" if _default(field) else "",
                 facts.meaning,
-                ", ".join(facts.backends),
+                ", ".join(facts.backends) or "none yet",
                 _also(facts),
             )
             for name, field, facts in options(topic)

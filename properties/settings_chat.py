@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from properties.field import Level, Variable, option
+from properties.field import NOT_YET, Level, Variable, option
 from properties.values import Seconds
 
 OutputFormat = Literal["json", "jsonlines", "sse", "json_chat", "jsonlines_chat", "sse_chat", "none"]
@@ -35,15 +35,21 @@ class ChatSettings(BaseModel):
         ),
     )
     output_formatter: OutputFormat | None = option(
-        "Form of replies on /invocations and /predictions. Default: follows the request.", default=None
+        "How streams of the LMI schema are framed: sse and sse_chat as server-sent events, any other as JSON "
+        "lines. Chat streams are always server-sent events.",
+        default=None,
     )
-    tgi_compat: bool = option("Replies exactly as Text Generation Inference writes them.", default=False)
+    tgi_compat: bool = option(
+        "Replies exactly as Text Generation Inference writes them.", default=False, backends=NOT_YET
+    )
     enable_auto_tool_choice: bool = option(
-        'Let the model decide to call a tool (tool_choice "auto").', default=False
+        'Let the model decide to call a tool (tool_choice "auto").', default=False, backends=NOT_YET
     )
     tool_call_parser: str | None = option(
-        "How tool calls are read from the model's answer, e.g. hermes, llama3_json, mistral.", default=None
+        "How tool calls are read from the model's answer, e.g. hermes, llama3_json, mistral.",
+        default=None,
+        backends=NOT_YET,
     )
     reasoning_parser: str | None = option(
-        "How reasoning is told from the answer, e.g. deepseek_r1, qwen3.", default=None
+        "How reasoning is told from the answer, e.g. deepseek_r1, qwen3.", default=None, backends=NOT_YET
     )

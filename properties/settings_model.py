@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, SecretStr
 
-from properties.field import VLLM, Level, Variable, option, server_key
+from properties.field import NOT_YET, VLLM, Level, Variable, option, server_key
 from properties.values import Count, Dtype, Names, Positive, Seconds, Seed
 
 _BUILT_IN = (
@@ -83,8 +83,11 @@ class ModelSettings(BaseModel):
         aliases=("entryPoint", "entrypoint"),
         variables=(Variable("DJL_ENTRY_POINT"),),
         replaced=_BUILT_IN,
+        backends=NOT_YET,
     )
-    handler: str = option("Function that the custom handler is called by.", default="handle")
+    handler: str = option(
+        "Function that the custom handler is called by.", default="handle", backends=NOT_YET
+    )
     download_dir: str | None = server_key(
         "Where models from s3:// are kept. Default: below the temporary directory.", default=None
     )

@@ -39,7 +39,6 @@ class Delta:
     """What one step added to answer number `index` (0 to n-1).
 
     text: whole characters only; may lag behind token_ids while a character or a stop string is undecided.
-    token_texts: one text per id of token_ids, for dialects that show tokens one by one.
     stop_reason: the stop string or stop id that ended the answer; None for end-of-sequence and for length.
     eos: the answer ended with the model's own end-of-sequence token.
     """
