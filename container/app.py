@@ -17,6 +17,7 @@ from urllib.parse import parse_qs
 from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
 from container.life import Life
 from container.metrics import Metrics
+from container.prompt_log import log_answer, log_prompt
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply, RequestFacts
@@ -145,10 +146,12 @@ class App:
         try:
             body = await read_body(call.headers, call.receive, self._settings.max_request_size)
             call.body_read = True
+            if self._settings.log_prompts:
+                log_prompt(call.request_id, body)
             incoming = Incoming(call.route, body, call.headers, call.request_id, call.model)
             await call.exchange.run(
                 self._answer(call, service.answer(incoming)),
-                {**_UNCACHED, "x-request-id": call.request_id},
+                self._headers(call),
                 longest=self._settings.predict_timeout + _GRACE_SECONDS,
                 pause=self._settings.chunked_read_timeout,
             )
@@ -166,6 +169,8 @@ class App:
     async def _answer(self, call: Call, answering: Any) -> Reply:
         reply: Reply = await answering
         call.facts = reply.facts
+        if self._settings.log_prompts:
+            log_answer(call.request_id, reply)
         return reply
 
     def _known(self, path: str) -> str:
@@ -224,7 +229,13 @@ class App:
         raise NotFound(f"no model {wanted[:200]!r} is served here; GET /v1/models lists the names")
 
     async def _reply(self, call: Call, reply: Reply, linger: bool = False) -> None:
-        await call.exchange.send(reply, {**_UNCACHED, "x-request-id": call.request_id}, linger)
+        await call.exchange.send(reply, self._headers(call), linger)
+
+    def _headers(self, call: Call) -> dict[str, str]:
+        headers = {**_UNCACHED, "x-request-id": call.request_id}
+        if self._life.phase == "draining":
+            headers["connection"] = "close"
+        return headers
 
     async def _fail(self, call: Call, error: Exception) -> None:
         """Answer an error that no handler turned into a reply; a reply that has begun can only be cut off."""
@@ -244,7 +255,8 @@ class App:
 
     def _note(self, call: Call) -> None:
         """Count the request and write its line: never its prompt, its answer or its pictures."""
-        exchange, facts = call.exchange, call.facts
+        exchange = call.exchange
+        facts = self._metrics.facts.pop(call.request_id, None) or call.facts
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.route, status)
         if call.route in _READ_ROUTES and status != 401:

@@ -99,6 +99,7 @@ def logging_to(stream: TextIO | None = None, form: LogFormat = "text") -> Iterat
     root.setLevel(logging.INFO)
     for name in ("uvicorn.error", "httpx", "httpcore", "botocore", "urllib3", "s3transfer", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").addFilter(_no_broken_promise)
     listener.start()
     try:
         yield
@@ -106,6 +107,11 @@ def logging_to(stream: TextIO | None = None, form: LogFormat = "text") -> Iterat
         root.handlers[:] = before
         root.setLevel(level)
         listener.stop()
+
+
+def _no_broken_promise(record: logging.LogRecord) -> bool:
+    """Not uvicorn's complaint about a reply that we cut off; our own line says why."""
+    return "without completing response" not in record.getMessage()
 
 
 def _text(value: object) -> str:

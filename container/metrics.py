@@ -53,7 +53,10 @@ class Metrics:
     """The server's counters since its start, and a registry of its own that exports them."""
 
     def __init__(self, stats: Callable[[], BackendStats | None]) -> None:
-        """stats: asked at each export; None while there is no backend."""
+        """stats: asked at each export; None while there is no backend.
+
+        `facts` holds those of finished requests by request id until the request's log line has been written.
+        """
         self._stats = stats
         self.first_token = Histogram(_TTFT)
         self.token_gap = Histogram(_GAP)
@@ -69,6 +72,7 @@ class Metrics:
         self.finished: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.http: Counter[tuple[str, str]] = Counter()
+        self.facts: dict[str, RequestFacts] = {}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -77,6 +81,7 @@ class Metrics:
         self.in_flight += 1
 
     def on_finished(self, facts: RequestFacts) -> None:
+        self.facts[facts.request_id] = facts
         self.in_flight -= 1
         self.prompt_tokens += facts.prompt_tokens
         self.cached_tokens += facts.cached_tokens

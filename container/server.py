@@ -33,6 +33,8 @@ T = TypeVar("T")
 _CLOSE_SECONDS = 3.0
 """What closing the backend and the connections gets out of drain_timeout: the platform kills at its end."""
 
+_TELL_SECONDS = 0.2
+
 
 class LoadFailed(Exception):
     """The model cannot be served; the message says why and what to do."""
@@ -71,14 +73,15 @@ class Server:
         stopping = loop.create_task(self._stop.wait())
         logger.info("listening on %s", address_of(self.listener))
         await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-        status = 0
-        if loading.done() and (failure := loading.exception()) is not None:
-            self._report(failure)
-            status = 1
-        elif loading.done():
+        failure = loading.exception() if loading.done() else None
+        if loading.done() and failure is None:
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if failure is None and serving.done():
+            failure = serving.exception() or RuntimeError("the HTTP server ended by itself")
+        if failure is not None:
+            self._report(failure)
         await self._shut_down(http, serving, loading)
-        return status
+        return 0 if failure is None else 1
 
     def request_stop(self) -> None:
         self._stop.set()
@@ -131,7 +134,7 @@ class Server:
             for problem in failure.problems:
                 logger.error("%s", problem)
         expected = isinstance(failure, LoadFailed | ConfigurationError | ServingError)
-        logger.error("the model cannot be served: %s", failure, exc_info=None if expected else failure)
+        logger.error("the server cannot go on: %s", failure, exc_info=None if expected else failure)
         if expected and failure.__cause__ is not None:
             logger.error("it was caused by", exc_info=failure.__cause__)
         self.life.fail("the model could not be loaded; the log says why")
@@ -151,15 +154,25 @@ class Server:
                 await self._app.idle.wait()
         except TimeoutError:
             logger.warning("aborting %d requests that did not finish in time", len(self._app.calls))
+        await self._close_backend()
         for call in list(self._app.calls):
             call.exchange.stop("shutdown")
-        if self._backend is not None:
-            await self._backend.close()
-        if self._images is not None:
-            await self._images.aclose()
         http.should_exit = True
         await asyncio.wait({serving})
         logger.info("stopped")
+
+    async def _close_backend(self) -> None:
+        """Closing tells the requests that still run; they get a moment to tell their clients."""
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                if self._backend is not None:
+                    await self._backend.close()
+                if self._images is not None:
+                    await self._images.aclose()
+            async with asyncio.timeout(_TELL_SECONDS):
+                await self._app.idle.wait()
+        except TimeoutError:
+            return
 
 
 def serve(configuration: Configuration, build: BackendBuilder = build_backend) -> int:

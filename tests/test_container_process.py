@@ -182,5 +182,32 @@ def test_a_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from container.cli import _parser; _parser().format_help(); assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent.parent, check=False).returncode == 0
+    code = "import sys, container.cli as c; sys.argv[1:] = ['--help']; sys.modules['torch'] = None; c.main()"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE.parent.parent, check=True, capture_output=True, text=True
+    )
+    assert "serve" in found.stdout
+
+
+def test_check_is_a_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "container", "check", str(tmp_path), "--json", "--option", "dtype=int3"]
+    found = subprocess.run(command, cwd=HERE.parent.parent, check=False, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "option.dtype = 'int3'" in json.loads(found.stdout)["errors"][0]
+
+
+def test_prompts_are_logged_when_asked_for_and_pictures_never(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", "--option", "log_prompts=true") as server:
+        server.ready()
+        url = f"{server.url}/v1/chat/completions"
+        httpx.post(
+            url, json=order(say="the answer", note="see data:image/png;base64,QUJD and https://x.example/y")
+        )
+        assert "see [link] and [link]" in server.wait_for("container.prompts: prompt")
+        assert "the answer" in server.wait_for("container.prompts: answer")
+        httpx.post(url, json=order(say="in parts", stream=True), headers={"x-request-id": "s-1"})
+        assert "in parts" in server.wait_for("container.prompts: answer request_id=s-1")
+        server.signal()
+        assert server.wait() == 0
+        assert "QUJD" not in server.log
+        assert "x.example" not in server.log
