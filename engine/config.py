@@ -18,7 +18,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     max_model_len: tokens of prompt and answer together; None follows config.json.
     max_num_seqs: requests that share a step at most.
     max_num_batched_tokens: the token budget of one step; None chooses by device.
-    block_size: tokens per key/value block.
+    block_size: tokens per key/value block; None lets the attention kernel choose.
     kv_cache_bytes: memory for keys and values per device; None chooses by device.
     cpu_share: the part of a CPU's memory and cores that this engine may count on (1 / replicas).
     encoder_cache_bytes: memory for vision-encoder outputs per device.
@@ -32,7 +32,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_bytes: int | None = None
     cpu_share: float = 1.0
     gpu_memory_utilization: float = 0.9

@@ -29,7 +29,7 @@ class Engine:
         self.runner = runner = executor.runner
         budget = config.max_num_batched_tokens or (512 if runner.device.type == "cpu" else 8192)
         self.pool = BlockPool(
-            runner.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
+            runner.num_blocks, runner.block_size, prefix_caching=config.enable_prefix_caching
         )
         self.scheduler = Scheduler(
             self.pool,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from engine.attention.kernel import CacheShape, PackedStep
-from engine.attention.select import make_kernel
+from engine.attention.select import choose_kernel
 from engine.config import EngineConfig
 from engine.encoder_cache import EncoderCache
 from engine.families.base import Family
@@ -41,21 +41,27 @@ class ModelRunner:
         self.family = family
         self.device = device
         self.dtype: torch.dtype = family.model.dtype
-        self.block_size = config.block_size
         self.vocab_size = int(text.vocab_size)
         self.encoder_cache = EncoderCache(config.encoder_cache_bytes)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         shape = CacheShape(
             num_layers=text.num_hidden_layers,
             num_blocks=1,
-            block_size=config.block_size,
+            block_size=1,
             kv_heads=heads // config.tensor_parallel_degree,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             dtype=self.dtype,
             device=device,
         )
+        kernel, shape = choose_kernel(
+            config.attention,
+            shape,
+            config.block_size,
+            query_heads=text.num_attention_heads // config.tensor_parallel_degree,
+        )
+        self.block_size = shape.block_size
         self.max_model_len, num_blocks = cache_blocks(config, shape, text)
-        self.kernel = make_kernel(config.attention, shape, num_blocks)
+        self.kernel = kernel(replace(shape, num_blocks=num_blocks))
 
     @property
     def num_blocks(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -62,12 +63,22 @@ class AttentionKernel(ABC):
 
     One step is `begin(step)`, then `attend` once per layer. A query sees the positions up to its own, and no
     further back than `window` of them where a window is given.
+
+    block_multiple: the cache's block size must be a multiple of this.
     """
 
-    name: str
+    name: ClassVar[str]
+    block_multiple: ClassVar[int] = 1
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
+
+    @classmethod
+    def unsupported(cls, shape: CacheShape) -> str | None:
+        """Why this kernel cannot serve such a cache here; None where it can."""
+        if shape.block_size % cls.block_multiple:
+            return f"its block size must be a multiple of {cls.block_multiple}, not {shape.block_size}"
+        return None
 
     @abstractmethod
     def begin(self, step: PackedStep) -> None:

@@ -42,7 +42,7 @@ def plan_engines(settings: Settings, model_path: str, accelerators: int) -> list
             max_model_len=settings.max_model_len,
             max_num_seqs=1 if settings.rolling_batch == "disable" else settings.max_rolling_batch_size,
             max_num_batched_tokens=settings.max_rolling_batch_prefill_tokens,
-            block_size=settings.block_size or 16,
+            block_size=settings.block_size,
             kv_cache_bytes=None if cache is None else cache << 20,
             cpu_share=1.0 / len(groups),
             gpu_memory_utilization=settings.gpu_memory_utilization,

@@ -1,0 +1,251 @@
+"""Paged attention in plain torch, on any device: the blocks are gathered, then batched matmuls serve the
+one-token queries and `scaled_dot_product_attention` the chunks.
+
+On a CPU `scaled_dot_product_attention` is several times slower than two plain batched matmuls when every query
+is one token, so decodes do not use it (`bench/attention.py` measures both).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
+
+
+@dataclass(slots=True)
+class _DecodeGroup:
+    """Decodes of similar context length, gathered together: padding at most doubles their work.
+
+    rows [n]: their places in the packed row; None when they are all decodes, in order.
+    blocks [n * width]: block tables, padded with each sequence's own last block.
+    """
+
+    rows: torch.Tensor | None
+    blocks: torch.Tensor
+    contexts: list[int]
+    width: int
+    bias: dict[int | None, torch.Tensor | None]
+
+
+@dataclass(slots=True)
+class _Chunk:
+    start: int
+    stop: int
+    context: int
+    blocks: torch.Tensor | None
+    masks: dict[int | None, torch.Tensor | CausalBias | None]
+
+
+class GatherKernel(AttentionKernel):
+    """Cache layout: [layers, kv_heads, blocks, block_size * head_dim], so that a gather of blocks is already
+    the [kv_heads, batch, context, head_dim] that the batched matmul wants."""
+
+    name: ClassVar[str] = "torch"
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        size = (shape.num_layers, shape.kv_heads, shape.num_blocks, shape.block_size * shape.head_dim)
+        self._keys = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self._values = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        slots = (shape.kv_heads, shape.num_blocks * shape.block_size, shape.head_dim)
+        self._layers = [
+            (keys, values, keys.view(slots), values.view(slots))
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
+        self._step: PackedStep | None = None
+        self._groups: list[_DecodeGroup] = []
+        self._chunks: list[_Chunk] = []
+
+    def begin(self, step: PackedStep) -> None:
+        self._step = step
+        self._groups = self._group_decodes(step)
+        self._chunks = [self._chunk(step, i) for i in range(step.num_decodes, step.num_sequences)]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        step = self._step
+        assert step is not None, "begin() was not called"
+        _, _, key_slots, value_slots = self._layers[layer]
+        key_heads, value_heads = key.transpose(0, 1), value.transpose(0, 1)
+        key_slots.index_copy_(1, step.slots, key_heads)
+        value_slots.index_copy_(1, step.slots, value_heads)
+        if not self._chunks:
+            return self._attend_decodes(layer, query, scale, window)
+        out = torch.empty_like(query)
+        if step.num_decodes:
+            out[: step.num_decodes] = self._attend_decodes(layer, query[: step.num_decodes], scale, window)
+        for chunk in self._chunks:
+            span = slice(chunk.start, chunk.stop)
+            out[span] = self._attend_chunk(
+                layer, chunk, query[span], key_heads[:, span], value_heads[:, span], scale, window
+            )
+        return out
+
+    def scrub(self, blocks: list[int]) -> None:
+        index = torch.tensor(blocks, device=self.shape.device)
+        self._keys[:, :, index] = 0
+        self._values[:, :, index] = 0
+
+    def _attend_decodes(
+        self, layer: int, query: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """query [decodes, heads, head_dim] -> the same shape."""
+        if len(self._groups) == 1 and self._groups[0].rows is None:
+            return self._decode(layer, self._groups[0], query, scale, window)
+        out = torch.empty_like(query)
+        for group in self._groups:
+            out[group.rows] = self._decode(layer, group, query[group.rows], scale, window)
+        return out
+
+    def _decode(
+        self, layer: int, group: _DecodeGroup, query: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """query [n, heads, head_dim] -> the same shape."""
+        count, heads, dim = query.shape
+        kv_heads = self.shape.kv_heads
+        batch = kv_heads * count
+        keys, values = (
+            self._gather(cache, group.blocks).view(batch, -1, dim) for cache in self._layers[layer][:2]
+        )
+        grouped = query.view(count, kv_heads, heads // kv_heads, dim).transpose(0, 1)
+        # A power of two is taken out of the scale beforehand: exact, and it keeps float16 scores finite.
+        power = 2.0 ** math.floor(math.log2(scale))
+        scores = torch.bmm(grouped.reshape(batch, -1, dim) * power, keys.transpose(1, 2)).float()
+        if scale != power:
+            scores.mul_(scale / power)
+        bias = self._decode_bias(group, window)
+        if bias is not None:
+            scores.view(kv_heads, count, heads // kv_heads, -1).add_(bias)
+        weights = torch.softmax(scores, -1).to(values.dtype)
+        out = torch.bmm(weights, values)
+        return out.view(kv_heads, count, heads // kv_heads, dim).transpose(0, 1).reshape(count, heads, dim)
+
+    def _decode_bias(self, group: _DecodeGroup, window: int | None) -> torch.Tensor | None:
+        """[n, 1, padded context]: 0 where the one query may look, -inf elsewhere; the same for all layers."""
+        if window is not None and window >= max(group.contexts):
+            window = None
+        if window not in group.bias:
+            padded = group.width * self.shape.block_size
+            bias = None
+            if window is not None or min(group.contexts) < padded:
+                place = torch.arange(padded, device=self.shape.device)
+                contexts = torch.tensor(group.contexts, device=self.shape.device)[:, None]
+                hidden = place >= contexts
+                if window is not None:
+                    hidden = hidden | (place < contexts - window)
+                bias = torch.zeros(hidden.shape, device=self.shape.device)
+                bias = bias.masked_fill_(hidden, float("-inf"))[:, None, :]
+            group.bias[window] = bias
+        return group.bias[window]
+
+    def _attend_chunk(
+        self,
+        layer: int,
+        chunk: _Chunk,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """query [queries, heads, dim]; keys, values [kv_heads, queries, dim] of this step -> [queries, heads, dim]."""
+        if chunk.blocks is not None:
+            keys, values = (
+                self._gather(cache, chunk.blocks)[:, : chunk.context] for cache in self._layers[layer][:2]
+            )
+        groups = query.shape[1] // self.shape.kv_heads
+        if groups > 1:
+            keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+        mask = self._chunk_mask(chunk, window)
+        out = scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+        )
+        return out[0].transpose(0, 1)
+
+    def _chunk_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:
+        """[queries, context] of booleans, True where a query may look; None for plain causal from position 0."""
+        if window is not None and window >= chunk.context:
+            window = None
+        if window not in chunk.masks:
+            chunk.masks[window] = self._build_mask(chunk, window)
+        return chunk.masks[window]
+
+    def _build_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:
+        length = chunk.stop - chunk.start
+        if window is None and chunk.blocks is None:
+            return None
+        if window is None and self.shape.device.type == "cuda":
+            return causal_lower_right(length, chunk.context)
+        position = torch.arange(chunk.context - length, chunk.context, device=self.shape.device)[:, None]
+        seen = torch.arange(chunk.context, device=self.shape.device)[None, :]
+        mask = seen <= position
+        if window is not None:
+            mask &= seen > position - window
+        return mask
+
+    def _gather(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """[kv_heads, blocks, block_size * head_dim] -> [kv_heads, len(blocks) * block_size, head_dim]."""
+        picked = cache.index_select(1, blocks)
+        return picked.view(self.shape.kv_heads, -1, self.shape.head_dim)
+
+    def _chunk(self, step: PackedStep, index: int) -> _Chunk:
+        start, stop = step.query_starts[index], step.query_starts[index + 1]
+        context = step.context_lens[index]
+        fresh = context == stop - start
+        used = -(-context // self.shape.block_size)
+        blocks = None if fresh else torch.tensor(step.block_tables[index][:used], device=self.shape.device)
+        return _Chunk(start, stop, context, blocks, {})
+
+    def _group_decodes(self, step: PackedStep) -> list[_DecodeGroup]:
+        count, size = step.num_decodes, step.block_size
+        if count == 0:
+            return []
+        widths = [-(-context // size) for context in step.context_lens[:count]]
+        if max(widths) <= 2 * min(widths):
+            return [self._decode_group(step, list(range(count)), None)]
+        order = sorted(range(count), key=widths.__getitem__, reverse=True)
+        groups: list[_DecodeGroup] = []
+        start = 0
+        for place in range(1, count + 1):
+            if place == count or 2 * widths[order[place]] < widths[order[start]]:
+                members = order[start:place]
+                rows = torch.tensor(members, device=self.shape.device)
+                groups.append(self._decode_group(step, members, rows))
+                start = place
+        return groups
+
+    def _decode_group(self, step: PackedStep, members: list[int], rows: torch.Tensor | None) -> _DecodeGroup:
+        tables = padded_tables(step, members)
+        contexts = [step.context_lens[i] for i in members]
+        blocks = torch.tensor(tables, device=self.shape.device).flatten()
+        return _DecodeGroup(rows, blocks, contexts, len(tables[0]), {})
+
+
+def padded_tables(step: PackedStep, members: list[int]) -> list[list[int]]:
+    """The blocks that those sequences use, each row filled up with the sequence's own last block."""
+    used = [-(-step.context_lens[i] // step.block_size) for i in members]
+    width = max(used)
+    rows = []
+    for index, count in zip(members, used, strict=True):
+        table = step.block_tables[index][:count]
+        rows.append(table + table[-1:] * (width - count))
+    return rows

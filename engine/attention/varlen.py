@@ -1,0 +1,113 @@
+"""Paged attention through torch's own FlashAttention: one `varlen_attn` call per layer for the whole packed row."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch.nn.attention import current_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
+
+from engine.attention.gather import padded_tables
+from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
+
+MAX_HEAD_DIM = 256
+
+
+class VarlenKernel(AttentionKernel):
+    """Cache layout: [layers, blocks, block_size, kv_heads, head_dim], as FlashAttention's paged mode wants it.
+
+    FlashAttention 2 (what torch carries) demands pages whose size is a multiple of 256 and head sizes that are
+    multiples of 8 up to 256; see `mha_varlen_fwd` in torch's `flash_attn/flash_api.cpp`.
+    """
+
+    name: ClassVar[str] = "varlen"
+    block_multiple: ClassVar[int] = 256
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        size = (shape.num_layers, shape.num_blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        self._keys = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self._values = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self._step: PackedStep | None = None
+
+    @classmethod
+    def unsupported(cls, shape: CacheShape) -> str | None:
+        if shape.device.type != "cuda":
+            return f"it runs on CUDA only, not on {shape.device.type}"
+        if shape.dtype not in (torch.bfloat16, torch.float16):
+            return f"it knows bfloat16 and float16 only, not {str(shape.dtype).removeprefix('torch.')}"
+        if torch.cuda.get_device_capability(shape.device) < (8, 0):
+            return "FlashAttention needs compute capability 8.0"
+        if shape.head_dim % 8 or shape.head_dim > MAX_HEAD_DIM:
+            return f"head size {shape.head_dim} is no multiple of 8 up to {MAX_HEAD_DIM}"
+        return super().unsupported(shape)
+
+    def begin(self, step: PackedStep) -> None:
+        """All index tensors travel to the device as one, without waiting for it."""
+        self._step = step
+        count = step.num_sequences
+        tables = padded_tables(step, list(range(count)))
+        key_starts = [0]
+        for context in step.context_lens:
+            key_starts.append(key_starts[-1] + context)
+        flat = [*step.query_starts, *key_starts, *step.context_lens]
+        for table in tables:
+            flat += table
+        host = torch.tensor(flat, dtype=torch.int32, pin_memory=self.shape.device.type == "cuda")
+        index = host.to(self.shape.device, non_blocking=True)
+        self._query_starts, key_starts_index = index[: count + 1], index[count + 1 : 2 * count + 2]
+        self._context_lens = index[2 * count + 2 : 3 * count + 2]
+        self._block_table = index[3 * count + 2 :].view(count, -1)
+        # FlashAttention 2 wants the keys' starts although pages make them meaningless; 3 refuses them beside pages.
+        self._key_starts = key_starts_index if current_flash_attention_impl() is None else None
+        self._max_query = max(step.query_length(i) for i in range(count))
+        self._max_context = max(step.context_lens)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        step = self._step
+        assert step is not None, "begin() was not called"
+        keys, values = self._keys[layer], self._values[layer]
+        keys.flatten(0, 1).index_copy_(0, step.slots, key)
+        values.flatten(0, 1).index_copy_(0, step.slots, value)
+        out = varlen_attn(
+            query.contiguous(),
+            keys,
+            values,
+            self._query_starts,
+            self._key_starts,
+            self._max_query,
+            self._max_context,
+            scale=scale,
+            window_size=self._window_size(window),
+            enable_gqa=query.shape[1] != key.shape[1],
+            seqused_k=self._context_lens,
+            block_table=self._block_table,
+        )
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def scrub(self, blocks: list[int]) -> None:
+        index = torch.tensor(blocks, device=self.shape.device)
+        self._keys[:, index] = 0
+        self._values[:, index] = 0
+
+    def _window_size(self, window: int | None) -> tuple[int, int]:
+        """How far a query looks left and right of itself, -1 without bound.
+
+        FlashAttention aligns a sequence's last query with its last key, so when every query is the last there
+        is nothing to its right, and saying so lets it pack the query heads that share a key head.
+        """
+        right = -1 if self._max_query == 1 else 0
+        if window is None or window >= self._max_context:
+            return -1, right
+        return window - 1, right

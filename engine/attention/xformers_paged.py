@@ -1,0 +1,105 @@
+"""One-token queries through xformers' paged split-k Triton kernel, everything else as `GatherKernel` does it."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+
+from engine.attention.gather import GatherKernel, padded_tables
+from engine.attention.kernel import CacheShape, PackedStep
+
+HEAD_DIMS = (16, 32, 64, 128, 256, 512)
+
+
+class XformersKernel(GatherKernel):
+    """The Triton kernel reads the blocks in place of a gathered copy. It takes queries of one length and knows no
+    paged sliding window, so chunks, and layers whose window hides something, are gathered.
+
+    On a CPU it runs through Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
+    """
+
+    name: ClassVar[str] = "xformers"
+    block_multiple: ClassVar[int] = 64
+
+    _bias: Any = None
+
+    @classmethod
+    def unsupported(cls, shape: CacheShape) -> str | None:
+        try:
+            ops = _xformers()
+        except ImportError as error:
+            return f"xformers cannot be imported ({error})"
+        if shape.head_dim not in HEAD_DIMS:
+            return f"head size {shape.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+        if shape.device.type == "cuda":
+            if shape.dtype not in (torch.bfloat16, torch.float16):
+                return f"it knows bfloat16 and float16 only, not {str(shape.dtype).removeprefix('torch.')}"
+            if torch.cuda.get_device_capability(shape.device) < (8, 0):
+                return "its Triton kernel needs compute capability 8.0"
+        elif not ops.interpreted:
+            return f"it runs on CUDA only, not on {shape.device.type}"
+        return super().unsupported(shape)
+
+    def begin(self, step: PackedStep) -> None:
+        super().begin(step)
+        count = step.num_decodes
+        self._bias = None
+        if count:
+            tables = torch.tensor(padded_tables(step, list(range(count))), dtype=torch.int32)
+            self._longest = max(step.context_lens[:count])
+            self._bias = _xformers().bias.from_seqlens(
+                q_seqlen=[1] * count,
+                kv_seqlen=step.context_lens[:count],
+                block_tables=tables.to(self.shape.device, non_blocking=True),
+                page_size=self.shape.block_size,
+                device=self.shape.device,
+            )
+
+    def _attend_decodes(
+        self, layer: int, query: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        if window is not None and window < self._longest:
+            return super()._attend_decodes(layer, query, scale, window)
+        ops = _xformers()
+        count, heads, dim = query.shape
+        kv_heads = self.shape.kv_heads
+        shared = heads // kv_heads
+        keys, values = (
+            slots.transpose(0, 1)[None, :, :, None].expand(-1, -1, -1, shared, -1)
+            for slots in self._layers[layer][2:]
+        )
+        inputs = ops.inputs(
+            query=query.reshape(1, count, kv_heads, shared, dim),
+            key=keys,
+            value=values,
+            attn_bias=self._bias,
+            scale=scale,
+        )
+        out: torch.Tensor = ops.kernel.apply(inputs, needs_gradient=False)[0]
+        return out.reshape(count, heads, dim)
+
+
+@cache
+def _xformers() -> SimpleNamespace:
+    """What we use of xformers, imported when first asked for: it is an optional dependency.
+
+    Raises ImportError where xformers or Triton is missing.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted:
+        os.environ.setdefault("XFORMERS_ENABLE_TRITON", "1")
+    import triton  # noqa: F401  # xformers would go on without it, and fail later
+    from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
+    from xformers.ops.fmha.common import Inputs
+    from xformers.ops.fmha.triton_splitk import FwOp
+
+    return SimpleNamespace(
+        bias=PagedBlockDiagonalCausalWithOffsetPaddedKeysMask,
+        inputs=Inputs,
+        kernel=FwOp,
+        interpreted=interpreted,
+    )
