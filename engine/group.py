@@ -18,6 +18,13 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 """The first restart comes at once; the pause before each further one doubles."""
 
+PING_SECONDS = 2.0
+"""Pause between two looks at whether an engine's loop still turns."""
+
+STUCK_SECONDS = 120.0
+"""An engine whose loop has not turned for this long is killed and restarted. A step is one turn, so this must be
+longer than the longest step."""
+
 AFFINITY_SLACK = 4
 """How many more requests than the least loaded replica one may hold and still be preferred for what it has
 cached."""
@@ -73,10 +80,17 @@ class Ticket:
 class EngineGroup:
     """Starts the replicas, keeps them running, and hands out requests."""
 
-    def __init__(self, configs: Sequence[EngineConfig], *, retry_threshold: int = 3) -> None:
+    def __init__(
+        self,
+        configs: Sequence[EngineConfig],
+        *,
+        retry_threshold: int = 3,
+        stuck_seconds: float = STUCK_SECONDS,
+    ) -> None:
         """retry_threshold: failures of a replica, with no answered request between them, that a restart
         answers; after one more it is given up."""
         self._retry_threshold = retry_threshold
+        self._stuck_seconds = stuck_seconds
         self.replicas = [Replica(number, config) for number, config in enumerate(configs)]
         self.restarts = 0
         self.facts: Ready | None = None
@@ -96,7 +110,7 @@ class EngineGroup:
                 await self.close()
                 raise result
         self._keepers = [
-            asyncio.create_task(self._keep(r), name=f"replica-{r.number}") for r in self.replicas
+            asyncio.create_task(work(replica)) for replica in self.replicas for work in (self._keep, self._watch)
         ]
         return self.facts
 
@@ -194,6 +208,19 @@ class EngineGroup:
                 replica.given_up = True
                 self._announce()
                 return
+
+    async def _watch(self, replica: Replica) -> None:
+        """Kill the replica's process when its loop has stopped turning; `_keep` does the rest."""
+        number = 0
+        while not self._closing:
+            await asyncio.sleep(min(PING_SECONDS, self._stuck_seconds))
+            client, number = replica.client, number + 1
+            if client.alive and not await client.ping(number, self._stuck_seconds) and client.alive:
+                logger.error(
+                    "replica %d has not answered for %.0f s: killed", replica.number, self._stuck_seconds
+                )
+                client.kill()
+                await client.wait_dead()
 
 
 def _pause(failures: int) -> float:

@@ -47,8 +47,8 @@ async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
 
 
 @asynccontextmanager
-async def running_group(configs: Sequence[EngineConfig], **settings: int) -> AsyncIterator[EngineGroup]:
-    group = EngineGroup(configs, **settings)
+async def running_group(configs: Sequence[EngineConfig], **settings: float) -> AsyncIterator[EngineGroup]:
+    group = EngineGroup(configs, **settings)  # type: ignore[arg-type]
     try:
         await group.start()
         yield group
@@ -149,6 +149,24 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
             assert group.restarts == 1
             again = group.submit([endless(5)])
             assert len(await finish(again.stream)) == 5
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava)], stuck_seconds=1.0) as group:
+            ticket = group.submit([endless()])
+            await ticket.stream.get()
+            pid = group.replicas[0].client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            async with asyncio.timeout(60):
+                await fails(ticket.stream)
+                while group.restarts == 0 or not group.alive:
+                    await group.changed()
+            again = group.submit([endless(3)])
+            assert len(await finish(again.stream)) == 3
 
     asyncio.run(scenario())
 
