@@ -34,18 +34,30 @@ def fetch_hub(
         logger.info("the hub's cache cannot be written to; using %s", cache)
     try:
         files = None if offline else _files(name, revision, token, with_code)
+        if files is None:
+            return _cached(name, revision, cache, offline)
+        patterns = [_literal(file) for file in files]
         return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                cache_dir=cache,
-                token=token,
-                local_files_only=files is None,
-                allow_patterns=None if files is None else [_literal(file) for file in files],
-            )
+            snapshot_download(name, revision=revision, cache_dir=cache, token=token, allow_patterns=patterns)
         )
+    except ArtefactError:
+        raise
     except Exception as error:
-        raise ArtefactError(_told(name, revision, cache, offline, error)) from error
+        raise ArtefactError(_told(name, revision, cache, error)) from error
+
+
+def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path:
+    """A snapshot that an earlier run fetched. The hub's own offline look-up wants files that we never fetch."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("config.json", "params.json"):
+        found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    why = "option.offline is set" if offline else "the hub cannot be reached"
+    raise ArtefactError(
+        f"{name} is not in {cache} and {why}; check the network, or give a directory or s3://bucket/prefix/"
+    )
 
 
 def _files(name: str, revision: str | None, token: str | None, with_code: bool) -> list[str] | None:
@@ -89,24 +101,18 @@ def _literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _told(name: str, revision: str | None, cache: Path, offline: bool, error: Exception) -> str:
+def _told(name: str, revision: str | None, cache: Path, error: Exception) -> str:
     """The hub's errors as what to do about them."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     if isinstance(error, HFValidationError):
         return f"{name!r} is no hub id: write org/name"
-    if isinstance(error, LocalEntryNotFoundError):
-        why = "and option.offline is set" if offline else "and the hub cannot be reached"
-        return (
-            f"{name} is not in {cache} {why}; check the network, or give a directory or s3://bucket/prefix/"
-        )
     if isinstance(error, GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its hub page and set HF_TOKEN to a token of that account"
