@@ -184,16 +184,19 @@ def attend(
     mask: torch.Tensor | None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend in float32 [N, heads, T, head size], whose backward pass is the faster one on a CPU.
+    """Attend in bfloat16 [N, heads, T, head size] by plain products, on one core the fastest way by half.
 
     Text attends to what came before; rows are padded on the right, so they need no mask for it.
     """
     if mask is not None:
         raise ValueError("training passes no masks")
-    with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), is_causal=bool(module.is_causal)
-        )
+    batch, heads, length, size = query.shape
+    query, key, value = (x.to(torch.bfloat16).reshape(-1, length, size) for x in (query, key, value))
+    hidden = torch.zeros(length, length, dtype=query.dtype)
+    if module.is_causal:
+        hidden = torch.full_like(hidden, -1e4).triu(1)
+    scores = torch.baddbmm(hidden.expand(len(query), -1, -1), query, key.transpose(1, 2), alpha=size**-0.5)
+    mixed = torch.bmm(scores.softmax(dim=-1), value).view(batch, heads, length, size)
     return mixed.transpose(1, 2).contiguous(), None
 
 
@@ -275,8 +278,8 @@ def main() -> None:
     if options.init_only:
         export(model.state_dict(), options.out)
         return
-    ALL_ATTENTION_FUNCTIONS.register("float32", attend)
-    model.set_attn_implementation("float32")
+    ALL_ATTENTION_FUNCTIONS.register("plain", attend)
+    model.set_attn_implementation("plain")
     seer = Seer(model.config.vision_config.hidden_size)
     weights = dict(model.named_parameters())
     average = {k: v.detach().clone() for k, v in weights.items()}
@@ -299,7 +302,7 @@ def main() -> None:
         Batches(options.seed * 1_000_003 + step + 1), batch_size=None, num_workers=1, prefetch_factor=12
     )
     held_out = Batches(HELD_OUT_SEED, pool=PICTURES * 12)
-    checks = [batch for batch, _ in zip(held_out, range(24), strict=False)]
+    checks = [batch for batch, _ in zip(held_out, range(8), strict=False)]
 
     def save() -> None:
         """Write a checkpoint, check the averaged weights and export them."""
