@@ -17,11 +17,12 @@ from urllib.parse import parse_qs
 from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
 from container.life import Life
 from container.metrics import Metrics
+from container.names import accepted_names, public_names
 from container.prompt_log import log_answer, log_prompt
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply, RequestFacts
-from properties.settings import Settings
+from properties.configuration import Configuration
 
 logger = logging.getLogger("container.request")
 
@@ -75,21 +76,22 @@ class Call:
 class App:
     """An ASGI application. `calls` are the requests for answers that run now; `idle` is set while there is none."""
 
-    def __init__(
-        self, settings: Settings, life: Life, metrics: Metrics, names: Sequence[str], accepted: frozenset[str]
-    ) -> None:
-        """names: shown by /v1/models. accepted: what a path may call the model."""
-        self._settings = settings
+    def __init__(self, configuration: Configuration, life: Life, metrics: Metrics) -> None:
         self._life = life
         self._metrics = metrics
-        self._names = names
-        self._accepted = accepted
         self._created = int(time.time())
-        key = settings.api_key
-        self._key = None if key is None else key.get_secret_value().encode()
         self.calls: set[Call] = set()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.configure(configuration)
+
+    def configure(self, configuration: Configuration) -> None:
+        """Take a configuration over; a model may bring one of its own when it arrives."""
+        self._settings = configuration.settings
+        self._names = public_names(configuration)
+        self._accepted = accepted_names(configuration)
+        key = configuration.settings.api_key
+        self._key = None if key is None else key.get_secret_value().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -127,6 +129,8 @@ class App:
             await self._reply(call, self._models(path.removeprefix("/v1/models").lstrip("/")))
         elif path in _GENERATE:
             call.route = _GENERATE[path]
+            named = parse_qs(call.query).get("model_name")
+            call.model = self._known(named[0]) if named else None
             await self._generate(call)
         elif match := _GENERATE_NAMED.fullmatch(path):
             call.route = "/predictions/{model}" if match["model"] else "/models/{model}/invoke"

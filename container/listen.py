@@ -23,14 +23,16 @@ _UNACKNOWLEDGED_SECONDS = 120
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection must bring its first request's head soon, and no head may be larger than 64 KiB."""
+    """A request's head must be whole soon after it began, and may not be larger than 64 KiB."""
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, transport.abort)  # type: ignore[attr-defined]
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -38,6 +40,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._head_bytes = 0
+        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:

@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 
 from handlers.backends.base import BackendStats
 from handlers.exchange import RequestFacts
+from handlers.images.loader import ImageLoader
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
@@ -72,6 +73,7 @@ class Metrics:
         self.finished: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.http: Counter[tuple[str, str]] = Counter()
+        self.pictures: ImageLoader | None = None
         self.facts: dict[str, RequestFacts] = {}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -142,6 +144,8 @@ class Metrics:
             ("lmi_images", "Pictures in requests.", self.images),
         ):
             yield CounterMetricFamily(name, meaning, value=value)
+        if self.pictures is not None:
+            yield from _of_pictures(self.pictures)
         finished = CounterMetricFamily(
             "lmi_requests_finished", "Requests ended: stop, length, abort or error.", labels=["reason"]
         )
@@ -160,6 +164,16 @@ class Metrics:
         for labels, count in self.http.items():
             http.add_metric(labels, count)
         yield http
+
+
+def _of_pictures(loader: ImageLoader) -> Iterator[Metric]:
+    for name, meaning, value in (
+        ("lmi_images_fetched", "Pictures fetched over HTTP.", loader.fetched),
+        ("lmi_image_fetched_bytes", "Bytes of pictures fetched over HTTP.", loader.bytes),
+        ("lmi_images_decoded", "Pictures decoded.", loader.decoded),
+        ("lmi_image_cache_hits", "Pictures found decoded already.", loader.cache_hits),
+    ):
+        yield CounterMetricFamily(name, meaning, value=value)
 
 
 def _of_backend(stats: BackendStats) -> Iterator[Metric]:

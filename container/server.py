@@ -18,7 +18,6 @@ from container.build import build_backend, build_images, build_service
 from container.life import Life
 from container.listen import HttpServer, address_of, bind
 from container.metrics import Metrics
-from container.names import accepted_names, public_names
 from handlers.backends.base import Backend
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
@@ -54,13 +53,7 @@ class Server:
         self._backend: Backend | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
-        self._app = App(
-            configuration.settings,
-            self.life,
-            self.metrics,
-            public_names(configuration),
-            accepted_names(configuration),
-        )
+        self._app = App(configuration, self.life, self.metrics)
 
     async def run(self) -> int:
         """Serve until a signal or a failure; the process's exit status."""
@@ -124,9 +117,11 @@ class Server:
         for problem in configuration.warnings:
             if problem not in self.configuration.warnings:
                 logger.warning("%s", problem)
+        self.configuration = configuration
+        self._app.configure(configuration)
         self._backend = backend = await in_daemon_thread(lambda: self._build(configuration, directory))
         await backend.load()
-        self._images = build_images(configuration.settings)
+        self._images = self.metrics.pictures = build_images(configuration.settings)
         self.life.serve(backend, build_service(configuration, backend, self._images, self.metrics))
 
     def _report(self, failure: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 import socketserver
 import tarfile
@@ -22,6 +23,7 @@ from container.s3 import fetch_s3
 from container.transfer import Cancelled
 from properties.location import locate
 from properties.settings import Settings
+from tests.scripted_server import ServerProcess
 
 BUCKET = "models"
 
@@ -220,6 +222,16 @@ def tar_of(files: dict[str, bytes]) -> bytes:
             member.size = len(body)
             tar.addfile(member, io.BytesIO(body))
     return packed.getvalue()
+
+
+def test_the_server_serves_a_model_from_s3_as_its_own_properties_say(s3: Any, tmp_path: Path) -> None:
+    s3.put_object(Bucket=BUCKET, Key="llava/config.json", Body=b"{}")
+    s3.put_object(Bucket=BUCKET, Key="llava/serving.properties", Body=b"option.served_model_name=mine\n")
+    with ServerProcess(f"s3://{BUCKET}/llava/", SERVING_DOWNLOAD_DIR=str(tmp_path)) as server:
+        server.ready()
+        models = httpx.get(f"{server.url}/v1/models").json()
+        assert [model["id"] for model in models["data"]] == ["mine"]
+        assert str(tmp_path) not in json.dumps(models)
 
 
 def test_errors_say_what_to_do(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,7 @@ def send(server: ServerProcess, body: bytes, path: str = "/v1/chat/completions")
 def test_every_inference_route_answers(client: httpx.Client) -> None:
     for path in (
         "/invocations",
+        "/invocations?model_name=model",
         "/predictions/model",
         "/predictions/shapes",
         "/predictions/shapes/1.0",
@@ -114,6 +115,7 @@ def test_wrong_places_methods_and_bodies(client: httpx.Client) -> None:
     unknown = client.post("/predictions/other", json=ask())
     assert (unknown.status_code, unknown.json()["code"]) == (404, 404)
     assert unknown.json()["message"] == "Model or workflow not found: other"
+    assert client.post("/invocations?model_name=other", json=ask()).status_code == 404
     broken = client.post("/v1/chat/completions", content=b"{", headers=HEADERS)
     assert broken.status_code == 400
     assert broken.json()["error"]["type"] == "invalid_request_error"
