@@ -14,7 +14,7 @@ from container.estimate import cache_bytes_per_token, served_dtype, weights
 from container.machine import Device, Machine
 from engine.errors import ModelLoadError
 from engine.loader import read_config, resolve_dtype
-from engine.memory import CPU_MOST, CPU_SHARE, CUDA_RESERVE
+from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.rolling_plan import plan_engines
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
@@ -142,20 +142,22 @@ def _fit_accelerator(result: Fit, configuration: Configuration) -> None:
 def _fit_host(result: Fit, configuration: Configuration) -> None:
     memory = result.device.memory
     ranks = result.copies * result.devices_per_copy
-    cache = _useful(result, configuration, min(CPU_MOST, int(memory * CPU_SHARE)) // ranks)
+    room = min(CPU_MOST, int(memory * CPU_SHARE)) // ranks
+    cache = _useful(result, configuration, room, requests=CPU_REQUESTS)
     held = (result.weights or 0) * result.copies
     if held + cache * ranks > memory:
         _too_large(result, held + cache * ranks, memory, "the host")
 
 
-def _useful(result: Fit, configuration: Configuration, room: int) -> int:
-    """Set and return the cache per device: what was asked for, else `room`, and no more than a full batch of
-    the longest requests could fill."""
+def _useful(result: Fit, configuration: Configuration, room: int, requests: int | None = None) -> int:
+    """Set and return the cache per device: what was asked for, else `room` and what that many of the longest
+    requests fill; never more than a full batch of them could."""
     settings, length = configuration.settings, configuration.effective("max_model_len")
     asked = settings.kv_cache_memory_mb
     cache = room if asked is None else asked * 2**20
     if length is not None and result.cache_bytes_per_token is not None:
-        tokens = settings.max_rolling_batch_size * length
+        batch = settings.max_rolling_batch_size
+        tokens = (min(batch, requests) if requests is not None and asked is None else batch) * length
         cache = min(cache, tokens * result.cache_bytes_per_token // result.devices_per_copy)
     result.cache_per_device = cache
     return cache

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
-_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+from engine.memory import host_memory
 
 
 @dataclass(frozen=True)
@@ -28,19 +26,6 @@ class Machine:
 def this_machine() -> Machine:
     """Look at the machine; imports torch where it is installed, to count accelerators."""
     return Machine(_accelerators(), Device("host memory", host_memory()))
-
-
-def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes: physical memory, or the control group's limit (version 2 or 1) where that is lower."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in _CGROUP_LIMITS:
-        try:
-            limit = (cgroup / name).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            total = min(total, int(limit))
-    return total
 
 
 def _accelerators() -> tuple[Device, ...]:

@@ -14,6 +14,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from engine.attention.bridge import IMPLEMENTATION
 from engine.config import EngineConfig
@@ -47,6 +48,12 @@ def read_config(model_path: str, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
+def quiet_transformers() -> None:
+    """Its progress bars and its advice to install torchvision are of no use in a server's log."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ModelLoadError, naming what is supported, for a model type that has no family here."""
     model_type = config.model_type
@@ -64,6 +71,7 @@ def check_supported(config: PretrainedConfig) -> None:
 
 def load_preprocessor(model_path: str, overrides: dict[str, Any] | None = None) -> Preprocessor | None:
     """The front's half of the family; None for a text-only model. Loads no weights."""
+    quiet_transformers()
     config = read_config(model_path)
     entry = VISION_FAMILIES.get(config.model_type)
     return entry[1](model_path, overrides=overrides) if entry is not None else None
@@ -86,6 +94,7 @@ def resolve_dtype(config: PretrainedConfig, name: str, device: torch.device) -> 
 
 def load_family(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> Family:
     """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
+    quiet_transformers()
     model_config = read_config(config.model_path, trust_remote_code=config.trust_remote_code)
     dtype = resolve_dtype(model_config, config.dtype, device)
     vision = VISION_FAMILIES.get(model_config.model_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -19,7 +20,11 @@ DEFAULT_MODEL_LEN = 4096
 
 CPU_SHARE = 0.25
 CPU_MOST = 4 << 30
-"""On a CPU the cache takes this share of the machine's memory, and never more than this many bytes."""
+CPU_REQUESTS = 16
+"""On a CPU the cache takes this share of the machine's memory, never more than this many bytes, and no more than
+this many requests of the longest length fill: memory that is shared with everything else on the machine."""
+
+_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 CUDA_RESERVE = 1 << 30
 """Bytes left free for activations beside the cache on an accelerator."""
@@ -40,7 +45,9 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
         config.kv_cache_bytes if config.kv_cache_bytes is not None else _default_budget(config, shape.device)
     )
     affordable = budget // shape.bytes_per_block
-    useful = config.max_num_seqs * -(-wanted // shape.block_size)
+    by_itself = shape.device.type == "cpu" and config.kv_cache_bytes is None
+    requests = min(config.max_num_seqs, CPU_REQUESTS) if by_itself else config.max_num_seqs
+    useful = requests * -(-wanted // shape.block_size)
     num_blocks = min(affordable, useful)
     room = num_blocks * shape.block_size
     if num_blocks < 1 or (config.max_model_len is not None and room < config.max_model_len):
@@ -54,9 +61,21 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
     return min(wanted, room), num_blocks
 
 
+def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes: physical memory, or the control group's limit (version 2 or 1) where that is lower."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in _CGROUP_LIMITS:
+        try:
+            limit = (cgroup / name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
 def _default_budget(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free - total * (1 - config.gpu_memory_utilization)) - CUDA_RESERVE)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(CPU_MOST, total * CPU_SHARE) * config.cpu_share / config.tensor_parallel_degree)
+    return int(min(CPU_MOST, host_memory() * CPU_SHARE) * config.cpu_share / config.tensor_parallel_degree)

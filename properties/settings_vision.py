@@ -46,8 +46,9 @@ class VisionSettings(BaseModel):
         variables=(Variable("VLLM_MAX_IMAGE_PIXELS"),),
     )
     image_cache_mb: Count = option(
-        "Host memory for decoded pictures, found again by their content; 0: none.",
-        default=256,
+        "Host memory for decoded pictures, found again by their content; the embedded engine keeps prepared "
+        "ones in half as much again. 0: none.",
+        default=64,
         unit="MiB",
     )
     encoder_cache_mb: Count = option(

@@ -82,7 +82,7 @@ class RollingBackend:
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         self._front = front
         self._preparer = (
-            PicturePreparer(front.preprocessor, self._pool, self._settings.encoder_cache_mb << 20)
+            PicturePreparer(front.preprocessor, self._pool, self._settings.image_cache_mb << 19)
             if front.preprocessor is not None
             else None
         )
