@@ -50,8 +50,9 @@ def read_config(model_path: str, *, trust_remote_code: bool = False) -> Pretrain
 
 def quiet_transformers() -> None:
     """Its progress bars and its advice to install torchvision are of no use in a server's log."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    library: Any = transformers_logging
+    library.disable_progress_bar()
+    library.set_verbosity_error()
 
 
 def check_supported(config: PretrainedConfig) -> None:
