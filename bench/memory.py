@@ -30,7 +30,7 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--url", help=argparse.SUPPRESS, default=None)
     parser.add_argument("--count", type=int, default=5000, help="pictures (%(default)s)")
-    parser.add_argument("--skip", type=int, default=1000, help="first pictures not judged (%(default)s)")
+    parser.add_argument("--skip", type=int, help="first pictures not judged (half of them)")
     parser.add_argument("--side", type=int, default=512, help="of a picture, in pixels (%(default)s)")
     parser.add_argument("--slope", type=float, default=5.0, help="MB per 1,000 pictures (%(default)s)")
     parser.add_argument("--front", type=float, default=500.0, help="MB (%(default)s)")
@@ -50,7 +50,8 @@ def main() -> None:
             seen.append(BATCH * (turn + 1))
             front.append(last.front / MB)
             workers.append(last.workers / MB)
-    judged = [place for place, count in enumerate(seen) if count >= arguments.skip]
+    skip = arguments.count // 2 if arguments.skip is None else arguments.skip
+    judged = [place for place, count in enumerate(seen) if count >= skip]
     slopes = {name: _slope(seen, values, judged) for name, values in (("front", front), ("workers", workers))}
     save(out / "results.json", {
         "machine": report.machine(), "pictures": seen, "front_mb": front, "workers_mb": workers, "mb_per_1000": slopes,
