@@ -75,8 +75,9 @@ def _serve(arguments: argparse.Namespace, build: BackendBuilder | None, *, reach
     status = start(arguments.model, options, os.environ, None if reachable else LOOPBACK, build)
     sys.stdout.flush()
     sys.stderr.flush()
-    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-        os._exit(status)  # A transfer or a decoder that hangs must not keep the process.
+    threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if "torch" in sys.modules or not all(thread.daemon for thread in threads):
+        os._exit(status)  # Nothing is left to do; tearing torch down takes seconds, a transfer may hang.
     return status
 
 

@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 BackendBuilder = Callable[[Configuration, Path], Backend]
 T = TypeVar("T")
 
+_LAST_SECONDS = 4.0
+"""Kept back from drain_timeout for closing: the platform kills the process at its end."""
+
 _CLOSE_SECONDS = 3.0
-"""What closing the backend and the connections gets out of drain_timeout: the platform kills at its end."""
+"""Of it for the backend."""
 
 _TELL_SECONDS = 0.2
 
@@ -142,10 +145,10 @@ class Server:
             self.life.drain()
         self._fetch_cancelled.set()
         loading.cancel()
-        await asyncio.wait({loading})
+        await asyncio.wait({loading}, timeout=_CLOSE_SECONDS)
         seconds = self.configuration.settings.drain_timeout
         try:
-            async with asyncio.timeout(max(seconds - _CLOSE_SECONDS, seconds / 2)):
+            async with asyncio.timeout(max(seconds - _LAST_SECONDS, seconds / 2)):
                 await self._app.idle.wait()
         except TimeoutError:
             logger.warning("aborting %d requests that did not finish in time", len(self._app.calls))
