@@ -326,10 +326,13 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_xformers_k
 
 
 @interpreted
-@settings(unhurried, max_examples=12)
+@settings(unhurried, max_examples=8)
 @given(
-    # Heads of 128 are left out: xformers asks the CUDA device about its age for them, interpreted or not.
-    shapes(block_sizes=[64, 128], head_dims=[16, 32, 64, 256], dtypes=ALL_DTYPES, longest=150),
+    # Two things only a GPU can do: bfloat16, whose dot product the interpreter takes over the raw bits, and
+    # heads of 128, for which xformers asks the CUDA device about its age.
+    shapes(
+        block_sizes=[64, 128], head_dims=[16, 32, 64, 256], dtypes=[torch.float32, torch.float16], longest=150
+    ),
     SEEDS,
 )
 def test_interpreted_xformers_answers_as_the_formula(
