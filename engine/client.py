@@ -31,6 +31,8 @@ from engine.messages import (
 )
 
 logger = logging.getLogger(__name__)
+engine_log = logging.getLogger("engine.process")
+"""What the engine processes write to their standard error."""
 
 SHUTDOWN_SECONDS = 5.0
 """How long an engine that was asked to stop may take before it is killed."""
@@ -113,10 +115,13 @@ class EngineClient:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "engine.process", str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
                 env=child_environment(),
                 start_new_session=True,
             )  # fmt: skip
+        assert self._process.stderr is not None
+        self._tasks.append(asyncio.create_task(_relay_log(self._process.stderr), name="engine-log"))
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._write(msgspec.msgpack.encode(self.config))
         decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -188,8 +193,10 @@ class EngineClient:
             self.kill()
             await self._process.wait()
         self._bury("the engine was stopped")
-        for task in self._tasks:
-            task.cancel()
+        if self._tasks:
+            _, unfinished = await asyncio.wait(self._tasks, timeout=1.0)
+            for task in unfinished:
+                task.cancel()
         if self._writer is not None:
             self._writer.close()
 
@@ -252,6 +259,23 @@ class EngineClient:
     def _write(self, body: bytes) -> None:
         assert self._writer is not None
         self._writer.writelines((FRAME.pack(len(body)), body))
+
+
+async def _relay_log(lines: asyncio.StreamReader) -> None:
+    """Put what the engine's processes say into this process's log, in its form."""
+    while True:
+        try:
+            line = await lines.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            line = error.partial
+            if not line:
+                return
+        except asyncio.LimitOverrunError as error:
+            line = await lines.readexactly(error.consumed)
+        text = line.decode(errors="replace").rstrip()
+        level, _, message = text.partition(" ")
+        known = logging.getLevelNamesMapping().get(level)
+        engine_log.log(known or logging.INFO, "%s", message if known else text)
 
 
 async def _read(

@@ -143,9 +143,7 @@ def die_with_parent() -> None:
 def main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     sock = socket.socket(fileno=int(sys.argv[-1]))
     try:
         if sys.argv[1] == "--rank":
