@@ -1,4 +1,5 @@
-"""One-token queries: milliseconds per layer of each kernel that runs here, beside `scaled_dot_product_attention`.
+"""One-token queries: milliseconds per layer of each kernel that runs here, beside `scaled_dot_product_attention`
+(which is given its keys and values side by side, and so is spared the gathering from the paged cache).
 
 python -m bench.attention [--threads 2] [--device cpu]
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.attention.gather import GatherKernel
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 from engine.attention.reference import ReferenceKernel
 from engine.attention.select import DEFAULT_BLOCK_SIZE, KERNELS
@@ -118,9 +120,10 @@ def candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Callable
     for name, kernel in KERNELS.items():
         size = max(DEFAULT_BLOCK_SIZE, kernel.block_multiple)
         sized = replace(shape, block_size=size, num_blocks=case.batch * -(-case.context // size))
-        if kernel is not ReferenceKernel and kernel.unsupported(sized) is None:
+        same = kernel is GatherKernel and device.type == "cpu"  # as CpuKernel
+        if kernel is not ReferenceKernel and not same and kernel.unsupported(sized) is None:
             yield name, kernel_step(case, kernel(sized))
-    yield "sdpa with a mask", sdpa_step(case, device)
+    yield "sdpa, no gather", sdpa_step(case, device)
 
 
 @torch.inference_mode()

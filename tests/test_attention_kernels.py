@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from engine.attention.select import AUTO, choose_kernel, trial
 from engine.attention.varlen import VarlenKernel
 from engine.attention.xformers_paged import XformersKernel
 from engine.errors import ModelLoadError
+from engine.sampling_params import SamplingParams
+from tests.engine_driver import Prompt, load_engine, run_all
+from tests.models import make_llava
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -206,9 +210,6 @@ def test_scrubbed_blocks_hold_no_nan(kernel: type[AttentionKernel], monkeypatch:
     torch.testing.assert_close(made.attend(0, query, key, value, scale=0.25), value)
 
 
-# --- varlen ---
-
-
 def contract_of_varlen_attn(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -291,9 +292,6 @@ def test_varlen_says_why_it_cannot(device: str, dtype: torch.dtype, head_dim: in
     assert reason in str(VarlenKernel.unsupported(shape))
 
 
-# --- xformers ---
-
-
 def missing_for_the_interpreter() -> str | None:
     try:
         import triton  # noqa: F401
@@ -354,10 +352,8 @@ def test_interpreted_xformers_passes_its_trial_and_chooses_its_blocks() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="interpreted, it does run on a CPU")
 def test_xformers_says_why_it_cannot_run_on_a_cpu() -> None:
     shape = CacheShape(1, 1, 64, 1, 64, torch.float32, CPU)
-    assert XformersKernel.unsupported(shape) is not None
+    assert "runs on CUDA only" in str(XformersKernel.unsupported(shape))
 
-
-# --- choice ---
 
 TEXT = CacheShape(4, 1, 1, 2, 32, torch.float32, CPU)
 
@@ -414,6 +410,20 @@ def test_a_kernel_asked_for_by_name_that_cannot_run_is_an_error() -> None:
         choose_kernel("varlen", TEXT, None, query_heads=4)
     with pytest.raises(ModelLoadError, match="unknown; known: auto, cpu"):
         choose_kernel("flash", TEXT, None, query_heads=4)
+
+
+def test_an_engine_answers_the_same_through_any_kernel_and_block_size(tmp_path: Path) -> None:
+    path = make_llava(tmp_path / "llava")
+    answers = []
+    for attention, block_size, blocks_of in [("auto", None, 16), ("torch", 5, 5), ("reference", 64, 64)]:
+        engine = load_engine(path, attention=attention, block_size=block_size)
+        assert (engine.runner.block_size, engine.pool.block_size) == (blocks_of, blocks_of)
+        adds = [
+            Prompt(list(range(3, 3 + length))).add(None, SamplingParams(max_tokens=12))
+            for length in (2, 30, 70)
+        ]
+        answers.append([result.token_ids for _, result in sorted(run_all(engine, adds).items())])
+    assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)

@@ -46,12 +46,12 @@ def choose_kernel(
         raise ModelLoadError(
             f"attention kernel {name!r} is unknown; known: auto, {', '.join(sorted(KERNELS))}"
         )
-    last = AUTO.get(shape.device.type, (GatherKernel,))
+    ranked = AUTO.get(shape.device.type, (GatherKernel,))
     passed_over: list[str] = []
-    for kernel in last if name == "auto" else (KERNELS[name],):
+    for kernel in ranked if name == "auto" else (KERNELS[name],):
         sized = replace(shape, block_size=block_size or max(DEFAULT_BLOCK_SIZE, kernel.block_multiple))
         problem = kernel.unsupported(sized)
-        if problem is None and kernel is not last[-1]:
+        if problem is None and kernel is not ranked[-1]:
             problem = trial(kernel, sized, query_heads)
         if problem is None:
             why = "".join(f"; {reason}" for reason in passed_over)

@@ -29,8 +29,10 @@ class XformersKernel(GatherKernel):
 
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
+        if shape.device.type != "cuda" and not _interpreted():
+            return f"it runs on CUDA only, not on {shape.device.type}"
         try:
-            ops = _xformers()
+            _xformers()
         except ImportError as error:
             return f"xformers cannot be imported ({error})"
         if shape.head_dim not in HEAD_DIMS:
@@ -40,8 +42,6 @@ class XformersKernel(GatherKernel):
                 return f"it knows bfloat16 and float16 only, not {str(shape.dtype).removeprefix('torch.')}"
             if torch.cuda.get_device_capability(shape.device) < (8, 0):
                 return "its Triton kernel needs compute capability 8.0"
-        elif not ops.interpreted:
-            return f"it runs on CUDA only, not on {shape.device.type}"
         return super().unsupported(shape)
 
     def begin(self, step: PackedStep) -> None:
@@ -89,8 +89,7 @@ def _xformers() -> SimpleNamespace:
 
     Raises ImportError where xformers or Triton is missing.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted:
+    if _interpreted():
         os.environ.setdefault("XFORMERS_ENABLE_TRITON", "1")
     import triton  # noqa: F401  # xformers would go on without it, and fail later
     from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
@@ -101,5 +100,8 @@ def _xformers() -> SimpleNamespace:
         bias=PagedBlockDiagonalCausalWithOffsetPaddedKeysMask,
         inputs=Inputs,
         kernel=FwOp,
-        interpreted=interpreted,
     )
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
