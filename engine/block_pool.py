@@ -91,9 +91,13 @@ class BlockPool:
             self._references[block] += 1
         sequence.block_table.extend(found)
         sequence.num_registered_blocks = len(found)
-        self.queries += sequence.num_tokens
-        self.hits += len(found) * self.block_size
         return len(found) * self.block_size
+
+    def count(self, sequence: Sequence) -> None:
+        """Note what an admitted sequence looked for and found."""
+        if self.prefix_caching:
+            self.queries += sequence.num_tokens
+            self.hits += sequence.num_computed
 
     def register(self, sequence: Sequence) -> None:
         """Make the sequence's blocks that are full and computed findable."""
@@ -109,14 +113,13 @@ class BlockPool:
         sequence.num_registered_blocks = full
 
     def discard(self, sequence: Sequence) -> list[int]:
-        """Make sure that nobody will find what the sequence computed; returns the blocks that it alone holds."""
-        own = [block for block in sequence.block_table if self._references[block] == 1]
-        for block in own:
+        """Make sure that nobody will find what the sequence saw; returns the blocks that it alone holds."""
+        for block in sequence.block_table:
             block_hash = self._hash_of[block]
             if block_hash is not None:
                 del self._block_of[block_hash]
                 self._hash_of[block] = None
-        return own
+        return [block for block in sequence.block_table if self._references[block] == 1]
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

@@ -6,13 +6,16 @@ import asyncio
 import logging
 import socket
 import sys
+import time
 from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
 
 import msgspec
 
 from engine.config import EngineConfig
 from engine.environment import child_environment
-from engine.errors import EngineDead, EngineError, ModelLoadError
+from engine.errors import EngineDead, EngineError, EngineStopped, ModelLoadError, RequestRejected
 from engine.messages import (
     FRAME,
     MAX_FRAME_BYTES,
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 engine_log = logging.getLogger("engine.process")
 """What the engine processes write to their standard error."""
 
-SHUTDOWN_SECONDS = 5.0
+SHUTDOWN_SECONDS = 3.0
 """How long an engine that was asked to stop may take before it is killed."""
 
 
@@ -85,8 +88,9 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self.answered = False
-        """Whether any request has had an output from this process."""
+        """Whether any request has had a token from this process."""
         self._streams: dict[int, OutputStream] = {}
+        self._asked: float | None = None
         self._pongs: dict[int, asyncio.Future[None]] = {}
         self._next_id = 0
         self._died = asyncio.Event()
@@ -105,24 +109,41 @@ class EngineClient:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def start(self) -> Ready:
-        """Spawn the process and wait until the model is loaded.
+    @property
+    def silent_for(self) -> float:
+        """Seconds since a sign of life was asked for that has not come; 0 when none is due."""
+        return 0.0 if self._asked is None else time.monotonic() - self._asked
 
-        Raises ModelLoadError with the engine's reason, EngineDead when the process ends without giving one.
+    async def start(self) -> Ready:
+        """Spawn the process and wait until the model has answered a first request of its own.
+
+        Raises ModelLoadError with the engine's reason, EngineDead when the process ends without giving one, and
+        OSError when it cannot be started. Nothing is left running then.
         """
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> Ready:
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "engine.process", str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
-                env=child_environment(),
-                start_new_session=True,
-            )  # fmt: skip
-        assert self._process.stderr is not None
-        self._tasks.append(asyncio.create_task(_relay_log(self._process.stderr), name="engine-log"))
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-P", "-m", "engine.process", str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                    pass_fds=(theirs.fileno(),),
+                    env=child_environment(),
+                    start_new_session=True,
+                )  # fmt: skip
+            assert self._process.stderr is not None
+            self._tasks.append(asyncio.create_task(_relay_log(self._process.stderr), name="engine-log"))
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
         self._write(msgspec.msgpack.encode(self.config))
         decoder = msgspec.msgpack.Decoder(FromEngine)
         first = await _read(reader, decoder)
@@ -130,36 +151,44 @@ class EngineClient:
             self.ready = first
             self._tasks.append(asyncio.create_task(self._receive(reader, decoder), name="engine-receive"))
             return first
-        await self.stop()
         if isinstance(first, LoadFailed):
             raise ModelLoadError(first.message)
         raise EngineDead("the engine process ended while it was loading the model; its log lines say why")
 
-    def submit(self, add: Add, stream: OutputStream) -> int:
-        """Hand over a request under an id of this client's choosing, which is returned. Raises EngineDead.
+    def submit(self, add: Add, stream: OutputStream) -> range:
+        """Hand over a request under ids of this client's choosing, which are returned: one for each answer.
 
-        Several requests may share a stream; their outputs carry the id.
+        Their outputs come to the one stream. Raises EngineDead, and RequestRejected for what cannot be sent.
         """
         if not self.alive:
             raise EngineDead("the engine process is not running")
         add.request_id = self._next_id
-        self._next_id += 1
-        self._streams[add.request_id] = stream
-        self._send(add)
-        return add.request_id
+        try:
+            body = self._encoder.encode(add)
+        except (ValueError, OverflowError, TypeError) as error:
+            raise RequestRejected("a number in the request is out of range") from error
+        if len(body) > MAX_FRAME_BYTES:
+            raise RequestRejected("the request's pictures are too large together")
+        self._write(body)
+        self._next_id += len(add.seeds)
+        self._streams.update(dict.fromkeys(add.answer_ids, stream))
+        return add.answer_ids
 
-    def abort(self, request_id: int) -> None:
-        """The engine forgets the request before its next step. Fine for finished requests."""
-        if self._streams.pop(request_id, None) is not None and self.alive:
-            self._send(Abort([request_id]))
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """The engine forgets the requests before its next step. Fine for finished ones, never raises."""
+        held = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
+        if held and self.alive:
+            with suppress(EngineDead):
+                self._send(Abort(held))
 
     async def ping(self, number: int, seconds: float) -> bool:
-        """Whether the engine's loop answers within that many seconds."""
+        """Whether the engine's loop answers within that many seconds. Never raises."""
         if not self.alive:
             return False
         pong = self._pongs[number] = asyncio.get_running_loop().create_future()
-        self._send(Ping(number))
         try:
+            self._send(Ping(number))
+            self._asked = time.monotonic()
             async with asyncio.timeout(seconds):
                 await pong
         except (TimeoutError, EngineDead):
@@ -168,9 +197,13 @@ class EngineClient:
             self._pongs.pop(number, None)
         return True
 
-    async def wait_dead(self) -> int | None:
-        """Return once the process is gone: its exit code, negative for a signal."""
+    async def wait_dead(self) -> None:
+        """Return once nothing more will come from the process."""
         await self._died.wait()
+
+    @property
+    def returncode(self) -> int | None:
+        """The process's exit code, negative for a signal; None while it runs."""
         return self._process.returncode if self._process is not None else None
 
     def kill(self) -> None:
@@ -183,16 +216,12 @@ class EngineClient:
         if self._process is None:
             return
         if self.alive:
-            self._send(Shutdown())
-        elif self._process.returncode is None and self._writer is not None:
-            self._writer.close()
-        try:
-            async with asyncio.timeout(SHUTDOWN_SECONDS if self.ready is not None else 0.5):
-                await self._process.wait()
-        except TimeoutError:
+            with suppress(EngineDead):
+                self._send(Shutdown())
+        elif self.ready is None:
             self.kill()
-            await self._process.wait()
-        self._bury("the engine was stopped")
+        self._bury(EngineStopped("the engine was stopped"))
+        await self._reap()
         if self._tasks:
             _, unfinished = await asyncio.wait(self._tasks, timeout=1.0)
             for task in unfinished:
@@ -203,28 +232,31 @@ class EngineClient:
     async def _receive(
         self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromEngine]
     ) -> None:
+        assert self._process is not None
         try:
             while (message := await _read(reader, decoder)) is not None:
                 self._handle(message)
-        except (EngineError, msgspec.MsgspecError):
-            logger.exception("the engine process sent something unreadable; it is killed")
+        except Exception:
+            logger.exception("what the engine process sent cannot be used; it is killed")
             self.kill()
+        finally:
+            self._bury(EngineDead("the engine process ended while it held this request"))
+        await self._reap()
+
+    async def _reap(self) -> None:
+        """See the process out: its socket is closed, so it should be gone in a moment."""
         assert self._process is not None
-        if self._process.returncode is None:
-            try:
-                async with asyncio.timeout(SHUTDOWN_SECONDS):
-                    await self._process.wait()
-            except TimeoutError:
-                self.kill()
+        try:
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
                 await self._process.wait()
-        self._bury(
-            f"the engine process ended (exit code {self._process.returncode}) while it held this request"
-        )
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
 
     def _handle(self, message: FromEngine) -> None:
         if isinstance(message, StepDone):
             self.stats = message.stats
-            self.answered = True
+            self._asked = None
             streams = self._streams
             for output in message.outputs:
                 stream = (
@@ -234,18 +266,20 @@ class EngineClient:
                 )
                 if stream is not None:
                     stream.put(output)
+                    self.answered = self.answered or bool(output.token_ids)
         elif isinstance(message, Pong):
             self.stats = message.stats
+            self._asked = None
             pong = self._pongs.get(message.number)
             if pong is not None and not pong.done():
                 pong.set_result(None)
 
-    def _bury(self, reason: str) -> None:
+    def _bury(self, error: EngineDead) -> None:
         """Fail everything that still waits. Once."""
         if self._died.is_set():
             return
         self._died.set()
-        error = EngineDead(reason)
+        self._asked = None
         for stream in self._streams.values():
             stream.fail(error)
         self._streams.clear()
@@ -258,7 +292,13 @@ class EngineClient:
 
     def _write(self, body: bytes) -> None:
         assert self._writer is not None
-        self._writer.writelines((FRAME.pack(len(body)), body))
+        try:
+            self._writer.writelines((FRAME.pack(len(body)), body))
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # uvloop raises RuntimeError for a transport that has just closed
+            raise EngineDead("the engine process is going away") from error
 
 
 async def _relay_log(lines: asyncio.StreamReader) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.errors import EngineError, ModelLoadError
 from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
 from engine.messages import Add, FinishReason, Output, Picture, Stats
 from engine.runner import StepLogits
-from engine.sampler import Sampler, prompt_logprobs
+from engine.sampler import Logprobs, Sampler, prompt_logprobs
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import Sequence
 from engine.step_input import ChunkInput
@@ -19,6 +22,17 @@ from engine.step_input import ChunkInput
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "the engine failed on this request"
+
+ENCODE_PER_STEP = 32
+"""Pictures encoded in one step at most."""
+
+PROMPT_ROWS = 256
+"""Positions whose prompt log probabilities are computed at a time."""
+
+MOST_LOST_STEPS = 8
+"""Steps in a row that fail for every request, each alone, before the process is taken for broken."""
+
+WARM_UP_TOKENS = 32
 
 
 class Engine:
@@ -39,6 +53,7 @@ class Engine:
         self.sampler = Sampler(runner.vocab_size, runner.device)
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = 0
+        self._lost_steps = 0
         self._steps = 0
 
     @classmethod
@@ -52,22 +67,39 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, add: Add) -> Output | None:
-        """Queue a request. An output is returned for one that is refused at once."""
-        longest = self.runner.max_model_len
-        if not 0 < len(add.token_ids) < longest:
-            return _refusal(
-                add.request_id, f"the prompt has {len(add.token_ids)} tokens; allowed: 1 to {longest - 1}"
-            )
-        if any(not 0 <= token < self.runner.vocab_size for token in add.token_ids) and not add.pictures:
-            return _refusal(add.request_id, "the prompt holds a token id outside the vocabulary")
-        self._arrivals += 1
-        sequence = Sequence.from_message(add, max_model_len=longest, order=self._arrivals)
-        self._sequences[add.request_id] = sequence
-        for picture in sequence.pictures:
+    def add(self, add: Add) -> list[Output]:
+        """Queue a request. What is returned are its outputs when it is refused at once; else nothing."""
+        longest, count = self.runner.max_model_len, len(add.token_ids)
+        if not 0 < count < longest:
+            return _refusal(add, f"the prompt has {count} tokens; allowed: 1 to {longest - 1}")
+        if min(add.token_ids) < 0 or (not add.pictures and max(add.token_ids) >= self.runner.vocab_size):
+            return _refusal(add, "the prompt holds a token id outside the vocabulary")
+        try:
+            sequences = Sequence.from_message(add, max_model_len=longest, order=self._arrivals)
+        except (ValueError, OverflowError, TypeError):
+            logger.exception("a request's parameters cannot be used")
+            return _refusal(add, "the sampling parameters are out of range")
+        self._arrivals += len(sequences)
+        for picture in add.pictures:
             self.runner.encoder_cache.count(hit=picture.digest in self.runner.encoder_cache)
-        self.scheduler.add(sequence)
-        return None
+        for sequence in sequences:
+            self._sequences[sequence.request_id] = sequence
+            self.scheduler.add(sequence)
+        return []
+
+    def warm_up(self) -> None:
+        """Answer a first request, so that "ready" means that it can. Raises ModelLoadError."""
+        length = min(WARM_UP_TOKENS, self.runner.max_model_len - 2)
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        outputs = self.add(Add(-1, [0] * max(1, length), params, [0], ()))
+        for _ in range(WARM_UP_TOKENS):
+            if not self.has_work:
+                break
+            outputs += self.step()
+        if not outputs or outputs[-1].finish != "length":
+            reason = outputs[-1].error if outputs else "it gave no token"
+            raise ModelLoadError(f"the model was loaded but cannot generate: {reason}")
+        self.pool.queries = self.pool.hits = self._steps = 0
 
     def abort(self, request_id: int) -> None:
         """Forget the request; unknown ids (finished a moment ago) are fine."""
@@ -113,21 +145,23 @@ class Engine:
                     missing[picture.digest] = picture
         if not missing:
             return chunks
+        # those beyond the limit are encoded in the next step: a turn of the loop stays bounded
+        some = list(missing.values())[:ENCODE_PER_STEP]
         try:
-            self.executor.encode(list(missing.values()))
-        except Exception:
-            if not self.executor.isolates_failures:
-                raise
-            logger.exception("encoding %d pictures together failed; encoding them one by one", len(missing))
-            for picture in missing.values():
+            self.executor.encode(some)
+        except Exception as error:
+            self._reraise_if_fatal(error)
+            logger.exception("encoding %d pictures together failed; encoding them one by one", len(some))
+            for picture in some:
                 self._encode_alone(picture)
+        failed = {picture.digest for picture in some if picture.digest not in cache}
         kept = []
         for chunk in chunks:
-            pictures = chunk.sequence.pictures_within(chunk.start, chunk.stop)
-            if all(picture.digest in cache for picture in pictures):
-                kept.append(chunk)
-            else:
+            digests = {p.digest for p in chunk.sequence.pictures_within(chunk.start, chunk.stop)}
+            if digests & failed:
                 self._fail(chunk.sequence, "a picture of this request could not be encoded", outputs)
+            elif all(digest in cache for digest in digests):
+                kept.append(chunk)
         return kept
 
     def _encode_alone(self, picture: Picture) -> None:
@@ -135,7 +169,8 @@ class Engine:
             return
         try:
             self.executor.encode([picture])
-        except Exception:
+        except Exception as error:
+            self._reraise_if_fatal(error)
             logger.exception("a picture could not be encoded")
 
     def _run(self, chunks: list[Chunk], outputs: list[Output]) -> list[tuple[list[Chunk], StepLogits]]:
@@ -146,36 +181,46 @@ class Engine:
         if not chunks:
             return []
         try:
-            return [(chunks, self.executor.run([ChunkInput.of(chunk) for chunk in chunks]))]
-        except Exception:
-            if not self.executor.isolates_failures:
-                raise
+            done = [(chunks, self.executor.run([ChunkInput.of(chunk) for chunk in chunks]))]
+        except Exception as error:
+            self._reraise_if_fatal(error)
             logger.exception("a step of %d requests failed; running them one by one", len(chunks))
-        done: list[tuple[list[Chunk], StepLogits]] = []
+        else:
+            self._lost_steps = 0
+            return done
+        done = []
         for chunk in chunks:
             try:
                 done.append(([chunk], self.executor.run([ChunkInput.of(chunk)])))
-            except Exception:
+            except Exception as error:
+                self._reraise_if_fatal(error)
                 logger.exception("the step failed with this request alone")
                 self._fail(chunk.sequence, INTERNAL_ERROR, outputs)
+        self._lost_steps = 0 if done else self._lost_steps + 1
+        if self._lost_steps >= MOST_LOST_STEPS:
+            raise EngineError(f"{MOST_LOST_STEPS} steps in a row failed for every request")
         return done
 
+    def _reraise_if_fatal(self, error: Exception) -> None:
+        """An accelerator that has failed once fails for ever in this process, and ranks that differ in what they
+        have done cannot go on: then the process must end and be started anew."""
+        if isinstance(error, torch.AcceleratorError) or not self.executor.isolates_failures:
+            raise error
+
     def _advance(self, chunks: list[Chunk], logits: StepLogits, outputs: list[Output]) -> None:
-        """Sample, and note what is computed."""
-        for index, rows in logits.prompts.items():
-            _note_prompt_logprobs(chunks[index], rows)
+        """Note what is computed, and sample."""
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.stop
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        for chunk in chunks:
             self.pool.register(chunk.sequence)
+        for index, hidden in logits.prompts.items():
+            self._note_prompt_logprobs(chunks[index], hidden)
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampling:
             return
-        token_ids, logprobs = self.sampler.sample(logits.samples, [s.sampling for s in sampling])
-        for sequence, token_id, logprob in zip(sampling, token_ids, logprobs, strict=True):
+        for sequence, token_id, logprob in self._sample(sampling, logits.samples):
             if token_id < 0:
                 self.executor.scrub(self.pool.discard(sequence))
-                self._fail(sequence, "the model gave no usable probabilities (NaN) for this request", outputs)
+                self._fail(sequence, "the model gave no usable probabilities for this request", outputs)
                 continue
             sequence.append(token_id)
             finish, stop_token = _finish(sequence, token_id)
@@ -194,6 +239,52 @@ class Engine:
             if finish is not None:
                 self._drop(sequence)
 
+    def _sample(
+        self, sequences: list[Sequence], logits: torch.Tensor
+    ) -> list[tuple[Sequence, int, Logprobs | None]]:
+        """All rows together; where that fails, each alone, and the culprit's token is -1."""
+        try:
+            token_ids, logprobs = self.sampler.sample(logits, [s.sampling for s in sequences])
+        except Exception as error:
+            self._reraise_if_fatal(error)
+            logger.exception("sampling for %d requests failed; sampling them one by one", len(sequences))
+            return [self._sample_alone(s, logits[row : row + 1]) for row, s in enumerate(sequences)]
+        return list(zip(sequences, token_ids, logprobs, strict=True))
+
+    def _sample_alone(
+        self, sequence: Sequence, logits: torch.Tensor
+    ) -> tuple[Sequence, int, Logprobs | None]:
+        try:
+            token_ids, logprobs = self.sampler.sample(logits, [sequence.sampling])
+        except Exception as error:
+            self._reraise_if_fatal(error)
+            logger.exception("sampling failed with this request alone")
+            return sequence, -1, None
+        return sequence, token_ids[0], logprobs[0]
+
+    def _note_prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> None:
+        """Position p's logits tell of token p + 1; recomputing after a preemption must not add any twice.
+
+        hidden: [chunk length, D]. A picture's placeholder may lie outside the vocabulary: its probability is 0.
+        """
+        sequence = chunk.sequence
+        noted, count = sequence.prompt_logprobs, sequence.sampling.params.prompt_logprobs
+        assert noted is not None
+        assert count is not None
+        first = max(chunk.start, len(noted))
+        last = min(chunk.stop, sequence.num_prompt_tokens - 1)
+        vocabulary = self.runner.vocab_size
+        for start in range(first, last, PROMPT_ROWS):
+            stop = min(start + PROMPT_ROWS, last)
+            targets = sequence.token_ids[start + 1 : stop + 1]
+            with torch.inference_mode():
+                logits = self.runner.family.logits(hidden[start - chunk.start : stop - chunk.start])
+                entries = prompt_logprobs(logits, [min(t, vocabulary - 1) for t in targets], count)
+            for target, entry in zip(targets, entries, strict=True):
+                if target >= vocabulary:
+                    entry.token_ids[0], entry.logprobs[0], entry.ranks[0] = target, -math.inf, vocabulary
+            noted += entries
+
     def _fail(self, sequence: Sequence, message: str, outputs: list[Output]) -> None:
         outputs.append(Output(sequence.request_id, [], finish="error", error=message))
         self._drop(sequence)
@@ -207,29 +298,14 @@ def _finish(sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int
     """Whether the newest token ends the answer: (reason, the stop id that did it)."""
     params = sequence.sampling.params
     if sequence.num_output_tokens >= params.min_tokens:
-        if not params.ignore_eos and token_id in sequence.sampling.eos_token_ids:
+        if not params.ignore_eos and token_id in sequence.eos_token_ids:
             return "stop", None
-        if token_id in params.stop_token_ids:
+        if token_id in sequence.stop_token_ids:
             return "stop", token_id
     if sequence.num_output_tokens >= sequence.max_tokens:
         return "length", None
     return None, None
 
 
-def _note_prompt_logprobs(chunk: Chunk, rows: torch.Tensor) -> None:
-    """Position p's logits tell of token p + 1; recomputing after a preemption must not add any twice."""
-    sequence = chunk.sequence
-    assert sequence.prompt_logprobs is not None
-    count = sequence.sampling.params.prompt_logprobs
-    assert count is not None
-    first = max(chunk.start, len(sequence.prompt_logprobs))
-    last = min(chunk.stop, sequence.num_prompt_tokens - 1)
-    if first < last:
-        targets = sequence.token_ids[first + 1 : last + 1]
-        sequence.prompt_logprobs += prompt_logprobs(
-            rows[first - chunk.start : last - chunk.start], targets, count
-        )
-
-
-def _refusal(request_id: int, message: str) -> Output:
-    return Output(request_id, [], finish="error", error=message)
+def _refusal(add: Add, message: str) -> list[Output]:
+    return [Output(request_id, [], finish="error", error=message) for request_id in add.answer_ids]

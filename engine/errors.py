@@ -15,5 +15,9 @@ class EngineDead(EngineError):
     """The engine process is gone; the requests it held are lost."""
 
 
+class EngineStopped(EngineDead):
+    """The engine was asked to stop, in good order, while it held the request."""
+
+
 class RequestRejected(EngineError):
-    """The engine refuses this request alone; the message may be shown to the client."""
+    """This request cannot be handed to the engine; the message may be shown to the client."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from engine.client import EngineClient, OutputStream
 from engine.config import EngineConfig
-from engine.errors import EngineDead, EngineError
+from engine.errors import EngineDead
 from engine.messages import Add, Ready, Stats
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,9 @@ LONGEST_PAUSE_SECONDS = 30.0
 
 PING_SECONDS = 2.0
 """Pause between two looks at whether an engine's loop still turns."""
+
+SUSPECT_SECONDS = 10.0
+"""An engine whose loop has not turned for this long gets no new requests while others are well."""
 
 STUCK_SECONDS = 120.0
 """An engine whose loop has not turned for this long is killed and restarted. A step is one turn, so this must be
@@ -60,21 +63,18 @@ class Replica:
 
 
 class Ticket:
-    """A submitted request: where it went, under which ids, and where its outputs come."""
+    """A submitted request: where it went, the ids of its answers, and where their outputs come."""
 
     __slots__ = ("client", "ids", "stream")
 
-    def __init__(self, client: EngineClient, stream: OutputStream, ids: list[int]) -> None:
+    def __init__(self, client: EngineClient, stream: OutputStream, ids: range) -> None:
         self.client = client
         self.stream = stream
         self.ids = ids
 
-    def abort(self) -> None:
-        for request_id in self.ids:
-            self.client.abort(request_id)
-
-    def abort_one(self, request_id: int) -> None:
-        self.client.abort(request_id)
+    def abort(self, ids: Sequence[int] | None = None) -> None:
+        """Some of the answers, or all."""
+        self.client.abort(self.ids if ids is None else ids)
 
 
 class EngineGroup:
@@ -85,10 +85,12 @@ class EngineGroup:
         configs: Sequence[EngineConfig],
         *,
         retry_threshold: int = 3,
+        loading_seconds: float = 1800.0,
         stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
         """retry_threshold: failures of a replica, with no answered request between them, that a restart
-        answers; after one more it is given up."""
+        answers; after one more it is given up. loading_seconds: what one restart may take."""
+        self._loading_seconds = loading_seconds
         self._retry_threshold = retry_threshold
         self._stuck_seconds = stuck_seconds
         self.replicas = [Replica(number, config) for number, config in enumerate(configs)]
@@ -110,13 +112,20 @@ class EngineGroup:
                 await self.close()
                 raise result
         self._keepers = [
-            asyncio.create_task(work(replica)) for replica in self.replicas for work in (self._keep, self._watch)
+            asyncio.create_task(work(replica))
+            for replica in self.replicas
+            for work in (self._keep, self._watch)
         ]
         return self.facts
 
     @property
     def alive(self) -> list[Replica]:
         return [replica for replica in self.replicas if replica.client.alive]
+
+    @property
+    def responsive(self) -> list[Replica]:
+        """Those whose loop has turned lately."""
+        return [replica for replica in self.alive if replica.client.silent_for < SUSPECT_SECONDS]
 
     @property
     def given_up(self) -> bool:
@@ -127,15 +136,15 @@ class EngineGroup:
         """Return when next a replica has died, come back, or been given up."""
         await self._change.wait()
 
-    def submit(self, adds: Sequence[Add], keys: Sequence[bytes] = ()) -> Ticket:
-        """Send one request, or the n answers of one, to one replica. Raises EngineDead when none is alive.
+    def submit(self, add: Add, keys: Sequence[bytes] = ()) -> Ticket:
+        """Send a request to one replica. Raises EngineDead when none can take it, and RequestRejected.
 
         keys: what the replica would profit from having seen, most telling first (pictures, the prompt's
         beginning).
         """
         replica = self._choose(keys)
         client, stream = replica.client, OutputStream()
-        ids = [client.submit(add, stream) for add in adds]
+        ids = client.submit(add, stream)
         for key in keys:
             self._places[key] = replica.number
             self._places.move_to_end(key)
@@ -162,7 +171,7 @@ class EngineGroup:
         await asyncio.gather(*(replica.client.stop() for replica in self.replicas), return_exceptions=True)
 
     def _choose(self, keys: Sequence[bytes]) -> Replica:
-        alive = self.alive
+        alive = self.responsive or self.alive
         if not alive:
             raise EngineDead("no engine process is running")
         least = min(alive, key=lambda replica: replica.client.num_requests)
@@ -171,7 +180,7 @@ class EngineGroup:
             if number is None:
                 continue
             known = self.replicas[number]
-            if known.client.alive and known.client.num_requests <= least.client.num_requests + AFFINITY_SLACK:
+            if known in alive and known.client.num_requests <= least.client.num_requests + AFFINITY_SLACK:
                 return known
         return least
 
@@ -181,33 +190,42 @@ class EngineGroup:
 
     async def _keep(self, replica: Replica) -> None:
         """Restart the replica's process whenever it dies, until it dies too often."""
-        while not self._closing:
-            code = await replica.client.wait_dead()
-            served = replica.client.answered
-            await replica.client.stop()
-            replica.retire()
-            replica.failures = 1 if served else replica.failures + 1
-            self._announce()
-            logger.error("engine process of replica %d ended with code %s", replica.number, code)
-            while replica.failures <= self._retry_threshold:
-                await asyncio.sleep(_pause(replica.failures))
-                self.restarts += 1
-                try:
-                    await replica.client.start()
-                except EngineError as error:
-                    logger.error("replica %d did not start again: %s", replica.number, error)
-                    await replica.client.stop()
-                    replica.retire()
-                    replica.failures += 1
-                else:
-                    logger.info("replica %d is back", replica.number)
-                    self._announce()
-                    break
-            else:
-                logger.critical("replica %d is given up after %d failures", replica.number, replica.failures)
-                replica.given_up = True
+        try:
+            while not self._closing:
+                await replica.client.wait_dead()
+                served = replica.client.answered
+                await replica.client.stop()
+                code = replica.client.returncode
+                replica.retire()
+                replica.failures = 1 if served else replica.failures + 1
                 self._announce()
-                return
+                logger.error("engine process of replica %d ended with code %s", replica.number, code)
+                if not await self._restart(replica):
+                    return
+        finally:
+            replica.given_up = True
+            self._announce()
+
+    async def _restart(self, replica: Replica) -> bool:
+        """Try until it is back, or has failed too often."""
+        while replica.failures <= self._retry_threshold:
+            await asyncio.sleep(_pause(replica.failures))
+            self.restarts += 1
+            try:
+                async with asyncio.timeout(self._loading_seconds):
+                    await replica.client.start()
+            except Exception as error:
+                logger.error(
+                    "replica %d did not start again: %s", replica.number, error or type(error).__name__
+                )
+                replica.retire()
+                replica.failures += 1
+            else:
+                logger.info("replica %d is back", replica.number)
+                self._announce()
+                return True
+        logger.critical("replica %d is given up after %d failures", replica.number, replica.failures)
+        return False
 
     async def _watch(self, replica: Replica) -> None:
         """Kill the replica's process when its loop has stopped turning; `_keep` does the rest."""

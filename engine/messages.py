@@ -67,15 +67,23 @@ class Picture(msgspec.Struct, array_like=True):
 
 
 class Add(msgspec.Struct, tag=True):
-    """A new request. `request_id` is chosen by the front and unique per engine process."""
+    """A new request: one prompt and its answers, numbered `request_id`, `request_id + 1`, …, one for each seed.
+
+    The ids are chosen by the front and unique per engine process. Prompt log probabilities come with the first
+    answer alone.
+    """
 
     request_id: int
     token_ids: list[int]
     params: SamplingParams
-    seed: int
+    seeds: list[int]
     eos_token_ids: tuple[int, ...]
     pictures: list[Picture] = []
     priority: int = 0
+
+    @property
+    def answer_ids(self) -> range:
+        return range(self.request_id, self.request_id + len(self.seeds))
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -96,7 +104,7 @@ ToEngine = Add | Abort | Ping | Shutdown
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The model is loaded and a first step has run."""
+    """The model is loaded and has answered a first request of its own."""
 
     max_model_len: int
     max_num_seqs: int

@@ -39,6 +39,9 @@ logger = logging.getLogger("engine.process")
 
 _PR_SET_PDEATHSIG = 1
 
+MESSAGES_PER_STEP = 64
+"""Messages taken in between two steps at most, so that a flood of new requests does not stop the running ones."""
+
 
 class Channel:
     """The engine's end of the socket: blocking, one reader thread, one writer."""
@@ -70,6 +73,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     torch.set_num_threads(config.threads or default_threads(config))
     try:
         engine = Engine.load(config)
+        engine.warm_up()
     except EngineError as error:
         channel.send(LoadFailed(str(error)))
         return
@@ -88,38 +92,32 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
     threading.Thread(target=_read_all, args=(channel, inbox), daemon=True, name="reader").start()
     while True:
-        message = _next(inbox, block=not engine.has_work)
         refused: list[Output] = []
-        while message is not _EMPTY:
+        changed = False
+        for message in _take(inbox, block=not engine.has_work):
             if message is None or isinstance(message, Shutdown):
                 return
             if isinstance(message, Add):
-                refusal = engine.add(message)
-                if refusal is not None:
-                    refused.append(refusal)
+                refused += engine.add(message)
             elif isinstance(message, Abort):
+                changed = True
                 for request_id in message.request_ids:
                     engine.abort(request_id)
             elif isinstance(message, Ping):
                 channel.send(Pong(message.number, engine.stats()))
-            message = _next(inbox, block=False)
         outputs = refused + engine.step()
-        if outputs or not engine.has_work:
+        if outputs or changed:
             channel.send(StepDone(outputs, engine.stats()))
 
 
-class _Empty:
-    """No message is waiting."""
-
-
-_EMPTY = _Empty()
-
-
-def _next(inbox: queue.SimpleQueue[ToEngine | None], *, block: bool) -> ToEngine | _Empty | None:
-    try:
-        return inbox.get(block=block)
-    except queue.Empty:
-        return _EMPTY
+def _take(inbox: queue.SimpleQueue[ToEngine | None], *, block: bool) -> Iterator[ToEngine | None]:
+    """What has come, at most MESSAGES_PER_STEP of it; at least one message when `block`."""
+    for _ in range(MESSAGES_PER_STEP):
+        try:
+            yield inbox.get(block=block)
+        except queue.Empty:
+            return
+        block = False
 
 
 def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | None]) -> None:
@@ -153,8 +151,8 @@ def main() -> None:
         else:
             channel = Channel(sock)
             serve(channel, channel.read_config())
-    except BrokenPipeError:
-        logger.info("the front is gone")
+    except OSError:
+        logger.info("the front is gone", exc_info=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ ENCODE_BATCH = 16
 
 @dataclass(slots=True)
 class StepLogits:
-    """samples [number of chunks that sample, V], in the chunks' order; prompts: [chunk length, V] per chunk that
-    wants the log probabilities of its prompt."""
+    """samples [number of chunks that sample, V], in the chunks' order; prompts: the hidden states [chunk length, D]
+    of each chunk that wants the log probabilities of its prompt (its logits at once could be gigabytes)."""
 
     samples: torch.Tensor
     prompts: dict[int, torch.Tensor]
@@ -96,7 +96,8 @@ class ModelRunner:
                 for picture in some
             ]
             for picture, features in zip(some, self.family.encode(tensors), strict=True):
-                self.encoder_cache.put(picture.digest, features)
+                # a copy, so that keeping one does not keep the whole batch
+                self.encoder_cache.put(picture.digest, features.clone())
 
     @torch.inference_mode()
     def run(self, chunks: Items[ChunkInput]) -> StepLogits:
@@ -123,7 +124,7 @@ class ModelRunner:
         )
         return StepLogits(
             samples=self.family.logits(picked),
-            prompts={index: self.family.logits(hidden[span]) for index, span in whole.items()},
+            prompts={index: hidden[span] for index, span in whole.items()},
         )
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:

@@ -55,6 +55,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and give its blocks back."""
+        sequence.finished = True
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -82,8 +83,11 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Start waiting sequences while there are tokens, places and blocks for them."""
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                return
+            if self.pool.prefix_caching and sequence.waits_for_leader:
+                continue
             sequence.num_computed = self.pool.reuse_prefix(sequence)
             length = min(sequence.num_uncomputed, budget)
             if not self._fits(sequence, sequence.num_computed + length):
@@ -93,7 +97,8 @@ class Scheduler:
             self.pool.allocate(sequence, sequence.num_computed + length)
             if sequence.cached_tokens < 0:
                 sequence.cached_tokens = sequence.num_computed
-            self.waiting.pop(0)
+                self.pool.count(sequence)
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             chunks.append(Chunk(sequence, sequence.num_computed, length))
             budget -= length

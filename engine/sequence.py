@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.messages import Add, Picture
 from engine.sampler import Logprobs, SamplingState
 
@@ -14,6 +16,8 @@ class Sequence:
 
     `num_computed` chases `num_tokens`: the keys and values of that many tokens are in the cache. There is no
     prefill or decode phase; whoever has one token left to compute is decoding.
+
+    leader: the first answer to the same prompt, whose blocks this one waits for instead of computing them too.
     """
 
     request_id: int
@@ -31,28 +35,43 @@ class Sequence:
     cached_tokens: int = -1
     prompt_logprobs: list[Logprobs] | None = None
     prompt_logprobs_sent: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    leader: Sequence | None = None
+    finished: bool = False
 
     @classmethod
-    def from_message(cls, add: Add, *, max_model_len: int, order: int) -> Sequence:
+    def from_message(cls, add: Add, *, max_model_len: int, order: int) -> list[Sequence]:
+        """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise."""
         room = max_model_len - len(add.token_ids)
         wanted = add.params.max_tokens
-        return cls(
-            request_id=add.request_id,
-            token_ids=list(add.token_ids),
-            num_prompt_tokens=len(add.token_ids),
-            pictures=add.pictures,
-            sampling=SamplingState(
-                params=add.params,
-                prompt_token_ids=add.token_ids,
-                output_token_ids=[],
-                eos_token_ids=add.eos_token_ids,
-                seed=add.seed,
-            ),
-            max_tokens=room if wanted is None else min(wanted, room),
-            priority=add.priority,
-            order=order,
-            prompt_logprobs=[] if add.params.prompt_logprobs is not None else None,
-        )
+        stop_token_ids, eos_token_ids = frozenset(add.params.stop_token_ids), frozenset(add.eos_token_ids)
+        sequences: list[Sequence] = []
+        for number, seed in enumerate(add.seeds):
+            params = add.params if number == 0 else msgspec.structs.replace(add.params, prompt_logprobs=None)
+            sequences.append(
+                cls(
+                    request_id=add.request_id + number,
+                    token_ids=list(add.token_ids),
+                    num_prompt_tokens=len(add.token_ids),
+                    pictures=add.pictures,
+                    sampling=SamplingState(
+                        params=params,
+                        prompt_token_ids=add.token_ids,
+                        output_token_ids=[],
+                        eos_token_ids=add.eos_token_ids,
+                        seed=seed,
+                    ),
+                    max_tokens=room if wanted is None else min(wanted, room),
+                    priority=add.priority,
+                    order=order + number,
+                    prompt_logprobs=[] if params.prompt_logprobs is not None else None,
+                    stop_token_ids=stop_token_ids,
+                    eos_token_ids=eos_token_ids,
+                    leader=sequences[0] if sequences else None,
+                )
+            )
+        return sequences
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +89,12 @@ class Sequence:
     def is_decoding(self) -> bool:
         """The prompt is in the cache and exactly the newest token is not."""
         return self.num_output_tokens > 0 and self.num_uncomputed == 1
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """The prompt is being computed for another answer; in a moment it can be shared."""
+        leader = self.leader
+        return leader is not None and not leader.finished and leader.num_computed < leader.num_prompt_tokens
 
     @property
     def rank(self) -> tuple[int, int]:

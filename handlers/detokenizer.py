@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+MOST_TEXTLESS = 16
+"""Tokens that may go without text. The longest character is four bytes; special tokens have no text either."""
+
 
 class Detokenizer:
     """The text of one answer.
@@ -35,6 +38,7 @@ class Detokenizer:
         self._min_tokens = min_tokens
         self._longest_stop = max((len(text) for text in self._stop), default=0)
         self._count = 0
+        self._textless: list[int] = []
         self._held = ""
         self.stopped_by: str | None = None
         """The stop string that ended the answer."""
@@ -65,13 +69,24 @@ class Detokenizer:
         return held
 
     def _step(self, token_id: int) -> str:
-        """A stream that met bytes which are no text begins anew after them."""
+        """Bytes that are no text show as U+FFFD once no character can come of them; the stream then begins anew
+        (it would otherwise decode all of them again for each further token)."""
+        self._textless.append(token_id)
         try:
-            return self._stream.step(self._tokenizer, token_id) or ""
-        except Exception:
-            # tokenizers raises a bare Exception when earlier text changes under a later token
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
-            return self._stream.step(self._tokenizer, token_id) or ""
+            text = self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # tokenizers raises a bare Exception when earlier text changes under a later token
+            text = ""
+            self._begin_anew()
+        if text:
+            self._textless.clear()
+        elif len(self._textless) >= MOST_TEXTLESS:
+            text = str(self._tokenizer.decode(self._textless, skip_special_tokens=self._skip_special_tokens))
+            self._begin_anew()
+        return text
+
+    def _begin_anew(self) -> None:
+        self._textless.clear()
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
 
     def _find_stop(self, pending: str) -> int | None:
         """Where the text ends at the stop string that is complete first; None when there is none."""

@@ -50,7 +50,7 @@ class Prompt:
                 )
             )
             token_ids += prepared.token_ids
-        return Add(0, token_ids, params, seed, EOS, pictures)
+        return Add(0, token_ids, params, [seed], EOS, pictures)
 
     @property
     def images(self) -> list[Image.Image]:
@@ -108,8 +108,7 @@ def run_all(engine: Engine, adds: list[Add], *, max_steps: int = 10_000) -> dict
     results: dict[int, Result] = {}
     for number, add in enumerate(adds):
         add.request_id = number
-        refusal = engine.add(add)
-        collect(results, [refusal] if refusal else [])
+        collect(results, engine.add(add))
     for _ in range(max_steps):
         if not engine.has_work:
             return results

@@ -14,8 +14,8 @@ SIZE = 4
 
 
 def sequence(token_ids: list[int], pictures: list[Picture] | None = None) -> Sequence:
-    add = Add(0, token_ids, SamplingParams(), 0, (), pictures or [])
-    return Sequence.from_message(add, max_model_len=1000, order=0)
+    add = Add(0, token_ids, SamplingParams(), [0], (), pictures or [])
+    return Sequence.from_message(add, max_model_len=1000, order=0)[0]
 
 
 def compute(pool: BlockPool, seq: Sequence) -> None:
@@ -59,7 +59,7 @@ def test_what_was_used_longest_ago_is_forgotten_first() -> None:
     assert pool.reuse_prefix(sequence([*range(100, 108), 1])) == 8
 
 
-def test_discarded_blocks_are_never_found_and_shared_ones_are_left_alone() -> None:
+def test_discarded_blocks_are_never_found_and_shared_ones_are_not_handed_out() -> None:
     pool = BlockPool(16, SIZE)
     first = sequence(list(range(9)))
     compute(pool, first)
@@ -70,7 +70,8 @@ def test_discarded_blocks_are_never_found_and_shared_ones_are_left_alone() -> No
     assert set(own).isdisjoint(first.block_table)
     assert set(own) == set(second.block_table[2:])
     pool.release(second)
-    assert pool.reuse_prefix(sequence([*range(8), 50, 51, 52, 53, 54])) == 8
+    assert pool.reuse_prefix(sequence([*range(8), 50, 51, 52, 53, 54])) == 0
+    assert pool.num_used == len(first.block_table)
 
 
 @settings(max_examples=150, deadline=None)

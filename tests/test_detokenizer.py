@@ -68,6 +68,14 @@ def test_special_tokens_are_shown_only_when_asked_for(skip: bool, want: str) -> 
     assert "".join(feed(Detokenizer(TOKENIZER, skip_special_tokens=skip), token_ids)) == want
 
 
+def test_bytes_that_never_become_a_character_are_shown_and_cost_the_same_each() -> None:
+    continuation = ids("é")[1]
+    detokenizer = Detokenizer(TOKENIZER)
+    pieces = [detokenizer.push(continuation) for _ in range(4000)]
+    assert "".join(pieces) == "\ufffd" * 4000
+    assert "".join(feed(detokenizer, ids("done"))) == "done"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 263), max_size=40))
 def test_no_tokens_crash_it(token_ids: list[int]) -> None:

@@ -4,13 +4,17 @@ on company."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engine.engine import Engine
+from engine.errors import EngineError
 from engine.messages import Add
+from engine.sampler import Logprobs, SamplingState
 from engine.sampling_params import SamplingParams
 from tests.engine_driver import EOS, Oracle, Prompt, Result, collect, load_engine, random_image, run_all
 from tests.models import make_llava
@@ -42,7 +46,7 @@ def one(engine: Engine, add: Add) -> Result:
 def text(
     *token_ids: int, params: SamplingParams | None = None, seed: int = 0, eos: tuple[int, ...] = EOS
 ) -> Add:
-    return Add(0, list(token_ids), params or greedy(), seed, eos)
+    return Add(0, list(token_ids), params or greedy(), [seed], eos)
 
 
 def test_an_answer_ends_at_the_models_own_end(engine: Engine, oracle: Oracle) -> None:
@@ -110,7 +114,7 @@ def test_a_request_with_nan_fails_alone_and_poisons_nobody_later(path: Path, ora
     poisoned.pictures[0].tensors["pixel_values"] = type(tensor).pack(poison)
     results = run_all(engine, [poisoned, text(7, 8, 9)])
     assert results[0].finish == "error"
-    assert "NaN" in str(results[0].outputs[-1].error)
+    assert "no usable probabilities" in str(results[0].outputs[-1].error)
     assert results[1].token_ids == oracle.generate(Prompt([7, 8, 9]), 12)
     for start in range(0, 60, 7):
         prompt = Prompt(list(range(start, start + 61)))
@@ -136,6 +140,105 @@ def test_a_step_that_raises_for_one_request_is_finished_for_the_others(
     assert engine.pool.num_used == 0
 
 
+def test_a_sampler_that_raises_for_one_request_fails_it_alone(
+    engine: Engine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No parameter is known that makes the sampler raise, so it is made to, for one marked seed."""
+    real = engine.sampler.sample
+
+    def sample(
+        logits: torch.Tensor, states: Sequence[SamplingState]
+    ) -> tuple[list[int], list[Logprobs | None]]:
+        if any(state.seed == 13 for state in states):
+            raise RuntimeError("provoked")
+        return real(logits, states)
+
+    monkeypatch.setattr(engine.sampler, "sample", sample)
+    results = run_all(engine, [text(1, 2, 3), text(4, 5, seed=13)])
+    assert results[1].finish == "error"
+    assert results[0].token_ids == oracle.generate(Prompt([1, 2, 3]), 12)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("provoked"), torch.AcceleratorError("provoked")])
+def test_an_engine_that_fails_every_request_ends_instead_of_living_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A broken accelerator cannot be had here, so every run raises; the process then dies and is replaced."""
+
+    def run(chunks: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine.executor, "run", run)
+
+    def serve_twenty() -> None:
+        for _ in range(20):
+            run_all(engine, [text(1, 2, 3)])
+
+    with pytest.raises((EngineError, torch.AcceleratorError)):
+        serve_twenty()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop_token_ids": (2**63,)},
+        {"stop_token_ids": (-(2**63),)},
+        {"top_k": 2**63},
+        {"min_tokens": 2**63},
+        {"logit_bias": {2**63: 1.0}},
+        {"logit_bias": {-5: 1.0, 10**6: 1.0}},
+        {"max_tokens": 2**63},
+    ],
+)
+def test_absurd_parameters_harm_nobody(engine: Engine, oracle: Oracle, params: dict[str, Any]) -> None:
+    results = run_all(engine, [text(1, 2, 3), text(4, 5, params=greedy(**params))], max_steps=1000)
+    assert results[0].token_ids == oracle.generate(Prompt([1, 2, 3]), 12)
+    assert results[1].finish is not None
+
+
+def test_answers_to_one_prompt_share_its_computation(path: Path, oracle: Oracle) -> None:
+    engine = load_engine(path, block_size=4)
+    params = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True, prompt_logprobs=None)
+    add = Prompt([*range(30), random_image(1), 9]).add(oracle.preprocessor, params)
+    add.seeds = [5, 6, 7, 8]
+    results = run_all(engine, [add])
+    assert len(results) == 4
+    assert len({tuple(result.token_ids) for result in results.values()}) > 1
+    assert [results[n].outputs[0].cached_tokens for n in range(4)] == [0, 44, 44, 44]
+    add.seeds = [7]
+    assert run_all(load_engine(path), [add])[0].token_ids == results[2].token_ids
+
+
+def test_prompt_logprobs_come_once_for_all_answers(path: Path) -> None:
+    add = text(1, 2, 3, params=greedy(prompt_logprobs=1, max_tokens=2, ignore_eos=True))
+    add.seeds = [1, 2]
+    results = run_all(load_engine(path), [add])
+    assert results[0].outputs[0].prompt_logprobs is not None
+    assert results[1].outputs[0].prompt_logprobs is None
+
+
+def test_aborting_the_first_answer_lets_the_others_go_on(engine: Engine) -> None:
+    add = text(*range(60), params=greedy(max_tokens=3, ignore_eos=True))
+    add.seeds = [1, 2]
+    engine.add(add)
+    engine.abort(0)
+    results: dict[int, Result] = {}
+    for _ in range(20):
+        collect(results, engine.step())
+    assert results[1].finish == "length"
+
+
+def test_picture_tokens_beyond_the_vocabulary_have_no_probability(tmp_path: Path) -> None:
+    oracle = Oracle(make_llava(tmp_path, vocab_size=259))
+    add = Prompt([1, random_image(1), 2]).add(oracle.preprocessor, greedy(max_tokens=1, prompt_logprobs=0))
+    result = one(load_engine(tmp_path), add)
+    prompt_logprobs = result.outputs[0].prompt_logprobs
+    assert prompt_logprobs is not None
+    assert [entry.logprobs[0] for entry in prompt_logprobs[:16]] == [float("-inf")] * 16
+    assert prompt_logprobs[16].token_ids[0] == 2
+    assert prompt_logprobs[16].logprobs[0] > float("-inf")
+
+
 def test_a_prefix_is_reused_and_a_different_picture_is_not(path: Path, oracle: Oracle) -> None:
     engine = load_engine(path, block_size=4)
     beginning = list(range(20))
@@ -149,6 +252,7 @@ def test_a_prefix_is_reused_and_a_different_picture_is_not(path: Path, oracle: O
     assert changed.outputs[0].cached_tokens == 20
     assert changed.token_ids == oracle.generate(other, 12)
     assert engine.stats().encoder_hits == 1
+    assert engine.stats().prefix_hits == 56
 
 
 def test_decodes_are_not_starved_by_a_long_prompt(path: Path) -> None:
@@ -264,3 +368,11 @@ def test_the_encoder_cache_keeps_to_its_budget(path: Path, oracle: Oracle) -> No
         while engine.has_work:
             collect(results, engine.step())
         assert engine.runner.encoder_cache.used_bytes <= 2 * one_picture
+
+
+def test_cached_pictures_do_not_keep_their_whole_batch_in_memory(engine: Engine, oracle: Oracle) -> None:
+    adds = [Prompt([random_image(n), 1]).add(oracle.preprocessor, greedy(max_tokens=1)) for n in range(4)]
+    run_all(engine, adds)
+    for add in adds:
+        features = engine.runner.encoder_cache[add.pictures[0].digest]
+        assert features.untyped_storage().nbytes() == features.nbytes

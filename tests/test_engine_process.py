@@ -8,13 +8,14 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from engine.client import EngineClient, OutputStream
 from engine.config import EngineConfig
-from engine.errors import EngineDead, ModelLoadError
+from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
 from engine.group import EngineGroup
 from engine.messages import Add, Output
 from engine.sampling_params import SamplingParams
@@ -58,7 +59,7 @@ async def running_group(configs: Sequence[EngineConfig], **settings: float) -> A
 
 def endless(tokens: int = 400) -> Add:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    return Add(0, [5, 6, 7], params, 0, EOS)
+    return Add(0, [5, 6, 7], params, [0], EOS)
 
 
 async def finish(stream: OutputStream) -> list[Output]:
@@ -132,7 +133,7 @@ def test_killing_one_rank_ends_the_group_and_fails_its_requests(llava: Path) -> 
 def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)]) as group:
-            ticket = group.submit([endless()])
+            ticket = group.submit(endless())
             await ticket.stream.get()
             pid = group.replicas[0].client.pid
             assert pid is not None
@@ -141,13 +142,13 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
                 await fails(ticket.stream)
             assert not group.alive
             with pytest.raises(EngineDead):
-                group.submit([endless()])
+                group.submit(endless())
             async with asyncio.timeout(60):
                 while not group.alive:
                     await group.changed()
             assert group.replicas[0].client.pid != pid
             assert group.restarts == 1
-            again = group.submit([endless(5)])
+            again = group.submit(endless(5))
             assert len(await finish(again.stream)) == 5
 
     asyncio.run(scenario())
@@ -156,7 +157,7 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
 def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)], stuck_seconds=1.0) as group:
-            ticket = group.submit([endless()])
+            ticket = group.submit(endless())
             await ticket.stream.get()
             pid = group.replicas[0].client.pid
             assert pid is not None
@@ -165,7 +166,7 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
                 await fails(ticket.stream)
                 while group.restarts == 0 or not group.alive:
                     await group.changed()
-            again = group.submit([endless(3)])
+            again = group.submit(endless(3))
             assert len(await finish(again.stream)) == 3
 
     asyncio.run(scenario())
@@ -186,13 +187,82 @@ def test_an_engine_that_dies_again_and_again_is_given_up(llava: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.group.PING_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        async with running_group([config(llava)], retry_threshold=1) as group:
+            async with asyncio.timeout(90):
+                for _ in range(2):
+                    while not group.alive:
+                        await group.changed()
+                    assert await group.replicas[0].client.ping(10**6, 5.0)
+                    group.replicas[0].client.kill()
+                    while group.alive:
+                        await group.changed()
+                while not group.given_up:
+                    await group.changed()
+            assert group.restarts == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_restart_that_the_machine_refuses_is_tried_again(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava)]) as group:
+            real, refused = asyncio.create_subprocess_exec, []
+
+            async def refuse_once(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+                if not refused:
+                    refused.append(True)
+                    raise OSError(12, "Cannot allocate memory")
+                return await real(*args, **kwargs)
+
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse_once)
+            group.replicas[0].client.kill()
+            async with asyncio.timeout(60):
+                while group.restarts < 2 or not group.alive:
+                    await group.changed()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_cannot_be_sent_leaves_nothing_behind(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running(EngineClient(config(llava))) as client:
+            add = endless(3)
+            add.seeds = [1, 2**64]
+            with pytest.raises(RequestRejected):
+                client.submit(add, OutputStream())
+            assert client.num_requests == 0
+            assert len(await answer(client, endless(3))) == 3
+
+    asyncio.run(scenario())
+
+
+def test_an_orderly_stop_is_told_apart_from_a_crash(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running(EngineClient(config(llava))) as client:
+            stream = OutputStream()
+            client.submit(endless(), stream)
+            await client.stop()
+            with pytest.raises(EngineStopped):
+                await stream.get()
+
+    asyncio.run(scenario())
+
+
 def test_an_aborted_request_leaves_the_engine_within_a_step(llava: Path) -> None:
     async def scenario() -> None:
         async with running(EngineClient(config(llava))) as client:
             stream = OutputStream()
-            request_id = client.submit(endless(), stream)
+            (request_id,) = client.submit(endless(), stream)
             await stream.get()
-            client.abort(request_id)
+            client.abort([request_id])
             assert await client.ping(1, 5.0)
             assert client.stats.running == 0
             assert client.stats.blocks_used == 0
@@ -203,13 +273,13 @@ def test_an_aborted_request_leaves_the_engine_within_a_step(llava: Path) -> None
 def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava), config(llava)]) as group:
-            tickets = [group.submit([endless(30)]) for _ in range(8)]
+            tickets = [group.submit(endless(30)) for _ in range(8)]
             held = [replica.client.num_requests for replica in group.replicas]
             assert held == [4, 4]
             await asyncio.gather(*(finish(ticket.stream) for ticket in tickets))
-            first = group.submit([endless(3)], [b"picture"])
+            first = group.submit(endless(3), [b"picture"])
             await finish(first.stream)
-            second = group.submit([endless(3)], [b"picture"])
+            second = group.submit(endless(3), [b"picture"])
             await finish(second.stream)
             assert first.client is second.client
 
@@ -224,10 +294,10 @@ def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
         assert client._writer is not None
         client._writer.close()
         async with asyncio.timeout(10):
-            code = await client.wait_dead()
-        await client.stop()
-        assert code is not None
-        return code
+            await client.wait_dead()
+            await client.stop()
+        assert client.returncode is not None
+        return client.returncode
 
     assert asyncio.run(scenario()) == 0
 

@@ -69,7 +69,7 @@ def test_tokens_equal_generate_for_random_loads(model: tuple[Path, Oracle], seed
             params = SamplingParams(temperature=0.0, max_tokens=lengths[number])
             add = prompts[number].add(oracle.preprocessor, params)
             add.request_id = number
-            assert engine.add(add) is None
+            assert engine.add(add) == []
         collect(results, engine.step())
         for number in list(aborted):
             if number in results and len(results[number].token_ids) >= min(3, lengths[number]):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engine.families.base import PreparedPicture, Preprocessor
 from engine.messages import TensorData
 from handlers.errors import ImageError
-from handlers.request import ImagePart
+from handlers.request import ImagePart, LoadedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,10 @@ class ReadyPicture:
 
 
 class PicturePreparer:
-    """An LRU of prepared pictures under a memory budget in bytes, filled by a pool of threads."""
+    """An LRU of prepared pictures under a memory budget in bytes, filled by a pool of threads.
+
+    A picture that several requests show at the same time is prepared once.
+    """
 
     def __init__(self, preprocessor: Preprocessor, pool: ThreadPoolExecutor, cache_bytes: int) -> None:
         self._preprocessor = preprocessor
@@ -37,10 +40,17 @@ class PicturePreparer:
         self._budget = cache_bytes
         self._used = 0
         self._cache: OrderedDict[bytes, ReadyPicture] = OrderedDict()
+        self._under_way: dict[bytes, asyncio.Task[ReadyPicture]] = {}
 
     async def prepare(self, parts: Sequence[ImagePart]) -> list[ReadyPicture]:
-        """In the parts' order; all must be loaded. Raises ImageError for a picture the model cannot take."""
-        return list(await asyncio.gather(*(self._one(index, part) for index, part in enumerate(parts))))
+        """In the parts' order; all must be loaded, and none is afterwards: the decoded pictures are let go.
+
+        Raises ImageError for a picture the model cannot take.
+        """
+        ready = [await self._one(index, part) for index, part in enumerate(parts)]
+        for part in parts:
+            part.loaded = None
+        return ready
 
     async def _one(self, index: int, part: ImagePart) -> ReadyPicture:
         assert part.loaded is not None, "pictures are loaded before the backend sees them"
@@ -49,19 +59,26 @@ class PicturePreparer:
         if known is not None:
             self._cache.move_to_end(digest)
             return known
-        image = part.loaded.image
+        task = self._under_way.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._prepare(part.loaded))
+            self._under_way[digest] = task
+            task.add_done_callback(lambda _: self._under_way.pop(digest, None))
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._preprocessor.prepare, image
-            )
-        except ValueError as error:
+            return await asyncio.shield(task)
+        except Exception as error:
             raise ImageError(index, "the model's processor cannot prepare this picture") from error
+
+    async def _prepare(self, loaded: LoadedImage) -> ReadyPicture:
+        prepared = await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._preprocessor.prepare, loaded.image
+        )
         ready = ReadyPicture(
             prepared,
             {name: TensorData.pack(array) for name, array in prepared.tensors.items()},
-            hashlib.blake2b(digest + self._preprocessor.fingerprint, digest_size=16).digest(),
+            hashlib.blake2b(loaded.digest + self._preprocessor.fingerprint, digest_size=16).digest(),
         )
-        self._remember(digest, ready)
+        self._remember(loaded.digest, ready)
         return ready
 
     def _remember(self, digest: bytes, ready: ReadyPicture) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.errors import EngineDead, EngineError
+from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import EngineGroup, Ticket
 from engine.messages import Add, Output, Picture
 from engine.sampler import Logprobs
@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 LONG_PROMPT_CHARACTERS = 20_000
 """Prompts with more text than this are rendered and tokenised in a thread, not on the event loop."""
 
+MOST_TOKEN_IDS = 1024
+"""Tokens that logit_bias or stop_token_ids may name."""
+
 LOWEST_LOGPROB = -9999.0
 """Stands for a probability of zero, which JSON has no logarithm for; vLLM's value."""
 
@@ -64,6 +67,7 @@ class RollingBackend:
         self._group: EngineGroup | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
+        self._token_texts: dict[int, str] = {}
 
     @classmethod
     def from_settings(cls, settings: Settings, model_path: Path) -> RollingBackend:
@@ -76,9 +80,10 @@ class RollingBackend:
             self._group = EngineGroup(
                 plan_engines(self._settings, self._path, front.accelerators),
                 retry_threshold=self._settings.retry_threshold,
+                loading_seconds=self._settings.model_loading_timeout,
             )
             facts = await self._group.start()
-        except EngineError as error:
+        except (EngineError, OSError) as error:
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         self._front = front
         self._preparer = (
@@ -117,24 +122,28 @@ class RollingBackend:
             token_ids = token_ids[-request.truncate_prompt_tokens :]
         self._check(request, token_ids)
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
-        adds = [
-            Add(
-                request_id=0,
-                token_ids=token_ids,
-                params=request.sampling,
-                seed=seed + index,
-                eos_token_ids=self._front.eos_token_ids,
-                pictures=placed,
-                priority=request.priority,
-            )
-            for index in range(request.n)
-        ]
+        add = Add(
+            request_id=0,
+            token_ids=token_ids,
+            params=request.sampling,
+            seeds=[(seed + index) % 2**63 for index in range(request.n)],
+            eos_token_ids=self._front.eos_token_ids,
+            pictures=placed,
+            priority=request.priority,
+        )
         keys = [picture.digest for picture in placed]
         keys.append(b"".join(t.to_bytes(4, "little") for t in token_ids[:PREFIX_KEY_TOKENS]))
         try:
-            ticket = group.submit(adds, keys)
+            ticket = group.submit(add, keys)
         except EngineDead as error:
-            raise Unavailable("the engine is being restarted; try again", retry_after=5) from error
+            reason = (
+                "the engine failed too often"
+                if group.given_up
+                else "the engine is being restarted; try again"
+            )
+            raise Unavailable(reason, retry_after=5) from error
+        except RequestRejected as error:
+            raise InvalidRequest(str(error)) from error
         stats = PromptStats(
             prompt_tokens=len(token_ids),
             image_tokens=sum(picture.length for picture in placed),
@@ -142,15 +151,21 @@ class RollingBackend:
             prompt_text=rendered.text,
         )
         prime = () if isinstance(request.prompt, ChatPrompt) else tuple(token_ids[-8:])
-        return RollingGeneration(ticket, request.sampling, stats, self._front.tokenizer, prime)
+        return RollingGeneration(
+            ticket, request.sampling, stats, self._front.tokenizer, prime, self._token_texts
+        )
 
     def health(self) -> Health:
         group = self._group
         if group is None or not self._loaded:
             return Health(False, "the model is loading")
-        alive, total = len(group.alive), len(group.replicas)
+        alive, total = len(group.responsive), len(group.replicas)
         if alive == 0:
-            reason = "the engine failed too often" if group.given_up else "the engine is being restarted"
+            reason = "the engine is being restarted"
+            if group.given_up:
+                reason = "the engine failed too often"
+            elif group.alive:
+                reason = "the engine does not answer"
             return Health(False, reason)
         return Health(True, "ready" if alive == total else f"ready: {alive} of {total} replicas")
 
@@ -189,7 +204,8 @@ class RollingBackend:
     def _check(self, request: GenerationRequest, token_ids: Sequence[int]) -> None:
         """Raise InvalidRequest for what the engine would have to refuse."""
         longest, used = self.capabilities.max_model_len, len(token_ids)
-        wanted = request.sampling.max_tokens
+        params = request.sampling
+        wanted = params.max_tokens
         if used == 0:
             raise InvalidRequest("the prompt is empty")
         if used >= longest:
@@ -203,13 +219,15 @@ class RollingBackend:
                 f"of {longest} tokens: ask for at most {longest - used}",
                 param="max_tokens",
             )
-        bias = request.sampling.logit_bias
-        if bias and (bad := next((t for t in bias if not 0 <= t < self._front.vocab_size), None)) is not None:
-            raise InvalidRequest(
-                f"logit_bias names token {bad}, which is not in the vocabulary", param="logit_bias"
-            )
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            if len(ids) > MOST_TOKEN_IDS:
+                raise InvalidRequest(f"{name} names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}", param=name)
+            if (bad := next((t for t in ids if not 0 <= t < self._front.vocab_size), None)) is not None:
+                raise InvalidRequest(
+                    f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
+                )
         try:
-            request.sampling.validate()
+            params.validate()
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
 
@@ -224,7 +242,10 @@ class RollingGeneration:
         stats: PromptStats,
         tokenizer: PreTrainedTokenizerFast,
         prime: Sequence[int],
+        token_texts: dict[int, str],
     ) -> None:
+        """token_texts: what single tokens look like, filled as they are shown; shared by all requests."""
+        self._token_texts = token_texts
         self.stats = stats
         self._ticket = ticket
         self._params = params
@@ -247,8 +268,13 @@ class RollingGeneration:
         try:
             while self._open:
                 for output in await self._ticket.stream.get():
-                    if output.request_id in self._open:
-                        yield self._delta(output)
+                    if output.request_id not in self._open:
+                        continue
+                    if output.prompt_logprobs is not None:
+                        await asyncio.to_thread(self._note_prompt_logprobs, output.prompt_logprobs)
+                    yield self._delta(output)
+        except EngineStopped as error:
+            raise Unavailable("the server is stopping", retry_after=5) from error
         except EngineDead as error:
             raise EngineFailed(
                 "the engine process died while it worked on this request; try again"
@@ -267,8 +293,6 @@ class RollingGeneration:
         text = self._texts[index]
         if output.cached_tokens > 0:
             self.stats.cached_tokens = max(self.stats.cached_tokens, output.cached_tokens)
-        if output.prompt_logprobs is not None and self.stats.prompt_logprobs is None:
-            self.stats.prompt_logprobs = [None, *(self._position(entry) for entry in output.prompt_logprobs)]
         silent = output.finish == "stop" and not self._params.include_stop_str_in_output
         *body, last = output.token_ids
         pieces = [text.push(token) for token in body]
@@ -283,7 +307,7 @@ class RollingGeneration:
         )
         if text.stopped_by is not None:
             delta.finish_reason, delta.stop_reason = "stop", text.stopped_by
-            self._ticket.abort_one(output.request_id)
+            self._ticket.abort([output.request_id])
         elif output.finish is not None:
             delta.text += text.finish()
             delta.finish_reason = "length" if output.finish == "length" else "stop"
@@ -293,6 +317,9 @@ class RollingGeneration:
             self._open.discard(output.request_id)
         return delta
 
+    def _note_prompt_logprobs(self, entries: Sequence[Logprobs]) -> None:
+        self.stats.prompt_logprobs = [None, *(self._position(entry) for entry in entries)]
+
     def _position(self, entry: Logprobs) -> PositionLogprobs:
         chosen, *top = (
             TokenLogprob(token, self._token_text(token), max(logprob, LOWEST_LOGPROB), rank)
@@ -301,7 +328,11 @@ class RollingGeneration:
         return PositionLogprobs(chosen, tuple(top))
 
     def _token_text(self, token_id: int) -> str:
-        return str(self._tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False))
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = str(self._tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False))
+            self._token_texts[token_id] = text
+        return text
 
 
 class _Front:
