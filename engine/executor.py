@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineConfig
+from engine.cores import usable_cores
 from engine.environment import child_environment
 from engine.framing import read_frame, write_frame
 from engine.loader import load_family, read_config
@@ -163,7 +164,7 @@ def default_threads(config: EngineConfig) -> int:
     wished = os.environ.get("OMP_NUM_THREADS", "")
     if wished.isdecimal() and int(wished) > 0:
         return int(wished)
-    cores = (len(os.sched_getaffinity(0)) - 1) * config.cpu_share
+    cores = (usable_cores() - 1) * config.cpu_share
     return max(1, int(cores / config.tensor_parallel_degree))
 
 
