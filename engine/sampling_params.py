@@ -112,12 +112,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
             _require(0 <= token <= MAX_INTEGER, "stop_token_ids", token, f"token ids from 0 to {MAX_INTEGER}")
 
 
-def _require(holds: bool, name: str, value: float | None, allowed: str) -> None:
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {shown(value)}; allowed: {allowed}")
 
 
-def shown(value: float | None) -> str:
+def shown(value: object) -> str:
     """A number for a message: one of hundreds of digits is described instead."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"

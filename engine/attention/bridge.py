@@ -22,6 +22,7 @@ def rolling_attention(
     attention_mask: torch.Tensor | None,
     *,
     kernel: AttentionKernel,
+    tokens: int,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -29,19 +30,23 @@ def rolling_attention(
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, tokens, head_dim]; key, value [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim].
 
-    `kernel` arrives as a keyword argument of the model's own forward, which hands it down unchanged.
+    Only the first `tokens` are real, the others are padding. `kernel` and `tokens` arrive as keyword arguments of
+    the model's own forward, which hands them down unchanged.
     """
     if softcap is not None:
         raise ValueError("attention logit soft-capping is not supported by this engine's kernels")
     layer: int = module.layer_idx  # type: ignore[assignment]
     out = kernel.attend(
         layer,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query[0, :, :tokens].transpose(0, 1),
+        key[0, :, :tokens].transpose(0, 1),
+        value[0, :, :tokens].transpose(0, 1),
         scale=scaling,
         window=sliding_window,
     )
+    padding = query.shape[2] - tokens
+    if padding:
+        out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding))
     return out.unsqueeze(0), None
 
 
