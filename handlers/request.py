@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,10 +12,12 @@ from engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from handlers.images.memory import Share
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class LoadedImage:
     """A decoded picture: upright, RGB, shared and so never changed.
 
@@ -36,10 +38,18 @@ class ImagePart:
     """A picture named by the client; `loaded` is None until `handlers.images` has fetched and decoded it.
 
     url: `https:`, `http:` or `data:`, exactly as the client wrote it (never logged).
+    share: of the memory for decoded pictures, while it is loaded.
     """
 
     url: str
     loaded: LoadedImage | None = None
+    share: Share | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Let go of the decoded picture and of its memory, as early as nobody needs it; safe to call twice."""
+        self.loaded = None
+        if self.share is not None:
+            self.share.release()
 
 
 Part = TextPart | ImagePart
@@ -87,6 +97,9 @@ class GenerationRequest:
 
     deadline: `time.monotonic()` seconds after which the answer is worthless and is aborted; None for never.
     truncate_prompt_tokens: keep only this many last tokens of a text prompt without pictures.
+    max_tokens_is_default: the client did not ask for `sampling.max_tokens`: where the context has less room,
+    the answer is shorter. text_bytes: size of the body it came in without its pictures: what rendering may cost.
+    names: what the client calls a field where that is not its name here or in `sampling`.
     """
 
     request_id: str
@@ -99,6 +112,9 @@ class GenerationRequest:
     priority: int = 0
     deadline: float | None = None
     truncate_prompt_tokens: int | None = None
+    max_tokens_is_default: bool = False
+    text_bytes: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
     arrival: float = field(default_factory=time.monotonic)
 
     def images(self) -> Iterator[ImagePart]:

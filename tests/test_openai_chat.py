@@ -164,7 +164,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         presence_penalty=0.2,
         frequency_penalty=-0.2,
         logit_bias={50: -100.0, 7: 1.5},
-        seed=-3,
+        seed=2**63 - 3,
         stop=("\n", "END"),
         stop_token_ids=(3, 4),
         ignore_eos=True,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from engine.sampling_params import SamplingParams
+from msgspec import Meta
+
+from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError
 from handlers.request import GenerationRequest
@@ -14,6 +17,9 @@ from handlers.request import GenerationRequest
 SSE = "text/event-stream; charset=utf-8"
 JSON = "application/json"
 JSON_LINES = "application/jsonlines"
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +109,32 @@ def sampling_params(
 ) -> SamplingParams:
     """The client's values over the model's defaults; None counts as not given.
 
-    names: what the client calls a field where that is not its name here. Raises InvalidRequest.
+    names: what the client calls a field where that is not its name here. A negative seed, which OpenAI allows,
+    stands for the seed 2^63 above it. Raises InvalidRequest.
     """
+    names = names or {}
     known = SamplingParams.__struct_fields__
     values = {name: value for name, value in defaults.items() if name in known and value is not None}
     values.update((name, value) for name, value in given.items() if value is not None)
+    if (seed := values.get("seed")) is not None:
+        if not -MAX_SEED - 1 <= seed <= MAX_SEED:
+            shown = names.get("seed", "seed")
+            raise InvalidRequest(f"{shown} must be a whole number from -2^63 to 2^63-1", param=shown)
+        values["seed"] = seed & MAX_SEED
     sampling = SamplingParams(**values)
-    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
-        shown = (names or {}).get("seed", "seed")
-        raise InvalidRequest(f"{shown} does not fit into 64 bits", param=shown)
     try:
         sampling.validate()
     except ValueError as error:
         field_name, _, rest = str(error).partition(" ")
-        shown = (names or {}).get(field_name, field_name)
+        shown = names.get(field_name, field_name)
         raise InvalidRequest(f"{shown} {rest}", param=shown) from error
     return sampling
+
+
+def in_the_clients_words(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """The error with its field called as the client calls it (see `GenerationRequest.names`)."""
+    name = error.param
+    if name is None or name not in names:
+        return error
+    message = re.sub(rf"\b{re.escape(name)}\b", lambda _: names[name], error.message)
+    return InvalidRequest(message, param=names[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ import msgspec
 from handlers.errors import InvalidRequest, UnsupportedMediaType
 
 T = TypeVar("T")
+
+FORM = "application/x-www-form-urlencoded"
 
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -30,14 +33,41 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
 _DUPLICATES = json.JSONDecoder(object_pairs_hook=_unique)
 
 
+class _HugeNumber(ValueError):
+    pass
+
+
+def _number(digits: str) -> float:
+    """What no number here can hold is infinite."""
+    return float(digits) if len(digits) > 4000 or "e" in digits.lower() else 0.0
+
+
+def _finite(pairs: list[tuple[str, Any]]) -> None:
+    for key, value in pairs:
+        for number in value if isinstance(value, list) else (value,):
+            if isinstance(number, float) and math.isinf(number):
+                raise _HugeNumber(key)
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(word)
+
+
+_HUGE = json.JSONDecoder(
+    object_pairs_hook=_finite, parse_int=_number, parse_float=_number, parse_constant=_no_number
+)
+
+
 def read_body(body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
     """A JSON object, or `{"inputs": text}` for text/plain.
 
+    A JSON object may also come as a form, which is what curl calls all data unless told otherwise.
     Raises UnsupportedMediaType for any other type, InvalidRequest for what is no strict JSON object in UTF-8:
     the message says where.
     """
     content_type, charset = _content_type(headers.get("content-type", ""))
     is_json = content_type in ("", "application/json") or content_type.endswith("+json")
+    is_json |= content_type == FORM and body.lstrip()[:1] == b"{"
     if not is_json and content_type != "text/plain":
         raise UnsupportedMediaType(f"content type {content_type[:80]!r}: send application/json or text/plain")
     if charset not in _UTF8:
@@ -93,7 +123,7 @@ def _object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
     except msgspec.MsgspecError as error:
-        _text(body)
+        _refuse_huge_numbers(_text(body))
         raise InvalidRequest(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
     except ValueError:
         raise InvalidRequest("the body is no valid JSON") from None
@@ -102,8 +132,18 @@ def _object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _refuse_huge_numbers(text: str) -> None:
+    try:
+        _HUGE.decode(text)
+    except _HugeNumber as error:
+        name = str(error)[:80]
+        raise InvalidRequest(f"{name} is a number out of range", param=name) from None
+    except (ValueError, RecursionError):
+        return
+
+
 def _plain(message: str, size: int) -> str:
-    message = message.removeprefix("JSON is malformed: ")
+    message = message.removeprefix("JSON is malformed: ").partition(" - at ")[0]
     if message == "Input data was truncated":
         return f"it ends too early, or has half a surrogate pair (byte {size})"
     return message[:1].lower() + message[1:]

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engine.sampling_params import SamplingParams
-from handlers.dialects.base import Conventions, Task, sampling_params
+from engine.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from handlers.dialects.base import Conventions, Task, TokenCount, TokenId, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.lmi_reply import LmiWriter
 from handlers.errors import InvalidRequest
@@ -33,7 +33,9 @@ _NAMES = {name: f"parameters.{name}" for name in SamplingParams.__struct_fields_
     "max_tokens": "parameters.max_new_tokens",
     "min_tokens": "parameters.min_new_tokens",
     "logprobs": "parameters.top_n_tokens",
+    "stop": "parameters.stop_sequences",
 }
+_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
 
 
 class Parameters(msgspec.Struct):
@@ -49,9 +51,9 @@ class Parameters(msgspec.Struct):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop_sequences: str | Annotated[list[str], Meta(max_length=64)] | None = None
-    stop: str | Annotated[list[str], Meta(max_length=64)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_sequences: str | _StopStrings | None = None
+    stop: str | _StopStrings | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos_token: bool | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -60,7 +62,7 @@ class Parameters(msgspec.Struct):
     details: bool | None = None
     decoder_input_details: bool | None = None
     top_n_tokens: Annotated[int, Meta(ge=0, le=20)] | None = None
-    truncate: Annotated[int, Meta(ge=1)] | None = None
+    truncate: TokenCount | None = None
 
 
 class LmiBody(msgspec.Struct):
@@ -107,6 +109,8 @@ def read_lmi(
             model=asked.model,
             adapter=adapters[i],
             truncate_prompt_tokens=parameters.truncate,
+            max_tokens_is_default=parameters.max_new_tokens is None,
+            names=_NAMES,
         )
         for i, text in enumerate(prompts)
     ]

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from handlers.dialects.base import Conventions, Task, sampling_params
+from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, shown
+from handlers.dialects.base import Conventions, Task, TokenCount, TokenId, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.openai_messages import read_messages
 from handlers.dialects.openai_reply import ChatWriter
@@ -19,7 +20,8 @@ log = logging.getLogger(__name__)
 
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
 _Name = Annotated[str, Meta(max_length=512)]
-_StopStrings = Annotated[list[str], Meta(max_length=64)]
+_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
+_Priority = Annotated[int, Meta(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)]
 
 MAX_ANSWERS = 128
 """Most answers to one prompt (`n`): OpenAI's limit."""
@@ -107,17 +109,17 @@ class ChatBody(msgspec.Struct):
     typical_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=1)] | None = None
+    truncate_prompt_tokens: TokenCount | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
-    priority: int | None = None
+    priority: _Priority | None = None
     request_id: _Name | None = None
     adapters: str | None = None
 
@@ -139,21 +141,21 @@ def read_chat(
         raise InvalidRequest("prompt_logprobs cannot be streamed", param="prompt_logprobs")
     n = 1 if asked.n is None else asked.n
     if not 1 <= n <= MAX_ANSWERS:
-        raise InvalidRequest(f"n is {n}; allowed: from 1 to {MAX_ANSWERS}", param="n")
+        raise InvalidRequest(f"n is {shown(n)}; allowed: from 1 to {MAX_ANSWERS}", param="n")
 
+    names = {} if asked.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
     model = asked.model or conventions.model_name
     request = GenerationRequest(
         request_id=request_id,
         prompt=_prompt(asked),
-        sampling=sampling_params(
-            _sampling(asked), conventions.sampling, {"max_tokens": _max_tokens_name(asked)}
-        ),
+        sampling=sampling_params(_sampling(asked), conventions.sampling, names),
         n=n,
         stream=stream,
         model=asked.model,
         adapter=adapter if adapter is not None else asked.adapters or None,
         priority=asked.priority or 0,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
+        names=names,
     )
     options = asked.stream_options or StreamOptions()
     writer = ChatWriter(
@@ -191,7 +193,7 @@ def _sampling(asked: ChatBody) -> dict[str, Any]:
     if top is not None and top > 0 and not asked.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     if top is not None and not 0 <= top <= 20:
-        raise InvalidRequest(f"top_logprobs is {top}; allowed: from 0 to 20", param="top_logprobs")
+        raise InvalidRequest(f"top_logprobs is {shown(top)}; allowed: from 0 to 20", param="top_logprobs")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     if stop is not None and "" in stop:
         raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")
@@ -224,13 +226,9 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
     if not bias:
         return None
     for key in bias:
-        if not (key.isascii() and key.isdigit()):
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
             raise InvalidRequest(f"logit_bias: {key[:40]!r} is no token id", param="logit_bias")
     return {int(key): value for key, value in bias.items()}
-
-
-def _max_tokens_name(asked: ChatBody) -> str:
-    return "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
 
 
 def _refuse_unsupported(body: dict[str, Any]) -> None:
