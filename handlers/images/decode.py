@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,11 +38,24 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     with another picture, so that threads may read it. Raises PictureProblem; nothing is decoded above
     `max_pixels`.
     """
+    with _opened(data, max_pixels) as image:
+        image.load()
+        return _flatten(_turn(image))
+
+
+def measure(data: bytes, max_pixels: int) -> int:
+    """Bytes that the decoded picture will take, as its header says. Raises PictureProblem."""
+    with _opened(data, max_pixels) as image:
+        return decoded_bytes(image)
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read; what fails within becomes a PictureProblem."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_cost(image, data, max_pixels)
-            image.load()
-            return _flatten(_turn(image))
+            yield image
     except PictureProblem:
         raise
     except UnidentifiedImageError as error:

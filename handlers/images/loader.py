@@ -6,19 +6,23 @@ import asyncio
 import os
 import ssl
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
-from handlers.errors import ImageFetchTimeout
-from handlers.images.cache import DecodedCache
+from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
+from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.decode import decode, prepare_pillow
+from handlers.images.decode import decode, measure, prepare_pillow
 from handlers.images.fetch import Fetcher
+from handlers.images.memory import PictureMemory
 from handlers.images.problem import PictureProblem
 from handlers.request import ImagePart, LoadedImage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class ImageLimits:
     redirects. max_bytes: of the encoded picture. max_pixels: width times height.
     allowed_domains: exact host names, also of redirects; None for any public host.
     allow_private: hosts, addresses and networks (CIDR) that may be fetched from although they are not public.
-    max_concurrent_fetches: of all requests together. cache_bytes: of decoded pictures, four per pixel.
+    max_concurrent_fetches: of all requests together. cache_bytes: of decoded pictures, four per pixel, that are
+    kept; memory_bytes: of those that requests hold, kept or not.
     """
 
     fetch_timeout: float = 10.0
@@ -40,6 +45,16 @@ class ImageLimits:
     allow_private: tuple[str, ...] = ()
     max_concurrent_fetches: int = 64
     cache_bytes: int = 256 * 2**20
+    memory_bytes: int = 1024 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A picture's file. size: bytes that its pixels will take."""
+
+    data: bytes
+    digest: bytes
+    size: int
 
 
 class ImageLoader:
@@ -64,6 +79,7 @@ class ImageLoader:
         self.bytes = 0
         self.decoded = 0
         self.cache_hits = 0
+        self.memory = PictureMemory(limits.memory_bytes)
         self._cache = DecodedCache(limits.cache_bytes)
         self._fetcher = Fetcher(
             timeout=limits.fetch_timeout,
@@ -76,38 +92,65 @@ class ImageLoader:
             ssl_context=ssl_context,
         )
         self._threads = ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 1)), "image-decode")
+        self._closed = False
         self._decode = partial(decode, max_pixels=limits.max_pixels)
 
-    async def load(self, parts: Sequence[ImagePart], deadline: float | None = None) -> None:
-        """Sets `loaded` of every part, all at the same time.
+    async def load(
+        self, parts: Sequence[ImagePart], deadline: float | None = None, first_index: int = 0
+    ) -> None:
+        """Sets `loaded` of every part of one prompt, all at the same time; whoever called must `release` each.
 
-        deadline: `time.monotonic()` seconds. Raises the ImageError of the lowest index that fails (those
-        before it are waited for) and abandons the others. Cancelled, it abandons all and leaves no socket
-        open.
+        Nothing is decoded before the memory budget has room for all of them (see `PictureMemory`).
+        deadline: `time.monotonic()` seconds. first_index: of the first part, in error messages. Raises the
+        ImageError of the lowest index that fails (those before it are waited for) and abandons the others.
+        Cancelled or failed, it leaves no socket open and no part loaded that was not before.
         """
-        tasks = [
-            asyncio.create_task(self._load_one(index, part, deadline))
-            for index, part in enumerate(parts)
-            if part.loaded is None
-        ]
+        wanted = [(first_index + i, part) for i, part in enumerate(parts) if part.loaded is None]
         try:
-            for task in tasks:
-                await task
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            files, failed = await _until_one_fails(
+                [self._in_time(index, deadline, self._obtain, part.url) for index, part in wanted]
+            )
+            if files:
+                wanted = wanted[: len(files)]
+                await self._decode_all(wanted, files, deadline)
+            if failed is not None:
+                raise failed
+        except BaseException:
+            for _, part in wanted:
+                part.release()
+            raise
 
     async def aclose(self) -> None:
         """Accepts no more pictures; threads finish what they are at. Cancel the loads under way first."""
+        self._closed = True
         self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _load_one(self, index: int, part: ImagePart, deadline: float | None) -> None:
+    async def _decode_all(
+        self, wanted: Sequence[tuple[int, ImagePart]], files: Sequence[_Encoded], deadline: float | None
+    ) -> None:
+        sizes = [(file.digest, file.size) for file in files]
+        shares = await self._in_time(wanted[0][0], deadline, self.memory.take, sizes)
+        for (_, part), share in zip(wanted, shares, strict=True):
+            part.share = share
+        loaded, failed = await _until_one_fails(
+            [
+                self._in_time(index, deadline, self._decoded, file)
+                for (index, _), file in zip(wanted, files, strict=True)
+            ]
+        )
+        if failed is not None:
+            raise failed
+        for (_, part), picture in zip(wanted, loaded, strict=True):
+            part.loaded = picture
+
+    async def _in_time(
+        self, index: int, deadline: float | None, work: Callable[..., Awaitable[T]], *given: Any
+    ) -> T:
         limit = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         try:
             async with limit:
-                part.loaded = await self._obtain(part.url)
+                return await work(*given)
         except PictureProblem as problem:
             raise problem.error(index, problem.reason) from problem
         except TimeoutError as error:
@@ -115,24 +158,44 @@ class ImageLoader:
                 raise
             raise ImageFetchTimeout(index, "it was not ready when the request's time was up") from error
 
-    async def _obtain(self, url: str) -> LoadedImage:
+    async def _obtain(self, url: str) -> _Encoded:
         if url[:1].isspace() or url[-1:].isspace():
             url = url.strip()
         if is_data_url(url):
-            return await self._in_thread(url)
+            return await self._in_thread(self._read, url)
         pieces = await self._fetcher.fetch(url)
         self.fetched += 1
         self.bytes += sum(map(len, pieces))
-        return await self._in_thread(pieces)
+        return await self._in_thread(self._read, pieces)
 
-    async def _in_thread(self, source: str | list[bytes]) -> LoadedImage:
-        loop = asyncio.get_running_loop()
-        future, decoded = await loop.run_in_executor(self._threads, self._decode_source, source)
+    def _read(self, source: str | list[bytes]) -> _Encoded:
+        data = decode_data_url(source, self.limits.max_bytes) if isinstance(source, str) else b"".join(source)
+        return _Encoded(data, digest_of(data), measure(data, self.limits.max_pixels))
+
+    async def _decoded(self, file: _Encoded) -> LoadedImage:
+        future, decoded = await self._in_thread(self._cache.obtain, file.data, self._decode, file.digest)
         picture = future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
         self.decoded += decoded
         self.cache_hits += not decoded
         return picture
 
-    def _decode_source(self, source: str | list[bytes]) -> tuple[Future[LoadedImage], bool]:
-        data = decode_data_url(source, self.limits.max_bytes) if isinstance(source, str) else b"".join(source)
-        return self._cache.obtain(data, self._decode)
+    async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
+        if self._closed:
+            raise Unavailable("the server is stopping", retry_after=5)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
+
+
+async def _until_one_fails(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[list[T], ImageError | None]:
+    """All at the same time: the results before the first that fails, and its error; the others are cancelled."""
+    tasks = [asyncio.create_task(one) for one in work]
+    done: list[T] = []
+    try:
+        for task in tasks:
+            done.append(await task)
+    except ImageError as error:
+        return done, error
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return done, None

@@ -1,0 +1,99 @@
+"""Host memory for decoded pictures that requests hold: a budget in bytes, handed out in the order of asking."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Wanted = tuple[bytes, int]
+"""A picture's digest and the bytes that its pixels take."""
+
+
+class PictureMemory:
+    """What all requests together may hold. Used on one event loop.
+
+    A prompt asks once, for all of its pictures, and so never holds some while it waits for others. One that
+    wants more than there is gets it when nobody else holds any. Pictures of the same content are one.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """capacity: bytes."""
+        self.capacity = capacity
+        self.used = 0
+        self._held: dict[bytes, _Held] = {}
+        self._queue: deque[_Waiting] = deque()
+
+    async def take(self, pictures: Sequence[Wanted]) -> list[Share]:
+        """A share for each picture. Waits its turn; cancelled, it leaves nothing behind."""
+        if not self._queue and self._fits(pictures):
+            return self._grant(pictures)
+        waiting = _Waiting(pictures)
+        self._queue.append(waiting)
+        try:
+            return await waiting.turn
+        except asyncio.CancelledError:
+            if waiting.turn.done() and not waiting.turn.cancelled():
+                for share in waiting.turn.result():
+                    share.release()
+            elif waiting in self._queue:
+                self._queue.remove(waiting)
+                self._serve()
+            raise
+
+    def _fits(self, pictures: Sequence[Wanted]) -> bool:
+        more = sum(size for digest, size in dict(pictures).items() if digest not in self._held)
+        return self.used == 0 or self.used + more <= self.capacity
+
+    def _grant(self, pictures: Sequence[Wanted]) -> list[Share]:
+        for digest, size in pictures:
+            held = self._held.get(digest)
+            if held is None:
+                self._held[digest] = held = _Held(size)
+                self.used += size
+            held.holders += 1
+        return [Share(self, digest) for digest, _ in pictures]
+
+    def _serve(self) -> None:
+        while self._queue and self._fits(self._queue[0].pictures):
+            waiting = self._queue.popleft()
+            if not waiting.turn.cancelled():
+                waiting.turn.set_result(self._grant(waiting.pictures))
+
+    def _give_back(self, digest: bytes) -> None:
+        held = self._held[digest]
+        held.holders -= 1
+        if held.holders == 0:
+            del self._held[digest]
+            self.used -= held.size
+            self._serve()
+
+
+class Share:
+    """One prompt's hold on the memory of one picture; returned once, however often it is released."""
+
+    __slots__ = ("_digest", "_memory")
+
+    def __init__(self, memory: PictureMemory, digest: bytes) -> None:
+        self._memory: PictureMemory | None = memory
+        self._digest = digest
+
+    def release(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory._give_back(self._digest)
+
+
+@dataclass(slots=True)
+class _Held:
+    size: int
+    holders: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    pictures: Sequence[Wanted]
+    turn: asyncio.Future[list[Share]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
