@@ -59,6 +59,7 @@ def build_images(settings: Settings) -> ImageLoader:
             allowed_domains=None if domains is None else tuple(domains),
             allow_private=tuple(settings.image_fetch_allow_private),
             cache_bytes=settings.image_cache_mb * 2**20,
+            memory_bytes=settings.image_memory_mb * 2**20,
         )
     )
 
@@ -76,6 +77,8 @@ def build_service(
             max_rolling_batch_size=settings.max_rolling_batch_size,
             predict_timeout=settings.predict_timeout,
             limit_mm_per_prompt=settings.limit_mm_per_prompt,
+            request_priorities=settings.request_priorities,
+            chunked_read_timeout=settings.chunked_read_timeout,
         ),
         model_name=public_names(configuration)[0],
         lines="sse" if settings.output_formatter in ("sse", "sse_chat") else "jsonlines",

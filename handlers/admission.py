@@ -1,4 +1,4 @@
-"""Back-pressure: how many prompts may be under way at the same time."""
+"""Back-pressure: how many answers may be under way at the same time."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ RETRY_AFTER = 1.0
 
 
 class Admission:
-    """Counts prompts that generate or wait. `capacity` is max_rolling_batch_size + job_queue_size."""
+    """Counts answers that are generated or waited for. `capacity` is max_rolling_batch_size + job_queue_size."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.taken = 0
 
-    def admit(self, prompts: int) -> Permit:
-        """A permit at once, or Overloaded. InvalidRequest for more prompts than there are places at all."""
-        if prompts > self.capacity:
+    def admit(self, answers: int) -> Permit:
+        """A permit at once, or Overloaded. InvalidRequest for more answers than there are places at all."""
+        if answers > self.capacity:
             raise InvalidRequest(
-                f"the request holds {prompts} prompts; at most {self.capacity} are taken at once"
+                f"the request asks for {answers} answers (n for each prompt); this server takes at most "
+                f"{self.capacity} at once (max_rolling_batch_size and job_queue_size)"
             )
-        if self.taken + prompts > self.capacity:
+        if self.taken + answers > self.capacity:
             raise Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
-        self.taken += prompts
-        return Permit(self, prompts)
+        self.taken += answers
+        return Permit(self, answers)
 
 
 class Permit:
     """Places of one request; released once, however often it is asked to."""
 
-    def __init__(self, admission: Admission, prompts: int) -> None:
+    def __init__(self, admission: Admission, answers: int) -> None:
         self._admission = admission
-        self._prompts = prompts
+        self._answers = answers
 
     def release(self) -> None:
-        self._admission.taken -= self._prompts
-        self._prompts = 0
+        self._admission.taken -= self._answers
+        self._answers = 0
 
     def __enter__(self) -> Permit:
         return self

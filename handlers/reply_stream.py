@@ -7,26 +7,41 @@ from collections.abc import AsyncIterator
 
 from handlers.backends.base import Delta
 from handlers.dialects.error_replies import log_error
+from handlers.errors import DeadlineExceeded
 from handlers.observer import Observer
-from handlers.run import Run
+from handlers.run import Run, is_cancelled
+
+MOST_WAITING = 2**20
+"""Bytes of a reply that may wait for its client, but for one chunk."""
 
 
 class ReplyStream:
     """The chunks of one run that has its first delta. Exhaust it or `aclose` it.
 
     A task of its own reads the engine, so that a slow client delays nobody and finds all that waited in one
-    chunk; it closes the run at the end of generation, not at the end of reading.
+    chunk. It stops the run at the end of generation; the run is closed, and its places are free, when all has been
+    read. While more than `MOST_WAITING` bytes wait it reads no further, and gives up after `read_timeout`.
     """
 
     def __init__(
-        self, run: Run, first: Delta, rest: AsyncIterator[Delta], observer: Observer, keep_alive: float | None
+        self,
+        run: Run,
+        first: Delta,
+        rest: AsyncIterator[Delta],
+        observer: Observer,
+        *,
+        keep_alive: float | None,
+        read_timeout: float,
     ) -> None:
         """keep_alive: seconds of silence after which a comment is sent; None for never."""
         self._run = run
         self._rest = rest
         self._observer = observer
         self._writer = run.task.writer
+        self._read_timeout = read_timeout
         self._ready: list[bytes] = []
+        self._size = 0
+        self._room: asyncio.Future[None] | None = None
         self._waiting: asyncio.Future[None] | None = None
         self._silent = False
         self._timer: asyncio.TimerHandle | None = None
@@ -45,7 +60,9 @@ class ReplyStream:
                 raise StopAsyncIteration
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        chunks, self._ready = self._ready, []
+        chunks, self._ready, self._size = self._ready, [], 0
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def aclose(self) -> None:
@@ -65,20 +82,37 @@ class ReplyStream:
             async with run.time_limit():
                 async for delta in self._rest:
                     self._put(writer.chunk(delta, run.stats))
+                    if self._size > MOST_WAITING:
+                        await self._wait_for_room()
             self._put(writer.end(run.stats))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
             known = run.failure(error)
             log_error(known, run.facts.request_id)
             self._observer.on_error(known.kind)
             self._put(writer.failed(known))
         finally:
             self._reader.add_done_callback(lambda _: self._wake())
-            await run.close()
+            await run.stop()
+
+    async def _wait_for_room(self) -> None:
+        self._room = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._read_timeout) as limit:
+                await self._room
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"the reply was not read for {self._read_timeout:g} seconds (chunked_read_timeout)"
+            ) from error
 
     def _put(self, chunk: bytes) -> None:
         if chunk:
             self._silent = False
             self._ready.append(chunk)
+            self._size += len(chunk)
             self._wake()
 
     def _wake(self) -> None:

@@ -5,39 +5,49 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from handlers.admission import Permit
 from handlers.backends.base import Backend, Delta, Generation, PromptStats
-from handlers.dialects.base import Answer, Answered, Task
+from handlers.dialects.base import Answer, Answered, Task, in_the_clients_words
 from handlers.dialects.error_replies import client_error
-from handlers.errors import DeadlineExceeded, EngineFailed, ServingError
+from handlers.errors import DeadlineExceeded, EngineFailed, InvalidRequest, ServingError, Unavailable
 from handlers.exchange import RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
-from handlers.request import GenerationRequest
+from handlers.request import GenerationRequest, ImagePart
 
 log = logging.getLogger(__name__)
 
 
 class Run:
-    """Holds the permit and the generations of one task, and gives them back exactly once, in `close`.
+    """Holds the permit, the pictures and the generations of one task, and gives them back once, in `close`.
 
-    After `load_pictures` either `answers` or (for a stream) `deltas` may be asked for, once.
-    Whoever made a Run must `close` it, also after an error or a cancellation.
+    Either `answers` or (for a stream) `deltas` may be asked for, once. Whoever made a Run must `close` it, also
+    after an error or a cancellation.
     """
 
     def __init__(
-        self, task: Task, permit: Permit, facts: RequestFacts, observer: Observer, deadline: float | None
+        self,
+        task: Task,
+        permit: Permit,
+        images: ImageLoader,
+        facts: RequestFacts,
+        observer: Observer,
+        deadline: float | None,
     ) -> None:
         """deadline: `time.monotonic()` seconds."""
         self.task = task
         self.facts = facts
+        self._images = images
         self._permit = permit
         self._observer = observer
         self._deadline = deadline
         self._arrival = task.requests[0].arrival
+        self._pictures = [list(request.images()) for request in task.requests]
+        facts.images = sum(map(len, self._pictures))
         self._generations: list[Generation] = []
+        self._running: list[Generation] = []
         self._closed = False
         self._limit = asyncio.timeout(None)
         observer.on_admitted()
@@ -52,29 +62,27 @@ class Run:
         self._limit = asyncio.timeout(left)
         return self._limit
 
-    def failure(self, error: Exception) -> ServingError:
-        """What the client is told of an exception of this run, which is logged and noted here."""
+    def failure(self, error: Exception | asyncio.CancelledError) -> ServingError:
+        """What the client is told of an exception of this run, which is noted here.
+
+        A CancelledError is one that `is_cancelled` denies.
+        """
         if isinstance(error, TimeoutError) and self._limit.expired():
             known: ServingError = DeadlineExceeded("the request's time (option.predict_timeout) is up")
             known.__cause__ = error
+        elif isinstance(error, asyncio.CancelledError):
+            known = stopping(error)
         else:
             known = client_error(error, self.facts.request_id)
         self.facts.error = known.kind
         return known
 
-    async def load_pictures(self, images: ImageLoader) -> None:
-        """Of all prompts at the same time."""
-        pictures = [part for request in self.task.requests for part in request.images()]
-        self.facts.images = len(pictures)
-        if pictures:
-            await images.load(pictures, self._deadline)
-
     async def answers(self, backend: Backend) -> list[Answered]:
         """All answers, whole. The prompts generate together; the first that fails ends all."""
         requests = self.task.requests
         if len(requests) == 1:
-            return [await self._answer(backend, requests[0])]
-        answering = [asyncio.create_task(self._answer(backend, request)) for request in requests]
+            return [await self._answer(backend, 0)]
+        answering = [asyncio.create_task(self._answer(backend, number)) for number in range(len(requests))]
         try:
             return await asyncio.gather(*answering)
         finally:
@@ -85,7 +93,7 @@ class Run:
     async def deltas(self, backend: Backend) -> AsyncIterator[Delta]:
         """The deltas of the only prompt of a stream."""
         (request,) = self.task.requests
-        generation = await self._generate(backend, request)
+        generation = await self._generate(backend, 0)
         unfinished = request.n
         last = [0.0] * request.n
         async for delta in generation:
@@ -95,32 +103,58 @@ class Run:
         if unfinished:
             raise EngineFailed("the engine ended the answer too early")
 
-    async def close(self) -> None:
-        """Abort what still runs, free the places, complete the facts. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
+    async def stop(self) -> None:
+        """Abort what still runs and let go of the pictures; the places stay taken. Safe to call twice."""
+        for parts in self._pictures:
+            _release(parts)
         cancelled: asyncio.CancelledError | None = None
-        for generation in self._generations:
+        while self._running:
+            generation = self._running.pop()
             try:
                 await generation.aclose()
             except asyncio.CancelledError as error:
-                cancelled = error
+                if is_cancelled():
+                    cancelled = error
             except Exception:
                 log.exception("request %s: the backend failed to abort", self.facts.request_id)
-        self._permit.release()
-        self._complete_facts()
-        self._observer.on_finished(self.facts)
         if cancelled is not None:
             raise cancelled
 
-    async def _generate(self, backend: Backend, request: GenerationRequest) -> Generation:
-        generation = await backend.generate(request)
+    async def close(self) -> None:
+        """`stop`, free the places, complete the facts. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self.stop()
+        finally:
+            self._permit.release()
+            self._complete_facts()
+            self._observer.on_finished(self.facts)
+
+    async def _generate(self, backend: Backend, number: int) -> Generation:
+        """Of prompt `number`: its pictures are loaded, and held no longer than until its answer ends."""
+        request, parts = self.task.requests[number], self._pictures[number]
+        if parts:
+            await self._images.load(parts, self._deadline, sum(map(len, self._pictures[:number])))
+        try:
+            generation = await backend.generate(request)
+        except InvalidRequest as error:
+            known = in_the_clients_words(error, request.names)
+            if known is error:
+                raise
+            raise known from error
         self._generations.append(generation)
+        self._running.append(generation)
         return generation
 
-    async def _answer(self, backend: Backend, request: GenerationRequest) -> Answered:
-        generation = await self._generate(backend, request)
+    async def _answer(self, backend: Backend, number: int) -> Answered:
+        try:
+            return await self._answered(await self._generate(backend, number), self.task.requests[number])
+        finally:
+            _release(self._pictures[number])
+
+    async def _answered(self, generation: Generation, request: GenerationRequest) -> Answered:
         answers = [Answer() for _ in range(request.n)]
         last = [0.0] * request.n
         async for delta in generation:
@@ -160,3 +194,21 @@ class Run:
             facts.cached_tokens += generation.stats.cached_tokens
         if facts.finish_reason is None and facts.error is None:
             facts.finish_reason = "abort"
+
+
+def is_cancelled() -> bool:
+    """Whether a CancelledError is about this task, and not about something that it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def stopping(error: asyncio.CancelledError) -> Unavailable:
+    """What has become of work that was cancelled under a request: only a server that stops does that."""
+    known = Unavailable("the server is stopping; send the request again", retry_after=5)
+    known.__cause__ = error
+    return known
+
+
+def _release(parts: Sequence[ImagePart]) -> None:
+    for part in parts:
+        part.release()

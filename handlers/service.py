@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from handlers.admission import Admission
 from handlers.backends.base import Backend
@@ -15,14 +16,22 @@ from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import ErrorStyle, client_error, error_reply, log_error, style_of
 from handlers.dialects.lmi import read_lmi
 from handlers.dialects.openai_chat import read_chat
-from handlers.errors import InvalidRequest, NotFound
+from handlers.errors import InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.reply_stream import ReplyStream
-from handlers.run import Run
+from handlers.run import Run, is_cancelled, stopping
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LONG_BODY_BYTES = 2**20
+"""A larger body is read in a thread, so that the others' tokens do not wait for it."""
+
+HIGHEST_PRIORITY = 1000
+"""Of a request, in either direction."""
 
 ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 
@@ -33,7 +42,8 @@ class ServiceLimits:
 
     predict_timeout: seconds from a request's arrival to the end of its answer; None for any time.
     limit_mm_per_prompt: most items of a modality in one prompt. keep_alive: seconds of silence in a stream of
-    server-sent events after which a comment is sent; None for never.
+    server-sent events after which a comment is sent; None for never. chunked_read_timeout: longest that a stream
+    with more than enough waiting is not read.
     """
 
     job_queue_size: int = 1000
@@ -41,6 +51,8 @@ class ServiceLimits:
     predict_timeout: float | None = 240.0
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 1})
     keep_alive: float | None = 15.0
+    chunked_read_timeout: float = 120.0
+    request_priorities: bool = False
 
 
 class Service:
@@ -69,7 +81,7 @@ class Service:
 
     @property
     def in_flight(self) -> int:
-        """Prompts that generate or wait."""
+        """Answers that are generated, waited for, or still read by their client."""
         return self._admission.taken
 
     async def answer(self, incoming: Incoming) -> Reply:
@@ -81,13 +93,19 @@ class Service:
         style = style_of(incoming.route)
         arrival = time.monotonic()
         try:
-            body = read_body(incoming.body, incoming.headers)
+            size = len(incoming.body)
+            body = await _aside(size, read_body, incoming.body, incoming.headers)
             style = _style(body, style)
-            task = self._task(body, incoming)
+            task = await _aside(size, self._task, body, incoming)
+            del body
             for request in task.requests:
                 request.arrival = arrival
             facts.model = task.requests[0].model
             return await self._run(task, facts)
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            known: ServingError = stopping(error)
         except Exception as error:
             known = client_error(error, incoming.request_id)
         log_error(known, incoming.request_id)
@@ -117,6 +135,11 @@ class Service:
             if request.adapter is not None and not capabilities.adapters:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
             self._check_pictures(sum(1 for _ in request.images()), capabilities.images)
+            priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
+            request.priority = priority if self._limits.request_priorities else 0
+        pictures = sum(len(part.url) for request in task.requests for part in request.images())
+        for request in task.requests:
+            request.text_bytes = max(0, len(incoming.body) - pictures)
         return task
 
     def _check_pictures(self, count: int, allowed: bool) -> None:
@@ -130,25 +153,33 @@ class Service:
             )
 
     async def _run(self, task: Task, facts: RequestFacts) -> Reply:
-        permit = self._admission.admit(len(task.requests))
+        permit = self._admission.admit(sum(request.n for request in task.requests))
         timeout = self._limits.predict_timeout
         deadline = None if timeout is None else task.requests[0].arrival + timeout
         for request in task.requests:
             request.deadline = deadline
         facts.stream = task.stream
-        run = Run(task, permit, facts, self._observer, deadline)
+        run = Run(task, permit, self._images, facts, self._observer, deadline)
         stream: ReplyStream | None = None
         try:
             async with run.time_limit():
-                await run.load_pictures(self._images)
                 if not task.stream:
                     body = task.writer.whole(await run.answers(self._backend))
                 else:
                     deltas = run.deltas(self._backend)
                     first = await anext(deltas)
-                    stream = ReplyStream(run, first, deltas, self._observer, self._limits.keep_alive)
+                    stream = ReplyStream(
+                        run,
+                        first,
+                        deltas,
+                        self._observer,
+                        keep_alive=self._limits.keep_alive,
+                        read_timeout=self._limits.chunked_read_timeout,
+                    )
             facts.status = 200
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
             known = run.failure(error)
             facts.status = known.status
             if known is error:
@@ -160,6 +191,11 @@ class Service:
         if stream is not None:
             return Reply(200, task.writer.stream_type, chunks=stream, facts=facts)
         return Reply(200, JSON, body, facts=facts)
+
+
+async def _aside(size: int, work: Callable[..., T], *given: Any) -> T:
+    """Work that grows with a body of `size` bytes."""
+    return await asyncio.to_thread(work, *given) if size > LONG_BODY_BYTES else work(*given)
 
 
 def _style(body: dict[str, Any], otherwise: ErrorStyle) -> ErrorStyle:

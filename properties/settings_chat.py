@@ -34,6 +34,9 @@ class ChatSettings(BaseModel):
             Variable("PREDICT_TIMEOUT"),
         ),
     )
+    request_priorities: bool = option(
+        "Let requests say their `priority`; without it every client's is ignored.", default=False
+    )
     output_formatter: OutputFormat | None = option(
         "How streams of the LMI schema are framed: sse and sse_chat as server-sent events, any other as JSON "
         "lines. Chat streams are always server-sent events.",

@@ -33,7 +33,7 @@ class ServerSettings(BaseModel):
         variables=(Variable("VLLM_API_KEY"), Variable("APHRODITE_API_KEY")),
     )
     job_queue_size: Positive = server_key(
-        "Most requests that wait; one more is answered 429.",
+        "Most requests that wait, each as often as it asks for answers (n); one more is answered 429.",
         default=1000,
         unit="requests",
         variables=(Variable("MAX_CONCURRENT_REQUESTS", Level.TGI),),

@@ -51,6 +51,12 @@ class VisionSettings(BaseModel):
         default=64,
         unit="MiB",
     )
+    image_memory_mb: Positive = option(
+        "Host memory for decoded pictures that requests hold, beside those kept; a prompt whose pictures find no "
+        "room waits, and one that needs more than all of it is served alone.",
+        default=1024,
+        unit="MiB",
+    )
     encoder_cache_mb: Count = option(
         "Device memory for outputs of the vision encoder, found again by the picture's content; 0: none.",
         default=256,

@@ -21,7 +21,7 @@ from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.request import GenerationRequest, ImagePart
 from handlers.service import Service, ServiceLimits
 
-Step = Delta | float | Exception
+Step = Delta | float | BaseException
 """A delta to give, seconds to wait, or an error to raise."""
 
 
@@ -63,7 +63,7 @@ class ScriptedGeneration:
         for step in self._steps:
             if isinstance(step, Delta):
                 return step
-            if isinstance(step, Exception):
+            if isinstance(step, BaseException):
                 raise step
             await asyncio.sleep(step)
         raise StopAsyncIteration
@@ -116,7 +116,9 @@ class Pictures:
         self.loaded: list[str] = []
         self.cancelled = False
 
-    async def load(self, parts: Sequence[ImagePart], deadline: float | None = None) -> None:
+    async def load(
+        self, parts: Sequence[ImagePart], deadline: float | None = None, first_index: int = 0
+    ) -> None:
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:

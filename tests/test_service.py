@@ -7,7 +7,8 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from handlers.request import GenerationRequest
 from tests.scripted import (
     Pictures,
     ScriptedBackend,
+    Step,
     Watched,
     chat,
     everything,
@@ -293,7 +295,7 @@ async def test_pictures_are_counted_loaded_in_order_and_limited() -> None:
 @run
 async def test_a_picture_that_fails_is_the_clients_error() -> None:
     class Broken(Pictures):
-        async def load(self, parts: Any, deadline: float | None = None) -> None:
+        async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
             raise ImageFetchFailed(0, "its host answered 404")
 
     subject = service(ScriptedBackend(said("a")), Broken())
@@ -371,10 +373,100 @@ async def test_a_slow_reader_finds_everything_that_waited() -> None:
     backend = ScriptedBackend(said(*"abcdefgh"))
     subject = service(backend)
     reply = await subject.answer(incoming(chat(stream=True)))
-    await until(lambda: subject.in_flight == 0)
+    await until(lambda: backend.running == 0)
+    assert subject.in_flight == 1
     chunks = [chunk async for chunk in reply.chunks]  # type: ignore[union-attr]
+    assert subject.in_flight == 0
     assert len(chunks) == 1
     assert chunks[0].count(b"data: ") == 9
+
+
+@run
+async def test_a_reader_that_is_too_slow_holds_the_engine_back() -> None:
+    long = "x" * 100_000
+    given: list[int] = []
+
+    def steps() -> Iterator[Step]:
+        for step in said(*[long] * 40):
+            given.append(1)
+            yield step
+
+    backend = ScriptedBackend(lambda _: steps())  # type: ignore[arg-type,return-value]
+    subject = service(backend)
+    reply = await subject.answer(incoming(chat(stream=True)))
+    await asyncio.sleep(0.05)
+    assert len(given) <= 12
+    data = await everything(reply)
+    assert data.count(b'"content":"x') == 40
+    assert data.endswith(b"data: [DONE]\n\n")
+    assert (subject.in_flight, backend.running) == (0, 0)
+
+
+@run
+async def test_a_reader_that_stops_is_given_up() -> None:
+    backend = ScriptedBackend(said(*["x" * 100_000] * 40))
+    subject = service(backend, chunked_read_timeout=0.05)
+    reply = await subject.answer(incoming(chat(stream=True)))
+    await until(lambda: backend.running == 0)
+    assert subject.in_flight == 1
+    data = await everything(reply)
+    assert len(data) < 2**20 + 200_000
+    assert b"chunked_read_timeout" in data.splitlines()[-2]
+    assert subject.in_flight == 0
+
+
+@run
+async def test_what_a_stopping_server_cancels_is_answered_503() -> None:
+    """As executors do with what waits in them; nobody cancelled the request."""
+    for steps in ([asyncio.CancelledError()], [said("a", "b")[0], asyncio.CancelledError()]):
+        for body in (chat(), chat(stream=True), {"inputs": ["a", "b"]}):
+            backend = ScriptedBackend(steps)
+            subject = service(backend)
+            reply = await subject.answer(incoming(body))
+            streamed = reply.chunks is not None
+            data = await everything(reply)
+            assert reply.status == (200 if streamed else 503)
+            assert b"the server is stopping" in data
+            assert (subject.in_flight, backend.running) == (0, 0)
+
+
+@run
+async def test_a_cancellation_under_a_picture_is_answered_503() -> None:
+    class Stopping(Pictures):
+        async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
+            raise asyncio.CancelledError
+
+    subject = service(ScriptedBackend(said("a")), Stopping())
+    reply = await subject.answer(incoming(chat(PICTURE)))
+    assert (reply.status, reply.headers["Retry-After"]) == (503, "5")
+    assert reply.facts is not None
+    assert reply.facts.error == "unavailable"
+    assert subject.in_flight == 0
+
+
+@run
+async def test_pictures_are_let_go_with_their_answer() -> None:
+    """Whether the backend lets go of them itself or not."""
+    released: list[str] = []
+
+    class Held(Pictures):
+        async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
+            indices.append(first_index)
+            for part in parts:
+                part.share = SimpleNamespace(release=lambda url=part.url: released.append(url))
+
+    urls = [f"https://pictures.example/{i}.png" for i in range(2)]
+    for body in (
+        chat([{"type": "image_url", "image_url": urls[0]}]),
+        chat([{"type": "image_url", "image_url": urls[0]}], stream=True),
+        {"inputs": [f"![]({url})" for url in urls]},
+    ):
+        for steps in (said("a"), [EngineFailed("no")]):
+            indices: list[int] = []
+            released.clear()
+            await everything(await service(ScriptedBackend(steps), Held()).answer(incoming(body)))
+            assert set(released) >= {urls[i] for i in indices}
+    assert indices == [0, 1]
 
 
 @run
