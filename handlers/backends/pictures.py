@@ -49,7 +49,7 @@ class PicturePreparer:
         """
         ready = [await self._one(index, part) for index, part in enumerate(parts)]
         for part in parts:
-            part.loaded = None
+            part.release()
         return ready
 
     async def _one(self, index: int, part: ImagePart) -> ReadyPicture:

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LONG_PROMPT_CHARACTERS = 20_000
-"""Prompts with more text than this are rendered and tokenised in a thread, not on the event loop."""
+LONG_PROMPT_BYTES = 20_000
+"""Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
 
 MOST_TOKEN_IDS = 1024
 """Tokens that logit_bias or stop_token_ids may name."""
@@ -120,12 +120,12 @@ class RollingBackend:
         token_ids, placed = _place_pictures(rendered, pictures, self._front.renderer.image_token_id)
         if request.truncate_prompt_tokens is not None and not placed:
             token_ids = token_ids[-request.truncate_prompt_tokens :]
-        self._check(request, token_ids)
+        params = self._checked(request, token_ids)
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         add = Add(
             request_id=0,
             token_ids=token_ids,
-            params=request.sampling,
+            params=params,
             seeds=[(seed + index) % 2**63 for index in range(request.n)],
             eos_token_ids=self._front.eos_token_ids,
             pictures=placed,
@@ -151,9 +151,7 @@ class RollingBackend:
             prompt_text=rendered.text,
         )
         prime = () if isinstance(request.prompt, ChatPrompt) else tuple(token_ids[-8:])
-        return RollingGeneration(
-            ticket, request.sampling, stats, self._front.tokenizer, prime, self._token_texts
-        )
+        return RollingGeneration(ticket, params, stats, self._front.tokenizer, prime, self._token_texts)
 
     def health(self) -> Health:
         group = self._group
@@ -197,12 +195,12 @@ class RollingBackend:
 
     async def _render(self, request: GenerationRequest) -> RenderedPrompt:
         renderer = self._front.renderer
-        if _text_length(request) <= LONG_PROMPT_CHARACTERS:
+        if request.text_bytes <= LONG_PROMPT_BYTES:
             return renderer.render(request.prompt)
         return await asyncio.get_running_loop().run_in_executor(self._pool, renderer.render, request.prompt)
 
-    def _check(self, request: GenerationRequest, token_ids: Sequence[int]) -> None:
-        """Raise InvalidRequest for what the engine would have to refuse."""
+    def _checked(self, request: GenerationRequest, token_ids: Sequence[int]) -> SamplingParams:
+        """The sampling parameters to use. Raises InvalidRequest for what the engine would have to refuse."""
         longest, used = self.capabilities.max_model_len, len(token_ids)
         params = request.sampling
         wanted = params.max_tokens
@@ -214,11 +212,14 @@ class RollingBackend:
                 "the answer included: shorten the prompt or send fewer pictures",
             )
         if wanted is not None and used + wanted > longest:
-            raise InvalidRequest(
-                f"the prompt has {used} tokens and max_tokens is {wanted}, together more than this model's context "
-                f"of {longest} tokens: ask for at most {longest - used}",
-                param="max_tokens",
-            )
+            if not request.max_tokens_is_default:
+                name = request.names.get("max_tokens", "max_tokens")
+                raise InvalidRequest(
+                    f"the prompt has {used} tokens and {name} is {wanted}, together more than this model's context "
+                    f"of {longest} tokens: ask for at most {longest - used}",
+                    param=name,
+                )
+            params = msgspec.structs.replace(params, max_tokens=longest - used)
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
             if len(ids) > MOST_TOKEN_IDS:
                 raise InvalidRequest(f"{name} names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}", param=name)
@@ -230,6 +231,7 @@ class RollingBackend:
             params.validate()
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
+        return params
 
 
 class RollingGeneration:
@@ -422,14 +424,6 @@ def _place_pictures(
         )
         token_ids += own
     return token_ids, placed
-
-
-def _text_length(request: GenerationRequest) -> int:
-    prompt = request.prompt
-    groups = (
-        [message.parts for message in prompt.messages] if isinstance(prompt, ChatPrompt) else [prompt.parts]
-    )
-    return sum(len(part.text) for parts in groups for part in parts if hasattr(part, "text"))
 
 
 def _chat_template(setting: str | None, model_path: str) -> str | None:
