@@ -376,13 +376,8 @@ class _Front:
             raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
         preprocessor = load_preprocessor(path, settings.mm_processor_kwargs)
         image_token = settings.image_placeholder_token
-        if preprocessor is not None:
-            named = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
-            image_token = image_token or named
-            if tokenizer.convert_tokens_to_ids(image_token) != preprocessor.image_token_id:
-                raise ModelLoadError(
-                    f"option.image_placeholder_token is {image_token!r}; this model's picture token is {named!r}"
-                )
+        if preprocessor is not None and image_token is None:
+            image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
         try:
             renderer = PromptRenderer(
                 tokenizer,
@@ -391,7 +386,7 @@ class _Front:
                 image_token if preprocessor is not None else None,
             )
         except ValueError as error:
-            raise ModelLoadError(str(error)) from error
+            raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
         generation = _generation_config(path)
         return cls(
             tokenizer,
