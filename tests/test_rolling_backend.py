@@ -101,9 +101,7 @@ def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
                 (request("x", sampling={"stop_token_ids": (2**31,)}), "not in the vocabulary"),
                 (request("x", sampling={"stop_token_ids": tuple(range(200)) * 6}), "allowed: 1024"),
                 (
-                    GenerationRequest(
-                        "id", TextPrompt([TextPart("")], add_special_tokens=False), SamplingParams()
-                    ),
+                    GenerationRequest("id", nothing, SamplingParams()),
                     "empty",
                 ),
             ):
