@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -334,12 +334,16 @@ def lay_out(pictures: int, text: str, rng: random.Random, before: int = 0) -> li
 
 
 def converse(
-    scenes: Sequence[Scene], turns: int, rng: random.Random, first: str | None = None, plain: bool = False
+    scenes: Sequence[Scene],
+    turns: int,
+    rng: random.Random,
+    plain: bool = False,
+    weights: Mapping[str, float] = WEIGHTS,
 ) -> Conversation:
     """Return a conversation of ``turns`` questions that shows all ``scenes``, over one or several messages.
 
-    ``first`` fixes the kind of the question asked once the first pictures are there; ``plain`` leaves out
-    whatever could disturb: system prompts, chatter and hurried typing.
+    ``plain`` leaves out whatever could disturb: system prompts, chatter and hurried typing. ``weights`` says how
+    often each kind of question is asked.
     """
     messages: list[dict[str, Any]] = []
     kinds: list[str] = []
@@ -357,13 +361,12 @@ def converse(
         questions, answer = rng.choice(CHAT)
         say("chat", [{"type": "text", "text": vary(rng.choice(questions), rng)}], answer)
 
-    def pick(wanted: str | None) -> tuple[str, str, str]:
+    def pick() -> tuple[str, str, str]:
         while True:
-            kind = wanted or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+            kind = rng.choices(list(weights), list(weights.values()))[0]
             asked = talk.ask(kind, rng)
             if asked:
                 return kind, *asked
-            wanted = None
 
     if not plain and rng.random() < 0.1:
         chatter()
@@ -392,7 +395,7 @@ def converse(
         remaining = remaining[new:]
         if new:
             talk.focus = talk.shown[-1]
-        kind, question, answer = pick(first if not asked else None)
+        kind, question, answer = pick()
         talk.last = kind
         asked += 1
         if not plain:

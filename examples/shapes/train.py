@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from model import GRID, IMAGE_TOKENS, create, export, normalise, squeeze
-from questions import Conversation, converse
+from questions import WEIGHTS, Conversation, converse
 from tokenizer import IMAGE, PAD, tokens
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -37,6 +37,19 @@ PICTURES = 32  # per batch
 POOL = 6000  # pictures kept at hand; a share of every batch's pictures is drawn anew
 FRESH = 0.2
 SHARES = {1: 0.5, 2: 0.22, 3: 0.14, 4: 0.14}  # batches by pictures in a conversation
+# How often each kind of question is asked in training: the hard ones more often than they are in evaluation.
+PRACTICE = WEIGHTS | {
+    "what": 4.0,
+    "what, other words": 1.2,
+    "JSON": 1.2,
+    "color of the image": 0.8,
+    "count": 1.0,
+    "color of a shape": 5.0,
+    "nth image": 5.0,
+    "all images": 0.8,
+    "number of images": 0.6,
+    "follow-up": 2.5,
+}
 HELD_OUT_SEED = 7_000_000
 
 
@@ -77,16 +90,18 @@ def pack(talks: list[tuple[Conversation, list[View]]]) -> Batch:
     for i, (row, target) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         targets[i, : len(row)] = torch.tensor(target)
-    return Batch(
+    return Batch(*stack(views), ids, targets, [talk for talk, _ in talks])
+
+
+def stack(views: list[View]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the levels, backgrounds and patch labels of a batch."""
+    return (
         torch.from_numpy(np.stack([view.levels for view in views])),
         torch.tensor([BACKGROUNDS.index(view.scene.background) for view in views]),
         {
             each.name: torch.from_numpy(np.stack([getattr(view.labels, each.name) for view in views]))
             for each in fields(PatchLabels)
         },
-        ids,
-        targets,
-        [talk for talk, _ in talks],
     )
 
 
@@ -117,7 +132,7 @@ class Batches(IterableDataset[Batch]):
             for _ in range(4 * (PICTURES // number)):
                 views = [view() for _ in range(number)]
                 turns = rng.choice((1, 2, 3, 4, 5, 6, 6, 7, 8, 8))
-                talks.append((converse([v.scene for v in views], turns, rng), views))
+                talks.append((converse([v.scene for v in views], turns, rng, weights=PRACTICE), views))
             talks.sort(key=lambda talk: len(tokens(talk[0], 1)[0]))
             size = PICTURES // number
             groups = [talks[i : i + size] for i in range(0, len(talks), size)]
@@ -127,19 +142,41 @@ class Batches(IterableDataset[Batch]):
                 yield pack([*group, *blind])
 
 
-class Seer(nn.Module):
-    """Throw-away heads that teach the vision tower: to tell shapes from the ground halfway up, to name them at the top.
+class Pictures(IterableDataset[Batch]):
+    """An endless row of batches without conversations, for the vision tower alone; every second picture is new."""
 
-    Left to the answers alone, a tower this small takes hours to find out that corners matter.
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        rng = random.Random(self.seed)
+        pool = [View.make(rng) for _ in range(PICTURES)]
+        none = torch.zeros(0, 0, dtype=torch.long)
+        while True:
+            for _ in range(PICTURES // 2):
+                if len(pool) < POOL:
+                    pool.append(View.make(rng))
+                else:
+                    pool[rng.randrange(POOL)] = View.make(rng)
+            yield Batch(*stack(rng.sample(pool, PICTURES)), none, none, [])
+
+
+class Seer(nn.Module):
+    """Throw-away heads: the tower tells shapes from the ground halfway up, and at the top names and ranks them.
+
+    Halfway up the language model a head tells which picture is which. Left to the answers alone, a model this
+    small takes hours to find out that corners and order matter.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
         self.lower, self.upper = nn.LayerNorm(width), nn.LayerNorm(width)
         self.fine = nn.Linear(width, FINE * FINE + 2)
         self.patch = nn.Linear(width, len(KINDS) + 1 + len(COLORS) + 1 + 4)
         self.shape = nn.Linear(width, len(KINDS))
         self.ground = nn.Linear(width, len(BACKGROUNDS))
+        self.rank = nn.Linear(width, 4)
+        self.number = nn.Linear(text_width, 4)
 
     def forward(
         self, half: torch.Tensor, top: torch.Tensor, batch: Batch
@@ -155,9 +192,11 @@ class Seer(nn.Module):
         sizes = (len(KINDS) + 1, len(COLORS) + 1, 4)
         kinds, colors, box = self.patch(features).float().split(sizes, dim=-1)
         covered = labels["mask"].float().mean(dim=-1)
+        ranks = self.rank(features).float()
         weight = torch.where(owner == 0, 0.15, covered + 0.3)
         each = F.cross_entropy(kinds.transpose(1, 2), kind, reduction="none")
         each = each + F.cross_entropy(colors.transpose(1, 2), color, reduction="none")
+        each = each + F.cross_entropy(ranks.transpose(1, 2), owner, reduction="none")
         loss = loss + (each * weight).sum() / weight.sum()
         loss = loss + 2 * (box - labels["box"].float()).abs()[owner > 0].mean()
 
@@ -174,6 +213,13 @@ class Seer(nn.Module):
         full = covered > 0.25
         right = (kinds.argmax(-1) == kind) & (colors.argmax(-1) == color)
         return loss, right[full].float().mean()
+
+    def count(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return the loss of telling from hidden states [B, T, text width] the number of the picture they are in."""
+        pictures = ids == IMAGE
+        numbers = (pictures.cumsum(dim=1) - 1) // IMAGE_TOKENS
+        loss: torch.Tensor = F.cross_entropy(self.number(hidden[pictures]).float(), numbers[pictures])
+        return loss
 
 
 def attend(
@@ -209,16 +255,32 @@ def see(model: LlavaForConditionalGeneration, levels: torch.Tensor) -> tuple[tor
 
 def speak(
     model: LlavaForConditionalGeneration, features: torch.Tensor, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits [answers, vocabulary] and targets [answers] at the places where an assistant speaks."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return logits [answers, vocabulary] and targets [answers] at the places where an assistant speaks.
+
+    The third result is the language model's hidden states [B, T, width] halfway up.
+    """
     llava = model.model
     embedded = llava.language_model.embed_tokens(batch.ids)
     seen = llava.multi_modal_projector(features).to(embedded.dtype)
     where = (batch.ids == IMAGE).unsqueeze(-1)
     embedded = embedded.masked_scatter(where, seen.reshape(-1, seen.shape[-1]))
-    hidden = llava.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    told = llava.language_model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
     answers = batch.targets >= 0
-    return model.lm_head(hidden[answers]).float(), batch.targets[answers]
+    logits = model.lm_head(told.last_hidden_state[answers]).float()
+    middle = told.hidden_states[model.config.text_config.num_hidden_layers // 2]
+    return logits, batch.targets[answers], middle
+
+
+def short(targets: torch.Tensor) -> torch.Tensor:
+    """Return a weight per target [answers] that makes a short answer count nearly as much as a long one.
+
+    ``targets`` are [B, T] with -100 between answers; weights go with one over the root of an answer's length.
+    """
+    there = F.pad(targets >= 0, (1, 0))
+    answer = (there[:, 1:] & ~there[:, :-1]).flatten().cumsum(0)[targets.flatten() >= 0]
+    weight = 1 / answer.bincount()[answer].float().sqrt()
+    return weight / weight.mean()
 
 
 @torch.no_grad()
@@ -228,7 +290,7 @@ def quick_check(model: LlavaForConditionalGeneration, batches: list[Batch]) -> d
     total: collections.Counter[str] = collections.Counter()
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
-            logits, targets = speak(model, see(model, batch.levels)[1], batch)
+            logits, targets, _ = speak(model, see(model, batch.levels)[1], batch)
         hit = torch.zeros_like(batch.targets, dtype=torch.bool)
         hit[batch.targets >= 0] = logits.argmax(-1) == targets
         for row, row_hit, talk in zip(batch.targets.tolist(), hit.tolist(), batch.talks, strict=True):
@@ -264,6 +326,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="stop after so many steps, whatever the time")
     parser.add_argument("--every", type=float, default=10.0, help="minutes between exports and checkpoints")
     parser.add_argument("--peak", type=float, default=1.3e-3, help="highest learning rate")
+    parser.add_argument(
+        "--extra", type=int, default=3, help="batches for the tower alone beside every full one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--init-only", action="store_true", help="export random weights and stop")
@@ -280,7 +345,7 @@ def main() -> None:
         return
     ALL_ATTENTION_FUNCTIONS.register("plain", attend)
     model.set_attn_implementation("plain")
-    seer = Seer(model.config.vision_config.hidden_size)
+    seer = Seer(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
     weights = dict(model.named_parameters())
     average = {k: v.detach().clone() for k, v in weights.items()}
     trained = [*model.parameters(), *seer.parameters()]
@@ -301,6 +366,8 @@ def main() -> None:
     loader = DataLoader(
         Batches(options.seed * 1_000_003 + step + 1), batch_size=None, num_workers=1, prefetch_factor=12
     )
+    pictures = Pictures(options.seed * 1_000_003 + step + 500_000)
+    more = iter(DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=12))
     held_out = Batches(HELD_OUT_SEED, pool=PICTURES * 12)
     checks = [batch for batch, _ in zip(held_out, range(8), strict=False)]
 
@@ -324,6 +391,13 @@ def main() -> None:
         )
         export(average, options.out)
 
+    def learn(loss: torch.Tensor) -> None:
+        """Take one step down the gradient of ``loss``."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], 1.0)
+        optimizer.step()
+
     bar = tqdm(
         total=round(options.minutes * 60), initial=round(spent), unit="s", smoothing=0.05, mininterval=5
     )
@@ -340,7 +414,7 @@ def main() -> None:
         else:
             progress = (spent / 60 - options.see_minutes) / (options.minutes - options.see_minutes)
             lr = rate(progress, options.peak)
-            share = max(0.1, 0.5 * (1 - progress))
+            share = max(0.25, 0.5 * (1 - progress))
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast("cpu", torch.bfloat16):
@@ -350,17 +424,18 @@ def main() -> None:
             losses["seen"] += 0.02 * (seen.item() - losses["seen"])
             loss = loss * share
             if not alone:
-                logits, targets = speak(model, features, batch)
-                say = F.cross_entropy(logits, targets)
+                logits, targets, middle = speak(model, features, batch)
+                say = (F.cross_entropy(logits, targets, reduction="none") * short(batch.targets)).mean()
                 losses["say"] += 0.02 * (say.item() - losses["say"])
                 losses["said"] += 0.02 * (
                     (logits.argmax(-1) == targets).float().mean().item() - losses["said"]
                 )
-                loss = loss + say
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+                loss = loss + say + 0.3 * seer.count(middle, batch.ids)
+        learn(loss)
+        for _ in range(options.extra if not alone else 0):
+            extra = next(more)
+            with torch.autocast("cpu", torch.bfloat16):
+                learn(seer(*see(model, extra.levels), extra)[0] * share)
         step += 1
         keep = min(0.9985, step / (step + 20))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], 1 - keep)
