@@ -112,7 +112,9 @@ def shares(questions: list[Question], answers: list[str]) -> dict[str, tuple[int
     """Return how many answers are exact, of how many, per kind and over all kinds of question."""
     table: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for question, answer in zip(questions, answers, strict=True):
-        rows = [question.kind] if question.kind == ONE_SHAPE else [question.kind, "all kinds of question"]
+        # Small talk is no question about pictures, and single shapes have a goal of their own.
+        alone = question.kind in (ONE_SHAPE, "chat")
+        rows = [question.kind] if alone else [question.kind, "all kinds of question"]
         for row in rows:
             table[row][0] += answer == question.answer
             table[row][1] += 1

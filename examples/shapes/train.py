@@ -41,14 +41,14 @@ SHARES = {1: 0.5, 2: 0.22, 3: 0.14, 4: 0.14}  # batches by pictures in a convers
 PRACTICE = WEIGHTS | {
     "what": 4.0,
     "what, other words": 1.2,
-    "JSON": 1.2,
+    "JSON": 1.6,
     "color of the image": 0.8,
     "count": 1.0,
     "color of a shape": 5.0,
     "nth image": 5.0,
-    "all images": 0.8,
+    "all images": 1.6,
     "number of images": 0.6,
-    "follow-up": 2.5,
+    "follow-up": 3.0,
 }
 HELD_OUT_SEED = 7_000_000
 
@@ -322,7 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to export the model to")
     parser.add_argument("--work", type=Path, help="folder for checkpoints (none are kept without it)")
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, over all resumed runs")
-    parser.add_argument("--see-minutes", type=float, default=8.0, help="of it, for the vision tower alone")
+    parser.add_argument("--see-minutes", type=float, default=15.0, help="of it, for the vision tower alone")
     parser.add_argument("--steps", type=int, help="stop after so many steps, whatever the time")
     parser.add_argument("--every", type=float, default=10.0, help="minutes between exports and checkpoints")
     parser.add_argument("--peak", type=float, default=1.3e-3, help="highest learning rate")
