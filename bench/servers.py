@@ -45,7 +45,12 @@ class Server:
 
 
 def our_command(folder: Path, port: int, options: Sequence[str] = ()) -> list[str]:
-    """Return the command that serves a folder with this project; options are ``key=value``."""
+    """Return the command that serves a folder with this project; options are ``key=value``.
+
+    Our default is one picture in a prompt; the loads show several.
+    """
+    if not any("limit_mm_per_prompt" in option for option in options):
+        options = [*options, 'limit_mm_per_prompt={"image": 8}']
     chosen = [word for option in options for word in ("--option", option)]
     return [str(Path(sys.executable).with_name("lmi")), "serve", str(folder), "--port", str(port), *chosen]
 

@@ -48,7 +48,7 @@ class VisionSettings(BaseModel):
     image_cache_mb: Count = option(
         "Host memory for decoded pictures, found again by their content; the embedded engine keeps prepared "
         "ones in half as much again. 0: none.",
-        default=64,
+        default=32,
         unit="MiB",
     )
     image_memory_mb: Positive = option(
