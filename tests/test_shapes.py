@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import evaluate  # noqa: E402
-import model  # noqa: E402
+import network  # noqa: E402
 import pictures  # noqa: E402
 
 RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 128, 0)
@@ -161,11 +161,11 @@ def test_training_sees_what_a_request_sees(processor) -> None:  # type: ignore[n
         talk = questions.converse(scenes, 4, rng)
         text = processor.apply_chat_template(talk.messages)
         inputs = processor(text=text, images=drawn, return_tensors="pt")
-        ids, targets = tokenizer.tokens(talk, model.IMAGE_TOKENS)
+        ids, targets = tokenizer.tokens(talk, network.IMAGE_TOKENS)
         assert inputs["input_ids"][0].tolist() == ids
         assert len(targets) == len(ids)
-        levels = torch.from_numpy(np.stack([model.squeeze(picture) for picture in drawn]))
-        assert torch.equal(inputs["pixel_values"], model.normalise(levels))
+        levels = torch.from_numpy(np.stack([network.squeeze(picture) for picture in drawn]))
+        assert torch.equal(inputs["pixel_values"], network.normalise(levels))
 
 
 def test_targets_are_the_answers() -> None:
@@ -178,13 +178,13 @@ def test_targets_are_the_answers() -> None:
 
 
 def test_a_new_export_loads_in_transformers(tmp_path: Path) -> None:
-    model.export(model.create().state_dict(), tmp_path)
+    network.export(network.create().state_dict(), tmp_path)
     loaded, found = transformers.AutoModelForImageTextToText.from_pretrained(
         tmp_path, output_loading_info=True
     )
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.dtype == torch.bfloat16
-    names = set(model.read_weights(tmp_path))
+    names = set(network.read_weights(tmp_path))
     assert {"language_model.lm_head.weight", "multi_modal_projector.linear_1.weight"} <= names
     prefixes = ("vision_tower.vision_model.", "language_model.", "multi_modal_projector.")
     assert all(name.startswith(prefixes) for name in names)
@@ -192,7 +192,7 @@ def test_a_new_export_loads_in_transformers(tmp_path: Path) -> None:
 
 
 def test_committed_files_are_what_the_code_writes(tmp_path: Path) -> None:
-    model.write_configs(tmp_path)
+    network.write_configs(tmp_path)
     for file in tmp_path.iterdir():
         assert (SHAPES / file.name).read_text() == file.read_text()
 

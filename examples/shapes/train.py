@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from model import GRID, IMAGE_TOKENS, create, export, normalise, squeeze
+from network import GRID, IMAGE_TOKENS, create, export, normalise, squeeze
 from questions import WEIGHTS, Conversation, converse
 from tokenizer import IMAGE, PAD, tokens
 from torch import nn
