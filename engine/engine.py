@@ -145,8 +145,10 @@ class Engine:
                     missing[picture.digest] = picture
         if not missing:
             return chunks
-        # those beyond the limit are encoded in the next step: a turn of the loop stays bounded
-        some = list(missing.values())[:ENCODE_PER_STEP]
+        # those beyond the limit are encoded in the next step, so that a turn of the loop stays bounded; one chunk's
+        # are always encoded together, since a small cache would forget the first before the last had come
+        first = next(count for chunk in chunks if (count := self._count_missing(chunk)))
+        some = list(missing.values())[: max(ENCODE_PER_STEP, first)]
         try:
             self.executor.encode(some)
         except Exception as error:
@@ -163,6 +165,11 @@ class Engine:
             elif all(digest in cache for digest in digests):
                 kept.append(chunk)
         return kept
+
+    def _count_missing(self, chunk: Chunk) -> int:
+        """How many different pictures of the chunk are not encoded."""
+        pictures = chunk.sequence.pictures_within(chunk.start, chunk.stop)
+        return len({p.digest for p in pictures if p.digest not in self.runner.encoder_cache})
 
     def _encode_alone(self, picture: Picture) -> None:
         if picture.digest in self.runner.encoder_cache:

@@ -370,6 +370,18 @@ def test_the_encoder_cache_keeps_to_its_budget(path: Path, oracle: Oracle) -> No
         assert engine.runner.encoder_cache.used_bytes <= 2 * one_picture
 
 
+def test_more_pictures_in_a_chunk_than_a_step_encodes_are_no_dead_end(
+    path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no room in the cache, pictures encoded in one step would be forgotten before the next."""
+    monkeypatch.setattr("engine.engine.ENCODE_PER_STEP", 2)
+    prompt = Prompt([random_image(0), random_image(1), random_image(2), 1, 2])
+    add = prompt.add(oracle.preprocessor, greedy(max_tokens=4))
+    engine = load_engine(path, encoder_cache_bytes=0)
+    results = run_all(engine, [add, text(1, 2, 3)], max_steps=100)
+    assert results[0].token_ids == oracle.generate(prompt, 4)
+
+
 def test_cached_pictures_do_not_keep_their_whole_batch_in_memory(engine: Engine, oracle: Oracle) -> None:
     adds = [Prompt([random_image(n), 1]).add(oracle.preprocessor, greedy(max_tokens=1)) for n in range(4)]
     run_all(engine, adds)
