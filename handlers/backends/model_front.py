@@ -1,0 +1,125 @@
+"""What the front must know of a model, without its weights: tokenizer, template, preparation, endings, defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.errors import ModelLoadError
+from handlers.templates import PromptRenderer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from engine.families.base import Preprocessor
+    from properties.settings import Settings
+
+
+class ModelFront:
+    """What the front knows of the model, without its weights."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        renderer: PromptRenderer,
+        preprocessor: Preprocessor | None,
+        eos_token_ids: tuple[int, ...],
+        default_sampling: dict[str, float | int],
+        vocab_size: int,
+        accelerators: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = renderer
+        self.preprocessor = preprocessor
+        self.eos_token_ids = eos_token_ids
+        self.default_sampling = default_sampling
+        self.vocab_size = vocab_size
+        self.accelerators = accelerators
+
+    @classmethod
+    def load(cls, settings: Settings, path: str) -> ModelFront:
+        """Blocking: imports transformers and reads the model's files."""
+        import torch
+        from transformers import AutoTokenizer
+
+        from engine.loader import load_preprocessor, read_config
+
+        config = read_config(path, trust_remote_code=settings.trust_remote_code)
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
+        if not tokenizer.is_fast:
+            raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
+        preprocessor = load_preprocessor(path, settings.mm_processor_kwargs)
+        image_token = settings.image_placeholder_token
+        if preprocessor is not None and image_token is None:
+            image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
+        try:
+            renderer = PromptRenderer(
+                tokenizer,
+                _chat_template(settings.chat_template, path) or tokenizer.chat_template,
+                settings.chat_template_content_format,
+                image_token if preprocessor is not None else None,
+            )
+        except ValueError as error:
+            raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
+        generation = _generation_config(path)
+        return cls(
+            tokenizer,
+            renderer,
+            preprocessor,
+            _eos_token_ids(generation, config.get_text_config(), tokenizer),
+            _default_sampling(generation),
+            int(config.get_text_config().vocab_size),
+            torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        )
+
+
+def _chat_template(setting: str | None, model_path: str) -> str | None:
+    """The setting is a path (absolute, or in the model directory) or the text itself."""
+    if setting is None:
+        return None
+    if "{" in setting or "\n" in setting:
+        return setting
+    path = Path(model_path, setting)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"option.chat_template {setting!r} is neither a template nor a readable file"
+        ) from error
+
+
+def _generation_config(path: str) -> dict[str, Any]:
+    try:
+        return dict(
+            msgspec.json.decode(Path(path, "generation_config.json").read_bytes(), type=dict[str, Any])
+        )
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ModelLoadError("generation_config.json of the model cannot be read") from error
+
+
+def _eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """generation_config.json decides, as in transformers; else the model's config; else the tokenizer."""
+    for source in (
+        generation.get("eos_token_id"),
+        getattr(text_config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        if source is not None:
+            return tuple(source) if isinstance(source, list) else (int(source),)
+    return ()
+
+
+def _default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
+    """The fields of generation_config.json that we know by the same name; none where it says greedy."""
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+    found = {name: generation[name] for name in names if isinstance(generation.get(name), int | float)}
+    if generation.get("do_sample") is False:
+        found = {"temperature": 0.0, **{k: v for k, v in found.items() if k == "repetition_penalty"}}
+    return found
