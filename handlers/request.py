@@ -91,6 +91,20 @@ class TextPrompt:
 Prompt = ChatPrompt | TextPrompt
 
 
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What every answer to a request must look like, token by token.
+
+    kind, value: `json_object` None; `json_schema` the schema as JSON text; `regex` one that matches the whole answer;
+    `choice` the allowed answers as a JSON array; `grammar` Lark, or GBNF-like EBNF as vLLM takes it.
+    param: the client's field it came from, for error messages.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    value: str | None = None
+    param: str = "response_format"
+
+
 @dataclass(slots=True)
 class GenerationRequest:
     """One prompt to answer `n` times.
@@ -100,6 +114,7 @@ class GenerationRequest:
     max_tokens_is_default: the client did not ask for `sampling.max_tokens`: where the context has less room,
     the answer is shorter. text_bytes: size of the body it came in without its pictures: what rendering may cost.
     names: what the client calls a field where that is not its name here or in `sampling`.
+    constraint: holds for each of the n answers; None for free text.
     """
 
     request_id: str
@@ -114,6 +129,7 @@ class GenerationRequest:
     truncate_prompt_tokens: int | None = None
     max_tokens_is_default: bool = False
     text_bytes: int = 0
+    constraint: Constraint | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     arrival: float = field(default_factory=time.monotonic)
 

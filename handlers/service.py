@@ -14,8 +14,7 @@ from handlers.backends.base import Backend
 from handlers.dialects.base import JSON, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import ErrorStyle, client_error, error_reply, log_error, style_of
-from handlers.dialects.lmi import read_lmi
-from handlers.dialects.openai_chat import read_chat
+from handlers.dialects.select import read_task, style_of_body
 from handlers.errors import InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
@@ -32,8 +31,6 @@ LONG_BODY_BYTES = 2**20
 
 HIGHEST_PRIORITY = 1000
 """Of a request, in either direction."""
-
-ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ class Service:
         try:
             size = len(incoming.body)
             body = await _aside(size, read_body, incoming.body, incoming.headers)
-            style = _style(body, style)
+            style = style_of_body(body, style)
             task = await _aside(size, self._task, body, incoming)
             del body
             for request in task.requests:
@@ -119,18 +116,7 @@ class Service:
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
         capabilities = self._backend.capabilities
         conventions = Conventions(self._model_name, capabilities.default_sampling, self._lines)
-        adapter = incoming.headers.get(ADAPTER_HEADER) or None
-        if "messages" in body:
-            task = read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
-        elif "inputs" in body:
-            accept = incoming.headers.get("accept", "")
-            task = read_lmi(body, conventions, request_id=incoming.request_id, adapter=adapter, accept=accept)
-        elif "prompt" in body:
-            raise InvalidRequest(
-                "completions (`prompt`) are not served: send messages or inputs", param="prompt"
-            )
-        else:
-            raise InvalidRequest("the body has neither messages nor inputs", param="messages")
+        task = read_task(body, conventions, incoming)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
@@ -196,9 +182,3 @@ class Service:
 async def _aside(size: int, work: Callable[..., T], *given: Any) -> T:
     """Work that grows with a body of `size` bytes."""
     return await asyncio.to_thread(work, *given) if size > LONG_BODY_BYTES else work(*given)
-
-
-def _style(body: dict[str, Any], otherwise: ErrorStyle) -> ErrorStyle:
-    if "messages" in body:
-        return "openai"
-    return "lmi" if "inputs" in body else otherwise
