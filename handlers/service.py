@@ -13,7 +13,7 @@ from handlers.admission import Admission
 from handlers.backends.base import Backend
 from handlers.dialects.base import JSON, Conventions, Task
 from handlers.dialects.body import read_body
-from handlers.dialects.error_replies import ErrorStyle, client_error, error_reply, log_error, style_of
+from handlers.dialects.error_replies import client_error, error_reply, log_error, style_of
 from handlers.dialects.select import read_task, style_of_body
 from handlers.errors import InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
