@@ -19,6 +19,7 @@ from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.dialects.base import Conventions
 from handlers.dialects.body import read_body
 from handlers.dialects.openai_chat import read_chat
+from handlers.dialects.openai_fields import UNSUPPORTED
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, TextPart
 from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
@@ -190,7 +191,7 @@ def test_defaults_are_the_models_then_openais() -> None:
 def test_null_means_absent_everywhere() -> None:
     names = set(read_chat.__globals__["ChatBody"].__struct_fields__) - {"messages"}
     assert read(chat(**dict.fromkeys(names))).sampling == SamplingParams()
-    unsupported = read_chat.__globals__["_UNSUPPORTED"]
+    unsupported = UNSUPPORTED
     assert read(chat(**dict.fromkeys(unsupported))).sampling == SamplingParams()
 
 

@@ -1,0 +1,172 @@
+"""The fields that chat and text completions share: OpenAI's own and those that vLLM adds."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, shown
+from handlers.dialects.base import TokenCount, TokenId
+from handlers.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+_Bias = Annotated[float, Meta(ge=-100, le=100)]
+Name = Annotated[str, Meta(max_length=512)]
+_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
+_Priority = Annotated[int, Meta(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)]
+
+MAX_ANSWERS = 128
+"""Most answers to one prompt (`n`): OpenAI's limit."""
+
+_IGNORED = frozenset(
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "verbosity",
+        "prediction",
+        "parallel_tool_calls",
+        "spaces_between_special_tokens",
+        "include_reasoning",
+    }
+)
+UNSUPPORTED = frozenset(
+    {
+        "audio",
+        "web_search_options",
+        "moderation",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "guided_decoding_backend",
+        "allowed_token_ids",
+        "bad_words",
+        "chat_template",
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "cache_salt",
+        "kv_transfer_params",
+        "logits_processors",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "vllm_xargs",
+        "thinking_token_budget",
+        "repetition_detection",
+    }
+)
+_FALSE_ONLY = ("use_beam_search", "echo", "add_special_tokens")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class CommonBody(msgspec.Struct, kw_only=True):
+    """Scalar fields of both bodies. Those of the first block are OpenAI's, the others vLLM's."""
+
+    model: Name | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, _Bias] | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | _StopStrings | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    response_format: dict[str, Any] | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: TokenCount | None = None
+    priority: _Priority | None = None
+    request_id: Name | None = None
+    adapters: str | None = None
+
+
+def common_sampling(asked: CommonBody) -> dict[str, Any]:
+    """Fields of SamplingParams, None for what was not given. Raises InvalidRequest."""
+    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
+    if stop is not None and "" in stop:
+        raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")
+    return {
+        "max_tokens": asked.max_tokens,
+        "min_tokens": asked.min_tokens,
+        "temperature": asked.temperature,
+        "top_k": asked.top_k,
+        "top_p": asked.top_p,
+        "min_p": asked.min_p,
+        "typical_p": asked.typical_p,
+        "repetition_penalty": asked.repetition_penalty,
+        "presence_penalty": asked.presence_penalty,
+        "frequency_penalty": asked.frequency_penalty,
+        "logit_bias": _logit_bias(asked.logit_bias),
+        "seed": asked.seed,
+        "stop": tuple(stop) if stop is not None else None,
+        "stop_token_ids": tuple(asked.stop_token_ids) if asked.stop_token_ids is not None else None,
+        "ignore_eos": asked.ignore_eos,
+        "include_stop_str_in_output": asked.include_stop_str_in_output,
+        "skip_special_tokens": asked.skip_special_tokens,
+        "prompt_logprobs": asked.prompt_logprobs,
+    }
+
+
+def check_stream(asked: CommonBody) -> bool:
+    """Whether a stream is asked for. Raises InvalidRequest for what only one of both forms can have."""
+    stream = bool(asked.stream)
+    if asked.stream_options is not None and not stream:
+        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+    if stream and asked.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    return stream
+
+
+def count_answers(asked: CommonBody) -> int:
+    n = 1 if asked.n is None else asked.n
+    if not 1 <= n <= MAX_ANSWERS:
+        raise InvalidRequest(f"n is {shown(n)}; allowed: from 1 to {MAX_ANSWERS}", param="n")
+    return n
+
+
+def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
+    """What would change the answer and is not there is refused; all else that `shape` does not know is dropped."""
+    for name in body.keys() - shape.__struct_fields__:
+        if name in UNSUPPORTED and body[name] is not None:
+            raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
+        if name in _FALSE_ONLY and body[name]:
+            raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
+        if name == "best_of" and body[name] not in (None, 1):
+            raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
+        if name not in _IGNORED:
+            log.debug("unknown field ignored: %.80s", name)
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
+    if not bias:
+        return None
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
+            raise InvalidRequest(f"logit_bias: {key[:40]!r} is no token id", param="logit_bias")
+    return {int(key): value for key, value in bias.items()}
