@@ -98,11 +98,13 @@ class Constraint:
     kind, value: `json_object` None; `json_schema` the schema as JSON text; `regex` one that matches the whole answer;
     `choice` the allowed answers as a JSON array; `grammar` Lark, or GBNF-like EBNF as vLLM takes it.
     param: the client's field it came from, for error messages.
+    whitespace_pattern: a regular expression for the white space inside JSON; "" for none, None for any.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     value: str | None = None
     param: str = "response_format"
+    whitespace_pattern: str | None = None
 
 
 @dataclass(slots=True)

@@ -120,6 +120,11 @@ class Service:
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
+            if (constraint := request.constraint) is not None and not capabilities.structured_outputs:
+                raise InvalidRequest(
+                    f"{constraint.param}: this server cannot constrain answers; leave it out",
+                    param=constraint.param,
+                )
             self._check_pictures(sum(1 for _ in request.images()), capabilities.images)
             priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
             request.priority = priority if self._limits.request_priorities else 0

@@ -1,0 +1,256 @@
+"""What an answer must look like, in every dialect's words: read here into one `Constraint`.
+
+response_format: OpenAI's, which TGI's chat also takes with a `value`. structured_outputs: vLLM's.
+guided: vLLM's and Aphrodite's older `guided_*` fields. grammar: TGI's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from handlers.errors import InvalidRequest
+from handlers.request import Constraint
+
+MAX_BYTES = 2**18
+"""Of a schema, an expression, a grammar or all choices together."""
+
+MAX_DEPTH = 100
+"""Of lists and objects within each other in a schema."""
+
+MAX_WHITESPACE_PATTERN = 200
+
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object")
+"""The older fields, of which one may be given; `guided_whitespace_pattern` goes with the first."""
+
+_OUTPUTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("enum", "const", "default", "examples")
+
+_SPACE = r"[ \t\n\r]"
+_WHITESPACE = re.compile(
+    r"(?:[ \t\n\r?*+|()\[\]]|\(\?:|\\[nrts ]|\\x(?:20|0[9aAdD])|\{[0-9]{0,3}(?:,[0-9]{0,3})?\})*"
+)
+
+
+def read_constraint(
+    *,
+    response_format: object = None,
+    structured_outputs: object = None,
+    guided: Mapping[str, Any] | None = None,
+    grammar: object = None,
+) -> Constraint | None:
+    """The one constraint that these fields, each as the client sent it, ask for; None for free text.
+
+    guided: may hold other fields as well, which are not looked at.
+    Raises InvalidRequest that names the field for what is malformed, and where two of them ask for something.
+    """
+    found = [
+        _response_format(response_format),
+        _structured_outputs(structured_outputs),
+        *_guided(guided or {}),
+        _typed(grammar, "grammar") if grammar is not None else None,
+    ]
+    asked = [constraint for constraint in found if constraint is not None]
+    if len(asked) > 1:
+        names = " and ".join(constraint.param for constraint in asked)
+        raise InvalidRequest(f"{names} exclude each other: send one of them", param=asked[1].param)
+    return asked[0] if asked else None
+
+
+def _response_format(given: object) -> Constraint | None:
+    if given is None:
+        return None
+    param = "response_format"
+    fields = _object(given, param)
+    if fields.get("type") == "text":
+        return None
+    if fields.get("type") == "json_schema" and fields.get("value") is None:
+        inner = f"{param}.json_schema"
+        return _schema(_object(fields.get("json_schema"), inner).get("schema"), f"{inner}.schema", param)
+    if fields.get("type") == "json_object" and fields.get("value") is None:
+        return Constraint("json_object", None, param)
+    return _typed(fields, param)
+
+
+def _typed(given: object, param: str) -> Constraint:
+    """TGI's `{"type", "value"}`."""
+    fields = _object(given, param)
+    kind, value = fields.get("type"), fields.get("value")
+    where = f"{param}.value"
+    if kind in ("json", "json_object"):
+        return _schema(value, where, param)
+    if kind == "json_schema":
+        inner = value.get("schema") if isinstance(value, dict) else None
+        return _schema(inner, f"{where}.schema", param)
+    if kind == "regex":
+        return _text("regex", value, where, param)
+    allowed = "'json', 'json_object', 'json_schema', 'regex'"
+    if param == "response_format":
+        allowed = f"'text', {allowed}"
+    raise InvalidRequest(
+        f"{param}.type {_shown(kind)} is not supported by this server; allowed: {allowed}", param=param
+    )
+
+
+def _structured_outputs(given: object) -> Constraint | None:
+    if given is None:
+        return None
+    param = "structured_outputs"
+    fields = _object(given, param)
+    asked = _only(fields, param)
+    if asked == "structural_tag":
+        raise InvalidRequest(
+            f"{param}.structural_tag is not supported by this server; use json, regex, choice or grammar",
+            param=param,
+        )
+    constraint = _one(asked, fields[asked], f"{param}.{asked}", param)
+    if fields.get("disable_additional_properties") and constraint.kind == "json_schema":
+        schema = msgspec.json.decode(constraint.value or "")
+        _close(schema)
+        constraint = replace(constraint, value=msgspec.json.encode(schema).decode())
+    if fields.get("disable_any_whitespace"):
+        return replace(constraint, whitespace_pattern="")
+    return _with_whitespace(constraint, fields.get("whitespace_pattern"), f"{param}.whitespace_pattern")
+
+
+def _guided(fields: Mapping[str, Any]) -> Iterator[Constraint]:
+    for name in GUIDED:
+        value = fields.get(name)
+        if value is None or value is False:
+            continue
+        constraint = _one(name.removeprefix("guided_"), value, name, name)
+        name = "guided_whitespace_pattern"
+        yield _with_whitespace(constraint, fields.get(name), name)
+
+
+def _one(what: str, value: object, where: str, param: str) -> Constraint:
+    """vLLM's `json`, `regex`, `choice`, `grammar` or `json_object`."""
+    if what == "json":
+        return _schema(value, where, param)
+    if what == "choice":
+        return _choice(value, where, param)
+    if what == "json_object":
+        if value is not True:
+            raise InvalidRequest(f"{where} must be true or left out", param=param)
+        return Constraint("json_object", None, param)
+    return _text("regex" if what == "regex" else "grammar", value, where, param)
+
+
+def _schema(given: object, where: str, param: str) -> Constraint:
+    """A JSON schema, as an object or as the text of one."""
+    if isinstance(given, str):
+        _check_size(given, where, param)
+        try:
+            given = msgspec.json.decode(given)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            raise InvalidRequest(f"{where} is a text that is no valid JSON", param=param) from None
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"{where} must be a JSON schema: an object", param=param)
+    if _depth(given) > MAX_DEPTH:
+        raise InvalidRequest(f"{where} is nested too deeply; allowed: {MAX_DEPTH} levels", param=param)
+    text = msgspec.json.encode(given).decode()
+    _check_size(text, where, param)
+    return Constraint("json_schema", text, param)
+
+
+def _choice(given: object, where: str, param: str) -> Constraint:
+    if (
+        not isinstance(given, list)
+        or not given
+        or not all(isinstance(choice, str) and choice for choice in given)
+    ):
+        raise InvalidRequest(f"{where} must be a list of texts, none of them empty", param=param)
+    text = msgspec.json.encode(list(dict.fromkeys(given))).decode()
+    _check_size(text, where, param)
+    return Constraint("choice", text, param)
+
+
+def _text(kind: Any, given: object, where: str, param: str) -> Constraint:
+    if not isinstance(given, str) or not given:
+        raise InvalidRequest(f"{where} must be a text that is not empty", param=param)
+    _check_size(given, where, param)
+    return Constraint(kind, given, param)
+
+
+def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Constraint:
+    """The expression for white space inside JSON; it must not match anything else, or the answer were no JSON."""
+    if pattern is None:
+        return constraint
+    if constraint.kind not in ("json_schema", "json_object"):
+        raise InvalidRequest(f"{where} goes with a JSON schema only", param=constraint.param)
+    if (
+        not isinstance(pattern, str)
+        or len(pattern) > MAX_WHITESPACE_PATTERN
+        or not _WHITESPACE.fullmatch(pattern)
+    ):
+        raise InvalidRequest(
+            f"{where} must be a regular expression of white space alone, such as '[ \\n]?', of at most "
+            f"{MAX_WHITESPACE_PATTERN} characters",
+            param=constraint.param,
+        )
+    return replace(constraint, whitespace_pattern=pattern.replace(r"\s", _SPACE))
+
+
+def _close(schema: object) -> None:
+    """Where an object's schema does not speak of other properties than those it names, allow none."""
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        if not isinstance(node, dict):
+            continue
+        if isinstance(node.get("properties"), dict) or isinstance(node.get("patternProperties"), dict):
+            node.setdefault("additionalProperties", False)
+        for key, value in node.items():
+            if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+                waiting += value.values()
+            elif key not in _VALUES:
+                waiting.append(value)
+
+
+def _depth(value: object) -> int:
+    """How many lists and objects stand within each other; counts no further than past the limit."""
+    level, depth = [value], 0
+    while depth <= MAX_DEPTH:
+        level = [
+            inner
+            for node in level
+            if isinstance(node, dict | list)
+            for inner in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return depth
+        depth += 1
+    return depth
+
+
+def _only(fields: dict[str, Any], param: str) -> str:
+    asked = [name for name in _OUTPUTS if fields.get(name) is not None and fields[name] is not False]
+    if not asked:
+        raise InvalidRequest(f"{param} asks for nothing; allowed: {', '.join(_OUTPUTS[:-1])}", param=param)
+    if len(asked) > 1:
+        listed = " and ".join(f"{param}.{name}" for name in asked)
+        raise InvalidRequest(f"{listed} exclude each other: send one of them", param=param)
+    return asked[0]
+
+
+def _object(given: object, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"{where} must be an object", param=where.partition(".")[0])
+    return given
+
+
+def _check_size(text: str, where: str, param: str) -> None:
+    if (size := len(text.encode())) > MAX_BYTES:
+        raise InvalidRequest(f"{where} has {size} bytes; allowed: at most {MAX_BYTES}", param=param)
+
+
+def _shown(value: object) -> str:
+    return repr(value if isinstance(value, str) else type(value).__name__)[:60]
