@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from container.machine import Machine, this_machine
+from engine.machine import Machine, this_machine
 from handlers.backends.select import Choice, choose
 from properties.configuration import Configuration, read_model_config, resolve
 from properties.field import Level

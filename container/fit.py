@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig
 
 from container.estimate import cache_bytes_per_token, served_dtype, weights
-from container.machine import Device, Machine
 from engine.errors import ModelLoadError
 from engine.loader import read_config, resolve_dtype
+from engine.machine import Device, Machine
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.rolling_plan import plan_engines
 from handlers.errors import InvalidConfiguration

@@ -6,9 +6,9 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 
-from container.build import build_backend
 from container.logs import logging_to
 from container.server import BackendBuilder, serve
+from handlers.build import build_backend
 from properties.configuration import Configuration, resolve
 from properties.field import Level
 from properties.problem import ConfigurationError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from container.hub import wanted
+from handlers.artefacts.hub import wanted
 
 COMMIT = "a" * 40
 FILES = {
@@ -84,7 +84,8 @@ def fetch(hub: str, home: Path, *names: str, offline: bool = False, code: bool =
     program = """
 import sys, threading
 from pathlib import Path
-from container.artefacts import ArtefactError, fetch
+from handlers.artefacts.error import ArtefactError
+from handlers.artefacts.fetch import fetch
 from properties.location import locate
 from properties.settings import Settings
 root, offline, code, *names = sys.argv[1:]

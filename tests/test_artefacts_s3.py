@@ -17,10 +17,11 @@ import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 
-from container import transfer
-from container.artefacts import ArtefactError, fetch
-from container.s3 import fetch_s3
-from container.transfer import Cancelled
+from handlers.artefacts import transfer
+from handlers.artefacts.error import ArtefactError
+from handlers.artefacts.fetch import fetch
+from handlers.artefacts.s3 import fetch_s3
+from handlers.artefacts.transfer import Cancelled
 from properties.location import locate
 from properties.settings import Settings
 from tests.scripted_server import ServerProcess

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from container.check import check, describe, run_check
 from container.estimate import cache_bytes_per_token, weights
 from container.fit import fit
-from container.machine import Device, Machine
+from engine.machine import Device, Machine
 from engine.memory import host_memory
 from properties.configuration import resolve
 

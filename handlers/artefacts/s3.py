@@ -1,6 +1,6 @@
 """Models from `s3://bucket/prefix/`: what belongs to them, and boto3's errors as what to do about them.
 
-Layout below the download root, one directory per URL: `files/` (see `container.transfer`), `unpacked/` for an
+Layout below the download root, one directory per URL: `files/` (see `handlers.artefacts.transfer`), `unpacked/` for an
 archive, `lock`.
 """
 
@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from container.artefacts import ArtefactError
-from container.transfer import STREAMS, Cancelled, S3Object, Transfer
+from handlers.artefacts.error import ArtefactError
+from handlers.artefacts.transfer import STREAMS, Cancelled, S3Object, Transfer
 
 logger = logging.getLogger(__name__)
 

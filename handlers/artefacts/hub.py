@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from container.artefacts import ArtefactError
+from handlers.artefacts.error import ArtefactError
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,11 @@ import tempfile
 import threading
 from pathlib import Path
 
+from handlers.artefacts.error import ArtefactError
 from properties.location import ModelLocation
 from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-class ArtefactError(Exception):
-    """The model cannot be fetched; the message names it and says what to do."""
 
 
 def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Event) -> Path:
@@ -27,10 +24,10 @@ def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Even
         return Path(location.value)
     root = download_root(settings.download_dir)
     if location.kind == "s3":
-        from container.s3 import fetch_s3
+        from handlers.artefacts.s3 import fetch_s3
 
         return fetch_s3(location.value, root, cancelled)
-    from container.hub import fetch_hub
+    from handlers.artefacts.hub import fetch_hub
 
     return fetch_hub(
         location.value,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from container.artefacts import ArtefactError
+from handlers.artefacts.error import ArtefactError
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Getting the model onto this machine."""

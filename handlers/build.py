@@ -1,0 +1,61 @@
+"""From a configuration and a model directory to the backend and the picture loader."""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from pathlib import Path
+
+from handlers.backends.base import Backend
+from handlers.backends.select import choose
+from handlers.images.loader import ImageLimits, ImageLoader
+from properties.configuration import Configuration, read_model_config
+from properties.field import BackendName
+from properties.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_BACKENDS: dict[BackendName, tuple[str, str]] = {
+    "rolling": ("handlers.backends.rolling", "RollingBackend"),
+    "vllm": ("handlers.backends.vllm", "VllmBackend"),
+}
+"""Module and class of each, imported only when it is the one that serves."""
+
+
+def build_backend(configuration: Configuration, model_path: Path) -> Backend:
+    """The backend that serves the model, not yet loaded. Slow: imports what it needs; call it in a thread.
+
+    Raises ConfigurationError and ServingError.
+    """
+    from engine.machine import this_machine
+
+    settings = configuration.settings
+    config = read_model_config(model_path) or {}
+    choice = choose(
+        settings.rolling_batch,
+        config.get("architectures") or [],
+        len(this_machine().accelerators),
+        trust_remote_code=settings.trust_remote_code,
+    )
+    logger.info("backend %s: %s", choice.backend, choice.reason)
+    for problem in configuration.unhonoured(choice.backend):
+        logger.warning("%s", problem)
+    module, name = _BACKENDS[choice.backend]
+    backend: Backend = getattr(import_module(module), name).from_settings(settings, model_path)
+    return backend
+
+
+def build_images(settings: Settings) -> ImageLoader:
+    domains = settings.allowed_media_domains
+    return ImageLoader(
+        ImageLimits(
+            fetch_timeout=settings.image_fetch_timeout,
+            max_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_image_pixels,
+            max_redirects=settings.image_fetch_max_redirects,
+            allowed_domains=None if domains is None else tuple(domains),
+            allow_private=tuple(settings.image_fetch_allow_private),
+            cache_bytes=settings.image_cache_mb * 2**20,
+            memory_bytes=settings.image_memory_mb * 2**20,
+        )
+    )
