@@ -27,6 +27,7 @@ def build_service(
             chunked_read_timeout=settings.chunked_read_timeout,
         ),
         model_name=public_names(configuration)[0],
-        lines="sse" if settings.output_formatter in ("sse", "sse_chat") else "jsonlines",
+        output_formatter=settings.output_formatter,
+        tgi_compat=settings.tgi_compat,
         observer=observer,
     )

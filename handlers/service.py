@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from handlers.admission import Admission
 from handlers.backends.base import Backend
@@ -21,6 +21,7 @@ from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, stopping
+from properties.settings_chat import OutputFormat
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +63,17 @@ class Service:
         limits: ServiceLimits,
         *,
         model_name: str,
-        lines: Literal["jsonlines", "sse"] = "jsonlines",
+        output_formatter: OutputFormat | None = None,
+        tgi_compat: bool = False,
         observer: Observer | None = None,
     ) -> None:
-        """model_name: shown to clients that name none.
-        lines: how LMI streams are framed for a client that does not say.
-        """
+        """model_name: shown to clients that name none. output_formatter, tgi_compat: the options."""
         self._backend = backend
         self._images = images
         self._limits = limits
         self._model_name = model_name
-        self._lines = lines
+        self._output_formatter = output_formatter
+        self._tgi_compat = tgi_compat
         self._observer: Observer = observer if observer is not None else Unobserved()
         self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
 
@@ -115,7 +116,9 @@ class Service:
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
         capabilities = self._backend.capabilities
-        conventions = Conventions(self._model_name, capabilities.default_sampling, self._lines)
+        conventions = Conventions(
+            self._model_name, capabilities.default_sampling, self._output_formatter, self._tgi_compat
+        )
         task = read_task(body, conventions, incoming)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:

@@ -154,7 +154,9 @@ class Watched:
 
 
 def service(backend: ScriptedBackend, pictures: Pictures | None = None, **options: Any) -> Service:
-    own = {name: options.pop(name) for name in ("observer", "lines") if name in options}
+    own = {
+        name: options.pop(name) for name in ("observer", "output_formatter", "tgi_compat") if name in options
+    }
     limits = ServiceLimits(**options)
     return Service(backend, pictures or Pictures(), limits, model_name="shapes", **own)  # type: ignore[arg-type]
 

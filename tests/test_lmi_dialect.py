@@ -127,7 +127,7 @@ def test_every_parameter_reaches_the_engine() -> None:
 
 
 def test_unknown_and_harmless_parameters_are_accepted() -> None:
-    task(best_of=1, num_beams=1, watermark=False, whatever=[1], details=None)
+    task(best_of=1, n=1, num_beams=1, watermark=True, length_penalty=2, whatever=[1], details=None)
     body = {"inputs": "x", "parameters": None, "stream": None, "unknown": 1}
     assert read_lmi(body, Conventions("m"), request_id="r").requests[0].sampling.max_tokens == 30
 
@@ -196,9 +196,17 @@ def test_prompts_are_raw_text() -> None:
         ({"inputs": "x", "parameters": {"stop_sequences": [1]}}, "parameters.stop_sequences[0]"),
         ({"inputs": "x", "parameters": {"truncate": 0}}, "parameters.truncate"),
         ({"inputs": "x", "parameters": {"top_n_tokens": 50}}, "parameters.top_n_tokens"),
-        ({"inputs": "x", "parameters": {"best_of": 2}}, "parameters.best_of"),
+        ({"inputs": "x", "parameters": {"best_of": 0}}, "parameters.best_of"),
+        ({"inputs": "x", "parameters": {"n": 129}}, "parameters.n"),
+        ({"inputs": "x", "parameters": {"n": 3, "best_of": 2}}, "parameters.n"),
+        ({"inputs": "x", "parameters": {"n": 2}, "stream": True}, "parameters.n"),
+        ({"inputs": "x", "parameters": {"best_of": 2}, "stream": True}, "parameters.best_of"),
+        ({"inputs": "x", "parameters": {"logprobs": 21}}, "parameters.logprobs"),
+        ({"inputs": "x", "parameters": {"logit_bias": {"x": 1}}}, "parameters.logit_bias"),
+        ({"inputs": "x", "parameters": {"guided_regex": 5}}, "parameters.guided_regex"),
+        ({"inputs": "x", "parameters": {"grammar": {"type": "poem"}}}, "parameters.grammar"),
+        ({"inputs": "x", "parameters": {"guided_json": {}, "grammar": {}}}, "parameters.grammar"),
         ({"inputs": "x", "parameters": {"num_beams": 4}}, "parameters.num_beams"),
-        ({"inputs": "x", "parameters": {"watermark": True}}, "parameters.watermark"),
         ({"inputs": ["x", "y"], "adapters": ["a"]}, "adapters"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 from msgspec import Meta
 
@@ -13,6 +13,7 @@ from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError
 from handlers.request import GenerationRequest
+from properties.settings_chat import OutputFormat
 
 SSE = "text/event-stream; charset=utf-8"
 JSON = "application/json"
@@ -27,13 +28,13 @@ class Conventions:
     """What holds for every request of a server.
 
     model_name: shown in replies to requests that name no model. sampling: the model's own defaults
-    (generation_config.json) by the names of SamplingParams. lines: how LMI streams are framed for a client
-    that does not say.
+    (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
     """
 
     model_name: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    lines: Literal["jsonlines", "sse"] = "jsonlines"
+    output_formatter: OutputFormat | None = None
+    tgi_compat: bool = False
 
 
 @dataclass(slots=True)

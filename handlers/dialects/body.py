@@ -17,7 +17,7 @@ T = TypeVar("T")
 FORM = "application/x-www-form-urlencoded"
 
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 
 
 class _RepeatedKey(ValueError):
@@ -80,7 +80,7 @@ def read_body(body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
     """`body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault."""
     try:
-        return msgspec.convert(body, shape)
+        return msgspec.convert(body, shape, str_keys=True)
     except msgspec.ValidationError as error:
         found = _AT.match(str(error))
         assert found is not None

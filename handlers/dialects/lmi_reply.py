@@ -16,13 +16,18 @@ _encode = msgspec.json.Encoder().encode
 
 
 class LmiWriter:
-    """inputs: the prompts as they were sent. many: whether they were a list, which is answered by a list."""
+    """inputs: the prompts as they were sent. many: whether they were a list, which is answered by a list.
+
+    returned: of the answers to a prompt, how many are told of: the most likely one is the reply, the next ones are
+    among its details.
+    """
 
     def __init__(
         self,
         inputs: list[str],
         *,
         many: bool = False,
+        returned: int = 1,
         details: bool = False,
         prefill: bool = False,
         full_text: bool = False,
@@ -32,6 +37,7 @@ class LmiWriter:
     ) -> None:
         self._inputs = inputs
         self._many = many
+        self._returned = returned
         self._details = details
         self._prefill = prefill
         self._full_text = full_text
@@ -44,7 +50,7 @@ class LmiWriter:
 
     def whole(self, answered: list[Answered]) -> bytes:
         replies = [
-            self._reply(text, one.stats, one.answers[0])
+            self._reply(text, one.stats, one.answers)
             for text, one in zip(self._inputs, answered, strict=True)
         ]
         return _encode(replies if self._many else replies[0])
@@ -70,21 +76,31 @@ class LmiWriter:
         return b""
 
     def failed(self, error: ServingError) -> bytes:
-        return self._before + _encode(lmi_error(error)) + self._after
+        broken = {**lmi_error(error), "generated_text": None, "details": {"finish_reason": "error"}}
+        return self._before + _encode(broken) + self._after
 
-    def _reply(self, inputs: str, stats: PromptStats, answer: Answer) -> dict[str, Any]:
-        reply: dict[str, Any] = {"generated_text": self._text(inputs, answer)}
-        if not self._details:
-            return reply
+    def _reply(self, inputs: str, stats: PromptStats, answers: list[Answer]) -> dict[str, Any]:
+        best, *others = sorted(answers, key=likelihood, reverse=True) if len(answers) > 1 else answers
+        reply: dict[str, Any] = {"generated_text": self._text(inputs, best)}
+        if self._details:
+            reply["details"] = details = self._full_details(inputs, best)
+            if self._prefill:
+                details["prefill"] = _prefill(stats)
+            if others:
+                details["best_of_sequences"] = [
+                    {"generated_text": self._text(inputs, other), **self._full_details(inputs, other)}
+                    for other in others[: self._returned - 1]
+                ]
+        return reply
+
+    def _full_details(self, inputs: str, answer: Answer) -> dict[str, Any]:
         details = self._summary(inputs, answer)
         details["tokens"] = [_token(position.chosen) for position in answer.logprobs]
         if answer.eos and len(details["tokens"]) == len(answer.token_ids) > 0:
             details["tokens"][-1]["special_token"] = True
-        if self._prefill:
-            details["prefill"] = _prefill(stats)
         if self._top_tokens:
             details["top_tokens"] = [self._top(position) for position in answer.logprobs]
-        return {**reply, "details": details}
+        return details
 
     def _text(self, inputs: str, answer: Answer) -> str:
         return inputs + answer.text if self._full_text else answer.text
@@ -99,6 +115,11 @@ class LmiWriter:
 
     def _top(self, position: PositionLogprobs) -> list[dict[str, Any]]:
         return [_token(candidate) for candidate in position.top[: self._top_tokens]]
+
+
+def likelihood(answer: Answer) -> float:
+    """The logarithm of the probability of the whole answer."""
+    return sum(position.chosen.logprob for position in answer.logprobs)
 
 
 def finish_reason(answer: Answer) -> str:
