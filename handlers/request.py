@@ -21,7 +21,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 class LoadedImage:
     """A decoded picture: upright, RGB, shared and so never changed.
 
-    digest: SHA-256 of the encoded file, from which the pixels follow; it keys every cache.
+    digest: SHA-256 of the encoded file, from which the pixels follow, or of the pixels; it keys every cache.
     """
 
     image: Image
@@ -39,11 +39,13 @@ class ImagePart:
 
     url: `https:`, `http:` or `data:`, exactly as the client wrote it (never logged).
     share: of the memory for decoded pictures, while it is loaded.
+    given: the picture itself, in place of a url: the caller's own, of any mode, and never changed.
     """
 
     url: str
     loaded: LoadedImage | None = None
     share: Share | None = field(default=None, repr=False)
+    given: Image | None = field(default=None, repr=False)
 
     def release(self) -> None:
         """Let go of the decoded picture and of its memory, as early as nobody needs it; safe to call twice."""

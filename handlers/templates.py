@@ -64,8 +64,8 @@ class PromptRenderer:
         self._source = self._parse(chat_template) if chat_template is not None else None
         self._bos = tokenizer.bos_token
         self.image_token_id = _single_id(tokenizer, image_token) if image_token is not None else None
-        self._placeholder = image_token if placeholder is None else placeholder
-        if image_token is not None and (self._placeholder or "").count(image_token) != 1:
+        self.placeholder = image_token if placeholder is None else placeholder
+        if image_token is not None and (self.placeholder or "").count(image_token) != 1:
             raise ValueError(
                 f"the placeholder {placeholder!r} must hold the image token {image_token!r} once"
             )
@@ -113,9 +113,11 @@ class PromptRenderer:
         self._require_pictures(n_images)
         hidden = Hidden(self._text_control)
         if prompt.token_ids is not None:
-            return self._counted(str(self._tokenizer.decode(prompt.token_ids)), list(prompt.token_ids), 0)
+            return self._counted(
+                str(self._tokenizer.decode(prompt.token_ids)), list(prompt.token_ids), n_images
+            )
         pieces = [
-            hidden.text(part.text) if isinstance(part, TextPart) else self._placeholder or ""
+            hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or ""
             for part in prompt.parts
         ]
         return self._encoded("".join(pieces), hidden, n_images, prompt.add_special_tokens)
@@ -173,7 +175,7 @@ class PromptRenderer:
         turn: dict[str, Any] = {"role": message.role}
         if not parts:
             turn["content"] = "\n".join(
-                hidden.text(part.text, alone=True) if isinstance(part, TextPart) else self._placeholder or ""
+                hidden.text(part.text, alone=True) if isinstance(part, TextPart) else self.placeholder or ""
                 for part in message.parts
             )
         elif strings and _is_plain(message):

@@ -81,7 +81,10 @@ class Generation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the backend can generate now. `reason` is safe to show to a client."""
+    """Whether the backend can generate now. `reason` is safe to show to a client.
+
+    lost: it never will again.
+    """
 
     ready: bool
     reason: str
@@ -97,6 +100,7 @@ class BackendStats:
     kv_blocks_total: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    lost: bool = False
     encoder_cache_queries: int = 0
     encoder_cache_hits: int = 0
     preemptions: int = 0
@@ -123,6 +127,8 @@ class Capabilities:
 class Backend(Protocol):
     """A loaded (or loading) model. `load` is called once; all methods run on the server's event loop."""
 
+    image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
+    is not known.
     async def load(self) -> None:
         """Return when the model can generate. Raises `ServingError` with what to do when it cannot be loaded."""
 
@@ -130,6 +136,7 @@ class Backend(Protocol):
     def capabilities(self) -> Capabilities:
         """Valid once `load` has returned."""
 
+    image_placeholder: str | None = None
     async def generate(self, request: GenerationRequest) -> Generation:
         """Template, tokenise, check lengths and admit. Everything a client did wrong is raised here, before
         any reply has begun."""

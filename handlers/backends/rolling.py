@@ -95,6 +95,7 @@ class RollingBackend:
             max_model_len=facts.max_model_len,
             images=front.preprocessor is not None,
             default_sampling=front.default_sampling,
+            image_placeholder=front.renderer.placeholder,
         )
         self._loaded = True
         logger.info(
@@ -164,7 +165,7 @@ class RollingBackend:
                 reason = "the engine failed too often"
             elif group.alive:
                 reason = "the engine does not answer"
-            return Health(False, reason)
+            return Health(False, reason, lost=group.given_up)
         return Health(True, "ready" if alive == total else f"ready: {alive} of {total} replicas")
 
     def stats(self) -> BackendStats:

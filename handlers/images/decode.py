@@ -43,6 +43,24 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         return _flatten(_turn(image))
 
 
+def convert(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The same for a picture that is open already, of which nothing is changed but that its pixels get read.
+
+    Raises PictureProblem.
+    """
+    if image.width * image.height > max_pixels:
+        raise _too_many_pixels(max_pixels)
+    if not image.width * image.height:
+        raise PictureProblem("it has no pixels")
+    try:
+        image.load()
+        return _flatten(_turn(image))
+    except MemoryError as error:
+        raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
+    except Exception as error:
+        raise PictureProblem("its data is truncated or damaged, or its file was closed") from error
+
+
 def measure(data: bytes, max_pixels: int) -> int:
     """Bytes that the decoded picture will take, as its header says. Raises PictureProblem."""
     with _opened(data, max_pixels) as image:

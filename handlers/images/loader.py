@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import os
 import ssl
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from PIL.Image import Image
+
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.decode import decode, measure, prepare_pillow
+from handlers.images.decode import convert, decode, decoded_bytes, measure, prepare_pillow
 from handlers.images.fetch import Fetcher
 from handlers.images.memory import PictureMemory
 from handlers.images.problem import PictureProblem
@@ -57,6 +62,15 @@ class _Encoded:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A picture that the caller had already. digest: of nothing, but no other picture's."""
+
+    image: Image
+    digest: bytes
+    size: int
+
+
 class ImageLoader:
     """Fetches and decodes pictures for all requests of a process; everything costly happens in threads.
 
@@ -92,6 +106,8 @@ class ImageLoader:
             ssl_context=ssl_context,
         )
         self._threads = ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 1)), "image-decode")
+        self._numbers = itertools.count()
+        self._reading = [threading.Lock() for _ in range(64)]
         self._closed = False
         self._decode = partial(decode, max_pixels=limits.max_pixels)
 
@@ -108,7 +124,7 @@ class ImageLoader:
         wanted = [(first_index + i, part) for i, part in enumerate(parts) if part.loaded is None]
         try:
             files, failed = await _until_one_fails(
-                [self._in_time(index, deadline, self._obtain, part.url) for index, part in wanted]
+                [self._in_time(index, deadline, self._obtain, part) for index, part in wanted]
             )
             if files:
                 wanted = wanted[: len(files)]
@@ -127,7 +143,10 @@ class ImageLoader:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _decode_all(
-        self, wanted: Sequence[tuple[int, ImagePart]], files: Sequence[_Encoded], deadline: float | None
+        self,
+        wanted: Sequence[tuple[int, ImagePart]],
+        files: Sequence[_Encoded | _Given],
+        deadline: float | None,
     ) -> None:
         sizes = [(file.digest, file.size) for file in files]
         shares = await self._in_time(wanted[0][0], deadline, self.memory.take, sizes)
@@ -158,7 +177,10 @@ class ImageLoader:
                 raise
             raise ImageFetchTimeout(index, "it was not ready when the request's time was up") from error
 
-    async def _obtain(self, url: str) -> _Encoded:
+    async def _obtain(self, part: ImagePart) -> _Encoded | _Given:
+        url = part.url
+        if part.given is not None:
+            return _Given(part.given, b"given %d" % next(self._numbers), decoded_bytes(part.given))
         if url[:1].isspace() or url[-1:].isspace():
             url = url.strip()
         if is_data_url(url):
@@ -172,7 +194,17 @@ class ImageLoader:
         data = decode_data_url(source, self.limits.max_bytes) if isinstance(source, str) else b"".join(source)
         return _Encoded(data, digest_of(data), measure(data, self.limits.max_pixels))
 
-    async def _decoded(self, file: _Encoded) -> LoadedImage:
+    def _convert(self, image: Image) -> LoadedImage:
+        # A picture that prompts share is read from its file by the first of them: Pillow has no lock for that.
+        with self._reading[id(image) % len(self._reading)]:
+            flat = convert(image, self.limits.max_pixels)
+        digest = hashlib.sha256(b"RGB %d %d " % flat.size)
+        digest.update(flat.tobytes())
+        return LoadedImage(flat, digest.digest())
+
+    async def _decoded(self, file: _Encoded | _Given) -> LoadedImage:
+        if isinstance(file, _Given):
+            return await self._in_thread(self._convert, file.image)
         future, decoded = await self._in_thread(self._cache.obtain, file.data, self._decode, file.digest)
         picture = future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
         self.decoded += decoded
