@@ -46,7 +46,7 @@ class ReplyStream:
         self._silent = False
         self._timer: asyncio.TimerHandle | None = None
         self._interval = keep_alive if self._writer.keep_alive else None
-        self._put(self._writer.chunk(first, run.stats))
+        self._put(self._writer.chunk(first, run.stats_of(first.index)))
         self._reader = asyncio.create_task(self._read())
         self._tick()
 
@@ -81,7 +81,7 @@ class ReplyStream:
         try:
             async with run.time_limit():
                 async for delta in self._rest:
-                    self._put(writer.chunk(delta, run.stats))
+                    self._put(writer.chunk(delta, run.stats_of(delta.index)))
                     if self._size > MOST_WAITING:
                         await self._wait_for_room()
             self._put(writer.end(run.stats))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from handlers.admission import Permit
-from handlers.backends.base import Backend, Delta, Generation, PromptStats
+from handlers.backends.base import Backend, Delta, Generation, PromptStats, total
 from handlers.dialects.base import Answer, Answered, Task, in_the_clients_words
 from handlers.dialects.error_replies import client_error
 from handlers.errors import DeadlineExceeded, EngineFailed, InvalidRequest, ServingError, Unavailable
@@ -18,6 +20,11 @@ from handlers.observer import Observer
 from handlers.request import GenerationRequest, ImagePart
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MOST_MERGED = 256
+"""Deltas of several prompts that may wait to be written."""
 
 
 class Run:
@@ -46,15 +53,21 @@ class Run:
         self._arrival = task.requests[0].arrival
         self._pictures = [list(request.images()) for request in task.requests]
         facts.images = sum(map(len, self._pictures))
-        self._generations: list[Generation] = []
+        self._generations: dict[int, Generation] = {}
         self._running: list[Generation] = []
+        self._forwarding: list[asyncio.Task[None]] = []
         self._closed = False
         self._limit = asyncio.timeout(None)
         observer.on_admitted()
 
     @property
     def stats(self) -> PromptStats:
-        return self._generations[0].stats
+        """Of all prompts together."""
+        return total([generation.stats for generation in self._generations.values()])
+
+    def stats_of(self, index: int) -> PromptStats:
+        """Of the prompt that a delta of `deltas` answers."""
+        return self._generations[index // self.task.requests[0].n].stats
 
     def time_limit(self) -> asyncio.Timeout:
         """What is left of the request's time, for `async with`; `failure` knows when it has run out."""
@@ -82,21 +95,48 @@ class Run:
         requests = self.task.requests
         if len(requests) == 1:
             return [await self._answer(backend, 0)]
-        answering = [asyncio.create_task(self._answer(backend, number)) for number in range(len(requests))]
-        try:
-            return await asyncio.gather(*answering)
-        finally:
-            for task in answering:
-                task.cancel()
-            await asyncio.gather(*answering, return_exceptions=True)
+        return await _together(self._answer(backend, number) for number in range(len(requests)))
 
     async def deltas(self, backend: Backend) -> AsyncIterator[Delta]:
-        """The deltas of the only prompt of a stream."""
-        (request,) = self.task.requests
-        generation = await self._generate(backend, 0)
-        unfinished = request.n
-        last = [0.0] * request.n
-        async for delta in generation:
+        """The deltas of a stream. Answer i of prompt p, of which each has n, has the index p * n + i.
+
+        All prompts are admitted before the first delta comes: what one of them does wrong is raised first.
+        """
+        count = len(self.task.requests)
+        if count == 1:
+            await self._generate(backend, 0)
+            async for delta in self._checked(0):
+                yield delta
+            return
+        await _together(self._generate(backend, number) for number in range(count))
+        merged: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MOST_MERGED)
+        self._forwarding = [asyncio.create_task(self._forward(number, merged)) for number in range(count)]
+        while count:
+            item = await merged.get()
+            if item is None:
+                count -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+
+    async def _forward(self, number: int, merged: asyncio.Queue[Delta | Exception | None]) -> None:
+        before = number * self.task.requests[0].n
+        try:
+            async for delta in self._checked(number):
+                await merged.put(replace(delta, index=before + delta.index) if before else delta)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            await merged.put(error if isinstance(error, Exception) else stopping(error))
+        else:
+            await merged.put(None)
+
+    async def _checked(self, number: int) -> AsyncIterator[Delta]:
+        """The deltas of a prompt that generates, counted."""
+        unfinished = self.task.requests[number].n
+        last = [0.0] * unfinished
+        async for delta in self._generations[number]:
             self._count(delta, last)
             unfinished -= delta.finish_reason is not None
             yield delta
@@ -107,6 +147,8 @@ class Run:
         """Abort what still runs and let go of the pictures; the places stay taken. Safe to call twice."""
         for parts in self._pictures:
             _release(parts)
+        for task in self._forwarding:
+            task.cancel()
         cancelled: asyncio.CancelledError | None = None
         while self._running:
             generation = self._running.pop()
@@ -144,7 +186,7 @@ class Run:
             if known is error:
                 raise
             raise known from error
-        self._generations.append(generation)
+        self._generations[number] = generation
         self._running.append(generation)
         return generation
 
@@ -188,12 +230,23 @@ class Run:
     def _complete_facts(self) -> None:
         facts = self.facts
         facts.total = time.monotonic() - self._arrival
-        for generation in self._generations:
+        for generation in self._generations.values():
             facts.prompt_tokens += generation.stats.prompt_tokens
             facts.image_tokens += generation.stats.image_tokens
             facts.cached_tokens += generation.stats.cached_tokens
         if facts.finish_reason is None and facts.error is None:
             facts.finish_reason = "abort"
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results in order. The first failure, and a cancellation, ends all of them before it is raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def is_cancelled() -> bool:

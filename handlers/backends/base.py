@@ -6,7 +6,7 @@ A backend turns a `GenerationRequest`, whose pictures are already loaded, into a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -57,7 +57,7 @@ class PromptStats:
     """Facts about the prompt, complete once the first delta has arrived.
 
     prompt_tokens counts the placeholders of pictures; image_tokens is their part of it; cached_tokens is how
-    many were found in the prefix cache.
+    many were found in the prefix cache. first_token_text goes with prompt_logprobs, whose first entry is None.
     """
 
     prompt_tokens: int
@@ -66,6 +66,18 @@ class PromptStats:
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt_text: str = ""
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    first_token_text: str = ""
+
+
+def total(stats: Sequence[PromptStats]) -> PromptStats:
+    """The counts of several prompts added up; those of one are its own stats."""
+    if len(stats) == 1:
+        return stats[0]
+    return PromptStats(
+        prompt_tokens=sum(one.prompt_tokens for one in stats),
+        image_tokens=sum(one.image_tokens for one in stats),
+        cached_tokens=sum(one.cached_tokens for one in stats),
+    )
 
 
 class Generation(Protocol):
@@ -88,6 +100,7 @@ class Health:
 
     ready: bool
     reason: str
+    lost: bool = False
 
 
 @dataclass(slots=True)
@@ -100,7 +113,6 @@ class BackendStats:
     kv_blocks_total: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
-    lost: bool = False
     encoder_cache_queries: int = 0
     encoder_cache_hits: int = 0
     preemptions: int = 0
@@ -115,6 +127,8 @@ class Capabilities:
 
     default_sampling: fields of `SamplingParams` that the model's generation_config.json sets, for requests that
     do not name them.
+    image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
+    is not known.
     """
 
     max_model_len: int
@@ -122,13 +136,12 @@ class Capabilities:
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
     adapters: bool = False
     structured_outputs: bool = False
+    image_placeholder: str | None = None
 
 
 class Backend(Protocol):
     """A loaded (or loading) model. `load` is called once; all methods run on the server's event loop."""
 
-    image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
-    is not known.
     async def load(self) -> None:
         """Return when the model can generate. Raises `ServingError` with what to do when it cannot be loaded."""
 
@@ -136,7 +149,6 @@ class Backend(Protocol):
     def capabilities(self) -> Capabilities:
         """Valid once `load` has returned."""
 
-    image_placeholder: str | None = None
     async def generate(self, request: GenerationRequest) -> Generation:
         """Template, tokenise, check lengths and admit. Everything a client did wrong is raised here, before
         any reply has begun."""

@@ -322,6 +322,7 @@ class RollingGeneration:
 
     def _note_prompt_logprobs(self, entries: Sequence[Logprobs]) -> None:
         self.stats.prompt_logprobs = [None, *(self._position(entry) for entry in entries)]
+        self.stats.first_token_text = self._token_text(self.stats.prompt_token_ids[0])
 
     def _position(self, entry: Logprobs) -> PositionLogprobs:
         chosen, *top = (

@@ -19,6 +19,9 @@ SSE = "text/event-stream; charset=utf-8"
 JSON = "application/json"
 JSON_LINES = "application/jsonlines"
 
+MAX_PROMPTS = 1024
+"""Most prompts in one body."""
+
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 

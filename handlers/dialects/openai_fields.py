@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, shown
 from handlers.dialects.base import TokenCount, TokenId
+from handlers.dialects.constraints import GUIDED
 from handlers.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -36,19 +37,15 @@ _IGNORED = frozenset(
         "parallel_tool_calls",
         "spaces_between_special_tokens",
         "include_reasoning",
+        "guided_decoding_backend",
     }
 )
+_READ_ELSEWHERE = frozenset({*GUIDED, "guided_whitespace_pattern"})
 UNSUPPORTED = frozenset(
     {
         "audio",
         "web_search_options",
         "moderation",
-        "structured_outputs",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "guided_decoding_backend",
         "allowed_token_ids",
         "bad_words",
         "chat_template",
@@ -57,8 +54,6 @@ UNSUPPORTED = frozenset(
         "cache_salt",
         "kv_transfer_params",
         "logits_processors",
-        "return_token_ids",
-        "return_tokens_as_token_ids",
         "vllm_xargs",
         "thinking_token_budget",
         "repetition_detection",
@@ -104,6 +99,9 @@ class CommonBody(msgspec.Struct, kw_only=True):
     priority: _Priority | None = None
     request_id: Name | None = None
     adapters: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 def common_sampling(asked: CommonBody) -> dict[str, Any]:
@@ -159,7 +157,7 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
         if name == "best_of" and body[name] not in (None, 1):
             raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
-        if name not in _IGNORED:
+        if name not in _IGNORED and name not in _READ_ELSEWHERE:
             log.debug("unknown field ignored: %.80s", name)
 
 

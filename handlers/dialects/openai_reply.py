@@ -65,7 +65,7 @@ class ChatWriter:
             "usage": usage(only.stats, completion_tokens),
         }
         if only.stats.prompt_logprobs is not None:
-            reply["prompt_logprobs"] = [_prompt_position(position) for position in only.stats.prompt_logprobs]
+            reply["prompt_logprobs"] = [prompt_position(position) for position in only.stats.prompt_logprobs]
         return _encode(reply)
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
@@ -142,8 +142,8 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _prompt_position(position: PositionLogprobs | None) -> dict[str, Any] | None:
-    """vLLM's shape: candidates by token id."""
+def prompt_position(position: PositionLogprobs | None, top: int | None = None) -> dict[str, Any] | None:
+    """vLLM's shape: the token and the `top` best others (all that there are for None), by token id."""
     if position is None:
         return None
     return {
@@ -152,8 +152,13 @@ def _prompt_position(position: PositionLogprobs | None) -> dict[str, Any] | None
             "rank": token.rank,
             "decoded_token": token.text,
         }
-        for token in (position.chosen, *position.top)
+        for token in (position.chosen, *position.top[:top])
     }
+
+
+def token_text(token: TokenLogprob, as_id: bool) -> str:
+    """as_id: for clients that must tell apart tokens that look the same."""
+    return f"token_id:{token.token_id}" if as_id else token.text
 
 
 def finite(logprob: float) -> float:

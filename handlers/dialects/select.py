@@ -6,29 +6,46 @@ from typing import Any
 
 from handlers.dialects.base import Conventions, Task
 from handlers.dialects.error_replies import ErrorStyle
+from handlers.dialects.json_lines import JsonLines
 from handlers.dialects.lmi import read_lmi
 from handlers.dialects.openai_chat import read_chat
+from handlers.dialects.openai_completions import read_completion
+from handlers.dialects.sagemaker import ROUTES, accept_of, adapter_of, wants_lines
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming
-
-ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 
 
 def read_task(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
     """Raises InvalidRequest naming the field at fault."""
-    adapter = incoming.headers.get(ADAPTER_HEADER) or None
+    if incoming.route not in ROUTES or "inputs" in body:
+        return _read(body, conventions, incoming)
+    formatter = conventions.output_formatter
+    if body.get("stream") is None and formatter in ("jsonlines_chat", "sse_chat"):
+        body = {**body, "stream": True}
+    task = _read(body, conventions, incoming)
+    accept = accept_of(incoming.headers)
+    lines = formatter == "jsonlines_chat" and "text/event-stream" not in accept
+    if task.stream and (lines or wants_lines(accept)):
+        task.writer = JsonLines(task.writer)
+    return task
+
+
+def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
+    adapter = adapter_of(incoming.headers)
+    if incoming.route == "/v1/completions":
+        return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
     if "messages" in body:
         return read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
     if "inputs" in body:
-        accept = incoming.headers.get("accept", "")
+        accept = accept_of(incoming.headers)
         return read_lmi(body, conventions, request_id=incoming.request_id, adapter=adapter, accept=accept)
     if "prompt" in body:
-        raise InvalidRequest("completions (`prompt`) are not served: send messages or inputs", param="prompt")
-    raise InvalidRequest("the body has neither messages nor inputs", param="messages")
+        return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
+    raise InvalidRequest("the body has neither messages, prompt nor inputs", param="messages")
 
 
 def style_of_body(body: dict[str, Any], otherwise: ErrorStyle) -> ErrorStyle:
     """How errors look once the body is known. otherwise: what its route says."""
-    if "messages" in body:
+    if "messages" in body or ("prompt" in body and "inputs" not in body):
         return "openai"
     return "lmi" if "inputs" in body else otherwise
