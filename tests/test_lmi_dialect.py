@@ -17,7 +17,7 @@ from handlers.dialects.base import Conventions, Task
 from handlers.dialects.lmi import picture_parts, read_lmi
 from handlers.errors import InvalidRequest
 from handlers.exchange import Reply
-from handlers.request import ImagePart, TextPart, TextPrompt
+from handlers.request import GenerationRequest, ImagePart, TextPart, TextPrompt
 from tests.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://pictures.example/cat.png"
@@ -217,6 +217,30 @@ def test_a_bad_value_is_named_with_its_path(body: dict[str, Any], path: str) -> 
     assert path in caught.value.message
 
 
+def test_answers_must_look_as_any_of_the_backends_words_say() -> None:
+    schema = {"type": "object", "properties": {"color": {"type": "string"}}}
+    for words in (
+        {"guided_json": schema},
+        {"grammar": {"type": "json", "value": schema}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "c", "schema": schema}}},
+        {"structured_outputs": {"json": schema}},
+    ):
+        (request,) = task(**words).requests
+        assert request.constraint is not None
+        assert request.constraint.kind == "json_schema"
+        assert json.loads(request.constraint.value or "") == schema
+    for request in task(["a", "b"], guided_choice=["red", "blue"]).requests:
+        assert request.constraint is not None
+        assert request.constraint.kind == "choice"
+    assert task(guided_json=None, grammar=None).requests[0].constraint is None
+
+
+def test_samplers_of_the_engine_that_lmi_has_no_name_for_are_taken_by_the_engines() -> None:
+    asked = sampling(logit_bias={"7": -1.5}, max_tokens=9, min_tokens=2)
+    assert (asked.logit_bias, asked.max_tokens, asked.min_tokens) == ({7: -1.5}, 9, 2)
+    assert sampling(max_tokens=9, max_new_tokens=5).max_tokens == 5
+
+
 def test_adapters_go_to_their_prompts() -> None:
     body = {"inputs": ["x", "y", "z"], "adapters": ["a", "", "b"]}
     requests = read_lmi(body, Conventions("m"), request_id="r").requests
@@ -235,6 +259,43 @@ def test_a_plain_reply_is_the_text_alone() -> None:
     }
     assert result(said("a"), {"inputs": ["hi"]}) == [{"generated_text": "a"}]
     assert result(said("a"), b"what is \xc3\xa9?", content_type="text/plain") == {"generated_text": "a"}
+
+
+def test_a_list_is_answered_by_a_list_in_order() -> None:
+    async def ask() -> Any:
+        def script(request: GenerationRequest) -> list[Step]:
+            (part,) = request.prompt.parts  # type: ignore[union-attr]
+            return [0.02 if part.text == "one" else 0.0, *said(f"to {part.text}")]  # type: ignore[union-attr]
+
+        prompts = ["one", "two", "three"]
+        reply = await service(ScriptedBackend(script)).answer(incoming({"inputs": prompts}, "/invocations"))
+        return json.loads(reply.body)
+
+    assert [one["generated_text"] for one in asyncio.run(ask())] == ["to one", "to two", "to three"]
+
+
+def chosen(index: int, text: str, logprob: float) -> Delta:
+    position = PositionLogprobs(token(20 + index, text, logprob), ())
+    return Delta(index, [20 + index], text, [position], "stop")
+
+
+def test_of_several_answers_the_most_likely_is_the_reply() -> None:
+    steps: list[Step] = [chosen(0, "worst", -3.0), chosen(1, "best", -0.1), chosen(2, "middle", -1.0)]
+
+    def asked(**parameters: Any) -> Any:
+        return result(steps, {"inputs": "hi", "parameters": {"do_sample": True, **parameters}})
+
+    assert asked(best_of=3) == {"generated_text": "best"}
+    reply = asked(best_of=3, details=True, return_full_text=True)
+    assert reply["generated_text"] == "hibest"
+    others = reply["details"]["best_of_sequences"]
+    assert [other["generated_text"] for other in others] == ["himiddle", "hiworst"]
+    assert others[0]["finish_reason"] == "eos_token"
+    assert others[0]["tokens"] == [{"id": 22, "text": "middle", "log_prob": -1.0}]
+    reply = asked(best_of=3, n=2, details=True)
+    assert [other["generated_text"] for other in reply["details"]["best_of_sequences"]] == ["middle"]
+    assert "best_of_sequences" not in asked(best_of=3, n=1, details=True)["details"]
+    assert len(asked(n=3, details=True)["details"]["best_of_sequences"]) == 2
 
 
 def test_details() -> None:

@@ -18,6 +18,7 @@ from handlers.dialects.lmi_parameters import (
     read_sampling,
 )
 from handlers.dialects.lmi_reply import LmiWriter
+from handlers.dialects.sagemaker import wants_lines
 from handlers.errors import InvalidRequest
 from handlers.request import GenerationRequest, ImagePart, Part, TextPart, TextPrompt
 
@@ -47,7 +48,7 @@ def read_lmi(
 ) -> Task:
     """Raises InvalidRequest naming the field.
 
-    adapter: named in a header; it wins over the body's `adapters`. accept: the request's `Accept` header.
+    adapter: named in a header; it wins over the body's `adapters`. accept: the request's `Accept` header in lower case.
     """
     asked = convert(body, LmiBody)
     for name in body.keys() - LmiBody.__struct_fields__:
@@ -133,7 +134,6 @@ def _adapters(named: str | list[str] | None, header: str | None, count: int) -> 
 
 
 def _wants_sse(accept: str, conventions: Conventions) -> bool:
-    accept = accept.lower()
     if "text/event-stream" in accept:
         return True
-    return conventions.output_formatter == "sse" and "jsonlines" not in accept
+    return conventions.output_formatter == "sse" and not wants_lines(accept)

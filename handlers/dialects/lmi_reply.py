@@ -80,7 +80,8 @@ class LmiWriter:
         return self._before + _encode(broken) + self._after
 
     def _reply(self, inputs: str, stats: PromptStats, answers: list[Answer]) -> dict[str, Any]:
-        best, *others = sorted(answers, key=likelihood, reverse=True) if len(answers) > 1 else answers
+        ranked = sorted(answers, key=likelihood, reverse=True) if len(answers) > 1 else answers
+        best, *others = ranked[: self._returned]
         reply: dict[str, Any] = {"generated_text": self._text(inputs, best)}
         if self._details:
             reply["details"] = details = self._full_details(inputs, best)
@@ -89,7 +90,7 @@ class LmiWriter:
             if others:
                 details["best_of_sequences"] = [
                     {"generated_text": self._text(inputs, other), **self._full_details(inputs, other)}
-                    for other in others[: self._returned - 1]
+                    for other in others
                 ]
         return reply
 

@@ -1,0 +1,41 @@
+"""Another dialect's stream as JSON lines, which is how LMI streams chat and completions where it is asked to."""
+
+from __future__ import annotations
+
+from handlers.backends.base import Delta, PromptStats
+from handlers.dialects.base import JSON_LINES, Answered, Writer
+from handlers.errors import ServingError
+
+
+class JsonLines:
+    """A writer of server-sent events, each of one line of data, written as one line of JSON for each event.
+
+    Line ends inside JSON are escaped, so events and lines can be told apart by their ends alone.
+    """
+
+    stream_type = JSON_LINES
+    keep_alive = b""
+
+    def __init__(self, events: Writer) -> None:
+        self._events = events
+
+    def whole(self, answered: list[Answered]) -> bytes:
+        return self._events.whole(answered)
+
+    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
+        return _lines(self._events.chunk(delta, stats))
+
+    def end(self, stats: PromptStats) -> bytes:
+        return _lines(self._events.end(stats))
+
+    def failed(self, error: ServingError) -> bytes:
+        return _lines(self._events.failed(error))
+
+
+def _lines(events: bytes) -> bytes:
+    """`[DONE]`, which is no JSON, and comments are left out."""
+    return b"".join(
+        event[6:] + b"\n"
+        for event in events.split(b"\n\n")
+        if event[:6] == b"data: " and event[6:] != b"[DONE]"
+    )

@@ -1,0 +1,135 @@
+"""How replies on LMI's routes are framed: by the body, the Accept header and `option.output_formatter`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Literal
+
+import pytest
+
+from handlers.backends.base import Delta
+from handlers.errors import EngineFailed
+from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service
+
+LMI = {"inputs": "hi"}
+Framing = Literal["whole", "lines", "events"]
+TYPES = {
+    "whole": "application/json",
+    "lines": "application/jsonlines",
+    "events": "text/event-stream; charset=utf-8",
+}
+
+
+def ask(
+    body: Any,
+    *,
+    formatter: str | None = None,
+    accept: str | None = None,
+    route: str = "/invocations",
+    steps: list[Step] | None = None,
+) -> tuple[Framing, list[dict[str, Any]]]:
+    """The framing of the reply, and its objects; checks that bytes and content type agree."""
+
+    async def answer() -> tuple[str, bytes]:
+        backend = ScriptedBackend(steps or said("a ", "b\n\ndata: c"))
+        headers = {} if accept is None else {"accept": accept}
+        reply = await service(backend, output_formatter=formatter).answer(incoming(body, route, **headers))
+        assert reply.status == 200, reply.body
+        return reply.content_type, await everything(reply)
+
+    content_type, data = asyncio.run(answer())
+    (framing,) = [name for name, known in TYPES.items() if known == content_type]
+    if framing == "whole":
+        return "whole", [json.loads(data)]
+    if framing == "lines":
+        assert data.endswith(b"}\n")
+        return "lines", [json.loads(line) for line in data.splitlines()]
+    assert data.endswith(b"\n\n")
+    events = [event.removeprefix(b"data: ") for event in data.split(b"\n\n")[:-1]]
+    return "events", [json.loads(event) for event in events if event != b"[DONE]"]
+
+
+def text_of(objects: list[dict[str, Any]]) -> str:
+    """What the objects of either schema say."""
+    text = ""
+    for item in objects:
+        if "token" in item:
+            text += item["token"]["text"]
+        elif "choices" in item:
+            for choice in item["choices"]:
+                text += choice.get("delta", choice.get("message"))["content"] or ""
+        else:
+            text += item["generated_text"]
+    return text
+
+
+@pytest.mark.parametrize(
+    ("formatter", "lmi", "lmi_stream", "messages", "messages_stream"),
+    [
+        (None, "whole", "lines", "whole", "events"),
+        ("none", "whole", "lines", "whole", "events"),
+        ("json", "whole", "lines", "whole", "events"),
+        ("jsonlines", "lines", "lines", "whole", "events"),
+        ("sse", "events", "events", "whole", "events"),
+        ("json_chat", "whole", "lines", "whole", "events"),
+        ("jsonlines_chat", "whole", "lines", "lines", "lines"),
+        ("sse_chat", "whole", "lines", "events", "events"),
+    ],
+)
+def test_the_formatter_frames_its_own_schema(
+    formatter: str | None, lmi: Framing, lmi_stream: Framing, messages: Framing, messages_stream: Framing
+) -> None:
+    for body, silent, streamed in ((LMI, lmi, lmi_stream), (chat(), messages, messages_stream)):
+        for stream, framing in ((None, silent), (True, streamed), (False, "whole")):
+            body = {**body, "stream": stream}
+            found, objects = ask(body, formatter=formatter)
+            assert found == framing, (formatter, body)
+            assert text_of(objects) == "a b\n\ndata: c"
+
+
+@pytest.mark.parametrize("formatter", [None, "jsonlines", "sse", "jsonlines_chat", "sse_chat"])
+@pytest.mark.parametrize("body", [LMI, chat()])
+def test_the_clients_accept_header_wins_over_the_formatter(formatter: str | None, body: Any) -> None:
+    body = {**body, "stream": True}
+    assert ask(body, formatter=formatter, accept="text/event-stream")[0] == "events"
+    assert ask(body, formatter=formatter, accept="Application/JsonLines")[0] == "lines"
+    assert ask(body, formatter=formatter, accept="application/jsonlines, text/event-stream")[0] == "events"
+    undecided = ask(body, formatter=formatter)[0]
+    for accept in ("*/*", "application/json", "application/json, */*;q=0.5", ""):
+        assert ask(body, formatter=formatter, accept=accept)[0] == undecided
+
+
+def test_an_accept_header_alone_asks_for_no_stream() -> None:
+    for accept in ("text/event-stream", "application/jsonlines"):
+        for body in (LMI, chat()):
+            assert ask(body, accept=accept)[0] == "whole"
+
+
+def test_openais_route_streams_events_to_everyone() -> None:
+    for formatter in (None, "jsonlines_chat", "sse_chat", "json_chat"):
+        for accept in (None, "*/*", "application/jsonlines"):
+            route = "/v1/chat/completions"
+            assert ask(chat(stream=True), formatter=formatter, accept=accept, route=route)[0] == "events"
+            assert ask(chat(), formatter=formatter, accept=accept, route=route)[0] == "whole"
+
+
+def test_a_formatter_that_streams_leaves_lists_and_several_answers_whole() -> None:
+    for formatter in ("jsonlines", "sse"):
+        assert ask({"inputs": ["a", "b"]}, formatter=formatter)[0] == "whole"
+        steps = [*said("a"), *said("b", index=1)]
+        body = {"inputs": "a", "parameters": {"n": 2}}
+        assert ask(body, formatter=formatter, steps=steps)[0] == "whole"
+
+
+@pytest.mark.parametrize("formatter", ["jsonlines", "sse", "jsonlines_chat", "sse_chat"])
+@pytest.mark.parametrize("body", [LMI, chat()])
+def test_an_error_in_a_stream_has_its_framing(formatter: str, body: Any) -> None:
+    steps: list[Step] = [Delta(0, [1], "a"), EngineFailed("the engine died")]
+    _, objects = ask({**body, "stream": True}, formatter=formatter, steps=steps)
+    error = objects[-1]["error"]
+    assert "the engine died" in (error if isinstance(error, str) else error["message"])
+    if body is LMI:
+        assert objects[-1]["code"] == 500
+        assert objects[-1]["generated_text"] is None
+        assert objects[-1]["details"] == {"finish_reason": "error"}
