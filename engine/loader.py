@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.families.base import Family, Preprocessor
 from engine.families.llava import LlavaFamily, LlavaPreprocessor, num_image_tokens
+from engine.families.pixels import ProcessorBackend
 from engine.families.text import TextFamily
 from engine.tensor_parallel import Ranks, shard
 
@@ -70,12 +71,17 @@ def check_supported(config: PretrainedConfig) -> None:
         )
 
 
-def load_preprocessor(model_path: str, overrides: dict[str, Any] | None = None) -> Preprocessor | None:
-    """The front's half of the family; None for a text-only model. Loads no weights."""
+def load_preprocessor(
+    model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
+) -> Preprocessor | None:
+    """The front's half of the family; None for a text-only model. Loads no weights.
+
+    Raises ModelLoadError where the model's picture processor cannot work with this backend.
+    """
     quiet_transformers()
     config = read_config(model_path)
     entry = VISION_FAMILIES.get(config.model_type)
-    return entry[1](model_path, overrides=overrides) if entry is not None else None
+    return entry[1](model_path, overrides=overrides, backend=backend) if entry is not None else None
 
 
 def resolve_dtype(config: PretrainedConfig, name: str, device: torch.device) -> torch.dtype:

@@ -43,6 +43,32 @@ def test_the_usual_processors_take_the_direct_way(name: str) -> None:
     assert PixelPipeline(PROCESSORS[name]).is_direct
 
 
+@pytest.mark.parametrize("name", ["clip", "clip without crop", "siglip", "clip without normalising"])
+@settings(max_examples=25, deadline=None)
+@given(st.integers(40, 400), st.integers(40, 400), st.integers(0, 2**32 - 1))
+def test_torchvisions_arithmetic_is_close_to_pillows_on_smooth_pictures(
+    name: str, width: int, height: int, seed: int
+) -> None:
+    """To the last bit it is compared by the test above, wherever torchvision is installed."""
+    processor = PROCESSORS[name]
+    coarse = np.random.default_rng(seed).integers(30, 220, (5, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+    got = PixelPipeline(processor, "torchvision")(image)
+    want = PixelPipeline(processor, "pil")(image)
+    std = np.array(processor.image_std if processor.do_normalize else [1.0] * 3, np.float32)
+    levels = np.abs(got - want) * std[:, None, None] * 255
+    assert levels.max() < 3.001
+    assert (levels > 0.5).mean() < 0.15
+
+
+def test_a_step_that_only_torchvision_itself_knows_needs_it() -> None:
+    processor = CLIPImageProcessor(size={"height": 16, "width": 16}, resample=Image.Resampling.HAMMING)
+    if processor.backend == "torchvision":
+        pytest.skip("torchvision is installed: its processor would be used")
+    with pytest.raises(ValueError, match="install torchvision"):
+        PixelPipeline(processor, "torchvision")
+
+
 def test_a_processor_with_another_step_is_used_itself() -> None:
     class Odd(type(PROCESSORS["siglip"])):  # type: ignore[misc]
         def normalize(self, image: Any, *args: Any, **kwargs: Any) -> Any:

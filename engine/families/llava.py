@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig
 
 from engine.errors import ModelLoadError
 from engine.families.base import Family, PreparedPicture, Preprocessor
-from engine.families.pixels import PixelPipeline
+from engine.families.pixels import PixelPipeline, ProcessorBackend, processor_options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,14 +23,23 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 class LlavaPreprocessor(Preprocessor):
     """Every picture is resized to the tower's one size, and so becomes the same number of tokens."""
 
-    def __init__(self, model_path: str, *, overrides: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        overrides: dict[str, Any] | None = None,
+        backend: ProcessorBackend = "auto",
+    ) -> None:
         config = AutoConfig.from_pretrained(model_path)
         load: Any = AutoImageProcessor.from_pretrained
-        processor = load(model_path, **(overrides or {}))
-        self._pipeline = PixelPipeline(processor)
+        processor = load(model_path, **{**processor_options(backend), **(overrides or {})})
+        try:
+            self._pipeline = PixelPipeline(processor, backend)
+        except ValueError as error:
+            raise ModelLoadError(str(error)) from error
         self.image_token_id = int(config.image_token_id)
         self._token_ids = [self.image_token_id] * num_image_tokens(config)
-        settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+        settings = json.dumps([self._pipeline.backend, processor.to_dict()], sort_keys=True, default=str)
         self.fingerprint = hashlib.blake2b(settings.encode(), digest_size=8).digest()
 
     def prepare(self, image: Image) -> PreparedPicture:

@@ -53,32 +53,32 @@ class ModelFront:
             raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
         if not tokenizer.is_fast:
             raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
-        preprocessor = load_preprocessor(path, settings.mm_processor_kwargs)
+        preprocessor = load_preprocessor(path, settings.mm_processor_kwargs, settings.image_processor_backend)
         image_token = settings.image_placeholder_token
         if preprocessor is not None and image_token is None:
             image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
         try:
             renderer = PromptRenderer(
                 tokenizer,
-                _chat_template(settings.chat_template, path) or tokenizer.chat_template,
+                read_chat_template(settings.chat_template, path) or tokenizer.chat_template,
                 settings.chat_template_content_format,
                 image_token if preprocessor is not None else None,
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
-        generation = _generation_config(path)
+        generation = read_generation_config(path)
         return cls(
             tokenizer,
             renderer,
             preprocessor,
-            _eos_token_ids(generation, config.get_text_config(), tokenizer),
-            _default_sampling(generation),
+            read_eos_token_ids(generation, config.get_text_config(), tokenizer),
+            read_default_sampling(generation),
             int(config.get_text_config().vocab_size),
             torch.cuda.device_count() if torch.cuda.is_available() else 0,
         )
 
 
-def _chat_template(setting: str | None, model_path: str) -> str | None:
+def read_chat_template(setting: str | None, model_path: str) -> str | None:
     """The setting is a path (absolute, or in the model directory) or the text itself."""
     if setting is None:
         return None
@@ -93,7 +93,7 @@ def _chat_template(setting: str | None, model_path: str) -> str | None:
         ) from error
 
 
-def _generation_config(path: str) -> dict[str, Any]:
+def read_generation_config(path: str) -> dict[str, Any]:
     try:
         return dict(
             msgspec.json.decode(Path(path, "generation_config.json").read_bytes(), type=dict[str, Any])
@@ -104,7 +104,7 @@ def _generation_config(path: str) -> dict[str, Any]:
         raise ModelLoadError("generation_config.json of the model cannot be read") from error
 
 
-def _eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:
+def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """generation_config.json decides, as in transformers; else the model's config; else the tokenizer."""
     for source in (
         generation.get("eos_token_id"),
@@ -116,7 +116,7 @@ def _eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any)
     return ()
 
 
-def _default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
+def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
     """The fields of generation_config.json that we know by the same name; none where it says greedy."""
     names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
     found = {name: generation[name] for name in names if isinstance(generation.get(name), int | float)}
