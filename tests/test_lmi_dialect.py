@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.dialects.base import Conventions, Task
-from handlers.dialects.lmi import picture_parts, read_lmi
+from handlers.dialects.lmi import read_lmi
+from handlers.dialects.markdown_pictures import picture_parts
 from handlers.errors import InvalidRequest
 from handlers.exchange import Reply
 from handlers.request import GenerationRequest, ImagePart, TextPart, TextPrompt

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
-from handlers.dialects.base import Conventions, Task
+from handlers.dialects.base import MAX_PROMPTS, Conventions, Task
 from handlers.dialects.body import convert
 from handlers.dialects.lmi_parameters import (
     NAMES,
@@ -18,20 +18,16 @@ from handlers.dialects.lmi_parameters import (
     read_sampling,
 )
 from handlers.dialects.lmi_reply import LmiWriter
+from handlers.dialects.markdown_pictures import picture_parts
 from handlers.dialects.sagemaker import wants_lines
 from handlers.errors import InvalidRequest
-from handlers.request import GenerationRequest, ImagePart, Part, TextPart, TextPrompt
+from handlers.request import GenerationRequest, TextPrompt
 
 log = logging.getLogger(__name__)
 
-# ![alternative text](url "title"): only a link that names its scheme is a picture; other Markdown stays text.
-_PICTURE = re.compile(
-    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)',
-)
-
 
 class LmiBody(msgspec.Struct):
-    inputs: str | list[str]
+    inputs: str | Annotated[list[str], Meta(max_length=MAX_PROMPTS)]
     parameters: dict[str, Any] | None = None
     stream: bool | None = None
     adapters: str | list[str] | None = None
@@ -92,20 +88,6 @@ def read_lmi(
         sse=_wants_sse(accept, conventions),
     )
     return Task(requests, writer)
-
-
-def picture_parts(text: str) -> list[Part]:
-    """Text with its `![](url)` pictures cut out, in order."""
-    parts: list[Part] = []
-    position = 0
-    for match in _PICTURE.finditer(text):
-        if match.start() > position:
-            parts.append(TextPart(text[position : match.start()]))
-        parts.append(ImagePart(match[1]))
-        position = match.end()
-    if position < len(text) or not parts:
-        parts.append(TextPart(text[position:]))
-    return parts
 
 
 def _streams(asked: bool | None, prompts: int, parameters: Parameters, conventions: Conventions) -> bool:

@@ -11,7 +11,7 @@ from engine.sampling_params import MAX_LOGPROBS, shown
 from handlers.dialects.base import MAX_PROMPTS, Conventions, Task, TokenId, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.constraints import read_constraint
-from handlers.dialects.lmi import picture_parts
+from handlers.dialects.markdown_pictures import picture_parts
 from handlers.dialects.openai_completions_reply import CompletionWriter
 from handlers.dialects.openai_fields import (
     MAX_ANSWERS,
