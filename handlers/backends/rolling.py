@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import EngineGroup, Ticket
 from engine.messages import Add, Output, Picture
@@ -27,6 +25,7 @@ from handlers.backends.base import (
     PromptStats,
     TokenLogprob,
 )
+from handlers.backends.limits import checked_sampling
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
@@ -44,9 +43,6 @@ logger = logging.getLogger(__name__)
 
 LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
-
-MOST_TOKEN_IDS = 1024
-"""Tokens that logit_bias or stop_token_ids may name."""
 
 LOWEST_LOGPROB = -9999.0
 """Stands for a probability of zero, which JSON has no logarithm for; vLLM's value."""
@@ -121,7 +117,9 @@ class RollingBackend:
         token_ids, placed = _place_pictures(rendered, pictures, self._front.renderer.image_token_id)
         if request.truncate_prompt_tokens is not None and not placed:
             token_ids = token_ids[-request.truncate_prompt_tokens :]
-        params = self._checked(request, token_ids)
+        params = checked_sampling(
+            request, len(token_ids), self.capabilities.max_model_len, self._front.vocab_size
+        )
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         add = Add(
             request_id=0,
@@ -199,40 +197,6 @@ class RollingBackend:
         if request.text_bytes <= LONG_PROMPT_BYTES:
             return renderer.render(request.prompt)
         return await asyncio.get_running_loop().run_in_executor(self._pool, renderer.render, request.prompt)
-
-    def _checked(self, request: GenerationRequest, token_ids: Sequence[int]) -> SamplingParams:
-        """The sampling parameters to use. Raises InvalidRequest for what the engine would have to refuse."""
-        longest, used = self.capabilities.max_model_len, len(token_ids)
-        params = request.sampling
-        wanted = params.max_tokens
-        if used == 0:
-            raise InvalidRequest("the prompt is empty")
-        if used >= longest:
-            raise InvalidRequest(
-                f"the prompt has {used} tokens, pictures included; this model's context is {longest} tokens, "
-                "the answer included: shorten the prompt or send fewer pictures",
-            )
-        if wanted is not None and used + wanted > longest:
-            if not request.max_tokens_is_default:
-                name = request.names.get("max_tokens", "max_tokens")
-                raise InvalidRequest(
-                    f"the prompt has {used} tokens and {name} is {wanted}, together more than this model's context "
-                    f"of {longest} tokens: ask for at most {longest - used}",
-                    param=name,
-                )
-            params = msgspec.structs.replace(params, max_tokens=longest - used)
-        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-            if len(ids) > MOST_TOKEN_IDS:
-                raise InvalidRequest(f"{name} names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}", param=name)
-            if (bad := next((t for t in ids if not 0 <= t < self._front.vocab_size), None)) is not None:
-                raise InvalidRequest(
-                    f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
-                )
-        try:
-            params.validate()
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
-        return params
 
 
 class RollingGeneration:

@@ -1,0 +1,51 @@
+"""What every backend asks of a request once its prompt's length is known, in one set of words."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.sampling_params import SamplingParams
+from handlers.errors import InvalidRequest
+from handlers.request import GenerationRequest
+
+MOST_TOKEN_IDS = 1024
+"""Tokens that logit_bias or stop_token_ids may name."""
+
+
+def checked_sampling(
+    request: GenerationRequest, used: int, max_model_len: int, vocab_size: int
+) -> SamplingParams:
+    """The sampling parameters to use. used: tokens of the prompt, pictures included.
+
+    Raises InvalidRequest for what an engine would have to refuse.
+    """
+    params = request.sampling
+    wanted = params.max_tokens
+    if used == 0:
+        raise InvalidRequest("the prompt is empty")
+    if used >= max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {used} tokens, pictures included; this model's context is {max_model_len} tokens, "
+            "the answer included: shorten the prompt or send fewer pictures",
+        )
+    if wanted is not None and used + wanted > max_model_len:
+        if not request.max_tokens_is_default:
+            name = request.names.get("max_tokens", "max_tokens")
+            raise InvalidRequest(
+                f"the prompt has {used} tokens and {name} is {wanted}, together more than this model's context "
+                f"of {max_model_len} tokens: ask for at most {max_model_len - used}",
+                param=name,
+            )
+        params = msgspec.structs.replace(params, max_tokens=max_model_len - used)
+    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+        if len(ids) > MOST_TOKEN_IDS:
+            raise InvalidRequest(f"{name} names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}", param=name)
+        if (bad := next((t for t in ids if not 0 <= t < vocab_size), None)) is not None:
+            raise InvalidRequest(
+                f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
+            )
+    try:
+        params.validate()
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    return params
