@@ -7,6 +7,7 @@ from handlers.backends.base import Backend
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
 from handlers.service import Service, ServiceLimits
+from handlers.sessions import Sessions
 from properties.configuration import Configuration
 
 
@@ -24,10 +25,12 @@ def build_service(
             predict_timeout=settings.predict_timeout,
             limit_mm_per_prompt=settings.limit_mm_per_prompt,
             request_priorities=settings.request_priorities,
+            trust_request_chat_template=settings.trust_request_chat_template,
             chunked_read_timeout=settings.chunked_read_timeout,
         ),
         model_name=public_names(configuration)[0],
         output_formatter=settings.output_formatter,
         tgi_compat=settings.tgi_compat,
+        sessions=Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),
         observer=observer,
     )

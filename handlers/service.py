@@ -14,13 +14,14 @@ from handlers.backends.base import Backend
 from handlers.dialects.base import JSON, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import client_error, error_reply, log_error, style_of
-from handlers.dialects.select import read_task, style_of_body
+from handlers.dialects.select import asks_for_session, read_task, style_of_body
 from handlers.errors import InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, stopping
+from handlers.sessions import Sessions
 from properties.settings_chat import OutputFormat
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ServiceLimits:
     keep_alive: float | None = 15.0
     chunked_read_timeout: float = 120.0
     request_priorities: bool = False
+    trust_request_chat_template: bool = False
 
 
 class Service:
@@ -65,6 +67,7 @@ class Service:
         model_name: str,
         output_formatter: OutputFormat | None = None,
         tgi_compat: bool = False,
+        sessions: Sessions | None = None,
         observer: Observer | None = None,
     ) -> None:
         """model_name: shown to clients that name none. output_formatter, tgi_compat: the options."""
@@ -74,6 +77,7 @@ class Service:
         self._model_name = model_name
         self._output_formatter = output_formatter
         self._tgi_compat = tgi_compat
+        self._sessions = sessions if sessions is not None else Sessions()
         self._observer: Observer = observer if observer is not None else Unobserved()
         self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
 
@@ -94,6 +98,9 @@ class Service:
             size = len(incoming.body)
             body = await _aside(size, read_body, incoming.body, incoming.headers)
             style = style_of_body(body, style)
+            if asks_for_session(body, incoming):
+                return self._sessions.control(body, incoming.headers)
+            self._sessions.check(incoming.headers)
             task = await _aside(size, self._task, body, incoming)
             del body
             for request in task.requests:
@@ -117,7 +124,11 @@ class Service:
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
         capabilities = self._backend.capabilities
         conventions = Conventions(
-            self._model_name, capabilities.default_sampling, self._output_formatter, self._tgi_compat
+            self._model_name,
+            capabilities.default_sampling,
+            self._output_formatter,
+            self._tgi_compat,
+            self._limits.trust_request_chat_template,
         )
         task = read_task(body, conventions, incoming)
         for request in task.requests:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_SESSIONS = "stateful sessions are not supported"
+_SESSIONS = "sessions are kept in memory"
 _HEALTH = "/ping follows the engine's own state"
 _STATUS = "each error has a fixed status code"
 _CORS = "cross-origin headers are not sent; put a proxy in front"
@@ -29,9 +29,7 @@ IGNORED: dict[str, str] = {
     "option.enable_streaming": 'deprecated; a request asks for a stream with "stream": true',
     "option.enable_reasoning": "deprecated; option.reasoning_parser alone switches it on",
     "option.bedrock_compat": "the Bedrock dialect is not supported",
-    "option.enable_stateful_sessions": _SESSIONS,
     "option.sessions_path": _SESSIONS,
-    "option.sessions_expiration": _SESSIONS,
     "option.sessions_s3url": _SESSIONS,
     "option.lmcache_config_file": _LMCACHE,
     "option.lmcache_auto_config": _LMCACHE,

@@ -25,6 +25,11 @@ class ChatSettings(BaseModel):
         "How the template wants a message's content: one string, a list of parts, or found out (auto).",
         default="auto",
     )
+    trust_request_chat_template: bool = option(
+        "Let requests bring a chat template of their own (`chat_template`). A template is a program: it may compute "
+        "without end, so only for clients that are trusted.",
+        default=False,
+    )
     predict_timeout: Seconds = option(
         "Longest time for one request, waiting included; then it is aborted.",
         default=240,
@@ -38,12 +43,24 @@ class ChatSettings(BaseModel):
         "Let requests say their `priority`; without it every client's is ignored.", default=False
     )
     output_formatter: OutputFormat | None = option(
-        "How streams of the LMI schema are framed: sse and sse_chat as server-sent events, any other as JSON "
-        "lines. Chat streams are always server-sent events.",
+        "How replies of the LMI schema (json, jsonlines, sse) or of chat on LMI's routes (json_chat, jsonlines_chat, "
+        "sse_chat) are framed: the last two forms of each also stream to clients that do not say whether to. "
+        "Default: JSON; streams as jsonlines and sse_chat. A client's Accept header wins.",
         default=None,
     )
     tgi_compat: bool = option(
         "Replies exactly as Text Generation Inference writes them.", default=False, backends=NOT_YET
+    )
+    enable_stateful_sessions: bool = option(
+        "Open and close sessions for SageMaker's sticky routing.",
+        default=True,
+        variables=(Variable("SAGEMAKER_ENABLE_STATEFUL_SESSIONS", Level.SAGEMAKER),),
+    )
+    sessions_expiration: Seconds = option(
+        "How long a session lasts from its opening.",
+        default=1200,
+        unit="s",
+        variables=(Variable("SAGEMAKER_SESSIONS_EXPIRATION", Level.SAGEMAKER),),
     )
     enable_auto_tool_choice: bool = option(
         'Let the model decide to call a tool (tool_choice "auto").', default=False, backends=NOT_YET

@@ -155,7 +155,9 @@ class Watched:
 
 def service(backend: ScriptedBackend, pictures: Pictures | None = None, **options: Any) -> Service:
     own = {
-        name: options.pop(name) for name in ("observer", "output_formatter", "tgi_compat") if name in options
+        name: options.pop(name)
+        for name in ("observer", "output_formatter", "tgi_compat", "sessions")
+        if name in options
     }
     limits = ServiceLimits(**options)
     return Service(backend, pictures or Pictures(), limits, model_name="shapes", **own)  # type: ignore[arg-type]

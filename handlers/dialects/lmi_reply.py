@@ -155,7 +155,7 @@ def _prefill(stats: PromptStats) -> list[dict[str, Any]]:
     return [
         _token(position.chosen)
         if position is not None
-        else {"id": ids[i] if i < len(ids) else None, "text": "", "log_prob": None}
+        else {"id": ids[i] if i < len(ids) else None, "text": stats.first_token_text, "log_prob": None}
         for i, position in enumerate(positions)
     ]
 

@@ -14,6 +14,8 @@ from handlers.dialects.sagemaker import ROUTES, accept_of, adapter_of, wants_lin
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming
 
+_SCHEMAS = frozenset({"messages", "prompt", "inputs"})
+
 
 def read_task(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
     """Raises InvalidRequest naming the field at fault."""
@@ -42,6 +44,11 @@ def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming) ->
     if "prompt" in body:
         return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
     raise InvalidRequest("the body has neither messages, prompt nor inputs", param="messages")
+
+
+def asks_for_session(body: dict[str, Any], incoming: Incoming) -> bool:
+    """Whether the body opens or closes a session instead of asking for an answer."""
+    return incoming.route in ROUTES and "requestType" in body and not _SCHEMAS & body.keys()
 
 
 def style_of_body(body: dict[str, Any], otherwise: ErrorStyle) -> ErrorStyle:
