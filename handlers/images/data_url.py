@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import binascii
 from urllib.parse import unquote, unquote_to_bytes
+
+import pybase64
 
 from handlers.errors import ImageTooLarge
 from handlers.images.problem import PictureProblem
@@ -51,14 +52,14 @@ def _check_type(media_type: str) -> None:
 
 def _base64(payload: str) -> bytes:
     try:
-        return binascii.a2b_base64(payload, strict_mode=True)
+        return pybase64.b64decode(payload, validate=True)
     except ValueError:
         pass
     if "%" in payload:
         payload = unquote(payload)
     payload = payload.translate(DISCARDED).translate(URL_SAFE)
     try:
-        return binascii.a2b_base64(payload + "=" * (-len(payload) % 4), strict_mode=True)
+        return pybase64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except ValueError as error:
         raise PictureProblem("its data URL is not valid base64") from error
 
