@@ -40,7 +40,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     """
     with _opened(data, max_pixels) as image:
         image.load()
-        return _flatten(_turn(image))
+        image = _turn(image)
+        if image.mode == "RGB" and not image.has_transparency_data:
+            return _bare(image)
+        return _flatten(image)
 
 
 def convert(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -127,6 +130,11 @@ def _flatten(image: Image.Image) -> Image.Image:
     flat = image.convert("RGB")  # always a new picture
     flat.info.clear()  # profiles and comments, which nobody reads and which the cache does not count
     return flat
+
+
+def _bare(image: Image.Image) -> Image.Image:
+    """The same pixels, not copied, without the file, its profiles and comments, which the cache does not count."""
+    return Image.Image()._new(image.im)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
