@@ -71,13 +71,18 @@ class Message:
 
 @dataclass(slots=True)
 class ChatPrompt:
-    """Turns that still have to go through the model's chat template."""
+    """Turns that still have to go through the model's chat template.
+
+    add_special_tokens: those that the tokenizer puts around a text, beside the template's own; None as the model's
+    processor does it.
+    """
 
     messages: list[Message]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template: str | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool | None = None
     tools: list[dict[str, Any]] | None = None
 
 
@@ -114,7 +119,8 @@ class GenerationRequest:
     """One prompt to answer `n` times.
 
     deadline: `time.monotonic()` seconds after which the answer is worthless and is aborted; None for never.
-    truncate_prompt_tokens: keep only this many last tokens of a text prompt without pictures.
+    truncate_prompt_tokens: keep only this many tokens of a prompt without pictures, the last ones unless
+    truncation_side says that the right is cut off; -1 for as many as the context has room for.
     max_tokens_is_default: the client did not ask for `sampling.max_tokens`: where the context has less room,
     the answer is shorter. text_bytes: size of the body it came in without its pictures: what rendering may cost.
     names: what the client calls a field where that is not its name here or in `sampling`.
@@ -131,6 +137,7 @@ class GenerationRequest:
     priority: int = 0
     deadline: float | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] = "left"
     max_tokens_is_default: bool = False
     text_bytes: int = 0
     constraint: Constraint | None = None

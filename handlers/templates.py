@@ -106,6 +106,8 @@ class PromptRenderer:
         # A tokenizer alone (a model without pictures) adds none to a rendered template.
         starts_with_bos = bool(self._bos) and rendered.startswith(self._bos)
         add_special_tokens = self.image_token_id is not None and not starts_with_bos
+        if prompt.add_special_tokens is not None:
+            add_special_tokens = prompt.add_special_tokens
         return self._encoded(rendered, hidden, n_images, add_special_tokens)
 
     def _text(self, prompt: TextPrompt) -> RenderedPrompt:

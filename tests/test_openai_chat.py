@@ -297,11 +297,10 @@ def user(*parts: Any) -> dict[str, Any]:
         (chat(tools=[{"type": "function"}], tool_choice="auto"), "tools"),
         (chat(tool_choice="required"), "tool_choice"),
         (chat(functions=[{"name": "f"}]), "functions"),
-        (chat(response_format={"type": "json_object"}), "response_format"),
         (chat(response_format={}), "response_format"),
         (chat(modalities=["text", "audio"]), "modalities"),
         (chat(audio={"voice": "x"}), "audio"),
-        (chat(guided_json={}), "guided_json"),
+        (chat(guided_json=1), "guided_json"),
         (chat(chat_template="{{ x }}"), "chat_template"),
         (chat(best_of=2), "best_of"),
         (chat(use_beam_search=True), "use_beam_search"),
@@ -420,9 +419,6 @@ def test_errors_have_openais_shape_on_its_route_and_for_its_body() -> None:
             error = json.loads((await subject.answer(incoming(body, route))).body)["error"]
             assert error.keys() == {"message", "type", "param", "code"}
             assert error["type"] == "invalid_request_error"
-        reply = await subject.answer(incoming({"prompt": "x"}, "/invocations"))
-        assert reply.status == 400
-        assert "completions" in json.loads(reply.body)["message"]
         assert (await subject.answer(incoming({}))).status == 400
 
     asyncio.run(ask())

@@ -6,10 +6,33 @@ import msgspec
 
 from engine.sampling_params import SamplingParams
 from handlers.errors import InvalidRequest
-from handlers.request import GenerationRequest
+from handlers.request import GenerationRequest, TextPrompt
 
 MOST_TOKEN_IDS = 1024
 """Tokens that logit_bias or stop_token_ids may name."""
+
+
+def checked_tokens(
+    request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
+) -> list[int]:
+    """The tokens of a prompt without pictures, cut as the request says.
+
+    Raises InvalidRequest for token ids of the client's own that the model does not know.
+    """
+    prompt = request.prompt
+    if isinstance(prompt, TextPrompt) and prompt.token_ids is not None:
+        bad = next((t for t in prompt.token_ids if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            raise InvalidRequest(
+                f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}",
+                param="prompt",
+            )
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return token_ids
+    if most == -1:
+        most = max(1, max_model_len - (request.sampling.max_tokens or 1))
+    return token_ids[:most] if request.truncation_side == "right" else token_ids[-most:]
 
 
 def checked_sampling(

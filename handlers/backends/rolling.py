@@ -25,13 +25,13 @@ from handlers.backends.base import (
     PromptStats,
     TokenLogprob,
 )
-from handlers.backends.limits import checked_sampling
+from handlers.backends.limits import checked_sampling, checked_tokens
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
-from handlers.request import ChatPrompt, GenerationRequest
+from handlers.request import ChatPrompt, GenerationRequest, TextPrompt
 from handlers.templates import RenderedPrompt
 
 if TYPE_CHECKING:
@@ -115,11 +115,10 @@ class RollingBackend:
             pictures = await self._preparer.prepare(parts)
         rendered = await self._render(request)
         token_ids, placed = _place_pictures(rendered, pictures, self._front.renderer.image_token_id)
-        if request.truncate_prompt_tokens is not None and not placed:
-            token_ids = token_ids[-request.truncate_prompt_tokens :]
-        params = checked_sampling(
-            request, len(token_ids), self.capabilities.max_model_len, self._front.vocab_size
-        )
+        longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
+        if not placed:
+            token_ids = checked_tokens(request, token_ids, longest, vocab_size)
+        params = checked_sampling(request, len(token_ids), longest, vocab_size)
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         add = Add(
             request_id=0,
@@ -194,7 +193,9 @@ class RollingBackend:
 
     async def _render(self, request: GenerationRequest) -> RenderedPrompt:
         renderer = self._front.renderer
-        if request.text_bytes <= LONG_PROMPT_BYTES:
+        prompt = request.prompt
+        trusted = isinstance(prompt, TextPrompt) or prompt.template is None
+        if trusted and request.text_bytes <= LONG_PROMPT_BYTES:
             return renderer.render(request.prompt)
         return await asyncio.get_running_loop().run_in_executor(self._pool, renderer.render, request.prompt)
 

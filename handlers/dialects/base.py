@@ -32,12 +32,14 @@ class Conventions:
 
     model_name: shown in replies to requests that name no model. sampling: the model's own defaults
     (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
+    trust_chat_templates: requests may bring a template of their own.
     """
 
     model_name: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
     output_formatter: OutputFormat | None = None
     tgi_compat: bool = False
+    trust_chat_templates: bool = False
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from handlers.dialects.openai_fields import (
 from handlers.dialects.openai_messages import read_messages
 from handlers.dialects.openai_reply import ChatWriter
 from handlers.errors import InvalidRequest
-from handlers.request import ChatPrompt, GenerationRequest
+from handlers.request import ChatPrompt, GenerationRequest, TextPart
 
 
 class ChatBody(CommonBody, kw_only=True):
@@ -40,6 +40,8 @@ class ChatBody(CommonBody, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    echo: bool | None = None
 
 
 def read_chat(
@@ -55,9 +57,10 @@ def read_chat(
     stream, n = check_stream(asked), count_answers(asked)
     names = {} if asked.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
     model = asked.model or conventions.model_name
+    prompt = _prompt(asked, conventions)
     request = GenerationRequest(
         request_id=request_id,
-        prompt=_prompt(asked),
+        prompt=prompt,
         sampling=sampling_params(_sampling(asked), conventions.sampling, names),
         n=n,
         stream=stream,
@@ -65,6 +68,7 @@ def read_chat(
         adapter=adapter if adapter is not None else asked.adapters or None,
         priority=asked.priority or 0,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
+        truncation_side=asked.truncation_side or "left",
         constraint=read_constraint(
             response_format=asked.response_format,
             structured_outputs=asked.structured_outputs,
@@ -79,16 +83,25 @@ def read_chat(
         top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         include_usage=bool(options.include_usage),
         continuous_usage=bool(options.continuous_usage_stats),
+        token_ids=bool(asked.return_token_ids),
+        tokens_as_ids=bool(asked.return_tokens_as_token_ids),
+        echo=_echo(prompt) if asked.echo else "",
     )
     return Task([request], writer)
 
 
-def _prompt(asked: ChatBody) -> ChatPrompt:
+def _prompt(asked: ChatBody, conventions: Conventions) -> ChatPrompt:
     add, resume = asked.add_generation_prompt, bool(asked.continue_final_message)
     if add and resume:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt exclude each other",
             param="continue_final_message",
+        )
+    if asked.chat_template is not None and not conventions.trust_chat_templates:
+        raise InvalidRequest(
+            "chat_template: this server uses its own template (option.trust_request_chat_template=true lets "
+            "requests bring theirs)",
+            param="chat_template",
         )
     variables = dict(asked.chat_template_kwargs or {})
     if asked.reasoning_effort is not None:
@@ -99,8 +112,18 @@ def _prompt(asked: ChatBody) -> ChatPrompt:
         messages=read_messages(asked.messages),
         add_generation_prompt=not resume if add is None else add,
         continue_final_message=resume,
+        template=asked.chat_template,
         template_kwargs=variables,
+        add_special_tokens=asked.add_special_tokens,
     )
+
+
+def _echo(prompt: ChatPrompt) -> str:
+    """The text that the answer goes on from, where the last turn is the answer's own."""
+    last = prompt.messages[-1]
+    if last.role != "assistant" and prompt.add_generation_prompt:
+        return ""
+    return "".join(part.text for part in last.parts if isinstance(part, TextPart))
 
 
 def _sampling(asked: ChatBody) -> dict[str, Any]:

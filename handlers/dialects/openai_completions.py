@@ -40,8 +40,6 @@ class CompletionBody(CommonBody, kw_only=True):
     logprobs: _Logprobs | None = None
     suffix: str | None = None
 
-    add_special_tokens: bool | None = None
-
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
@@ -83,6 +81,7 @@ def read_completion(
             adapter=adapter if adapter is not None else asked.adapters or None,
             priority=asked.priority or 0,
             truncate_prompt_tokens=asked.truncate_prompt_tokens,
+            truncation_side=asked.truncation_side or "left",
             max_tokens_is_default="max_tokens" not in body,
             constraint=constraint,
         )

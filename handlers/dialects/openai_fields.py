@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, shown
-from handlers.dialects.base import TokenCount, TokenId
+from handlers.dialects.base import TokenId
 from handlers.dialects.constraints import GUIDED
 from handlers.errors import InvalidRequest
 
@@ -19,6 +19,9 @@ _Bias = Annotated[float, Meta(ge=-100, le=100)]
 Name = Annotated[str, Meta(max_length=512)]
 _StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
 _Priority = Annotated[int, Meta(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)]
+
+_Truncation = Annotated[int, Meta(ge=-1, le=MAX_INTEGER)]
+"""-1 for as much as the context has room for."""
 
 MAX_ANSWERS = 128
 """Most answers to one prompt (`n`): OpenAI's limit."""
@@ -48,7 +51,6 @@ UNSUPPORTED = frozenset(
         "moderation",
         "allowed_token_ids",
         "bad_words",
-        "chat_template",
         "mm_processor_kwargs",
         "media_io_kwargs",
         "cache_salt",
@@ -59,7 +61,7 @@ UNSUPPORTED = frozenset(
         "repetition_detection",
     }
 )
-_FALSE_ONLY = ("use_beam_search", "echo", "add_special_tokens")
+_FALSE_ONLY = ("use_beam_search", "watermarking")
 
 
 class StreamOptions(msgspec.Struct):
@@ -95,7 +97,9 @@ class CommonBody(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    truncate_prompt_tokens: TokenCount | None = None
+    truncate_prompt_tokens: _Truncation | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
     priority: _Priority | None = None
     request_id: Name | None = None
     adapters: str | None = None
@@ -109,6 +113,10 @@ def common_sampling(asked: CommonBody) -> dict[str, Any]:
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     if stop is not None and "" in stop:
         raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")
+    if asked.truncate_prompt_tokens == 0:
+        raise InvalidRequest(
+            "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits", param="truncate_prompt_tokens"
+        )
     return {
         "max_tokens": asked.max_tokens,
         "min_tokens": asked.min_tokens,

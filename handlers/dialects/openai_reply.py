@@ -33,12 +33,22 @@ class ChatWriter:
         top_logprobs: int | None = None,
         include_usage: bool = False,
         continuous_usage: bool = False,
+        token_ids: bool = False,
+        tokens_as_ids: bool = False,
+        echo: str = "",
     ) -> None:
-        """top_logprobs: None for no logprobs, else how many alternatives to show beside the chosen token."""
+        """top_logprobs: None for no logprobs, else how many alternatives to show beside the chosen token.
+        token_ids: show the ids of prompt and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
+        echo: shown before each answer.
+        """
         self._head = {"id": reply_id, "created": int(time.time()), "model": model}
         self._top = top_logprobs
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
+        self._token_ids = token_ids
+        self._tokens_as_ids = tokens_as_ids
+        self._echo = echo
+        self._plain = top_logprobs is None and not continuous_usage and not token_ids
         self._completion_tokens = 0
         self._prefixes: dict[int, bytes] = {}
         head = _encode({**self._head, "object": "chat.completion.chunk"})
@@ -50,10 +60,11 @@ class ChatWriter:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": {"role": "assistant", "content": self._echo + answer.text, "refusal": None},
                 "logprobs": self._logprobs(answer.logprobs),
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
+                **({"token_ids": answer.token_ids} if self._token_ids else {}),
             }
             for index, answer in enumerate(only.answers)
         ]
@@ -64,6 +75,8 @@ class ChatWriter:
             "choices": choices,
             "usage": usage(only.stats, completion_tokens),
         }
+        if self._token_ids:
+            reply["prompt_token_ids"] = only.stats.prompt_token_ids
         if only.stats.prompt_logprobs is not None:
             reply["prompt_logprobs"] = [prompt_position(position) for position in only.stats.prompt_logprobs]
         return _encode(reply)
@@ -73,9 +86,9 @@ class ChatWriter:
         prefix = self._prefixes.get(delta.index)
         if prefix is None:
             return self._first(delta, stats)
-        if delta.finish_reason is None and self._top is None and not self._continuous_usage:
+        if self._plain and delta.finish_reason is None:
             return prefix + _encode(delta.text) + self._tail if delta.text else b""
-        if not (delta.text or delta.logprobs or delta.finish_reason):
+        if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
             return b""
         return self._chunk(delta, {"content": delta.text}, stats)
 
@@ -91,9 +104,12 @@ class ChatWriter:
     def _first(self, delta: Delta, stats: PromptStats) -> bytes:
         """The role comes with an answer's first token, so that a client's time to first token is true."""
         self._prefixes[delta.index] = self._start + b'[{"index":%d,"delta":{"content":' % delta.index
-        return self._chunk(delta, {"role": "assistant", "content": delta.text}, stats)
+        content = {"role": "assistant", "content": self._echo + delta.text}
+        return self._chunk(delta, content, stats, first=len(self._prefixes) == 1)
 
-    def _chunk(self, delta: Delta, content: dict[str, str], stats: PromptStats) -> bytes:
+    def _chunk(
+        self, delta: Delta, content: dict[str, str], stats: PromptStats, *, first: bool = False
+    ) -> bytes:
         choice: dict[str, Any] = {
             "index": delta.index,
             "delta": content,
@@ -102,7 +118,11 @@ class ChatWriter:
         }
         if delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
+        if self._token_ids:
+            choice["token_ids"] = delta.token_ids
         line = self._start + _encode([choice])
+        if first and self._token_ids:
+            line += b',"prompt_token_ids":' + _encode(stats.prompt_token_ids)
         if self._continuous_usage:
             line += b',"usage":' + _encode(usage(stats, self._completion_tokens))
         elif self._include_usage:
@@ -114,8 +134,10 @@ class ChatWriter:
             return None
         content = [
             {
-                **_token(position.chosen),
-                "top_logprobs": [_token(candidate) for candidate in position.top[: self._top]],
+                **_token(position.chosen, self._tokens_as_ids),
+                "top_logprobs": [
+                    _token(candidate, self._tokens_as_ids) for candidate in position.top[: self._top]
+                ],
             }
             for position in positions or ()
         ]
@@ -132,11 +154,11 @@ def usage(stats: PromptStats, completion_tokens: int) -> dict[str, Any]:
     }
 
 
-def _token(token: TokenLogprob) -> dict[str, Any]:
+def _token(token: TokenLogprob, as_id: bool) -> dict[str, Any]:
     """`bytes` is null for a piece of a character, which its text cannot show."""
     piece = "\ufffd" in token.text
     return {
-        "token": token.text,
+        "token": token_text(token, as_id),
         "logprob": finite(token.logprob),
         "bytes": None if piece else list(token.text.encode()),
     }
