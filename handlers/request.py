@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from handlers.images.memory import Share
 
-Role = Literal["system", "developer", "user", "assistant", "tool"]
+Role = str
+"""system, developer, user, assistant, tool, or another word that the model's chat template knows."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import re
+from typing import Any
+
+from PIL.Image import Image
 
 from handlers.errors import InvalidRequest
-from handlers.request import ImagePart, Message, Part, Role, TextPart
+from handlers.request import ImagePart, Message, Part, TextPart
 
-_ROLES: tuple[Role, ...] = get_args(Role)
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TEXT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
 _PICTURE_PARTS = frozenset({"image_url", "input_image"})
 
 
@@ -25,9 +34,11 @@ def _message(message: Any, path: str) -> Message:
     role = message.get("role")
     if role is None:
         raise _missing(f"{path}.role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise InvalidRequest(
-            f"{path}.role is {str(role)[:40]!r}; allowed: {', '.join(_ROLES)}", param=f"{path}.role"
+            f"{path}.role is {str(role)[:40]!r}; allowed: system, developer, user, assistant, tool, or another "
+            "word that the model's chat template knows",
+            param=f"{path}.role",
         )
     name, calls, call_id = message.get("name"), message.get("tool_calls"), message.get("tool_call_id")
     for key, value in (("name", name), ("tool_call_id", call_id)):
@@ -52,10 +63,19 @@ def _content(content: Any, path: str) -> list[Part]:
     if isinstance(content, str):
         return [TextPart(content)]
     if isinstance(content, list):
-        return [_part(part, f"{path}[{i}]") for i, part in enumerate(content)]
+        return [_part(part, f"{path}[{i}]") for i, part in enumerate(content) if not _is_empty(part)]
     if content is None:
         raise _missing(path)
     raise _wrong(path, "a string or a list of parts", content)
+
+
+def _is_empty(part: Any) -> bool:
+    """A text part whose text is null, as clients send that fill in a form; vLLM skips it, too."""
+    return (
+        isinstance(part, dict)
+        and part.get("type") in ("text", "refusal")
+        and part.get(part["type"], 0) is None
+    )
 
 
 def _part(part: Any, path: str) -> Part:
@@ -75,6 +95,8 @@ def _part(part: Any, path: str) -> Part:
         return TextPart(_string(part.get(key), f"{path}.{key}"))
     if kind in _PICTURE_PARTS:
         return ImagePart(_url(part.get("image_url"), f"{path}.image_url"))
+    if isinstance(part.get(kind), Image):  # As a script may, but no body can.
+        return ImagePart("", given=part[kind])
     raise InvalidRequest(
         f"{path}.type is {kind[:40]!r}; this server reads parts of type text and image_url",
         param=f"{path}.type",
