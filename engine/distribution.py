@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.logits import INVALID
 
-_SMALLEST_TEMPERATURE = 1e-30
+SMALLEST_TEMPERATURE = 1e-30
 _PREFIX = 512
 _BLOCK = 64
 _MASK64 = (1 << 64) - 1
@@ -27,7 +27,7 @@ def masses(scores: Tensor, temperature: Tensor) -> Tensor:
     A row with a NaN or +inf, or of -inf alone, becomes one with a NaN.
     """
     shifted = scores.float() - scores.amax(-1, keepdim=True)
-    return shifted.div_(temperature.clamp_min(_SMALLEST_TEMPERATURE).float()).exp_()
+    return shifted.div_(temperature.clamp_min(SMALLEST_TEMPERATURE).float()).exp_()
 
 
 def keep_likeliest(mass: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, ordered: bool) -> Tensor:
@@ -38,20 +38,24 @@ def keep_likeliest(mass: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *,
     """
     lowest = min_p.float()
     if ordered:
-        width = _PREFIX if mass.device.type == "cpu" else mass.shape[-1]
-        lowest = torch.maximum(lowest, _lowest_kept(mass, top_k.long(), top_p, width))
+        lowest = torch.maximum(lowest, lowest_kept(mass, top_k.long(), top_p))
     return mass * (mass >= lowest)
 
 
+def lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The least mass [S, 1] float32 that survives top-k, from 1 to V [S, 1] int64, and top-p, [S, 1] float64."""
+    return _lowest_kept(mass, top_k, top_p, _PREFIX if mass.device.type == "cpu" else mass.shape[-1])
+
+
 def _lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """The least mass [S, 1] that survives top-k and top-p.
+    """The same.
 
     Looks at the `width` likeliest tokens only, and again at more of them for the rows whose cut lies deeper.
     Asking whether there are such rows costs nothing on a CPU; elsewhere `width` must be V.
     """
     vocab_size = mass.shape[-1]
     width = width if 2 * width < vocab_size else vocab_size
-    likeliest = _likeliest(mass, width)
+    likeliest = falling(mass, width)
     limited = top_k < vocab_size
     kth = torch.where(limited, likeliest.gather(-1, (top_k - 1).clamp_max(width - 1)), 0.0)
     kept = torch.where(likeliest >= kth, likeliest, 0.0).double()
@@ -71,7 +75,7 @@ def _lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tens
     return lowest
 
 
-def _likeliest(mass: Tensor, width: int) -> Tensor:
+def falling(mass: Tensor, width: int) -> Tensor:
     """The `width` greatest of each row in falling order."""
     if mass.device.type != "cpu":
         return mass.sort(-1, descending=True).values[:, :width]

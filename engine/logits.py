@@ -79,6 +79,13 @@ class Edits:
         flat, where, amount = self._on(scores)
         flat.scatter_(0, where, flat.index_select(0, where) + amount)
 
+    def mask_others(self, scores: Tensor) -> None:
+        """Of the rows that were added, mask all but their tokens, as `shift` would."""
+        mask = torch.full((len(self._rows), scores.shape[-1]), -torch.inf)
+        for place, ids in enumerate(self._ids):
+            mask[place, torch.from_numpy(ids[ids < scores.shape[-1]])] = 0.0
+        scores[self._rows] += mask.to(scores.device, non_blocking=True)
+
     def _on(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vocab_size = scores.shape[-1]
         ids = np.concatenate(self._ids)

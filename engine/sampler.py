@@ -1,9 +1,10 @@
 """The next token of each request in a step, chosen for all rows at once.
 
-A row's logits go through, in this order: repetition penalty, presence and frequency penalties, logit bias,
-the min_tokens mask; then argmax where temperature is 0, else temperature, top_k, top_p, min_p, typical_p (the
-order of transformers' `generate`) and the draw. The draw depends on the request's seed and on how many tokens
-it has, on nothing else: not on the batch, on preemption or on how the prompt was cut.
+A row's logits go through, in this order: DRY, repetition penalty, presence and frequency penalties, logit bias,
+the masks (allowed tokens, repeated n-grams, unwanted words, min_tokens); then argmax where temperature is 0, else
+temperature, top_k, top_p, min_p, typical_p (the order of transformers' `generate`) and the draw. Requests with
+other samplers, or another order, take `engine.warping` instead. The draw depends on the request's seed and on how
+many tokens it has, on nothing else: not on the batch, on preemption or on how the prompt was cut.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick
 from engine.distribution import uniform as uniform_of
 from engine.logits import Edits, Ids, TokenCounts, Weights, best
+from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
+from engine.warping import Warping, surprises, warp
 
 _PROMPT_LOGPROBS_ELEMENTS = 1 << 24
 
@@ -44,9 +47,11 @@ class SamplingState:
     output_token_ids: shared; the engine appends to it after each step and never removes.
     seed: params.seed or the engine's own; differs between the answers of one request.
     plain: needs nothing beyond the argmax of its logits, at any step.
-    penalised: has penalties or a bias.
+    penalised: has penalties, a bias or masks of its own.
     filters: temperature, top_k, top_p, min_p, typical_p.
     enders: the tokens that would end the answer, masked while it is shorter than min_tokens.
+    allowed: the only tokens that can be chosen; None for all.
+    repetition, warping: what rarer samplers keep; None where the request uses none of them.
     """
 
     params: SamplingParams
@@ -59,6 +64,9 @@ class SamplingState:
     filters: tuple[float, int, float, float, float] = field(init=False, repr=False)
     bias: tuple[Ids, Weights] | None = field(init=False, repr=False, default=None)
     enders: Ids = field(init=False, repr=False)
+    allowed: Ids | None = field(init=False, repr=False, default=None)
+    repetition: Repetition | None = field(init=False, repr=False)
+    warping: Warping | None = field(init=False, repr=False)
     _key: int = field(init=False, repr=False)
     _seen: TokenCounts | None = field(init=False, repr=False, default=None)
     _written: TokenCounts | None = field(init=False, repr=False, default=None)
@@ -71,11 +79,17 @@ class SamplingState:
                 np.array([token for token, _ in biases], np.int64),
                 np.array([amount for _, amount in biases], np.float32),
             )
+        if params.allowed_token_ids is not None:
+            self.allowed = np.array(sorted(set(params.allowed_token_ids)), np.int64)
+        self.repetition = Repetition.of(params, self.prompt_token_ids)
+        self.warping = Warping.of(params, self.seed)
         self.penalised = (
             params.repetition_penalty != 1.0
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
             or self.bias is not None
+            or self.allowed is not None
+            or self.repetition is not None
         )
         self.plain = (
             params.greedy and not self.penalised and params.min_tokens == 0 and params.logprobs is None
@@ -156,10 +170,13 @@ class Sampler:
 
     def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Tokens [B] int64: plain, edited greedy and drawn rows each take only the work they need."""
-        groups: tuple[list[int], list[int], list[int]] = ([], [], [])
+        groups: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
         for row, state in enumerate(states):
-            groups[(1 if state.edited else 0) if state.params.greedy else 2].append(row)
-        plain, edited, drawn = groups
+            if state.params.greedy:
+                groups[1 if state.edited else 0].append(row)
+            else:
+                groups[2 if state.warping is None else 3].append(row)
+        plain, edited, drawn, warped = groups
         if len(plain) == len(states):
             return best(logits)
         tokens = torch.empty(len(states), dtype=torch.int64, device=self._device)
@@ -172,15 +189,23 @@ class Sampler:
         if drawn:
             rows = self._index(drawn)
             tokens[rows] = self._draw(_select(logits, rows), [states[r] for r in drawn])
+        if warped:
+            rows = self._index(warped)
+            tokens[rows] = self._draw_warped(_select(logits, rows), [states[r] for r in warped])
         return tokens
 
     def _edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Float32 scores [S, V] after penalties, bias and min_tokens mask; `logits` if none is wanted."""
-        repetition, penalties, bias, mask = Edits(), Edits(), Edits(), Edits()
+        dry, repetition, penalties, bias, mask = Edits(), Edits(), Edits(), Edits(), Edits()
+        allowed = Edits()
         for row, state in enumerate(states):
             if not state.edited:
                 continue
             params = state.params
+            if state.repetition is not None:
+                penalised = state.repetition.penalties(state.output_token_ids)
+                if penalised is not None:
+                    dry.add(row, penalised[0], -penalised[1])
             if params.repetition_penalty != 1.0:
                 repetition.add(row, state.seen.ids, params.repetition_penalty)
             if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
@@ -189,16 +214,25 @@ class Sampler:
                 penalties.add(row, written.ids, -amount)
             if state.bias is not None:
                 bias.add(row, *state.bias)
+            if state.allowed is not None:
+                allowed.add(row, state.allowed, 0.0)
+            banned = None if state.repetition is None else state.repetition.banned(state.output_token_ids)
             if state.too_short:
-                mask.add(row, state.enders, -np.inf)
-        if not (repetition or penalties or bias or mask):
+                banned = state.enders if banned is None else np.union1d(banned, state.enders)
+            if banned is not None:
+                mask.add(row, banned, -np.inf)
+        if not (dry or repetition or penalties or bias or allowed or mask):
             return logits
         scores = logits.to(torch.float32, copy=True)
+        if dry:
+            dry.shift(scores)
         if repetition:
             repetition.penalise_repetition(scores)
         for edits in (penalties, bias, mask):
             if edits:
                 edits.shift(scores)
+        if allowed:
+            allowed.mask_others(scores)
         return scores
 
     def _draw(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -219,6 +253,20 @@ class Sampler:
             rows = self._index(typical)
             mass = _replace(mass, rows, keep_typical(_select(mass, rows), typical_p[rows]))
         return pick(mass, uniform)
+
+    def _draw_warped(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+        """Tokens [S] int64 drawn after the samplers of `engine.warping`, one row of values for each."""
+        warpings = [state.warping for state in states if state.warping is not None]
+        host = [
+            (*w.values(len(s.output_token_ids)), s.uniform) for w, s in zip(warpings, states, strict=True)
+        ]
+        parameters = self._send(torch.tensor(host, dtype=torch.float64))
+        mass = warp(self._edit(logits, states), warpings, parameters[:, :-1])
+        tokens = pick(mass, parameters[:, -1:])
+        if any(warping.mirostat for warping in warpings):
+            for warping, surprise in zip(warpings, surprises(mass, tokens).tolist(), strict=True):
+                warping.chose(surprise)
+        return tokens
 
     def _index(self, rows: list[int]) -> Tensor:
         return self._send(torch.tensor(rows, dtype=torch.int64))

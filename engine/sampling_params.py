@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 MAX_LOGPROBS = 20
@@ -15,6 +17,45 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 """Per stop string: so much text may be held back while the string is undecided."""
+
+MAX_ALLOWED_TOKEN_IDS = 1 << 20
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 2048
+MAX_BREAKERS = 1024
+MAX_MATCH = 254
+"""Longest repetition that is told from a longer one (`engine.repetition`)."""
+
+SAMPLERS = (
+    "TOP_P_TOP_K", "TOP_A", "MIN_P", "TFS", "TYPICAL_P", "TEMPERATURE", "PENALTIES", "DRY", "NO_REPEAT_NGRAM",
+    "TOP_NSIGMA", "ETA_CUTOFF", "EPSILON_CUTOFF", "QUADRATIC", "XTC",
+)  # fmt: skip
+"""What `sampler_priority` puts in order; a sampler's number is its place here (Aphrodite's and KoboldCpp's)."""
+
+FIRST_SAMPLERS = frozenset({"PENALTIES", "DRY", "NO_REPEAT_NGRAM"})
+"""Those that change single logits: they always come before the others."""
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "top_a": (0.0, 100.0, "from 0 to 100"),
+    "eta_cutoff": (0.0, 1e9, "from 0 to 1e9, in units of 1e-4"),
+    "epsilon_cutoff": (0.0, 1000.0, "from 0 to 1000, in units of 1e-4"),
+    "smoothing_factor": (0.0, 1000.0, "from 0 to 1000"),
+    "smoothing_curve": (1.0, 100.0, "from 1 to 100"),
+    "dynatemp_min": (0.0, 100.0, "from 0 to 100"),
+    "dynatemp_max": (0.0, 100.0, "from 0 to 100"),
+    "dynatemp_exponent": (0.0, 100.0, "from 0 to 100"),
+    "xtc_threshold": (0.0, 1.0, "from 0 to 1"),
+    "xtc_probability": (0.0, 1.0, "from 0 to 1"),
+    "nsigma": (0.0, 1e6, "from 0 to 1e6"),
+    "dry_multiplier": (0.0, 1e6, "from 0 to 1e6"),
+    "dry_base": (1.0, 1000.0, "from 1 to 1000"),
+    "dry_allowed_length": (0, MAX_MATCH, f"from 0 to {MAX_MATCH}"),
+    "dry_range": (-1, MAX_INTEGER, f"-1, 0 (all) or from 1 to {MAX_INTEGER}"),
+    "mirostat_tau": (0.0, 1000.0, "from 0 to 1000"),
+    "mirostat_eta": (0.0, 1000.0, "from 0 to 1000"),
+    "no_repeat_ngram_size": (0, MAX_MATCH, f"from 0 (off) to {MAX_MATCH}"),
+    "skew": (-10.0, 10.0, "from -10 to 10"),
+}
+"""Field -> least, greatest, and the two in words."""
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
@@ -33,6 +74,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
     seed: makes the draw reproducible, whatever else shares the batch; from 0 to MAX_SEED.
     repetition_penalty: over prompt and answer (Keskar et al. 2019, CTRL); 1.0 is none.
     presence_penalty, frequency_penalty: over the answer alone, as OpenAI documents them.
+    allowed_token_ids: only these can be chosen. bad_words: texts that the answer must not contain, as far as
+    their usual tokens go; the backend turns them into bad_words_token_ids, runs of ids whose last one is masked
+    where the answer ends with the others.
+
+    The last block is Aphrodite's; for the formulas see `engine.warpers`, `engine.warping` (mirostat) and
+    `engine.repetition` (DRY, n-grams). eta_cutoff and epsilon_cutoff are in units of 1e-4. dry_sequence_breakers:
+    texts over which no repetition is followed, which the backend turns into dry_sequence_breaker_ids; None is
+    DRY's own list. dry_range: how many last tokens DRY looks at. sampler_priority: all of SAMPLERS, by name or
+    number, in the order in which they are applied.
     """
 
     max_tokens: int | None = None
@@ -54,6 +104,35 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+
+    top_a: float = 0.0
+    tfs: float = 1.0
+    eta_cutoff: float = 0.0
+    epsilon_cutoff: float = 0.0
+    smoothing_factor: float = 0.0
+    smoothing_curve: float = 1.0
+    dynatemp_min: float = 0.0
+    dynatemp_max: float = 0.0
+    dynatemp_exponent: float = 1.0
+    temperature_last: bool = False
+    xtc_threshold: float = 0.1
+    xtc_probability: float = 0.0
+    nsigma: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_range: int = 0
+    dry_sequence_breakers: tuple[str, ...] | None = None
+    dry_sequence_breaker_ids: tuple[int, ...] = ()
+    mirostat_mode: int = 0
+    mirostat_tau: float = 0.0
+    mirostat_eta: float = 0.0
+    no_repeat_ngram_size: int = 0
+    skew: float = 0.0
+    sampler_priority: tuple[int | str, ...] = ()
 
     @property
     def greedy(self) -> bool:
@@ -95,6 +174,27 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
         self._validate_stops()
         for token in self.logit_bias or ():
             _require(0 <= token <= MAX_INTEGER, "logit_bias", token, f"token ids from 0 to {MAX_INTEGER}")
+        _require(0.0 < self.tfs <= 1.0, "tfs", self.tfs, "above 0, at most 1")
+        for name, (least, greatest, words) in _RANGES.items():
+            value = getattr(self, name)
+            _require(least <= value <= greatest, name, value, words)
+        _require(self.mirostat_mode in (0, 2), "mirostat_mode", self.mirostat_mode, "0 (off) or 2")
+        self._validate_words()
+        if self.sampler_priority:
+            sampler_order(self.sampler_priority)
+
+    def _validate_words(self) -> None:
+        if self.allowed_token_ids is not None:
+            _bounded("allowed_token_ids", len(self.allowed_token_ids), "ids", 1, MAX_ALLOWED_TOKEN_IDS)
+            _require_ids("allowed_token_ids", self.allowed_token_ids)
+        _require_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
+        _bounded("bad_words_token_ids", len(self.bad_words_token_ids), "runs", 0, 2 * MAX_BAD_WORDS)
+        for run in self.bad_words_token_ids:
+            _bounded("bad_words_token_ids", len(run), "ids in a run", 1, MAX_BAD_WORD_TOKENS)
+            _require_ids("bad_words_token_ids", run)
+        _require_texts("dry_sequence_breakers", self.dry_sequence_breakers or (), MAX_BREAKERS)
+        _bounded("dry_sequence_breaker_ids", len(self.dry_sequence_breaker_ids), "ids", 0, 2 * MAX_BREAKERS)
+        _require_ids("dry_sequence_breaker_ids", self.dry_sequence_breaker_ids)
 
     def _validate_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -110,6 +210,41 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
             )
         for token in self.stop_token_ids:
             _require(0 <= token <= MAX_INTEGER, "stop_token_ids", token, f"token ids from 0 to {MAX_INTEGER}")
+
+
+def sampler_order(priority: Sequence[int | str]) -> tuple[str, ...]:
+    """The names of `sampler_priority`. Raises ValueError unless each sampler is there once, the first ones first."""
+    names = []
+    for item in priority[: len(SAMPLERS) + 1]:
+        known = 0 <= item < len(SAMPLERS) if isinstance(item, int) else item.upper() in SAMPLERS
+        if not known:
+            raise ValueError(f"sampler_priority holds {shown(item)[:40]}; allowed: {', '.join(SAMPLERS)}")
+        names.append(SAMPLERS[item] if isinstance(item, int) else item.upper())
+    missing = [name for name in SAMPLERS if name not in names]
+    if missing:
+        raise ValueError(f"sampler_priority leaves out {', '.join(missing)}; it must hold all samplers")
+    if len(priority) > len(SAMPLERS):
+        raise ValueError("sampler_priority holds a sampler twice")
+    if set(names[: len(FIRST_SAMPLERS)]) != FIRST_SAMPLERS:
+        raise ValueError(f"sampler_priority must begin with {', '.join(sorted(FIRST_SAMPLERS))} in any order")
+    return tuple(names)
+
+
+def _require_ids(name: str, ids: Sequence[int]) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) <= MAX_INTEGER):
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"{name} holds {shown(bad)}; allowed: token ids from 0 to {MAX_INTEGER}")
+
+
+def _require_texts(name: str, texts: Sequence[str], most: int) -> None:
+    _bounded(name, len(texts), "texts", 0, most)
+    for text in texts:
+        _bounded(name, len(text), "characters in a text", 1, MAX_STOP_CHARACTERS)
+
+
+def _bounded(name: str, count: int, what: str, least: int, most: int) -> None:
+    if not least <= count <= most:
+        raise ValueError(f"{name} holds {count} {what}; allowed: from {least} to {most}")
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

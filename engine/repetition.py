@@ -1,0 +1,171 @@
+"""What must not be said again: n-gram blocking, DRY and unwanted words, followed token by token.
+
+All look at the text so far, prompt and answer. A step costs time linear in its length, whatever it says: how far
+the text's end matches each earlier place is kept from step to step and extended by one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.logits import Ids, TokenCounts, Weights
+from engine.sampling_params import MAX_MATCH, SamplingParams
+
+_HIGHEST_PENALTY = 1e30
+"""Of DRY, which grows exponentially: more than any logit, less than float32 holds."""
+
+_NOTHING = np.empty(0, np.int64)
+
+
+class SuffixMatches:
+    """How many tokens before each place of a growing text equal those before its end.
+
+    `_lengths[d]`, for d from 1, is the largest k <= most such that the text's last k tokens also stand d places
+    earlier. A breaker equals nothing, not even itself.
+    """
+
+    __slots__ = ("_breakers", "_count", "_lengths", "_most", "_tokens")
+
+    def __init__(self, text: Sequence[int], most: int, breakers: frozenset[int] = frozenset()) -> None:
+        assert 1 <= most < 256, "lengths are kept in bytes"
+        self._most = most
+        self._breakers = breakers
+        self._count = count = len(text)
+        self._tokens = np.array(text, np.int64)
+        self._lengths = np.zeros(count + 1, np.uint8)
+        alive = np.ones(max(0, count - 1), bool)
+        for back in range(min(most, count - 1)):
+            last, before = text[count - 1 - back], count - 1 - back
+            if last in breakers:
+                break
+            alive[before:] = False
+            alive[:before] &= self._tokens[:before][::-1] == last
+            if not alive.any():
+                break
+            self._lengths[1:count] += alive
+
+    def append(self, token: int) -> None:
+        count = self._count
+        if count == len(self._tokens):
+            room = max(64, count)
+            self._tokens = np.concatenate((self._tokens, np.zeros(room, np.int64)))
+            self._lengths = np.concatenate((self._lengths, np.zeros(room, np.uint8)))
+        lengths = self._lengths[1 : count + 1]
+        if token in self._breakers:
+            lengths[:] = 0
+        else:
+            np.minimum(lengths, self._most - 1, out=lengths)
+            lengths += 1
+            lengths *= self._tokens[:count][::-1] == token
+        self._tokens[count] = token
+        self._count = count + 1
+
+    def continuations(self, least: int, within: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """What followed each earlier place that matches the end by at least `least` (from 1), and by how much.
+
+        within: only the last so many tokens count, for places and for matches. Token ids may repeat.
+        """
+        count = self._count
+        reach = min(count, within)
+        lengths = self._lengths[1:reach]
+        if within < count:
+            lengths = np.minimum(lengths, np.arange(reach - 1, 0, -1))
+        distances = np.flatnonzero(lengths >= least) + 1
+        return self._tokens[count - distances], lengths[distances - 1].astype(np.int64)
+
+
+class Repetition:
+    """The rules of one request against saying things again. Lives with its sequence; see `SamplingState`."""
+
+    __slots__ = (
+        "_base", "_breakers", "_dry", "_dry_least", "_dry_range", "_followed", "_multiplier", "_ngram_size",
+        "_ngrams", "_prompt", "_seen", "_single_words", "_words",
+    )  # fmt: skip
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+        self._prompt = prompt_token_ids
+        self._followed = -1
+        self._multiplier, self._base = params.dry_multiplier, params.dry_base
+        self._dry_least = params.dry_allowed_length
+        self._dry_range = params.dry_range
+        self._breakers = frozenset(params.dry_sequence_breaker_ids)
+        self._dry: SuffixMatches | None = None
+        self._ngram_size = params.no_repeat_ngram_size
+        self._ngrams: SuffixMatches | None = None
+        self._seen: TokenCounts | None = None
+        runs = params.bad_words_token_ids
+        self._single_words = np.array(sorted({run[0] for run in runs if len(run) == 1}), np.int64)
+        self._words: dict[int, list[tuple[int, ...]]] = {}
+        for run in set(runs):
+            if len(run) > 1:
+                self._words.setdefault(run[-2], []).append(run)
+
+    @classmethod
+    def of(cls, params: SamplingParams, prompt_token_ids: Sequence[int]) -> Repetition | None:
+        """None where the request has no such rules."""
+        if params.dry_multiplier > 0.0 or params.no_repeat_ngram_size > 0 or params.bad_words_token_ids:
+            return cls(params, prompt_token_ids)
+        return None
+
+    def penalties(self, output: list[int]) -> tuple[Ids, Weights] | None:
+        """DRY (p-e-w, text-generation-webui pull request 5677): what to take from the logits of which tokens.
+
+        A token that would make a repetition of n tokens longer costs multiplier * base^(n - allowed_length), from
+        n = allowed_length on; of several such repetitions the longest counts.
+        """
+        if self._multiplier <= 0.0:
+            return None
+        self._follow(output)
+        assert self._dry is not None
+        within = self._dry_range if self._dry_range > 0 else len(self._prompt) + len(output)
+        token_ids, lengths = self._dry.continuations(max(1, self._dry_least), within)
+        if not len(token_ids):
+            return None
+        longest = np.sort(token_ids * 256 + lengths)
+        longest = longest[np.append(longest[1:] >> 8 != longest[:-1] >> 8, True)]
+        token_ids, lengths = longest >> 8, longest & 255
+        if self._breakers:
+            kept = ~np.isin(token_ids, list(self._breakers))
+            token_ids, lengths = token_ids[kept], lengths[kept]
+        with np.errstate(over="ignore"):
+            amounts = self._multiplier * self._base ** (lengths - self._dry_least).astype(np.float64)
+        return token_ids, np.minimum(amounts, _HIGHEST_PENALTY).astype(np.float32)
+
+    def banned(self, output: list[int]) -> Ids:
+        """The tokens that would repeat an n-gram (Paulus et al. 2017) or finish an unwanted word; each once."""
+        found = [self._single_words, self._blocked(output)]
+        for run in self._words.get(output[-1], ()) if output else ():
+            if len(output) >= len(run) - 1 and tuple(output[1 - len(run) :]) == run[:-1]:
+                found.append(np.array(run[-1:], np.int64))
+        return np.unique(np.concatenate(found))
+
+    def _blocked(self, output: list[int]) -> Ids:
+        size, count = self._ngram_size, len(self._prompt) + len(output)
+        if size == 0 or count < size:
+            return _NOTHING
+        if size == 1:
+            if self._seen is None:
+                self._seen = TokenCounts(self._prompt)
+            self._seen.follow(output)
+            return self._seen.ids
+        self._follow(output)
+        assert self._ngrams is not None
+        return self._ngrams.continuations(size - 1, count)[0]
+
+    def _follow(self, output: list[int]) -> None:
+        """Take in what was appended to the answer since the last call."""
+        if self._followed < 0:
+            text = [*self._prompt, *output]
+            if self._multiplier > 0.0:
+                self._dry = SuffixMatches(text, MAX_MATCH, self._breakers)
+            if self._ngram_size > 1:
+                self._ngrams = SuffixMatches(text, self._ngram_size - 1)
+        else:
+            for token in output[self._followed :]:
+                for matches in (self._dry, self._ngrams):
+                    if matches is not None:
+                        matches.append(token)
+        self._followed = len(output)
