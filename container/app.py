@@ -9,16 +9,18 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
 from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
-from container.life import Life
+from container.life import Answers, Life
 from container.metrics import Metrics
 from container.names import accepted_names, public_names
 from container.prompt_log import log_answer, log_prompt
+from container.routes import MethodNotAllowed, Route, find
+from container.version import VERSION
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply, RequestFacts
@@ -33,21 +35,6 @@ _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _GRACE_SECONDS = 5.0
 """What the handlers may take beyond a request's time to say themselves that it is over."""
 
-_GENERATE = {
-    "/invocations": "/invocations",
-    "/v1/chat/completions": "/v1/chat/completions",
-    "/invocations/v1/chat/completions": "/v1/chat/completions",
-}
-"""Path -> route. The last is what huggingface_hub makes of a base URL that ends in /invocations."""
-
-_GENERATE_NAMED = re.compile(r"/predictions/(?P<model>.+)|/models/(?P<target>.+)/invoke")
-_READ = ("GET", "HEAD")
-
-
-class MethodNotAllowed(ServingError):
-    status = 405
-    kind = "method_not_allowed"
-
 
 class Unauthorized(ServingError):
     status = 401
@@ -56,7 +43,7 @@ class Unauthorized(ServingError):
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request on its way. `route` is a template, never what the client typed."""
+    """One request on its way. route: None where there is none."""
 
     method: str
     path: str
@@ -65,12 +52,16 @@ class Call:
     receive: Receive
     exchange: Exchange
     request_id: str
-    route: str = "unknown"
+    route: Route | None = None
     model: str | None = None
     body_read: bool = False
     facts: RequestFacts | None = None
     error: str | None = None
     arrival: float = field(default_factory=time.monotonic)
+
+    @property
+    def template(self) -> str:
+        return "unknown" if self.route is None else self.route.template
 
 
 class App:
@@ -113,38 +104,38 @@ class App:
         self._note(call)
 
     async def _respond(self, call: Call) -> None:
-        path = call.path
-        if path in ("/ping", "/health"):
-            call.route = path
-            self._allow(call, _READ)
-            await self._reply(call, self._ping() if path == "/ping" else self._health())
-        elif path in ("/metrics", "/server/metrics"):
-            call.route = path
-            self._allow(call, _READ)
-            await self._reply(call, self._metrics_page(call))
-        elif path == "/v1/models" or path.startswith("/v1/models/"):
-            call.route = "/v1/models"
-            self._allow(call, _READ)
+        try:
+            match = find(call.path, call.method)
+        except MethodNotAllowed as error:
+            call.route = error.route
+            raise
+        call.route = match.route
+        if not match.route.open:
             self._authorize(call)
-            await self._reply(call, self._models(path.removeprefix("/v1/models").lstrip("/")))
-        elif path in _GENERATE:
-            call.route = _GENERATE[path]
-            named = parse_qs(call.query).get("model_name")
-            call.model = self._known(named[0]) if named else None
-            await self._generate(call)
-        elif match := _GENERATE_NAMED.fullmatch(path):
-            call.route = "/predictions/{model}" if match["model"] else "/models/{model}/invoke"
-            call.model = self._known(match["model"] or match["target"])
-            await self._generate(call)
-        else:
-            raise NotFound("no such route; POST /invocations and /v1/chat/completions answer requests")
+        match match.route.action:
+            case "ping":
+                await self._reply(call, self._ping())
+            case "health":
+                await self._reply(call, self._health())
+            case "metrics":
+                await self._reply(call, self._metrics_page(call))
+            case "models":
+                await self._reply(call, self._models(match.name))
+            case "version":
+                await self._reply(call, Reply(200, _JSON, _json({"version": VERSION})))
+            case "answer":
+                named = match.name or parse_qs(call.query).get("model_name", [""])[0]
+                call.model = self._known(named) if named else None
+                await self._work(call)
 
-    async def _generate(self, call: Call) -> None:
-        self._allow(call, ("POST",))
-        self._authorize(call)
-        service = self._life.service
-        if self._life.phase != "serving" or service is None:
+    def _service(self) -> Answers:
+        if self._life.phase != "serving" or self._life.service is None:
             raise Unavailable(f"not ready: {self._life.reason}", retry_after=5)
+        return self._life.service
+
+    async def _work(self, call: Call) -> None:
+        """What takes a body and the model."""
+        service = self._service()
         self.calls.add(call)
         self.idle.clear()
         try:
@@ -152,7 +143,7 @@ class App:
             call.body_read = True
             if self._settings.log_prompts:
                 log_prompt(call.request_id, body)
-            incoming = Incoming(call.route, body, call.headers, call.request_id, call.model)
+            incoming = Incoming(call.template, body, call.headers, call.request_id, call.model)
             await call.exchange.run(
                 self._answer(call, service.answer(incoming)),
                 self._headers(call),
@@ -184,10 +175,6 @@ class App:
                 return name
         raise NotFound(f"Model or workflow not found: {path[:200]}")
 
-    def _allow(self, call: Call, methods: Sequence[str]) -> None:
-        if call.method not in methods:
-            raise MethodNotAllowed(f"{call.method} is not allowed here; use {' or '.join(methods)}")
-
     def _authorize(self, call: Call) -> None:
         if self._key is None:
             return
@@ -202,9 +189,17 @@ class App:
         return Reply(200 if health.ready else 503, _JSON, _json(body))
 
     def _health(self) -> Reply:
+        """`error` and `error_type` are TGI's."""
         health = self._life.health()
-        body = {"status": "ok"} if health.ready else {"status": "unavailable", "reason": health.reason}
-        return Reply(200 if health.ready else 503, _JSON, _json(body))
+        if health.ready:
+            return Reply(200, _JSON, _json({"status": "ok"}))
+        body = {
+            "error": "unhealthy",
+            "error_type": "healthcheck",
+            "status": "unavailable",
+            "reason": health.reason,
+        }
+        return Reply(503, _JSON, _json(body))
 
     def _metrics_page(self, call: Call) -> Reply:
         names = parse_qs(call.query).get("name[]", [])
@@ -252,9 +247,9 @@ class App:
             )
         if call.exchange.status != 0:
             return
-        reply = error_reply(known, style_of(call.route))
+        reply = error_reply(known, style_of(call.template, call.headers))
         if isinstance(error, MethodNotAllowed):
-            reply.headers["Allow"] = ", ".join(_READ if call.route in _READ_ROUTES else ("POST",))
+            reply.headers["Allow"] = ", ".join(error.allowed)
         await self._reply(call, reply, linger=not call.body_read and _has_body(call.headers))
 
     def _note(self, call: Call) -> None:
@@ -262,13 +257,13 @@ class App:
         exchange = call.exchange
         facts = self._metrics.facts.pop(call.request_id, None) or call.facts
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
-        self._metrics.on_http(call.route, status)
-        if call.route in _READ_ROUTES and status != 401:
+        self._metrics.on_http(call.template, status)
+        if call.route is not None and call.route.action not in _LOGGED and status != 401:
             return
         line: dict[str, Any] = {
             "request_id": call.request_id,
             "method": call.method,
-            "route": call.route,
+            "route": call.template,
             "status": status,
         }
         if facts is not None:
@@ -288,7 +283,7 @@ class App:
         logger.info("request", extra={"facts": line})
 
 
-_READ_ROUTES = ("/ping", "/health", "/metrics", "/server/metrics", "/v1/models")
+_LOGGED = ("answer", "tokenize", "detokenize")
 
 
 def request_id(headers: Mapping[str, str], configured: str | None) -> str:

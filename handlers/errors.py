@@ -29,6 +29,10 @@ class InvalidRequest(ServingError):
     kind = "invalid_request"
 
 
+class MalformedBody(InvalidRequest):
+    """The body is no JSON object."""
+
+
 class ImageError(InvalidRequest):
     """A picture cannot be used. `index` counts the request's pictures from 0, in reading order."""
 

@@ -92,7 +92,7 @@ class Service:
         A stream is returned with its first token, so that whatever fails before has its own status code.
         """
         facts = RequestFacts(incoming.request_id, incoming.route)
-        style = style_of(incoming.route)
+        style = style_of(incoming.route, incoming.headers)
         arrival = time.monotonic()
         try:
             size = len(incoming.body)
@@ -116,7 +116,7 @@ class Service:
         log_error(known, incoming.request_id)
         self._observer.on_error(known.kind)
         reply = error_reply(known, style)
-        facts.status, facts.error = known.status, known.kind
+        facts.status, facts.error = reply.status, known.kind
         facts.total = time.monotonic() - arrival
         reply.facts = facts
         return reply
@@ -129,6 +129,8 @@ class Service:
             self._output_formatter,
             self._tgi_compat,
             self._limits.trust_request_chat_template,
+            capabilities.max_model_len,
+            capabilities.special_token_ids,
         )
         task = read_task(body, conventions, incoming)
         for request in task.requests:

@@ -106,7 +106,8 @@ def test_wrong_places_methods_and_bodies(client: httpx.Client) -> None:
     for method, path, status, allow in (
         ("GET", "/nowhere", 404, None),
         ("GET", "/invocations", 405, "POST"),
-        ("POST", "/ping", 405, "GET, HEAD"),
+        ("POST", "/health", 405, "GET, HEAD"),
+        ("PUT", "/ping", 405, "GET, HEAD, POST"),
         ("DELETE", "/v1/models", 405, "GET, HEAD"),
         ("GET", "/v1/models/other", 404, None),
     ):

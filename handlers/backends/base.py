@@ -6,9 +6,9 @@ A backend turns a `GenerationRequest`, whose pictures are already loaded, into a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from handlers.request import GenerationRequest
 
@@ -105,7 +105,10 @@ class Health:
 
 @dataclass(slots=True)
 class BackendStats:
-    """A snapshot for metrics: gauges now, counters since start (they go on counting over engine restarts)."""
+    """A snapshot for metrics: gauges now, counters since start (they go on counting over engine restarts).
+
+    series: the engine's own metric families of prometheus_client, shown as they are.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -119,6 +122,7 @@ class BackendStats:
     engine_restarts: int = 0
     replicas: int = 0
     replicas_ready: int = 0
+    series: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,7 @@ class Capabilities:
     default_sampling: fields of `SamplingParams` that the model's generation_config.json sets, for requests that
     do not name them.
     image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
-    is not known.
+    is not known. special_token_ids: tokens that are no text, such as the ends of turns.
     """
 
     max_model_len: int
@@ -137,6 +141,7 @@ class Capabilities:
     adapters: bool = False
     structured_outputs: bool = False
     image_placeholder: str | None = None
+    special_token_ids: Set[int] = frozenset()
 
 
 class Backend(Protocol):

@@ -37,6 +37,7 @@ from handlers.templates import RenderedPrompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from properties.configuration import Configuration
     from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ class RollingBackend:
     def from_settings(cls, settings: Settings, model_path: Path) -> RollingBackend:
         return cls(settings, model_path)
 
+    @classmethod
+    def from_configuration(cls, configuration: Configuration, model_path: Path) -> RollingBackend:
+        return cls(configuration.settings, model_path)
+
     async def load(self) -> None:
         loop = asyncio.get_running_loop()
         try:
@@ -91,6 +96,7 @@ class RollingBackend:
             max_model_len=facts.max_model_len,
             images=front.preprocessor is not None,
             default_sampling=front.default_sampling,
+            special_token_ids=frozenset(front.tokenizer.all_special_ids),
             image_placeholder=front.renderer.placeholder,
         )
         self._loaded = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -32,7 +32,7 @@ class Conventions:
 
     model_name: shown in replies to requests that name no model. sampling: the model's own defaults
     (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
-    trust_chat_templates: requests may bring a template of their own.
+    trust_chat_templates: requests may bring a template of their own. max_model_len, special_token_ids: the model's.
     """
 
     model_name: str
@@ -40,6 +40,8 @@ class Conventions:
     output_formatter: OutputFormat | None = None
     tgi_compat: bool = False
     trust_chat_templates: bool = False
+    max_model_len: int = 0
+    special_token_ids: Set[int] = frozenset()
 
 
 @dataclass(slots=True)

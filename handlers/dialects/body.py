@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from handlers.errors import InvalidRequest, UnsupportedMediaType
+from handlers.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def read_body(body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
     if charset not in _UTF8:
         raise UnsupportedMediaType(f"charset {charset[:40]!r}: send UTF-8")
     if not body:
-        raise InvalidRequest("the body is empty")
+        raise MalformedBody("the body is empty")
     return _object(body) if is_json else {"inputs": _text(body)}
 
 
@@ -106,7 +106,7 @@ def _text(body: bytes) -> str:
     try:
         return body.decode()
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start})") from None
+        raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -115,20 +115,20 @@ def _object(body: bytes) -> dict[str, Any]:
         _DUPLICATES.decode(body.decode())
     except UnicodeDecodeError:
         _text(body)
-        raise InvalidRequest("the body is not UTF-8") from None
+        raise MalformedBody("the body is not UTF-8") from None
     except _RepeatedKey as error:
-        raise InvalidRequest(
+        raise MalformedBody(
             f"the body is no strict JSON: the key {str(error)[:80]!r} appears twice"
         ) from None
     except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
+        raise MalformedBody("the body is nested too deeply") from None
     except msgspec.MsgspecError as error:
         _refuse_huge_numbers(_text(body))
-        raise InvalidRequest(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
+        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
     except ValueError:
-        raise InvalidRequest("the body is no valid JSON") from None
+        raise MalformedBody("the body is no valid JSON") from None
     if not isinstance(value, dict):
-        raise InvalidRequest("the body must be a JSON object")
+        raise MalformedBody("the body must be a JSON object")
     return value
 
 
@@ -137,7 +137,7 @@ def _refuse_huge_numbers(text: str) -> None:
         _HUGE.decode(text)
     except _HugeNumber as error:
         name = str(error)[:80]
-        raise InvalidRequest(f"{name} is a number out of range", param=name) from None
+        raise MalformedBody(f"{name} is a number out of range", param=name) from None
     except (ValueError, RecursionError):
         return
 

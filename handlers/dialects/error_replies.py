@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from handlers.dialects.base import JSON
-from handlers.errors import Overloaded, ServingError
+from handlers.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    MalformedBody,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
 from handlers.exchange import Reply
 
 log = logging.getLogger(__name__)
 
-ErrorStyle = Literal["openai", "lmi"]
+ErrorStyle = Literal["openai", "lmi", "tgi"]
 
 _OPENAI_TYPES = {
     401: "authentication_error",
@@ -28,9 +37,19 @@ _OPENAI_TYPES = {
 }
 
 
-def style_of(route: str) -> ErrorStyle:
-    """How errors look on a route before the body has told its dialect."""
-    return "openai" if route.startswith("/v1/") else "lmi"
+_TGI_ROUTES = frozenset({"/", "/generate", "/generate_stream", "/chat_tokenize", "/info"})
+_OPENAI_ROUTES = frozenset({"/tokenize", "/detokenize", "/version"})
+
+
+def style_of(route: str, headers: Mapping[str, str]) -> ErrorStyle:
+    """How errors look on a route before the body has told its dialect.
+
+    headers: names in lower case. Hugging Face's JavaScript client shows an error only where it is a string, on every
+    route, and calls again at once and for ever where the status is 503: it gets TGI's errors.
+    """
+    if route in _TGI_ROUTES or headers.get("user-agent", "").startswith("@huggingface/"):
+        return "tgi"
+    return "openai" if route.startswith("/v1/") or route in _OPENAI_ROUTES else "lmi"
 
 
 def openai_error(error: ServingError) -> dict[str, Any]:
@@ -49,12 +68,41 @@ def lmi_error(error: ServingError) -> dict[str, Any]:
     return {"code": error.status, "type": error.kind, "message": error.message, "error": error.message}
 
 
+def tgi_error(error: ServingError) -> dict[str, str]:
+    """`error_type` is what TGI's clients choose their exception by."""
+    if isinstance(error, InvalidRequest):
+        return {"error": f"Input validation error: {error.message}", "error_type": "validation"}
+    if isinstance(error, Overloaded):
+        return {"error": "Model is overloaded", "error_type": "overloaded"}
+    if isinstance(error, Unavailable):
+        return {"error": error.message, "error_type": "overloaded"}
+    if isinstance(error, DeadlineExceeded):
+        return {"error": f"Incomplete generation: {error.message}", "error_type": "incomplete_generation"}
+    if error.status == 500:
+        failed = f"Request failed during generation: Server error: {error.message}"
+        return {"error": failed, "error_type": "generation"}
+    return {"error": error.message, "error_type": error.kind}
+
+
+def tgi_status(error: ServingError) -> int:
+    """TGI's status codes; 429 where others say 503, as its JavaScript client would not wait before it calls again."""
+    if isinstance(error, InvalidRequest):
+        return 400 if isinstance(error, MalformedBody) else 422
+    if isinstance(error, Unavailable):
+        return 429
+    return 424 if isinstance(error, EngineFailed) else error.status
+
+
+_BODIES = {"openai": openai_error, "lmi": lmi_error, "tgi": tgi_error}
+
+
 def error_reply(error: ServingError, style: ErrorStyle) -> Reply:
-    body = msgspec.json.encode(openai_error(error) if style == "openai" else lmi_error(error))
+    body = msgspec.json.encode(_BODIES[style](error))
+    status = tgi_status(error) if style == "tgi" else error.status
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return Reply(status=error.status, content_type=JSON, body=body, headers=headers)
+    return Reply(status=status, content_type=JSON, body=body, headers=headers)
 
 
 def client_error(error: Exception, request_id: str) -> ServingError:

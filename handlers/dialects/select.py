@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from handlers.dialects import tgi
 from handlers.dialects.base import Conventions, Task
 from handlers.dialects.error_replies import ErrorStyle
 from handlers.dialects.json_lines import JsonLines
@@ -38,6 +39,10 @@ def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming) ->
         return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
     if "messages" in body:
         return read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
+    if incoming.route in tgi.ROUTES and ("inputs" in body or "prompt" not in body):
+        return tgi.read_tgi(
+            body, conventions, request_id=incoming.request_id, route=incoming.route, adapter=adapter
+        )
     if "inputs" in body:
         accept = accept_of(incoming.headers)
         return read_lmi(body, conventions, request_id=incoming.request_id, adapter=adapter, accept=accept)
@@ -53,6 +58,8 @@ def asks_for_session(body: dict[str, Any], incoming: Incoming) -> bool:
 
 def style_of_body(body: dict[str, Any], otherwise: ErrorStyle) -> ErrorStyle:
     """How errors look once the body is known. otherwise: what its route says."""
+    if otherwise == "tgi":
+        return otherwise
     if "messages" in body or ("prompt" in body and "inputs" not in body):
         return "openai"
     return "lmi" if "inputs" in body else otherwise

@@ -1,0 +1,122 @@
+"""Which request goes where: the table of routes, by path and method.
+
+Clients build paths of their own from the address that they are given: what they make of one that ends in `/v1`,
+`/invocations` or `/generate`, and a slash too many, finds the route that they mean.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from handlers.errors import NotFound, ServingError
+
+Action = Literal["ping", "health", "metrics", "models", "version", "answer"]
+
+READ = ("GET", "HEAD")
+
+
+class MethodNotAllowed(ServingError):
+    """route: one that the path has. allowed: the methods that it has."""
+
+    status = 405
+    kind = "method_not_allowed"
+
+    def __init__(self, method: str, routes: tuple[Route, ...]) -> None:
+        self.allowed = tuple(one for route in routes for one in route.methods)
+        super().__init__(f"{method[:20]} is not allowed here; use {' or '.join(self.allowed)}")
+        self.route = routes[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """template: what logs, metrics and the handlers call it, never what the client typed.
+
+    open: answered without the server's key, as the platform asks it.
+    """
+
+    template: str
+    action: Action
+    methods: tuple[str, ...] = ("POST",)
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """name: the model named in the path, "" for none."""
+
+    route: Route
+    name: str = ""
+
+
+PING = Route("/ping", "ping", (*READ, "POST"), open=True)
+HEALTH = Route("/health", "health", READ, open=True)
+METRICS = Route("/metrics", "metrics", READ, open=True)
+MODELS = Route("/v1/models", "models", READ)
+CHAT = Route("/v1/chat/completions", "answer")
+COMPLETIONS = Route("/v1/completions", "answer")
+ROOT = Route("/", "answer")
+PREDICTIONS = Route("/predictions/{model}", "answer")
+INVOKE = Route("/models/{model}/invoke", "answer")
+
+ROUTES: dict[str, tuple[Route, ...]] = {
+    "/ping": (PING,),
+    "/health": (HEALTH,),
+    "/metrics": (METRICS,),
+    "/server/metrics": (METRICS,),
+    "/version": (Route("/version", "version", READ),),
+    # SageMaker and LMI
+    "/invocations": (Route("/invocations", "answer"),),
+    # OpenAI
+    "/v1/models": (MODELS,),
+    "/v1/chat/completions": (CHAT,),
+    "/v1/completions": (COMPLETIONS,),
+    # TGI; Hugging Face's Python client also asks for text at the address it was given for chat
+    "/": (ROOT, HEALTH),
+    "/v1": (ROOT,),
+    "/generate": (Route("/generate", "answer"),),
+    "/generate_stream": (Route("/generate_stream", "answer"),),
+}
+"""Path -> the routes there, told apart by their methods."""
+
+_NAMED = (
+    (re.compile(r"/v1/models/(?P<name>.+)"), MODELS),
+    (re.compile(r"/models/(?P<name>.+)/invoke"), INVOKE),
+    (re.compile(r"/predictions/(?P<name>.+)"), PREDICTIONS),
+)
+_APPENDED = {CHAT.template: CHAT, COMPLETIONS.template: COMPLETIONS}
+"""What Hugging Face's clients append to whatever address they are given."""
+
+_SLASHES = re.compile(r"//+")
+
+
+def find(path: str, method: str) -> Match:
+    """Raises NotFound, and MethodNotAllowed for a path that has routes for other methods only."""
+    found, name = _at(_SLASHES.sub("/", path).rstrip("/") or "/")
+    if not found:
+        raise NotFound(
+            "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer requests"
+        )
+    for route in found:
+        if method in route.methods:
+            return Match(route, name)
+    raise MethodNotAllowed(method, found)
+
+
+def _at(path: str) -> tuple[tuple[Route, ...], str]:
+    found, name = _listed(path)
+    for tail, route in _APPENDED.items():
+        if path.endswith(tail) and path != tail:
+            found, name = _listed(path.removesuffix(tail))
+            return ((route,), name) if any(one.action == "answer" for one in found) else ((), "")
+    return found, name
+
+
+def _listed(path: str) -> tuple[tuple[Route, ...], str]:
+    if path in ROUTES:
+        return ROUTES[path], ""
+    for pattern, route in _NAMED:
+        if match := pattern.fullmatch(path):
+            return (route,), match["name"]
+    return (), ""
