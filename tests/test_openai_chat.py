@@ -257,7 +257,6 @@ def user(*parts: Any) -> dict[str, Any]:
         (user({"type": "input_audio", "input_audio": {}}), "messages[1].content[0].type"),
         (user({"type": "video_url", "video_url": {"url": CAT}}), "messages[1].content[0].type"),
         (user({"type": "text"}), "messages[1].content[0].text"),
-        (user({"type": "text", "text": None}), "messages[1].content[0].text"),
         (user({"type": "text", "text": "a"}, {"type": "text", "text": []}), "messages[1].content[1].text"),
         (user({"type": "image_url"}), "messages[1].content[0].image_url"),
         (user({"type": "image_url", "image_url": {}}), "messages[1].content[0].image_url.url"),

@@ -54,6 +54,7 @@ UNSUPPORTED = frozenset(
         "mm_processor_kwargs",
         "media_io_kwargs",
         "cache_salt",
+        "prompt_embeds",
         "kv_transfer_params",
         "logits_processors",
         "vllm_xargs",
@@ -115,7 +116,8 @@ def common_sampling(asked: CommonBody) -> dict[str, Any]:
         raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")
     if asked.truncate_prompt_tokens == 0:
         raise InvalidRequest(
-            "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits", param="truncate_prompt_tokens"
+            "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits",
+            param="truncate_prompt_tokens",
         )
     return {
         "max_tokens": asked.max_tokens,
