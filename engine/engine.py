@@ -11,9 +11,10 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelLoadError
 from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
+from engine.logprobs import Logprobs
 from engine.messages import Add, FinishReason, Output, Picture, Stats
 from engine.runner import StepLogits
-from engine.sampler import Logprobs, Sampler, prompt_logprobs
+from engine.sampler import Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import Sequence

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.sampler import Logprobs
+from engine.logprobs import Logprobs
 from engine.sampling_params import SamplingParams
 
 FRAME = struct.Struct("<I")

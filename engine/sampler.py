@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,23 +19,12 @@ from torch import Tensor
 from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick
 from engine.distribution import uniform as uniform_of
 from engine.logits import Edits, Ids, TokenCounts, Weights, best
+from engine.logprobs import Logprobs
 from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping, surprises, warp
 
 _PROMPT_LOGPROBS_ELEMENTS = 1 << 24
-
-
-class Logprobs(msgspec.Struct, array_like=True):
-    """What the model thought at one position, before any processor.
-
-    Entry 0 is the chosen token, then come the k best, best first; the chosen token is repeated there if it is
-    among them. A rank is 1 + the number of tokens that are strictly more probable.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    ranks: list[int]
 
 
 @dataclass(slots=True, eq=False)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from engine.logprobs import Logprobs
 from engine.messages import Add, Picture
-from engine.sampler import Logprobs, SamplingState
+from engine.sampler import SamplingState
 
 
 @dataclass(slots=True, eq=False)

@@ -13,8 +13,9 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import EngineError
+from engine.logprobs import Logprobs
 from engine.messages import Add
-from engine.sampler import Logprobs, SamplingState
+from engine.sampler import SamplingState
 from engine.sampling_params import SamplingParams
 from tests.engine_driver import EOS, Oracle, Prompt, Result, collect, load_engine, random_image, run_all
 from tests.models import make_llava

@@ -23,7 +23,8 @@ from transformers import (
 
 from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick, uniform
 from engine.logits import TokenCounts
-from engine.sampler import Logprobs, Sampler, SamplingState, prompt_logprobs
+from engine.logprobs import Logprobs
+from engine.sampler import Sampler, SamplingState, prompt_logprobs
 from engine.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import EngineGroup, Ticket
 from engine.messages import Add, Output, Picture
-from engine.sampler import Logprobs
+from engine.logprobs import Logprobs
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import (
     BackendStats,
