@@ -116,6 +116,7 @@ class Metrics:
         stats = self._stats()
         if stats is not None:
             yield from _of_backend(stats)
+            yield from stats.series
 
     def describe(self) -> Iterator[Metric]:
         yield from self._own()

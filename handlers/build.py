@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _BACKENDS: dict[BackendName, tuple[str, str]] = {
     "rolling": ("handlers.backends.rolling", "RollingBackend"),
-    "vllm": ("handlers.backends.vllm", "VllmBackend"),
+    "vllm": ("handlers.backends.vllm.backend", "VllmBackend"),
 }
 """Module and class of each, imported only when it is the one that serves."""
 
@@ -41,7 +41,7 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     for problem in configuration.unhonoured(choice.backend):
         logger.warning("%s", problem)
     module, name = _BACKENDS[choice.backend]
-    backend: Backend = getattr(import_module(module), name).from_settings(settings, model_path)
+    backend: Backend = getattr(import_module(module), name).from_configuration(configuration, model_path)
     return backend
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from properties.field import ROLLING, VLLM, Level, Variable, option
+from properties.field import VLLM, Level, Variable, option
 from properties.values import Amount, Degree, Fraction, JsonObject, Positive
 
 
@@ -36,6 +36,13 @@ class EngineSettings(BaseModel):
         aliases=("pipeline_parallel_size",),
         variables=(Variable("PIPELINE_PARALLEL_DEGREE"),),
     )
+    data_parallel_degree: Positive | None = option(
+        "Copies of the model inside vLLM. Default: devices divided by the other degrees, at most max_workers; 1 "
+        "without accelerators.",
+        default=None,
+        backends=VLLM,
+        aliases=("data_parallel_size",),
+    )
     max_rolling_batch_size: Positive = option(
         "Most requests that generate at the same time; the others wait in the queue.",
         default=256,
@@ -62,7 +69,6 @@ class EngineSettings(BaseModel):
     kv_cache_memory_mb: Positive | None = option(
         "Key/value cache per device. Default: computed from the memory that is free.",
         default=None,
-        backends=ROLLING,
         unit="MiB",
     )
     block_size: Positive | None = option(

@@ -1,0 +1,297 @@
+"""vLLM as a backend: prompts become its inputs here, its outputs become deltas in `generation`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from handlers.backends.base import BackendStats, Capabilities, Health, PromptStats
+from handlers.backends.limits import checked_sampling
+from handlers.backends.vllm import compat
+from handlers.backends.vllm.counters import Counters, series, stat_logger
+from handlers.backends.vllm.front import VllmFront
+from handlers.backends.vllm.generation import VllmGeneration
+from handlers.backends.vllm.keeper import EngineKeeper
+from handlers.backends.vllm.options import Machine, choose_devices, engine_arguments
+from handlers.backends.vllm.sampling import refused, to_vllm
+from handlers.errors import (
+    EngineFailed,
+    ImageError,
+    InvalidConfiguration,
+    InvalidRequest,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
+from handlers.templates import RenderedPrompt
+from properties.problem import ConfigurationError
+
+if TYPE_CHECKING:
+    from handlers.backends.vllm.compat import Vllm
+    from handlers.request import Constraint, GenerationRequest, ImagePart
+    from properties.configuration import Configuration
+
+logger = logging.getLogger(__name__)
+
+LONG_PROMPT_BYTES = 20_000
+"""Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
+
+_LONGEST_REASON = 600
+
+
+class VllmBackend:
+    """See `handlers.backends.base.Backend`."""
+
+    def __init__(self, configuration: Configuration, model_path: Path) -> None:
+        self._configuration = configuration
+        self._settings = configuration.settings
+        self._path = model_path
+        self._counters = Counters()
+        self._keeper: EngineKeeper | None = None
+        self._capabilities: Capabilities | None = None
+        self._loaded = False
+        self._open: set[VllmGeneration] = set()
+        self._numbers = itertools.count()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-prompts")
+
+    @classmethod
+    def from_configuration(cls, configuration: Configuration, model_path: Path) -> VllmBackend:
+        return cls(configuration, model_path)
+
+    async def load(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._vllm: Vllm = await loop.run_in_executor(self._threads, self._import)
+        arguments = await loop.run_in_executor(self._threads, self._arguments)
+        self._keeper = keeper = EngineKeeper(
+            lambda: self._build(arguments),
+            self._ask,
+            self._counters,
+            retry_threshold=self._settings.retry_threshold,
+            loading_seconds=self._settings.model_loading_timeout,
+        )
+        try:
+            await keeper.start()
+            self._front = await loop.run_in_executor(
+                self._threads, VllmFront, self._settings, str(self._path), self._vllm, keeper.engine
+            )
+        except EngineError as error:
+            await keeper.close()
+            raise Unavailable(f"the model cannot be loaded: {error}") from error
+        except BaseException:
+            await keeper.close()
+            raise
+        config = keeper.engine.vllm_config
+        self._blocks = int(config.cache_config.num_gpu_blocks or 0)
+        self._replicas = int(config.parallel_config.data_parallel_size)
+        self._capabilities = Capabilities(
+            max_model_len=int(config.model_config.max_model_len),
+            images=self._front.images,
+            default_sampling=self._front.default_sampling,
+            structured_outputs=True,
+            image_placeholder=self._front.renderer.placeholder,
+        )
+        self._loaded = True
+        parallel = config.parallel_config
+        logger.info(
+            "vLLM %s ready: %s, %d x %d x %d devices, %d tokens of context, %d blocks of %d tokens",
+            self._vllm.version, config.model_config.dtype, self._replicas, parallel.pipeline_parallel_size,
+            parallel.tensor_parallel_size, self._capabilities.max_model_len, self._blocks,
+            config.cache_config.block_size,
+        )  # fmt: skip
+
+    @property
+    def capabilities(self) -> Capabilities:
+        assert self._capabilities is not None, "load() has not returned"
+        return self._capabilities
+
+    async def generate(self, request: GenerationRequest) -> VllmGeneration:
+        keeper = self._keeper
+        if keeper is None or not self._loaded:
+            raise Unavailable("the model is still loading", retry_after=5)
+        engine = keeper.engine
+        if engine is None or engine.errored:
+            reason = "failed too often" if keeper.given_up else "is being restarted; try again"
+            raise Unavailable(f"the engine {reason}", retry_after=5)
+        parts = list(request.images())
+        rendered = await self._render(request)
+        token_ids = rendered.token_ids
+        if request.truncate_prompt_tokens is not None and not parts:
+            token_ids = token_ids[-request.truncate_prompt_tokens :]
+        # What is too long without its pictures is refused before they cost anything.
+        checked_sampling(request, len(token_ids), self.capabilities.max_model_len, self._front.vocab_size)
+        prompt = await self._input(engine, token_ids, parts)
+        ids: list[int] = list(prompt["prompt_token_ids"])
+        params = checked_sampling(request, len(ids), self.capabilities.max_model_len, self._front.vocab_size)
+        copies = request.n if params.greedy else 1
+        theirs = to_vllm(self._vllm, params, request.n // copies, request.constraint, request.names)
+        stats = PromptStats(
+            prompt_tokens=len(ids),
+            image_tokens=_picture_tokens(prompt),
+            prompt_token_ids=ids,
+            prompt_text=rendered.text,
+        )
+        outputs = engine.generate(
+            prompt, theirs, f"{request.request_id}-{next(self._numbers)}", priority=request.priority
+        )
+        generation = VllmGeneration(
+            outputs,
+            stats,
+            params,
+            copies=copies,
+            eos_token_ids=self._front.eos_token_ids,
+            token_text=self._front.token_text,
+            failure=partial(self._failure, constraint=request.constraint),
+            ended=self._forget,
+        )
+        self._open.add(generation)
+        keeper.in_flight = len(self._open)
+        await generation.start()
+        keeper.answered = True
+        return generation
+
+    def health(self) -> Health:
+        if self._keeper is None or not self._loaded:
+            return Health(False, "the model is loading")
+        return self._keeper.health()
+
+    def stats(self) -> BackendStats:
+        keeper, counters = self._keeper, self._counters
+        if keeper is None or not self._loaded:
+            return BackendStats()
+        # vLLM is silent once the last request is gone, so its last word on what runs is not the latest.
+        usage = list(counters.cache_usage.values()) if self._open else []
+        running = sum(generation.started for generation in self._open)
+        return BackendStats(
+            running=running,
+            waiting=len(self._open) - running,
+            kv_blocks_used=round(self._blocks * sum(usage)),
+            kv_blocks_total=self._blocks * self._replicas,
+            prefix_cache_queries=counters.prefix_queries,
+            prefix_cache_hits=counters.prefix_hits,
+            encoder_cache_queries=counters.mm_queries,
+            encoder_cache_hits=counters.mm_hits,
+            preemptions=counters.preemptions,
+            engine_restarts=keeper.restarts,
+            replicas=self._replicas,
+            replicas_ready=self._replicas if keeper.health().ready else 0,
+            series=tuple(series(self._vllm)),
+        )
+
+    async def close(self) -> None:
+        self._loaded = False
+        if self._keeper is not None:
+            await self._keeper.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _import(self) -> Vllm:
+        from engine.machine import this_machine
+
+        self._machine = this_machine()
+        choose_devices(self._settings, len(self._machine.accelerators))
+        return compat.load()
+
+    def _arguments(self) -> dict[str, Any]:
+        machine = Machine(len(self._machine.accelerators), self._machine.host.memory)
+        return engine_arguments(self._vllm, self._configuration, self._path, machine)
+
+    def _build(self, arguments: dict[str, Any]) -> Any:
+        """An engine. Raises InvalidConfiguration with vLLM's reason when it refuses the configuration."""
+        vllm = self._vllm
+        try:
+            made = vllm.AsyncEngineArgs(**arguments)
+            return vllm.AsyncLLM.from_engine_args(made, stat_loggers=[stat_logger(vllm, self._counters)])
+        except (ConfigurationError, ServingError):
+            raise
+        except Exception as error:
+            raise InvalidConfiguration(
+                f"vLLM {vllm.version} cannot serve the model as configured: {_reason(error)}"
+            ) from error
+
+    async def _ask(self, engine: Any) -> None:
+        """Have it generate one token: the first of the vocabulary is as good a prompt as any."""
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        prompt = await self._input(engine, [0], [])
+        async for _ in engine.generate(prompt, params, f"probe-{next(self._numbers)}"):
+            pass
+
+    async def _render(self, request: GenerationRequest) -> RenderedPrompt:
+        renderer = self._front.renderer
+        if request.text_bytes <= LONG_PROMPT_BYTES:
+            return renderer.render(request.prompt)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, renderer.render, request.prompt
+        )
+
+    async def _input(self, engine: Any, token_ids: Sequence[int], parts: Sequence[ImagePart]) -> Any:
+        """vLLM's input, its pictures placed; they are let go of here. Raises ImageError and InvalidRequest."""
+        prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+        if parts:
+            loaded = [part.loaded for part in parts]
+            assert all(picture is not None for picture in loaded), "loaded before the backend sees them"
+            prompt["multi_modal_data"] = {"image": [picture.image for picture in loaded if picture]}
+            prompt["multi_modal_uuids"] = {"image": [picture.digest.hex() for picture in loaded if picture]}
+        parsed = self._vllm.parse_model_prompt(engine.model_config, prompt)
+        try:
+            (ready,) = await engine.renderer.render_cmpl_async(
+                [parsed], self._vllm.TokenizeParams(max_total_tokens=None, add_special_tokens=False)
+            )
+        except self._vllm.client_errors as error:
+            raise refused(error) from error
+        except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+            if not parts:
+                raise refused(error) from error
+            raise ImageError(0, "the model's processor cannot prepare these pictures") from error
+        finally:
+            for part in parts:
+                part.release()
+        placed = len((ready.get("mm_placeholders") or {}).get("image", ()))
+        if placed != len(parts):
+            raise InvalidRequest(
+                f"the request has {len(parts)} pictures, but {placed} of them have a place in its prompt"
+            )
+        return ready
+
+    def _forget(self, generation: VllmGeneration) -> None:
+        self._open.discard(generation)
+        if self._keeper is not None:
+            self._keeper.in_flight = len(self._open)
+
+    def _failure(self, error: Exception, constraint: Constraint | None) -> ServingError:
+        """What a client is told of an exception of vLLM's."""
+        vllm = self._vllm
+        if isinstance(error, vllm.EngineDeadError):
+            if not self._loaded:
+                return Unavailable("the server is stopping", retry_after=5)
+            return EngineFailed("the engine process died while it worked on this request; try again")
+        if isinstance(error, vllm.busy_errors):
+            return Overloaded("the engine's queue is full; try again later", retry_after=1)
+        cause = error.__cause__
+        if isinstance(error, vllm.client_errors):
+            cause = error
+        wrapped = isinstance(error, vllm.EngineGenerateError | vllm.client_errors[0])
+        if wrapped and cause is not None and isinstance(cause, vllm.refusals):
+            return refused(cause, None if constraint is None else constraint.param)
+        return EngineFailed("the engine failed on this request")
+
+
+def _picture_tokens(prompt: Any) -> int:
+    return sum(int(place.length) for place in (prompt.get("mm_placeholders") or {}).get("image", ()))
+
+
+def _reason(error: BaseException) -> str:
+    """The last line that says something: vLLM's errors begin with what it was doing."""
+    listed = getattr(error, "errors", None)
+    if callable(listed):
+        try:
+            return "; ".join(str(item["msg"]) for item in listed(include_url=False))[:_LONGEST_REASON]
+        except (TypeError, KeyError):
+            pass
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:_LONGEST_REASON]

@@ -1,0 +1,239 @@
+"""From the user's configuration to vLLM's `AsyncEngineArgs`: our options, LMI's names, and any field of vLLM's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handlers.backends.vllm.values import BadValue, coerce
+from properties.configuration import Configuration
+from properties.field import Level
+from properties.names import key_of
+from properties.problem import ConfigurationError, Problem
+
+if TYPE_CHECKING:
+    from handlers.backends.vllm.compat import Vllm
+    from properties.settings import Settings
+
+ALWAYS = {
+    "dtype": "dtype",
+    "max_rolling_batch_size": "max_num_seqs",
+    "gpu_memory_utilization": "gpu_memory_utilization",
+    "trust_remote_code": "trust_remote_code",
+}
+"""Our options whose value, default or not, vLLM is given -> its field."""
+
+WHERE_GIVEN = {
+    "max_rolling_batch_prefill_tokens": "max_num_batched_tokens",
+    "max_model_len": "max_model_len",
+    "block_size": "block_size",
+    "kv_cache_dtype": "kv_cache_dtype",
+    "enable_prefix_caching": "enable_prefix_caching",
+    "enable_chunked_prefill": "enable_chunked_prefill",
+    "enforce_eager": "enforce_eager",
+    "cpu_offload_gb_per_gpu": "cpu_offload_gb",
+    "speculative_config": "speculative_config",
+    "kv_transfer_config": "kv_transfer_config",
+    "quantize": "quantization",
+    "load_format": "load_format",
+    "tokenizer_mode": "tokenizer_mode",
+    "seed": "seed",
+    "mm_processor_kwargs": "mm_processor_kwargs",
+    "enable_lora": "enable_lora",
+    "max_loras": "max_loras",
+    "max_lora_rank": "max_lora_rank",
+    "max_cpu_loras": "max_cpu_loras",
+    "lora_dtype": "lora_dtype",
+    "fully_sharded_loras": "fully_sharded_loras",
+    "kv_cache_memory_mb": "kv_cache_memory_bytes",
+    "tensor_parallel_degree": "tensor_parallel_size",
+    "pipeline_parallel_degree": "pipeline_parallel_size",
+    "data_parallel_degree": "data_parallel_size",
+}
+"""Our options that vLLM is given only when somebody wrote them; it knows better defaults otherwise."""
+
+REFUSED = {
+    "model": "write option.model_id",
+    "model_weights": "write option.model_id",
+    "tokenizer": "the tokenizer is the model's own",
+    "skip_tokenizer_init": "prompts are tokenised here",
+}
+"""Fields of vLLM's that this server sets or needs."""
+
+CPU_CACHE_MOST = 4 << 30
+"""On a CPU, whose memory is shared with everything else, the key/value cache takes a quarter of it and never more
+than this many bytes; vLLM would take nearly all."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """accelerators: how many this machine has. memory: bytes of host memory."""
+
+    accelerators: int
+    memory: int
+
+
+def engine_arguments(
+    vllm: Vllm, configuration: Configuration, model_path: Path, machine: Machine
+) -> dict[str, Any]:
+    """Keyword arguments for `AsyncEngineArgs`. Raises ConfigurationError with all problems."""
+    settings = configuration.settings
+    problems: list[Problem] = []
+    extra = _extra(vllm, configuration, problems)
+    given = {
+        field: name
+        for name, field in WHERE_GIVEN.items()
+        if configuration.sources[name].level < Level.RECOMMENDED
+    }
+    arguments: dict[str, Any] = {field: getattr(settings, name) for name, field in ALWAYS.items()}
+    arguments |= {field: getattr(settings, name) for field, name in given.items()}
+    given |= {
+        field: name for name, field in ALWAYS.items() if configuration.sources[name].level < Level.RECOMMENDED
+    }
+    if settings.kv_cache_memory_mb is not None:
+        arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_mb << 20
+    if settings.request_priorities:
+        arguments["scheduling_policy"] = "priority"
+    arguments["limit_mm_per_prompt"] = {
+        "image": settings.limit_mm_per_prompt.get("image", 1)
+    } | dict.fromkeys(("video", "audio"), 0)
+    for name, value in extra.items():
+        if name in given and arguments[name] != value:
+            written = configuration.extra[name]
+            problems.append(
+                Problem(
+                    f"option.{name} = {written.value!r} ({written.source.location}) and "
+                    f"{key_of(given[name])} = {getattr(settings, given[name])!r} "
+                    f"({configuration.sources[given[name]].location}) differ, but mean the same: keep one",
+                    given[name],
+                )
+            )
+        arguments[name] = value
+    arguments |= parallel(settings, arguments, machine.accelerators, problems)
+    if machine.accelerators == 0:
+        _cpu_cache(arguments, given, extra, machine.memory)
+    if problems:
+        raise ConfigurationError(problems)
+    location = configuration.model_location
+    name = location.value if location.kind == "hub" else location.name
+    arguments["served_model_name"] = settings.served_model_name or [name]
+    return {"model": str(model_path), **arguments}
+
+
+def parallel(
+    settings: Settings, arguments: Mapping[str, Any], accelerators: int, problems: list[Problem]
+) -> dict[str, int]:
+    """The three sizes of a parallel engine. `max` and unwritten ones are made to fill this machine."""
+    degree = settings.tensor_parallel_degree
+    stages = settings.pipeline_parallel_degree
+    copies = settings.data_parallel_degree
+    if spans_machines(arguments):
+        if degree == "max":
+            problems.append(
+                Problem(
+                    "option.tensor_parallel_degree = 'max': with devices on several machines, write how many "
+                    "share one copy of the model",
+                    "tensor_parallel_degree",
+                )
+            )
+        ranks = 1 if degree == "max" else degree
+        return _sizes(ranks, stages, copies or 1)
+    devices = len(_chosen(settings.load_on_devices, accelerators, problems))
+    if devices == 0:
+        ranks = 1 if degree == "max" else degree
+        return _sizes(ranks, stages, copies or settings.max_workers or 1)
+    ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
+    fitting = max(1, devices // (ranks * stages))
+    sizes = _sizes(ranks, stages, copies or min(settings.max_workers or fitting, fitting))
+    needed = ranks * stages * sizes["data_parallel_size"]
+    if needed > devices:
+        problems.append(
+            Problem(
+                f"option.tensor_parallel_degree {ranks} x option.pipeline_parallel_degree {stages} x "
+                f"option.data_parallel_degree {sizes['data_parallel_size']} needs {needed} devices, but {devices} "
+                "are there: lower one, or use more machines (option.distributed_executor_backend=ray)",
+                "tensor_parallel_degree",
+            )
+        )
+    return sizes
+
+
+def spans_machines(arguments: Mapping[str, Any]) -> bool:
+    """Whether the engine may use devices of other machines, which are not counted here."""
+    nodes = arguments.get("nnodes")
+    return (
+        arguments.get("distributed_executor_backend") == "ray"
+        or arguments.get("data_parallel_backend") == "ray"
+        or (isinstance(nodes, int) and nodes > 1)
+    )
+
+
+def choose_devices(settings: Settings, accelerators: int) -> None:
+    """Let this process and its children see only the devices of `load_on_devices`."""
+    numbers = _chosen(settings.load_on_devices, accelerators, [])
+    if settings.load_on_devices == "*" or not numbers:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(number) for number in range(accelerators)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in numbers if number < len(names))
+
+
+def _sizes(ranks: int, stages: int, copies: int) -> dict[str, int]:
+    return {
+        "tensor_parallel_size": ranks,
+        "pipeline_parallel_size": stages,
+        "data_parallel_size": copies,
+    }
+
+
+def _chosen(wanted: Sequence[int] | str, accelerators: int, problems: list[Problem]) -> list[int]:
+    if isinstance(wanted, str) or accelerators == 0:
+        return list(range(accelerators))
+    for number in wanted:
+        if number >= accelerators:
+            problems.append(
+                Problem(
+                    f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}",
+                    "load_on_devices",
+                )
+            )
+    return [number for number in wanted if number < accelerators]
+
+
+def _extra(vllm: Vllm, configuration: Configuration, problems: list[Problem]) -> dict[str, Any]:
+    """Fields of vLLM's own that the user wrote, as values."""
+    known = {field.name: str(field.type) for field in fields(vllm.AsyncEngineArgs)}
+    written = {name: sourced for name, sourced in configuration.extra.items() if name in known}
+    if not written:
+        return {}
+    parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
+    actions = {action.dest: action for action in parser._actions}
+    values: dict[str, Any] = {}
+    for name, sourced in written.items():
+        told = f"option.{name} = {_shown(name, sourced.value)} ({sourced.source.location})"
+        if name in REFUSED:
+            problems.append(Problem(f"{told}: not to be set here: {REFUSED[name]}"))
+            continue
+        try:
+            values[name] = coerce(actions.get(name), sourced.value, known[name])
+        except BadValue as bad:
+            reason = f"{bad.reason}; " if bad.reason else ""
+            problems.append(Problem(f"{told}: {reason}allowed: {bad.allowed}"))
+    return values
+
+
+def _shown(name: str, value: str) -> str:
+    return "********" if "token" in name.split("_") else repr(value[:200])
+
+
+def _cpu_cache(
+    arguments: dict[str, Any], given: Mapping[str, str], extra: Mapping[str, Any], memory: int
+) -> None:
+    said = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
+    if said & (given.keys() | extra.keys()) or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
+        return
+    ranks = arguments["tensor_parallel_size"] * arguments["data_parallel_size"]
+    arguments["kv_cache_memory_bytes"] = min(CPU_CACHE_MOST, memory // 4) // ranks
