@@ -13,6 +13,7 @@ from openai.types import Completion
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.dialects.base import MAX_PROMPTS, Conventions, Task
+from handlers.dialects.openai_chat import read_chat
 from handlers.dialects.openai_completions import read_completion
 from handlers.errors import EngineFailed, InvalidRequest
 from handlers.request import Constraint, GenerationRequest, ImagePart, TextPart, TextPrompt
@@ -470,3 +471,52 @@ def test_ids_of_tokens_are_shown_where_they_are_asked_for() -> None:
     found = [event["choices"][0] for event in events(spoken("He", "y"), body, stats=seen)]
     assert [choice["token_ids"] for choice in found] == [[5], [5]]
     assert [choice.get("prompt_token_ids") for choice in found] == [[7, 8], None]
+
+
+SAMPLERS: dict[str, Any] = {
+    "allowed_token_ids": [3, 4],
+    "bad_words": ["no", "never"],
+    "top_a": 0.2,
+    "tfs": 0.9,
+    "eta_cutoff": 3.0,
+    "epsilon_cutoff": 4.0,
+    "smoothing_factor": 0.3,
+    "smoothing_curve": 2.0,
+    "dynatemp_min": 0.5,
+    "dynatemp_max": 1.5,
+    "dynatemp_exponent": 1.2,
+    "temperature_last": True,
+    "xtc_threshold": 0.2,
+    "xtc_probability": 0.5,
+    "nsigma": 1.5,
+    "dry_multiplier": 0.8,
+    "dry_base": 2.0,
+    "dry_allowed_length": 3,
+    "dry_range": 100,
+    "dry_sequence_breakers": ["\n", ":"],
+    "mirostat_mode": 2,
+    "mirostat_tau": 5.0,
+    "mirostat_eta": 0.1,
+    "no_repeat_ngram_size": 4,
+    "skew": 0.5,
+    "typical_p": 0.8,
+    "sampler_priority": [6, 7, 8, 0, 1, 2, 3, 4, "temperature", 9, 10, 11, 12, 13],
+}
+
+
+def test_aphrodites_samplers_have_their_names_in_both_bodies() -> None:
+    expected = {name: tuple(v) if isinstance(v, list) else v for name, v in SAMPLERS.items()}
+    chat = read_chat(
+        {"messages": [{"role": "user", "content": "a"}], **SAMPLERS}, Conventions("m"), request_id="r"
+    )
+    for request in (only({"prompt": "a", **SAMPLERS}), *chat.requests):
+        assert {name: getattr(request.sampling, name) for name in SAMPLERS} == expected
+    assert only({"prompt": "a", "dry_penalty_last_n": 9}).sampling.dry_range == 9
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"temperature_last"}))
+def test_a_sampler_out_of_range_is_named(name: str) -> None:
+    bad = [""] * 5000 if isinstance(SAMPLERS[name], list) else -1e9
+    with pytest.raises(InvalidRequest) as caught:
+        read({"prompt": "a", name: bad})
+    assert (caught.value.param or "").partition("[")[0] == name

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, shown
-from handlers.dialects.base import TokenId
+from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, shown
 from handlers.dialects.constraints import GUIDED
+from handlers.dialects.sampler_fields import SamplerFields, sampler_values
 from handlers.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,6 @@ UNSUPPORTED = frozenset(
         "audio",
         "web_search_options",
         "moderation",
-        "allowed_token_ids",
-        "bad_words",
         "mm_processor_kwargs",
         "media_io_kwargs",
         "cache_salt",
@@ -71,33 +69,17 @@ class StreamOptions(msgspec.Struct):
     include_obfuscation: bool | None = None
 
 
-class CommonBody(msgspec.Struct, kw_only=True):
-    """Scalar fields of both bodies. Those of the first block are OpenAI's, the others vLLM's."""
+class CommonBody(SamplerFields, kw_only=True):
+    """Fields of both bodies beside the sampler's. Those of the first block are OpenAI's, the others vLLM's."""
 
     model: Name | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
     logit_bias: dict[str, _Bias] | None = None
-    max_tokens: int | None = None
     n: int | None = None
-    seed: int | None = None
     stop: str | _StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     response_format: dict[str, Any] | None = None
 
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
     truncate_prompt_tokens: _Truncation | None = None
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
@@ -107,6 +89,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     structured_outputs: dict[str, Any] | None = None
+    dry_penalty_last_n: int | None = None
 
 
 def common_sampling(asked: CommonBody) -> dict[str, Any]:
@@ -119,26 +102,12 @@ def common_sampling(asked: CommonBody) -> dict[str, Any]:
             "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits",
             param="truncate_prompt_tokens",
         )
-    return {
-        "max_tokens": asked.max_tokens,
-        "min_tokens": asked.min_tokens,
-        "temperature": asked.temperature,
-        "top_k": asked.top_k,
-        "top_p": asked.top_p,
-        "min_p": asked.min_p,
-        "typical_p": asked.typical_p,
-        "repetition_penalty": asked.repetition_penalty,
-        "presence_penalty": asked.presence_penalty,
-        "frequency_penalty": asked.frequency_penalty,
-        "logit_bias": _logit_bias(asked.logit_bias),
-        "seed": asked.seed,
-        "stop": tuple(stop) if stop is not None else None,
-        "stop_token_ids": tuple(asked.stop_token_ids) if asked.stop_token_ids is not None else None,
-        "ignore_eos": asked.ignore_eos,
-        "include_stop_str_in_output": asked.include_stop_str_in_output,
-        "skip_special_tokens": asked.skip_special_tokens,
-        "prompt_logprobs": asked.prompt_logprobs,
-    }
+    values = sampler_values(asked)
+    values["logit_bias"] = _logit_bias(asked.logit_bias)
+    values["stop"] = tuple(stop) if stop is not None else None
+    if asked.dry_range is None:
+        values["dry_range"] = asked.dry_penalty_last_n
+    return values
 
 
 def check_stream(asked: CommonBody) -> bool:
