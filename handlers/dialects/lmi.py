@@ -58,7 +58,7 @@ def read_lmi(
     stream = _streams(asked.stream, len(prompts), parameters, conventions)
     adapters = _adapters(asked.adapters, adapter, len(prompts))
     details = bool(parameters.details)
-    sampling = read_sampling(parameters, given, conventions.sampling, shows_tokens=stream or details)
+    sampling = read_sampling(parameters, conventions.sampling, shows_tokens=stream or details)
     constraint = constraint_of(given)
     requests = [
         GenerationRequest(
@@ -70,7 +70,7 @@ def read_lmi(
             model=asked.model,
             adapter=adapters[i],
             truncate_prompt_tokens=parameters.truncate,
-            max_tokens_is_default=parameters.max_new_tokens is None and given.get("max_tokens") is None,
+            max_tokens_is_default=parameters.max_new_tokens is None and parameters.max_tokens is None,
             constraint=constraint,
             names=NAMES,
         )

@@ -9,14 +9,14 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta
 
-from engine.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams, shown
+from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.dialects.base import TokenCount, TokenId, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.constraints import GUIDED, read_constraint
 from handlers.dialects.openai_fields import MAX_ANSWERS
+from handlers.dialects.sampler_fields import SamplerFields, sampler_values
 from handlers.errors import InvalidRequest
 from handlers.request import Constraint
 
@@ -25,35 +25,23 @@ log = logging.getLogger(__name__)
 DEFAULT_NEW_TOKENS = 30
 
 _StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
+_Bias = Annotated[float, Meta(ge=-100, le=100)]
 _Candidates = Annotated[int, Meta(ge=0, le=20)]
 
 
-class Parameters(msgspec.Struct):
-    """What LMI documents, and how its runtimes call the same things (`stop`, `ignore_eos`, `logprobs`)."""
+class Parameters(SamplerFields, kw_only=True):
+    """What LMI documents, and how its runtimes call the same things (`stop`, `max_tokens`, `logprobs`)."""
 
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
     stop_sequences: str | _StopStrings | None = None
     stop: str | _StopStrings | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos_token: bool | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
+    logit_bias: dict[TokenId, _Bias] | None = None
     return_full_text: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
-    prompt_logprobs: int | bool | None = None
     top_n_tokens: _Candidates | None = None
     logprobs: _Candidates | bool | None = None
     truncate: TokenCount | None = None
@@ -89,23 +77,13 @@ NAMES: Mapping[str, str] = {
 } | {"stop": "parameters.stop_sequences"}
 """A field of SamplingParams -> what the client calls it."""
 
-_OTHER_SAMPLING = msgspec.defstruct(
-    "OtherSampling",
-    [
-        (field.name, field.type | None, None)
-        for field in msgspec.structs.fields(SamplingParams)
-        if field.name not in Parameters.__struct_fields__
-    ],
-)
-"""Every other way to sample that the engine knows, by the engine's own names."""
-
 _WITHOUT_EFFECT = frozenset(
     {"watermark", "length_penalty", "early_stopping", "num_beams", "spaces_between_special_tokens"}
 )
 _CONSTRAINTS = frozenset(
     {*GUIDED, "guided_whitespace_pattern", "grammar", "response_format", "structured_outputs"}
 )
-_KNOWN = _CONSTRAINTS | {*Parameters.__struct_fields__, *_OTHER_SAMPLING.__struct_fields__, *_WITHOUT_EFFECT}
+_KNOWN = _CONSTRAINTS | {*Parameters.__struct_fields__, *_WITHOUT_EFFECT}
 
 
 def read_parameters(given: dict[str, Any]) -> Parameters:
@@ -134,9 +112,9 @@ def read_parameters(given: dict[str, Any]) -> Parameters:
 
 
 def read_sampling(
-    parameters: Parameters, given: dict[str, Any], defaults: Mapping[str, Any], *, shows_tokens: bool
+    parameters: Parameters, defaults: Mapping[str, Any], *, shows_tokens: bool
 ) -> SamplingParams:
-    """Greedy unless asked otherwise, and 30 tokens, whatever the model's own defaults say.
+    """Greedy unless asked otherwise, and 30 tokens, whatever the model's own defaults say. Engine names work, too.
 
     shows_tokens: whether the reply holds tokens with their probabilities. Raises InvalidRequest.
     """
@@ -146,20 +124,14 @@ def read_sampling(
             "parameters.stop_sequences: an empty string cannot end an answer",
             param="parameters.stop_sequences",
         )
-    asked = {
-        name: getattr(parameters, name)
-        for name in Parameters.__struct_fields__
-        if name in SamplingParams.__struct_fields__
-    }
-    asked |= {
+    asked = sampler_values(parameters) | {
         "temperature": parameters.temperature if _samples(parameters) else 0.0,
         "stop": tuple(stop) if stop else None,
-        "stop_token_ids": tuple(parameters.stop_token_ids) if parameters.stop_token_ids else None,
+        "logit_bias": parameters.logit_bias,
         "ignore_eos": parameters.ignore_eos_token or parameters.ignore_eos,
         "logprobs": parameters.top_tokens if shows_tokens else 0 if parameters.answers > 1 else None,
         "prompt_logprobs": 0 if parameters.prefill else None,
     }
-    asked |= _other_sampling(given)
     if parameters.max_new_tokens is not None:
         asked["max_tokens"] = parameters.max_new_tokens
     if parameters.min_new_tokens is not None:
@@ -181,13 +153,6 @@ def constraint_of(given: dict[str, Any]) -> Constraint | None:
     except InvalidRequest as error:
         param = None if error.param is None else f"parameters.{error.param}"
         raise InvalidRequest(f"parameters.{error.message}", param=param) from error
-
-
-def _other_sampling(given: dict[str, Any]) -> dict[str, Any]:
-    if not given.keys() & _OTHER_SAMPLING.__struct_fields__:
-        return {}
-    other = convert(given, _OTHER_SAMPLING, under="parameters")
-    return {name: value for name, value in msgspec.structs.asdict(other).items() if value is not None}
 
 
 def _samples(parameters: Parameters) -> bool:
