@@ -82,7 +82,7 @@ def falling(mass: Tensor, width: int) -> Tensor:
     array = mass.detach().numpy()  # numpy's partition and sort are tens of times faster than torch's
     if width < array.shape[-1]:
         array = np.partition(array, -width, axis=-1)[:, -width:]
-    return torch.from_numpy(np.ascontiguousarray(np.sort(array, axis=-1)[:, ::-1]))
+    return torch.from_numpy(np.sort(array, axis=-1)[:, ::-1].copy())
 
 
 def keep_typical(mass: Tensor, typical_p: Tensor) -> Tensor:
