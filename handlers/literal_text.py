@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 _END = chr(0xF8FF)
 _MARK = f"(?P<mark>[\ue000-\ue0ff]{{10}}[0-9]+{_END})"
@@ -111,6 +113,34 @@ class Hidden:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LiteralEncoding:
+    """ids: of the prompt. The rest is what `spans` needs.
+
+    sources: the number of each id's token in the encoding. borders: where the pieces of the encoded text begin, in it
+    and in the text that people see.
+    """
+
+    ids: list[int]
+    sources: list[int]
+    encoding: Encoding
+    borders: list[tuple[int, int]]
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each token stands in the text that people see."""
+        starts = [encoded for encoded, _ in self.borders]
+        shifts = [seen - encoded for encoded, seen in self.borders]
+
+        def seen(position: int) -> int:
+            return position + shifts[bisect_right(starts, position) - 1]
+
+        offsets = self.encoding.offsets
+        return [
+            (seen(offsets[source][0]), seen(offsets[source][1])) if offsets[source][1] else (0, 0)
+            for source in self.sources
+        ]
+
+
 class LiteralEncoder:
     """Encodes text in which only chosen control tokens count, exactly as the tokenizer would encode the rest.
 
@@ -149,35 +179,48 @@ class LiteralEncoder:
         self._text_of = {i: token for token, i in self._id_of.items()}
         self._pattern = re.compile(f"{_MARK}|{control.pattern}")
 
-    def encode(self, rendered: str, hidden: Hidden, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a rendered prompt: its visible control tokens count, its marks stand for literal text."""
+    def encode(self, rendered: str, hidden: Hidden, *, add_special_tokens: bool) -> LiteralEncoding:
+        """A rendered prompt: its visible control tokens count, its marks stand for literal text."""
         pieces: list[str] = []
         counted: list[int] = []
-        position = 0
+        borders = [(0, 0)]
+        position = encoded = seen = 0
         for match in self._pattern.finditer(rendered):
             pieces.append(rendered[position : match.start()])
             if match["mark"] is not None:
-                pieces.append(hidden.literals.get(match[0], match[0]))
+                piece = shown = hidden.literals.get(match[0], match[0])
             else:
-                pieces.append(self._anchor_of[match[0]])
-                counted.append(self._id_of[match[0]])
+                piece, shown = self._anchor_of[match[0]], match[0]
+                counted.append(self._id_of[shown])
+            pieces.append(piece)
+            plain = match.start() - position
+            encoded, seen = encoded + plain + len(piece), seen + plain + len(shown)
+            borders.append((encoded, seen))
             position = match.end()
         pieces.append(rendered[position:])
         encoding = self._backend.encode("".join(pieces), add_special_tokens=add_special_tokens)
-        return self._with_ids(encoding.ids, encoding.special_tokens_mask, counted)
+        ids, sources = self._with_ids(encoding.ids, encoding.special_tokens_mask, counted)
+        return LiteralEncoding(ids, sources, encoding, borders)
 
-    def _with_ids(self, ids: Sequence[int], added: Sequence[int], counted: Sequence[int]) -> list[int]:
-        """Anchors become what they stand for; a control id that plain text gave by itself is spelled out."""
+    def _with_ids(
+        self, ids: Sequence[int], added: Sequence[int], counted: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Anchors become what they stand for; a control id that plain text gave by itself is spelled out.
+
+        Also the number that each id's token had.
+        """
         result: list[int] = []
+        sources: list[int] = []
         remaining = iter(counted)
-        for token_id, is_added in zip(ids, added, strict=True):
+        for number, (token_id, is_added) in enumerate(zip(ids, added, strict=True)):
             if token_id in self._anchor_ids:
                 result.append(next(remaining))
             elif token_id in self._control_ids and not is_added:
                 result += self._spelled(token_id)
             else:
                 result.append(token_id)
-        return result
+            sources += [number] * (len(result) - len(sources))
+        return result, sources
 
     def _spelled(self, token_id: int) -> list[int]:
         letters = self._text_of[token_id]

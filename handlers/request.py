@@ -99,6 +99,15 @@ class TextPrompt:
 Prompt = ChatPrompt | TextPrompt
 
 
+def prompt_parts(prompt: Prompt) -> Iterator[Part]:
+    """Its texts and pictures in reading order."""
+    if isinstance(prompt, ChatPrompt):
+        for message in prompt.messages:
+            yield from message.parts
+    else:
+        yield from prompt.parts
+
+
 @dataclass(frozen=True, slots=True)
 class Constraint:
     """What every answer to a request must look like, token by token.
@@ -147,12 +156,4 @@ class GenerationRequest:
 
     def images(self) -> Iterator[ImagePart]:
         """The request's pictures in reading order: the order of their index in error messages."""
-        if isinstance(self.prompt, ChatPrompt):
-            for message in self.prompt.messages:
-                for part in message.parts:
-                    if isinstance(part, ImagePart):
-                        yield part
-        else:
-            for part in self.prompt.parts:
-                if isinstance(part, ImagePart):
-                    yield part
+        return (part for part in prompt_parts(self.prompt) if isinstance(part, ImagePart))

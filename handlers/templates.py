@@ -26,11 +26,16 @@ _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message",
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """token_ids hold exactly one image-token id per picture, in reading order; `text` is for people."""
+    """token_ids hold exactly one image-token id per picture, in reading order; `text` is for people.
+
+    spans: where each token stands in `text`, (start, stop) in characters, (0, 0) for one that the tokenizer added by
+    itself; None where they were not asked for, or the client sent ids.
+    """
 
     text: str
     token_ids: list[int]
     n_images: int
+    spans: list[tuple[int, int]] | None = None
 
 
 class PromptRenderer:
@@ -79,13 +84,16 @@ class PromptRenderer:
             for token in tokenizer.added_tokens_decoder.values()
         )
 
-    def render(self, prompt: ChatPrompt | TextPrompt) -> RenderedPrompt:
-        """Text and ids of a prompt. Raises InvalidRequest for what the client can mend."""
-        if isinstance(prompt, ChatPrompt):
-            return self._chat(prompt)
-        return self._text(prompt)
+    def render(self, prompt: ChatPrompt | TextPrompt, *, spans: bool = False) -> RenderedPrompt:
+        """Text and ids of a prompt. spans: with the place of each token in the text.
 
-    def _chat(self, prompt: ChatPrompt) -> RenderedPrompt:
+        Raises InvalidRequest for what the client can mend.
+        """
+        if isinstance(prompt, ChatPrompt):
+            return self._chat(prompt, spans)
+        return self._text(prompt, spans)
+
+    def _chat(self, prompt: ChatPrompt, spans: bool) -> RenderedPrompt:
         template = prompt.template if prompt.template is not None else self._template
         source = self._source
         if prompt.template is not None:
@@ -108,9 +116,9 @@ class PromptRenderer:
         add_special_tokens = self.image_token_id is not None and not starts_with_bos
         if prompt.add_special_tokens is not None:
             add_special_tokens = prompt.add_special_tokens
-        return self._encoded(rendered, hidden, n_images, add_special_tokens)
+        return self._encoded(rendered, hidden, n_images, add_special_tokens, spans)
 
-    def _text(self, prompt: TextPrompt) -> RenderedPrompt:
+    def _text(self, prompt: TextPrompt, spans: bool) -> RenderedPrompt:
         n_images = sum(isinstance(part, ImagePart) for part in prompt.parts)
         self._require_pictures(n_images)
         hidden = Hidden(self._text_control)
@@ -122,7 +130,7 @@ class PromptRenderer:
             hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or ""
             for part in prompt.parts
         ]
-        return self._encoded("".join(pieces), hidden, n_images, prompt.add_special_tokens)
+        return self._encoded("".join(pieces), hidden, n_images, prompt.add_special_tokens, spans)
 
     def _apply(self, template: str, source: TemplateSource, prompt: ChatPrompt, hidden: Hidden) -> str:
         parts = (self._forced_format if self._forced_format != "auto" else source.content_format) == "openai"
@@ -200,17 +208,26 @@ class PromptRenderer:
         return turn
 
     def _encoded(
-        self, rendered: str, hidden: Hidden, n_images: int, add_special_tokens: bool
+        self, rendered: str, hidden: Hidden, n_images: int, add_special_tokens: bool, with_spans: bool
     ) -> RenderedPrompt:
+        spans: list[tuple[int, int]] | None = None
         if hidden.literals or self._normalised:
-            ids = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
+            literal = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
+            ids = literal.ids
+            if with_spans:
+                spans = literal.spans()
         else:
-            ids = self._backend.encode(rendered, add_special_tokens=add_special_tokens).ids
+            encoding = self._backend.encode(rendered, add_special_tokens=add_special_tokens)
+            ids = encoding.ids
+            if with_spans:
+                spans = encoding.offsets
         if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:
-            ids = ids[1:]
-        return self._counted(hidden.restore(rendered), ids, n_images)
+            ids, spans = ids[1:], spans and spans[1:]
+        return self._counted(hidden.restore(rendered), ids, n_images, spans)
 
-    def _counted(self, text: str, ids: list[int], n_images: int) -> RenderedPrompt:
+    def _counted(
+        self, text: str, ids: list[int], n_images: int, spans: list[tuple[int, int]] | None = None
+    ) -> RenderedPrompt:
         placeholders = ids.count(self.image_token_id) if self.image_token_id is not None else n_images
         if placeholders < n_images:
             raise InvalidRequest(
@@ -224,7 +241,7 @@ class PromptRenderer:
                     "the prompt holds placeholders of pictures, but the request has no picture"
                 )
             raise ServingError("the model's chat template shows more pictures than the request has")
-        return RenderedPrompt(text, ids, n_images)
+        return RenderedPrompt(text, ids, n_images, spans)
 
     def _require_pictures(self, n_images: int) -> None:
         if n_images and self.image_token_id is None:

@@ -15,10 +15,11 @@ from handlers.backends.base import (
     Health,
     PositionLogprobs,
     PromptStats,
+    TokenizedPrompt,
     TokenLogprob,
 )
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.request import GenerationRequest, ImagePart
+from handlers.request import GenerationRequest, ImagePart, Prompt, TextPart, prompt_parts
 from handlers.service import Service, ServiceLimits
 
 Step = Delta | float | BaseException
@@ -97,6 +98,15 @@ class ScriptedBackend:
     async def generate(self, request: GenerationRequest) -> Generation:
         self.requests.append(request)
         return ScriptedGeneration(self, self._script(request), self._stats())
+
+    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """A token is a character, a picture is two of them."""
+        text = "".join(part.text if isinstance(part, TextPart) else "##" for part in prompt_parts(prompt))
+        spans = [(0, 0), *((number, number + 1) for number in range(len(text)))]
+        return TokenizedPrompt(text, [1, *map(ord, text)], ["<s>", *text], spans)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
 
     def health(self) -> Health:
         return Health(True, "ready")

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from handlers.request import GenerationRequest
+from handlers.request import GenerationRequest, Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: end-of-sequence, a stop id or a stop string (see `stop_reason`); length: max_tokens or the context's end."""
@@ -144,6 +144,26 @@ class Capabilities:
     special_token_ids: Set[int] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt as the model reads it, the tokens of its pictures included.
+
+    text: what the tokens were made of, each picture as its placeholder. pieces: the tokens as the vocabulary spells
+    them. spans: where each stands in `text`, (start, stop) in characters; (0, 0) for one that was added to the text;
+    all tokens of a picture stand where its placeholder does.
+    """
+
+    text: str
+    token_ids: list[int]
+    pieces: list[str]
+    spans: list[tuple[int, int]]
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token covers; pieces of one character each cover all of it."""
+        return [self.text[start:stop] for start, stop in self.spans]
+
+
 class Backend(Protocol):
     """A loaded (or loading) model. `load` is called once; all methods run on the server's event loop."""
 
@@ -157,6 +177,15 @@ class Backend(Protocol):
     async def generate(self, request: GenerationRequest) -> Generation:
         """Template, tokenise, check lengths and admit. Everything a client did wrong is raised here, before
         any reply has begun."""
+
+    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """What `generate` would have the model read; the prompt's pictures are loaded, and let go of here.
+
+        Raises InvalidRequest. Its length is not checked.
+        """
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included. Raises InvalidRequest for an id outside the vocabulary."""
 
     def health(self) -> Health: ...
 

@@ -23,15 +23,17 @@ from handlers.backends.base import (
     Health,
     PositionLogprobs,
     PromptStats,
+    TokenizedPrompt,
     TokenLogprob,
 )
 from handlers.backends.limits import checked_sampling, checked_tokens
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.tokens import detokenized, tokenized
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
-from handlers.request import ChatPrompt, GenerationRequest, TextPrompt
+from handlers.request import ChatPrompt, GenerationRequest, ImagePart, Prompt, TextPrompt, prompt_parts
 from handlers.templates import RenderedPrompt
 
 if TYPE_CHECKING:
@@ -156,6 +158,23 @@ class RollingBackend:
         )
         prime = () if isinstance(request.prompt, ChatPrompt) else tuple(token_ids[-8:])
         return RollingGeneration(ticket, params, stats, self._front.tokenizer, prime, self._token_texts)
+
+    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        front = self._front
+        parts = [part for part in prompt_parts(prompt) if isinstance(part, ImagePart)]
+        pictures = await self._preparer.prepare(parts) if parts and self._preparer is not None else []
+        expanded = [picture.prepared.token_ids for picture in pictures]
+
+        def work() -> TokenizedPrompt:
+            rendered = front.renderer.render(prompt, spans=True)
+            return tokenized(rendered, front.tokenizer, front.renderer.image_token_id, expanded)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, detokenized, token_ids, self._front.tokenizer
+        )
 
     def health(self) -> Health:
         group = self._group

@@ -1,0 +1,45 @@
+"""Prompts to tokens and tokens to text for clients that ask for nothing else; the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from handlers.backends.base import TokenizedPrompt
+from handlers.errors import InvalidRequest
+from handlers.templates import RenderedPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def tokenized(
+    rendered: RenderedPrompt,
+    tokenizer: PreTrainedTokenizerFast,
+    image_token_id: int | None,
+    picture_tokens: Sequence[Sequence[int]],
+) -> TokenizedPrompt:
+    """rendered: with spans. picture_tokens: what stands for each picture instead of its one image token. CPU-bound."""
+    token_ids, spans = rendered.token_ids, rendered.spans or [(0, 0)] * len(rendered.token_ids)
+    if picture_tokens:
+        placed: list[int] = []
+        placed_spans: list[tuple[int, int]] = []
+        waiting = iter(picture_tokens)
+        for token_id, span in zip(token_ids, spans, strict=True):
+            own = next(waiting) if token_id == image_token_id else (token_id,)
+            placed += own
+            placed_spans += [span] * len(own)
+        token_ids, spans = placed, placed_spans
+    pieces = list(tokenizer.convert_ids_to_tokens(token_ids))
+    return TokenizedPrompt(rendered.text, token_ids, pieces, spans)
+
+
+def detokenized(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    """CPU-bound. Raises InvalidRequest for an id that the tokenizer does not know."""
+    size = len(tokenizer)
+    if (bad := next((token for token in token_ids if not 0 <= token < size), None)) is not None:
+        raise InvalidRequest(
+            f"tokens holds an id that is not in the vocabulary of {size} tokens: {str(bad)[:40]}",
+            param="tokens",
+        )
+    return str(tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False))
