@@ -49,7 +49,9 @@ class ChatSettings(BaseModel):
         default=None,
     )
     tgi_compat: bool = option(
-        "Replies exactly as Text Generation Inference writes them.", default=False, backends=NOT_YET
+        "Answer the LMI schema as Text Generation Inference answers on managed endpoints: a list, TGI's keys, details "
+        "unless declined, streams of server-sent events.",
+        default=False,
     )
     enable_stateful_sessions: bool = option(
         "Open and close sessions for SageMaker's sticky routing.",

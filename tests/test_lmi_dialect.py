@@ -240,6 +240,8 @@ def test_samplers_of_the_engine_that_lmi_has_no_name_for_are_taken_by_the_engine
     asked = sampling(logit_bias={"7": -1.5}, max_tokens=9, min_tokens=2)
     assert (asked.logit_bias, asked.max_tokens, asked.min_tokens) == ({7: -1.5}, 9, 2)
     assert sampling(max_tokens=9, max_new_tokens=5).max_tokens == 5
+    asked = sampling(xtc_probability=0.5, bad_words=["no"], bad_words_token_ids=[[1]])
+    assert (asked.xtc_probability, asked.bad_words, asked.bad_words_token_ids) == (0.5, ("no",), ())
 
 
 def test_adapters_go_to_their_prompts() -> None:

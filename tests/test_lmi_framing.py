@@ -17,7 +17,7 @@ Framing = Literal["whole", "lines", "events"]
 TYPES = {
     "whole": "application/json",
     "lines": "application/jsonlines",
-    "events": "text/event-stream; charset=utf-8",
+    "events": "text/event-stream",
 }
 
 
@@ -28,18 +28,20 @@ def ask(
     accept: str | None = None,
     route: str = "/invocations",
     steps: list[Step] | None = None,
+    tgi_compat: bool = False,
 ) -> tuple[Framing, list[dict[str, Any]]]:
     """The framing of the reply, and its objects; checks that bytes and content type agree."""
 
     async def answer() -> tuple[str, bytes]:
         backend = ScriptedBackend(steps or said("a ", "b\n\ndata: c"))
         headers = {} if accept is None else {"accept": accept}
-        reply = await service(backend, output_formatter=formatter).answer(incoming(body, route, **headers))
+        server = service(backend, output_formatter=formatter, tgi_compat=tgi_compat)
+        reply = await server.answer(incoming(body, route, **headers))
         assert reply.status == 200, reply.body
         return reply.content_type, await everything(reply)
 
     content_type, data = asyncio.run(answer())
-    (framing,) = [name for name, known in TYPES.items() if known == content_type]
+    (framing,) = [name for name, known in TYPES.items() if known == content_type.partition(";")[0]]
     if framing == "whole":
         return "whole", [json.loads(data)]
     if framing == "lines":
@@ -133,3 +135,53 @@ def test_an_error_in_a_stream_has_its_framing(formatter: str, body: Any) -> None
         assert objects[-1]["code"] == 500
         assert objects[-1]["generated_text"] is None
         assert objects[-1]["details"] == {"finish_reason": "error"}
+
+
+def test_tgi_compat_answers_as_tgi_does() -> None:
+    steps = said("a ", "b", reason="length")
+    framing, (reply,) = ask(LMI, tgi_compat=True, steps=steps)
+    assert framing == "whole"
+    assert reply == [
+        {
+            "generated_text": "a b",
+            "details": {
+                "finish_reason": "length",
+                "generated_tokens": 2,
+                "seed": None,
+                "prefill": [],
+                "tokens": [
+                    {"id": 10, "text": "a ", "logprob": -0.5, "special": False},
+                    {"id": 11, "text": "b", "logprob": -0.5, "special": False},
+                ],
+            },
+        }
+    ]
+    declined = {**LMI, "parameters": {"details": False}}
+    assert ask(declined, tgi_compat=True)[1] == [[{"generated_text": "a b\n\ndata: c"}]]
+    framing, (reply,) = ask({"inputs": ["x", "y"], "parameters": {"return_full_text": True}}, tgi_compat=True)
+    assert [one["generated_text"] for one in reply] == ["xa b\n\ndata: c", "ya b\n\ndata: c"]
+    assert ask(chat(), tgi_compat=True)[1][0]["object"] == "chat.completion"
+
+
+def test_tgi_compat_tells_the_seed_it_drew() -> None:
+    drawing = {**LMI, "parameters": {"do_sample": True}}
+    seeds = {ask(drawing, tgi_compat=True)[1][0][0]["details"]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+    drawing["parameters"]["seed"] = 7
+    assert ask(drawing, tgi_compat=True)[1][0][0]["details"]["seed"] == 7
+    several = {**LMI, "parameters": {"best_of": 2, "do_sample": True, "seed": 7}}
+    steps = [*said("a", index=0), *said("b", index=1)]
+    details = ask(several, tgi_compat=True, steps=steps)[1][0][0]["details"]
+    assert {details["seed"], details["best_of_sequences"][0]["seed"]} == {7, 8}
+
+
+def test_tgi_compat_streams_tgis_events() -> None:
+    body = {**LMI, "stream": True}
+    framing, events = ask(body, tgi_compat=True)
+    assert framing == "events"
+    assert [event["index"] for event in events] == [1, 2]
+    assert events[0]["token"] == {"id": 10, "text": "a ", "logprob": -0.5, "special": False}
+    assert (events[0]["generated_text"], events[0]["details"]) == (None, None)
+    assert events[-1]["generated_text"] == "a b\n\ndata: c"
+    assert events[-1]["details"]["generated_tokens"] == 2
+    assert ask(body, tgi_compat=True, accept="application/jsonlines") == ("lines", events)

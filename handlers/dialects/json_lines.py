@@ -34,8 +34,5 @@ class JsonLines:
 
 def _lines(events: bytes) -> bytes:
     """`[DONE]`, which is no JSON, and comments are left out."""
-    return b"".join(
-        event[6:] + b"\n"
-        for event in events.split(b"\n\n")
-        if event[:6] == b"data: " and event[6:] != b"[DONE]"
-    )
+    data = [event[5:].strip() for event in events.split(b"\n\n") if event[:5] == b"data:"]
+    return b"".join([line + b"\n" for line in data if line != b"[DONE]"])

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from handlers.dialects.base import MAX_PROMPTS, Conventions, Task
 from handlers.dialects.body import convert
+from handlers.dialects.json_lines import JsonLines
 from handlers.dialects.lmi_parameters import (
     NAMES,
     Parameters,
@@ -18,6 +19,7 @@ from handlers.dialects.lmi_parameters import (
     read_sampling,
 )
 from handlers.dialects.lmi_reply import LmiWriter
+from handlers.dialects.lmi_tgi import tgi_writer
 from handlers.dialects.markdown_pictures import picture_parts
 from handlers.dialects.sagemaker import wants_lines
 from handlers.errors import InvalidRequest
@@ -51,6 +53,8 @@ def read_lmi(
         log.debug("unknown field ignored: %.80s", name)
     given = asked.parameters or {}
     parameters = read_parameters(given)
+    if conventions.tgi_compat and parameters.details is None:
+        parameters.details = True
     many = isinstance(asked.inputs, list)
     prompts = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     if not prompts:
@@ -58,7 +62,12 @@ def read_lmi(
     stream = _streams(asked.stream, len(prompts), parameters, conventions)
     adapters = _adapters(asked.adapters, adapter, len(prompts))
     details = bool(parameters.details)
-    sampling = read_sampling(parameters, conventions.sampling, shows_tokens=stream or details)
+    sampling = read_sampling(
+        parameters,
+        conventions.sampling,
+        shows_tokens=stream or details,
+        shows_prompt=parameters.prefill and not stream,
+    )
     constraint = constraint_of(given)
     requests = [
         GenerationRequest(
@@ -76,12 +85,15 @@ def read_lmi(
         )
         for i, text in enumerate(prompts)
     ]
+    if conventions.tgi_compat:
+        events = tgi_writer(prompts, requests, parameters, conventions)
+        return Task(requests, JsonLines(events) if wants_lines(accept) else events)
     writer = LmiWriter(
         prompts,
         many=many,
         returned=parameters.returned,
         details=details,
-        prefill=parameters.prefill,
+        prefill=sampling.prompt_logprobs is not None,
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_tokens,
         seed=parameters.seed,

@@ -112,11 +112,12 @@ def read_parameters(given: dict[str, Any]) -> Parameters:
 
 
 def read_sampling(
-    parameters: Parameters, defaults: Mapping[str, Any], *, shows_tokens: bool
+    parameters: Parameters, defaults: Mapping[str, Any], *, shows_tokens: bool, shows_prompt: bool
 ) -> SamplingParams:
     """Greedy unless asked otherwise, and 30 tokens, whatever the model's own defaults say. Engine names work, too.
 
-    shows_tokens: whether the reply holds tokens with their probabilities. Raises InvalidRequest.
+    shows_tokens, shows_prompt: whether the reply holds the answer's and the prompt's tokens with their
+    probabilities. Raises InvalidRequest.
     """
     stop = [*_strings(parameters.stop_sequences), *_strings(parameters.stop)]
     if "" in stop:
@@ -130,7 +131,7 @@ def read_sampling(
         "logit_bias": parameters.logit_bias,
         "ignore_eos": parameters.ignore_eos_token or parameters.ignore_eos,
         "logprobs": parameters.top_tokens if shows_tokens else 0 if parameters.answers > 1 else None,
-        "prompt_logprobs": 0 if parameters.prefill else None,
+        "prompt_logprobs": 0 if shows_prompt else None,
     }
     if parameters.max_new_tokens is not None:
         asked["max_tokens"] = parameters.max_new_tokens
