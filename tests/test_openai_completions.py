@@ -520,3 +520,35 @@ def test_a_sampler_out_of_range_is_named(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read({"prompt": "a", name: bad})
     assert (caught.value.param or "").partition("[")[0] == name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"dynatemp_low": 0.5, "dynatemp_high": 2.0}, {"dynatemp_min": 0.5, "dynatemp_max": 2.0}),
+        ({"dry_range": 4, "dry_penalty_last_n": 9}, {"dry_range": 4}),
+        ({"dry_sequence_breakers": '["\\n", ":"]'}, {"dry_sequence_breakers": ("\n", ":")}),
+        ({"dry_sequence_breakers": '"\\n", "*"'}, {"dry_sequence_breakers": ("\n", "*")}),
+        ({"dry_sequence_breakers": ""}, {"dry_sequence_breakers": ()}),
+        ({"custom_token_bans": [4, 9]}, {"bad_words_token_ids": ((4,), (9,))}),
+    ],
+)
+def test_other_spellings_of_samplers(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    sampling = only({"prompt": "a", **given}).sampling
+    assert {name: getattr(sampling, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dynatemp_high", -1.0),
+        ("dry_penalty_last_n", -2),
+        ("dry_sequence_breakers", "\\n"),
+        ("dry_sequence_breakers", '[["a"]]'),
+        ("custom_token_bans", [-1]),
+    ],
+)
+def test_another_spelling_out_of_range_is_named_as_it_was_sent(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read({"prompt": "a", name: value})
+    assert (caught.value.param or "").partition("[")[0] == name

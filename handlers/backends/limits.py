@@ -67,6 +67,16 @@ def checked_sampling(
             raise InvalidRequest(
                 f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
             )
+    for name, ids in (
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("bad_words_token_ids", tuple(token for run in params.bad_words_token_ids for token in run)),
+        ("dry_sequence_breaker_ids", params.dry_sequence_breaker_ids),
+    ):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            bad = max(ids) if min(ids) >= 0 else min(ids)
+            raise InvalidRequest(
+                f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
+            )
     try:
         params.validate()
     except ValueError as error:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import EngineGroup, Ticket
-from engine.messages import Add, Output, Picture
 from engine.logprobs import Logprobs
+from engine.messages import Add, Output, Picture
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import (
     BackendStats,
@@ -31,6 +31,7 @@ from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
 from handlers.backends.tokens import detokenized, tokenized
+from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, Prompt, TextPrompt, prompt_parts
@@ -126,7 +127,7 @@ class RollingBackend:
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         if not placed:
             token_ids = checked_tokens(request, token_ids, longest, vocab_size)
-        params = checked_sampling(request, len(token_ids), longest, vocab_size)
+        params = await self._spelled(checked_sampling(request, len(token_ids), longest, vocab_size))
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         add = Add(
             request_id=0,
@@ -215,6 +216,13 @@ class RollingBackend:
         if self._group is not None:
             await self._group.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _spelled(self, params: SamplingParams) -> SamplingParams:
+        if count_characters(params) <= MANY_CHARACTERS:
+            return spelled(params, self._front.tokenizer)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, spelled, params, self._front.tokenizer
+        )
 
     async def _render(self, request: GenerationRequest) -> RenderedPrompt:
         renderer = self._front.renderer

@@ -18,6 +18,7 @@ from handlers.dialects.openai_fields import (
 )
 from handlers.dialects.openai_messages import read_messages
 from handlers.dialects.openai_reply import ChatWriter
+from handlers.dialects.sampler_fields import sampler_names
 from handlers.errors import InvalidRequest
 from handlers.request import ChatPrompt, GenerationRequest, TextPart
 
@@ -55,7 +56,9 @@ def read_chat(
     asked = convert(body, ChatBody)
     _refuse_tools_and_modalities(asked)
     stream, n = check_stream(asked), count_answers(asked)
-    names = {} if asked.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+    names = sampler_names(asked)
+    if asked.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
     model = asked.model or conventions.model_name
     prompt = _prompt(asked, conventions)
     request = GenerationRequest(

@@ -22,6 +22,7 @@ from handlers.dialects.openai_fields import (
     count_answers,
     refuse_unsupported,
 )
+from handlers.dialects.sampler_fields import sampler_names
 from handlers.errors import InvalidRequest
 from handlers.request import GenerationRequest, TextPrompt
 
@@ -68,7 +69,8 @@ def read_completion(
         response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
     )
     echo_only = bool(asked.echo) and asked.max_tokens == 0
-    sampling = sampling_params(_sampling(body, asked, best_of > n, echo_only), conventions.sampling)
+    names = sampler_names(asked)
+    sampling = sampling_params(_sampling(body, asked, best_of > n, echo_only), conventions.sampling, names)
     prompts = _prompts(asked)
     requests = [
         GenerationRequest(
@@ -83,6 +85,7 @@ def read_completion(
             truncate_prompt_tokens=asked.truncate_prompt_tokens,
             truncation_side=asked.truncation_side or "left",
             max_tokens_is_default="max_tokens" not in body,
+            names=names,
             constraint=constraint,
         )
         for i, one in enumerate(prompts)

@@ -89,7 +89,6 @@ class CommonBody(SamplerFields, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     structured_outputs: dict[str, Any] | None = None
-    dry_penalty_last_n: int | None = None
 
 
 def common_sampling(asked: CommonBody) -> dict[str, Any]:
@@ -105,8 +104,6 @@ def common_sampling(asked: CommonBody) -> dict[str, Any]:
     values = sampler_values(asked)
     values["logit_bias"] = _logit_bias(asked.logit_bias)
     values["stop"] = tuple(stop) if stop is not None else None
-    if asked.dry_range is None:
-        values["dry_range"] = asked.dry_penalty_last_n
     return values
 
 
