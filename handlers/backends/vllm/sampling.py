@@ -30,7 +30,12 @@ _SAME = (
 )
 """Fields that mean the same in both."""
 
-_TRANSLATED = ("min_tokens", "top_k", "stop", "stop_token_ids", "logit_bias")
+_TRANSLATED = (
+    "min_tokens", "top_k", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
+)  # fmt: skip
+
+_GREEDY_TOO = ("dry_multiplier", "no_repeat_ngram_size", "bad_words_token_ids")
+"""Samplers that vLLM does not have and that change greedy answers as well."""
 
 _PLAIN = SamplingParams()
 
@@ -53,8 +58,9 @@ def to_vllm(
         if field not in _SAME
         and field not in _TRANSLATED
         and getattr(params, field) != getattr(_PLAIN, field)
+        and (field in _GREEDY_TOO or not params.greedy)
     ]
-    if unknown and not params.greedy:
+    if unknown:
         raise InvalidRequest(
             f"{(names or {}).get(unknown[0], unknown[0])} is not a sampler of the vLLM backend: leave it out, or "
             "let the operator set option.rolling_batch=rolling",
@@ -71,6 +77,10 @@ def to_vllm(
     fields["stop"] = list(params.stop)
     fields["stop_token_ids"] = list(params.stop_token_ids)
     fields["logit_bias"] = params.logit_bias or None
+    if params.allowed_token_ids is not None:
+        fields["allowed_token_ids"] = list(params.allowed_token_ids)
+    if params.bad_words:
+        fields["bad_words"] = list(params.bad_words)
     if constraint is not None:
         fields["structured_outputs"] = structured(vllm, constraint)
     try:
