@@ -9,6 +9,21 @@ import msgspec
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+class Vocabulary(msgspec.Struct, frozen=True):
+    """What constrained answers must know of the tokens.
+
+    tokenizer: the fast tokenizer as JSON text. tokens: how many it has, added ones included.
+    size: columns of the logits. eos_token_ids: what ends an answer.
+    forbidden: never chosen under a grammar, as pictures' placeholders are not.
+    """
+
+    tokenizer: str
+    tokens: int
+    size: int
+    eos_token_ids: tuple[int, ...] = ()
+    forbidden: tuple[int, ...] = ()
+
+
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     """Settings of one engine (one replica, which is one device or one tensor-parallel group).
 
@@ -24,6 +39,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     encoder_cache_bytes: memory for vision-encoder outputs per device.
     threads: intra-op threads per process on a CPU; None chooses from the cores and the number of processes.
     attention: the kernel by name, or "auto".
+    vocabulary: for answers that must match a grammar; None where there are none.
     """
 
     model_path: str
@@ -41,6 +57,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     trust_remote_code: bool = False
     threads: int | None = None
     attention: str = "auto"
+    vocabulary: Vocabulary | None = None
 
     @property
     def tensor_parallel_degree(self) -> int:

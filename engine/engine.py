@@ -8,9 +8,11 @@ import math
 import torch
 
 from engine.block_pool import BlockPool
-from engine.config import EngineConfig
+from engine.building import Built
+from engine.config import EngineConfig, Vocabulary
 from engine.errors import EngineError, ModelLoadError
 from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
+from engine.guidance import GrammarError, Guidance, Guide
 from engine.logprobs import Logprobs
 from engine.messages import Add, FinishReason, Output, Picture, Stats
 from engine.runner import StepLogits
@@ -23,6 +25,8 @@ from engine.step_input import ChunkInput
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "the engine failed on this request"
+
+NO_TOKEN_LEFT = "the grammar and the request's other limits on tokens together leave no token to choose"
 
 ENCODE_PER_STEP = 32
 """Pictures encoded in one step at most."""
@@ -52,6 +56,7 @@ class Engine:
             max_num_batched_tokens=max(budget, config.max_num_seqs),
         )
         self.sampler = Sampler(runner.vocab_size, runner.device)
+        self.guidance = _load_guidance(config.vocabulary)
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = 0
         self._lost_steps = 0
@@ -68,15 +73,21 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, add: Add) -> list[Output]:
-        """Queue a request. What is returned are its outputs when it is refused at once; else nothing."""
+    def add(self, add: Add, guides: list[Guide] | None = None) -> list[Output]:
+        """Queue a request. What is returned are its outputs when it is refused at once; else nothing.
+
+        guides: from `Guidance.build`, one for each answer of a request with a grammar.
+        """
+        assert len(guides or ()) == (0 if add.grammar is None else len(add.seeds))
         longest, count = self.runner.max_model_len, len(add.token_ids)
         if not 0 < count < longest:
             return _refusal(add, f"the prompt has {count} tokens; allowed: 1 to {longest - 1}")
         if min(add.token_ids) < 0 or (not add.pictures and max(add.token_ids) >= self.runner.vocab_size):
             return _refusal(add, "the prompt holds a token id outside the vocabulary")
         try:
-            sequences = Sequence.from_message(add, max_model_len=longest, order=self._arrivals)
+            sequences = Sequence.from_message(
+                add, max_model_len=longest, order=self._arrivals, guides=guides or ()
+            )
         except (ValueError, OverflowError, TypeError):
             logger.exception("a request's parameters cannot be used")
             return _refusal(add, "the sampling parameters are out of range")
@@ -87,6 +98,18 @@ class Engine:
             self._sequences[sequence.request_id] = sequence
             self.scheduler.add(sequence)
         return []
+
+    def add_built(self, built: Built) -> list[Output]:
+        """`add` for a request whose grammar has been compiled meanwhile, or could not be."""
+        wanted = [request_id for request_id in built.add.answer_ids if request_id not in built.aborted]
+        if built.reason is not None:
+            return [_invalid(request_id, built.reason) for request_id in wanted]
+        if not wanted:
+            return []
+        outputs = self.add(built.add, built.guides)
+        for request_id in built.aborted:
+            self.abort(request_id)
+        return outputs
 
     def warm_up(self) -> None:
         """Answer a first request, so that "ready" means that it can. Raises ModelLoadError."""
@@ -225,27 +248,61 @@ class Engine:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampling:
             return
+        self._constrain(sampling)
         for sequence, token_id, logprob in self._sample(sampling, logits.samples):
-            if token_id < 0:
+            guide = sequence.guide
+            if guide is not None and guide.reason is not None:
+                outputs.append(_invalid(sequence.request_id, guide.reason))
+                self._drop(sequence)
+            elif token_id >= 0:
+                self._append(sequence, token_id, logprob, outputs)
+            elif guide is not None and sequence.sampling.penalised:
+                outputs.append(_invalid(sequence.request_id, NO_TOKEN_LEFT))
+                self._drop(sequence)
+            else:
                 self.executor.scrub(self.pool.discard(sequence))
                 self._fail(sequence, "the model gave no usable probabilities for this request", outputs)
-                continue
-            sequence.append(token_id)
-            finish, stop_token = _finish(sequence, token_id)
-            output = Output(
-                sequence.request_id,
-                [token_id],
-                finish=finish,
-                logprobs=None if logprob is None else [logprob],
-                stop_token=stop_token,
-                cached_tokens=sequence.cached_tokens,
-            )
-            if sequence.prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
-                output.prompt_logprobs = sequence.prompt_logprobs
-                sequence.prompt_logprobs_sent = True
-            outputs.append(output)
-            if finish is not None:
-                self._drop(sequence)
+
+    def _append(
+        self, sequence: Sequence, token_id: int, logprob: Logprobs | None, outputs: list[Output]
+    ) -> None:
+        """The token is the answer's next one. Where a grammar then leaves nothing but the end, the end of sequence
+        follows at once, without asking the model (unless its log probability is wanted)."""
+        guide = sequence.guide
+        if guide is not None:
+            guide.accept(token_id)
+        sequence.append(token_id)
+        finish, stop_token = _finish(sequence, token_id)
+        output = Output(
+            sequence.request_id,
+            [token_id],
+            finish=finish,
+            logprobs=None if logprob is None else [logprob],
+            stop_token=stop_token,
+            cached_tokens=sequence.cached_tokens,
+        )
+        if sequence.prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
+            output.prompt_logprobs = sequence.prompt_logprobs
+            sequence.prompt_logprobs_sent = True
+        outputs.append(output)
+        if finish is not None:
+            self._drop(sequence)
+        elif guide is not None and guide.ended and logprob is None:
+            self._append(sequence, sequence.sampling.eos_token_ids[0], None, outputs)
+
+    def _constrain(self, sequences: list[Sequence]) -> None:
+        """Set what the sampler may choose from, for all of them that have a grammar together."""
+        constrained = [(s.guide, s.sampling) for s in sequences if s.guide is not None]
+        if not constrained:
+            return
+        assert self.guidance is not None
+        guides, states = zip(*constrained, strict=True)
+        try:
+            self.guidance.constrain(guides, states)
+        except Exception:
+            logger.exception("what the grammars of %d answers allow could not be computed", len(guides))
+            for guide in guides:
+                guide.reason = guide.reason or "what the grammar allows could not be computed"
 
     def _sample(
         self, sequences: list[Sequence], logits: torch.Tensor
@@ -302,17 +359,38 @@ class Engine:
         self.scheduler.remove(sequence)
 
 
+def _load_guidance(vocabulary: Vocabulary | None) -> Guidance | None:
+    if vocabulary is None:
+        return None
+    try:
+        return Guidance(vocabulary)
+    except GrammarError as error:
+        logger.warning("answers cannot be constrained: %s", error)
+        return None
+
+
 def _finish(sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
-    """Whether the newest token ends the answer: (reason, the stop id that did it)."""
+    """Whether the newest token ends the answer: (reason, the stop id that did it).
+
+    An answer whose grammar leaves nothing but the end is whole, though no end of sequence may come after it.
+    """
     params = sequence.sampling.params
     if sequence.num_output_tokens >= params.min_tokens:
         if not params.ignore_eos and token_id in sequence.eos_token_ids:
             return "stop", None
         if token_id in sequence.stop_token_ids:
             return "stop", token_id
+    if sequence.guide is not None and sequence.guide.ended:
+        at_limit = sequence.num_output_tokens >= sequence.max_tokens
+        if at_limit or params.ignore_eos or sequence.sampling.too_short or not sequence.eos_token_ids:
+            return "stop", None
     if sequence.num_output_tokens >= sequence.max_tokens:
         return "length", None
     return None, None
+
+
+def _invalid(request_id: int, reason: str) -> Output:
+    return Output(request_id, [], finish="error", error=reason, invalid=True)
 
 
 def _refusal(add: Add, message: str) -> list[Output]:

@@ -70,7 +70,7 @@ class Add(msgspec.Struct, tag=True):
     """A new request: one prompt and its answers, numbered `request_id`, `request_id + 1`, …, one for each seed.
 
     The ids are chosen by the front and unique per engine process. Prompt log probabilities come with the first
-    answer alone.
+    answer alone. grammar: what each answer must match (see `engine.guidance`); None for free text.
     """
 
     request_id: int
@@ -80,6 +80,7 @@ class Add(msgspec.Struct, tag=True):
     eos_token_ids: tuple[int, ...]
     pictures: list[Picture] = []
     priority: int = 0
+    grammar: str | None = None
 
     @property
     def answer_ids(self) -> range:
@@ -104,7 +105,7 @@ ToEngine = Add | Abort | Ping | Shutdown
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The model is loaded and has answered a first request of its own."""
+    """The model is loaded and has answered a first request of its own. constrains: grammars can be obeyed."""
 
     max_model_len: int
     max_num_seqs: int
@@ -113,6 +114,7 @@ class Ready(msgspec.Struct, tag=True):
     dtype: str
     attention: str
     weight_bytes: int
+    constrains: bool = False
 
 
 class LoadFailed(msgspec.Struct, tag=True):
@@ -124,6 +126,7 @@ class Output(msgspec.Struct, array_like=True):
 
     cached_tokens and prompt_logprobs come with the first output. `error` is set with finish "error".
     stop_token: the stop id that ended the answer, None for end-of-sequence.
+    invalid: with an error, that the request itself is at fault and `error` may be shown to its client.
     """
 
     request_id: int
@@ -134,6 +137,7 @@ class Output(msgspec.Struct, array_like=True):
     cached_tokens: int = 0
     prompt_logprobs: list[Logprobs] | None = None
     error: str | None = None
+    invalid: bool = False
 
 
 class Stats(msgspec.Struct, array_like=True):

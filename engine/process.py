@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -34,6 +35,9 @@ from engine.messages import (
     StepDone,
     ToEngine,
 )
+
+if TYPE_CHECKING:
+    from engine.building import Built
 
 logger = logging.getLogger("engine.process")
 
@@ -67,6 +71,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     """Load the model, say so, and step until the front says stop or is gone."""
     import torch
 
+    from engine.building import Built, GuideBuilder
     from engine.engine import Engine
     from engine.executor import default_threads
 
@@ -87,9 +92,11 @@ def serve(channel: Channel, config: EngineConfig) -> None:
             dtype=str(runner.dtype).removeprefix("torch."),
             attention=runner.kernel.name,
             weight_bytes=runner.weight_bytes,
+            constrains=engine.guidance is not None,
         )
     )
-    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToEngine | Built | None] = queue.SimpleQueue()
+    builder = GuideBuilder(engine.guidance, inbox.put)
     threading.Thread(target=_read_all, args=(channel, inbox), daemon=True, name="reader").start()
     while True:
         refused: list[Output] = []
@@ -98,9 +105,16 @@ def serve(channel: Channel, config: EngineConfig) -> None:
             if message is None or isinstance(message, Shutdown):
                 return
             if isinstance(message, Add):
-                refused += engine.add(message)
+                if message.grammar is None:
+                    refused += engine.add(message)
+                else:
+                    builder.start(message)
+            elif isinstance(message, Built):
+                builder.take(message)
+                refused += engine.add_built(message)
             elif isinstance(message, Abort):
                 changed = True
+                builder.abort(message.request_ids)
                 for request_id in message.request_ids:
                     engine.abort(request_id)
             elif isinstance(message, Ping):
@@ -110,7 +124,9 @@ def serve(channel: Channel, config: EngineConfig) -> None:
             channel.send(StepDone(outputs, engine.stats()))
 
 
-def _take(inbox: queue.SimpleQueue[ToEngine | None], *, block: bool) -> Iterator[ToEngine | None]:
+def _take(
+    inbox: queue.SimpleQueue[ToEngine | Built | None], *, block: bool
+) -> Iterator[ToEngine | Built | None]:
     """What has come, at most MESSAGES_PER_STEP of it; at least one message when `block`."""
     for _ in range(MESSAGES_PER_STEP):
         try:
@@ -120,7 +136,7 @@ def _take(inbox: queue.SimpleQueue[ToEngine | None], *, block: bool) -> Iterator
         block = False
 
 
-def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | None]) -> None:
+def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | Built | None]) -> None:
     """None, put last, means that the front is gone."""
     try:
         for message in channel.messages():

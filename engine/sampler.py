@@ -1,10 +1,10 @@
 """The next token of each request in a step, chosen for all rows at once.
 
 A row's logits go through, in this order: DRY, repetition penalty, presence and frequency penalties, logit bias,
-the masks (allowed tokens, repeated n-grams, unwanted words, min_tokens); then argmax where temperature is 0, else
-temperature, top_k, top_p, min_p, typical_p (the order of transformers' `generate`) and the draw. Requests with
-other samplers, or another order, take `engine.warping` instead. The draw depends on the request's seed and on how
-many tokens it has, on nothing else: not on the batch, on preemption or on how the prompt was cut.
+the masks (allowed tokens, repeated n-grams, unwanted words, min_tokens, the grammar); then argmax where temperature
+is 0, else temperature, top_k, top_p, min_p, typical_p (the order of transformers' `generate`) and the draw. Requests
+with other samplers, or another order, take `engine.warping` instead. The draw depends on the request's seed and on
+how many tokens it has, on nothing else: not on the batch, on preemption or on how the prompt was cut.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick
 from engine.distribution import uniform as uniform_of
-from engine.logits import Edits, Ids, TokenCounts, Weights, best
+from engine.logits import Edits, Ids, TokenCounts, Weights, best, keep_only
 from engine.logprobs import Logprobs
 from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
@@ -39,6 +40,8 @@ class SamplingState:
     filters: temperature, top_k, top_p, min_p, typical_p.
     enders: the tokens that would end the answer, masked while it is shorter than min_tokens.
     allowed: the only tokens that can be chosen; None for all.
+    constrained: the answer must match a grammar; grammar_mask: the tokens with which it may go on, set anew for each
+    step, min_tokens already seen to (see `engine.guidance`).
     repetition, warping: what rarer samplers keep; None where the request uses none of them.
     """
 
@@ -47,6 +50,8 @@ class SamplingState:
     output_token_ids: list[int]
     eos_token_ids: tuple[int, ...]
     seed: int
+    constrained: bool = False
+    grammar_mask: npt.NDArray[np.uint32] | None = field(init=False, repr=False, default=None)
     plain: bool = field(init=False, repr=False)
     penalised: bool = field(init=False, repr=False)
     filters: tuple[float, int, float, float, float] = field(init=False, repr=False)
@@ -80,7 +85,11 @@ class SamplingState:
             or self.repetition is not None
         )
         self.plain = (
-            params.greedy and not self.penalised and params.min_tokens == 0 and params.logprobs is None
+            params.greedy
+            and not self.penalised
+            and not self.constrained
+            and params.min_tokens == 0
+            and params.logprobs is None
         )
         self.filters = (params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
         enders = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
@@ -94,8 +103,8 @@ class SamplingState:
 
     @property
     def edited(self) -> bool:
-        """This step's logits want penalties, a bias or the min_tokens mask."""
-        return self.penalised or self.too_short
+        """This step's logits want penalties, a bias or a mask."""
+        return self.penalised or self.too_short or self.constrained
 
     @property
     def uniform(self) -> float:
@@ -186,6 +195,7 @@ class Sampler:
         """Float32 scores [S, V] after penalties, bias and min_tokens mask; `logits` if none is wanted."""
         dry, repetition, penalties, bias, mask = Edits(), Edits(), Edits(), Edits(), Edits()
         allowed = Edits()
+        grammars: dict[int, npt.NDArray[np.uint32]] = {}
         for row, state in enumerate(states):
             if not state.edited:
                 continue
@@ -205,11 +215,13 @@ class Sampler:
             if state.allowed is not None:
                 allowed.add(row, state.allowed, 0.0)
             banned = None if state.repetition is None else state.repetition.banned(state.output_token_ids)
-            if state.too_short:
+            if state.grammar_mask is not None:
+                grammars[row] = state.grammar_mask
+            elif state.too_short:
                 banned = state.enders if banned is None else np.union1d(banned, state.enders)
             if banned is not None:
                 mask.add(row, banned, -np.inf)
-        if not (dry or repetition or penalties or bias or allowed or mask):
+        if not (dry or repetition or penalties or bias or allowed or mask or grammars):
             return logits
         scores = logits.to(torch.float32, copy=True)
         if dry:
@@ -221,6 +233,8 @@ class Sampler:
                 edits.shift(scores)
         if allowed:
             allowed.mask_others(scores)
+        if grammars:
+            keep_only(scores, list(grammars), np.stack(list(grammars.values())))
         return scores
 
     def _draw(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Guides
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine.logprobs import Logprobs
 from engine.messages import Add, Picture
 from engine.sampler import SamplingState
+
+if TYPE_CHECKING:
+    from engine.guidance import Guide
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +24,7 @@ class Sequence:
     prefill or decode phase; whoever has one token left to compute is decoding.
 
     leader: the first answer to the same prompt, whose blocks this one waits for instead of computing them too.
+    guide: where the answer stands in its grammar; None for free text. Like the tokens, it survives preemption.
     """
 
     request_id: int
@@ -39,11 +45,17 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     leader: Sequence | None = None
+    guide: Guide | None = None
     finished: bool = False
 
     @classmethod
-    def from_message(cls, add: Add, *, max_model_len: int, order: int) -> list[Sequence]:
-        """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise."""
+    def from_message(
+        cls, add: Add, *, max_model_len: int, order: int, guides: Guides[Guide] = ()
+    ) -> list[Sequence]:
+        """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise.
+
+        guides: one for each answer of a request with a grammar.
+        """
         room = max_model_len - len(add.token_ids)
         wanted = add.params.max_tokens
         stop_token_ids, eos_token_ids = frozenset(add.params.stop_token_ids), frozenset(add.eos_token_ids)
@@ -62,6 +74,7 @@ class Sequence:
                         output_token_ids=[],
                         eos_token_ids=add.eos_token_ids,
                         seed=seed,
+                        constrained=bool(guides),
                     ),
                     max_tokens=room if wanted is None else min(wanted, room),
                     priority=add.priority,
@@ -70,6 +83,7 @@ class Sequence:
                     stop_token_ids=stop_token_ids,
                     eos_token_ids=eos_token_ids,
                     leader=sequences[0] if sequences else None,
+                    guide=guides[number] if guides else None,
                 )
             )
         return sequences

@@ -1,0 +1,150 @@
+"""Answers that match a grammar: which tokens may come next, for all constrained answers of a step in one call.
+
+A grammar is llguidance's: Lark, or JSON that holds JSON schemas or expressions. It is compiled against the
+model's own tokenizer, so that every token that may be chosen continues a text that the grammar allows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+from engine.config import Vocabulary
+from engine.cores import usable_cores
+
+if TYPE_CHECKING:
+    from engine.sampler import SamplingState
+
+logger = logging.getLogger(__name__)
+
+Words = npt.NDArray[np.uint32]
+"""A set of tokens: bit `t % 32` of word `t // 32` is token t."""
+
+LIMITS = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+"""Bound what a grammar may cost: to compile, in one step, and in memory."""
+
+MOST_COMPILED = 32
+"""Grammars kept compiled, the ones used last."""
+
+MOST_REASON_CHARACTERS = 300
+
+
+class GrammarError(Exception):
+    """The grammar cannot be used; the message is for the client."""
+
+
+class Guide:
+    """Where one answer stands in its grammar; it advances with the answer and never goes back.
+
+    reason: why the answer cannot go on, None while it can.
+    """
+
+    __slots__ = ("matcher", "reason")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.reason: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """The answer is whole and nothing can follow it."""
+        return self.reason is None and self.matcher.is_stopped()
+
+    def accept(self, token_id: int) -> None:
+        """The token was chosen; sets `reason` if the grammar does not allow it."""
+        if not self.ended and self.reason is None and not self.matcher.consume_token(token_id):
+            self.reason = _reason(self.matcher)
+
+
+class Guidance:
+    """Compiles grammars for one vocabulary and says what they allow. Only `build` may run in another thread."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        """Raises GrammarError for a tokenizer whose tokens cannot be told as bytes."""
+        try:
+            self._tokenizer = LLTokenizer(
+                vocabulary.tokenizer,
+                n_vocab=max(vocabulary.size, vocabulary.tokens),
+                eos_token=list(vocabulary.eos_token_ids) or None,
+            )
+        except Exception as error:  # llguidance raises bare exceptions, and Rust's panics among them
+            raise GrammarError(f"the tokenizer is of a kind that cannot be constrained: {error}") from error
+        self._num_words = (self._tokenizer.vocab_size + 31) // 32
+        self.eos_token_ids = tuple(self._tokenizer.eos_tokens)
+        self._permitted = np.full(self._num_words, 0xFFFFFFFF, np.uint32)
+        _remove(self._permitted, (*vocabulary.forbidden, *range(vocabulary.size, self._num_words * 32)))
+        self._executor = LLExecutor(min(4, usable_cores()))
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def build(self, grammar: str, count: int) -> list[Guide]:
+        """Guides for `count` answers. Raises GrammarError."""
+        first = self._compiled.get(grammar)
+        if first is None:
+            first = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+            if first.is_error():
+                raise GrammarError(_reason(first))
+            self._compiled[grammar] = first
+            if len(self._compiled) > MOST_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return [Guide(first.deep_copy()) for _ in range(count)]
+
+    def fill(self, guides: Sequence[Guide]) -> Words:
+        """The tokens that may come next, [len(guides), words]: none for a guide whose `reason` is set, which this
+        does where the grammar has become too complex or allows no token that may be used."""
+        masks = np.zeros((len(guides), self._num_words), np.uint32)
+        going = [(guide.matcher, row) for row, guide in enumerate(guides) if guide.reason is None]
+        self._executor.unsafe_compute_mask_ptr(going, masks.ctypes.data, masks.shape[1] * 4, len(masks))
+        masks &= self._permitted
+        for guide, mask in zip(guides, masks, strict=True):
+            if guide.reason is not None:
+                continue
+            if guide.matcher.is_error():
+                guide.reason = _reason(guide.matcher)
+            elif not mask.any():
+                guide.reason = "the grammar leads to a place from which this model's tokens do not go on"
+            else:
+                continue
+            mask[:] = 0
+        return masks
+
+    def constrain(self, guides: Sequence[Guide], states: Sequence[SamplingState]) -> None:
+        """Give each state the tokens among which the sampler is to choose; none where `reason` is set.
+
+        While an answer is shorter than min_tokens, or with ignore_eos, it ends only where the grammar does.
+        """
+        for mask, state in zip(self.fill(guides), states, strict=True):
+            enders: list[int] = state.enders.tolist() if state.too_short else []
+            if state.too_short or state.params.ignore_eos:
+                enders += self.eos_token_ids
+            if enders:
+                others = mask.copy()
+                _remove(others, enders)
+                if others.any():
+                    mask = others
+            state.grammar_mask = mask
+
+
+def _remove(words: Words, token_ids: Sequence[int]) -> None:
+    tokens = np.array([token for token in token_ids if 0 <= token < len(words) * 32], np.int64)
+    np.bitwise_and.at(words, tokens >> 5, ~(np.uint32(1) << (tokens & 31).astype(np.uint32)))
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """llguidance's message, on one line."""
+    text = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+    return text if len(text) <= MOST_REASON_CHARACTERS else f"{text[:MOST_REASON_CHARACTERS]}…"
