@@ -232,7 +232,7 @@ def test_answers_must_look_as_any_of_the_backends_words_say() -> None:
         assert json.loads(request.constraint.value or "") == schema
     for request in task(["a", "b"], guided_choice=["red", "blue"]).requests:
         assert request.constraint is not None
-        assert request.constraint.kind == "choice"
+        assert (request.constraint.kind, request.constraint.param) == ("choice", "parameters.guided_choice")
     assert task(guided_json=None, grammar=None).requests[0].constraint is None
 
 

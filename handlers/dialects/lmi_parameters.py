@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -145,7 +146,7 @@ def constraint_of(given: dict[str, Any]) -> Constraint | None:
     if not _CONSTRAINTS & given.keys():
         return None
     try:
-        return read_constraint(
+        constraint = read_constraint(
             response_format=given.get("response_format"),
             structured_outputs=given.get("structured_outputs"),
             guided=given,
@@ -154,6 +155,7 @@ def constraint_of(given: dict[str, Any]) -> Constraint | None:
     except InvalidRequest as error:
         param = None if error.param is None else f"parameters.{error.param}"
         raise InvalidRequest(f"parameters.{error.message}", param=param) from error
+    return constraint and replace(constraint, param=f"parameters.{constraint.param}")
 
 
 def _samples(parameters: Parameters) -> bool:
