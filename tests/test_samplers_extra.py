@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,15 @@ from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
 from engine.distribution import mix64
+from engine.messages import Add
 from engine.repetition import Repetition
 from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import SAMPLERS, SamplingParams
 from engine.warping import _OTHER_STREAM, uniform, warp
+from handlers.backends.words import DRY_BREAKERS, spelled
+from tests.engine_driver import EOS as MODELS_EOS
+from tests.engine_driver import load_engine, run_all
+from tests.models import make_llava, make_tokenizer
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -573,3 +579,56 @@ class TestBounds:
                 (token,) = sample(logits, [one])
                 assert token >= 0, params
                 one.output_token_ids.append(token)
+
+
+class TestEngine:
+    def test_what_samplers_remember_survives_preemption_and_company(self, tmp_path: Path) -> None:
+        """All kinds in a crowd that keeps losing its cache, prompts cut anywhere: each answers as it does alone."""
+        path = make_llava(tmp_path / "model")
+        kinds = [kind for kind in KINDS if "allowed_token_ids" not in kind]
+        adds = [
+            Add(
+                0, [row, 3, row, 3, *range(row % 5), row], SamplingParams(max_tokens=60, ignore_eos=True, **kind),
+                [row], MODELS_EOS,
+            )
+            for row, kind in enumerate(kinds)
+        ]  # fmt: skip
+        crowd = load_engine(
+            path, max_model_len=90, kv_cache_bytes=512 * 128, max_num_batched_tokens=20, max_num_seqs=20
+        )
+        together = run_all(crowd, adds)
+        assert crowd.stats().preemptions > 0
+        alone = load_engine(path, max_model_len=90)
+        for row, add in enumerate(adds):
+            assert run_all(alone, [add])[0].token_ids == together[row].token_ids, kinds[row]
+
+
+class TestWords:
+    def test_unwanted_words_are_spelled_at_the_beginning_and_after_a_space(self) -> None:
+        tokenizer = make_tokenizer()
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text).input_ids)
+
+        params = spelled(SamplingParams(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer)
+        assert params.bad_words == ()
+        assert set(params.bad_words_token_ids) == {(5,), ids("no"), ids(" no"), ids("né"), ids(" né")}
+
+    def test_drys_breakers_are_its_authors_unless_others_are_given(self) -> None:
+        tokenizer = make_tokenizer()
+
+        def last(*texts: str) -> tuple[int, ...]:
+            return tuple(sorted(tokenizer(text).input_ids[-1] for text in texts))
+
+        dry = {"dry_multiplier": 0.8}
+        assert spelled(SamplingParams(**dry), tokenizer).dry_sequence_breaker_ids == last(*DRY_BREAKERS)
+        named = spelled(
+            SamplingParams(dry_sequence_breakers=("!?",), dry_sequence_breaker_ids=(9,), **dry), tokenizer
+        )
+        assert named.dry_sequence_breaker_ids == tuple(sorted((9, *last("?"))))
+        none = spelled(SamplingParams(dry_sequence_breakers=(), **dry), tokenizer)
+        assert none.dry_sequence_breaker_ids == ()
+        only_ids = spelled(SamplingParams(dry_sequence_breaker_ids=(9,), **dry), tokenizer)
+        assert only_ids.dry_sequence_breaker_ids == (9,)
+        off = SamplingParams(dry_sequence_breakers=("x",))
+        assert spelled(off, tokenizer) is off
