@@ -1,0 +1,375 @@
+"""What bodies and replies look like, for the server's OpenAPI document: those parts that no reader's Struct says.
+
+The writers build replies by hand, for speed; tests hold every reply to the shapes here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from handlers.dialects.tokens import SimpleToken
+
+_Finish = Literal["stop", "length", "tool_calls"]
+_Names = Annotated[str, Meta(max_length=512)]
+
+
+# Chat: bodies
+
+
+class ImageUrl(Struct):
+    """url: https:, http: or data:. detail: without effect."""
+
+    url: Annotated[str, Meta(min_length=1)]
+    detail: str | None = None
+
+
+class ImagePart(Struct):
+    type: Literal["image_url", "input_image"]
+    image_url: ImageUrl | Annotated[str, Meta(min_length=1)]
+
+
+class TextPart(Struct):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class Message(Struct):
+    """One turn. Roles are those that the model's chat template knows: system, user, assistant, tool, …"""
+
+    role: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    content: str | list[str | dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+# OpenAI: replies
+
+
+class PromptTokensDetails(Struct, forbid_unknown_fields=True):
+    """Parts of the prompt's tokens: found in the prefix cache, and pictures."""
+
+    cached_tokens: int
+    image_tokens: int
+
+
+class Usage(Struct, forbid_unknown_fields=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Candidate(Struct, forbid_unknown_fields=True):
+    """bytes: null for a piece of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenToken(Struct, forbid_unknown_fields=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[Candidate]
+
+
+class ChatLogprobs(Struct, forbid_unknown_fields=True):
+    content: list[ChosenToken]
+    refusal: None
+
+
+class CalledFunction(Struct):
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatMessage(Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | None
+    refusal: str | None = None
+    tool_calls: list[ToolCall] = []
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatChoice(Struct, forbid_unknown_fields=True):
+    """stop_reason: the stop string or token id that ended the answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: _Finish
+    stop_reason: str | int | None = None
+    token_ids: list[int] = []
+
+
+class PromptCandidate(Struct, forbid_unknown_fields=True):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class ChatCompletion(Struct, forbid_unknown_fields=True):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, PromptCandidate] | None] = []
+    system_fingerprint: str | None = None
+
+
+class ChunkDelta(Struct, forbid_unknown_fields=True):
+    role: str | None = None
+    content: str | None = None
+    tool_calls: list[dict[str, Any]] = []
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChunkChoice(Struct, forbid_unknown_fields=True):
+    index: int
+    delta: ChunkDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: _Finish | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] = []
+
+
+class ChatCompletionChunk(Struct, forbid_unknown_fields=True):
+    """`data:` of one event; the last event is `[DONE]`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] = []
+    system_fingerprint: str | None = None
+
+
+class LegacyLogprobs(Struct, forbid_unknown_fields=True):
+    """One entry for each token; the first token of an echoed prompt has no probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, forbid_unknown_fields=True):
+    """The choices of prompt p have the indexes p * n to p * n + n - 1."""
+
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | None
+    finish_reason: _Finish | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] = []
+    prompt_token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, PromptCandidate] | None] = []
+
+
+class Completion(Struct, forbid_unknown_fields=True):
+    """Also the `data:` of one event of a stream; the last event is `[DONE]`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None
+
+
+class Model(Struct, forbid_unknown_fields=True):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int = 0
+    parent: str | None = None
+
+
+class Models(Struct, forbid_unknown_fields=True):
+    object: Literal["list"]
+    data: list[Model]
+
+
+# LMI: replies
+
+
+class LmiToken(Struct, forbid_unknown_fields=True):
+    id: int | None
+    text: str
+    log_prob: float | None
+    special_token: bool = False
+
+
+class LmiSequence(Struct):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    inputs: str | None = None
+    tokens: list[LmiToken] = []
+    prefill: list[LmiToken] = []
+    top_tokens: list[list[LmiToken]] = []
+    best_of_sequences: list[dict[str, Any]] = []
+
+
+class LmiReply(Struct, forbid_unknown_fields=True):
+    generated_text: str
+    details: LmiSequence | None = None
+
+
+class LmiLine(Struct):
+    """One line of a stream; the last one has the whole text."""
+
+    token: LmiToken
+    top_tokens: list[LmiToken] = []
+    generated_text: str | None = None
+    details: dict[str, Any] | None = None
+
+
+class SessionReply(Struct, forbid_unknown_fields=True):
+    result: str
+
+
+class SessionBody(Struct):
+    """A session opened or closed, on SageMaker's routes."""
+
+    requestType: Literal["NEW_SESSION", "CLOSE"]
+
+
+# TGI: replies
+
+
+class TgiToken(Struct, forbid_unknown_fields=True):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class TgiPrefillToken(Struct, forbid_unknown_fields=True):
+    id: int
+    text: str
+    logprob: float | None
+
+
+class TgiDetails(Struct, forbid_unknown_fields=True):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    prefill: list[TgiPrefillToken]
+    tokens: list[TgiToken]
+    top_tokens: list[list[TgiToken]] = []
+    best_of_sequences: list[dict[str, Any]] = []
+
+
+class TgiReply(Struct, forbid_unknown_fields=True):
+    generated_text: str
+    details: TgiDetails | None = None
+
+
+class TgiStreamDetails(Struct, forbid_unknown_fields=True):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class TgiEvent(Struct, forbid_unknown_fields=True):
+    """`data:` of one event: a token; the last one has the whole text."""
+
+    index: int
+    token: TgiToken
+    generated_text: str | None
+    details: TgiStreamDetails | None
+    top_tokens: list[TgiToken] = []
+
+
+# Errors
+
+
+class OpenAIErrorFields(Struct, forbid_unknown_fields=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(Struct, forbid_unknown_fields=True):
+    error: OpenAIErrorFields
+
+
+class LmiError(Struct, forbid_unknown_fields=True):
+    code: int
+    type: str
+    message: str
+    error: str
+
+
+class TgiError(Struct, forbid_unknown_fields=True):
+    error: str
+    error_type: str
+
+
+# The server itself
+
+
+class Ping(Struct, forbid_unknown_fields=True):
+    status: str
+    reason: str
+
+
+class Health(Struct, forbid_unknown_fields=True):
+    status: Literal["ok"]
+
+
+class Unhealthy(Struct, forbid_unknown_fields=True):
+    status: str
+    reason: str
+    error: str
+    error_type: str
+
+
+class Version(Struct, forbid_unknown_fields=True):
+    version: str
+
+
+class Info(Struct):
+    """What TGI's clients look at; there is more."""
+
+    model_id: str
+    version: str
+
+
+class ChatTokens(Struct, forbid_unknown_fields=True):
+    tokenize_response: list[SimpleToken]
+    templated_text: str
+
+
+class TokenCounts(Struct, forbid_unknown_fields=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(Struct, forbid_unknown_fields=True):
+    prompt: str
