@@ -18,12 +18,13 @@ from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
 from container.life import Answers, Life
 from container.metrics import Metrics
 from container.names import accepted_names, public_names
+from container.openapi import document
 from container.prompt_log import log_answer, log_prompt
-from container.routes import MethodNotAllowed, Route, find
-from container.version import VERSION
+from container.routes import Action, MethodNotAllowed, Route, find
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.version import VERSION
 from properties.configuration import Configuration
 
 logger = logging.getLogger("container.request")
@@ -123,19 +124,24 @@ class App:
                 await self._reply(call, self._models(match.name))
             case "version":
                 await self._reply(call, Reply(200, _JSON, _json({"version": VERSION})))
-            case "answer":
+            case "openapi":
+                await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
+            case "info":
+                await self._reply(call, self._service().info())
+            case action:
                 named = match.name or parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
-                await self._work(call)
+                await self._work(call, action)
 
     def _service(self) -> Answers:
         if self._life.phase != "serving" or self._life.service is None:
             raise Unavailable(f"not ready: {self._life.reason}", retry_after=5)
         return self._life.service
 
-    async def _work(self, call: Call) -> None:
+    async def _work(self, call: Call, action: Action) -> None:
         """What takes a body and the model."""
         service = self._service()
+        work = {"tokenize": service.tokenize, "detokenize": service.detokenize}.get(action, service.answer)
         self.calls.add(call)
         self.idle.clear()
         try:
@@ -145,7 +151,7 @@ class App:
                 log_prompt(call.request_id, body)
             incoming = Incoming(call.template, body, call.headers, call.request_id, call.model)
             await call.exchange.run(
-                self._answer(call, service.answer(incoming)),
+                self._answer(call, work(incoming)),
                 self._headers(call),
                 longest=self._settings.predict_timeout + _GRACE_SECONDS,
                 pause=self._settings.chunked_read_timeout,

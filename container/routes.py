@@ -7,12 +7,15 @@ Clients build paths of their own from the address that they are given: what they
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from handlers.errors import NotFound, ServingError
 
-Action = Literal["ping", "health", "metrics", "models", "version", "answer"]
+Action = Literal[
+    "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize"
+]
 
 READ = ("GET", "HEAD")
 
@@ -66,6 +69,8 @@ ROUTES: dict[str, tuple[Route, ...]] = {
     "/metrics": (METRICS,),
     "/server/metrics": (METRICS,),
     "/version": (Route("/version", "version", READ),),
+    "/info": (Route("/info", "info", READ),),
+    "/openapi.json": (Route("/openapi.json", "openapi", READ),),
     # SageMaker and LMI
     "/invocations": (Route("/invocations", "answer"),),
     # OpenAI
@@ -77,6 +82,10 @@ ROUTES: dict[str, tuple[Route, ...]] = {
     "/v1": (ROOT,),
     "/generate": (Route("/generate", "answer"),),
     "/generate_stream": (Route("/generate_stream", "answer"),),
+    "/chat_tokenize": (Route("/chat_tokenize", "tokenize"),),
+    # TGI and vLLM
+    "/tokenize": (Route("/tokenize", "tokenize"),),
+    "/detokenize": (Route("/detokenize", "detokenize"),),
 }
 """Path -> the routes there, told apart by their methods."""
 
@@ -89,6 +98,15 @@ _APPENDED = {CHAT.template: CHAT, COMPLETIONS.template: COMPLETIONS}
 """What Hugging Face's clients append to whatever address they are given."""
 
 _SLASHES = re.compile(r"//+")
+
+
+def every() -> Iterator[tuple[str, Route]]:
+    """All routes with their paths, in which `{name}` is a model's name."""
+    for path, routes in ROUTES.items():
+        for route in routes:
+            yield path, route
+    for pattern, route in _NAMED:
+        yield pattern.pattern.replace("(?P<name>.+)", "{name}"), route
 
 
 def find(path: str, method: str) -> Match:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from handlers.dialects.base import JSON, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import client_error, error_reply, log_error, style_of
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
+from handlers.dialects.tgi_info import tgi_info
 from handlers.errors import InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
@@ -22,11 +23,13 @@ from handlers.observer import Observer, Unobserved
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, stopping
 from handlers.sessions import Sessions
+from handlers.tokenization import Tokenization
 from properties.settings_chat import OutputFormat
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_Work = Callable[[dict[str, Any], Incoming, RequestFacts, float], Awaitable[Reply]]
 
 LONG_BODY_BYTES = 2**20
 """A larger body is read in a thread, so that the others' tokens do not wait for it."""
@@ -80,6 +83,9 @@ class Service:
         self._sessions = sessions if sessions is not None else Sessions()
         self._observer: Observer = observer if observer is not None else Unobserved()
         self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
+        self._tokenization = Tokenization(
+            backend, images, self._admission, self._check_pictures, limits.predict_timeout
+        )
 
     @property
     def in_flight(self) -> int:
@@ -87,26 +93,35 @@ class Service:
         return self._admission.taken
 
     async def answer(self, incoming: Incoming) -> Reply:
-        """Never raises but when cancelled, and then everything is given back.
+        """A stream is returned with its first token, so that whatever fails before has its own status code."""
+        return await self._reply(incoming, self._answer)
 
-        A stream is returned with its first token, so that whatever fails before has its own status code.
-        """
+    async def tokenize(self, incoming: Incoming) -> Reply:
+        return await self._reply(incoming, self._tokenize)
+
+    async def detokenize(self, incoming: Incoming) -> Reply:
+        return await self._reply(incoming, self._detokenize)
+
+    def info(self) -> Reply:
+        """What is served, in TGI's words."""
+        limits = self._limits
+        body = tgi_info(
+            self._model_name,
+            self._backend.capabilities,
+            concurrent_requests=self._admission.capacity,
+            batch_size=limits.max_rolling_batch_size,
+        )
+        return Reply(200, JSON, body)
+
+    async def _reply(self, incoming: Incoming, work: _Work) -> Reply:
+        """Never raises but when cancelled, and then everything is given back."""
         facts = RequestFacts(incoming.request_id, incoming.route)
         style = style_of(incoming.route, incoming.headers)
         arrival = time.monotonic()
         try:
-            size = len(incoming.body)
-            body = await _aside(size, read_body, incoming.body, incoming.headers)
-            style = style_of_body(body, style)
-            if asks_for_session(body, incoming):
-                return self._sessions.control(body, incoming.headers)
-            self._sessions.check(incoming.headers)
-            task = await _aside(size, self._task, body, incoming)
-            del body
-            for request in task.requests:
-                request.arrival = arrival
-            facts.model = task.requests[0].model
-            return await self._run(task, facts)
+            body = await _aside(len(incoming.body), read_body, incoming.body, incoming.headers)
+            style = style_of_body(body, style, incoming.route)
+            return await work(body, incoming, facts, arrival)
         except asyncio.CancelledError as error:
             if is_cancelled():
                 raise
@@ -121,9 +136,38 @@ class Service:
         reply.facts = facts
         return reply
 
-    def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
+    async def _answer(
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float
+    ) -> Reply:
+        if asks_for_session(body, incoming):
+            return self._sessions.control(body, incoming.headers)
+        self._sessions.check(incoming.headers)
+        task = await _aside(len(incoming.body), self._task, body, incoming)
+        body.clear()
+        for request in task.requests:
+            request.arrival = arrival
+        facts.model = task.requests[0].model
+        return await self._run(task, facts)
+
+    async def _tokenize(
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float
+    ) -> Reply:
+        reply = await self._tokenization.tokenize(body, self._conventions(), incoming)
+        facts.status, facts.total = reply.status, time.monotonic() - arrival
+        reply.facts = facts
+        return reply
+
+    async def _detokenize(
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float
+    ) -> Reply:
+        reply = await self._tokenization.detokenize(body, incoming)
+        facts.status, facts.total = reply.status, time.monotonic() - arrival
+        reply.facts = facts
+        return reply
+
+    def _conventions(self) -> Conventions:
         capabilities = self._backend.capabilities
-        conventions = Conventions(
+        return Conventions(
             self._model_name,
             capabilities.default_sampling,
             self._output_formatter,
@@ -132,7 +176,10 @@ class Service:
             capabilities.max_model_len,
             capabilities.special_token_ids,
         )
-        task = read_task(body, conventions, incoming)
+
+    def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
+        capabilities = self._backend.capabilities
+        task = read_task(body, self._conventions(), incoming)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")

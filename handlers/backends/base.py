@@ -133,6 +133,9 @@ class Capabilities:
     do not name them.
     image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
     is not known. special_token_ids: tokens that are no text, such as the ends of turns.
+    dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one copy of the model,
+    as "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all copies together; 0 where that is
+    not known. prompt_threads: how many prompts are prepared at the same time.
     """
 
     max_model_len: int
@@ -142,6 +145,11 @@ class Capabilities:
     structured_outputs: bool = False
     image_placeholder: str | None = None
     special_token_ids: Set[int] = frozenset()
+    dtype: str = ""
+    device_type: str = ""
+    compute_type: str = ""
+    cache_tokens: int = 0
+    prompt_threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)

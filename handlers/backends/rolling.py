@@ -29,7 +29,7 @@ from handlers.backends.base import (
 from handlers.backends.limits import checked_sampling, checked_tokens
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
-from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.rolling_plan import compute_type, plan_engines
 from handlers.backends.tokens import detokenized, tokenized
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
@@ -61,9 +61,8 @@ class RollingBackend:
     def __init__(self, settings: Settings, model_path: Path) -> None:
         self._settings = settings
         self._path = str(model_path)
-        self._pool = ThreadPoolExecutor(
-            max_workers=max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="prepare"
-        )
+        self._threads = max(2, min(8, os.cpu_count() or 2))
+        self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="prepare")
         self._group: EngineGroup | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
@@ -81,8 +80,9 @@ class RollingBackend:
         loop = asyncio.get_running_loop()
         try:
             front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path)
+            plan = plan_engines(self._settings, self._path, front.accelerators)
             self._group = EngineGroup(
-                plan_engines(self._settings, self._path, front.accelerators),
+                plan,
                 retry_threshold=self._settings.retry_threshold,
                 loading_seconds=self._settings.model_loading_timeout,
             )
@@ -100,6 +100,11 @@ class RollingBackend:
             images=front.preprocessor is not None,
             default_sampling=front.default_sampling,
             special_token_ids=frozenset(front.tokenizer.all_special_ids),
+            dtype=facts.dtype,
+            device_type=plan[0].devices[0].partition(":")[0],
+            compute_type=compute_type(plan[0].devices),
+            cache_tokens=facts.num_blocks * facts.block_size * len(plan),
+            prompt_threads=self._threads,
             image_placeholder=front.renderer.placeholder,
         )
         self._loaded = True

@@ -54,6 +54,15 @@ def plan_engines(settings: Settings, model_path: str, accelerators: int) -> list
     ]
 
 
+def compute_type(devices: Sequence[str]) -> str:
+    """How TGI's launcher names the devices of one copy of the model: "1-nvidia-a10g", "cpu"."""
+    if devices[0] == "cpu":
+        return "cpu"
+    import torch
+
+    return f"{len(devices)}-{torch.cuda.get_device_name(devices[0]).lower().replace(' ', '-')}"
+
+
 def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:
     """Torch's names of the accelerators to use; empty on a machine without any."""
     if not accelerators:

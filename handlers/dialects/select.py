@@ -56,10 +56,10 @@ def asks_for_session(body: dict[str, Any], incoming: Incoming) -> bool:
     return incoming.route in ROUTES and "requestType" in body and not _SCHEMAS & body.keys()
 
 
-def style_of_body(body: dict[str, Any], otherwise: ErrorStyle) -> ErrorStyle:
+def style_of_body(body: dict[str, Any], otherwise: ErrorStyle, route: str) -> ErrorStyle:
     """How errors look once the body is known. otherwise: what its route says."""
-    if otherwise == "tgi":
-        return otherwise
+    if otherwise == "tgi" or (route == "/tokenize" and "inputs" in body):
+        return "tgi"
     if "messages" in body or ("prompt" in body and "inputs" not in body):
         return "openai"
     return "lmi" if "inputs" in body else otherwise

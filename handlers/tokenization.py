@@ -1,0 +1,113 @@
+"""Requests for tokens: the way of a request, but for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from handlers.admission import Admission
+from handlers.backends.base import Backend, TokenizedPrompt
+from handlers.dialects.base import JSON, Conventions
+from handlers.dialects.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
+from handlers.errors import DeadlineExceeded, InvalidRequest
+from handlers.exchange import Incoming, Reply
+from handlers.images.loader import ImageLoader
+from handlers.request import ImagePart, prompt_parts
+
+MOST_TEXT_BYTES = 2**20
+"""Of a body, its pictures not counted, that is turned into tokens."""
+
+LONG_TEXT_BYTES = 20_000
+"""Longer texts are turned into tokens one at a time: the other threads are for those that wait for answers."""
+
+
+class Tokenization:
+    """Answers with a prompt's tokens, or with the text of tokens. The work is done in threads.
+
+    check_pictures: raises InvalidRequest for more pictures than a prompt may hold.
+    timeout: seconds that a request may take; None for any time.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        images: ImageLoader,
+        admission: Admission,
+        check_pictures: Callable[[int, bool], None],
+        timeout: float | None,
+    ) -> None:
+        self._backend = backend
+        self._images = images
+        self._admission = admission
+        self._check_pictures = check_pictures
+        self._timeout = timeout
+        self._long = asyncio.Semaphore(1)
+
+    async def tokenize(self, body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Reply:
+        """Raises ServingError."""
+        if len(incoming.body) <= MOST_TEXT_BYTES:
+            task = read_tokenize(body, conventions, incoming)
+        else:
+            task = await asyncio.to_thread(read_tokenize, body, conventions, incoming)
+        pictures = [part for part in prompt_parts(task.prompt) if isinstance(part, ImagePart)]
+        self._check_pictures(len(pictures), self._backend.capabilities.images)
+        size = max(0, len(incoming.body) - sum(len(part.url) for part in pictures))
+        if size > MOST_TEXT_BYTES:
+            raise InvalidRequest(
+                f"the text is too long to be tokenised at once: {size} bytes; allowed: {MOST_TEXT_BYTES}"
+            )
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        with self._admission.admit(1):
+            try:
+                async with _within(self._timeout):
+                    if pictures:
+                        await self._images.load(pictures, deadline)
+                    if size <= LONG_TEXT_BYTES:
+                        return Reply(200, JSON, await self._written(task))
+                    async with self._long:
+                        return Reply(200, JSON, await self._written(task))
+            finally:
+                for part in pictures:
+                    part.release()
+
+    async def detokenize(self, body: dict[str, Any], incoming: Incoming) -> Reply:
+        """Raises ServingError."""
+        token_ids = read_detokenize(body)
+        with self._admission.admit(1):
+            async with _within(self._timeout):
+                if len(incoming.body) <= LONG_TEXT_BYTES:
+                    text = await self._backend.detokenize(token_ids)
+                else:
+                    async with self._long:
+                        text = await self._backend.detokenize(token_ids)
+        return Reply(200, JSON, detokenize_reply(text))
+
+    async def _written(self, task: TokenTask) -> bytes:
+        found = await self._backend.tokenize(task.prompt)
+        if len(found.token_ids) <= LONG_TEXT_BYTES // 8:
+            return _write(task, found)
+        return await asyncio.to_thread(_write, task, found)
+
+
+def _write(task: TokenTask, found: TokenizedPrompt) -> bytes:
+    if task.keep is not None:
+        keep = slice(max(0, len(found.token_ids) - task.keep), None)
+        found = replace(
+            found, token_ids=found.token_ids[keep], pieces=found.pieces[keep], spans=found.spans[keep]
+        )
+    return task.write(found)
+
+
+@asynccontextmanager
+async def _within(seconds: float | None) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded("the request's time (option.predict_timeout) is up") from error
