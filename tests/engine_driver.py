@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.families.base import Preprocessor
+from engine.families.preprocessor import Preprocessor
 from engine.loader import load_preprocessor
 from engine.messages import Add, Output, Picture, TensorData
 from engine.sampling_params import SamplingParams
@@ -108,7 +108,10 @@ def run_all(engine: Engine, adds: list[Add], *, max_steps: int = 10_000) -> dict
     results: dict[int, Result] = {}
     for number, add in enumerate(adds):
         add.request_id = number
-        collect(results, engine.add(add))
+        guides = None
+        if add.grammar is not None and engine.guidance is not None:
+            guides = engine.guidance.build(add.grammar, len(add.seeds))
+        collect(results, engine.add(add, guides))
     for _ in range(max_steps):
         if not engine.has_work:
             return results
