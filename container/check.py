@@ -14,6 +14,8 @@ from pydantic import SecretStr
 
 from engine.machine import Machine, this_machine
 from handlers.backends.select import Choice, choose
+from handlers.backends.vllm.fields import SECRET, engine_argument_names
+from handlers.backends.vllm.options import refused_options
 from properties.configuration import Configuration, read_model_config, resolve
 from properties.field import Level
 from properties.names import key_of
@@ -28,7 +30,9 @@ def run_check(model: str | None, options: Sequence[str], as_json: bool, environ:
     Prints to standard output; returns the exit status: 0, or 1 on an error.
     """
     try:
-        configuration = resolve(model=model, environ=environ, options=options)
+        configuration = resolve(
+            model=model, environ=environ, options=options, backend_options=engine_argument_names()
+        )
     except ConfigurationError as error:
         _print({"errors": _texts(error.problems), "warnings": _texts(error.warnings)}, as_json)
         return 1
@@ -75,6 +79,8 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         errors += found.errors
         warnings += found.warnings
         memory = found.numbers()
+        if choice.backend == "vllm" and not errors:
+            errors += refused_options(configuration, directory, machine)
     return {
         "errors": _texts(errors),
         "warnings": _texts(warnings),
@@ -87,7 +93,11 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         "handler": _handler(configuration),
         "options": effective_options(configuration),
         "extra": {
-            name: {"value": MASK, "source": item.source.kind, "location": item.source.location}
+            name: {
+                "value": item.value if name in configuration.backend_options - SECRET else MASK,
+                "source": item.source.kind,
+                "location": item.source.location,
+            }
             for name, item in configuration.extra.items()
         },
     }
@@ -157,7 +167,8 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
             where = row["location"] if row["given"] else row["source"]
             rows.append((name, _shown(row["value"]), where))
         for name, row in report["extra"].items():
-            rows.append((f"option.{name}", row["value"], f"{row['location']} (unknown)"))
+            known = "unknown" if row["value"] == MASK else "vLLM's"
+            rows.append((f"option.{name}", _shown(row["value"]), f"{row['location']} ({known})"))
         lines += [*_table(rows), ""]
         model = report["model"]
         lines.append(f"model    {model['value']} ({model['kind']}), served as {model['name']}")

@@ -16,11 +16,13 @@ from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.vllm.plan import plan_devices
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName
 from properties.problem import Problem
 from properties.recommend import context_length
+from properties.resolution import Sourced
 from properties.settings import Settings
 
 
@@ -91,7 +93,9 @@ def fit(
     dtype = result.dtype
     result.cache_bytes_per_token = cache_bytes_per_token(shapes, dtype)
     try:
-        result.copies, result.devices_per_copy = _layout(settings, backend, len(machine.accelerators))
+        result.copies, result.devices_per_copy = _layout(
+            settings, configuration.extra, backend, len(machine.accelerators)
+        )
     except InvalidConfiguration as error:
         result.errors.append(Problem(error.message))
         return result
@@ -111,7 +115,9 @@ def fit(
     return result
 
 
-def _layout(settings: Settings, backend: BackendName, accelerators: int) -> tuple[int, int]:
+def _layout(
+    settings: Settings, extra: Mapping[str, Sourced], backend: BackendName, accelerators: int
+) -> tuple[int, int]:
     """(copies, devices per copy); the host counts as one device for each process.
 
     Raises InvalidConfiguration when there are too few devices.
@@ -119,14 +125,10 @@ def _layout(settings: Settings, backend: BackendName, accelerators: int) -> tupl
     if backend == "rolling":
         engines = plan_engines(settings, "", accelerators)
         return len(engines), engines[0].tensor_parallel_degree
-    stages, degree = settings.pipeline_parallel_degree, settings.tensor_parallel_degree
-    devices = stages * (max(accelerators // stages, 1) if degree == "max" else degree)
-    if devices > accelerators > 0:
-        raise InvalidConfiguration(
-            f"option.tensor_parallel_degree and option.pipeline_parallel_degree ask for {devices} devices, "
-            f"but {accelerators} are there"
-        )
-    return settings.max_workers or max(accelerators // devices, 1), devices
+    plan = plan_devices(settings, {name: item.value for name, item in extra.items()}, accelerators)
+    if plan.problems:
+        raise InvalidConfiguration("; ".join(str(problem) for problem in plan.problems))
+    return plan.data, plan.tensor * plan.pipeline
 
 
 def _fit_accelerator(result: Fit, configuration: Configuration) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from container.logs import logging_to
 from container.server import BackendBuilder, serve
+from handlers.backends.vllm.fields import engine_argument_names
 from handlers.build import build_backend
 from properties.configuration import Configuration, resolve
 from properties.field import Level
@@ -28,9 +29,11 @@ def start(
     default_host: where to listen when no source of the configuration says; None leaves it to the schema.
     """
     try:
-        configuration = resolve(model=model, environ=environ, options=options)
+        known = engine_argument_names()
+        configuration = resolve(model=model, environ=environ, options=options, backend_options=known)
         if default_host is not None and configuration.sources["host"].level is Level.DEFAULT:
-            configuration = resolve(model=model, environ=environ, options=[*options, f"host={default_host}"])
+            options = [*options, f"host={default_host}"]
+            configuration = resolve(model=model, environ=environ, options=options, backend_options=known)
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 1

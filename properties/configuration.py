@@ -11,7 +11,7 @@ from typing import Any
 
 from properties.field import BackendName, Level
 from properties.location import ModelLocation, find_home, holds_model, locate
-from properties.names import FACTS, key_of
+from properties.names import FACTS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Source
 from properties.recommend import recommended
 from properties.resolution import Resolution, Sourced, resolve_values
@@ -32,6 +32,7 @@ class Configuration:
     recommended: attribute -> value that the model's config.json suggests where nobody wrote one. It is kept
     apart from `settings`: a backend may go below what is recommended, but not below what was asked for.
     extra: `option.*` names that the schema does not know, without the prefix.
+    backend_options: such names that vLLM knows: its engine arguments.
     home: the directory whose serving.properties, model.py and adapters/ count; None where there is none.
     """
 
@@ -44,6 +45,7 @@ class Configuration:
     recommended: dict[str, object]
     _written: tuple[Written, ...] = field(repr=False)
     _noted: tuple[Problem, ...] = field(repr=False)
+    backend_options: frozenset[str] = field(default=frozenset(), repr=False)
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
         """Add what the model's config.json recommends, below all that anybody wrote."""
@@ -78,7 +80,13 @@ class Configuration:
             if problems:
                 raise ConfigurationError(problems, noted)
             written = self._written + tuple(added)
-            configuration = _build(written, tuple(noted), self.home or directory, self.model_location)
+            configuration = _build(
+                written,
+                tuple(noted),
+                self.home or directory,
+                self.model_location,
+                backend_options=self.backend_options,
+            )
         config = read_model_config(directory)
         return configuration if config is None else configuration.with_model_config(config)
 
@@ -88,7 +96,15 @@ class Configuration:
 
     def unhonoured(self, backend: BackendName) -> list[Problem]:
         """A warning for each option that was changed and that this backend does not honour."""
-        return [
+        theirs = [
+            Problem(
+                f"{PREFIX}{name} ({sourced.source.location}) has no effect with the {backend} backend; "
+                "honoured by: vllm"
+            )
+            for name, sourced in self.extra.items()
+            if backend != "vllm" and name in self.backend_options
+        ]
+        return theirs + [
             Problem(
                 f"{key_of(name)} ({source.location}) has no effect with the {backend} backend; "
                 f"honoured by: {', '.join(FACTS[name].backends) or 'none yet'}",
@@ -108,12 +124,14 @@ def resolve(
     environ: Mapping[str, str],
     options: Sequence[str] = (),
     model_store: Path = MODEL_STORE,
+    backend_options: frozenset[str] = frozenset(),
 ) -> Configuration:
     """Read all sources. Touches no network and starts nothing.
 
     model: the command line's MODEL: a directory, a hub id or an s3:// URL.
     options: `--option` arguments, each "name=value"; they win over everything else.
     model_store: where SageMaker puts a model; used when MODEL is not given.
+    backend_options: names that are known beside the schema's (see `Configuration`).
     Raises ConfigurationError with all problems at once.
     """
     problems: list[Problem] = []
@@ -128,7 +146,7 @@ def resolve(
     if home is not None and (home / FILE_NAME).is_file():
         written += read_file(home / FILE_NAME, problems, noted)
     written += _model_from_place(model, home, written, noted)
-    return _build(tuple(written), tuple(noted), home, None, problems)
+    return _build(tuple(written), tuple(noted), home, None, problems, backend_options)
 
 
 def read_model_config(directory: Path) -> dict[str, Any] | None:
@@ -185,8 +203,9 @@ def _build(
     home: Path | None,
     location: ModelLocation | None,
     problems: Sequence[Problem] = (),
+    backend_options: frozenset[str] = frozenset(),
 ) -> Configuration:
-    result = resolve_values(written)
+    result = resolve_values(written, backend_options)
     result.problems[:0] = problems
     result.warnings[:0] = noted
     location = location or _locate(result, home)
@@ -194,7 +213,16 @@ def _build(
     if result.problems or location is None:
         raise ConfigurationError(result.problems, result.warnings)
     return Configuration(
-        result.settings, result.sources, result.warnings, result.extra, location, home, {}, written, noted
+        result.settings,
+        result.sources,
+        result.warnings,
+        result.extra,
+        location,
+        home,
+        {},
+        written,
+        noted,
+        backend_options,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 
 from properties.field import Level
 from properties.settings import options
@@ -53,12 +54,19 @@ def key_from_command_line(name: str) -> str:
     return name if name in KEYS else _BY_SPELLING.get(name.removeprefix(PREFIX), PREFIX + name)
 
 
-def nearest(key: str, level: Level) -> str | None:
-    """The known name most like an unknown key, spelled as at that level; None if nothing is like it."""
+def nearest(key: str, level: Level, more: Collection[str] = ()) -> str | None:
+    """The known name most like an unknown key, spelled as at that level; None if nothing is like it.
+
+    more: names that a backend knows beside the schema's, without `option.`.
+    """
     bare = key.removeprefix(PREFIX)
-    found = difflib.get_close_matches(bare.lower(), _BY_SPELLING, n=1, cutoff=0.7)
+    found = difflib.get_close_matches(bare.lower(), [*_BY_SPELLING, *sorted(more)], n=1, cutoff=0.7)
     if not found:
         return None
+    if found[0] not in _BY_SPELLING:
+        name = found[0]
+        spelled = {Level.ENVIRONMENT: "OPTION_" + name.upper(), Level.COMMAND_LINE: name}
+        return spelled.get(level, PREFIX + name)
     known = _BY_SPELLING[found[0]]
     if level is Level.ENVIRONMENT:
         own = environment_name(KEYS[known])

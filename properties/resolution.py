@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 from urllib.parse import urlsplit
@@ -38,8 +38,11 @@ class Resolution:
     warnings: list[Problem] = field(default_factory=list)
 
 
-def resolve_values(written: Iterable[Written]) -> Resolution:
-    """Choose, convert and check. Nothing is raised: every problem is collected."""
+def resolve_values(written: Iterable[Written], backend_options: Collection[str] = ()) -> Resolution:
+    """Choose, convert and check. Nothing is raised: every problem is collected.
+
+    backend_options: see `Configuration`.
+    """
     result = Resolution()
     candidates: dict[str, list[Written]] = defaultdict(list)
     unknown: list[Written] = []
@@ -52,7 +55,7 @@ def resolve_values(written: Iterable[Written]) -> Resolution:
             unknown.append(item)
     values = {name: _choose(name, items, result) for name, items in candidates.items()}
     _validate({name: item for name, item in values.items() if item is not None}, result)
-    _report_unknown(unknown, result)
+    _report_unknown(unknown, result, backend_options)
     result.sources = {name: result.sources.get(name, DEFAULT) for name in FACTS}
     return result
 
@@ -189,14 +192,15 @@ def _bad_value(name: str, item: Written, detail: str) -> Problem:
     return Problem(f"{value}: {detail}allowed: {allowed(name)}{hint}", name, _source(name, item))
 
 
-def _report_unknown(unknown: Sequence[Written], result: Resolution) -> None:
+def _report_unknown(unknown: Sequence[Written], result: Resolution, backend_options: Collection[str]) -> None:
     """A warning each, or a problem with strict_options. The value is not shown: it may be a secret."""
     for item in unknown:
-        known = nearest(item.key, item.level)
-        written = item.location if item.level is Level.ENVIRONMENT else f"{item.key} ({item.location})"
-        meant = f"; did you mean {known}?" if known else ""
-        report = result.problems if result.settings.strict_options else result.warnings
-        report.append(Problem(f"{written}: no such option{meant}"))
+        if not (item.key.startswith(PREFIX) and item.key.removeprefix(PREFIX) in backend_options):
+            known = nearest(item.key, item.level, backend_options)
+            written = item.location if item.level is Level.ENVIRONMENT else f"{item.key} ({item.location})"
+            meant = f"; did you mean {known}?" if known else ""
+            report = result.problems if result.settings.strict_options else result.warnings
+            report.append(Problem(f"{written}: no such option{meant}"))
         if item.key.startswith(PREFIX):
             name = item.key.removeprefix(PREFIX)
             before = result.extra.get(name)

@@ -146,7 +146,7 @@ def test_vllm_multiplies_both_degrees(model: Path, options: list[str], copies: i
 def test_vllm_with_too_few_devices(model: Path) -> None:
     options = ["pipeline_parallel_degree=2", "tensor_parallel_degree=4"]
     found = fit(resolve(model=str(model), environ={}, options=options), "vllm", model, CONFIG, machine(4))
-    assert "ask for 8 devices, but 4 are there" in str(found.errors[0])
+    assert "needs 8 devices, but 4 are there" in str(found.errors[0])
 
 
 def test_a_model_that_does_not_fit(model: Path) -> None:

@@ -129,9 +129,9 @@ def test_chat_template_may_be_text_or_a_path(tmp_path: Path) -> None:
 
 
 def test_options_of_another_backend_are_named() -> None:
-    found = configure("max_loras=2", "kv_cache_memory_mb=64", "load_format=auto")
+    found = configure("max_loras=2", "encoder_cache_mb=64", "load_format=auto")
     assert [problem.option for problem in found.unhonoured("rolling")] == ["max_loras"]
-    assert [problem.option for problem in found.unhonoured("vllm")] == ["kv_cache_memory_mb"]
+    assert [problem.option for problem in found.unhonoured("vllm")] == ["encoder_cache_mb"]
 
 
 def test_inference_address_must_be_http() -> None:

@@ -19,7 +19,8 @@ from handlers.backends.vllm.counters import Counters, series, stat_logger
 from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
 from handlers.backends.vllm.keeper import EngineKeeper
-from handlers.backends.vllm.options import Machine, choose_devices, engine_arguments
+from handlers.backends.vllm.options import engine_arguments
+from handlers.backends.vllm.plan import choose_devices
 from handlers.backends.vllm.sampling import refused, to_vllm
 from handlers.errors import (
     EngineFailed,
@@ -198,8 +199,7 @@ class VllmBackend:
         return compat.load()
 
     def _arguments(self) -> dict[str, Any]:
-        machine = Machine(len(self._machine.accelerators), self._machine.host.memory)
-        return engine_arguments(self._vllm, self._configuration, self._path, machine)
+        return engine_arguments(self._vllm, self._configuration, self._path, self._machine)
 
     def _build(self, arguments: dict[str, Any]) -> Any:
         """An engine. Raises InvalidConfiguration with vLLM's reason when it refuses the configuration."""

@@ -7,6 +7,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+SECRET = frozenset({"hf_token"})
+"""Fields whose value is never shown."""
+
 _CLASSES = ("EngineArgs", "AsyncEngineArgs")
 
 

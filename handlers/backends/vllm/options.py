@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from handlers.backends.vllm.compat import Vllm, load
+from handlers.backends.vllm.fields import SECRET
+from handlers.backends.vllm.plan import plan_devices
 from handlers.backends.vllm.values import BadValue, coerce
+from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import Level
 from properties.names import key_of
-from properties.problem import ConfigurationError, Problem
+from properties.problem import MASK, ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from handlers.backends.vllm.compat import Vllm
-    from properties.settings import Settings
+    from engine.machine import Machine
 
 ALWAYS = {
     "dtype": "dtype",
@@ -68,14 +71,6 @@ CPU_CACHE_MOST = 4 << 30
 than this many bytes; vLLM would take nearly all."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """accelerators: how many this machine has. memory: bytes of host memory."""
-
-    accelerators: int
-    memory: int
-
-
 def engine_arguments(
     vllm: Vllm, configuration: Configuration, model_path: Path, machine: Machine
 ) -> dict[str, Any]:
@@ -112,9 +107,12 @@ def engine_arguments(
                 )
             )
         arguments[name] = value
-    arguments |= parallel(settings, arguments, machine.accelerators, problems)
-    if machine.accelerators == 0:
-        _cpu_cache(arguments, given, extra, machine.memory)
+    texts = {name: item.value for name, item in configuration.extra.items()}
+    plan = plan_devices(settings, texts, len(machine.accelerators))
+    problems += plan.problems
+    arguments |= plan.sizes()
+    if not machine.accelerators:
+        _cpu_cache(arguments, given, extra, machine.host.memory)
     if problems:
         raise ConfigurationError(problems)
     location = configuration.model_location
@@ -123,84 +121,15 @@ def engine_arguments(
     return {"model": str(model_path), **arguments}
 
 
-def parallel(
-    settings: Settings, arguments: Mapping[str, Any], accelerators: int, problems: list[Problem]
-) -> dict[str, int]:
-    """The three sizes of a parallel engine. `max` and unwritten ones are made to fill this machine."""
-    degree = settings.tensor_parallel_degree
-    stages = settings.pipeline_parallel_degree
-    copies = settings.data_parallel_degree
-    if spans_machines(arguments):
-        if degree == "max":
-            problems.append(
-                Problem(
-                    "option.tensor_parallel_degree = 'max': with devices on several machines, write how many "
-                    "share one copy of the model",
-                    "tensor_parallel_degree",
-                )
-            )
-        ranks = 1 if degree == "max" else degree
-        return _sizes(ranks, stages, copies or 1)
-    devices = len(_chosen(settings.load_on_devices, accelerators, problems))
-    if devices == 0:
-        ranks = 1 if degree == "max" else degree
-        return _sizes(ranks, stages, copies or settings.max_workers or 1)
-    ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
-    fitting = max(1, devices // (ranks * stages))
-    sizes = _sizes(ranks, stages, copies or min(settings.max_workers or fitting, fitting))
-    needed = ranks * stages * sizes["data_parallel_size"]
-    if needed > devices:
-        problems.append(
-            Problem(
-                f"option.tensor_parallel_degree {ranks} x option.pipeline_parallel_degree {stages} x "
-                f"option.data_parallel_degree {sizes['data_parallel_size']} needs {needed} devices, but {devices} "
-                "are there: lower one, or use more machines (option.distributed_executor_backend=ray)",
-                "tensor_parallel_degree",
-            )
-        )
-    return sizes
-
-
-def spans_machines(arguments: Mapping[str, Any]) -> bool:
-    """Whether the engine may use devices of other machines, which are not counted here."""
-    nodes = arguments.get("nnodes")
-    return (
-        arguments.get("distributed_executor_backend") == "ray"
-        or arguments.get("data_parallel_backend") == "ray"
-        or (isinstance(nodes, int) and nodes > 1)
-    )
-
-
-def choose_devices(settings: Settings, accelerators: int) -> None:
-    """Let this process and its children see only the devices of `load_on_devices`."""
-    numbers = _chosen(settings.load_on_devices, accelerators, [])
-    if settings.load_on_devices == "*" or not numbers:
-        return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(number) for number in range(accelerators)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in numbers if number < len(names))
-
-
-def _sizes(ranks: int, stages: int, copies: int) -> dict[str, int]:
-    return {
-        "tensor_parallel_size": ranks,
-        "pipeline_parallel_size": stages,
-        "data_parallel_size": copies,
-    }
-
-
-def _chosen(wanted: Sequence[int] | str, accelerators: int, problems: list[Problem]) -> list[int]:
-    if isinstance(wanted, str) or accelerators == 0:
-        return list(range(accelerators))
-    for number in wanted:
-        if number >= accelerators:
-            problems.append(
-                Problem(
-                    f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}",
-                    "load_on_devices",
-                )
-            )
-    return [number for number in wanted if number < accelerators]
+def refused_options(configuration: Configuration, model_path: Path, machine: Machine) -> list[Problem]:
+    """What is wrong with the options, as far as vLLM can say without loading the model. Slow: imports vLLM."""
+    try:
+        engine_arguments(load(), configuration, model_path, machine)
+    except ConfigurationError as error:
+        return error.problems
+    except InvalidConfiguration as error:
+        return [Problem(error.message, "rolling_batch")]
+    return []
 
 
 def _extra(vllm: Vllm, configuration: Configuration, problems: list[Problem]) -> dict[str, Any]:
@@ -226,7 +155,7 @@ def _extra(vllm: Vllm, configuration: Configuration, problems: list[Problem]) ->
 
 
 def _shown(name: str, value: str) -> str:
-    return "********" if "token" in name.split("_") else repr(value[:200])
+    return MASK if name in SECRET else repr(value[:200])
 
 
 def _cpu_cache(

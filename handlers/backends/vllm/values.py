@@ -93,8 +93,12 @@ def _allowed(action: argparse.Action, annotation: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line)[:_LONGEST]
+    """Which part of an object is wrong, where that is what the value is; else the words for what is allowed do."""
+    listed = getattr(error.__cause__, "errors", None)
+    if listed is None:
+        return ""
+    found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in listed(include_url=False)]
+    return "; ".join(found)[:_LONGEST]
 
 
 def _json_or_text(text: str) -> Any:
