@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,18 +18,19 @@ from transformers.utils import logging as transformers_logging
 from engine.attention.bridge import IMPLEMENTATION
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
-from engine.families.base import Family, Preprocessor
-from engine.families.llava import LlavaFamily, LlavaPreprocessor, num_image_tokens
+from engine.families.base import Family
+from engine.families.llava import LlavaFamily
+from engine.families.llava_pictures import num_image_tokens
+from engine.families.pictures import PREPROCESSORS
 from engine.families.pixels import ProcessorBackend
+from engine.families.preprocessor import Preprocessor
 from engine.families.text import TextFamily
 from engine.tensor_parallel import Ranks, shard
 
 logger = logging.getLogger(__name__)
 
-VISION_FAMILIES: dict[str, tuple[type[Family], Callable[..., Preprocessor]]] = {
-    "llava": (LlavaFamily, LlavaPreprocessor),
-}
-"""config.json's `model_type` -> the family's two halves. A new family is one file and one line here."""
+VISION_FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}
+"""config.json's `model_type` -> the engine's half of the family; `engine.families.pictures` has the front's."""
 
 TEXT_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
 """Decoders that are tested to give the tokens of transformers' own `generate`."""
@@ -80,8 +80,8 @@ def load_preprocessor(
     """
     quiet_transformers()
     config = read_config(model_path)
-    entry = VISION_FAMILIES.get(config.model_type)
-    return entry[1](model_path, overrides=overrides, backend=backend) if entry is not None else None
+    kind = PREPROCESSORS.get(config.model_type)
+    return None if kind is None else kind.from_model(model_path, overrides, backend)
 
 
 def resolve_dtype(config: PretrainedConfig, name: str, device: torch.device) -> torch.dtype:
@@ -116,7 +116,7 @@ def load_family(config: EngineConfig, device: torch.device, ranks: Ranks | None 
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelLoadError(f"the model's weights cannot be loaded: {error}") from error
     model.train(mode=False)
-    family = (TextFamily if vision is None else vision[0])(model)
+    family = (TextFamily if vision is None else vision)(model)
     if ranks is not None:
         shard(family.decoder, family.text_config, ranks)
     torch.nn.Module.to(model, device)

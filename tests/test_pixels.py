@@ -40,7 +40,7 @@ def test_pixels_equal_the_processors(name: str, width: int, height: int, seed: i
 
 @pytest.mark.parametrize("name", ["clip", "clip without crop", "siglip"])
 def test_the_usual_processors_take_the_direct_way(name: str) -> None:
-    assert PixelPipeline(PROCESSORS[name]).is_direct
+    assert PixelPipeline(PROCESSORS[name]).recipe is not None
 
 
 @pytest.mark.parametrize("name", ["clip", "clip without crop", "siglip", "clip without normalising"])
@@ -76,7 +76,7 @@ def test_a_processor_with_another_step_is_used_itself() -> None:
 
     processor = Odd(size={"height": 28, "width": 28})
     pipeline = PixelPipeline(processor)
-    assert not pipeline.is_direct
+    assert pipeline.recipe is None
     image = Image.new("RGB", (30, 40), (10, 200, 30))
     want = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
     np.testing.assert_array_equal(pipeline(image), want)

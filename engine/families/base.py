@@ -1,50 +1,17 @@
-"""What differs between model families, and nothing else: one small file per family implements these two halves.
-
-`Preprocessor` is the front's half (a picture becomes arrays and placeholder tokens; no weights); `Family` is the
-engine's half (arrays become rows of embeddings; the packed row runs through the language model).
+"""What differs between model families in the engine: how arrays become rows of embeddings, and how the packed row
+runs through the language model. The front's half of a family is in `engine.families.preprocessor`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedPicture:
-    """A picture as its model wants it.
-
-    token_ids: what replaces the one image token in the prompt.
-    is_embed: which of these take an encoder row, in order; None means all.
-    tensors: the arguments of the family's `encode`.
-    """
-
-    token_ids: list[int]
-    tensors: dict[str, npt.NDArray[np.generic]]
-    is_embed: list[bool] | None = None
-
-
-class Preprocessor(ABC):
-    """Turns upright RGB pictures into arrays. `prepare` is called from several threads at once."""
-
-    image_token_id: int
-    """The one token that a template prints for a picture."""
-
-    fingerprint: bytes
-    """Changes whenever the same picture would be prepared differently; enters the picture's digest."""
-
-    @abstractmethod
-    def prepare(self, image: Image) -> PreparedPicture: ...
 
 
 class Family(ABC):

@@ -14,14 +14,15 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
 ProcessorBackend = Literal["auto", "torchvision", "pil"]
 """Whose arithmetic: `auto` is transformers' own choice on this machine, torchvision where that is installed."""
 
+Pixels = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.uint8]
 Resize = Callable[[Image.Image, tuple[int, int], Image.Resampling], Levels]
 """(picture, (width, height), filter) -> [height, width, 3]"""
@@ -38,6 +39,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 class PixelPipeline:
     """Callable: an RGB picture -> float32 [3, height, width]. Thread-safe.
 
+    recipe: of the direct way, where it is in use; else None.
     With torchvision's arithmetic on a machine without torchvision there is no processor to compare with or to fall
     back on: ValueError where the direct way does not know a step.
     """
@@ -46,26 +48,22 @@ class PixelPipeline:
         self._processor = processor
         native = getattr(processor, "backend", "pil")
         self.backend = native if backend == "auto" else backend
-        self._direct = _Direct.of(processor, self.backend)
+        self.recipe = recipe_of(processor, self.backend)
         if self.backend != native:
-            if self._direct is None:
+            if self.recipe is None:
                 raise ValueError("the model's image processor needs torchvision itself; install torchvision")
-        elif self._direct is not None and not self._agrees(self._direct):
-            self._direct = None
+        elif self.recipe is not None and not self._agrees(DirectPixels(self.recipe)):
+            self.recipe = None
+        self._direct = self._reference if self.recipe is None else DirectPixels(self.recipe)
 
-    @property
-    def is_direct(self) -> bool:
-        """The fast way is in use."""
-        return self._direct is not None
+    def __call__(self, image: Image.Image) -> Pixels:
+        return self._direct(image)
 
-    def __call__(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        return self._reference(image) if self._direct is None else self._direct(image)
-
-    def _reference(self, image: Image.Image) -> npt.NDArray[np.float32]:
+    def _reference(self, image: Image.Image) -> Pixels:
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"]
         return np.asarray(pixels[0], dtype=np.float32)
 
-    def _agrees(self, direct: _Direct) -> bool:
+    def _agrees(self, direct: DirectPixels) -> bool:
         random = np.random.default_rng(0)
         for width, height in _PROBES:
             image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -82,47 +80,54 @@ def processor_options(backend: ProcessorBackend) -> dict[str, Any]:
     return {"backend": backend}
 
 
-class _Direct:
-    def __init__(
-        self,
-        size: dict[str, int],
-        crop: tuple[int, int] | None,
-        resample: Image.Resampling,
-        resize: Resize,
-        table: npt.NDArray[np.float32],
-        *,
-        pads_evenly: bool,
-    ) -> None:
-        """table: see `_value_table`. pads_evenly: where a picture smaller than the crop gets an odd number of black
-        columns or rows, the smaller half comes first."""
-        self._size = size
-        self._crop = crop
-        self._resample = resample
-        self._resize = resize
-        self._table = table
-        self._pads_evenly = pads_evenly
+class Recipe(msgspec.Struct, frozen=True):
+    """What the direct way does to a picture: all that another process needs for it.
 
-    @classmethod
-    def of(cls, processor: Any, backend: str) -> _Direct | None:
-        """The direct way for this processor, or None where it has a step that is not known here."""
-        size = dict(getattr(processor, "size", None) or {})
-        if not getattr(processor, "do_resize", False) or getattr(processor, "do_pad", False):
-            return None
-        if set(size) not in ({"height", "width"}, {"shortest_edge"}):
-            return None
-        crop = None
-        if getattr(processor, "do_center_crop", False):
-            crop_size = processor.crop_size
-            crop = (int(crop_size["height"]), int(crop_size["width"]))
-        resample = Image.Resampling(int(processor.resample))
-        if backend != "torchvision":
-            table = _value_table(processor)
-            return cls(size, crop, resample, resize_with_pillow, table, pads_evenly=False)
-        if resample not in _TORCH_MODES or not _resizes_bytes(resample):
-            return None
-        return cls(size, crop, resample, resize_with_torch, _fused_value_table(processor), pads_evenly=True)
+    size: as in the processor. crop: (height, width). resample: one of Pillow's filters.
+    with_torch: resize as torchvision does. table: float32 [3, 256], what each 8-bit level becomes in each channel.
+    """
 
-    def __call__(self, image: Image.Image) -> npt.NDArray[np.float32]:
+    size: dict[str, int]
+    crop: tuple[int, int] | None
+    resample: int
+    with_torch: bool
+    table: bytes
+
+
+def recipe_of(processor: Any, backend: str) -> Recipe | None:
+    """The direct way for this processor, or None where it has a step that is not known here."""
+    size = {key: int(edge) for key, edge in dict(getattr(processor, "size", None) or {}).items() if edge}
+    if not getattr(processor, "do_resize", False) or getattr(processor, "do_pad", False):
+        return None
+    if set(size) not in ({"height", "width"}, {"shortest_edge"}):
+        return None
+    crop = None
+    if getattr(processor, "do_center_crop", False):
+        crop_size = processor.crop_size
+        crop = (int(crop_size["height"]), int(crop_size["width"]))
+    resample = Image.Resampling(int(processor.resample))
+    if backend != "torchvision":
+        return Recipe(size, crop, int(resample), False, _value_table(processor).tobytes())
+    if resample not in _TORCH_MODES or not _resizes_bytes(resample):
+        return None
+    return Recipe(size, crop, int(resample), True, _fused_value_table(processor).tobytes())
+
+
+class DirectPixels:
+    """Callable: an RGB picture -> float32 [3, height, width], by a recipe. Thread-safe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe: Recipe | None = recipe
+        self._size = recipe.size
+        self._crop = recipe.crop
+        self._resample = Image.Resampling(recipe.resample)
+        self._resize: Resize = resize_with_torch if recipe.with_torch else resize_with_pillow
+        # Where a picture smaller than the crop gets an odd number of black columns or rows, torchvision has the
+        # smaller half first.
+        self._pads_evenly = recipe.with_torch
+        self._table = np.frombuffer(recipe.table, np.float32).reshape(3, 256)
+
+    def __call__(self, image: Image.Image) -> Pixels:
         levels = self._resize(image, self._target(*image.size), self._resample)
         if self._crop is not None:
             levels = _center_crop(levels, *self._crop, pads_evenly=self._pads_evenly)
@@ -147,6 +152,8 @@ def resize_with_pillow(image: Image.Image, size: tuple[int, int], resample: Imag
 
 def resize_with_torch(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Levels:
     """As torchvision resizes: several times faster than Pillow."""
+    import torch
+
     levels = np.asarray(image)
     if image.size == size:
         return levels
@@ -163,6 +170,8 @@ def resize_with_torch(image: Image.Image, size: tuple[int, int], resample: Image
 
 def _resizes_bytes(resample: Image.Resampling) -> bool:
     """Whether torchvision leaves bytes to torch on this machine; on others it converts to float and back."""
+    import torch
+
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return resample == Image.Resampling.BICUBIC or fast or platform.machine() in ("aarch64", "arm64")
 
@@ -181,6 +190,8 @@ def _value_table(processor: Any) -> npt.NDArray[np.float32]:
 
 def _fused_value_table(processor: Any) -> npt.NDArray[np.float32]:
     """The same in torchvision's way, where rescaling and normalising are one step: (level - 255 mean) / (255 std)."""
+    import torch
+
     values = torch.arange(256, dtype=torch.float32).repeat(3, 1)
     rescales = getattr(processor, "do_rescale", False)
     if getattr(processor, "do_normalize", False):

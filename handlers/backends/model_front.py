@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from engine.errors import ModelLoadError
+from handlers.backends.model_facts import TOKENIZER, ModelFacts, ModelQuestion, load_tokenizer, model_facts
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from engine.families.base import Preprocessor
+    from engine.families.preprocessor import Preprocessor
     from properties.settings import Settings
 
 
@@ -40,20 +42,19 @@ class ModelFront:
 
     @classmethod
     def load(cls, settings: Settings, path: str) -> ModelFront:
-        """Blocking: imports transformers and reads the model's files."""
-        import torch
-        from transformers import AutoTokenizer
+        """Blocking: a few seconds, nearly all of them another process's."""
+        question = ModelQuestion(
+            path, settings.mm_processor_kwargs, settings.image_processor_backend, settings.trust_remote_code
+        )
+        with tempfile.TemporaryDirectory(prefix="lmi-") as folder:
+            facts = model_facts(question, Path(folder), settings.model_loading_timeout)
+            if facts.tokenizer_is_plain:
+                from transformers import PreTrainedTokenizerFast
 
-        from engine.loader import load_preprocessor, read_config
-
-        config = read_config(path, trust_remote_code=settings.trust_remote_code)
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
-        if not tokenizer.is_fast:
-            raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
-        preprocessor = load_preprocessor(path, settings.mm_processor_kwargs, settings.image_processor_backend)
+                tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(Path(folder, TOKENIZER))
+            else:
+                tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+        preprocessor = _preprocessor(facts, question)
         image_token = settings.image_placeholder_token
         if preprocessor is not None and image_token is None:
             image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
@@ -71,11 +72,23 @@ class ModelFront:
             tokenizer,
             renderer,
             preprocessor,
-            read_eos_token_ids(generation, config.get_text_config(), tokenizer),
+            read_eos_token_ids(generation, facts, tokenizer),
             read_default_sampling(generation),
-            int(config.get_text_config().vocab_size),
-            torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            facts.vocab_size,
+            facts.accelerators,
         )
+
+
+def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor | None:
+    if not facts.takes_pictures:
+        return None
+    if facts.preprocessor is not None:
+        from engine.families.pictures import PREPROCESSORS
+
+        return PREPROCESSORS[facts.model_type].from_facts(facts.preprocessor)
+    from engine.loader import load_preprocessor
+
+    return load_preprocessor(question.model_path, question.processor_overrides, question.processor_backend)
 
 
 def read_chat_template(setting: str | None, model_path: str) -> str | None:

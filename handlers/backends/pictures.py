@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from engine.families.base import PreparedPicture, Preprocessor
+from engine.families.preprocessor import PreparedPicture, Preprocessor
 from engine.messages import TensorData
 from handlers.errors import ImageError
 from handlers.request import ImagePart, LoadedImage

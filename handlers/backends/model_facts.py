@@ -1,0 +1,157 @@
+"""What transformers says of a model, found out by a process of its own.
+
+Its auto classes import torch and much of transformers: 340 MB and several seconds, of which a front that never runs a
+model needs nothing. So `model_facts` lets a short-lived process ask them, and gets back the tokenizer as files
+that the light classes read, and the few facts that the front needs. Where the light way would not do the same
+(`tokenizer_is_plain`, `preprocessor`), the process says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.environment import child_environment
+from engine.errors import ModelLoadError
+from engine.families.pixels import ProcessorBackend
+
+logger = logging.getLogger(__name__)
+
+_QUESTION, _ANSWER, TOKENIZER = "question", "answer", "tokenizer"
+_PROBES = (" Hello,  world!\n", "<s>héé 你好 🦙</s>", "")
+
+
+class ModelQuestion(msgspec.Struct):
+    """processor_overrides: of the picture processor's own settings."""
+
+    model_path: str
+    processor_overrides: dict[str, Any] | None
+    processor_backend: ProcessorBackend
+    trust_remote_code: bool
+
+
+class ModelFacts(msgspec.Struct):
+    """eos_token_id: of the model's config, which may name several or none. accelerators: devices that torch sees.
+
+    tokenizer_is_plain: the files under `tokenizer` read by the plain fast class give the very same tokenizer.
+    preprocessor: facts for the family's front half; None with takes_pictures where only transformers can do it.
+    """
+
+    model_type: str
+    vocab_size: int
+    eos_token_id: list[int] | int | None
+    accelerators: int
+    tokenizer_is_plain: bool
+    takes_pictures: bool
+    preprocessor: bytes | None
+
+
+class _Failed(msgspec.Struct, tag=True):
+    message: str
+
+
+class _Found(msgspec.Struct, tag=True):
+    facts: ModelFacts
+
+
+def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = None) -> ModelFacts:
+    """Blocking. folder: empty; afterwards the tokenizer's files are in its `tokenizer`.
+
+    In a process that has imported the auto classes for its own ends, they are asked here and now.
+    Raises ModelLoadError for a model that cannot be served, and when it takes longer than that many seconds.
+    """
+    if "transformers.models.auto.modeling_auto" in sys.modules:
+        return _look(question, folder)
+    (folder / _QUESTION).write_bytes(msgspec.msgpack.encode(question))
+    command = [sys.executable, "-P", "-m", "handlers.backends.model_facts", str(folder)]
+    try:
+        done = subprocess.run(
+            command, env=child_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelLoadError(f"the model's files were not read within {seconds:g} seconds") from error
+    try:
+        answer = msgspec.msgpack.decode((folder / _ANSWER).read_bytes(), type=_Found | _Failed)
+    except (OSError, msgspec.MsgspecError) as error:
+        last = done.stderr.decode(errors="replace").strip()[-2000:]
+        logger.error("reading the model's files ended with %d: %s", done.returncode, last)
+        raise ModelLoadError("the model's files could not be read; the log has more") from error
+    if isinstance(answer, _Failed):
+        raise ModelLoadError(answer.message)
+    return answer.facts
+
+
+def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
+    import torch
+
+    from engine.loader import load_preprocessor, quiet_transformers, read_config
+
+    quiet_transformers()
+    path = question.model_path
+    config = read_config(path, trust_remote_code=question.trust_remote_code)
+    text_config = config.get_text_config()
+    tokenizer = load_tokenizer(path, trust_remote_code=question.trust_remote_code)
+    preprocessor = load_preprocessor(path, question.processor_overrides, question.processor_backend)
+    return ModelFacts(
+        model_type=config.model_type,
+        vocab_size=int(text_config.vocab_size),
+        eos_token_id=getattr(text_config, "eos_token_id", None),
+        accelerators=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        tokenizer_is_plain=_save_plain(tokenizer, folder / TOKENIZER),
+        takes_pictures=preprocessor is not None,
+        preprocessor=None if preprocessor is None else preprocessor.facts(),
+    )
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
+    """The model's tokenizer as transformers loads it. Slow. Raises ModelLoadError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
+    return tokenizer
+
+
+def _save_plain(tokenizer: Any, folder: Path) -> bool:
+    """Write the tokenizer's files. Returns whether the plain class makes the same of them."""
+    from transformers import PreTrainedTokenizerFast
+
+    own: Any = type(tokenizer)
+    if any(
+        getattr(own, name) is not getattr(PreTrainedTokenizerFast, name)
+        for name in ("apply_chat_template", "decode", "convert_ids_to_tokens")
+    ):
+        return False
+    tokenizer.save_pretrained(folder)
+    plain: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    same = (
+        plain.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        and plain.chat_template == tokenizer.chat_template
+        and plain.all_special_tokens == tokenizer.all_special_tokens
+        and plain.special_tokens_map == tokenizer.special_tokens_map
+        and (plain.bos_token_id, plain.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    return same and all(plain(probe).input_ids == tokenizer(probe).input_ids for probe in _PROBES)
+
+
+def main(folder: Path) -> None:
+    question = msgspec.msgpack.decode((folder / _QUESTION).read_bytes(), type=ModelQuestion)
+    answer: _Found | _Failed
+    try:
+        answer = _Found(_look(question, folder))
+    except ModelLoadError as error:
+        answer = _Failed(str(error))
+    (folder / _ANSWER).write_bytes(msgspec.msgpack.encode(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,119 @@
+"""The front learns of a model from a process of its own, and needs neither torch nor most of transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, processors
+
+from engine.errors import ModelLoadError
+from handlers.backends.model_facts import TOKENIZER, ModelQuestion, model_facts
+from tests.models import make_llava
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ROOT / "examples" / "shapes"
+
+_LOAD = """
+import json, sys
+from handlers.backends.model_front import ModelFront
+from properties.settings import Settings
+front = ModelFront.load(Settings(), sys.argv[1])
+from PIL import Image
+picture = front.preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
+print(json.dumps({
+    "heavy": sorted({"torch", "transformers.modeling_utils"} & sys.modules.keys()),
+    "eos": front.eos_token_ids, "vocabulary": front.vocab_size, "ids": front.tokenizer("a red circle").input_ids,
+    "kind": type(front.tokenizer).__name__, "tokens": len(picture.token_ids),
+    "pixels": float(picture.tensors["pixel_values"].sum()), "fingerprint": front.preprocessor.fingerprint.hex(),
+}))
+"""
+
+
+def _front(model: Path) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(model)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
+    """The test's own process has torch, and asks the auto classes itself: the two ways must agree."""
+    import torch  # noqa: F401
+    from PIL import Image
+    from transformers import AutoTokenizer
+
+    from engine.loader import load_preprocessor
+
+    found = _front(SHAPES)
+    assert found["heavy"] == []
+    tokenizer = AutoTokenizer.from_pretrained(SHAPES)
+    assert found["ids"] == tokenizer("a red circle").input_ids
+    assert found["eos"] == [tokenizer.eos_token_id]
+    preprocessor = load_preprocessor(str(SHAPES))
+    assert preprocessor is not None
+    if preprocessor.facts() is None:
+        pytest.fail("the shapes model has the usual processor")
+    picture = preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
+    assert found["tokens"] == len(picture.token_ids)
+    assert found["pixels"] == float(picture.tensors["pixel_values"].sum())
+    assert found["fingerprint"] == preprocessor.fingerprint.hex()
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", "TokenizersBackend"])
+def test_a_tokenizer_of_any_class_encodes_the_same_in_the_light_class(name: str, tmp_path: Path) -> None:
+    """Whether it is plain or not is the answer's to say; where it says so, all must be equal."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    model, folder = tmp_path / "model", tmp_path / "facts"
+    make_llava(model)
+    folder.mkdir()
+    settings = model / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": name}))
+    facts = model_facts(ModelQuestion(str(model), None, "auto", False), folder)
+    own = AutoTokenizer.from_pretrained(model)
+    if not facts.tokenizer_is_plain:
+        return
+    plain = PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER)
+    for text in ("a red circle", "<image>\nWhat is this? ", "héé 你好 🦙\x00", "  two  spaces "):
+        assert plain(text).input_ids == own(text).input_ids
+        assert plain.decode(own(text).input_ids) == own.decode(own(text).input_ids)
+
+
+def test_a_tokenizer_that_the_light_class_reads_otherwise_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    read = PreTrainedTokenizerFast.from_pretrained
+
+    def altered(*given: object, **named: object) -> object:
+        tokenizer = read(*given, **named)
+        if given[0] != tmp_path / TOKENIZER:
+            return tokenizer
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        backend.post_processor = processors.Sequence([])
+        backend.add_tokens(["one more"])
+        return tokenizer
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", altered)
+    facts = model_facts(ModelQuestion(str(SHAPES), None, "auto", False), tmp_path)
+    assert not facts.tokenizer_is_plain
+
+
+def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        model_facts(ModelQuestion(str(tmp_path / "model"), None, "auto", False), tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(tmp_path / "model")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "ModelLoadError: config.json of the model cannot be read" in done.stderr
