@@ -280,6 +280,7 @@ class Engine:
             logprobs=None if logprob is None else [logprob],
             stop_token=stop_token,
             cached_tokens=sequence.cached_tokens,
+            queued=sequence.queued,
         )
         if sequence.prompt_logprobs is not None and not sequence.prompt_logprobs_sent:
             output.prompt_logprobs = sequence.prompt_logprobs

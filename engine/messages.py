@@ -127,6 +127,7 @@ class Output(msgspec.Struct, array_like=True):
     cached_tokens and prompt_logprobs come with the first output. `error` is set with finish "error".
     stop_token: the stop id that ended the answer, None for end-of-sequence.
     invalid: with an error, that the request itself is at fault and `error` may be shown to its client.
+    queued: seconds that the request waited for its first step.
     """
 
     request_id: int
@@ -138,6 +139,7 @@ class Output(msgspec.Struct, array_like=True):
     prompt_logprobs: list[Logprobs] | None = None
     error: str | None = None
     invalid: bool = False
+    queued: float = 0.0
 
 
 class Stats(msgspec.Struct, array_like=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ class Scheduler:
             self.pool.allocate(sequence, sequence.num_computed + length)
             if sequence.cached_tokens < 0:
                 sequence.cached_tokens = sequence.num_computed
+                sequence.queued = time.monotonic() - sequence.arrived
                 self.pool.count(sequence)
             self.waiting.remove(sequence)
             self.running.append(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Guides
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ class Sequence:
     prefill or decode phase; whoever has one token left to compute is decoding.
 
     leader: the first answer to the same prompt, whose blocks this one waits for instead of computing them too.
+    arrived: by the clock of `time.monotonic`. queued: seconds from then to the first step that had a place for it.
     guide: where the answer stands in its grammar; None for free text. Like the tokens, it survives preemption.
     """
 
@@ -47,6 +49,8 @@ class Sequence:
     leader: Sequence | None = None
     guide: Guide | None = None
     finished: bool = False
+    arrived: float = field(default_factory=time.monotonic)
+    queued: float = 0.0
 
     @classmethod
     def from_message(

@@ -29,6 +29,28 @@ class InvalidRequest(ServingError):
     kind = "invalid_request"
 
 
+class ContextExceeded(InvalidRequest):
+    """Prompt and answer together do not fit into the model's context.
+
+    prompt_tokens: pictures included. max_tokens: as the client asked, None for a prompt that leaves no room at all.
+    context: tokens of prompt and answer that the model takes.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        context: int,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context = context
+
+
 class MalformedBody(InvalidRequest):
     """The body is no JSON object."""
 

@@ -27,7 +27,8 @@ class RequestFacts:
     """What one log record says about a request; complete once its reply has been sent or closed.
 
     Times are seconds from the request's arrival; `first_token` is None until there is one. Tokens are sums
-    over the prompts of the request. `error` is the kind of the error that ended it.
+    over the prompts of the request. `prepared`: until the engine had the last of them; `queued`: from then on until it
+    began. `error` is the kind of the error that ended it.
     """
 
     request_id: str
@@ -40,6 +41,8 @@ class RequestFacts:
     image_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    prepared: float = 0.0
+    queued: float = 0.0
     first_token: float | None = None
     total: float | None = None
     finish_reason: str | None = None

@@ -187,6 +187,7 @@ class Run:
                 raise
             raise known from error
         self._generations[number] = generation
+        self.facts.prepared = time.monotonic() - self._arrival
         self._running.append(generation)
         return generation
 
@@ -234,6 +235,7 @@ class Run:
             facts.prompt_tokens += generation.stats.prompt_tokens
             facts.image_tokens += generation.stats.image_tokens
             facts.cached_tokens += generation.stats.cached_tokens
+            facts.queued = max(facts.queued, generation.stats.queued)
         if facts.finish_reason is None and facts.error is None:
             facts.finish_reason = "abort"
 

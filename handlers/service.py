@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from handlers.admission import Admission
 from handlers.backends.base import Backend
+from handlers.dialects import tgi_headers
 from handlers.dialects.base import JSON, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import client_error, error_reply, log_error, style_of
@@ -242,9 +243,12 @@ class Service:
         finally:
             if stream is None:
                 await run.close()
+        named, compute_type = facts.route in tgi_headers.ROUTES, self._backend.capabilities.compute_type
         if stream is not None:
-            return Reply(200, task.writer.stream_type, chunks=stream, facts=facts)
-        return Reply(200, JSON, body, facts=facts)
+            headers = tgi_headers.of_stream(task.requests, compute_type) if named else {}
+            return Reply(200, task.writer.stream_type, chunks=stream, headers=headers, facts=facts)
+        headers = tgi_headers.of_whole(task.requests, compute_type, facts) if named else {}
+        return Reply(200, JSON, body, headers=headers, facts=facts)
 
 
 async def _aside(size: int, work: Callable[..., T], *given: Any) -> T:

@@ -58,6 +58,7 @@ class PromptStats:
 
     prompt_tokens counts the placeholders of pictures; image_tokens is their part of it; cached_tokens is how
     many were found in the prefix cache. first_token_text goes with prompt_logprobs, whose first entry is None.
+    queued: seconds that it waited for the engine to begin.
     """
 
     prompt_tokens: int
@@ -67,6 +68,7 @@ class PromptStats:
     prompt_text: str = ""
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     first_token_text: str = ""
+    queued: float = 0.0
 
 
 def total(stats: Sequence[PromptStats]) -> PromptStats:
@@ -77,6 +79,7 @@ def total(stats: Sequence[PromptStats]) -> PromptStats:
         prompt_tokens=sum(one.prompt_tokens for one in stats),
         image_tokens=sum(one.image_tokens for one in stats),
         cached_tokens=sum(one.cached_tokens for one in stats),
+        queued=max((one.queued for one in stats), default=0.0),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from engine.sampling_params import SamplingParams
-from handlers.errors import InvalidRequest
+from handlers.errors import ContextExceeded, InvalidRequest
 from handlers.request import GenerationRequest, TextPrompt
 
 MOST_TOKEN_IDS = 1024
@@ -47,16 +47,22 @@ def checked_sampling(
     if used == 0:
         raise InvalidRequest("the prompt is empty")
     if used >= max_model_len:
-        raise InvalidRequest(
+        raise ContextExceeded(
             f"the prompt has {used} tokens, pictures included; this model's context is {max_model_len} tokens, "
             "the answer included: shorten the prompt or send fewer pictures",
+            prompt_tokens=used,
+            max_tokens=None,
+            context=max_model_len,
         )
     if wanted is not None and used + wanted > max_model_len:
         if not request.max_tokens_is_default:
             name = request.names.get("max_tokens", "max_tokens")
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"the prompt has {used} tokens and {name} is {wanted}, together more than this model's context "
                 f"of {max_model_len} tokens: ask for at most {max_model_len - used}",
+                prompt_tokens=used,
+                max_tokens=wanted,
+                context=max_model_len,
                 param=name,
             )
         params = msgspec.structs.replace(params, max_tokens=max_model_len - used)

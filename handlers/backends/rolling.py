@@ -297,6 +297,7 @@ class RollingGeneration:
             raise EngineFailed(output.error or "the engine failed on this request")
         index = self._index[output.request_id]
         text = self._texts[index]
+        self.stats.queued = self.stats.queued or output.queued
         if output.cached_tokens > 0:
             self.stats.cached_tokens = max(self.stats.cached_tokens, output.cached_tokens)
         silent = output.finish == "stop" and not self._params.include_stop_str_in_output

@@ -144,5 +144,6 @@ def in_the_clients_words(error: InvalidRequest, names: Mapping[str, str]) -> Inv
     name = error.param
     if name is None or name not in names:
         return error
-    message = re.sub(rf"\b{re.escape(name)}\b", lambda _: names[name], error.message)
-    return InvalidRequest(message, param=names[name])
+    error.message = re.sub(rf"\b{re.escape(name)}\b", lambda _: names[name], error.message)
+    error.param, error.args = names[name], (error.message,)
+    return error

@@ -11,6 +11,7 @@ import msgspec
 
 from handlers.dialects.base import JSON
 from handlers.errors import (
+    ContextExceeded,
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
@@ -69,9 +70,10 @@ def lmi_error(error: ServingError) -> dict[str, Any]:
 
 
 def tgi_error(error: ServingError) -> dict[str, str]:
-    """`error_type` is what TGI's clients choose their exception by."""
+    """`error_type` is what TGI's clients choose their exception by; some also know the words."""
     if isinstance(error, InvalidRequest):
-        return {"error": f"Input validation error: {error.message}", "error_type": "validation"}
+        words = _tgi_length(error) if isinstance(error, ContextExceeded) else error.message
+        return {"error": f"Input validation error: {words}", "error_type": "validation"}
     if isinstance(error, Overloaded):
         return {"error": "Model is overloaded", "error_type": "overloaded"}
     if isinstance(error, Unavailable):
@@ -82,6 +84,16 @@ def tgi_error(error: ServingError) -> dict[str, str]:
         failed = f"Request failed during generation: Server error: {error.message}"
         return {"error": failed, "error_type": "generation"}
     return {"error": error.message, "error_type": error.kind}
+
+
+def _tgi_length(error: ContextExceeded) -> str:
+    prompt, wanted, longest = error.prompt_tokens, error.max_tokens, error.context
+    if wanted is None:
+        return f"`inputs` must have less than {longest - 1} tokens. Given: {prompt}"
+    return (
+        f"`inputs` tokens + `max_new_tokens` must be <= {longest}. "
+        f"Given: {prompt} `inputs` tokens and {wanted} `max_new_tokens`"
+    )
 
 
 def tgi_status(error: ServingError) -> int:
