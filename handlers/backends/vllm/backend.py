@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from handlers.backends.base import BackendStats, Capabilities, Health, PromptStats
-from handlers.backends.limits import checked_sampling
+from handlers.backends.base import BackendStats, Capabilities, Health, PromptStats, TokenizedPrompt
+from handlers.backends.limits import checked_sampling, checked_tokens
+from handlers.backends.rolling_plan import compute_type
+from handlers.backends.tokens import detokenized, tokenized
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.counters import Counters, series, stat_logger
 from handlers.backends.vllm.front import VllmFront
@@ -31,12 +33,13 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
+from handlers.request import ImagePart, TextPrompt, prompt_parts
 from handlers.templates import RenderedPrompt
 from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
-    from handlers.request import Constraint, GenerationRequest, ImagePart
+    from handlers.request import Constraint, GenerationRequest, Prompt
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
 
 _LONGEST_REASON = 600
+_THREADS = 2
 
 
 class VllmBackend:
@@ -60,7 +64,7 @@ class VllmBackend:
         self._loaded = False
         self._open: set[VllmGeneration] = set()
         self._numbers = itertools.count()
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-prompts")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
 
     @classmethod
     def from_configuration(cls, configuration: Configuration, model_path: Path) -> VllmBackend:
@@ -89,6 +93,7 @@ class VllmBackend:
             await keeper.close()
             raise
         config = keeper.engine.vllm_config
+        parallel = config.parallel_config
         self._blocks = int(config.cache_config.num_gpu_blocks or 0)
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._capabilities = Capabilities(
@@ -97,9 +102,14 @@ class VllmBackend:
             default_sampling=self._front.default_sampling,
             structured_outputs=True,
             image_placeholder=self._front.renderer.placeholder,
+            special_token_ids=frozenset(self._front.tokenizer.all_special_ids),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            device_type="cuda" if self._machine.accelerators else "cpu",
+            compute_type=compute_type(self._devices(parallel)),
+            cache_tokens=self._blocks * int(config.cache_config.block_size) * self._replicas,
+            prompt_threads=_THREADS,
         )
         self._loaded = True
-        parallel = config.parallel_config
         logger.info(
             "vLLM %s ready: %s, %d x %d x %d devices, %d tokens of context, %d blocks of %d tokens",
             self._vllm.version, config.model_config.dtype, self._replicas, parallel.pipeline_parallel_size,
@@ -120,16 +130,18 @@ class VllmBackend:
         if engine is None or engine.errored:
             reason = "failed too often" if keeper.given_up else "is being restarted; try again"
             raise Unavailable(f"the engine {reason}", retry_after=5)
+        longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         parts = list(request.images())
         rendered = await self._render(request)
         token_ids = rendered.token_ids
-        if request.truncate_prompt_tokens is not None and not parts:
-            token_ids = token_ids[-request.truncate_prompt_tokens :]
+        if not parts:
+            token_ids = checked_tokens(request, token_ids, longest, vocab_size)
         # What is too long without its pictures is refused before they cost anything.
-        checked_sampling(request, len(token_ids), self.capabilities.max_model_len, self._front.vocab_size)
+        params = checked_sampling(request, len(token_ids), longest, vocab_size)
         prompt = await self._input(engine, token_ids, parts)
         ids: list[int] = list(prompt["prompt_token_ids"])
-        params = checked_sampling(request, len(ids), self.capabilities.max_model_len, self._front.vocab_size)
+        if parts:
+            params = checked_sampling(request, len(ids), longest, vocab_size)
         copies = request.n if params.greedy else 1
         theirs = to_vllm(self._vllm, params, request.n // copies, request.constraint, request.names)
         stats = PromptStats(
@@ -156,6 +168,30 @@ class VllmBackend:
         await generation.start()
         keeper.answered = True
         return generation
+
+    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        front, loop = self._front, asyncio.get_running_loop()
+        rendered = await loop.run_in_executor(
+            self._threads, partial(front.renderer.render, prompt, spans=True)
+        )
+        expanded: list[list[int]] = []
+        parts = [part for part in prompt_parts(prompt) if isinstance(part, ImagePart)]
+        if parts:
+            keeper = self._keeper
+            if keeper is None or keeper.engine is None:
+                raise Unavailable("the engine is being restarted; try again", retry_after=5)
+            placed = await self._input(keeper.engine, rendered.token_ids, parts)
+            ids = list(placed["prompt_token_ids"])
+            places = sorted(placed["mm_placeholders"]["image"], key=lambda place: int(place.offset))
+            expanded = [ids[place.offset : place.offset + place.length] for place in places]
+        return await loop.run_in_executor(
+            self._threads, tokenized, rendered, front.tokenizer, front.renderer.image_token_id, expanded
+        )
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, detokenized, token_ids, self._front.tokenizer
+        )
 
     def health(self) -> Health:
         if self._keeper is None or not self._loaded:
@@ -191,6 +227,12 @@ class VllmBackend:
             await self._keeper.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def _devices(self, parallel: Any) -> list[str]:
+        """Torch's names of the devices of one copy of the model."""
+        count = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
+        here = len(self._machine.accelerators)
+        return [f"cuda:{number % here}" if here else "cpu" for number in range(count)]
+
     def _import(self) -> Vllm:
         from engine.machine import this_machine
 
@@ -222,12 +264,11 @@ class VllmBackend:
             pass
 
     async def _render(self, request: GenerationRequest) -> RenderedPrompt:
-        renderer = self._front.renderer
-        if request.text_bytes <= LONG_PROMPT_BYTES:
-            return renderer.render(request.prompt)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, renderer.render, request.prompt
-        )
+        renderer, prompt = self._front.renderer, request.prompt
+        trusted = isinstance(prompt, TextPrompt) or prompt.template is None
+        if trusted and request.text_bytes <= LONG_PROMPT_BYTES:
+            return renderer.render(prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, renderer.render, prompt)
 
     async def _input(self, engine: Any, token_ids: Sequence[int], parts: Sequence[ImagePart]) -> Any:
         """vLLM's input, its pictures placed; they are let go of here. Raises ImageError and InvalidRequest."""

@@ -37,6 +37,12 @@ _TRANSLATED = (
 _GREEDY_TOO = ("dry_multiplier", "no_repeat_ngram_size", "bad_words_token_ids")
 """Samplers that vLLM does not have and that change greedy answers as well."""
 
+_SHAPES = (
+    "temperature_last", "smoothing_curve", "dynatemp_exponent", "xtc_threshold", "dry_base", "dry_allowed_length",
+    "dry_range", "dry_sequence_breakers", "dry_sequence_breaker_ids", "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
+"""Fields that mean nothing unless another one switches their sampler on."""
+
 _PLAIN = SamplingParams()
 
 
@@ -57,6 +63,7 @@ def to_vllm(
         for field in params.__struct_fields__
         if field not in _SAME
         and field not in _TRANSLATED
+        and field not in _SHAPES
         and getattr(params, field) != getattr(_PLAIN, field)
         and (field in _GREEDY_TOO or not params.greedy)
     ]
