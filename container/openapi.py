@@ -14,10 +14,12 @@ import msgspec
 
 from container import openapi_shapes as shapes
 from container.routes import Route, every
+from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, RANGES
 from handlers.dialects import lmi_parameters, tgi, tokens
 from handlers.dialects.lmi import LmiBody
 from handlers.dialects.openai_chat import ChatBody
 from handlers.dialects.openai_completions import CompletionBody
+from handlers.dialects.openai_fields import MAX_ANSWERS
 from handlers.version import VERSION
 
 JSON = "application/json"
@@ -135,6 +137,28 @@ _HEADERS = {
 }
 
 
+_BOUNDS: dict[str, dict[str, float]] = {
+    **{name: {"minimum": least, "maximum": most} for name, (least, most, _) in RANGES.items()},
+    "temperature": {"minimum": 0, "maximum": 100},
+    "top_k": {"minimum": -1, "maximum": MAX_INTEGER},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "tfs": {"exclusiveMinimum": 0, "maximum": 1},
+    "typical_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 100},
+    "presence_penalty": {"minimum": -2, "maximum": 2},
+    "frequency_penalty": {"minimum": -2, "maximum": 2},
+    "min_tokens": {"minimum": 0, "maximum": MAX_INTEGER},
+    "max_completion_tokens": {"minimum": 1, "maximum": MAX_INTEGER},
+    "max_new_tokens": {"minimum": 1, "maximum": MAX_INTEGER},
+    "top_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
+    "prompt_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
+    "n": {"minimum": 1, "maximum": MAX_ANSWERS},
+    "best_of": {"minimum": 1, "maximum": MAX_ANSWERS},
+}
+"""Allowed values of fields whose type does not say them, in every body that has the field."""
+
+
 @functools.cache
 def document() -> bytes:
     """The document as JSON."""
@@ -203,7 +227,7 @@ def _responses(route: Route, text: _Text, method: str) -> dict[str, Any]:
     if text.replies:
         content[JSON] = {"schema": _any_of(text.replies)}
     for kind, events in text.events.items():
-        content[kind] = {"schema": {"type": "string"}, "x-event-schema": _any_of(events)}
+        content[kind] = {"schema": _stream(kind, _any_of((*events, *text.errors)))}
     codes = [500, 503]
     if not route.open:
         codes = [401, *codes]
@@ -222,6 +246,19 @@ def _responses(route: Route, text: _Text, method: str) -> dict[str, Any]:
         for response in responses.values():
             response.pop("content")
     return responses
+
+
+def _stream(kind: str, item: dict[str, Any]) -> dict[str, Any]:
+    """Of events each one is described, which is the custom before OpenAPI 3.2; of JSON lines, all together."""
+    if kind == JSON_LINES:
+        return {"type": "array", "items": item, "description": "One JSON value on each line."}
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": item}
+    return {
+        "type": "object",
+        "description": "One event.",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+    }
 
 
 def _any_of(types: Sequence[Any]) -> dict[str, Any]:
@@ -249,6 +286,10 @@ def _schemas() -> dict[str, Any]:
         "items": _ref("Message"),
         "minItems": 1,
     }
+    for body in ("ChatBody", "CompletionBody", *_RENAMED):
+        for name, bounds in _BOUNDS.items():
+            if name in schemas[body]["properties"]:
+                schemas[body]["properties"][name]["anyOf"][0] |= bounds
     for name, parameters in (("LmiBody", lmi_parameters.Parameters), ("TgiBody", tgi.Parameters)):
         schemas[name]["properties"]["parameters"] = {
             "anyOf": [_ref(f"{parameters.__module__}.Parameters"), {"type": "null"}]

@@ -34,7 +34,7 @@ SAMPLERS = (
 FIRST_SAMPLERS = frozenset({"PENALTIES", "DRY", "NO_REPEAT_NGRAM"})
 """Those that change single logits: they always come before the others."""
 
-_RANGES: dict[str, tuple[float, float, str]] = {
+RANGES: dict[str, tuple[float, float, str]] = {
     "top_a": (0.0, 100.0, "from 0 to 100"),
     "eta_cutoff": (0.0, 1e9, "from 0 to 1e9, in units of 1e-4"),
     "epsilon_cutoff": (0.0, 1000.0, "from 0 to 1000, in units of 1e-4"),
@@ -175,7 +175,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
         for token in self.logit_bias or ():
             _require(0 <= token <= MAX_INTEGER, "logit_bias", token, f"token ids from 0 to {MAX_INTEGER}")
         _require(0.0 < self.tfs <= 1.0, "tfs", self.tfs, "above 0, at most 1")
-        for name, (least, greatest, words) in _RANGES.items():
+        for name, (least, greatest, words) in RANGES.items():
             value = getattr(self, name)
             _require(least <= value <= greatest, name, value, words)
         _require(self.mirostat_mode in (0, 2), "mirostat_mode", self.mirostat_mode, "0 (off) or 2")
