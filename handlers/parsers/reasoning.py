@@ -1,0 +1,118 @@
+"""Reasoning between tags: <think>...</think> and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from handlers.parsers.base import Asked, Content, Parser, Piece, Reasoning
+from handlers.parsers.json_scanner import skip_space
+from handlers.parsers.writing import possible_beginning
+
+Begins = Literal["reasoning", "content", "tagged"]
+
+
+class ThinkParser:
+    """One block of reasoning at the beginning of the answer.
+
+    begins: with reasoning, whose opening tag is optional then; with content; or with either, as the opening tag
+    tells. interrupt: a mark that ends reasoning as well and belongs to what follows; "" for none.
+    """
+
+    def __init__(self, opening: str, closing: str, begins: Begins = "tagged", *, interrupt: str = "") -> None:
+        self._opening, self._closing, self._interrupt = opening, closing, interrupt
+        self._begins = begins
+        self._place: Literal["blank", "reasoning", "content"] = "content" if begins == "content" else "blank"
+        self._blank: list[str] = []
+        self._held = ""
+        self._out: list[Piece] = []
+
+    def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
+        text, self._held = self._held + text, ""
+        at = 0
+        if self._place == "blank":
+            at = self._before(text)
+        if self._place == "reasoning":
+            at = self._inside(text, at)
+        if self._place == "content":
+            self._give(text[at:])
+            at = len(text)
+        self._held = text[at:]
+        out, self._out = self._out, []
+        return out
+
+    def finish(self) -> list[Piece]:
+        if self._place == "blank":
+            self._decide(self._begins == "reasoning")
+        self._give(self._held)
+        self._held = ""
+        out, self._out = self._out, []
+        return out
+
+    def _before(self, text: str) -> int:
+        """White space may come before the opening tag."""
+        at = skip_space(text, 0)
+        self._blank.append(text[:at])
+        if text.startswith(self._opening, at):
+            self._blank.clear()
+            self._decide(True)
+            return at + len(self._opening)
+        if not self._opening.startswith(text[at:]):
+            self._decide(self._begins == "reasoning")
+        return at
+
+    def _decide(self, reasons: bool) -> None:
+        self._place = "reasoning" if reasons else "content"
+        self._give("".join(self._blank))
+        self._blank.clear()
+
+    def _inside(self, text: str, at: int) -> int:
+        end = text.find(self._closing, at)
+        interrupted = text.find(self._interrupt, at) if self._interrupt else -1
+        if interrupted >= 0 and not 0 <= end < interrupted:
+            self._give(text[at:interrupted])
+            self._place = "content"
+            return interrupted
+        if end >= 0:
+            self._give(text[at:end])
+            self._place = "content"
+            return end + len(self._closing)
+        end = possible_beginning(text, at, self._closing)
+        if self._interrupt:
+            end = min(end, possible_beginning(text, at, self._interrupt))
+        self._give(text[at:end])
+        return end
+
+    def _give(self, text: str) -> None:
+        if text:
+            self._out.append(Reasoning(text) if self._place == "reasoning" else Content(text))
+
+
+class ReasoningThenCalls:
+    """What is no reasoning is looked through for calls."""
+
+    def __init__(self, reasoning: Parser, calls: Parser) -> None:
+        self._reasoning, self._calls = reasoning, calls
+
+    def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
+        return self._parsed(self._reasoning.push(text, token_ids), token_ids)
+
+    def finish(self) -> list[Piece]:
+        return [*self._parsed(self._reasoning.finish(), ()), *self._calls.finish()]
+
+    def _parsed(self, pieces: list[Piece], token_ids: Sequence[int]) -> list[Piece]:
+        out: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Content):
+                out += self._calls.push(piece.text, token_ids)
+            else:
+                out.append(piece)
+        return out
+
+
+def in_prompt(asked: Asked, opening: str, closing: str) -> Begins | None:
+    """What the chat template has begun for the model; None where it leaves the choice to it, or is not known."""
+    end = asked.prompt_text[-200:].rstrip()
+    if end.endswith(opening):
+        return "reasoning"
+    return "content" if end.endswith(closing) else None

@@ -1,0 +1,119 @@
+"""Parsers by the names that the options know them by, which are vLLM's."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from handlers.parsers.base import Asked, Parser, ReasoningFormat, ToolFormat
+from handlers.parsers.call_array import CallArray, OnlyArguments
+from handlers.parsers.hermes import CLOSE, OPEN, HermesParser
+from handlers.parsers.llama3_json import TAG, Llama3JsonParser
+from handlers.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralParser, new_call_id
+from handlers.parsers.pythonic import END, START, PythonicParser
+from handlers.parsers.reasoning import Begins, ThinkParser, in_prompt
+from handlers.parsers.writing import Pieces
+
+
+def openai_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _hermes(opening: str, closing: str) -> ToolFormat:
+    return ToolFormat(
+        lambda asked: HermesParser(Pieces(openai_call_id), opening, closing),
+        frozenset({opening, closing}),
+        openai_call_id,
+    )
+
+
+_HERMES = _hermes(OPEN, CLOSE)
+_LLAMA3_JSON = ToolFormat(
+    lambda asked: Llama3JsonParser(Pieces(openai_call_id), asked.tool_names), frozenset({TAG}), openai_call_id
+)
+_MISTRAL = ToolFormat(
+    lambda asked: MistralParser(Pieces(new_call_id)), frozenset({TOOL_CALLS, ARGS, CALL_ID}), new_call_id
+)
+_PYTHONIC = ToolFormat(
+    lambda asked: PythonicParser(Pieces(openai_call_id), asked.tool_names),
+    frozenset({START, END}),
+    openai_call_id,
+)
+
+TOOL_FORMATS = {
+    "hermes": _HERMES,
+    "qwen3_json": _HERMES,
+    "longcat": _hermes("<longcat_tool_call>", "</longcat_tool_call>"),
+    "llama3_json": _LLAMA3_JSON,
+    "llama4_json": _LLAMA3_JSON,
+    "mistral": _MISTRAL,
+    "pythonic": _PYTHONIC,
+    "llama4_pythonic": _PYTHONIC,
+}
+
+
+def required_parser(call_id: Callable[[], str]) -> Parser:
+    """For an answer that a schema makes an array of {"name", "parameters"}."""
+    return CallArray(Pieces(call_id))
+
+
+def named_parser(name: str, call_id: Callable[[], str]) -> Parser:
+    """For an answer that a schema makes the arguments of one call."""
+    return OnlyArguments(Pieces(call_id), name)
+
+
+def _always(opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
+    """The answer begins with reasoning, unless the prompt has ended it."""
+
+    def parser(asked: Asked) -> Parser:
+        return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or "reasoning")
+
+    return ReasoningFormat(parser, frozenset({opening, closing}))
+
+
+def _tagged(opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
+    """There is reasoning where the prompt or the answer opens it."""
+
+    def parser(asked: Asked) -> Parser:
+        return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or "tagged")
+
+    return ReasoningFormat(parser, frozenset({opening, closing}))
+
+
+def _switched(variables: tuple[str, ...], default: bool, *, interrupt: str = "") -> ReasoningFormat:
+    """The client says whether to reason, in a variable of the chat template.
+
+    A model that is to reason and whose prompt shows no opening tag writes it itself; where the prompt is not known,
+    the tag may have been in there.
+    """
+
+    def parser(asked: Asked) -> Parser:
+        given = [asked.template_kwargs[name] for name in variables if name in asked.template_kwargs]
+        begins: Begins | None = in_prompt(asked, "<think>", "</think>")
+        if begins is None and not (any(given) if given else default):
+            begins = "content"
+        if begins is None:
+            begins = "tagged" if asked.prompt_text else "reasoning"
+        return ThinkParser("<think>", "</think>", begins, interrupt=interrupt)
+
+    return ReasoningFormat(parser, frozenset({"<think>", "</think>"}))
+
+
+_R1 = _always()
+_QWEN3 = _switched(("enable_thinking",), True, interrupt=OPEN)
+_SWITCHED = _switched(("enable_thinking", "thinking"), True)
+
+REASONING_FORMATS = {
+    "think": _tagged(),
+    "deepseek_r1": _R1,
+    "olmo3": _R1,
+    "step3": _R1,
+    "minimax_m2": _R1,
+    "qwen3": _QWEN3,
+    "glm45": _SWITCHED,
+    "nemotron_v3": _SWITCHED,
+    "holo2": _SWITCHED,
+    "deepseek_v3": _switched(("thinking", "enable_thinking"), False),
+    "seed_oss": _always("<seed:think>", "</seed:think>"),
+    "mistral": _tagged("[THINK]", "[/THINK]"),
+}
