@@ -21,14 +21,14 @@ import psutil
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-READY_SECONDS = 90.0
+from tests.backend import ENGINE_PROCESS, OPTIONS, READY_SECONDS
 
 
 class LiveServer:
     """Use as a context manager; entering returns once the model can answer (or at once with ready=False)."""
 
     def __init__(self, model: Path | str, *options: str, ready: bool = True, **environ: str) -> None:
-        arguments = [part for option in options for part in ("--option", option)]
+        arguments = [part for option in (*OPTIONS, *options) for part in ("--option", option)]
         self._wait_ready = ready
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "container.cli", "serve", str(model), "--port", "0", *arguments],
@@ -65,7 +65,7 @@ class LiveServer:
     def engines(self) -> list[psutil.Process]:
         """The engine processes, one per replica."""
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "engine.process" in child.cmdline()]
+        return [child for child in children if any(ENGINE_PROCESS in part for part in child.cmdline())]
 
     def wait_for(self, pattern: str, seconds: float = READY_SECONDS) -> str:
         """The first group of the first log line, from now on, that matches."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,21 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tests.backend import VLLM
+
 VOCAB = 320
+VLLM_SIZE = {"hidden_size": 128}
+"""Of decoders that vLLM serves: its CPU attention wants heads of 32 and more."""
+
+HUB_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+"""Prefixes as transformers writes them, and as the hub's checkpoints have them, which alone vLLM's loader knows."""
+
 SPECIALS = ["<s>", "</s>", "<pad>", "<image>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>"
@@ -85,6 +100,8 @@ def make_llava(
 ) -> Path:
     """A Llava of 28-pixel pictures: 16 patches, so 16 tokens (17 with CLIP's class token, 15 for SigLIP with
     "default", which cuts the first row off)."""
+    if VLLM:
+        overrides = VLLM_SIZE | overrides
     torch.manual_seed(seed)
     vision: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -105,6 +122,8 @@ def make_llava(
         if ("vision_tower" in name or "projector" in name) and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path)
+    if VLLM:
+        _write_hub_names(path / "model.safetensors")
     make_tokenizer().save_pretrained(path)
     size = {"height": 28, "width": 28}
     processor = (
@@ -129,6 +148,14 @@ def make_llava(
     )
     _write_generation_config(path)
     return path
+
+
+def _write_hub_names(weights: Path) -> None:
+    tensors = {}
+    for name, tensor in load_file(weights).items():
+        ours, hub = next((pair for pair in HUB_NAMES if name.startswith(pair[0])), ("", ""))
+        tensors[hub + name.removeprefix(ours)] = tensor
+    save_file(tensors, weights, {"format": "pt"})
 
 
 def _write_generation_config(path: Path) -> None:

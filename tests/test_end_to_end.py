@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
+from tests.backend import BACK, rolling_only
 from tests.engine_driver import Oracle, Prompt, random_image
 from tests.live import LiveServer, chat_body, data_url
 from tests.models import make_llava
@@ -343,7 +344,7 @@ def test_a_killed_engine_is_replaced_and_nobody_hangs(model: Path, truth: Truth)
         assert ping.status_code == 503
         assert "restarted" in ping.text
         assert server.chat("hello").status_code == 503
-        server.wait_for("replica 0 is back")
+        server.wait_for(BACK)
         assert server.http.get("/ping").status_code == 200
         assert same(server.chat("hello").json()["choices"][0]["message"]["content"], truth.answer("hello"))
         assert server.metrics()["lmi_engine_restarts_total"] == 1
@@ -364,6 +365,7 @@ def test_sigterm_lets_the_running_request_finish_and_exits_zero(model: Path) -> 
         assert not any(engine.is_running() for engine in engines)
 
 
+@rolling_only
 def test_two_replicas_of_two_ranks_answer_alike(model: Path, truth: Truth) -> None:
     with LiveServer(model, FLOAT32, "maxWorkers=2", "tensor_parallel_degree=2") as server:
         assert len(server.engines) == 2

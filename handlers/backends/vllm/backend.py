@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from handlers.backends.base import BackendStats, Capabilities, Health, PromptStats, TokenizedPrompt
+from handlers.backends.base import (
+    BackendStats,
+    Capabilities,
+    Health,
+    PromptStats,
+    TokenizedPrompt,
+    compute_type,
+)
 from handlers.backends.limits import checked_sampling, checked_tokens
-from handlers.backends.rolling_plan import compute_type
 from handlers.backends.tokens import detokenized, tokenized
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.counters import Counters, series, stat_logger
@@ -93,7 +99,7 @@ class VllmBackend:
             await keeper.close()
             raise
         config = keeper.engine.vllm_config
-        parallel = config.parallel_config
+        parallel, accelerators = config.parallel_config, self._machine.accelerators
         self._blocks = int(config.cache_config.num_gpu_blocks or 0)
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._capabilities = Capabilities(
@@ -104,8 +110,11 @@ class VllmBackend:
             image_placeholder=self._front.renderer.placeholder,
             special_token_ids=frozenset(self._front.tokenizer.all_special_ids),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
-            device_type="cuda" if self._machine.accelerators else "cpu",
-            compute_type=compute_type(self._devices(parallel)),
+            device_type="cuda" if accelerators else "cpu",
+            compute_type=compute_type(
+                accelerators[0].name if accelerators else "cpu",
+                int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size),
+            ),
             cache_tokens=self._blocks * int(config.cache_config.block_size) * self._replicas,
             prompt_threads=_THREADS,
         )
@@ -226,12 +235,6 @@ class VllmBackend:
         if self._keeper is not None:
             await self._keeper.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _devices(self, parallel: Any) -> list[str]:
-        """Torch's names of the devices of one copy of the model."""
-        count = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
-        here = len(self._machine.accelerators)
-        return [f"cuda:{number % here}" if here else "cpu" for number in range(count)]
 
     def _import(self) -> Vllm:
         from engine.machine import this_machine
