@@ -1,4 +1,4 @@
-"""The command line: `lmi serve`, `lmi check`, and `serve` as SageMaker starts a container."""
+"""The command line: `lmi serve`, `lmi run`, `lmi check`, and `serve` as SageMaker starts a container."""
 
 from __future__ import annotations
 
@@ -7,37 +7,66 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from container.flags import FlagError, Flags, read_flags
+from container.hidden import hide, revealed
 
 if TYPE_CHECKING:
     from container.server import BackendBuilder
 
-LOOPBACK = "127.0.0.1"
+SERVE_DEFAULTS = {"host": "127.0.0.1"}
+RUN_DEFAULTS = {"host": "127.0.0.1", "port": "2242"}
+"""What holds where no source of the configuration says otherwise; Aphrodite's port."""
+
+_OWN = ("-h", "--help", "--json")
+_FLAGS_HELP = (
+    "Every option can be written as a flag of its own: --max-model-len 4096, --limit-mm-per-prompt image=2, "
+    "--chat-template template.jinja, --trust-remote-code, --host 0.0.0.0, --port 8000, --api-key KEY. Keys are better "
+    "given by the environment (SERVING_API_KEY). docs/configuration.md has them all."
+)
 
 
 def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
     """The `lmi` command; the exit status. build: makes the backend; None is the one that the options choose."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    if not given or given[0] not in ("serve", "run", "check"):
+        parser.parse_args(given or ["--help"])
+    flags = _flags(parser, given[1:], real=argv is None)
+    arguments = parser.parse_args([given[0], *flags.rest])
+    options = [*arguments.option, *flags.options, *flags.secret]
     if arguments.command == "check":
         from container.check import run_check
 
-        return run_check(arguments.model, arguments.option, arguments.json, os.environ)
-    return _serve(arguments, build, reachable=False)
+        for warning in flags.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        return run_check(arguments.model, options, arguments.json, os.environ)
+    defaults = RUN_DEFAULTS if arguments.command == "run" else SERVE_DEFAULTS
+    return _serve(arguments.model, options, defaults, flags.warnings, build)
 
 
 def serve_main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
     """The `serve` command: `lmi serve`, but on all addresses, as a container must be."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    return _serve(_parser().parse_args(["serve", *given]), build, reachable=True)
+    parser = _parser()
+    flags = _flags(parser, sys.argv[1:] if argv is None else list(argv), real=argv is None)
+    arguments = parser.parse_args(["serve", *flags.rest])
+    options = [*arguments.option, *flags.options, *flags.secret]
+    return _serve(arguments.model, options, {}, flags.warnings, build)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lmi", description="Serve a vision-language model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve a model over HTTP")
-    check = commands.add_parser("check", help="show what would be served and how, without loading the model")
-    for command in (serve, check):
+    serve = commands.add_parser("serve", help="serve a model over HTTP, on port 8080", epilog=_FLAGS_HELP)
+    run = commands.add_parser(
+        "run", help="serve a model as Aphrodite's users start it, on port 2242", epilog=_FLAGS_HELP
+    )
+    check = commands.add_parser(
+        "check", help="show what would be served and how, without loading the model", epilog=_FLAGS_HELP
+    )
+    for command in (serve, run, check):
         command.add_argument(
             "model",
             nargs="?",
@@ -52,27 +81,39 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME=VALUE",
             help="set an option, as in serving.properties; may be repeated and wins over other sources",
         )
-    serve.add_argument(
-        "--host", help=f"address to listen on; default {LOOPBACK}, for the serve command 0.0.0.0"
-    )
-    serve.add_argument("--port", type=int, help="port to listen on; default 8080; 0 for any free one")
     check.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def _serve(arguments: argparse.Namespace, build: BackendBuilder | None, *, reachable: bool) -> int:
-    """reachable: listen on all addresses unless told otherwise."""
+def _flags(parser: argparse.ArgumentParser, arguments: list[str], *, real: bool) -> Flags:
+    """real: the arguments are those of the process, which shows them to everybody on the machine."""
+    from handlers.backends.vllm.fields import engine_argument_names
+
+    try:
+        flags = read_flags(arguments, _OWN, engine_argument_names())
+    except FlagError as error:
+        parser.error(str(error))
+    if real:
+        if flags.secret:
+            hide(flags, arguments)
+        flags.secret += revealed()
+    return flags
+
+
+def _serve(
+    model: str | None,
+    options: Sequence[str],
+    defaults: Mapping[str, str],
+    warnings: Sequence[str],
+    build: BackendBuilder | None,
+) -> int:
+    """defaults: option -> value where no source says."""
     # As process 1 of a container we would not even be killed by a signal that nobody handles.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: os._exit(0))
     from container.start import start
 
-    options = list(arguments.option)
-    if arguments.host is not None:
-        options.append(f"host={arguments.host}")
-    if arguments.port is not None:
-        options.append(f"port={arguments.port}")
-    status = start(arguments.model, options, os.environ, None if reachable else LOOPBACK, build)
+    status = start(model, options, os.environ, defaults, warnings, build)
     sys.stdout.flush()
     sys.stderr.flush()
     threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]

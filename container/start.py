@@ -21,24 +21,28 @@ def start(
     model: str | None,
     options: Sequence[str],
     environ: Mapping[str, str],
-    default_host: str | None,
+    defaults: Mapping[str, str],
+    warnings: Sequence[str] = (),
     build: BackendBuilder | None = None,
 ) -> int:
     """Serve to the end; the process's exit status.
 
-    default_host: where to listen when no source of the configuration says; None leaves it to the schema.
+    defaults: option -> value where no source of the configuration says. warnings: about the command line.
     """
     try:
         known = engine_argument_names()
         configuration = resolve(model=model, environ=environ, options=options, backend_options=known)
-        if default_host is not None and configuration.sources["host"].level is Level.DEFAULT:
-            options = [*options, f"host={default_host}"]
+        unsaid = [name for name in defaults if configuration.sources[name].level is Level.DEFAULT]
+        if unsaid:
+            options = [*options, *(f"{name}={defaults[name]}" for name in unsaid)]
             configuration = resolve(model=model, environ=environ, options=options, backend_options=known)
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 1
     with logging_to(form=configuration.settings.log_format):
         _announce(configuration)
+        for warning in warnings:
+            logger.warning("%s", warning)
         return serve(configuration, build or build_backend)
 
 

@@ -16,6 +16,7 @@ from properties.problem import ConfigurationError, Problem, Source
 from properties.recommend import recommended
 from properties.resolution import Resolution, Sourced, resolve_values
 from properties.settings import Settings
+from properties.settings_retired import RETIRED
 from properties.sources import FILE_NAME, Written, read_command_line, read_environment, read_file
 
 MODEL_STORE = Path("/opt/ml/model")
@@ -257,6 +258,12 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
 def _check_together(result: Resolution, home: Path | None) -> None:
     """What only several values, or a value and the files, can show to be wrong."""
     settings, sources = result.settings, result.sources
+    for name in RETIRED:
+        if sources[name].level is not Level.DEFAULT:
+            message = f"{key_of(name)} ({sources[name].location}) is retired: the model now says so itself"
+            result.warnings.append(
+                Problem(f"{message}; it is checked against the model and changes nothing", name)
+            )
 
     def problem(name: str, message: str) -> None:
         result.problems.append(Problem(message, name, sources[name]))

@@ -11,6 +11,7 @@ from properties.field import Option
 from properties.settings_chat import ChatSettings
 from properties.settings_engine import EngineSettings
 from properties.settings_model import ModelSettings
+from properties.settings_retired import RetiredSettings
 from properties.settings_server import ServerSettings
 from properties.settings_vision import VisionSettings
 
@@ -20,11 +21,14 @@ TOPICS: tuple[type[BaseModel], ...] = (
     VisionSettings,
     ChatSettings,
     ServerSettings,
+    RetiredSettings,
 )
 """The parts of `Settings` in the order of the documentation; each class's docstring is its heading."""
 
 
-class Settings(ServerSettings, ChatSettings, VisionSettings, EngineSettings, ModelSettings):
+class Settings(
+    RetiredSettings, ServerSettings, ChatSettings, VisionSettings, EngineSettings, ModelSettings
+):
     """The effective configuration. `Settings()` is all defaults; `resolve` reads the user's sources."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

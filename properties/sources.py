@@ -34,14 +34,16 @@ class Written:
 
 
 def read_command_line(options: Sequence[str], problems: list[Problem]) -> Iterator[Written]:
-    """`--option key=value` arguments."""
+    """`--option key=value` arguments, as "key=value"; an option written as a flag of its own is "--key=value"."""
     for text in options:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             problems.append(Problem(f"--option {text}: allowed: NAME=VALUE"))
         elif value.strip():
             name = name.strip()
-            yield Written(Level.COMMAND_LINE, key_from_command_line(name), value, f"--option {name}")
+            flag = name.startswith("--")
+            key = key_from_command_line(name.removeprefix("--").replace("-", "_") if flag else name)
+            yield Written(Level.COMMAND_LINE, key, value, name if flag else f"--option {name}")
 
 
 def read_environment(environ: Mapping[str, str]) -> Iterator[Written]:

@@ -1,0 +1,196 @@
+"""Options of the configuration as flags of their own: `--max-model-len 4096` for `--option max_model_len=4096`.
+
+The spellings are those of vLLM and Aphrodite: dashes or underscores, `--flag=value`, switches without a value, `--no-`
+before a switch, `--flag.key value` for one entry of a JSON object, several values after one flag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from properties.field import Level
+from properties.legacy import ignored_because
+from properties.names import FACTS, KEYS, PREFIX, key_from_command_line, nearest
+from properties.settings import Settings
+
+SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-q": "--quantization"}
+
+SAME = {"model": "model_id", "api_keys": "api_key", "model_tag": "model_id"}
+"""A flag's name -> the option's."""
+
+WITHOUT_EFFECT = {
+    "disable_log_requests": 0, "enable_log_requests": 0, "disable_log_stats": 0, "disable_uvicorn_access_log": 0,
+    "disable_frontend_multiprocessing": 0, "enable_request_id_headers": 0, "disable_fastapi_docs": 0,
+    "uvicorn_log_level": 1, "max_log_len": 1, "swap_space": 1, "max_logprobs": 1,
+}  # fmt: skip
+"""Flags of vLLM and Aphrodite that no answer depends on -> how many values they take."""
+
+_SEVERAL = frozenset(
+    {
+        "served_model_name",
+        "api_key",
+        "limit_mm_per_prompt",
+        "allowed_media_domains",
+        "image_fetch_allow_private",
+    }
+)
+
+
+class FlagError(ValueError):
+    """A flag that is not known or lacks its value; the message says which, and what is nearest to it."""
+
+
+@dataclass(slots=True)
+class Flags:
+    """What came of a command line.
+
+    rest: its other arguments, in order. options, secret: "--flag=value" for `properties.sources`; those of
+    `secret` must not be shown. public: the command line without the secret ones. warnings: for people.
+    """
+
+    rest: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
+    secret: list[str] = field(default_factory=list)
+    public: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_flags(arguments: Sequence[str], own: Collection[str], more: Collection[str] = ()) -> Flags:
+    """Take the options out of a command line. Raises FlagError.
+
+    own: flags without values that are not options and stay in `rest`; so does `--option` with its value. more:
+    options that are known beside the schema's. A flag takes several values only after the model's name: before
+    it, the last one could be the model.
+    """
+    reader = _Reader(arguments, more)
+    while reader.waiting:
+        reader.read(own)
+    return reader.finish()
+
+
+class _Reader:
+    def __init__(self, arguments: Sequence[str], more: Collection[str]) -> None:
+        self.waiting = deque(arguments)
+        self._more = more
+        self._found = Flags()
+        self._entries: dict[str, dict[str, object]] = {}
+        self._named = False
+
+    def read(self, own: Collection[str]) -> None:
+        before = list(self.waiting)
+        secret = len(self._found.secret)
+        argument = self.waiting.popleft()
+        flag, equals, value = argument.partition("=")
+        flag = SHORT.get(flag, flag)
+        if argument == "--":
+            self._found.rest += [argument, *self.waiting]
+            self.waiting.clear()
+        elif flag == "--option":
+            self._option(value if equals else self._next("--option"))
+        elif flag in own or not flag.startswith("--"):
+            self._found.rest.append(argument)
+            self._named |= not argument.startswith("-")
+        else:
+            self._flag(flag, value if equals else None)
+        if len(self._found.secret) == secret:
+            self._found.public += before[: len(before) - len(self.waiting)]
+
+    def finish(self) -> Flags:
+        for name, entries in self._entries.items():
+            self._found.options.append(f"--{name.replace('_', '-')}={json.dumps(entries)}")
+        return self._found
+
+    def _option(self, text: str) -> None:
+        attribute = _attribute(text.partition("=")[0].strip())
+        if attribute is not None and FACTS[attribute].secret:
+            self._found.secret.append(text)
+        else:
+            self._found.rest += ["--option", text]
+
+    def _flag(self, flag: str, value: str | None) -> None:
+        """value: what follows the flag after an equals sign."""
+        base, _, entry = flag.removeprefix("--").partition(".")
+        name = base.replace("-", "_")
+        name = SAME.get(name, name)
+        if name in WITHOUT_EFFECT:
+            if value is None and WITHOUT_EFFECT[name]:
+                self._next(flag)
+            self._found.warnings.append(f"{flag} has no effect here")
+            return
+        positive = name.removeprefix("no_")
+        if value is None and positive != name and not self._known(name) and self._is_switch(positive):
+            self._add(positive, "false")
+            return
+        if not self._known(name):
+            near = nearest(PREFIX + name, Level.COMMAND_LINE, self._more)
+            hint = (
+                f"; did you mean --{near.replace('_', '-')}?"
+                if near
+                else "; lmi run --help says where they are"
+            )
+            raise FlagError(f"unknown flag {flag}{hint}")
+        if entry:
+            given = self._next(flag) if value is None else value
+            _put(self._entries.setdefault(name, {}), entry.split("."), given)
+            return
+        self._add(name, self._value(flag, name) if value is None else value)
+        self._named |= name == "model_id"
+
+    def _value(self, flag: str, name: str) -> str:
+        """What follows the flag in arguments of its own."""
+        attribute = _attribute(name)
+        if self._is_switch(name):
+            return self.waiting.popleft() if self.waiting and self.waiting[0].lower() in _SWITCH else "true"
+        if attribute is None:  # a backend's own, whose type is not known here
+            return self.waiting.popleft() if self.waiting and self.waiting[0][:2] != "--" else "true"
+        values = [self._next(flag)]
+        while self._named and attribute in _SEVERAL and self.waiting and self.waiting[0][:1] != "-":
+            values.append(self.waiting.popleft())
+        if len(values) == 1:
+            return values[0]
+        return ",".join(values) if attribute == "limit_mm_per_prompt" else json.dumps(values)
+
+    def _next(self, flag: str) -> str:
+        if not self.waiting or self.waiting[0].startswith("--"):
+            raise FlagError(f"{flag} needs a value")
+        return self.waiting.popleft()
+
+    def _add(self, name: str, value: str) -> None:
+        attribute = _attribute(name)
+        secret = attribute is not None and FACTS[attribute].secret
+        (self._found.secret if secret else self._found.options).append(f"--{name.replace('_', '-')}={value}")
+
+    def _known(self, name: str) -> bool:
+        return (
+            _attribute(name) is not None
+            or name in self._more
+            or ignored_because(key_from_command_line(name)) is not None
+        )
+
+    def _is_switch(self, name: str) -> bool:
+        attribute = _attribute(name)
+        return attribute is not None and Settings.model_fields[attribute].annotation is bool
+
+
+_SWITCH = ("true", "false")
+
+
+def _attribute(name: str) -> str | None:
+    return KEYS.get(key_from_command_line(name))
+
+
+def _put(entries: dict[str, object], path: Sequence[str], text: str) -> None:
+    """Set one entry of nested objects; its value is JSON, or else a text."""
+    *parents, last = path
+    for parent in parents:
+        inner = entries.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise FlagError(f"the entry {parent!r} is given both a value and entries of its own")
+        entries = inner
+    try:
+        entries[last] = json.loads(text)
+    except ValueError:
+        entries[last] = text
