@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import re
@@ -15,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
+from container.keys import Keys
 from container.life import Answers, Life
 from container.metrics import Metrics
 from container.names import accepted_names, public_names
@@ -82,8 +82,7 @@ class App:
         self._settings = configuration.settings
         self._names = public_names(configuration)
         self._accepted = accepted_names(configuration)
-        key = configuration.settings.api_key
-        self._key = None if key is None else key.get_secret_value().encode()
+        self._keys = Keys(configuration.settings.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -182,11 +181,7 @@ class App:
         raise NotFound(f"Model or workflow not found: {path[:200]}")
 
     def _authorize(self, call: Call) -> None:
-        if self._key is None:
-            return
-        scheme, _, given = call.headers.get("authorization", "").partition(" ")
-        sent = given.strip().encode("latin-1", "replace")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._key):
+        if not self._keys.admit(call.headers):
             raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
 
     def _ping(self) -> Reply:
