@@ -216,6 +216,14 @@ def test_the_prompt_of_a_route_of_its_own_is_missed_by_name() -> None:
     assert "prompt" in reply["error"]["message"]
 
 
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    """As JSON does not tell them apart, and clients in Java write all their numbers so."""
+    request = only({"prompt": [[1.0, 2.0]], "max_tokens": 5.0, "seed": -3.0, "logit_bias": {"7": 1}, "n": 2.0})
+    assert (parts(request).token_ids, request.sampling.max_tokens, request.n) == ([1, 2], 5, 2)
+    with pytest.raises(InvalidRequest, match="max_tokens: expected"):
+        read({"prompt": "a", "max_tokens": 5.5, "n": 2.0})
+
+
 # Writing
 
 

@@ -14,6 +14,12 @@ from handlers.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 
 T = TypeVar("T")
 
+_NUMBERS_WITHIN = 3
+"""Lists or objects around a number: `prompt` is a list of lists."""
+
+_EXACT = 2**53
+"""Above it not every whole number is a float."""
+
 FORM = "application/x-www-form-urlencoded"
 
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
@@ -78,9 +84,17 @@ def read_body(body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
-    """`body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault."""
+    """`body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault.
+
+    A whole number may be written as 16.0, which JSON does not tell from 16; some clients write all numbers so.
+    """
     try:
-        return msgspec.convert(body, shape, str_keys=True)
+        try:
+            return msgspec.convert(body, shape, str_keys=True)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+        return msgspec.convert(_whole(body, _NUMBERS_WITHIN), shape, str_keys=True)
     except msgspec.ValidationError as error:
         found = _AT.match(str(error))
         assert found is not None
@@ -90,6 +104,17 @@ def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
         raise InvalidRequest(
             f"{where}{'a key: ' if found['key'] else ''}{what}", param=path or None
         ) from None
+
+
+def _whole(value: Any, depth: int) -> Any:
+    """The value with 16 for 16.0, as far down as bodies have whole numbers."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        return int(value)
+    if depth and isinstance(value, list):
+        return [_whole(item, depth - 1) for item in value]
+    if depth and isinstance(value, dict):
+        return {key: _whole(item, depth - 1) for key, item in value.items()}
+    return value
 
 
 def _content_type(header: str) -> tuple[str, str]:
