@@ -28,6 +28,15 @@ def this_machine() -> Machine:
     return Machine(_accelerators(), Device("host memory", host_memory()))
 
 
+def device_name(device: str) -> str:
+    """What the maker calls a device of torch's; "cpu" is called just that."""
+    if device == "cpu":
+        return device
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
 def _accelerators() -> tuple[Device, ...]:
     try:
         import torch

@@ -105,7 +105,10 @@ ToEngine = Add | Abort | Ping | Shutdown
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The model is loaded and has answered a first request of its own. constrains: grammars can be obeyed."""
+    """The model is loaded and has answered a first request of its own.
+
+    constrains: grammars can be obeyed. device: the name of the accelerator, or "cpu".
+    """
 
     max_model_len: int
     max_num_seqs: int
@@ -115,6 +118,7 @@ class Ready(msgspec.Struct, tag=True):
     attention: str
     weight_bytes: int
     constrains: bool = False
+    device: str = "cpu"
 
 
 class LoadFailed(msgspec.Struct, tag=True):

@@ -7,7 +7,6 @@ out. When the front goes away, in whatever manner, the process ends.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import queue
 import signal
@@ -20,8 +19,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine.config import EngineConfig
+from engine.environment import die_with_parent
 from engine.errors import EngineError
 from engine.framing import read_frame, write_frame
+from engine.machine import device_name
 from engine.messages import (
     Abort,
     Add,
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from engine.building import Built
 
 logger = logging.getLogger("engine.process")
-
-_PR_SET_PDEATHSIG = 1
 
 MESSAGES_PER_STEP = 64
 """Messages taken in between two steps at most, so that a flood of new requests does not stop the running ones."""
@@ -93,6 +92,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
             attention=runner.kernel.name,
             weight_bytes=runner.weight_bytes,
             constrains=engine.guidance is not None,
+            device=device_name(config.devices[0]),
         )
     )
     inbox: queue.SimpleQueue[ToEngine | Built | None] = queue.SimpleQueue()
@@ -145,13 +145,6 @@ def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | Built | None
         logger.exception("the connection to the front failed")
     finally:
         inbox.put(None)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process when the front dies, even in the middle of a step; elsewhere the closed
-    socket does it between two steps."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:

@@ -175,6 +175,11 @@ class TokenizedPrompt:
         return [self.text[start:stop] for start, stop in self.spans]
 
 
+def compute_type(device: str, count: int) -> str:
+    """How TGI's launcher names the devices of one copy of the model: "1-nvidia-a10g", "cpu"."""
+    return device if device == "cpu" else f"{count}-{device.lower().replace(' ', '-')}"
+
+
 class Backend(Protocol):
     """A loaded (or loading) model. `load` is called once; all methods run on the server's event loop."""
 

@@ -25,15 +25,17 @@ from handlers.backends.base import (
     PromptStats,
     TokenizedPrompt,
     TokenLogprob,
+    compute_type,
 )
 from handlers.backends.limits import checked_sampling, checked_tokens
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
-from handlers.backends.rolling_plan import compute_type, plan_engines
+from handlers.backends.rolling_plan import plan_engines
 from handlers.backends.tokens import detokenized, tokenized
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
+from handlers.grammars.compiler import GrammarCompiler
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, Prompt, TextPrompt, prompt_parts
 from handlers.templates import RenderedPrompt
 
@@ -65,6 +67,7 @@ class RollingBackend:
         self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="prepare")
         self._group: EngineGroup | None = None
         self._capabilities: Capabilities | None = None
+        self._compiler: GrammarCompiler | None = None
         self._loaded = False
         self._token_texts: dict[int, str] = {}
 
@@ -80,7 +83,8 @@ class RollingBackend:
         loop = asyncio.get_running_loop()
         try:
             front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path)
-            plan = plan_engines(self._settings, self._path, front.accelerators)
+            vocabulary = await loop.run_in_executor(self._pool, lambda: front.vocabulary)
+            plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
             self._group = EngineGroup(
                 plan,
                 retry_threshold=self._settings.retry_threshold,
@@ -95,14 +99,16 @@ class RollingBackend:
             if front.preprocessor is not None
             else None
         )
+        self._compiler = GrammarCompiler(vocabulary, self._settings.guided_decoding_timeout)
         self._capabilities = Capabilities(
             max_model_len=facts.max_model_len,
             images=front.preprocessor is not None,
             default_sampling=front.default_sampling,
+            structured_outputs=facts.constrains,
             special_token_ids=frozenset(front.tokenizer.all_special_ids),
             dtype=facts.dtype,
             device_type=plan[0].devices[0].partition(":")[0],
-            compute_type=compute_type(plan[0].devices),
+            compute_type=compute_type(facts.device, len(plan[0].devices)),
             cache_tokens=facts.num_blocks * facts.block_size * len(plan),
             prompt_threads=self._threads,
             image_placeholder=front.renderer.placeholder,
@@ -123,6 +129,10 @@ class RollingBackend:
         group = self._group
         if group is None or not self._loaded:
             raise Unavailable("the model is still loading", retry_after=5)
+        grammar = None
+        if request.constraint is not None:
+            assert self._compiler is not None
+            grammar = await self._compiler.compile(request.constraint)
         pictures: list[ReadyPicture] = []
         parts = list(request.images())
         if parts and self._preparer is not None:
@@ -142,6 +152,7 @@ class RollingBackend:
             eos_token_ids=self._front.eos_token_ids,
             pictures=placed,
             priority=request.priority,
+            grammar=grammar,
         )
         keys = [picture.digest for picture in placed]
         keys.append(b"".join(t.to_bytes(4, "little") for t in token_ids[:PREFIX_KEY_TOKENS]))
@@ -163,7 +174,7 @@ class RollingBackend:
             prompt_text=rendered.text,
         )
         prime = () if isinstance(request.prompt, ChatPrompt) else tuple(token_ids[-8:])
-        return RollingGeneration(ticket, params, stats, self._front.tokenizer, prime, self._token_texts)
+        return RollingGeneration(ticket, add, stats, self._front.tokenizer, prime, self._token_texts)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         front = self._front
@@ -218,6 +229,8 @@ class RollingBackend:
 
     async def close(self) -> None:
         self._loaded = False
+        if self._compiler is not None:
+            await self._compiler.close()
         if self._group is not None:
             await self._group.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -244,7 +257,7 @@ class RollingGeneration:
     def __init__(
         self,
         ticket: Ticket,
-        params: SamplingParams,
+        add: Add,
         stats: PromptStats,
         tokenizer: PreTrainedTokenizerFast,
         prime: Sequence[int],
@@ -254,7 +267,8 @@ class RollingGeneration:
         self._token_texts = token_texts
         self.stats = stats
         self._ticket = ticket
-        self._params = params
+        self._params = params = add.params
+        self._eos_token_ids = add.eos_token_ids
         self._tokenizer = tokenizer
         self._index = {request_id: index for index, request_id in enumerate(ticket.ids)}
         self._open = set(ticket.ids)
@@ -294,14 +308,17 @@ class RollingGeneration:
 
     def _delta(self, output: Output) -> Delta:
         if output.finish == "error":
+            if output.invalid:
+                raise InvalidRequest(output.error or "the engine refused this request")
             raise EngineFailed(output.error or "the engine failed on this request")
         index = self._index[output.request_id]
         text = self._texts[index]
         self.stats.queued = self.stats.queued or output.queued
         if output.cached_tokens > 0:
             self.stats.cached_tokens = max(self.stats.cached_tokens, output.cached_tokens)
-        silent = output.finish == "stop" and not self._params.include_stop_str_in_output
         *body, last = output.token_ids
+        by_token = output.finish == "stop" and (output.stop_token is not None or last in self._eos_token_ids)
+        silent = by_token and not self._params.include_stop_str_in_output
         pieces = [text.push(token) for token in body]
         pieces.append("" if silent else text.push(last))
         delta = Delta(
@@ -319,7 +336,7 @@ class RollingGeneration:
             delta.text += text.finish()
             delta.finish_reason = "length" if output.finish == "length" else "stop"
             delta.stop_reason = output.stop_token
-            delta.eos = output.finish == "stop" and output.stop_token is None
+            delta.eos = by_token and output.stop_token is None
         if delta.finish_reason is not None:
             self._open.discard(output.request_id)
         return delta

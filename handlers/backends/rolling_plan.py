@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Vocabulary
 from handlers.errors import InvalidConfiguration
 
 if TYPE_CHECKING:
     from properties.settings import Settings
 
 
-def plan_engines(settings: Settings, model_path: str, accelerators: int) -> list[EngineConfig]:
-    """One config per replica.
+def plan_engines(
+    settings: Settings, model_path: str, accelerators: int, vocabulary: Vocabulary | None = None
+) -> list[EngineConfig]:
+    """One config per replica. vocabulary: for constrained answers.
 
     With accelerators: as many replicas as the devices divided by tensor_parallel_degree, or max_workers where
     that is fewer. Without: max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is 1).
@@ -49,18 +51,10 @@ def plan_engines(settings: Settings, model_path: str, accelerators: int) -> list
             encoder_cache_bytes=settings.encoder_cache_mb << 20,
             enable_prefix_caching=settings.enable_prefix_caching,
             trust_remote_code=settings.trust_remote_code,
+            vocabulary=vocabulary,
         )
         for group in groups
     ]
-
-
-def compute_type(devices: Sequence[str]) -> str:
-    """How TGI's launcher names the devices of one copy of the model: "1-nvidia-a10g", "cpu"."""
-    if devices[0] == "cpu":
-        return "cpu"
-    import torch
-
-    return f"{len(devices)}-{torch.cuda.get_device_name(devices[0]).lower().replace(' ', '-')}"
 
 
 def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:
