@@ -73,8 +73,9 @@ class Guide:
 class Guidance:
     """Compiles grammars for one vocabulary and says what they allow. Only `build` may run in another thread."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, most_compiled: int = MOST_COMPILED) -> None:
         """Raises GrammarError for a tokenizer whose tokens cannot be told as bytes."""
+        self._most_compiled = most_compiled
         try:
             self._tokenizer = LLTokenizer(
                 vocabulary.tokenizer,
@@ -98,9 +99,9 @@ class Guidance:
             if first.is_error():
                 raise GrammarError(_reason(first))
             self._compiled[grammar] = first
-            if len(self._compiled) > MOST_COMPILED:
-                self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
+        if len(self._compiled) > self._most_compiled:
+            self._compiled.popitem(last=False)
         return [Guide(first.deep_copy()) for _ in range(count)]
 
     def fill(self, guides: Sequence[Guide]) -> Words:
@@ -147,4 +148,5 @@ def _remove(words: Words, token_ids: Sequence[int]) -> None:
 def _reason(matcher: LLMatcher) -> str:
     """llguidance's message, on one line."""
     text = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+    text = text.replace("Unimplemented keys:", "keywords of JSON Schema that are not supported:")
     return text if len(text) <= MOST_REASON_CHARACTERS else f"{text[:MOST_REASON_CHARACTERS]}…"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from properties.field import NOT_YET, Level, Variable, option
+from properties.field import NOT_YET, ROLLING, Level, Variable, option
 from properties.values import Seconds
 
 OutputFormat = Literal["json", "jsonlines", "sse", "json_chat", "jsonlines_chat", "sse_chat", "none"]
@@ -63,6 +63,13 @@ class ChatSettings(BaseModel):
         default=1200,
         unit="s",
         variables=(Variable("SAGEMAKER_SESSIONS_EXPIRATION", Level.SAGEMAKER),),
+    )
+    guided_decoding_timeout: Seconds = option(
+        "Longest time that a request's JSON schema, regular expression or grammar may take to compile; then the "
+        "request is refused.",
+        default=5,
+        unit="s",
+        backends=ROLLING,
     )
     enable_auto_tool_choice: bool = option(
         'Let the model decide to call a tool (tool_choice "auto").', default=False, backends=NOT_YET

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from engine.config import Vocabulary
 from engine.errors import ModelLoadError
 from handlers.backends.model_facts import TOKENIZER, ModelFacts, ModelQuestion, load_tokenizer, model_facts
+from handlers.backends.vision_flags import contradictions
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
@@ -40,6 +43,21 @@ class ModelFront:
         self.vocab_size = vocab_size
         self.accelerators = accelerators
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """For answers that must match a grammar."""
+        backend = copy.copy(self.tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        picture = None if self.preprocessor is None else self.preprocessor.image_token_id
+        return Vocabulary(
+            tokenizer=backend.to_str(),
+            tokens=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+            size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            forbidden=() if picture is None else (picture,),
+        )
+
     @classmethod
     def load(cls, settings: Settings, path: str) -> ModelFront:
         """Blocking: a few seconds, nearly all of them another process's."""
@@ -55,6 +73,8 @@ class ModelFront:
             else:
                 tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
         preprocessor = _preprocessor(facts, question)
+        if wrong := contradictions(settings, Path(path), preprocessor):
+            raise ModelLoadError("; ".join(wrong))
         image_token = settings.image_placeholder_token
         if preprocessor is not None and image_token is None:
             image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from handlers.errors import InvalidRequest
+from handlers.grammars.json_schema import subschemas
 from handlers.request import Constraint
 
 MAX_BYTES = 2**18
@@ -28,9 +29,6 @@ GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "gui
 """The older fields, of which one may be given; `guided_whitespace_pattern` goes with the first."""
 
 _OUTPUTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-
-_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_VALUES = ("enum", "const", "default", "examples")
 
 _SPACE = r"[ \t\n\r]"
 _WHITESPACE = re.compile(
@@ -112,7 +110,9 @@ def _structured_outputs(given: object) -> Constraint | None:
     constraint = _one(asked, fields[asked], f"{param}.{asked}", param)
     if fields.get("disable_additional_properties") and constraint.kind == "json_schema":
         schema = msgspec.json.decode(constraint.value or "")
-        _close(schema)
+        for node in subschemas(schema):
+            if isinstance(node.get("properties"), dict) or isinstance(node.get("patternProperties"), dict):
+                node.setdefault("additionalProperties", False)
         constraint = replace(constraint, value=msgspec.json.encode(schema).decode())
     if fields.get("disable_any_whitespace"):
         return replace(constraint, whitespace_pattern="")
@@ -152,7 +152,7 @@ def _schema(given: object, where: str, param: str) -> Constraint:
             raise InvalidRequest(f"{where} is a text that is no valid JSON", param=param) from None
     if not isinstance(given, dict):
         raise InvalidRequest(f"{where} must be a JSON schema: an object", param=param)
-    if _depth(given) > MAX_DEPTH:
+    if depth(given) > MAX_DEPTH:
         raise InvalidRequest(f"{where} is nested too deeply; allowed: {MAX_DEPTH} levels", param=param)
     text = msgspec.json.encode(given).decode()
     _check_size(text, where, param)
@@ -197,25 +197,7 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
     return replace(constraint, whitespace_pattern=pattern.replace(r"\s", _SPACE))
 
 
-def _close(schema: object) -> None:
-    """Where an object's schema does not speak of other properties than those it names, allow none."""
-    waiting = [schema]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, list):
-            waiting += node
-        if not isinstance(node, dict):
-            continue
-        if isinstance(node.get("properties"), dict) or isinstance(node.get("patternProperties"), dict):
-            node.setdefault("additionalProperties", False)
-        for key, value in node.items():
-            if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
-                waiting += value.values()
-            elif key not in _VALUES:
-                waiting.append(value)
-
-
-def _depth(value: object) -> int:
+def depth(value: object) -> int:
     """How many lists and objects stand within each other; counts no further than past the limit."""
     level, depth = [value], 0
     while depth <= MAX_DEPTH:

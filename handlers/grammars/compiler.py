@@ -1,0 +1,179 @@
+"""Constraints become grammars: each different one once, in processes that can be ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections import OrderedDict
+from contextlib import suppress
+
+import msgspec
+
+from engine.config import Vocabulary
+from engine.environment import child_environment
+from engine.messages import FRAME
+from handlers.errors import InvalidRequest, Overloaded, Unavailable
+from handlers.grammars.messages import Job, Outcome
+from handlers.request import Constraint
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 2
+MOST_WAITING = 256
+"""Different constraints that are compiled, or wait for it, at a time."""
+
+MOST_KNOWN = 1024
+MOST_KNOWN_BYTES = 32 << 20
+"""Outcomes kept, refusals among them: the ones used last."""
+
+START_SECONDS = 60.0
+
+
+class GrammarCompiler:
+    """Lives on the event loop. Its processes start when they are first needed."""
+
+    def __init__(self, vocabulary: Vocabulary, timeout: float) -> None:
+        """timeout: seconds that one constraint may be compiled for."""
+        self._vocabulary = vocabulary
+        self._timeout = timeout
+        self._known: OrderedDict[Job, Outcome] = OrderedDict()
+        self._known_bytes = 0
+        self._running: dict[Job, asyncio.Task[Outcome]] = {}
+        self._places = asyncio.Semaphore(MOST_WORKERS)
+        self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
+
+    async def compile(self, constraint: Constraint) -> str:
+        """The grammar for the engine. Raises InvalidRequest, naming the client's field and what is wrong with it;
+        Overloaded; and Unavailable where no process can be started."""
+        job = Job(constraint.kind, constraint.value, constraint.whitespace_pattern)
+        outcome = self._known.get(job)
+        if outcome is None:
+            # not ended by a client that leaves: another may wait for the same
+            outcome = await asyncio.shield(self._task(job))
+        else:
+            self._known.move_to_end(job)
+        if outcome.reason is not None:
+            raise InvalidRequest(
+                f"{constraint.param} cannot be used: {outcome.reason}", param=constraint.param
+            )
+        return outcome.grammar
+
+    async def close(self) -> None:
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        workers = [*self._idle, *self._busy]
+        self._idle.clear()
+        await asyncio.gather(*(worker.end() for worker in workers))
+
+    def _task(self, job: Job) -> asyncio.Task[Outcome]:
+        task = self._running.get(job)
+        if task is None:
+            if len(self._running) >= MOST_WAITING:
+                raise Overloaded(
+                    "too many new grammars and schemas are being compiled; try again", retry_after=5
+                )
+            task = self._running[job] = asyncio.create_task(self._compile(job), name="compile-grammar")
+            task.add_done_callback(lambda done: self._done(job, done))
+        return task
+
+    def _done(self, job: Job, task: asyncio.Task[Outcome]) -> None:
+        del self._running[job]
+        if not task.cancelled():
+            task.exception()  # those who wait are told; without any, nobody needs to be
+
+    async def _compile(self, job: Job) -> Outcome:
+        async with self._places:
+            worker = self._idle.pop() if self._idle else _Worker()
+            self._busy.add(worker)
+            try:
+                await worker.start(self._vocabulary)
+                async with asyncio.timeout(self._timeout):
+                    outcome = await worker.ask(job)
+            except TimeoutError:
+                worker.kill()
+                return Outcome(
+                    reason=f"compiling it took longer than {self._timeout:g} s (option.guided_decoding_timeout): "
+                    "make it simpler"
+                )
+            except (EOFError, OSError):
+                worker.kill()
+                outcome = Outcome(reason="it is too large or too deeply nested to compile")
+            except BaseException:
+                worker.kill()
+                raise
+            else:
+                if outcome.last:
+                    worker.kill()
+                else:
+                    self._idle.append(worker)
+            finally:
+                self._busy.discard(worker)
+        self._remember(job, outcome)
+        return outcome
+
+    def _remember(self, job: Job, outcome: Outcome) -> None:
+        self._known[job] = outcome
+        self._known_bytes += _size(job, outcome)
+        while len(self._known) > MOST_KNOWN or self._known_bytes > MOST_KNOWN_BYTES:
+            self._known_bytes -= _size(*self._known.popitem(last=False))
+
+
+class _Worker:
+    """One process of `handlers.grammars.worker`."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self, vocabulary: Vocabulary) -> None:
+        """Does nothing where it is started already. Raises Unavailable."""
+        if self._process is not None:
+            return
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "handlers.grammars.worker",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=child_environment(),
+                start_new_session=True,
+            )  # fmt: skip
+            async with asyncio.timeout(START_SECONDS):
+                await self._send(msgspec.msgpack.encode(vocabulary))
+                await self._receive()
+        except (EOFError, OSError) as error:  # TimeoutError among them
+            logger.exception("the process that compiles grammars could not be started")
+            raise Unavailable("answers cannot be constrained now; try again", retry_after=5) from error
+
+    async def ask(self, job: Job) -> Outcome:
+        """Raises EOFError or OSError when the process ends over it."""
+        await self._send(msgspec.msgpack.encode(job))
+        return msgspec.msgpack.decode(await self._receive(), type=Outcome)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def end(self) -> None:
+        self.kill()
+        if self._process is not None:
+            await self._process.wait()
+
+    async def _send(self, body: bytes) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(FRAME.pack(len(body)) + body)
+        await self._process.stdin.drain()
+
+    async def _receive(self) -> bytes:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        (size,) = FRAME.unpack(await self._process.stdout.readexactly(FRAME.size))
+        return await self._process.stdout.readexactly(size)
+
+
+def _size(job: Job, outcome: Outcome) -> int:
+    return len(job.value or "") + len(outcome.grammar) + 200

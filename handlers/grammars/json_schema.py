@@ -1,0 +1,29 @@
+"""JSON schemas: the schemas inside a schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords whose value holds schemas under names that are the user's own."""
+
+_VALUES = ("enum", "const", "default", "examples")
+"""Keywords whose value is no schema whatever it looks like."""
+
+
+def subschemas(schema: object) -> Iterator[dict[str, Any]]:
+    """The schema and all that stand inside it, as far as they are objects. They may be changed on the way."""
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        if not isinstance(node, dict):
+            continue
+        yield node
+        for key, value in node.items():
+            if key in _BY_NAME and isinstance(value, dict):
+                waiting += value.values()
+            elif key not in _VALUES:
+                waiting.append(value)

@@ -1,0 +1,132 @@
+"""The process in which clients' grammars are compiled for the first time: `python -m handlers.grammars.worker`.
+
+A grammar may be made to compile for minutes, to fill the memory, or to overflow the compiler's stack; none of this can
+be ended inside a process that others need. This one can be killed, and what it has survived, the engine compiles too.
+
+Frames on standard input: the `Vocabulary`, then `Job`s. Frames on standard output: an empty one when it is ready, then
+an `Outcome` for each job.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import sys
+import time
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from engine.config import Vocabulary
+from engine.environment import die_with_parent
+from engine.guidance import GrammarError, Guidance
+from engine.messages import FRAME
+from handlers.grammars.messages import Job, Outcome
+from handlers.grammars.source import grammar_of
+
+MEMORY_BYTES = 192 << 20
+"""What compiling may take beyond what the process has when it is ready."""
+
+KEPT_BYTES = 64 << 20
+"""When it has grown by that much, the process ends after its reply."""
+
+TRIAL_STEPS = 16
+TRIAL_SEED = 20240717
+
+STEP_SECONDS = 0.25
+"""Most processor time for saying what may come next. Usual is a thousandth of it."""
+
+
+def compiled(job: Job, guidance: Guidance) -> Outcome:
+    """Compile it and take some steps at random, so that what would fail an answer at once fails here."""
+    try:
+        grammar = grammar_of(job.kind, job.value, job.whitespace_pattern)
+        _try_out(grammar, guidance)
+    except GrammarError as error:
+        return Outcome(reason=str(error))
+    except MemoryError:
+        return Outcome(reason="it takes too much memory to compile", last=True)
+    return Outcome(grammar)
+
+
+def _try_out(grammar: str, guidance: Guidance) -> None:
+    (guide,) = guidance.build(grammar, 1)
+    chance = random.Random(TRIAL_SEED)
+    for _ in range(TRIAL_STEPS):
+        begin = time.process_time()
+        (mask,) = guidance.fill([guide])
+        if guide.reason is not None:
+            raise GrammarError(guide.reason)
+        if time.process_time() - begin > STEP_SECONDS:
+            raise GrammarError("it takes too long to tell what may come next: make it simpler")
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        allowed = allowed[~np.isin(allowed, guidance.eos_token_ids)]
+        if not len(allowed):
+            return
+        guide.accept(int(chance.choice(allowed)))
+
+
+def main() -> None:
+    die_with_parent()
+    stream, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    frame = _read(stream)
+    if frame is None:
+        return
+    guidance = Guidance(msgspec.msgpack.decode(frame, type=Vocabulary), most_compiled=0)
+    _write(replies, b"")
+    _quiet()
+    start = _limit_memory()
+    while (frame := _read(stream)) is not None:
+        outcome = compiled(msgspec.msgpack.decode(frame, type=Job), guidance)
+        if _memory()[1] > start + KEPT_BYTES:
+            outcome = msgspec.structs.replace(outcome, last=True)
+        _write(replies, msgspec.msgpack.encode(outcome))
+        if outcome.last:
+            return
+
+
+def _quiet() -> None:
+    """What the compiler prints when it gives up may hold what the client wrote."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _limit_memory() -> int:
+    """Returns the bytes that are resident now."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    virtual, resident = _memory()
+    if virtual:
+        limit = virtual + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return resident
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes (virtual, resident); zeros where there is no /proc."""
+    try:
+        with open("/proc/self/statm") as file:
+            virtual, resident = file.read().split()[:2]
+    except OSError:
+        return 0, 0
+    page = resource.getpagesize()
+    return int(virtual) * page, int(resident) * page
+
+
+def _read(stream: BinaryIO) -> bytes | None:
+    header = stream.read(FRAME.size)
+    if len(header) < FRAME.size:
+        return None
+    (size,) = FRAME.unpack(header)
+    return stream.read(size)
+
+
+def _write(stream: BinaryIO, body: bytes) -> None:
+    stream.write(FRAME.pack(len(body)) + body)
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()
