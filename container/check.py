@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from engine.machine import Machine, this_machine
 from handlers.backends.select import Choice, choose
+from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.fields import SECRET, engine_argument_names
 from handlers.backends.vllm.options import refused_options
 from properties.configuration import Configuration, read_model_config, resolve
@@ -81,6 +82,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         memory = found.numbers()
         if choice.backend == "vllm" and not errors:
             errors += refused_options(configuration, directory, machine)
+        errors += _contradictions(configuration, directory, choice)
     return {
         "errors": _texts(errors),
         "warnings": _texts(warnings),
@@ -101,6 +103,25 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             for name, item in configuration.extra.items()
         },
     }
+
+
+def _contradictions(configuration: Configuration, directory: Path, choice: Choice) -> list[Problem]:
+    """What old picture options say that the model does not."""
+    settings = configuration.settings
+    if not wanted(settings):
+        return []
+    from engine.errors import ModelLoadError
+    from engine.loader import load_preprocessor
+
+    preprocessor = None
+    if choice.backend == "rolling":
+        try:
+            preprocessor = load_preprocessor(
+                str(directory), settings.mm_processor_kwargs, settings.image_processor_backend
+            )
+        except (ModelLoadError, OSError, ValueError) as error:
+            return [Problem(f"the model's picture processor cannot be loaded: {error}")]
+    return [Problem(text) for text in contradictions(settings, directory, preprocessor)]
 
 
 def _choose(

@@ -1,0 +1,79 @@
+"""Whether what an operator says of a model's pictures, as old versions of vLLM wanted it, is what the model says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from properties.configuration import read_model_config
+from properties.names import key_of
+from properties.settings_retired import RETIRED
+
+if TYPE_CHECKING:
+    from engine.families.preprocessor import PreparedPicture, Preprocessor
+    from properties.settings import Settings
+
+
+def wanted(settings: Settings) -> bool:
+    """Whether there is anything to check."""
+    return any(getattr(settings, name) is not None for name in RETIRED)
+
+
+def contradictions(settings: Settings, model_path: Path, preprocessor: Preprocessor | None) -> list[str]:
+    """What is not as the model has it, each with both values; slow where there is a preprocessor to ask.
+
+    preprocessor: None for a model without pictures, and where only another backend knows the model, which leaves
+    shape and size unchecked. Raises ConfigurationError for a config.json that cannot be read.
+    """
+    given = {name: value for name in RETIRED if (value := getattr(settings, name)) is not None}
+    if not given:
+        return []
+    config = read_model_config(model_path) or {}
+    token = config.get("image_token_id", config.get("image_token_index"))
+    if preprocessor is not None:
+        token = preprocessor.image_token_id
+    if preprocessor is None and not ("vision_config" in config or token is not None):
+        names = ", ".join(key_of(name) for name in given)
+        return [f"{names} cannot be: this model takes no pictures"]
+    found: list[str] = []
+    if given.get("image_input_type") == "image_features":
+        found.append(_told("image_input_type", "image_features", "pixel_values"))
+    if token is not None and given.get("image_token_id", token) != token:
+        found.append(_told("image_token_id", given["image_token_id"], token))
+    if preprocessor is not None:
+        found += _shapes(settings, preprocessor)
+    return found
+
+
+def _shapes(settings: Settings, preprocessor: Preprocessor) -> list[str]:
+    """Prepares blank pictures. Where pictures are cut into tiles or patches the shape says how large they come, which
+    is no property of the model: then only their tokens are counted."""
+    shape, tokens = settings.image_input_shape, settings.image_feature_size
+    if shape is None and tokens is None:
+        return []
+    found = []
+    size = (shape[3], shape[2]) if shape is not None else (336, 336)
+    prepared = _prepare(preprocessor, size)
+    own = next((array.shape for array in prepared.tensors.values() if array.ndim == 3), None)
+    if shape is not None and own is not None and tuple(shape[1:]) != own:
+        found.append(
+            _told("image_input_shape", ",".join(map(str, shape)), ",".join(map(str, (shape[0], *own))))
+        )
+    fixed = shape is not None or _count(_prepare(preprocessor, (672, 224))) == _count(prepared)
+    if tokens is not None and fixed and tokens != _count(prepared):
+        found.append(_told("image_feature_size", tokens, _count(prepared)))
+    return found
+
+
+def _prepare(preprocessor: Preprocessor, size: tuple[int, int]) -> PreparedPicture:
+    from PIL import Image
+
+    return preprocessor.prepare(Image.new("RGB", size))
+
+
+def _count(prepared: PreparedPicture) -> int:
+    return len(prepared.token_ids) if prepared.is_embed is None else sum(prepared.is_embed)
+
+
+def _told(name: str, given: object, own: object) -> str:
+    return f"{key_of(name)} is {given}, but the model's is {own}: leave it out"
