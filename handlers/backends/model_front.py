@@ -13,7 +13,6 @@ from engine.config import Vocabulary
 from engine.errors import ModelLoadError
 from handlers.backends.model_facts import TOKENIZER, ModelFacts, ModelQuestion, load_tokenizer, model_facts
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vision_flags import contradictions
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
@@ -74,8 +73,6 @@ class ModelFront:
             else:
                 tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
         preprocessor = _preprocessor(facts, question)
-        if wrong := contradictions(settings, Path(path), preprocessor):
-            raise ModelLoadError("; ".join(wrong))
         if wrong := contradictions(settings, Path(path), preprocessor):
             raise ModelLoadError("; ".join(wrong))
         image_token = settings.image_placeholder_token

@@ -22,6 +22,7 @@ from handlers.backends.base import (
 )
 from handlers.backends.limits import checked_sampling, checked_tokens
 from handlers.backends.tokens import detokenized, tokenized
+from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.counters import Counters, series, stat_logger
 from handlers.backends.vllm.front import VllmFront
@@ -109,6 +110,7 @@ class VllmBackend:
             structured_outputs=True,
             image_placeholder=self._front.renderer.placeholder,
             special_token_ids=frozenset(self._front.tokenizer.all_special_ids),
+            special_tokens=skipped_tokens(self._front.tokenizer),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device_type="cuda" if accelerators else "cpu",
             compute_type=compute_type(
@@ -239,6 +241,8 @@ class VllmBackend:
     def _import(self) -> Vllm:
         from engine.machine import this_machine
 
+        if wrong := contradictions(self._settings, self._path, None):
+            raise InvalidConfiguration("; ".join(wrong))
         self._machine = this_machine()
         choose_devices(self._settings, len(self._machine.accelerators))
         return compat.load()
