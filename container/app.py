@@ -209,7 +209,8 @@ class App:
 
     def _models(self, wanted: str) -> Reply:
         backend = self._life.backend
-        length = {} if backend is None else {"max_model_len": backend.capabilities.max_model_len}
+        longest = 0 if backend is None else backend.capabilities.max_model_len
+        length = {"max_model_len": longest} if longest else {}
         models = [
             {
                 "id": name,
@@ -248,7 +249,7 @@ class App:
             )
         if call.exchange.status != 0:
             return
-        reply = error_reply(known, style_of(call.template, call.headers))
+        reply = error_reply(known, style_of(call.path if call.route is None else call.template, call.headers))
         if isinstance(error, MethodNotAllowed):
             reply.headers["Allow"] = ", ".join(error.allowed)
         await self._reply(call, reply, linger=not call.body_read and _has_body(call.headers))

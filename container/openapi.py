@@ -268,7 +268,14 @@ def _any_of(types: Sequence[Any]) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     """Every Struct that some route names, and those that readers take apart by themselves."""
-    inner = (lmi_parameters.Parameters, tgi.Parameters, shapes.Message, shapes.TextPart, shapes.ImagePart)
+    inner = (
+        lmi_parameters.Parameters,
+        tgi.Parameters,
+        shapes.Message,
+        shapes.AssistantMessage,
+        shapes.TextPart,
+        shapes.ImagePart,
+    )
     named = [kind for text in _TEXTS.values() for kind in (*text.bodies, *text.replies, *text.errors)]
     named += [kind for text in _TEXTS.values() for events in text.events.values() for kind in events]
     named += [kind for text in _TEXTS.values() for kind in text.not_ready]
@@ -278,12 +285,11 @@ def _schemas() -> dict[str, Any]:
         "anyOf": [
             {"type": "string"},
             {"type": "array", "items": {"anyOf": [_ref("TextPart"), _ref("ImagePart"), {"type": "string"}]}},
-            {"type": "null"},
         ]
     }
     schemas["ChatBody"]["properties"]["messages"] = {
         "type": "array",
-        "items": _ref("Message"),
+        "items": {"anyOf": [_ref("Message"), _ref("AssistantMessage")]},
         "minItems": 1,
     }
     for body in ("ChatBody", "CompletionBody", *_RENAMED):

@@ -39,10 +39,17 @@ class Message(Struct):
     """One turn. Roles are those that the model's chat template knows: system, user, assistant, tool, …"""
 
     role: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
-    content: str | list[str | dict[str, Any]] | None = None
+    content: str | list[str | dict[str, Any]]
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+
+
+class AssistantMessage(Struct):
+    """An earlier answer of the model's, which may be calls alone."""
+
+    role: Literal["assistant"]
+    tool_calls: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    content: str | None = None
 
 
 # OpenAI: replies
