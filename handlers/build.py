@@ -7,10 +7,13 @@ from importlib import import_module
 from pathlib import Path
 
 from handlers.backends.base import Backend
-from handlers.backends.select import choose
+from handlers.backends.select import Choice, choose, vllm_installed
+from handlers.images.decode import WHITE, Color
 from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.parsers.select import parser_problems
 from properties.configuration import Configuration, read_model_config
 from properties.field import BackendName
+from properties.problem import ConfigurationError
 from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -22,21 +25,33 @@ _BACKENDS: dict[BackendName, tuple[str, str]] = {
 """Module and class of each, imported only when it is the one that serves."""
 
 
+def choose_backend(configuration: Configuration, model_path: Path) -> Choice:
+    """Slow where vLLM is installed and torch not imported yet. Raises ConfigurationError."""
+    settings = configuration.settings
+    config = read_model_config(model_path) or {}
+    return choose(
+        settings.rolling_batch,
+        config.get("architectures") or [],
+        _accelerators() if vllm_installed() else 0,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _accelerators() -> int:
+    # Imports torch, which the front of the embedded engine does without.
+    from engine.machine import this_machine
+
+    return len(this_machine().accelerators)
+
+
 def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     """The backend that serves the model, not yet loaded. Slow: imports what it needs; call it in a thread.
 
     Raises ConfigurationError and ServingError.
     """
-    from engine.machine import this_machine
-
-    settings = configuration.settings
-    config = read_model_config(model_path) or {}
-    choice = choose(
-        settings.rolling_batch,
-        config.get("architectures") or [],
-        len(this_machine().accelerators),
-        trust_remote_code=settings.trust_remote_code,
-    )
+    if problems := parser_problems(configuration):
+        raise ConfigurationError(problems)
+    choice = choose_backend(configuration, model_path)
     logger.info("backend %s: %s", choice.backend, choice.reason)
     for problem in configuration.unhonoured(choice.backend):
         logger.warning("%s", problem)
@@ -57,5 +72,14 @@ def build_images(settings: Settings) -> ImageLoader:
             allow_private=tuple(settings.image_fetch_allow_private),
             cache_bytes=settings.image_cache_mb * 2**20,
             memory_bytes=settings.image_memory_mb * 2**20,
+            background=_background(settings),
         )
     )
+
+
+def _background(settings: Settings) -> Color:
+    given = (settings.media_io_kwargs or {}).get("image", {}).get("rgba_background_color")
+    if given is None:
+        return WHITE
+    red, green, blue = given
+    return red, green, blue

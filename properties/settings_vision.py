@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from properties.field import ROLLING, Variable, option
-from properties.values import Count, JsonObject, Limits, Names, Networks, Positive, Seconds
+from properties.values import Count, JsonObject, Limits, MediaOptions, Names, Networks, Positive, Seconds
 
 
 class VisionSettings(BaseModel):
@@ -72,6 +72,11 @@ class VisionSettings(BaseModel):
         "installed.",
         default="auto",
         backends=ROLLING,
+    )
+    media_io_kwargs: MediaOptions | None = option(
+        "What a transparent picture is put on: rgba_background_color of image, in red, green and blue from 0 to "
+        "255. Default: white.",
+        default=None,
     )
     mm_processor_kwargs: JsonObject | None = option(
         'Arguments for the model\'s picture processor, e.g. {"max_pixels": 802816}.', default=None

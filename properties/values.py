@@ -87,6 +87,23 @@ def _count(name: str, entry: object) -> object:
     return entry["count"]
 
 
+def _media(value: object) -> object:
+    """`{"image": {"rgba_background_color": [0, 0, 0]}}`, which is what of vLLM's has a meaning here."""
+    value = _object(value)
+    if not isinstance(value, dict):
+        return value
+    for modality, options in value.items():
+        if not isinstance(options, dict) or (
+            modality == "image" and options.keys() - {"rgba_background_color"}
+        ):
+            raise ValueError("only image.rgba_background_color is known")
+        color = options.get("rgba_background_color", [255, 255, 255])
+        whole = isinstance(color, list) and all(type(part) is int and 0 <= part <= 255 for part in color)
+        if not whole or len(color) != 3:
+            raise ValueError("rgba_background_color must be three whole numbers from 0 to 255")
+    return value
+
+
 def _one_of(spellings: dict[str, str]) -> Callable[[object], object]:
     def read(value: object) -> object:
         return spellings.get(value, value) if isinstance(value, str) else value
@@ -127,3 +144,8 @@ Devices = Annotated[
     Allowed("* for all, or device numbers: 0;1"),
 ]
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object), Allowed("a JSON object")]
+MediaOptions = Annotated[
+    dict[str, Any],
+    BeforeValidator(_media),
+    Allowed('a JSON object such as {"image": {"rgba_background_color": [255, 255, 255]}}'),
+]

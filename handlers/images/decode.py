@@ -19,6 +19,9 @@ PLUGINS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
 MAX_JPEG_SCANS = 100
 
+Color = tuple[int, int, int]
+WHITE: Color = (255, 255, 255)
+
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,8 +34,8 @@ UPRIGHT = {
 }
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame, turned as its EXIF orientation says, RGB; what is transparent shows white.
+def decode(data: bytes, max_pixels: int, background: Color = WHITE) -> Image.Image:
+    """The first frame, turned as its EXIF orientation says, RGB; what is transparent shows the background.
 
     16-bit samples lose their low byte; colour profiles are ignored. The result shares nothing with a file or
     with another picture, so that threads may read it. Raises PictureProblem; nothing is decoded above
@@ -43,10 +46,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         image = _turn(image)
         if image.mode == "RGB" and not image.has_transparency_data:
             return _bare(image)
-        return _flatten(image)
+        return _flatten(image, background)
 
 
-def convert(image: Image.Image, max_pixels: int) -> Image.Image:
+def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> Image.Image:
     """The same for a picture that is open already, of which nothing is changed but that its pixels get read.
 
     Raises PictureProblem.
@@ -57,7 +60,7 @@ def convert(image: Image.Image, max_pixels: int) -> Image.Image:
         raise PictureProblem("it has no pixels")
     try:
         image.load()
-        return _flatten(_turn(image))
+        return _flatten(_turn(image), background)
     except MemoryError as error:
         raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
     except Exception as error:
@@ -119,12 +122,12 @@ def _turn(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, background: Color) -> Image.Image:
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, "white")
+        flat = Image.new("RGB", image.size, background)
         flat.paste(layer, mask=layer)
         return flat
     flat = image.convert("RGB")  # always a new picture

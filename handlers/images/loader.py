@@ -21,7 +21,7 @@ from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.decode import convert, decode, decoded_bytes, measure, prepare_pillow
+from handlers.images.decode import WHITE, Color, convert, decode, decoded_bytes, measure, prepare_pillow
 from handlers.images.fetch import Fetcher
 from handlers.images.memory import PictureMemory
 from handlers.images.problem import PictureProblem
@@ -39,7 +39,7 @@ class ImageLimits:
     allowed_domains: exact host names, also of redirects; None for any public host.
     allow_private: hosts, addresses and networks (CIDR) that may be fetched from although they are not public.
     max_concurrent_fetches: of all requests together. cache_bytes: of decoded pictures, four per pixel, that are
-    kept; memory_bytes: of those that requests hold, kept or not.
+    kept; memory_bytes: of those that requests hold, kept or not. background: shows where they are transparent.
     """
 
     fetch_timeout: float = 10.0
@@ -51,6 +51,7 @@ class ImageLimits:
     max_concurrent_fetches: int = 64
     cache_bytes: int = 256 * 2**20
     memory_bytes: int = 1024 * 2**20
+    background: Color = WHITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class ImageLoader:
         self._numbers = itertools.count()
         self._reading = [threading.Lock() for _ in range(64)]
         self._closed = False
-        self._decode = partial(decode, max_pixels=limits.max_pixels)
+        self._decode = partial(decode, max_pixels=limits.max_pixels, background=limits.background)
 
     async def load(
         self, parts: Sequence[ImagePart], deadline: float | None = None, first_index: int = 0
@@ -197,7 +198,7 @@ class ImageLoader:
     def _convert(self, image: Image) -> LoadedImage:
         # A picture that prompts share is read from its file by the first of them: Pillow has no lock for that.
         with self._reading[id(image) % len(self._reading)]:
-            flat = convert(image, self.limits.max_pixels)
+            flat = convert(image, self.limits.max_pixels, self.limits.background)
         digest = hashlib.sha256(b"RGB %d %d " % flat.size)
         digest.update(flat.tobytes())
         return LoadedImage(flat, digest.digest())

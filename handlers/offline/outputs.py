@@ -1,0 +1,115 @@
+"""What offline inference returns: the attributes that vLLM's `RequestOutput` has, and an error where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from handlers.backends.base import FinishReason, PositionLogprobs, PromptStats
+from handlers.dialects.base import Answer
+from handlers.errors import ServingError
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One candidate at one position. rank: 1 is the most likely token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer to a prompt.
+
+    logprobs: per token, candidate's token id -> `Logprob`, the chosen one first; None unless asked for, and so is
+    cumulative_logprob, the sum over the chosen tokens.
+    finish_reason: "error" stands where there is no answer (see `RequestOutput.error`).
+    stop_reason: the stop string or stop id that ended the answer; None for end-of-sequence and for length.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | Literal["error"] | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """One prompt and its answers.
+
+    prompt: as text, after the chat template; None where it was given as token ids. prompt_token_ids: with the
+    tokens of pictures. error: why there is no answer; `outputs` then holds empty ones.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    error: ServingError | None = None
+    finished: bool = True
+
+
+def answered(
+    request_id: str,
+    prompt: str | None,
+    stats: PromptStats,
+    answers: Sequence[Answer],
+    *,
+    logprobs: bool,
+    best: int | None,
+) -> RequestOutput:
+    """logprobs: whether to show them. best: keep only so many answers, those with the most likely tokens."""
+    outputs = [_completion(index, answer) for index, answer in enumerate(answers)]
+    if best is not None:
+        outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0))
+        outputs = outputs[:best]
+        for index, output in enumerate(outputs):
+            output.index = index
+    if not logprobs:
+        for output in outputs:
+            output.logprobs = output.cumulative_logprob = None
+    return RequestOutput(
+        request_id,
+        prompt,
+        stats.prompt_token_ids,
+        outputs,
+        prompt_logprobs=None
+        if stats.prompt_logprobs is None
+        else [None if entry is None else _candidates(entry) for entry in stats.prompt_logprobs],
+        num_cached_tokens=stats.cached_tokens,
+    )
+
+
+def failed(request_id: str, prompt: str | None, count: int, error: ServingError) -> RequestOutput:
+    """count: of empty answers."""
+    empty = [CompletionOutput(index, finish_reason="error") for index in range(count)]
+    return RequestOutput(request_id, prompt, [], empty, error=error)
+
+
+def _completion(index: int, answer: Answer) -> CompletionOutput:
+    return CompletionOutput(
+        index,
+        answer.text,
+        answer.token_ids,
+        sum(entry.chosen.logprob for entry in answer.logprobs) if answer.logprobs else None,
+        [_candidates(entry) for entry in answer.logprobs] if answer.logprobs else None,
+        answer.finish_reason,
+        answer.stop_reason,
+    )
+
+
+def _candidates(entry: PositionLogprobs) -> dict[int, Logprob]:
+    return {
+        token.token_id: Logprob(token.logprob, token.rank, token.text) for token in (entry.chosen, *entry.top)
+    }
