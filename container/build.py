@@ -14,6 +14,7 @@ from properties.configuration import Configuration
 def build_service(
     configuration: Configuration, backend: Backend, images: ImageLoader, observer: Observer
 ) -> Service:
+from handlers.parsers.select import answer_formats
     """What answers requests with a loaded backend."""
     settings = configuration.settings
     return Service(
@@ -34,3 +35,6 @@ def build_service(
         sessions=Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),
         observer=observer,
     )
+        formats=answer_formats(
+            settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
+        ),

@@ -16,6 +16,9 @@ from engine.machine import Machine, this_machine
 from handlers.backends.select import Choice, choose
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.fields import SECRET, engine_argument_names
+from handlers.custom.find import find_handler, refuse_unusable
+from handlers.errors import InvalidConfiguration
+from handlers.parsers.select import parser_problems
 from handlers.backends.vllm.options import refused_options
 from properties.configuration import Configuration, read_model_config, resolve
 from properties.field import Level
@@ -57,7 +60,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     Sizes are in bytes. backend and memory are None where an error, or a model that is not on this machine
     yet, leaves them unknown.
     """
-    errors: list[Problem] = []
+    errors = parser_problems(configuration)
     config: dict[str, Any] | None = None
     location = configuration.model_location
     directory = Path(location.value) if location.kind == "directory" else None

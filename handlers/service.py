@@ -21,6 +21,7 @@ from handlers.errors import InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
+from handlers.parsers.base import AnswerFormats
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, stopping
 from handlers.sessions import Sessions
@@ -71,16 +72,20 @@ class Service:
         model_name: str,
         output_formatter: OutputFormat | None = None,
         tgi_compat: bool = False,
+        formats: AnswerFormats | None = None,
         sessions: Sessions | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """model_name: shown to clients that name none. output_formatter, tgi_compat: the options."""
+        """model_name: shown to clients that name none. output_formatter, tgi_compat: the options. formats: how
+        answers are read.
+        """
         self._backend = backend
         self._images = images
         self._limits = limits
         self._model_name = model_name
         self._output_formatter = output_formatter
         self._tgi_compat = tgi_compat
+        self._formats = formats if formats is not None else AnswerFormats()
         self._sessions = sessions if sessions is not None else Sessions()
         self._observer: Observer = observer if observer is not None else Unobserved()
         self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
@@ -176,6 +181,8 @@ class Service:
             self._limits.trust_request_chat_template,
             capabilities.max_model_len,
             capabilities.special_token_ids,
+            capabilities.special_tokens,
+            self._formats,
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from properties.field import NOT_YET, ROLLING, Level, Variable, option
+from properties.field import ROLLING, Level, Variable, option
 from properties.values import Seconds
 
 OutputFormat = Literal["json", "jsonlines", "sse", "json_chat", "jsonlines_chat", "sse_chat", "none"]
@@ -72,13 +72,15 @@ class ChatSettings(BaseModel):
         backends=ROLLING,
     )
     enable_auto_tool_choice: bool = option(
-        'Let the model decide to call a tool (tool_choice "auto").', default=False, backends=NOT_YET
+        'Let the model decide to call a tool (tool_choice "auto"); needs tool_call_parser.', default=False
     )
     tool_call_parser: str | None = option(
-        "How tool calls are read from the model's answer, e.g. hermes, llama3_json, mistral.",
+        "How tool calls are read from the model's answer: hermes (also qwen3_json), llama3_json (llama4_json), "
+        "mistral, pythonic (llama4_pythonic) or longcat.",
         default=None,
-        backends=NOT_YET,
     )
     reasoning_parser: str | None = option(
-        "How reasoning is told from the answer, e.g. deepseek_r1, qwen3.", default=None, backends=NOT_YET
+        "How reasoning is told from the answer: think (where prompt or answer opens a think tag), deepseek_r1 "
+        "(also olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss.",
+        default=None,
     )

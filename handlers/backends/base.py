@@ -135,7 +135,8 @@ class Capabilities:
     default_sampling: fields of `SamplingParams` that the model's generation_config.json sets, for requests that
     do not name them.
     image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
-    is not known. special_token_ids: tokens that are no text, such as the ends of turns.
+    is not known. special_token_ids: tokens that are no text, such as the ends of turns. special_tokens: texts of
+    all tokens that `skip_special_tokens` skips.
     dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one copy of the model,
     as "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all copies together; 0 where that is
     not known. prompt_threads: how many prompts are prepared at the same time.
@@ -148,6 +149,7 @@ class Capabilities:
     structured_outputs: bool = False
     image_placeholder: str | None = None
     special_token_ids: Set[int] = frozenset()
+    special_tokens: Set[str] = frozenset()
     dtype: str = ""
     device_type: str = ""
     compute_type: str = ""

@@ -31,7 +31,7 @@ from handlers.backends.limits import checked_sampling, checked_tokens
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
-from handlers.backends.tokens import detokenized, tokenized
+from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
@@ -106,6 +106,7 @@ class RollingBackend:
             default_sampling=front.default_sampling,
             structured_outputs=facts.constrains,
             special_token_ids=frozenset(front.tokenizer.all_special_ids),
+            special_tokens=skipped_tokens(front.tokenizer),
             dtype=facts.dtype,
             device_type=plan[0].devices[0].partition(":")[0],
             compute_type=compute_type(facts.device, len(plan[0].devices)),

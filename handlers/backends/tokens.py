@@ -43,3 +43,8 @@ def detokenized(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) ->
             param="tokens",
         )
     return str(tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+
+def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    """What a text without special tokens is without."""
+    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)

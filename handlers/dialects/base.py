@@ -12,6 +12,7 @@ from msgspec import Meta
 from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError
+from handlers.parsers.base import AnswerFormats
 from handlers.request import GenerationRequest
 from properties.settings_chat import OutputFormat
 
@@ -33,6 +34,7 @@ class Conventions:
     model_name: shown in replies to requests that name no model. sampling: the model's own defaults
     (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
     trust_chat_templates: requests may bring a template of their own. max_model_len, special_token_ids: the model's.
+    special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
     """
 
     model_name: str
@@ -42,6 +44,8 @@ class Conventions:
     trust_chat_templates: bool = False
     max_model_len: int = 0
     special_token_ids: Set[int] = frozenset()
+    special_tokens: Set[str] = frozenset()
+    formats: AnswerFormats = field(default_factory=AnswerFormats)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from engine.sampling_params import shown
 from handlers.dialects.base import Conventions, Task, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.constraints import read_constraint
+from handlers.dialects.openai_answers import answer_form
 from handlers.dialects.openai_fields import (
     CommonBody,
     StreamOptions,
@@ -18,6 +19,7 @@ from handlers.dialects.openai_fields import (
 )
 from handlers.dialects.openai_messages import read_messages
 from handlers.dialects.openai_reply import ChatWriter
+from handlers.dialects.openai_tools import Tools, read_tools
 from handlers.dialects.sampler_fields import sampler_names
 from handlers.errors import InvalidRequest
 from handlers.request import ChatPrompt, GenerationRequest, TextPart
@@ -34,6 +36,7 @@ class ChatBody(CommonBody, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
 
@@ -43,6 +46,7 @@ class ChatBody(CommonBody, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     chat_template: str | None = None
     echo: bool | None = None
+    include_reasoning: bool | None = None
 
 
 def read_chat(
@@ -54,17 +58,37 @@ def read_chat(
     """
     refuse_unsupported(body, ChatBody)
     asked = convert(body, ChatBody)
-    _refuse_tools_and_modalities(asked)
+    if asked.modalities is not None and asked.modalities != ["text"]:
+        raise InvalidRequest('modalities: this server answers with ["text"] only', param="modalities")
+    tools = read_tools(
+        tools=asked.tools,
+        choice=asked.tool_choice,
+        parallel=asked.parallel_tool_calls,
+        functions=asked.functions,
+        function_call=asked.function_call,
+        formats=conventions.formats,
+    )
     stream, n = check_stream(asked), count_answers(asked)
     names = sampler_names(asked)
     if asked.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     model = asked.model or conventions.model_name
-    prompt = _prompt(asked, conventions)
+    prompt = _prompt(asked, conventions, tools)
+    constraint = read_constraint(
+        response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
+    )
+    sampling = sampling_params(_sampling(asked), conventions.sampling, names)
+    form = answer_form(
+        tools,
+        constraint,
+        conventions,
+        prompt.template_kwargs,
+        hide_reasoning=asked.include_reasoning is False,
+    )
     request = GenerationRequest(
         request_id=request_id,
         prompt=prompt,
-        sampling=sampling_params(_sampling(asked), conventions.sampling, names),
+        sampling=form.applied(sampling),
         n=n,
         stream=stream,
         model=asked.model,
@@ -72,28 +96,25 @@ def read_chat(
         priority=asked.priority or 0,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
         truncation_side=asked.truncation_side or "left",
-        constraint=read_constraint(
-            response_format=asked.response_format,
-            structured_outputs=asked.structured_outputs,
-            guided=body,
-        ),
+        constraint=form.constraint,
         names=names,
     )
     options = asked.stream_options or StreamOptions()
     writer = ChatWriter(
         reply_id=f"chatcmpl-{asked.request_id or request_id}",
         model=model,
-        top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        top_logprobs=(asked.top_logprobs or 0) if asked.logprobs and not form.hides_tokens else None,
         include_usage=bool(options.include_usage),
         continuous_usage=bool(options.continuous_usage_stats),
-        token_ids=bool(asked.return_token_ids),
+        token_ids=bool(asked.return_token_ids) and not form.hides_tokens,
         tokens_as_ids=bool(asked.return_tokens_as_token_ids),
         echo=_echo(prompt) if asked.echo else "",
+        parsed=form.parsed,
     )
     return Task([request], writer)
 
 
-def _prompt(asked: ChatBody, conventions: Conventions) -> ChatPrompt:
+def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> ChatPrompt:
     add, resume = asked.add_generation_prompt, bool(asked.continue_final_message)
     if add and resume:
         raise InvalidRequest(
@@ -117,6 +138,7 @@ def _prompt(asked: ChatBody, conventions: Conventions) -> ChatPrompt:
         continue_final_message=resume,
         template=asked.chat_template,
         template_kwargs=variables,
+        tools=None if tools is None else tools.offered,
         add_special_tokens=asked.add_special_tokens,
     )
 
@@ -140,17 +162,3 @@ def _sampling(asked: ChatBody) -> dict[str, Any]:
         values["max_tokens"] = asked.max_completion_tokens
     values["logprobs"] = (top or 0) if asked.logprobs else None
     return values
-
-
-def _refuse_tools_and_modalities(asked: ChatBody) -> None:
-    """What would change the answer and is not there yet is refused, never dropped."""
-    if asked.tools and asked.tool_choice != "none":
-        raise InvalidRequest(
-            'tools are not supported by this server; tool_choice "none" ignores them', param="tools"
-        )
-    if asked.tool_choice not in (None, "none", "auto"):
-        raise InvalidRequest("tool_choice: this server cannot call tools", param="tool_choice")
-    if asked.functions and asked.function_call != "none":
-        raise InvalidRequest("functions are not supported by this server", param="functions")
-    if asked.modalities is not None and asked.modalities != ["text"]:
-        raise InvalidRequest('modalities: this server answers with ["text"] only', param="modalities")

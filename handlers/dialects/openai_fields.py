@@ -37,9 +37,7 @@ _IGNORED = frozenset(
         "prompt_cache_retention",
         "verbosity",
         "prediction",
-        "parallel_tool_calls",
         "spaces_between_special_tokens",
-        "include_reasoning",
         "guided_decoding_backend",
     }
 )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
-from handlers.dialects.base import SSE, Answered
+from handlers.dialects.base import SSE, Answer, Answered
 from handlers.dialects.error_replies import openai_error
+from handlers.dialects.openai_parsed import ParsedAnswers, first_delta
 from handlers.errors import ServingError
 
 _encode = msgspec.json.Encoder().encode
@@ -36,10 +38,11 @@ class ChatWriter:
         token_ids: bool = False,
         tokens_as_ids: bool = False,
         echo: str = "",
+        parsed: ParsedAnswers | None = None,
     ) -> None:
         """top_logprobs: None for no logprobs, else how many alternatives to show beside the chosen token.
         token_ids: show the ids of prompt and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
-        echo: shown before each answer.
+        echo: shown before each answer. parsed: for answers that may hold calls or reasoning.
         """
         self._head = {"id": reply_id, "created": int(time.time()), "model": model}
         self._top = top_logprobs
@@ -48,6 +51,7 @@ class ChatWriter:
         self._token_ids = token_ids
         self._tokens_as_ids = tokens_as_ids
         self._echo = echo
+        self._parsed = parsed
         self._plain = top_logprobs is None and not continuous_usage and not token_ids
         self._completion_tokens = 0
         self._prefixes: dict[int, bytes] = {}
@@ -57,17 +61,7 @@ class ChatWriter:
 
     def whole(self, answered: list[Answered]) -> bytes:
         (only,) = answered
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": self._echo + answer.text, "refusal": None},
-                "logprobs": self._logprobs(answer.logprobs),
-                "finish_reason": answer.finish_reason,
-                "stop_reason": answer.stop_reason,
-                **({"token_ids": answer.token_ids} if self._token_ids else {}),
-            }
-            for index, answer in enumerate(only.answers)
-        ]
+        choices = [self._choice(index, answer, only.stats) for index, answer in enumerate(only.answers)]
         completion_tokens = sum(len(answer.token_ids) for answer in only.answers)
         reply: dict[str, Any] = {
             **self._head,
@@ -83,6 +77,8 @@ class ChatWriter:
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
         self._completion_tokens += len(delta.token_ids)
+        if self._parsed is not None:
+            return self._chunks(delta, self._parsed, stats)
         prefix = self._prefixes.get(delta.index)
         if prefix is None:
             return self._first(delta, stats)
@@ -90,7 +86,7 @@ class ChatWriter:
             return prefix + _encode(delta.text) + self._tail if delta.text else b""
         if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
             return b""
-        return self._chunk(delta, {"content": delta.text}, stats)
+        return self._chunk(delta, {"content": delta.text}, delta.finish_reason, stats)
 
     def end(self, stats: PromptStats) -> bytes:
         if not self._include_usage:
@@ -101,22 +97,67 @@ class ChatWriter:
     def failed(self, error: ServingError) -> bytes:
         return b"data: " + _encode(openai_error(error)) + b"\n\n"
 
+    def _choice(self, index: int, answer: Answer, stats: PromptStats) -> dict[str, Any]:
+        message: dict[str, Any] = {"content": self._echo + answer.text, "refusal": None}
+        finish: str | None = answer.finish_reason
+        if self._parsed is not None:
+            message, finish = self._parsed.message(answer.text, finish, stats)
+            message["content"] = self._echo + (message["content"] or "") if self._echo else message["content"]
+        return {
+            "index": index,
+            "message": {"role": "assistant", **message},
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": finish,
+            "stop_reason": answer.stop_reason,
+            **({"token_ids": answer.token_ids} if self._token_ids else {}),
+        }
+
     def _first(self, delta: Delta, stats: PromptStats) -> bytes:
         """The role comes with an answer's first token, so that a client's time to first token is true."""
-        self._prefixes[delta.index] = self._start + b'[{"index":%d,"delta":{"content":' % delta.index
+        self._begin(delta.index)
         content = {"role": "assistant", "content": self._echo + delta.text}
-        return self._chunk(delta, content, stats, first=len(self._prefixes) == 1)
+        return self._chunk(delta, content, delta.finish_reason, stats, first=len(self._prefixes) == 1)
+
+    def _begin(self, index: int) -> None:
+        self._prefixes[index] = self._start + b'[{"index":%d,"delta":{"content":' % index
+
+    def _chunks(self, delta: Delta, parsed: ParsedAnswers, stats: PromptStats) -> bytes:
+        """A chunk for each kind of thing in the delta; the last shows its tokens. None while it is undecided."""
+        deltas, finish = parsed.deltas(delta, stats)
+        plain = self._plain and finish is None
+        if not deltas and (plain or not (finish or delta.logprobs or self._token_ids)):
+            return b""
+        prefix = self._prefixes.get(delta.index)
+        if prefix is None:
+            self._begin(delta.index)
+            deltas = first_delta(deltas, self._echo)
+        elif plain and len(deltas) == 1 and "content" in deltas[0]:
+            return prefix + _encode(deltas[0]["content"]) + self._tail
+        first = prefix is None and len(self._prefixes) == 1
+        *earlier, last = deltas or [{}]
+        lines = []
+        for content in earlier:
+            lines.append(self._chunk(Delta(delta.index, [], ""), content, None, stats, first=first))
+            first = False
+        lines.append(self._chunk(delta, last, finish, stats, first=first))
+        return b"".join(lines)
 
     def _chunk(
-        self, delta: Delta, content: dict[str, str], stats: PromptStats, *, first: bool = False
+        self,
+        delta: Delta,
+        content: Mapping[str, Any],
+        finish: str | None,
+        stats: PromptStats,
+        *,
+        first: bool = False,
     ) -> bytes:
         choice: dict[str, Any] = {
             "index": delta.index,
             "delta": content,
             "logprobs": self._logprobs(delta.logprobs),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": finish,
         }
-        if delta.finish_reason is not None:
+        if finish is not None:
             choice["stop_reason"] = delta.stop_reason
         if self._token_ids:
             choice["token_ids"] = delta.token_ids

@@ -124,3 +124,15 @@ class ReasoningFormat:
 
     parser: Callable[[Asked], Parser]
     markers: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormats:
+    """How the served model's answers are read; None for a format that the operator did not name.
+
+    auto: the model may decide by itself to call a tool.
+    """
+
+    tools: ToolFormat | None = None
+    auto: bool = False
+    reasoning: ReasoningFormat | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 
-from handlers.parsers.base import Asked, Parser, ReasoningFormat, ToolFormat
+from handlers.parsers.base import AnswerFormats, Asked, Parser, ReasoningFormat, ToolFormat
 from handlers.parsers.call_array import CallArray, OnlyArguments
 from handlers.parsers.hermes import CLOSE, OPEN, HermesParser
 from handlers.parsers.llama3_json import TAG, Llama3JsonParser
@@ -13,6 +13,9 @@ from handlers.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralParser, n
 from handlers.parsers.pythonic import END, START, PythonicParser
 from handlers.parsers.reasoning import Begins, ThinkParser, in_prompt
 from handlers.parsers.writing import Pieces
+from properties.configuration import Configuration
+from properties.names import key_of
+from properties.problem import Problem
 
 
 def openai_call_id() -> str:
@@ -117,3 +120,31 @@ REASONING_FORMATS = {
     "seed_oss": _always("<seed:think>", "</seed:think>"),
     "mistral": _tagged("[THINK]", "[/THINK]"),
 }
+
+
+def answer_formats(
+    tools: str | None = None, auto: bool = False, reasoning: str | None = None
+) -> AnswerFormats:
+    """By the values of `option.tool_call_parser`, `enable_auto_tool_choice` and `reasoning_parser`."""
+    return AnswerFormats(
+        tools=None if tools is None else TOOL_FORMATS[tools],
+        auto=auto and tools is not None,
+        reasoning=None if reasoning is None else REASONING_FORMATS[reasoning],
+    )
+
+
+def parser_problems(configuration: Configuration) -> list[Problem]:
+    """The parsers that are configured and do not exist."""
+    problems = []
+    for option, known in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_FORMATS)):
+        name, source = getattr(configuration.settings, option), configuration.sources[option]
+        if name is not None and name not in known:
+            problems.append(
+                Problem(
+                    f"{key_of(option)} = {name!r} ({source.location}): there is no such parser; "
+                    f"allowed: {', '.join(sorted(known))}",
+                    option,
+                    source,
+                )
+            )
+    return problems

@@ -21,7 +21,7 @@ from handlers.backends.base import (
     compute_type,
 )
 from handlers.backends.limits import checked_sampling, checked_tokens
-from handlers.backends.tokens import detokenized, tokenized
+from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.counters import Counters, series, stat_logger
