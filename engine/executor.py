@@ -152,19 +152,30 @@ def follow(sock: socket.socket) -> None:
     if frame is None:
         return
     setup = msgspec.msgpack.decode(frame, type=RankSetup)
-    torch.set_num_threads(setup.config.threads or default_threads(setup.config))
+    torch.set_num_threads(threads_for(setup.config))
     runner = load_rank(setup)
+    torch.set_num_threads(threads_for(setup.config, runner.weight_bytes))
     decoder = msgspec.msgpack.Decoder(Command)
     while (frame := read_frame(sock)) is not None:
         runner.execute(decoder.decode(frame))
 
 
-def default_threads(config: EngineConfig) -> int:
-    """OMP_NUM_THREADS where it is set, else this engine's part of the cores, one of them left to the front."""
+BYTES_PER_THREAD = 64 << 20
+"""Weights for which another thread is worth it in a step: with less to read than to wait for each other, a team is
+slower than one, and many times slower beside a front that keeps the cores busy with pictures."""
+
+
+def threads_for(config: EngineConfig, weight_bytes: int | None = None) -> int:
+    """The configured number; else OMP_NUM_THREADS where it is set; else this engine's part of the cores, one of them
+    left to the front, and no more than so many weights (of this rank; None: not known yet) keep busy."""
+    if config.threads:
+        return config.threads
     wished = os.environ.get("OMP_NUM_THREADS", "")
     if wished.isdecimal() and int(wished) > 0:
         return int(wished)
     cores = (usable_cores() - 1) * config.cpu_share
+    if weight_bytes is not None:
+        cores = min(cores, config.tensor_parallel_degree * weight_bytes / BYTES_PER_THREAD)
     return max(1, int(cores / config.tensor_parallel_degree))
 
 

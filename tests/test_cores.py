@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.cores import usable_cores
-from engine.executor import default_threads
+from engine.executor import threads_for
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,21 @@ def test_the_quota_bounds_the_cores(tmp_path: Path, files: dict[str, str], limit
 def test_threads_are_shared_by_replicas_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("engine.executor.usable_cores", lambda: 17)
-    assert default_threads(EngineConfig(model_path="")) == 16
-    assert default_threads(EngineConfig(model_path="", cpu_share=0.5, devices=("cpu", "cpu"))) == 4
-    assert default_threads(EngineConfig(model_path="", cpu_share=0.01)) == 1
+    assert threads_for(EngineConfig(model_path="")) == 16
+    assert threads_for(EngineConfig(model_path="", cpu_share=0.5, devices=("cpu", "cpu"))) == 4
+    assert threads_for(EngineConfig(model_path="", cpu_share=0.01)) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert default_threads(EngineConfig(model_path="")) == 3
+    assert threads_for(EngineConfig(model_path="")) == 3
+
+
+def test_a_small_model_takes_no_more_threads_than_its_weights_keep_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("engine.executor.usable_cores", lambda: 9)
+    one = EngineConfig(model_path="")
+    assert threads_for(one, 4 << 20) == 1
+    assert threads_for(one, 200 << 20) == 3
+    assert threads_for(one, 8 << 30) == 8
+    assert threads_for(EngineConfig(model_path="", devices=("cpu", "cpu")), 200 << 20) == 3
+    assert threads_for(EngineConfig(model_path="", threads=5), 4 << 20) == 5

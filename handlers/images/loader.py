@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import os
 import ssl
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
+from engine.cores import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
@@ -106,7 +106,7 @@ class ImageLoader:
             resolver=resolver,
             ssl_context=ssl_context,
         )
-        self._threads = ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 1)), "image-decode")
+        self._threads = ThreadPoolExecutor(min(8, max(2, usable_cores())), "image-decode")
         self._numbers = itertools.count()
         self._reading = [threading.Lock() for _ in range(64)]
         self._closed = False
