@@ -6,6 +6,7 @@ from container.names import public_names
 from handlers.backends.base import Backend
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
+from handlers.parsers.select import answer_formats
 from handlers.service import Service, ServiceLimits
 from handlers.sessions import Sessions
 from properties.configuration import Configuration
@@ -14,7 +15,6 @@ from properties.configuration import Configuration
 def build_service(
     configuration: Configuration, backend: Backend, images: ImageLoader, observer: Observer
 ) -> Service:
-from handlers.parsers.select import answer_formats
     """What answers requests with a loaded backend."""
     settings = configuration.settings
     return Service(
@@ -32,9 +32,9 @@ from handlers.parsers.select import answer_formats
         model_name=public_names(configuration)[0],
         output_formatter=settings.output_formatter,
         tgi_compat=settings.tgi_compat,
-        sessions=Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),
-        observer=observer,
-    )
         formats=answer_formats(
             settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
         ),
+        sessions=Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),
+        observer=observer,
+    )

@@ -16,10 +16,8 @@ from engine.machine import Machine, this_machine
 from handlers.backends.select import Choice, choose
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.fields import SECRET, engine_argument_names
-from handlers.custom.find import find_handler, refuse_unusable
-from handlers.errors import InvalidConfiguration
-from handlers.parsers.select import parser_problems
 from handlers.backends.vllm.options import refused_options
+from handlers.parsers.select import parser_problems
 from properties.configuration import Configuration, read_model_config, resolve
 from properties.field import Level
 from properties.names import key_of
