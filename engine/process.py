@@ -72,11 +72,12 @@ def serve(channel: Channel, config: EngineConfig) -> None:
 
     from engine.building import Built, GuideBuilder
     from engine.engine import Engine
-    from engine.executor import default_threads
+    from engine.executor import threads_for
 
-    torch.set_num_threads(config.threads or default_threads(config))
+    torch.set_num_threads(threads_for(config))
     try:
         engine = Engine.load(config)
+        torch.set_num_threads(threads_for(config, engine.runner.weight_bytes))
         engine.warm_up()
     except EngineError as error:
         channel.send(LoadFailed(str(error)))

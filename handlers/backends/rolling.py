@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.cores import usable_cores
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import EngineGroup, Ticket
 from engine.logprobs import Logprobs
@@ -63,7 +63,7 @@ class RollingBackend:
     def __init__(self, settings: Settings, model_path: Path) -> None:
         self._settings = settings
         self._path = str(model_path)
-        self._threads = max(2, min(8, os.cpu_count() or 2))
+        self._threads = max(2, min(8, usable_cores()))
         self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="prepare")
         self._group: EngineGroup | None = None
         self._capabilities: Capabilities | None = None
