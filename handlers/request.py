@@ -60,7 +60,10 @@ Part = TextPart | ImagePart
 
 @dataclass(slots=True)
 class Message:
-    """One turn. `text_only` remembers that the client sent a bare string instead of a list of parts."""
+    """One turn. `text_only` remembers that the client sent a bare string instead of a list of parts.
+
+    tool_calls: OpenAI's, arguments as JSON text. reasoning: that of an earlier answer, for templates that show it.
+    """
 
     role: Role
     parts: list[Part]
@@ -68,6 +71,7 @@ class Message:
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(slots=True)

@@ -203,6 +203,8 @@ class PromptRenderer:
             turn["name"] = hidden.text(message.name, alone=True)
         if message.tool_calls is not None:
             turn["tool_calls"] = [hidden.value(_with_parsed_arguments(call)) for call in message.tool_calls]
+        if message.reasoning is not None:
+            turn["reasoning"] = turn["reasoning_content"] = hidden.text(message.reasoning, alone=True)
         if message.tool_call_id is not None:
             turn["tool_call_id"] = hidden.text(message.tool_call_id)
         return turn

@@ -40,12 +40,12 @@ def _message(message: Any, path: str) -> Message:
             "word that the model's chat template knows",
             param=f"{path}.role",
         )
-    name, calls, call_id = message.get("name"), message.get("tool_calls"), message.get("tool_call_id")
-    for key, value in (("name", name), ("tool_call_id", call_id)):
-        if value is not None and not isinstance(value, str):
-            raise _wrong(f"{path}.{key}", "a string", value)
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise _wrong(f"{path}.tool_calls", "a list of objects", calls)
+    name, call_id, reasoning = (
+        _optional_string(message, key, path) for key in ("name", "tool_call_id", "reasoning")
+    )
+    if reasoning is None:
+        reasoning = _optional_string(message, "reasoning_content", path)
+    calls = _calls(message, path)
     content = message.get("content")
     if content is None and role == "assistant":
         content = message.get("refusal") or ([] if calls else None)
@@ -56,7 +56,25 @@ def _message(message: Any, path: str) -> Message:
         name=name,
         tool_calls=calls or None,
         tool_call_id=call_id,
+        reasoning=reasoning,
     )
+
+
+def _calls(message: dict[str, Any], path: str) -> list[dict[str, Any]] | None:
+    """The calls of an earlier answer; `function_call` is OpenAI's older form of one."""
+    calls = message.get("tool_calls")
+    if calls is None and isinstance(message.get("function_call"), dict):
+        return [{"type": "function", "function": message["function_call"]}]
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise _wrong(f"{path}.tool_calls", "a list of objects", calls)
+    return calls
+
+
+def _optional_string(message: dict[str, Any], key: str, path: str) -> str | None:
+    value = message.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _wrong(f"{path}.{key}", "a string", value)
+    return value
 
 
 def _content(content: Any, path: str) -> list[Part]:
