@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
+from container.cors import Cors
 from container.keys import Keys
 from container.life import Answers, Life
 from container.metrics import Metrics
@@ -82,6 +83,7 @@ class App:
         self._settings = configuration.settings
         self._names = public_names(configuration)
         self._accepted = accepted_names(configuration)
+        self._cors = Cors(configuration.settings.cors_allowed_origin)
         self._keys = Keys(configuration.settings.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,6 +106,10 @@ class App:
         self._note(call)
 
     async def _respond(self, call: Call) -> None:
+        preflight = self._cors.preflight(call.method, call.headers)
+        if preflight is not None:
+            await self._reply(call, Reply(200, _JSON, b"{}\n", headers=preflight))
+            return
         try:
             match = find(call.path, call.method)
         except MethodNotAllowed as error:
@@ -233,7 +239,7 @@ class App:
         await call.exchange.send(reply, self._headers(call), linger)
 
     def _headers(self, call: Call) -> dict[str, str]:
-        headers = {**_UNCACHED, "x-request-id": call.request_id}
+        headers = {**_UNCACHED, "x-request-id": call.request_id, **self._cors.headers(call.headers)}
         if self._life.phase == "draining":
             headers["connection"] = "close"
         return headers

@@ -5,7 +5,7 @@ from __future__ import annotations
 _SESSIONS = "sessions are kept in memory"
 _HEALTH = "/ping follows the engine's own state"
 _STATUS = "each error has a fixed status code"
-_CORS = "cross-origin headers are not sent; put a proxy in front"
+_CORS = "pages of cors_allowed_origin may use every method and header that the server has"
 _ONE_MODEL = "this server serves one model"
 _DYNAMIC = "requests always share a rolling batch; see option.max_rolling_batch_size"
 _WORKERS = "write minWorkers and maxWorkers"
@@ -74,7 +74,6 @@ IGNORED: dict[str, str] = {
     "server_error_http_code": _STATUS,
     "timeout_http_code": _STATUS,
     "management_address": "there is one port for everything",
-    "cors_allowed_origin": _CORS,
     "cors_allowed_methods": _CORS,
     "cors_allowed_headers": _CORS,
     "model_url_pattern": _ONE_MODEL,

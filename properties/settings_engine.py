@@ -60,6 +60,7 @@ class EngineSettings(BaseModel):
         "Longest prompt and answer together. Default: what the model's config.json says.",
         default=None,
         unit="tokens",
+        variables=(Variable("MAX_TOTAL_TOKENS", Level.TGI),),
     )
     gpu_memory_utilization: Fraction = option(
         "Part of each accelerator's memory that weights and key/value cache may fill.",

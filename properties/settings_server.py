@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, SecretStr
 
 from properties.field import Level, Variable, server_key
-from properties.values import Count, Devices, Port, Positive, Seconds
+from properties.values import Count, Devices, Names, Port, Positive, Seconds
 
 
 def _megabytes(text: str) -> str:
@@ -62,6 +62,7 @@ class ServerSettings(BaseModel):
         variables=(
             Variable("SAGEMAKER_MAX_REQUEST_SIZE", Level.SAGEMAKER),
             Variable("SAGEMAKER_MAX_PAYLOAD_IN_MB", Level.SAGEMAKER, _megabytes, rank=1),
+            Variable("PAYLOAD_LIMIT", Level.TGI),
         ),
     )
     chunked_read_timeout: Seconds = server_key(
@@ -73,6 +74,13 @@ class ServerSettings(BaseModel):
         "Time that running requests get to finish after SIGTERM. SageMaker kills the container after 30 s.",
         default=30,
         unit="s",
+        variables=(Variable("GRACEFUL_TERMINATION_TIMEOUT", Level.TGI),),
+    )
+    cors_allowed_origin: Names = server_key(
+        "Web pages that may call the server from a browser, as https://app.example; * for any. Default: none.",
+        default=[],
+        aliases=("cors_allow_origin",),
+        variables=(Variable("CORS_ALLOW_ORIGIN", Level.TGI),),
     )
     request_id_header_key: str | None = server_key(
         "Header that carries the request's id. Default: X-Amzn-SageMaker-Inference-Id, else x-request-id.",

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from container.cors import Cors
 from container.routes import MethodNotAllowed, every, find
 from handlers.errors import NotFound
 from tests.scripted_server import ServerProcess
@@ -221,3 +222,44 @@ def test_a_server_that_is_not_ready_in_every_dialects_words(tmp_path: Path) -> N
             assert client.get("/version").status_code == 200
             for path in ("/invocations", "/v1/chat/completions"):
                 assert client.post(path, json=ASKS_CHAT).status_code == 503
+
+
+PAGE = "https://app.example"
+PREFLIGHT = {
+    "origin": PAGE,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type",
+}
+
+
+def test_a_page_of_a_browser_may_call_where_the_operator_says_so(tmp_path: Path) -> None:
+    options = ("--option", f"cors_allowed_origin={PAGE}", "--option", f"api_key={KEY}")
+    with (
+        ServerProcess(tmp_path / "shapes", *options) as running,
+        httpx.Client(base_url=running.ready().url, timeout=20) as page,
+    ):
+        asked = page.options("/generate", headers=PREFLIGHT)
+        assert (asked.status_code, asked.json()) == (200, {})
+        assert asked.headers["access-control-allow-origin"] == PAGE
+        assert asked.headers["access-control-allow-headers"] == "authorization,content-type"
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        headers = {"origin": PAGE, "authorization": f"Bearer {KEY}"}
+        for sent, status in ((headers, 200), ({"origin": PAGE}, 401)):
+            reply = page.post("/generate", json=ASKS_LMI, headers=sent)
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (status, PAGE)
+            assert reply.headers["vary"] == "origin"
+        other = page.post("/generate", json=ASKS_LMI, headers={**headers, "origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+        refused = page.options("/generate", headers={**PREFLIGHT, "origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in refused.headers
+        assert page.options("/generate").status_code == 405
+
+
+def test_any_page_none_and_names_that_are_none() -> None:
+    assert Cors(["*"]).headers({"origin": PAGE})["access-control-allow-origin"] == "*"
+    assert Cors([]).headers({"origin": PAGE}) == {}
+    assert Cors([]).preflight("OPTIONS", PREFLIGHT) is None
+    assert Cors(["*"]).preflight("POST", PREFLIGHT) is None
+    for names in ("", "a\r\nb: c", "a" * 3000, "a, <b>"):
+        asked = {**PREFLIGHT, "access-control-request-headers": names}
+        assert "access-control-allow-headers" not in (Cors(["*"]).preflight("OPTIONS", asked) or {})
