@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
+from container.life import Answers
 from container.names import public_names
+from handlers import build
 from handlers.backends.base import Backend
+from handlers.custom.backend import CustomBackend
+from handlers.custom.find import find_handler
+from handlers.custom.service import CustomService
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
 from handlers.parsers.select import answer_formats
@@ -11,24 +19,41 @@ from handlers.service import Service, ServiceLimits
 from handlers.sessions import Sessions
 from properties.configuration import Configuration
 
+logger = logging.getLogger(__name__)
+
+
+def build_backend(configuration: Configuration, model_path: Path) -> Backend:
+    """What answers: the model's own handler where it has one, else an engine. Not yet loaded.
+
+    Slow: imports what it needs; call it in a thread. Raises ConfigurationError and ServingError.
+    """
+    own = find_handler(configuration, model_path)
+    if own is None:
+        return build.build_backend(configuration, model_path)
+    logger.warning("%s of the model answers requests; no engine is started", own.file)
+    return CustomBackend.from_configuration(configuration, model_path, own)
+
 
 def build_service(
     configuration: Configuration, backend: Backend, images: ImageLoader, observer: Observer
-) -> Service:
+) -> Answers:
     """What answers requests with a loaded backend."""
     settings = configuration.settings
+    limits = ServiceLimits(
+        job_queue_size=settings.job_queue_size,
+        max_rolling_batch_size=settings.max_rolling_batch_size,
+        predict_timeout=settings.predict_timeout,
+        limit_mm_per_prompt=settings.limit_mm_per_prompt,
+        request_priorities=settings.request_priorities,
+        trust_request_chat_template=settings.trust_request_chat_template,
+        chunked_read_timeout=settings.chunked_read_timeout,
+    )
+    if isinstance(backend, CustomBackend):
+        return CustomService(backend, limits, observer)
     return Service(
         backend,
         images,
-        ServiceLimits(
-            job_queue_size=settings.job_queue_size,
-            max_rolling_batch_size=settings.max_rolling_batch_size,
-            predict_timeout=settings.predict_timeout,
-            limit_mm_per_prompt=settings.limit_mm_per_prompt,
-            request_priorities=settings.request_priorities,
-            trust_request_chat_template=settings.trust_request_chat_template,
-            chunked_read_timeout=settings.chunked_read_timeout,
-        ),
+        limits,
         model_name=public_names(configuration)[0],
         output_formatter=settings.output_formatter,
         tgi_compat=settings.tgi_compat,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,8 @@ from handlers.backends.select import Choice, choose
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.fields import SECRET, engine_argument_names
 from handlers.backends.vllm.options import refused_options
+from handlers.custom.find import find_handler, refuse_unusable
+from handlers.errors import InvalidConfiguration
 from handlers.parsers.select import parser_problems
 from properties.configuration import Configuration, read_model_config, resolve
 from properties.field import Level
@@ -70,10 +71,16 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         except ConfigurationError as error:
             errors += error.problems
     warnings = list(configuration.warnings)
-    choice = _choose(configuration, config or {}, machine, errors)
+    own = find_handler(configuration, directory)
+    choice = _choose(configuration, config or {}, machine, errors) if own is None else None
     if choice is not None:
         warnings += configuration.unhonoured(choice.backend)
     memory = None
+    if own is not None:
+        try:
+            refuse_unusable(own)
+        except InvalidConfiguration as error:
+            errors.append(Problem(error.message, "entry_point"))
     if directory is not None and config is not None and choice is not None:
         from container.fit import fit  # brings torch and transformers, which the other reports do without
 
@@ -93,7 +100,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         },
         "backend": None if choice is None else asdict(choice),
         "memory": memory,
-        "handler": _handler(configuration),
+        "handler": None if own is None else own.file,
         "options": effective_options(configuration),
         "extra": {
             name: {
@@ -141,21 +148,6 @@ def _choose(
         return None
 
 
-def _handler(configuration: Configuration) -> str | None:
-    """The file of the user's own handler, where there is one: model.py counts only if it defines the function.
-    It is read, not run."""
-    settings, home = configuration.settings, configuration.home
-    if settings.entry_point is not None or home is None:
-        return settings.entry_point
-    try:
-        module = ast.parse((home / "model.py").read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return None
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    defined = any(isinstance(node, functions) and node.name == settings.handler for node in module.body)
-    return "model.py" if defined else None
-
-
 def effective_options(configuration: Configuration) -> dict[str, dict[str, Any]]:
     """Key -> value, source, location, and whether it was given (not recommended, no default). Secrets are
     masked."""
@@ -197,7 +189,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         if report["backend"] is not None:
             lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
         if report["handler"] is not None:
-            lines.append(f"handler  {report['handler']}: the model's own")
+            lines.append(f"handler  {report['handler']}: the model's own, which answers instead of an engine")
         lines += [f"memory   {text}" for text in _memory(report["memory"], model["kind"])]
         lines.append("")
     lines += [f"warning: {text}" for text in report["warnings"]]

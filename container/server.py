@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from container.app import App
-from container.build import build_service
+from container.build import build_backend, build_service
 from container.life import Life
 from container.listen import HttpServer, address_of, bind
 from container.metrics import Metrics
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Backend
-from handlers.build import build_backend, build_images
+from handlers.build import build_images
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
 from properties.configuration import Configuration

@@ -6,10 +6,10 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 
+from container.build import build_backend
 from container.logs import logging_to
 from container.server import BackendBuilder, serve
 from handlers.backends.vllm.fields import engine_argument_names
-from handlers.build import build_backend
 from properties.configuration import Configuration, resolve
 from properties.field import Level
 from properties.problem import ConfigurationError

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, SecretStr
 
-from properties.field import NOT_YET, VLLM, Level, Variable, option, server_key
+from properties.field import VLLM, Level, Variable, option, server_key
 from properties.values import Count, Dtype, Names, Positive, Seconds, Seed
 
 _BUILT_IN = (
@@ -78,16 +78,14 @@ class ModelSettings(BaseModel):
         ),
     )
     entry_point: str | None = option(
-        "Python file of a custom handler, relative to the model directory; default model.py where it exists.",
+        "Python file of a custom handler, relative to the model directory, which answers instead of an engine. "
+        "Default: model.py where it defines the handler.",
         default=None,
         aliases=("entryPoint", "entrypoint"),
         variables=(Variable("DJL_ENTRY_POINT"),),
         replaced=_BUILT_IN,
-        backends=NOT_YET,
     )
-    handler: str = option(
-        "Function that the custom handler is called by.", default="handle", backends=NOT_YET
-    )
+    handler: str = option("Function that the custom handler is called by.", default="handle")
     download_dir: str | None = server_key(
         "Where models from s3:// are kept. Default: below the temporary directory.", default=None
     )

@@ -1,0 +1,81 @@
+"""What passes between the front and a process of the user's handler: msgpack in length-prefixed frames."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first frame. directory: the model's, absolute. file: the handler's, in it. function: its name.
+
+    properties: the options, as the handler's first, empty call sees them.
+    """
+
+    directory: str
+    file: str
+    function: str
+    properties: dict[str, str]
+
+
+class Call(msgspec.Struct, tag=True):
+    """A request. properties: its headers and custom attributes."""
+
+    id: int
+    properties: dict[str, str]
+    body: bytes
+
+
+class Cancel(msgspec.Struct, tag=True):
+    """Nobody waits for the answer any more."""
+
+    id: int
+
+
+ToHandler: TypeAlias = Call | Cancel
+
+
+class Ready(msgspec.Struct, tag=True):
+    """concurrent: whether many calls may be under way at a time (`async def`), or one."""
+
+    concurrent: bool
+
+
+class LoadFailed(msgspec.Struct, tag=True):
+    """message: for the operator."""
+
+    message: str
+
+
+class Head(msgspec.Struct, tag=True):
+    """The beginning of an answer. properties: become headers. streams: whether its parts are sent on as they come.
+
+    Parts follow, and an End or Failed.
+    """
+
+    id: int
+    status: int
+    properties: dict[str, str]
+    streams: bool
+
+
+class Part(msgspec.Struct, tag=True):
+    id: int
+    data: bytes
+
+
+class End(msgspec.Struct, tag=True):
+    id: int
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The handler raised. status: 424, or 507 when memory ran out. error: the exception's class."""
+
+    id: int
+    status: int
+    error: str
+
+
+FromHandler: TypeAlias = Ready | LoadFailed | Head | Part | End | Failed
+Answer: TypeAlias = Head | Part | End | Failed

@@ -1,0 +1,232 @@
+"""One request's way to the user's own handler and back."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+
+import msgspec
+
+from handlers.admission import Admission, Permit
+from handlers.custom.backend import CustomBackend
+from handlers.custom.messages import End, Head, Part
+from handlers.custom.process import HandlerCall
+from handlers.dialects.base import JSON_LINES
+from handlers.dialects.error_replies import client_error, error_reply, lmi_error, log_error, style_of
+from handlers.dialects.sagemaker import attributes_of
+from handlers.errors import DeadlineExceeded, NotFound, ServingError
+from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.observer import Observer, Unobserved
+from handlers.run import is_cancelled, stopping
+from handlers.service import ServiceLimits
+
+_GRACE_SECONDS = 1.0
+"""What a handler may take to end a call whose time is up, before its process is killed."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_OURS = frozenset(
+    {
+        "content-type",
+        "content-length",
+        "transfer-encoding",
+        "connection",
+        "keep-alive",
+        "upgrade",
+        "x-request-id",
+    }
+)
+"""Headers that no handler sets, or that are set from a property elsewhere."""
+
+_MOST_VALUE = 4096
+_NOT_PASSED_ON = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+
+class CustomService:
+    """Hands requests to the handler as they come, whatever their schema; see `handlers.service.Service`."""
+
+    def __init__(
+        self, backend: CustomBackend, limits: ServiceLimits, observer: Observer | None = None
+    ) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._observer: Observer = observer if observer is not None else Unobserved()
+        self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
+
+    @property
+    def in_flight(self) -> int:
+        return self._admission.taken
+
+    async def answer(self, incoming: Incoming) -> Reply:
+        """Never raises but when cancelled, and then everything is given back."""
+        facts = RequestFacts(incoming.request_id, incoming.route)
+        try:
+            return await self._answer(incoming, facts)
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            known: ServingError = stopping(error)
+        except Exception as error:
+            known = client_error(error, incoming.request_id)
+        log_error(known, incoming.request_id)
+        self._observer.on_error(known.kind)
+        reply = error_reply(known, style_of(incoming.route, incoming.headers))
+        facts.status, facts.error = reply.status, known.kind
+        reply.facts = facts
+        return reply
+
+    async def tokenize(self, incoming: Incoming) -> Reply:
+        return error_reply(_NO_TOKENS, style_of(incoming.route, incoming.headers))
+
+    async def detokenize(self, incoming: Incoming) -> Reply:
+        return error_reply(_NO_TOKENS, style_of(incoming.route, incoming.headers))
+
+    def info(self) -> Reply:
+        return error_reply(_NO_TOKENS, "tgi")
+
+    async def _answer(self, incoming: Incoming, facts: RequestFacts) -> Reply:
+        permit = self._admission.admit(1)
+        visit = Visit(permit, facts, self._observer, self._limits.predict_timeout)
+        streams = False
+        try:
+            async with visit.time_limit():
+                visit.call = await self._backend.call(_properties(incoming), incoming.body)
+                head = await visit.call.next()
+                assert isinstance(head, Head)
+                facts.status, facts.stream = head.status, head.streams
+                streams = head.streams
+                body = b"" if streams else await visit.rest()
+        except TimeoutError as error:
+            streams = False
+            raise visit.overdue() from error
+        except BaseException:
+            streams = False
+            raise
+        finally:
+            if not streams:
+                visit.close()
+        kind = next(
+            (v for n, v in head.properties.items() if n.lower() == "content-type"), "application/octet-stream"
+        )
+        headers = _headers(head.properties)
+        if streams:
+            chunks = HandlerStream(visit, kind)
+            return Reply(head.status, kind, chunks=chunks, headers=headers, facts=facts)
+        return Reply(head.status, kind, body, headers=headers, facts=facts)
+
+
+class Visit:
+    """One admitted request: its place, its time, its call; all given back in `close`."""
+
+    def __init__(
+        self, permit: Permit, facts: RequestFacts, observer: Observer, seconds: float | None
+    ) -> None:
+        self.call: HandlerCall | None = None
+        self.facts = facts
+        self.observer = observer
+        self._permit = permit
+        self._began = time.monotonic()
+        self._end = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        self._closed = False
+        observer.on_admitted()
+
+    def time_limit(self) -> asyncio.Timeout:
+        return asyncio.timeout_at(self._end)
+
+    def overdue(self) -> DeadlineExceeded:
+        return DeadlineExceeded("the request's time (option.predict_timeout) is up")
+
+    async def rest(self) -> bytes:
+        """The body of an answer that does not stream."""
+        assert self.call is not None
+        parts = []
+        while isinstance(message := await self.call.next(), Part):
+            parts.append(message.data)
+        return b"".join(parts)
+
+    def first_part(self) -> None:
+        if self.facts.first_token is None:
+            self.facts.first_token = time.monotonic() - self._began
+            self.observer.on_first_token(self.facts.first_token)
+
+    def close(self) -> None:
+        """Safe to call twice. A handler that still works has until the request's end to finish."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.call is not None:
+            left = 0.0 if self._end is None else self._end - asyncio.get_running_loop().time()
+            self.call.abandon(max(0.0, left) + _GRACE_SECONDS)
+        self._permit.release()
+        self.facts.total = time.monotonic() - self._began
+        self.observer.on_finished(self.facts)
+
+
+class HandlerStream:
+    """The parts of a streamed answer. An error becomes a line or an event where the content type has them."""
+
+    def __init__(self, visit: Visit, content_type: str) -> None:
+        self._visit = visit
+        self._type = content_type.partition(";")[0].strip().lower()
+        self._done = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        visit = self._visit
+        assert visit.call is not None
+        if self._done:
+            visit.close()
+            raise StopAsyncIteration
+        try:
+            async with visit.time_limit():
+                message = await visit.call.next()
+        except TimeoutError:
+            return self._failed(visit.overdue())
+        except ServingError as error:
+            return self._failed(error)
+        if isinstance(message, End):
+            visit.close()
+            raise StopAsyncIteration
+        assert isinstance(message, Part)
+        visit.first_part()
+        return message.data
+
+    async def aclose(self) -> None:
+        self._visit.close()
+
+    def _failed(self, error: ServingError) -> bytes:
+        self._done = True
+        facts = self._visit.facts
+        facts.error = error.kind
+        log_error(error, facts.request_id)
+        self._visit.observer.on_error(error.kind)
+        line = msgspec.json.encode(lmi_error(error))
+        if self._type == JSON_LINES:
+            return line + b"\n"
+        if self._type == "text/event-stream":
+            return b"data: " + line + b"\n\n"
+        self._visit.close()
+        raise error
+
+
+_NO_TOKENS = NotFound("the model's own handler answers here; it has no tokens to show")
+
+
+def _properties(incoming: Incoming) -> dict[str, str]:
+    """Headers and, beside them, the custom attributes; none that is a secret between client and server."""
+    told = {name: value for name, value in incoming.headers.items() if name not in _NOT_PASSED_ON}
+    told = {**attributes_of(incoming.headers), **told, "requestId": incoming.request_id}
+    if incoming.model is not None:
+        told["model_name"] = incoming.model
+    return told
+
+
+def _headers(properties: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value[:_MOST_VALUE]
+        for name, value in properties.items()
+        if _NAME.fullmatch(name) and name.lower() not in _OURS
+    }

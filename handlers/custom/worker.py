@@ -1,0 +1,308 @@
+"""The process of the user's handler: `python -m handlers.custom.worker FD`, where FD is the socket to the front.
+
+The first frame on the socket is the `Start`; then calls come in and answers go out. When the front goes away, in
+whatever manner, the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.framing import read_frame, write_frame
+from handlers.custom import djl
+from handlers.custom.messages import (
+    Call,
+    Cancel,
+    End,
+    Failed,
+    FromHandler,
+    Head,
+    LoadFailed,
+    Part,
+    Ready,
+    Start,
+    ToHandler,
+)
+
+logger = logging.getLogger("handlers.custom")
+
+_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
+
+
+class HandlerError(Exception):
+    """The handler cannot be used; the message is for the operator."""
+
+
+class Channel:
+    """The handler's end of the socket: one reader, any thread may send."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._lock = threading.Lock()
+        self._decoder = msgspec.msgpack.Decoder(ToHandler)
+        self.cancelled = 0
+        """The last call that nobody waits for any more; ids grow."""
+
+    def start(self) -> Start:
+        return msgspec.msgpack.decode(read_frame(self._socket) or b"", type=Start)
+
+    def send(self, message: FromHandler) -> None:
+        body = msgspec.msgpack.encode(message)
+        with self._lock:
+            write_frame(self._socket, body)
+
+    def read(self, on_call: Callable[[Call], None], on_cancel: Callable[[int], None]) -> None:
+        """Until the front is gone, and with it the reason for this process, busy or not."""
+        try:
+            while (frame := read_frame(self._socket)) is not None:
+                message = self._decoder.decode(frame)
+                if isinstance(message, Cancel):
+                    on_cancel(message.id)
+                else:
+                    on_call(message)
+        finally:
+            os._exit(0)
+
+
+def load(start: Start) -> Callable[[djl.Input], Any]:
+    """Import the user's file. Raises whatever it raises, and HandlerError."""
+    os.chdir(start.directory)
+    sys.path.insert(0, start.directory)
+    djl.install()
+    path = Path(start.directory, start.file)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise HandlerError(f"{start.file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    function = getattr(module, start.function, None)
+    if not callable(function):
+        raise HandlerError(f"{start.file} defines no function {start.function!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def is_concurrent(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def first_input(start: Start) -> djl.Input:
+    """The empty call at start, in which a handler loads its model."""
+    inputs = djl.Input()
+    inputs.function_name = start.function
+    inputs.properties.update(start.properties)
+    return inputs
+
+
+def input_of(call: Call, function: str) -> djl.Input:
+    inputs = djl.Input()
+    inputs.function_name = function
+    inputs.properties.update(call.properties)
+    inputs.content.add("data", call.body)
+    return inputs
+
+
+def check_first(result: Any) -> None:
+    if isinstance(result, djl.Output) and result.code >= 400:
+        text = b" ".join(result.content.values).decode(errors="replace")
+        raise HandlerError(f"its first, empty call was answered {result.code}: {result.message} {text}")
+
+
+def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
+    """Calls in the order in which they come, in this thread."""
+    check_first(function(first_input(start)))
+    calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+
+    def on_cancel(number: int) -> None:
+        channel.cancelled = number
+
+    threading.Thread(target=channel.read, args=(calls.put, on_cancel), daemon=True).start()
+    channel.send(Ready(concurrent=False))
+    while True:
+        call = calls.get()
+        try:
+            for message in answer(call.id, function(input_of(call, start.function))):
+                channel.send(message)
+                if channel.cancelled == call.id:
+                    break
+            channel.send(End(call.id))
+        except Exception as error:
+            channel.send(failed(call.id, error))
+
+
+async def serve_together(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
+    """Each call in a task of its own."""
+    check_first(await _result(function(first_input(start))))
+    loop = asyncio.get_running_loop()
+    tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def run(call: Call) -> None:
+        try:
+            result = await _result(function(input_of(call, start.function)))
+            async for message in answer_async(call.id, result):
+                channel.send(message)
+            channel.send(End(call.id))
+        except asyncio.CancelledError:
+            channel.send(End(call.id))
+        except Exception as error:
+            channel.send(failed(call.id, error))
+        finally:
+            tasks.pop(call.id, None)
+
+    def on_call(call: Call) -> None:
+        tasks[call.id] = loop.create_task(run(call))
+
+    def on_cancel(number: int) -> None:
+        if (task := tasks.get(number)) is not None:
+            task.cancel()
+
+    threading.Thread(
+        target=channel.read,
+        args=(
+            lambda call: loop.call_soon_threadsafe(on_call, call),
+            lambda number: loop.call_soon_threadsafe(on_cancel, number),
+        ),
+        daemon=True,
+    ).start()
+    channel.send(Ready(concurrent=True))
+    await asyncio.Event().wait()
+
+
+async def _result(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+def answer(number: int, result: Any) -> Iterator[FromHandler]:
+    """The messages of an answer, but for its end."""
+    output = as_output(result)
+    if output.stream_content is None:
+        yield from whole(number, output)
+        return
+    if not isinstance(output.stream_content, Iterable):
+        raise TypeError("an asynchronous stream needs an asynchronous handler")
+    begun = output is result
+    if begun:
+        yield head(number, output)
+    for item in output.stream_content:
+        if not begun:
+            begun = True
+            yield head_of_generated(number, item, output)
+        yield Part(number, formatted(item, output))
+    if not begun:
+        yield head(number, djl.Output(204))
+
+
+async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
+    """The same for an asynchronous handler, whose streams may be either kind."""
+    output = as_output(result)
+    if not isinstance(output.stream_content, AsyncIterable):
+        for message in answer(number, result):
+            yield message
+        return
+    begun = output is result
+    if begun:
+        yield head(number, output)
+    async for item in output.stream_content:
+        if not begun:
+            begun = True
+            yield head_of_generated(number, item, output)
+        yield Part(number, formatted(item, output))
+    if not begun:
+        yield head(number, djl.Output(204))
+
+
+def whole(number: int, output: djl.Output) -> Iterator[FromHandler]:
+    if output.content.size() > 1:
+        raise TypeError(f"the output holds {output.content.size()} contents; a reply can hold one")
+    yield head(number, output)
+    for value in output.content.get_values():
+        yield Part(number, bytes(value))
+
+
+def as_output(result: Any) -> djl.Output:
+    """What handlers return, also without an Output around it. Raises TypeError."""
+    if isinstance(result, djl.Output):
+        return result
+    if result is None:
+        return djl.Output(204, "No content")
+    if isinstance(result, dict | list | int | float | bool):
+        return djl.Output().add_as_json(result)
+    if isinstance(result, str):
+        return djl.Output().add_property("content-type", "text/plain; charset=utf-8").add(result)
+    if isinstance(result, bytes):
+        return djl.Output().add(result)
+    if isinstance(result, Iterator | AsyncIterator):
+        return djl.Output().add_stream_content(result, lambda item: item)
+    raise TypeError(f"the handler returned {type(result).__name__}; return an Output")
+
+
+def head_of_generated(number: int, first: Any, stream: djl.Output) -> Head:
+    """Of a handler that is a generator: its first Output says status and headers."""
+    if isinstance(first, djl.Output):
+        stream.code, stream.properties = first.code, first.properties
+    return head(number, stream)
+
+
+def head(number: int, output: djl.Output) -> Head:
+    code = output.code if isinstance(output.code, int) and 200 <= output.code <= 599 else 424
+    properties = {str(name): str(value) for name, value in output.properties.items()}
+    streams = output.stream_content is not None
+    if streams and not any(name.lower() == "content-type" for name in properties):
+        properties["content-type"] = "application/jsonlines"
+    return Head(number, code, properties, streams)
+
+
+def formatted(item: Any, output: djl.Output) -> bytes:
+    """One part of a stream."""
+    if isinstance(item, djl.Output):
+        return b"".join(item.content.get_values())
+    if output.stream_formatter is not None:
+        item = output.stream_formatter(item)
+        if isinstance(item, str):
+            return item.encode()
+        return bytes(item) if isinstance(item, bytes | bytearray) else djl.to_json(item) + b"\n"
+    return djl.to_json({"outputs": item}) + b"\n"
+
+
+def failed(number: int, error: Exception) -> Failed:
+    """The client is told the exception's class alone; its text and trace go to the log."""
+    logger.error("the handler failed", exc_info=error)
+    name = type(error).__name__
+    return Failed(number, 507 if name in _OUT_OF_MEMORY else 424, name)
+
+
+def main(descriptor: int) -> int:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    channel = Channel(socket.socket(fileno=descriptor))
+    start = channel.start()
+    try:
+        function = load(start)
+        if is_concurrent(function):
+            asyncio.run(serve_together(channel, start, function))
+        else:
+            serve_one_by_one(channel, start, function)
+    except BaseException as error:
+        logger.error("%s cannot serve", start.file, exc_info=error)
+        text = str(error) if isinstance(error, HandlerError) else f"{type(error).__name__}: {error}"
+        channel.send(LoadFailed(f"{start.file}: {text}"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(int(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(status)  # whatever threads the handler has left running
