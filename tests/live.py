@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +28,30 @@ from tests.backend import ENGINE_PROCESS, OPTIONS, READY_SECONDS
 class LiveServer:
     """Use as a context manager; entering returns once the model can answer (or at once with ready=False)."""
 
-    def __init__(self, model: Path | str, *options: str, ready: bool = True, **environ: str) -> None:
+    def __init__(
+        self,
+        model: Path | str,
+        *options: str,
+        ready: bool = True,
+        command: str = "serve",
+        flags: Sequence[str] = (),
+        **environ: str,
+    ) -> None:
         arguments = [part for option in (*OPTIONS, *options) for part in ("--option", option)]
         self._wait_ready = ready
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "container.cli", "serve", str(model), "--port", "0", *arguments],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "container.cli",
+                command,
+                str(model),
+                "--port",
+                "0",
+                *arguments,
+                *flags,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
