@@ -18,6 +18,7 @@ from handlers.backends.base import (
     TokenizedPrompt,
     TokenLogprob,
 )
+from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.request import GenerationRequest, ImagePart, Prompt, TextPart, prompt_parts
 from handlers.service import Service, ServiceLimits
@@ -106,6 +107,8 @@ class ScriptedBackend:
         return TokenizedPrompt(text, [1, *map(ord, text)], ["<s>", *text], spans)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
+        if max(token_ids, default=0) > 0xD7FF:
+            raise InvalidRequest("tokens holds an id that is not in the vocabulary", param="tokens")
         return "".join(map(chr, token_ids))
 
     def health(self) -> Health:

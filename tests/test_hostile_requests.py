@@ -370,3 +370,53 @@ def test_whatever_is_sent_is_answered_or_refused(body: Any) -> None:
             assert max(map(abs, whole_numbers(request)), default=0) < 2**31
 
     asyncio.run(ask())
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    body=st.one_of(prompts, prompts, chats, value),
+    route=st.sampled_from(["/", "/generate", "/generate_stream"]),
+)
+def test_whatever_is_sent_to_tgis_routes_is_answered_or_refused(body: Any, route: str) -> None:
+    async def ask() -> None:
+        backend = Whole([])
+        subject = service(backend, Pictures(), limit_mm_per_prompt={"image": 2})
+        reply = await subject.answer(incoming(body, route))
+        data = await everything(reply)
+        assert 200 <= reply.status < 500, data[:500]
+        assert b"internal error" not in data
+        assert (subject.in_flight, backend.running) == (0, 0)
+        if reply.status != 200:
+            assert set(json.loads(data)) == {"error", "error_type"}
+        for request in backend.requests:
+            request.sampling.validate()
+            assert max(map(abs, whole_numbers(request)), default=0) < 2**31
+
+    asyncio.run(ask())
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    body=st.one_of(
+        st.dictionaries(
+            st.sampled_from(
+                ["inputs", "prompt", "tokens", "parameters", "add_special_tokens", "return_token_strs"]
+            ),
+            value | st.lists(numbers, max_size=3),
+            max_size=3,
+        ),
+        chats,
+        value,
+    ),
+    route=st.sampled_from(["/tokenize", "/chat_tokenize", "/detokenize"]),
+)
+def test_whatever_is_to_be_counted_is_counted_or_refused(body: Any, route: str) -> None:
+    async def ask() -> None:
+        subject = service(ScriptedBackend([]), Pictures(), limit_mm_per_prompt={"image": 2})
+        work = subject.detokenize if route == "/detokenize" else subject.tokenize
+        reply = await work(incoming(body, route))
+        assert 200 <= reply.status < 500, reply.body[:500]
+        assert json.loads(reply.body) is not None
+        assert subject.in_flight == 0
+
+    asyncio.run(ask())
