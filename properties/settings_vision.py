@@ -59,9 +59,10 @@ class VisionSettings(BaseModel):
         default=1024,
         unit="MiB",
     )
-    encoder_cache_mb: Count = option(
-        "Device memory for outputs of the vision encoder, found again by the picture's content; 0: none.",
-        default=256,
+    encoder_cache_mb: Count | None = option(
+        "Device memory for outputs of the vision encoder, found again by the picture's content; 0: none. Default: 256 "
+        "on an accelerator, 32 on a CPU.",
+        default=None,
         backends=ROLLING,
         unit="MiB",
     )
