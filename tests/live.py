@@ -41,22 +41,13 @@ class LiveServer:
         self._wait_ready = ready
         self.process = subprocess.Popen(
             [
-                sys.executable,
-                "-P",
-                "-m",
-                "container.cli",
-                command,
-                str(model),
-                "--port",
-                "0",
-                *arguments,
-                *flags,
+                sys.executable, "-P", "-m", "container.cli", command, str(model), "--port", "0", *arguments, *flags,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **environ},
-        )
+        )  # fmt: skip
         self._lines: list[str] = []
         self._arrivals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
