@@ -399,7 +399,7 @@ class TestSamplers:
     def test_all_of_them_at_once_answer_and_repeat_by_their_seed(self, client: openai.OpenAI) -> None:
         fields = {
             "top_a": 0.01, "tfs": 0.99, "eta_cutoff": 1.0, "epsilon_cutoff": 1.0, "typical_p": 0.99,
-            "smoothing_factor": 0.01, "smoothing_curve": 1.2, "dynatemp_min": 40.0, "dynatemp_max": 90.0,
+            "smoothing_factor": 0.01, "smoothing_curve": 1.2, "dynatemp_min": 5.0, "dynatemp_max": 30.0,
             "xtc_threshold": 0.2, "xtc_probability": 0.5, "nsigma": 5.0, "dry_multiplier": 0.8, "skew": 0.1,
             "mirostat_mode": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.1, "no_repeat_ngram_size": 4,
             "temperature_last": False, "dry_sequence_breakers": '["\\n"]', "dry_penalty_last_n": 64,
@@ -407,7 +407,12 @@ class TestSamplers:
         }  # fmt: skip
         answers = [
             client.completions.create(
-                model="m", prompt="a", seed=seed, max_tokens=12, extra_body={"ignore_eos": True, **fields}
+                model="m",
+                prompt="a",
+                seed=seed,
+                max_tokens=12,
+                temperature=1,
+                extra_body={"ignore_eos": True, **fields},
             )
             .choices[0]
             .text
