@@ -35,6 +35,8 @@ HUB_NAMES = (
     ("lm_head.", "language_model.lm_head."),
     ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
     ("model.vision_tower.", "vision_tower.vision_model."),
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
 """Prefixes as transformers writes them, and as the hub's checkpoints have them, which alone vLLM's loader knows."""

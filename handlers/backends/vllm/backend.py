@@ -21,6 +21,7 @@ from handlers.backends.base import (
     compute_type,
 )
 from handlers.backends.limits import checked_sampling, checked_tokens
+from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
@@ -81,6 +82,7 @@ class VllmBackend:
         loop = asyncio.get_running_loop()
         self._vllm: Vllm = await loop.run_in_executor(self._threads, self._import)
         arguments = await loop.run_in_executor(self._threads, self._arguments)
+        read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
         self._keeper = keeper = EngineKeeper(
             lambda: self._build(arguments),
             self._ask,
@@ -89,9 +91,17 @@ class VllmBackend:
             loading_seconds=self._settings.model_loading_timeout,
         )
         try:
+            # Before the engine, which takes long to start: what is missing from a model is often its tokenizer.
+            tokenizer = await loop.run_in_executor(self._threads, read)
             await keeper.start()
             self._front = await loop.run_in_executor(
-                self._threads, VllmFront, self._settings, str(self._path), self._vllm, keeper.engine
+                self._threads,
+                VllmFront,
+                self._settings,
+                str(self._path),
+                tokenizer,
+                self._vllm,
+                keeper.engine,
             )
         except EngineError as error:
             await keeper.close()

@@ -28,18 +28,10 @@ logger = logging.getLogger(__name__)
 class VllmFront:
     """Tokenizer, template, endings and defaults of one model. images: whether it takes pictures."""
 
-    def __init__(self, settings: Settings, path: str, vllm: Vllm, engine: Any) -> None:
+    def __init__(self, settings: Settings, path: str, tokenizer: Any, vllm: Vllm, engine: Any) -> None:
         """Blocking: reads the model's files. Raises ModelLoadError."""
-        from transformers import AutoTokenizer
-
         config = engine.model_config
         text_config = config.hf_text_config
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
-        if not tokenizer.is_fast:
-            raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
         self.tokenizer = tokenizer
         self.images = bool(config.is_multimodal_model) and "image" in _modalities(engine)
         image_token, placeholder = None, None

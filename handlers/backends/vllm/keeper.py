@@ -89,7 +89,9 @@ class EngineKeeper:
         return Health(True, "ready")
 
     async def close(self) -> None:
-        """End the engine's processes. Never raises."""
+        """End the engine's processes. Never raises; safe to call twice."""
+        if self._closing:
+            return
         self._closing = True
         if self._keeping is not None:
             self._keeping.cancel()
