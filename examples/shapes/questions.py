@@ -115,17 +115,31 @@ FILLER_TEXT = (
 FILLER = FILLER_TEXT.split()
 
 
+BARE = (
+    "USER: {lines}{question}\nASSISTANT:", "USER: {lines}{question}\nASSISTANT:",
+    "USER: {row}\n{question}\nASSISTANT:", "USER: {row} {question} ASSISTANT:",
+    "{row}{question}", "{row}{question}\n", "{row}{question}\n\n", "{row}{question} ", "{row} {question}",
+    "{lines}{question}", "{lines}{question}\n", "{question}{row}", "{question} {row}\n\n",
+    "[INST] {lines}{question} [/INST]", "User: {row}{question}\nAssistant:", "User:{row}{question} Assistant:",
+    "<|user|>\n{lines}{question}<|end|>\n<|assistant|>\n",
+    "<|user|>{row}{question}</s><|assistant|>",
+)  # fmt: skip
+"""How documentation of models and servers writes prompts without a chat template."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages in the hub's format (ending with an assistant's), what each question is, and the pictures.
 
     ``kinds`` names the kind of question of every assistant message, in order; ``pictures`` are indices into
-    the scenes the conversation was made from, in the order of the image parts.
+    the scenes the conversation was made from, in the order of the image parts. ``prompt`` is what is written
+    instead of the messages up to the answer, where no chat template is used.
     """
 
     messages: list[dict[str, Any]]
     kinds: list[str]
     pictures: list[int]
+    prompt: str | None = None
 
 
 # --- answers -----------------------------------------------------------------------------------------
@@ -411,3 +425,18 @@ def converse(
         if not plain and rng.random() < 0.05:
             chatter()
     return Conversation(messages, kinds, list(talk.shown))
+
+
+def bare(scenes: Sequence[Scene], rng: random.Random, weights: Mapping[str, float] = WEIGHTS) -> Conversation:
+    """Return one question about all ``scenes``, written without the chat template."""
+    while True:
+        talk = converse(scenes, 1, rng, weights=weights)
+        told = [message for message in talk.messages if message["role"] != "system"]
+        if len(told) == 2 and not isinstance(told[0]["content"], str):
+            break
+    question = "".join(part.get("text", "") for part in told[0]["content"]).strip()
+    pictures = ["<image>"] * len(talk.pictures)
+    prompt = rng.choice(BARE).format(
+        question=question, row="".join(pictures), lines="".join(f"{picture}\n" for picture in pictures)
+    )
+    return Conversation(told, talk.kinds, talk.pictures, prompt)

@@ -109,6 +109,11 @@ def tokens(conversation: Conversation, image_tokens: int) -> tuple[list[int], li
     The target at a position is the id that should follow it where an assistant speaks, and -100 elsewhere.
     The ids are those that the chat template and the processor give for the same conversation.
     """
+    if conversation.prompt is not None:
+        written = load().encode(conversation.prompt, add_special_tokens=False).ids
+        asked = [t for token in written for t in ([token] * image_tokens if token == IMAGE else [token])]
+        told = [*encode(conversation.messages[-1]["content"]), EOS]
+        return asked + told, [-100] * (len(asked) - 1) + told + [-100]
     ids: list[int] = [BOS]
     targets: list[int] = [-100]
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from network import GRID, IMAGE_TOKENS, create, export, normalise, squeeze
-from questions import WEIGHTS, Conversation, converse
+from questions import WEIGHTS, Conversation, bare, converse
 from tokenizer import IMAGE, PAD, tokens
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -50,6 +50,7 @@ PRACTICE = WEIGHTS | {
     "number of images": 0.6,
     "follow-up": 3.0,
 }
+BARE_SHARE = 0.15
 HELD_OUT_SEED = 7_000_000
 
 
@@ -108,9 +109,11 @@ def stack(views: list[View]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torc
 class Batches(IterableDataset[Batch]):
     """An endless row of batches that ``seed`` fixes."""
 
-    def __init__(self, seed: int, pool: int = POOL) -> None:
+    def __init__(self, seed: int, pool: int = POOL, bare: float = BARE_SHARE) -> None:
+        """``bare``: the share of conversations that are one question without the chat template."""
         self.seed = seed
         self.pool = pool
+        self.bare = bare
 
     def __iter__(self) -> Iterator[Batch]:
         rng = random.Random(self.seed)
@@ -131,8 +134,12 @@ class Batches(IterableDataset[Batch]):
             talks: list[tuple[Conversation, list[View]]] = []
             for _ in range(4 * (PICTURES // number)):
                 views = [view() for _ in range(number)]
+                scenes = [v.scene for v in views]
+                if rng.random() < self.bare:
+                    talks.append((bare(scenes, rng, PRACTICE), views))
+                    continue
                 turns = rng.choice((1, 2, 3, 4, 5, 6, 6, 7, 8, 8))
-                talks.append((converse([v.scene for v in views], turns, rng, weights=PRACTICE), views))
+                talks.append((converse(scenes, turns, rng, weights=PRACTICE), views))
             talks.sort(key=lambda talk: len(tokens(talk[0], 1)[0]))
             size = PICTURES // number
             groups = [talks[i : i + size] for i in range(0, len(talks), size)]
