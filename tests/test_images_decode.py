@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from handlers.errors import ImageError, ImageTooLarge
-from handlers.images.decode import FORMATS, MAX_JPEG_SCANS, decode, prepare_pillow
+from handlers.images.decode import FORMATS, MAX_JPEG_SCANS, convert, decode, prepare_pillow
 from handlers.images.problem import PictureProblem
 
 LIMIT = 1_000_000
@@ -271,3 +271,28 @@ def test_damage_is_always_answered_for(kind: str, draw: st.DataObject) -> None:
         data[draw.draw(st.integers(0, min(len(data), 400) - 1))] = draw.draw(st.integers(0, 255))
     with contextlib.suppress(PictureProblem):
         assert decode(bytes(data), 10_000).mode == "RGB"
+
+
+def test_what_is_transparent_shows_the_background_that_is_asked_for() -> None:
+    clear = Image.new("RGBA", (4, 4))
+    assert decode(encoded(clear, "PNG"), LIMIT, (0, 0, 255)).getpixel((0, 0)) == BLUE
+    assert convert(clear, LIMIT, (0, 0, 255)).getpixel((0, 0)) == BLUE
+    assert convert(clear, LIMIT).getpixel((0, 0)) == WHITE
+
+
+def test_an_open_picture_is_converted_and_itself_left_alone() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = Image.open(io.BytesIO(encoded(Image.new("RGB", (30, 20), RED), "PNG", exif=exif)))
+    flat = convert(opened, LIMIT)
+    assert (flat.size, flat.mode, opened.size) == ((20, 30), "RGB", (30, 20))
+    flat.putpixel((0, 0), BLUE)
+    assert opened.getpixel((0, 0)) == RED
+    with pytest.raises(PictureProblem, match="pixels"):
+        convert(Image.new("RGB", (0, 4)), LIMIT)
+    with pytest.raises(PictureProblem, match="more than 5 pixels"):
+        convert(opened, 5)
+    closed = Image.open(io.BytesIO(encoded(opened, "PNG")))
+    closed.close()
+    with pytest.raises(PictureProblem, match="closed"):
+        convert(closed, LIMIT)

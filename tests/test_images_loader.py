@@ -217,7 +217,7 @@ def test_a_failure_is_everybodys_but_not_kept() -> None:
 def test_cancelling_one_of_two_does_not_disturb_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     started, go_on = threading.Event(), threading.Event()
 
-    def slow(data: bytes, max_pixels: int) -> Image.Image:
+    def slow(data: bytes, max_pixels: int, background: object) -> Image.Image:
         started.set()
         assert go_on.wait(10)
         return Image.new("RGB", (1, 1))
