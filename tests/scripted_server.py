@@ -1,7 +1,8 @@
 """The real server, in a process of its own, around a backend that does what the prompt says.
 
 The user's message is JSON: `tokens` to say, `pause` seconds before each, `fail` to raise after them, `say` for the
-text of each. The environment says how loading goes: `SCRIPTED_LOAD` is seconds to take, or the text of an error.
+text of each, to which `digests` adds those of the pictures. The environment says how loading goes: `SCRIPTED_LOAD`
+is seconds to take, or the text of an error.
 Tests use `ServerProcess`; the process itself runs this file.
 """
 
@@ -39,6 +40,9 @@ class ObedientBackend(ScriptedBackend):
     def _obey(self, request: GenerationRequest) -> Iterator[Step]:
         order = _order(request)
         self.sick = order.get("sick", self.sick)
+        if "digests" in order:
+            loaded = [part.loaded for part in request.images()]
+            order["say"] += "".join(f" {image.digest.hex()}" for image in loaded if image is not None)
         return _steps(order)
 
     async def load(self) -> None:
@@ -58,11 +62,13 @@ class ObedientBackend(ScriptedBackend):
 
 
 def _steps(order: dict[str, Any]) -> Iterator[Step]:
-    for number in range(count := order.get("tokens", 1)):
+    said = order.get("say")  # A list holds the text of each token.
+    for number in range(count := len(said) if isinstance(said, list) else order.get("tokens", 1)):
         last = number == count - 1 and "fail" not in order
         if "pause" in order:
             yield order["pause"]
-        yield Delta(0, [number], order.get("say", f"t{number} "), finish_reason="stop" if last else None)
+        text = said[number] if isinstance(said, list) else f"t{number} " if said is None else said
+        yield Delta(0, [number], text, finish_reason="stop" if last else None)
     if "fail" in order:
         known = {"known": EngineFailed("the engine died while it held this request")}
         yield known.get(order["fail"], RuntimeError(order["fail"]))
