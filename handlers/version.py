@@ -13,3 +13,6 @@ def _installed() -> str:
 
 
 VERSION = _installed()
+
+FINGERPRINT = f"lmi-{VERSION}"
+"""OpenAI's `system_fingerprint`, without which TGI's client takes a chat for none."""

@@ -14,6 +14,7 @@ from handlers.dialects.error_replies import openai_error
 from handlers.dialects.legacy_logprobs import LegacyLogprobs
 from handlers.dialects.openai_reply import prompt_position, usage
 from handlers.errors import ServingError
+from handlers.version import FINGERPRINT
 
 _encode = msgspec.json.Encoder().encode
 
@@ -48,7 +49,12 @@ class CompletionWriter:
         echo_only: the answers themselves are not shown.
         token_ids: show the ids of prompts and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
         """
-        self._head = {"id": reply_id, "created": int(time.time()), "model": model}
+        self._head = {
+            "id": reply_id,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": FINGERPRINT,
+        }
         self._n = n
         self._top = logprobs
         self._prompt_top = prompt_logprobs

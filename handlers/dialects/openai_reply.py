@@ -13,6 +13,7 @@ from handlers.dialects.base import SSE, Answer, Answered
 from handlers.dialects.error_replies import openai_error
 from handlers.dialects.openai_parsed import ParsedAnswers, first_delta
 from handlers.errors import ServingError
+from handlers.version import FINGERPRINT
 
 _encode = msgspec.json.Encoder().encode
 
@@ -44,7 +45,12 @@ class ChatWriter:
         token_ids: show the ids of prompt and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
         echo: shown before each answer. parsed: for answers that may hold calls or reasoning.
         """
-        self._head = {"id": reply_id, "created": int(time.time()), "model": model}
+        self._head = {
+            "id": reply_id,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": FINGERPRINT,
+        }
         self._top = top_logprobs
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
