@@ -7,9 +7,11 @@ before a switch, `--flag.key value` for one entry of a JSON object, several valu
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from properties.field import Level
 from properties.legacy import ignored_because
@@ -160,6 +162,8 @@ class _Reader:
 
     def _add(self, name: str, value: str) -> None:
         attribute = _attribute(name)
+        if attribute == "chat_template":
+            value = _from_here(value)
         secret = attribute is not None and FACTS[attribute].secret
         (self._found.secret if secret else self._found.options).append(f"--{name.replace('_', '-')}={value}")
 
@@ -180,6 +184,14 @@ _SWITCH = ("true", "false")
 
 def _attribute(name: str) -> str | None:
     return KEYS.get(key_from_command_line(name))
+
+
+def _from_here(template: str) -> str:
+    """A file's name as it is meant on a command line: from the working directory before the model's."""
+    try:
+        return str(Path(template).resolve()) if os.path.isfile(template) else template
+    except ValueError:
+        return template
 
 
 def _put(entries: dict[str, object], path: Sequence[str], text: str) -> None:

@@ -34,7 +34,8 @@ the value of each, where it comes from, the backend that would serve and the mem
 
 The first of these that names an option wins:
 
-1. `--option NAME=VALUE` on the command line (with or without `option.` before the name), and MODEL.
+1. The command line: `--option NAME=VALUE` (with or without `option.` before the name), any option as a flag of its
+   own (`--max-model-len 4096`, `--trust-remote-code`), and MODEL.
 2. SageMaker's own variables (`SAGEMAKER_...` in the tables below).
 3. `serving.properties` in the model directory.
 4. `OPTION_<NAME>` for options written with `option.`, `SERVING_<NAME>` for those without.

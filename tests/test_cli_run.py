@@ -87,6 +87,15 @@ class TestFlags:
             '--served-model-name=["a", "b"]',
         ]
 
+    def test_a_template_is_looked_for_here_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "llava.jinja").write_text("{{ messages }}")
+        assert options("--chat-template", "llava.jinja") == [f"--chat-template={tmp_path / 'llava.jinja'}"]
+        for other in ("other.jinja", "{{ messages }}", "\0", "x" * 5000):
+            assert options("--chat-template", other) == [f"--chat-template={other}"]
+
     def test_secrets_are_kept_apart(self) -> None:
         given = [
             "MODEL", "--api-key", "one", "two", "--option", "hf_token=three", "--dtype", "half", "--api-keys=four",
