@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from handlers.dialects.tokens import SimpleToken
 
-_Finish = Literal["stop", "length", "tool_calls"]
+_Finish = Literal["stop", "length", "tool_calls", "function_call"]
 _Names = Annotated[str, Meta(max_length=512)]
 
 
@@ -105,6 +105,7 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     content: str | None
     refusal: str | None = None
     tool_calls: list[ToolCall] = []
+    function_call: CalledFunction | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
 
@@ -142,6 +143,7 @@ class ChunkDelta(Struct, forbid_unknown_fields=True):
     role: str | None = None
     content: str | None = None
     tool_calls: list[dict[str, Any]] = []
+    function_call: dict[str, str] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
 

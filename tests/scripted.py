@@ -169,7 +169,7 @@ class Watched:
 def service(backend: ScriptedBackend, pictures: Pictures | None = None, **options: Any) -> Service:
     own = {
         name: options.pop(name)
-        for name in ("observer", "output_formatter", "tgi_compat", "sessions")
+        for name in ("observer", "output_formatter", "tgi_compat", "formats", "sessions")
         if name in options
     }
     limits = ServiceLimits(**options)
