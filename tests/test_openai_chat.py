@@ -546,3 +546,76 @@ def test_the_openai_client_raises_a_stream_error() -> None:
     )
     with pytest.raises(openai.APIError, match="boom"):
         list(stream)
+
+
+# vLLM's fields about the prompt and its tokens
+
+
+def test_any_role_and_parts_that_say_nothing() -> None:
+    turns = prompt(
+        {
+            "messages": [
+                {"role": "function", "name": "f", "content": "42"},
+                {
+                    "role": "critic-2",
+                    "content": [{"type": "text", "text": None}, {"type": "text", "text": "a"}],
+                },
+                {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]},
+            ]
+        }
+    ).messages
+    assert [(turn.role, turn.parts) for turn in turns] == [
+        ("function", [TextPart("42")]),
+        ("critic-2", [TextPart("a")]),
+        ("assistant", [TextPart("hm")]),
+    ]
+
+
+def test_a_template_of_the_request_needs_the_operators_trust() -> None:
+    body = chat(chat_template="{{ messages }}")
+    assert "trust_request_chat_template" in refused(body).message
+    trusting = Conventions("shapes", trust_chat_templates=True)
+    asked = read_chat(body, trusting, request_id="r1").requests[0].prompt
+    assert isinstance(asked, ChatPrompt)
+    assert asked.template == "{{ messages }}"
+
+
+def test_the_prompts_cut_and_its_special_tokens() -> None:
+    request = read(chat(truncate_prompt_tokens=4, truncation_side="right", add_special_tokens=False))
+    assert (request.truncate_prompt_tokens, request.truncation_side) == (4, "right")
+    assert isinstance(request.prompt, ChatPrompt)
+    assert request.prompt.add_special_tokens is False
+    assert prompt(chat()).add_special_tokens is None
+
+
+def test_ids_of_tokens_are_shown_where_they_are_asked_for() -> None:
+    def seen() -> PromptStats:
+        return PromptStats(2, prompt_token_ids=[7, 8])
+
+    body = chat(return_token_ids=True)
+    reply = json.loads(answer(said("a", "b"), body, stats=seen))
+    assert (reply["prompt_token_ids"], reply["choices"][0]["token_ids"]) == ([7, 8], [10, 11])
+    lines = answer(said("a", "b"), {**body, "stream": True}, stats=seen).decode().split("\n\n")[:-2]
+    events = [json.loads(line[6:]) for line in lines]
+    assert [event.get("prompt_token_ids") for event in events] == [[7, 8], None]
+    assert [event["choices"][0]["token_ids"] for event in events] == [[10], [11]]
+    assert "token_ids" not in json.loads(answer(said("a"), chat(), stats=seen))["choices"][0]
+
+
+def test_tokens_can_be_shown_as_ids() -> None:
+    body = chat(logprobs=True, top_logprobs=2, return_tokens_as_token_ids=True)
+    reply = completion(said("a"), body)
+    assert reply.choices[0].logprobs is not None
+    (shown,) = reply.choices[0].logprobs.content or ()
+    assert shown.token == "token_id:10"
+    assert shown.bytes == [97]
+    assert [other.token for other in shown.top_logprobs] == ["token_id:10", "token_id:99"]
+
+
+def test_echo_begins_with_the_text_that_the_answer_goes_on_from() -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I am"}]
+    body = {"messages": turns, "continue_final_message": True, "echo": True}
+    assert completion(said(" me", "."), body).choices[0].message.content == "I am me."
+    found = [chunk.choices[0].delta.content for chunk in chunks(said(" me", "."), body)]
+    assert found == ["I am me", "."]
+    assert completion(said("Me."), chat("Who?", echo=True)).choices[0].message.content == "Me."
