@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from container.app import App
-from container.build import build_backend, build_service
+from container.build import build_backend, build_formatters, build_service
 from container.life import Life
 from container.listen import HttpServer, address_of, bind
 from container.metrics import Metrics
@@ -21,6 +21,7 @@ from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Backend
 from handlers.build import build_images
+from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
 from properties.configuration import Configuration
@@ -39,9 +40,16 @@ _CLOSE_SECONDS = 3.0
 
 _TELL_SECONDS = 0.2
 
+_LOOK_SECONDS = 0.5
+"""Pause between two looks at whether the backend is lost."""
+
 
 class LoadFailed(Exception):
     """The model cannot be served; the message says why and what to do."""
+
+
+class EngineLost(Exception):
+    """The engine failed so often that it is given up; the process ends, so that the platform replaces it."""
 
 
 class Server:
@@ -56,6 +64,7 @@ class Server:
         self._build = build
         self._images: ImageLoader | None = None
         self._backend: Backend | None = None
+        self._formatters: Formatters | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
         self._app = App(configuration, self.life, self.metrics)
@@ -69,13 +78,17 @@ class Server:
         serving = loop.create_task(http.serve(sockets=[self.listener]))
         loading = loop.create_task(self._load())
         stopping = loop.create_task(self._stop.wait())
+        losing = loop.create_task(self._until_lost())
         logger.info("listening on %s", address_of(self.listener))
         await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         failure = loading.exception() if loading.done() else None
         if loading.done() and failure is None:
-            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, serving, losing}, return_when=asyncio.FIRST_COMPLETED)
         if failure is None and serving.done():
             failure = serving.exception() or RuntimeError("the HTTP server ended by itself")
+        if failure is None and losing.done():
+            failure = EngineLost(self.life.health().reason)
+        losing.cancel()
         if failure is not None:
             self._report(failure)
         await self._shut_down(http, serving, loading)
@@ -92,6 +105,11 @@ class Server:
             return
         logger.info("%s: stopping; running requests may finish", name)
         self.request_stop()
+
+    async def _until_lost(self) -> None:
+        """Return when the backend will never generate again."""
+        while not self.life.health().lost:  # noqa: ASYNC110 - health is asked, it does not call
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _load(self) -> None:
         """Fetch the model, load it, begin to serve. Raises LoadFailed, ConfigurationError, ServingError."""
@@ -125,19 +143,26 @@ class Server:
         self.configuration = configuration
         self._app.configure(configuration)
         self._backend = backend = await in_daemon_thread(lambda: self._build(configuration, directory))
+        self._formatters = formatters = await in_daemon_thread(
+            lambda: build_formatters(configuration, directory)
+        )
+        if formatters is not None:
+            await formatters.load()
         await backend.load()
         self._images = self.metrics.pictures = build_images(configuration.settings)
-        self.life.serve(backend, build_service(configuration, backend, self._images, self.metrics))
+        service = build_service(configuration, backend, self._images, self.metrics, formatters)
+        self.life.serve(backend, service)
 
     def _report(self, failure: BaseException) -> None:
         if isinstance(failure, ConfigurationError):
             for problem in failure.problems:
                 logger.error("%s", problem)
-        expected = isinstance(failure, LoadFailed | ConfigurationError | ServingError)
+        expected = isinstance(failure, LoadFailed | EngineLost | ConfigurationError | ServingError)
         logger.error("the server cannot go on: %s", failure, exc_info=None if expected else failure)
         if expected and failure.__cause__ is not None:
             logger.error("it was caused by", exc_info=failure.__cause__)
-        self.life.fail("the model could not be loaded; the log says why")
+        reason = str(failure) if isinstance(failure, EngineLost) else "the model could not be loaded"
+        self.life.fail(f"{reason}; the log says why")
 
     async def _shut_down(
         self, http: HttpServer, serving: asyncio.Task[None], loading: asyncio.Task[None]
@@ -167,6 +192,8 @@ class Server:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if self._backend is not None:
                     await self._backend.close()
+                if self._formatters is not None:
+                    await self._formatters.close()
                 if self._images is not None:
                     await self._images.aclose()
             async with asyncio.timeout(_TELL_SECONDS):

@@ -53,7 +53,7 @@ class ServerSettings(BaseModel):
     )
     load_on_devices: Devices = server_key("Devices to use.", default="*")
     retry_threshold: Count = server_key(
-        "Engine failures that a restart answers; after one more the server stays unhealthy.", default=3
+        "Engine failures that a restart answers; after one more the process ends with status 1.", default=3
     )
     max_request_size: Positive = server_key(
         "Largest request body; a larger one is answered 413.",

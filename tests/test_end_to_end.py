@@ -350,6 +350,14 @@ def test_a_killed_engine_is_replaced_and_nobody_hangs(model: Path, truth: Truth)
         assert server.metrics()["lmi_engine_restarts_total"] == 1
 
 
+def test_an_engine_that_is_given_up_ends_the_process_for_the_platform_to_replace(model: Path) -> None:
+    with LiveServer(model, FLOAT32, "retry_threshold=0") as server:
+        (engine,) = server.engines
+        engine.kill()
+        assert server.wait() == 1
+        assert "the engine failed too often" in server.log
+
+
 def test_sigterm_lets_the_running_request_finish_and_exits_zero(model: Path) -> None:
     with LiveServer(model, FLOAT32) as server:
         body = chat_body("hello", stream=True, max_tokens=300, ignore_eos=True)
