@@ -469,6 +469,54 @@ def test_a_stream_says_what_is_known_when_it_begins() -> None:
     }
 
 
+# What TGI's users send to OpenAI's routes
+
+
+def test_a_chat_as_tgis_clients_send_it() -> None:
+    text = {"type": "text", "text": "hi", "image_url": None}
+    picture = {"type": "image_url", "image_url": {"url": "https://p.example/1.png"}, "text": None}
+    turn = {"role": "user", "content": [text, picture], "name": None, "tool_calls": None}
+    nulls = ("logit_bias", "logprobs", "n", "seed", "stop", "stream_options", "temperature", "tool_choice")
+    body = {
+        **dict.fromkeys((*nulls, "tools", "tool_prompt", "top_logprobs", "frequency_penalty")),
+        "model": "tgi",
+        "messages": [turn],
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "stream": False,
+        "response_format": {"type": "json", "value": {"type": "object", "properties": {"a": {}}}},
+    }
+    reply = result(body, said("a", "END", stop_reason="END"), "/v1/chat/completions")
+    assert reply["model"] == "tgi"
+    assert isinstance(reply["system_fingerprint"], str)
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["usage"]["total_tokens"] == 9
+    headers = answer(body, route="/v1/chat/completions").headers
+    assert headers["x-prompt-tokens"] == "7"
+
+
+def test_a_completion_as_hugging_faces_javascript_client_sends_it() -> None:
+    flattened = {
+        "max_new_tokens": 5,
+        "return_full_text": False,
+        "do_sample": True,
+        "details": True,
+        "truncate": 9,
+    }
+    body = {
+        "model": "http://host:8080",
+        "prompt": "a ![](https://p.example/1.png)",
+        "max_tokens": 5,
+        **flattened,
+    }
+    reply = result(body, route="/v1/completions")
+    assert reply["choices"][0]["text"] == "a b"
+    assert reply["model"] == "http://host:8080"
+    seen = answer({**body, "stream": True}, route="/v1/completions")
+    assert seen.content_type.startswith("text/event-stream")
+    assert seen.body.endswith(b"data: [DONE]\n\n")
+
+
 # The real model
 
 
