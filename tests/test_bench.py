@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from bench import load, report
+from bench import load, overhead, report
 from bench.client import Reply
 
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -137,3 +137,13 @@ def test_the_time_per_token_leaves_out_the_first() -> None:
     numbers = report.summary(load.Run(SMALL, [reply], 0.0, 2.0, 0.0), [])
     assert numbers["tpot_ms"]["p50"] == pytest.approx(250)
     assert numbers["itl_ms"]["p50"] == pytest.approx(500)
+
+
+def test_every_dialect_costs_less_than_its_bounds() -> None:
+    """Processor time, not the clock's; thrice the bounds, for a machine that has more to do."""
+    costs = overhead.measured()
+    assert len(costs) == 6
+    for name, cost in costs.items():
+        assert 0 < cost.request_ms < 3 * overhead.REQUEST_MS, name
+        assert 0 < cost.token_us < 3 * overhead.TOKEN_US, name
+    assert "| TGI |" in overhead.table(costs)

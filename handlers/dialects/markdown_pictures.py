@@ -6,6 +6,8 @@ import re
 
 from handlers.request import ImagePart, Part, TextPart
 
+_START = re.compile(r"!\[[^\[\]\n]{0,1000}\]\(\s{0,8}(?=(?i:https?:|data:))")
+
 # ![alternative text](url "title"): only a link that names its scheme is a picture; other Markdown stays text.
 _PICTURE = re.compile(
     r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)',
@@ -13,14 +15,34 @@ _PICTURE = re.compile(
 
 
 def picture_parts(text: str) -> list[Part]:
-    """Text with its `![](url)` pictures cut out, in order."""
+    """Text with its `![](url)` pictures cut out, in order. Linear in the text's length, whatever it holds."""
     parts: list[Part] = []
-    position = 0
-    for match in _PICTURE.finditer(text):
-        if match.start() > position:
-            parts.append(TextPart(text[position : match.start()]))
-        parts.append(ImagePart(match[1]))
-        position = match.end()
+    position = searched = close = 0
+    while (start := _START.search(text, searched)) is not None:
+        if close < start.end():
+            close = text.find(")", start.end())
+            if close < 0:
+                break
+        url, end = _plain_url(text, start.end(), close), close + 1
+        if url is None:
+            match = _PICTURE.match(text, start.start())
+            if match is None:
+                searched = start.end()
+                continue
+            url, end = match[1], match.end()
+        if start.start() > position:
+            parts.append(TextPart(text[position : start.start()]))
+        parts.append(ImagePart(url))
+        position = searched = end
     if position < len(text) or not parts:
         parts.append(TextPart(text[position:]))
     return parts
+
+
+def _plain_url(text: str, start: int, close: int) -> str | None:
+    """The URL up to the next parenthesis, where nothing else stands before it; the pattern is several times slower
+    for a picture of a megabyte."""
+    if text.find("(", start, close) >= 0:
+        return None
+    url = text[start:close]
+    return url if url.split(None, 1) == [url] and url[-1] != ":" else None

@@ -1,0 +1,157 @@
+"""What the dialects themselves cost: processor time to read a body, to write a reply, and to write one token.
+
+    python -m bench.overhead
+
+No model and no socket: each dialect reads the same request, a picture of 100 KB in it, and writes the same answer of
+200 tokens, whole and streamed. Exits with 1 where a dialect costs more than its bounds: 1 ms a request, 20 us a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from bench.pictures import jpegs
+from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
+from handlers.dialects.base import Answer, Answered, Conventions, Task
+from handlers.dialects.body import read_body
+from handlers.dialects.select import read_task
+from handlers.exchange import Incoming
+
+TOKENS = 200
+WORDS = (" The", " small", " round", " shape", " is", " ré", "d", ",", "\n", ' "so')
+REQUEST_MS, TOKEN_US = 1.0, 20.0
+_TEXT = "What is in this image? " * 8
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A route and a body for it. logprobs: whether its tokens come with log probabilities and two alternatives."""
+
+    route: str
+    body: dict[str, Any]
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians of processor time: a request (its reading, its first and its last words) and one token more."""
+
+    request_ms: float
+    token_us: float
+
+
+def dialects(picture: str) -> dict[str, Dialect]:
+    parts = [{"type": "text", "text": _TEXT}, {"type": "image_url", "image_url": {"url": picture}}]
+    chat = {"model": "m", "messages": [{"role": "user", "content": parts}], "max_tokens": TOKENS, "seed": 7}
+    prompt = f"![]({picture}){_TEXT}"
+    parameters = {"max_new_tokens": TOKENS, "seed": 7, "temperature": 0.7, "top_p": 0.9}
+    return {
+        "chat": Dialect("/v1/chat/completions", chat),
+        "chat, logprobs": Dialect(
+            "/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2}, logprobs=True
+        ),
+        "completions": Dialect("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": TOKENS}),
+        "LMI": Dialect("/invocations", {"inputs": prompt, "parameters": parameters}),
+        "LMI, chat": Dialect("/invocations", chat),
+        "TGI": Dialect("/generate", {"inputs": prompt, "parameters": {**parameters, "details": True}}),
+    }
+
+
+def cost(dialect: Dialect, repeats: int = 60) -> Cost:
+    """Of one dialect, streamed; a whole reply is no more than one chunk."""
+    deltas = _deltas(logprobs=dialect.logprobs)
+    stats = PromptStats(prompt_tokens=640, image_tokens=576, prompt_token_ids=[5] * 640, prompt_text=_TEXT)
+    conventions = Conventions("m")
+    whole, streamed = (msgspec.json.encode({**dialect.body, "stream": stream}) for stream in (False, True))
+    if dialect.route == "/generate":
+        whole = streamed = msgspec.json.encode(dialect.body)
+
+    def task(body: bytes, route: str) -> Task:
+        headers = {"content-type": "application/json"}
+        return read_task(read_body(body, headers), conventions, Incoming(route, body, headers, "id"))
+
+    def answer() -> None:
+        writer = task(whole, dialect.route).writer
+        one = Answer()
+        for delta in deltas:
+            one.add(delta)
+        writer.whole([Answered(stats, [one])])
+
+    stream_route = "/generate_stream" if dialect.route == "/generate" else dialect.route
+    writers = [task(streamed, stream_route).writer for _ in range(repeats)]
+
+    def stream() -> None:
+        writer = writers.pop()
+        for delta in deltas:
+            writer.chunk(delta, stats)
+        writer.end(stats)
+
+    return Cost(_median(answer, repeats) * 1e3, _median(stream, repeats) * 1e6 / TOKENS)
+
+
+def _deltas(*, logprobs: bool) -> list[Delta]:
+    made = []
+    for number in range(TOKENS):
+        text = WORDS[number % len(WORDS)]
+        one = TokenLogprob(number, text, -0.5, 1)
+        position = PositionLogprobs(one, (one, TokenLogprob(number + 1, " other", -1.5, 2)))
+        made.append(Delta(0, [number], text, [position]))
+        if not logprobs:
+            # TGI's and LMI's streams show every token's probability, so theirs are there in any case.
+            made[-1].logprobs = [PositionLogprobs(one, ())]
+    made[-1].finish_reason = "length"
+    return made
+
+
+def _median(work: Callable[[], None], repeats: int) -> float:
+    """Seconds of this thread's processor time."""
+    times = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            start = time.thread_time()
+            work()
+            times.append(time.thread_time() - start)
+    finally:
+        gc.enable()
+    return statistics.median(times)
+
+
+def table(costs: dict[str, Cost]) -> str:
+    rows = ["| dialect | CPU a request, ms | CPU a streamed token, us |", "|---|---|---|"]
+    rows += [f"| {name} | {one.request_ms:.2f} | {one.token_us:.1f} |" for name, one in costs.items()]
+    return "\n".join(rows)
+
+
+def measured() -> dict[str, Cost]:
+    """Of every dialect. A request's time holds all of a whole reply of 200 tokens."""
+    (file,) = jpegs(seed=0, count=1, width=680, height=680)
+    picture = "data:image/jpeg;base64," + base64.b64encode(file).decode()
+    return {name: cost(dialect) for name, dialect in dialects(picture).items()}
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m bench.overhead",
+    ).parse_args()
+    costs = measured()
+    print(table(costs))
+    slow = [name for name, one in costs.items() if one.request_ms > REQUEST_MS or one.token_us > TOKEN_US]
+    if slow:
+        raise SystemExit(f"above {REQUEST_MS:g} ms a request or {TOKEN_US:g} us a token: {', '.join(slow)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Pictures in Markdown are found the fast way as one plain pattern would find them."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handlers.dialects.markdown_pictures import picture_parts
+from handlers.request import ImagePart, Part, TextPart
+
+_PLAIN = re.compile(
+    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)'
+)
+_PIECES = (
+    "![", "](", ")", "(", "data:", "http:", "https:", "HTTPS:", " ", "\n", '"', "a", "![](", "![x](data:", "x)",
+    ' "t"', "[", "]", "\x1c", "é", "![](https:", "![](http:)", "!", "![](data:,x)",
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(_PIECES), max_size=14).map("".join))
+def test_the_same_pictures_as_by_the_pattern(text: str) -> None:
+    expected: list[Part] = []
+    for number, piece in enumerate(_PLAIN.split(text)):
+        if number % 2:
+            expected.append(ImagePart(piece))
+        elif piece:
+            expected.append(TextPart(piece))
+    assert picture_parts(text) == (expected or [TextPart("")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![](data:x " * 200_000,
+        "![](data:" * 200_000 + ")",
+        "![](data:x) " * 100_000,
+        "![" * 1_000_000,
+        "![](data:x(a" * 100_000 + ")",
+    ],
+)
+def test_no_text_takes_more_than_linear_time(text: str) -> None:
+    start = time.thread_time()
+    picture_parts(text)
+    assert time.thread_time() - start < 5
