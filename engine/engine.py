@@ -13,6 +13,7 @@ from engine.config import EngineConfig, Vocabulary
 from engine.errors import EngineError, ModelLoadError
 from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
 from engine.guidance import GrammarError, Guidance, Guide
+from engine.logits import INVALID
 from engine.logprobs import Logprobs
 from engine.messages import Add, FinishReason, Output, Picture, Stats
 from engine.runner import StepLogits
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "the engine failed on this request"
 
-NO_TOKEN_LEFT = "the grammar and the request's other limits on tokens together leave no token to choose"
+NO_TOKEN_LEFT = (
+    "the request's limits on tokens (masks, min_tokens, a grammar) together leave no token to choose"
+)
 
 ENCODE_PER_STEP = 32
 """Pictures encoded in one step at most."""
@@ -249,14 +252,18 @@ class Engine:
         if not sampling:
             return
         self._constrain(sampling)
-        for sequence, token_id, logprob in self._sample(sampling, logits.samples):
+        for row, (sequence, token_id, logprob) in enumerate(self._sample(sampling, logits.samples)):
             guide = sequence.guide
             if guide is not None and guide.reason is not None:
                 outputs.append(_invalid(sequence.request_id, guide.reason))
                 self._drop(sequence)
             elif token_id >= 0:
                 self._append(sequence, token_id, logprob, outputs)
-            elif guide is not None and sequence.sampling.penalised:
+            elif (
+                token_id == INVALID
+                and sequence.sampling.edited
+                and bool(logits.samples[row].amax().isfinite())
+            ):
                 outputs.append(_invalid(sequence.request_id, NO_TOKEN_LEFT))
                 self._drop(sequence)
             else:
@@ -308,7 +315,7 @@ class Engine:
     def _sample(
         self, sequences: list[Sequence], logits: torch.Tensor
     ) -> list[tuple[Sequence, int, Logprobs | None]]:
-        """All rows together; where that fails, each alone, and the culprit's token is -1."""
+        """All rows together; where that fails, each alone, and the culprit's token is below INVALID."""
         try:
             token_ids, logprobs = self.sampler.sample(logits, [s.sampling for s in sequences])
         except Exception as error:
@@ -325,7 +332,7 @@ class Engine:
         except Exception as error:
             self._reraise_if_fatal(error)
             logger.exception("sampling failed with this request alone")
-            return sequence, -1, None
+            return sequence, INVALID - 1, None
         return sequence, token_ids[0], logprobs[0]
 
     def _note_prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> None:

@@ -602,6 +602,25 @@ class TestEngine:
         for row, add in enumerate(adds):
             assert run_all(alone, [add])[0].token_ids == together[row].token_ids, kinds[row]
 
+    def test_rules_that_leave_no_token_are_the_requests_own_fault(self, tmp_path: Path) -> None:
+        engine = load_engine(make_llava(tmp_path / "model"))
+        hopeless: list[dict[str, Any]] = [
+            {"allowed_token_ids": MODELS_EOS, "min_tokens": 2},
+            {"allowed_token_ids": (7,), "no_repeat_ngram_size": 1, "temperature": 0.0},
+            {"allowed_token_ids": (9,), "bad_words_token_ids": ((9,),), "xtc_probability": 1.0},
+        ]
+        adds = [
+            Add(0, [1, 2, 7], SamplingParams(max_tokens=8, ignore_eos=row == 3, **kind), [0], MODELS_EOS)
+            for row, kind in enumerate([*hopeless, {}])
+        ]
+        results = run_all(engine, adds)
+        for row in range(3):
+            output = results[row].outputs[-1]
+            assert (output.finish, output.invalid) == ("error", True)
+            assert "leave no token to choose" in (output.error or "")
+        assert results[3].finish == "length"
+        assert engine.pool.num_used == 0
+
 
 class TestWords:
     def test_unwanted_words_are_spelled_at_the_beginning_and_after_a_space(self) -> None:
