@@ -369,6 +369,18 @@ def test_one_bos_only() -> None:
         assert renderer.render(prompt).token_ids.count(bos) == 1
 
 
+def test_a_chat_can_say_whether_special_tokens_are_added() -> None:
+    tokenizer = TOKENIZERS["byte level with bos"]()
+    renderer = PromptRenderer(tokenizer, "{{ messages[0].content }}", image_token="<image>")
+    counts = {
+        wish: renderer.render(ChatPrompt([said("hi")], add_special_tokens=wish)).token_ids.count(
+            tokenizer.bos_token_id
+        )
+        for wish in (None, True, False)
+    }
+    assert counts == {None: 1, True: 1, False: 0}
+
+
 def test_token_ids_are_taken_as_they_are(plain: PreTrainedTokenizerFast) -> None:
     renderer = PromptRenderer(plain, None, image_token="<image>")
     ids = plain("what is this", add_special_tokens=False).input_ids
@@ -457,3 +469,50 @@ def test_tool_calls_reach_the_template_as_objects(plain: PreTrainedTokenizerFast
     rendered = PromptRenderer(plain, template, image_token="<image>").render(ChatPrompt([turn]))
     assert rendered.text == "Bonn <image>"
     assert rendered.n_images == 0
+
+
+# where tokens stand in the text
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    first=st.lists(
+        st.sampled_from(["a", "i", "m", " ", "\n", "é", "🌍", *SPECIAL, "<im", "age>"]), max_size=6
+    ).map("".join),
+    second=st.text(max_size=8),
+)
+def test_every_token_has_its_place_in_the_text(
+    tokenizer: PreTrainedTokenizerFast, first: str, second: str
+) -> None:
+    renderer = PromptRenderer(tokenizer, PARTS, image_token="<image>")
+    for prompt in (
+        ChatPrompt([said(first, None, second), said(second, None, first)]),
+        TextPrompt([TextPart(first), ImagePart("data:,"), TextPart(second)]),
+    ):
+        plain = renderer.render(prompt)
+        rendered = renderer.render(prompt, spans=True)
+        assert (rendered.text, rendered.token_ids, plain.spans) == (plain.text, plain.token_ids, None)
+        assert rendered.spans is not None
+        assert len(rendered.spans) == len(rendered.token_ids)
+        special = special_ids(tokenizer)
+        covered = set()
+        for token_id, (start, stop) in zip(rendered.token_ids, rendered.spans, strict=True):
+            assert 0 <= start <= stop <= len(rendered.text)
+            covered.update(range(start, stop))
+            shown = rendered.text[start:stop]
+            if token_id in special:
+                assert shown.strip() in (tokenizer.convert_ids_to_tokens(token_id), ""), (token_id, shown)
+            if shown == "":
+                assert start == stop
+        left_out = "".join(c for i, c in enumerate(rendered.text) if i not in covered)
+        assert not left_out.strip() or tokenizer.unk_token_id is None
+
+
+def test_a_token_that_was_added_stands_nowhere() -> None:
+    tokenizer = TOKENIZERS["byte level with bos"]()
+    renderer = PromptRenderer(tokenizer, None, image_token="<image>")
+    rendered = renderer.render(TextPrompt([TextPart("is in")]), spans=True)
+    assert rendered.token_ids[0] == tokenizer.bos_token_id
+    assert rendered.spans is not None
+    assert rendered.spans[0] == (0, 0)
+    assert rendered.spans[-1][1] == len("is in")
