@@ -10,7 +10,8 @@ from container.names import public_names
 from handlers import build
 from handlers.backends.base import Backend
 from handlers.custom.backend import CustomBackend
-from handlers.custom.find import find_handler
+from handlers.custom.find import find_formatters, find_handler
+from handlers.custom.formatters import Formatters
 from handlers.custom.service import CustomService
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
@@ -34,10 +35,24 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     return CustomBackend.from_configuration(configuration, model_path, own)
 
 
+def build_formatters(configuration: Configuration, model_path: Path) -> Formatters | None:
+    """The model's own formatters, not yet loaded. Raises ServingError."""
+    own = find_formatters(configuration, model_path)
+    if own is None:
+        return None
+    logger.warning("formatters in %s of the model change requests or replies", own.file)
+    processes = CustomBackend.from_configuration(configuration, model_path, own)
+    return Formatters(processes, reads=own.reads, writes=own.writes)
+
+
 def build_service(
-    configuration: Configuration, backend: Backend, images: ImageLoader, observer: Observer
+    configuration: Configuration,
+    backend: Backend,
+    images: ImageLoader,
+    observer: Observer,
+    formatters: Formatters | None = None,
 ) -> Answers:
-    """What answers requests with a loaded backend."""
+    """What answers requests with a loaded backend, and loaded formatters if there are some."""
     settings = configuration.settings
     limits = ServiceLimits(
         job_queue_size=settings.job_queue_size,
@@ -61,5 +76,6 @@ def build_service(
             settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
         ),
         sessions=Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),
+        formatters=formatters,
         observer=observer,
     )

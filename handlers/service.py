@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from handlers.admission import Admission
 from handlers.backends.base import Backend
+from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.dialects import tgi_headers
-from handlers.dialects.base import JSON, Conventions, Task
+from handlers.dialects.base import JSON, JSON_LINES, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import client_error, error_reply, log_error, style_of
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
@@ -74,10 +75,11 @@ class Service:
         tgi_compat: bool = False,
         formats: AnswerFormats | None = None,
         sessions: Sessions | None = None,
+        formatters: Formatters | None = None,
         observer: Observer | None = None,
     ) -> None:
         """model_name: shown to clients that name none. output_formatter, tgi_compat: the options. formats: how
-        answers are read.
+        answers are read. formatters: the user's, around each request.
         """
         self._backend = backend
         self._images = images
@@ -87,6 +89,7 @@ class Service:
         self._tgi_compat = tgi_compat
         self._formats = formats if formats is not None else AnswerFormats()
         self._sessions = sessions if sessions is not None else Sessions()
+        self._formatters = formatters
         self._observer: Observer = observer if observer is not None else Unobserved()
         self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
         self._tokenization = Tokenization(
@@ -148,6 +151,8 @@ class Service:
         if asks_for_session(body, incoming):
             return self._sessions.control(body, incoming.headers)
         self._sessions.check(incoming.headers)
+        if self._formatters is not None and self._formatters.reads:
+            body = await self._formatters.read(body)
         task = await _aside(len(incoming.body), self._task, body, incoming)
         body.clear()
         for request in task.requests:
@@ -183,6 +188,7 @@ class Service:
             capabilities.special_token_ids,
             capabilities.special_tokens,
             self._formats,
+            custom_output=self._formatters is not None and self._formatters.writes,
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
@@ -216,6 +222,7 @@ class Service:
 
     async def _run(self, task: Task, facts: RequestFacts) -> Reply:
         permit = self._admission.admit(sum(request.n for request in task.requests))
+        formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         timeout = self._limits.predict_timeout
         deadline = None if timeout is None else task.requests[0].arrival + timeout
         for request in task.requests:
@@ -227,6 +234,8 @@ class Service:
             async with run.time_limit():
                 if not task.stream:
                     body = task.writer.whole(await run.answers(self._backend))
+                    if formatters is not None:
+                        body = await formatters.write(body)
                 else:
                     deltas = run.deltas(self._backend)
                     first = await anext(deltas)
@@ -253,6 +262,9 @@ class Service:
         named, compute_type = facts.route in tgi_headers.ROUTES, self._backend.capabilities.compute_type
         if stream is not None:
             headers = tgi_headers.of_stream(task.requests, compute_type) if named else {}
+            if formatters is not None:
+                events = FormattedStream(stream, formatters, facts.request_id)
+                return Reply(200, JSON_LINES, chunks=events, headers=headers, facts=facts)
             return Reply(200, task.writer.stream_type, chunks=stream, headers=headers, facts=facts)
         headers = tgi_headers.of_whole(task.requests, compute_type, facts) if named else {}
         return Reply(200, JSON, body, headers=headers, facts=facts)

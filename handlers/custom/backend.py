@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from handlers.backends.base import BackendStats, Capabilities, Generation, Health, TokenizedPrompt
-from handlers.custom.find import OwnHandler, refuse_unusable
+from handlers.custom.find import OwnFormatters, OwnHandler, refuse_unusable
 from handlers.custom.messages import Start
 from handlers.custom.process import HandlerCall, HandlerProcess
 from handlers.errors import CustomCodeError, NotFound, ServingError, Unavailable
@@ -51,6 +52,9 @@ class CustomBackend:
             "model_dir": directory,
             "model_id": str(model_path.resolve()),
         }
+        if isinstance(own, OwnFormatters):
+            # The engine would be of no use without them: they are started again for ever.
+            return cls(Start(directory, own.file, None, properties), 1, sys.maxsize)
         start = Start(directory, own.file, settings.handler, properties)
         return cls(start, settings.max_workers or 1, settings.retry_threshold)
 
@@ -61,7 +65,7 @@ class CustomBackend:
             await self.close()
             raise
         self._keepers = [asyncio.create_task(self._keep(number)) for number in range(len(self._processes))]
-        logger.info("%s answers requests in %d processes", self._start.file, len(self._processes))
+        logger.info("%s runs in %d processes", self._start.file, len(self._processes))
 
     @property
     def capabilities(self) -> Capabilities:

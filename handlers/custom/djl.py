@@ -220,6 +220,42 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
+FORMATTER = "_formats"
+"""Attribute of a function that formats: "input" or "output"."""
+
+
+def input_formatter(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a request's decoded body, `f(payload, **kwargs) -> payload`, before anything looks at it."""
+    setattr(function, FORMATTER, "input")
+    return function
+
+
+def output_formatter(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a whole reply, or of each event of a stream as text."""
+    setattr(function, FORMATTER, "output")
+    return function
+
+
+class Response(dict[str, Any]):
+    """A reply whose fields can be read as attributes, as those of vLLM's response objects."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def model_dump(self, **_: Any) -> dict[str, Any]:
+        return json.loads(self.model_dump_json())  # type: ignore[no-any-return]
+
+    def model_dump_json(self, **_: Any) -> str:
+        return to_json(self).decode()
+
+
+def response_of(body: bytes) -> Any:
+    return json.loads(body, object_hook=Response)
+
+
 def install() -> None:
     """Make `import djl_python` find this module, in the handler's process alone."""
     package = ModuleType("djl_python", "What handlers need of DJL Serving's package.")
@@ -229,6 +265,8 @@ def install() -> None:
         "outputs": {"Output": Output},
         "pair_list": {"PairList": PairList},
         "encode_decode": {"decode": decode, "encode": encode},
+        "input_parser": {"input_formatter": input_formatter},
+        "output_formatter": {"output_formatter": output_formatter},
     }
     sys.modules["djl_python"] = package
     for name, members in contents.items():

@@ -21,26 +21,67 @@ class OwnHandler:
     file: str
 
 
+@dataclass(frozen=True)
+class OwnFormatters(OwnHandler):
+    """reads, writes: whether requests and replies go through a function of the user's."""
+
+    reads: bool
+    writes: bool
+
+
 def find_handler(configuration: Configuration, fetched: Path | None = None) -> OwnHandler | None:
     """The user's own handler, where there is one: model.py counts only if it defines the function.
 
     fetched: the model's directory, once it is on this machine. Code that came from the hub does not count: its author
     is not the operator. Nothing is run.
     """
-    settings, home = configuration.settings, configuration.home
-    if home is None and configuration.model_location.kind == "s3":
-        home = fetched
-    if settings.entry_point is not None:
-        return OwnHandler(home or Path.cwd(), settings.entry_point)
-    if home is None:
+    settings, home = configuration.settings, _home(configuration, fetched)
+    explicit = settings.entry_point is not None
+    own = OwnHandler(home or Path.cwd(), settings.entry_point or "model.py")
+    functions = _functions(own.directory / own.file) if explicit or home is not None else []
+    if any(one.name == settings.handler for one in functions):
+        return own
+    return own if explicit and not _kinds(functions) else None
+
+
+def find_formatters(configuration: Configuration, fetched: Path | None = None) -> OwnFormatters | None:
+    """The formatters in the same file, where it has some and no handler; see `find_handler`."""
+    home, entry_point = _home(configuration, fetched), configuration.settings.entry_point
+    if (home is None and entry_point is None) or find_handler(configuration, fetched) is not None:
         return None
+    directory, file = home or Path.cwd(), entry_point or "model.py"
+    kinds = _kinds(_functions(directory / file))
+    if not kinds:
+        return None
+    return OwnFormatters(directory, file, "input_formatter" in kinds, "output_formatter" in kinds)
+
+
+def _home(configuration: Configuration, fetched: Path | None) -> Path | None:
+    """The directory whose code counts."""
+    if configuration.home is None and configuration.model_location.kind == "s3":
+        return fetched
+    return configuration.home
+
+
+def _functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     try:
-        module = ast.parse((home / "model.py").read_bytes())
+        module = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return None
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    defined = any(isinstance(node, functions) and node.name == settings.handler for node in module.body)
-    return OwnHandler(home, "model.py") if defined else None
+        return []
+    return [node for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def _kinds(functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> set[str]:
+    names = {name for one in functions for name in map(_decorator, one.decorator_list)}
+    return names & {"input_formatter", "output_formatter"}
+
+
+def _decorator(node: ast.expr) -> str:
+    if isinstance(node, ast.Call):
+        node = node.func
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def refuse_unusable(own: OwnHandler) -> None:

@@ -8,14 +8,15 @@ import msgspec
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first frame. directory: the model's, absolute. file: the handler's, in it. function: its name.
+    """The first frame. directory: the model's, absolute. file: the handler's, in it. function: its name; None for
+    formatters, which calls name by the property "formatter".
 
     properties: the options, as the handler's first, empty call sees them.
     """
 
     directory: str
     file: str
-    function: str
+    function: str | None
     properties: dict[str, str]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import queue
@@ -78,7 +79,7 @@ class Channel:
 
 
 def load(start: Start) -> Callable[[djl.Input], Any]:
-    """Import the user's file. Raises whatever it raises, and HandlerError."""
+    """Import the user's file; its function. Raises whatever it raises, and HandlerError."""
     os.chdir(start.directory)
     sys.path.insert(0, start.directory)
     djl.install()
@@ -89,10 +90,48 @@ def load(start: Start) -> Callable[[djl.Input], Any]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
+    if start.function is None:
+        return formatting(vars(module), start)
     function = getattr(module, start.function, None)
     if not callable(function):
         raise HandlerError(f"{start.file} defines no function {start.function!r}")
     return function  # type: ignore[no-any-return]
+
+
+def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], Any]:
+    """A handler that calls the formatter which a call names. Raises HandlerError."""
+    found: dict[str, Callable[..., Any]] = {}
+    for member in members.values():
+        kind = getattr(member, djl.FORMATTER, None)
+        if kind is not None and found.setdefault(kind, member) is not member:
+            raise HandlerError(f"{start.file} has two functions with @{kind}_formatter")
+    wants = "tokenizer" in inspect.signature(found["input"]).parameters if "input" in found else False
+    more = {"tokenizer": _tokenizer(start)} if wants else {}
+
+    def handle(inputs: djl.Input) -> Any:
+        if inputs.is_empty():
+            return None
+        body = inputs.get_as_bytes() or b""
+        asked = inputs.get_property("formatter")
+        if asked == "input":
+            changed = found["input"](json.loads(body), **more)
+            if not isinstance(changed, dict):
+                raise TypeError(f"the input formatter returned {type(changed).__name__}, no dict")
+            return changed
+        given = djl.response_of(body) if asked == "output" else body.decode()
+        changed = found["output"](given)
+        dump = getattr(changed, "model_dump", None)
+        changed = changed if dump is None else dump()
+        lines = asked == "event" and isinstance(changed, dict | list)
+        return djl.to_json(changed) + b"\n" if lines else changed
+
+    return handle
+
+
+def _tokenizer(start: Start) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(start.properties["model_id"])
 
 
 def is_concurrent(function: Callable[..., Any]) -> bool:
@@ -107,7 +146,7 @@ def first_input(start: Start) -> djl.Input:
     return inputs
 
 
-def input_of(call: Call, function: str) -> djl.Input:
+def input_of(call: Call, function: str | None) -> djl.Input:
     inputs = djl.Input()
     inputs.function_name = function
     inputs.properties.update(call.properties)

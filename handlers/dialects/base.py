@@ -35,6 +35,7 @@ class Conventions:
     (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
     trust_chat_templates: requests may bring a template of their own. max_model_len, special_token_ids: the model's.
     special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
+    custom_output: replies go through the user's output formatter, which knows OpenAI's shapes.
     """
 
     model_name: str
@@ -46,6 +47,7 @@ class Conventions:
     special_token_ids: Set[int] = frozenset()
     special_tokens: Set[str] = frozenset()
     formats: AnswerFormats = field(default_factory=AnswerFormats)
+    custom_output: bool = False
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from handlers.dialects.lmi_parameters import (
 from handlers.dialects.lmi_reply import LmiWriter
 from handlers.dialects.lmi_tgi import tgi_writer
 from handlers.dialects.markdown_pictures import picture_parts
+from handlers.dialects.openai_completions_reply import CompletionWriter
 from handlers.dialects.sagemaker import wants_lines
 from handlers.errors import InvalidRequest
 from handlers.request import GenerationRequest, TextPrompt
@@ -85,6 +86,14 @@ def read_lmi(
         )
         for i, text in enumerate(prompts)
     ]
+    if conventions.custom_output:
+        completion = CompletionWriter(
+            reply_id=f"cmpl-{request_id}",
+            model=asked.model or conventions.model_name,
+            n=parameters.returned,
+            logprobs=parameters.top_tokens if sampling.logprobs is not None else None,
+        )
+        return Task(requests, completion)
     if conventions.tgi_compat:
         events = tgi_writer(prompts, requests, parameters, conventions)
         return Task(requests, JsonLines(events) if wants_lines(accept) else events)

@@ -28,7 +28,7 @@ def read_task(body: dict[str, Any], conventions: Conventions, incoming: Incoming
     task = _read(body, conventions, incoming)
     accept = accept_of(incoming.headers)
     lines = formatter == "jsonlines_chat" and "text/event-stream" not in accept
-    if task.stream and (lines or wants_lines(accept)):
+    if task.stream and (lines or wants_lines(accept)) and not conventions.custom_output:
         task.writer = JsonLines(task.writer)
     return task
 
