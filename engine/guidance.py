@@ -19,7 +19,7 @@ from engine.config import Vocabulary
 from engine.cores import usable_cores
 
 if TYPE_CHECKING:
-    from engine.sampler import SamplingState
+    from engine.sampling_state import SamplingState
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.logprobs import Logprobs
 from engine.messages import Add, Picture
-from engine.sampler import SamplingState
+from engine.sampling_state import SamplingState
 
 if TYPE_CHECKING:
     from engine.guidance import Guide

@@ -24,8 +24,9 @@ from transformers import (
 from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick, uniform
 from engine.logits import TokenCounts
 from engine.logprobs import Logprobs
-from engine.sampler import Sampler, SamplingState, prompt_logprobs
+from engine.sampler import Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
+from engine.sampling_state import SamplingState
 
 CPU = torch.device("cpu")
 EOS = 2

@@ -18,8 +18,9 @@ from transformers import NoRepeatNGramLogitsProcessor
 from engine.distribution import mix64
 from engine.messages import Add
 from engine.repetition import Repetition
-from engine.sampler import Sampler, SamplingState
+from engine.sampler import Sampler
 from engine.sampling_params import SAMPLERS, SamplingParams
+from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
 from handlers.backends.words import DRY_BREAKERS, spelled
 from tests.engine_driver import EOS as MODELS_EOS
