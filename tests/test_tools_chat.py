@@ -14,13 +14,18 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from container.check import describe
+from engine.machine import Device, Machine
 from handlers.backends.base import Delta
+from handlers.build import build_backend
 from handlers.dialects.base import Conventions
 from handlers.dialects.openai_chat import read_chat
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
 from handlers.request import ChatPrompt, GenerationRequest
+from properties.configuration import resolve
+from properties.problem import ConfigurationError
 from tests.live import LiveServer
 from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service
 from tests.scripted_server import ServerProcess
@@ -175,6 +180,20 @@ def test_special_tokens_that_mark_calls_are_not_skipped() -> None:
     assert read(chat(), special_tokens=special).sampling.skip_special_tokens
     thinks = answer_formats(reasoning="mistral")
     assert not read(chat(), thinks, special_tokens=frozenset({"[THINK]"})).sampling.skip_special_tokens
+
+
+def test_a_parser_that_does_not_exist_is_an_error_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    options = ["tool_call_parser=hermés", "reasoning_parser=deepthought", "enable_auto_tool_choice=true"]
+    configuration = resolve(model=str(tmp_path), environ={}, options=options)
+    with pytest.raises(ConfigurationError) as caught:
+        build_backend(configuration, tmp_path)
+    first, second = (str(problem) for problem in caught.value.problems)
+    assert "option.tool_call_parser = 'hermés'" in first
+    assert "allowed: hermes, llama3_json, " in first
+    assert "option.reasoning_parser = 'deepthought'" in second
+    machine = Machine((), Device("host memory", 2**30))
+    assert describe(configuration, machine)["errors"][:2] == [first, second]
 
 
 # What comes back.
@@ -514,6 +533,15 @@ def test_a_forced_call_streams_and_says_when_it_is_cut_short(shapes: LiveServer)
             assert list(accumulate(call["function"]["arguments"]))
             if reason == "tool_calls":
                 jsonschema.validate(json.loads(call["function"]["arguments"]), DRAW)
+
+
+def test_a_function_whose_schema_cannot_be_compiled_is_refused_before_any_token(shapes: LiveServer) -> None:
+    tools = [tool("f", {"properties": {"a": {"not": {"type": "string"}}}})]
+    for stream in (False, True):
+        reply = shapes.chat("hi", tools=tools, tool_choice="required", stream=stream)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "tools"
+    assert shapes.chat("hi", tools=tools).status_code == 200
 
 
 def test_tools_that_the_model_may_call_do_not_change_a_plain_answer(shapes: LiveServer) -> None:
