@@ -154,6 +154,12 @@ def test_null_is_as_good_as_nothing() -> None:
     assert sampling(**dict.fromkeys(names.split())) == SamplingParams(temperature=0.0)
 
 
+def test_an_adapter_that_is_not_there() -> None:
+    reply = answer({"inputs": "x", "parameters": {"adapter_id": "cats"}})
+    assert (reply.status, json.loads(reply.body)["error_type"]) == (404, "not_found")
+    assert result({"inputs": "x", "parameters": {"adapter_id": ""}})["generated_text"] == "a b"
+
+
 def test_pictures_stand_in_the_text() -> None:
     prompt = task("a ![](https://p.example/1.png) b").requests[0].prompt
     assert prompt == TextPrompt([TextPart("a "), ImagePart("https://p.example/1.png"), TextPart(" b")])
