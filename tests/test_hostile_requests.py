@@ -247,7 +247,19 @@ LMI += [
     "details",
 ]
 LMI += ["stop_token_ids", "ignore_eos_token", "return_full_text", "decoder_input_details", "top_n_tokens"]
-LMI += ["truncate", "n", "best_of", "num_beams", "watermark", "grammar", "unheard_of"]
+LMI += [
+    "truncate",
+    "n",
+    "best_of",
+    "num_beams",
+    "watermark",
+    "grammar",
+    "unheard_of",
+    "logprobs",
+    "logit_bias",
+]
+LMI += ["guided_json", "guided_regex", "guided_choice", "response_format", "structured_outputs", "bad_words"]
+LMI += ["prompt_logprobs", "max_tokens", "allowed_token_ids", "sampler_priority", "mirostat_mode", "dry_base"]
 
 plain = st.one_of(
     st.none(),
@@ -307,7 +319,7 @@ NUMBERS = [
     "temperature",
 ]
 NUMBERS += ["top_logprobs", "prompt_logprobs", "truncate_prompt_tokens", "top_p", "presence_penalty"]
-NUMBERS += ["max_new_tokens", "min_new_tokens", "top_n_tokens", "truncate", *likely]
+NUMBERS += ["max_new_tokens", "min_new_tokens", "top_n_tokens", "truncate", "best_of", *likely]
 
 
 def plausible(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
