@@ -135,6 +135,7 @@ class ChatCompletion(Struct, forbid_unknown_fields=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] = []
+    prompt_text: str | None = None
     prompt_logprobs: list[dict[str, PromptCandidate] | None] = []
     system_fingerprint: str | None = None
 
@@ -167,6 +168,7 @@ class ChatCompletionChunk(Struct, forbid_unknown_fields=True):
     choices: list[ChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] = []
+    prompt_text: str | None = None
     system_fingerprint: str | None = None
 
 

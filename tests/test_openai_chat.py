@@ -13,13 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.dialects.base import Conventions
 from handlers.dialects.body import read_body
-from handlers.dialects.openai_chat import read_chat
-from handlers.dialects.openai_fields import UNSUPPORTED
+from handlers.dialects.openai_chat import ChatBody, read_chat
+from handlers.dialects.openai_completions import CompletionBody
+from handlers.dialects.openai_fields import FALSE_ONLY, IGNORED, READ_ELSEWHERE, UNSUPPORTED
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, TextPart
 from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
@@ -193,6 +196,44 @@ def test_null_means_absent_everywhere() -> None:
     assert read(chat(**dict.fromkeys(names))).sampling == SamplingParams()
     unsupported = UNSUPPORTED
     assert read(chat(**dict.fromkeys(unsupported))).sampling == SamplingParams()
+
+
+_VLLM = (
+    "messages prompt model frequency_penalty presence_penalty logit_bias logprobs top_logprobs max_tokens n seed stop "
+    "max_completion_tokens stream stream_options temperature top_p user response_format tools tool_choice echo suffix "
+    "parallel_tool_calls reasoning_effort include_reasoning add_generation_prompt add_special_tokens documents "
+    "allowed_token_ids bad_words cache_salt chat_template chat_template_kwargs continue_final_message min_p min_tokens "
+    "ec_transfer_params ignore_eos include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids "
+    "media_io_kwargs mm_payload mm_processor_kwargs priority prompt_embeds prompt_logprobs repetition_detection "
+    "repetition_penalty request_id return_mm_kwargs return_prompt_text return_token_ids return_token_offsets "
+    "return_tokens_as_token_ids routed_experts_prompt_start session_id skip_special_tokens stop_token_ids top_k "
+    "spaces_between_special_tokens stream_interval structured_outputs thinking_token_budget truncate_prompt_tokens "
+    "truncation_side use_beam_search vllm_xargs watermarking guided_json guided_regex guided_choice guided_grammar "
+    "guided_decoding_backend guided_whitespace_pattern best_of early_stopping logits_processors"
+).split()  # noqa: SIM905
+"""Every field of vLLM's two bodies, version 0.32, and those that earlier versions and Aphrodite had."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "published"),
+    [
+        (ChatBody, ChatParams),
+        (CompletionBody, CompletionParams),
+    ],
+)
+def test_every_published_field_is_read_or_ignored_or_refused_on_purpose(shape: Any, published: Any) -> None:
+    """A new version of the client that knows another field fails here."""
+    elsewhere = {"messages", "prompt", "suffix", "best_of", *ChatBody.__struct_fields__}
+    known = {*shape.__struct_fields__, *IGNORED, *UNSUPPORTED, *FALSE_ONLY, *READ_ELSEWHERE}
+    assert published.__annotations__.keys() <= known
+    assert set(_VLLM) <= known | elsewhere
+    for name in UNSUPPORTED:
+        assert refused(chat(**{name: {"a": 1}})).param == name
+    for name in FALSE_ONLY:
+        assert refused(chat(**{name: True})).param == name
+        read(chat(**{name: False}))
+    for name in IGNORED:
+        read(chat(**{name: {"a": [1]}}))
 
 
 def test_harmless_and_unknown_fields_are_accepted() -> None:
@@ -600,6 +641,16 @@ def test_ids_of_tokens_are_shown_where_they_are_asked_for() -> None:
     assert [event.get("prompt_token_ids") for event in events] == [[7, 8], None]
     assert [event["choices"][0]["token_ids"] for event in events] == [[10], [11]]
     assert "token_ids" not in json.loads(answer(said("a"), chat(), stats=seen))["choices"][0]
+
+
+def test_the_prompts_text_is_shown_where_it_is_asked_for() -> None:
+    def seen() -> PromptStats:
+        return PromptStats(2, prompt_text="<s>hi")
+
+    body = chat(return_prompt_text=True)
+    assert json.loads(answer(said("a"), body, stats=seen))["prompt_text"] == "<s>hi"
+    lines = answer(said("a", "b"), {**body, "stream": True}, stats=seen).decode().split("\n\n")[:-2]
+    assert [json.loads(line[6:]).get("prompt_text") for line in lines] == ["<s>hi", None]
 
 
 def test_tokens_can_be_shown_as_ids() -> None:

@@ -46,6 +46,7 @@ class ChatBody(CommonBody, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     chat_template: str | None = None
     echo: bool | None = None
+    return_prompt_text: bool | None = None
     include_reasoning: bool | None = None
 
 
@@ -108,6 +109,7 @@ def read_chat(
         continuous_usage=bool(options.continuous_usage_stats),
         token_ids=bool(asked.return_token_ids) and not form.hides_tokens,
         tokens_as_ids=bool(asked.return_tokens_as_token_ids),
+        prompt_text=bool(asked.return_prompt_text),
         echo=_echo(prompt) if asked.echo else "",
         parsed=form.parsed,
     )

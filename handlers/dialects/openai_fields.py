@@ -26,7 +26,7 @@ _Truncation = Annotated[int, Meta(ge=-1, le=MAX_INTEGER)]
 MAX_ANSWERS = 128
 """Most answers to one prompt (`n`): OpenAI's limit."""
 
-_IGNORED = frozenset(
+IGNORED = frozenset(
     {
         "user",
         "store",
@@ -35,13 +35,22 @@ _IGNORED = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
+        "prompt_cache_options",
         "verbosity",
         "prediction",
         "spaces_between_special_tokens",
         "guided_decoding_backend",
+        "length_penalty",
+        "early_stopping",
+        "session_id",
+        "stream_interval",
+        "return_token_offsets",
+        "return_mm_kwargs",
+        "mm_payload",
+        "routed_experts_prompt_start",
     }
 )
-_READ_ELSEWHERE = frozenset({*GUIDED, "guided_whitespace_pattern"})
+READ_ELSEWHERE = frozenset({*GUIDED, "guided_whitespace_pattern"})
 UNSUPPORTED = frozenset(
     {
         "audio",
@@ -52,13 +61,15 @@ UNSUPPORTED = frozenset(
         "cache_salt",
         "prompt_embeds",
         "kv_transfer_params",
+        "ec_transfer_params",
+        "logprob_token_ids",
         "logits_processors",
         "vllm_xargs",
         "thinking_token_budget",
         "repetition_detection",
     }
 )
-_FALSE_ONLY = ("use_beam_search", "watermarking")
+FALSE_ONLY = ("use_beam_search", "watermarking")
 
 
 class StreamOptions(msgspec.Struct):
@@ -127,11 +138,11 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
     for name in body.keys() - shape.__struct_fields__:
         if name in UNSUPPORTED and body[name] is not None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
-        if name in _FALSE_ONLY and body[name]:
+        if name in FALSE_ONLY and body[name]:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
         if name == "best_of" and body[name] not in (None, 1):
             raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
-        if name not in _IGNORED and name not in _READ_ELSEWHERE:
+        if name not in IGNORED and name not in READ_ELSEWHERE:
             log.debug("unknown field ignored: %.80s", name)
 
 

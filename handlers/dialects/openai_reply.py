@@ -38,12 +38,14 @@ class ChatWriter:
         continuous_usage: bool = False,
         token_ids: bool = False,
         tokens_as_ids: bool = False,
+        prompt_text: bool = False,
         echo: str = "",
         parsed: ParsedAnswers | None = None,
     ) -> None:
         """top_logprobs: None for no logprobs, else how many alternatives to show beside the chosen token.
         token_ids: show the ids of prompt and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
-        echo: shown before each answer. parsed: for answers that may hold calls or reasoning.
+        prompt_text: show what the prompt was after its template. echo: shown before each answer.
+        parsed: for answers that may hold calls or reasoning.
         """
         self._head = {
             "id": reply_id,
@@ -56,6 +58,7 @@ class ChatWriter:
         self._continuous_usage = continuous_usage
         self._token_ids = token_ids
         self._tokens_as_ids = tokens_as_ids
+        self._prompt_text = prompt_text
         self._echo = echo
         self._parsed = parsed
         self._plain = top_logprobs is None and not continuous_usage and not token_ids
@@ -74,9 +77,8 @@ class ChatWriter:
             "object": "chat.completion",
             "choices": choices,
             "usage": usage(only.stats, completion_tokens),
+            **self._about_prompt(only.stats),
         }
-        if self._token_ids:
-            reply["prompt_token_ids"] = only.stats.prompt_token_ids
         if only.stats.prompt_logprobs is not None:
             reply["prompt_logprobs"] = [prompt_position(position) for position in only.stats.prompt_logprobs]
         return _encode(reply)
@@ -107,7 +109,7 @@ class ChatWriter:
         message: dict[str, Any] = {"content": self._echo + answer.text, "refusal": None}
         finish: str | None = answer.finish_reason
         if self._parsed is not None:
-            message, finish = self._parsed.message(answer.text, finish, stats)
+            message, finish = self._parsed.message(answer, stats)
             message["content"] = self._echo + (message["content"] or "") if self._echo else message["content"]
         return {
             "index": index,
@@ -117,6 +119,15 @@ class ChatWriter:
             "stop_reason": answer.stop_reason,
             **({"token_ids": answer.token_ids} if self._token_ids else {}),
         }
+
+    def _about_prompt(self, stats: PromptStats) -> dict[str, Any]:
+        """What is told of the prompt once, at the beginning."""
+        about: dict[str, Any] = {}
+        if self._token_ids:
+            about["prompt_token_ids"] = stats.prompt_token_ids
+        if self._prompt_text:
+            about["prompt_text"] = stats.prompt_text
+        return about
 
     def _first(self, delta: Delta, stats: PromptStats) -> bytes:
         """The role comes with an answer's first token, so that a client's time to first token is true."""
@@ -168,8 +179,8 @@ class ChatWriter:
         if self._token_ids:
             choice["token_ids"] = delta.token_ids
         line = self._start + _encode([choice])
-        if first and self._token_ids:
-            line += b',"prompt_token_ids":' + _encode(stats.prompt_token_ids)
+        if first and (about := self._about_prompt(stats)):
+            line += b"," + _encode(about)[1:-1]
         if self._continuous_usage:
             line += b',"usage":' + _encode(usage(stats, self._completion_tokens))
         elif self._include_usage:
