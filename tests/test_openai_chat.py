@@ -199,18 +199,23 @@ def test_null_means_absent_everywhere() -> None:
 
 
 _VLLM = (
-    "messages prompt model frequency_penalty presence_penalty logit_bias logprobs top_logprobs max_tokens n seed stop "
-    "max_completion_tokens stream stream_options temperature top_p user response_format tools tool_choice echo suffix "
-    "parallel_tool_calls reasoning_effort include_reasoning add_generation_prompt add_special_tokens documents "
-    "allowed_token_ids bad_words cache_salt chat_template chat_template_kwargs continue_final_message min_p min_tokens "
-    "ec_transfer_params ignore_eos include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids "
-    "media_io_kwargs mm_payload mm_processor_kwargs priority prompt_embeds prompt_logprobs repetition_detection "
-    "repetition_penalty request_id return_mm_kwargs return_prompt_text return_token_ids return_token_offsets "
-    "return_tokens_as_token_ids routed_experts_prompt_start session_id skip_special_tokens stop_token_ids top_k "
-    "spaces_between_special_tokens stream_interval structured_outputs thinking_token_budget truncate_prompt_tokens "
-    "truncation_side use_beam_search vllm_xargs watermarking guided_json guided_regex guided_choice guided_grammar "
-    "guided_decoding_backend guided_whitespace_pattern best_of early_stopping logits_processors"
-).split()  # noqa: SIM905
+    "messages", "prompt", "model", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs",
+    "top_logprobs", "max_tokens", "n", "seed", "stop", "max_completion_tokens", "stream", "stream_options",
+    "temperature", "top_p", "user", "response_format", "tools", "tool_choice", "echo", "suffix",
+    "parallel_tool_calls", "reasoning_effort", "include_reasoning", "add_generation_prompt",
+    "add_special_tokens", "documents", "allowed_token_ids", "bad_words", "cache_salt", "chat_template",
+    "chat_template_kwargs", "continue_final_message", "min_p", "min_tokens", "ec_transfer_params",
+    "ignore_eos", "include_stop_str_in_output", "kv_transfer_params", "length_penalty",
+    "logprob_token_ids", "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "priority",
+    "prompt_embeds", "prompt_logprobs", "repetition_detection", "repetition_penalty", "request_id",
+    "return_mm_kwargs", "return_prompt_text", "return_token_ids", "return_token_offsets",
+    "return_tokens_as_token_ids", "routed_experts_prompt_start", "session_id", "skip_special_tokens",
+    "stop_token_ids", "top_k", "spaces_between_special_tokens", "stream_interval", "structured_outputs",
+    "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "use_beam_search", "vllm_xargs",
+    "watermarking", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "guided_decoding_backend", "guided_whitespace_pattern", "best_of", "early_stopping",
+    "logits_processors",
+)  # fmt: skip
 """Every field of vLLM's two bodies, version 0.32, and those that earlier versions and Aphrodite had."""
 
 
