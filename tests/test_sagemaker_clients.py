@@ -112,6 +112,47 @@ def test_the_lmi_body(client: Any) -> None:
     assert len(details["prefill"]) > 10
 
 
+def test_the_lmi_body_constrained(client: Any) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    for parameters, right in (
+        ({"guided_choice": ["a cat", "a dog"]}, lambda text: text in ("a cat", "a dog")),
+        ({"grammar": {"type": "regex", "value": "[xyz]{3}"}}, lambda text: set(text) <= set("xyz")),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}, None),
+    ):
+        body = {
+            "inputs": prompt(WHAT, CIRCLE),
+            "parameters": {**parameters, "max_new_tokens": 60, "details": True},
+        }
+        reply = json.loads(invoke(client, body)["Body"])
+        text = reply["generated_text"]
+        if right is not None:
+            assert right(text), text
+        elif reply["details"]["finish_reason"] != "length":
+            assert isinstance(json.loads(text)["n"], int)
+
+
+def test_several_answers_the_best_first(client: Any) -> None:
+    parameters = {"best_of": 3, "n": 2, "do_sample": True, "temperature": 2.0, "details": True, "seed": 5}
+    reply = json.loads(invoke(client, {**LMI, "parameters": parameters})["Body"])
+    (other,) = reply["details"]["best_of_sequences"]
+    totals = [sum(token["log_prob"] for token in one["tokens"]) for one in (reply["details"], other)]
+    assert totals[0] >= totals[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/models"),
+        ("POST", "/models"),
+        ("DELETE", "/models/model"),
+        ("POST", "/invocations-bidirectional-stream"),
+        ("GET", "/execution-parameters"),
+    ],
+)
+def test_routes_that_are_not_offered(server: LiveServer, method: str, path: str) -> None:
+    assert server.http.request(method, path).status_code in (404, 405)
+
+
 def test_a_list_of_prompts_is_answered_in_order(client: Any) -> None:
     asked = [prompt(WHAT, SQUARE), prompt(WHAT), prompt(WHAT, CIRCLE)]
     replies = json.loads(invoke(client, {"inputs": asked})["Body"])
