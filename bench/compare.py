@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--loads", default=names, help=f"of {names},custom; custom: as below (%(default)s)")
     load.add_arguments(parser, streams="32")
     arguments = parser.parse_args()
+    if arguments.python is None and arguments.peer == "vllm" and not arguments.peer_url:
+        # The same torch, transformers and torchvision for both.
+        arguments.python = arguments.peer_python
 
     out = results_folder("compare")
     rounds: dict[str, list[dict[str, dict[str, Any]]]] = {}
@@ -87,11 +90,14 @@ def both(arguments: argparse.Namespace, out: Path) -> Iterator[dict[str, servers
                 command = servers.vllm_command(arguments.peer_python, folder, port, arguments.peer_argument)
                 extra = servers.VLLM_ENVIRONMENT
             else:
-                command, extra = servers.our_command(folder, port, arguments.peer_option), {}
+                command, extra = (
+                    servers.our_command(folder, port, arguments.peer_option, arguments.python),
+                    {},
+                )
             name = "vLLM" if arguments.peer == "vllm" else "ours, other options"
             peer = stack.enter_context(servers.started(name, command, port, out / "peer.log", extra))
         port = servers.free_port()
-        command = servers.our_command(folder, port, arguments.option)
+        command = servers.our_command(folder, port, arguments.option, arguments.python)
         ours = stack.enter_context(servers.started("ours", command, port, out / "ours.log"))
         yield {ours.name: ours, peer.name: peer}
 

@@ -48,7 +48,7 @@ def server(arguments: argparse.Namespace, out: Path) -> Iterator[servers.Server]
         yield servers.running(arguments.url)
         return
     port = servers.free_port()
-    command = servers.our_command(model_folder(arguments), port, arguments.option)
+    command = servers.our_command(model_folder(arguments), port, arguments.option, arguments.python)
     with servers.started("ours", command, port, out / "ours.log") as target:
         yield target
 
@@ -68,6 +68,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random", choices=models.SIZES, default="1.5m", help="parameters (%(default)s)")
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="for our server; may be repeated"
+    )
+    parser.add_argument(
+        "--python", type=Path, help="of the environment that our server runs in (default: this one)"
     )
 
 

@@ -44,15 +44,20 @@ class Server:
     samples: list[Sample] = field(default_factory=list)
 
 
-def our_command(folder: Path, port: int, options: Sequence[str] = ()) -> list[str]:
+def our_command(
+    folder: Path, port: int, options: Sequence[str] = (), python: Path | None = None
+) -> list[str]:
     """Return the command that serves a folder with this project; options are ``key=value``.
+
+    python: of the environment to run in, with this project in it; None for this one.
 
     Our default is one picture in a prompt; the loads show several.
     """
     if not any("limit_mm_per_prompt" in option for option in options):
         options = [*options, 'limit_mm_per_prompt={"image": 8}']
     chosen = [word for option in options for word in ("--option", option)]
-    return [str(Path(sys.executable).with_name("lmi")), "serve", str(folder), "--port", str(port), *chosen]
+    command = [str(python or sys.executable), "-P", "-m", "container", "serve"]
+    return [*command, str(folder), "--port", str(port), *chosen]
 
 
 def vllm_command(python: Path, folder: Path, port: int, arguments: Sequence[str] = ()) -> list[str]:
