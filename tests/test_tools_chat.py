@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -481,8 +482,14 @@ def test_the_openai_client_adds_the_stream_up(scripted: openai.OpenAI) -> None:
 
 
 @pytest.fixture(scope="module")
-def shapes() -> Iterator[LiveServer]:
-    with LiveServer(SHAPES, "tool_call_parser=hermes", "enable_auto_tool_choice=true") as live:
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """The mark of a call is a special token: the one that the model would be padded with."""
+    model = tmp_path_factory.mktemp("models") / "shapes"
+    shutil.copytree(SHAPES, model, ignore=shutil.ignore_patterns("*.py", "pictures", "__pycache__"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (model / name).read_text().replace("<pad>", "<tool_call>")
+        (model / name).write_text(text)
+    with LiveServer(model, "tool_call_parser=hermes", "enable_auto_tool_choice=true") as live:
         yield live
 
 
@@ -549,6 +556,18 @@ def test_tools_that_the_model_may_call_do_not_change_a_plain_answer(shapes: Live
     offered = shapes.chat("how many shapes?", tools=TOOLS).json()["choices"][0]
     assert (offered["message"]["content"], offered["finish_reason"]) == (plain, "stop")
     assert "tool_calls" not in offered["message"]
+
+
+def test_a_mark_that_is_a_special_token_reaches_the_parser(shapes: LiveServer) -> None:
+    def said_with(token: int, **fields: Any) -> Any:
+        reply = shapes.chat("hi", logit_bias={str(token): 100}, max_tokens=1, **fields)
+        return reply.json()["choices"][0]["message"]["content"]
+
+    mark, user = 0, 5
+    assert said_with(mark) == ""
+    assert said_with(mark, tools=TOOLS) == "<tool_call>"
+    assert said_with(mark, tools=TOOLS, tool_choice="none") == ""
+    assert said_with(user) == ""
 
 
 def test_a_history_of_calls_and_their_results_is_taken(shapes: LiveServer) -> None:

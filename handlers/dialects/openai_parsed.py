@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from handlers.backends.base import Delta, PromptStats
+from handlers.dialects.base import Answer
 from handlers.parsers.base import (
     CallArguments,
     CallBroken,
@@ -44,13 +45,13 @@ class ParsedAnswers:
         self._legacy = legacy
         self._open: dict[int, _Streamed] = {}
 
-    def message(self, text: str, finish: str | None, stats: PromptStats) -> tuple[dict[str, Any], str | None]:
+    def message(self, answer: Answer, stats: PromptStats) -> tuple[dict[str, Any], str | None]:
         """A whole answer's message, without its role, and its finish reason."""
         parser = self._make(stats)
         content: list[str] = []
         reasoning: list[str] = []
         calls: dict[int, tuple[CallStart, list[str]]] = {}
-        for piece in (*parser.push(text), *parser.finish()):
+        for piece in (*parser.push(answer.text, answer.token_ids), *parser.finish()):
             match piece:
                 case Content(more):
                     content.append(more)
@@ -81,14 +82,14 @@ class ParsedAnswers:
                 message["tool_calls"] = [
                     {"id": start.id, "type": "function", "function": function} for start, function in written
                 ]
-        return message, self._reason(finish, bool(calls))
+        return message, self._reason(answer.finish_reason, bool(calls))
 
     def deltas(self, delta: Delta, stats: PromptStats) -> tuple[list[dict[str, Any]], str | None]:
         """What a delta adds to its answer's message, one kind of thing in each, and its finish reason."""
         answer = self._open.get(delta.index)
         if answer is None:
             answer = self._open[delta.index] = _Streamed(self._make(stats), self._only_first)
-        pieces = answer.parser.push(delta.text, delta.token_ids) if delta.text else []
+        pieces = answer.parser.push(delta.text, delta.token_ids)
         if delta.finish_reason is not None:
             pieces += answer.parser.finish()
         shown = [self._delta(piece) for piece in pieces if answer.shows(piece)]
