@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from handlers.custom.backend import CustomBackend
+from handlers.custom.messages import Start
+from handlers.errors import CustomCodeError, EngineFailed, Unavailable
 from tests.live import LiveServer
 
 ONE_BY_ONE = """
@@ -239,17 +244,13 @@ def test_a_client_that_leaves_does_not_stop_the_others(server: LiveServer) -> No
 
 
 def test_many_at_once_come_one_by_one(server: LiveServer) -> None:
-    import concurrent.futures
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda n: ask(server, "echo", n=n).json(), range(40)))
     assert replies == [{"n": n} for n in range(40)]
 
 
 def test_asynchronous_handlers_work_together(together: LiveServer) -> None:
-    import concurrent.futures
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool:
         meetings = [pool.submit(ask, together, "meet") for _ in range(3)]
         assert ask(together, "join").json() == {"ok": True}
         assert [meeting.result().text for meeting in meetings] == ["met"] * 3
@@ -278,17 +279,30 @@ def test_a_call_whose_time_is_up_is_ended_and_its_process_replaced(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("code", "files", "told"),
+    ("code", "told"),
     [
-        ("def handle(inputs): return undefined", {}, "NameError"),
-        ("import missing_package\ndef handle(inputs): pass", {}, "missing_package"),
-        ("def handle(inputs): raise ValueError('cannot load')", {}, "ValueError: cannot load"),
+        ("def handle(inputs): return undefined", "NameError"),
+        ("import missing_package\ndef handle(inputs): pass", "missing_package"),
+        ("async def handle(inputs): raise ValueError('cannot load')", "ValueError: cannot load"),
         (
             "from djl_python import Output\ndef handle(inputs): return Output().error('too big', code=507)",
-            {},
             "answered 507.*too big",
         ),
-        ("import os\ndef handle(inputs): os._exit(1)", {}, "its process ended"),
+        ("import os\ndef handle(inputs): os._exit(1)", "its process ended"),
+        ("def another(inputs): pass", "no function 'handle'"),
+    ],
+)
+def test_why_a_handler_cannot_be_loaded(tmp_path: Path, code: str, told: str) -> None:
+    path = model(tmp_path / "own", code)
+    backend = CustomBackend(Start(str(path), "model.py", "handle", {}), 1, 3)
+    with pytest.raises(CustomCodeError, match=told):
+        asyncio.run(backend.load())
+
+
+@pytest.mark.parametrize(
+    ("code", "files", "told"),
+    [
+        ("def handle(inputs): raise ValueError('cannot load')", {}, "ValueError: cannot load"),
         ("def handle(inputs): pass", {"engine": "x = 1"}, "engine.py beside model.py .* rename it"),
     ],
 )
@@ -301,6 +315,27 @@ def test_a_handler_that_cannot_be_loaded_ends_the_server_with_the_reason(
         assert live.wait() == 1
     finally:
         live.kill()
+
+
+def test_a_process_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
+    """Started twice, it dies in its first real call each time."""
+
+    async def run() -> None:
+        code = "import os\ndef handle(inputs):\n    if not inputs.is_empty(): os._exit(1)"
+        path = model(tmp_path / "own", code)
+        backend = CustomBackend(Start(str(path), "model.py", "handle", {}), 1, 1)
+        await backend.load()
+        assert backend.health().ready
+        for _ in range(2):
+            with pytest.raises(EngineFailed):
+                await (await backend.call({}, b"")).next()
+        with pytest.raises(Unavailable, match="too often"):
+            await (await backend.call({}, b"")).next()
+        assert backend.health().lost
+        assert backend.stats().engine_restarts == 1
+        await backend.close()
+
+    asyncio.run(run())
 
 
 def test_another_file_and_function(tmp_path: Path) -> None:
