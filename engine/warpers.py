@@ -130,8 +130,11 @@ def skewed(mass: Tensor, skew: Tensor) -> Tensor:
     """The mass [S, V] whose cumulative distribution, the likeliest token first, is the old one to the power of
     exp(skew) (turboderp, exllamav2): a skew above 0 favours unlikely tokens. skew: [S, 1] float64; 0 changes
     nothing."""
-    ordered, order = mass.sort(dim=-1, descending=True, stable=True)
-    reached = ordered.double().cumsum(-1)
+    if mass.device.type == "cpu":  # numpy's sort is tens of times faster than torch's
+        order = torch.from_numpy((-mass.detach().numpy()).argsort(-1))
+    else:
+        order = mass.argsort(dim=-1, descending=True)
+    reached = mass.gather(-1, order).double().cumsum(-1)
     reached = (reached / reached[:, -1:]) ** skew.exp()
     bent = reached.diff(prepend=torch.zeros_like(reached[:, :1])).float()
     return torch.where(skew == 0.0, mass, torch.zeros_like(mass).scatter_(-1, order, bent))

@@ -652,3 +652,16 @@ class TestWords:
         assert only_ids.dry_sequence_breaker_ids == (9,)
         off = SamplingParams(dry_sequence_breakers=("x",))
         assert spelled(off, tokenizer) is off
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_accelerator_gives_the_same_tokens() -> None:
+    device = torch.device("cuda")
+    here, there = ([state([1, 2, 1], seed=row, **KINDS[row]) for row in range(len(KINDS))] for _ in range(2))
+    for step in range(8):
+        logits = random_logits(len(KINDS), seed=step)
+        tokens = sample(logits, here)
+        assert Sampler(300, device).sample(logits.to(device), there)[0] == tokens
+        for group in (here, there):
+            for one, token in zip(group, tokens, strict=True):
+                one.output_token_ids.append(token)
