@@ -22,6 +22,23 @@ _END = chr(0xF8FF)
 _MARK = f"(?P<mark>[\ue000-\ue0ff]{{10}}[0-9]+{_END})"
 
 
+LONG_TEXT = 10_000
+"""Characters of a text that is encoded without stopping all other threads."""
+
+
+def encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> Encoding:
+    """A tokenizer lets other threads run while it encodes a batch, but not while it encodes a single text."""
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def token_places(encoding: Encoding) -> list[tuple[int, int]]:
+    """Where each token stands in its text, in characters; (0, 0) for one that was added. Asked for one by one: all
+    at once they would stop the other threads."""
+    return [encoding.token_to_chars(number) or (0, 0) for number in range(len(encoding.ids))]
+
+
 def _fresh_name() -> str:
     """Ten private-use characters, 80 random bits."""
     return "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(10))
@@ -134,9 +151,9 @@ class LiteralEncoding:
         def seen(position: int) -> int:
             return position + shifts[bisect_right(starts, position) - 1]
 
-        offsets = self.encoding.offsets
+        places = token_places(self.encoding)
         return [
-            (seen(offsets[source][0]), seen(offsets[source][1])) if offsets[source][1] else (0, 0)
+            (seen(places[source][0]), seen(places[source][1])) if places[source][1] else (0, 0)
             for source in self.sources
         ]
 
@@ -198,7 +215,7 @@ class LiteralEncoder:
             borders.append((encoded, seen))
             position = match.end()
         pieces.append(rendered[position:])
-        encoding = self._backend.encode("".join(pieces), add_special_tokens=add_special_tokens)
+        encoding = encode("".join(pieces), self._backend, add_special_tokens)
         ids, sources = self._with_ids(encoding.ids, encoding.special_tokens_mask, counted)
         return LiteralEncoding(ids, sources, encoding, borders)
 

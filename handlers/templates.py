@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from handlers.errors import InvalidRequest, ServingError
-from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder
+from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder, encode, token_places
 from handlers.request import ChatPrompt, ImagePart, Message, TextPart, TextPrompt
 from handlers.template_source import TemplateSource
 
@@ -219,10 +219,10 @@ class PromptRenderer:
             if with_spans:
                 spans = literal.spans()
         else:
-            encoding = self._backend.encode(rendered, add_special_tokens=add_special_tokens)
+            encoding = encode(rendered, self._backend, add_special_tokens)
             ids = encoding.ids
             if with_spans:
-                spans = encoding.offsets
+                spans = token_places(encoding)
         if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:
             ids, spans = ids[1:], spans and spans[1:]
         return self._counted(hidden.restore(rendered), ids, n_images, spans)

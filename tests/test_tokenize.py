@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.base import TokenizedPrompt
 from handlers.exchange import Reply
-from handlers.request import Prompt
+from handlers.request import Prompt, TextPart, TextPrompt
+from handlers.templates import PromptRenderer
 from tests.live import LiveServer, data_url
 from tests.scripted import Pictures, ScriptedBackend, everything, incoming, service
 
@@ -166,8 +170,6 @@ def test_nothing_is_nothing(server: LiveServer) -> None:
 
 
 def test_others_are_answered_while_a_long_text_is_counted(server: LiveServer) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     text = "What is this? " * 70_000
     with ThreadPoolExecutor(3) as pool:
         counting = [pool.submit(ask, server, "/tokenize", {"prompt": text}) for _ in range(2)]
@@ -260,3 +262,20 @@ def test_a_failure_of_the_tokenizer_is_ours_and_says_nothing_of_it() -> None:
     (reply,) = counted([{"prompt": "a"}], Broken([]))
     assert reply.status == 500
     assert b"secret" not in reply.body
+
+
+def test_other_threads_run_while_a_long_prompt_is_encoded() -> None:
+    """The event loop is one of them: all answers that are being streamed would wait."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(SHAPES / "tokenizer.json"))
+    prompt = TextPrompt([TextPart("What is this? <image> " * 40_000)])
+    for image_token in (None, "<image>"):
+        renderer = PromptRenderer(tokenizer, None, image_token=image_token)
+        began = last = time.monotonic()
+        longest = 0.0
+        with ThreadPoolExecutor(1) as pool:
+            rendering = pool.submit(renderer.render, prompt, spans=True)
+            while not rendering.done():
+                time.sleep(0.001)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        assert len(rendering.result().token_ids) > 100_000
+        assert longest < (time.monotonic() - began) / 2

@@ -42,7 +42,9 @@ def detokenized(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) ->
             f"tokens holds an id that is not in the vocabulary of {size} tokens: {str(bad)[:40]}",
             param="tokens",
         )
-    return str(tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False))
+    # A batch, because other threads run meanwhile.
+    (text,) = tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
+    return str(text)
 
 
 def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
