@@ -199,18 +199,14 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
 
 def depth(value: object) -> int:
     """How many lists and objects stand within each other; counts no further than past the limit."""
-    level, depth = [value], 0
-    while depth <= MAX_DEPTH:
-        level = [
-            inner
-            for node in level
-            if isinstance(node, dict | list)
-            for inner in (node.values() if isinstance(node, dict) else node)
-        ]
-        if not level:
-            return depth
-        depth += 1
-    return depth
+    level, deep = [value], 0
+    while deep <= MAX_DEPTH:
+        nodes = [node for node in level if isinstance(node, dict | list)]
+        if not nodes:
+            return deep
+        level = [inner for node in nodes for inner in (node.values() if isinstance(node, dict) else node)]
+        deep += 1
+    return deep
 
 
 def _only(fields: dict[str, Any], param: str) -> str:

@@ -43,6 +43,7 @@ class GrammarCompiler:
         self._places = asyncio.Semaphore(MOST_WORKERS)
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def compile(self, constraint: Constraint) -> str:
         """The grammar for the engine. Raises InvalidRequest, naming the client's field and what is wrong with it;
@@ -67,7 +68,7 @@ class GrammarCompiler:
         await asyncio.gather(*tasks, return_exceptions=True)
         workers = [*self._idle, *self._busy]
         self._idle.clear()
-        await asyncio.gather(*(worker.end() for worker in workers))
+        await asyncio.gather(*(worker.end() for worker in workers), *self._ending)
 
     def _task(self, job: Job) -> asyncio.Task[Outcome]:
         task = self._running.get(job)
@@ -87,33 +88,46 @@ class GrammarCompiler:
 
     async def _compile(self, job: Job) -> Outcome:
         async with self._places:
-            worker = self._idle.pop() if self._idle else _Worker()
+            worker = self._free()
             self._busy.add(worker)
             try:
                 await worker.start(self._vocabulary)
                 async with asyncio.timeout(self._timeout):
                     outcome = await worker.ask(job)
             except TimeoutError:
-                worker.kill()
+                self._end(worker)
                 return Outcome(
                     reason=f"compiling it took longer than {self._timeout:g} s (option.guided_decoding_timeout): "
                     "make it simpler"
                 )
             except (EOFError, OSError):
-                worker.kill()
+                self._end(worker)
                 outcome = Outcome(reason="it is too large or too deeply nested to compile")
             except BaseException:
-                worker.kill()
+                self._end(worker)
                 raise
             else:
                 if outcome.last:
-                    worker.kill()
+                    self._end(worker)
                 else:
                     self._idle.append(worker)
             finally:
                 self._busy.discard(worker)
         self._remember(job, outcome)
         return outcome
+
+    def _free(self) -> _Worker:
+        """One that waits for work and lives, else a new one."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.alive:
+                return worker
+        return _Worker()
+
+    def _end(self, worker: _Worker) -> None:
+        task = asyncio.create_task(worker.end(), name="end-grammar-worker")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     def _remember(self, job: Job, outcome: Outcome) -> None:
         self._known[job] = outcome
@@ -127,6 +141,10 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     async def start(self, vocabulary: Vocabulary) -> None:
         """Does nothing where it is started already. Raises Unavailable."""
@@ -152,15 +170,15 @@ class _Worker:
         await self._send(msgspec.msgpack.encode(job))
         return msgspec.msgpack.decode(await self._receive(), type=Outcome)
 
-    def kill(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
-
     async def end(self) -> None:
-        self.kill()
-        if self._process is not None:
-            await self._process.wait()
+        """At once, whatever it is doing."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._process.wait()
 
     async def _send(self, body: bytes) -> None:
         assert self._process is not None
