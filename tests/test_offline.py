@@ -235,7 +235,13 @@ def test_token_ids_with_and_without_pictures(llm: LLM) -> None:
     tokenizer = llm.get_tokenizer()
     ids = tokenizer.encode(f"<s><|user|><image>{WHAT}</s><|assistant|>", add_special_tokens=False)
     given = {"prompt_token_ids": ids, "multi_modal_data": {"image": picture("red-circle")}}
-    outputs = llm.generate([given, {"prompt_token_ids": ids}, ids[:2]], GREEDY, use_tqdm=False)
+    named = {**given, "multi_modal_uuids": {"image": ["mine"]}}
+    missing = {**named, "multi_modal_data": {"image": [None]}}
+    outputs = llm.generate(
+        [given, {"prompt_token_ids": ids}, ids[:2], named, missing], GREEDY, use_tqdm=False
+    )
+    assert outputs[3].outputs[0].text == "a red circle"
+    assert isinstance(outputs[4].error, ImageError)
     assert outputs[0].outputs[0].text == "a red circle"
     assert outputs[0].prompt is None
     assert outputs[1].error is not None, "a placeholder without a picture"

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from handlers.artefacts.fetch import fetch
 from handlers.build import build_backend, build_images, choose_backend
 from handlers.errors import InvalidRequest, ServingError
-from handlers.offline.background import LoopThread
+from handlers.offline.background import LoopThread, script_not_run_again
 from handlers.offline.batch import Batch, Outcome
 from handlers.offline.options import check_names, configure, warn_of_names
 from handlers.offline.outputs import RequestOutput, answered, failed
@@ -224,7 +224,8 @@ class _Core:
         self.backend = build_backend(configuration, self.directory)
         self._loop = LoopThread()
         try:
-            self._loop.run(self.backend.load())
+            with script_not_run_again():
+                self._loop.run(self.backend.load())
         except BaseException:
             self._images = None
             self.close()

@@ -15,8 +15,6 @@ from handlers.errors import InvalidRequest
 from handlers.request import Constraint
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (None, []),
-    "bad_words": (None, []),
     "early_stopping": (False,),
     "length_penalty": (1.0,),
     "logits_processors": (None, []),
@@ -123,8 +121,8 @@ class SamplingParams:
         if self.__dict__["best_of"] is not None and values.get("logprobs") is None:
             values["logprobs"] = 0
         values = {name: value for name, value in values.items() if value is not None}
-        convert(values, EngineParams)
-        return sampling_params(values, {})
+        asked = convert(values, EngineParams)
+        return sampling_params({name: getattr(asked, name) for name in values}, {})
 
     def answers(self) -> tuple[int, int | None]:
         """(answers to generate, answers to keep; None for all). Raises InvalidRequest."""
