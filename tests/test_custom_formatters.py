@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,20 @@ import pytest
 from handlers.custom import djl
 from handlers.custom.messages import Start
 from handlers.custom.worker import formatting
-from tests.live import LiveServer, message
-from tests.test_shapes_live import SHAPES, circle
-
-WHAT = "What is this an image of?"
+from tests.scripted_server import ServerProcess
+from tests.test_shapes_live import SHAPES
 
 CODE = """
 from djl_python.input_parser import input_formatter
 from djl_python.output_formatter import output_formatter
-import json, os, time
+import json, os
+
+twos = []
+
+
+def count_two():
+    twos.append(1)
+    return len(twos)
 
 
 @input_formatter
@@ -46,6 +50,8 @@ def write(response):
         if data == "[DONE]":
             return "end\\n"
         choice = json.loads(data)["choices"][0]
+        if choice.get("delta", {}).get("content") == "two" and count_two() == 2:
+            raise KeyError("a secret detail")
         return {"piece": choice["delta"].get("content") if "delta" in choice else choice["text"]}
     choice = response.choices[0]
     if hasattr(choice, "message"):
@@ -57,43 +63,41 @@ def write(response):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    path = tmp_path_factory.mktemp("formatted")
-    for file in SHAPES.iterdir():
-        if file.is_file() and file.suffix != ".py":
-            shutil.copy(file, path)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    path = tmp_path_factory.mktemp("formatted") / "model"
+    path.mkdir()
     (path / "model.py").write_text(CODE)
-    with LiveServer(path) as live:
-        yield live
+    with ServerProcess(path) as running:
+        yield running.ready()
 
 
-def ask(server: LiveServer, **body: Any) -> httpx.Response:
-    return server.http.post("/invocations", json=body)
+def ask(server: ServerProcess, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/invocations", json=body, timeout=30)
 
 
-def test_requests_and_replies_go_through_the_formatters(server: LiveServer) -> None:
-    reply = ask(server, question=message(circle("red"), WHAT)["content"])
-    assert reply.json() == {"chat": "a red circle", "tokens": reply.json()["tokens"]}
-    assert reply.json()["tokens"] > 1
+def saying(text: str, tokens: int = 1) -> str:
+    """A question that the backend answers so."""
+    return json.dumps({"say": text, "tokens": tokens})
+
+
+def test_requests_and_replies_go_through_the_formatters(server: ServerProcess) -> None:
+    assert ask(server, question=saying("red ", 2)).json() == {"chat": "red red ", "tokens": 2}
     assert "formatters in model.py" in server.log
 
 
-def test_the_lmi_body_is_formatted_from_a_completion(server: LiveServer) -> None:
-    reply = ask(server, inputs="<|user|>What is this an image of?</s><|assistant|>")
-    assert reply.text == "completion: I see no image."
+def test_the_lmi_body_is_formatted_from_a_completion(server: ServerProcess) -> None:
+    reply = ask(server, inputs=saying("blue"))
+    assert reply.text == "completion: blue"
     assert reply.headers["content-type"] == "application/json"
 
 
-def test_each_event_of_a_stream_is_formatted(server: LiveServer) -> None:
-    question = message(circle("red"), WHAT)["content"]
-    reply = ask(server, question=question, stream=True)
-    assert reply.headers["content-type"] == "application/jsonlines"
-    *lines, end = reply.text.splitlines()
-    assert end == "end"
-    assert "".join(json.loads(line)["piece"] or "" for line in lines) == "a red circle"
-    reply = ask(server, inputs="<|user|>Describe this image.</s><|assistant|>", stream=True)
-    *lines, end = reply.text.splitlines()
-    assert "".join(json.loads(line)["piece"] for line in lines) == "I see no image."
+def test_each_event_of_a_stream_is_formatted(server: ServerProcess) -> None:
+    for asked in ({"question": saying("á\n\n", 3)}, {"inputs": saying("á\n\n", 3)}):
+        reply = ask(server, **asked, stream=True)
+        assert reply.headers["content-type"] == "application/jsonlines"
+        *lines, end = reply.text.splitlines()
+        assert end == "end"
+        assert "".join(json.loads(line)["piece"] or "" for line in lines) == "á\n\n" * 3
 
 
 def test_the_tokenizer_is_there_for_formatters_that_name_it() -> None:
@@ -110,7 +114,7 @@ def test_the_tokenizer_is_there_for_formatters_that_name_it() -> None:
 
 @pytest.mark.parametrize(("trouble", "status"), [("raise", 424), ("type", 424), ("exit", 500)])
 def test_an_input_formatter_that_fails_fails_its_request_alone(
-    server: LiveServer, trouble: str, status: int
+    server: ServerProcess, trouble: str, status: int
 ) -> None:
     reply = ask(server, inputs="x", trouble=trouble)
     assert reply.status_code == status
@@ -118,20 +122,19 @@ def test_an_input_formatter_that_fails_fails_its_request_alone(
     assert ask(server, inputs="x").status_code == 200
 
 
-def test_an_output_formatter_that_fails_is_a_424(server: LiveServer) -> None:
-    question = message(circle("red"), "How many shapes are there?")["content"]
-    reply = ask(server, question=question)
+def test_an_output_formatter_that_fails_is_a_424(server: ServerProcess) -> None:
+    reply = ask(server, question=saying("one"))
     assert reply.status_code == 424
     assert "KeyError" in reply.text
     assert "secret" not in reply.text
+    *lines, last = ask(server, question=saying("two", 3), stream=True).text.splitlines()
+    assert [json.loads(line)["piece"] for line in lines] == ["two"] * len(lines)
+    assert json.loads(last)["code"] == 424
 
 
 def test_two_formatters_of_a_kind_are_refused(tmp_path: Path) -> None:
-    shutil.copy(SHAPES / "config.json", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.py").write_text(CODE + "\n\n@input_formatter\ndef another(payload): return payload\n")
-    live = LiveServer(tmp_path, ready=False)
-    try:
-        live.wait_for("two functions with @input_formatter")
-        assert live.wait() == 1
-    finally:
-        live.kill()
+    with ServerProcess(tmp_path) as server:
+        server.wait_for("two functions with @input_formatter")
+        assert server.wait() == 1
