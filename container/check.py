@@ -16,7 +16,7 @@ from handlers.backends.select import Choice, choose
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.fields import SECRET, engine_argument_names
 from handlers.backends.vllm.options import refused_options
-from handlers.custom.find import find_handler, refuse_unusable
+from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.select import parser_problems
 from properties.configuration import Configuration, read_model_config, resolve
@@ -53,8 +53,8 @@ def check(configuration: Configuration, *, as_json: bool, machine: Machine | Non
 
 
 def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
-    """What `lmi check --json` prints: errors, warnings, model, backend, memory, handler, options,
-    extra.
+    """What `lmi check --json` prints: errors, warnings, model, backend, memory, handler,
+    formatters, options, extra.
 
     Sizes are in bytes. backend and memory are None where an error, or a model that is not on this machine
     yet, leaves them unknown.
@@ -76,9 +76,10 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     if choice is not None:
         warnings += configuration.unhonoured(choice.backend)
     memory = None
-    if own is not None:
+    formatters = find_formatters(configuration, directory)
+    if (code := own or formatters) is not None:
         try:
-            refuse_unusable(own)
+            refuse_unusable(code)
         except InvalidConfiguration as error:
             errors.append(Problem(error.message, "entry_point"))
     if directory is not None and config is not None and choice is not None:
@@ -101,6 +102,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         "backend": None if choice is None else asdict(choice),
         "memory": memory,
         "handler": None if own is None else own.file,
+        "formatters": None if formatters is None else formatters.file,
         "options": effective_options(configuration),
         "extra": {
             name: {
@@ -190,6 +192,8 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
             lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
         if report["handler"] is not None:
             lines.append(f"handler  {report['handler']}: the model's own, which answers instead of an engine")
+        if report["formatters"] is not None:
+            lines.append(f"formatters in {report['formatters']}: they change requests or replies")
         lines += [f"memory   {text}" for text in _memory(report["memory"], model["kind"])]
         lines.append("")
     lines += [f"warning: {text}" for text in report["warnings"]]

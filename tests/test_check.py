@@ -271,3 +271,9 @@ def test_the_models_own_handler_is_named(model: Path) -> None:
     assert report(model, CPU)["handler"] == "model.py"
     (model / "mine.py").touch()
     assert report(model, CPU, "entry_point=mine.py")["handler"] == "mine.py"
+    assert report(model, CPU)["backend"] is None
+    (model / "model.py").write_text("@djl_python.output_formatter\ndef f(response): return response\n")
+    assert report(model, CPU)["formatters"] == "model.py"
+    assert report(model, CPU)["handler"] is None
+    (model / "handlers.py").touch()
+    assert "rename it" in report(model, CPU)["errors"][0]
