@@ -81,10 +81,13 @@ class Edits:
 
     def mask_others(self, scores: Tensor) -> None:
         """Of the rows that were added, mask all but their tokens, as `shift` would."""
-        mask = torch.full((len(self._rows), scores.shape[-1]), -torch.inf)
-        for place, ids in enumerate(self._ids):
-            mask[place, torch.from_numpy(ids[ids < scores.shape[-1]])] = 0.0
-        scores[self._rows] += mask.to(scores.device, non_blocking=True)
+        flat, where, _ = self._on(scores)
+        rows = torch.tensor(self._rows, dtype=torch.int64).to(scores.device, non_blocking=True)
+        best = scores.index_select(0, rows).amax(-1)
+        bad = torch.zeros_like(scores[:, 0]).index_copy_(0, rows, best - best)  # 0 for a sound row, else NaN
+        kept = flat.index_select(0, where) + bad[where // scores.shape[-1]]
+        scores.index_fill_(0, rows, -torch.inf)
+        flat.scatter_(0, where, kept)
 
     def _on(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vocab_size = scores.shape[-1]

@@ -20,7 +20,9 @@ MAX_STOP_CHARACTERS = 1000
 
 MAX_ALLOWED_TOKEN_IDS = 1 << 20
 MAX_BAD_WORDS = 1024
-MAX_BAD_WORD_TOKENS = 2048
+MAX_BAD_WORD_TOKENS = 1 << 14
+"""Of all unwanted words together: each step may have to compare them with the answer."""
+
 MAX_BREAKERS = 1024
 MAX_MATCH = 254
 """Longest repetition that is told from a longer one (`engine.repetition`)."""
@@ -192,6 +194,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
         for run in self.bad_words_token_ids:
             _bounded("bad_words_token_ids", len(run), "ids in a run", 1, MAX_BAD_WORD_TOKENS)
             _require_ids("bad_words_token_ids", run)
+        total = sum(map(len, self.bad_words_token_ids))
+        _bounded("bad_words_token_ids", total, "ids in all", 0, MAX_BAD_WORD_TOKENS)
         _require_texts("dry_sequence_breakers", self.dry_sequence_breakers or (), MAX_BREAKERS)
         _bounded("dry_sequence_breaker_ids", len(self.dry_sequence_breaker_ids), "ids", 0, 2 * MAX_BREAKERS)
         _require_ids("dry_sequence_breaker_ids", self.dry_sequence_breaker_ids)

@@ -23,6 +23,7 @@ from engine.sampling_params import SAMPLERS, SamplingParams
 from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
 from handlers.backends.words import DRY_BREAKERS, spelled
+from handlers.errors import InvalidRequest
 from tests.engine_driver import EOS as MODELS_EOS
 from tests.engine_driver import load_engine, run_all
 from tests.models import make_llava, make_tokenizer
@@ -633,6 +634,15 @@ class TestWords:
         params = spelled(SamplingParams(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer)
         assert params.bad_words == ()
         assert set(params.bad_words_token_ids) == {(5,), ids("no"), ids(" no"), ids("né"), ids(" né")}
+
+    def test_words_of_too_many_tokens_are_refused(self) -> None:
+        words = tuple(f"{number:04}" * 200 for number in range(20))
+        with pytest.raises(InvalidRequest, match=r"bad_words are 32020 tokens") as caught:
+            spelled(SamplingParams(bad_words=words), make_tokenizer())
+        assert caught.value.param == "bad_words"
+        runs = tuple((number, *range(1000)) for number in range(20))
+        with pytest.raises(ValueError, match=r"^bad_words_token_ids holds 20020 ids in all"):
+            SamplingParams(bad_words_token_ids=runs).validate()
 
     def test_drys_breakers_are_its_authors_unless_others_are_given(self) -> None:
         tokenizer = make_tokenizer()

@@ -33,11 +33,14 @@ def spelled(params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> Sampl
         runs = dict.fromkeys(params.bad_words_token_ids)
         for word in params.bad_words:
             for spelling in (word.lstrip(), f" {word.lstrip()}"):
-                run = tuple(_encode(tokenizer, spelling))
-                if len(run) > MAX_BAD_WORD_TOKENS:
-                    raise InvalidRequest("bad_words: a text is too long", param="bad_words")
-                if run:
+                if run := tuple(_encode(tokenizer, spelling)):
                     runs[run] = None
+        if (total := sum(map(len, runs))) > MAX_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"bad_words are {total} tokens, as they begin a text and after a space; allowed: "
+                f"{MAX_BAD_WORD_TOKENS} in all",
+                param="bad_words",
+            )
         params = msgspec.structs.replace(params, bad_words=(), bad_words_token_ids=tuple(runs))
     texts = params.dry_sequence_breakers
     if params.dry_multiplier > 0.0 and (texts or (texts is None and not params.dry_sequence_breaker_ids)):
