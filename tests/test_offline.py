@@ -331,7 +331,17 @@ def test_sampling_parameters_have_vllms_names_defaults_and_checks() -> None:
     assert params.engine_params().stop_token_ids == (5,)
 
 
-def test_structured_outputs_reach_the_request() -> None:
+def test_structured_outputs(llm: LLM) -> None:
+    shapes = ["blue square", "red circle", "yellow star"]
+    params = [
+        SamplingParams(temperature=0, structured_outputs=StructuredOutputsParams(choice=shapes)),
+        SamplingParams(temperature=0, guided_decoding={"regex": "(a|the) (yellow|red) (star|circle)"}),
+    ]
+    outputs = llm.chat([turn(picture("red-circle")), turn(picture("yellow-star"))], params, use_tqdm=False)
+    assert texts(outputs) == ["red circle", "a yellow star"]
+
+
+def test_structured_outputs_are_checked_at_once() -> None:
     for given in ({"regex": "a+"}, StructuredOutputsParams(regex="a+")):
         for name in ("structured_outputs", "guided_decoding"):
             constraint = SamplingParams(**{name: given}).constraint()  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from handlers.artefacts.fetch import fetch
 from handlers.build import build_backend, build_images, choose_backend
 from handlers.errors import InvalidRequest, ServingError
+from handlers.images.loader import ImageLoader
 from handlers.offline.background import LoopThread, script_not_run_again
 from handlers.offline.batch import Batch, Outcome
 from handlers.offline.options import check_names, configure, warn_of_names
@@ -222,21 +223,23 @@ class _Core:
         check_names(configuration, choice.backend)
         warn_of_names(configuration, choice.backend)
         self.backend = build_backend(configuration, self.directory)
+        self._images: ImageLoader | None = None
         self._loop = LoopThread()
         try:
             with script_not_run_again():
                 self._loop.run(self.backend.load())
+            self._images = build_images(settings)
         except BaseException:
-            self._images = None
             self.close()
             raise
-        self._images = build_images(settings)
         self._most = settings.limit_mm_per_prompt.get("image", 1)
         window = settings.max_rolling_batch_size + min(_AHEAD, settings.max_rolling_batch_size)
         self._batch = Batch(self.backend, self._images, window, settings.model_loading_timeout)
 
     def check(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest for what no backend is asked."""
+        if request.constraint is not None and not self.backend.capabilities.structured_outputs:
+            raise InvalidRequest("answers cannot be constrained here: leave structured_outputs out")
         count = sum(1 for _ in request.images())
         if count and not self.backend.capabilities.images:
             raise InvalidRequest("this model does not take pictures")
