@@ -21,6 +21,9 @@ from properties.sources import FILE_NAME, Written, read_command_line, read_envir
 
 MODEL_STORE = Path("/opt/ml/model")
 DEFAULTS = Settings()
+_SECURE_MODE = "SAGEMAKER_SECURE_MODE"
+"""LMI's switch for controls over the model's code: to ignore it would be to do what its operator forbids."""
+
 _MODEL_KEY = key_of("model_id")
 
 
@@ -137,6 +140,10 @@ def resolve(
     """
     problems: list[Problem] = []
     noted: list[Problem] = []
+    if environ.get(_SECURE_MODE, "").strip().lower() == "true":
+        problems.append(
+            Problem(f"{_SECURE_MODE} = 'true': there is no secure mode here; unset it to serve without")
+        )
     written = [*read_command_line(options, problems), *read_environment(environ)]
     named = _first(written, _MODEL_KEY)
     try:

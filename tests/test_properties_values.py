@@ -110,6 +110,7 @@ def test_lists_and_objects() -> None:
         ("load_on_devices", ";"),
         ("load_on_devices", "cuda"),
         ("engine", "OnnxRuntime"),
+        ("task", "text-embedding"),
     ],
 )
 def test_bad_value_names_option_value_source_and_what_is_allowed(name: str, text: str) -> None:

@@ -77,7 +77,8 @@ def refused(client: Any, body: Any, **fields: Any) -> dict[str, Any]:
 def test_chat_about_a_picture(client: Any) -> None:
     reply = invoke(client, CHAT)
     assert reply["ContentType"] == "application/json"
-    assert json.loads(reply["Body"])["choices"][0]["message"]["content"] == "a red circle"
+    (choice,) = json.loads(reply["Body"])["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("a red circle", "stop")
     body = {"messages": [message(CIRCLE, SQUARE, "What is in the second image?")], "temperature": 0}
     assert json.loads(invoke(client, body)["Body"])["choices"][0]["message"]["content"] == "a blue square"
 
