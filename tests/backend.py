@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import pytest
-
 VLLM = os.environ.get("LMI_TEST_BACKEND", "rolling") == "vllm"
 
 OPTIONS = ("rolling_batch=vllm", "enforce_eager=true", "kv_cache_memory_mb=256") if VLLM else ()
@@ -18,5 +16,3 @@ ENGINE_PROCESS = "EngineCore" if VLLM else "engine.process"
 
 BACK = "the engine is back" if VLLM else "replica 0 is back"
 """What the log says when a killed engine has been replaced."""
-
-rolling_only = pytest.mark.skipif(VLLM, reason="about the embedded engine's own processes")

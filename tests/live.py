@@ -37,7 +37,9 @@ class LiveServer:
         flags: Sequence[str] = (),
         **environ: str,
     ) -> None:
-        arguments = [part for option in (*OPTIONS, *options) for part in ("--option", option)]
+        named = {option.partition("=")[0] for option in options}
+        usual = [option for option in OPTIONS if option.partition("=")[0] not in named]
+        arguments = [part for option in (*usual, *options) for part in ("--option", option)]
         self._wait_ready = ready
         self.process = subprocess.Popen(
             [

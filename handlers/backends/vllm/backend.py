@@ -30,7 +30,7 @@ from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
 from handlers.backends.vllm.keeper import EngineKeeper
 from handlers.backends.vllm.options import engine_arguments
-from handlers.backends.vllm.plan import choose_devices
+from handlers.backends.vllm.plan import choose_devices, share_cores
 from handlers.backends.vllm.sampling import refused, to_vllm
 from handlers.errors import (
     EngineFailed,
@@ -161,10 +161,14 @@ class VllmBackend:
         params = checked_sampling(request, len(token_ids), longest, vocab_size)
         prompt = await self._input(engine, token_ids, parts)
         ids: list[int] = list(prompt["prompt_token_ids"])
-        if parts:
-            params = checked_sampling(request, len(ids), longest, vocab_size)
-        copies = request.n if params.greedy else 1
-        theirs = to_vllm(self._vllm, params, request.n // copies, request.constraint, request.names)
+        try:
+            if parts:
+                params = checked_sampling(request, len(ids), longest, vocab_size)
+            copies = request.n if params.greedy else 1
+            theirs = to_vllm(self._vllm, params, request.n // copies, request.constraint, request.names)
+        except ServingError:
+            _take_back(engine, prompt)
+            raise
         stats = PromptStats(
             prompt_tokens=len(ids),
             image_tokens=_picture_tokens(prompt),
@@ -202,6 +206,7 @@ class VllmBackend:
             if keeper is None or keeper.engine is None:
                 raise Unavailable("the engine is being restarted; try again", retry_after=5)
             placed = await self._input(keeper.engine, rendered.token_ids, parts)
+            _take_back(keeper.engine, placed)
             ids = list(placed["prompt_token_ids"])
             places = sorted(placed["mm_placeholders"]["image"], key=lambda place: int(place.offset))
             expanded = [ids[place.offset : place.offset + place.length] for place in places]
@@ -258,7 +263,14 @@ class VllmBackend:
         return compat.load()
 
     def _arguments(self) -> dict[str, Any]:
-        return engine_arguments(self._vllm, self._configuration, self._path, self._machine)
+        arguments = engine_arguments(self._vllm, self._configuration, self._path, self._machine)
+        if not self._machine.accelerators:
+            share_cores(
+                arguments["tensor_parallel_size"]
+                * arguments["pipeline_parallel_size"]
+                * arguments["data_parallel_size"]
+            )
+        return arguments
 
     def _build(self, arguments: dict[str, Any]) -> Any:
         """An engine. Raises InvalidConfiguration with vLLM's reason when it refuses the configuration."""
@@ -337,6 +349,18 @@ class VllmBackend:
         if wrapped and cause is not None and isinstance(cause, vllm.refusals):
             return refused(cause, None if constraint is None else constraint.param)
         return EngineFailed("the engine failed on this request")
+
+
+def _take_back(engine: Any, prompt: Any) -> None:
+    """Say that rendered pictures were not sent after all.
+
+    vLLM's front notes when it renders a picture that the engine has it from now on: the next request with the same
+    picture would come without it, and fail.
+    """
+    forget = getattr(getattr(engine.renderer, "mm_processor_cache", None), "invalidate", None)
+    if forget is not None:
+        for digest in (prompt.get("mm_hashes") or {}).get("image", ()):
+            forget(digest)
 
 
 def _picture_tokens(prompt: Any) -> int:

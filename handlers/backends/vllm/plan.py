@@ -89,6 +89,20 @@ def choose_devices(settings: Settings, accelerators: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in chosen)
 
 
+def share_cores(ranks: int) -> None:
+    """On a CPU: give each of several ranks cores of its own, unless the operator has said which.
+
+    vLLM finds them by itself only where there is a NUMA node for each rank.
+    """
+    if ranks < 2:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // ranks
+    groups = [cores[rank * each : (rank + 1) * each] for rank in range(ranks)]
+    bound = "|".join(",".join(map(str, group)) for group in groups) if each else "nobind"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
+
+
 def _spans_machines(extra: Mapping[str, str]) -> bool:
     nodes = extra.get("nnodes", "1")
     return "ray" in (extra.get("distributed_executor_backend"), extra.get("data_parallel_backend")) or (

@@ -1,0 +1,152 @@
+"""Options become vLLM's engine arguments, and what is wrong with them is said in the options' own names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.machine import Device, Machine
+from handlers.backends.vllm.compat import load
+from handlers.backends.vllm.fields import engine_argument_names
+from handlers.backends.vllm.options import engine_arguments
+from properties.configuration import Configuration, resolve
+from properties.problem import ConfigurationError
+
+SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
+CPU = Machine((), Device("host memory", 16 << 30))
+
+
+def configure(*options: str, **environ: str) -> Configuration:
+    return resolve(
+        model=str(SHAPES), environ=environ, options=options, backend_options=engine_argument_names()
+    )
+
+
+def devices(count: int) -> Machine:
+    return Machine(tuple(Device("A10G", 24 << 30) for _ in range(count)), CPU.host)
+
+
+def arguments(*options: str, machine: Machine = CPU, **environ: str) -> dict[str, Any]:
+    return engine_arguments(load(), configure(*options, **environ), SHAPES, machine)
+
+
+def problems(*options: str, machine: Machine = CPU) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        arguments(*options, machine=machine)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_lmis_names_are_vllms_arguments() -> None:
+    found = arguments(
+        "tensor_parallel_degree=2", "max_rolling_batch_size=7", "max_rolling_batch_prefill_tokens=512",
+        "quantize=fp8", "cpu_offload_gb_per_gpu=1.5", "kv_cache_memory_mb=64", "dtype=fp32",
+        'limit_mm_per_prompt={"image": 4}', "request_priorities=true",
+    )  # fmt: skip
+    want = {
+        "tensor_parallel_size": 2, "max_num_seqs": 7, "max_num_batched_tokens": 512, "quantization": "fp8",
+        "cpu_offload_gb": 1.5, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32",
+        "limit_mm_per_prompt": {"image": 4, "video": 0, "audio": 0}, "scheduling_policy": "priority",
+    }  # fmt: skip
+    assert {name: found[name] for name in want} == want
+    assert found["served_model_name"] == ["shapes"], "no path of this machine in vLLM's own metrics"
+
+
+def test_what_nobody_wrote_is_left_to_vllm() -> None:
+    assert not {"seed", "enable_prefix_caching", "max_model_len", "block_size"} & arguments().keys()
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [
+        ("max_logprobs=64.0", "max_logprobs", 64),
+        ("kv_cache_memory_bytes=1G", "kv_cache_memory_bytes", 1 << 30),
+        ("async_scheduling=False", "async_scheduling", False),
+        ("mm_processor_cache_gb=0.5", "mm_processor_cache_gb", 0.5),
+        ('hf_overrides={"a": 1}', "hf_overrides", {"a": 1}),
+        ("mm_encoder_tp_mode=data", "mm_encoder_tp_mode", "data"),
+        ("ignore_patterns=*.bin,*.pt", "ignore_patterns", ["*.bin", "*.pt"]),
+        ("distributed_executor_backend=mp", "distributed_executor_backend", "mp"),
+    ],
+)
+def test_any_argument_of_vllms_is_an_option(option: str, name: str, value: object) -> None:
+    assert arguments(option)[name] == value
+
+
+def test_the_environment_names_them_too() -> None:
+    assert arguments(OPTION_MAX_LOGPROBS="9")["max_logprobs"] == 9
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "max_logprobs=many",
+            "option.max_logprobs = 'many' (--option max_logprobs): allowed: a whole number",
+        ),
+        ("async_scheduling=perhaps", "allowed: true or false"),
+        ("mm_encoder_tp_mode=rows", "allowed: data, weights"),
+        ('compilation_config={"modee": 3}', "modee: Unexpected keyword argument; allowed: a JSON object"),
+        ("tokenizer=other", "not to be set here: the tokenizer is the model's own"),
+        ("model=other", "not to be set here: write option.model_id"),
+    ],
+)
+def test_a_bad_value_is_told_with_the_option_and_what_is_allowed(option: str, message: str) -> None:
+    (problem,) = problems(option)
+    assert message in problem
+
+
+def test_two_spellings_may_agree_but_not_differ() -> None:
+    same = arguments("kv_cache_memory_mb=64", f"kv_cache_memory_bytes={64 << 20}")
+    assert same["kv_cache_memory_bytes"] == 64 << 20
+    (problem,) = problems("kv_cache_memory_mb=64", "kv_cache_memory_bytes=1")
+    assert "option.kv_cache_memory_bytes = '1'" in problem
+    assert "option.kv_cache_memory_mb = 64" in problem
+    with pytest.raises(ConfigurationError, match=r"max_num_seqs = '8'.*max_rolling_batch_size = '9'"):
+        configure("max_num_seqs=8", "max_rolling_batch_size=9")
+    assert arguments("max_num_seqs=8", "max_rolling_batch_size=8.0")["max_num_seqs"] == 8
+
+
+def test_a_misspelt_name_is_told_the_nearest_of_ours_and_of_vllms() -> None:
+    (warning,) = configure("mm_encoder_tp_moed=data").warnings
+    assert str(warning).endswith("no such option; did you mean mm_encoder_tp_mode?")
+    assert not configure("mm_encoder_tp_mode=data").warnings
+    assert configure("mm_encoder_tp_mode=data", "strict_options=true").extra
+    (told,) = configure("mm_encoder_tp_mode=data").unhonoured("rolling")
+    assert "option.mm_encoder_tp_mode (--option mm_encoder_tp_mode) has no effect with the rolling" in str(
+        told
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "sizes"),
+    [
+        ((), 0, (1, 1, 1)),
+        ((), 4, (4, 1, 1)),
+        (("tensor_parallel_degree=2",), 4, (2, 1, 2)),
+        (("tensor_parallel_degree=2", "max_workers=1"), 4, (2, 1, 1)),
+        (("pipeline_parallel_degree=2",), 4, (2, 2, 1)),
+        (("data_parallel_degree=2",), 4, (2, 1, 2)),
+        (("tensor_parallel_degree=1", "load_on_devices=0;2"), 4, (1, 1, 2)),
+        (("tensor_parallel_degree=8", "distributed_executor_backend=ray", "pipeline_parallel_degree=2"), 4, (8, 2, 1)),
+        (("tensor_parallel_degree=2",), 0, (2, 1, 1)),
+    ],
+)  # fmt: skip
+def test_what_is_not_written_fills_the_machine(
+    options: tuple[str, ...], count: int, sizes: tuple[int, int, int]
+) -> None:
+    found = arguments(*options, machine=devices(count))
+    assert tuple(found[f"{kind}_parallel_size"] for kind in ("tensor", "pipeline", "data")) == sizes
+
+
+def test_too_few_devices_are_told_with_how_many_are_needed() -> None:
+    (problem,) = problems("tensor_parallel_degree=4", "data_parallel_degree=2", machine=devices(4))
+    assert "needs 8 devices, but 4 are there" in problem
+
+
+def test_on_a_cpu_the_cache_leaves_memory_to_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert arguments()["kv_cache_memory_bytes"] == 4 << 30
+    assert arguments(machine=Machine((), Device("host", 4 << 30)))["kv_cache_memory_bytes"] == 1 << 30
+    assert "kv_cache_memory_bytes" not in arguments("gpu_memory_utilization=0.5")
