@@ -27,6 +27,7 @@ from handlers.parsers.select import answer_formats
 from handlers.request import ChatPrompt, GenerationRequest
 from properties.configuration import resolve
 from properties.problem import ConfigurationError
+from tests.backend import VLLM
 from tests.live import LiveServer
 from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service
 from tests.scripted_server import ServerProcess
@@ -493,21 +494,32 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield live
 
 
+@pytest.fixture(scope="module")
+def terse() -> dict[str, Any]:
+    """Sampling without tokens of white space alone, of which this model makes whole answers where vLLM lets it."""
+    vocabulary = json.loads((SHAPES / "tokenizer.json").read_text())["model"]["vocab"]
+    blank = [number for text, number in vocabulary.items() if set(text) <= set("ĠĊĉč")]
+    return {"logit_bias": {str(number): -100 for number in blank}}
+
+
 def called(reply: dict[str, Any]) -> list[tuple[str, Any]]:
     calls = reply["choices"][0]["message"]["tool_calls"]
     return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.5, "seed": 7, "n": 2}])
-def test_forced_calls_parse_and_match_their_schema(shapes: LiveServer, sampling: dict[str, Any]) -> None:
+def test_forced_calls_parse_and_match_their_schema(
+    shapes: LiveServer, sampling: dict[str, Any], terse: dict[str, Any]
+) -> None:
     properties: dict[str, Any] = {**DRAW["properties"], "inside": {"type": "null"}}  # type: ignore[dict-item]
     bounded = {**DRAW, "properties": properties}
     schemas: dict[str, Any] = {"draw": bounded, "now": {"type": "object", "maxProperties": 0}}
     tools = [tool("draw", bounded), tool("now")]
     for choice in ("required", "draw", {"type": "function", "function": {"name": "now"}}):
-        reply = shapes.chat(
-            "how many shapes?", tools=tools, tool_choice=choice, parallel_tool_calls=False, max_tokens=200, **sampling
-        ).json()  # fmt: skip
+        forced = {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200}
+        answer = shapes.chat("how many shapes?", tools=tools, **forced, **sampling, **terse)
+        assert answer.status_code == 200, answer.text
+        reply = answer.json()
         for one in reply["choices"]:
             assert one["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
             ((name, arguments),) = called({"choices": [one]})
@@ -516,7 +528,9 @@ def test_forced_calls_parse_and_match_their_schema(shapes: LiveServer, sampling:
             assert one["message"]["content"] is None
 
 
-def test_a_forced_call_streams_and_says_when_it_is_cut_short(shapes: LiveServer) -> None:
+def test_a_forced_call_streams_and_says_when_it_is_cut_short(
+    shapes: LiveServer, terse: dict[str, Any]
+) -> None:
     client = openai.OpenAI(base_url=f"{shapes.url}/v1", api_key="unused", max_retries=0)
     body: dict[str, Any] = {
         "model": "shapes",
@@ -524,6 +538,7 @@ def test_a_forced_call_streams_and_says_when_it_is_cut_short(shapes: LiveServer)
         "tools": [tool("draw", DRAW)],
         "temperature": 0,
         "stream": True,
+        **terse,
     }
     forced = {"type": "function", "function": {"name": "draw"}}
     for most, choice in ((300, "required"), (6, forced)):
@@ -542,6 +557,7 @@ def test_a_forced_call_streams_and_says_when_it_is_cut_short(shapes: LiveServer)
                 jsonschema.validate(json.loads(call["function"]["arguments"]), DRAW)
 
 
+@pytest.mark.skipif(VLLM, reason="about what the embedded engine can compile")
 def test_a_function_whose_schema_cannot_be_compiled_is_refused_before_any_token(shapes: LiveServer) -> None:
     tools = [tool("f", {"properties": {"a": {"not": {"type": "string"}}}})]
     for stream in (False, True):
