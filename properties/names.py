@@ -23,6 +23,9 @@ FACTS = {name: facts for name, _, facts in options()}
 
 _BY_SPELLING = {key.removeprefix(PREFIX): key for key in KEYS}
 
+# A key that somebody wrote and nobody read would leave the server open.
+KEYS |= {PREFIX + name: name for name, facts in FACTS.items() if facts.server and facts.secret}
+
 
 def key_of(name: str) -> str:
     """An attribute's key in serving.properties, e.g. "dtype" -> "option.dtype"."""

@@ -26,9 +26,7 @@ TOPICS: tuple[type[BaseModel], ...] = (
 """The parts of `Settings` in the order of the documentation; each class's docstring is its heading."""
 
 
-class Settings(
-    RetiredSettings, ServerSettings, ChatSettings, VisionSettings, EngineSettings, ModelSettings
-):
+class Settings(RetiredSettings, ServerSettings, ChatSettings, VisionSettings, EngineSettings, ModelSettings):
     """The effective configuration. `Settings()` is all defaults; `resolve` reads the user's sources."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -27,8 +27,8 @@ class ServerSettings(BaseModel):
         variables=(Variable("SAGEMAKER_BIND_TO_PORT", Level.SAGEMAKER),),
     )
     api_key: SecretStr | None = server_key(
-        "Key that clients must send as `Authorization: Bearer <key>`, or a JSON list of such keys. Default: none is "
-        "asked for.",
+        "Key that clients must send as `Authorization: Bearer <key>`, or a JSON list of such keys; also written "
+        "`option.api_key` and `OPTION_API_KEY`. Default: none is asked for.",
         default=None,
         secret=True,
         variables=(Variable("VLLM_API_KEY"), Variable("APHRODITE_API_KEY")),

@@ -168,6 +168,29 @@ class TestKeys:
         assert keys.admit({} if sent is None else {"authorization": sent}) is admitted
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["SERVING_API_KEY", "OPTION_API_KEY", "VLLM_API_KEY", "APHRODITE_API_KEY", "file", "option", "flag"],
+)
+def test_a_key_counts_wherever_it_is_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    given: list[str] = []
+    environ = {}
+    if name == "file":
+        (tmp_path / "serving.properties").write_text("option.api_key=k\n")
+    elif name == "option":
+        given = ["option.api_key=k"]
+    elif name == "flag":
+        given = read_flags(["--api-key", "k"], OWN).secret
+    else:
+        environ = {name: "k"}
+    found = resolve(model=str(tmp_path), environ=environ, options=given)
+    assert found.settings.api_key is not None
+    assert found.settings.api_key.get_secret_value() == "k"
+    assert found.warnings == []
+    assert "k" not in str(found.sources["api_key"].raw)
+
+
 SHOW = """
 import sys
 import container.start
