@@ -684,6 +684,15 @@ def test_a_picture_that_is_none_names_itself(server: LiveServer) -> None:
         assert "QUJD" not in reply.json()["error"]
 
 
+def test_a_picture_of_a_refused_request_can_be_asked_about_again(server: LiveServer) -> None:
+    """vLLM would hold that its engine has it already."""
+    body = {"inputs": prompt("green"), "parameters": {"max_new_tokens": 4060}}
+    refused = server.http.post("/generate", json=body)
+    assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
+    body["parameters"] = {"max_new_tokens": 20}
+    assert server.http.post("/generate", json=body).json()["generated_text"] == "a green circle"
+
+
 def test_four_at_once_answer_alike(server: LiveServer) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
