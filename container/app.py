@@ -19,7 +19,7 @@ from container.keys import Keys
 from container.life import Answers, Life
 from container.metrics import Metrics
 from container.names import accepted_names, public_names
-from container.openapi import document
+from container.openapi.document import document
 from container.prompt_log import log_answer, log_prompt
 from container.routes import Action, MethodNotAllowed, Route, find
 from handlers.dialects.error_replies import client_error, error_reply, style_of

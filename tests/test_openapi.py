@@ -19,7 +19,7 @@ from openapi_spec_validator import validate
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from container.openapi import document
+from container.openapi.document import document
 from container.routes import every
 from handlers.dialects.openai_chat import ChatBody
 from handlers.dialects.openai_completions import CompletionBody

@@ -1,7 +1,4 @@
-"""What bodies and replies look like, for the server's OpenAPI document: those parts that no reader's Struct says.
-
-The writers build replies by hand, for speed; tests hold every reply to the shapes here.
-"""
+"""What OpenAI's turns and replies look like. The writers build them by hand; tests hold each to the shapes here."""
 
 from __future__ import annotations
 
@@ -9,13 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from handlers.dialects.tokens import SimpleToken
-
 _Finish = Literal["stop", "length", "tool_calls", "function_call"]
-_Names = Annotated[str, Meta(max_length=512)]
-
-
-# Chat: bodies
 
 
 class ImageUrl(Struct):
@@ -50,9 +41,6 @@ class AssistantMessage(Struct):
     role: Literal["assistant"]
     tool_calls: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     content: str | None = None
-
-
-# OpenAI: replies
 
 
 class PromptTokensDetails(Struct, forbid_unknown_fields=True):
@@ -221,102 +209,6 @@ class Models(Struct, forbid_unknown_fields=True):
     data: list[Model]
 
 
-# LMI: replies
-
-
-class LmiToken(Struct, forbid_unknown_fields=True):
-    id: int | None
-    text: str
-    log_prob: float | None
-    special_token: bool = False
-
-
-class LmiSequence(Struct):
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
-    generated_tokens: int
-    seed: int | None
-    inputs: str | None = None
-    tokens: list[LmiToken] = []
-    prefill: list[LmiToken] = []
-    top_tokens: list[list[LmiToken]] = []
-    best_of_sequences: list[dict[str, Any]] = []
-
-
-class LmiReply(Struct, forbid_unknown_fields=True):
-    generated_text: str
-    details: LmiSequence | None = None
-
-
-class LmiLine(Struct):
-    """One line of a stream; the last one has the whole text."""
-
-    token: LmiToken
-    top_tokens: list[LmiToken] = []
-    generated_text: str | None = None
-    details: dict[str, Any] | None = None
-
-
-class SessionReply(Struct, forbid_unknown_fields=True):
-    result: str
-
-
-class SessionBody(Struct):
-    """A session opened or closed, on SageMaker's routes."""
-
-    requestType: Literal["NEW_SESSION", "CLOSE"]
-
-
-# TGI: replies
-
-
-class TgiToken(Struct, forbid_unknown_fields=True):
-    id: int
-    text: str
-    logprob: float | None
-    special: bool
-
-
-class TgiPrefillToken(Struct, forbid_unknown_fields=True):
-    id: int
-    text: str
-    logprob: float | None
-
-
-class TgiDetails(Struct, forbid_unknown_fields=True):
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
-    generated_tokens: int
-    seed: int | None
-    prefill: list[TgiPrefillToken]
-    tokens: list[TgiToken]
-    top_tokens: list[list[TgiToken]] = []
-    best_of_sequences: list[dict[str, Any]] = []
-
-
-class TgiReply(Struct, forbid_unknown_fields=True):
-    generated_text: str
-    details: TgiDetails | None = None
-
-
-class TgiStreamDetails(Struct, forbid_unknown_fields=True):
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
-    generated_tokens: int
-    seed: int | None
-    input_length: int
-
-
-class TgiEvent(Struct, forbid_unknown_fields=True):
-    """`data:` of one event: a token; the last one has the whole text."""
-
-    index: int
-    token: TgiToken
-    generated_text: str | None
-    details: TgiStreamDetails | None
-    top_tokens: list[TgiToken] = []
-
-
-# Errors
-
-
 class OpenAIErrorFields(Struct, forbid_unknown_fields=True):
     message: str
     type: str
@@ -326,61 +218,3 @@ class OpenAIErrorFields(Struct, forbid_unknown_fields=True):
 
 class OpenAIError(Struct, forbid_unknown_fields=True):
     error: OpenAIErrorFields
-
-
-class LmiError(Struct, forbid_unknown_fields=True):
-    code: int
-    type: str
-    message: str
-    error: str
-
-
-class TgiError(Struct, forbid_unknown_fields=True):
-    error: str
-    error_type: str
-
-
-# The server itself
-
-
-class Ping(Struct, forbid_unknown_fields=True):
-    status: str
-    reason: str
-
-
-class Health(Struct, forbid_unknown_fields=True):
-    status: Literal["ok"]
-
-
-class Unhealthy(Struct, forbid_unknown_fields=True):
-    status: str
-    reason: str
-    error: str
-    error_type: str
-
-
-class Version(Struct, forbid_unknown_fields=True):
-    version: str
-
-
-class Info(Struct):
-    """What TGI's clients look at; there is more."""
-
-    model_id: str
-    version: str
-
-
-class ChatTokens(Struct, forbid_unknown_fields=True):
-    tokenize_response: list[SimpleToken]
-    templated_text: str
-
-
-class TokenCounts(Struct, forbid_unknown_fields=True):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-class Detokenized(Struct, forbid_unknown_fields=True):
-    prompt: str

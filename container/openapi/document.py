@@ -1,30 +1,24 @@
 """The server's own description, as an OpenAPI 3.1 document: GET /openapi.json.
 
-Bodies are described by the very Structs that read them, replies by `container.openapi_shapes`.
+Bodies are described by the very Structs that read them, replies by the shapes in this folder.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from container import openapi_shapes as shapes
+from container.openapi import openai_shapes
+from container.openapi.table import TEXTS, Text
 from container.routes import Route, every
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, RANGES
-from handlers.dialects import lmi_parameters, tgi, tokens
-from handlers.dialects.lmi import LmiBody
-from handlers.dialects.openai_chat import ChatBody
-from handlers.dialects.openai_completions import CompletionBody
+from handlers.dialects import lmi_parameters, tgi
+from handlers.dialects.base import JSON, JSON_LINES, MAX_PROMPTS
 from handlers.dialects.openai_fields import MAX_ANSWERS
 from handlers.version import VERSION
-
-JSON = "application/json"
-JSON_LINES = "application/jsonlines"
-SSE = "text/event-stream"
 
 _REF = "#/components/schemas/{name}"
 _RENAMED = {
@@ -47,87 +41,6 @@ _STATUSES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """What one route takes and gives. Several types of body or reply are alternatives.
-
-    events: what each event or line of a stream is, by content type. types: of a body that is no JSON.
-    """
-
-    summary: str
-    bodies: Sequence[type] = ()
-    replies: Sequence[Any] = ()
-    events: dict[str, Sequence[type]] = field(default_factory=dict)
-    errors: Sequence[type] = (shapes.OpenAIError, shapes.LmiError, shapes.TgiError)
-    not_ready: Sequence[type] = ()
-    plain_text: bool = False
-
-
-_OPENAI_ERRORS = (shapes.OpenAIError, shapes.TgiError)
-_CHAT = _Text(
-    "Chat completion (OpenAI)",
-    (ChatBody,),
-    (shapes.ChatCompletion,),
-    {SSE: (shapes.ChatCompletionChunk,)},
-    _OPENAI_ERRORS,
-)
-_ANY = _Text(
-    "Answer a body of any dialect, told by its keys: messages, prompt, inputs or requestType",
-    (ChatBody, CompletionBody, LmiBody, shapes.SessionBody),
-    (shapes.ChatCompletion, shapes.Completion, shapes.LmiReply, list[shapes.LmiReply], shapes.SessionReply),
-    {
-        SSE: (shapes.ChatCompletionChunk, shapes.Completion, shapes.LmiLine),
-        JSON_LINES: (shapes.ChatCompletionChunk, shapes.Completion, shapes.LmiLine),
-    },
-    plain_text=True,
-)
-_TGI = _Text(
-    "Generate text (TGI)",
-    (tgi.TgiBody, ChatBody, CompletionBody),
-    (shapes.TgiReply, list[shapes.TgiReply], shapes.ChatCompletion, shapes.Completion),
-    {SSE: (shapes.TgiEvent, shapes.ChatCompletionChunk, shapes.Completion)},
-    (shapes.TgiError,),
-)
-
-_TEXTS: dict[str, _Text] = {
-    "/ping": _Text(
-        "Whether the model can answer, as SageMaker asks it",
-        replies=(shapes.Ping,),
-        not_ready=(shapes.Ping,),
-    ),
-    "/health": _Text("Whether the model can answer", replies=(shapes.Health,), not_ready=(shapes.Unhealthy,)),
-    "/metrics": _Text("Metrics for Prometheus"),
-    "/version": _Text("The version of this server", replies=(shapes.Version,)),
-    "/openapi.json": _Text("This document", replies=(dict[str, Any],)),
-    "/v1/models": _Text("The served models", replies=(shapes.Models,), errors=_OPENAI_ERRORS),
-    "/v1/models/{name}": _Text("One served model", replies=(shapes.Model,), errors=_OPENAI_ERRORS),
-    "/v1/chat/completions": _CHAT,
-    "/v1/completions": _Text(
-        "Text completion (OpenAI); pictures stand in the prompt as `![](url)`",
-        (CompletionBody,),
-        (shapes.Completion,),
-        {SSE: (shapes.Completion,)},
-        _OPENAI_ERRORS,
-    ),
-    "/invocations": _ANY,
-    "/predictions/{name}": _ANY,
-    "/models/{name}/invoke": _ANY,
-    "/": _TGI,
-    "/v1": _TGI,
-    "/generate": _TGI,
-    "/generate_stream": _TGI,
-    "/info": _Text("What is served, and its limits (TGI)", replies=(shapes.Info,), errors=(shapes.TgiError,)),
-    "/tokenize": _Text(
-        "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
-        (tokens.InputsToTokens, tokens.PromptToTokens, ChatBody),
-        (list[tokens.SimpleToken], shapes.TokenCounts),
-    ),
-    "/chat_tokenize": _Text(
-        "Tokens of a chat (TGI)", (ChatBody,), (shapes.ChatTokens,), errors=(shapes.TgiError,)
-    ),
-    "/detokenize": _Text("Text of tokens (vLLM)", (tokens.TokensToText,), (shapes.Detokenized,)),
-}
-
 _HEADERS = {
     "x-request-id": "The request's id, for the log and the reply; a harmless token of at most 128 characters.",
     "X-Amzn-SageMaker-Inference-Id": "The same, as SageMaker sends it; it wins.",
@@ -136,6 +49,8 @@ _HEADERS = {
     "X-Amzn-SageMaker-Custom-Attributes": "`name=value` pairs between semicolons.",
 }
 
+
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, "minItems": 1}
 
 _BOUNDS: dict[str, dict[str, float]] = {
     **{name: {"minimum": least, "maximum": most} for name, (least, most, _) in RANGES.items()},
@@ -185,7 +100,7 @@ def document() -> bytes:
 
 
 def _operation(path: str, route: Route, method: str) -> dict[str, Any]:
-    text = _TEXTS[path if route.action in ("answer", "models") else route.template]
+    text = TEXTS[path if route.action in ("answer", "models") else route.template]
     operation: dict[str, Any] = {
         "summary": text.summary,
         "operationId": f"{method.lower()}:{path}",
@@ -219,7 +134,7 @@ def _operation(path: str, route: Route, method: str) -> dict[str, Any]:
     return operation
 
 
-def _responses(route: Route, text: _Text, method: str) -> dict[str, Any]:
+def _responses(route: Route, text: Text, method: str) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if route.action == "metrics":
         content = {"text/plain": {"schema": {"type": "string"}}}
@@ -271,20 +186,28 @@ def _schemas() -> dict[str, Any]:
     inner = (
         lmi_parameters.Parameters,
         tgi.Parameters,
-        shapes.Message,
-        shapes.AssistantMessage,
-        shapes.TextPart,
-        shapes.ImagePart,
+        openai_shapes.Message,
+        openai_shapes.AssistantMessage,
+        openai_shapes.TextPart,
+        openai_shapes.ImagePart,
     )
-    named = [kind for text in _TEXTS.values() for kind in (*text.bodies, *text.replies, *text.errors)]
-    named += [kind for text in _TEXTS.values() for events in text.events.values() for kind in events]
-    named += [kind for text in _TEXTS.values() for kind in text.not_ready]
+    named = [kind for text in TEXTS.values() for kind in (*text.bodies, *text.replies, *text.errors)]
+    named += [kind for text in TEXTS.values() for events in text.events.values() for kind in events]
+    named += [kind for text in TEXTS.values() for kind in text.not_ready]
     unique = list({repr(kind): kind for kind in (*inner, *named)}.values())
     _, schemas = msgspec.json.schema_components(unique, ref_template=_REF)
     schemas["Message"]["properties"]["content"] = {
         "anyOf": [
             {"type": "string"},
             {"type": "array", "items": {"anyOf": [_ref("TextPart"), _ref("ImagePart"), {"type": "string"}]}},
+        ]
+    }
+    schemas["CompletionBody"]["properties"]["prompt"] = {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+            _TOKENS,
+            {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MAX_PROMPTS},
         ]
     }
     schemas["ChatBody"]["properties"]["messages"] = {

@@ -1,0 +1,109 @@
+"""What each route takes and gives, for the OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from container.openapi import lmi_shapes, openai_shapes, server_shapes, tgi_shapes
+from handlers.dialects import tgi, tokens
+from handlers.dialects.base import JSON_LINES
+from handlers.dialects.lmi import LmiBody
+from handlers.dialects.openai_chat import ChatBody
+from handlers.dialects.openai_completions import CompletionBody
+
+SSE = "text/event-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What one route takes and gives. Several types of body or reply are alternatives.
+
+    events: what each event or line of a stream is, by content type. plain_text: the body may be a prompt alone.
+    not_ready: the reply with 503.
+    """
+
+    summary: str
+    bodies: Sequence[type] = ()
+    replies: Sequence[Any] = ()
+    events: dict[str, Sequence[type]] = field(default_factory=dict)
+    errors: Sequence[type] = (openai_shapes.OpenAIError, lmi_shapes.LmiError, tgi_shapes.TgiError)
+    not_ready: Sequence[type] = ()
+    plain_text: bool = False
+
+
+_OPENAI_ERRORS = (openai_shapes.OpenAIError, tgi_shapes.TgiError)
+_CHAT = Text(
+    "Chat completion (OpenAI)",
+    (ChatBody,),
+    (openai_shapes.ChatCompletion,),
+    {SSE: (openai_shapes.ChatCompletionChunk,)},
+    _OPENAI_ERRORS,
+)
+_ANY = Text(
+    "Answer a body of any dialect, told by its keys: messages, prompt, inputs or requestType",
+    (ChatBody, CompletionBody, LmiBody, lmi_shapes.SessionBody),
+    (
+        openai_shapes.ChatCompletion,
+        openai_shapes.Completion,
+        lmi_shapes.LmiReply,
+        list[lmi_shapes.LmiReply],
+        lmi_shapes.SessionReply,
+    ),
+    {
+        SSE: (openai_shapes.ChatCompletionChunk, openai_shapes.Completion, lmi_shapes.LmiLine),
+        JSON_LINES: (openai_shapes.ChatCompletionChunk, openai_shapes.Completion, lmi_shapes.LmiLine),
+    },
+    plain_text=True,
+)
+_TGI = Text(
+    "Generate text (TGI)",
+    (tgi.TgiBody, ChatBody, CompletionBody),
+    (tgi_shapes.TgiReply, list[tgi_shapes.TgiReply], openai_shapes.ChatCompletion, openai_shapes.Completion),
+    {SSE: (tgi_shapes.TgiEvent, openai_shapes.ChatCompletionChunk, openai_shapes.Completion)},
+    (tgi_shapes.TgiError,),
+)
+
+TEXTS: dict[str, Text] = {
+    "/ping": Text(
+        "Whether the model can answer, as SageMaker asks it",
+        replies=(server_shapes.Ping,),
+        not_ready=(server_shapes.Ping,),
+    ),
+    "/health": Text(
+        "Whether the model can answer", replies=(server_shapes.Health,), not_ready=(server_shapes.Unhealthy,)
+    ),
+    "/metrics": Text("Metrics for Prometheus"),
+    "/version": Text("The version of this server", replies=(server_shapes.Version,)),
+    "/openapi.json": Text("This document", replies=(dict[str, Any],)),
+    "/v1/models": Text("The served models", replies=(openai_shapes.Models,), errors=_OPENAI_ERRORS),
+    "/v1/models/{name}": Text("One served model", replies=(openai_shapes.Model,), errors=_OPENAI_ERRORS),
+    "/v1/chat/completions": _CHAT,
+    "/v1/completions": Text(
+        "Text completion (OpenAI); pictures stand in the prompt as `![](url)`",
+        (CompletionBody,),
+        (openai_shapes.Completion,),
+        {SSE: (openai_shapes.Completion,)},
+        _OPENAI_ERRORS,
+    ),
+    "/invocations": _ANY,
+    "/predictions/{name}": _ANY,
+    "/models/{name}/invoke": _ANY,
+    "/": _TGI,
+    "/v1": _TGI,
+    "/generate": _TGI,
+    "/generate_stream": _TGI,
+    "/info": Text(
+        "What is served, and its limits (TGI)", replies=(tgi_shapes.Info,), errors=(tgi_shapes.TgiError,)
+    ),
+    "/tokenize": Text(
+        "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
+        (tokens.InputsToTokens, tokens.PromptToTokens, ChatBody),
+        (list[tokens.SimpleToken], tgi_shapes.TokenCounts),
+    ),
+    "/chat_tokenize": Text(
+        "Tokens of a chat (TGI)", (ChatBody,), (tgi_shapes.ChatTokens,), errors=(tgi_shapes.TgiError,)
+    ),
+    "/detokenize": Text("Text of tokens (vLLM)", (tokens.TokensToText,), (tgi_shapes.Detokenized,)),
+}
