@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -26,6 +27,7 @@ from handlers.offline.prompts import read_prompt
 from handlers.request import ImagePart, TextPart
 from properties.problem import ConfigurationError
 from tests.live import data_url
+from tests.test_artefacts_s3 import BUCKET, endpoint, s3  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ROOT / "examples" / "shapes"
@@ -363,15 +365,23 @@ def test_unknown_and_bad_arguments_say_what_was_meant() -> None:
     assert len(engines()) <= 1, "none but the one that all tests share"
 
 
-def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    """And the processes end with the object, in whatever way it goes."""
+def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(
+    caplog: pytest.LogCaptureFixture,
+    s3: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """With a model from S3; and its processes end with the object."""
+    for path in SHAPES.iterdir():
+        if path.suffix in (".json", ".jinja", ".safetensors"):
+            s3.put_object(Bucket=BUCKET, Key=f"shapes/{path.name}", Body=path.read_bytes())
+    s3.put_object(Bucket=BUCKET, Key="shapes/serving.properties", Body=b"option.max_model_len=512")
     llm = LLM(
-        model=str(SHAPES),
+        model=f"s3://{BUCKET}/shapes/",
+        download_dir=str(tmp_path),
         trust_remote_code=False,
         tensor_parallel_size=1,
         dtype="bfloat16",
         gpu_memory_utilization=0.8,
-        max_model_len=512,
         enforce_eager=True,
         swap_space=4,
         tokenizer=None,
@@ -387,8 +397,9 @@ def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(caplog: pytest
     two = {"prompt": "<image><image>a", "multi_modal_data": {"image": [clear, clear]}}
     with pytest.raises(InvalidRequest, match="limit_mm_per_prompt allows 1"):
         llm.generate(two, use_tqdm=False)
+    with pytest.raises(InvalidRequest, match="context is 512 tokens"):
+        llm.generate([5] * 600, use_tqdm=False)
     before = engines()
-    assert len(before) >= 1
     process = next(p for p in before if p.create_time() == max(q.create_time() for q in before))
     del llm
     gc.collect()
