@@ -308,10 +308,16 @@ class VllmBackend:
             prompt["multi_modal_data"] = {"image": [picture.image for picture in loaded if picture]}
             prompt["multi_modal_uuids"] = {"image": [picture.digest.hex() for picture in loaded if picture]}
         parsed = self._vllm.parse_model_prompt(engine.model_config, prompt)
-        try:
-            (ready,) = await engine.renderer.render_cmpl_async(
+        rendering = asyncio.ensure_future(
+            engine.renderer.render_cmpl_async(
                 [parsed], self._vllm.TokenizeParams(max_total_tokens=None, add_special_tokens=False)
             )
+        )
+        try:
+            (ready,) = await asyncio.shield(rendering)
+        except asyncio.CancelledError:
+            rendering.add_done_callback(partial(_take_back_when_done, engine))
+            raise
         except self._vllm.client_errors as error:
             raise refused(error) from error
         except (AssertionError, ValueError, TypeError, RuntimeError) as error:
@@ -361,6 +367,13 @@ def _take_back(engine: Any, prompt: Any) -> None:
     if forget is not None:
         for digest in (prompt.get("mm_hashes") or {}).get("image", ()):
             forget(digest)
+
+
+def _take_back_when_done(engine: Any, rendering: asyncio.Future[Any]) -> None:
+    """The thread that renders goes on when its request is cancelled."""
+    if not rendering.cancelled() and rendering.exception() is None:
+        for prompt in rendering.result():
+            _take_back(engine, prompt)
 
 
 def _picture_tokens(prompt: Any) -> int:
