@@ -27,7 +27,11 @@ MOST_KNOWN = 1024
 MOST_KNOWN_BYTES = 32 << 20
 """Outcomes kept, refusals among them: the ones used last."""
 
+_TOO_SLOW = Outcome(reason="compiling it took longer than", last=True)
+_DIED = Outcome(reason="it is too large or too deeply nested to compile", last=True)
+
 START_SECONDS = 60.0
+END_SECONDS = 5.0
 
 
 class GrammarCompiler:
@@ -89,31 +93,37 @@ class GrammarCompiler:
     async def _compile(self, job: Job) -> Outcome:
         async with self._places:
             worker = self._free()
-            self._busy.add(worker)
-            try:
-                await worker.start(self._vocabulary)
-                async with asyncio.timeout(self._timeout):
-                    outcome = await worker.ask(job)
-            except TimeoutError:
-                self._end(worker)
-                return Outcome(
-                    reason=f"compiling it took longer than {self._timeout:g} s (option.guided_decoding_timeout): "
-                    "make it simpler"
-                )
-            except (EOFError, OSError):
-                self._end(worker)
-                outcome = Outcome(reason="it is too large or too deeply nested to compile")
-            except BaseException:
-                self._end(worker)
-                raise
-            else:
-                if outcome.last:
-                    self._end(worker)
-                else:
-                    self._idle.append(worker)
-            finally:
-                self._busy.discard(worker)
-        self._remember(job, outcome)
+            used = worker.alive
+            outcome = await self._ask(worker, job)
+            if outcome is _DIED and used:  # of something else, it may be
+                outcome = await self._ask(_Worker(), job)
+        if outcome is not _TOO_SLOW:
+            self._remember(job, outcome)
+            return outcome
+        # not remembered: the machine may only have been busy
+        return Outcome(
+            reason=f"{outcome.reason} {self._timeout:g} s (option.guided_decoding_timeout): make it simpler"
+        )
+
+    async def _ask(self, worker: _Worker, job: Job) -> Outcome:
+        self._busy.add(worker)
+        try:
+            await worker.start(self._vocabulary)
+            async with asyncio.timeout(self._timeout):
+                outcome = await worker.ask(job)
+        except TimeoutError:
+            outcome = _TOO_SLOW
+        except (EOFError, OSError):
+            outcome = _DIED
+        except BaseException:
+            self._end(worker)
+            raise
+        finally:
+            self._busy.discard(worker)
+        if outcome.last:
+            self._end(worker)
+        else:
+            self._idle.append(worker)
         return outcome
 
     def _free(self) -> _Worker:
@@ -141,6 +151,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
+        self._working = False
 
     @property
     def alive(self) -> bool:
@@ -167,18 +178,30 @@ class _Worker:
 
     async def ask(self, job: Job) -> Outcome:
         """Raises EOFError or OSError when the process ends over it."""
-        await self._send(msgspec.msgpack.encode(job))
-        return msgspec.msgpack.decode(await self._receive(), type=Outcome)
+        self._working = True
+        try:
+            await self._send(msgspec.msgpack.encode(job))
+            reply = await self._receive()
+        except (EOFError, OSError):
+            self._working = False
+            raise
+        self._working = False
+        return msgspec.msgpack.decode(reply, type=Outcome)
 
     async def end(self) -> None:
-        """At once, whatever it is doing."""
+        """It ends by itself once nothing more can come; one that is at work then, or will not, is killed."""
         if self._process is None:
             return
-        with suppress(ProcessLookupError):
-            self._process.kill()
         assert self._process.stdin is not None
         self._process.stdin.close()
-        await self._process.wait()
+        if not self._working:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(END_SECONDS):
+                    await self._process.wait()
+        if self.alive:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
 
     async def _send(self, body: bytes) -> None:
         assert self._process is not None

@@ -75,6 +75,7 @@ def main() -> None:
     if frame is None:
         return
     guidance = Guidance(msgspec.msgpack.decode(frame, type=Vocabulary), most_compiled=0)
+    compiled(Job("json_object", None, None), guidance)  # so that all threads are there
     _write(replies, b"")
     _quiet()
     start = _limit_memory()
@@ -97,22 +98,23 @@ def _quiet() -> None:
 def _limit_memory() -> int:
     """Returns the bytes that are resident now."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    virtual, resident = _memory()
-    if virtual:
-        limit = virtual + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    data, resident = _memory()
+    if data:
+        # not the address space, of which the allocator reserves far more for each thread than it uses
+        limit = data + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     return resident
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes (virtual, resident); zeros where there is no /proc."""
+    """Bytes (private and writable, resident); zeros where there is no /proc."""
     try:
         with open("/proc/self/statm") as file:
-            virtual, resident = file.read().split()[:2]
+            sizes = file.read().split()
     except OSError:
         return 0, 0
     page = resource.getpagesize()
-    return int(virtual) * page, int(resident) * page
+    return int(sizes[5]) * page, int(sizes[1]) * page
 
 
 def _read(stream: BinaryIO) -> bytes | None:
