@@ -108,6 +108,10 @@ def structured(vllm: Vllm, constraint: Constraint) -> Any:
             fields = {"choice": json.loads(value or "[]")}
         case kind:
             fields = {kind: value}
+    if constraint.whitespace_pattern == "":
+        fields["disable_any_whitespace"] = True
+    elif constraint.whitespace_pattern is not None:
+        fields["whitespace_pattern"] = constraint.whitespace_pattern
     try:
         return vllm.StructuredOutputsParams(**fields)
     except vllm.refusals as error:
