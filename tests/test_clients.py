@@ -122,6 +122,7 @@ def test_huggingface_hub(server: LiveServer, major: int) -> None:
             "grammar": {"color": "red"},
             "refused": "Input validation error",
         },
+        "async": ["a black cross"] * 4,
         "chat at /": chat,
         "chat at /v1": chat,
         "chat at /invocations": chat,

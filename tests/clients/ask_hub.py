@@ -8,6 +8,7 @@ package's own types: those hold whatever was sent, so each must have no field th
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import (
+    AsyncInferenceClient,
     ChatCompletionOutput,
     ChatCompletionStreamOutput,
     InferenceClient,
@@ -145,6 +147,14 @@ def chat(client: InferenceClient) -> dict[str, Any]:
     return said
 
 
+async def at_once() -> list[str]:
+    prompt = f"![]({data_url('black-cross')})What is in this image?\n\n"
+    client = AsyncInferenceClient(URL, token="unused", timeout=60)
+    texts = await asyncio.gather(*(client.text_generation(prompt, max_new_tokens=20) for _ in range(3)))
+    stream = await client.text_generation(prompt, max_new_tokens=20, stream=True)
+    return [*texts, "".join([piece async for piece in stream if piece != "</s>"])]
+
+
 def main() -> None:
     said: dict[str, Any] = {"version": huggingface_hub.__version__}
     said["text"] = text(InferenceClient(URL, token="unused", timeout=60))
@@ -152,6 +162,7 @@ def main() -> None:
         said[f"chat at {base.removeprefix(URL) or '/'}"] = chat(
             InferenceClient(base_url=base, token="unused", timeout=60)
         )
+    said["async"] = asyncio.run(at_once())
     print(json.dumps(said))
 
 

@@ -152,7 +152,7 @@ def errors(client: openai.OpenAI) -> dict[str, Any]:
         ("bad value", asking("hi", top_p=7)),
         (
             "bad schema",
-            asking("hi", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}),
+            asking("hi", response_format=formats),
         ),
     ):
         try:
