@@ -3,7 +3,7 @@
 `scores` is [S, V] float32, each row's logits minus their greatest: the best token has 0, a removed one -inf. `own`
 gives the rows' parameters by the names of SamplingParams, [S, 1] float64. Each function returns new scores.
 Where a sampler removes, it does so by a threshold, so that tokens of equal probability stay or go together, and
-never the best token (XTC alone removes from the top). `engine.warping` says in which order they come.
+never the best token (only typical sampling and XTC may). `engine.warping` says in which order they come.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def epsilon(scores: Tensor, own: Own) -> Tensor:
 
 def typical(scores: Tensor, own: Own) -> Tensor:
     """Locally typical sampling (Meister et al. 2022)."""
-    return _cut(scores, keep_typical(scores.exp(), own["typical_p"]) > 0.0)
+    return _anew(_cut(scores, keep_typical(scores.exp(), own["typical_p"]) > 0.0))
 
 
 def smooth(scores: Tensor, own: Own) -> Tensor:
@@ -104,7 +104,7 @@ def smooth(scores: Tensor, own: Own) -> Tensor:
     x = scores.clamp_min(-1e4)
     bent = x * x * (s * x - k)
     bent = torch.where(scores.isneginf(), -torch.inf, bent)
-    return bent - bent.amax(-1, keepdim=True)
+    return _anew(bent)
 
 
 def exclude_top(scores: Tensor, own: Own) -> Tensor:
@@ -112,11 +112,10 @@ def exclude_top(scores: Tensor, own: Own) -> Tensor:
     xtc_threshold remove all but the least probable. `xtc_number` is the position's own, in [0, 1)."""
     mass = scores.exp()
     least = own["xtc_threshold"] * mass.sum(-1, keepdim=True, dtype=torch.float64)
-    choices = mass >= least.float()
+    choices = (mass >= least.float()) & (scores > -torch.inf)
     lowest = torch.where(choices, mass, torch.inf).amin(-1, keepdim=True)
     happens = own["xtc_number"] < own["xtc_probability"]
-    left = _cut(scores, ~happens | ~choices | (mass <= lowest))
-    return left - left.amax(-1, keepdim=True)
+    return _anew(_cut(scores, ~happens | ~choices | (mass <= lowest)))
 
 
 def cap_surprise(scores: Tensor, own: Own) -> Tensor:
@@ -159,6 +158,11 @@ WARPERS: Mapping[str, Callable[[Tensor, Own], Tensor]] = {
 
 def _cut(scores: Tensor, kept: Tensor) -> Tensor:
     return scores.masked_fill(~kept, -torch.inf)
+
+
+def _anew(scores: Tensor) -> Tensor:
+    """Let the best token that is left have 0 again."""
+    return scores - scores.amax(-1, keepdim=True)
 
 
 def _above(scores: Tensor, mass: Tensor, least: Tensor) -> Tensor:

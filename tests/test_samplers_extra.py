@@ -19,7 +19,7 @@ from engine.distribution import mix64
 from engine.messages import Add
 from engine.repetition import Repetition
 from engine.sampler import Sampler
-from engine.sampling_params import SAMPLERS, SamplingParams
+from engine.sampling_params import RANGES, SAMPLERS, SamplingParams
 from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
 from handlers.backends.words import DRY_BREAKERS, spelled
@@ -539,6 +539,105 @@ class TestOrder:
         assert by_number is not None
         assert by_name is not None
         assert by_number.order == by_name.order == (*named[3:], "MIROSTAT")
+
+
+def in_order(row: Row, params: dict[str, Any]) -> Row:
+    """Probabilities after the formulas of all samplers, one after another in the documented order."""
+
+    def cut(kept: npt.NDArray[np.bool_]) -> None:
+        nonlocal row
+        row = np.where(kept, row, -np.inf)
+
+    row = row / params["temperature"]
+    there = row > -np.inf
+    cut(row >= row.max() - params["nsigma"] * row[there].std(ddof=1))
+    cut(row >= np.sort(row)[-params["top_k"]])
+    p = softmax(row)
+    order = np.argsort(-p, kind="stable")
+    cut(p >= p[order[np.searchsorted(p[order].cumsum(), params["top_p"])]])
+    p = softmax(row)
+    cut(p >= params["top_a"] * p.max() ** 2)
+    p = softmax(row)
+    cut(p >= params["min_p"] * p.max())
+    p = softmax(row)
+    ordered = np.sort(p)[::-1]
+    curvature = np.abs(np.diff(np.diff(ordered)))
+    cut(p >= ordered[(curvature.cumsum() / curvature.sum() <= params["tfs"]).sum()])
+    p = softmax(row)
+    eta = params["eta_cutoff"] * 1e-4
+    entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
+    cut(p >= min(eta, eta**0.5 * np.exp(-entropy)))
+    p = softmax(row)
+    cut(p >= params["epsilon_cutoff"] * 1e-4)
+    p = softmax(row)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
+        surprise = np.abs(-np.log(p) - entropy)
+        order = np.argsort(surprise)
+        cut(surprise <= surprise[order[np.searchsorted(p[order].cumsum(), params["typical_p"])]])
+        factor, curve = params["smoothing_factor"], params["smoothing_curve"]
+        x = row - row.max()
+        row = np.where(x > -np.inf, -factor * (3 - curve) / 2 * x**2 + factor * (curve - 1) / 2 * x**3, x)
+    p = softmax(row)
+    choices = np.flatnonzero(p >= params["xtc_threshold"])
+    if len(choices) > 1:
+        row[np.setdiff1d(choices, choices[np.argmin(p[choices])])] = -np.inf
+    return softmax(row)
+
+
+class TestTogether:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_all_in_their_order(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        params: dict[str, Any] = {
+            "temperature": random.uniform(0.7, 2.0), "nsigma": random.uniform(1.5, 4.0),
+            "top_k": int(random.integers(20, 300)), "top_p": random.uniform(0.7, 1.0),
+            "top_a": random.uniform(0.0, 0.3), "min_p": random.uniform(0.0, 0.05), "tfs": random.uniform(0.9, 1.0),
+            "eta_cutoff": random.uniform(0.1, 20.0), "epsilon_cutoff": random.uniform(0.1, 20.0),
+            "typical_p": random.uniform(0.4, 0.95), "smoothing_factor": random.uniform(0.1, 2.0),
+            "smoothing_curve": random.uniform(1.0, 3.0), "xtc_threshold": random.uniform(0.0, 0.2),
+        }  # fmt: skip
+        logits = random_logits(3, seed=seed, spread=2.5)
+        ours = warped(logits, xtc_probability=1.0, **params)
+        for mine, row in zip(ours, logits.double().numpy(), strict=True):
+            np.testing.assert_allclose(mine, in_order(row, params), rtol=2e-3, atol=1e-7)
+
+    def test_no_combination_loses_a_row_or_chooses_what_is_masked(self) -> None:
+        """Every field at its ends and between, on logits of any size, with equals and with masks."""
+        random = np.random.default_rng(2)
+
+        def value(name: str) -> float:
+            least, most, _ = RANGES[name]
+            found = random.choice(
+                [least, most, random.uniform(least, most), random.uniform(least, least + 2)]
+            )
+            whole = name in ("dry_allowed_length", "dry_range", "no_repeat_ngram_size")
+            return int(found) if whole else float(min(found, most))
+
+        def one_of(*values: Any) -> Any:
+            return values[random.integers(len(values))]
+
+        names = sorted(RANGES.keys() - {"no_repeat_ngram_size"})
+        for _ in range(1500):
+            params = {
+                str(name): value(name) for name in random.choice(names, random.integers(1, 7), replace=False)
+            }
+            params |= one_of({}, {"tfs": one_of(1e-9, 0.5, 0.999)}, {"mirostat_mode": 2}, {"top_k": 1000})
+            params |= one_of({}, {"top_p": 1e-9}, {"min_p": 1.0}, {"typical_p": one_of(1e-9, 0.5)})
+            params |= {
+                "temperature": one_of(0.0, 1e-30, 0.01, 1.0, 100.0),
+                "temperature_last": one_of(True, False),
+            }
+            logits = random_logits(2, 200, int(random.integers(1000))) * one_of(1e-6, 1.0, 30.0, 1e4, 1e30)
+            if one_of(True, False):
+                logits[torch.from_numpy(random.random((2, 200)) < one_of(0.5, 0.99))] = -torch.inf
+                logits[:, 0] = one_of(0.0, 1e30)
+            states = [state([1, 2, 1, 2, 1], seed=row, **params) for row in range(2)]
+            for _ in range(2):
+                for row, token in enumerate(sample(logits, states)):
+                    assert token >= 0, params
+                    assert logits[row, token] > -torch.inf, params
+                    states[row].output_token_ids.append(token)
 
 
 class TestBounds:
