@@ -348,6 +348,14 @@ def test_texts_of_tokens_that_are_no_special_ones_add_up() -> None:
     assert [event["details"] for event in seen] == [None] * 5
 
 
+def test_tokens_that_came_together_with_the_end() -> None:
+    positions = [PositionLogprobs(token(30, "a"), ()), PositionLogprobs(token(END, "</s>"), ())]
+    for text in ("a", " a"):
+        last = Delta(0, [30, END], text, positions, finish_reason="stop", eos=True)
+        shown = [event["token"] for event in events({"inputs": "x"}, [last])]
+        assert [(one["text"], one["special"]) for one in shown] == [(text, False), ("", True)]
+
+
 def test_silence_is_filled_with_an_empty_comment() -> None:
     reply = answer({"inputs": "x"}, said("a", "b", pause=0.05), "/generate_stream", keep_alive=0.01)
     assert b"}\n\n:\n\n" in reply.body

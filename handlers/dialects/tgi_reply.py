@@ -128,21 +128,21 @@ class TgiWriter:
         positions: Sequence[PositionLogprobs | None] = delta.logprobs or ()
         if len(positions) != len(delta.token_ids):
             positions = [None] * len(delta.token_ids)
-        texts = [position.chosen.text if position is not None else "" for position in positions]
+        special = [token_id in self._special for token_id in delta.token_ids]
+        if delta.eos and special:
+            special[-1] = True
+        texts = [
+            "" if position is None or no_text else position.chosen.text
+            for position, no_text in zip(positions, special, strict=True)
+        ]
         if "".join(texts) != delta.text and texts:
-            texts = [""] * (len(texts) - 1) + [delta.text]
-        last = len(texts) - 1
-        for number, (token_id, text, position) in enumerate(
-            zip(delta.token_ids, texts, positions, strict=True)
-        ):
-            ends = delta.eos and number == last
+            # All of it with the last token that may have a text, be it a part of a character of it.
+            texts = [""] * len(texts)
+            texts[_last_of_text(special)] = delta.text
+        for token_id, text, no_text, position in zip(delta.token_ids, texts, special, positions, strict=True):
+            logprob = None if position is None else finite(position.chosen.logprob)
             yield (
-                {
-                    "id": token_id,
-                    "text": text,
-                    "logprob": None if position is None else finite(position.chosen.logprob),
-                    "special": not text and (ends or token_id in self._special),
-                },
+                {"id": token_id, "text": text, "logprob": logprob, "special": no_text and not text},
                 position,
             )
         if not texts and (delta.text or delta.finish_reason is not None):
@@ -158,6 +158,10 @@ class TgiWriter:
             "logprob": finite(token.logprob),
             "special": token.token_id in self._special,
         }
+
+
+def _last_of_text(special: Sequence[bool]) -> int:
+    return next((at for at in range(len(special) - 1, -1, -1) if not special[at]), len(special) - 1)
 
 
 def _mean_logprob(answer: Answer) -> float:
