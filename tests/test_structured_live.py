@@ -216,6 +216,14 @@ def test_an_answer_cut_short_says_so(server: LiveServer) -> None:
         json.loads(text)
 
 
+def test_a_stop_string_ends_a_constrained_answer(server: LiveServer) -> None:
+    asked: dict[str, Any] = {"structured_outputs": {"regex": r"[abc]{2}@x\.com[0-9]{5}"}, "stop": [".com"]}
+    text, finish = choice(server.chat("Hello!", **asked))
+    assert (bool(re.fullmatch("[abc]{2}@x", text)), finish) == (True, "stop")
+    text, finish = choice(server.chat("Hello!", **asked, include_stop_str_in_output=True))
+    assert re.fullmatch(r"[abc]{2}@x\.com", text)
+
+
 def test_log_probabilities_have_a_place_for_each_token(server: LiveServer) -> None:
     reply = server.chat(
         "Hello!", structured_outputs={"regex": "[0-9]{3}"}, logprobs=True, top_logprobs=2

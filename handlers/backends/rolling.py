@@ -174,7 +174,9 @@ class RollingBackend:
             prompt_token_ids=token_ids,
             prompt_text=rendered.text,
         )
-        prime = () if isinstance(request.prompt, ChatPrompt) else tuple(token_ids[-8:])
+        # a constrained answer shows all that the grammar was told of, so also a space that it begins with
+        anew = isinstance(request.prompt, ChatPrompt) and grammar is None
+        prime = () if anew else tuple(token_ids[-8:])
         return RollingGeneration(ticket, add, stats, self._front.tokenizer, prime, self._token_texts)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
