@@ -150,10 +150,7 @@ def errors(client: openai.OpenAI) -> dict[str, Any]:
         ("bad picture", wrong),
         ("bad stream", {**wrong, "stream": True}),
         ("bad value", asking("hi", top_p=7)),
-        (
-            "bad schema",
-            asking("hi", response_format=formats),
-        ),
+        ("bad schema", asking("hi", response_format=formats)),
     ):
         try:
             client.chat.completions.create(**ask)
