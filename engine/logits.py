@@ -113,20 +113,24 @@ def keep_only(scores: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]
 
     masks: [len(rows), words]; bit t % 32 of word t // 32 keeps token t.
     """
-    vocab_size = scores.shape[-1]
     if scores.device.type == "cpu":  # numpy's is several times faster than shifting in torch
-        bits = np.unpackbits(masks.view(np.uint8), axis=-1, count=vocab_size, bitorder="little")
+        bits = np.unpackbits(masks.view(np.uint8), axis=-1, count=scores.shape[-1], bitorder="little")
         kept = torch.from_numpy(bits).bool()
     else:
         words = torch.from_numpy(masks.view(np.int32)).to(scores.device, non_blocking=True)
-        places = torch.arange(32, dtype=torch.int32, device=scores.device)
-        kept = ((words.unsqueeze(-1) >> places) & 1).flatten(1)[:, :vocab_size].bool()
+        kept = unpacked(words, scores.shape[-1])
     if len(rows) == len(scores):
         scores.copy_(torch.where(kept, scores, scores - torch.inf))
         return
     where = torch.tensor(rows, dtype=torch.int64).to(scores.device, non_blocking=True)
     some = scores[where]
     scores[where] = torch.where(kept, some, some - torch.inf)
+
+
+def unpacked(words: Tensor, size: int) -> Tensor:
+    """The bits of 32-bit words [S, W] as booleans [S, size], on the words' own device."""
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> places) & 1).flatten(1)[:, :size].bool()
 
 
 def best(scores: Tensor) -> Tensor:

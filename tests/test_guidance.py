@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from engine.config import Vocabulary
 from engine.engine import Engine
 from engine.guidance import GrammarError, Guidance
-from engine.logits import keep_only
+from engine.logits import keep_only, unpacked
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
 from tests.engine_driver import EOS, Result, collect, load_engine, run_all
@@ -327,6 +328,22 @@ def test_what_does_not_compile_says_why(broken: str) -> None:
     with pytest.raises(GrammarError) as caught:
         guidance.build(lark(broken), 1)
     assert 0 < len(str(caught.value)) <= 301
+
+
+def test_masks_are_unpacked_on_a_device_as_on_the_host() -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, (3, 11), dtype=np.uint32)
+    want = np.unpackbits(words.view(np.uint8), axis=-1, count=345, bitorder="little").astype(bool)
+    assert (unpacked(torch.from_numpy(words.view(np.int32)), 345).numpy() == want).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masks_on_a_cuda_device() -> None:
+    scores = torch.randn(5, 345)
+    masks = np.random.default_rng(0).integers(0, 2**32, (2, 11), dtype=np.uint32)
+    there = scores.cuda()
+    keep_only(there, [1, 3], masks)
+    keep_only(scores, [1, 3], masks)
+    assert torch.equal(there.cpu(), scores)
 
 
 def test_masks_are_applied_as_additions_are() -> None:
