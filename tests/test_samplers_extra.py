@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from engine.sampler import Sampler
 from engine.sampling_params import RANGES, SAMPLERS, SamplingParams
 from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
+from handlers.backends.vllm.sampling import to_vllm
 from handlers.backends.words import DRY_BREAKERS, spelled
 from handlers.errors import InvalidRequest
 from tests.engine_driver import EOS as MODELS_EOS
@@ -761,6 +763,33 @@ class TestWords:
         assert only_ids.dry_sequence_breaker_ids == (9,)
         off = SamplingParams(dry_sequence_breakers=("x",))
         assert spelled(off, tokenizer) is off
+
+
+class TestVllm:
+    """The words are vLLM's; a namespace stands for it, which keeps what it is given."""
+
+    vllm: Any = SimpleNamespace(
+        SamplingParams=dict, RequestOutputKind=SimpleNamespace(DELTA="delta"), refusals=(ValueError,)
+    )
+
+    def test_has_masks_of_its_own(self) -> None:
+        asked = to_vllm(self.vllm, SamplingParams(allowed_token_ids=(3, 4), bad_words=("no",)), 1)
+        assert (asked["allowed_token_ids"], asked["bad_words"]) == ([3, 4], ["no"])
+
+    @pytest.mark.parametrize(
+        "params", [{"dry_multiplier": 1.0}, {"no_repeat_ngram_size": 2}, {"temperature": 0.7}]
+    )
+    @pytest.mark.parametrize("greedy", [True, False])
+    def test_what_it_lacks_is_refused_where_it_would_change_the_answer(
+        self, params: dict[str, Any], greedy: bool
+    ) -> None:
+        given = {**params, "top_a": 0.5} | ({"temperature": 0.0} if greedy else {})
+        changes_nothing = greedy and "temperature" in params
+        if changes_nothing:
+            assert to_vllm(self.vllm, SamplingParams(**given), 1)["temperature"] == 0.0
+        else:
+            with pytest.raises(InvalidRequest, match="is not a sampler of the vLLM backend"):
+                to_vllm(self.vllm, SamplingParams(**given), 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
