@@ -108,7 +108,7 @@ def test_only_what_the_key_guards_asks_for_the_key() -> None:
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
     """Small enough that no body can ask for much work."""
-    limits = ("max_model_len=128", "max_rolling_batch_size=8", "job_queue_size=8", "predict_timeout=20")
+    limits = ("max_model_len=128", "max_rolling_batch_size=8", "job_queue_size=8", "predict_timeout=60")
     with LiveServer(SHAPES, *limits) as live:
         yield live
 
@@ -124,7 +124,7 @@ def operation(schema: schemathesis.BaseSchema, method: str, path: str) -> Any:
 
 def checked(case: Case) -> requests.Response:
     """Sent to the server; its reply is held to the document."""
-    reply = case.call(timeout=30)
+    reply = case.call(timeout=90)
     case.validate_response(reply, checks=_CHECKS)
     return reply  # type: ignore[return-value]
 
