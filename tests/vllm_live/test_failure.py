@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 
 from tests.backend import BACK
@@ -89,6 +90,16 @@ def test_a_full_queue_is_answered_429_and_drains(server: LiveServer) -> None:
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= 16
     until_idle(server, 1.0)
+
+
+def test_a_killed_server_leaves_no_engine_behind() -> None:
+    with LiveServer(SHAPES) as server:
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(family) > 1
+        server.process.kill()
+        server.wait()
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_vllms_own_series_stand_beside_ours(server: LiveServer) -> None:

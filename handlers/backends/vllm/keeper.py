@@ -12,6 +12,7 @@ from typing import Any
 
 from handlers.backends.base import Health
 from handlers.backends.vllm.counters import Counters
+from handlers.backends.vllm.guard import Guard
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class EngineKeeper:
         self._keeping: asyncio.Task[None] | None = None
         self._asked_at: float | None = None
         self._closing = False
+        self._guard: Guard | None = None
         self.engine: Any = None
         self.in_flight = 0
         self.answered = False
@@ -105,6 +107,7 @@ class EngineKeeper:
 
     async def _built(self) -> Any:
         engine = await asyncio.get_running_loop().run_in_executor(self._threads, self._build)
+        self._guard = Guard([child.pid for child in multiprocessing.active_children() if child.pid])
         try:
             # vLLM's profiling leaves dummy pictures in the cache.
             await engine.reset_mm_cache()
@@ -115,6 +118,8 @@ class EngineKeeper:
         return engine
 
     async def _ended(self, engine: Any) -> None:
+        if self._guard is not None:
+            self._guard.release()
         await asyncio.get_running_loop().run_in_executor(self._threads, _end, engine)
 
     async def _keep(self) -> None:
