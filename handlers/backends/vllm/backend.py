@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from handlers.backends.vllm.keeper import EngineKeeper
 from handlers.backends.vllm.options import engine_arguments
 from handlers.backends.vllm.plan import choose_devices, share_cores
 from handlers.backends.vllm.sampling import refused, to_vllm
+from handlers.backends.vllm.turns import PictureTurns
 from handlers.errors import (
     EngineFailed,
     ImageError,
@@ -72,6 +74,7 @@ class VllmBackend:
         self._loaded = False
         self._open: set[VllmGeneration] = set()
         self._numbers = itertools.count()
+        self._turns = PictureTurns()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
 
     @classmethod
@@ -302,22 +305,18 @@ class VllmBackend:
     async def _input(self, engine: Any, token_ids: Sequence[int], parts: Sequence[ImagePart]) -> Any:
         """vLLM's input, its pictures placed; they are let go of here. Raises ImageError and InvalidRequest."""
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+        digests: list[str] = []
         if parts:
             loaded = [part.loaded for part in parts]
             assert all(picture is not None for picture in loaded), "loaded before the backend sees them"
             prompt["multi_modal_data"] = {"image": [picture.image for picture in loaded if picture]}
-            prompt["multi_modal_uuids"] = {"image": [picture.digest.hex() for picture in loaded if picture]}
+            digests = [picture.digest.hex() for picture in loaded if picture]
+            prompt["multi_modal_uuids"] = {"image": digests}
         parsed = self._vllm.parse_model_prompt(engine.model_config, prompt)
-        rendering = asyncio.ensure_future(
-            engine.renderer.render_cmpl_async(
-                [parsed], self._vllm.TokenizeParams(max_total_tokens=None, add_special_tokens=False)
-            )
-        )
+        params = self._vllm.TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         try:
-            (ready,) = await asyncio.shield(rendering)
-        except asyncio.CancelledError:
-            rendering.add_done_callback(partial(_take_back_when_done, engine))
-            raise
+            async with self._turns.of(digests):
+                ready = await _rendered(engine, parsed, params)
         except self._vllm.client_errors as error:
             raise refused(error) from error
         except (AssertionError, ValueError, TypeError, RuntimeError) as error:
@@ -369,11 +368,19 @@ def _take_back(engine: Any, prompt: Any) -> None:
             forget(digest)
 
 
-def _take_back_when_done(engine: Any, rendering: asyncio.Future[Any]) -> None:
-    """The thread that renders goes on when its request is cancelled."""
-    if not rendering.cancelled() and rendering.exception() is None:
-        for prompt in rendering.result():
-            _take_back(engine, prompt)
+async def _rendered(engine: Any, parsed: Any, params: Any) -> Any:
+    """The thread that renders goes on when its request is cancelled: its result is waited for, and taken back."""
+    rendering = asyncio.ensure_future(engine.renderer.render_cmpl_async([parsed], params))
+    try:
+        (ready,) = await asyncio.shield(rendering)
+        return ready
+    except asyncio.CancelledError:
+        while not rendering.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([rendering])
+        if not rendering.cancelled() and rendering.exception() is None:
+            _take_back(engine, rendering.result()[0])
+        raise
 
 
 def _picture_tokens(prompt: Any) -> int:
