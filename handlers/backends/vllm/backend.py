@@ -328,6 +328,7 @@ class VllmBackend:
                 part.release()
         placed = len((ready.get("mm_placeholders") or {}).get("image", ()))
         if placed != len(parts):
+            _take_back(engine, ready)
             raise InvalidRequest(
                 f"the request has {len(parts)} pictures, but {placed} of them have a place in its prompt"
             )
