@@ -139,7 +139,7 @@ def test_one_bad_item_fails_alone_and_says_why(
         prompt("a path"),
         {"prompt": 5},
         7,
-        {"prompt": "x", "multi_modal_data": {"video": [1]}},
+        {"prompt": "x", "multi_modal_data": {"video": 5}},
         {"prompt": "word " * 5000},
         {"prompt_token_ids": [10**7]},
         prompt(picture("green-triangle")),
@@ -158,7 +158,18 @@ def test_one_bad_item_fails_alone_and_says_why(
         "supported)",
     ]
     assert isinstance(outputs[4].error, ImageTooLarge)
+    assert str(outputs[8].error) == "multi_modal_data: 'video' is not supported; allowed: 'image'"
     assert "10 of 12 prompts failed" in caplog.text
+
+
+def test_what_was_set_wrong_later_fails_alone_too(llm: LLM) -> None:
+    wrong = [SamplingParams(), SamplingParams(), SamplingParams()]
+    wrong[0].n = "many"
+    wrong[1].temperature = -3
+    first, second, third = llm.generate(["a", "b", "c"], wrong, use_tqdm=False)
+    assert (str(first.error), len(first.outputs)) == ("n is 'many'; allowed: from 1 to 16384", 1)
+    assert str(second.error) == "temperature is -3.0; allowed: from 0 to 100"
+    assert third.error is None
 
 
 def test_an_error_is_raised_for_a_prompt_alone_or_where_that_is_asked_for(llm: LLM) -> None:

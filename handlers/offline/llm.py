@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from pathlib import Path
+from contextlib import closing
 from types import TracebackType
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from handlers.artefacts.fetch import fetch
-from handlers.build import build_backend, build_images, choose_backend
+from handlers.dialects.error_replies import client_error
 from handlers.errors import InvalidRequest, ServingError
-from handlers.images.loader import ImageLoader
-from handlers.offline.background import LoopThread, script_not_run_again
-from handlers.offline.batch import Batch, Outcome
-from handlers.offline.options import check_names, configure, warn_of_names
+from handlers.offline.batch import Outcome
+from handlers.offline.core import Core
+from handlers.offline.options import configure
 from handlers.offline.outputs import RequestOutput, answered, failed
 from handlers.offline.params import SamplingParams
 from handlers.offline.prompts import (
@@ -33,14 +28,8 @@ from handlers.offline.prompts import (
     read_prompt,
 )
 from handlers.request import GenerationRequest, Prompt, TextPart, TextPrompt
-from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
-
-_AHEAD = 64
-"""Requests that are fetched, prepared and queued beyond those that generate."""
-
-_CLOSE_SECONDS = 10.0
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Reader = Callable[[Any], Prompt]
@@ -59,7 +48,7 @@ class LLM:
         Raises TypeError for an unknown argument, ConfigurationError for a bad value, ArtefactError when the model
         cannot be fetched and ServingError when it cannot be loaded.
         """
-        self._core = _Core(configure(str(model), options))
+        self._core = Core(configure(str(model), options))
         self._end = weakref.finalize(self, self._core.close)
 
     def generate(
@@ -172,24 +161,28 @@ class LLM:
             try:
                 request = _request(request_id, read(item), params[place], priorities[place])
                 self._core.check(request)
-            except ServingError as error:
+            except Exception as error:
                 if strict:
                     raise
-                results[place] = failed(request_id, _shown(item), params[place].n, error)
+                known = client_error(error, request_id)
+                results[place] = failed(request_id, _shown(item), _count(params[place]), known)
             else:
                 requests.append(request)
                 places.append(place)
         bar = use_tqdm if callable(use_tqdm) else tqdm
-        with bar(
-            total=len(given),
-            desc="Processed prompts",
-            dynamic_ncols=True,
-            disable=not use_tqdm,
-            unit="prompt",
-        ) as progress:
+        shown = {
+            "desc": "Processed prompts",
+            "unit": "prompt",
+            "dynamic_ncols": True,
+            "disable": not use_tqdm,
+        }
+        with (
+            bar(total=len(given), **shown) as progress,
+            closing(self._core.outcomes(requests)) as outcomes,
+        ):
             progress.update(len(given) - len(requests))
             began, tokens = time.monotonic(), 0
-            for number, outcome in self._core.outcomes(requests):
+            for number, outcome in outcomes:
                 place = places[number]
                 results[place] = result = _result(requests[number], outcome, given[place], params[place])
                 if result.error is not None and strict:
@@ -202,86 +195,6 @@ class LLM:
         whole = [result for result in results if result is not None]
         _report([result.error for result in whole if result.error is not None], len(whole))
         return whole
-
-
-class _Core:
-    """What an `LLM` holds and what must outlive it until it is closed: never refers to the `LLM` itself."""
-
-    def __init__(self, configuration: Configuration) -> None:
-        cancelled = threading.Event()
-        try:
-            self.directory = fetch(configuration.model_location, configuration.settings, cancelled)
-        finally:
-            cancelled.set()
-        known = {problem.message for problem in configuration.warnings}
-        self.configuration = configuration = configuration.with_model_directory(Path(self.directory))
-        for problem in configuration.warnings:
-            if problem.message not in known:
-                logger.warning("%s", problem)
-        settings = configuration.settings
-        choice = choose_backend(configuration, self.directory)
-        check_names(configuration, choice.backend)
-        warn_of_names(configuration, choice.backend)
-        self.backend = build_backend(configuration, self.directory)
-        self._images: ImageLoader | None = None
-        self._loop = LoopThread()
-        try:
-            with script_not_run_again():
-                self._loop.run(self.backend.load())
-            self._images = build_images(settings)
-        except BaseException:
-            self.close()
-            raise
-        self._most = settings.limit_mm_per_prompt.get("image", 1)
-        window = settings.max_rolling_batch_size + min(_AHEAD, settings.max_rolling_batch_size)
-        self._batch = Batch(self.backend, self._images, window, settings.model_loading_timeout)
-
-    def check(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequest for what no backend is asked."""
-        if request.constraint is not None and not self.backend.capabilities.structured_outputs:
-            raise InvalidRequest("answers cannot be constrained here: leave structured_outputs out")
-        count = sum(1 for _ in request.images())
-        if count and not self.backend.capabilities.images:
-            raise InvalidRequest("this model does not take pictures")
-        if count > self._most:
-            raise InvalidRequest(
-                f"the prompt holds {count} pictures; limit_mm_per_prompt allows {self._most}"
-            )
-
-    def outcomes(self, requests: Sequence[GenerationRequest]) -> Any:
-        """(number, outcome) of each request as it is done. Closed early, it aborts the others."""
-        if not self._loop.usable:
-            raise RuntimeError("this LLM is closed, or belongs to the process that was forked")
-        ready: queue.SimpleQueue[tuple[int, Outcome] | Future[None]] = queue.SimpleQueue()
-        work = self._loop.start(
-            self._batch.run(requests, lambda number, outcome: ready.put((number, outcome)))
-        )
-        work.add_done_callback(ready.put)
-        try:
-            while not isinstance(item := ready.get(), Future):
-                yield item
-            item.result()
-        finally:
-            work.cancel()
-
-    def close(self) -> None:
-        """End the backend and the thread. Called by the garbage collector too, in whatever thread."""
-        if not self._loop.usable:
-            return
-        if self._loop.inside:
-            threading.Thread(target=self.close, name="offline-close").start()
-            return
-        closing = self._loop.start(self._closed())
-        try:
-            closing.result(_CLOSE_SECONDS)
-        except TimeoutError:
-            logger.warning("the engine did not end within %.0f s", _CLOSE_SECONDS)
-        self._loop.stop()
-
-    async def _closed(self) -> None:
-        if self._images is not None:
-            await self._images.aclose()
-        await self.backend.close()
 
 
 def _request(request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> GenerationRequest:
@@ -302,7 +215,7 @@ def _request(request_id: str, prompt: Prompt, params: SamplingParams, priority: 
 
 def _result(request: GenerationRequest, outcome: Outcome, item: Any, params: SamplingParams) -> RequestOutput:
     if isinstance(outcome, ServingError):
-        return failed(request.request_id, _shown(item), params.n, outcome)
+        return failed(request.request_id, _shown(item), _count(params), outcome)
     text = prompt_text(request.prompt, outcome.stats.prompt_text)
     return answered(
         request.request_id,
@@ -312,6 +225,14 @@ def _result(request: GenerationRequest, outcome: Outcome, item: Any, params: Sam
         logprobs=params.logprobs is not None,
         best=params.answers()[1],
     )
+
+
+def _count(params: SamplingParams) -> int:
+    """Of empty answers where there are none, whatever `n` has been set to."""
+    try:
+        return params.answers()[1] or params.answers()[0]
+    except InvalidRequest:
+        return 1
 
 
 def _one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:

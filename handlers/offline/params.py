@@ -39,6 +39,9 @@ _IGNORED = frozenset(
 )
 """Fields of vLLM's that change no answer."""
 
+MAX_ANSWERS = 16384
+"""To one prompt; vLLM's limit."""
+
 _ENGINE = frozenset(EngineParams.__struct_fields__)
 
 
@@ -128,8 +131,8 @@ class SamplingParams:
         """(answers to generate, answers to keep; None for all). Raises InvalidRequest."""
         n, best_of = self.__dict__["n"], self.__dict__["best_of"]
         for name, value in (("n", n), ("best_of", n if best_of is None else best_of)):
-            if not isinstance(value, int) or value < 1:
-                raise InvalidRequest(f"{name} is {value!r}; allowed: a whole number from 1", param=name)
+            if not isinstance(value, int) or not 1 <= value <= MAX_ANSWERS:
+                raise InvalidRequest(f"{name} is {value!r}; allowed: from 1 to {MAX_ANSWERS}", param=name)
         if best_of is None:
             return n, None
         if best_of < n:

@@ -144,7 +144,7 @@ def _pictures(given: Any) -> list[ImagePart]:
     if not isinstance(given, Mapping):
         raise InvalidRequest('multi_modal_data must be a dict: {"image": picture or list of pictures}')
     for modality, items in given.items():
-        if modality != "image" and items is not None and len(items):
+        if modality != "image" and items is not None and not (isinstance(items, list) and not items):
             raise InvalidRequest(
                 f"multi_modal_data: {str(modality)[:40]!r} is not supported; allowed: 'image'"
             )

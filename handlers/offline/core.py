@@ -1,0 +1,107 @@
+"""What an `LLM` runs on: a model that was fetched, its backend, and the thread they live in."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from handlers.artefacts.fetch import fetch
+from handlers.build import build_backend, build_images, choose_backend
+from handlers.errors import InvalidRequest
+from handlers.images.loader import ImageLoader
+from handlers.offline.background import LoopThread, script_not_run_again
+from handlers.offline.batch import Batch, Outcome
+from handlers.offline.options import check_names, warn_of_names
+from handlers.request import GenerationRequest
+from properties.configuration import Configuration
+
+logger = logging.getLogger(__name__)
+
+_AHEAD = 64
+"""Requests that are fetched, prepared and queued beyond those that generate."""
+
+_CLOSE_SECONDS = 10.0
+
+
+class Core:
+    """Never refers to the `LLM` itself, which it must outlive until it is closed."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        cancelled = threading.Event()
+        try:
+            self.directory = fetch(configuration.model_location, configuration.settings, cancelled)
+        finally:
+            cancelled.set()
+        known = {problem.message for problem in configuration.warnings}
+        self.configuration = configuration = configuration.with_model_directory(Path(self.directory))
+        for problem in configuration.warnings:
+            if problem.message not in known:
+                logger.warning("%s", problem)
+        settings = configuration.settings
+        choice = choose_backend(configuration, self.directory)
+        check_names(configuration, choice.backend)
+        warn_of_names(configuration, choice.backend)
+        self.backend = build_backend(configuration, self.directory)
+        self._images: ImageLoader | None = None
+        self._loop = LoopThread()
+        try:
+            with script_not_run_again():
+                self._loop.run(self.backend.load())
+            self._images = build_images(settings)
+        except BaseException:
+            self.close()
+            raise
+        self._most = settings.limit_mm_per_prompt.get("image", 1)
+        window = settings.max_rolling_batch_size + min(_AHEAD, settings.max_rolling_batch_size)
+        self._batch = Batch(self.backend, self._images, window, settings.model_loading_timeout)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises InvalidRequest for what no backend is asked."""
+        if request.constraint is not None and not self.backend.capabilities.structured_outputs:
+            raise InvalidRequest("answers cannot be constrained here: leave structured_outputs out")
+        count = sum(1 for _ in request.images())
+        if count and not self.backend.capabilities.images:
+            raise InvalidRequest("this model does not take pictures")
+        if count > self._most:
+            raise InvalidRequest(
+                f"the prompt holds {count} pictures; limit_mm_per_prompt allows {self._most}"
+            )
+
+    def outcomes(self, requests: Sequence[GenerationRequest]) -> Generator[tuple[int, Outcome], None, None]:
+        """(number, outcome) of each request as it is done. Closed early, it aborts the others."""
+        if not self._loop.usable:
+            raise RuntimeError("this LLM is closed, or belongs to the process that was forked")
+        ready: queue.SimpleQueue[tuple[int, Outcome] | Future[None]] = queue.SimpleQueue()
+        work = self._loop.start(
+            self._batch.run(requests, lambda number, outcome: ready.put((number, outcome)))
+        )
+        work.add_done_callback(ready.put)
+        try:
+            while not isinstance(item := ready.get(), Future):
+                yield item
+            item.result()
+        finally:
+            work.cancel()
+
+    def close(self) -> None:
+        """End the backend and the thread. Called by the garbage collector too, in whatever thread."""
+        if not self._loop.usable:
+            return
+        if self._loop.inside:
+            threading.Thread(target=self.close, name="offline-close").start()
+            return
+        closing = self._loop.start(self._closed())
+        try:
+            closing.result(_CLOSE_SECONDS)
+        except TimeoutError:
+            logger.warning("the engine did not end within %.0f s", _CLOSE_SECONDS)
+        self._loop.stop()
+
+    async def _closed(self) -> None:
+        if self._images is not None:
+            await self._images.aclose()
+        await self.backend.close()
