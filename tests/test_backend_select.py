@@ -41,6 +41,16 @@ def test_phi3_v_with_remote_code_is_vllms() -> None:
     assert choice.backend == "vllm"
 
 
+def test_auto_asks_whether_vllm_lists_the_model() -> None:
+    def choice(listed: set[str]) -> str:
+        return choose("auto", LLAVA, 1, vllm=True, adapter=True, listed=listed).backend
+
+    assert choice({"OtherForCausalLM"}) == "rolling"
+    assert choice({*LLAVA, "OtherForCausalLM"}) == "vllm"
+    assert choice(set()) == "vllm", "a list that cannot be read says nothing"
+    assert choose("vllm", LLAVA, 1, vllm=True, adapter=True, listed={"Other"}).backend == "vllm"
+
+
 @pytest.mark.parametrize("rolling_batch", ["rolling", "disable"])
 def test_the_embedded_engine_on_demand(rolling_batch: str) -> None:
     assert choose(rolling_batch, LLAVA, 8, vllm=True, adapter=True).backend == "rolling"  # type: ignore[arg-type]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+from handlers.backends.vllm.fields import architectures as vllm_architectures
 from properties.field import BackendName
 from properties.problem import ConfigurationError, Problem
 
@@ -48,13 +49,14 @@ def choose(
     *,
     vllm: bool | None = None,
     adapter: bool | None = None,
+    listed: Collection[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Choice:
     """Apply `option.rolling_batch` to a model and a machine.
 
     architectures: from the model's config.json; empty when it is not known.
     accelerators: devices that the process sees. vllm: whether vLLM is installed; adapter: whether this build
-    can drive it (None: found out).
+    can drive it; listed: the architectures that vLLM lists, which only auto asks (None: found out).
     Raises ConfigurationError when vLLM is demanded and cannot serve.
     """
     installed = vllm_installed() if vllm is None else vllm
@@ -74,6 +76,9 @@ def choose(
         return Choice("rolling", refusal)
     if accelerators == 0:
         return Choice("rolling", "no accelerator is visible")
+    listed = vllm_architectures() if listed is None else listed
+    if listed and architectures and not set(architectures) & set(listed):
+        return Choice("rolling", f"the installed vLLM does not list {', '.join(architectures)}")
     return Choice("vllm", "vLLM is installed, sees an accelerator and serves the model")
 
 

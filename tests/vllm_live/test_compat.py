@@ -19,8 +19,8 @@ LOOK = """
 import inspect
 from dataclasses import fields
 from handlers.backends.vllm.compat import load
-from handlers.backends.vllm.fields import engine_argument_names
-from handlers.backends.vllm.options import ALWAYS, REFUSED, WHERE_GIVEN
+from handlers.backends.vllm.fields import architectures, engine_argument_names
+from handlers.backends.vllm.options import ALWAYS, WHERE_GIVEN
 from handlers.backends.vllm.sampling import _SAME, _TRANSLATED
 
 vllm = load()
@@ -38,6 +38,9 @@ assert "timeout" in inspect.signature(vllm.AsyncLLM.shutdown).parameters
 assert {"max_total_tokens", "add_special_tokens"} <= set(inspect.signature(vllm.TokenizeParams).parameters)
 kinds = {"json", "regex", "choice", "grammar", "json_object"}
 assert kinds <= set(inspect.signature(vllm.StructuredOutputsParams).parameters)
+known = architectures()
+assert {"LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "LlamaForCausalLM"} <= known
+assert not {"MllamaForConditionalGeneration", "BertModel"} & known
 parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
 assert {"max_logprobs", "compilation_config"} <= {action.dest for action in parser._actions}
 print("version", vllm.version)

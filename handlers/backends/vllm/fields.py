@@ -1,4 +1,4 @@
-"""The names of vLLM's engine arguments, read from its source without importing it."""
+"""Names that the installed vLLM knows, read from its source without importing it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ from pathlib import Path
 SECRET = frozenset({"hf_token"})
 """Fields whose value is never shown."""
 
+_REGISTERS = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
+"""vLLM's tables of architectures that generate."""
+
 _CLASSES = ("EngineArgs", "AsyncEngineArgs")
+
+
+@cache
+def architectures() -> frozenset[str]:
+    """What the installed vLLM lists as able to generate; empty where there is none or its list cannot be read."""
+    names: set[str] = set()
+    for node in _source("model_executor", "models", "registry.py"):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            (target, *_) = node.targets
+            if isinstance(target, ast.Name) and target.id in _REGISTERS:
+                names.update(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    return frozenset(names)
 
 
 @cache
@@ -20,19 +35,23 @@ def engine_argument_names() -> frozenset[str]:
     They are options here: `option.<name>`. Milliseconds instead of the seconds that the import takes, so that an
     unknown option can be told at once, whichever backend serves.
     """
+    return frozenset(
+        item.target.id
+        for node in _source("engine", "arg_utils.py")
+        if isinstance(node, ast.ClassDef) and node.name in _CLASSES
+        for item in node.body
+        if isinstance(item, ast.AnnAssign)
+        and isinstance(item.target, ast.Name)
+        and not item.target.id.startswith("_")
+    )
+
+
+def _source(*path: str) -> list[ast.stmt]:
+    """The statements of a file of the installed vLLM; none where it cannot be read."""
     spec = find_spec("vllm")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         try:
-            tree = ast.parse(Path(place, "engine", "arg_utils.py").read_bytes())
+            return ast.parse(Path(place, *path).read_bytes()).body
         except (OSError, SyntaxError, ValueError):
             continue
-        return frozenset(
-            item.target.id
-            for node in tree.body
-            if isinstance(node, ast.ClassDef) and node.name in _CLASSES
-            for item in node.body
-            if isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and not item.target.id.startswith("_")
-        )
-    return frozenset()
+    return []
