@@ -22,6 +22,7 @@ from engine.guidance import GrammarError, Guidance
 from engine.logits import keep_only, unpacked
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
+from handlers.grammars.source import grammar_of
 from tests.engine_driver import EOS, Result, collect, load_engine, run_all
 from tests.models import VOCAB, make_text_model, make_tokenizer
 
@@ -33,7 +34,7 @@ lark = LLMatcher.grammar_from_lark
 
 
 def schema(value: dict[str, Any]) -> str:
-    return str(LLMatcher.grammar_from_json_schema(value, overrides={"whitespace_pattern": "[ ]?"}))
+    return grammar_of("json_schema", json.dumps(value), "[ ]?")
 
 
 def vocabulary(tokenizer: Tokenizer = TOKENIZER, eos: tuple[int, ...] = EOS, **fields: Any) -> Vocabulary:
@@ -121,11 +122,16 @@ def test_any_schema(engine: Engine, seed: int, data: st.DataObject) -> None:
 def schemas() -> st.SearchStrategy[dict[str, Any]]:
     leaves = st.one_of(
         st.integers(-50, 50).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 7}),
+        st.integers(-(2**62), 2**62).map(
+            lambda low: {"type": "integer", "minimum": low, "maximum": low + 9999}
+        ),
         st.integers(0, 4).map(lambda low: {"type": "string", "minLength": low, "maxLength": low + 3}),
         st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "date"}]),
-        st.lists(st.one_of(st.integers(), st.text(max_size=4), st.booleans()), min_size=1, max_size=4).map(
-            lambda values: {"enum": values}
-        ),
+        st.lists(
+            st.one_of(st.integers(-(2**53), 2**53), st.text(max_size=4), st.booleans()),
+            min_size=1,
+            max_size=4,
+        ).map(lambda values: {"enum": values}),
         st.just({"type": "number", "exclusiveMinimum": -1, "maximum": 1.5}),
     )
 

@@ -10,6 +10,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.guidance import GrammarError
 from handlers.grammars.json_schema import subschemas
+from handlers.grammars.numbers import exact_numbers
 
 WHITESPACE = r"(?: ?|\r?\n[ \t]{0,32})"
 """Between the tokens of JSON: a space, or a line end and its indentation, as JSON is written everywhere. Bounded, or a
@@ -33,6 +34,8 @@ def grammar_of(kind: str, value: str | None, whitespace_pattern: str | None) -> 
             choices = msgspec.json.decode(value, type=list[str])
             return LLMatcher.grammar_from_regex("|".join(map(_literal, choices)))
         return LLMatcher.grammar_from_lark(gbnf_to_lark(value) if "::=" in value else value)
+    except GrammarError:
+        raise
     except Exception as error:  # the converters raise whatever the text makes them raise
         raise GrammarError(f"it cannot be read: {error}") from error
 
@@ -41,6 +44,7 @@ def _json(schema: Any, whitespace_pattern: str) -> str:
     """Dropped are keywords that ask for nothing, `uniqueItems: false` and formats that JSON Schema itself lets one
     take for a comment, and llguidance's own options, which could make the answer something else than JSON."""
     for node in subschemas(schema):
+        exact_numbers(node)
         node.pop("x-guidance", None)
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
