@@ -12,6 +12,12 @@ from torch import Tensor
 INVALID = -1
 """Stands for the token of a row that has none: its best score is NaN or infinite."""
 
+_AMOUNTS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
+)
+_AMOUNTS = _AMOUNTS.astype(np.float32)
+"""Of each byte of a mask: 0 for the bits that are set, -inf for the others. Bit 0 comes first."""
+
 Ids = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float32]
 
@@ -113,18 +119,17 @@ def keep_only(scores: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]
 
     masks: [len(rows), words]; bit t % 32 of word t // 32 keeps token t.
     """
-    if scores.device.type == "cpu":  # numpy's is several times faster than shifting in torch
-        bits = np.unpackbits(masks.view(np.uint8), axis=-1, count=scores.shape[-1], bitorder="little")
-        kept = torch.from_numpy(bits).bool()
-    else:
-        words = torch.from_numpy(masks.view(np.int32)).to(scores.device, non_blocking=True)
-        kept = unpacked(words, scores.shape[-1])
-    if len(rows) == len(scores):
-        scores.copy_(torch.where(kept, scores, scores - torch.inf))
+    vocab_size = scores.shape[-1]
+    if scores.device.type == "cpu":  # several times faster than anything in torch
+        array = scores.numpy()
+        with np.errstate(invalid="ignore"):  # +inf becomes NaN
+            for row, mask in zip(rows, masks, strict=True):
+                array[row] += np.take(_AMOUNTS, mask.view(np.uint8), axis=0).reshape(-1)[:vocab_size]
         return
+    words = torch.from_numpy(masks.view(np.int32)).to(scores.device, non_blocking=True)
     where = torch.tensor(rows, dtype=torch.int64).to(scores.device, non_blocking=True)
     some = scores[where]
-    scores[where] = torch.where(kept, some, some - torch.inf)
+    scores[where] = torch.where(unpacked(words, vocab_size), some, some - torch.inf)
 
 
 def unpacked(words: Tensor, size: int) -> Tensor:
