@@ -69,7 +69,7 @@ class GuideBuilder:
                     built.guides = self._guidance.build(built.add.grammar or "", len(built.add.seeds))
             except GrammarError as error:
                 built.reason = str(error)
-            except Exception:
+            except BaseException:  # a panic in Rust is no Exception, and this thread must go on
                 logger.exception("a grammar could not be compiled")
                 built.reason = "the grammar cannot be compiled"
             self._done(built)

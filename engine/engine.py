@@ -307,7 +307,9 @@ class Engine:
         guides, states = zip(*constrained, strict=True)
         try:
             self.guidance.constrain(guides, states)
-        except Exception:
+        except BaseException as error:  # a panic in Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             logger.exception("what the grammars of %d answers allow could not be computed", len(guides))
             for guide in guides:
                 guide.reason = guide.reason or "what the grammar allows could not be computed"

@@ -82,7 +82,9 @@ class Guidance:
                 n_vocab=max(vocabulary.size, vocabulary.tokens),
                 eos_token=list(vocabulary.eos_token_ids) or None,
             )
-        except Exception as error:  # llguidance raises bare exceptions, and Rust's panics among them
+        except BaseException as error:  # a panic in Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise GrammarError(f"the tokenizer is of a kind that cannot be constrained: {error}") from error
         self._num_words = (self._tokenizer.vocab_size + 31) // 32
         self.eos_token_ids = tuple(self._tokenizer.eos_tokens)

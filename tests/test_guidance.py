@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from engine.building import Built, GuideBuilder
 from engine.config import Vocabulary
 from engine.engine import Engine
 from engine.guidance import GrammarError, Guidance
@@ -253,6 +255,40 @@ def test_an_aborted_answer_leaves_the_others(engine: Engine) -> None:
     while engine.has_work:
         collect(results, engine.step())
     assert [results[i].finish for i in range(3)] == ["stop", None, "stop"]
+
+
+def test_requests_wait_for_their_grammars_beside_the_steps(engine: Engine) -> None:
+    """Also one of which some answers are aborted meanwhile, and ones whose grammar is none."""
+    inbox: queue.SimpleQueue[Built] = queue.SimpleQueue()
+    builder = GuideBuilder(engine.guidance, inbox.put)
+    asked = [
+        ask(regex("[ab]{5}"), 1, n=3), ask(lark("start: other"), 2, n=2), ask(regex("[ab]{5}"), 3), ask(regex("b"), 4)
+    ]  # fmt: skip
+    for number, add in enumerate(asked):
+        add.request_id = 100 + 10 * number
+        builder.start(add)
+    builder.abort([101, 120, 999])
+    results: dict[int, Result] = {}
+    for _ in asked:
+        built = inbox.get(timeout=60)
+        builder.take(built)
+        collect(results, engine.add_built(built))
+    while engine.has_work:
+        collect(results, engine.step())
+    assert {key: result.finish for key, result in results.items()} == {
+        100: "stop", 102: "stop", 110: "error", 111: "error", 130: "stop"
+    }  # fmt: skip
+    assert all(results[key].outputs[-1].invalid for key in (110, 111))
+    assert text(results[130]) == "b"
+
+
+def test_an_engine_without_a_vocabulary_refuses_grammars(path: Path) -> None:
+    plain = load_engine(path)
+    inbox: queue.SimpleQueue[Built] = queue.SimpleQueue()
+    builder = GuideBuilder(plain.guidance, inbox.put)
+    builder.start(ask(regex("a")))
+    (output,) = plain.add_built(inbox.get(timeout=60))
+    assert (output.finish, output.invalid) == ("error", True)
 
 
 def test_conditions_that_leave_no_token_are_the_requests_own_fault(engine: Engine) -> None:
