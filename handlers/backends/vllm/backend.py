@@ -304,7 +304,8 @@ class VllmBackend:
 
     async def _input(self, engine: Any, token_ids: Sequence[int], parts: Sequence[ImagePart]) -> Any:
         """vLLM's input, its pictures placed; they are let go of here. Raises ImageError and InvalidRequest."""
-        prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+        ids = self._front.exchanged(list(token_ids)) if parts else list(token_ids)
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
         digests: list[str] = []
         if parts:
             loaded = [part.loaded for part in parts]

@@ -1,0 +1,124 @@
+"""What stands for a picture in a prompt of a model that vLLM serves.
+
+Prompts are rendered with one token for each picture. Where a model's processor wants more than one token there, or
+none at all, that one is a stand-in, which is exchanged before vLLM places the pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import ModelLoadError
+from handlers.backends.vllm.compat import Vllm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PicturePlaces:
+    """token: the one that a rendered prompt has for each picture. placeholder: the text around it.
+
+    spelled: the tokens that vLLM wants in its stead for picture number `i` (from 0); None where it wants the token.
+    """
+
+    token: str
+    placeholder: str
+    spelled: Callable[[int], list[int]] | None = None
+
+    def exchanged(self, token_ids: Sequence[int], token_id: int | None) -> list[int]:
+        """A rendered prompt as vLLM wants it."""
+        if self.spelled is None:
+            return list(token_ids)
+        made: list[int] = []
+        seen = 0
+        for token in token_ids:
+            if token == token_id:
+                made += self.spelled(seen)
+                seen += 1
+            else:
+                made.append(token)
+        return made
+
+
+def picture_places(
+    tokenizer: Any,
+    placeholder: Callable[[int], str | None],
+    image_token_id: int | None,
+    wanted: str | None = None,
+    *,
+    inserts: bool = False,
+    printed: str = "",
+) -> PicturePlaces:
+    """placeholder: what vLLM writes for picture number `i` (from 1), where it says.
+
+    image_token_id: from the model's config. wanted: the operator's own token. inserts: the model's processor puts
+    the pictures in by itself. printed: the chat template's source, which must not print a stand-in.
+    Raises ModelLoadError when nothing can stand for a picture.
+    """
+
+    def encoded(text: str) -> list[int]:
+        ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    own = None if image_token_id is None else tokenizer.convert_ids_to_tokens(image_token_id)
+    if own is not None and encoded(own) != [image_token_id]:
+        own = None
+    if inserts:
+        token = wanted or own or _stand_in(tokenizer, printed)
+        return PicturePlaces(token, token, lambda _: [])
+    if wanted is not None:
+        return PicturePlaces(wanted, wanted)
+    first = placeholder(1)
+    if first is not None:
+        ids = encoded(first)
+        if len(ids) == 1 and first == placeholder(2):
+            return PicturePlaces(first, first)
+        if own is not None and image_token_id in ids:
+            return PicturePlaces(own, first)
+    if own is not None:
+        return PicturePlaces(own, own)
+    if first is None:
+        raise ModelLoadError(
+            "it cannot be told which token stands for a picture in this model's prompts: "
+            "set option.image_placeholder_token"
+        )
+    token = _stand_in(tokenizer, printed)
+    logger.info("pictures are written as %r in this model's prompts", first)
+    return PicturePlaces(token, token, lambda number: encoded(placeholder(number + 1) or ""))
+
+
+def _stand_in(tokenizer: Any, printed: str) -> str:
+    """A special token that nothing else prints."""
+    for token in tokenizer.added_tokens_decoder.values():
+        text = str(token.content)
+        ends = (tokenizer.bos_token, tokenizer.eos_token)
+        if token.special and text not in ends and text not in printed:
+            return text
+    raise ModelLoadError(
+        "no token can stand for a picture in this model's prompts: set option.image_placeholder_token"
+    )
+
+
+def placeholder_of(vllm: Vllm, config: Any) -> tuple[Callable[[int], str | None], bool]:
+    """(what vLLM writes for picture number `i`, whether the model's processor inserts pictures itself)."""
+    try:
+        cls = vllm.model_class(config)
+    except (ValueError, ImportError) as error:
+        logger.debug("the model's class cannot be asked for a placeholder: %s", error)
+        return (lambda number: None), False
+
+    def placeholder(number: int) -> str | None:
+        try:
+            text = cls.get_placeholder_str("image", number)
+        except (AttributeError, ValueError, NotImplementedError) as error:
+            logger.debug("vLLM names no placeholder: %s", error)
+            return None
+        return None if text is None else str(text)
+
+    # A processor that inserts is the only kind whose module knows how to.
+    inserts = placeholder(1) is None and hasattr(sys.modules.get(cls.__module__), "PromptInsertion")
+    return placeholder, inserts
