@@ -1,5 +1,6 @@
 """What is wrong is told whole, with a way out."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,33 @@ def test_names_without_effect_warn_with_the_reason_even_when_strict() -> None:
     texts = sorted(str(warning) for warning in found.warnings)
     assert texts[0].startswith("OPTION_MPI_MODE: option.mpi_mode has no effect here: ")
     assert texts[1].startswith("SERVING_BATCH_SIZE: batch_size has no effect here: ")
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "OPTION_BEDROCK_COMPAT",
+        "OPTION_LMCACHE_CONFIG_FILE",
+        "OPTION_LMCACHE_AUTO_CONFIG",
+        "OPTION_SESSIONS_PATH",
+        "OPTION_SESSIONS_S3URL",
+        "OPTION_ENABLE_VENV",
+        "OPTION_PYTHON_EXECUTABLE",
+        "SERVING_BAD_REQUEST_HTTP_CODE",
+        "SERVING_WLM_ERROR_HTTP_CODE",
+        "SERVING_THROTTLE_ERROR_HTTP_CODE",
+        "SERVING_SERVER_ERROR_HTTP_CODE",
+        "SERVING_TIMEOUT_HTTP_CODE",
+        "SERVING_ERROR_RATE_WLM",
+        "SERVING_ERROR_RATE_SERVER",
+        "SERVING_ERROR_RATE_MODEL",
+        "SERVING_ERROR_RATE_ANY",
+    ],
+)
+def test_what_lmi_has_and_this_server_has_not_is_said_with_the_reason(variable: str) -> None:
+    (warning,) = configure(**{variable: "1"}).warnings
+    name = variable.partition("_")[2].lower()
+    assert re.fullmatch(rf"{variable}: (option\.)?{name} has no effect here: .{{10,}}", str(warning))
 
 
 def test_names_of_the_java_server_are_silent() -> None:

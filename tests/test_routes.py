@@ -142,6 +142,8 @@ def test_every_schema_is_answered_in_its_own_words_wherever_it_is_asked(client: 
         assert said(client.post(path, json=ASKS_LMI)) == ("generated_text", "t0 t1 ")
     for path in ("/v1/chat/completions", "/v1/v1/chat/completions", "/invocations/v1/chat/completions"):
         assert said(client.post(path, json=ASKS_CHAT)) == ("chat", "t0 t1 ")
+        assert said(client.post(path, json=ASKS_TEXT)) == ("completion", "t0 t1 ")
+        assert said(client.post(path, json=ASKS_LMI)) == ("generated_text", "t0 t1 ")
     for path in ("/v1/completions", "/generate/v1/completions"):
         assert said(client.post(path, json=ASKS_TEXT)) == ("completion", "t0 t1 ")
     for path in ("/", "/v1", "//"):

@@ -86,9 +86,17 @@ async def test_a_full_queue_answers_429_at_once_and_recovers() -> None:
     assert refused.status == 429
     assert int(refused.headers["Retry-After"]) >= 1
     assert error_of(refused)["code"] == "overloaded"
+    for body, route in (
+        (chat(stream=True), "/v1/chat/completions"),
+        ({"prompt": "x"}, "/v1/completions"),
+        ({"inputs": "x", "stream": True}, "/invocations"),
+        ({"inputs": "x"}, "/generate"),
+    ):
+        refused = await subject.answer(incoming(body, route))
+        assert (refused.status, "Retry-After" in refused.headers) == (429, True), route
     assert [reply.status for reply in await asyncio.gather(*busy)] == [200] * 3
     assert watched.admitted == 3
-    assert watched.errors == ["overloaded"]
+    assert watched.errors == ["overloaded"] * 5
     assert (await subject.answer(incoming(chat()))).status == 200
 
 

@@ -70,6 +70,14 @@ def test_a_session_is_known_until_it_is_closed() -> None:
         assert name in refused.body.decode()
 
 
+@pytest.mark.parametrize("route", ["/invocations", "/predictions/{model}", "/models/{model}/invoke"])
+def test_a_session_is_opened_on_each_of_lmis_routes(route: str) -> None:
+    server = serving()
+    name = json.loads(send(server, OPEN, route=route).body)["result"].split()[1]
+    assert send(server, chat(), name).status == 200
+    assert send(server, CLOSE, name, route).status == 200
+
+
 def test_a_session_ends_in_time_however_much_it_is_used() -> None:
     clock = Clock()
     server = serving(clock=clock, expiration=100)
