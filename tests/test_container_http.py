@@ -120,6 +120,7 @@ def test_wrong_places_methods_and_bodies(client: httpx.Client) -> None:
     broken = client.post("/v1/chat/completions", content=b"{", headers=HEADERS)
     assert broken.status_code == 400
     assert broken.json()["error"]["type"] == "invalid_request_error"
+    assert broken.reason_phrase == "Bad Request"
     xml = client.post("/invocations", content=b"<a/>", headers={"content-type": "text/xml"})
     assert xml.status_code == 415
     assert client.head("/ping").status_code == 200
@@ -334,6 +335,7 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     one = client.get("/metrics", params={"name[]": "lmi_requests_running"}).text
     assert "lmi_requests_running 0.0" in one
     assert "lmi_images_total" not in one
+    assert "tgi_" not in client.get("/metrics").text
 
 
 def test_a_key_guards_everything_but_health(tmp_path: Path) -> None:

@@ -137,6 +137,13 @@ def test_every_answer_takes_a_place() -> None:
     assert backend.running == 0
 
 
+def test_openais_128_answers_may_be_asked_for() -> None:
+    backend = ScriptedBackend(said("a"))
+    answer(chat(n=128), backend, job_queue_size=128)
+    assert backend.requests[0].n == 128
+    assert "n is 129" in refusal(chat(n=129))
+
+
 def test_a_json_object_may_come_as_a_form() -> None:
     """`curl -d` calls everything a form."""
     form = "application/x-www-form-urlencoded"

@@ -85,7 +85,7 @@ def test_several_pictures_over_several_turns_keep_their_order() -> None:
                 "role": "user",
                 "content": [
                     {"type": "text", "text": "first"},
-                    {"type": "image_url", "image_url": {"url": urls[0], "detail": "high"}},
+                    {"type": "image_url", "image_url": {"url": urls[0], "detail": "high"}, "uuid": "mine"},
                     "and",
                     {"type": "image_url", "image_url": urls[1]},
                 ],
@@ -130,6 +130,18 @@ def test_turns_of_tools_and_empty_contents_are_read() -> None:
     assert turns[1].tool_calls == [call]
     assert turns[2].tool_call_id == "c1"
     assert turns[3].parts == [TextPart("I will not.")]
+    older = {"name": "f", "arguments": "{}"}
+    turns = prompt(
+        {
+            "messages": [
+                {"role": "assistant", "content": None, "function_call": older},
+                {"role": "assistant", "content": "a", "reasoning": "hm"},
+                {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+            ]
+        }
+    ).messages
+    assert turns[0].tool_calls == [{"type": "function", "function": older}]
+    assert [turn.reasoning for turn in turns] == [None, "hm", "hm"]
 
 
 def test_every_sampling_field_reaches_the_engine() -> None:
@@ -257,6 +269,9 @@ def test_harmless_and_unknown_fields_are_accepted() -> None:
             best_of=1,
             echo=False,
             something_new={"x": [1]},
+            stream=True,
+            stream_options={"include_obfuscation": True},
+            stream_interval=8,
         )
     )
     tool = {"type": "function", "function": {"name": "f"}}
@@ -302,6 +317,10 @@ def user(*parts: Any) -> dict[str, Any]:
         (user({"type": 3}), "messages[1].content[0].type"),
         (user({"type": "input_audio", "input_audio": {}}), "messages[1].content[0].type"),
         (user({"type": "video_url", "video_url": {"url": CAT}}), "messages[1].content[0].type"),
+        (user({"type": "image_embeds", "image_embeds": "AAAA"}), "messages[1].content[0].type"),
+        (user({"type": "file", "file": {"file_id": "f"}}), "messages[1].content[0].type"),
+        (user({"type": "image_url", "uuid": "mine"}), "messages[1].content[0].image_url"),
+        (user({"type": "image_url", "image_url": None, "uuid": "mine"}), "messages[1].content[0].image_url"),
         (user({"type": "text"}), "messages[1].content[0].text"),
         (user({"type": "text", "text": "a"}, {"type": "text", "text": []}), "messages[1].content[1].text"),
         (user({"type": "image_url"}), "messages[1].content[0].image_url"),
@@ -322,7 +341,8 @@ def user(*parts: Any) -> dict[str, Any]:
         (chat(max_tokens=5, max_completion_tokens=0), "max_completion_tokens"),
         (chat(max_tokens=1.5), "max_tokens"),
         (chat(n=0), "n"),
-        (chat(n=1000), "n"),
+        (chat(n=129), "n"),
+        (chat(temperature=100.1), "temperature"),
         (chat(top_logprobs=2), "top_logprobs"),
         (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
         (chat(logprobs=5), "logprobs"),
@@ -607,6 +627,8 @@ def test_any_role_and_parts_that_say_nothing() -> None:
                     "content": [{"type": "text", "text": None}, {"type": "text", "text": "a"}],
                 },
                 {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]},
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "yes"}]},
             ]
         }
     ).messages
@@ -614,6 +636,8 @@ def test_any_role_and_parts_that_say_nothing() -> None:
         ("function", [TextPart("42")]),
         ("critic-2", [TextPart("a")]),
         ("assistant", [TextPart("hm")]),
+        ("assistant", [TextPart("no")]),
+        ("assistant", [TextPart("yes")]),
     ]
 
 

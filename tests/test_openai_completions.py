@@ -218,7 +218,9 @@ def test_the_prompt_of_a_route_of_its_own_is_missed_by_name() -> None:
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     """As JSON does not tell them apart, and clients in Java write all their numbers so."""
-    request = only({"prompt": [[1.0, 2.0]], "max_tokens": 5.0, "seed": -3.0, "logit_bias": {"7": 1}, "n": 2.0})
+    request = only(
+        {"prompt": [[1.0, 2.0]], "max_tokens": 5.0, "seed": -3.0, "logit_bias": {"7": 1}, "n": 2.0}
+    )
     assert (parts(request).token_ids, request.sampling.max_tokens, request.n) == ([1, 2], 5, 2)
     with pytest.raises(InvalidRequest, match="max_tokens: expected"):
         read({"prompt": "a", "max_tokens": 5.5, "n": 2.0})
@@ -539,6 +541,16 @@ def test_a_sampler_out_of_range_is_named(name: str) -> None:
         ({"dry_sequence_breakers": '"\\n", "*"'}, {"dry_sequence_breakers": ("\n", "*")}),
         ({"dry_sequence_breakers": ""}, {"dry_sequence_breakers": ()}),
         ({"custom_token_bans": [4, 9]}, {"bad_words_token_ids": ((4,), (9,))}),
+        ({"custom_token_bans": [7] * 1024}, {"bad_words_token_ids": ((7,),) * 1024}),
+        (
+            {
+                "dry_multiplier": 0.8,
+                "dry_max_ngram": 3,
+                "dry_max_occurrences": 1,
+                "dry_early_exit_match_len": 2,
+            },
+            {"dry_multiplier": 0.8, "dry_allowed_length": 2, "dry_range": 0},
+        ),
     ],
 )
 def test_other_spellings_of_samplers(given: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -554,6 +566,7 @@ def test_other_spellings_of_samplers(given: dict[str, Any], expected: dict[str, 
         ("dry_sequence_breakers", "\\n"),
         ("dry_sequence_breakers", '[["a"]]'),
         ("custom_token_bans", [-1]),
+        ("custom_token_bans", [1] * 1025),
     ],
 )
 def test_another_spelling_out_of_range_is_named_as_it_was_sent(name: str, value: Any) -> None:

@@ -101,6 +101,25 @@ def test_paths_that_are_read(path: str, template: str, name: str) -> None:
         "/nowhere",
         "/v1/embeddings",
         "/v1/responses",
+        "/v1/messages",
+        "/v1/audio/transcriptions",
+        "/v1/chat/completions/render",
+        "/v1/completions/render",
+        "/v1/chat/completions/batch",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/docs",
+        "/api-doc/openapi.json",
+        "/load",
+        "/sleep",
+        "/wake_up",
+        "/reset_prefix_cache",
+        "/collective_rpc",
+        "/vertex",
+        "/v2/health/ready",
+        "/v2/models/shapes/infer",
+        "/api/v1/generate",
+        "/api/extra/generate/stream",
         "/ping/v1/chat/completions",
         "/v1/models/v1/chat/completions",
         "/nowhere/v1/chat/completions",
@@ -112,8 +131,17 @@ def test_paths_that_are_read(path: str, template: str, name: str) -> None:
     ],
 )
 def test_paths_that_are_none(path: str) -> None:
-    with pytest.raises(NotFound):
-        find(path, "POST")
+    for method in ("GET", "POST"):
+        with pytest.raises(NotFound):
+            find(path, method)
+
+
+def test_an_unknown_route_of_openais_says_so_in_its_words(client: httpx.Client) -> None:
+    reply = client.post("/v1/responses", json={"model": "shapes", "input": "hi"})
+    assert reply.status_code == 404
+    error = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert "/v1/chat/completions" in error["message"]
 
 
 def test_a_path_of_a_megabyte_is_looked_at_once() -> None:

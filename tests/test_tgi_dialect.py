@@ -155,6 +155,12 @@ def test_null_is_as_good_as_nothing() -> None:
     assert sampling(**dict.fromkeys(names.split())) == SamplingParams(temperature=0.0)
 
 
+def test_stops_under_both_names_as_one_text_or_several() -> None:
+    assert sampling(stop="a").stop == ("a",)
+    assert sampling(stop=["a"] * 16).stop == ("a",) * 16
+    assert sampling(stop="a", stop_sequences=["b", "c"]).stop == ("a", "b", "c")
+
+
 def test_an_adapter_that_is_not_there() -> None:
     reply = answer({"inputs": "x", "parameters": {"adapter_id": "cats"}})
     assert (reply.status, json.loads(reply.body)["error_type"]) == (404, "not_found")

@@ -213,6 +213,24 @@ def test_recorded_texts_give_the_same_calls_wherever_they_are_cut(
     assert shown(cut_everywhere(calls(name), text)) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "of", "marks"),
+    [
+        ("qwen3_json", "hermes", {}),
+        ("longcat", "hermes", {"<tool_call>": "<longcat_tool_call>", "</tool_call>": "</longcat_tool_call>"}),
+        ("llama4_json", "llama3_json", {}),
+        ("llama4_pythonic", "pythonic", {}),
+    ],
+)
+def test_families_that_write_as_another_are_read_as_it(name: str, of: str, marks: dict[str, str]) -> None:
+    whole = [(text, expected) for text, expected in RECORDED[of] if "calls" in expected]
+    for text, expected in whole:
+        for mark, own in marks.items():
+            text = text.replace(mark, own)
+        found = shown(parsed(calls(name)(), [text]))
+        assert found["calls"] == expected["calls"], text
+
+
 def test_long_names_and_numbers_break_at_the_same_place_wherever_they_are_cut() -> None:
     key = "k" * 590 + "<tool_call>" + "k" * 30
     for text in (f'<tool_call>{{"{key}": 1', f'<tool_call>{{"name": "{key}"', "<tool_call>{\"name\": \"f\", \"x\": "
@@ -277,6 +295,15 @@ def test_a_call_that_breaks_after_it_began_says_so_and_the_rest_is_content() -> 
         ("think", " <thi", {"content": " <thi"}),
         ("mistral", "[THINK]a[/THINK]b", {"reasoning": "a", "content": "b"}),
         ("seed_oss", "<seed:think>a</seed:think>b", {"reasoning": "a", "content": "b"}),
+        ("seed_oss", "a</seed:think>b", {"reasoning": "a", "content": "b"}),
+        *(
+            (name, "a</think>b", {"reasoning": "a", "content": "b"})
+            for name in ("olmo3", "step3", "minimax_m2")
+        ),
+        *(
+            (name, "<think>a</think>b", {"reasoning": "a", "content": "b"})
+            for name in ("glm45", "nemotron_v3", "holo2")
+        ),
         ("deepseek_v3", "a</think>b", {"content": "a</think>b"}),
     ],
 )
@@ -297,7 +324,14 @@ def test_reasoning_is_told_from_the_answer_wherever_it_is_cut(
         ("qwen3", "", {"enable_thinking": False}, False),
         ("qwen3", "", {"enable_thinking": True}, True),
         ("deepseek_v3", "", {"thinking": True}, True),
-        ("glm45", "", {"enable_thinking": False}, False),
+        *((name, "<think>\n\n</think>\n\n", {}, False) for name in ("olmo3", "step3", "minimax_m2")),
+        *((name, "", {"enable_thinking": False}, False) for name in ("glm45", "nemotron_v3", "holo2")),
+        *((name, "", {"thinking": False}, False) for name in ("glm45", "nemotron_v3", "holo2")),
+        *(
+            (name, "assistant\n<think>", {}, True)
+            for name in ("glm45", "nemotron_v3", "holo2", "deepseek_v3")
+        ),
+        *((name, "assistant\n", {}, False) for name in ("glm45", "nemotron_v3", "holo2", "deepseek_v3")),
         ("think", "assistant: <think>", {}, True),
         ("think", "assistant: ", {}, False),
     ],

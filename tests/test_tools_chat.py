@@ -127,6 +127,8 @@ def test_the_template_gets_the_tools_unless_none_is_to_be_called() -> None:
 
     assert given(tools=TOOLS) == TOOLS
     assert given(tools=TOOLS, tool_choice="now") == TOOLS
+    strict = [tool("geo.locate_2-a", DRAW, strict=True)]
+    assert given(tools=strict) == strict
     assert given(tools=TOOLS, tool_choice="none") is None
     assert given(tools=[], tool_choice="auto") is None
     assert given(tools=[{"function": {"name": "f", "arguments": DRAW, "description": None}}]) == [
@@ -291,6 +293,14 @@ CASES: list[tuple[str, AnswerFormats, dict[str, Any], dict[str, Any], str]] = [
     ),
     (CALL, HERMES, {"tools": TOOLS, "tool_choice": "none"}, {"content": CALL}, "stop"),
     (CALL, HERMES, {}, {"content": CALL}, "stop"),
+    (CALL, HERMES, {"tools": TOOLS, "response_format": {"type": "json_object"}}, {"content": CALL}, "stop"),
+    (
+        f" \n{CALL} \n ",
+        HERMES,
+        {"tools": [tool("draw", DRAW, strict=True)]},
+        {"tool_calls": [("draw", '{"color": "red"}')]},
+        "tool_calls",
+    ),
     ("Hm.</think>Hi", THINKS, {}, {"reasoning": "Hm.", "reasoning_content": "Hm.", "content": "Hi"}, "stop"),
     ("Hm.</think>Hi", THINKS, {"include_reasoning": False}, {"content": "Hi"}, "stop"),
     ("Hm.", THINKS, {}, {"reasoning": "Hm.", "reasoning_content": "Hm."}, "stop"),
