@@ -23,6 +23,7 @@ from container.openapi.document import document
 from container.prompt_log import log_answer, log_prompt
 from container.routes import Action, MethodNotAllowed, Route, find
 from handlers.dialects.error_replies import client_error, error_reply, style_of
+from handlers.dialects.sagemaker import ADAPTER
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.version import VERSION
@@ -154,7 +155,7 @@ class App:
             call.body_read = True
             if self._settings.log_prompts:
                 log_prompt(call.request_id, body)
-            incoming = Incoming(call.template, body, call.headers, call.request_id, call.model)
+            incoming = Incoming(call.template, body, _named_headers(call), call.request_id, call.model)
             await call.exchange.run(
                 self._answer(call, work(incoming)),
                 self._headers(call),
@@ -301,6 +302,12 @@ def request_id(headers: Mapping[str, str], configured: str | None) -> str:
         if _TOKEN.fullmatch(value):
             return value
     return uuid.uuid4().hex
+
+
+def _named_headers(call: Call) -> dict[str, str]:
+    """The headers, with the adapter that the query names where no header names one."""
+    adapter = parse_qs(call.query).get("adapter", [""])[0] if call.query else ""
+    return {ADAPTER: adapter, **call.headers} if adapter else call.headers
 
 
 def _has_body(headers: Mapping[str, str]) -> bool:

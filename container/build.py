@@ -10,7 +10,7 @@ from container.names import public_names
 from handlers import build
 from handlers.backends.base import Backend
 from handlers.custom.backend import CustomBackend
-from handlers.custom.find import find_formatters, find_handler
+from handlers.custom.find import find_formatters, find_handler, find_unused
 from handlers.custom.formatters import Formatters
 from handlers.custom.service import CustomService
 from handlers.images.loader import ImageLoader
@@ -30,6 +30,12 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     """
     own = find_handler(configuration, model_path)
     if own is None:
+        if (unused := find_unused(configuration, model_path)) is not None:
+            logger.warning(
+                "%s of the model is not used: it defines neither %s nor a formatter",
+                unused.name,
+                configuration.settings.handler,
+            )
         return build.build_backend(configuration, model_path)
     logger.warning("%s of the model answers requests; no engine is started", own.file)
     _warn_of_requirements(own.directory)

@@ -89,15 +89,20 @@ class ServerProcess:
     """The server as a child. `lines` grows as it writes its log."""
 
     def __init__(
-        self, model: Path | str, *arguments: str, command: str = "lmi", port: int | None = 0, **environ: str
+        self,
+        model: Path | str | None,
+        *arguments: str,
+        command: str = "lmi",
+        port: int | None = 0,
+        **environ: str,
     ) -> None:
-        """model: a directory is made where it is not there. port: of `--port`; None leaves it to the environment."""
+        """model: a directory is made where it is not there. port: of `--port`. None leaves either to the environment."""
         if isinstance(model, Path):
             model.mkdir(exist_ok=True)
             (model / "config.json").write_text("{}")
-        chosen = () if port is None else ("--port", str(port))
+        chosen = (*(() if model is None else (str(model),)), *(() if port is None else ("--port", str(port))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.scripted_server", command, str(model), *chosen, *arguments],
+            [sys.executable, "-m", "tests.scripted_server", command, *chosen, *arguments],
             cwd=HERE.parent.parent,
             env={**os.environ, **environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,

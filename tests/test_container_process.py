@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -172,6 +173,49 @@ def test_the_platform_may_choose_the_port(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     with ServerProcess(tmp_path / "m", port=None, SAGEMAKER_BIND_TO_PORT=str(port)) as server:
         assert server.listening().port == port
+
+
+@pytest.mark.parametrize("variable", ["OPTION_MODEL_ID", "HF_MODEL_ID"])
+def test_a_variable_alone_names_the_model(tmp_path: Path, variable: str) -> None:
+    model = tmp_path / "named"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with ServerProcess(None, **{variable: str(model)}) as server:
+        server.ready()
+        (listed,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert listed["id"] == "named"
+        assert httpx.post(f"{server.url}/invocations", json=order()).status_code == 200
+
+
+def test_lmis_options_reach_the_service(tmp_path: Path) -> None:
+    options = ("--option", "output_formatter=sse", "--option", "sessions_expiration=90")
+    opening, prompt = {"requestType": "NEW_SESSION"}, {"inputs": '{"tokens": 2}'}
+    with ServerProcess(tmp_path / "m", *options) as server:
+        url = f"{server.ready().url}/invocations"
+        assert httpx.post(url, json=prompt).headers["content-type"].startswith("text/event-stream")
+        end = httpx.post(url, json=opening).headers["X-Amzn-SageMaker-Session-Id"].partition("Expires=")[2]
+        left = datetime.strptime(end, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC) - datetime.now(UTC)
+        assert 60 < left.total_seconds() <= 90
+    options = ("--option", "tgi_compat=true", "--option", "enable_stateful_sessions=false")
+    with ServerProcess(tmp_path / "m", *options) as server:
+        url = f"{server.ready().url}/invocations"
+        assert httpx.post(url, json=prompt).json()[0]["details"]["generated_tokens"] == 2
+        refused = httpx.post(url, json=opening)
+        assert refused.status_code == 400
+        assert "enable_stateful_sessions" in refused.text
+
+
+def test_a_model_py_that_is_not_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code = "from djl_python import Input\n\n@init_handler\ndef init(inputs): pass\n\ndef model_fn(folder): pass\n"
+    (tmp_path / "model.py").write_text(code)
+    command = [sys.executable, "-m", "container", "serve", str(tmp_path), "--port", "0"]
+    found = subprocess.run(command, cwd=HERE.parent.parent, check=False, capture_output=True, text=True)
+    assert found.returncode == 1, "its config.json says nothing"
+    assert (
+        "model.py of the model is not used: it defines neither handle nor a formatter"
+        in found.stderr + found.stdout
+    )
 
 
 def test_a_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None:

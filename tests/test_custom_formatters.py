@@ -37,6 +37,8 @@ def read(payload: dict, **kwargs) -> dict:
         return "text"
     if payload.get("trouble") == "exit":
         os._exit(1)
+    if payload.get("trouble") == "older signature":
+        return payload.get_as_json()
     if "question" in payload:
         payload["messages"] = [{"role": "user", "content": payload.pop("question")}]
         payload["temperature"] = 0
@@ -112,7 +114,9 @@ def test_the_tokenizer_is_there_for_formatters_that_name_it() -> None:
     assert int(formats(inputs)["inputs"]) >= 2
 
 
-@pytest.mark.parametrize(("trouble", "status"), [("raise", 424), ("type", 424), ("exit", 500)])
+@pytest.mark.parametrize(
+    ("trouble", "status"), [("raise", 424), ("type", 424), ("older signature", 424), ("exit", 500)]
+)
 def test_an_input_formatter_that_fails_fails_its_request_alone(
     server: ServerProcess, trouble: str, status: int
 ) -> None:

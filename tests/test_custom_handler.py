@@ -62,6 +62,14 @@ def handle(inputs: Input) -> Output:
         return None
     if do == "object":
         return object()
+    if do == "bytes":
+        return b"of its own"
+    if do == "generator":
+        return (f"item {number}" for number in range(2))
+    if do == "ndlist":
+        return Output().add_as_numpy([])
+    if do == "batch":
+        return {"batch": inputs.is_batch(), "inputs": len(inputs.get_batches())}
     if do == "two":
         return Output().add("a", key="a").add("b", key="b")
     if do == "headers":
@@ -166,7 +174,11 @@ def test_the_first_call_sees_the_options_and_each_call_its_headers(server: LiveS
     told = ask(
         server,
         "properties",
-        {"X-Amzn-SageMaker-Custom-Attributes": "tenant=a;trace=b=c", "Authorization": "Bearer secret"},
+        {
+            "X-Amzn-SageMaker-Custom-Attributes": "tenant=a;trace=b=c",
+            "Authorization": "Bearer secret",
+            "Cookie": "a=b",
+        },
     ).json()
     assert told["options"]["dtype"] == "bf16"
     assert told["options"]["my_own_option"] == "7"
@@ -174,7 +186,7 @@ def test_the_first_call_sees_the_options_and_each_call_its_headers(server: LiveS
     assert "hf_secret" not in json.dumps(told)
     assert told["helper"] == "helper beside the handler"
     assert (told["request"]["tenant"], told["request"]["trace"]) == ("a", "b=c")
-    assert "authorization" not in told["request"]
+    assert not {"authorization", "cookie"} & {name.lower() for name in told["request"]}
     assert "loading from" in server.log
 
 
@@ -187,6 +199,7 @@ def test_the_first_call_sees_the_options_and_each_call_its_headers(server: LiveS
         ("error", {"code": 7}, 424, "no such animal"),
         ("memory", {}, 507, "MemoryError"),
         ("object", {}, 424, "TypeError"),
+        ("ndlist", {}, 424, "AttributeError"),
         ("two", {}, 424, "TypeError"),
     ],
 )
@@ -196,6 +209,8 @@ def test_errors(server: LiveServer, do: str, fields: dict[str, Any], status: int
     assert told in reply.json()["error"]
     assert "secret" not in reply.text
     assert reply.reason_phrase not in reply.json()["error"]
+    if do == "raise":
+        server.wait_for("ValueError: a secret detail", 10)
 
 
 def test_headers_are_the_handlers_but_for_those_of_the_transport(server: LiveServer) -> None:
@@ -217,6 +232,13 @@ def test_streams(server: LiveServer) -> None:
     reply = ask(server, "stream", items=2, events=True)
     assert reply.headers["content-type"] == "text/event-stream"
     assert reply.text == "data: item 0\n\ndata: item 1\n\n"
+
+
+def test_any_value_is_a_reply(server: LiveServer) -> None:
+    reply = ask(server, "bytes")
+    assert (reply.content, reply.headers["content-type"]) == (b"of its own", "application/octet-stream")
+    assert ask(server, "generator").text == "item 0item 1"
+    assert ask(server, "batch").json() == {"batch": False, "inputs": 1}
 
 
 @pytest.mark.parametrize("events", [False, True])
@@ -283,6 +305,7 @@ def test_a_call_whose_time_is_up_is_ended_and_its_process_replaced(tmp_path: Pat
     [
         ("def handle(inputs): return undefined", "NameError"),
         ("import missing_package\ndef handle(inputs): pass", "missing_package"),
+        ("from djl_python.huggingface import handle", "djl_python.huggingface"),
         ("async def handle(inputs): raise ValueError('cannot load')", "ValueError: cannot load"),
         (
             "from djl_python import Output\ndef handle(inputs): return Output().error('too big', code=507)",

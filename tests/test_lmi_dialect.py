@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
-from handlers.dialects.base import Conventions, Task
+from handlers.dialects.base import MAX_PROMPTS, Conventions, Task
 from handlers.dialects.lmi import read_lmi
 from handlers.dialects.markdown_pictures import picture_parts
 from handlers.errors import InvalidRequest
@@ -72,11 +73,13 @@ def test_defaults_are_thirty_tokens_and_greedy() -> None:
     assert sampling(seed=4, top_p=0.5).greedy
     assert sampling(do_sample=True).temperature == 1.0
     assert sampling(temperature=0.7).temperature == 0.7
-    defaults = {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.05}
+    defaults = {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 500}
     assert sampling(defaults) == SamplingParams(
         max_tokens=30, temperature=0.0, top_k=20, repetition_penalty=1.05
     )
     assert sampling(defaults, do_sample=True).temperature == 0.3
+    assert task().requests[0].max_tokens_is_default
+    assert not task(max_new_tokens=30).requests[0].max_tokens_is_default
 
 
 def test_every_parameter_reaches_the_engine() -> None:
@@ -127,8 +130,11 @@ def test_every_parameter_reaches_the_engine() -> None:
     )
 
 
-def test_unknown_and_harmless_parameters_are_accepted() -> None:
-    task(best_of=1, n=1, num_beams=1, watermark=True, length_penalty=2, whatever=[1], details=None)
+def test_unknown_and_harmless_parameters_are_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "handlers.dialects.lmi_parameters")
+    harmless = {"watermark": True, "length_penalty": 2, "early_stopping": True, "num_beams": 1}
+    assert sampling(best_of=1, n=1, whatever=[1], details=None, **harmless) == sampling()
+    assert caplog.messages == ["unknown parameter ignored: whatever"]
     body = {"inputs": "x", "parameters": None, "stream": None, "unknown": 1}
     assert read_lmi(body, Conventions("m"), request_id="r").requests[0].sampling.max_tokens == 30
 
@@ -186,6 +192,8 @@ def test_prompts_are_raw_text() -> None:
         ({"inputs": 5}, "inputs"),
         ({"inputs": []}, "inputs"),
         ({"inputs": ["a", 1]}, "inputs[1]"),
+        ({"inputs": [["a", "b"]]}, "inputs[0]"),
+        ({"inputs": ["a"] * (MAX_PROMPTS + 1)}, "inputs"),
         ({"inputs": ["a", "b"], "stream": True}, "inputs"),
         ({"inputs": "x", "stream": "yes"}, "stream"),
         ({"inputs": "x", "parameters": []}, "parameters"),
@@ -230,6 +238,14 @@ def test_answers_must_look_as_any_of_the_backends_words_say() -> None:
         assert request.constraint is not None
         assert request.constraint.kind == "json_schema"
         assert json.loads(request.constraint.value or "") == schema
+    for words, kind in (
+        ({"guided_regex": "[ab]"}, "regex"),
+        ({"grammar": {"type": "regex", "value": "[ab]"}}, "regex"),
+        ({"guided_grammar": 'root ::= "a"'}, "grammar"),
+    ):
+        (request,) = task(**words).requests
+        assert request.constraint is not None
+        assert request.constraint.kind == kind
     for request in task(["a", "b"], guided_choice=["red", "blue"]).requests:
         assert request.constraint is not None
         assert (request.constraint.kind, request.constraint.param) == ("choice", "parameters.guided_choice")
@@ -321,6 +337,11 @@ def test_details() -> None:
         ["a", "other"],
         ["b", "other"],
     ]
+    parameters = {"details": True, "logprobs": 2}
+    assert (
+        result(said("a", "b"), {"inputs": "hi", "parameters": parameters})["details"]["top_tokens"]
+        == (details["top_tokens"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -391,6 +412,7 @@ def test_errors_say_code_and_message_where_either_kind_of_client_looks() -> None
     reply = answer(said("a"), {"inputs": "hi", "parameters": {"max_new_tokens": 0}}, "/v1/chat/completions")
     body = json.loads(reply.body)
     assert reply.status == body["code"] == 400
+    assert body["type"] == "invalid_request"
     assert "max_new_tokens" in body["message"]
     assert body["error"] == body["message"]
     assert answer(said("a"), b"x", content_type="text/csv").status == 415

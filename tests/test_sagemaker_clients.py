@@ -145,13 +145,21 @@ def test_several_answers_the_best_first(client: Any) -> None:
     [
         ("GET", "/models"),
         ("POST", "/models"),
+        ("GET", "/models/model"),
         ("DELETE", "/models/model"),
+        ("POST", "/workflows"),
+        ("GET", "/adapters"),
+        ("POST", "/adapters?name=a&src=/tmp/a"),
+        ("DELETE", "/adapters/a"),
+        ("POST", "/models/model/adapters"),
         ("POST", "/invocations-bidirectional-stream"),
         ("GET", "/execution-parameters"),
     ],
 )
 def test_routes_that_are_not_offered(server: LiveServer, method: str, path: str) -> None:
-    assert server.http.request(method, path).status_code in (404, 405)
+    reply = server.http.request(method, path)
+    assert reply.status_code == 404
+    assert "no such route" in reply.text
 
 
 def test_a_list_of_prompts_is_answered_in_order(client: Any) -> None:
@@ -208,6 +216,30 @@ def test_every_field_of_the_call_is_understood_or_harmless(client: Any, front: S
     assert front.passed["x-amzn-sagemaker-inference-id"] == "order-4711"
 
 
+def test_headers_that_mean_nothing_here_are_ignored(server: LiveServer) -> None:
+    headers = {
+        "X-Amzn-SageMaker-Target-Model": "other.tar.gz",
+        "X-Amzn-SageMaker-Target-Variant": "b",
+        "X-Amzn-SageMaker-Inference-Component": "component",
+        "X-Amzn-SageMaker-Prefix-Aware-Id": "prefix",
+        "X-Amzn-SageMaker-Something-New": "x",
+        "x-synchronous": "false",
+    }
+    reply = server.http.post("/invocations", json=LMI, headers=headers)
+    assert (reply.status_code, reply.json()) == (200, {"generated_text": "a red circle"})
+    assert not {"x-next-token", "x-amzn-sagemaker-custom-attributes"} & reply.headers.keys()
+
+
+def test_an_adapter_may_be_named_anywhere_and_no_other_is_told(server: LiveServer) -> None:
+    for name in ("X-Amzn-SageMaker-Adapter-Identifier", "x-AMZN-sagemaker-ADAPTER-identifier"):
+        reply = server.http.post("/invocations", json=LMI, headers={name: "poet"})
+        assert (reply.status_code, reply.json()["message"]) == (404, "there is no adapter 'poet'")
+    for path in ("/invocations?adapter=poet", "/predictions/model?adapter=poet"):
+        assert server.http.post(path, json=LMI).status_code == 404
+    reply = server.http.post("/invocations?adapter=poet", json=LMI, headers={name: "another"})
+    assert reply.json()["message"] == "there is no adapter 'another'"
+
+
 def test_the_inference_id_is_the_requests_id(client: Any, server: LiveServer) -> None:
     reply = json.loads(invoke(client, CHAT, InferenceId="order-4712")["Body"])
     assert reply["id"] == "chatcmpl-order-4712"
@@ -236,6 +268,11 @@ def test_a_bad_request_is_a_model_error_with_its_status_and_text(client: Any) ->
         (404, {**LMI, "adapters": "poet"}, {}),
         (404, LMI, {"CustomAttributes": "X-Amzn-SageMaker-Adapter-Identifier=poet"}),
         (415, b"a,b", {"ContentType": "text/csv"}),
+        (415, b"--b--", {"ContentType": "multipart/form-data; boundary=b"}),
+        (415, b"inputs=hi", {"ContentType": "application/x-www-form-urlencoded"}),
+        (415, b"PK", {"ContentType": "tensor/npz"}),
+        (415, b"x", {"ContentType": "application/x-npy"}),
+        (415, b"\x89PNG", {"ContentType": "image/png"}),
         (400, LMI, {"SessionId": "unknown"}),
     ],
 )

@@ -56,6 +56,15 @@ def find_formatters(configuration: Configuration, fetched: Path | None = None) -
     return OwnFormatters(directory, file, "input_formatter" in kinds, "output_formatter" in kinds)
 
 
+def find_unused(configuration: Configuration, fetched: Path | None = None) -> Path | None:
+    """A model.py whose author may think that it is used; see `find_handler`."""
+    home = _home(configuration, fetched)
+    if home is None or not (home / "model.py").is_file():
+        return None
+    used = find_handler(configuration, fetched) or find_formatters(configuration, fetched)
+    return None if used else home / "model.py"
+
+
 def _home(configuration: Configuration, fetched: Path | None) -> Path | None:
     """The directory whose code counts."""
     if configuration.home is None and configuration.model_location.kind == "s3":

@@ -8,7 +8,7 @@ ROUTES = frozenset({"/invocations", "/predictions/{model}", "/models/{model}/inv
 """The routes on which LMI takes every schema."""
 
 _PREFIX = "x-amzn-sagemaker-"
-_ADAPTER = f"{_PREFIX}adapter-identifier"
+ADAPTER = f"{_PREFIX}adapter-identifier"
 _ATTRIBUTES = f"{_PREFIX}custom-attributes"
 _MOST_ATTRIBUTES = 1024
 """Characters of the header: SageMaker's own limit."""
@@ -24,9 +24,9 @@ def accept_of(headers: Mapping[str, str]) -> str:
 
 def adapter_of(headers: Mapping[str, str]) -> str | None:
     """The adapter that SageMaker's header, or a custom attribute of that name, asks for."""
-    if name := headers.get(_ADAPTER):
+    if name := headers.get(ADAPTER):
         return name
-    return attributes_of(headers).get(_ADAPTER) or None
+    return attributes_of(headers).get(ADAPTER) or None
 
 
 def attributes_of(headers: Mapping[str, str]) -> dict[str, str]:
