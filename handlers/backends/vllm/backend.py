@@ -26,6 +26,7 @@ from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
+from handlers.backends.vllm.adapters import Adapters, adapter_directories, spare_place
 from handlers.backends.vllm.counters import Counters, series, stat_logger
 from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
@@ -96,7 +97,9 @@ class VllmBackend:
         try:
             # Before the engine, which takes long to start: what is missing from a model is often its tokenizer.
             tokenizer = await loop.run_in_executor(self._threads, read)
+            self._adapters = Adapters(self._vllm, self._adapter_directories())
             await keeper.start()
+            await self._adapters.load(keeper.engine)
             self._front = await loop.run_in_executor(
                 self._threads,
                 VllmFront,
@@ -120,6 +123,7 @@ class VllmBackend:
             max_model_len=int(config.model_config.max_model_len),
             images=self._front.images,
             default_sampling=self._front.default_sampling,
+            adapters=self._settings.enable_lora,
             structured_outputs=True,
             image_placeholder=self._front.renderer.placeholder,
             special_token_ids=frozenset(self._front.tokenizer.all_special_ids),
@@ -154,6 +158,7 @@ class VllmBackend:
         if engine is None or engine.errored:
             reason = "failed too often" if keeper.given_up else "is being restarted; try again"
             raise Unavailable(f"the engine {reason}", retry_after=5)
+        adapter = self._adapters.chosen(request.adapter, request.model)
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         parts = list(request.images())
         rendered = await self._render(request)
@@ -179,7 +184,11 @@ class VllmBackend:
             prompt_text=rendered.text,
         )
         outputs = engine.generate(
-            prompt, theirs, f"{request.request_id}-{next(self._numbers)}", priority=request.priority
+            prompt,
+            theirs,
+            f"{request.request_id}-{next(self._numbers)}",
+            lora_request=adapter,
+            priority=request.priority,
         )
         generation = VllmGeneration(
             outputs,
@@ -256,6 +265,18 @@ class VllmBackend:
             await self._keeper.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def _adapter_directories(self) -> dict[str, Path]:
+        home = self._configuration.home or self._path
+        found = adapter_directories(home) if self._settings.enable_lora else {}
+        most = self._settings.max_cpu_loras or self._settings.max_loras
+        if len(found) > most:
+            logger.warning(
+                "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory",
+                len(found),
+                most,
+            )
+        return found
+
     def _import(self) -> Vllm:
         from engine.machine import this_machine
 
@@ -268,6 +289,8 @@ class VllmBackend:
     def _arguments(self) -> dict[str, Any]:
         arguments = engine_arguments(self._vllm, self._configuration, self._path, self._machine)
         if not self._machine.accelerators:
+            if self._settings.enable_lora:
+                arguments |= spare_place(arguments, len(self._adapter_directories()))
             share_cores(
                 arguments["tensor_parallel_size"]
                 * arguments["pipeline_parallel_size"]

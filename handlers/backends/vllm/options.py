@@ -26,6 +26,8 @@ ALWAYS = {
     "max_rolling_batch_size": "max_num_seqs",
     "gpu_memory_utilization": "gpu_memory_utilization",
     "trust_remote_code": "trust_remote_code",
+    "max_loras": "max_loras",
+    "max_lora_rank": "max_lora_rank",
 }
 """Our options whose value, default or not, vLLM is given -> its field."""
 
@@ -46,8 +48,6 @@ WHERE_GIVEN = {
     "seed": "seed",
     "mm_processor_kwargs": "mm_processor_kwargs",
     "enable_lora": "enable_lora",
-    "max_loras": "max_loras",
-    "max_lora_rank": "max_lora_rank",
     "max_cpu_loras": "max_cpu_loras",
     "lora_dtype": "lora_dtype",
     "fully_sharded_loras": "fully_sharded_loras",
