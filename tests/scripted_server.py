@@ -96,7 +96,7 @@ class ServerProcess:
         port: int | None = 0,
         **environ: str,
     ) -> None:
-        """model: a directory is made where it is not there. port: of `--port`. None leaves either to the environment."""
+        """model: a directory is made where it is not there. port: of `--port`. None: the environment says."""
         if isinstance(model, Path):
             model.mkdir(exist_ok=True)
             (model / "config.json").write_text("{}")

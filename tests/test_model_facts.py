@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from engine.errors import ModelLoadError
-from handlers.backends.model_facts import TOKENIZER, ModelQuestion, model_facts
+from handlers.backends.model_facts import TOKENIZER, ModelQuestion, load_tokenizer, model_facts
 from tests.models import make_llava
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +103,13 @@ def test_a_tokenizer_that_the_light_class_reads_otherwise_is_told(
     monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", altered)
     facts = model_facts(ModelQuestion(str(SHAPES), None, "auto", False), tmp_path)
     assert not facts.tokenizer_is_plain
+
+
+def test_a_model_without_a_fast_tokenizer_is_an_error(tmp_path: Path) -> None:
+    make_llava(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ModelLoadError, match="tokenizer"):
+        load_tokenizer(str(tmp_path), trust_remote_code=False)
 
 
 def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path) -> None:

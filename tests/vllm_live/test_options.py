@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from container.check import run_check
 from engine.machine import Device, Machine
 from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.fields import engine_argument_names
@@ -95,6 +96,13 @@ def test_the_environment_names_them_too() -> None:
 def test_a_bad_value_is_told_with_the_option_and_what_is_allowed(option: str, message: str) -> None:
     (problem,) = problems(option)
     assert message in problem
+
+
+def test_check_tells_it_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_check(str(SHAPES), ["rolling_batch=vllm", "max_logprobs=many"], False, {}) == 1
+    assert "option.max_logprobs = 'many' (--option max_logprobs): allowed: a whole number" in (
+        capsys.readouterr().out
+    )
 
 
 def test_two_spellings_may_agree_but_not_differ() -> None:
