@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,19 @@ def test_auto_falls_to_the_embedded_engine_and_says_why(
 def test_phi3_v_with_remote_code_is_vllms() -> None:
     choice = choose("auto", ["Phi3VForCausalLM"], 1, vllm=True, adapter=True, trust_remote_code=True)
     assert choice.backend == "vllm"
+
+
+def test_a_vllm_of_another_version_is_not_driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "_version.py").write_text("__version__ = version = '0.27.1'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    choice = choose("auto", LLAVA, 1)
+    assert choice.backend == "rolling"
+    assert "vLLM 0.27.1" in choice.reason
+    with pytest.raises(ConfigurationError, match=r"install vllm>=0\.28,<0\.34"):
+        choose("vllm", LLAVA, 1)
 
 
 def test_auto_asks_whether_vllm_lists_the_model() -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+from handlers.backends.vllm.compat import check_version, installed_version
 from handlers.backends.vllm.fields import architectures as vllm_architectures
+from handlers.errors import InvalidConfiguration
 from properties.field import BackendName
 from properties.problem import ConfigurationError, Problem
 
@@ -37,6 +39,16 @@ def vllm_installed() -> bool:
     return find_spec("vllm") is not None
 
 
+def vllm_version_problem() -> str | None:
+    """Why the installed vLLM cannot be driven; None when it can, and when there is none."""
+    try:
+        if vllm_installed():
+            check_version(installed_version())
+    except InvalidConfiguration as error:
+        return error.message
+    return None
+
+
 def vllm_backend_present() -> bool:
     """Whether this build has an adapter for vLLM."""
     return find_spec("handlers.backends.vllm") is not None
@@ -62,6 +74,8 @@ def choose(
     installed = vllm_installed() if vllm is None else vllm
     present = vllm_backend_present() if adapter is None else adapter
     refusal = _refusal(architectures, installed, present, trust_remote_code)
+    if vllm is None and refusal is None:
+        refusal = vllm_version_problem()
     if rolling_batch == "vllm":
         if refusal is not None:
             raise ConfigurationError(
