@@ -81,11 +81,13 @@ class OutputStream:
 class EngineClient:
     """One engine process from start to death; it is not started twice."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        """config: needed at last for `start`."""
         self.config = config
         self.ready: Ready | None = None
         self.stats = Stats()
         self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self.answered = False
         """Whether any request has had a token from this process."""
@@ -114,8 +116,19 @@ class EngineClient:
         """Seconds since a sign of life was asked for that has not come; 0 when none is due."""
         return 0.0 if self._asked is None else time.monotonic() - self._asked
 
+    async def spawn(self) -> None:
+        """Start the process ahead of `start`: it imports what it needs, which takes seconds, and waits.
+
+        Raises OSError; nothing is left running then.
+        """
+        try:
+            await self._spawn()
+        except BaseException:
+            await self.stop()
+            raise
+
     async def start(self) -> Ready:
-        """Spawn the process and wait until the model has answered a first request of its own.
+        """Spawn the process, unless that is done, and wait until the model has answered a first request of its own.
 
         Raises ModelLoadError with the engine's reason, EngineDead when the process ends without giving one, and
         OSError when it cannot be started. Nothing is left running then.
@@ -126,7 +139,7 @@ class EngineClient:
             await self.stop()
             raise
 
-    async def _start(self) -> Ready:
+    async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -140,10 +153,17 @@ class EngineClient:
                 )  # fmt: skip
             assert self._process.stderr is not None
             self._tasks.append(asyncio.create_task(_relay_log(self._process.stderr), name="engine-log"))
-            reader, self._writer = await asyncio.open_connection(sock=ours)
+            self._reader, self._writer = await asyncio.open_connection(sock=ours)
         except BaseException:
             ours.close()
             raise
+
+    async def _start(self) -> Ready:
+        assert self.config is not None
+        if self._process is None:
+            await self._spawn()
+        reader = self._reader
+        assert reader is not None
         self._write(msgspec.msgpack.encode(self.config))
         decoder = msgspec.msgpack.Decoder(FromEngine)
         first = await _read(reader, decoder)

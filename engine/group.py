@@ -87,13 +87,18 @@ class EngineGroup:
         retry_threshold: int = 3,
         loading_seconds: float = 1800.0,
         stuck_seconds: float = STUCK_SECONDS,
+        spawned: EngineClient | None = None,
     ) -> None:
         """retry_threshold: failures of a replica, with no answered request between them, that a restart
-        answers; after one more it is given up. loading_seconds: what one restart may take."""
+        answers; after one more it is given up. loading_seconds: what one restart may take. spawned: a process that
+        waits for its configuration, to be the first replica's."""
         self._loading_seconds = loading_seconds
         self._retry_threshold = retry_threshold
         self._stuck_seconds = stuck_seconds
         self.replicas = [Replica(number, config) for number, config in enumerate(configs)]
+        if spawned is not None:
+            spawned.config = configs[0]
+            self.replicas[0].client = spawned
         self.restarts = 0
         self.facts: Ready | None = None
         """What the first replica that came up said of itself."""

@@ -54,8 +54,10 @@ class Channel:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
 
-    def read_config(self) -> EngineConfig:
-        return msgspec.msgpack.decode(read_frame(self._socket) or b"", type=EngineConfig)
+    def read_config(self) -> EngineConfig | None:
+        """None where the front is gone before it said anything."""
+        frame = read_frame(self._socket)
+        return None if frame is None else msgspec.msgpack.decode(frame, type=EngineConfig)
 
     def send(self, message: FromEngine) -> None:
         write_frame(self._socket, self._encoder.encode(message))
@@ -159,8 +161,12 @@ def main() -> None:
 
             follow(sock)
         else:
+            import engine.engine  # noqa: F401  # takes seconds, in which the front finds out what to configure
+
             channel = Channel(sock)
-            serve(channel, channel.read_config())
+            config = channel.read_config()
+            if config is not None:
+                serve(channel, config)
     except OSError:
         logger.info("the front is gone", exc_info=True)
 

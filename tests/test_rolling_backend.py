@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from engine.sampling_params import SamplingParams
@@ -149,3 +150,4 @@ def test_what_cannot_be_loaded_is_said_plainly(model: Path, settings: dict[str, 
 
     with pytest.raises(ServingError, match=message):
         asyncio.run(scenario())
+    assert not [child for child in psutil.Process().children() if "engine.process" in child.cmdline()]

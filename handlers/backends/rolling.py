@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.client import EngineClient
 from engine.cores import usable_cores
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import EngineGroup, Ticket
@@ -81,7 +82,9 @@ class RollingBackend:
 
     async def load(self) -> None:
         loop = asyncio.get_running_loop()
+        engine = EngineClient()
         try:
+            await engine.spawn()  # meanwhile, the front learns of the model
             front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path)
             vocabulary = await loop.run_in_executor(self._pool, lambda: front.vocabulary)
             plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
@@ -89,10 +92,15 @@ class RollingBackend:
                 plan,
                 retry_threshold=self._settings.retry_threshold,
                 loading_seconds=self._settings.model_loading_timeout,
+                spawned=engine,
             )
             facts = await self._group.start()
         except (EngineError, OSError) as error:
+            await engine.stop()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
+        except BaseException:
+            await engine.stop()
+            raise
         self._front = front
         self._preparer = (
             PicturePreparer(front.preprocessor, self._pool, self._settings.image_cache_mb << 19)
