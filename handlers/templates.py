@@ -134,9 +134,6 @@ class PromptRenderer:
 
     def _apply(self, template: str, source: TemplateSource, prompt: ChatPrompt, hidden: Hidden) -> str:
         parts = (self._forced_format if self._forced_format != "auto" else source.content_format) == "openai"
-        messages = [
-            self._message(message, hidden, parts, source.accepts_strings) for message in prompt.messages
-        ]
         if prompt.continue_final_message and not _ends_with_text(prompt):
             raise InvalidRequest(
                 "there is no text to continue in the last message", param="continue_final_message"
@@ -297,13 +294,18 @@ def _ends_with_text(prompt: ChatPrompt) -> bool:
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends the arguments as a JSON string; templates written for transformers want the object."""
+    """OpenAI sends the arguments as a JSON string; templates written for transformers want the object.
+
+    What is no JSON stays the string, and so does what escapes half a surrogate pair, which no prompt can hold.
+    """
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
+        arguments = json.loads(text or "{}")
+        if "\\u" in text:
+            json.dumps(arguments, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 

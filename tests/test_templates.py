@@ -438,6 +438,28 @@ def test_values_nested_beyond_reason_are_refused(plain: PreTrainedTokenizerFast)
         renderer.render(ChatPrompt([said("hi")], template_kwargs={"mood": deep}))
 
 
+def test_earlier_calls_nested_beyond_reason_are_refused(plain: PreTrainedTokenizerFast) -> None:
+    renderer = PromptRenderer(plain, PARTS, image_token="<image>")
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    called = Message("assistant", [], tool_calls=[{"function": {"name": "f", "arguments": deep}}])
+    with pytest.raises(InvalidRequest, match="cannot render"):
+        renderer.render(ChatPrompt([said("hi"), called, said("and?")]))
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', "[" * 100_000, "not JSON", "9" * 5000])
+def test_arguments_that_no_template_can_show_stay_the_text_they_are(
+    plain: PreTrainedTokenizerFast, arguments: str
+) -> None:
+    shows = (
+        "{% for m in messages %}{{ m.tool_calls[0].function.arguments if m.tool_calls else '-' }}{% endfor %}"
+    )
+    renderer = PromptRenderer(plain, shows)
+    called = Message("assistant", [], tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
+    assert renderer.render(ChatPrompt([said("hi"), called, said("and?")])).text == f"-{arguments}-"
+
+
 def test_text_that_looks_like_a_mark_is_kept(plain: PreTrainedTokenizerFast) -> None:
     renderer = PromptRenderer(plain, PARTS, image_token="<image>")
     text = "\ue000" * 25 + "0\uf8ff<image>" + "\ue001" * 10 + "1\uf8ff7<|im_end|>5"
