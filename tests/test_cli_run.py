@@ -147,6 +147,14 @@ class TestFlags:
         assert "secret" not in str(caught.value)
 
 
+def test_a_template_is_never_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+    address = "https://templates.example/llava.jinja"
+    assert main(["check", str(SHAPES), "--chat-template", address, "--json"]) == 1
+    (error,) = json.loads(capsys.readouterr().out)["errors"]
+    assert error.startswith(f"option.chat_template = '{address}'")
+    assert "no such file" in error
+
+
 class TestKeys:
     @pytest.mark.parametrize(
         ("key", "sent", "admitted"),

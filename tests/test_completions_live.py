@@ -141,6 +141,27 @@ def test_a_prompt_is_cut_at_the_side_that_is_asked_for(client: openai.OpenAI, to
     assert choice.finish_reason in ("length", "stop")
 
 
+def test_prompts_with_pictures_are_not_cut(client: openai.OpenAI) -> None:
+    picture = f"![]({data_url(random_image(3))})"
+    plain, cut = (
+        complete(client, f"{picture}{PROMPT}", extra_body=extra)
+        for extra in ({}, {"truncate_prompt_tokens": 4})
+    )
+    assert plain.usage is not None
+    assert cut.usage is not None
+    assert cut.usage.prompt_tokens == plain.usage.prompt_tokens > 16
+    with pytest.raises(openai.BadRequestError, match="context"):
+        complete(client, picture + "x" * 3000, extra_body={"truncate_prompt_tokens": -1})
+
+
+def test_logit_bias_may_name_1024_tokens(client: openai.OpenAI, tokenizer: Any) -> None:
+    likely = tokenizer("q", add_special_tokens=False).input_ids[0]
+    own = {"ignore_eos": True, "logit_bias": {str(likely): 100}}
+    assert complete(client, PROMPT, extra_body=own).choices[0].text == "q" * 8
+    with pytest.raises(openai.BadRequestError, match="logit_bias names 1025 tokens; allowed: 1024"):
+        complete(client, PROMPT, logit_bias={str(number): 0 for number in range(1025)})
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -6,6 +6,7 @@ The model is a random Llava, whose right answers transformers' own `generate` gi
 from __future__ import annotations
 
 import asyncio
+import base64
 import http.server
 import socket
 import threading
@@ -25,6 +26,7 @@ from tests.backend import BACK, VLLM
 from tests.engine_driver import Oracle, Prompt, random_image
 from tests.live import LiveServer, chat_body, data_url
 from tests.models import make_llava
+from tests.test_images_decode import png
 
 FLOAT32 = "dtype=float32"
 
@@ -266,9 +268,11 @@ def test_private_addresses_and_files_are_refused(server: LiveServer, picture_hos
 
 
 def test_bad_pictures_are_named_by_index(server: LiveServer) -> None:
-    reply = server.chat(random_image(1), "data:image/png;base64,AAAA", "hello")
-    assert reply.status_code == 400
-    assert "image 1" in reply.json()["error"]["message"]
+    huge = "data:image/png;base64," + base64.b64encode(png(2**31 - 1, 2**31 - 1)).decode()
+    for bad, status in (("data:image/png;base64,AAAA", 400), (huge, 413)):
+        reply = server.chat(random_image(1), bad, "hello")
+        assert reply.status_code == status
+        assert "image 1" in reply.json()["error"]["message"]
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,20 @@ def test_one_bad_item_fails_alone_and_says_why(
     assert "10 of 12 prompts failed" in caplog.text
 
 
+def test_what_is_not_offered_is_an_error(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="lora_request"):
+        llm.generate("a", lora_request=object())  # type: ignore[call-arg]
+    for name in ("encode", "embed", "score", "classify", "sleep", "wake_up", "beam_search"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(llm, name)
+    for params in ({"use_beam_search": True}, {"logits_processors": [print]}):
+        with pytest.raises(ValueError, match="is not supported"):
+            SamplingParams(**params)
+    for data in ({"audio": b"x"}, {"video": b"x"}, {"image": np.zeros((4, 8), dtype=np.float32)}):
+        (output,) = llm.generate([{"prompt": "x", "multi_modal_data": data}], use_tqdm=False)
+        assert output.error is not None
+
+
 def test_what_was_set_wrong_later_fails_alone_too(llm: LLM) -> None:
     wrong = [SamplingParams(), SamplingParams(), SamplingParams()]
     wrong[0].n = "many"

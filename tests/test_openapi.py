@@ -66,6 +66,7 @@ def described() -> dict[str, Any]:
 
 def test_the_document_is_valid_openapi() -> None:
     validate(described())
+    assert described()["openapi"].startswith("3.1.")
 
 
 def test_every_route_is_in_the_document_with_all_its_methods() -> None:

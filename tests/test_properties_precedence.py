@@ -145,6 +145,22 @@ def test_every_variable_reaches_its_option(
     assert found.sources[name].location == variable
 
 
+def test_other_variables_of_tgi_are_nobodys(tmp_path: Path) -> None:
+    others = {
+        "MAX_BATCH_TOTAL_TOKENS": "9",
+        "MAX_INPUT_TOKENS": "5",
+        "MAX_BEST_OF": "1",
+        "MAX_STOP_SEQUENCES": "1",
+        "WAITING_SERVED_RATIO": "x",
+        "VALIDATION_WORKERS": "0",
+        "DISABLE_GRAMMAR_SUPPORT": "true",
+        "JSON_OUTPUT": "true",
+    }
+    found = configure(tmp_path, **others)
+    assert found.settings == configure(tmp_path).settings
+    assert found.warnings == []
+
+
 def test_sagemaker_request_size_wins_over_megabytes_with_a_warning(tmp_path: Path) -> None:
     found = configure(tmp_path, SAGEMAKER_MAX_REQUEST_SIZE="5", SAGEMAKER_MAX_PAYLOAD_IN_MB="6")
     assert found.settings.max_request_size == 5

@@ -192,6 +192,20 @@ class TestTruncation:
         draws = np.array([one.uniform for one in states])
         assert abs(np.corrcoef(numbers, draws)[0, 1]) < 0.04
 
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"top_a": 0.7}, {"tfs": 0.3}, {"tfs": 0.9}, {"eta_cutoff": 900.0}, {"epsilon_cutoff": 700.0},
+            {"nsigma": 1.0}, *({"typical_p": p, "temperature": 1.1, "temperature_last": True} for p in (0.3, 0.8)),
+        ],
+    )  # fmt: skip
+    def test_equals_stay_or_go_together(self, params: dict[str, Any]) -> None:
+        levels = torch.tensor([3.0, 2.4, 2.4, 2.4, 1.0, 1.0, 0.2, 0.2, 0.2, 0.2, -1.0])
+        (got,) = warped(levels[None], **params)
+        for level in set(levels.tolist()):
+            assert len({round(float(p), 12) for p in got[levels.numpy() == level]}) == 1, level
+        assert 0 < np.count_nonzero(got) < len(levels)
+
     def test_with_two_tokens_or_one(self) -> None:
         for vocab_size in (1, 2):
             for params in KINDS:
@@ -337,6 +351,18 @@ class TestRepetition:
             assert found == pytest.approx(expected, rel=1e-5)
             if token is not None:
                 output.append(token)
+
+    def test_a_match_of_more_than_254_tokens_counts_as_254(self) -> None:
+        for count in (250, 300):
+            run = list(range(1000, 1000 + count))
+            rules = Repetition.of(
+                SamplingParams(dry_multiplier=1.0, dry_base=1.02, dry_allowed_length=2), [*run, 5, *run]
+            )
+            assert rules is not None
+            found = rules.penalties([])
+            assert found is not None
+            penalties = dict(zip(found[0].tolist(), found[1].tolist(), strict=True))
+            assert penalties[5] == pytest.approx(1.02 ** (min(count, 254) - 2), rel=1e-4)
 
     @given(st.lists(tokens, max_size=40), st.lists(tokens, max_size=40), st.integers(1, 6))
     @settings(max_examples=200, deadline=None)

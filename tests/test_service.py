@@ -17,6 +17,7 @@ from handlers.backends.base import Delta, PromptStats
 from handlers.errors import EngineFailed, ImageFetchFailed, InvalidRequest, Unavailable
 from handlers.exchange import Reply
 from handlers.request import GenerationRequest
+from handlers.service import ServiceLimits
 from tests.scripted import (
     Pictures,
     ScriptedBackend,
@@ -371,6 +372,7 @@ async def test_silence_is_filled_with_comments() -> None:
     chunks = [chunk async for chunk in reply.chunks]  # type: ignore[union-attr]
     assert b'"a"' in chunks[0]
     assert 1 <= chunks.count(b": keep-alive\n\n") <= 3
+    assert ServiceLimits().keep_alive == 15.0
     lines = incoming({"inputs": "x", "stream": True}, "/invocations")
     data = await everything(await service(backend, keep_alive=0.01).answer(lines))
     assert b"keep-alive" not in data

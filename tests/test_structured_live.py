@@ -263,6 +263,16 @@ def test_what_goes_wrong_later_is_the_clients_fault_too(server: LiveServer) -> N
     reply = server.chat("Hello!", structured_outputs={"regex": "[0-9]{3}"}, allowed_token_ids=[3, 4, 5])
     assert reply.status_code == 400, reply.text
     assert "no token" in reply.json()["error"]["message"]
+    digits = [str(number) for number in range(10)]
+    reply = server.chat("Hello!", structured_outputs={"regex": "[0-9]"}, bad_words=digits)
+    assert reply.status_code == 400, reply.text
+    repeating = {"structured_outputs": {"regex": "(ab){40}"}, "no_repeat_ngram_size": 1, "max_tokens": 100}
+    assert server.chat("Hello!", **repeating).status_code == 400
+    stream = server.chat("Hello!", **repeating, stream=True)
+    assert stream.status_code == 200
+    *_, last = stream.text.strip().split("\n\n")
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], "no token" in error["message"]) == ("invalid_request_error", True)
 
 
 def test_free_and_constrained_requests_share_the_batch(server: LiveServer) -> None:

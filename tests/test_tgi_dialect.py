@@ -689,6 +689,17 @@ def test_lengths_in_tgis_words(server: LiveServer) -> None:
     )
 
 
+def test_more_than_1024_tokens_come_in_one_go(server: LiveServer) -> None:
+    """TGI would queue the rest again, and fetch the picture again."""
+    before = server.metrics()["lmi_images_total"]
+    grammar = {"type": "regex", "value": "([a-z]{1,8}[ ]){2000}"}
+    parameters = {"max_new_tokens": 1030, "grammar": grammar, "details": True}
+    reply = server.http.post("/generate", json={"inputs": prompt("red"), "parameters": parameters}).json()
+    assert reply["details"]["generated_tokens"] == len(reply["details"]["tokens"]) == 1030
+    assert reply["details"]["finish_reason"] == "length"
+    assert server.metrics()["lmi_images_total"] - before == 1
+
+
 def test_a_picture_that_is_none_names_itself(server: LiveServer) -> None:
     body = {"inputs": "![](data:image/png;base64,QUJD) what?"}
     for path in ("/generate", "/generate_stream", "/"):
