@@ -162,6 +162,13 @@ def test_options_of_another_backend_are_named() -> None:
     assert [problem.option for problem in found.unhonoured("vllm")] == ["encoder_cache_mb"]
 
 
+@pytest.mark.parametrize("entry", ["http://host/model.py", "https://host/model.py", "missing.py"])
+def test_an_entry_point_must_be_a_file_of_the_model(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"option\.entry_point = .*: no such file in "):
+        resolve(model=str(tmp_path), environ={}, options=[f"entryPoint={entry}"])
+
+
 def test_inference_address_must_be_http() -> None:
     with pytest.raises(ConfigurationError, match=r"allowed: http://HOST:PORT"):
         configure(SERVING_INFERENCE_ADDRESS="unix:/tmp/s")

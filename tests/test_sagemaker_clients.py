@@ -79,6 +79,8 @@ def test_chat_about_a_picture(client: Any) -> None:
     assert reply["ContentType"] == "application/json"
     (choice,) = json.loads(reply["Body"])["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("a red circle", "stop")
+    (choice,) = json.loads(invoke(client, {**CHAT, "max_tokens": 2})["Body"])["choices"]
+    assert choice["finish_reason"] == "length"
     body = {"messages": [message(CIRCLE, SQUARE, "What is in the second image?")], "temperature": 0}
     assert json.loads(invoke(client, body)["Body"])["choices"][0]["message"]["content"] == "a blue square"
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +132,9 @@ def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sessions.control(OPEN, {})
     with pytest.raises(InvalidRequest):
         sessions.check({"x-amzn-sagemaker-session-id": "gone"})
+
+
+def test_a_start_needs_no_store_for_sessions() -> None:
+    code = "import sys, container.app, container.build, container.server; assert 'boto3' not in sys.modules"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=True)

@@ -30,6 +30,10 @@ def adapter_directories(home: Path) -> dict[str, Path]:
             raise InvalidConfiguration(
                 f"adapters/{path.name[:80]}: allowed in an adapter's name: letters, digits, `_`, `.` and `-`"
             )
+        if (path / "model.py").is_file():
+            logger.warning(
+                "adapters/%s/model.py is not used: handlers and formatters are the model's alone", path.name
+            )
         found[path.name] = path
     return found
 
