@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.backends.select import vllm_backend_present, vllm_installed
+from handlers.backends.vllm.fields import engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import BackendName, Level
 from properties.names import nearest
@@ -127,7 +128,9 @@ def _unknown(configuration: Configuration) -> list[str]:
 
 def _resolve(model: str, options: list[str]) -> Configuration:
     try:
-        return resolve(model=model, environ=os.environ, options=options)
+        return resolve(
+            model=model, environ=os.environ, options=options, backend_options=engine_argument_names()
+        )
     except ConfigurationError as error:
         told = [
             replace(problem, message=problem.message.replace("--option ", "LLM's argument "))
