@@ -361,6 +361,57 @@ def test_a_process_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None
     asyncio.run(run())
 
 
+PARENT = """
+import os, subprocess, time
+def handle(inputs):
+    if inputs.is_empty():
+        return None
+    how, end = inputs.get_as_string().split()
+    pid = subprocess.Popen(["sleep", "60"]).pid if how == "popen" else os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    open("pid", "w").write(str(pid))
+    if end == "dies":
+        os._exit(3)
+    return "ok"
+"""
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("how", ["fork", "popen"])
+@pytest.mark.parametrize("end", ["dies", "stays"])
+def test_processes_of_the_handlers_own_hide_no_death_and_do_not_stay(
+    tmp_path: Path, how: str, end: str
+) -> None:
+    path = model(tmp_path / "own", PARENT)
+
+    async def run() -> None:
+        backend = CustomBackend(Start(str(path), "model.py", "handle", {}), 1, 3)
+        await backend.load()
+        async with asyncio.timeout(20):
+            call = await backend.call({"Content-Type": "text/plain"}, f"{how} {end}".encode())
+            if end == "dies":
+                with pytest.raises(EngineFailed):
+                    await call.next()
+            else:
+                await call.next()
+        async with asyncio.timeout(2.5):
+            await backend.close()
+        pid = int((path / "pid").read_text())
+        async with asyncio.timeout(5):
+            while runs(pid):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
 def test_another_file_and_function(tmp_path: Path) -> None:
     path = tmp_path / "own"
     path.mkdir()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
@@ -180,11 +182,13 @@ class HandlerProcess:
         self._spawn(watch())
 
     def kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        """It, or where it has ended already, the processes that the handler has started and left behind."""
+        if self._process is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self) -> None:
-        """End it. Never raises."""
+        """End it, and what it has started. Never raises."""
         self._bury(Unavailable("the server is stopping; send the request again", retry_after=5))
         if self._writer is not None:
             self._writer.close()
@@ -195,6 +199,7 @@ class HandlerProcess:
             except TimeoutError:
                 self.kill()
                 await self._process.wait()
+            self.kill()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         if tasks:
             _, unfinished = await asyncio.wait(tasks, timeout=1.0)

@@ -232,7 +232,10 @@ def failed(number: int, error: Exception) -> Failed:
 
 def main(descriptor: int) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    channel = Channel(socket.socket(fileno=descriptor))
+    sock = socket.socket(fileno=descriptor)
+    # or this process's end would go unnoticed while one that the handler has forked lives
+    os.register_at_fork(after_in_child=sock.close)
+    channel = Channel(sock)
     start = channel.start()
     try:
         function = load(start)
