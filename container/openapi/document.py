@@ -41,6 +41,10 @@ _STATUSES = {
 }
 
 
+_QUERY = {
+    "model_name": "The model, where the path names none.",
+    "adapter": "The adapter, where no header names one.",
+}
 _HEADERS = {
     "x-request-id": "The request's id, for the log and the reply; a harmless token of at most 128 characters.",
     "X-Amzn-SageMaker-Inference-Id": "The same, as SageMaker sends it; it wins.",
@@ -118,14 +122,10 @@ def _operation(path: str, route: Route, method: str) -> dict[str, Any]:
             {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
             for name, description in _HEADERS.items()
         ]
-        operation["parameters"].append(
-            {
-                "name": "model_name",
-                "in": "query",
-                "description": "The model, where the path names none.",
-                "schema": {"type": "string"},
-            }
-        )
+        operation["parameters"] += [
+            {"name": name, "in": "query", "description": description, "schema": {"type": "string"}}
+            for name, description in _QUERY.items()
+        ]
     if text.bodies:
         content: dict[str, Any] = {JSON: {"schema": _any_of(text.bodies)}}
         if text.plain_text:
