@@ -105,6 +105,7 @@ def test_results_come_in_the_order_of_the_prompts_and_look_like_vllms(llm: LLM) 
     assert first.finished
     assert answer.finished()
     assert first.error is None
+    assert not hasattr(first, "metrics")
 
 
 def test_each_prompt_may_have_sampling_parameters_of_its_own(llm: LLM) -> None:
@@ -311,6 +312,21 @@ def test_n_best_of_and_log_probabilities(llm: LLM) -> None:
     assert len({tuple(answer.token_ids) for answer in four}) > 1
 
 
+def test_what_vllms_own_examples_write_out_is_taken(llm: LLM) -> None:
+    """Their script for vision models gives `lora_request`, None where the model has no adapter."""
+    asked = prompt(picture("red-circle"))
+    outputs = llm.generate([asked], sampling_params=GREEDY.clone(), lora_request=None, use_tqdm=False)
+    assert texts(outputs) == ["a red circle"]
+    assert (outputs[0].metrics, outputs[0].lora_request) == (None, None)
+    chat = turn(picture("red-circle"))
+    positional = llm.chat(chat, GREEDY, False, None, None, "auto")
+    assert texts(positional) == ["a red circle"]
+    with pytest.raises(TypeError, match="lora_request is not supported"):
+        llm.generate([asked], GREEDY, lora_request=object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give it to LLM"):
+        llm.chat(chat, GREEDY, chat_template_content_format="string")
+
+
 def test_prompt_log_probabilities(llm: LLM) -> None:
     output = llm.generate("Hello", SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)[0]
     assert output.prompt_logprobs is not None
@@ -343,6 +359,8 @@ def test_sampling_parameters_have_vllms_names_defaults_and_checks() -> None:
         {"n": 0},
         {"n": 3, "best_of": 2},
         {"stop": ""},
+        {"truncate_prompt_tokens": 0},
+        {"truncate_prompt_tokens": -2},
         {"min_p": "x"},
     ):
         with pytest.raises(ValueError, match=next(reversed(bad))):

@@ -57,7 +57,10 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
         priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: None = None,
+        mm_processor_kwargs: None = None,
         raise_on_error: bool | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts in the model's own format; results in the order of the prompts.
@@ -70,8 +73,15 @@ class LLM:
         raise_on_error: True raises the first error; False puts each into the `error` of its result, where the
         answers are then empty; None, the default, raises for a prompt that was given alone, not in a list.
 
+        lora_request, tokenization_kwargs, mm_processor_kwargs: None, which vLLM's users write out too.
+
         Raises ServingError (see raise_on_error), TypeError and ValueError for arguments that do not fit together.
         """
+        _refuse(
+            lora_request=lora_request,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
         given, alone = prompts_in(prompts)
         placeholder = self._core.backend.capabilities.image_placeholder
 
@@ -86,13 +96,16 @@ class LLM:
         messages: Any,
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         *,
         priority: int | Sequence[int] | None = None,
-        chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
         raise_on_error: bool | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them; results in their order.
@@ -101,6 +114,15 @@ class LLM:
         ...}}` or `{"type": "image_pil", "image_pil": picture}`. chat_template: a template's text, in place of the
         model's. The others as for `generate`.
         """
+        _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        if chat_template_content_format not in (
+            "auto",
+            self._core.configuration.settings.chat_template_content_format,
+        ):
+            raise ValueError(
+                f"chat_template_content_format {chat_template_content_format!r} is not this LLM's: "
+                "give it to LLM() instead"
+            )
         given, alone = conversations_in(messages)
 
         def read(conversation: Any) -> Prompt:
@@ -207,7 +229,7 @@ def _request(request_id: str, prompt: Prompt, params: SamplingParams, priority: 
         sampling=params.engine_params(),
         n=count,
         priority=priority,
-        truncate_prompt_tokens=params.truncate_prompt_tokens,
+        truncate_prompt_tokens=params.truncation(),
         text_bytes=sum(len(part.text) for part in parts if isinstance(part, TextPart)),
         constraint=params.constraint(),
     )
@@ -225,6 +247,13 @@ def _result(request: GenerationRequest, outcome: Outcome, item: Any, params: Sam
         logprobs=params.logprobs is not None,
         best=params.answers()[1],
     )
+
+
+def _refuse(**given: object) -> None:
+    """Raises TypeError for an argument of vLLM's that cannot be obeyed and asks for something."""
+    for name, value in given.items():
+        if value and not (isinstance(value, list) and not any(value)):
+            raise TypeError(f"{name} is not supported: leave it out")
 
 
 def _count(params: SamplingParams) -> int:

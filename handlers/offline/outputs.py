@@ -47,7 +47,8 @@ class RequestOutput:
     """One prompt and its answers.
 
     prompt: as text, after the chat template; None where it was given as token ids. prompt_token_ids: with the
-    tokens of pictures. error: why there is no answer; `outputs` then holds empty ones.
+    tokens of pictures. error: why there is no answer; `outputs` then holds empty ones. metrics, lora_request: always
+    None.
     """
 
     request_id: str
@@ -58,6 +59,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     error: ServingError | None = None
     finished: bool = True
+    metrics: None = None
+    lora_request: None = None
 
 
 def answered(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -110,6 +111,7 @@ class SamplingParams:
         try:
             self.engine_params()
             self.answers()
+            self.truncation()
             self.constraint()
         except InvalidRequest as error:
             raise ValueError(error.message) from None
@@ -139,6 +141,16 @@ class SamplingParams:
             raise InvalidRequest(f"best_of is {best_of}, fewer than n, which is {n}", param="best_of")
         return best_of, n
 
+    def truncation(self) -> int | None:
+        """Tokens of the prompt to keep; None for all, -1 for what fits. Raises InvalidRequest."""
+        kept: int | None = self.__dict__["truncate_prompt_tokens"]
+        if kept is not None and (not isinstance(kept, int) or (kept < 1 and kept != -1)):
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {kept!r}; allowed: from 1, or -1 for what fits",
+                param="truncate_prompt_tokens",
+            )
+        return kept
+
     def constraint(self) -> Constraint | None:
         """What structured_outputs or guided_decoding ask for. Raises InvalidRequest."""
         asked = [
@@ -149,6 +161,9 @@ class SamplingParams:
         if len(asked) > 1:
             raise InvalidRequest("structured_outputs and guided_decoding exclude each other: give one")
         return read_constraint(structured_outputs=asked[0]) if asked else None
+
+    def clone(self) -> SamplingParams:
+        return copy.deepcopy(self)
 
     def __getattr__(self, name: str) -> Any:
         """A sampler that was not given has the engine's default."""
