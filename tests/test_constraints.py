@@ -47,6 +47,15 @@ def deep(levels: int) -> dict[str, Any]:
             },
             Constraint("json_schema", TEXT),
         ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA, "strict": False},
+                }
+            },
+            Constraint("json_schema", TEXT),
+        ),
         ({"response_format": {"type": "json_object", "value": SCHEMA}}, Constraint("json_schema", TEXT)),
         ({"response_format": {"type": "json", "value": TEXT}}, Constraint("json_schema", TEXT)),
         (

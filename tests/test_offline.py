@@ -105,7 +105,7 @@ def test_results_come_in_the_order_of_the_prompts_and_look_like_vllms(llm: LLM) 
     assert first.finished
     assert answer.finished()
     assert first.error is None
-    assert not hasattr(first, "metrics")
+    assert first.metrics is None
 
 
 def test_each_prompt_may_have_sampling_parameters_of_its_own(llm: LLM) -> None:

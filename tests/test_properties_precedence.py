@@ -115,6 +115,8 @@ def test_empty_value_is_absent_everywhere(tmp_path: Path) -> None:
         ("PREDICT_TIMEOUT", "97", "predict_timeout", 97),
         ("PIPELINE_PARALLEL_DEGREE", "2", "pipeline_parallel_degree", 2),
         ("HF_REVISION", "v1", "revision", "v1"),
+        ("HF_MODEL_REVISION", "v2", "revision", "v2"),
+        ("SM_NUM_GPUS", "2", "tensor_parallel_degree", 2),
         ("HF_TASK", "text-generation", "task", "text-generation"),
         ("HF_MODEL_QUANTIZE", "awq", "quantize", "awq"),
         ("HF_MODEL_TRUST_REMOTE_CODE", "true", "trust_remote_code", True),
@@ -162,6 +164,7 @@ def test_other_variables_of_tgi_are_nobodys(tmp_path: Path) -> None:
 
 
 def test_sagemaker_request_size_wins_over_megabytes_with_a_warning(tmp_path: Path) -> None:
+    assert configure(tmp_path).settings.max_request_size == 64 * 2**20
     found = configure(tmp_path, SAGEMAKER_MAX_REQUEST_SIZE="5", SAGEMAKER_MAX_PAYLOAD_IN_MB="6")
     assert found.settings.max_request_size == 5
     assert [str(warning) for warning in found.warnings] == [
@@ -175,6 +178,7 @@ def test_port_wins_over_inference_address(tmp_path: Path) -> None:
 
 
 def test_image_fetch_timeout_aliases_must_agree(tmp_path: Path) -> None:
+    assert configure(tmp_path).settings.image_fetch_timeout == 10
     same = {"APHRODITE_IMAGE_FETCH_TIMEOUT": "6", "VLLM_IMAGE_FETCH_TIMEOUT": "6.0"}
     assert configure(tmp_path, **same).settings.image_fetch_timeout == 6
     with pytest.raises(ConfigurationError, match="VLLM_IMAGE_FETCH_TIMEOUT") as raised:

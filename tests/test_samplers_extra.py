@@ -560,6 +560,15 @@ class TestOrder:
         ours = warped(logits, top_k=5, top_a=1.5, sampler_priority=(*FIRST, "TOP_A", "TOP_P_TOP_K", *rest))
         assert_same(ours, logits, other_way)
 
+    def test_top_n_sigma_measures_what_another_sampler_left(self, logits: torch.Tensor) -> None:
+        def formula(row: Row) -> Row:
+            left = np.sort(row)[-20:]
+            return only(softmax(row), (row >= left[0]) & (row >= left[-1] - 0.8 * left.std(ddof=1)))
+
+        rest = [name for name in SAMPLERS if name not in (*FIRST, "TOP_P_TOP_K", "TOP_NSIGMA")]
+        priority = (*FIRST, "TOP_P_TOP_K", "TOP_NSIGMA", *rest)
+        assert_same(warped(logits, top_k=20, nsigma=0.8, sampler_priority=priority), logits, formula)
+
     def test_numbers_are_those_of_koboldcpp(self) -> None:
         named = tuple(SAMPLERS[number] for number in (6, 7, 8, 0, 1, 3, 4, 2, 5, 9, 10, 11, 12, 13))
         by_number = state(sampler_priority=(6, 7, 8, 0, 1, 3, 4, 2, 5, 9, 10, 11, 12, 13)).warping

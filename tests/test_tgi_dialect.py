@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -248,6 +249,12 @@ def test_details_byte_for_byte() -> None:
         b'"prefill":[],"tokens":[{"id":10,"text":"a","logprob":-0.5,"special":false},'
         b'{"id":2,"text":"</s>","logprob":-0.25,"special":true}]}}'
     )
+
+
+def test_numbers_of_32_bits_are_printed_as_the_same_numbers_of_64() -> None:
+    steps = said("a", logprobs=[PositionLogprobs(token(10, "a", float(np.float32(-0.1))), ())])
+    reply = answer({"inputs": "x", "parameters": {"details": True}}, steps)
+    assert b'"logprob":-0.10000000149011612,' in reply.body
 
 
 def test_why_an_answer_ended() -> None:

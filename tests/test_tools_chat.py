@@ -25,10 +25,12 @@ from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
 from handlers.request import ChatPrompt, GenerationRequest
+from handlers.templates import PromptRenderer
 from properties.configuration import resolve
 from properties.problem import ConfigurationError
 from tests.backend import VLLM
 from tests.live import LiveServer
+from tests.models import make_tokenizer
 from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service
 from tests.scripted_server import ServerProcess
 
@@ -175,6 +177,17 @@ def test_forced_calls_have_a_schema_whose_references_still_lead_to_their_definit
     allowed = schema_of(tools=TOOLS, tool_choice=only)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate([{"name": "draw", "parameters": inner}], allowed)
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_earlier_reasoning_reaches_the_template_under_both_names(name: str) -> None:
+    earlier = {"role": "assistant", "content": "Hi.", name: "Hm."}
+    prompt = read({"messages": [earlier, {"role": "user", "content": "And?"}]}).prompt
+    template = (
+        "{% for m in messages %}<{{ m.reasoning }}|{{ m.reasoning_content }}>{{ m.content }}{% endfor %}"
+    )
+    text = PromptRenderer(make_tokenizer(), template).render(prompt).text
+    assert text == "<Hm.|Hm.>Hi.<|>And?"
 
 
 def test_special_tokens_that_mark_calls_are_not_skipped() -> None:
