@@ -111,7 +111,8 @@ class Guidance:
         does where the grammar has become too complex or allows no token that may be used."""
         masks = np.zeros((len(guides), self._num_words), np.uint32)
         going = [(guide.matcher, row) for row, guide in enumerate(guides) if guide.reason is None]
-        self._executor.unsafe_compute_mask_ptr(going, masks.ctypes.data, masks.shape[1] * 4, len(masks))
+        if going:
+            self._executor.unsafe_compute_mask_ptr(going, masks.ctypes.data, masks.shape[1] * 4, len(masks))
         masks &= self._permitted
         for guide, mask in zip(guides, masks, strict=True):
             if guide.reason is not None:

@@ -25,6 +25,7 @@ from engine.logits import keep_only, unpacked
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
 from handlers.grammars.source import grammar_of
+from handlers.grammars.worker import _try_out
 from tests.engine_driver import EOS, Result, collect, load_engine, run_all
 from tests.models import VOCAB, make_text_model, make_tokenizer
 
@@ -311,6 +312,23 @@ def test_special_tokens_and_pictures_are_no_text(engine: Engine) -> None:
     allowed = {token for token in range(len(mask) * 32) if mask[token >> 5] >> (token & 31) & 1}
     assert allowed & set(range(256, VOCAB)) == set(EOS)
     assert len(allowed - set(EOS)) == 128 + 51  # ASCII, and the bytes that begin a longer character
+
+
+def test_answers_that_cannot_go_on_are_told_why_even_when_there_are_no_others(engine: Engine) -> None:
+    assert engine.guidance is not None
+    (guide,) = engine.guidance.build(regex("yes"), 1)
+    guide.accept(token("n"))
+    assert guide.reason is not None
+    why = guide.reason
+    assert not engine.guidance.fill([guide]).any()
+    assert guide.reason == why
+
+
+def test_a_grammar_that_grows_too_complex_within_its_trial_says_so() -> None:
+    """It is told in the compiler's words, not as the death of the process that tried it."""
+    chain = "\n".join(f'r{i}: r{i + 1} "z" | r{i + 1}' for i in range(1500))
+    with pytest.raises(GrammarError, match="max is 2000"):
+        _try_out(lark(f'start: r0\n{chain}\nr1500: "c"'), Guidance(vocabulary(), most_compiled=0))
 
 
 def test_logits_narrower_than_the_tokenizer() -> None:
