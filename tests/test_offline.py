@@ -165,7 +165,7 @@ def test_one_bad_item_fails_alone_and_says_why(
 
 def test_what_is_not_offered_is_an_error(llm: LLM) -> None:
     with pytest.raises(TypeError, match="lora_request"):
-        llm.generate("a", lora_request=object())  # type: ignore[call-arg]
+        llm.generate("a", lora_request=object())  # type: ignore[arg-type]
     for name in ("encode", "embed", "score", "classify", "sleep", "wake_up", "beam_search"):
         with pytest.raises(AttributeError, match=name):
             getattr(llm, name)
