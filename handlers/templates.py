@@ -11,7 +11,7 @@ import jinja2
 
 from handlers.errors import InvalidRequest, ServingError
 from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder, encode, token_places
-from handlers.request import ChatPrompt, ImagePart, Message, TextPart, TextPrompt
+from handlers.request import ChatPrompt, ImagePart, Message, TextPart, TextPrompt, prompt_parts
 from handlers.template_source import TemplateSource
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LONGEST_REASON = 300
+_LONGEST_PROMPT = 2**22
 _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 """Variables of a template that a request has fields for."""
 
@@ -49,6 +50,9 @@ class PromptRenderer:
         family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
 
     Raises ValueError when these do not fit together.
+
+    longest: characters of a prompt, or tokens that the client sent, which are looked at at all. Encoding takes some
+    hundred bytes of memory and a microsecond for each; whoever knows the model's context sets it.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class PromptRenderer:
         *,
         placeholder: str | None = None,
     ) -> None:
+        self.longest = _LONGEST_PROMPT
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -89,6 +94,7 @@ class PromptRenderer:
 
         Raises InvalidRequest for what the client can mend.
         """
+        self._require_room(sum(len(part.text) for part in prompt_parts(prompt) if isinstance(part, TextPart)))
         if isinstance(prompt, ChatPrompt):
             return self._chat(prompt, spans)
         return self._text(prompt, spans)
@@ -123,6 +129,7 @@ class PromptRenderer:
         self._require_pictures(n_images)
         hidden = Hidden(self._text_control)
         if prompt.token_ids is not None:
+            self._require_room(len(prompt.token_ids), "tokens")
             return self._counted(
                 str(self._tokenizer.decode(prompt.token_ids)), list(prompt.token_ids), n_images
             )
@@ -209,6 +216,7 @@ class PromptRenderer:
     def _encoded(
         self, rendered: str, hidden: Hidden, n_images: int, add_special_tokens: bool, with_spans: bool
     ) -> RenderedPrompt:
+        self._require_room(len(rendered))
         spans: list[tuple[int, int]] | None = None
         if hidden.literals or self._normalised:
             literal = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
@@ -245,6 +253,13 @@ class PromptRenderer:
     def _require_pictures(self, n_images: int) -> None:
         if n_images and self.image_token_id is None:
             raise InvalidRequest("this model does not take pictures", param="messages")
+
+    def _require_room(self, length: int, unit: str = "characters") -> None:
+        if length > self.longest:
+            raise InvalidRequest(
+                f"the prompt has {length} {unit}, far more than this model's context holds; allowed: at most "
+                f"{self.longest}"
+            )
 
     def _parse(self, template: str) -> TemplateSource:
         try:

@@ -460,6 +460,26 @@ def test_arguments_that_no_template_can_show_stay_the_text_they_are(
     assert renderer.render(ChatPrompt([said("hi"), called, said("and?")])).text == f"-{arguments}-"
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        TextPrompt([TextPart("a" * 90), TextPart("b" * 11)]),
+        TextPrompt([], token_ids=[1] * 101),
+        ChatPrompt([said("a" * 101)]),
+        ChatPrompt([said("hi")], template_kwargs={"mood": "a" * 101}),
+    ],
+)
+def test_what_no_context_has_room_for_is_refused_before_it_is_encoded(
+    plain: PreTrainedTokenizerFast, prompt: ChatPrompt | TextPrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = PromptRenderer(plain, "{{ mood }}" + PARTS)
+    assert renderer.render(prompt).token_ids
+    renderer.longest = 100
+    monkeypatch.setattr("handlers.templates.encode", lambda *_: pytest.fail("it was encoded"))
+    with pytest.raises(InvalidRequest, match=r"has 1\d\d (characters|tokens).*at most 100"):
+        renderer.render(prompt)
+
+
 def test_text_that_looks_like_a_mark_is_kept(plain: PreTrainedTokenizerFast) -> None:
     renderer = PromptRenderer(plain, PARTS, image_token="<image>")
     text = "\ue000" * 25 + "0\uf8ff<image>" + "\ue001" * 10 + "1\uf8ff7<|im_end|>5"

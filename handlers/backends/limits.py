@@ -12,6 +12,21 @@ MOST_TOKEN_IDS = 1024
 """Tokens that logit_bias or stop_token_ids may name."""
 
 
+_CHARACTERS_PER_TOKEN = 32
+"""Far more than the tokens of any text have on average."""
+
+_FEWEST = 2**20
+
+
+def longest_prompt(max_model_len: int) -> int:
+    """Characters of a prompt, or token ids of a client's own, beyond which nothing is done with it.
+
+    A body of 60 MB would take a thread a minute and the process 8 GB to be turned into tokens, all to be told that
+    they are too many.
+    """
+    return max(_FEWEST, _CHARACTERS_PER_TOKEN * max_model_len)
+
+
 def checked_tokens(
     request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
 ) -> list[int]:

@@ -28,7 +28,7 @@ from handlers.backends.base import (
     TokenLogprob,
     compute_type,
 )
-from handlers.backends.limits import checked_sampling, checked_tokens
+from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
@@ -101,6 +101,7 @@ class RollingBackend:
         except BaseException:
             await engine.stop()
             raise
+        front.renderer.longest = longest_prompt(facts.max_model_len)
         self._front = front
         self._preparer = (
             PicturePreparer(front.preprocessor, self._pool, self._settings.image_cache_mb << 19)

@@ -21,7 +21,7 @@ from handlers.backends.base import (
     TokenizedPrompt,
     compute_type,
 )
-from handlers.backends.limits import checked_sampling, checked_tokens
+from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
 from handlers.backends.vision_flags import contradictions
@@ -116,6 +116,7 @@ class VllmBackend:
             await keeper.close()
             raise
         config = keeper.engine.vllm_config
+        self._front.renderer.longest = longest_prompt(int(config.model_config.max_model_len))
         parallel, accelerators = config.parallel_config, self._machine.accelerators
         self._blocks = int(config.cache_config.num_gpu_blocks or 0)
         self._replicas = int(config.parallel_config.data_parallel_size)
