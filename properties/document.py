@@ -71,8 +71,8 @@ name its path.
 
 With the vLLM backend every field of its `AsyncEngineArgs` is an option as well, by its own name: `option.max_logprobs`,
 `option.compilation_config`, `OPTION_ASYNC_SCHEDULING`. Its text is read as vLLM's command line reads it (JSON for an
-object, `a,b` or JSON for a list); `lmi check` tells a bad value, and what is allowed, without loading the model. A field
-that one of the options below sets must agree with it. With another backend it is a warning.
+object, `a,b` or JSON for a list); `lmi check` tells a bad value, and what is allowed, without loading the model. A
+field that one of the options below sets must agree with it. With another backend it is a warning.
 
 ## In the tables
 
