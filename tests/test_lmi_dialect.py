@@ -151,7 +151,8 @@ def test_pictures_are_markdown_links_in_place() -> None:
         ImagePart("data:image/png;base64,QUJD"),
         TextPart(" what?"),
     ]
-    for plain in ("", "![logo](logo.png)", "[a](https://x.example)", "![](ftp://x)", "![](", f"! []({CAT})"):
+    foreign = ("![](ftp://x)", "![](file:///etc/passwd)", "![](s3://bucket/key.png)")
+    for plain in ("", "![logo](logo.png)", "[a](https://x.example)", *foreign, "![](", f"! []({CAT})"):
         assert picture_parts(plain) == [TextPart(plain)]
 
 
