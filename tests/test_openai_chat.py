@@ -19,7 +19,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.dialects.base import Conventions
-from handlers.dialects.body import read_body
+from handlers.dialects.body import MOST_CONTAINERS, read_body
 from handlers.dialects.openai_chat import ChatBody, read_chat
 from handlers.dialects.openai_completions import CompletionBody
 from handlers.dialects.openai_fields import FALSE_ONLY, IGNORED, READ_ELSEWHERE, UNSUPPORTED
@@ -444,6 +444,14 @@ def test_what_is_no_json_object_is_refused_with_where(data: bytes, where: str) -
     with pytest.raises(InvalidRequest) as caught:
         read_body(data, {})
     assert where in caught.value.message
+
+
+def test_a_body_of_more_lists_and_objects_than_any_request_has_is_refused() -> None:
+    most = b'{"a": [' + b"[]," * (MOST_CONTAINERS - 3) + b"{}]}"
+    assert len(read_body(most, {})["a"]) == MOST_CONTAINERS - 2
+    for one_more in (b"[[]", b"[{}", b'["["'):
+        with pytest.raises(InvalidRequest, match="more than 1048576 opening brackets"):
+            read_body(most.replace(b"[[]", one_more + b",[]", 1), {})
 
 
 @settings(max_examples=300, deadline=None)

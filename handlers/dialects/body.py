@@ -22,6 +22,10 @@ _EXACT = 2**53
 
 FORM = "application/x-www-form-urlencoded"
 
+MOST_CONTAINERS = 2**20
+"""Lists and objects in one body. Reading twenty times as many, which 64 MB can hold, would stop the event loop for
+seconds, in whichever thread it is done."""
+
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 
@@ -135,6 +139,8 @@ def _text(body: bytes) -> str:
 
 
 def _object(body: bytes) -> dict[str, Any]:
+    if len(body) > MOST_CONTAINERS and body.count(b"[") + body.count(b"{") > MOST_CONTAINERS:
+        raise MalformedBody(f"the body has more than {MOST_CONTAINERS} opening brackets and braces")
     try:
         value = msgspec.json.decode(body)
         _DUPLICATES.decode(body.decode())
