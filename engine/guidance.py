@@ -31,7 +31,7 @@ LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,
     step_max_items=20_000,
-    max_lexer_states=50_000,
+    max_lexer_states=200_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )
@@ -40,11 +40,25 @@ LIMITS = LLParserLimits(
 MOST_COMPILED = 32
 """Grammars kept compiled, the ones used last."""
 
+MOST_STEPS = 2000
+"""Taken with what was compiled once; then it is compiled anew. Its copies share the states that their texts lead to,
+which `LIMITS` bounds: without this, a grammar would be of no use to anybody once some answers had filled them up."""
+
 MOST_REASON_CHARACTERS = 300
 
 
 class GrammarError(Exception):
     """The grammar cannot be used; the message is for the client."""
+
+
+class _Compiled:
+    """A grammar as it was before any text. steps: how many its copies have taken together."""
+
+    __slots__ = ("matcher", "steps")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.steps = 0
 
 
 class Guide:
@@ -53,11 +67,12 @@ class Guide:
     reason: why the answer cannot go on, None while it can.
     """
 
-    __slots__ = ("matcher", "reason")
+    __slots__ = ("_origin", "matcher", "reason")
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self.matcher = matcher
+    def __init__(self, origin: _Compiled) -> None:
+        self.matcher = origin.matcher.deep_copy()
         self.reason: str | None = None
+        self._origin = origin
 
     @property
     def ended(self) -> bool:
@@ -67,7 +82,16 @@ class Guide:
     def accept(self, token_id: int) -> None:
         """The token was chosen; sets `reason` if the grammar does not allow it."""
         if not self.ended and self.reason is None and not self.matcher.consume_token(token_id):
-            self.reason = _reason(self.matcher)
+            self.fail(_reason(self.matcher))
+
+    def step(self) -> None:
+        """What may come next is asked for."""
+        self._origin.steps += 1
+
+    def fail(self, reason: str) -> None:
+        """The answer cannot go on. Another one with this grammar may, but not with what this one has filled up."""
+        self.reason = reason
+        self._origin.steps = MOST_STEPS
 
 
 class Guidance:
@@ -91,20 +115,20 @@ class Guidance:
         self._permitted = np.full(self._num_words, 0xFFFFFFFF, np.uint32)
         _remove(self._permitted, (*vocabulary.forbidden, *range(vocabulary.size, self._num_words * 32)))
         self._executor = LLExecutor(min(4, usable_cores()))
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
 
     def build(self, grammar: str, count: int) -> list[Guide]:
         """Guides for `count` answers. Raises GrammarError."""
         first = self._compiled.get(grammar)
-        if first is None:
-            first = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-            if first.is_error():
-                raise GrammarError(_reason(first))
-            self._compiled[grammar] = first
+        if first is None or first.steps >= MOST_STEPS:
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+            if matcher.is_error():
+                raise GrammarError(_reason(matcher))
+            first = self._compiled[grammar] = _Compiled(matcher)
         self._compiled.move_to_end(grammar)
         if len(self._compiled) > self._most_compiled:
             self._compiled.popitem(last=False)
-        return [Guide(first.deep_copy()) for _ in range(count)]
+        return [Guide(first) for _ in range(count)]
 
     def fill(self, guides: Sequence[Guide]) -> Words:
         """The tokens that may come next, [len(guides), words]: none for a guide whose `reason` is set, which this
@@ -117,8 +141,9 @@ class Guidance:
         for guide, mask in zip(guides, masks, strict=True):
             if guide.reason is not None:
                 continue
+            guide.step()
             if guide.matcher.is_error():
-                guide.reason = _reason(guide.matcher)
+                guide.fail(_reason(guide.matcher))
             elif not mask.any():
                 guide.reason = "the grammar leads to a place from which this model's tokens do not go on"
             else:

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from engine.building import Built, GuideBuilder
 from engine.config import Vocabulary
 from engine.engine import Engine
-from engine.guidance import GrammarError, Guidance
+from engine.guidance import MOST_STEPS, GrammarError, Guidance
 from engine.logits import keep_only, unpacked
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
@@ -329,6 +329,40 @@ def test_a_grammar_that_grows_too_complex_within_its_trial_says_so() -> None:
     chain = "\n".join(f'r{i}: r{i + 1} "z" | r{i + 1}' for i in range(1500))
     with pytest.raises(GrammarError, match="max is 2000"):
         _try_out(lark(f'start: r0\n{chain}\nr1500: "c"'), Guidance(vocabulary(), most_compiled=0))
+
+
+def test_a_grammar_that_one_answer_has_worn_out_serves_the_next() -> None:
+    """Copies of a compiled grammar share the states they have seen, up to a limit."""
+    guidance = Guidance(vocabulary())
+    grammar = regex("a{3}")
+    (worn,) = guidance.build(grammar, 1)
+    worn.fail("too many states")
+    (fresh,) = guidance.build(grammar, 1)
+    (beside,) = guidance.build(grammar, 1)
+    assert fresh._origin is not worn._origin
+    assert fresh._origin is beside._origin, "compiled once"
+    assert worn.reason is not None
+    assert fresh.reason is None
+    for _ in range(MOST_STEPS):
+        guidance.fill([fresh])
+    (anew,) = guidance.build(grammar, 1)
+    assert anew._origin is not fresh._origin
+
+
+def test_long_texts_of_bounded_length_fit() -> None:
+    """Each place of a bounded text is a state of its own: 6 texts of 1,500 characters have tens of thousands."""
+    names = [f"f{number}" for number in range(6)]
+    texts = {name: {"type": "string", "maxLength": 1500 + place} for place, name in enumerate(names)}
+    wanted = {"type": "object", "properties": texts, "required": names, "additionalProperties": False}
+    guidance = Guidance(vocabulary())
+    answer = json.dumps(dict.fromkeys(names, "x" * 1500))
+    for _ in range(2):
+        (guide,) = guidance.build(schema(wanted), 1)
+        for token_id in TOKENIZER.encode(answer, add_special_tokens=False).ids:
+            (mask,) = guidance.fill([guide])
+            assert mask.any(), guide.reason
+            guide.accept(token_id)
+        assert guide.reason is None
 
 
 def test_logits_narrower_than_the_tokenizer() -> None:
