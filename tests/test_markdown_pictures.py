@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.dialects.markdown_pictures import picture_parts
+from handlers.dialects.markdown_pictures import MOST_PICTURES, picture_parts
+from handlers.errors import InvalidRequest
 from handlers.request import ImagePart, Part, TextPart
 
 _PLAIN = re.compile(
@@ -45,5 +47,12 @@ def test_the_same_pictures_as_by_the_pattern(text: str) -> None:
 )
 def test_no_text_takes_more_than_linear_time(text: str) -> None:
     start = time.thread_time()
-    picture_parts(text)
+    with suppress(InvalidRequest):
+        picture_parts(text)
     assert time.thread_time() - start < 5
+
+
+def test_no_more_pictures_are_cut_out_than_any_prompt_holds() -> None:
+    assert len(picture_parts("![](http:a)" * MOST_PICTURES)) == MOST_PICTURES
+    with pytest.raises(InvalidRequest, match="more than 1024 pictures"):
+        picture_parts("x ![](http:a)" * (MOST_PICTURES + 1))

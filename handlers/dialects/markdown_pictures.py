@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
+from handlers.errors import InvalidRequest
 from handlers.request import ImagePart, Part, TextPart
+
+MOST_PICTURES = 1024
+"""In one text, whatever `option.limit_mm_per_prompt` says: no prompt holds as many, but a long text could hold
+millions."""
 
 _START = re.compile(r"!\[[^\[\]\n]{0,1000}\]\(\s{0,8}(?=(?i:https?:|data:))")
 
@@ -15,9 +20,12 @@ _PICTURE = re.compile(
 
 
 def picture_parts(text: str) -> list[Part]:
-    """Text with its `![](url)` pictures cut out, in order. Linear in the text's length, whatever it holds."""
+    """Text with its `![](url)` pictures cut out, in order. Linear in the text's length, whatever it holds.
+
+    Raises InvalidRequest for more than `MOST_PICTURES`.
+    """
     parts: list[Part] = []
-    position = searched = close = 0
+    position = searched = close = pictures = 0
     while (start := _START.search(text, searched)) is not None:
         if close < start.end():
             close = text.find(")", start.end())
@@ -32,6 +40,8 @@ def picture_parts(text: str) -> list[Part]:
             url, end = match[1], match.end()
         if start.start() > position:
             parts.append(TextPart(text[position : start.start()]))
+        if (pictures := pictures + 1) > MOST_PICTURES:
+            raise InvalidRequest(f"the text holds more than {MOST_PICTURES} pictures")
         parts.append(ImagePart(url))
         position = searched = end
     if position < len(text) or not parts:
