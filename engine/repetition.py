@@ -82,7 +82,8 @@ class Repetition:
 
     __slots__ = (
         "_base", "_breakers", "_dry", "_dry_least", "_dry_range", "_followed", "_multiplier", "_ngram_size",
-        "_ngrams", "_prompt", "_seen", "_single_words", "_words",
+        "_ngrams", "_prompt", "_seen", "_single_words", "_word_lengths",
+        "_words",
     )  # fmt: skip
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
@@ -98,10 +99,12 @@ class Repetition:
         self._seen: TokenCounts | None = None
         runs = params.bad_words_token_ids
         self._single_words = np.array(sorted({run[0] for run in runs if len(run) == 1}), np.int64)
-        self._words: dict[int, list[tuple[int, ...]]] = {}
-        for run in set(runs):
+        words: dict[tuple[int, ...], set[int]] = {}
+        for run in runs:
             if len(run) > 1:
-                self._words.setdefault(run[-2], []).append(run)
+                words.setdefault(run[:-1], set()).add(run[-1])
+        self._words = {before: np.array(sorted(last), np.int64) for before, last in words.items()}
+        self._word_lengths = sorted({len(before) for before in words})
 
     @classmethod
     def of(cls, params: SamplingParams, prompt_token_ids: Sequence[int]) -> Repetition | None:
@@ -137,9 +140,11 @@ class Repetition:
     def banned(self, output: list[int]) -> Ids:
         """The tokens that would repeat an n-gram (Paulus et al. 2017) or finish an unwanted word; each once."""
         found = [self._single_words, self._blocked(output)]
-        for run in self._words.get(output[-1], ()) if output else ():
-            if len(output) >= len(run) - 1 and tuple(output[1 - len(run) :]) == run[:-1]:
-                found.append(np.array(run[-1:], np.int64))
+        for length in self._word_lengths:
+            if length > len(output):
+                break
+            if (last := self._words.get(tuple(output[-length:]))) is not None:
+                found.append(last)
         return np.unique(np.concatenate(found))
 
     def _blocked(self, output: list[int]) -> Ids:
