@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from engine.environment import child_environment
+from engine.environment import child_environment, die_with_parent
 from engine.errors import ModelLoadError
 from engine.families.pixels import ProcessorBackend
 
@@ -144,6 +144,7 @@ def _save_plain(tokenizer: Any, folder: Path) -> bool:
 
 
 def main(folder: Path) -> None:
+    die_with_parent()
     question = msgspec.msgpack.decode((folder / _QUESTION).read_bytes(), type=ModelQuestion)
     answer: _Found | _Failed
     try:
