@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from engine.config import Vocabulary
 from engine.guidance import GrammarError, Guidance
 from handlers.errors import InvalidRequest
-from handlers.grammars.compiler import GrammarCompiler
+from handlers.grammars.compiler import GrammarCompiler, _Worker
 from handlers.grammars.source import grammar_of
 from handlers.request import Constraint
 from tests.models import VOCAB, make_tokenizer
@@ -280,3 +281,20 @@ def test_grammars_for_a_schema_hold_the_schema() -> None:
 def test_a_broken_tokenizer_is_said_at_once() -> None:
     with pytest.raises(GrammarError, match="tokenizer"):
         Guidance(Vocabulary("{}", 10, 10))
+
+
+def test_a_worker_that_is_ended_within_a_long_reply_holds_nobody_up() -> None:
+    code = "import sys, time; sys.stdout.buffer.write(bytes(2_000_000)); sys.stdout.flush(); time.sleep(60)"
+
+    async def run() -> None:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe)
+        assert process.stdout is not None
+        await process.stdout.readexactly(1)
+        worker = _Worker()
+        worker._process, worker._working = process, True
+        async with asyncio.timeout(10):
+            await worker.end()
+        assert not worker.alive
+
+    asyncio.run(run())

@@ -201,6 +201,9 @@ class _Worker:
         if self.alive:
             with suppress(ProcessLookupError):
                 self._process.kill()
+            # asyncio waits for the pipe's end too, which it does not see behind a long reply that nobody has read
+            assert self._process.stdout is not None
+            await self._process.stdout.read()
             await self._process.wait()
 
     async def _send(self, body: bytes) -> None:
