@@ -82,7 +82,7 @@ bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" li
 compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (after make install-vllm)
 	$(BIN)/python -m bench.compare $(ARGS)
 
-memory: $(VENV)/installed-dev  ## Watch the memory over 5,000 unique pictures
+memory: $(VENV)/installed-dev  ## Watch the memory over 5,000 unique pictures, after 5,000 that fill the caches
 	$(BIN)/python -m bench.memory $(ARGS)
 
 install-vllm: $(VLLM)/installed  ## Install vLLM and the project into .venv-vllm: its CPU build where there is no GPU
