@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
@@ -21,11 +21,11 @@ from container.metrics import Metrics
 from container.names import accepted_names, public_names
 from container.openapi.document import document
 from container.prompt_log import log_answer, log_prompt
-from container.routes import Action, MethodNotAllowed, Route, find
+from container.routes import Match, MethodNotAllowed, Route, find
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.dialects.sagemaker import ADAPTER
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
-from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.version import VERSION
 from properties.configuration import Configuration
 
@@ -134,20 +134,31 @@ class App:
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
             case "info":
                 await self._reply(call, self._service().info())
-            case action:
+            case _:
                 named = match.name or parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
-                await self._work(call, action)
+                await self._work(call, self._asked(call, match))
 
     def _service(self) -> Answers:
         if self._life.phase != "serving" or self._life.service is None:
             raise Unavailable(f"not ready: {self._life.reason}", retry_after=5)
         return self._life.service
 
-    async def _work(self, call: Call, action: Action) -> None:
-        """What takes a body and the model."""
-        service = self._service()
+    def _asked(self, call: Call, match: Match) -> Callable[[bytes], Awaitable[Reply]]:
+        """What answers a body. Raises Unavailable."""
+        service, action = self._service(), match.route.action
+        if action == "adapters":
+            query = {name: values[0] for name, values in parse_qs(call.query, keep_blank_values=True).items()}
+            return lambda body: service.adapters(
+                AdapterCall(match.route.adapters, match.adapter, query, body, call.headers, call.request_id)
+            )
         work = {"tokenize": service.tokenize, "detokenize": service.detokenize}.get(action, service.answer)
+        return lambda body: work(
+            Incoming(call.template, body, _named_headers(call), call.request_id, call.model)
+        )
+
+    async def _work(self, call: Call, work: Callable[[bytes], Awaitable[Reply]]) -> None:
+        """What takes a body and the model."""
         self.calls.add(call)
         self.idle.clear()
         try:
@@ -155,9 +166,8 @@ class App:
             call.body_read = True
             if self._settings.log_prompts:
                 log_prompt(call.request_id, body)
-            incoming = Incoming(call.template, body, _named_headers(call), call.request_id, call.model)
             await call.exchange.run(
-                self._answer(call, work(incoming)),
+                self._answer(call, work(body)),
                 self._headers(call),
                 longest=self._settings.predict_timeout + _GRACE_SECONDS,
                 pause=self._settings.chunked_read_timeout,
@@ -292,7 +302,7 @@ class App:
         logger.info("request", extra={"facts": line})
 
 
-_LOGGED = ("answer", "tokenize", "detokenize")
+_LOGGED = ("answer", "tokenize", "detokenize", "adapters")
 
 
 def request_id(headers: Mapping[str, str], configured: str | None) -> str:

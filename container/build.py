@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from container.life import Answers
-from container.names import public_names
+from container.names import accepted_names, public_names
 from handlers import build
 from handlers.backends.base import Backend
 from handlers.custom.backend import CustomBackend
@@ -85,6 +85,7 @@ def build_service(
         images,
         limits,
         model_name=public_names(configuration)[0],
+        other_names=accepted_names(configuration),
         output_formatter=settings.output_formatter,
         tgi_compat=settings.tgi_compat,
         formats=answer_formats(

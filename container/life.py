@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from handlers.backends.base import Backend, BackendStats, Health
-from handlers.exchange import Incoming, Reply
+from handlers.exchange import AdapterCall, Incoming, Reply
 
 Phase = Literal["loading", "serving", "draining", "failed"]
 
@@ -19,6 +19,8 @@ class Answers(Protocol):
     async def tokenize(self, incoming: Incoming) -> Reply: ...
 
     async def detokenize(self, incoming: Incoming) -> Reply: ...
+
+    async def adapters(self, call: AdapterCall) -> Reply: ...
 
     def info(self) -> Reply: ...
 

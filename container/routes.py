@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from handlers.errors import NotFound, ServingError
+from handlers.exchange import AdapterAction
 
 Action = Literal[
-    "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize"
-]
+    "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize",
+    "adapters",
+]  # fmt: skip
 
 READ = ("GET", "HEAD")
 
@@ -36,21 +38,23 @@ class MethodNotAllowed(ServingError):
 class Route:
     """template: what logs, metrics and the handlers call it, never what the client typed.
 
-    open: answered without the server's key, as the platform asks it.
+    open: answered without the server's key, as the platform asks it. adapters: what is done to adapters there.
     """
 
     template: str
     action: Action
     methods: tuple[str, ...] = ("POST",)
     open: bool = False
+    adapters: AdapterAction = "list"
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """name: the model named in the path, "" for none."""
+    """name: the model named in the path, "" for none. adapter: likewise."""
 
     route: Route
     name: str = ""
+    adapter: str = ""
 
 
 PING = Route("/ping", "ping", (*READ, "POST"), open=True)
@@ -63,6 +67,16 @@ ROOT = Route("/", "answer")
 PREDICTIONS = Route("/predictions/{model}", "answer")
 INVOKE = Route("/models/{model}/invoke", "answer")
 
+_ADAPTERS = (
+    Route("/adapters", "adapters", READ),
+    Route("/adapters", "adapters", adapters="add"),
+)
+_ADAPTER = (
+    Route("/adapters/{adapter}", "adapters", READ, adapters="show"),
+    Route("/adapters/{adapter}", "adapters", ("DELETE",), adapters="remove"),
+)
+_UPDATE = (Route("/adapters/{adapter}/update", "adapters", adapters="update"),)
+
 ROUTES: dict[str, tuple[Route, ...]] = {
     "/ping": (PING,),
     "/health": (HEALTH,),
@@ -73,6 +87,8 @@ ROUTES: dict[str, tuple[Route, ...]] = {
     "/openapi.json": (Route("/openapi.json", "openapi", READ),),
     # SageMaker and LMI
     "/invocations": (Route("/invocations", "answer"),),
+    # LMI's adapters; SageMaker calls them for inference components
+    "/adapters": _ADAPTERS,
     # OpenAI
     "/v1/models": (MODELS,),
     "/v1/chat/completions": (CHAT,),
@@ -89,11 +105,17 @@ ROUTES: dict[str, tuple[Route, ...]] = {
 }
 """Path -> the routes there, told apart by their methods."""
 
-_NAMED = (
-    (re.compile(r"/v1/models/(?P<name>.+)"), MODELS),
-    (re.compile(r"/models/(?P<name>.+)/invoke"), INVOKE),
-    (re.compile(r"/predictions/(?P<name>.+)"), PREDICTIONS),
+_NAMED: tuple[tuple[re.Pattern[str], tuple[Route, ...]], ...] = (
+    (re.compile(r"/v1/models/(?P<name>.+)"), (MODELS,)),
+    (re.compile(r"/adapters/(?P<adapter>[^/]+)/update"), _UPDATE),
+    (re.compile(r"/adapters/(?P<adapter>[^/]+)"), _ADAPTER),
+    (re.compile(r"/models/(?P<name>.+)/adapters"), _ADAPTERS),
+    (re.compile(r"/models/(?P<name>.+)/adapters/(?P<adapter>[^/]+)/update"), _UPDATE),
+    (re.compile(r"/models/(?P<name>.+)/adapters/(?P<adapter>[^/]+)"), _ADAPTER),
+    (re.compile(r"/models/(?P<name>.+)/invoke"), (INVOKE,)),
+    (re.compile(r"/predictions/(?P<name>.+)"), (PREDICTIONS,)),
 )
+_GROUP = re.compile(r"\(\?P<(\w+)>[^)]+\)")
 _APPENDED = {CHAT.template: CHAT, COMPLETIONS.template: COMPLETIONS}
 """What Hugging Face's clients append to whatever address they are given."""
 
@@ -101,40 +123,41 @@ _SLASHES = re.compile(r"//+")
 
 
 def every() -> Iterator[tuple[str, Route]]:
-    """All routes with their paths, in which `{name}` is a model's name."""
+    """All routes with their paths, in which `{name}` is a model's name and `{adapter}` an adapter's."""
     for path, routes in ROUTES.items():
         for route in routes:
             yield path, route
-    for pattern, route in _NAMED:
-        yield pattern.pattern.replace("(?P<name>.+)", "{name}"), route
+    for pattern, routes in _NAMED:
+        for route in routes:
+            yield _GROUP.sub(r"{\1}", pattern.pattern), route
 
 
 def find(path: str, method: str) -> Match:
     """Raises NotFound, and MethodNotAllowed for a path that has routes for other methods only."""
-    found, name = _at(_SLASHES.sub("/", path).rstrip("/") or "/")
+    found, names = _at(_SLASHES.sub("/", path).rstrip("/") or "/")
     if not found:
         raise NotFound(
             "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer requests"
         )
     for route in found:
         if method in route.methods:
-            return Match(route, name)
+            return Match(route, **names)
     raise MethodNotAllowed(method, found)
 
 
-def _at(path: str) -> tuple[tuple[Route, ...], str]:
-    found, name = _listed(path)
+def _at(path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
+    found, names = _listed(path)
     for tail, route in _APPENDED.items():
         if path.endswith(tail) and path != tail:
-            found, name = _listed(path.removesuffix(tail))
-            return ((route,), name) if any(one.action == "answer" for one in found) else ((), "")
-    return found, name
+            found, names = _listed(path.removesuffix(tail))
+            return ((route,), names) if any(one.action == "answer" for one in found) else ((), {})
+    return found, names
 
 
-def _listed(path: str) -> tuple[tuple[Route, ...], str]:
+def _listed(path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
     if path in ROUTES:
-        return ROUTES[path], ""
-    for pattern, route in _NAMED:
+        return ROUTES[path], {}
+    for pattern, routes in _NAMED:
         if match := pattern.fullmatch(path):
-            return (route,), match["name"]
-    return (), ""
+            return routes, match.groupdict()
+    return (), {}

@@ -110,6 +110,13 @@ class UnsupportedMediaType(ServingError):
     kind = "unsupported_media_type"
 
 
+class Conflict(ServingError):
+    """The name is taken."""
+
+    status = 409
+    kind = "conflict"
+
+
 class Unprocessable(ServingError):
     status = 422
     kind = "unprocessable"
@@ -141,6 +148,13 @@ class EngineFailed(ServingError):
 
     status = 500
     kind = "engine_failed"
+
+
+class InsufficientStorage(ServingError):
+    """No place is left for what is to be loaded."""
+
+    status = 507
+    kind = "insufficient_storage"
 
 
 class InvalidConfiguration(ServingError):

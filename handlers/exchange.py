@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+AdapterAction = Literal["list", "add", "show", "remove", "update"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,21 @@ class Incoming:
     headers: Mapping[str, str]
     request_id: str
     model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCall:
+    """A call of the adapters API. name: the adapter that the path names, "" for none. query: the first value of each.
+
+    headers: names in lower case.
+    """
+
+    action: AdapterAction
+    name: str
+    query: Mapping[str, str]
+    body: bytes
+    headers: Mapping[str, str]
+    request_id: str
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,13 +13,14 @@ from handlers.admission import Admission
 from handlers.backends.base import Backend
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.dialects import tgi_headers
+from handlers.dialects.adapters import answer_adapters
 from handlers.dialects.base import JSON, JSON_LINES, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import client_error, error_reply, log_error, style_of
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
 from handlers.dialects.tgi_info import tgi_info
 from handlers.errors import InvalidRequest, NotFound, ServingError
-from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
@@ -71,6 +72,7 @@ class Service:
         limits: ServiceLimits,
         *,
         model_name: str,
+        other_names: Collection[str] = (),
         output_formatter: OutputFormat | None = None,
         tgi_compat: bool = False,
         formats: AnswerFormats | None = None,
@@ -78,13 +80,16 @@ class Service:
         formatters: Formatters | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """model_name: shown to clients that name none. output_formatter, tgi_compat: the options. formats: how
-        answers are read. formatters: the user's, around each request.
+        """model_name: shown to clients that name none. other_names: what they may call the model as well.
+
+        output_formatter, tgi_compat: the options. formats: how answers are read. formatters: the user's, around each
+        request.
         """
         self._backend = backend
         self._images = images
         self._limits = limits
         self._model_name = model_name
+        self._names = frozenset((model_name, *other_names))
         self._output_formatter = output_formatter
         self._tgi_compat = tgi_compat
         self._formats = formats if formats is not None else AnswerFormats()
@@ -110,6 +115,10 @@ class Service:
 
     async def detokenize(self, incoming: Incoming) -> Reply:
         return await self._reply(incoming, self._detokenize)
+
+    async def adapters(self, call: AdapterCall) -> Reply:
+        """Raises ServingError."""
+        return await answer_adapters(self._backend.adapters, call, self._names)
 
     def info(self) -> Reply:
         """What is served, in TGI's words."""

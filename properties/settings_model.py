@@ -109,6 +109,12 @@ class ModelSettings(BaseModel):
     max_cpu_loras: Count | None = option(
         "Adapters kept in host memory. Default: max_loras.", default=None, backends=VLLM
     )
+    allowed_adapter_path: str = option(
+        "Directory below which adapters may lie that `POST /adapters` names, besides the model's own adapters/. "
+        "Empty: none.",
+        default="/opt/ml",
+        backends=VLLM,
+    )
     lora_dtype: Dtype = option("Type of adapter weights.", default="auto", backends=VLLM)
     fully_sharded_loras: bool = option(
         "Shard adapter computation fully over a tensor-parallel group.", default=False, backends=VLLM

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
+from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -89,6 +90,7 @@ class ScriptedBackend:
     ) -> None:
         self._script = script if callable(script) else lambda _: script
         self._stats = stats
+        self.adapters: AdapterStore | None = None
         self.capabilities = Capabilities(max_model_len=64, images=images, **capabilities)
         self.running = 0
         self.requests: list[GenerationRequest] = []

@@ -2,7 +2,7 @@
 
 The user's message is JSON: `tokens` to say, `pause` seconds before each, `fail` to raise after them, `say` for the
 text of each, to which `digests` adds those of the pictures. The environment says how loading goes: `SCRIPTED_LOAD`
-is seconds to take, or the text of an error.
+is seconds to take, or the text of an error; `SCRIPTED_ADAPTERS` is how many adapters have a place.
 Tests use `ServerProcess`; the process itself runs this file.
 """
 
@@ -22,10 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import BackendStats, Delta, Health
 from handlers.errors import EngineFailed, Unavailable
 from handlers.request import ChatPrompt, GenerationRequest, TextPart
 from tests.scripted import ScriptedBackend, Step
+from tests.scripted_adapters import scripted_adapters
 
 HERE = Path(__file__).resolve()
 
@@ -33,8 +35,9 @@ HERE = Path(__file__).resolve()
 class ObedientBackend(ScriptedBackend):
     """`{"sick": true}` as a prompt makes it unhealthy until `{"sick": false}`."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: AdapterStore | None = None) -> None:
         super().__init__(self._obey)  # type: ignore[arg-type]
+        self.adapters = adapters
         self.sick = False
 
     def _obey(self, request: GenerationRequest) -> Iterator[Step]:
@@ -178,7 +181,8 @@ if __name__ == "__main__":
     from container.cli import main, serve_main
 
     def _build(configuration: object, path: Path) -> ObedientBackend:
-        return ObedientBackend()
+        places = os.environ.get("SCRIPTED_ADAPTERS")
+        return ObedientBackend(scripted_adapters(path, int(places))[0] if places else None)
 
     command, *rest = sys.argv[1:]
     sys.exit(serve_main(rest, _build) if command == "serve" else main(["serve", *rest], _build))

@@ -31,6 +31,7 @@ _STATUSES = {
     401: "The server's key is missing or wrong.",
     404: "There is no such model or adapter.",
     408: "The body, a picture or the answer took too long.",
+    409: "The name is taken.",
     413: "The body or a picture is too large.",
     415: "The body's content type or charset is not read here.",
     422: "A picture's host failed to deliver it; on TGI's routes: a value is not allowed.",
@@ -38,6 +39,7 @@ _STATUSES = {
     429: "Too many requests are waiting: try again after `Retry-After` seconds.",
     500: "An error of the server's own; its log has more under the request's id.",
     503: "The model is not ready, or the server is stopping.",
+    507: "No place is left for another adapter.",
 }
 
 
@@ -104,14 +106,14 @@ def document() -> bytes:
 
 
 def _operation(path: str, route: Route, method: str) -> dict[str, Any]:
-    text = TEXTS[path if route.action in ("answer", "models") else route.template]
+    text = _text(path, route, method)
     operation: dict[str, Any] = {
         "summary": text.summary,
         "operationId": f"{method.lower()}:{path}",
         "parameters": [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in ("name",)
-            if "{name}" in path
+            for name in ("name", "adapter")
+            if f"{{{name}}}" in path
         ],
         "responses": _responses(route, text, method),
     }
@@ -126,12 +128,22 @@ def _operation(path: str, route: Route, method: str) -> dict[str, Any]:
             {"name": name, "in": "query", "description": description, "schema": {"type": "string"}}
             for name, description in _QUERY.items()
         ]
+    operation["parameters"] += [
+        {"name": name, "in": "query", "description": description, "schema": {"type": "string"}}
+        for name, description in text.query.items()
+    ]
     if text.bodies:
         content: dict[str, Any] = {JSON: {"schema": _any_of(text.bodies)}}
         if text.plain_text:
             content["text/plain"] = {"schema": {"type": "string"}}
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": route.action != "adapters", "content": content}
     return operation
+
+
+def _text(path: str, route: Route, method: str) -> Text:
+    if route.action == "adapters":
+        return TEXTS[f"{'GET' if method == 'HEAD' else method} {route.template}"]
+    return TEXTS[path if route.action in ("answer", "models") else route.template]
 
 
 def _responses(route: Route, text: Text, method: str) -> dict[str, Any]:
@@ -148,8 +160,10 @@ def _responses(route: Route, text: Text, method: str) -> dict[str, Any]:
         codes = [401, *codes]
     if route.action == "models" or text.bodies:
         codes = [404, *codes]
-    if text.bodies:
-        codes = [400, 404, *_STATUSES]
+    if text.codes:
+        codes = [*codes, *text.codes]
+    elif text.bodies:
+        codes = [400, 404, 408, 413, 415, 422, 424, 429, *codes]
     responses: dict[str, Any] = {"200": {"description": "As asked.", "content": content}}
     for code in sorted(set(codes)):
         shown = text.not_ready if code == 503 and text.not_ready else text.errors

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from container.openapi import lmi_shapes, openai_shapes, server_shapes, tgi_shapes
-from handlers.dialects import tgi, tokens
+from handlers.dialects import adapters, tgi, tokens
 from handlers.dialects.base import JSON_LINES
 from handlers.dialects.lmi import LmiBody
 from handlers.dialects.openai_chat import ChatBody
@@ -21,7 +21,8 @@ class Text:
     """What one route takes and gives. Several types of body or reply are alternatives.
 
     events: what each event or line of a stream is, by content type. plain_text: the body may be a prompt alone.
-    not_ready: the reply with 503.
+    not_ready: the reply with 503. query: parameter -> what it says. codes: of errors, where they are not those of every
+    route with such a body.
     """
 
     summary: str
@@ -31,6 +32,8 @@ class Text:
     errors: Sequence[type] = (openai_shapes.OpenAIError, lmi_shapes.LmiError, tgi_shapes.TgiError)
     not_ready: Sequence[type] = ()
     plain_text: bool = False
+    query: dict[str, str] = field(default_factory=dict)
+    codes: Sequence[int] = ()
 
 
 _OPENAI_ERRORS = (openai_shapes.OpenAIError, tgi_shapes.TgiError)
@@ -65,7 +68,46 @@ _TGI = Text(
     (tgi_shapes.TgiError,),
 )
 
+_PLACE = {
+    "src": "The adapter's directory; wins over the body.",
+    "pin": "Kept and shown: `true` or `false`.",
+    "preload": "Adapters are loaded before the answer in any case.",
+}
+_LMI_ERRORS = (lmi_shapes.LmiError, tgi_shapes.TgiError)
+
 TEXTS: dict[str, Text] = {
+    "GET /adapters": Text(
+        "The adapters that requests may name (LMI)",
+        replies=(adapters.AdapterList,),
+        errors=_LMI_ERRORS,
+        query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
+        codes=(400, 404),
+    ),
+    "POST /adapters": Text(
+        "Load an adapter, named in the query or in the body (LMI)",
+        (adapters.AdapterBody,),
+        (adapters.AdapterStatus,),
+        errors=_LMI_ERRORS,
+        query={"name": "What requests call it; wins over the body.", **_PLACE},
+        codes=(400, 404, 408, 409, 413, 507),
+    ),
+    "GET /adapters/{adapter}": Text(
+        "One adapter (LMI)", replies=(adapters.Adapter,), errors=_LMI_ERRORS, codes=(400, 404)
+    ),
+    "DELETE /adapters/{adapter}": Text(
+        "Unload an adapter; answered when its last request has ended (LMI)",
+        replies=(adapters.AdapterStatus,),
+        errors=_LMI_ERRORS,
+        codes=(400, 404, 408),
+    ),
+    "POST /adapters/{adapter}/update": Text(
+        "Load an adapter anew, from another directory if one is given (LMI)",
+        (adapters.AdapterBody,),
+        (adapters.AdapterStatus,),
+        errors=_LMI_ERRORS,
+        query=_PLACE,
+        codes=(400, 404, 408, 409, 413, 507),
+    ),
     "/ping": Text(
         "Whether the model can answer, as SageMaker asks it",
         replies=(server_shapes.Ping,),

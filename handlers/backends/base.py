@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from handlers.backends.adapters import AdapterStore
 from handlers.request import GenerationRequest, Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -191,6 +192,10 @@ class Backend(Protocol):
     @property
     def capabilities(self) -> Capabilities:
         """Valid once `load` has returned."""
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """What changes adapters while it serves, once `load` has returned; None where none can be changed."""
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Template, tokenise, check lengths and admit. Everything a client did wrong is raised here, before

@@ -17,6 +17,7 @@ from engine.group import EngineGroup, Ticket
 from engine.logprobs import Logprobs
 from engine.messages import Add, Output, Picture
 from engine.sampling_params import SamplingParams
+from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -60,6 +61,8 @@ PREFIX_KEY_TOKENS = 64
 
 class RollingBackend:
     """See `handlers.backends.base.Backend`."""
+
+    adapters: AdapterStore | None = None
 
     def __init__(self, settings: Settings, model_path: Path) -> None:
         self._settings = settings

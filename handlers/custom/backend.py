@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import BackendStats, Capabilities, Generation, Health, TokenizedPrompt
 from handlers.custom.find import OwnFormatters, OwnHandler, refuse_unusable
 from handlers.custom.messages import Start
@@ -29,6 +30,8 @@ _LONGEST_PAUSE_SECONDS = 30.0
 
 class CustomBackend:
     """See `handlers.backends.base.Backend`. What it is asked by requests is `call`: it has no prompts, no tokens."""
+
+    adapters: AdapterStore | None = None
 
     def __init__(self, start: Start, processes: int, retry_threshold: int) -> None:
         """retry_threshold: deaths of a process, with no answer between them, that a restart answers."""

@@ -16,8 +16,8 @@ from handlers.custom.process import HandlerCall
 from handlers.dialects.base import JSON_LINES
 from handlers.dialects.error_replies import client_error, error_reply, lmi_error, log_error, style_of
 from handlers.dialects.sagemaker import attributes_of
-from handlers.errors import DeadlineExceeded, NotFound, ServingError
-from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
+from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
 from handlers.run import is_cancelled, stopping
 from handlers.service import ServiceLimits
@@ -81,6 +81,9 @@ class CustomService:
 
     async def detokenize(self, incoming: Incoming) -> Reply:
         return error_reply(_NO_TOKENS, style_of(incoming.route, incoming.headers))
+
+    async def adapters(self, call: AdapterCall) -> Reply:
+        raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
 
     def info(self) -> Reply:
         return error_reply(_NO_TOKENS, "tgi")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -26,7 +27,8 @@ from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.adapters import Adapters, adapter_directories, spare_place
+from handlers.backends.vllm.adapter_files import adapter_directories
+from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, places
 from handlers.backends.vllm.counters import Counters, series, stat_logger
 from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
@@ -91,15 +93,22 @@ class VllmBackend:
             lambda: self._build(arguments),
             self._ask,
             self._counters,
+            prepare=self._prepare,
             retry_threshold=self._settings.retry_threshold,
             loading_seconds=self._settings.model_loading_timeout,
         )
         try:
             # Before the engine, which takes long to start: what is missing from a model is often its tokenizer.
             tokenizer = await loop.run_in_executor(self._threads, read)
-            self._adapters = Adapters(self._vllm, self._adapter_directories())
+            self._adapters = VllmAdapters(
+                self._vllm,
+                self._adapter_directories(),
+                self._most_adapters,
+                self._engine,
+                home=self._home,
+                allowed=self._settings.allowed_adapter_path,
+            )
             await keeper.start()
-            await self._adapters.load(keeper.engine)
             self._front = await loop.run_in_executor(
                 self._threads,
                 VllmFront,
@@ -151,15 +160,29 @@ class VllmBackend:
         assert self._capabilities is not None, "load() has not returned"
         return self._capabilities
 
+    @property
+    def adapters(self) -> AdapterStore | None:
+        return self._adapters if self._settings.enable_lora else None
+
     async def generate(self, request: GenerationRequest) -> VllmGeneration:
-        keeper = self._keeper
-        if keeper is None or not self._loaded:
-            raise Unavailable("the model is still loading", retry_after=5)
-        engine = keeper.engine
-        if engine is None or engine.errored:
-            reason = "failed too often" if keeper.given_up else "is being restarted; try again"
-            raise Unavailable(f"the engine {reason}", retry_after=5)
-        adapter = self._adapters.chosen(request.adapter, request.model)
+        engine = self._engine()
+        adapter = self._adapters.taken(request.adapter, request.model)
+        try:
+            generation = await self._admitted(engine, request, adapter)
+        except BaseException:
+            if adapter is not None:
+                adapter.give_back()
+            raise
+        self._open.add(generation)
+        assert self._keeper is not None
+        self._keeper.in_flight = len(self._open)
+        await generation.start()
+        self._keeper.answered = True
+        return generation
+
+    async def _admitted(
+        self, engine: Any, request: GenerationRequest, adapter: LoadedAdapter | None
+    ) -> VllmGeneration:
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         parts = list(request.images())
         rendered = await self._render(request)
@@ -188,10 +211,10 @@ class VllmBackend:
             prompt,
             theirs,
             f"{request.request_id}-{next(self._numbers)}",
-            lora_request=adapter,
+            lora_request=None if adapter is None else adapter.request,
             priority=request.priority,
         )
-        generation = VllmGeneration(
+        return VllmGeneration(
             outputs,
             stats,
             params,
@@ -199,13 +222,8 @@ class VllmBackend:
             eos_token_ids=self._front.eos_token_ids,
             token_text=self._front.token_text,
             failure=partial(self._failure, constraint=request.constraint),
-            ended=self._forget,
+            ended=partial(self._forget, adapter=adapter),
         )
-        self._open.add(generation)
-        keeper.in_flight = len(self._open)
-        await generation.start()
-        keeper.answered = True
-        return generation
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         front, loop = self._front, asyncio.get_running_loop()
@@ -261,15 +279,38 @@ class VllmBackend:
         )
 
     async def close(self) -> None:
+        if self._loaded:
+            self._adapters.close()
         self._loaded = False
         if self._keeper is not None:
             await self._keeper.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def _home(self) -> Path:
+        return self._configuration.home or self._path
+
+    @property
+    def _most_adapters(self) -> int:
+        return self._settings.max_cpu_loras or self._settings.max_loras
+
+    def _engine(self) -> Any:
+        """The one that serves now. Raises Unavailable."""
+        keeper = self._keeper
+        if keeper is None or not self._loaded:
+            raise Unavailable("the model is still loading", retry_after=5)
+        if keeper.engine is None or keeper.engine.errored:
+            reason = "failed too often" if keeper.given_up else "is being restarted; try again"
+            raise Unavailable(f"the engine {reason}", retry_after=5)
+        return keeper.engine
+
+    async def _prepare(self, engine: Any) -> None:
+        """Give a new engine what the one before it had."""
+        await self._adapters.load(engine, again=self._loaded)
+
     def _adapter_directories(self) -> dict[str, Path]:
-        home = self._configuration.home or self._path
-        found = adapter_directories(home) if self._settings.enable_lora else {}
-        most = self._settings.max_cpu_loras or self._settings.max_loras
+        found = adapter_directories(self._home) if self._settings.enable_lora else {}
+        most = self._most_adapters
         if len(found) > most:
             logger.warning(
                 "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory",
@@ -289,9 +330,11 @@ class VllmBackend:
 
     def _arguments(self) -> dict[str, Any]:
         arguments = engine_arguments(self._vllm, self._configuration, self._path, self._machine)
-        if not self._machine.accelerators:
-            if self._settings.enable_lora:
-                arguments |= spare_place(arguments, len(self._adapter_directories()))
+        cpu = not self._machine.accelerators
+        if self._settings.enable_lora:
+            most = max(self._most_adapters, len(self._adapter_directories()) if cpu else 0)
+            arguments |= places(arguments, most, cpu=cpu)
+        if cpu:
             share_cores(
                 arguments["tensor_parallel_size"]
                 * arguments["pipeline_parallel_size"]
@@ -359,7 +402,9 @@ class VllmBackend:
             )
         return ready
 
-    def _forget(self, generation: VllmGeneration) -> None:
+    def _forget(self, generation: VllmGeneration, adapter: LoadedAdapter | None) -> None:
+        if adapter is not None:
+            adapter.give_back()
         self._open.discard(generation)
         if self._keeper is not None:
             self._keeper.in_flight = len(self._open)

@@ -48,17 +48,20 @@ class EngineKeeper:
         ask: Callable[[Any], Awaitable[None]],
         counters: Counters,
         *,
+        prepare: Callable[[Any], Awaitable[None]] | None = None,
         retry_threshold: int = 3,
         loading_seconds: float = 1800.0,
         stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
         """build: makes an engine; slow, called in a thread. ask: makes an engine generate one token.
 
+        prepare: makes an engine that answers ready to serve.
         retry_threshold: failures, with no answered request between them, that a restart answers.
         loading_seconds: what one restart may take.
         """
         self._build = build
         self._ask = ask
+        self._prepare = prepare
         self._counters = counters
         self._retry_threshold = retry_threshold
         self._loading_seconds = loading_seconds
@@ -112,6 +115,8 @@ class EngineKeeper:
             # vLLM's profiling leaves dummy pictures in the cache.
             await engine.reset_mm_cache()
             await self._ask(engine)
+            if self._prepare is not None:
+                await self._prepare(engine)
         except BaseException:
             await self._ended(engine)
             raise
