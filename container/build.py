@@ -88,7 +88,8 @@ def build_service(
         other_names=accepted_names(configuration),
         output_formatter=settings.output_formatter,
         tgi_compat=settings.tgi_compat,
-        formats=answer_formats(
+        formats=backend.capabilities.formats
+        or answer_formats(
             settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
         ),
         sessions=Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),

@@ -18,7 +18,7 @@ from handlers.backends.vllm.fields import SECRET, engine_argument_names
 from handlers.backends.vllm.options import refused_options
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
-from handlers.parsers.select import parser_problems
+from handlers.parsers.names import parser_problems
 from properties.configuration import Configuration, read_model_config, resolve
 from properties.field import Level
 from properties.names import key_of
@@ -59,7 +59,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     Sizes are in bytes. backend and memory are None where an error, or a model that is not on this machine
     yet, leaves them unknown.
     """
-    errors = parser_problems(configuration)
+    errors: list[Problem] = []
     config: dict[str, Any] | None = None
     location = configuration.model_location
     directory = Path(location.value) if location.kind == "directory" else None
@@ -73,6 +73,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     warnings = list(configuration.warnings)
     own = find_handler(configuration, directory)
     choice = _choose(configuration, config or {}, machine, errors) if own is None else None
+    errors = parser_problems(configuration, None if choice is None else choice.backend) + errors
     if choice is not None:
         warnings += configuration.unhonoured(choice.backend)
     memory = None

@@ -10,7 +10,7 @@ from handlers.backends.base import Backend
 from handlers.backends.select import Choice, choose, vllm_installed
 from handlers.images.decode import WHITE, Color
 from handlers.images.loader import ImageLimits, ImageLoader
-from handlers.parsers.select import parser_problems
+from handlers.parsers.names import parser_problems
 from properties.configuration import Configuration, read_model_config
 from properties.field import BackendName
 from properties.problem import ConfigurationError
@@ -49,9 +49,9 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
 
     Raises ConfigurationError and ServingError.
     """
-    if problems := parser_problems(configuration):
-        raise ConfigurationError(problems)
     choice = choose_backend(configuration, model_path)
+    if problems := parser_problems(configuration, choice.backend):
+        raise ConfigurationError(problems)
     logger.info("backend %s: %s", choice.backend, choice.reason)
     for problem in configuration.unhonoured(choice.backend):
         logger.warning("%s", problem)

@@ -76,11 +76,13 @@ class ChatSettings(BaseModel):
     )
     tool_call_parser: str | None = option(
         "How tool calls are read from the model's answer: hermes (also qwen3_json), llama3_json (llama4_json), "
-        "mistral, pythonic (llama4_pythonic) or longcat.",
+        "mistral, pythonic (llama4_pythonic) or longcat. Where vLLM serves, also the name of any of its own "
+        "(qwen3_coder, deepseek_v3, ...); vllm:hermes is vLLM's parser where both have one.",
         default=None,
     )
     reasoning_parser: str | None = option(
         "How reasoning is told from the answer: think (where prompt or answer opens a think tag), deepseek_r1 "
-        "(also olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss.",
+        "(also olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss. "
+        "Where vLLM serves, also the name of any of its own (granite, kimi_k2, ...), as for tools.",
         default=None,
     )

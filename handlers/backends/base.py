@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from handlers.backends.adapters import AdapterStore
+from handlers.parsers.base import AnswerFormats
 from handlers.request import GenerationRequest, Prompt
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -140,7 +141,8 @@ class Capabilities:
     all tokens that `skip_special_tokens` skips.
     dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one copy of the model,
     as "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all copies together; 0 where that is
-    not known. prompt_threads: how many prompts are prepared at the same time.
+    not known. prompt_threads: how many prompts are prepared at the same time. formats: how answers are read, where
+    the options name parsers of the backend's own; None where they name ours.
     """
 
     max_model_len: int
@@ -156,6 +158,7 @@ class Capabilities:
     compute_type: str = ""
     cache_tokens: int = 0
     prompt_threads: int = 1
+    formats: AnswerFormats | None = None
 
 
 @dataclass(frozen=True, slots=True)

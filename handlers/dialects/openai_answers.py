@@ -75,6 +75,8 @@ def answer_form(
         asked = Asked(definitions, stats.prompt_text, stats.prompt_token_ids, template_kwargs)
         if reasoning is None or calls is None:
             return (calls or reasoning).parser(asked)  # type: ignore[union-attr]
+        if formats.together is not None:
+            return formats.together(asked)
         return ReasoningThenCalls(reasoning.parser(asked), calls.parser(asked))
 
     markers = frozenset[str]().union(*(known.markers for known in (calls, reasoning) if known is not None))

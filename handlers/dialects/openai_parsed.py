@@ -15,6 +15,7 @@ from handlers.parsers.base import (
     Parser,
     Piece,
     Reasoning,
+    parse_whole,
 )
 
 MakeParser = Callable[[PromptStats], Parser]
@@ -51,7 +52,7 @@ class ParsedAnswers:
         content: list[str] = []
         reasoning: list[str] = []
         calls: dict[int, tuple[CallStart, list[str]]] = {}
-        for piece in (*parser.push(answer.text, answer.token_ids), *parser.finish()):
+        for piece in parse_whole(parser, answer.text, answer.token_ids):
             match piece:
                 case Content(more):
                     content.append(more)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,21 @@ class Parser(Protocol):
         """What was held back when the answer ended. A call that the end cut short stays as it is."""
 
 
+@runtime_checkable
+class WholeParser(Parser, Protocol):
+    """Also knows a way of its own to parse a whole answer."""
+
+    def whole(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
+        """In place of `push` and `finish`."""
+
+
+def parse_whole(parser: Parser, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
+    """The pieces of a whole answer."""
+    if isinstance(parser, WholeParser):
+        return parser.whole(text, token_ids)
+    return [*parser.push(text, token_ids), *parser.finish()]
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a parser may know of the request whose answer it parses.
@@ -130,9 +145,11 @@ class ReasoningFormat:
 class AnswerFormats:
     """How the served model's answers are read; None for a format that the operator did not name.
 
-    auto: the model may decide by itself to call a tool.
+    auto: the model may decide by itself to call a tool. together: a parser of both; None where one of each is put
+    behind the other.
     """
 
     tools: ToolFormat | None = None
     auto: bool = False
     reasoning: ReasoningFormat | None = None
+    together: Callable[[Asked], Parser] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from handlers.parsers.base import Asked, Content, Parser, Piece, Reasoning
+from handlers.parsers.base import Asked, Content, Parser, Piece, Reasoning, parse_whole
 from handlers.parsers.json_scanner import skip_space
 from handlers.parsers.writing import possible_beginning
 
@@ -89,22 +89,31 @@ class ThinkParser:
 
 
 class ReasoningThenCalls:
-    """What is no reasoning is looked through for calls."""
+    """What is no reasoning is looked through for calls.
+
+    The second parser gets no token ids: those of a delta are not those of what the first one lets through of it.
+    """
 
     def __init__(self, reasoning: Parser, calls: Parser) -> None:
         self._reasoning, self._calls = reasoning, calls
 
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
-        return self._parsed(self._reasoning.push(text, token_ids), token_ids)
+        return self._parsed(self._reasoning.push(text, token_ids))
 
     def finish(self) -> list[Piece]:
-        return [*self._parsed(self._reasoning.finish(), ()), *self._calls.finish()]
+        return [*self._parsed(self._reasoning.finish()), *self._calls.finish()]
 
-    def _parsed(self, pieces: list[Piece], token_ids: Sequence[int]) -> list[Piece]:
+    def whole(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
+        pieces = parse_whole(self._reasoning, text, token_ids)
+        content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        reasoning = [piece for piece in pieces if not isinstance(piece, Content)]
+        return [*reasoning, *(parse_whole(self._calls, content) if content else ())]
+
+    def _parsed(self, pieces: list[Piece]) -> list[Piece]:
         out: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, Content):
-                out += self._calls.push(piece.text, token_ids)
+                out += self._calls.push(piece.text)
             else:
                 out.append(piece)
         return out

@@ -13,9 +13,6 @@ from handlers.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralParser, n
 from handlers.parsers.pythonic import END, START, PythonicParser
 from handlers.parsers.reasoning import Begins, ThinkParser, in_prompt
 from handlers.parsers.writing import Pieces
-from properties.configuration import Configuration
-from properties.names import key_of
-from properties.problem import Problem
 
 
 def openai_call_id() -> str:
@@ -131,20 +128,3 @@ def answer_formats(
         auto=auto and tools is not None,
         reasoning=None if reasoning is None else REASONING_FORMATS[reasoning],
     )
-
-
-def parser_problems(configuration: Configuration) -> list[Problem]:
-    """The parsers that are configured and do not exist."""
-    problems = []
-    for option, known in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_FORMATS)):
-        name, source = getattr(configuration.settings, option), configuration.sources[option]
-        if name is not None and name not in known:
-            problems.append(
-                Problem(
-                    f"{key_of(option)} = {name!r} ({source.location}): there is no such parser; "
-                    f"allowed: {', '.join(sorted(known))}",
-                    option,
-                    source,
-                )
-            )
-    return problems

@@ -18,8 +18,9 @@ OLDER = Path(sys.prefix, "older")
 LOOK = """
 import inspect
 from dataclasses import fields
-from handlers.backends.vllm.compat import load
+from handlers.backends.vllm.compat import load, load_parsing
 from handlers.backends.vllm.fields import architectures, engine_argument_names
+from handlers.backends.vllm.fields import reasoning_parser_names, tool_parser_names
 from handlers.backends.vllm.options import ALWAYS, WHERE_GIVEN
 from handlers.backends.vllm.sampling import _SAME, _TRANSLATED
 
@@ -43,6 +44,20 @@ assert {"LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Lla
 assert not {"MllamaForConditionalGeneration", "BertModel"} & known
 parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
 assert {"max_logprobs", "compilation_config"} <= {action.dest for action in parser._actions}
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+assert tool_parser_names() == set(ToolParserManager.list_registered()) > {"hermes", "qwen3_coder", "kimi_k2"}
+assert reasoning_parser_names() == set(ReasoningParserManager.list_registered()) > {"qwen3", "granite"}
+parsing = load_parsing()
+kind = parsing.ParserManager.get_parser(
+    tool_parser_name="hermes", reasoning_parser_name="granite", enable_auto_tools=True, is_harmony=False
+)
+assert list(inspect.signature(kind.parse_delta).parameters)[1:] == [
+    "delta_text", "delta_token_ids", "request", "prompt_token_ids", "finished"
+]
+assert {"enable_auto_tools", "model_output_token_ids"} <= set(inspect.signature(kind.parse).parameters)
+request = parsing.ChatCompletionRequest(messages=[{"role": "user", "content": ""}], tool_choice="none")
+assert request.skip_special_tokens
 print("version", vllm.version)
 """
 

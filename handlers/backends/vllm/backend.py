@@ -34,6 +34,7 @@ from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
 from handlers.backends.vllm.keeper import EngineKeeper
 from handlers.backends.vllm.options import engine_arguments
+from handlers.backends.vllm.parsers import vllm_parsers
 from handlers.backends.vllm.plan import choose_devices, share_cores
 from handlers.backends.vllm.sampling import refused, to_vllm
 from handlers.backends.vllm.turns import PictureTurns
@@ -100,6 +101,10 @@ class VllmBackend:
         try:
             # Before the engine, which takes long to start: what is missing from a model is often its tokenizer.
             tokenizer = await loop.run_in_executor(self._threads, read)
+            parsers = await loop.run_in_executor(self._threads, vllm_parsers, self._settings, tokenizer)
+            formats = None
+            if parsers is not None:
+                formats = await loop.run_in_executor(self._threads, parsers.formats, self._settings)
             self._adapters = VllmAdapters(
                 self._vllm,
                 self._adapter_directories(),
@@ -125,6 +130,8 @@ class VllmBackend:
             await keeper.close()
             raise
         config = keeper.engine.vllm_config
+        if parsers is not None:
+            parsers.model_config = config.model_config
         self._front.renderer.longest = longest_prompt(int(config.model_config.max_model_len))
         parallel, accelerators = config.parallel_config, self._machine.accelerators
         self._blocks = int(config.cache_config.num_gpu_blocks or 0)
@@ -146,6 +153,7 @@ class VllmBackend:
             ),
             cache_tokens=self._blocks * int(config.cache_config.block_size) * self._replicas,
             prompt_threads=_THREADS,
+            formats=formats,
         )
         self._loaded = True
         logger.info(

@@ -132,6 +132,32 @@ def _names(version: str) -> Vllm:
     )
 
 
+@dataclass(frozen=True)
+class VllmParsing:
+    """What is used of vLLM to read answers with its own parsers."""
+
+    ParserManager: Any
+    ChatCompletionRequest: Any
+    get_cached_tokenizer: Callable[[Any], Any]
+
+
+@cache
+def load_parsing() -> VllmParsing:
+    """Apart from `load`, as most servers do without. Raises InvalidConfiguration like it."""
+    version = load().version
+    try:
+        return VllmParsing(
+            ParserManager=find("vllm.parser vllm.parser.parser_manager", "ParserManager"),
+            ChatCompletionRequest=find(
+                "vllm.entrypoints.openai.chat_completion.protocol vllm.entrypoints.openai.protocol",
+                "ChatCompletionRequest",
+            ),
+            get_cached_tokenizer=find("vllm.tokenizers.hf vllm.tokenizers", "get_cached_tokenizer"),
+        )
+    except (ImportError, AttributeError, OSError) as error:
+        raise InvalidConfiguration(f"the parsers of vLLM {version} cannot be imported: {error}") from error
+
+
 _REQUIRED = object()
 
 

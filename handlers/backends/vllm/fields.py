@@ -19,13 +19,8 @@ _CLASSES = ("EngineArgs", "AsyncEngineArgs")
 @cache
 def architectures() -> frozenset[str]:
     """What the installed vLLM lists as able to generate; empty where there is none or its list cannot be read."""
-    names: set[str] = set()
-    for node in _source("model_executor", "models", "registry.py"):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            (target, *_) = node.targets
-            if isinstance(target, ast.Name) and target.id in _REGISTERS:
-                names.update(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
-    return frozenset(names)
+    statements = _source("model_executor", "models", "registry.py")
+    return frozenset[str]().union(*(_keys(statements, table) for table in _REGISTERS))
 
 
 @cache
@@ -43,6 +38,31 @@ def engine_argument_names() -> frozenset[str]:
         if isinstance(item, ast.AnnAssign)
         and isinstance(item.target, ast.Name)
         and not item.target.id.startswith("_")
+    )
+
+
+@cache
+def tool_parser_names() -> frozenset[str]:
+    """The tool parsers that the installed vLLM registers; empty where there is none."""
+    return _keys(_source("tool_parsers", "__init__.py"), "_TOOL_PARSERS_TO_REGISTER")
+
+
+@cache
+def reasoning_parser_names() -> frozenset[str]:
+    """The same of reasoning parsers."""
+    return _keys(_source("reasoning", "__init__.py"), "_REASONING_PARSERS_TO_REGISTER")
+
+
+def _keys(statements: list[ast.stmt], table: str) -> frozenset[str]:
+    """The keys of a module's table."""
+    return frozenset(
+        str(key.value)
+        for node in statements
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id == table
+        for key in node.value.keys
+        if isinstance(key, ast.Constant)
     )
 
 
