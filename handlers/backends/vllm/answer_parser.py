@@ -159,6 +159,7 @@ class _Shown:
 
     def __init__(self) -> None:
         self.unshown = ""
+        self._blank = ""  # white space after a call, which is framing where no text follows
         self._indices: dict[int, int] = {}
         self._early: dict[int, str] = {}
         self._source = ""
@@ -172,7 +173,12 @@ class _Shown:
                 _, found, after = self.unshown.partition(text)
                 self.unshown = after if found else ""
                 self._open = None
-                out.append(kind(text))
+                if kind is Content and self._indices:
+                    self._blank, text = self._blank + text, ""
+                    if self._blank.strip():
+                        self._blank, text = "", self._blank
+                if text:
+                    out.append(kind(text))
         for call in message.tool_calls or ():
             out += self._call(call)
         return out
@@ -187,7 +193,7 @@ class _Shown:
                 self._early[call.index] = text
                 return []
             index = self._open = self._indices[call.index] = len(self._indices)
-            self._source, self._arguments = "", []
+            self._source, self._arguments, self._blank = "", [], ""
             out.append(CallStart(index, call.id or openai_call_id(), name))
         if index == self._open:
             self._source, self.unshown = self._source + self.unshown, ""
@@ -205,9 +211,9 @@ class _Shown:
         out: list[Piece] = []
         if self._open is not None and not _is_object("".join(self._arguments)):
             out.append(CallBroken(self._open, self._source))
-        if self.unshown:
-            out.append(Content(self.unshown))
-        self._open, self.unshown = None, ""
+        if rest := self._blank + self.unshown:
+            out.append(Content(rest))
+        self._open, self._blank, self.unshown = None, "", ""
         return out
 
 
