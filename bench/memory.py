@@ -30,7 +30,9 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--url", help=argparse.SUPPRESS, default=None)
     parser.add_argument("--count", type=int, default=10000, help="pictures (%(default)s)")
-    parser.add_argument("--skip", type=int, help="first pictures not judged, which fill the caches (half of them)")
+    parser.add_argument(
+        "--skip", type=int, help="first pictures not judged, which fill the caches (half of them)"
+    )
     parser.add_argument("--side", type=int, default=512, help="of a picture, in pixels (%(default)s)")
     parser.add_argument("--slope", type=float, default=5.0, help="MB per 1,000 pictures (%(default)s)")
     parser.add_argument("--front", type=float, default=500.0, help="MB (%(default)s)")
