@@ -58,7 +58,8 @@ clients: $(VENV)/installed-dev $(CLIENTS:=/installed)  ## Install the clients of
 		{ rm -rf $(@D); echo "$*: not installed, its tests will be skipped; see $(@D).log" >&2; }
 
 tests/clients/js/node_modules/installed: tests/clients/js/package-lock.json
-	@npm ci --prefix tests/clients/js --silent && touch $@ || \
+	@npm ci --prefix tests/clients/js --silent --fetch-timeout 30000 \
+		--fetch-retries 1 --fetch-retry-mintimeout 1000 --fetch-retry-maxtimeout 1000 && touch $@ || \
 		echo "JavaScript clients: not installed, their tests will be skipped" >&2
 
 lint: $(VENV)/installed-dev  ## Check style, types, import directions and generated pages
