@@ -98,7 +98,8 @@ def both(arguments: argparse.Namespace, out: Path) -> Iterator[dict[str, servers
             peer = stack.enter_context(servers.started(name, command, port, out / "peer.log", extra))
         port = servers.free_port()
         command = servers.our_command(folder, port, arguments.option, arguments.python)
-        ours = stack.enter_context(servers.started("ours", command, port, out / "ours.log"))
+        same = servers.VLLM_ENVIRONMENT if arguments.peer == "vllm" else {}
+        ours = stack.enter_context(servers.started("ours", command, port, out / "ours.log", same))
         yield {ours.name: ours, peer.name: peer}
 
 
