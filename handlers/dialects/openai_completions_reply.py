@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
-from handlers.dialects.base import SSE, Answer, Answered
-from handlers.dialects.error_replies import openai_error
+from handlers.dialects.base import Answer, Answered
 from handlers.dialects.legacy_logprobs import LegacyLogprobs
-from handlers.dialects.openai_reply import prompt_position, usage
-from handlers.errors import ServingError
-from handlers.version import FINGERPRINT
-
-_encode = msgspec.json.Encoder().encode
+from handlers.dialects.openai_frames import OpenAIFrames, encode, usage
+from handlers.dialects.openai_reply import prompt_position
 
 _TAIL = b',"logprobs":null,"finish_reason":null}]}\n\n'
 _TAIL_NO_USAGE_YET = b',"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
 
 
-class CompletionWriter:
+class CompletionWriter(OpenAIFrames):
     """Writes one text completion; the choices of prompt p have the indexes p * n to p * n + n - 1."""
-
-    stream_type = SSE
-    keep_alive = b": keep-alive\n\n"
 
     def __init__(
         self,
@@ -49,26 +39,19 @@ class CompletionWriter:
         echo_only: the answers themselves are not shown.
         token_ids: show the ids of prompts and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
         """
-        self._head = {
-            "id": reply_id,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": FINGERPRINT,
-        }
+        super().__init__(
+            reply_id, model, "text_completion", include_usage=include_usage, continuous_usage=continuous_usage
+        )
         self._n = n
         self._top = logprobs
         self._prompt_top = prompt_logprobs
         self._echo = echo
         self._echo_only = echo_only
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
         self._token_ids = token_ids
         self._tokens_as_ids = tokens_as_ids
         self._completion_tokens: dict[int, int] = {}
         self._logprobs: dict[int, LegacyLogprobs] = {}
         self._prefixes: dict[int, bytes] = {}
-        head = _encode({**self._head, "object": "text_completion"})
-        self._start = b"data: " + head[:-1] + b',"choices":'
         self._tail = _TAIL_NO_USAGE_YET if include_usage else _TAIL
         self._plain = not (logprobs is not None or continuous_usage or echo_only or token_ids)
 
@@ -86,7 +69,7 @@ class CompletionWriter:
                         prompt_position(position, self._prompt_top) for position in one.stats.prompt_logprobs
                     ]
                 choices.append(choice)
-        return _encode(
+        return encode(
             {
                 **self._head,
                 "object": "text_completion",
@@ -104,19 +87,13 @@ class CompletionWriter:
             return b""
         self._completion_tokens[index] += len(delta.token_ids)
         if self._plain and delta.finish_reason is None:
-            return prefix + _encode(delta.text) + self._tail if delta.text else b""
+            return prefix + encode(delta.text) + self._tail if delta.text else b""
         if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
             return b""
-        return self._event(self._choice(index, delta), index, stats)
+        return self._event(self._choice(index, delta), stats, self._completion_tokens[index])
 
     def end(self, stats: PromptStats) -> bytes:
-        if not self._include_usage:
-            return b"data: [DONE]\n\n"
-        last = _encode(usage(stats, sum(self._completion_tokens.values())))
-        return self._start + b'[],"usage":' + last + b"}\n\ndata: [DONE]\n\n"
-
-    def failed(self, error: ServingError) -> bytes:
-        return b"data: " + _encode(openai_error(error)) + b"\n\n"
+        return self._end(stats, sum(self._completion_tokens.values()))
 
     def _first(self, delta: Delta, stats: PromptStats) -> bytes:
         index = delta.index
@@ -124,15 +101,7 @@ class CompletionWriter:
         if self._echo_only:
             delta = Delta(index, [], "", finish_reason="length")
         self._completion_tokens[index] = len(delta.token_ids)
-        return self._event(self._choice(index, delta, stats), index, stats)
-
-    def _event(self, choice: dict[str, Any], index: int, stats: PromptStats) -> bytes:
-        line = self._start + _encode([choice])
-        if self._continuous_usage:
-            line += b',"usage":' + _encode(usage(stats, self._completion_tokens[index]))
-        elif self._include_usage:
-            line += b',"usage":null'
-        return line + b"}\n\n"
+        return self._event(self._choice(index, delta, stats), stats, self._completion_tokens[index])
 
     def _choice(self, index: int, added: Delta | Answer, stats: PromptStats | None = None) -> dict[str, Any]:
         """stats: given where the choice begins, which is where its prompt is shown."""

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
-from handlers.dialects.base import SSE, Answer, Answered
-from handlers.dialects.error_replies import openai_error
+from handlers.dialects.base import Answer, Answered
+from handlers.dialects.openai_frames import OpenAIFrames, encode, usage
 from handlers.dialects.openai_parsed import ParsedAnswers, first_delta
-from handlers.errors import ServingError
-from handlers.version import FINGERPRINT
-
-_encode = msgspec.json.Encoder().encode
 
 _LEAST_LOGPROB = -9999.0  # OpenAI's number for "impossible"; JSON has no infinity
 _TAIL = b'},"logprobs":null,"finish_reason":null}]}\n\n'
 _TAIL_NO_USAGE_YET = b'},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
 
 
-class ChatWriter:
+class ChatWriter(OpenAIFrames):
     """Writes one chat completion. A plain token costs two concatenations and one escaped string."""
-
-    stream_type = SSE
-    keep_alive = b": keep-alive\n\n"
 
     def __init__(
         self,
@@ -47,15 +37,14 @@ class ChatWriter:
         prompt_text: show what the prompt was after its template. echo: shown before each answer.
         parsed: for answers that may hold calls or reasoning.
         """
-        self._head = {
-            "id": reply_id,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": FINGERPRINT,
-        }
+        super().__init__(
+            reply_id,
+            model,
+            "chat.completion.chunk",
+            include_usage=include_usage,
+            continuous_usage=continuous_usage,
+        )
         self._top = top_logprobs
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
         self._token_ids = token_ids
         self._tokens_as_ids = tokens_as_ids
         self._prompt_text = prompt_text
@@ -64,8 +53,6 @@ class ChatWriter:
         self._plain = top_logprobs is None and not continuous_usage and not token_ids
         self._completion_tokens = 0
         self._prefixes: dict[int, bytes] = {}
-        head = _encode({**self._head, "object": "chat.completion.chunk"})
-        self._start = b"data: " + head[:-1] + b',"choices":'
         self._tail = _TAIL_NO_USAGE_YET if include_usage else _TAIL
 
     def whole(self, answered: list[Answered]) -> bytes:
@@ -81,7 +68,7 @@ class ChatWriter:
         }
         if only.stats.prompt_logprobs is not None:
             reply["prompt_logprobs"] = [prompt_position(position) for position in only.stats.prompt_logprobs]
-        return _encode(reply)
+        return encode(reply)
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
         self._completion_tokens += len(delta.token_ids)
@@ -91,19 +78,13 @@ class ChatWriter:
         if prefix is None:
             return self._first(delta, stats)
         if self._plain and delta.finish_reason is None:
-            return prefix + _encode(delta.text) + self._tail if delta.text else b""
+            return prefix + encode(delta.text) + self._tail if delta.text else b""
         if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
             return b""
         return self._chunk(delta, {"content": delta.text}, delta.finish_reason, stats)
 
     def end(self, stats: PromptStats) -> bytes:
-        if not self._include_usage:
-            return b"data: [DONE]\n\n"
-        last = _encode(usage(stats, self._completion_tokens))
-        return self._start + b'[],"usage":' + last + b"}\n\ndata: [DONE]\n\n"
-
-    def failed(self, error: ServingError) -> bytes:
-        return b"data: " + _encode(openai_error(error)) + b"\n\n"
+        return self._end(stats, self._completion_tokens)
 
     def _choice(self, index: int, answer: Answer, stats: PromptStats) -> dict[str, Any]:
         message: dict[str, Any] = {"content": self._echo + answer.text, "refusal": None}
@@ -149,7 +130,7 @@ class ChatWriter:
             self._begin(delta.index)
             deltas = first_delta(deltas, self._echo)
         elif plain and len(deltas) == 1 and "content" in deltas[0]:
-            return prefix + _encode(deltas[0]["content"]) + self._tail
+            return prefix + encode(deltas[0]["content"]) + self._tail
         first = prefix is None and len(self._prefixes) == 1
         *earlier, last = deltas or [{}]
         lines = []
@@ -178,14 +159,9 @@ class ChatWriter:
             choice["stop_reason"] = delta.stop_reason
         if self._token_ids:
             choice["token_ids"] = delta.token_ids
-        line = self._start + _encode([choice])
-        if first and (about := self._about_prompt(stats)):
-            line += b"," + _encode(about)[1:-1]
-        if self._continuous_usage:
-            line += b',"usage":' + _encode(usage(stats, self._completion_tokens))
-        elif self._include_usage:
-            line += b',"usage":null'
-        return line + b"}\n\n"
+        about = self._about_prompt(stats) if first else {}
+        told = b"," + encode(about)[1:-1] if about else b""
+        return self._event(choice, stats, self._completion_tokens, told)
 
     def _logprobs(self, positions: list[PositionLogprobs] | None) -> dict[str, Any] | None:
         if self._top is None:
@@ -200,16 +176,6 @@ class ChatWriter:
             for position in positions or ()
         ]
         return {"content": content, "refusal": None}
-
-
-def usage(stats: PromptStats, completion_tokens: int) -> dict[str, Any]:
-    """Pictures count among the prompt's tokens; `image_tokens` says how many of them they are."""
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": stats.prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": stats.cached_tokens, "image_tokens": stats.image_tokens},
-    }
 
 
 def _token(token: TokenLogprob, as_id: bool) -> dict[str, Any]:
