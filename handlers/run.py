@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from handlers.admission import Permit
 from handlers.backends.base import Backend, Delta, Generation, PromptStats, total
 from handlers.dialects.base import Answer, Answered, Task, in_the_clients_words
-from handlers.dialects.error_replies import client_error
+from handlers.dialects.error_replies import ErrorStyle, client_error, error_reply, log_error
 from handlers.errors import DeadlineExceeded, EngineFailed, InvalidRequest, ServingError, Unavailable
-from handlers.exchange import RequestFacts
+from handlers.exchange import Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
 from handlers.request import GenerationRequest, ImagePart
@@ -255,6 +255,27 @@ def is_cancelled() -> bool:
     """Whether a CancelledError is about this task, and not about something that it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def refusal(
+    error: Exception | asyncio.CancelledError, facts: RequestFacts, style: ErrorStyle, observer: Observer
+) -> Reply:
+    """The reply to a request that failed before its reply began; logged, counted and noted in its facts.
+
+    Raises the error itself where it cancels this very task.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        if is_cancelled():
+            raise error
+        known: ServingError = stopping(error)
+    else:
+        known = client_error(error, facts.request_id)
+    log_error(known, facts.request_id)
+    observer.on_error(known.kind)
+    reply = error_reply(known, style)
+    facts.status, facts.error = reply.status, known.kind
+    reply.facts = facts
+    return reply
 
 
 def stopping(error: asyncio.CancelledError) -> Unavailable:

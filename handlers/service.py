@@ -16,16 +16,16 @@ from handlers.dialects import tgi_headers
 from handlers.dialects.adapters import answer_adapters
 from handlers.dialects.base import JSON, JSON_LINES, Conventions, Task
 from handlers.dialects.body import read_body
-from handlers.dialects.error_replies import client_error, error_reply, log_error, style_of
+from handlers.dialects.error_replies import style_of
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
 from handlers.dialects.tgi_info import tgi_info
-from handlers.errors import InvalidRequest, NotFound, ServingError
+from handlers.errors import InvalidRequest, NotFound
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
 from handlers.reply_stream import ReplyStream
-from handlers.run import Run, is_cancelled, stopping
+from handlers.run import Run, is_cancelled, refusal
 from handlers.sessions import Sessions
 from handlers.tokenization import Tokenization
 from properties.settings_chat import OutputFormat
@@ -140,19 +140,10 @@ class Service:
             body = await _aside(len(incoming.body), read_body, incoming.body, incoming.headers)
             style = style_of_body(body, style, incoming.route)
             return await work(body, incoming, facts, arrival)
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            known: ServingError = stopping(error)
-        except Exception as error:
-            known = client_error(error, incoming.request_id)
-        log_error(known, incoming.request_id)
-        self._observer.on_error(known.kind)
-        reply = error_reply(known, style)
-        facts.status, facts.error = reply.status, known.kind
-        facts.total = time.monotonic() - arrival
-        reply.facts = facts
-        return reply
+        except (Exception, asyncio.CancelledError) as error:
+            reply = refusal(error, facts, style, self._observer)
+            facts.total = time.monotonic() - arrival
+            return reply
 
     async def _answer(
         self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float

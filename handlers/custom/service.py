@@ -14,12 +14,12 @@ from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import End, Head, Part
 from handlers.custom.process import HandlerCall
 from handlers.dialects.base import JSON_LINES
-from handlers.dialects.error_replies import client_error, error_reply, lmi_error, log_error, style_of
+from handlers.dialects.error_replies import error_reply, lmi_error, log_error, style_of
 from handlers.dialects.sagemaker import attributes_of
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
-from handlers.run import is_cancelled, stopping
+from handlers.run import refusal
 from handlers.service import ServiceLimits
 
 _GRACE_SECONDS = 1.0
@@ -63,18 +63,9 @@ class CustomService:
         facts = RequestFacts(incoming.request_id, incoming.route)
         try:
             return await self._answer(incoming, facts)
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            known: ServingError = stopping(error)
-        except Exception as error:
-            known = client_error(error, incoming.request_id)
-        log_error(known, incoming.request_id)
-        self._observer.on_error(known.kind)
-        reply = error_reply(known, style_of(incoming.route, incoming.headers))
-        facts.status, facts.error = reply.status, known.kind
-        reply.facts = facts
-        return reply
+        except (Exception, asyncio.CancelledError) as error:
+            style = style_of(incoming.route, incoming.headers)
+            return refusal(error, facts, style, self._observer)
 
     async def tokenize(self, incoming: Incoming) -> Reply:
         return error_reply(_NO_TOKENS, style_of(incoming.route, incoming.headers))
