@@ -33,12 +33,12 @@ from handlers.backends.limits import checked_sampling, checked_tokens, longest_p
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
-from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
+from handlers.backends.tokens import TokenTexts, detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
-from handlers.request import ChatPrompt, GenerationRequest, ImagePart, Prompt, TextPrompt, prompt_parts
+from handlers.request import ChatPrompt, GenerationRequest, ImagePart, Prompt, prompt_parts
 from handlers.templates import RenderedPrompt
 
 if TYPE_CHECKING:
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
     from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-LONG_PROMPT_BYTES = 20_000
-"""Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
 
 LOWEST_LOGPROB = -9999.0
 """Stands for a probability of zero, which JSON has no logarithm for; vLLM's value."""
@@ -73,7 +70,6 @@ class RollingBackend:
         self._capabilities: Capabilities | None = None
         self._compiler: GrammarCompiler | None = None
         self._loaded = False
-        self._token_texts: dict[int, str] = {}
 
     @classmethod
     def from_settings(cls, settings: Settings, model_path: Path) -> RollingBackend:
@@ -98,14 +94,14 @@ class RollingBackend:
                 spawned=engine,
             )
             facts = await self._group.start()
-        except (EngineError, OSError) as error:
+        except BaseException as error:
             await engine.stop()
-            raise Unavailable(f"the model cannot be loaded: {error}") from error
-        except BaseException:
-            await engine.stop()
+            if isinstance(error, EngineError | OSError):
+                raise Unavailable(f"the model cannot be loaded: {error}") from error
             raise
         front.renderer.longest = longest_prompt(facts.max_model_len)
         self._front = front
+        self._token_text = TokenTexts(front.tokenizer)
         self._preparer = (
             PicturePreparer(front.preprocessor, self._pool, self._settings.image_cache_mb << 19)
             if front.preprocessor is not None
@@ -150,7 +146,7 @@ class RollingBackend:
         parts = list(request.images())
         if parts and self._preparer is not None:
             pictures = await self._preparer.prepare(parts)
-        rendered = await self._render(request)
+        rendered = await rendered_prompt(self._front.renderer, request, self._pool)
         token_ids, placed = _place_pictures(rendered, pictures, self._front.renderer.image_token_id)
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         if not placed:
@@ -189,7 +185,7 @@ class RollingBackend:
         # a constrained answer shows all that the grammar was told of, so also a space that it begins with
         anew = isinstance(request.prompt, ChatPrompt) and grammar is None
         prime = () if anew else tuple(token_ids[-8:])
-        return RollingGeneration(ticket, add, stats, self._front.tokenizer, prime, self._token_texts)
+        return RollingGeneration(ticket, add, stats, self._front.tokenizer, prime, self._token_text)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         front = self._front
@@ -257,14 +253,6 @@ class RollingBackend:
             self._pool, spelled, params, self._front.tokenizer
         )
 
-    async def _render(self, request: GenerationRequest) -> RenderedPrompt:
-        renderer = self._front.renderer
-        prompt = request.prompt
-        trusted = isinstance(prompt, TextPrompt) or prompt.template is None
-        if trusted and request.text_bytes <= LONG_PROMPT_BYTES:
-            return renderer.render(request.prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, renderer.render, request.prompt)
-
 
 class RollingGeneration:
     """See `handlers.backends.base.Generation`."""
@@ -276,10 +264,9 @@ class RollingGeneration:
         stats: PromptStats,
         tokenizer: PreTrainedTokenizerFast,
         prime: Sequence[int],
-        token_texts: dict[int, str],
+        token_text: TokenTexts,
     ) -> None:
-        """token_texts: what single tokens look like, filled as they are shown; shared by all requests."""
-        self._token_texts = token_texts
+        self._token_text = token_text
         self.stats = stats
         self._ticket = ticket
         self._params = params = add.params
@@ -366,13 +353,6 @@ class RollingGeneration:
             for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
         )
         return PositionLogprobs(chosen, tuple(top))
-
-    def _token_text(self, token_id: int) -> str:
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = str(self._tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False))
-            self._token_texts[token_id] = text
-        return text
 
 
 def _place_pictures(

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
-from handlers.templates import RenderedPrompt
+from handlers.request import GenerationRequest, TextPrompt
+from handlers.templates import PromptRenderer, RenderedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+LONG_PROMPT_BYTES = 20_000
+"""Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
+
+
+async def rendered_prompt(
+    renderer: PromptRenderer, request: GenerationRequest, threads: Executor
+) -> RenderedPrompt:
+    """A template of the request's own may take long however short its body is."""
+    prompt = request.prompt
+    trusted = isinstance(prompt, TextPrompt) or prompt.template is None
+    if trusted and request.text_bytes <= LONG_PROMPT_BYTES:
+        return renderer.render(prompt)
+    return await asyncio.get_running_loop().run_in_executor(threads, renderer.render, prompt)
+
+
+class TokenTexts:
+    """What single tokens look like, remembered; shared by all requests."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = str(self._backend.decode([token_id], skip_special_tokens=False))
+            self._texts[token_id] = text
+        return text
 
 
 def tokenized(

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from handlers.backends.model_facts import load_tokenizer
 from handlers.dialects.error_replies import client_error
 from handlers.errors import InvalidRequest, ServingError
 from handlers.offline.batch import Outcome
@@ -144,10 +145,9 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, as transformers loads it."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(
-            self._core.directory, trust_remote_code=self._core.configuration.settings.trust_remote_code
+        return load_tokenizer(
+            str(self._core.directory),
+            trust_remote_code=self._core.configuration.settings.trust_remote_code,
         )
 
     def close(self) -> None:

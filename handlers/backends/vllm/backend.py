@@ -24,7 +24,7 @@ from handlers.backends.base import (
 )
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_facts import load_tokenizer
-from handlers.backends.tokens import detokenized, skipped_tokens, tokenized
+from handlers.backends.tokens import detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapter_files import adapter_directories
@@ -47,8 +47,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.request import ImagePart, TextPrompt, prompt_parts
-from handlers.templates import RenderedPrompt
+from handlers.request import ImagePart, prompt_parts
 from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
@@ -57,9 +56,6 @@ if TYPE_CHECKING:
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
-
-LONG_PROMPT_BYTES = 20_000
-"""Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
 
 _LONGEST_REASON = 600
 _THREADS = 2
@@ -193,7 +189,7 @@ class VllmBackend:
     ) -> VllmGeneration:
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         parts = list(request.images())
-        rendered = await self._render(request)
+        rendered = await rendered_prompt(self._front.renderer, request, self._threads)
         token_ids = rendered.token_ids
         if not parts:
             token_ids = checked_tokens(request, token_ids, longest, vocab_size)
@@ -369,13 +365,6 @@ class VllmBackend:
         prompt = await self._input(engine, [0], [])
         async for _ in engine.generate(prompt, params, f"probe-{next(self._numbers)}"):
             pass
-
-    async def _render(self, request: GenerationRequest) -> RenderedPrompt:
-        renderer, prompt = self._front.renderer, request.prompt
-        trusted = isinstance(prompt, TextPrompt) or prompt.template is None
-        if trusted and request.text_bytes <= LONG_PROMPT_BYTES:
-            return renderer.render(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, renderer.render, prompt)
 
     async def _input(self, engine: Any, token_ids: Sequence[int], parts: Sequence[ImagePart]) -> Any:
         """vLLM's input, its pictures placed; they are let go of here. Raises ImageError and InvalidRequest."""

@@ -15,6 +15,7 @@ from handlers.backends.model_front import (
     read_eos_token_ids,
     read_generation_config,
 )
+from handlers.backends.tokens import TokenTexts
 from handlers.backends.vllm.places import PicturePlaces, picture_places, placeholder_of
 from handlers.templates import PromptRenderer
 
@@ -58,21 +59,13 @@ class VllmFront:
         self.eos_token_ids = read_eos_token_ids(generation, text_config, tokenizer)
         self.default_sampling = read_default_sampling(generation)
         self.vocab_size = int(config.get_vocab_size())
-        self._texts: dict[int, str] = {}
+        self.token_text = TokenTexts(tokenizer)
 
     def exchanged(self, token_ids: list[int]) -> list[int]:
         """A rendered prompt as vLLM wants it: see `places`."""
         if self.places is None:
             return token_ids
         return self.places.exchanged(token_ids, self.renderer.image_token_id)
-
-    def token_text(self, token_id: int) -> str:
-        """What a single token looks like, remembered."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = str(self.tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False))
-            self._texts[token_id] = text
-        return text
 
 
 def _modalities(engine: Any) -> Any:
