@@ -7,7 +7,6 @@ import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,20 +29,17 @@ from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapter_files import adapter_directories
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, places
 from handlers.backends.vllm.counters import Counters, series, stat_logger
+from handlers.backends.vllm.failures import failed, refusal_reason
 from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
+from handlers.backends.vllm.inputs import Inputs, picture_places, take_back
 from handlers.backends.vllm.keeper import EngineKeeper
 from handlers.backends.vllm.options import engine_arguments
 from handlers.backends.vllm.parsers import vllm_parsers
 from handlers.backends.vllm.plan import choose_devices, share_cores
-from handlers.backends.vllm.sampling import refused, to_vllm
-from handlers.backends.vllm.turns import PictureTurns
+from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import (
-    EngineFailed,
-    ImageError,
     InvalidConfiguration,
-    InvalidRequest,
-    Overloaded,
     ServingError,
     Unavailable,
 )
@@ -57,7 +53,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_REASON = 600
 _THREADS = 2
 
 
@@ -74,7 +69,6 @@ class VllmBackend:
         self._loaded = False
         self._open: set[VllmGeneration] = set()
         self._numbers = itertools.count()
-        self._turns = PictureTurns()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
 
     @classmethod
@@ -84,6 +78,7 @@ class VllmBackend:
     async def load(self) -> None:
         loop = asyncio.get_running_loop()
         self._vllm: Vllm = await loop.run_in_executor(self._threads, self._import)
+        self._inputs = Inputs(self._vllm)
         arguments = await loop.run_in_executor(self._threads, self._arguments)
         read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
         self._keeper = keeper = EngineKeeper(
@@ -195,7 +190,7 @@ class VllmBackend:
             token_ids = checked_tokens(request, token_ids, longest, vocab_size)
         # What is too long without its pictures is refused before they cost anything.
         params = checked_sampling(request, len(token_ids), longest, vocab_size)
-        prompt = await self._input(engine, token_ids, parts)
+        prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
         ids: list[int] = list(prompt["prompt_token_ids"])
         try:
             if parts:
@@ -203,11 +198,11 @@ class VllmBackend:
             copies = request.n if params.greedy else 1
             theirs = to_vllm(self._vllm, params, request.n // copies, request.constraint, request.names)
         except ServingError:
-            _take_back(engine, prompt)
+            take_back(engine, prompt)
             raise
         stats = PromptStats(
             prompt_tokens=len(ids),
-            image_tokens=_picture_tokens(prompt),
+            image_tokens=sum(int(place.length) for place in picture_places(prompt)),
             prompt_token_ids=ids,
             prompt_text=rendered.text,
         )
@@ -240,10 +235,11 @@ class VllmBackend:
             keeper = self._keeper
             if keeper is None or keeper.engine is None:
                 raise Unavailable("the engine is being restarted; try again", retry_after=5)
-            placed = await self._input(keeper.engine, rendered.token_ids, parts)
-            _take_back(keeper.engine, placed)
+            token_ids = front.exchanged(rendered.token_ids, parts)
+            placed = await self._inputs.placed(keeper.engine, token_ids, parts)
+            take_back(keeper.engine, placed)
             ids = list(placed["prompt_token_ids"])
-            places = sorted(placed["mm_placeholders"]["image"], key=lambda place: int(place.offset))
+            places = sorted(picture_places(placed), key=lambda place: int(place.offset))
             expanded = [ids[place.offset : place.offset + place.length] for place in places]
         return await loop.run_in_executor(
             self._threads, tokenized, rendered, front.tokenizer, front.renderer.image_token_id, expanded
@@ -356,48 +352,15 @@ class VllmBackend:
             raise
         except Exception as error:
             raise InvalidConfiguration(
-                f"vLLM {vllm.version} cannot serve the model as configured: {_reason(error)}"
+                f"vLLM {vllm.version} cannot serve the model as configured: {refusal_reason(error)}"
             ) from error
 
     async def _ask(self, engine: Any) -> None:
         """Have it generate one token: the first of the vocabulary is as good a prompt as any."""
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        prompt = await self._input(engine, [0], [])
+        prompt = await self._inputs.placed(engine, [0])
         async for _ in engine.generate(prompt, params, f"probe-{next(self._numbers)}"):
             pass
-
-    async def _input(self, engine: Any, token_ids: Sequence[int], parts: Sequence[ImagePart]) -> Any:
-        """vLLM's input, its pictures placed; they are let go of here. Raises ImageError and InvalidRequest."""
-        ids = self._front.exchanged(list(token_ids)) if parts else list(token_ids)
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        digests: list[str] = []
-        if parts:
-            loaded = [part.loaded for part in parts]
-            assert all(picture is not None for picture in loaded), "loaded before the backend sees them"
-            prompt["multi_modal_data"] = {"image": [picture.image for picture in loaded if picture]}
-            digests = [picture.digest.hex() for picture in loaded if picture]
-            prompt["multi_modal_uuids"] = {"image": digests}
-        parsed = self._vllm.parse_model_prompt(engine.model_config, prompt)
-        params = self._vllm.TokenizeParams(max_total_tokens=None, add_special_tokens=False)
-        try:
-            async with self._turns.of(digests):
-                ready = await _rendered(engine, parsed, params)
-        except self._vllm.client_errors as error:
-            raise refused(error) from error
-        except (AssertionError, ValueError, TypeError, RuntimeError) as error:
-            if not parts:
-                raise refused(error) from error
-            raise ImageError(0, "the model's processor cannot prepare these pictures") from error
-        finally:
-            for part in parts:
-                part.release()
-        placed = len((ready.get("mm_placeholders") or {}).get("image", ()))
-        if placed != len(parts):
-            _take_back(engine, ready)
-            raise InvalidRequest(
-                f"the request has {len(parts)} pictures, but {placed} of them have a place in its prompt"
-            )
-        return ready
 
     def _forget(self, generation: VllmGeneration, adapter: LoadedAdapter | None) -> None:
         if adapter is not None:
@@ -407,61 +370,6 @@ class VllmBackend:
             self._keeper.in_flight = len(self._open)
 
     def _failure(self, error: Exception, constraint: Constraint | None) -> ServingError:
-        """What a client is told of an exception of vLLM's."""
-        vllm = self._vllm
-        if isinstance(error, vllm.EngineDeadError):
-            if not self._loaded:
-                return Unavailable("the server is stopping", retry_after=5)
-            return EngineFailed("the engine process died while it worked on this request; try again")
-        if isinstance(error, vllm.busy_errors):
-            return Overloaded("the engine's queue is full; try again later", retry_after=1)
-        cause = error.__cause__
-        if isinstance(error, vllm.client_errors):
-            cause = error
-        wrapped = isinstance(error, vllm.EngineGenerateError | vllm.client_errors[0])
-        if wrapped and cause is not None and isinstance(cause, vllm.refusals):
-            return refused(cause, None if constraint is None else constraint.param)
-        return EngineFailed("the engine failed on this request")
-
-
-def _take_back(engine: Any, prompt: Any) -> None:
-    """Say that rendered pictures were not sent after all.
-
-    vLLM's front notes when it renders a picture that the engine has it from now on: the next request with the same
-    picture would come without it, and fail.
-    """
-    forget = getattr(getattr(engine.renderer, "mm_processor_cache", None), "invalidate", None)
-    if forget is not None:
-        for digest in (prompt.get("mm_hashes") or {}).get("image", ()):
-            forget(digest)
-
-
-async def _rendered(engine: Any, parsed: Any, params: Any) -> Any:
-    """The thread that renders goes on when its request is cancelled: its result is waited for, and taken back."""
-    rendering = asyncio.ensure_future(engine.renderer.render_cmpl_async([parsed], params))
-    try:
-        (ready,) = await asyncio.shield(rendering)
-        return ready
-    except asyncio.CancelledError:
-        while not rendering.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([rendering])
-        if not rendering.cancelled() and rendering.exception() is None:
-            _take_back(engine, rendering.result()[0])
-        raise
-
-
-def _picture_tokens(prompt: Any) -> int:
-    return sum(int(place.length) for place in (prompt.get("mm_placeholders") or {}).get("image", ()))
-
-
-def _reason(error: BaseException) -> str:
-    """The last line that says something: vLLM's errors begin with what it was doing."""
-    listed = getattr(error, "errors", None)
-    if callable(listed):
-        try:
-            return "; ".join(str(item["msg"]) for item in listed(include_url=False))[:_LONGEST_REASON]
-        except (TypeError, KeyError):
-            pass
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:_LONGEST_REASON]
+        if isinstance(error, self._vllm.EngineDeadError) and not self._loaded:
+            return Unavailable("the server is stopping", retry_after=5)
+        return failed(self._vllm, error, None if constraint is None else constraint.param)

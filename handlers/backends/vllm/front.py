@@ -6,6 +6,7 @@ token and the same request is the same prompt with every backend. vLLM's own ren
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
@@ -21,6 +22,7 @@ from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
+    from handlers.request import ImagePart
     from properties.settings import Settings
 
 
@@ -61,9 +63,9 @@ class VllmFront:
         self.vocab_size = int(config.get_vocab_size())
         self.token_text = TokenTexts(tokenizer)
 
-    def exchanged(self, token_ids: list[int]) -> list[int]:
-        """A rendered prompt as vLLM wants it: see `places`."""
-        if self.places is None:
+    def exchanged(self, token_ids: list[int], parts: Sequence[ImagePart]) -> list[int]:
+        """A rendered prompt with these pictures as vLLM wants it: see `places`."""
+        if self.places is None or not parts:
             return token_ids
         return self.places.exchanged(token_ids, self.renderer.image_token_id)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.sampling_params import SamplingParams
+from handlers.backends.vllm.failures import refused
 from handlers.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -116,18 +117,3 @@ def structured(vllm: Vllm, constraint: Constraint) -> Any:
         return vllm.StructuredOutputsParams(**fields)
     except vllm.refusals as error:
         raise refused(error, constraint.param) from error
-
-
-_LONGEST_REASON = 300
-
-
-def refused(error: BaseException, param: str | None = None) -> InvalidRequest:
-    """vLLM's own refusal of a request as ours: its first line, without names of its internals.
-
-    param: the client's field, where vLLM does not name one.
-    """
-    lines = (str(getattr(error, "message", "")) or str(error.args[0] if error.args else "")).splitlines()
-    reason = lines[0][:_LONGEST_REASON].rstrip(". ") if lines else type(error).__name__
-    return InvalidRequest(
-        f"the engine refuses this request: {reason}", param=getattr(error, "parameter", None) or param
-    )
