@@ -148,10 +148,12 @@ class VllmBackend:
         )
         self._loaded = True
         logger.info(
-            "vLLM %s ready: %s, %d x %d x %d devices, %d tokens of context, %d blocks of %d tokens",
+            "vLLM %s ready: %s, %d x %d x %d devices, %d tokens of context, %d blocks of %d tokens, "
+            "steps of at most %d requests and %d tokens",
             self._vllm.version, config.model_config.dtype, self._replicas, parallel.pipeline_parallel_size,
             parallel.tensor_parallel_size, self._capabilities.max_model_len, self._blocks,
-            config.cache_config.block_size,
+            config.cache_config.block_size, config.scheduler_config.max_num_seqs,
+            config.scheduler_config.max_num_batched_tokens,
         )  # fmt: skip
 
     @property
@@ -347,7 +349,11 @@ class VllmBackend:
         vllm = self._vllm
         try:
             made = vllm.AsyncEngineArgs(**arguments)
-            return vllm.AsyncLLM.from_engine_args(made, stat_loggers=[stat_logger(vllm, self._counters)])
+            return vllm.AsyncLLM.from_engine_args(
+                made,
+                usage_context=vllm.server_context,
+                stat_loggers=[stat_logger(vllm, self._counters)],
+            )
         except (ConfigurationError, ServingError):
             raise
         except Exception as error:

@@ -36,6 +36,8 @@ class Vllm:
 
     client_errors: what a request did wrong. busy_errors: what a full queue answers (none before 0.29).
     model_class: a ModelConfig -> the class of the model.
+    server_context: what vLLM's own server says it is; the size of a step depends on it (8,192 tokens on an H100, 2,048
+    for who does not say).
     """
 
     version: str
@@ -55,6 +57,7 @@ class Vllm:
     parse_model_prompt: Callable[..., Any]
     model_class: Callable[..., Any]
     prometheus_registry: Callable[[], Any]
+    server_context: Any
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:
@@ -129,6 +132,7 @@ def _names(version: str) -> Vllm:
             "vllm.model_executor.model_loader.utils vllm.model_executor.model_loader", "get_model_cls"
         ),
         prometheus_registry=find("vllm.v1.metrics.prometheus", "get_prometheus_registry"),
+        server_context=find("vllm.usage.usage_lib", "UsageContext").OPENAI_API_SERVER,
     )
 
 
