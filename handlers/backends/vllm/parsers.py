@@ -125,6 +125,8 @@ class VllmParsers:
         return self._vllm.ChatCompletionRequest(
             messages=[{"role": "user", "content": ""}],
             tools=kept or None,
+            # Not said, it is None since 0.33, and whether the parser changes it could not be told.
+            skip_special_tokens=True,
             tool_choice="auto" if kept else "none",
             chat_template_kwargs=dict(template_kwargs),
         )

@@ -1,0 +1,145 @@
+"""A script: whether one vLLM has every name, signature and attribute that is used of it. `test_compat.py` runs it.
+
+What is only reached through an object (an engine's renderer, say) is looked for in the source of its class.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.logprobs import Logprob
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.processing import BaseProcessingInfo
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.reasoning import ReasoningParserManager
+from vllm.renderers.base import BaseRenderer
+from vllm.tool_parsers import ToolParserManager
+from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, PrefixCacheStats, SchedulerStats
+
+from handlers.backends.vllm.compat import find, load, load_parsing
+from handlers.backends.vllm.fields import (
+    architectures,
+    engine_argument_names,
+    reasoning_parser_names,
+    tool_parser_names,
+)
+from handlers.backends.vllm.options import ALWAYS, WHERE_GIVEN
+from handlers.backends.vllm.sampling import _SAME, _TRANSLATED
+
+vllm = load()
+
+
+def members(cls: Any) -> set[str]:
+    """What a class, its bases and their methods define and set."""
+    found = set(dir(cls)) | set(getattr(cls, "__struct_fields__", ()))
+    for base in cls.__mro__:
+        if not base.__module__.startswith("vllm"):
+            continue
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.add(node.target.id)
+    return found
+
+
+def has(cls: Any, names: str) -> None:
+    missing = set(names.split()) - members(cls)
+    assert not missing, f"{cls} lacks {missing}"
+
+
+def parameters(call: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(call).parameters)
+
+
+# Options.
+names = {field.name for field in fields(vllm.AsyncEngineArgs) if not field.name.startswith("_")}
+assert names == engine_argument_names(), names ^ engine_argument_names()
+ours = {
+    *ALWAYS.values(),
+    *WHERE_GIVEN.values(),
+    "limit_mm_per_prompt",
+    "served_model_name",
+    "scheduling_policy",
+}
+ours |= {
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "master_port",
+    "distributed_executor_backend",
+    "data_parallel_backend",
+}
+assert ours <= names, ours - names
+parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
+assert {"max_logprobs", "compilation_config"} <= {action.dest for action in parser._actions}
+known = architectures()
+assert {"LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "LlamaForCausalLM"} <= known
+assert not {"MllamaForConditionalGeneration", "BertModel"} & known
+has(ModelConfig, "max_model_len dtype hf_config hf_text_config is_multimodal_model get_vocab_size")
+has(CacheConfig, "num_gpu_blocks block_size")
+has(ParallelConfig, "tensor_parallel_size pipeline_parallel_size data_parallel_size")
+has(VllmConfig, "model_config cache_config parallel_config")
+
+# The engine.
+generate = parameters(vllm.AsyncLLM.generate)
+assert generate[1:4] == ["prompt", "sampling_params", "request_id"]
+assert {"priority", "lora_request"} <= set(generate)
+assert "stat_loggers" in parameters(vllm.AsyncLLM.from_engine_args)
+assert "timeout" in parameters(vllm.AsyncLLM.shutdown)
+assert len(parameters(vllm.AsyncLLM.add_lora)) == len(parameters(vllm.AsyncLLM.remove_lora)) == 2
+assert isinstance(inspect.getattr_static(vllm.AsyncLLM, "errored"), property)
+has(vllm.AsyncLLM, "reset_mm_cache renderer model_config vllm_config")
+lora = vllm.LoRARequest("name", 7, "/path")
+assert (lora.lora_name, lora.lora_int_id, lora.lora_path) == ("name", 7, "/path")
+assert not issubclass(vllm.EngineDeadError, vllm.refusals), "an engine that died is no bad request"
+assert not any(issubclass(busy, vllm.refusals) for busy in vllm.busy_errors)
+
+# Requests.
+sampling = set(vllm.SamplingParams.__struct_fields__)
+assert {*_SAME, *_TRANSLATED, "n", "output_kind", "structured_outputs", "detokenize"} <= sampling
+assert {"json", "regex", "choice", "grammar", "json_object"} <= set(parameters(vllm.StructuredOutputsParams))
+assert {"max_total_tokens", "add_special_tokens"} <= set(parameters(vllm.TokenizeParams))
+assert parameters(vllm.parse_model_prompt)[:2] == ["model_config", "prompt"]
+assert parameters(vllm.model_class)[:1] == ["model_config"]
+has(BaseRenderer, "get_mm_processor mm_processor_cache")
+assert parameters(BaseRenderer.render_cmpl_async)[1:3] == ["prompts", "tok_params"]
+cache = find("vllm.multimodal.cache vllm.multimodal.cache.base", "BaseMultiModalProcessorCache")
+assert parameters(cache.invalidate)[1:] == ["mm_hash"]
+has(BaseProcessingInfo, "supported_mm_limits")
+has(PlaceholderRange, "offset length")
+
+# Outputs and numbers.
+has(RequestOutput, "outputs finished num_cached_tokens prompt_logprobs")
+has(CompletionOutput, "index text token_ids logprobs finish_reason stop_reason")
+has(Logprob, "logprob rank")
+record = parameters(vllm.StatLoggerBase.record)
+assert record[1:] == ["scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"]
+assert vllm.StatLoggerBase.__abstractmethods__ <= {"__init__", "record", "log_engine_initialized"}
+has(SchedulerStats, "num_running_reqs kv_cache_usage prefix_cache_stats")
+has(IterationStats, "num_preempted_reqs")
+has(PrefixCacheStats, "queries hits")
+has(MultiModalCacheStats, "queries hits")
+
+# Parsers.
+assert tool_parser_names() == set(ToolParserManager.list_registered()) > {"hermes", "qwen3_coder", "kimi_k2"}
+assert reasoning_parser_names() == set(ReasoningParserManager.list_registered()) > {"qwen3", "granite"}
+parsing = load_parsing()
+kind = parsing.ParserManager.get_parser(
+    tool_parser_name="hermes", reasoning_parser_name="granite", enable_auto_tools=True, is_harmony=False
+)
+delta = ["delta_text", "delta_token_ids", "request", "prompt_token_ids", "finished"]
+assert parameters(kind.parse_delta)[1:] == delta
+assert {"enable_auto_tools", "model_output_token_ids"} <= set(parameters(kind.parse))
+request = parsing.ChatCompletionRequest(
+    messages=[{"role": "user", "content": ""}], tool_choice="none", skip_special_tokens=True
+)
+assert request.skip_special_tokens
+
+print("version", vllm.version)
