@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -23,6 +24,8 @@ from engine.sampler import Sampler
 from engine.sampling_params import RANGES, SAMPLERS, SamplingParams
 from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
+from handlers.backends.vllm import samplers
+from handlers.backends.vllm.samplers import KEY, NEUTRAL, PROCESSOR, Carried, Samplers, offer, with_breakers
 from handlers.backends.vllm.sampling import to_vllm
 from handlers.backends.words import DRY_BREAKERS, spelled
 from handlers.errors import InvalidRequest
@@ -810,21 +813,99 @@ class TestVllm:
     def test_has_masks_of_its_own(self) -> None:
         asked = to_vllm(self.vllm, SamplingParams(allowed_token_ids=(3, 4), bad_words=("no",)), 1)
         assert (asked["allowed_token_ids"], asked["bad_words"]) == ([3, 4], ["no"])
+        assert "extra_args" not in asked
+
+    @pytest.mark.parametrize("params", KINDS)
+    def test_what_it_lacks_is_carried_to_our_sampler_where_it_would_change_the_answer(
+        self, params: dict[str, Any]
+    ) -> None:
+        given = SamplingParams(
+            **params, repetition_penalty=1.3, stop=("x",), min_tokens=2, logprobs=1, seed=5
+        )
+        asked = to_vllm(self.vllm, given, 1)
+        own = set(params) <= {"temperature", "allowed_token_ids"}
+        assert ("extra_args" in asked) is not own
+        if own:
+            assert asked["repetition_penalty"] == 1.3
+            return
+        assert {name: asked[name] for name in NEUTRAL} == NEUTRAL
+        assert asked["temperature"] == (0.0 if given.greedy else 1.0)
+        assert (asked["stop"], asked["min_tokens"], asked["logprobs"]) == (["x"], 2, 1)
+        sent = msgspec.msgpack.decode(asked["extra_args"][KEY], type=Carried).params
+        assert sent == msgspec.structs.replace(
+            given, stop=(), min_tokens=0, logprobs=None, seed=None, allowed_token_ids=None
+        )
+
+    def test_what_a_greedy_answer_does_not_look_at_is_left_out(self) -> None:
+        given = SamplingParams(
+            temperature=0.0, top_a=0.5, typical_p=0.3, mirostat_mode=2, sampler_priority=tuple(range(14))
+        )
+        assert "extra_args" not in to_vllm(self.vllm, given, 1)
+
+    def test_an_answer_without_a_seed_is_given_one(self) -> None:
+        """All processes of one engine must draw the same."""
+        seeds = {to_vllm(self.vllm, SamplingParams(top_a=0.5), 3)["seed"] for _ in range(5)}
+        assert len(seeds) == 5
+        assert to_vllm(self.vllm, SamplingParams(temperature=0.5), 3)["seed"] is None
 
     @pytest.mark.parametrize(
-        "params", [{"dry_multiplier": 1.0}, {"no_repeat_ngram_size": 2}, {"temperature": 0.7}]
-    )
-    @pytest.mark.parametrize("greedy", [True, False])
-    def test_what_it_lacks_is_refused_where_it_would_change_the_answer(
-        self, params: dict[str, Any], greedy: bool
-    ) -> None:
-        given = {**params, "top_a": 0.5} | ({"temperature": 0.0} if greedy else {})
-        changes_nothing = greedy and "temperature" in params
-        if changes_nothing:
-            assert to_vllm(self.vllm, SamplingParams(**given), 1)["temperature"] == 0.0
+        "params",
+        [
+            {"typical_p": 0.5}, {"dry_multiplier": 1.0, "temperature": 0.0, "typical_p": 0.5},
+            {"no_repeat_ngram_size": 2}, {"bad_words_token_ids": ((3,),)},
+            {"temperature_last": True, "temperature": 0.5, "top_p": 0.5},
+        ],
+    )  # fmt: skip
+    def test_where_the_engine_lacks_them_too_they_are_refused(self, params: dict[str, Any]) -> None:
+        name = next(iter(params))
+        with pytest.raises(InvalidRequest, match="TheirName is not a sampler of vLLM with it:") as caught:
+            to_vllm(self.vllm, SamplingParams(**params), 1, None, {name: "TheirName"}, Samplers("with it"))
+        assert caught.value.param == "TheirName"
+        plain = SamplingParams(temperature=0.7, top_p=0.5, xtc_threshold=0.3, dry_base=2.0)
+        assert "extra_args" not in to_vllm(self.vllm, plain, 1, None, {}, Samplers("with it"))
+
+    def test_probabilities_that_would_be_those_of_the_choice_are_refused(self) -> None:
+        asked = SamplingParams(top_a=0.5, logprobs=1)
+        with pytest.raises(InvalidRequest, match="logprobs_mode"):
+            to_vllm(self.vllm, asked, 1, samplers=Samplers(reports_choice=True))
+        assert to_vllm(self.vllm, asked, 1)["logprobs"] == 1
+
+    def test_breakers_are_spelled_and_unwanted_words_left_to_it(self) -> None:
+        tokenizer = make_tokenizer()
+        given = SamplingParams(dry_multiplier=1.0, bad_words=("blue",))
+        params = with_breakers(given, tokenizer)
+        assert params.dry_sequence_breaker_ids == spelled(given, tokenizer).dry_sequence_breaker_ids
+        assert (params.bad_words, params.bad_words_token_ids) == (("blue",), ())
+
+    def test_the_operators_own_processors_stay(self, tmp_path: Path) -> None:
+        arguments: dict[str, Any] = {"model": str(tmp_path), "logits_processors": ["their.module:Theirs"]}
+        assert offer(arguments, ()) == Samplers()
+        assert arguments["logits_processors"] == ["their.module:Theirs", PROCESSOR]
+        assert offer(arguments, ()) == Samplers()
+        assert arguments["logits_processors"] == ["their.module:Theirs", PROCESSOR]
+
+    @pytest.mark.parametrize("by_model", [True, False])
+    def test_none_where_the_engine_drafts(self, tmp_path: Path, by_model: bool) -> None:
+        arguments: dict[str, Any] = {"model": str(tmp_path)}
+        if by_model:
+            (tmp_path / "config.json").write_text('{"speculators_config": {"algorithm": "eagle3"}}')
         else:
-            with pytest.raises(InvalidRequest, match="is not a sampler of the vLLM backend"):
-                to_vllm(self.vllm, SamplingParams(**given), 1)
+            arguments["speculative_config"] = {"method": "ngram"}
+        assert offer(arguments, ()).lacking == "with speculative decoding"
+        assert "logits_processors" not in arguments
+
+    def test_none_where_they_would_cost_everyone_the_newer_runner(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On an accelerator, in versions whose newer runner takes no processors: unless the operator says so."""
+        monkeypatch.setattr(samplers, "newer_logits_processor", lambda: None)
+        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+        arguments: dict[str, Any] = {"model": str(tmp_path)}
+        assert PROCESSOR in str(offer(arguments, ("GPU",)).lacking)
+        assert "logits_processors" not in arguments
+        assert offer({**arguments, "logits_processors": [PROCESSOR]}, ("GPU",)).lacking is None
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        assert offer(dict(arguments), ("GPU",)).lacking is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

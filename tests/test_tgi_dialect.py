@@ -19,7 +19,6 @@ from handlers.dialects.tgi import read_tgi
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
 from handlers.exchange import Reply
 from handlers.request import ImagePart, TextPart, TextPrompt
-from tests.backend import VLLM
 from tests.live import LiveServer, data_url
 from tests.scripted import Pictures, ScriptedBackend, Step, everything, incoming, said, service, token
 
@@ -627,7 +626,7 @@ def test_the_documentations_all_parameters_example(server: LiveServer) -> None:
         "top_p": 0.9,
         "top_k": 10,
         "truncate": 5,
-        **({} if VLLM else {"typical_p": 0.9}),
+        "typical_p": 0.9,
         "watermark": True,
         "decoder_input_details": True,
         "details": True,

@@ -22,7 +22,14 @@ from vllm.renderers.base import BaseRenderer
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, PrefixCacheStats, SchedulerStats
 
-from handlers.backends.vllm.compat import find, load, load_parsing
+from handlers.backends.vllm.compat import (
+    find,
+    load,
+    load_parsing,
+    logits_processor,
+    newer_logits_processor,
+    process_dict_updates,
+)
 from handlers.backends.vllm.fields import (
     architectures,
     engine_argument_names,
@@ -114,6 +121,21 @@ cache = find("vllm.multimodal.cache vllm.multimodal.cache.base", "BaseMultiModal
 assert parameters(cache.invalidate)[1:] == ["mm_hash"]
 has(BaseProcessingInfo, "supported_mm_limits")
 has(PlaceholderRange, "offset length")
+
+# Samplers of ours in its process.
+assert {"logits_processors", "logprobs_mode", "speculative_config"} <= names
+assert {"extra_args", "seed"} <= sampling
+older, newer = logits_processor(), newer_logits_processor()
+assert older.__abstractmethods__ <= {"__init__", "apply", "is_argmax_invariant", "update_state"}
+assert parameters(older.apply) == ["self", "logits"]
+assert parameters(process_dict_updates()) == ["req_entries", "batch_update", "new_state"]
+if newer is not None:
+    assert newer.__abstractmethods__ <= {"apply"}
+    assert parameters(newer.apply) == ["self", "logits", "ctx"]
+    assert parameters(newer.add_request) == ["self", "req_idx", "sampling_params"]
+    where = "vllm.v1.worker.gpu.sample.logits_processor"
+    has(find(where, "LogitsContext"), "idx_mapping_np input_ids pos")
+    has(find(where, "LogitsProcRequestState"), "all_token_ids prompt_len prefill_len")
 
 # Outputs and numbers.
 has(RequestOutput, "outputs finished num_cached_tokens prompt_logprobs")

@@ -111,7 +111,6 @@ def test_prompt_logprobs_and_bias_and_minimum(server: LiveServer) -> None:
     ("fields", "named"),
     [
         ({"temperature": 3.0}, "temperature"),
-        ({"temperature": 1.0, "typical_p": 0.5}, "typical_p"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
         ({"max_tokens": 100_000}, "max_tokens"),
     ],

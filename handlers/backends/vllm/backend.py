@@ -37,6 +37,7 @@ from handlers.backends.vllm.keeper import EngineKeeper
 from handlers.backends.vllm.options import engine_arguments
 from handlers.backends.vllm.parsers import vllm_parsers
 from handlers.backends.vllm.plan import choose_devices, share_cores
+from handlers.backends.vllm.samplers import offer, with_breakers
 from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import (
     InvalidConfiguration,
@@ -47,6 +48,7 @@ from handlers.request import ImagePart, prompt_parts
 from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
+    from engine.sampling_params import SamplingParams
     from handlers.backends.vllm.compat import Vllm
     from handlers.request import Constraint, GenerationRequest, Prompt
     from properties.configuration import Configuration
@@ -198,8 +200,11 @@ class VllmBackend:
             if parts:
                 params = checked_sampling(request, len(ids), longest, vocab_size)
             copies = request.n if params.greedy else 1
-            theirs = to_vllm(self._vllm, params, request.n // copies, request.constraint, request.names)
-        except ServingError:
+            params = await self._spelled(params)
+            theirs = to_vllm(
+                self._vllm, params, request.n // copies, request.constraint, request.names, self._samplers
+            )
+        except BaseException:
             take_back(engine, prompt)
             raise
         stats = PromptStats(
@@ -224,6 +229,14 @@ class VllmBackend:
             token_text=self._front.token_text,
             failure=partial(self._failure, constraint=request.constraint),
             ended=partial(self._forget, adapter=adapter),
+        )
+
+    async def _spelled(self, params: SamplingParams) -> SamplingParams:
+        """With DRY's breakers as token ids. In a thread: there may be a thousand long ones."""
+        if params.dry_multiplier <= 0.0:
+            return params
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, with_breakers, params, self._front.tokenizer
         )
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
@@ -332,6 +345,7 @@ class VllmBackend:
 
     def _arguments(self) -> dict[str, Any]:
         arguments = engine_arguments(self._vllm, self._configuration, self._path, self._machine)
+        self._samplers = offer(arguments, self._machine.accelerators)
         cpu = not self._machine.accelerators
         if self._settings.enable_lora:
             most = max(self._most_adapters, len(self._adapter_directories()) if cpu else 0)

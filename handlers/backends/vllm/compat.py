@@ -162,6 +162,21 @@ def load_parsing() -> VllmParsing:
         raise InvalidConfiguration(f"the parsers of vLLM {version} cannot be imported: {error}") from error
 
 
+def logits_processor() -> Any:
+    """The class that the older model runner's logits processors extend."""
+    return find("vllm.v1.sample.logits_processor", "LogitsProcessor")
+
+
+def newer_logits_processor() -> Any:
+    """The newer runner's; None in versions whose newer runner takes none."""
+    return find("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor", None)
+
+
+def process_dict_updates() -> Callable[..., bool]:
+    """What keeps a dictionary of rows in step with the older runner's batch."""
+    return find("vllm.v1.sample.logits_processor", "process_dict_updates")  # type: ignore[no-any-return]
+
+
 _REQUIRED = object()
 
 

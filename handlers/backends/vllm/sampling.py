@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from engine.sampling_params import SamplingParams
 from handlers.backends.vllm.failures import refused
+from handlers.backends.vllm.samplers import HAS_ALL, NEUTRAL, Samplers, carried, some_seed, wanted
 from handlers.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -35,15 +38,6 @@ _TRANSLATED = (
     "min_tokens", "top_k", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 
-_GREEDY_TOO = ("dry_multiplier", "no_repeat_ngram_size", "bad_words_token_ids")
-"""Samplers that vLLM does not have and that change greedy answers as well."""
-
-_SHAPES = (
-    "temperature_last", "smoothing_curve", "dynatemp_exponent", "xtc_threshold", "dry_base", "dry_allowed_length",
-    "dry_range", "dry_sequence_breakers", "dry_sequence_breaker_ids", "mirostat_tau", "mirostat_eta",
-)  # fmt: skip
-"""Fields that mean nothing unless another one switches their sampler on."""
-
 _PLAIN = SamplingParams()
 
 
@@ -53,38 +47,32 @@ def to_vllm(
     n: int,
     constraint: Constraint | None = None,
     names: Mapping[str, str] | None = None,
+    samplers: Samplers = HAS_ALL,
 ) -> Any:
     """vLLM's SamplingParams, in which every output is what is new.
 
-    params: checked already. n: answers that the engine makes. names: the client's names of fields.
-    Raises InvalidRequest for a sampler that vLLM does not have.
+    params: checked already, DRY's breakers spelled. n: answers that the engine makes. names: the client's names of
+    fields. samplers: what the engine has of those that vLLM does not have.
+    Raises InvalidRequest for a sampler that the engine does not have.
     """
-    unknown = [
-        field
-        for field in params.__struct_fields__
-        if field not in _SAME
-        and field not in _TRANSLATED
-        and field not in _SHAPES
-        and getattr(params, field) != getattr(_PLAIN, field)
-        and (field in _GREEDY_TOO or not params.greedy)
-    ]
-    if unknown:
-        raise InvalidRequest(
-            f"{(names or {}).get(unknown[0], unknown[0])} is not a sampler of the vLLM backend: leave it out, or "
-            "let the operator set option.rolling_batch=rolling",
-            param=(names or {}).get(unknown[0], unknown[0]),
-        )
+    ours = wanted(params)
+    if ours:
+        _check(params, names or {}, samplers)
     fields: dict[str, Any] = {name: getattr(params, name) for name in _SAME}
     if params.greedy:
         # vLLM counts a seed as state to keep; a greedy answer needs none.
         fields |= {"seed": None, "top_p": 1.0, "min_p": 0.0}
     fields["top_k"] = 0 if params.greedy else max(params.top_k, 0)
+    fields["logit_bias"] = params.logit_bias or None
+    if ours:
+        fields |= NEUTRAL | {"extra_args": carried(params)}
+        if not params.greedy:
+            fields |= {"temperature": 1.0, "seed": some_seed() if params.seed is None else params.seed}
     fields["min_tokens"] = (
         params.min_tokens if params.max_tokens is None else min(params.min_tokens, params.max_tokens)
     )
     fields["stop"] = list(params.stop)
     fields["stop_token_ids"] = list(params.stop_token_ids)
-    fields["logit_bias"] = params.logit_bias or None
     if params.allowed_token_ids is not None:
         fields["allowed_token_ids"] = list(params.allowed_token_ids)
     if params.bad_words:
@@ -95,6 +83,30 @@ def to_vllm(
         return vllm.SamplingParams(n=n, output_kind=vllm.RequestOutputKind.DELTA, **fields)
     except vllm.refusals as error:
         raise refused(error) from error
+
+
+def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers) -> None:
+    """Raise InvalidRequest unless the engine has the samplers that these parameters ask for."""
+    if samplers.lacking is None and not (samplers.reports_choice and params.logprobs is not None):
+        return
+    field = next(
+        name
+        for name in params.__struct_fields__
+        if name not in (*_SAME, *_TRANSLATED)
+        and wanted(replace(_PLAIN, temperature=params.temperature, **{name: getattr(params, name)}))
+    )
+    name = names.get(field, field)
+    if samplers.lacking is not None:
+        raise InvalidRequest(
+            f"{name} is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
+            "option.rolling_batch=rolling",
+            param=name,
+        )
+    raise InvalidRequest(
+        f"{name} and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
+        "let the operator choose raw_logprobs",
+        param=name,
+    )
 
 
 def structured(vllm: Vllm, constraint: Constraint) -> Any:

@@ -1,0 +1,125 @@
+"""Samplers that vLLM does not have: which requests need them, and how they reach the engine's process.
+
+There `processor.py` chooses the tokens of such requests with the embedded engine's own sampler, whole chain and draw,
+so that a seed gives the same draw on both backends. vLLM is told to sample these requests by nothing but their logits,
+in which one token is left.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.repetition import Repetition
+from engine.sampling_params import SamplingParams
+from engine.warping import Warping
+from handlers.backends.vllm.compat import newer_logits_processor
+from handlers.backends.words import spelled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROCESSOR = "handlers.backends.vllm.processor:SamplerProcessor"
+"""As vLLM's `logits_processors` names a class."""
+
+KEY = "lmi_samplers"
+"""Where in vLLM's `extra_args` a request's samplers are."""
+
+NEUTRAL: dict[str, Any] = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "logit_bias": None,
+}  # fmt: skip
+"""Of vLLM's parameters, for a request whose token is chosen before they are looked at."""
+
+_LEFT_TO_VLLM = (
+    "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
+    "skip_special_tokens", "logprobs", "prompt_logprobs", "allowed_token_ids", "bad_words", "dry_sequence_breakers",
+)  # fmt: skip
+"""Masks among them are on the logits already when the processor sees them; the seed is there for each answer."""
+
+_PLAIN = SamplingParams()
+
+
+class Carried(msgspec.Struct, frozen=True):
+    """What travels in `extra_args`. request: a number of its own, the same for all its answers."""
+
+    params: SamplingParams
+    request: int
+
+
+@dataclass(frozen=True)
+class Samplers:
+    """Whether this engine has them.
+
+    lacking: why not, as words after "vLLM"; None where it has them.
+    reports_choice: the log probabilities that vLLM tells are those of the token left (`logprobs_mode`).
+    """
+
+    lacking: str | None = None
+    reports_choice: bool = False
+
+
+HAS_ALL = Samplers()
+
+
+def wanted(params: SamplingParams) -> bool:
+    """The answer is another one with samplers that vLLM does not have."""
+    if Repetition.of(params, ()) is not None:
+        return True
+    return not params.greedy and (params.typical_p < 1.0 or Warping.of(params, 0) is not None)
+
+
+def carried(params: SamplingParams) -> dict[str, bytes]:
+    """vLLM's `extra_args` for such a request. params: words spelled."""
+    kept = msgspec.structs.replace(params, **{name: getattr(_PLAIN, name) for name in _LEFT_TO_VLLM})
+    return {KEY: msgspec.msgpack.encode(Carried(kept, secrets.randbits(63)))}
+
+
+def some_seed() -> int:
+    """For a request without one: all ranks of an engine must draw alike. Its other answers count on from it."""
+    return secrets.randbits(62)
+
+
+def with_breakers(params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> SamplingParams:
+    """DRY's breakers as token ids; bad_words stay words, which vLLM spells by itself."""
+    own = msgspec.structs.replace(params, bad_words=())
+    return msgspec.structs.replace(spelled(own, tokenizer), bad_words=params.bad_words)
+
+
+def offer(arguments: MutableMapping[str, Any], accelerators: Sequence[object]) -> Samplers:
+    """Name the processor to vLLM, beside the operator's own, where nothing of vLLM's is lost by it.
+
+    arguments: for `AsyncEngineArgs`.
+    """
+    given = list(arguments.get("logits_processors") or ())
+    lacking = None
+    if arguments.get("speculative_config") or _drafts_by_itself(Path(arguments["model"])):
+        lacking = "with speculative decoding"
+    elif arguments.get("return_sampling_mask"):
+        lacking = "with option.return_sampling_mask"
+    elif PROCESSOR not in given and accelerators and _would_change_runner():
+        lacking = f"of this version, but for its older model runner (option.logits_processors={PROCESSOR})"
+    if lacking is None and PROCESSOR not in given:
+        arguments["logits_processors"] = [*given, PROCESSOR]
+    mode = str(arguments.get("logprobs_mode") or "raw_logprobs")
+    return Samplers(lacking, mode.startswith("processed"))
+
+
+def _would_change_runner() -> bool:
+    """vLLM's newer runner serves by default, but not where logits processors are named: it cannot run them yet."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0" and newer_logits_processor() is None
+
+
+def _drafts_by_itself(model: Path) -> bool:
+    """The model names its own speculative decoding, which vLLM then switches on."""
+    try:
+        config = msgspec.json.decode((model / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("speculators_config"))
