@@ -76,6 +76,7 @@ def build_service(
         limit_mm_per_prompt=settings.limit_mm_per_prompt,
         request_priorities=settings.request_priorities,
         trust_request_chat_template=settings.trust_request_chat_template,
+        enable_mm_embeds=settings.enable_mm_embeds,
         chunked_read_timeout=settings.chunked_read_timeout,
     )
     if isinstance(backend, CustomBackend):

@@ -20,6 +20,9 @@ FRAME = struct.Struct("<I")
 
 MAX_FRAME_BYTES = 1 << 30
 
+EMBEDDINGS = "image_embeds"
+"""The name under which a picture brings what the encoder would make of it."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -52,7 +55,7 @@ class Picture(msgspec.Struct, array_like=True):
     offset, length: where its tokens stand in the prompt.
     is_embed: which of these `length` tokens take one of the encoder's output rows, in order; None means all
         (some families put row ends and break tokens between the rows).
-    tensors: the arguments of the family's encoder.
+    tensors: the arguments of the family's encoder; or its output itself, [rows, D], as `EMBEDDINGS` alone.
     """
 
     digest: bytes
@@ -107,7 +110,8 @@ ToEngine = Add | Abort | Ping | Shutdown
 class Ready(msgspec.Struct, tag=True):
     """The model is loaded and has answered a first request of its own.
 
-    constrains: grammars can be obeyed. device: the name of the accelerator, or "cpu".
+    constrains: grammars can be obeyed. device: the name of the accelerator, or "cpu". hidden_size: D, of the encoder's
+    rows.
     """
 
     max_model_len: int
@@ -119,6 +123,7 @@ class Ready(msgspec.Struct, tag=True):
     weight_bytes: int
     constrains: bool = False
     device: str = "cpu"
+    hidden_size: int = 0
 
 
 class LoadFailed(msgspec.Struct, tag=True):

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.encoder_cache import EncoderCache
 from engine.families.base import Family
 from engine.memory import cache_blocks
-from engine.messages import Picture
+from engine.messages import EMBEDDINGS, Picture
 from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
 
 logger = logging.getLogger(__name__)
@@ -86,19 +86,27 @@ class ModelRunner:
 
     @torch.inference_mode()
     def encode(self, pictures: Items[Picture]) -> None:
-        """Run the vision encoder and keep the outputs. Pictures must differ in digest and not be cached."""
+        """Run the vision encoder and keep the outputs. Pictures must differ in digest and not be cached; those that
+        bring its output are kept as they are."""
         for start in range(0, len(pictures), ENCODE_BATCH):
             some = pictures[start : start + ENCODE_BATCH]
-            tensors = [
-                {
-                    name: torch.from_numpy(data.unpack()).to(self.device)
-                    for name, data in picture.tensors.items()
-                }
-                for picture in some
-            ]
-            for picture, features in zip(some, self.family.encode(tensors), strict=True):
-                # a copy, so that keeping one does not keep the whole batch
-                self.encoder_cache.put(picture.digest, features.clone())
+            encoded = [picture for picture in some if EMBEDDINGS in picture.tensors]
+            for picture in encoded:
+                rows = self._on_device(picture)[EMBEDDINGS]
+                self.encoder_cache.put(picture.digest, rows.to(self.dtype))
+            raw = [picture for picture in some if EMBEDDINGS not in picture.tensors]
+            if raw:
+                for picture, features in zip(raw, self._encoded(raw), strict=True):
+                    # a copy, so that keeping one does not keep the whole batch
+                    self.encoder_cache.put(picture.digest, features.clone())
+
+    def _encoded(self, pictures: Items[Picture]) -> list[torch.Tensor]:
+        return self.family.encode([self._on_device(picture) for picture in pictures])
+
+    def _on_device(self, picture: Picture) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.from_numpy(data.unpack()).to(self.device) for name, data in picture.tensors.items()
+        }
 
     @torch.inference_mode()
     def run(self, chunks: Items[ChunkInput]) -> StepLogits:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from PIL.Image import Image
 
     from handlers.images.memory import Share
@@ -26,6 +28,24 @@ class LoadedImage:
     """
 
     image: Image
+    digest: bytes
+
+
+Grid = tuple[int, int, int]
+"""How a picture's patches stand: frames, rows and columns, as Qwen2-VL and its kin count them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEmbeddings:
+    """What a model's vision encoder and projector made of a picture, elsewhere; finite numbers, never changed.
+
+    rows: float32, [tokens, hidden size]. largest: magnitude of any of them. grid: for models that want it.
+    digest: SHA-256 of the files they came in, and no picture's digest.
+    """
+
+    rows: npt.NDArray[np.float32]
+    largest: float
+    grid: Grid | None
     digest: bytes
 
 
@@ -48,6 +68,11 @@ class ImagePart:
     share: Share | None = field(default=None, repr=False)
     given: Image | None = field(default=None, repr=False)
 
+    @property
+    def characters(self) -> int:
+        """That it takes in the request's body."""
+        return len(self.url)
+
     def release(self) -> None:
         """Let go of the decoded picture and of its memory, as early as nobody needs it; safe to call twice."""
         self.loaded = None
@@ -55,7 +80,33 @@ class ImagePart:
             self.share.release()
 
 
-Part = TextPart | ImagePart
+@dataclass(slots=True)
+class EmbeddingsPart:
+    """A picture sent as its embeddings; `loaded` and `share` are like those of an `ImagePart`.
+
+    rows, grid: what `torch.save` wrote, in base64, exactly as the client sent it (never logged); the second also as
+    the numbers themselves.
+    """
+
+    rows: str = field(repr=False)
+    grid: str | Grid | None = field(default=None, repr=False)
+    loaded: LoadedEmbeddings | None = None
+    share: Share | None = field(default=None, repr=False)
+
+    @property
+    def characters(self) -> int:
+        """That it takes in the request's body."""
+        return len(self.rows) + (len(self.grid) if isinstance(self.grid, str) else 0)
+
+    def release(self) -> None:
+        """Let go of the numbers and of their memory, as early as nobody needs them; safe to call twice."""
+        self.loaded = None
+        if self.share is not None:
+            self.share.release()
+
+
+PicturePart = ImagePart | EmbeddingsPart
+Part = TextPart | PicturePart
 
 
 @dataclass(slots=True)
@@ -112,6 +163,11 @@ def prompt_parts(prompt: Prompt) -> Iterator[Part]:
         yield from prompt.parts
 
 
+def pictures(prompt: Prompt) -> Iterator[PicturePart]:
+    """Its pictures in reading order."""
+    return (part for part in prompt_parts(prompt) if not isinstance(part, TextPart))
+
+
 @dataclass(frozen=True, slots=True)
 class Constraint:
     """What every answer to a request must look like, token by token.
@@ -158,6 +214,9 @@ class GenerationRequest:
     names: Mapping[str, str] = field(default_factory=dict)
     arrival: float = field(default_factory=time.monotonic)
 
-    def images(self) -> Iterator[ImagePart]:
-        """The request's pictures in reading order: the order of their index in error messages."""
-        return (part for part in prompt_parts(self.prompt) if isinstance(part, ImagePart))
+    def images(self) -> Iterator[PicturePart]:
+        """The request's pictures in reading order: the order of their index in error messages.
+
+        All are pictures or all are embeddings.
+        """
+        return pictures(self.prompt)

@@ -17,7 +17,7 @@ from handlers.errors import DeadlineExceeded, EngineFailed, InvalidRequest, Serv
 from handlers.exchange import Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
-from handlers.request import GenerationRequest, ImagePart
+from handlers.request import GenerationRequest, PicturePart
 
 log = logging.getLogger(__name__)
 
@@ -285,6 +285,6 @@ def stopping(error: asyncio.CancelledError) -> Unavailable:
     return known
 
 
-def _release(parts: Sequence[ImagePart]) -> None:
+def _release(parts: Sequence[PicturePart]) -> None:
     for part in parts:
         part.release()

@@ -60,6 +60,7 @@ class ServiceLimits:
     chunked_read_timeout: float = 120.0
     request_priorities: bool = False
     trust_request_chat_template: bool = False
+    enable_mm_embeds: bool = False
 
 
 class Service:
@@ -189,6 +190,7 @@ class Service:
             capabilities.special_tokens,
             self._formats,
             custom_output=self._formatters is not None and self._formatters.writes,
+            embeddings=self._limits.enable_mm_embeds,
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
@@ -205,7 +207,7 @@ class Service:
             self._check_pictures(sum(1 for _ in request.images()), capabilities.images)
             priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
             request.priority = priority if self._limits.request_priorities else 0
-        pictures = sum(len(part.url) for request in task.requests for part in request.images())
+        pictures = sum(part.characters for request in task.requests for part in request.images())
         for request in task.requests:
             request.text_bytes = max(0, len(incoming.body) - pictures)
         return task

@@ -11,7 +11,7 @@ import jinja2
 
 from handlers.errors import InvalidRequest, ServingError
 from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder, encode, token_places
-from handlers.request import ChatPrompt, ImagePart, Message, TextPart, TextPrompt, prompt_parts
+from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, pictures, prompt_parts
 from handlers.template_source import TemplateSource
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class PromptRenderer:
                 "this model has no chat template: set option.chat_template, or send a prompt as `inputs`",
                 param="messages",
             )
-        n_images = sum(isinstance(part, ImagePart) for m in prompt.messages for part in m.parts)
+        n_images = sum(1 for _ in pictures(prompt))
         self._require_pictures(n_images)
         hidden = Hidden(self._chat_control)
         rendered = self._apply(template, source, prompt, hidden)
@@ -125,7 +125,7 @@ class PromptRenderer:
         return self._encoded(rendered, hidden, n_images, add_special_tokens, spans)
 
     def _text(self, prompt: TextPrompt, spans: bool) -> RenderedPrompt:
-        n_images = sum(isinstance(part, ImagePart) for part in prompt.parts)
+        n_images = sum(1 for _ in pictures(prompt))
         self._require_pictures(n_images)
         hidden = Hidden(self._text_control)
         if prompt.token_ids is not None:

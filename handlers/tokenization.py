@@ -16,7 +16,7 @@ from handlers.dialects.tokens import TokenTask, detokenize_reply, read_detokeniz
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.exchange import Incoming, Reply
 from handlers.images.loader import ImageLoader
-from handlers.request import ImagePart, prompt_parts
+from handlers.request import pictures
 
 MOST_TEXT_BYTES = 2**20
 """Of a body, its pictures not counted, that is turned into tokens."""
@@ -53,9 +53,9 @@ class Tokenization:
             task = read_tokenize(body, conventions, incoming)
         else:
             task = await asyncio.to_thread(read_tokenize, body, conventions, incoming)
-        pictures = [part for part in prompt_parts(task.prompt) if isinstance(part, ImagePart)]
-        self._check_pictures(len(pictures), self._backend.capabilities.images)
-        size = max(0, len(incoming.body) - sum(len(part.url) for part in pictures))
+        parts = list(pictures(task.prompt))
+        self._check_pictures(len(parts), self._backend.capabilities.images)
+        size = max(0, len(incoming.body) - sum(part.characters for part in parts))
         if size > MOST_TEXT_BYTES:
             raise InvalidRequest(
                 f"the text is too long to be tokenised at once: {size} bytes; allowed: {MOST_TEXT_BYTES}"
@@ -64,14 +64,14 @@ class Tokenization:
         with self._admission.admit(1):
             try:
                 async with _within(self._timeout):
-                    if pictures:
-                        await self._images.load(pictures, deadline)
+                    if parts:
+                        await self._images.load(parts, deadline)
                     if size <= LONG_TEXT_BYTES:
                         return Reply(200, JSON, await self._written(task))
                     async with self._long:
                         return Reply(200, JSON, await self._written(task))
             finally:
-                for part in pictures:
+                for part in parts:
                     part.release()
 
     async def detokenize(self, body: dict[str, Any], incoming: Incoming) -> Reply:

@@ -17,6 +17,10 @@ class VisionSettings(BaseModel):
         "Most items per prompt and modality; a modality that is not named keeps its default of 1.",
         default={"image": 1, "video": 1, "audio": 1},
     )
+    enable_mm_embeds: bool = option(
+        "Chat requests may send the embeddings of a picture, as the model's projector makes them, in its place.",
+        default=False,
+    )
     image_placeholder_token: str | None = option(
         "Text that stands for a picture in a prompt. Default: what the model's processor says.",
         default=None,

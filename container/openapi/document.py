@@ -204,6 +204,7 @@ def _schemas() -> dict[str, Any]:
         openai_shapes.AssistantMessage,
         openai_shapes.TextPart,
         openai_shapes.ImagePart,
+        openai_shapes.EmbeddingsPart,
     )
     named = [kind for text in TEXTS.values() for kind in (*text.bodies, *text.replies, *text.errors)]
     named += [kind for text in TEXTS.values() for events in text.events.values() for kind in events]
@@ -213,7 +214,12 @@ def _schemas() -> dict[str, Any]:
     schemas["Message"]["properties"]["content"] = {
         "anyOf": [
             {"type": "string"},
-            {"type": "array", "items": {"anyOf": [_ref("TextPart"), _ref("ImagePart"), {"type": "string"}]}},
+            {
+                "type": "array",
+                "items": {
+                    "anyOf": [*map(_ref, ("TextPart", "ImagePart", "EmbeddingsPart")), {"type": "string"}]
+                },
+            },
         ]
     }
     schemas["CompletionBody"]["properties"]["prompt"] = {

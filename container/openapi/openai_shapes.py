@@ -21,6 +21,20 @@ class ImagePart(Struct):
     image_url: ImageUrl | Annotated[str, Meta(min_length=1)]
 
 
+class Embeddings(Struct):
+    """Each what torch.save writes of one tensor, in base64; the grid as numbers, too."""
+
+    image_embeds: Annotated[str, Meta(min_length=1)]
+    image_grid_thw: str | list[int | list[int]] | None = None
+
+
+class EmbeddingsPart(Struct):
+    """A picture's embeddings, [tokens, hidden size], where option.enable_mm_embeds allows them."""
+
+    type: Literal["image_embeds"]
+    image_embeds: Annotated[str, Meta(min_length=1)] | Embeddings
+
+
 class TextPart(Struct):
     type: Literal["text", "input_text", "output_text"]
     text: str

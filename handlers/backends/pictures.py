@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.families.preprocessor import PreparedPicture, Preprocessor
-from engine.messages import TensorData
+from engine.messages import EMBEDDINGS, TensorData
+from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.errors import ImageError
-from handlers.request import ImagePart, LoadedImage
+from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings, LoadedImage, PicturePart
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,15 @@ class PicturePreparer:
     A picture that several requests show at the same time is prepared once.
     """
 
-    def __init__(self, preprocessor: Preprocessor, pool: ThreadPoolExecutor, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        pool: ThreadPoolExecutor,
+        cache_bytes: int,
+        embeddings: EmbeddingsWanted,
+    ) -> None:
+        """embeddings: what the engine takes in place of pictures."""
+        self._embeddings = embeddings
         self._preprocessor = preprocessor
         self._pool = pool
         self._budget = cache_bytes
@@ -42,15 +51,24 @@ class PicturePreparer:
         self._cache: OrderedDict[bytes, ReadyPicture] = OrderedDict()
         self._under_way: dict[bytes, asyncio.Task[ReadyPicture]] = {}
 
-    async def prepare(self, parts: Sequence[ImagePart]) -> list[ReadyPicture]:
+    async def prepare(self, parts: Sequence[PicturePart]) -> list[ReadyPicture]:
         """In the parts' order; all must be loaded, and none is afterwards: the decoded pictures are let go.
 
-        Raises ImageError for a picture the model cannot take.
+        Raises ImageError for a picture, or embeddings of one, that the model cannot take.
         """
-        ready = [await self._one(index, part) for index, part in enumerate(parts)]
+        embedded = self._embeddings.checked([part for part in parts if isinstance(part, EmbeddingsPart)])
+        ready = [self._as_they_are(loaded) for loaded in embedded]
+        ready += [await self._one(i, part) for i, part in enumerate(parts) if isinstance(part, ImagePart)]
+        assert len(embedded) in (0, len(parts)), "a request holds pictures or embeddings"
         for part in parts:
             part.release()
         return ready
+
+    def _as_they_are(self, loaded: LoadedEmbeddings) -> ReadyPicture:
+        prepared = PreparedPicture(
+            [self._preprocessor.image_token_id] * len(loaded.rows), {EMBEDDINGS: loaded.rows}
+        )
+        return ReadyPicture(prepared, {EMBEDDINGS: TensorData.pack(loaded.rows)}, loaded.digest[:16])
 
     async def _one(self, index: int, part: ImagePart) -> ReadyPicture:
         assert part.loaded is not None, "pictures are loaded before the backend sees them"

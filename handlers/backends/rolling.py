@@ -29,6 +29,7 @@ from handlers.backends.base import (
     TokenLogprob,
     compute_type,
 )
+from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
@@ -38,7 +39,7 @@ from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
-from handlers.request import ChatPrompt, GenerationRequest, ImagePart, Prompt, prompt_parts
+from handlers.request import ChatPrompt, GenerationRequest, Prompt, pictures
 from handlers.templates import RenderedPrompt
 
 if TYPE_CHECKING:
@@ -103,7 +104,12 @@ class RollingBackend:
         self._front = front
         self._token_text = TokenTexts(front.tokenizer)
         self._preparer = (
-            PicturePreparer(front.preprocessor, self._pool, self._settings.image_cache_mb << 19)
+            PicturePreparer(
+                front.preprocessor,
+                self._pool,
+                self._settings.image_cache_mb << 19,
+                EmbeddingsWanted(facts.hidden_size, facts.max_model_len - 1, facts.dtype),
+            )
             if front.preprocessor is not None
             else None
         )
@@ -142,12 +148,12 @@ class RollingBackend:
         if request.constraint is not None:
             assert self._compiler is not None
             grammar = await self._compiler.compile(request.constraint)
-        pictures: list[ReadyPicture] = []
+        ready: list[ReadyPicture] = []
         parts = list(request.images())
         if parts and self._preparer is not None:
-            pictures = await self._preparer.prepare(parts)
+            ready = await self._preparer.prepare(parts)
         rendered = await rendered_prompt(self._front.renderer, request, self._pool)
-        token_ids, placed = _place_pictures(rendered, pictures, self._front.renderer.image_token_id)
+        token_ids, placed = _place_pictures(rendered, ready, self._front.renderer.image_token_id)
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         if not placed:
             token_ids = checked_tokens(request, token_ids, longest, vocab_size)
@@ -189,9 +195,9 @@ class RollingBackend:
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         front = self._front
-        parts = [part for part in prompt_parts(prompt) if isinstance(part, ImagePart)]
-        pictures = await self._preparer.prepare(parts) if parts and self._preparer is not None else []
-        expanded = [picture.prepared.token_ids for picture in pictures]
+        parts = list(pictures(prompt))
+        ready = await self._preparer.prepare(parts) if parts and self._preparer is not None else []
+        expanded = [picture.prepared.token_ids for picture in ready]
 
         def work() -> TokenizedPrompt:
             rendered = front.renderer.render(prompt, spans=True)
@@ -356,14 +362,14 @@ class RollingGeneration:
 
 
 def _place_pictures(
-    rendered: RenderedPrompt, pictures: Sequence[ReadyPicture], image_token_id: int | None
+    rendered: RenderedPrompt, ready: Sequence[ReadyPicture], image_token_id: int | None
 ) -> tuple[list[int], list[Picture]]:
     """Replace each image token by its picture's own tokens."""
-    if not pictures:
+    if not ready:
         return rendered.token_ids, []
     token_ids: list[int] = []
     placed: list[Picture] = []
-    waiting = iter(pictures)
+    waiting = iter(ready)
     for token in rendered.token_ids:
         if token != image_token_id:
             token_ids.append(token)

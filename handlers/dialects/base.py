@@ -36,6 +36,7 @@ class Conventions:
     trust_chat_templates: requests may bring a template of their own. max_model_len, special_token_ids: the model's.
     special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
     custom_output: replies go through the user's output formatter, which knows OpenAI's shapes.
+    embeddings: the operator lets clients send them in place of pictures.
     """
 
     model_name: str
@@ -48,6 +49,7 @@ class Conventions:
     special_tokens: Set[str] = frozenset()
     formats: AnswerFormats = field(default_factory=AnswerFormats)
     custom_output: bool = False
+    embeddings: bool = False
 
 
 @dataclass(slots=True)

@@ -135,7 +135,7 @@ def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> C
     if asked.documents is not None:
         variables.setdefault("documents", asked.documents)
     return ChatPrompt(
-        messages=read_messages(asked.messages),
+        messages=read_messages(asked.messages, embeddings=conventions.embeddings),
         add_generation_prompt=not resume if add is None else add,
         continue_final_message=resume,
         template=asked.chat_template,

@@ -8,7 +8,7 @@ from typing import Any
 from PIL.Image import Image
 
 from handlers.errors import InvalidRequest
-from handlers.request import ImagePart, Message, Part, TextPart
+from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TEXT_PARTS = {
@@ -19,13 +19,29 @@ _TEXT_PARTS = {
     "thinking": "thinking",
 }
 _PICTURE_PARTS = frozenset({"image_url", "input_image"})
+_ROWS, _GRID = "image_embeds", "image_grid_thw"
 
 
-def read_messages(messages: list[Any]) -> list[Message]:
-    """Raises InvalidRequest with the path of what is wrong, as in "messages[1].content[0].image_url.url"."""
+def read_messages(messages: list[Any], *, embeddings: bool = False) -> list[Message]:
+    """Raises InvalidRequest with the path of what is wrong, as in "messages[1].content[0].image_url.url".
+
+    embeddings: the operator lets clients send them in place of pictures.
+    """
     if not messages:
         raise InvalidRequest("messages is empty: send at least one", param="messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    kinds = {type(part) for message in read for part in message.parts}
+    if EmbeddingsPart in kinds and not embeddings:
+        raise InvalidRequest(
+            f"{_ROWS}: this server takes pictures, not their embeddings; the operator can allow them with "
+            "option.enable_mm_embeds=true",
+            param=_ROWS,
+        )
+    if {EmbeddingsPart, ImagePart} <= kinds:
+        raise InvalidRequest(
+            f"{_ROWS}: a request holds pictures or embeddings of pictures, not both", param=_ROWS
+        )
+    return read
 
 
 def _message(message: Any, path: str) -> Message:
@@ -103,7 +119,7 @@ def _part(part: Any, path: str) -> Part:
         raise _wrong(path, "an object", part)
     kind = part.get("type")
     if kind is None:
-        kind = next((key for key in ("text", "image_url") if key in part), None)
+        kind = next((key for key in ("text", "image_url", _ROWS) if key in part), None)
     if kind is None:
         raise _missing(f"{path}.type")
     if not isinstance(kind, str):
@@ -113,10 +129,12 @@ def _part(part: Any, path: str) -> Part:
         return TextPart(_string(part.get(key), f"{path}.{key}"))
     if kind in _PICTURE_PARTS:
         return ImagePart(_url(part.get("image_url"), f"{path}.image_url"))
+    if kind == _ROWS:
+        return _embeddings(part.get(_ROWS), f"{path}.{_ROWS}")
     if isinstance(part.get(kind), Image):  # As a script may, but no body can.
         return ImagePart("", given=part[kind])
     raise InvalidRequest(
-        f"{path}.type is {kind[:40]!r}; this server reads parts of type text and image_url",
+        f"{path}.type is {kind[:40]!r}; this server reads parts of type text, image_url and image_embeds",
         param=f"{path}.type",
     )
 
@@ -129,6 +147,33 @@ def _url(image_url: Any, path: str) -> str:
     if not url:
         raise InvalidRequest(f"{path} is empty: send a https:, http: or data: URL", param=path)
     return url
+
+
+def _embeddings(given: Any, path: str) -> EmbeddingsPart:
+    """One tensor, or an object of it and what else the model wants to know; each as `torch.save` writes it."""
+    if not isinstance(given, dict):
+        return EmbeddingsPart(_string(given, path))
+    if unknown := given.keys() - {_ROWS, _GRID}:
+        raise InvalidRequest(f"{path} holds {min(unknown)[:40]!r}; allowed: {_ROWS} and {_GRID}", param=path)
+    rows = _string(given.get(_ROWS), f"{path}.{_ROWS}")
+    grid = given.get(_GRID)
+    if grid is None or isinstance(grid, str):
+        return EmbeddingsPart(rows, grid)
+    return EmbeddingsPart(rows, _grid(grid, f"{path}.{_GRID}"))
+
+
+def _grid(given: Any, path: str) -> Grid:
+    """As numbers: [frames, rows, columns], or a list of that alone."""
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list):
+        given = given[0]
+    match given:
+        case [int(frames), int(rows), int(columns)] if all(
+            type(number) is int and 1 <= number < 2**31 for number in given
+        ):
+            return frames, rows, columns
+    raise InvalidRequest(
+        f"{path} must be 3 whole numbers from 1, or what torch.save writes of them, in base64", param=path
+    )
 
 
 def _string(value: Any, path: str) -> str:

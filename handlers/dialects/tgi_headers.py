@@ -50,6 +50,6 @@ def _milliseconds(seconds: float) -> str:
 def _characters(request: GenerationRequest) -> int:
     """Of the prompt as it is written, pictures included."""
     return sum(
-        len(part.text) if isinstance(part, TextPart) else len(part.url) + _AROUND_A_PICTURE
+        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_A_PICTURE
         for part in prompt_parts(request.prompt)
     )

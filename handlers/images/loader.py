@@ -22,10 +22,11 @@ from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
 from handlers.images.decode import WHITE, Color, convert, decode, decoded_bytes, measure, prepare_pillow
+from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
 from handlers.images.fetch import Fetcher
 from handlers.images.memory import PictureMemory
 from handlers.images.problem import PictureProblem
-from handlers.request import ImagePart, LoadedImage
+from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
 
 T = TypeVar("T")
 
@@ -72,8 +73,25 @@ class _Given:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """Embeddings. digest: of nothing, since each request that holds the same has numbers of its own."""
+
+    encoded: EncodedEmbeddings
+    digest: bytes
+
+    @property
+    def size(self) -> int:
+        return self.encoded.size
+
+
+_File = _Encoded | _Given | _Embedded
+
+
 class ImageLoader:
     """Fetches and decodes pictures for all requests of a process; everything costly happens in threads.
+
+    Embeddings of pictures are read here as well: their memory is the same memory.
 
     fetched, bytes: pictures that came over HTTP and their sizes together. decoded: pictures decoded,
     wherever they came from. cache_hits: pictures that did not have to be, because one with the same content
@@ -113,7 +131,7 @@ class ImageLoader:
         self._decode = partial(decode, max_pixels=limits.max_pixels, background=limits.background)
 
     async def load(
-        self, parts: Sequence[ImagePart], deadline: float | None = None, first_index: int = 0
+        self, parts: Sequence[PicturePart], deadline: float | None = None, first_index: int = 0
     ) -> None:
         """Sets `loaded` of every part of one prompt, all at the same time; whoever called must `release` each.
 
@@ -145,8 +163,8 @@ class ImageLoader:
 
     async def _decode_all(
         self,
-        wanted: Sequence[tuple[int, ImagePart]],
-        files: Sequence[_Encoded | _Given],
+        wanted: Sequence[tuple[int, PicturePart]],
+        files: Sequence[_File],
         deadline: float | None,
     ) -> None:
         sizes = [(file.digest, file.size) for file in files]
@@ -162,7 +180,7 @@ class ImageLoader:
         if failed is not None:
             raise failed
         for (_, part), picture in zip(wanted, loaded, strict=True):
-            part.loaded = picture
+            _give(part, picture)
 
     async def _in_time(
         self, index: int, deadline: float | None, work: Callable[..., Awaitable[T]], *given: Any
@@ -178,7 +196,10 @@ class ImageLoader:
                 raise
             raise ImageFetchTimeout(index, "it was not ready when the request's time was up") from error
 
-    async def _obtain(self, part: ImagePart) -> _Encoded | _Given:
+    async def _obtain(self, part: PicturePart) -> _File:
+        if isinstance(part, EmbeddingsPart):
+            embedded = await self._in_thread(read_embeddings, part, self.limits.max_bytes)
+            return _Embedded(embedded, b"embeddings %d" % next(self._numbers))
         url = part.url
         if part.given is not None:
             return _Given(part.given, b"given %d" % next(self._numbers), decoded_bytes(part.given))
@@ -203,7 +224,9 @@ class ImageLoader:
         digest.update(flat.tobytes())
         return LoadedImage(flat, digest.digest())
 
-    async def _decoded(self, file: _Encoded | _Given) -> LoadedImage:
+    async def _decoded(self, file: _File) -> LoadedImage | LoadedEmbeddings:
+        if isinstance(file, _Embedded):
+            return await self._in_thread(file.encoded.decode)
         if isinstance(file, _Given):
             return await self._in_thread(self._convert, file.image)
         future, decoded = await self._in_thread(self._cache.obtain, file.data, self._decode, file.digest)
@@ -216,6 +239,15 @@ class ImageLoader:
         if self._closed:
             raise Unavailable("the server is stopping", retry_after=5)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
+
+
+def _give(part: PicturePart, loaded: LoadedImage | LoadedEmbeddings) -> None:
+    if isinstance(part, EmbeddingsPart):
+        assert isinstance(loaded, LoadedEmbeddings)
+        part.loaded = loaded
+    else:
+        assert isinstance(loaded, LoadedImage)
+        part.loaded = loaded
 
 
 async def _until_one_fails(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[list[T], ImageError | None]:

@@ -40,7 +40,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "disable_log_stats": "nothing is logged",
     "disable_mm_preprocessor_cache": _CACHE,
     "distributed_executor_backend": _ONE_WAY,
-    "enable_mm_embeds": "pictures are taken as pictures",
     "generation_config": "give SamplingParams",
     "image_feature_size": _MODEL_SAYS,
     "image_input_shape": _MODEL_SAYS,

@@ -29,6 +29,7 @@ from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapter_files import adapter_directories
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, places
 from handlers.backends.vllm.counters import Counters, series, stat_logger
+from handlers.backends.vllm.embeddings import embeddings_wanted
 from handlers.backends.vllm.failures import failed, refusal_reason
 from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
@@ -44,7 +45,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.request import ImagePart, prompt_parts
+from handlers.request import pictures
 from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class VllmBackend:
         except BaseException:
             await keeper.close()
             raise
+        if self._settings.enable_mm_embeds and self._front.images:
+            self._inputs.embeddings = embeddings_wanted(keeper.engine)
         config = keeper.engine.vllm_config
         if parsers is not None:
             parsers.model_config = config.model_config
@@ -245,7 +248,7 @@ class VllmBackend:
             self._threads, partial(front.renderer.render, prompt, spans=True)
         )
         expanded: list[list[int]] = []
-        parts = [part for part in prompt_parts(prompt) if isinstance(part, ImagePart)]
+        parts = list(pictures(prompt))
         if parts:
             keeper = self._keeper
             if keeper is None or keeper.engine is None:

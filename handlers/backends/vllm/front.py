@@ -22,7 +22,7 @@ from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
-    from handlers.request import ImagePart
+    from handlers.request import PicturePart
     from properties.settings import Settings
 
 
@@ -63,7 +63,7 @@ class VllmFront:
         self.vocab_size = int(config.get_vocab_size())
         self.token_text = TokenTexts(tokenizer)
 
-    def exchanged(self, token_ids: list[int], parts: Sequence[ImagePart]) -> list[int]:
+    def exchanged(self, token_ids: list[int], parts: Sequence[PicturePart]) -> list[int]:
         """A rendered prompt with these pictures as vLLM wants it: see `places`."""
         if self.places is None or not parts:
             return token_ids

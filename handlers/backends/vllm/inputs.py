@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from handlers.backends.embeddings import EmbeddingsWanted
+from handlers.backends.vllm.embeddings import embedding_data, misplaced
 from handlers.backends.vllm.failures import refused
 from handlers.backends.vllm.turns import PictureTurns
 from handlers.errors import ImageError, InvalidRequest
+from handlers.request import EmbeddingsPart, ImagePart
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
-    from handlers.request import ImagePart
+    from handlers.request import PicturePart
 
 
 class Inputs:
@@ -22,8 +25,10 @@ class Inputs:
     def __init__(self, vllm: Vllm) -> None:
         self._vllm = vllm
         self._turns = PictureTurns()
+        self.embeddings: EmbeddingsWanted | None = None
+        """What the model takes in place of pictures, once that is known."""
 
-    async def placed(self, engine: Any, token_ids: Sequence[int], parts: Sequence[ImagePart] = ()) -> Any:
+    async def placed(self, engine: Any, token_ids: Sequence[int], parts: Sequence[PicturePart] = ()) -> Any:
         """vLLM's input, its pictures placed; they are let go of here.
 
         token_ids: with what vLLM wants to see for each picture (`places`).
@@ -31,15 +36,14 @@ class Inputs:
         """
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         digests: list[str] = []
-        if parts:
-            loaded = [part.loaded for part in parts]
-            assert all(picture is not None for picture in loaded), "loaded before the backend sees them"
-            prompt["multi_modal_data"] = {"image": [picture.image for picture in loaded if picture]}
-            digests = [picture.digest.hex() for picture in loaded if picture]
-            prompt["multi_modal_uuids"] = {"image": digests}
-        parsed = self._vllm.parse_model_prompt(engine.model_config, prompt)
         params = self._vllm.TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         try:
+            if parts:
+                digests = [part.loaded.digest.hex() for part in parts if part.loaded is not None]
+                assert len(digests) == len(parts), "loaded before the backend sees them"
+                prompt["multi_modal_data"] = {"image": await self._data(parts)}
+                prompt["multi_modal_uuids"] = {"image": digests}
+            parsed = self._vllm.parse_model_prompt(engine.model_config, prompt)
             async with self._turns.of(digests):
                 ready = await _rendered(engine, parsed, params)
         except self._vllm.client_errors as error:
@@ -57,7 +61,25 @@ class Inputs:
             raise InvalidRequest(
                 f"the request has {len(parts)} pictures, but {places} of them have a place in its prompt"
             )
+        if isinstance(parts[0] if parts else None, EmbeddingsPart) and self.embeddings is not None:
+            wrong = misplaced(ready, self.embeddings.hidden_size)
+            if wrong is not None:
+                take_back(engine, ready)
+                raise ImageError(0, wrong)
         return ready
+
+    async def _data(self, parts: Sequence[PicturePart]) -> Any:
+        embedded = [part for part in parts if isinstance(part, EmbeddingsPart)]
+        if not embedded:
+            return [part.loaded.image for part in parts if isinstance(part, ImagePart) and part.loaded]
+        assert len(embedded) == len(parts), "a request holds pictures or embeddings"
+        if self.embeddings is None:
+            raise InvalidRequest(
+                "image_embeds: this model's pictures cannot be sent as embeddings; send the pictures",
+                param="image_embeds",
+            )
+        loaded = self.embeddings.checked(embedded)
+        return await asyncio.to_thread(embedding_data, loaded, self.embeddings.dtype)
 
 
 def picture_places(prompt: Any) -> list[Any]:
@@ -69,11 +91,15 @@ def take_back(engine: Any, prompt: Any) -> None:
     """Say that rendered pictures were not sent after all.
 
     vLLM's front notes when it renders a picture that the engine has it from now on: the next request with the same
-    picture would come without it, and fail.
+    picture would come without it, and fail. What it rendered without data, the engine had before.
     """
     forget = getattr(getattr(engine.renderer, "mm_processor_cache", None), "invalidate", None)
-    if forget is not None:
-        for digest in (prompt.get("mm_hashes") or {}).get("image", ()):
+    if forget is None:
+        return
+    digests = (prompt.get("mm_hashes") or {}).get("image", ())
+    rendered = (prompt.get("mm_kwargs") or {}).get("image", ())
+    for digest, item in zip(digests, rendered, strict=True):
+        if item is not None:
             forget(digest)
 
 

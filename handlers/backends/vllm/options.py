@@ -26,6 +26,7 @@ ALWAYS = {
     "max_rolling_batch_size": "max_num_seqs",
     "gpu_memory_utilization": "gpu_memory_utilization",
     "trust_remote_code": "trust_remote_code",
+    "enable_mm_embeds": "enable_mm_embeds",
     "max_loras": "max_loras",
     "max_lora_rank": "max_lora_rank",
 }

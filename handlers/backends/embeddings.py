@@ -1,0 +1,64 @@
+"""Embeddings in place of pictures, against what the model takes: nothing that does not fit reaches an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from handlers.errors import ImageError
+from handlers.request import EmbeddingsPart, LoadedEmbeddings
+
+_LARGEST = {"float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}
+"""What these can hold at most, which is less than float32 can."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsWanted:
+    """hidden_size: of the rows that the language model is given. most_tokens: one picture's, at most.
+
+    dtype: the model's, by torch's name. merge: patches of one side of the square that becomes one token, for models
+    that want to know how patches stand (`image_grid_thw`); None for those that do not.
+    """
+
+    hidden_size: int
+    most_tokens: int
+    dtype: str
+    merge: int | None = None
+
+    def checked(self, parts: Sequence[EmbeddingsPart]) -> list[LoadedEmbeddings]:
+        """What the parts hold, which must be loaded. Raises ImageError."""
+        found: list[LoadedEmbeddings] = []
+        for index, part in enumerate(parts):
+            assert part.loaded is not None, "loaded before the backend sees them"
+            if wrong := self._wrong(part.loaded):
+                raise ImageError(index, wrong)
+            found.append(part.loaded)
+        return found
+
+    def _wrong(self, loaded: LoadedEmbeddings) -> str | None:
+        tokens, hidden = loaded.rows.shape
+        if hidden != self.hidden_size:
+            return f"image_embeds has the shape [{tokens}, {hidden}]; this model wants [tokens, {self.hidden_size}]"
+        if tokens > self.most_tokens:
+            return (
+                f"image_embeds has the shape [{tokens}, {hidden}]; this server takes at most {self.most_tokens} "
+                "tokens for one picture"
+            )
+        if loaded.largest > (most := _LARGEST.get(self.dtype, loaded.largest)):
+            return f"image_embeds holds {loaded.largest:g}; the model's {self.dtype} holds at most {most:g}"
+        return self._wrong_grid(loaded.grid, tokens)
+
+    def _wrong_grid(self, grid: tuple[int, int, int] | None, tokens: int) -> str | None:
+        if self.merge is None:
+            return None if grid is None else "this model wants no image_grid_thw: send image_embeds alone"
+        if grid is None:
+            return (
+                "this model wants image_grid_thw beside image_embeds: send "
+                '{"image_embeds": ..., "image_grid_thw": ...}'
+            )
+        frames, rows, columns = grid
+        if rows % self.merge or columns % self.merge:
+            return f"image_grid_thw is {list(grid)}; rows and columns must be multiples of {self.merge}"
+        if (wanted := frames * rows * columns // self.merge**2) != tokens:
+            return f"image_grid_thw is {list(grid)}, which is {wanted} tokens; image_embeds has {tokens} rows"
+        return None

@@ -1,0 +1,69 @@
+"""Embeddings in place of pictures as vLLM takes them, and what it must be spared: it checks less than it needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from handlers.backends.embeddings import EmbeddingsWanted
+
+if TYPE_CHECKING:
+    from handlers.request import LoadedEmbeddings
+
+logger = logging.getLogger(__name__)
+
+ROWS, GRID = "image_embeds", "image_grid_thw"
+
+
+def embeddings_wanted(engine: Any) -> EmbeddingsWanted | None:
+    """What this model takes; None where it wants to know more than is read here."""
+    config = engine.model_config
+    vision = getattr(config.hf_config, "vision_config", None)
+    merge = getattr(vision, "spatial_merge_size", None)
+    also = _metadata(engine, {GRID} if merge else set())
+    if also - {GRID}:
+        logger.warning("embeddings of pictures are refused: this model wants %s with them", ", ".join(also))
+        return None
+    # Some models' encoders feed several layers of the language model; a row then holds what each of them gets.
+    layers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    longest = int(config.max_model_len) - 1
+    cache = int(getattr(engine.input_processor, "mm_encoder_cache_size", 0) or longest)
+    return EmbeddingsWanted(
+        hidden_size=int(config.get_inputs_embeds_size()) * layers,
+        most_tokens=min(longest, cache),
+        dtype=str(config.dtype).removeprefix("torch."),
+        merge=int(merge or 1) if GRID in also else None,
+    )
+
+
+def embedding_data(loaded: Sequence[LoadedEmbeddings], dtype: str) -> Any:
+    """The `image` of vLLM's `multi_modal_data`. Copies all numbers: run it in a thread."""
+    import torch
+
+    tensors = [torch.from_numpy(one.rows).to(getattr(torch, dtype)) for one in loaded]
+    grids = [one.grid for one in loaded if one.grid is not None]
+    if not grids:
+        return tensors
+    return {ROWS: torch.cat(tensors), GRID: torch.tensor(grids)}
+
+
+def misplaced(prompt: Any, hidden_size: int) -> str | None:
+    """Why vLLM's own input would not do: a place in the prompt that has not as many rows as tokens.
+
+    Such an input ends the engine's process. What the engine has already is not looked at again.
+    """
+    places = (prompt.get("mm_placeholders") or {}).get("image", ())
+    items = (prompt.get("mm_kwargs") or {}).get("image", ())
+    for place, item in zip(places, items, strict=True):
+        rows = None if item is None else item.get_data().get(ROWS)
+        if item is not None and (rows is None or rows.numel() != place.get_num_embeds() * hidden_size):
+            return "the model's processor gives these embeddings another number of tokens than they have rows"
+    return None
+
+
+def _metadata(engine: Any, usual: set[str]) -> set[str]:
+    """What the model wants to know beside the rows. usual: for versions of vLLM that do not tell."""
+    parser = getattr(engine.renderer.get_mm_processor().info, "data_parser", None)
+    told = getattr(parser, "embedding_fields", None)
+    return usual if told is None else set(told.get("image", ())) - {ROWS}
