@@ -12,12 +12,11 @@ import pytest
 from handlers.backends.vllm import compat
 from handlers.errors import InvalidConfiguration
 
-OTHERS = [
-    Path(sys.prefix, "older"),
-    *map(Path, filter(None, os.environ.get("LMI_TEST_VLLM", "").split(os.pathsep))),
-]
-"""Other versions than the one that serves: where `make install-vllm` puts an older one, and any unpacked wheels that
-LMI_TEST_VLLM names; their shared libraries are not needed."""
+OLDER = Path(sys.prefix, "older")
+"""Where `make install-vllm` puts an older version beside the one that serves."""
+
+OTHERS = [OLDER, *map(Path, filter(None, os.environ.get("LMI_TEST_VLLM", "").split(os.pathsep)))]
+"""LMI_TEST_VLLM names more: unpacked wheels, whose shared libraries are not needed."""
 
 LOOK = Path(__file__).with_name("names_of_vllm.py")
 
