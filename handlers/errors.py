@@ -150,6 +150,10 @@ class EngineFailed(ServingError):
     kind = "engine_failed"
 
 
+class PicturesLost(EngineFailed):
+    """The engine dropped a picture that it was thought to hold: with its pictures anew, the request will do."""
+
+
 class InsufficientStorage(ServingError):
     """No place is left for what is to be loaded."""
 

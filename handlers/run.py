@@ -13,7 +13,14 @@ from handlers.admission import Permit
 from handlers.backends.base import Backend, Delta, Generation, PromptStats, total
 from handlers.dialects.base import Answer, Answered, Task, in_the_clients_words
 from handlers.dialects.error_replies import ErrorStyle, client_error, error_reply, log_error
-from handlers.errors import DeadlineExceeded, EngineFailed, InvalidRequest, ServingError, Unavailable
+from handlers.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    PicturesLost,
+    ServingError,
+    Unavailable,
+)
 from handlers.exchange import Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
@@ -22,6 +29,9 @@ from handlers.request import GenerationRequest, PicturePart
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_TRIES = 3
+"""How often a request is handed to an engine that has lost its pictures."""
 
 _MOST_MERGED = 256
 """Deltas of several prompts that may wait to be written."""
@@ -177,15 +187,20 @@ class Run:
     async def _generate(self, backend: Backend, number: int) -> Generation:
         """Of prompt `number`: its pictures are loaded, and held no longer than until its answer ends."""
         request, parts = self.task.requests[number], self._pictures[number]
-        if parts:
-            await self._images.load(parts, self._deadline, sum(map(len, self._pictures[:number])))
-        try:
-            generation = await backend.generate(request)
-        except InvalidRequest as error:
-            known = in_the_clients_words(error, request.names)
-            if known is error:
-                raise
-            raise known from error
+        for left in reversed(range(_TRIES)):
+            if parts:
+                await self._images.load(parts, self._deadline, sum(map(len, self._pictures[:number])))
+            try:
+                generation = await backend.generate(request)
+                break
+            except PicturesLost:
+                if not left:
+                    raise
+            except InvalidRequest as error:
+                known = in_the_clients_words(error, request.names)
+                if known is error:
+                    raise
+                raise known from error
         self._generations[number] = generation
         self.facts.prepared = time.monotonic() - self._arrival
         self._running.append(generation)

@@ -14,7 +14,7 @@ from handlers.backends.base import Backend
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.dialects import tgi_headers
 from handlers.dialects.adapters import answer_adapters
-from handlers.dialects.base import JSON, JSON_LINES, Conventions, Task
+from handlers.dialects.base import JSON, JSON_LINES, Answered, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import style_of
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
@@ -28,6 +28,7 @@ from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
 from handlers.sessions import Sessions
 from handlers.tokenization import Tokenization
+from handlers.totals import check_totals
 from properties.settings_chat import OutputFormat
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,10 @@ T = TypeVar("T")
 _Work = Callable[[dict[str, Any], Incoming, RequestFacts, float], Awaitable[Reply]]
 
 LONG_BODY_BYTES = 2**20
-"""A larger body is read in a thread, so that the others' tokens do not wait for it."""
+"""A larger body is read in a thread, and a larger reply written in one, so that the others' tokens do not wait."""
+
+_JSON_PER_LOGPROB = 64
+"""Bytes: a little less than one takes in a reply."""
 
 HIGHEST_PRIORITY = 1000
 """Of a request, in either direction."""
@@ -196,6 +200,7 @@ class Service:
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
         capabilities = self._backend.capabilities
         task = read_task(body, self._conventions(), incoming)
+        check_totals(task.requests)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
@@ -235,7 +240,9 @@ class Service:
         try:
             async with run.time_limit():
                 if not task.stream:
-                    body = task.writer.whole(await run.answers(self._backend))
+                    answered = await run.answers(self._backend)
+                    size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
+                    body = await _aside(size, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
@@ -272,6 +279,12 @@ class Service:
         return Reply(200, JSON, body, headers=headers, facts=facts)
 
 
+def _logprobs(answered: Answered) -> int:
+    """How many probabilities a reply with this prompt and its answers may show."""
+    lists = [answered.stats.prompt_logprobs or (), *(answer.logprobs for answer in answered.answers)]
+    return sum(1 + len(position.top) for positions in lists for position in positions if position is not None)
+
+
 async def _aside(size: int, work: Callable[..., T], *given: Any) -> T:
-    """Work that grows with a body of `size` bytes."""
+    """Work that grows with a body, or a reply, of `size` bytes."""
     return await asyncio.to_thread(work, *given) if size > LONG_BODY_BYTES else work(*given)

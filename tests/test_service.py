@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.base import Delta, PromptStats
-from handlers.errors import EngineFailed, ImageFetchFailed, InvalidRequest, Unavailable
+from handlers.backends.base import Delta, PositionLogprobs, PromptStats
+from handlers.dialects.openai_chat import ChatWriter
+from handlers.errors import EngineFailed, ImageFetchFailed, InvalidRequest, PicturesLost, Unavailable
 from handlers.exchange import Reply
 from handlers.request import GenerationRequest
 from handlers.service import ServiceLimits
@@ -28,6 +30,7 @@ from tests.scripted import (
     incoming,
     said,
     service,
+    token,
 )
 
 PICTURE = [{"type": "image_url", "image_url": {"url": "https://pictures.example/cat.png"}}]
@@ -311,6 +314,58 @@ async def test_a_picture_that_fails_is_the_clients_error() -> None:
     reply = await subject.answer(incoming(chat(PICTURE, stream=True)))
     assert (reply.status, error_of(reply)["code"]) == (422, "image_fetch_failed")
     assert subject.in_flight == 0
+
+
+@run
+async def test_pictures_that_the_engine_has_lost_are_sent_again() -> None:
+    def script(lost: int) -> Any:
+        def steps(_: GenerationRequest) -> Any:
+            if len(backend.requests) <= lost:
+                raise PicturesLost("the engine has lost a picture of this request; try again")
+            return said("a")
+
+        return steps
+
+    for lost, status in ((1, 200), (2, 200), (9, 500)):
+        backend, pictures = ScriptedBackend(script(lost)), Pictures()
+        subject = service(backend, pictures)
+        reply = await subject.answer(incoming(chat(PICTURE)))
+        assert reply.status == status
+        assert len(pictures.loaded) == len(backend.requests) == min(lost + 1, 3)
+        assert subject.in_flight == 0
+
+
+@run
+async def test_a_long_reply_is_not_written_on_the_event_loop() -> None:
+    threads = []
+    whole = ChatWriter.whole
+
+    def watched(self: ChatWriter, answered: Any) -> bytes:
+        threads.append(threading.current_thread())
+        return whole(self, answered)
+
+    position = PositionLogprobs(token(1, "a"), tuple(token(number, "b", rank=number) for number in range(20)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChatWriter, "whole", watched)
+        for positions in (10, 1000):
+            script = [Delta(0, [1] * positions, "a", [position] * positions, "stop")]
+            asked = incoming(chat(logprobs=True, top_logprobs=20))
+            reply = await service(ScriptedBackend(script)).answer(asked)
+            assert len(json.loads(reply.body)["choices"][0]["logprobs"]["content"]) == positions
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
+
+
+@run
+async def test_lists_are_bounded_for_all_answers_together() -> None:
+    subject = service(ScriptedBackend(said("a")))
+    most = list(range(2**17))
+    fits = await subject.answer(incoming(chat(allowed_token_ids=[*most, *most], n=1)))
+    assert fits.status == 200
+    refused = await subject.answer(incoming(chat(allowed_token_ids=most, n=9)))
+    assert (refused.status, error_of(refused)["param"]) == (400, "allowed_token_ids")
+    prompts = {"prompt": ["a"] * 17, "bad_words": [f"word {number}" for number in range(1000)]}
+    refused = await subject.answer(incoming(prompts, "/v1/completions"))
+    assert (refused.status, error_of(refused)["param"]) == (400, "bad_words")
 
 
 @run

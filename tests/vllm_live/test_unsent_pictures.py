@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -47,3 +50,23 @@ def test_of_clients_that_left_while_their_picture_was_rendered(server: LiveServe
         reply = server.http.post("/v1/chat/completions", json=body)
         assert reply.status_code == 200, (number, reply.text)
     assert "cache miss" not in server.log
+
+
+def test_of_requests_refused_while_others_are_served() -> None:
+    """What the front believes is cached and what is drift apart when pictures keep going in and out of both."""
+    pictures = [noise(40) for _ in range(60)]
+    chosen = random.Random(1)
+    with LiveServer(SHAPES, "mm_processor_cache_gb=0.002") as server:
+
+        def one(_: int) -> int:
+            body = chat_body(chosen.choice(pictures), "What?", max_tokens=2)
+            too_long = {"max_tokens": 4060} if chosen.random() < 0.3 else {}
+            reply = server.http.post("/v1/chat/completions", json=body | too_long)
+            assert reply.status_code == (400 if too_long else 200), reply.text
+            return reply.status_code
+
+        with ThreadPoolExecutor(12) as pool:
+            answered = Counter(pool.map(one, range(600)))
+        assert answered[200] > 300
+        assert answered[400] > 100
+        assert "cache miss" in server.log, "the caches were too large to show anything"

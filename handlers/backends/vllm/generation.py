@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import NO_TOKEN_LEFT
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats, TokenLogprob
-from handlers.errors import EngineFailed, ServingError
+from handlers.errors import EngineFailed, InvalidRequest, PicturesLost, ServingError
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ class VllmGeneration:
         params: SamplingParams,
         *,
         copies: int,
+        constrained: bool,
         eos_token_ids: Sequence[int],
         token_text: Callable[[int], str],
         failure: Callable[[Exception], ServingError],
@@ -33,7 +35,7 @@ class VllmGeneration:
     ) -> None:
         """outputs: vLLM's, each holding what is new.
 
-        copies: how often each answer is told: a greedy one is made once for all n.
+        copies: how often each answer is told: a greedy one is made once for all n. constrained: by a grammar.
         failure: what a client is told of vLLM's exception. ended: called once, when nothing runs any more.
         """
         self.stats = stats
@@ -41,6 +43,7 @@ class VllmGeneration:
         self._outputs = outputs
         self._params = params
         self._copies = copies
+        self._constrained = constrained
         self._eos = frozenset(eos_token_ids) - frozenset(params.stop_token_ids)
         self._token_text = token_text
         self._failure = failure
@@ -60,6 +63,10 @@ class VllmGeneration:
         except BaseException:
             self._end()
             raise
+        if self.stats.image_tokens and _failed_unseen(self._first):
+            # Its own picture, or another client's that it shares. vLLM has taken note that it must be sent again.
+            self._end()
+            raise PicturesLost("the engine has lost a picture of this request; try again")
         self.started = True
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -117,6 +124,9 @@ class VllmGeneration:
     def _deltas(self, completion: Any) -> list[Delta]:
         """One delta, or one for each of `copies` answers that are the same."""
         reason = completion.finish_reason
+        if reason == "error" and self._constrained:
+            # The grammar did not allow the token, which is chosen from what the grammar allows.
+            raise InvalidRequest(NO_TOKEN_LEFT)
         if reason == "error":
             raise EngineFailed("the engine failed on this request")
         token_ids = list(completion.token_ids)
@@ -157,3 +167,10 @@ class VllmGeneration:
         return TokenLogprob(
             token, self._token_text(token), max(float(entry.logprob), LOWEST_LOGPROB), int(entry.rank or 0)
         )
+
+
+def _failed_unseen(output: Any) -> bool:
+    """Whether it is the end of a request, by a failure of the engine's and without a token."""
+    return bool(output.finished) and all(
+        completion.finish_reason == "error" and not completion.token_ids for completion in output.outputs
+    )
