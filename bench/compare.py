@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,13 @@ def main() -> None:
     )
     parser.add_argument("--peer-option", action="append", default=[], metavar="KEY=VALUE", help="--peer ours")
     parser.add_argument("--peer-argument", action="append", default=[], help="for vLLM's own command line")
+    parser.add_argument(
+        "--server-cores",
+        type=_numbers,
+        default=(),
+        metavar="N,..",
+        help="the cores of both servers; the load generator takes the others (default: all share all)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     names = ",".join(load.LOADS)
     parser.add_argument("--loads", default=names, help=f"of {names},custom; custom: as below (%(default)s)")
@@ -81,6 +89,8 @@ def both(arguments: argparse.Namespace, out: Path) -> Iterator[dict[str, servers
     """Yield our server and the peer by name, started here unless the peer is already up."""
     servers.interrupt_on_termination()
     folder = model_folder(arguments)
+    started = functools.partial(servers.started, cores=arguments.server_cores)
+    servers.leave_cores(arguments.server_cores)
     with contextlib.ExitStack() as stack:
         if arguments.peer_url:
             peer = servers.running(arguments.peer_url)
@@ -95,12 +105,16 @@ def both(arguments: argparse.Namespace, out: Path) -> Iterator[dict[str, servers
                     {},
                 )
             name = "vLLM" if arguments.peer == "vllm" else "ours, other options"
-            peer = stack.enter_context(servers.started(name, command, port, out / "peer.log", extra))
+            peer = stack.enter_context(started(name, command, port, out / "peer.log", extra))
         port = servers.free_port()
         command = servers.our_command(folder, port, arguments.option, arguments.python)
         same = servers.VLLM_ENVIRONMENT if arguments.peer == "vllm" else {}
-        ours = stack.enter_context(servers.started("ours", command, port, out / "ours.log", same))
+        ours = stack.enter_context(started("ours", command, port, out / "ours.log", same))
         yield {ours.name: ours, peer.name: peer}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def _loads(arguments: argparse.Namespace) -> dict[str, load.Load]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,8 +90,12 @@ def started(
     log: Path,
     environment: dict[str, str] | None = None,
     patience: float = 300.0,
+    cores: Collection[int] = (),
 ) -> Iterator[Server]:
-    """Run a server until the block ends; raises RuntimeError with its last words if it never answers."""
+    """Run a server until the block ends; raises RuntimeError with its last words if it never answers.
+
+    cores: the only ones that it may use; all of this process's where there are none.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -102,6 +106,8 @@ def started(
             env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
+        if cores:
+            os.sched_setaffinity(process.pid, cores)
         watch = _Watch(process.pid)
         try:
             model = _wait(process, port, log, patience)
@@ -118,6 +124,12 @@ def running(url: str) -> Server:
     if model is None:
         raise RuntimeError(f"{url} does not answer GET /v1/models with 200: is the server up?")
     return Server(url, host, int(port or 80), model)
+
+
+def leave_cores(cores: Collection[int]) -> None:
+    """Keep this process, which sends the load, off the servers' cores if there are others."""
+    if others := os.sched_getaffinity(0) - set(cores):
+        os.sched_setaffinity(0, others)
 
 
 def interrupt_on_termination() -> None:
