@@ -130,7 +130,7 @@ def _ignored() -> Iterator[str]:
         "Deprecated names",
         ("Name", "Write"),
         [
-            *((f"`{key}=true`", f"`{key_of(name)}={value}`") for key, (name, value) in TRUE_MEANS.items()),
+            *((f"`{key}=true`", instead) for key, (_, _, instead) in TRUE_MEANS.items()),
             *(
                 (f"`{key_of(name)}={old}`", f"`{key_of(name)}={new}`" if new else "nothing: it is built in")
                 for name, _, facts in options()

@@ -87,9 +87,12 @@ def _expanded(written: Iterable[Written], result: Resolution) -> Iterator[Writte
         if item.key == "inference_address":
             yield from _address(item, result)
         elif item.key in TRUE_MEANS:
-            name, value = TRUE_MEANS[item.key]
+            name, value, instead = TRUE_MEANS[item.key]
             result.warnings.append(
-                Problem(f"{item.location}: {item.key} is deprecated: write {key_of(name)}={value}", name)
+                Problem(
+                    f"{item.location}: {item.key} is deprecated and stands for {key_of(name)}={value}: write {instead}",
+                    name,
+                )
             )
             if item.raw.strip().lower() == "true":
                 yield replace(item, key=key_of(name), raw=value)

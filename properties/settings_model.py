@@ -46,12 +46,12 @@ class ModelSettings(BaseModel):
     )
     dtype: Dtype = option("Type of weights and activations. auto: as config.json says.", default="auto")
     quantize: str | None = option(
-        "Quantise while loading, e.g. fp8 or bitsandbytes. Leave out for a model that is quantised already.",
+        "Quantise while loading, e.g. fp8 or int8_per_channel_weight_only. Leave out for a model that is quantised "
+        "already: vLLM reads how from its config.json.",
         default=None,
         backends=VLLM,
         aliases=("quantization",),
         variables=(Variable("HF_MODEL_QUANTIZE", Level.TGI),),
-        replaced=(("bitsandbytes8", "bitsandbytes"), ("bitsandbytes4", "bitsandbytes")),
     )
     load_format: str = option(
         "How weights are read, e.g. auto, safetensors, dummy, runai_streamer.", default="auto", backends=VLLM

@@ -65,9 +65,9 @@ def test_nothing_is_suggested_for_what_is_like_nothing() -> None:
 
 
 def test_unknown_options_are_kept_with_their_source() -> None:
-    found = configure("swap_space=2", OPTION_SWAP_SPACE="3 ", OPTION_ENABLE_EXPERT_PARALLEL="true")
-    assert found.extra["swap_space"].value == "2"
-    assert found.extra["swap_space"].source.kind == "command line"
+    found = configure("stream_interval=2", OPTION_STREAM_INTERVAL="3 ", OPTION_ENABLE_EXPERT_PARALLEL="true")
+    assert found.extra["stream_interval"].value == "2"
+    assert found.extra["stream_interval"].source.kind == "command line"
     assert found.extra["enable_expert_parallel"].source.location == "OPTION_ENABLE_EXPERT_PARALLEL"
 
 
@@ -94,6 +94,11 @@ def test_names_without_effect_warn_with_the_reason_even_when_strict() -> None:
         "OPTION_SESSIONS_PATH",
         "OPTION_SESSIONS_S3URL",
         "OPTION_ENABLE_VENV",
+        "OPTION_SWAP_SPACE",
+        "OPTION_DEVICE",
+        "OPTION_NUM_SCHEDULER_STEPS",
+        "OPTION_GUIDED_DECODING_BACKEND",
+        "OPTION_ROPE_SCALING",
         "OPTION_PYTHON_EXECUTABLE",
         "SERVING_BAD_REQUEST_HTTP_CODE",
         "SERVING_WLM_ERROR_HTTP_CODE",

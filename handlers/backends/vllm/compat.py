@@ -7,7 +7,7 @@ in this file, and nowhere else.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -160,6 +160,21 @@ def load_parsing() -> VllmParsing:
         )
     except (ImportError, AttributeError, OSError) as error:
         raise InvalidConfiguration(f"the parsers of vLLM {version} cannot be imported: {error}") from error
+
+
+def registered_names() -> dict[str, Collection[str]]:
+    """What may be named where vLLM's command line takes any text, plugins' own included: argument -> names."""
+    find("vllm.plugins", "load_general_plugins")()
+    quantizations = find("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS")
+    loaders = find("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER")
+    tokenizers = find("vllm.tokenizers.registry vllm.tokenizers", "TokenizerRegistry").tokenizers
+    return {"quantization": quantizations, "load_format": loaders, "tokenizer_mode": {"auto", *tokenizers}}
+
+
+def cpu_takes_block_size(tokens: int) -> bool:
+    """Whether the attention kernel for CPUs can do with blocks of so many tokens."""
+    backend = find("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend")
+    return bool(backend.supports_block_size(tokens))
 
 
 def logits_processor() -> Any:

@@ -48,7 +48,7 @@ def refusal_reason(error: BaseException) -> str:
     listed = getattr(error, "errors", None)
     if callable(listed):
         try:
-            return "; ".join(str(item["msg"]) for item in listed(include_url=False))[
+            return "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in listed(include_url=False))[
                 :_LONGEST_CONFIGURATION_REASON
             ]
         except (TypeError, KeyError):

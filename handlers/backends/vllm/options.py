@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.compat import Vllm, load
+from handlers.backends.vllm.checks import refused_values, refused_whole
 from handlers.backends.vllm.fields import SECRET
 from handlers.backends.vllm.plan import plan_devices
 from handlers.backends.vllm.values import BadValue, coerce
@@ -20,6 +21,8 @@ from properties.problem import MASK, ConfigurationError, Problem
 
 if TYPE_CHECKING:
     from engine.machine import Machine
+    import argparse
+
 
 ALWAYS = {
     "dtype": "dtype",
@@ -67,6 +70,7 @@ REFUSED = {
 }
 """Fields of vLLM's that this server sets or needs."""
 
+    "device_ids": "write load_on_devices, e.g. load_on_devices=0;2",
 CPU_CACHE_MOST = 4 << 30
 """On a CPU, whose memory is shared with everything else, the key/value cache takes a quarter of it and never more
 than this many bytes; vLLM would take nearly all."""
@@ -78,7 +82,10 @@ def engine_arguments(
     """Keyword arguments for `AsyncEngineArgs`. Raises ConfigurationError with all problems."""
     settings = configuration.settings
     problems: list[Problem] = []
-    extra = _extra(vllm, configuration, problems)
+    known = {field.name: str(field.type) for field in fields(vllm.AsyncEngineArgs)}
+    parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
+    actions = {action.dest: action for action in parser._actions}
+    extra = _extra(configuration, actions, known, problems)
     given = {
         field: name
         for name, field in WHERE_GIVEN.items()
@@ -92,6 +99,7 @@ def engine_arguments(
     if settings.kv_cache_memory_mb is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_mb << 20
     if settings.request_priorities:
+    problems += refused_values(configuration, given, actions, known, cpu=not machine.accelerators)
         arguments["scheduling_policy"] = "priority"
     arguments["limit_mm_per_prompt"] = {
         "image": settings.limit_mm_per_prompt.get("image", 1)
@@ -125,22 +133,24 @@ def engine_arguments(
 def refused_options(configuration: Configuration, model_path: Path, machine: Machine) -> list[Problem]:
     """What is wrong with the options, as far as vLLM can say without loading the model. Slow: imports vLLM."""
     try:
-        engine_arguments(load(), configuration, model_path, machine)
+        vllm = load()
+        arguments = engine_arguments(vllm, configuration, model_path, machine)
     except ConfigurationError as error:
         return error.problems
     except InvalidConfiguration as error:
         return [Problem(error.message, "rolling_batch")]
-    return []
+    options = {field: name for name, field in {**ALWAYS, **WHERE_GIVEN}.items()}
+    return refused_whole(vllm, arguments, options.get)
 
 
-def _extra(vllm: Vllm, configuration: Configuration, problems: list[Problem]) -> dict[str, Any]:
+def _extra(
+    configuration: Configuration,
+    actions: Mapping[str, argparse.Action],
+    known: Mapping[str, str],
+    problems: list[Problem],
+) -> dict[str, Any]:
     """Fields of vLLM's own that the user wrote, as values."""
-    known = {field.name: str(field.type) for field in fields(vllm.AsyncEngineArgs)}
     written = {name: sourced for name, sourced in configuration.extra.items() if name in known}
-    if not written:
-        return {}
-    parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
-    actions = {action.dest: action for action in parser._actions}
     values: dict[str, Any] = {}
     for name, sourced in written.items():
         told = f"option.{name} = {_shown(name, sourced.value)} ({sourced.source.location})"
