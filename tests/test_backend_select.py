@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from handlers.backends.select import choose
+from handlers.backends.select import RollingBatch, choose
+from handlers.backends.vllm.fields import architectures
 from properties.problem import ConfigurationError
 
 LLAVA = ["LlavaForConditionalGeneration"]
@@ -63,6 +64,35 @@ def test_auto_asks_whether_vllm_lists_the_model() -> None:
     assert choice({*LLAVA, "OtherForCausalLM"}) == "vllm"
     assert choice(set()) == "vllm", "a list that cannot be read says nothing"
     assert choose("vllm", LLAVA, 1, vllm=True, adapter=True, listed={"Other"}).backend == "vllm"
+
+
+@pytest.mark.parametrize("rolling_batch", ["auto", "vllm"])
+def test_a_version_that_still_lists_a_model_serves_it(rolling_batch: RollingBatch) -> None:
+    chameleon = ["ChameleonForConditionalGeneration"]
+    listed = {*chameleon, *LLAVA}
+    assert choose(rolling_batch, chameleon, 1, vllm=True, adapter=True, listed=listed).backend == "vllm"
+
+
+def test_what_the_installed_version_lists_is_read_from_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "vllm"
+    (package / "model_executor" / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "_version.py").write_text("__version__ = version = '0.28.0'\n")
+    listing = "_MULTIMODAL_MODELS = {'ChameleonForConditionalGeneration': ('chameleon', 'Chameleon')}\n"
+    (package / "model_executor" / "models" / "registry.py").write_text(listing)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    architectures.cache_clear()
+    try:
+        assert choose("auto", ["ChameleonForConditionalGeneration"], 1).backend == "vllm"
+        mllama = choose("auto", ["MllamaForConditionalGeneration"], 1)
+    finally:
+        architectures.cache_clear()
+    assert (mllama.backend, mllama.reason) == (
+        "rolling",
+        "vLLM 0.10.2 was the last to serve MllamaForConditionalGeneration",
+    )
 
 
 @pytest.mark.parametrize("rolling_batch", ["rolling", "disable"])

@@ -68,12 +68,14 @@ def choose(
 
     architectures: from the model's config.json; empty when it is not known.
     accelerators: devices that the process sees. vllm: whether vLLM is installed; adapter: whether this build
-    can drive it; listed: the architectures that vLLM lists, which only auto asks (None: found out).
+    can drive it; listed: the architectures that vLLM lists (None: found out).
     Raises ConfigurationError when vLLM is demanded and cannot serve.
     """
     installed = vllm_installed() if vllm is None else vllm
     present = vllm_backend_present() if adapter is None else adapter
-    refusal = _refusal(architectures, installed, present, trust_remote_code)
+    if listed is None:
+        listed = vllm_architectures() if installed else ()
+    refusal = _refusal(architectures, installed, present, trust_remote_code, listed)
     if vllm is None and refusal is None:
         refusal = vllm_version_problem()
     if rolling_batch == "vllm":
@@ -90,21 +92,26 @@ def choose(
         return Choice("rolling", refusal)
     if accelerators == 0:
         return Choice("rolling", "no accelerator is visible")
-    listed = vllm_architectures() if listed is None else listed
     if listed and architectures and not set(architectures) & set(listed):
         return Choice("rolling", f"the installed vLLM does not list {', '.join(architectures)}")
     return Choice("vllm", "vLLM is installed, sees an accelerator and serves the model")
 
 
-def _refusal(architectures: Sequence[str], installed: bool, present: bool, remote_code: bool) -> str | None:
+def _refusal(
+    architectures: Sequence[str],
+    installed: bool,
+    present: bool,
+    remote_code: bool,
+    listed: Collection[str],
+) -> str | None:
     """Why vLLM cannot serve; None when it can."""
     if not present:
         return "this build has no vLLM backend"
     if not installed:
         return "vLLM is not installed"
     for name in architectures:
-        if name in _DROPPED_BY_VLLM:
-            return f"vLLM serves {name} no more since {_DROPPED_BY_VLLM[name]}"
+        if name in _DROPPED_BY_VLLM and name not in listed:
+            return f"vLLM {_DROPPED_BY_VLLM[name]} was the last to serve {name}"
         if name in _REMOTE_CODE_IN_VLLM and not remote_code:
             return f"vLLM serves {name} only with option.trust_remote_code=true"
     return None
