@@ -57,8 +57,10 @@ class EmbeddingsWanted:
                 '{"image_embeds": ..., "image_grid_thw": ...}'
             )
         frames, rows, columns = grid
+        if frames != 1:
+            return f"image_grid_thw is {list(grid)}; a picture has 1 frame"
         if rows % self.merge or columns % self.merge:
             return f"image_grid_thw is {list(grid)}; rows and columns must be multiples of {self.merge}"
-        if (wanted := frames * rows * columns // self.merge**2) != tokens:
+        if (wanted := rows * columns // self.merge**2) != tokens:
             return f"image_grid_thw is {list(grid)}, which is {wanted} tokens; image_embeds has {tokens} rows"
         return None
