@@ -9,8 +9,9 @@ PICTURE ?=
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet
 VLLM_OLDER := 0.28.0
-VLLM_TESTS := tests/vllm_live tests/test_end_to_end.py tests/test_shapes_live.py tests/test_sagemaker_clients.py \
-	tests/test_embeddings_live.py
+VLLM_TESTS := tests/vllm_live $(addprefix tests/test_, end_to_end.py completions_live.py structured_live.py \
+	tools_chat.py tokenize.py tgi_dialect.py shapes_live.py sagemaker_clients.py clients.py cli_run.py openapi.py \
+	bytes.py embeddings_live.py)
 GPU := $(shell command -v nvidia-smi)
 # What the pinned set is built around; `make freeze` lets every other version follow.
 TORCH := 2.13.0

@@ -10,7 +10,7 @@ import torch
 from engine.block_pool import BlockPool
 from engine.building import Built
 from engine.config import EngineConfig, Vocabulary
-from engine.errors import EngineError, ModelLoadError
+from engine.errors import NO_TOKEN_LEFT, EngineError, ModelLoadError
 from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
 from engine.guidance import GrammarError, Guidance, Guide
 from engine.logits import INVALID
@@ -26,10 +26,6 @@ from engine.step_input import ChunkInput
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = "the engine failed on this request"
-
-NO_TOKEN_LEFT = (
-    "the request's limits on tokens (masks, min_tokens, a grammar) together leave no token to choose"
-)
 
 ENCODE_PER_STEP = 32
 """Pictures encoded in one step at most."""

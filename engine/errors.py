@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+NO_TOKEN_LEFT = (
+    "the request's limits on tokens (masks, min_tokens, a grammar) together leave no token to choose"
+)
+"""For the client, of an answer that cannot go on."""
+
 
 class EngineError(Exception):
     """Root of the engine's errors. The message may be shown to an operator, not to a client."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from properties.field import ROLLING, Level, Variable, option
+from properties.field import Level, Variable, option
 from properties.values import Seconds
 
 OutputFormat = Literal["json", "jsonlines", "sse", "json_chat", "jsonlines_chat", "sse_chat", "none"]
@@ -69,7 +69,6 @@ class ChatSettings(BaseModel):
         "request is refused.",
         default=5,
         unit="s",
-        backends=ROLLING,
     )
     enable_auto_tool_choice: bool = option(
         'Let the model decide to call a tool (tool_choice "auto"); needs tool_call_parser.', default=False

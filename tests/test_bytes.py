@@ -12,7 +12,6 @@ import re
 import socket
 import unicodedata
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,8 +20,6 @@ from PIL import Image
 
 from tests.live import LiveServer
 from tests.scripted_server import ServerProcess
-
-SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
 
 KINDS = {
     "controls": "".join(map(chr, range(32))) + "\x7f.",
@@ -169,9 +166,8 @@ def joined(stream: bytes) -> str:
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[LiveServer]:
-    with LiveServer(SHAPES, "max_model_len=512") as server:
-        yield server
+def live(shapes_server: LiveServer) -> LiveServer:
+    return shapes_server
 
 
 def forced(text: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ RED_CIRCLE = {"shapes": [{"color": "red", "shape": "circle"}]}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(SHAPES, 'limit_mm_per_prompt={"image": 4}') as live:
-        yield live
+def server(shapes_server: LiveServer) -> LiveServer:
+    return shapes_server
 
 
 def aside(name: str) -> Path:

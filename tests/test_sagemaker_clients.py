@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError, EventStreamError
 from tests.live import LiveServer, data_url, message
 from tests.sagemaker_front import ENDPOINT, KEYS, REGION, SageMakerFront
 from tests.scripted_server import ServerProcess
-from tests.test_shapes_live import SHAPES, circle, square
+from tests.test_shapes_live import circle, square
 
 CIRCLE, SQUARE = circle("red"), square("blue")
 WHAT = "What is this an image of?"
@@ -34,9 +34,8 @@ LMI = {"inputs": prompt(WHAT, CIRCLE), "parameters": {"max_new_tokens": 32}}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(SHAPES, 'limit_mm_per_prompt={"image": 2}') as live:
-        yield live
+def server(shapes_server: LiveServer) -> LiveServer:
+    return shapes_server
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +260,7 @@ def test_a_bad_request_is_a_model_error_with_its_status_and_text(client: Any) ->
         (400, b"", {}),
         (400, b"{", {}),
         (400, {"what": "?"}, {}),
-        (400, {"inputs": prompt(WHAT, CIRCLE, CIRCLE, CIRCLE)}, {}),
+        (400, {"inputs": prompt(WHAT, *[CIRCLE] * 5)}, {}),
         (400, {"inputs": "![](data:image/png;base64,QUJD)"}, {}),
         (404, {**LMI, "adapters": "poet"}, {}),
         (404, LMI, {"CustomAttributes": "X-Amzn-SageMaker-Adapter-Identifier=poet"}),

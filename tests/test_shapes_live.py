@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +21,8 @@ PICTURES = SHAPES / "pictures"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(SHAPES, 'limit_mm_per_prompt={"image": 4}') as live:
-        yield live
+def server(shapes_server: LiveServer) -> LiveServer:
+    return shapes_server
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,6 @@ from handlers.request import ImagePart, TextPart, TextPrompt
 from tests.live import LiveServer, data_url
 from tests.scripted import Pictures, ScriptedBackend, Step, everything, incoming, said, service, token
 
-SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
 FAILED = "Request failed during generation: Server error:"
 END = 2
 """The id of the end of a sequence in these scripts."""
@@ -548,9 +545,8 @@ def test_a_completion_as_hugging_faces_javascript_client_sends_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(SHAPES, 'limit_mm_per_prompt={"image": 4}') as live:
-        yield live
+def server(shapes_server: LiveServer) -> LiveServer:
+    return shapes_server
 
 
 def circle(color: str) -> Image.Image:

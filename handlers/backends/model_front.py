@@ -46,17 +46,9 @@ class ModelFront:
     @property
     def vocabulary(self) -> Vocabulary:
         """For answers that must match a grammar."""
-        backend = copy.copy(self.tokenizer.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
         picture = None if self.preprocessor is None else self.preprocessor.image_token_id
-        return Vocabulary(
-            tokenizer=backend.to_str(),
-            tokens=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
-            size=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
-            forbidden=() if picture is None else (picture,),
-        )
+        forbidden = () if picture is None else (picture,)
+        return vocabulary_of(self.tokenizer, self.vocab_size, self.eos_token_ids, forbidden)
 
     @classmethod
     def load(cls, settings: Settings, path: str) -> ModelFront:
@@ -97,6 +89,25 @@ class ModelFront:
             facts.vocab_size,
             facts.accelerators,
         )
+
+
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerFast,
+    size: int,
+    eos_token_ids: tuple[int, ...],
+    forbidden: tuple[int, ...] = (),
+) -> Vocabulary:
+    """size: of the model's logits. forbidden: tokens that no answer may hold."""
+    backend = copy.copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return Vocabulary(
+        tokenizer=backend.to_str(),
+        tokens=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        size=size,
+        eos_token_ids=eos_token_ids,
+        forbidden=forbidden,
+    )
 
 
 def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor | None:

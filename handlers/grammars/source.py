@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.guidance import GrammarError
@@ -50,9 +51,23 @@ def _json(schema: Any, whitespace_pattern: str) -> str:
             del node["uniqueItems"]
         if isinstance(wanted := node.get("format"), str) and wanted not in _CHECKED_FORMATS:
             del node["format"]
-    return LLMatcher.grammar_from_json_schema(
-        msgspec.json.encode(schema).decode(), overrides={"whitespace_pattern": whitespace_pattern}
+    text = msgspec.json.encode(schema).decode()
+    if whitespace_pattern == WHITESPACE and _white_space_repeats():
+        key, item = f":{WHITESPACE}", f",{WHITESPACE}"
+        return LLMatcher.grammar_from_json_schema(
+            text, overrides={"whitespace_flexible": False, "key_separator": key, "item_separator": item}
+        )
+    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": whitespace_pattern})
+
+
+@cache
+def _white_space_repeats() -> bool:
+    """Whether this llguidance, as those that vLLM asks for, lets white space follow itself, so that no pattern bounds
+    it. Then it may stand behind colons and commas alone, of which it is a part."""
+    grammar = LLMatcher.grammar_from_json_schema(
+        '{"type": "array", "minItems": 1}', overrides={"whitespace_pattern": " ?"}
     )
+    return LLMatcher(LLTokenizer("byte"), grammar, log_level=0).try_consume_tokens(list(b"[  ")) == 3
 
 
 def _literal(text: str) -> str:

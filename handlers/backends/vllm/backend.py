@@ -28,6 +28,7 @@ from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapter_files import adapter_directories
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, places
+from handlers.backends.vllm.constraints import Constraints, choose_library
 from handlers.backends.vllm.counters import Counters, series, stat_logger
 from handlers.backends.vllm.embeddings import embeddings_wanted
 from handlers.backends.vllm.failures import failed, refusal_reason
@@ -68,6 +69,7 @@ class VllmBackend:
         self._path = model_path
         self._counters = Counters()
         self._keeper: EngineKeeper | None = None
+        self._constraints: Constraints | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
         self._open: set[VllmGeneration] = set()
@@ -85,7 +87,7 @@ class VllmBackend:
         arguments = await loop.run_in_executor(self._threads, self._arguments)
         read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
         self._keeper = keeper = EngineKeeper(
-            lambda: self._build(arguments),
+            lambda: self._build(arguments, tokenizer),
             self._ask,
             self._counters,
             prepare=self._prepare,
@@ -116,6 +118,15 @@ class VllmBackend:
                 tokenizer,
                 self._vllm,
                 keeper.engine,
+            )
+            self._constraints = await loop.run_in_executor(
+                self._threads,
+                Constraints,
+                keeper.engine.vllm_config.structured_outputs_config,
+                tokenizer,
+                self._front.eos_token_ids,
+                self._front.vocab_size,
+                self._settings.guided_decoding_timeout,
             )
         except EngineError as error:
             await keeper.close()
@@ -190,6 +201,8 @@ class VllmBackend:
         self, engine: Any, request: GenerationRequest, adapter: LoadedAdapter | None
     ) -> VllmGeneration:
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
+        assert self._constraints is not None, "load() has not returned"
+        constraint = await self._constraints.checked(request.constraint)
         parts = list(request.images())
         rendered = await rendered_prompt(self._front.renderer, request, self._threads)
         token_ids = rendered.token_ids
@@ -205,7 +218,7 @@ class VllmBackend:
             copies = request.n if params.greedy else 1
             params = await self._spelled(params)
             theirs = to_vllm(
-                self._vllm, params, request.n // copies, request.constraint, request.names, self._samplers
+                self._vllm, params, request.n // copies, constraint, request.names, self._samplers
             )
         except BaseException:
             take_back(engine, prompt)
@@ -230,6 +243,7 @@ class VllmBackend:
             copies=copies,
             eos_token_ids=self._front.eos_token_ids,
             token_text=self._front.token_text,
+            constrained=constraint is not None,
             failure=partial(self._failure, constraint=request.constraint),
             ended=partial(self._forget, adapter=adapter),
         )
@@ -300,6 +314,8 @@ class VllmBackend:
         if self._loaded:
             self._adapters.close()
         self._loaded = False
+        if self._constraints is not None:
+            await self._constraints.close()
         if self._keeper is not None:
             await self._keeper.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -361,11 +377,12 @@ class VllmBackend:
             )
         return arguments
 
-    def _build(self, arguments: dict[str, Any]) -> Any:
+    def _build(self, arguments: dict[str, Any], tokenizer: Any) -> Any:
         """An engine. Raises InvalidConfiguration with vLLM's reason when it refuses the configuration."""
         vllm = self._vllm
         try:
             made = vllm.AsyncEngineArgs(**arguments)
+            choose_library(made, tokenizer)
             return vllm.AsyncLLM.from_engine_args(
                 made,
                 usage_context=vllm.server_context,

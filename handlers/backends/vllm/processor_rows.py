@@ -27,9 +27,10 @@ class Row:
     """One answer in the batch.
 
     prompt, output: token ids; output grows while the answer does, and nobody but its owner changes it.
+    constrained: a grammar has masked the logits already.
     """
 
-    __slots__ = ("_followed", "_params", "_seed", "_state", "_warping", "output", "prompt")
+    __slots__ = ("_followed", "_params", "_seed", "_state", "_warping", "constrained", "output", "prompt")
 
     def __init__(
         self,
@@ -38,8 +39,10 @@ class Row:
         prompt: Sequence[int],
         output: list[int],
         warping: Warping | None,
+        constrained: bool = False,
     ) -> None:
         self.prompt, self.output = prompt, output
+        self.constrained = constrained
         self._params, self._seed, self._warping = params, seed, warping
         self._followed = 0
         self._state = self._begun()
@@ -73,7 +76,8 @@ class Rows:
         warping = Warping.of(carried.params, seed)
         if warping is not None and warping.mirostat:
             warping = self._remembered((carried.request, seed), warping)
-        return Row(carried.params, seed, prompt or (), output, warping)
+        constrained = params.structured_outputs is not None
+        return Row(carried.params, seed, prompt or (), output, warping, constrained)
 
     def _remembered(self, answer: tuple[int, int], new: Warping) -> Warping:
         warping = self._mirostats.setdefault(answer, new)
@@ -91,7 +95,8 @@ def asks(params: Any) -> bool:
 def leave_chosen(logits: Tensor, rows: Mapping[int, Row]) -> None:
     """Choose a token for some rows of the logits [B, V] and mask all others in them, in place.
 
-    A row that has no token (NaN, +inf, or nothing but -inf) stays as it is.
+    A row that has no token (NaN, +inf, or nothing but -inf) stays as it is; but where the samplers leave nothing of
+    what a grammar allows, a token that it does not allow is chosen, at which vLLM ends the answer as failed.
     """
     vocab_size = logits.shape[-1]
     sampler = Sampler(vocab_size, logits.device)
@@ -102,6 +107,11 @@ def leave_chosen(logits: Tensor, rows: Mapping[int, Row]) -> None:
         where = torch.tensor(part, dtype=torch.int64).to(logits.device, non_blocking=True)
         chosen, _ = sampler.sample(logits[where], [rows[row].state for row in part])
         found = [(row, token) for row, token in zip(part, chosen, strict=True) if token >= 0]
+        for row, token in zip(part, chosen, strict=True):
+            if token < 0 and rows[row].constrained:
+                lowest = int(logits[row].argmin())
+                if logits[row, lowest] == -torch.inf:
+                    found.append((row, lowest))
         if found:
             where, tokens = torch.tensor(found, dtype=torch.int64).to(logits.device).unbind(1)
             logits[where] = -torch.inf
