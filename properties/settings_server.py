@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, SecretStr
 
-from properties.field import Level, Variable, server_key
+from properties.field import VLLM, Level, Variable, server_key
 from properties.values import Count, Devices, Names, Port, Positive, Seconds
 
 
@@ -54,6 +54,19 @@ class ServerSettings(BaseModel):
     load_on_devices: Devices = server_key("Devices to use.", default="*")
     retry_threshold: Count = server_key(
         "Engine failures that a restart answers; after one more the process ends with status 1.", default=3
+    )
+    engine_suspect_timeout: Seconds = server_key(
+        "While requests run: time without a word from the engine after which /ping answers 503. Longer than its "
+        "longest step.",
+        default=20,
+        unit="s",
+        backends=VLLM,
+    )
+    engine_stuck_timeout: Seconds | None = server_key(
+        "Time that an engine which is asked for a sign may owe it; then it is killed and started again, and its "
+        "requests fail. Longer than a step that compiles. Default: 300 with vLLM, like its own limit; else 120.",
+        default=None,
+        unit="s",
     )
     max_request_size: Positive = server_key(
         "Largest request body; a larger one is answered 413.",

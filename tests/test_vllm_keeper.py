@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from handlers.backends.vllm import keeper as module
+from handlers.backends.vllm import keeper as keeping
+from handlers.backends.vllm import watch as watching
 from handlers.backends.vllm.counters import Counters
 from handlers.backends.vllm.keeper import EngineKeeper
+from handlers.backends.vllm.watch import Patience
 
 
 class ScriptedEngine:
-    """answers: whether a question for a token is answered."""
+    """answers: whether a copy of the model answers a question for a token."""
 
-    def __init__(self, answers: bool = True) -> None:
+    dead_error = RuntimeError("dead")
+
+    def __init__(self, copies: int = 1, processes: list[Any] | None = None) -> None:
         self.errored = False
-        self.answers = answers
+        self.answers = [True] * copies
         self.shut_down = False
+        self.told: list[Exception] = []
+        self.output_processor = SimpleNamespace(propagate_error=self.told.append)
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=copies))
+        manager = SimpleNamespace(processes=processes or [])
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
 
     async def reset_mm_cache(self) -> None:
         pass
@@ -31,31 +43,34 @@ class ScriptedEngine:
 class House:
     """Builds scripted engines; `fail` counts how many of the next ones cannot be built."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, copies: int = 1, stuck: float = 60.0, **options: Any) -> None:
         self.built: list[ScriptedEngine] = []
+        self.copies = copies
         self.fail = 0
+        self.process: Any = None
+        """What the next engine is."""
         self.counters = Counters()
-        self.keeper = EngineKeeper(self.build, self.ask, self.counters, **options)
+        patience = Patience(suspect=0.04, stuck=stuck)
+        self.keeper = EngineKeeper(self.build, self.ask, self.counters, patience=patience, **options)
 
     def build(self) -> ScriptedEngine:
         if self.fail:
             self.fail -= 1
             raise RuntimeError("no memory")
-        self.built.append(ScriptedEngine())
+        process, self.process = self.process, None
+        self.built.append(ScriptedEngine(self.copies, [process] if process else []))
         return self.built[-1]
 
-    async def ask(self, engine: ScriptedEngine) -> None:
-        if not engine.answers:
+    async def ask(self, engine: ScriptedEngine, copy: int) -> None:
+        if not engine.answers[copy]:
             await asyncio.Event().wait()
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (
-        ("LOOK_SECONDS", 0.005), ("QUIET_SECONDS", 0.05), ("IDLE_SECONDS", 0.05), ("SUSPECT_SECONDS", 0.02),
-        ("FIRST_PAUSE_SECONDS", 0.001),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, seconds)
+    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.005)
+    monkeypatch.setattr(watching, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(keeping, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -88,12 +103,34 @@ def test_a_dead_engine_is_replaced() -> None:
 
 def test_a_silent_engine_is_suspected_then_replaced() -> None:
     async def scenario() -> None:
-        house = House(stuck_seconds=0.2)
+        house = House(stuck=0.2)
         await house.keeper.start()
-        house.built[0].answers = False
+        house.built[0].answers = [False]
         await until(lambda: house.keeper.health().reason == "the engine does not answer")
+        assert not house.built[0].told
         await until(lambda: len(house.built) == 2 and house.keeper.health().ready)
         assert house.built[0].shut_down
+        assert house.built[0].told, "its requests hear of it"
+        await house.keeper.close()
+
+    run(scenario)
+
+
+def test_a_silent_copy_is_noticed_while_another_answers() -> None:
+    async def scenario() -> None:
+        house = House(copies=2, stuck=0.3)
+        await house.keeper.start()
+        house.keeper.in_flight = 1
+        house.built[0].answers[1] = False
+        suspected = False
+        async with asyncio.timeout(5):
+            while len(house.built) < 2:
+                house.counters.signs[0] = time.monotonic()
+                suspected |= house.keeper.health().reason == "the engine does not answer"
+                await asyncio.sleep(0.005)
+        assert suspected
+        assert house.built[0].shut_down
+        await until(lambda: house.keeper.health().ready)
         await house.keeper.close()
 
     run(scenario)
@@ -101,12 +138,12 @@ def test_a_silent_engine_is_suspected_then_replaced() -> None:
 
 def test_a_word_about_any_request_clears_the_suspicion() -> None:
     async def scenario() -> None:
-        house = House(stuck_seconds=0.3)
+        house = House(stuck=0.3)
         await house.keeper.start()
         house.keeper.in_flight = 1
-        house.built[0].answers = False
+        house.built[0].answers = [False]
         for _ in range(50):
-            house.counters.last_sign = asyncio.get_running_loop().time()
+            house.counters.signs[0] = time.monotonic()
             await asyncio.sleep(0.01)
         assert len(house.built) == 1
         await house.keeper.close()
@@ -153,5 +190,63 @@ def test_what_the_first_engine_fails_with_is_told() -> None:
             await house.keeper.start()
         await house.keeper.close()
         await house.keeper.close()
+
+    run(scenario)
+
+
+def test_a_dead_process_is_noticed_before_vllm_tells_and_the_others_are_not_touched() -> None:
+    async def scenario() -> None:
+        spawn = multiprocessing.get_context("spawn")
+        mine, engine = (spawn.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2))
+        another = await asyncio.create_subprocess_exec("sleep", "60")
+        mine.start()
+        engine.start()
+        house = House()
+        house.process = engine
+        await house.keeper.start()
+        engine.kill()
+        await until(lambda: len(house.built) == 2 and house.keeper.health().ready)
+        assert house.built[0].told
+        assert not house.built[0].errored, "vLLM has told nothing"
+        await house.keeper.close()
+        assert mine.is_alive()
+        assert another.returncode is None
+        mine.kill()
+        another.kill()
+        mine.join()
+        await another.wait()
+
+    run(scenario)
+
+
+def test_what_a_start_that_fails_leaves_is_ended_alone() -> None:
+    async def scenario() -> None:
+        spawn = multiprocessing.get_context("spawn")
+        mine = spawn.Process(target=time.sleep, args=(60,), daemon=True)
+        mine.start()
+        started: list[Any] = []
+
+        def build() -> None:
+            # A thread of the user's starts something meanwhile.
+            for name in ("EngineCore", "reader"):
+                process = spawn.Process(target=time.sleep, args=(60,), name=name, daemon=True)
+                process.start()
+                started.append(process)
+            raise RuntimeError("no memory")
+
+        async def ask(engine: Any, copy: int) -> None:
+            pass
+
+        keeper = EngineKeeper(build, ask, Counters())
+        with pytest.raises(RuntimeError, match="no memory"):
+            await keeper.start()
+        engine, reader = started
+        assert not engine.is_alive()
+        await keeper.close()
+        assert mine.is_alive()
+        assert reader.is_alive()
+        for process in (mine, reader):
+            process.kill()
+            process.join()
 
     run(scenario)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from engine.client import EngineClient
 from engine.cores import usable_cores
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
-from engine.group import EngineGroup, Ticket
+from engine.group import STUCK_SECONDS, EngineGroup, Ticket
 from engine.logprobs import Logprobs
 from engine.messages import Add, Output, Picture
 from engine.sampling_params import SamplingParams
@@ -92,6 +92,7 @@ class RollingBackend:
                 plan,
                 retry_threshold=self._settings.retry_threshold,
                 loading_seconds=self._settings.model_loading_timeout,
+                stuck_seconds=self._settings.engine_stuck_timeout or STUCK_SECONDS,
                 spawned=engine,
             )
             facts = await self._group.start()

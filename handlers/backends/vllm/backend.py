@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from engine.errors import EngineError
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
@@ -40,7 +42,8 @@ from handlers.backends.vllm.options import engine_arguments
 from handlers.backends.vllm.parsers import vllm_parsers
 from handlers.backends.vllm.plan import choose_devices, share_cores
 from handlers.backends.vllm.samplers import offer, with_breakers
-from handlers.backends.vllm.sampling import to_vllm
+from handlers.backends.vllm.sampling import check_prompt_logprobs, to_vllm
+from handlers.backends.vllm.watch import Patience, count_copies
 from handlers.errors import (
     InvalidConfiguration,
     ServingError,
@@ -90,9 +93,13 @@ class VllmBackend:
             lambda: self._build(arguments, tokenizer),
             self._ask,
             self._counters,
+            warm=self._warm,
             prepare=self._prepare,
             retry_threshold=self._settings.retry_threshold,
             loading_seconds=self._settings.model_loading_timeout,
+            patience=Patience(
+                self._settings.engine_suspect_timeout, self._settings.engine_stuck_timeout or Patience.stuck
+            ),
         )
         try:
             # Before the engine, which takes long to start: what is missing from a model is often its tokenizer.
@@ -141,7 +148,7 @@ class VllmBackend:
             parsers.model_config = config.model_config
         self._front.renderer.longest = longest_prompt(int(config.model_config.max_model_len))
         parallel, accelerators = config.parallel_config, self._machine.accelerators
-        self._blocks = int(config.cache_config.num_gpu_blocks or 0)
+        self._blocks = int(config.cache_config.num_gpu_blocks or 0)  # of all copies
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._capabilities = Capabilities(
             max_model_len=int(config.model_config.max_model_len),
@@ -158,7 +165,7 @@ class VllmBackend:
                 accelerators[0].name if accelerators else "cpu",
                 int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size),
             ),
-            cache_tokens=self._blocks * int(config.cache_config.block_size) * self._replicas,
+            cache_tokens=self._blocks * int(config.cache_config.block_size),
             prompt_threads=_THREADS,
             formats=formats,
         )
@@ -208,21 +215,21 @@ class VllmBackend:
         token_ids = rendered.token_ids
         if not parts:
             token_ids = checked_tokens(request, token_ids, longest, vocab_size)
-        # What is too long without its pictures is refused before they cost anything.
-        params = checked_sampling(request, len(token_ids), longest, vocab_size)
+        # What is refused in any case is refused before its pictures cost anything.
+        params = await self._spelled(checked_sampling(request, len(token_ids), longest, vocab_size))
+        copies = request.n if params.greedy else 1
+        theirs = to_vllm(self._vllm, params, request.n // copies, constraint, request.names, self._samplers)
         prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
         ids: list[int] = list(prompt["prompt_token_ids"])
         try:
-            if parts:
-                params = checked_sampling(request, len(ids), longest, vocab_size)
-            copies = request.n if params.greedy else 1
-            params = await self._spelled(params)
-            theirs = to_vllm(
-                self._vllm, params, request.n // copies, constraint, request.names, self._samplers
-            )
-        except BaseException:
+            most = checked_sampling(request, len(ids), longest, vocab_size).max_tokens
+            check_prompt_logprobs(params, len(ids))
+        except ServingError:
             take_back(engine, prompt)
             raise
+        if most != params.max_tokens:
+            params = msgspec.structs.replace(params, max_tokens=most)
+            theirs.max_tokens, theirs.min_tokens = most, min(theirs.min_tokens, most)
         stats = PromptStats(
             prompt_tokens=len(ids),
             image_tokens=sum(int(place.length) for place in picture_places(prompt)),
@@ -297,8 +304,8 @@ class VllmBackend:
         return BackendStats(
             running=running,
             waiting=len(self._open) - running,
-            kv_blocks_used=round(self._blocks * sum(usage)),
-            kv_blocks_total=self._blocks * self._replicas,
+            kv_blocks_used=round(self._blocks * sum(usage) / self._replicas),
+            kv_blocks_total=self._blocks,
             prefix_cache_queries=counters.prefix_queries,
             prefix_cache_hits=counters.prefix_hits,
             encoder_cache_queries=counters.mm_queries,
@@ -395,11 +402,25 @@ class VllmBackend:
                 f"vLLM {vllm.version} cannot serve the model as configured: {refusal_reason(error)}"
             ) from error
 
-    async def _ask(self, engine: Any) -> None:
-        """Have it generate one token: the first of the vocabulary is as good a prompt as any."""
-        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        prompt = await self._inputs.placed(engine, [0])
-        async for _ in engine.generate(prompt, params, f"probe-{next(self._numbers)}"):
+    async def _ask(self, engine: Any, copy: int) -> None:
+        await self._probe(engine, copy, [0], max_tokens=1, temperature=0.0)
+
+    async def _warm(self, engine: Any, copy: int) -> None:
+        """The first request with log probabilities waits for a compiler, seconds; again where there are several rows,
+        as a prompt of three tokens has."""
+        await self._probe(
+            engine, copy, [0] * 3, max_tokens=2, temperature=1.0, top_p=0.9, logprobs=1, prompt_logprobs=1
+        )
+
+    async def _probe(self, engine: Any, copy: int, prompt: list[int], **params: Any) -> None:
+        """Have a copy generate: the first token of the vocabulary is as good a prompt as any."""
+        outputs = engine.generate(
+            await self._inputs.placed(engine, prompt),
+            self._vllm.SamplingParams(detokenize=False, **params),
+            f"probe-{next(self._numbers)}",
+            data_parallel_rank=copy if count_copies(engine) > 1 else None,
+        )
+        async for _ in outputs:
             pass
 
     def _forget(self, generation: VllmGeneration, adapter: LoadedAdapter | None) -> None:

@@ -16,8 +16,8 @@ PREFIX = "vllm:"
 class Counters:
     """Counters since the process began, over all engines; gauges of the last step.
 
-    last_sign: `time.monotonic()` seconds of the last word from an engine.
-    cache_usage: by engine number (of data parallelism), from 0 to 1.
+    By number of the copy (of data parallelism): signs, the `time.monotonic()` seconds of its last word; running, its
+    requests; cache_usage, from 0 to 1.
     """
 
     prefix_queries: int = 0
@@ -27,7 +27,7 @@ class Counters:
     preemptions: int = 0
     running: dict[int, int] = field(default_factory=dict)
     cache_usage: dict[int, float] = field(default_factory=dict)
-    last_sign: float = field(default_factory=time.monotonic)
+    signs: dict[int, float] = field(default_factory=dict)
 
 
 def stat_logger(vllm: Vllm, counters: Counters) -> Any:
@@ -48,7 +48,7 @@ def stat_logger(vllm: Vllm, counters: Counters) -> Any:
             engine_idx: int = 0,
             **more: Any,
         ) -> None:
-            counters.last_sign = time.monotonic()
+            counters.signs[engine_idx] = time.monotonic()
             if scheduler_stats is not None:
                 counters.running[engine_idx] = _number(scheduler_stats, "num_running_reqs")
                 counters.cache_usage[engine_idx] = float(getattr(scheduler_stats, "kv_cache_usage", 0.0))

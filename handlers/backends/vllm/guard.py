@@ -6,22 +6,35 @@ import logging
 import subprocess
 from collections.abc import Sequence
 
+from handlers.backends.vllm.processes import Process
+
 logger = logging.getLogger(__name__)
 
-_SCRIPT = 'cat >/dev/null; kill -9 "$@" 2>/dev/null'
-"""Ends with the last copy of its standard input's other end: that of the front, which gives it to no child."""
+_SCRIPT = """
+same() {
+    read -r line 2>/dev/null <"/proc/$1/stat" || return 1
+    set -- "$2" ${line##*) }
+    [ "$1" = "${21}" ]
+}
+cat >/dev/null
+for process; do
+    same "${process%:*}" "${process#*:}" && kill -9 "${process%:*}" 2>/dev/null
+done
+"""
+"""`cat` ends with the last copy of its standard input's other end: that of the front, which gives it to no child.
+A process id may be another's by then; the 20th field after the name in /proc/PID/stat, its start, is not."""
 
 
 class Guard:
     """A process that kills others when this one is gone, even if it was killed itself."""
 
-    def __init__(self, pids: Sequence[int]) -> None:
+    def __init__(self, processes: Sequence[Process]) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        if not pids:
+        if not processes:
             return
         try:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _SCRIPT, "sh", *map(str, pids)],
+                ["/bin/sh", "-c", _SCRIPT, "sh", *(f"{one.pid}:{one.started}" for one in processes)],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # what is typed at a terminal goes to the front alone
             )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,30 +11,17 @@ from typing import Any
 from handlers.backends.base import Health
 from handlers.backends.vllm.counters import Counters
 from handlers.backends.vllm.guard import Guard
+from handlers.backends.vllm.processes import Family, children, roots_of, unfinished
+from handlers.backends.vllm.watch import Ask, Patience, Watch, count_copies
 
 logger = logging.getLogger(__name__)
-
-LOOK_SECONDS = 0.25
-"""Pause between two looks at whether the engine's processes are alive."""
-
-QUIET_SECONDS = 10.0
-"""With requests in flight: so long without a word, and the engine is asked for a token."""
-
-IDLE_SECONDS = 30.0
-"""The same without requests."""
-
-SUSPECT_SECONDS = 10.0
-"""An engine that owes an answer to the question for so long counts as not ready."""
-
-STUCK_SECONDS = 120.0
-"""An engine that owes it for so long is killed and replaced: longer than the longest step."""
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 """The first restart comes at once; the pause before each further one doubles."""
 
-JOIN_SECONDS = 10.0
-"""What a killed process gets to be gone, with its memory."""
+JOIN_SECONDS = 30.0
+"""What killed processes get to be gone, with their memory, all together."""
 
 
 class EngineKeeper:
@@ -45,32 +30,38 @@ class EngineKeeper:
     def __init__(
         self,
         build: Callable[[], Any],
-        ask: Callable[[Any], Awaitable[None]],
+        ask: Ask,
         counters: Counters,
         *,
+        warm: Ask | None = None,
         prepare: Callable[[Any], Awaitable[None]] | None = None,
         retry_threshold: int = 3,
         loading_seconds: float = 1800.0,
-        stuck_seconds: float = STUCK_SECONDS,
+        patience: Patience | None = None,
     ) -> None:
-        """build: makes an engine; slow, called in a thread. ask: makes an engine generate one token.
+        """build: makes an engine; slow, called in a thread.
 
+        warm: makes a copy of a new engine pay for what the first requests would wait for. Default: ask.
         prepare: makes an engine that answers ready to serve.
         retry_threshold: failures, with no answered request between them, that a restart answers.
         loading_seconds: what one restart may take.
         """
         self._build = build
         self._ask = ask
+        self._warm = warm or ask
         self._prepare = prepare
         self._counters = counters
         self._retry_threshold = retry_threshold
         self._loading_seconds = loading_seconds
-        self._stuck_seconds = stuck_seconds
+        self._patience = patience or Patience()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
         self._keeping: asyncio.Task[None] | None = None
-        self._asked_at: float | None = None
         self._closing = False
+        self._others: frozenset[int] | None = None
+        """While an engine is being built: children of this process before, which are none of the engine's."""
+        self._family: Family | None = None
         self._guard: Guard | None = None
+        self._watch: Watch | None = None
         self.engine: Any = None
         self.in_flight = 0
         self.answered = False
@@ -80,7 +71,7 @@ class EngineKeeper:
         self.given_up = False
 
     async def start(self) -> None:
-        """Build the first engine and keep it. Raises what `build` and `ask` raise."""
+        """Build the first engine and keep it. Raises what `build`, `warm` and `prepare` raise."""
         self.engine = await self._built()
         self._keeping = asyncio.create_task(self._keep())
 
@@ -89,7 +80,7 @@ class EngineKeeper:
             return Health(False, "the engine failed too often", lost=True)
         if self.engine is None or self.engine.errored:
             return Health(False, "the engine is being restarted")
-        if self._asked_at is not None and time.monotonic() - self._asked_at > SUSPECT_SECONDS:
+        if self._watch is not None and self._watch.suspect:
             return Health(False, "the engine does not answer")
         return Health(True, "ready")
 
@@ -109,12 +100,15 @@ class EngineKeeper:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _built(self) -> Any:
-        engine = await asyncio.get_running_loop().run_in_executor(self._threads, self._build)
-        self._guard = Guard([child.pid for child in multiprocessing.active_children() if child.pid])
+        engine = None
+        self._others = children()
         try:
+            engine = await asyncio.get_running_loop().run_in_executor(self._threads, self._build)
+            self._family, self._others = Family(roots_of(engine)), None
+            self._guard = Guard(self._family.members)
             # vLLM's profiling leaves dummy pictures in the cache.
             await engine.reset_mm_cache()
-            await self._ask(engine)
+            await asyncio.gather(*(self._warm(engine, copy) for copy in range(count_copies(engine))))
             if self._prepare is not None:
                 await self._prepare(engine)
         except BaseException:
@@ -123,52 +117,45 @@ class EngineKeeper:
         return engine
 
     async def _ended(self, engine: Any) -> None:
-        if self._guard is not None:
-            self._guard.release()
-        await asyncio.get_running_loop().run_in_executor(self._threads, _end, engine)
+        """End the processes of an engine, or of one that was not ready yet, and free what the front holds of it."""
+        family, self._family = self._family, None
+        others, self._others = self._others, None
+        guard, self._guard = self._guard, None
+        if family is None:
+            family = Family([] if others is None else unfinished(others))
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, _end, engine, family)
+        finally:
+            if guard is not None:
+                guard.release()
 
     async def _keep(self) -> None:
         """Replace the engine whenever it is lost, until it is lost too often."""
         while not self._closing:
-            reason = await self._until_lost(self.engine)
-            lost, self.engine, self._asked_at = self.engine, None, None
+            assert self._family is not None, "an engine was built"
+            self._watch = Watch(
+                self.engine,
+                self._family,
+                self._ask,
+                self._counters,
+                lambda: self.in_flight > 0,
+                self._patience,
+            )
+            reason = await self._watch.until_lost()
+            lost, self.engine, self._watch = self.engine, None, None
             logger.error("the engine %s", reason)
             self.failures = 1 if self.answered else self.failures + 1
             self.answered = False
-            await self._ended(lost)
+            try:
+                _tell(lost)
+                await self._ended(lost)
+                _tell(lost)  # who came in between
+            except Exception:
+                logger.exception("the lost engine did not stop cleanly")
             del lost
             if not await self._restart():
                 self.given_up = True
                 return
-
-    async def _until_lost(self, engine: Any) -> str:
-        """Why it has to be replaced."""
-        self._counters.last_sign = time.monotonic()
-        while not engine.errored:
-            await asyncio.sleep(LOOK_SECONDS)
-            quiet = time.monotonic() - self._counters.last_sign
-            if quiet > (QUIET_SECONDS if self.in_flight else IDLE_SECONDS) and not await self._answers(
-                engine
-            ):
-                return f"has not answered for {self._stuck_seconds:.0f} s"
-        return "process died"
-
-    async def _answers(self, engine: Any) -> bool:
-        """Ask it for a token. A word about any request is an answer as well; a death is not told here."""
-        asking = asyncio.ensure_future(self._ask(engine))
-        asked = self._asked_at = time.monotonic()
-        try:
-            while True:
-                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
-                if asking.done() or engine.errored or self._counters.last_sign > asked:
-                    return True
-                if time.monotonic() - asked > self._stuck_seconds:
-                    return False
-        finally:
-            self._asked_at = None
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-            self._counters.last_sign = max(asked, self._counters.last_sign)
 
     async def _restart(self) -> bool:
         """Try until it is back, or has failed too often."""
@@ -180,7 +167,6 @@ class EngineKeeper:
                     self.engine = await self._built()
             except Exception as error:
                 logger.error("the engine did not start again: %s", error or type(error).__name__)
-                await self._ended(None)
                 self.failures += 1
             else:
                 logger.info("the engine is back")
@@ -189,16 +175,21 @@ class EngineKeeper:
         return False
 
 
-def _end(engine: Any) -> None:
-    """Kill the engine's processes, which have nothing to save, and free what the front holds of it.
+def _tell(engine: Any) -> None:
+    """All whose requests it holds, at once: vLLM itself tells them when it has seen all processes end."""
+    if (processor := getattr(engine, "output_processor", None)) is not None:
+        processor.propagate_error(engine.dead_error)
 
-    The processes are all that this process starts through multiprocessing; workers end with their engine.
-    """
-    children = multiprocessing.active_children()
-    for child in children:
-        child.kill()
-    for child in children:
-        child.join(JOIN_SECONDS)
+
+def _end(engine: Any, family: Family) -> None:
+    """Kill the engine's processes, which have nothing to save, and free what the front holds of it."""
+    if left := family.kill(JOIN_SECONDS):
+        logger.error(
+            "%d processes of the engine are there %.0f s after they were killed, with what memory they hold: %s",
+            len(left),
+            JOIN_SECONDS,
+            ", ".join(str(process.pid) for process in left),
+        )
     if engine is not None:
         engine.shutdown(timeout=0)
 

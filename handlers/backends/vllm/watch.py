@@ -1,0 +1,120 @@
+"""Whether an engine still serves: its processes are looked at, and a copy of the model that is silent is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from handlers.backends.vllm.counters import Counters
+from handlers.backends.vllm.processes import Family
+
+LOOK_SECONDS = 0.25
+"""Pause between two looks at the engine's processes and at its last words."""
+
+IDLE_SECONDS = 30.0
+"""A copy without a word for so long is asked, though no request is in flight."""
+
+Ask = Callable[[Any, int], Awaitable[None]]
+"""Has one copy of an engine's model, by its number, generate a token."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """suspect: seconds without a word, with requests in flight, until an engine counts as not ready. stuck: seconds
+    that an engine which has been asked for a token may owe it; longer than the longest step.
+    """
+
+    suspect: float = 20.0
+    stuck: float = 300.0
+
+    @property
+    def quiet(self) -> float:
+        """Without a word for so long, a copy is asked; for as long again it may owe the answer unsuspected."""
+        return self.suspect / 2
+
+
+class Watch:
+    """Over one engine. With data parallelism each copy counts alone: one may hang while the others answer."""
+
+    def __init__(
+        self,
+        engine: Any,
+        family: Family,
+        ask: Ask,
+        counters: Counters,
+        busy: Callable[[], bool],
+        patience: Patience,
+    ) -> None:
+        """busy: whether requests are in flight."""
+        self._engine = engine
+        self._family = family
+        self._ask = ask
+        self._signs = counters.signs
+        self._busy = busy
+        self._patience = patience
+        self._asked: dict[int, float] = {}
+        self._copies = range(count_copies(engine))
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a copy owes an answer for too long."""
+        now = time.monotonic()
+        return any(now - asked > self._patience.quiet for asked in self._asked.values())
+
+    async def until_lost(self) -> str:
+        """Why it has to be replaced."""
+        watching = [asyncio.create_task(self._until_dead())]
+        watching += [asyncio.create_task(self._until_silent(copy)) for copy in self._copies]
+        try:
+            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+
+    async def _until_dead(self) -> str:
+        """vLLM tells of a worker's death only when the other workers have ended, too: seconds later."""
+        while not self._engine.errored:
+            if dead := self._family.dead:
+                return f"lost {dead}"
+            await asyncio.sleep(LOOK_SECONDS)
+        return "process died"
+
+    async def _until_silent(self, copy: int) -> str:
+        self._signs[copy] = time.monotonic()
+        while True:
+            await asyncio.sleep(min(LOOK_SECONDS, self._patience.quiet))
+            silent = time.monotonic() - self._signs[copy]
+            quiet = self._patience.quiet
+            if silent > (quiet if self._busy() else max(quiet, IDLE_SECONDS)) and not await self._answers(
+                copy
+            ):
+                which = f" (copy {copy} of {len(self._copies)})" if len(self._copies) > 1 else ""
+                return f"has not answered for {self._patience.stuck:.0f} s{which}"
+
+    async def _answers(self, copy: int) -> bool:
+        """Ask it for a token. Its word about any request is an answer as well; a death is not told here."""
+        asking = asyncio.ensure_future(self._ask(self._engine, copy))
+        asked = self._asked[copy] = time.monotonic()
+        try:
+            while True:
+                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
+                if asking.done() or self._signs[copy] > asked:
+                    return True
+                if time.monotonic() - asked > self._patience.stuck:
+                    return False
+        finally:
+            del self._asked[copy]
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            self._signs[copy] = max(asked, self._signs[copy])
+
+
+def count_copies(engine: Any) -> int:
+    """How many copies of the model an `AsyncLLM` holds; 1 for what else a keeper holds."""
+    config = getattr(engine, "vllm_config", None)
+    return 1 if config is None else int(config.parallel_config.data_parallel_size)

@@ -1,0 +1,198 @@
+"""The processes of an engine, with real ones: found, watched, and killed with all that they have started."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from handlers.backends.vllm.guard import Guard
+from handlers.backends.vllm.processes import Family, Process
+
+if not sys.platform.startswith("linux"):
+    pytest.skip("reads /proc", allow_module_level=True)
+
+TREE = """
+import subprocess, sys, time
+depth = int(sys.argv[1])
+if depth:
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[2], str(depth - 1), sys.argv[2], *sys.argv[3:]])
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+class Tree:
+    """A process, its child, and so on, as deep as asked; the last word of each command line is `title`."""
+
+    def __init__(self, depth: int, title: str = "VLLM::Worker") -> None:
+        self.top = subprocess.Popen(
+            [sys.executable, "-c", TREE, str(depth), TREE, title], stdout=subprocess.PIPE, text=True
+        )
+        assert self.top.stdout is not None
+        for _ in range(depth + 1):
+            assert self.top.stdout.readline() == "up\n"
+        self.all = [psutil.Process(self.top.pid), *psutil.Process(self.top.pid).children(recursive=True)]
+        assert len(self.all) == depth + 1
+
+    def end(self) -> None:
+        for process in self.all:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.top.wait()
+        assert self.top.stdout is not None
+        self.top.stdout.close()
+
+
+@pytest.fixture
+def tree() -> Iterator[Tree]:
+    made = Tree(2)
+    yield made
+    made.end()
+
+
+def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_all_generations_are_found_parents_first(tree: Tree) -> None:
+    assert [process.pid for process in Family([tree.top.pid]).members] == [
+        process.pid for process in tree.all
+    ]
+
+
+def test_a_stopped_grandchild_is_killed_though_its_parents_have_gone(tree: Tree) -> None:
+    family = Family([tree.top.pid])
+    tree.all[2].send_signal(signal.SIGSTOP)
+    for process in tree.all[:2]:
+        process.kill()
+    tree.top.wait()
+    assert alive(tree.all[2])
+    assert family.kill(20.0) == []
+    assert not alive(tree.all[2])
+
+
+def test_what_was_started_since_is_killed_too() -> None:
+    top = subprocess.Popen(
+        ["/bin/sh", "-c", "read go; sleep 60 & echo $!; wait"], stdin=-1, stdout=-1, text=True
+    )
+    assert top.stdin is not None
+    assert top.stdout is not None
+    family = Family([top.pid])
+    assert len(family.members) == 1
+    top.stdin.write("go\n")
+    top.stdin.flush()
+    late = psutil.Process(int(top.stdout.readline()))
+    assert family.kill(20.0) == []
+    assert not alive(late)
+    top.wait()
+    top.stdin.close()
+    top.stdout.close()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_death_of_an_engine_or_of_a_worker_is_seen_also_while_nobody_reaps_it(
+    tree: Tree, number: int
+) -> None:
+    family = Family([tree.top.pid])
+    assert family.dead is None
+    tree.all[number].kill()
+    until(lambda: family.dead is not None)
+    assert f"(process {tree.all[number].pid})" in str(family.dead)
+
+
+def test_a_compiler_may_come_and_go() -> None:
+    tree = Tree(1, title="compiler")
+    try:
+        family = Family([tree.top.pid])
+        tree.all[1].kill()
+        until(lambda: not alive(tree.all[1]))
+        assert family.dead is None
+        assert family.kill(20.0) == []
+    finally:
+        tree.end()
+
+
+class Held(Process):
+    """One that a driver holds: killed, and there all the same."""
+
+    def kill(self) -> None:
+        pass
+
+
+def test_what_is_left_after_the_time_is_told() -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        family = Family([other.pid])
+        (found,) = family.members
+        held = Held(found.pid, found.started)
+        family.members = (held,)
+        assert family.kill(0.1) == [held]
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_process_id_that_was_given_again_is_spared() -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        (found,) = Family([other.pid]).members
+        before = Process(found.pid, found.started - 1)
+        assert before.gone
+        assert not before.running
+        before.kill()
+        assert found.running
+        found.kill()
+        other.wait()
+        assert found.gone
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_guard_kills_the_processes_that_it_knows_and_no_later_one_of_the_same_id() -> None:
+    """The guard's front is this process: closing its pipe is what its end would do."""
+    engine, other = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    try:
+        (known,), (later,) = Family([engine.pid]).members, Family([other.pid]).members
+        guard = Guard([Process(later.pid, later.started - 1), known])
+        process = guard._process
+        assert process is not None
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(20)
+        engine.wait(20)
+        assert engine.returncode == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for one in (engine, other):
+            one.kill()
+            one.wait()
+
+
+def test_a_released_guard_kills_nobody() -> None:
+    engine = subprocess.Popen(["sleep", "60"])
+    try:
+        guard = Guard(Family([engine.pid]).members)
+        guard.release()
+        guard.release()
+        assert engine.poll() is None
+    finally:
+        engine.kill()
+        engine.wait()
