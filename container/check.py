@@ -224,6 +224,9 @@ def _memory(memory: Mapping[str, Any] | None, kind: str) -> list[str]:
         f"copies of the model: {memory['copies']}, devices per copy: {memory['devices_per_copy']} "
         f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}"
     ]
+    if memory["devices"]:
+        machines = "this machine" if memory["machines"] == 1 else f"{memory['machines']} machines"
+        lines.append(f"devices needed: {memory['devices_needed']}, there: {memory['devices']} on {machines}")
     if memory["weights"] is not None:
         lines.append(
             f"weights {_size(memory['weights'])} ({memory['weights_basis']}), "

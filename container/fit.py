@@ -22,21 +22,22 @@ from properties.configuration import Configuration
 from properties.field import BackendName
 from properties.problem import Problem
 from properties.recommend import context_length
-from properties.resolution import Sourced
-from properties.settings import Settings
 
 
 @dataclass
 class Fit:
     """The estimate. Sizes in bytes; None where config.json and the files do not tell.
 
-    copies: replicas that are started. cache_tokens: tokens that the caches of one copy hold.
+    copies: replicas that are started. devices, machines: what is there for them, on a CPU none.
+    cache_tokens: tokens that the caches of one copy hold.
     """
 
     dtype: str
     device: Device
     copies: int = 1
     devices_per_copy: int = 1
+    devices: int = 0
+    machines: int = 1
     weights: int | None = None
     weights_basis: str | None = None
     cache_bytes_per_token: int | None = None
@@ -62,6 +63,9 @@ class Fit:
             "device_memory": self.device.memory,
             "copies": self.copies,
             "devices_per_copy": self.devices_per_copy,
+            "devices_needed": self.copies * self.devices_per_copy,
+            "devices": self.devices,
+            "machines": self.machines,
             "weights": self.weights,
             "weights_basis": self.weights_basis,
             "weights_per_device": self.weights_per_device,
@@ -93,9 +97,7 @@ def fit(
     dtype = result.dtype
     result.cache_bytes_per_token = cache_bytes_per_token(shapes, dtype)
     try:
-        result.copies, result.devices_per_copy = _layout(
-            settings, configuration.extra, backend, len(machine.accelerators)
-        )
+        _lay_out(result, configuration, backend, len(machine.accelerators))
     except InvalidConfiguration as error:
         result.errors.append(Problem(error.message))
         return result
@@ -115,20 +117,24 @@ def fit(
     return result
 
 
-def _layout(
-    settings: Settings, extra: Mapping[str, Sourced], backend: BackendName, accelerators: int
-) -> tuple[int, int]:
-    """(copies, devices per copy); the host counts as one device for each process.
+def _lay_out(result: Fit, configuration: Configuration, backend: BackendName, accelerators: int) -> None:
+    """Set the copies and their devices; the host counts as one device for each process.
 
     Raises InvalidConfiguration when there are too few devices.
     """
+    settings = configuration.settings
+    result.devices = accelerators
     if backend == "rolling":
         engines = plan_engines(settings, "", accelerators)
-        return len(engines), engines[0].tensor_parallel_degree
-    plan = plan_devices(settings, {name: item.value for name, item in extra.items()}, accelerators)
+        result.copies, result.devices_per_copy = len(engines), engines[0].tensor_parallel_degree
+        return
+    texts = {name: item.value for name, item in configuration.extra.items()}
+    plan = plan_devices(settings, texts, accelerators)
+    result.warnings += plan.warnings
     if plan.problems:
         raise InvalidConfiguration("; ".join(str(problem) for problem in plan.problems))
-    return plan.data, plan.tensor * plan.pipeline
+    result.copies, result.devices_per_copy = plan.data, plan.tensor * plan.pipeline
+    result.devices, result.machines = plan.available, plan.machines
 
 
 def _fit_accelerator(result: Fit, configuration: Configuration) -> None:

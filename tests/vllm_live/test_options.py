@@ -9,6 +9,8 @@ import pytest
 
 from container.check import run_check
 from engine.machine import Device, Machine
+from handlers.backends.vllm import plan
+from handlers.backends.vllm.cluster import Cluster
 from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.fields import engine_argument_names
 from handlers.backends.vllm.options import engine_arguments
@@ -51,6 +53,7 @@ def test_lmis_names_are_vllms_arguments() -> None:
         "limit_mm_per_prompt": {"image": 4, "video": 0, "audio": 0}, "scheduling_policy": "priority",
     }  # fmt: skip
     assert {name: found[name] for name in want} == want
+    assert Path(found["model"]).is_absolute(), "Ray's workers have another working directory"
     assert found["served_model_name"] == ["shapes"], "no path of this machine in vLLM's own metrics"
 
 
@@ -137,7 +140,8 @@ def test_a_misspelt_name_is_told_the_nearest_of_ours_and_of_vllms() -> None:
         (("pipeline_parallel_degree=2",), 4, (2, 2, 1)),
         (("data_parallel_degree=2",), 4, (2, 1, 2)),
         (("tensor_parallel_degree=1", "load_on_devices=0;2"), 4, (1, 1, 2)),
-        (("tensor_parallel_degree=8", "distributed_executor_backend=ray", "pipeline_parallel_degree=2"), 4, (8, 2, 1)),
+        (("nnodes=2",), 4, (8, 1, 1)),
+        (("nnodes=2", "pipeline_parallel_degree=2"), 4, (4, 2, 1)),
         (("tensor_parallel_degree=2",), 0, (2, 1, 1)),
     ],
 )  # fmt: skip
@@ -151,6 +155,59 @@ def test_what_is_not_written_fills_the_machine(
 def test_too_few_devices_are_told_with_how_many_are_needed() -> None:
     (problem,) = problems("tensor_parallel_degree=4", "data_parallel_degree=2", machine=devices(4))
     assert "needs 8 devices, but 4 are there" in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "devices_there", "sizes"),
+    [
+        ((), 16, (16, 1, 1)),
+        (("pipeline_parallel_degree=2",), 16, (8, 2, 1)),
+        (("data_parallel_degree=4",), 16, (4, 1, 4)),
+        (("tensor_parallel_degree=8", "pipeline_parallel_degree=2"), 16, (8, 2, 1)),
+        (("tensor_parallel_degree=8", "pipeline_parallel_degree=2"), 8, (8, 2, 1)),
+    ],
+)
+def test_what_is_not_written_fills_the_ray_cluster(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], devices_there: int, sizes: tuple[int, int, int]
+) -> None:
+    """That a real cluster is counted, test_ray.py shows. With too few devices vLLM waits for more."""
+    monkeypatch.setattr(plan, "running_cluster", lambda: Cluster(devices_there, 2))
+    found = arguments("distributed_executor_backend=ray", *options, machine=devices(8))
+    assert tuple(found[f"{kind}_parallel_size"] for kind in ("tensor", "pipeline", "data")) == sizes
+
+
+def test_where_no_ray_cluster_runs_there_is_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "running_cluster", lambda: None)
+    (problem,) = problems("distributed_executor_backend=ray", "tensor_parallel_degree=16", machine=devices(8))
+    assert "needs 16 devices, but 8 are there: no Ray cluster runs" in problem
+    assert "`ray start --head`" in problem
+    assert arguments("data_parallel_backend=ray", machine=devices(8))["tensor_parallel_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("tensor_parallel_degree=16",),
+            "needs 16 devices, but 8 are there, were the 2 machines all like this one",
+        ),
+        (("tensor_parallel_degree=1",), "option.nnodes = 2, but 1 processes"),
+    ],
+)
+def test_machines_without_ray_take_equal_parts(options: tuple[str, ...], message: str) -> None:
+    (problem,) = problems("nnodes=2", *options, machine=devices(4))
+    assert message in problem
+
+
+def test_vllm_is_told_of_the_machines() -> None:
+    made = load().AsyncEngineArgs(
+        **arguments(
+            "tensor_parallel_degree=2", "nnodes=2", "node_rank=1", "master_addr=10.0.0.7", "master_port=4711"
+        )
+    )
+    found = made.create_engine_config(headless=True).parallel_config
+    assert (found.nnodes, found.node_rank, found.world_size, found.local_world_size) == (2, 1, 2, 1)
+    assert (found.master_addr, found.master_port) == ("10.0.0.7", 4711)
 
 
 def test_on_a_cpu_the_cache_leaves_memory_to_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

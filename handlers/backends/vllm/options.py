@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.vllm.compat import Vllm, load
 from handlers.backends.vllm.checks import refused_values, refused_whole
+from handlers.backends.vllm.compat import Vllm, load
 from handlers.backends.vllm.fields import SECRET
 from handlers.backends.vllm.plan import plan_devices
 from handlers.backends.vllm.values import BadValue, coerce
@@ -20,9 +21,11 @@ from properties.names import key_of
 from properties.problem import MASK, ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from engine.machine import Machine
     import argparse
 
+    from engine.machine import Machine
+
+logger = logging.getLogger(__name__)
 
 ALWAYS = {
     "dtype": "dtype",
@@ -67,10 +70,10 @@ REFUSED = {
     "model_weights": "write option.model_id",
     "tokenizer": "the tokenizer is the model's own",
     "skip_tokenizer_init": "prompts are tokenised here",
+    "device_ids": "write load_on_devices, e.g. load_on_devices=0;2",
 }
 """Fields of vLLM's that this server sets or needs."""
 
-    "device_ids": "write load_on_devices, e.g. load_on_devices=0;2",
 CPU_CACHE_MOST = 4 << 30
 """On a CPU, whose memory is shared with everything else, the key/value cache takes a quarter of it and never more
 than this many bytes; vLLM would take nearly all."""
@@ -96,10 +99,10 @@ def engine_arguments(
     given |= {
         field: name for name, field in ALWAYS.items() if configuration.sources[name].level < Level.RECOMMENDED
     }
+    problems += refused_values(configuration, given, actions, known, cpu=not machine.accelerators)
     if settings.kv_cache_memory_mb is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_mb << 20
     if settings.request_priorities:
-    problems += refused_values(configuration, given, actions, known, cpu=not machine.accelerators)
         arguments["scheduling_policy"] = "priority"
     arguments["limit_mm_per_prompt"] = {
         "image": settings.limit_mm_per_prompt.get("image", 1)
@@ -119,6 +122,8 @@ def engine_arguments(
     texts = {name: item.value for name, item in configuration.extra.items()}
     plan = plan_devices(settings, texts, len(machine.accelerators))
     problems += plan.problems
+    for warning in plan.warnings:
+        logger.info("%s", warning)  # info: `lmi check` prints it itself
     arguments |= plan.sizes()
     if not machine.accelerators:
         _cpu_cache(arguments, given, extra, machine.host.memory)
@@ -127,7 +132,7 @@ def engine_arguments(
     location = configuration.model_location
     name = location.value if location.kind == "hub" else location.name
     arguments["served_model_name"] = settings.served_model_name or [name]
-    return {"model": str(model_path), **arguments}
+    return {"model": str(model_path.absolute()), **arguments}
 
 
 def refused_options(configuration: Configuration, model_path: Path, machine: Machine) -> list[Problem]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from handlers.backends.vllm.cluster import running_cluster
+from handlers.errors import InvalidConfiguration
 from properties.problem import Problem
 
 if TYPE_CHECKING:
@@ -17,14 +19,17 @@ if TYPE_CHECKING:
 class Plan:
     """tensor x pipeline devices hold one copy; data copies share the load.
 
-    available: devices of this machine that may be used; None where other machines' count as well.
+    available: devices that may be used, those of the other machines included. machines: where they are.
+    problems: why it cannot work. warnings: why it may not.
     """
 
     tensor: int
     pipeline: int
     data: int
-    available: int | None
+    available: int
+    machines: int = 1
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     @property
     def needed(self) -> int:
@@ -40,43 +45,105 @@ class Plan:
 
 
 def plan_devices(settings: Settings, extra: Mapping[str, str], accelerators: int) -> Plan:
-    """`max` and what nobody wrote is made to fill this machine; without accelerators, it is 1.
+    """`max` and what nobody wrote is made to fill this machine, or the machines of the Ray cluster; without
+    accelerators, it is 1.
 
-    extra: options of vLLM's own, as text. accelerators: devices of this machine.
+    extra: options of vLLM's own, as text. accelerators: devices of this machine. Where Ray is to be used, it is asked
+    for its devices: seconds.
     """
+    if uses_ray(extra):
+        return _across_ray(settings, accelerators)
+    if (nodes := _nodes(extra)) > 1:
+        return _across_nodes(settings, extra, nodes, accelerators)
     problems: list[Problem] = []
-    degree, stages, copies = (
-        settings.tensor_parallel_degree,
-        settings.pipeline_parallel_degree,
-        settings.data_parallel_degree,
-    )
-    if _spans_machines(extra):
-        if degree == "max":
-            problems.append(
-                Problem(
-                    "option.tensor_parallel_degree = 'max': with devices of several machines, write how many "
-                    "share one copy of the model",
-                    "tensor_parallel_degree",
-                )
-            )
-        return Plan(1 if degree == "max" else degree, stages, copies or 1, None, problems)
+    degree, stages, copies = _degrees(settings)
     devices = len(_chosen(settings, accelerators, problems))
     if devices == 0:
         ranks = 1 if degree == "max" else degree
-        return Plan(ranks, stages, copies or settings.max_workers or 1, None, problems)
+        return Plan(ranks, stages, copies or settings.max_workers or 1, 0, problems=problems)
     ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
     fitting = max(1, devices // (ranks * stages))
-    plan = Plan(ranks, stages, copies or min(settings.max_workers or fitting, fitting), devices, problems)
+    plan = Plan(
+        ranks, stages, copies or min(settings.max_workers or fitting, fitting), devices, problems=problems
+    )
     if plan.needed > devices:
+        more = "lower one, or use more machines (option.distributed_executor_backend=ray)"
+        problems.append(_too_few(plan, f"{devices} are there: {more}"))
+    return plan
+
+
+def uses_ray(extra: Mapping[str, str]) -> bool:
+    """Whether the options have vLLM find its devices through Ray."""
+    return "ray" in (extra.get("distributed_executor_backend"), extra.get("data_parallel_backend"))
+
+
+def _across_ray(settings: Settings, accelerators: int) -> Plan:
+    degree, stages, copies = _degrees(settings)
+    try:
+        cluster = running_cluster()
+    except InvalidConfiguration as error:
+        problem = Problem(
+            f"option.distributed_executor_backend or option.data_parallel_backend is ray, but {error}"
+        )
+        return Plan(1 if degree == "max" else degree, stages, copies or 1, accelerators, problems=[problem])
+    devices, machines = (accelerators, 1) if cluster is None else (cluster.devices, cluster.machines)
+    ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
+    plan = Plan(ranks, stages, copies or 1, devices, machines)
+    if plan.needed > devices and cluster is None:
+        plan.problems.append(
+            _too_few(
+                plan,
+                f"{devices} are there: no Ray cluster runs, so vLLM would start one of this machine alone; run "
+                "`ray start --head` here and `ray start --address HEAD:6379` on the other machines first",
+            )
+        )
+    elif plan.needed > devices:
+        # Machines may still be joining: vLLM waits for them.
+        plan.warnings.append(
+            _too_few(plan, f"the Ray cluster has {devices} on {_counted(machines)}: the start waits for more")
+        )
+    return plan
+
+
+def _across_nodes(settings: Settings, extra: Mapping[str, str], nodes: int, accelerators: int) -> Plan:
+    """vLLM's own launcher, which takes as many devices of each machine."""
+    degree, stages, copies = _degrees(settings)
+    problems: list[Problem] = []
+    devices = nodes * len(_chosen(settings, accelerators, problems))
+    ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
+    plan = Plan(ranks, stages, copies or 1, devices, nodes, problems)
+    if plan.needed > devices > 0:
+        problems.append(
+            _too_few(plan, f"{devices} are there, were the {_counted(nodes)} all like this one: lower one")
+        )
+    if plan.needed % nodes:
         problems.append(
             Problem(
-                f"option.tensor_parallel_degree {ranks} x option.pipeline_parallel_degree {stages} x "
-                f"option.data_parallel_degree {plan.data} needs {plan.needed} devices, but {devices} are there: "
-                "lower one, or use more machines (option.distributed_executor_backend=ray)",
+                f"option.nnodes = {nodes}, but {plan.needed} processes ({_product(plan)}) cannot be shared evenly "
+                f"by {_counted(nodes)}: change one",
                 "tensor_parallel_degree",
             )
         )
     return plan
+
+
+def _degrees(settings: Settings) -> tuple[int | Literal["max"], int, int | None]:
+    return settings.tensor_parallel_degree, settings.pipeline_parallel_degree, settings.data_parallel_degree
+
+
+def _product(plan: Plan) -> str:
+    return (
+        f"option.tensor_parallel_degree {plan.tensor} x option.pipeline_parallel_degree {plan.pipeline} x "
+        f"option.data_parallel_degree {plan.data}"
+    )
+
+
+def _too_few(plan: Plan, rest: str) -> Problem:
+    return Problem(f"{_product(plan)} needs {plan.needed} devices, but {rest}", "tensor_parallel_degree")
+
+
+def _counted(machines: int) -> str:
+    return "1 machine" if machines == 1 else f"{machines} machines"
 
 
 def choose_devices(settings: Settings, accelerators: int) -> None:
@@ -103,11 +170,16 @@ def share_cores(ranks: int) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
 
 
-def _spans_machines(extra: Mapping[str, str]) -> bool:
-    nodes = extra.get("nnodes", "1")
-    return "ray" in (extra.get("distributed_executor_backend"), extra.get("data_parallel_backend")) or (
-        nodes.isdecimal() and int(nodes) > 1
-    )
+def follows(extra: Mapping[str, str]) -> bool:
+    """Whether another machine than this one answers requests, for which this one holds a part of the model."""
+    rank = extra.get("node_rank", "0").strip()
+    return _nodes(extra) > 1 and rank.isdecimal() and rank.strip("0") != ""
+
+
+def _nodes(extra: Mapping[str, str]) -> int:
+    """What is not a number, vLLM's own check refuses."""
+    nodes = extra.get("nnodes", "1").strip()
+    return int(nodes) if nodes.isdecimal() and len(nodes) < 6 else 1
 
 
 def _chosen(settings: Settings, accelerators: int, problems: list[Problem]) -> list[int]:
