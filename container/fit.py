@@ -16,6 +16,7 @@ from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.vllm.heads import Heads, heads_of
 from handlers.backends.vllm.plan import plan_devices
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
@@ -97,7 +98,7 @@ def fit(
     dtype = result.dtype
     result.cache_bytes_per_token = cache_bytes_per_token(shapes, dtype)
     try:
-        _lay_out(result, configuration, backend, len(machine.accelerators))
+        _lay_out(result, configuration, backend, len(machine.accelerators), heads_of(shapes))
     except InvalidConfiguration as error:
         result.errors.append(Problem(error.message))
         return result
@@ -117,7 +118,9 @@ def fit(
     return result
 
 
-def _lay_out(result: Fit, configuration: Configuration, backend: BackendName, accelerators: int) -> None:
+def _lay_out(
+    result: Fit, configuration: Configuration, backend: BackendName, accelerators: int, heads: Heads | None
+) -> None:
     """Set the copies and their devices; the host counts as one device for each process.
 
     Raises InvalidConfiguration when there are too few devices.
@@ -129,7 +132,7 @@ def _lay_out(result: Fit, configuration: Configuration, backend: BackendName, ac
         result.copies, result.devices_per_copy = len(engines), engines[0].tensor_parallel_degree
         return
     texts = {name: item.value for name, item in configuration.extra.items()}
-    plan = plan_devices(settings, texts, accelerators)
+    plan = plan_devices(settings, texts, accelerators, heads)
     result.warnings += plan.warnings
     if plan.problems:
         raise InvalidConfiguration("; ".join(str(problem) for problem in plan.problems))

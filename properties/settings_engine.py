@@ -24,7 +24,8 @@ class EngineSettings(BaseModel):
         replaced=(("lmi-dist", "vllm"), ("scheduler", "auto")),
     )
     tensor_parallel_degree: Degree = option(
-        "Devices that share one copy of the model; max: all of them, divided by pipeline_parallel_degree.",
+        "Devices that share one copy of the model; max: all of them, divided by pipeline_parallel_degree; with vLLM as "
+        "many of these as the model's attention heads can be shared by.",
         default="max",
         aliases=("tensor_parallel_size",),
         variables=(Variable("TENSOR_PARALLEL_DEGREE"), Variable("SM_NUM_GPUS", Level.TGI)),

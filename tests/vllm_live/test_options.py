@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,17 @@ SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 CPU = Machine((), Device("host memory", 16 << 30))
 
 
+WIDE = tempfile.TemporaryDirectory(prefix="lmi-test-")
+"""The configuration of a model whose attention 16 devices can share."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wide_model() -> None:
+    config = json.loads((SHAPES / "config.json").read_text())
+    config["text_config"] |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    Path(WIDE.name, "config.json").write_text(json.dumps(config))
+
+
 def configure(*options: str, **environ: str) -> Configuration:
     return resolve(
         model=str(SHAPES), environ=environ, options=options, backend_options=engine_argument_names()
@@ -32,7 +45,8 @@ def devices(count: int) -> Machine:
 
 
 def arguments(*options: str, machine: Machine = CPU, **environ: str) -> dict[str, Any]:
-    return engine_arguments(load(), configure(*options, **environ), SHAPES, machine)
+    model = Path(WIDE.name) if machine.accelerators else SHAPES
+    return engine_arguments(load(), configure(*options, **environ), model, machine)
 
 
 def problems(*options: str, machine: Machine = CPU) -> list[str]:
@@ -150,6 +164,12 @@ def test_what_is_not_written_fills_the_machine(
 ) -> None:
     found = arguments(*options, machine=devices(count))
     assert tuple(found[f"{kind}_parallel_size"] for kind in ("tensor", "pipeline", "data")) == sizes
+
+
+def test_a_degree_that_the_heads_do_not_allow_is_told_before_anything_is_loaded() -> None:
+    (problem,) = problems("tensor_parallel_degree=3", machine=devices(3))
+    assert "16 attention and 16 key/value heads cannot be shared evenly by 3 devices" in problem
+    assert arguments(machine=devices(6))["tensor_parallel_size"] == 4
 
 
 def test_too_few_devices_are_told_with_how_many_are_needed() -> None:

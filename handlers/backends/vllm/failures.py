@@ -48,9 +48,9 @@ def refusal_reason(error: BaseException) -> str:
     listed = getattr(error, "errors", None)
     if callable(listed):
         try:
-            return "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in listed(include_url=False))[
-                :_LONGEST_CONFIGURATION_REASON
-            ]
+            return "; ".join(
+                str(item["msg"]).removeprefix("Value error, ") for item in listed(include_url=False)
+            )[:_LONGEST_CONFIGURATION_REASON]
         except (TypeError, KeyError):
             pass
     text = " ".join(str(error).split()) or type(error).__name__

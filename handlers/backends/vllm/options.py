@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from handlers.backends.vllm.checks import refused_values, refused_whole
 from handlers.backends.vllm.compat import Vllm, load
 from handlers.backends.vllm.fields import SECRET
+from handlers.backends.vllm.heads import model_heads
 from handlers.backends.vllm.plan import plan_devices
 from handlers.backends.vllm.values import BadValue, coerce
 from handlers.errors import InvalidConfiguration
-from properties.configuration import Configuration
+from properties.configuration import Configuration, read_model_config
 from properties.field import Level
 from properties.names import key_of
 from properties.problem import MASK, ConfigurationError, Problem
@@ -120,7 +121,9 @@ def engine_arguments(
             )
         arguments[name] = value
     texts = {name: item.value for name, item in configuration.extra.items()}
-    plan = plan_devices(settings, texts, len(machine.accelerators))
+    config = read_model_config(model_path) or {}
+    heads = model_heads(model_path, config, trust_remote_code=settings.trust_remote_code)
+    plan = plan_devices(settings, texts, len(machine.accelerators), heads)
     problems += plan.problems
     for warning in plan.warnings:
         logger.info("%s", warning)  # info: `lmi check` prints it itself

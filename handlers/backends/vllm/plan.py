@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from handlers.backends.vllm.cluster import running_cluster
+from handlers.backends.vllm.heads import Heads
 from handlers.errors import InvalidConfiguration
 from properties.problem import Problem
 
@@ -44,24 +45,34 @@ class Plan:
         }
 
 
-def plan_devices(settings: Settings, extra: Mapping[str, str], accelerators: int) -> Plan:
+def plan_devices(
+    settings: Settings, extra: Mapping[str, str], accelerators: int, heads: Heads | None = None
+) -> Plan:
     """`max` and what nobody wrote is made to fill this machine, or the machines of the Ray cluster; without
     accelerators, it is 1.
 
     extra: options of vLLM's own, as text. accelerators: devices of this machine. Where Ray is to be used, it is asked
-    for its devices: seconds.
+    for its devices: seconds. heads: of the model, where they are known: devices that share a copy share them evenly.
     """
     if uses_ray(extra):
-        return _across_ray(settings, accelerators)
-    if (nodes := _nodes(extra)) > 1:
-        return _across_nodes(settings, extra, nodes, accelerators)
+        plan = _across_ray(settings, accelerators, heads)
+    elif (nodes := _nodes(extra)) > 1:
+        plan = _across_nodes(settings, extra, nodes, accelerators, heads)
+    else:
+        plan = _on_this_machine(settings, accelerators, heads)
+    if heads is not None:
+        _tell_of_heads(plan, settings, heads)
+    return plan
+
+
+def _on_this_machine(settings: Settings, accelerators: int, heads: Heads | None) -> Plan:
     problems: list[Problem] = []
     degree, stages, copies = _degrees(settings)
     devices = len(_chosen(settings, accelerators, problems))
     if devices == 0:
         ranks = 1 if degree == "max" else degree
         return Plan(ranks, stages, copies or settings.max_workers or 1, 0, problems=problems)
-    ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
+    ranks = _ranks(degree, devices // stages // (copies or 1), heads)
     fitting = max(1, devices // (ranks * stages))
     plan = Plan(
         ranks, stages, copies or min(settings.max_workers or fitting, fitting), devices, problems=problems
@@ -77,7 +88,7 @@ def uses_ray(extra: Mapping[str, str]) -> bool:
     return "ray" in (extra.get("distributed_executor_backend"), extra.get("data_parallel_backend"))
 
 
-def _across_ray(settings: Settings, accelerators: int) -> Plan:
+def _across_ray(settings: Settings, accelerators: int, heads: Heads | None) -> Plan:
     degree, stages, copies = _degrees(settings)
     try:
         cluster = running_cluster()
@@ -87,7 +98,7 @@ def _across_ray(settings: Settings, accelerators: int) -> Plan:
         )
         return Plan(1 if degree == "max" else degree, stages, copies or 1, accelerators, problems=[problem])
     devices, machines = (accelerators, 1) if cluster is None else (cluster.devices, cluster.machines)
-    ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
+    ranks = _ranks(degree, devices // stages // (copies or 1), heads)
     plan = Plan(ranks, stages, copies or 1, devices, machines)
     if plan.needed > devices and cluster is None:
         plan.problems.append(
@@ -105,12 +116,14 @@ def _across_ray(settings: Settings, accelerators: int) -> Plan:
     return plan
 
 
-def _across_nodes(settings: Settings, extra: Mapping[str, str], nodes: int, accelerators: int) -> Plan:
+def _across_nodes(
+    settings: Settings, extra: Mapping[str, str], nodes: int, accelerators: int, heads: Heads | None
+) -> Plan:
     """vLLM's own launcher, which takes as many devices of each machine."""
     degree, stages, copies = _degrees(settings)
     problems: list[Problem] = []
     devices = nodes * len(_chosen(settings, accelerators, problems))
-    ranks = max(1, devices // stages // (copies or 1)) if degree == "max" else degree
+    ranks = _ranks(degree, devices // stages // (copies or 1), heads)
     plan = Plan(ranks, stages, copies or 1, devices, nodes, problems)
     if plan.needed > devices > 0:
         problems.append(
@@ -129,6 +142,34 @@ def _across_nodes(settings: Settings, extra: Mapping[str, str], nodes: int, acce
 
 def _degrees(settings: Settings) -> tuple[int | Literal["max"], int, int | None]:
     return settings.tensor_parallel_degree, settings.pipeline_parallel_degree, settings.data_parallel_degree
+
+
+def _ranks(degree: int | Literal["max"], most: int, heads: Heads | None) -> int:
+    """most: what `max` comes to where the model's heads allow it."""
+    if degree != "max":
+        return degree
+    return max(1, most) if heads is None else heads.largest_degree(max(1, most))
+
+
+def _tell_of_heads(plan: Plan, settings: Settings, heads: Heads) -> None:
+    degree, stages, copies = _degrees(settings)
+    most = plan.available // stages // (copies or 1)
+    if degree == "max" and plan.tensor < most:
+        plan.warnings.append(
+            Problem(
+                f"option.tensor_parallel_degree = max is {plan.tensor} here, not {most}: the model's {heads} cannot be "
+                f"shared evenly by more; {plan.needed} of {plan.available} devices are used",
+                "tensor_parallel_degree",
+            )
+        )
+    elif degree != "max" and not heads.divide_by(degree):
+        plan.problems.append(
+            Problem(
+                f"option.tensor_parallel_degree = {degree}: the model's {heads} cannot be shared evenly by {degree} "
+                f"devices; the next lower degree that works is {heads.largest_degree(degree)}",
+                "tensor_parallel_degree",
+            )
+        )
 
 
 def _product(plan: Plan) -> str:
