@@ -8,6 +8,7 @@ from pathlib import Path
 
 from handlers.backends.base import Backend
 from handlers.backends.select import Choice, choose, vllm_installed
+from handlers.backends.vllm.plan import follows
 from handlers.images.decode import WHITE, Color
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.parsers.names import parser_problems
@@ -23,6 +24,9 @@ _BACKENDS: dict[BackendName, tuple[str, str]] = {
     "vllm": ("handlers.backends.vllm.backend", "VllmBackend"),
 }
 """Module and class of each, imported only when it is the one that serves."""
+
+_FOLLOWER = ("handlers.backends.vllm.follower", "VllmFollower")
+"""Of a machine that holds a part of the model for another."""
 
 
 def choose_backend(configuration: Configuration, model_path: Path) -> Choice:
@@ -56,6 +60,8 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     for problem in configuration.unhonoured(choice.backend):
         logger.warning("%s", problem)
     module, name = _BACKENDS[choice.backend]
+    if choice.backend == "vllm" and follows({name: item.value for name, item in configuration.extra.items()}):
+        module, name = _FOLLOWER
     backend: Backend = getattr(import_module(module), name).from_configuration(configuration, model_path)
     return backend
 

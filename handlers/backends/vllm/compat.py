@@ -192,6 +192,11 @@ def process_dict_updates() -> Callable[..., bool]:
     return find("vllm.v1.sample.logits_processor", "process_dict_updates")  # type: ignore[no-any-return]
 
 
+def multiproc_executor() -> Any:
+    """The class that runs the workers of one machine."""
+    return find("vllm.v1.executor.multiproc_executor", "MultiprocExecutor")
+
+
 _REQUIRED = object()
 
 

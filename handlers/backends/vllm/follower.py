@@ -1,0 +1,148 @@
+"""What a machine that is not the first of several runs: its part of the model, for the engine of the first one.
+
+vLLM's own launcher (`option.nnodes`) has the engine on the first machine reach the workers of all. Here are those of
+one other machine. They end whenever the engine does, and are started again, as the engine is on the first machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from handlers.backends.base import BackendStats, Capabilities, Health
+from handlers.backends.vllm import compat
+from handlers.backends.vllm.options import engine_arguments
+from handlers.backends.vllm.plan import choose_devices
+from handlers.backends.vllm.workers import Workers
+from handlers.errors import InvalidConfiguration, Unavailable
+
+if TYPE_CHECKING:
+    from handlers.backends.adapters import AdapterStore
+    from handlers.backends.base import Generation, TokenizedPrompt
+    from handlers.request import GenerationRequest, Prompt
+    from properties.configuration import Configuration
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE_SECONDS = 30.0
+"""Before the workers are started again; the first time they are at once, then after 0.5 s, 1 s, 2 s ..."""
+
+
+class VllmFollower:
+    """See `handlers.backends.base.Backend`: ready while its workers are part of an engine; answers nothing itself."""
+
+    def __init__(self, configuration: Configuration, model_path: Path) -> None:
+        self._configuration = configuration
+        self._settings = configuration.settings
+        self._path = model_path
+        self._workers: Workers | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._ready = False
+        self._lost = False
+        self._restarts = 0
+
+    @classmethod
+    def from_configuration(cls, configuration: Configuration, model_path: Path) -> VllmFollower:
+        return cls(configuration, model_path)
+
+    async def load(self) -> None:
+        self._arguments = await asyncio.to_thread(self._engine_arguments)
+        await self._start()
+        self._keeping = asyncio.create_task(self._keep())
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(max_model_len=self._settings.max_model_len or 0, images=False)
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        return None
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        _elsewhere()
+
+    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        _elsewhere()
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        _elsewhere()
+
+    def health(self) -> Health:
+        if self._lost:
+            return Health(False, "the workers of this machine failed too often", lost=True)
+        if not self._ready:
+            return Health(False, "the workers of this machine are being started")
+        return Health(True, "ready")
+
+    def stats(self) -> BackendStats:
+        return BackendStats(engine_restarts=self._restarts)
+
+    async def close(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        self._ready = False
+        if self._workers is not None:
+            await asyncio.to_thread(self._workers.end)
+
+    def _engine_arguments(self) -> dict[str, Any]:
+        from engine.machine import this_machine
+
+        machine = this_machine()
+        choose_devices(self._settings, len(machine.accelerators))
+        return engine_arguments(compat.load(), self._configuration, self._path, machine)
+
+    async def _start(self) -> None:
+        """Return when the workers are part of an engine. Raises InvalidConfiguration."""
+        self._workers = workers = Workers(self._arguments)
+        waiting = asyncio.ensure_future(asyncio.to_thread(workers.joined))
+        try:
+            async with asyncio.timeout(self._settings.model_loading_timeout):
+                reason = await asyncio.shield(waiting)
+        except BaseException as error:
+            workers.end()
+            await asyncio.gather(waiting, return_exceptions=True)
+            if isinstance(error, TimeoutError):
+                raise InvalidConfiguration(
+                    "the first machine did not take in the workers of this one"
+                ) from error
+            raise
+        if reason is not None:
+            workers.end()
+            raise InvalidConfiguration(f"the workers of this machine did not start: {reason}")
+        self._ready = True
+
+    async def _keep(self) -> None:
+        """Start them again whenever they end, until that fails too often."""
+        while not self._lost:
+            assert self._workers is not None
+            await asyncio.to_thread(self._workers.ended)
+            self._ready = False
+            logger.error(
+                "the workers of this machine ended, as they do with the engine that they are part of"
+            )
+            await asyncio.to_thread(self._workers.end)
+            self._lost = not await self._restarted()
+
+    async def _restarted(self) -> bool:
+        for failures in range(self._settings.retry_threshold + 1):
+            if failures:
+                await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 0.25 * 2.0**failures))
+            self._restarts += 1
+            try:
+                await self._start()
+            except InvalidConfiguration as error:
+                logger.error("%s", error)
+            else:
+                logger.info("the workers of this machine are back")
+                return True
+        return False
+
+
+def _elsewhere() -> NoReturn:
+    raise Unavailable(
+        "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
+    )
