@@ -228,6 +228,10 @@ class App:
         backend = self._life.backend
         longest = 0 if backend is None else backend.capabilities.max_model_len
         length = {"max_model_len": longest} if longest else {}
+        store = None if backend is None else backend.adapters
+        named: list[tuple[str, dict[str, str]]] = [(name, {}) for name in self._names]
+        for info in () if store is None else store.infos():
+            named.append((info.name, {"parent": self._names[0]}))
         models = [
             {
                 "id": name,
@@ -235,9 +239,10 @@ class App:
                 "created": self._created,
                 "owned_by": "lmi",
                 "root": name,
+                **parent,
                 **length,
             }
-            for name in self._names
+            for name, parent in named
         ]
         if not wanted:
             return Reply(200, _JSON, _json({"object": "list", "data": models}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from handlers.backends.vllm.adapters import VllmAdapters
@@ -28,11 +29,17 @@ class Names:
 
 
 class LoraEngine:
-    """loaded: number -> name of what is loaded now. gate: loading waits for it. A directory with a file `rank` is
-    refused as vLLM refuses a high one."""
+    """loaded: number -> name of what is loaded now; pinned: those that are. gate: loading waits for it, and pinning
+    for another. A directory with a file `rank` is refused as vLLM refuses a high one. places: on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 1) -> None:
         self.loaded: dict[int, str] = {}
+        self.pinned: set[int] = set()
+        self.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_loras=places))
+        self.pinning = asyncio.Event()
+        self.pinning.set()
+        self.pin_asked = asyncio.Event()
+        self.removed = asyncio.Event()
         self.errored = False
         self.gate = asyncio.Event()
         self.gate.set()
@@ -48,13 +55,25 @@ class LoraEngine:
         self.loaded[request.lora_int_id] = request.lora_name
         return True
 
+    async def pin_lora(self, number: int) -> bool:
+        self.pin_asked.set()
+        await self.pinning.wait()
+        if self.loaded[number].startswith("slippery"):
+            raise RuntimeError("Pinning failed")
+        self.pinned.add(number)
+        return True
+
     async def remove_lora(self, number: int) -> bool:
+        self.pinned.discard(number)
+        self.removed.set()
         return self.loaded.pop(number, None) is not None
 
 
-def scripted_adapters(home: Path, most: int, *, allowed: str = "") -> tuple[VllmAdapters, LoraEngine]:
+def scripted_adapters(
+    home: Path, most: int, *, allowed: str = "", places: int = 1
+) -> tuple[VllmAdapters, LoraEngine]:
     """None are loaded yet."""
-    engine = LoraEngine()
+    engine = LoraEngine(places)
     names: Any = Names()
     return VllmAdapters(names, {}, most, lambda: engine, home=home, allowed=allowed), engine
 

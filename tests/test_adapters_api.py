@@ -17,7 +17,7 @@ from container.routes import every
 from handlers.backends.adapters import AdapterInfo
 from handlers.backends.vllm.adapters import VllmAdapters, places
 from handlers.dialects.adapters import answer_adapters
-from handlers.errors import InvalidRequest, NotFound, ServingError, Unavailable
+from handlers.errors import EngineFailed, InvalidRequest, NotFound, ServingError, Unavailable
 from handlers.exchange import AdapterCall
 from tests.scripted_adapters import LoraEngine, make_adapter, scripted_adapters
 from tests.scripted_server import ServerProcess
@@ -93,6 +93,21 @@ def test_parameters_may_come_as_json_and_the_alias_is_what_messages_say(
     reply = client.post("/adapters/component-1/update", json={"pin": True})
     assert reply.status_code == 200
     assert client.get("/adapters/component-1").json()["pin"] is True
+
+
+def test_adapters_are_listed_as_models_beside_the_one_they_belong_to(
+    client: httpx.Client, home: Path
+) -> None:
+    (own,) = client.get("/v1/models").json()["data"]
+    assert "parent" not in own
+    assert client.post("/adapters", params={"name": "poet", "src": "adapters/a"}).status_code == 200
+    listed = client.get("/v1/models")
+    assert listed.json()["data"] == [own, {**own, "id": "poet", "root": "poet", "parent": own["id"]}]
+    assert str(home) not in listed.text
+    assert client.get("/v1/models/poet").json() == listed.json()["data"][1]
+    assert client.delete("/adapters/poet").status_code == 200
+    assert client.get("/v1/models").json()["data"] == [own]
+    assert client.get("/v1/models/poet").status_code == 404
 
 
 def test_the_list_is_paged(client: httpx.Client) -> None:
@@ -373,3 +388,51 @@ async def test_a_page_has_a_hundred_adapters_at_most() -> None:
         query = {"next_page_token": page["nextPageToken"]}
     assert sizes == [100, 50]
     assert seen == [f"a{number}" for number in range(150)]
+
+
+@run
+async def test_a_pinned_adapter_is_answered_for_when_the_engine_has_pinned_it(home: Path) -> None:
+    adapters, engine = scripted_adapters(home, 2, places=3)
+    engine.pinning.clear()
+    adding = asyncio.create_task(adapters.add("poet", "adapters/a", pin=True))
+    await engine.pin_asked.wait()
+    assert engine.loaded
+    assert not adding.done()
+    assert not adapters.infos()
+    engine.pinning.set()
+    await adding
+    assert set(engine.pinned) == set(engine.loaded)
+    await adapters.add("cook", "adapters/b")
+    assert len(engine.loaded) == 2
+    assert len(engine.pinned) == 1
+    for name, pin in (("cook", True), ("poet", False)):
+        engine.removed.clear()
+        await adapters.update(name, pin=pin)
+        await engine.removed.wait()
+    assert [name.partition("#")[0] for number, name in engine.loaded.items() if number in engine.pinned] == [
+        "cook"
+    ]
+    again = LoraEngine(3)
+    await adapters.load(again, again=True)
+    assert again.pinned == engine.pinned
+    await adapters.remove("cook")
+    assert not engine.pinned
+
+
+@run
+async def test_where_an_engine_has_no_place_to_spare_it_is_not_asked_to_pin(home: Path) -> None:
+    adapters, engine = scripted_adapters(home, 2, places=2)
+    await adapters.add("poet", "adapters/a", pin=True)
+    assert [info.pin for info in adapters.infos()] == [True]
+    assert not engine.pinned
+
+
+@run
+async def test_an_adapter_that_cannot_be_pinned_is_not_kept(home: Path) -> None:
+    adapters, engine = scripted_adapters(home, 2, places=3)
+    with pytest.raises(EngineFailed, match="cannot pin"):
+        await adapters.add("slippery", "adapters/a", pin=True)
+    assert not engine.loaded
+    assert not adapters.infos()
+    await adapters.add("slippery", "adapters/a")
+    assert len(engine.loaded) == 1

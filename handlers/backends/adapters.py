@@ -9,7 +9,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """src: the adapter's directory as whoever added it wrote it. pin: as they asked."""
+    """src: the adapter's directory as whoever added it wrote it. pin: as they asked: it keeps its place on the device
+    where the engine can spare one."""
 
     name: str
     src: str

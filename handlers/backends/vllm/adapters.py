@@ -15,6 +15,7 @@ from handlers.backends.vllm.adapter_files import adapter_directory, check_name
 from handlers.backends.vllm.compat import Vllm
 from handlers.errors import (
     Conflict,
+    EngineFailed,
     InsufficientStorage,
     InvalidConfiguration,
     InvalidRequest,
@@ -219,6 +220,22 @@ class VllmAdapters:
         if not loaded:
             await self._dropped(engine, adapter)
             raise InvalidRequest("src: the engine cannot load it; its log says why", param="src")
+        if adapter.info.pin and self._may_pin(engine):
+            try:
+                await self._answer(engine, engine.pin_lora(adapter.request.lora_int_id))
+            except (ServingError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                await self._dropped(engine, adapter)
+                raise EngineFailed("the engine cannot pin the adapter; load it without pin") from error
+
+    def _may_pin(self, engine: Any) -> bool:
+        """Whether there is a place on the device for each adapter, and for one that replaces another.
+
+        vLLM takes a pinned adapter's place from the batches of the others, but makes these as large as before: where
+        places are short, one of a batch could be without.
+        """
+        return int(engine.vllm_config.lora_config.max_loras) > self._places
 
     def _retire(self, adapter: LoadedAdapter) -> asyncio.Task[None]:
         """Have the engine let go of it when the last request has."""
