@@ -228,11 +228,35 @@ def test_with_speculative_decoding_they_are_refused_and_others_answered() -> Non
             assert "speculative decoding" in reply.json()["error"]["message"]
 
 
-def test_log_probabilities_after_the_samplers_are_refused() -> None:
+@pytest.fixture(scope="module")
+def small() -> Iterator[LiveServer]:
+    """A cache for four or five answers at a time."""
+    cache = ("num_gpu_blocks_override=24", "block_size=32", "max_model_len=512")
+    with LiveServer(SHAPES, "dtype=float32", "logprobs_mode=processed_logprobs", *cache) as live:
+        yield live
+
+
+def test_preempted_answers_go_on_as_they_would_have(small: LiveServer) -> None:
+    """Mirostat's memory among what they keep."""
+    kinds: list[dict[str, Any]] = [
+        {"mirostat_mode": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.5},
+        {"dry_multiplier": 1.0, "top_a": 0.02},
+        {"no_repeat_ngram_size": 3, "temperature": 0.0},
+    ]
+    asked = [
+        chat(f"hello {number}", **{**HOT, "max_tokens": 150, "seed": number, **kinds[number % 3]})
+        for number in range(12)
+    ]
+    alone = [said(ask(small, one)) for one in asked]
+    together = [said(reply) for reply in ask_all(small, asked, 12)]
+    assert together == alone
+    assert small.metrics()["lmi_preemptions_total"] > 0
+
+
+def test_log_probabilities_after_the_samplers_are_refused(small: LiveServer) -> None:
     """With `processed_logprobs` vLLM would say that each token was certain."""
-    with LiveServer(SHAPES, "logprobs_mode=processed_logprobs") as server:
-        reply = ask(server, chat(dry_multiplier=1.0, logprobs=True))
-        assert reply.status_code == 400, reply.text
-        assert "logprobs_mode" in reply.json()["error"]["message"]
-        assert ask(server, chat(dry_multiplier=1.0)).status_code == 200
-        assert ask(server, chat(logprobs=True)).status_code == 200
+    reply = ask(small, chat(dry_multiplier=1.0, logprobs=True))
+    assert reply.status_code == 400, reply.text
+    assert "logprobs_mode" in reply.json()["error"]["message"]
+    assert ask(small, chat(dry_multiplier=1.0)).status_code == 200
+    assert ask(small, chat(logprobs=True)).status_code == 200
