@@ -32,7 +32,7 @@ from handlers.backends.vllm.adapter_files import adapter_directories
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, places
 from handlers.backends.vllm.constraints import Constraints, choose_library
 from handlers.backends.vllm.counters import Counters, series, stat_logger
-from handlers.backends.vllm.embeddings import embeddings_wanted
+from handlers.backends.vllm.embeddings import embeddings_wanted, smallest
 from handlers.backends.vllm.failures import failed, refusal_reason
 from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
@@ -44,6 +44,7 @@ from handlers.backends.vllm.plan import choose_devices, share_cores
 from handlers.backends.vllm.samplers import offer, with_breakers
 from handlers.backends.vllm.sampling import check_prompt_logprobs, to_vllm
 from handlers.backends.vllm.watch import Patience, count_copies
+from handlers.backends.vllm.weights import missing_weights
 from handlers.errors import (
     InvalidConfiguration,
     ServingError,
@@ -55,7 +56,7 @@ from properties.problem import ConfigurationError
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
     from handlers.backends.vllm.compat import Vllm
-    from handlers.request import Constraint, GenerationRequest, Prompt
+    from handlers.request import Constraint, GenerationRequest, PicturePart, Prompt
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -135,14 +136,14 @@ class VllmBackend:
                 self._front.vocab_size,
                 self._settings.guided_decoding_timeout,
             )
+            if self._settings.enable_mm_embeds and self._front.images:
+                await self._try_embeddings(keeper.engine)
         except EngineError as error:
             await keeper.close()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         except BaseException:
             await keeper.close()
             raise
-        if self._settings.enable_mm_embeds and self._front.images:
-            self._inputs.embeddings = embeddings_wanted(keeper.engine)
         config = keeper.engine.vllm_config
         if parsers is not None:
             parsers.model_config = config.model_config
@@ -365,6 +366,8 @@ class VllmBackend:
 
         if wrong := contradictions(self._settings, self._path, None):
             raise InvalidConfiguration("; ".join(wrong))
+        if reason := missing_weights(self._path, self._settings.load_format):
+            raise InvalidConfiguration(reason)
         self._machine = this_machine()
         choose_devices(self._settings, len(self._machine.accelerators))
         return compat.load()
