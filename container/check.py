@@ -15,6 +15,7 @@ from engine.machine import Machine, this_machine
 from handlers.backends.select import Choice, choose
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.fields import SECRET, engine_argument_names
+from handlers.backends.vllm.mistral import format_problems, format_warnings
 from handlers.backends.vllm.options import refused_options
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
@@ -83,6 +84,8 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             refuse_unusable(code)
         except InvalidConfiguration as error:
             errors.append(Problem(error.message, "entry_point"))
+    if directory is not None and choice is not None:
+        errors += format_problems(directory)
     if directory is not None and config is not None and choice is not None:
         from container.fit import fit  # brings torch and transformers, which the other reports do without
 
@@ -90,8 +93,10 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         errors += found.errors
         warnings += found.warnings
         memory = found.numbers()
-        if choice.backend == "vllm" and not errors:
-            errors += refused_options(configuration, directory, machine)
+        if choice.backend == "vllm":
+            warnings += format_warnings(configuration)
+            if not errors:
+                errors += refused_options(configuration, directory, machine)
         errors += _contradictions(configuration, directory, choice)
     return {
         "errors": _texts(errors),

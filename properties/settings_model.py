@@ -57,7 +57,10 @@ class ModelSettings(BaseModel):
         "How weights are read, e.g. auto, safetensors, dummy, runai_streamer.", default="auto", backends=VLLM
     )
     tokenizer_mode: str = option(
-        "Tokeniser implementation, e.g. auto, hf, mistral.", default="auto", backends=VLLM
+        "vLLM's tokeniser implementation, e.g. auto, hf. With mistral, and for a model that has Mistral's own files, "
+        "the model's tokenizer.json is used, which must be there.",
+        default="auto",
+        backends=VLLM,
     )
     trust_remote_code: bool = option(
         "Run Python code that comes with the model.",

@@ -108,12 +108,31 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
     )
 
 
+def mistral_tokenizer(model_path: Path) -> str | None:
+    """The file that holds Mistral's own tokenizer; None where there is none."""
+    found = [*model_path.glob("tekken.json"), *model_path.glob("tokenizer.model.v*")]
+    return found[0].name if found else None
+
+
+def only_mistral(file: str) -> str:
+    """What to say of a model that has no other tokenizer than that file."""
+    return (
+        f"the model has its tokenizer as {file} only, Mistral's own format, and no tokenizer.json: serve the model in "
+        "the Hugging Face format, or put the tokenizer.json and tokenizer_config.json of that beside it"
+    )
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     """The model's tokenizer as transformers loads it. Slow. Raises ModelLoadError."""
+    theirs = mistral_tokenizer(Path(path))
+    if theirs is not None and not Path(path, "tokenizer.json").is_file():
+        raise ModelLoadError(only_mistral(theirs))
     from transformers import AutoTokenizer
 
+    # Where mistral_common is installed, transformers would take Mistral's own tokenizer, which is no fast one.
+    format: dict[str, Any] = {} if theirs is None else {"mistral_format": False}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **format)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
     if not tokenizer.is_fast:

@@ -13,6 +13,12 @@ from handlers.backends.vllm.checks import refused_values, refused_whole
 from handlers.backends.vllm.compat import Vllm, load
 from handlers.backends.vllm.fields import SECRET
 from handlers.backends.vllm.heads import model_heads
+from handlers.backends.vllm.mistral import (
+    format_problems,
+    format_warnings,
+    replaced_formats,
+    weight_problems,
+)
 from handlers.backends.vllm.plan import plan_devices
 from handlers.backends.vllm.values import BadValue, coerce
 from handlers.errors import InvalidConfiguration
@@ -128,6 +134,10 @@ def engine_arguments(
     for warning in plan.warnings:
         logger.info("%s", warning)  # info: `lmi check` prints it itself
     arguments |= plan.sizes()
+    problems += format_problems(model_path) + weight_problems(model_path)
+    for warning in format_warnings(configuration):
+        logger.info("%s", warning)
+    arguments |= replaced_formats(configuration, model_path)
     if not machine.accelerators:
         _cpu_cache(arguments, given, extra, machine.host.memory)
     if problems:

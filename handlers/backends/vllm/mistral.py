@@ -1,0 +1,98 @@
+"""Models in Mistral's own format, which many have beside the Hugging Face one; the latter is what is served here.
+
+Prompts are rendered and tokenised by this server, with tokenizer.json. vLLM takes Mistral's own files where it sees
+them, so it is told which to take.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from handlers.backends.model_facts import mistral_tokenizer, only_mistral
+from properties.names import PREFIX
+from properties.problem import Problem
+
+if TYPE_CHECKING:
+    from properties.configuration import Configuration
+
+
+def replaced_formats(configuration: Configuration, model_path: Path) -> dict[str, str]:
+    """vLLM's argument -> what it has to be told, so that it reads what this server reads; {} for most models."""
+    if not _own(model_path) and not _asked(configuration):
+        return {}
+    told = {"tokenizer_mode": "hf", "config_format": "hf"}
+    if configuration.settings.load_format.lower() in ("auto", "mistral"):
+        told["load_format"] = "hf"
+    return told
+
+
+def format_warnings(configuration: Configuration) -> list[Problem]:
+    """That what was asked for is not done."""
+    return [
+        Problem(
+            f"{PREFIX}{name} = mistral ({where}) is not used: the model is served in the Hugging Face format, with "
+            "tokenizer.json, which makes the same tokens",
+            name if name != "config_format" else None,
+        )
+        for name, where in _asked(configuration).items()
+    ]
+
+
+def format_problems(model_path: Path) -> list[Problem]:
+    """Why a model that has nothing but Mistral's own format cannot be served."""
+    if (model_path / "params.json").is_file() and not (model_path / "config.json").is_file():
+        return [
+            Problem(
+                "the model has params.json and no config.json, which is Mistral's own format: serve the model in the "
+                "Hugging Face format",
+                "model_id",
+            )
+        ]
+    own = mistral_tokenizer(model_path)
+    problems = []
+    if own is not None and not (model_path / "tokenizer.json").is_file():
+        problems.append(Problem(only_mistral(own), "model_id"))
+    weights = [path.name for kind in ("*.safetensors", "*.bin") for path in model_path.glob(kind)]
+    if weights and all(name.startswith("consolidated") for name in weights):
+        problems.append(
+            Problem(
+                "the model has its weights as consolidated*.safetensors only, Mistral's own format: serve the model in "
+                "the Hugging Face format",
+                "model_id",
+            )
+        )
+    return problems
+
+
+def weight_problems(model_path: Path) -> list[Problem]:
+    """vLLM leaves Mistral's own weights out where an index names the others, and else reads both."""
+    others = [path for path in model_path.glob("*.safetensors") if not path.name.startswith("consolidated")]
+    index = model_path / "model.safetensors.index.json"
+    if index.is_file() or not others or not any(model_path.glob("consolidated*.safetensors")):
+        return []
+    return [
+        Problem(
+            f"the model has consolidated*.safetensors beside {others[0].name} and no {index.name}, so vLLM would read "
+            "both: remove consolidated*.safetensors, which are the same weights in Mistral's own format",
+            "model_id",
+        )
+    ]
+
+
+def _own(model_path: Path) -> bool:
+    return mistral_tokenizer(model_path) is not None or any(model_path.glob("consolidated*.safetensors"))
+
+
+def _asked(configuration: Configuration) -> dict[str, str]:
+    """The options that name Mistral's own format, and where; vLLM wants all three or none."""
+    settings, sources = configuration.settings, configuration.sources
+    found = {
+        name: sources[name].location
+        for name in ("tokenizer_mode", "load_format")
+        if getattr(settings, name).lower() == "mistral"
+    }
+    written = configuration.extra.get("config_format")
+    if written is not None and written.value.lower() == "mistral":
+        found["config_format"] = written.source.location
+    return found
