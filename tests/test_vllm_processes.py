@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 import psutil
 import pytest
@@ -127,6 +133,44 @@ def test_a_compiler_may_come_and_go() -> None:
         assert family.kill(20.0) == []
     finally:
         tree.end()
+
+
+def share(told: Connection, files: list[Path]) -> None:
+    queue = SharedMemory(create=True, size=4096)
+    kept = []
+    for file in files:
+        file.write_bytes(bytes(4096))
+        with file.open("r+b") as opened:
+            kept.append(mmap.mmap(opened.fileno(), 0))
+    told.send(queue.name)
+    time.sleep(60)
+
+
+def test_shared_memory_of_killed_processes_is_given_back_and_an_operators_files_stay() -> None:
+    theirs = Path("/dev/shm", f"{os.getpid()}-tp:0-[0-1]-cpushm_0")
+    weights = Path("/dev/shm", f"weights-{os.getpid()}.safetensors")
+    hearing, telling = multiprocessing.Pipe(duplex=False)
+    holder = multiprocessing.get_context("spawn").Process(target=share, args=(telling, [theirs, weights]))
+    holder.start()
+    own = SharedMemory(create=True, size=4096)
+    try:
+        assert hearing.poll(60)
+        queue = Path("/dev/shm", hearing.recv())
+        assert theirs.exists()
+        assert queue.exists()
+        assert holder.pid is not None
+        assert Family([holder.pid]).kill(20.0) == []
+        assert not theirs.exists()
+        assert not queue.exists()
+        assert weights.exists()
+        assert Path("/dev/shm", own.name).exists()
+    finally:
+        holder.kill()
+        holder.join()
+        own.close()
+        own.unlink()
+        for file in (theirs, weights):
+            file.unlink(missing_ok=True)
 
 
 class Held(Process):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logprobs import Logprob
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import BaseProcessingInfo
@@ -92,17 +92,32 @@ assert not {"MllamaForConditionalGeneration", "BertModel"} & known
 has(ModelConfig, "max_model_len dtype hf_config hf_text_config is_multimodal_model get_vocab_size")
 has(CacheConfig, "num_gpu_blocks block_size")
 has(ParallelConfig, "tensor_parallel_size pipeline_parallel_size data_parallel_size")
-has(VllmConfig, "model_config cache_config parallel_config")
+has(VllmConfig, "model_config cache_config parallel_config lora_config")
 
 # The engine.
 generate = parameters(vllm.AsyncLLM.generate)
 assert generate[1:4] == ["prompt", "sampling_params", "request_id"]
-assert {"priority", "lora_request"} <= set(generate)
+assert {"priority", "lora_request", "data_parallel_rank"} <= set(generate)
 assert "stat_loggers" in parameters(vllm.AsyncLLM.from_engine_args)
 assert "timeout" in parameters(vllm.AsyncLLM.shutdown)
 assert len(parameters(vllm.AsyncLLM.add_lora)) == len(parameters(vllm.AsyncLLM.remove_lora)) == 2
+assert parameters(vllm.AsyncLLM.pin_lora) == ["self", "lora_id"]
+has(LoRAConfig, "max_loras")
 assert isinstance(inspect.getattr_static(vllm.AsyncLLM, "errored"), property)
-has(vllm.AsyncLLM, "reset_mm_cache renderer model_config vllm_config")
+has(vllm.AsyncLLM, "reset_mm_cache renderer model_config vllm_config engine_core output_processor dead_error")
+assert parameters(find("vllm.v1.engine.output_processor", "OutputProcessor").propagate_error) == ["self", "e"]
+core = "vllm.v1.engine.core_client"
+has(find(core, "MPClient"), "resources")
+has(find(core, "BackgroundResources"), "engine_manager coordinator")
+has(find("vllm.v1.engine.utils", "CoreEngineProcManager"), "processes")
+coordinator = find("vllm.v1.engine.coordinator", "DPCoordinator")
+has(coordinator, "proc")
+# How `processes` knows what a start that failed has left, and which processes an engine cannot do without.
+assert 'name="VLLM_DP_Coordinator"' in inspect.getsource(coordinator)
+assert "EngineCore" in inspect.getsource(find("vllm.v1.engine.utils", "CoreEngineProcManager").__init__)
+assert 'process_name = "Worker"' in inspect.getsource(
+    find("vllm.v1.executor.multiproc_executor", "WorkerProc").setup_proc_title_and_log_prefix
+)
 lora = vllm.LoRARequest("name", 7, "/path")
 assert (lora.lora_name, lora.lora_int_id, lora.lora_path) == ("name", 7, "/path")
 assert not issubclass(vllm.EngineDeadError, vllm.refusals), "an engine that died is no bad request"
@@ -119,8 +134,12 @@ has(BaseRenderer, "get_mm_processor mm_processor_cache")
 assert parameters(BaseRenderer.render_cmpl_async)[1:3] == ["prompts", "tok_params"]
 cache = find("vllm.multimodal.cache vllm.multimodal.cache.base", "BaseMultiModalProcessorCache")
 assert parameters(cache.invalidate)[1:] == ["mm_hash"]
-has(BaseProcessingInfo, "supported_mm_limits")
-has(PlaceholderRange, "offset length")
+has(BaseProcessingInfo, "supported_mm_limits data_parser")
+has(PlaceholderRange, "offset length get_num_embeds")
+has(ModelConfig, "get_inputs_embeds_size")
+has(vllm.AsyncLLM, "input_processor")
+items = find("vllm.multimodal.inputs vllm.multimodal", "MultiModalKwargsItem")
+has(items, "get_data")
 
 # Samplers of ours in its process.
 assert {"logits_processors", "logprobs_mode", "speculative_config"} <= names

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import psutil
@@ -12,11 +17,77 @@ import pytest
 
 from tests.backend import BACK
 from tests.live import LiveServer, chat_body
+from tests.models import VLLM_SIZE, make_text_model
 from tests.test_end_to_end import until_idle
 from tests.test_shapes_live import SHAPES, circle
 
 WHAT = "What is this an image of?"
 LONG = {"max_tokens": 3000, "ignore_eos": True}
+
+
+QUICK = ("engine_suspect_timeout=4", "engine_stuck_timeout=8")
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def families(server: LiveServer) -> list[psutil.Process]:
+    """The engines and what they have started."""
+    return [one for engine in server.engines for one in (engine, *engine.children(recursive=True))]
+
+
+def named(processes: list[psutil.Process], name: str) -> psutil.Process:
+    (found,) = (process for process in processes if name in " ".join(process.cmdline()))
+    return found
+
+
+async def under_load(
+    server: LiveServer, answers: int, harm: psutil.Process, how: signal.Signals
+) -> list[float]:
+    """Harm a process while so many answers are made.
+
+    Returns the seconds until the last of them has failed, and until /ping is 503.
+    """
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        body = chat_body("hello", **LONG)
+        asking = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(answers)]
+        async with asyncio.timeout(60):
+            while f" {answers}.0" not in (await client.get("/metrics?name[]=lmi_requests_running")).text:
+                pass
+        start = time.monotonic()
+        harm.send_signal(how)
+        async with asyncio.timeout(60):
+            while (await client.get("/ping")).status_code == 200:
+                pass
+            unready = time.monotonic() - start
+            replies = await asyncio.gather(*asking)
+        failed = time.monotonic() - start
+        assert {reply.status_code for reply in replies} == {500}
+        assert all("the engine process died" in reply.text for reply in replies)
+    return [failed, unready]
+
+
+def serves_again(server: LiveServer, before: list[psutil.Process], answer: str, restarts: int) -> None:
+    server.wait_for(BACK)
+    assert not [process for process in before if alive(process)], "the memory of the old engine is free"
+    assert server.http.get("/ping").status_code == 200
+    assert told(server) == answer
+    assert server.metrics()["lmi_engine_restarts_total"] == restarts
+
+
+def told(server: LiveServer) -> str:
+    return str(server.chat("hello").json()["choices"][0]["message"]["content"])
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With heads for two ranks, which the small model of the examples does not have."""
+    path = tmp_path_factory.mktemp("models") / "text"
+    return make_text_model(path, **VLLM_SIZE, max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +180,96 @@ def test_vllms_own_series_stand_beside_ours(server: LiveServer) -> None:
     assert "vllm:time_to_first_token_seconds_bucket" in page
     assert "lmi_generation_tokens_total" in page
     assert str(SHAPES) not in page
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_worker_is_noticed_at_once_and_a_hung_one_leaves_nothing_behind(text_model: Path) -> None:
+    """Two ranks. The second hangs: the first waits for it in a collective operation, and outlives a killed engine."""
+    with LiveServer(text_model, "tensor_parallel_degree=2", *QUICK) as server:
+        answer, before = told(server), families(server)
+        failed, unready = asyncio.run(under_load(server, 4, named(before, "Worker_TP1"), signal.SIGKILL))
+        assert failed < 2
+        assert unready < 2
+        serves_again(server, before, answer, 1)
+
+        before = families(server)
+        failed, unready = asyncio.run(under_load(server, 4, named(before, "Worker_TP1"), signal.SIGSTOP))
+        assert 3 < unready < 8
+        assert 8 < failed < 20
+        assert "the engine has not answered for 8 s" in server.log
+        serves_again(server, before, answer, 2)
+
+
+@pytest.mark.timeout(600)
+def test_a_hung_copy_is_noticed_while_another_answers(text_model: Path) -> None:
+    with LiveServer(text_model, "data_parallel_degree=2", *QUICK) as server:
+        answer, before = told(server), families(server)
+        assert len(server.engines) == 2
+
+        async def ask(client: httpx.AsyncClient, asked: list[int]) -> None:
+            while not asked or asked[-1] == 200:
+                reply = await client.post("/v1/chat/completions", json=chat_body("hello"))
+                asked.append(reply.status_code)
+
+        async def load() -> None:
+            answers: list[list[int]] = [[] for _ in range(6)]
+            async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+                named(before, "EngineCore_DP1").send_signal(signal.SIGSTOP)
+                stopped = time.monotonic()
+                asking = [asyncio.create_task(ask(client, asked)) for asked in answers]
+                async with asyncio.timeout(60):
+                    while (await client.get("/ping")).status_code == 200:
+                        pass
+                    assert 3 < time.monotonic() - stopped < 10
+                    assert sum(asked.count(200) for asked in answers) > 10, "the other copy answers"
+                    await asyncio.gather(*asking)
+            assert {asked[-1] for asked in answers} <= {500, 503}
+
+        asyncio.run(load())
+        assert "(copy 1 of 2)" in server.log
+        serves_again(server, before, answer, 1)
+
+
+OTHERS = """
+import multiprocessing, subprocess, sys, time
+
+if __name__ == "__main__":
+    mine = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+    mine.start()
+    from handlers import LLM
+    with LLM(sys.argv[1], rolling_batch="vllm", enforce_eager=True, kv_cache_memory_bytes=1 << 26) as llm:
+        later = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+        later.start()
+    print("ALIVE", mine.is_alive(), later.is_alive(), len(multiprocessing.active_children()))
+    mine.kill()
+    later.kill()
+"""
+
+
+def test_a_closed_model_ends_its_own_processes_and_no_others_of_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(OTHERS)
+    done = subprocess.run(
+        [sys.executable, str(script), str(SHAPES)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ALIVE True True 2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"logprobs": True, "top_logprobs": 2}, {"prompt_logprobs": 1}, {"temperature": 1.0, "top_p": 0.9}],
+)
+def test_the_first_request_of_a_kind_does_not_wait_for_a_compiler(
+    server: LiveServer, fields: dict[str, object]
+) -> None:
+    """No other test of this server asks for these before; the compiler takes 3 s (its cache on disk) to 10 s."""
+    start = time.monotonic()
+    assert server.chat("hello", **fields).status_code == 200
+    assert time.monotonic() - start < 2

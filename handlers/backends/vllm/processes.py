@@ -6,7 +6,6 @@ that these have started. /proc is read, as vLLM runs on Linux only.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from handlers.backends.vllm import segments
 
 POLL_SECONDS = 0.02
 
@@ -90,6 +89,7 @@ class Family:
         """roots: the ids of what the front itself has started for the engine."""
         self.roots = tuple(_known(roots))
         self.members = _with_descendants(self.roots)
+        self._segments = _segments(self.members)
         self._needed = {
             process: title
             for process in self.members
@@ -106,11 +106,13 @@ class Family:
 
     def kill(self, seconds: float) -> list[Process]:
         """Kill all, and what they have started since, and wait for their memory. Returns those left after `seconds`.
+        Memory that they shared among themselves is given back, too.
 
         Blocks. Workers are killed themselves: one that waits for another in a collective operation does not see that
         the engine has gone.
         """
         members = dict.fromkeys((*self.members, *_with_descendants(self.members)))
+        shared = self._segments | _segments(members)
         for process in members:
             process.kill()
         end = time.monotonic() + seconds
@@ -118,6 +120,8 @@ class Family:
             if time.monotonic() > end:
                 break
             time.sleep(POLL_SECONDS)
+        if not left:
+            segments.remove(shared)
         return left
 
 
@@ -194,6 +198,10 @@ def _with_descendants(roots: Iterable[Process]) -> tuple[Process, ...]:
     for process in found:
         found.extend(offspring.get(process.pid, ()))
     return tuple(dict.fromkeys(found))
+
+
+def _segments(processes: Iterable[Process]) -> frozenset[str]:
+    return frozenset().union(*(segments.mapped(process.pid) for process in processes if process.running))
 
 
 def _is_worker(title: str) -> bool:
