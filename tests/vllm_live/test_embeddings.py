@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from tests.saved_tensors import encoded
 from tests.test_embeddings_live import answer, body, post
 from tests.vllm_live.tiny_qwen import HIDDEN, make_qwen
 
+ROOT = Path(__file__).parent.parent.parent
 SHOWN = {"logprobs": True, "max_tokens": 8}
 
 
@@ -61,6 +65,52 @@ def test_rows_and_their_grid_are_answered_like_the_picture(server: LiveServer, m
     assert all(left[0] == right[0] and abs(left[1] - right[1]) < 0.01 for left, right in pairs)
     turned = post(server, body(*sent[::-1], text="What?", **SHOWN)).json()
     assert scores(turned) != scores(embedded)
+
+
+SCRIPT = """
+import asyncio, os, sys
+from dataclasses import replace
+from pathlib import Path
+from handlers.backends.vllm import backend as module
+from handlers.build import build_backend
+from properties.configuration import resolve
+
+options = ["rolling_batch=vllm", "enforce_eager=true", "kv_cache_memory_mb=256", "enable_mm_embeds=true"]
+wanted = module.embeddings_wanted
+
+def wrong(engine):
+    right = wanted(engine)
+    return replace(right, hidden_size=right.hidden_size * 2)
+
+async def main():
+    module.embeddings_wanted = wrong
+    backend = build_backend(resolve(model=sys.argv[1], environ=os.environ, options=options), Path(sys.argv[1]))
+    try:
+        await backend.load()
+    except Exception as error:
+        print("FAILED", type(error).__name__, error)
+    await backend.close()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_a_model_whose_engine_dies_of_them_does_so_at_the_start(model: Path, tmp_path: Path) -> None:
+    """Here because the front is wrong about it: twice the hidden size, which vLLM does not check for this model."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), str(model)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "FAILED InvalidConfiguration option.enable_mm_embeds: the engine fails" in done.stdout
 
 
 ROWS = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(7))

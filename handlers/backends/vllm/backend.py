@@ -415,10 +415,29 @@ class VllmBackend:
             engine, copy, [0] * 3, max_tokens=2, temperature=1.0, top_p=0.9, logprobs=1, prompt_logprobs=1
         )
 
-    async def _probe(self, engine: Any, copy: int, prompt: list[int], **params: Any) -> None:
+    async def _try_embeddings(self, engine: Any) -> None:
+        """Take them from clients if the model does. Raises InvalidConfiguration where the engine fails on them."""
+        wanted = self._inputs.embeddings = embeddings_wanted(engine)
+        token = self._front.renderer.image_token_id
+        if wanted is None or token is None:
+            return
+        parts = [smallest(wanted)]
+        try:
+            await self._probe(engine, 0, self._front.exchanged([token], parts), parts, max_tokens=1)
+        except ServingError as error:
+            logger.warning("embeddings of pictures are refused: %s", error.message)
+            self._inputs.embeddings = None
+        except Exception as error:
+            raise InvalidConfiguration(
+                "option.enable_mm_embeds: the engine fails on embeddings of this model's pictures; leave it out"
+            ) from error
+
+    async def _probe(
+        self, engine: Any, copy: int, prompt: list[int], parts: Sequence[PicturePart] = (), **params: Any
+    ) -> None:
         """Have a copy generate: the first token of the vocabulary is as good a prompt as any."""
         outputs = engine.generate(
-            await self._inputs.placed(engine, prompt),
+            await self._inputs.placed(engine, prompt, parts),
             self._vllm.SamplingParams(detokenize=False, **params),
             f"probe-{next(self._numbers)}",
             data_parallel_rank=copy if count_copies(engine) > 1 else None,

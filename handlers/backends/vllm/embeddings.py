@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from handlers.backends.embeddings import EmbeddingsWanted
-
-if TYPE_CHECKING:
-    from handlers.request import LoadedEmbeddings
+from handlers.request import EmbeddingsPart, LoadedEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,13 @@ def embedding_data(loaded: Sequence[LoadedEmbeddings], dtype: str) -> Any:
     if not grids:
         return tensors
     return {ROWS: torch.cat(tensors), GRID: torch.tensor(grids)}
+
+
+def smallest(wanted: EmbeddingsWanted) -> EmbeddingsPart:
+    """The embeddings of a picture of one token, to try whether the model takes them at all."""
+    rows = np.zeros((1, wanted.hidden_size), np.float32)
+    grid = None if wanted.merge is None else (1, wanted.merge, wanted.merge)
+    return EmbeddingsPart("", loaded=LoadedEmbeddings(rows, 0.0, grid, b"smallest embeddings"))
 
 
 def misplaced(prompt: Any, hidden_size: int) -> str | None:
