@@ -84,6 +84,8 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             refuse_unusable(code)
         except InvalidConfiguration as error:
             errors.append(Problem(error.message, "entry_point"))
+    if directory is None and choice is not None and choice.backend == "vllm":
+        errors += refused_options(configuration, None, machine)
     if directory is not None and choice is not None:
         errors += format_problems(directory)
     if directory is not None and config is not None and choice is not None:

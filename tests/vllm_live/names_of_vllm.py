@@ -22,13 +22,16 @@ from vllm.renderers.base import BaseRenderer
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, PrefixCacheStats, SchedulerStats
 
+from handlers.backends.vllm.checks import GONE
 from handlers.backends.vllm.compat import (
+    cpu_takes_block_size,
     find,
     load,
     load_parsing,
     logits_processor,
     newer_logits_processor,
     process_dict_updates,
+    registered_names,
 )
 from handlers.backends.vllm.fields import (
     architectures,
@@ -38,6 +41,7 @@ from handlers.backends.vllm.fields import (
 )
 from handlers.backends.vllm.options import ALWAYS, WHERE_GIVEN
 from handlers.backends.vllm.sampling import _SAME, _TRANSLATED
+from properties.legacy import IGNORED
 
 vllm = load()
 
@@ -86,6 +90,18 @@ ours |= {
 assert ours <= names, ours - names
 parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
 assert {"max_logprobs", "compilation_config"} <= {action.dest for action in parser._actions}
+assert {
+    "device_ids",
+    "config_format",
+    *["hf_overrides", "cudagraph_capture_sizes", "max_cudagraph_capture_size"],
+} <= names
+assert {*["mm_encoder_tp_mode", "mm_processor_cache_gb", "structured_outputs_config"]} <= names
+assert not {name.removeprefix("option.") for name in IGNORED} & names
+registered = registered_names()
+assert {"fp8", "int8_per_channel_weight_only"} <= set(registered["quantization"])
+assert not set(GONE) & set(registered["quantization"])
+assert {"auto", "hf", "mistral"} <= set(registered["load_format"]) & set(registered["tokenizer_mode"])
+assert cpu_takes_block_size(64) and not cpu_takes_block_size(17)
 known = architectures()
 assert {"LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "LlamaForCausalLM"} <= known
 assert not {"MllamaForConditionalGeneration", "BertModel"} & known

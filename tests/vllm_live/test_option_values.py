@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from container.check import run_check
+from container.check import describe, run_check
 from engine.machine import Device, Machine
 from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.fields import engine_argument_names
@@ -112,6 +112,18 @@ def test_a_checkpoint_that_is_quantised_in_another_way(tmp_path: Path) -> None:
 def test_vllms_own_choice_of_devices_is_ours() -> None:
     (problem,) = refusals("device_ids=1")
     assert problem.endswith("not to be set here: write load_on_devices, e.g. load_on_devices=0;2")
+
+
+def test_values_are_judged_before_the_model_is_there() -> None:
+    configuration = resolve(
+        model="org/model",
+        environ={},
+        options=["rolling_batch=vllm", "quantize=foo", "stream_interval=x"],
+        backend_options=engine_argument_names(),
+    )
+    first, second = describe(configuration, CPU)["errors"]
+    assert first.startswith("option.stream_interval = 'x'")
+    assert second.startswith("option.quantize = 'foo'")
 
 
 def test_check_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.checks import refused_values, refused_whole
@@ -148,10 +149,17 @@ def engine_arguments(
     return {"model": str(model_path.absolute()), **arguments}
 
 
-def refused_options(configuration: Configuration, model_path: Path, machine: Machine) -> list[Problem]:
-    """What is wrong with the options, as far as vLLM can say without loading the model. Slow: imports vLLM."""
+def refused_options(configuration: Configuration, model_path: Path | None, machine: Machine) -> list[Problem]:
+    """What is wrong with the options, as far as vLLM can say without loading the model. Slow: imports vLLM.
+
+    model_path: None while the model is not on this machine.
+    """
     try:
         vllm = load()
+        if model_path is None:
+            with TemporaryDirectory(prefix="lmi-") as nothing:
+                engine_arguments(vllm, configuration, Path(nothing), machine)
+            return []
         arguments = engine_arguments(vllm, configuration, model_path, machine)
     except ConfigurationError as error:
         return error.problems
