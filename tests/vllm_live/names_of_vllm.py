@@ -101,7 +101,8 @@ registered = registered_names()
 assert {"fp8", "int8_per_channel_weight_only"} <= set(registered["quantization"])
 assert not set(GONE) & set(registered["quantization"])
 assert {"auto", "hf", "mistral"} <= set(registered["load_format"]) & set(registered["tokenizer_mode"])
-assert cpu_takes_block_size(64) and not cpu_takes_block_size(17)
+assert cpu_takes_block_size(64)
+assert not cpu_takes_block_size(17)
 known = architectures()
 assert {"LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "LlamaForCausalLM"} <= known
 assert not {"MllamaForConditionalGeneration", "BertModel"} & known
