@@ -91,7 +91,12 @@ assert ours <= names, ours - names
 parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
 assert {"max_logprobs", "compilation_config"} <= {action.dest for action in parser._actions}
 assert {"config_format", "hf_overrides", "mm_encoder_tp_mode", "mm_processor_cache_gb"} <= names
-assert {"device_ids", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "structured_outputs_config"} <= names
+assert {
+    "device_ids",
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "structured_outputs_config",
+} <= names
 assert not {name.removeprefix("option.") for name in IGNORED} & names
 registered = registered_names()
 assert {"fp8", "int8_per_channel_weight_only"} <= set(registered["quantization"])

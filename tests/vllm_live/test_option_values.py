@@ -66,6 +66,9 @@ def test_a_value_of_ours_that_vllm_refuses(option: str, told: str, allowed: str)
     [
         "quantize=fp8", "quantize=int8_per_channel_weight_only", "kv_cache_dtype=fp8", "load_format=Safetensors",
         "tokenizer_mode=hf", "max_lora_rank=64", "block_size=64", "lora_dtype=bf16", "seed=7", "max_model_len=64",
+        "tensor_parallel_degree=max", "kv_cache_memory_mb=64", "data_parallel_degree=1", "enforce_eager=true",
+        "max_rolling_batch_prefill_tokens=4096", "cpu_offload_gb_per_gpu=1.5", 'speculative_config={"method": "ngram"}',
+        "max_cpu_loras=8", 'mm_processor_kwargs={"a": 1}', "pipeline_parallel_degree=1", "gpu_memory_utilization=0.5",
     ],
 )  # fmt: skip
 def test_a_value_that_vllm_takes(option: str) -> None:

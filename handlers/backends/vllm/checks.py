@@ -24,6 +24,9 @@ KERNEL_TOKENS = 16
 NAMED = frozenset({"quantization", "load_format", "tokenizer_mode"})
 """Fields for which vLLM's command line takes any text, so that a wrong one ends the engine's process later."""
 
+OURS = frozenset({"kv_cache_memory_bytes", "tensor_parallel_size"})
+"""Fields whose options have values of their own, MiB and `max`, and are checked by their own types."""
+
 GONE = {
     "bitsandbytes": "vLLM has no bitsandbytes any more; int8_per_channel_weight_only or fp8 quantise while loading",
     "smoothquant": "that is TensorRT-LLM's; int8_per_channel_weight_only or fp8 quantise while loading",
@@ -54,8 +57,8 @@ def refused_values(
     problems = []
     for field, name in given.items():
         value = getattr(configuration.settings, name)
-        if field == "kv_cache_memory_bytes" or value is None:
-            continue  # Ours is in MiB, and checked.
+        if field in OURS or value is None:
+            continue
         try:
             coerce(actions.get(field), _text(value), annotations[field])
             _registered(field, value)
