@@ -106,10 +106,9 @@ class Family:
 
     def kill(self, seconds: float) -> list[Process]:
         """Kill all, and what they have started since, and wait for their memory. Returns those left after `seconds`.
-        Memory that they shared among themselves is given back, too.
 
         Blocks. Workers are killed themselves: one that waits for another in a collective operation does not see that
-        the engine has gone.
+        the engine has gone. What memory they shared among themselves is given back when all have gone.
         """
         members = dict.fromkeys((*self.members, *_with_descendants(self.members)))
         shared = self._segments | _segments(members)
