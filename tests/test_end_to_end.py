@@ -364,6 +364,21 @@ def test_a_killed_engine_is_replaced_and_nobody_hangs(model: Path, truth: Truth)
         assert server.metrics()["lmi_engine_restarts_total"] == 1
 
 
+@pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, with workers and copies")
+def test_an_engine_that_hangs_is_replaced_after_the_time_that_an_option_says(model: Path) -> None:
+    with LiveServer(model, FLOAT32, "engine_stuck_timeout=3") as server:
+        body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            (engine,) = server.engines
+            engine.suspend()
+            assert "the engine process died" in "\n".join(lines)
+        server.wait_for(BACK)
+        assert "has not answered for 3 s: killed" in server.log
+        assert server.chat("hello").status_code == 200
+
+
 def test_an_engine_that_is_given_up_ends_the_process_for_the_platform_to_replace(model: Path) -> None:
     with LiveServer(model, FLOAT32, "retry_threshold=0") as server:
         (engine,) = server.engines

@@ -190,6 +190,7 @@ def test_a_lost_worker_is_noticed_at_once_and_a_hung_one_leaves_nothing_behind(t
         failed, unready = asyncio.run(under_load(server, 4, named(before, "Worker_TP1"), signal.SIGKILL))
         assert failed < 2
         assert unready < 2
+        assert "the engine lost VLLM::Worker_TP1 (process" in server.log
         serves_again(server, before, answer, 1)
 
         before = families(server)

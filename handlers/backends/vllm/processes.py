@@ -56,13 +56,12 @@ class Process:
 
     @property
     def title(self) -> str:
-        """Its command line, which vLLM's processes overwrite with what they are."""
+        """Its command line, which vLLM's processes overwrite with what they are; blanks are single."""
         try:
-            return (
-                (_PROC / str(self.pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            )
+            words = (_PROC / str(self.pid) / "cmdline").read_bytes()
         except OSError:
             return ""
+        return " ".join(words.decode(errors="replace").replace("\0", " ").split())
 
     def kill(self) -> None:
         """Kill it and nobody else; nothing happens when it has gone."""
