@@ -82,6 +82,14 @@ def test_another_library_gets_what_the_client_wrote() -> None:
     assert checked(broken, "xgrammar") is broken
 
 
+def test_another_library_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    checked(ARRAY, "xgrammar")
+    assert "xgrammar looks at clients' schemas and grammars on the event loop" in caplog.text
+    caplog.clear()
+    checked(ARRAY)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     ("named", "mode", "tokenizer", "chosen"),
     [

@@ -6,6 +6,7 @@ minutes. What has survived our own compiler reaches vLLM as the same grammar tha
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from handlers.request import Constraint
+
+logger = logging.getLogger(__name__)
 
 LIBRARY = "guidance"
 """As vLLM calls the library that the embedded engine uses, too."""
@@ -38,6 +41,14 @@ class Constraints:
         if config.backend == LIBRARY:
             vocabulary = vocabulary_of(tokenizer, vocab_size, tuple(eos_token_ids))
             self._compiler = GrammarCompiler(vocabulary, timeout)
+        else:
+            logger.warning(
+                "structured answers: vLLM's library %s looks at clients' schemas and grammars on the event loop, so a "
+                "hostile one can hold up the server; option.structured_outputs_config without a backend, or with "
+                "%s, avoids that",
+                config.backend,
+                LIBRARY,
+            )
 
     async def checked(self, constraint: Constraint | None) -> Constraint | None:
         """The same in words that vLLM reads as the embedded engine does. Raises what `GrammarCompiler.compile` does."""
