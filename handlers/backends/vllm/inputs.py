@@ -61,7 +61,7 @@ class Inputs:
             raise InvalidRequest(
                 f"the request has {len(parts)} pictures, but {places} of them have a place in its prompt"
             )
-        if isinstance(parts[0] if parts else None, EmbeddingsPart) and self.embeddings is not None:
+        if self.embeddings is not None and any(isinstance(part, EmbeddingsPart) for part in parts):
             wrong = misplaced(ready, self.embeddings.hidden_size)
             if wrong is not None:
                 take_back(engine, ready)

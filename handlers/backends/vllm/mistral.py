@@ -32,7 +32,7 @@ def format_warnings(configuration: Configuration) -> list[Problem]:
     return [
         Problem(
             f"{PREFIX}{name} = mistral ({where}) is not used: the model is served in the Hugging Face format, with "
-            "tokenizer.json, which makes the same tokens",
+            "tokenizer.json",
             name if name != "config_format" else None,
         )
         for name, where in _asked(configuration).items()
