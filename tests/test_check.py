@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "image_size": 32,
         "patch_size": 8,
     },

@@ -35,6 +35,9 @@ def plan(heads: Heads | None, devices: int, *options: str) -> Plan:
         (Heads(32, 2), 8, (), (8, 1, 1)),
         (Heads(15, 5), 8, (), (5, 1, 1)),
         (Heads(13, 13), 8, (), (1, 1, 8)),
+        (Heads(4, 4, vision=5), 4, (), (1, 1, 4)),
+        (Heads(32, 8, vision=12), 8, (), (4, 1, 2)),
+        (Heads(32, 8, vision=12), 8, ("mm_encoder_tp_mode=data",), (8, 1, 1)),
         (None, 8, (), (8, 1, 1)),
     ],
 )
@@ -83,6 +86,15 @@ def test_several_machines_share_the_heads_as_well() -> None:
         ({"text_config": {"num_attention_heads": 8}}, Heads(8, 8)),
         ({"num_attention_heads": 128, "num_key_value_heads": 1, "kv_lora_rank": 512}, Heads(128, 128)),
         ({"n_head": 12}, Heads(12, 12)),
+        (
+            {"n_head": 12, "vision_config": {"model_type": "clip_vision_model", "num_attention_heads": 16}},
+            Heads(12, 12, 16),
+        ),
+        (
+            {"n_head": 12, "vision_config": {"model_type": "intern_vit_6b", "num_attention_heads": 25}},
+            Heads(12, 12),
+        ),
+        ({"n_head": 12, "vision_config": {"model_type": "clip_vision_model"}}, Heads(12, 12)),
         ({"num_attention_heads": None}, None),
         ({}, None),
     ],
@@ -94,7 +106,7 @@ def test_heads_are_read_from_the_configuration(config: dict[str, Any], heads: He
 def test_what_config_json_leaves_out_is_its_familys(tmp_path: Path) -> None:
     config = {"model_type": "llava", "text_config": {"model_type": "mistral"}, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_heads(tmp_path, config, trust_remote_code=False) == Heads(32, 8)
+    assert model_heads(tmp_path, config, trust_remote_code=False) == Heads(32, 8, 12)
     assert model_heads(tmp_path, config, trust_remote_code=True) is None
     config = {"model_type": "unheard_of"}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -24,13 +24,14 @@ CPU = Machine((), Device("host memory", 16 << 30))
 
 
 WIDE = tempfile.TemporaryDirectory(prefix="lmi-test-")
-"""The configuration of a model whose attention 16 devices can share."""
+"""The configuration of a model whose attention, also that of its tower, 16 devices can share."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def wide_model() -> None:
     config = json.loads((SHAPES / "config.json").read_text())
     config["text_config"] |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    config["vision_config"] |= {"num_attention_heads": 16}
     Path(WIDE.name, "config.json").write_text(json.dumps(config))
 
 
@@ -45,8 +46,7 @@ def devices(count: int) -> Machine:
 
 
 def arguments(*options: str, machine: Machine = CPU, **environ: str) -> dict[str, Any]:
-    model = Path(WIDE.name) if machine.accelerators else SHAPES
-    return engine_arguments(load(), configure(*options, **environ), model, machine)
+    return engine_arguments(load(), configure(*options, **environ), Path(WIDE.name), machine)
 
 
 def problems(*options: str, machine: Machine = CPU) -> list[str]:
@@ -168,7 +168,9 @@ def test_what_is_not_written_fills_the_machine(
 
 def test_a_degree_that_the_heads_do_not_allow_is_told_before_anything_is_loaded() -> None:
     (problem,) = problems("tensor_parallel_degree=3", machine=devices(3))
-    assert "16 attention and 16 key/value heads cannot be shared evenly by 3 devices" in problem
+    assert (
+        "16 key/value heads and its vision tower's 16 heads cannot be shared evenly by 3 devices" in problem
+    )
     assert arguments(machine=devices(6))["tensor_parallel_size"] == 4
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from handlers.backends.vllm.cluster import running_cluster
@@ -54,6 +54,8 @@ def plan_devices(
     extra: options of vLLM's own, as text. accelerators: devices of this machine. Where Ray is to be used, it is asked
     for its devices: seconds. heads: of the model, where they are known: devices that share a copy share them evenly.
     """
+    if heads is not None and extra.get("mm_encoder_tp_mode") == "data":
+        heads = replace(heads, vision=0)  # each device has the whole tower
     if uses_ray(extra):
         plan = _across_ray(settings, accelerators, heads)
     elif (nodes := _nodes(extra)) > 1:
