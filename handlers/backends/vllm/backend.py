@@ -26,37 +26,26 @@ from handlers.backends.base import (
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.tokens import detokenized, rendered_prompt, skipped_tokens, tokenized
-from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm import compat
-from handlers.backends.vllm.adapter_files import adapter_directories
-from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, places
-from handlers.backends.vllm.constraints import Constraints, choose_library
-from handlers.backends.vllm.counters import Counters, series, stat_logger
-from handlers.backends.vllm.embeddings import embeddings_wanted, smallest
-from handlers.backends.vllm.failures import failed, refusal_reason
+from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters
+from handlers.backends.vllm.builder import EngineBuilder
+from handlers.backends.vllm.constraints import Constraints
+from handlers.backends.vllm.counters import Counters, series
+from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.front import VllmFront
 from handlers.backends.vllm.generation import VllmGeneration
 from handlers.backends.vllm.inputs import Inputs, picture_places, take_back
 from handlers.backends.vllm.keeper import EngineKeeper
-from handlers.backends.vllm.options import engine_arguments
 from handlers.backends.vllm.parsers import vllm_parsers
-from handlers.backends.vllm.plan import choose_devices, share_cores
-from handlers.backends.vllm.samplers import offer, with_breakers
+from handlers.backends.vllm.probes import Probes
+from handlers.backends.vllm.samplers import with_breakers
 from handlers.backends.vllm.sampling import check_prompt_logprobs, to_vllm
-from handlers.backends.vllm.watch import Patience, count_copies
-from handlers.backends.vllm.weights import missing_weights
-from handlers.errors import (
-    InvalidConfiguration,
-    ServingError,
-    Unavailable,
-)
+from handlers.backends.vllm.watch import Patience
+from handlers.errors import ServingError, Unavailable
 from handlers.request import pictures
-from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
-    from handlers.backends.vllm.compat import Vllm
-    from handlers.request import Constraint, GenerationRequest, PicturePart, Prompt
+    from handlers.request import Constraint, GenerationRequest, Prompt
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -86,15 +75,16 @@ class VllmBackend:
 
     async def load(self) -> None:
         loop = asyncio.get_running_loop()
-        self._vllm: Vllm = await loop.run_in_executor(self._threads, self._import)
+        builder = await loop.run_in_executor(self._threads, EngineBuilder, self._configuration, self._path)
+        self._vllm, self._samplers = builder.vllm, builder.samplers
         self._inputs = Inputs(self._vllm)
-        arguments = await loop.run_in_executor(self._threads, self._arguments)
+        probes = Probes(self._vllm, self._inputs, self._numbers)
         read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
         self._keeper = keeper = EngineKeeper(
-            lambda: self._build(arguments, tokenizer),
-            self._ask,
+            lambda: builder.build(tokenizer, self._counters),
+            probes.ask,
             self._counters,
-            warm=self._warm,
+            warm=probes.warm,
             prepare=self._prepare,
             retry_threshold=self._settings.retry_threshold,
             loading_seconds=self._settings.model_loading_timeout,
@@ -111,10 +101,10 @@ class VllmBackend:
                 formats = await loop.run_in_executor(self._threads, parsers.formats, self._settings)
             self._adapters = VllmAdapters(
                 self._vllm,
-                self._adapter_directories(),
-                self._most_adapters,
+                builder.adapter_directories,
+                builder.most_adapters,
                 self._engine,
-                home=self._home,
+                home=builder.home,
                 allowed=self._settings.allowed_adapter_path,
             )
             await keeper.start()
@@ -137,7 +127,7 @@ class VllmBackend:
                 self._settings.guided_decoding_timeout,
             )
             if self._settings.enable_mm_embeds and self._front.images:
-                await self._try_embeddings(keeper.engine)
+                await probes.try_embeddings(keeper.engine, self._front)
         except EngineError as error:
             await keeper.close()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
@@ -148,7 +138,7 @@ class VllmBackend:
         if parsers is not None:
             parsers.model_config = config.model_config
         self._front.renderer.longest = longest_prompt(int(config.model_config.max_model_len))
-        parallel, accelerators = config.parallel_config, self._machine.accelerators
+        parallel, accelerators = config.parallel_config, builder.machine.accelerators
         self._blocks = int(config.cache_config.num_gpu_blocks or 0)  # of all copies
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._capabilities = Capabilities(
@@ -328,14 +318,6 @@ class VllmBackend:
             await self._keeper.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    @property
-    def _home(self) -> Path:
-        return self._configuration.home or self._path
-
-    @property
-    def _most_adapters(self) -> int:
-        return self._settings.max_cpu_loras or self._settings.max_loras
-
     def _engine(self) -> Any:
         """The one that serves now. Raises Unavailable."""
         keeper = self._keeper
@@ -349,101 +331,6 @@ class VllmBackend:
     async def _prepare(self, engine: Any) -> None:
         """Give a new engine what the one before it had."""
         await self._adapters.load(engine, again=self._loaded)
-
-    def _adapter_directories(self) -> dict[str, Path]:
-        found = adapter_directories(self._home) if self._settings.enable_lora else {}
-        most = self._most_adapters
-        if len(found) > most:
-            logger.warning(
-                "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory",
-                len(found),
-                most,
-            )
-        return found
-
-    def _import(self) -> Vllm:
-        from engine.machine import this_machine
-
-        if wrong := contradictions(self._settings, self._path, None):
-            raise InvalidConfiguration("; ".join(wrong))
-        if reason := missing_weights(self._path, self._settings.load_format):
-            raise InvalidConfiguration(reason)
-        self._machine = this_machine()
-        choose_devices(self._settings, len(self._machine.accelerators))
-        return compat.load()
-
-    def _arguments(self) -> dict[str, Any]:
-        arguments = engine_arguments(self._vllm, self._configuration, self._path, self._machine)
-        self._samplers = offer(arguments, self._machine.accelerators)
-        cpu = not self._machine.accelerators
-        if self._settings.enable_lora:
-            most = max(self._most_adapters, len(self._adapter_directories()) if cpu else 0)
-            arguments |= places(arguments, most, cpu=cpu)
-        if cpu:
-            share_cores(
-                arguments["tensor_parallel_size"]
-                * arguments["pipeline_parallel_size"]
-                * arguments["data_parallel_size"]
-            )
-        return arguments
-
-    def _build(self, arguments: dict[str, Any], tokenizer: Any) -> Any:
-        """An engine. Raises InvalidConfiguration with vLLM's reason when it refuses the configuration."""
-        vllm = self._vllm
-        try:
-            made = vllm.AsyncEngineArgs(**arguments)
-            choose_library(made, tokenizer)
-            return vllm.AsyncLLM.from_engine_args(
-                made,
-                usage_context=vllm.server_context,
-                stat_loggers=[stat_logger(vllm, self._counters)],
-            )
-        except (ConfigurationError, ServingError):
-            raise
-        except Exception as error:
-            raise InvalidConfiguration(
-                f"vLLM {vllm.version} cannot serve the model as configured: {refusal_reason(error)}"
-            ) from error
-
-    async def _ask(self, engine: Any, copy: int) -> None:
-        await self._probe(engine, copy, [0], max_tokens=1, temperature=0.0)
-
-    async def _warm(self, engine: Any, copy: int) -> None:
-        """The first request with log probabilities waits for a compiler, seconds; again where there are several rows,
-        as a prompt of three tokens has."""
-        await self._probe(
-            engine, copy, [0] * 3, max_tokens=2, temperature=1.0, top_p=0.9, logprobs=1, prompt_logprobs=1
-        )
-
-    async def _try_embeddings(self, engine: Any) -> None:
-        """Take them from clients if the model does. Raises InvalidConfiguration where the engine fails on them."""
-        wanted = self._inputs.embeddings = embeddings_wanted(engine)
-        token = self._front.renderer.image_token_id
-        if wanted is None or token is None:
-            return
-        parts = [smallest(wanted)]
-        try:
-            await self._probe(engine, 0, self._front.exchanged([token], parts), parts, max_tokens=1)
-        except ServingError as error:
-            logger.warning("embeddings of pictures are refused: %s", error.message)
-            self._inputs.embeddings = None
-        except Exception as error:
-            raise InvalidConfiguration(
-                "option.enable_mm_embeds: the engine fails on embeddings of this model's pictures; leave it out"
-            ) from error
-
-    async def _probe(
-        self, engine: Any, copy: int, prompt: list[int], parts: Sequence[PicturePart] = (), **params: Any
-    ) -> None:
-        """Have a copy generate: the first token of the vocabulary is as good a prompt as any."""
-        outputs = engine.generate(
-            await self._inputs.placed(engine, prompt, parts),
-            self._vllm.SamplingParams(detokenize=False, **params),
-            f"probe-{next(self._numbers)}",
-            data_parallel_rank=copy if count_copies(engine) > 1 else None,
-        )
-        async for _ in outputs:
-            pass
 
     def _forget(self, generation: VllmGeneration, adapter: LoadedAdapter | None) -> None:
         if adapter is not None:

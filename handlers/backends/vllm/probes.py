@@ -1,0 +1,68 @@
+"""Requests of our own to vLLM's engine: does it answer, is it warm, does it bear embeddings of pictures?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from handlers.backends.vllm.embeddings import embeddings_wanted, smallest
+from handlers.backends.vllm.watch import count_copies
+from handlers.errors import InvalidConfiguration, ServingError
+
+if TYPE_CHECKING:
+    from handlers.backends.vllm.compat import Vllm
+    from handlers.backends.vllm.front import VllmFront
+    from handlers.backends.vllm.inputs import Inputs
+    from handlers.request import PicturePart
+
+logger = logging.getLogger(__name__)
+
+
+class Probes:
+    def __init__(self, vllm: Vllm, inputs: Inputs, numbers: Iterator[int]) -> None:
+        """numbers: no two requests of an engine have the same."""
+        self._vllm = vllm
+        self._inputs = inputs
+        self._numbers = numbers
+
+    async def ask(self, engine: Any, copy: int) -> None:
+        """For one token of one copy."""
+        await self._generate(engine, copy, [0], max_tokens=1, temperature=0.0)
+
+    async def warm(self, engine: Any, copy: int) -> None:
+        """The first request with log probabilities waits for a compiler, seconds; again where there are several rows,
+        as a prompt of three tokens has."""
+        await self._generate(
+            engine, copy, [0] * 3, max_tokens=2, temperature=1.0, top_p=0.9, logprobs=1, prompt_logprobs=1
+        )
+
+    async def try_embeddings(self, engine: Any, front: VllmFront) -> None:
+        """Take them from clients if the model does. Raises InvalidConfiguration where the engine fails on them."""
+        wanted = self._inputs.embeddings = embeddings_wanted(engine)
+        token = front.renderer.image_token_id
+        if wanted is None or token is None:
+            return
+        parts = [smallest(wanted)]
+        try:
+            await self._generate(engine, 0, front.exchanged([token], parts), parts, max_tokens=1)
+        except ServingError as error:
+            logger.warning("embeddings of pictures are refused: %s", error.message)
+            self._inputs.embeddings = None
+        except Exception as error:
+            raise InvalidConfiguration(
+                "option.enable_mm_embeds: the engine fails on embeddings of this model's pictures; leave it out"
+            ) from error
+
+    async def _generate(
+        self, engine: Any, copy: int, prompt: list[int], parts: Sequence[PicturePart] = (), **params: Any
+    ) -> None:
+        """Have a copy generate: the first token of the vocabulary is as good a prompt as any."""
+        outputs = engine.generate(
+            await self._inputs.placed(engine, prompt, parts),
+            self._vllm.SamplingParams(detokenize=False, **params),
+            f"probe-{next(self._numbers)}",
+            data_parallel_rank=copy if count_copies(engine) > 1 else None,
+        )
+        async for _ in outputs:
+            pass
