@@ -51,6 +51,8 @@ def said(constraint: Constraint, text: str) -> bool:
         (Constraint("json_object"), '{"a": [1, null]}', "[]"),
         (ARRAY, "[1, 2]", "[1,     2]"),
         (replace(ARRAY, whitespace_pattern=""), "[1,2]", "[1, 2]"),
+        (replace(ARRAY, whitespace_pattern="[ ]?"), "[1, 2]", "[1,  2]"),
+        (replace(ARRAY, whitespace_pattern=" |\n"), "[1,\n2]", "[1\n\n,2]"),
         (Constraint("regex", r"\d+ €"), "3 €", "3"),
         (Constraint("choice", json.dumps(["a", "(b)*{"])), "(b)*{", "b"),
         (Constraint("grammar", 'root ::= "a" | "b"'), "b", "c"),

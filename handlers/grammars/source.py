@@ -52,8 +52,8 @@ def _json(schema: Any, whitespace_pattern: str) -> str:
         if isinstance(wanted := node.get("format"), str) and wanted not in _CHECKED_FORMATS:
             del node["format"]
     text = msgspec.json.encode(schema).decode()
-    if whitespace_pattern == WHITESPACE and _white_space_repeats():
-        key, item = f":{WHITESPACE}", f",{WHITESPACE}"
+    if whitespace_pattern and _white_space_repeats():
+        key, item = f":(?:{whitespace_pattern})", f",(?:{whitespace_pattern})"
         return LLMatcher.grammar_from_json_schema(
             text, overrides={"whitespace_flexible": False, "key_separator": key, "item_separator": item}
         )
