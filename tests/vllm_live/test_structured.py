@@ -49,6 +49,19 @@ def test_every_kind_of_constraint_holds(server: LiveServer) -> None:
     assert answer(server, structured_outputs={"grammar": 'root ::= "yes" | "no"'}) in ("yes", "no")
 
 
+def test_an_answer_ends_with_its_grammar_whatever_is_said_of_its_end(server: LiveServer) -> None:
+    choice = {"choice": ["a blue square", "a red circle"]}
+    assert answer(server, structured_outputs=choice, ignore_eos=True) == "a red circle"
+    assert answer(server, structured_outputs=choice, min_tokens=20) == "a red circle"
+
+
+def test_log_probabilities_are_those_after_the_grammar(server: LiveServer) -> None:
+    reply = server.chat("hello", structured_outputs={"regex": "Q{3}"}, logprobs=True, max_tokens=8)
+    content = reply.json()["choices"][0]["logprobs"]["content"]
+    assert "".join(token["token"] for token in content).startswith("QQQ")
+    assert all(token["logprob"] > -2 for token in content)  # before the grammar a Q is as good as impossible
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -82,6 +82,7 @@ def to_vllm(
         fields["bad_words"] = list(params.bad_words)
     if constraint is not None:
         fields["structured_outputs"] = structured(vllm, constraint)
+        fields["ignore_eos"] = False  # else vLLM goes on after the grammar's end, without the grammar
     try:
         return vllm.SamplingParams(n=n, output_kind=vllm.RequestOutputKind.DELTA, **fields)
     except vllm.refusals as error:
