@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _flags(parser: argparse.ArgumentParser, arguments: list[str], *, real: bool) -> Flags:
     """real: the arguments are those of the process, which shows them to everybody on the machine."""
-    from handlers.backends.vllm.fields import engine_argument_names
+    from handlers.backends.vllm.options.fields import engine_argument_names
 
     try:
         flags = read_flags(arguments, _OWN, engine_argument_names())

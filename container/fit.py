@@ -16,8 +16,8 @@ from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.rolling_plan import plan_engines
-from handlers.backends.vllm.heads import Heads, heads_of
-from handlers.backends.vllm.plan import plan_devices
+from handlers.backends.vllm.options.heads import Heads, heads_of
+from handlers.backends.vllm.options.plan import plan_devices
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from container.build import build_backend
 from container.logs import logging_to
 from container.server import BackendBuilder, serve
-from handlers.backends.vllm.fields import engine_argument_names
+from handlers.backends.vllm.options.fields import engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import Level
 from properties.problem import ConfigurationError

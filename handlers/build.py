@@ -8,7 +8,7 @@ from pathlib import Path
 
 from handlers.backends.base import Backend
 from handlers.backends.select import Choice, choose, vllm_installed
-from handlers.backends.vllm.plan import follows
+from handlers.backends.vllm.options.plan import follows
 from handlers.images.decode import WHITE, Color
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.parsers.names import parser_problems
@@ -25,7 +25,7 @@ _BACKENDS: dict[BackendName, tuple[str, str]] = {
 }
 """Module and class of each, imported only when it is the one that serves."""
 
-_FOLLOWER = ("handlers.backends.vllm.follower", "VllmFollower")
+_FOLLOWER = ("handlers.backends.vllm.nodes.follower", "VllmFollower")
 """Of a machine that holds a part of the model for another."""
 
 

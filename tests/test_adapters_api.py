@@ -15,7 +15,7 @@ import schemathesis
 
 from container.routes import every
 from handlers.backends.adapters import AdapterInfo
-from handlers.backends.vllm.adapters import VllmAdapters, places
+from handlers.backends.vllm.adapters.store import VllmAdapters, adapter_slots
 from handlers.dialects.adapters import answer_adapters
 from handlers.errors import EngineFailed, InvalidRequest, NotFound, ServingError, Unavailable
 from handlers.exchange import AdapterCall
@@ -362,8 +362,8 @@ async def test_what_an_operator_allows_is_allowed(tmp_path: Path) -> None:
 
 
 def test_the_engine_has_room_for_an_adapter_that_is_replaced() -> None:
-    assert places({"max_loras": 4}, 8, cpu=False) == {"max_loras": 4, "max_cpu_loras": 10}
-    assert places({"max_loras": 4}, 8, cpu=True) == {"max_loras": 10, "max_cpu_loras": 10}
+    assert adapter_slots({"max_loras": 4}, 8, cpu=False) == {"max_loras": 4, "max_cpu_loras": 10}
+    assert adapter_slots({"max_loras": 4}, 8, cpu=True) == {"max_loras": 10, "max_cpu_loras": 10}
 
 
 @run

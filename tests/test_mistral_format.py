@@ -11,7 +11,12 @@ from container.check import describe
 from engine.errors import ModelLoadError
 from engine.machine import Device, Machine
 from handlers.backends.model_facts import load_tokenizer
-from handlers.backends.vllm.mistral import format_problems, format_warnings, replaced_formats, weight_problems
+from handlers.backends.vllm.options.mistral import (
+    format_problems,
+    format_warnings,
+    replaced_formats,
+    weight_problems,
+)
 from properties.configuration import Configuration, resolve
 
 SHAPES = Path(__file__).parents[1] / "examples" / "shapes"

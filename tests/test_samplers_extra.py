@@ -24,9 +24,17 @@ from engine.sampler import Sampler
 from engine.sampling_params import RANGES, SAMPLERS, SamplingParams
 from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
-from handlers.backends.vllm import samplers
-from handlers.backends.vllm.samplers import KEY, NEUTRAL, PROCESSOR, Carried, Samplers, offer, with_breakers
-from handlers.backends.vllm.sampling import to_vllm
+from handlers.backends.vllm.prompts.sampling import to_vllm
+from handlers.backends.vllm.samplers import carried as samplers
+from handlers.backends.vllm.samplers.carried import (
+    KEY,
+    NEUTRAL,
+    PROCESSOR,
+    Carried,
+    Samplers,
+    offer,
+    with_breakers,
+)
 from handlers.backends.words import DRY_BREAKERS, spelled
 from handlers.errors import InvalidRequest
 from tests.engine_driver import EOS as MODELS_EOS

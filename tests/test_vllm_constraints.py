@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
-from handlers.backends.vllm.constraints import Constraints, choose_library
+from handlers.backends.vllm.prompts.constraints import Constraints, choose_library
 from handlers.errors import InvalidRequest
 from handlers.request import Constraint
 from tests.models import VOCAB, make_tokenizer

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm import keeper as keeping
-from handlers.backends.vllm import watch as watching
-from handlers.backends.vllm.counters import Counters
-from handlers.backends.vllm.keeper import EngineKeeper
-from handlers.backends.vllm.watch import Patience
+from handlers.backends.vllm.engine import keeper as keeping
+from handlers.backends.vllm.engine import watch as watching
+from handlers.backends.vllm.engine.counters import Counters
+from handlers.backends.vllm.engine.keeper import EngineKeeper
+from handlers.backends.vllm.engine.watch import Patience
 
 
 class ScriptedEngine:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import ModelLoadError
-from handlers.backends.vllm.places import picture_places
+from handlers.backends.vllm.prompts.places import picture_places
 from tests.models import CHAT_TEMPLATE, make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from handlers.backends.vllm.guard import Guard
-from handlers.backends.vllm.processes import Family, Process
+from handlers.backends.vllm.engine.guard import Guard
+from handlers.backends.vllm.engine.processes import Process, ProcessTree
 
 if not sys.platform.startswith("linux"):
     pytest.skip("reads /proc", allow_module_level=True)
@@ -78,13 +78,13 @@ def alive(process: psutil.Process) -> bool:
 
 
 def test_all_generations_are_found_parents_first(tree: Tree) -> None:
-    assert [process.pid for process in Family([tree.top.pid]).members] == [
+    assert [process.pid for process in ProcessTree([tree.top.pid]).members] == [
         process.pid for process in tree.all
     ]
 
 
 def test_a_stopped_grandchild_is_killed_though_its_parents_have_gone(tree: Tree) -> None:
-    family = Family([tree.top.pid])
+    family = ProcessTree([tree.top.pid])
     tree.all[2].send_signal(signal.SIGSTOP)
     for process in tree.all[:2]:
         process.kill()
@@ -100,7 +100,7 @@ def test_what_was_started_since_is_killed_too() -> None:
     )
     assert top.stdin is not None
     assert top.stdout is not None
-    family = Family([top.pid])
+    family = ProcessTree([top.pid])
     assert len(family.members) == 1
     top.stdin.write("go\n")
     top.stdin.flush()
@@ -116,7 +116,7 @@ def test_what_was_started_since_is_killed_too() -> None:
 def test_the_death_of_an_engine_or_of_a_worker_is_seen_also_while_nobody_reaps_it(
     tree: Tree, number: int
 ) -> None:
-    family = Family([tree.top.pid])
+    family = ProcessTree([tree.top.pid])
     assert family.dead is None
     tree.all[number].kill()
     until(lambda: family.dead is not None)
@@ -126,7 +126,7 @@ def test_the_death_of_an_engine_or_of_a_worker_is_seen_also_while_nobody_reaps_i
 def test_a_compiler_may_come_and_go() -> None:
     tree = Tree(1, title="compiler")
     try:
-        family = Family([tree.top.pid])
+        family = ProcessTree([tree.top.pid])
         tree.all[1].kill()
         until(lambda: not alive(tree.all[1]))
         assert family.dead is None
@@ -159,7 +159,7 @@ def test_shared_memory_of_killed_processes_is_given_back_and_an_operators_files_
         assert theirs.exists()
         assert queue.exists()
         assert holder.pid is not None
-        assert Family([holder.pid]).kill(20.0) == []
+        assert ProcessTree([holder.pid]).kill(20.0) == []
         assert not theirs.exists()
         assert not queue.exists()
         assert weights.exists()
@@ -183,7 +183,7 @@ class Held(Process):
 def test_what_is_left_after_the_time_is_told() -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
-        family = Family([other.pid])
+        family = ProcessTree([other.pid])
         (found,) = family.members
         held = Held(found.pid, found.started)
         family.members = (held,)
@@ -196,7 +196,7 @@ def test_what_is_left_after_the_time_is_told() -> None:
 def test_a_process_id_that_was_given_again_is_spared() -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
-        (found,) = Family([other.pid]).members
+        (found,) = ProcessTree([other.pid]).members
         before = Process(found.pid, found.started - 1)
         assert before.gone
         assert not before.running
@@ -214,7 +214,7 @@ def test_a_guard_kills_the_processes_that_it_knows_and_no_later_one_of_the_same_
     """The guard's front is this process: closing its pipe is what its end would do."""
     engine, other = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
     try:
-        (known,), (later,) = Family([engine.pid]).members, Family([other.pid]).members
+        (known,), (later,) = ProcessTree([engine.pid]).members, ProcessTree([other.pid]).members
         guard = Guard([Process(later.pid, later.started - 1), known])
         process = guard._process
         assert process is not None
@@ -233,7 +233,7 @@ def test_a_guard_kills_the_processes_that_it_knows_and_no_later_one_of_the_same_
 def test_a_released_guard_kills_nobody() -> None:
     engine = subprocess.Popen(["sleep", "60"])
     try:
-        guard = Guard(Family([engine.pid]).members)
+        guard = Guard(ProcessTree([engine.pid]).members)
         guard.release()
         guard.release()
         assert engine.poll() is None

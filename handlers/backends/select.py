@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from handlers.backends.vllm.compat import check_version, installed_version
-from handlers.backends.vllm.fields import architectures as vllm_architectures
+from handlers.backends.vllm.options.fields import architectures as vllm_architectures
 from handlers.errors import InvalidConfiguration
 from properties.field import BackendName
 from properties.problem import ConfigurationError, Problem

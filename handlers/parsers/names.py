@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Sequence
 
-from handlers.backends.vllm.fields import reasoning_parser_names, tool_parser_names
+from handlers.backends.vllm.options.fields import reasoning_parser_names, tool_parser_names
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS
 from properties.configuration import Configuration
 from properties.field import BackendName

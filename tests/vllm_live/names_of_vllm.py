@@ -22,7 +22,6 @@ from vllm.renderers.base import BaseRenderer
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, PrefixCacheStats, SchedulerStats
 
-from handlers.backends.vllm.checks import GONE
 from handlers.backends.vllm.compat import (
     cpu_takes_block_size,
     find,
@@ -33,14 +32,15 @@ from handlers.backends.vllm.compat import (
     process_dict_updates,
     registered_names,
 )
-from handlers.backends.vllm.fields import (
+from handlers.backends.vllm.options.arguments import ALWAYS, WHERE_GIVEN
+from handlers.backends.vllm.options.checks import GONE
+from handlers.backends.vllm.options.fields import (
     architectures,
     engine_argument_names,
     reasoning_parser_names,
     tool_parser_names,
 )
-from handlers.backends.vllm.options import ALWAYS, WHERE_GIVEN
-from handlers.backends.vllm.sampling import _SAME, _TRANSLATED
+from handlers.backends.vllm.prompts.sampling import SAME, TRANSLATED
 from properties.legacy import IGNORED
 
 vllm = load()
@@ -143,7 +143,7 @@ assert not any(issubclass(busy, vllm.refusals) for busy in vllm.busy_errors)
 
 # Requests.
 sampling = set(vllm.SamplingParams.__struct_fields__)
-assert {*_SAME, *_TRANSLATED, "n", "output_kind", "structured_outputs", "detokenize"} <= sampling
+assert {*SAME, *TRANSLATED, "n", "output_kind", "structured_outputs", "detokenize"} <= sampling
 assert {"json", "regex", "choice", "grammar", "json_object"} <= set(parameters(vllm.StructuredOutputsParams))
 assert {"max_total_tokens", "add_special_tokens"} <= set(parameters(vllm.TokenizeParams))
 assert parameters(vllm.parse_model_prompt)[:2] == ["model_config", "prompt"]

@@ -11,11 +11,11 @@ import pytest
 
 from container.check import run_check
 from engine.machine import Device, Machine
-from handlers.backends.vllm import plan
-from handlers.backends.vllm.cluster import Cluster
 from handlers.backends.vllm.compat import load
-from handlers.backends.vllm.fields import engine_argument_names
-from handlers.backends.vllm.options import engine_arguments
+from handlers.backends.vllm.nodes.cluster import Cluster
+from handlers.backends.vllm.options import plan
+from handlers.backends.vllm.options.arguments import engine_arguments
+from handlers.backends.vllm.options.fields import engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from handlers.backends.model_facts import load_tokenizer
-from handlers.backends.vllm.answer_parser import VllmParser
+from handlers.backends.vllm.answers.answer_parser import VllmParser
+from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
 from handlers.backends.vllm.backend import VllmBackend
-from handlers.backends.vllm.parsers import VllmParsers, vllm_parsers
 from handlers.build import build_backend
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import (

@@ -22,8 +22,8 @@ import pytest
 
 from container.check import run_check
 from engine.machine import this_machine
-from handlers.backends.vllm import cluster
-from handlers.backends.vllm.cluster import Cluster, running_cluster
+from handlers.backends.vllm.nodes import cluster
+from handlers.backends.vllm.nodes.cluster import Cluster, running_cluster
 from handlers.errors import InvalidConfiguration
 from tests.backend import BACK
 from tests.live import LiveServer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
@@ -26,20 +27,20 @@ from handlers.backends.base import (
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.tokens import detokenized, rendered_prompt, skipped_tokens, tokenized
-from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters
-from handlers.backends.vllm.builder import EngineBuilder
-from handlers.backends.vllm.constraints import Constraints
-from handlers.backends.vllm.counters import Counters, series
+from handlers.backends.vllm.adapters.store import LoadedAdapter, VllmAdapters
+from handlers.backends.vllm.answers.generation import VllmGeneration
+from handlers.backends.vllm.answers.parsers import vllm_parsers
+from handlers.backends.vllm.engine.builder import EngineBuilder
+from handlers.backends.vllm.engine.counters import Counters, series
+from handlers.backends.vllm.engine.keeper import EngineKeeper
+from handlers.backends.vllm.engine.probes import Probes
+from handlers.backends.vllm.engine.watch import Patience
 from handlers.backends.vllm.failures import failed
-from handlers.backends.vllm.front import VllmFront
-from handlers.backends.vllm.generation import VllmGeneration
-from handlers.backends.vllm.inputs import Inputs, picture_places, take_back
-from handlers.backends.vllm.keeper import EngineKeeper
-from handlers.backends.vllm.parsers import vllm_parsers
-from handlers.backends.vllm.probes import Probes
-from handlers.backends.vllm.samplers import with_breakers
-from handlers.backends.vllm.sampling import check_prompt_logprobs, to_vllm
-from handlers.backends.vllm.watch import Patience
+from handlers.backends.vllm.prompts.constraints import Constraints
+from handlers.backends.vllm.prompts.front import VllmFront
+from handlers.backends.vllm.prompts.inputs import Inputs, placeholders, take_back
+from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm
+from handlers.backends.vllm.samplers.carried import with_breakers
 from handlers.errors import ServingError, Unavailable
 from handlers.request import pictures
 
@@ -206,8 +207,10 @@ class VllmBackend:
         token_ids = rendered.token_ids
         if not parts:
             token_ids = checked_tokens(request, token_ids, longest, vocab_size)
-        # What is refused in any case is refused before its pictures cost anything.
-        params = await self._spelled(checked_sampling(request, len(token_ids), longest, vocab_size))
+        # What is refused in any case is refused before its pictures cost anything; that it is too long with them is
+        # said when it is known how long.
+        early = dataclasses.replace(request, max_tokens_is_default=True) if parts else request
+        params = await self._spelled(checked_sampling(early, len(token_ids), longest, vocab_size))
         copies = request.n if params.greedy else 1
         theirs = to_vllm(self._vllm, params, request.n // copies, constraint, request.names, self._samplers)
         prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
@@ -223,7 +226,7 @@ class VllmBackend:
             theirs.max_tokens, theirs.min_tokens = most, min(theirs.min_tokens, most)
         stats = PromptStats(
             prompt_tokens=len(ids),
-            image_tokens=sum(int(place.length) for place in picture_places(prompt)),
+            image_tokens=sum(int(place.length) for place in placeholders(prompt)),
             prompt_token_ids=ids,
             prompt_text=rendered.text,
         )
@@ -269,7 +272,7 @@ class VllmBackend:
             placed = await self._inputs.placed(keeper.engine, token_ids, parts)
             take_back(keeper.engine, placed)
             ids = list(placed["prompt_token_ids"])
-            places = sorted(picture_places(placed), key=lambda place: int(place.offset))
+            places = sorted(placeholders(placed), key=lambda place: int(place.offset))
             expanded = [ids[place.offset : place.offset + place.length] for place in places]
         return await loop.run_in_executor(
             self._threads, tokenized, rendered, front.tokenizer, front.renderer.image_token_id, expanded

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handlers.backends.vllm import segments
+from handlers.backends.vllm.engine import segments
 
 POLL_SECONDS = 0.02
 
 _PROC = Path("/proc")
-_NAMES = ("EngineCore", "DP_Coordinator", "vllm-workers")
-"""In the names, as multiprocessing knows them, of what vLLM's front starts, and `follower.Workers`."""
+_NAMES = ("EngineCore", "DP_Coordinator")
+"""In the names, as multiprocessing knows them, of what vLLM's front starts."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Process:
                 os.close(handle)
 
 
-class Family:
+class ProcessTree:
     """The processes of one engine; what it starts later is found when they are ended."""
 
     def __init__(self, roots: Iterable[int]) -> None:

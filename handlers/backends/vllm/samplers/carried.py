@@ -25,7 +25,7 @@ from handlers.backends.words import spelled
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROCESSOR = "handlers.backends.vllm.processor:SamplerProcessor"
+PROCESSOR = "handlers.backends.vllm.samplers.processor:SamplerProcessor"
 """As vLLM's `logits_processors` names a class."""
 
 KEY = "lmi_samplers"

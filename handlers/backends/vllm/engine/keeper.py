@@ -9,16 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from handlers.backends.base import Health
-from handlers.backends.vllm.counters import Counters
-from handlers.backends.vllm.guard import Guard
-from handlers.backends.vllm.processes import Family, children, roots_of, unfinished
-from handlers.backends.vllm.watch import Ask, Patience, Watch, count_copies
+from handlers.backends.vllm.engine.counters import Counters
+from handlers.backends.vllm.engine.guard import Guard
+from handlers.backends.vllm.engine.processes import ProcessTree, children, roots_of, unfinished
+from handlers.backends.vllm.engine.watch import Ask, Patience, Watch, count_copies
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 """The first restart comes at once; the pause before each further one doubles."""
+
+GUARD_SECONDS = 0.5
+"""How often an engine that is being built is looked at for new processes."""
 
 JOIN_SECONDS = 30.0
 """What killed processes get to be gone, with their memory, all together."""
@@ -59,7 +62,7 @@ class EngineKeeper:
         self._closing = False
         self._others: frozenset[int] | None = None
         """While an engine is being built: children of this process before, which are none of the engine's."""
-        self._family: Family | None = None
+        self._tree: ProcessTree | None = None
         self._guard: Guard | None = None
         self._watch: Watch | None = None
         self.engine: Any = None
@@ -103,9 +106,9 @@ class EngineKeeper:
         engine = None
         self._others = children()
         try:
-            engine = await asyncio.get_running_loop().run_in_executor(self._threads, self._build)
-            self._family, self._others = Family(roots_of(engine)), None
-            self._guard = Guard(self._family.members)
+            engine = await self._guarded(self._others)
+            self._tree, self._others = ProcessTree(roots_of(engine)), None
+            self._guard_these(self._tree)
             # vLLM's profiling leaves dummy pictures in the cache.
             await engine.reset_mm_cache()
             await asyncio.gather(*(self._warm(engine, copy) for copy in range(count_copies(engine))))
@@ -116,15 +119,36 @@ class EngineKeeper:
             raise
         return engine
 
+    async def _guarded(self, others: frozenset[int]) -> Any:
+        """A new engine; its processes are guarded while they start, which takes minutes with a large model.
+
+        others: the ids of children that are not its own.
+        """
+        building = asyncio.get_running_loop().run_in_executor(self._threads, self._build)
+        try:
+            while not building.done():
+                await asyncio.wait({building}, timeout=GUARD_SECONDS)
+                self._guard_these(ProcessTree(unfinished(others)))
+            return building.result()
+        finally:
+            building.cancel()
+
+    def _guard_these(self, tree: ProcessTree) -> None:
+        if self._guard is None or self._guard.processes != tree.members:
+            before, self._guard = self._guard, Guard(tree.members)
+            if before is not None:
+                before.release()
+
     async def _ended(self, engine: Any) -> None:
         """End the processes of an engine, or of one that was not ready yet, and free what the front holds of it."""
-        family, self._family = self._family, None
+        tree, self._tree = self._tree, None
         others, self._others = self._others, None
         guard, self._guard = self._guard, None
-        if family is None:
-            family = Family([] if others is None else unfinished(others))
+        if tree is None:
+            tree = ProcessTree([] if others is None else unfinished(others))
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, _end, engine, family)
+            _expect_the_end(engine)
+            await asyncio.get_running_loop().run_in_executor(self._threads, _end, engine, tree)
         finally:
             if guard is not None:
                 guard.release()
@@ -132,10 +156,10 @@ class EngineKeeper:
     async def _keep(self) -> None:
         """Replace the engine whenever it is lost, until it is lost too often."""
         while not self._closing:
-            assert self._family is not None, "an engine was built"
+            assert self._tree is not None, "an engine was built"
             self._watch = Watch(
                 self.engine,
-                self._family,
+                self._tree,
                 self._ask,
                 self._counters,
                 lambda: self.in_flight > 0,
@@ -181,9 +205,17 @@ def _tell(engine: Any) -> None:
         processor.propagate_error(engine.dead_error)
 
 
-def _end(engine: Any, family: Family) -> None:
+def _expect_the_end(engine: Any) -> None:
+    """Else vLLM's front takes the death of its engine for a failure, and logs it as one."""
+    if (handler := getattr(engine, "output_handler", None)) is not None:
+        handler.cancel()
+    if (resources := getattr(getattr(engine, "engine_core", None), "resources", None)) is not None:
+        resources.engine_dead = True
+
+
+def _end(engine: Any, tree: ProcessTree) -> None:
     """Kill the engine's processes, which have nothing to save, and free what the front holds of it."""
-    if left := family.kill(JOIN_SECONDS):
+    if left := tree.kill(JOIN_SECONDS):
         logger.error(
             "%d processes of the engine are there %.0f s after they were killed, with what memory they hold: %s",
             len(left),

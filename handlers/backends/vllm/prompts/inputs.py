@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.vllm.embeddings import embedding_data, misplaced
 from handlers.backends.vllm.failures import refused
-from handlers.backends.vllm.turns import PictureTurns
+from handlers.backends.vllm.prompts.embeddings import embedding_data, misplaced
+from handlers.backends.vllm.prompts.turns import PictureTurns
 from handlers.errors import ImageError, InvalidRequest
 from handlers.request import EmbeddingsPart, ImagePart
 
@@ -55,7 +55,7 @@ class Inputs:
         finally:
             for part in parts:
                 part.release()
-        places = len(picture_places(ready))
+        places = len(placeholders(ready))
         if places != len(parts):
             take_back(engine, ready)
             raise InvalidRequest(
@@ -82,7 +82,7 @@ class Inputs:
         return await asyncio.to_thread(embedding_data, loaded, self.embeddings.dtype)
 
 
-def picture_places(prompt: Any) -> list[Any]:
+def placeholders(prompt: Any) -> list[Any]:
     """Where an input's pictures stand, in no order: each has an `offset` and a `length` in tokens."""
     return list((prompt.get("mm_placeholders") or {}).get("image", ()))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.backends.adapters import AdapterInfo
-from handlers.backends.vllm.adapter_files import adapter_directory, check_name
+from handlers.backends.vllm.adapters.directories import adapter_directory, check_name
 from handlers.backends.vllm.compat import Vllm
 from handlers.errors import (
     Conflict,
@@ -32,7 +32,7 @@ LOOK_SECONDS = 0.25
 _LONGEST_REASON = 300
 
 
-def places(arguments: Mapping[str, Any], most: int, *, cpu: bool) -> dict[str, int]:
+def adapter_slots(arguments: Mapping[str, Any], most: int, *, cpu: bool) -> dict[str, int]:
     """vLLM's arguments for `most` adapters, one of which may be there twice while it is replaced.
 
     On a CPU, vLLM's kernels give requests without an adapter what is in the last place, which must stay empty: all

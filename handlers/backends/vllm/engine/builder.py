@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.adapter_files import adapter_directories
-from handlers.backends.vllm.adapters import places
-from handlers.backends.vllm.constraints import choose_library
-from handlers.backends.vllm.counters import Counters, stat_logger
+from handlers.backends.vllm.adapters.directories import adapter_directories
+from handlers.backends.vllm.adapters.store import adapter_slots
+from handlers.backends.vllm.engine.counters import Counters, stat_logger
 from handlers.backends.vllm.failures import refusal_reason
-from handlers.backends.vllm.options import engine_arguments
-from handlers.backends.vllm.plan import choose_devices, share_cores
-from handlers.backends.vllm.samplers import offer
-from handlers.backends.vllm.weights import missing_weights
+from handlers.backends.vllm.options.arguments import engine_arguments
+from handlers.backends.vllm.options.plan import choose_devices, share_cores
+from handlers.backends.vllm.options.weights import missing_weights
+from handlers.backends.vllm.prompts.constraints import choose_library
+from handlers.backends.vllm.samplers.carried import offer
 from handlers.errors import InvalidConfiguration, ServingError
 from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from engine.machine import Machine
     from handlers.backends.vllm.compat import Vllm
-    from handlers.backends.vllm.samplers import Samplers
+    from handlers.backends.vllm.samplers.carried import Samplers
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class EngineBuilder:
         cpu = not self.machine.accelerators
         if self._settings.enable_lora:
             most = max(self.most_adapters, len(self.adapter_directories) if cpu else 0)
-            arguments |= places(arguments, most, cpu=cpu)
+            arguments |= adapter_slots(arguments, most, cpu=cpu)
         if cpu:
             share_cores(
                 arguments["tensor_parallel_size"]

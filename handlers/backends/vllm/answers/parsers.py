@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.tokens import skipped_tokens
-from handlers.backends.vllm.answer_parser import VllmParser
+from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.compat import load_parsing
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import AnswerFormats, Asked, ReasoningFormat, ToolFormat

@@ -14,7 +14,7 @@ from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
 from engine.sampling_state import SamplingState
 from engine.warping import Warping
-from handlers.backends.vllm.samplers import KEY, Carried
+from handlers.backends.vllm.samplers.carried import KEY, Carried
 
 _REMEMBERED = 4096
 """Answers whose Mirostat may be taken up again after they lost their place in the batch."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.compat import cpu_takes_block_size, registered_names
 from handlers.backends.vllm.failures import refusal_reason
-from handlers.backends.vllm.values import BadValue, coerce
+from handlers.backends.vllm.options.values import BadValue, coerce
 from properties.names import key_of
 from properties.problem import Problem
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.vllm.checks import refused_values, refused_whole
 from handlers.backends.vllm.compat import Vllm, load
-from handlers.backends.vllm.fields import SECRET
-from handlers.backends.vllm.heads import model_heads
-from handlers.backends.vllm.mistral import (
+from handlers.backends.vllm.options.checks import refused_values, refused_whole
+from handlers.backends.vllm.options.fields import SECRET
+from handlers.backends.vllm.options.heads import model_heads
+from handlers.backends.vllm.options.mistral import (
     format_problems,
     format_warnings,
     replaced_formats,
     weight_problems,
 )
-from handlers.backends.vllm.plan import plan_devices
-from handlers.backends.vllm.values import BadValue, coerce
+from handlers.backends.vllm.options.plan import plan_devices
+from handlers.backends.vllm.options.values import BadValue, coerce
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level

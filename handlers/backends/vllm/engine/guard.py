@@ -6,7 +6,7 @@ import logging
 import subprocess
 from collections.abc import Sequence
 
-from handlers.backends.vllm.processes import Process
+from handlers.backends.vllm.engine.processes import Process
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class Guard:
     """A process that kills others when this one is gone, even if it was killed itself."""
 
     def __init__(self, processes: Sequence[Process]) -> None:
+        self.processes = processes
         self._process: subprocess.Popen[bytes] | None = None
         if not processes:
             return

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.vllm.embeddings import embeddings_wanted, smallest
-from handlers.backends.vllm.watch import count_copies
+from handlers.backends.vllm.engine.watch import count_copies
+from handlers.backends.vllm.prompts.embeddings import embeddings_wanted, smallest
 from handlers.errors import InvalidConfiguration, ServingError
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
-    from handlers.backends.vllm.front import VllmFront
-    from handlers.backends.vllm.inputs import Inputs
+    from handlers.backends.vllm.prompts.front import VllmFront
+    from handlers.backends.vllm.prompts.inputs import Inputs
     from handlers.request import PicturePart
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.options import engine_arguments
-from handlers.backends.vllm.plan import choose_devices
-from handlers.backends.vllm.workers import Workers
+from handlers.backends.vllm.nodes.workers import Workers
+from handlers.backends.vllm.options.arguments import engine_arguments
+from handlers.backends.vllm.options.plan import choose_devices
 from handlers.errors import InvalidConfiguration, Unavailable
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from handlers.backends.vllm.cluster import running_cluster
-from handlers.backends.vllm.heads import Heads
+from handlers.backends.vllm.nodes.cluster import running_cluster
+from handlers.backends.vllm.options.heads import Heads
 from handlers.errors import InvalidConfiguration
 from properties.problem import Problem
 

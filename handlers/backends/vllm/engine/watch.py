@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from handlers.backends.vllm.counters import Counters
-from handlers.backends.vllm.processes import Family
+from handlers.backends.vllm.engine.counters import Counters
+from handlers.backends.vllm.engine.processes import ProcessTree
 
 LOOK_SECONDS = 0.25
 """Pause between two looks at the engine's processes and at its last words."""
@@ -42,7 +42,7 @@ class Watch:
     def __init__(
         self,
         engine: Any,
-        family: Family,
+        tree: ProcessTree,
         ask: Ask,
         counters: Counters,
         busy: Callable[[], bool],
@@ -50,7 +50,7 @@ class Watch:
     ) -> None:
         """busy: whether requests are in flight."""
         self._engine = engine
-        self._family = family
+        self._tree = tree
         self._ask = ask
         self._signs = counters.signs
         self._busy = busy
@@ -79,7 +79,7 @@ class Watch:
     async def _until_dead(self) -> str:
         """vLLM tells of a worker's death only when the other workers have ended, too: seconds later."""
         while not self._engine.errored:
-            if dead := self._family.dead:
+            if dead := self._tree.dead:
                 return f"lost {dead}"
             await asyncio.sleep(LOOK_SECONDS)
         return "process died"

@@ -10,14 +10,14 @@ from msgspec.structs import replace
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.vllm.failures import refused
-from handlers.backends.vllm.samplers import HAS_ALL, NEUTRAL, Samplers, carried, some_seed, wanted
+from handlers.backends.vllm.samplers.carried import HAS_ALL, NEUTRAL, Samplers, carried, some_seed, wanted
 from handlers.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
     from handlers.request import Constraint
 
-_SAME = (
+SAME = (
     "max_tokens",
     "temperature",
     "top_p",
@@ -34,7 +34,7 @@ _SAME = (
 )
 """Fields that mean the same in both."""
 
-_TRANSLATED = (
+TRANSLATED = (
     "min_tokens", "top_k", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def to_vllm(
     ours = wanted(params)
     if ours:
         _check(params, names or {}, samplers)
-    fields: dict[str, Any] = {name: getattr(params, name) for name in _SAME}
+    fields: dict[str, Any] = {name: getattr(params, name) for name in SAME}
     if params.greedy:
         # vLLM counts a seed as state to keep; a greedy answer needs none.
         fields |= {"seed": None, "top_p": 1.0, "min_p": 0.0}
@@ -96,7 +96,7 @@ def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers)
     field = next(
         name
         for name in params.__struct_fields__
-        if name not in (*_SAME, *_TRANSLATED)
+        if name not in (*SAME, *TRANSLATED)
         and wanted(replace(_PLAIN, temperature=params.temperature, **{name: getattr(params, name)}))
     )
     name = names.get(field, field)

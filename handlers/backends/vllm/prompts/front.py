@@ -17,7 +17,7 @@ from handlers.backends.model_front import (
     read_generation_config,
 )
 from handlers.backends.tokens import TokenTexts
-from handlers.backends.vllm.places import PicturePlaces, picture_places, placeholder_of
+from handlers.backends.vllm.prompts.places import PicturePlaces, picture_places, placeholder_of
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from handlers.backends.vllm.compat import logits_processor, newer_logits_processor, process_dict_updates
-from handlers.backends.vllm.processor_rows import Row, Rows, asks, leave_chosen
+from handlers.backends.vllm.samplers.rows import Row, Rows, asks, leave_chosen
 
 _Older: Any = logits_processor()
 _Newer: Any = newer_logits_processor() or object

@@ -1,0 +1,1 @@
+"""LoRA adapters: where they lie, and which the engine holds."""

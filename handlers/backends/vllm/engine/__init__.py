@@ -1,0 +1,1 @@
+"""vLLM's engine and its processes: built, watched, asked, replaced, ended."""

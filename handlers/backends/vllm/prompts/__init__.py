@@ -1,0 +1,1 @@
+"""From our request to vLLM's input, sampling parameters and constraints."""
