@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,21 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     wrapped.__name__ = test.__name__
     wrapped.__doc__ = test.__doc__
     return wrapped
+
+
+@contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What the handlers log meanwhile."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("handlers").addHandler(handler)
+    logging.getLogger("handlers").setLevel(logging.INFO)
+    try:
+        yield records
+    finally:
+        logging.getLogger("handlers").removeHandler(handler)
+        logging.getLogger("handlers").setLevel(logging.NOTSET)
 
 
 def error_of(reply: Reply) -> dict[str, Any]:
@@ -244,11 +260,7 @@ async def test_an_error_after_the_first_token_is_an_event() -> None:
 
 @run
 async def test_unexpected_exceptions_reach_the_log_and_not_the_client() -> None:
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    logging.getLogger("handlers").addHandler(handler)
-    try:
+    with logged() as records:
         error = KeyError("/opt/secret/path")
         first = said("a", "b")[0]
         for body, steps in (
@@ -263,12 +275,23 @@ async def test_unexpected_exceptions_reach_the_log_and_not_the_client() -> None:
             assert b"req-1" in data
             assert b"secret" not in data
             assert b"Traceback" not in data
-    finally:
-        logging.getLogger("handlers").removeHandler(handler)
     assert len(records) == 3
     for record in records:
         assert "req-1" in record.getMessage()
         assert "secret" in logging.Formatter().format(record)
+
+
+@run
+async def test_a_clients_mistake_is_one_line_in_the_log_without_what_it_sent() -> None:
+    with logged() as records:
+        reply = await service(ScriptedBackend(said("a"))).answer(incoming(chat(temperature="very secret")))
+    assert reply.status == 400
+    (record,) = records
+    line = logging.Formatter().format(record)
+    assert "req-1: invalid_request (400) at " in line
+    assert ".py:" in line
+    assert "\n" not in line
+    assert "secret" not in line
 
 
 @run

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -127,7 +129,23 @@ def client_error(error: Exception, request_id: str) -> ServingError:
 
 
 def log_error(error: ServingError, request_id: str) -> None:
-    """The stack trace that the client does not see. Overload is not traced: it comes in thousands."""
-    traced = None if isinstance(error, Overloaded) else error
-    level = logging.ERROR if error.status >= 500 or error.status == 424 else logging.INFO
-    log.log(level, "request %s: %s (%d)", request_id, error.kind, error.status, exc_info=traced)
+    """The stack trace that the client does not see; on one line, and without messages, which may quote what the client
+    sent, where it is the client's mistake. Overload is not traced: it comes in thousands."""
+    told = ("request %s: %s (%d)", request_id, error.kind, error.status)
+    if isinstance(error, Overloaded):
+        log.info(*told)
+    elif error.status >= 500 or error.status == 424:
+        log.error(*told, exc_info=error)
+    else:
+        log.info("request %s: %s (%d) at %s", *told[1:], _places(error))
+
+
+_MOST_PLACES = 6
+
+
+def _places(error: BaseException) -> str:
+    """Where an exception comes from, innermost first: file, line and function."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)[-_MOST_PLACES:]
+    return ", ".join(f"{Path(one.filename).name}:{one.lineno} {one.name}" for one in reversed(frames))

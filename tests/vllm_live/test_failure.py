@@ -173,6 +173,27 @@ def test_a_killed_server_leaves_no_engine_behind() -> None:
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_a_server_killed_while_it_starts_leaves_no_engine_behind() -> None:
+    with LiveServer(SHAPES, ready=False) as server:
+        server.wait_for(r"\(EngineCore pid=(\d+)\)")
+        front = psutil.Process(server.process.pid)
+        engines = [one for one in front.children() if "resource_tracker" not in " ".join(one.cmdline())]
+        assert engines
+        server.process.kill()
+        server.wait()
+        _, alive = psutil.wait_procs(engines, timeout=30)
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_clean_stop_is_not_logged_as_a_failure() -> None:
+    with LiveServer(SHAPES) as server:
+        server.chat("hello")
+        server.terminate()
+        assert server.wait() == 0
+        assert " ERROR " not in server.log
+        assert "Traceback" not in server.log
+
+
 def test_vllms_own_series_stand_beside_ours(server: LiveServer) -> None:
     server.chat("hello")
     page = server.http.get("/metrics").text

@@ -38,7 +38,10 @@ def test_of_a_request_that_was_too_long(server: LiveServer) -> None:
     body = chat_body(noise(40), "What?")
     refused = server.http.post("/v1/chat/completions", json={**body, "max_tokens": 4060})
     assert refused.status_code == 400
-    assert server.http.post("/v1/chat/completions", json=body).status_code == 200
+    served = server.http.post("/v1/chat/completions", json=body)
+    assert served.status_code == 200
+    tokens = served.json()["usage"]["prompt_tokens"]
+    assert f"the prompt has {tokens} tokens" in refused.json()["error"]["message"]
 
 
 def test_of_clients_that_left_while_their_picture_was_rendered(server: LiveServer) -> None:
