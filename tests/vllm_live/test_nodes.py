@@ -48,6 +48,7 @@ def started(machines: Machines, model: Path, rank: int) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(900)
 def test_two_machines_serve_one_model_and_recover_from_the_loss_of_a_part(
     machines: Machines, tmp_path_factory: pytest.TempPathFactory

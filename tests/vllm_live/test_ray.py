@@ -145,6 +145,7 @@ def asked_anew() -> Iterator[None]:
     cluster._asked.cache_clear()
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("asked_anew")
 def test_the_devices_of_all_machines_are_counted(
@@ -167,6 +168,7 @@ def test_the_devices_of_all_machines_are_counted(
         )
 
 
+@pytest.mark.machines
 @pytest.mark.timeout(900)
 def test_a_model_is_served_across_machines_and_survives_the_loss_of_one(pair: Pair, model: Path) -> None:
     with pair.machines.on(0), LiveServer(model, *RAY, "dtype=float32", **pair.environ) as server:
