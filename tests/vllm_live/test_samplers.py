@@ -60,6 +60,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "all penalties": chat(
         xtc_probability=0.3, dry_multiplier=0.8, repetition_penalty=1.2, logit_bias={"40": -100.0}, **HOT
     ),
+    "a temperature above vLLM's": chat(temperature=3.5, top_k=20, seed=11, max_tokens=30),
     "n": chat("hello", top_a=0.05, n=3, logprobs=True, **HOT),
     "completions": ("/v1/completions", {"prompt": "a red circle and", "typical_p": 0.7, "top_a": 0.05, **HOT}),
     "LMI": (
@@ -221,6 +222,7 @@ def test_with_speculative_decoding_they_are_refused_and_others_answered() -> Non
         for name, fields in (
             ("top_a", {"temperature": 1.0, "top_a": 0.5}),
             ("dry_multiplier", {"dry_multiplier": 1.0}),
+            ("temperature", {"temperature": 2.5}),
         ):
             reply = ask(server, chat(**fields))
             assert reply.status_code == 400, reply.text

@@ -123,7 +123,7 @@ def test_prompt_logprobs_and_bias_and_minimum(server: LiveServer) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"temperature": 3.0}, "temperature"),
+        ({"temperature": 300.0}, "temperature"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
         ({"max_tokens": 100_000}, "max_tokens"),
     ],

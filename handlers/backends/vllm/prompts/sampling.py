@@ -10,7 +10,15 @@ from msgspec.structs import replace
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.vllm.failures import refused
-from handlers.backends.vllm.samplers.carried import HAS_ALL, NEUTRAL, Samplers, carried, some_seed, wanted
+from handlers.backends.vllm.samplers.carried import (
+    HAS_ALL,
+    HOTTEST,
+    NEUTRAL,
+    Samplers,
+    carried,
+    some_seed,
+    wanted,
+)
 from handlers.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -93,21 +101,24 @@ def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers)
     """Raise InvalidRequest unless the engine has the samplers that these parameters ask for."""
     if samplers.lacking is None and not (samplers.reports_choice and params.logprobs is not None):
         return
-    field = next(
+    temperature = min(params.temperature, HOTTEST)
+    asked = (
         name
         for name in params.__struct_fields__
         if name not in (*SAME, *TRANSLATED)
-        and wanted(replace(_PLAIN, temperature=params.temperature, **{name: getattr(params, name)}))
+        and wanted(replace(_PLAIN, temperature=temperature, **{name: getattr(params, name)}))
     )
+    field = next(asked, "temperature")
     name = names.get(field, field)
+    what = f"temperature {params.temperature:g}, above {HOTTEST:g}," if field == "temperature" else name
     if samplers.lacking is not None:
         raise InvalidRequest(
-            f"{name} is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
+            f"{what} is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
             "option.rolling_batch=rolling",
             param=name,
         )
     raise InvalidRequest(
-        f"{name} and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
+        f"{what} and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
         "let the operator choose raw_logprobs",
         param=name,
     )

@@ -43,6 +43,9 @@ _LEFT_TO_VLLM = (
 )  # fmt: skip
 """Masks among them are on the logits already when the processor sees them; the seed is there for each answer."""
 
+HOTTEST = 2.0
+"""The highest temperature that vLLM takes itself."""
+
 _PLAIN = SamplingParams()
 
 
@@ -72,7 +75,9 @@ def wanted(params: SamplingParams) -> bool:
     """The answer is another one with samplers that vLLM does not have."""
     if Repetition.of(params, ()) is not None:
         return True
-    return not params.greedy and (params.typical_p < 1.0 or Warping.of(params, 0) is not None)
+    return not params.greedy and (
+        params.typical_p < 1.0 or params.temperature > HOTTEST or Warping.of(params, 0) is not None
+    )
 
 
 def carried(params: SamplingParams) -> dict[str, bytes]:
