@@ -1,6 +1,6 @@
 """Write a random Llava in the hub's format, which transformers, vLLM and our engine load alike.
 
-    python -m bench.models FOLDER [--size 1.5m|212m]
+    python -m bench.models FOLDER [--size 1.5m|212m|7b]
 
 Its tokens all stand for ASCII text, and it never ends a reply by itself, so that every generated token reaches
 the client and every reply is as long as was asked for.
@@ -25,8 +25,7 @@ Matrix = Callable[[int, int], torch.Tensor]
 
 SPECIALS = ("<s>", "</s>", "<pad>", "<image>")
 BOS, EOS, PAD, IMAGE = range(4)
-IMAGE_SIDE, PATCH = 112, 14
-IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
+PATCH = 14
 TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{{ message['role'] + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -38,7 +37,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Size:
-    """The numbers that a size is made of; the text model's feed-forward is three times its width."""
+    """The numbers that a size is made of. side: of a picture, in pixels."""
 
     width: int
     layers: int
@@ -48,13 +47,22 @@ class Size:
     vision_width: int
     vision_layers: int
     vision_heads: int
+    feed_forward: int
+    vision_feed_forward: int
+    side: int = 112
     context: int = 4096
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.side // PATCH) ** 2
 
 
 SIZES = {
-    "1.5m": Size(128, 2, 4, 2, 4096, 64, 2, 2),
-    "212m": Size(1024, 12, 16, 8, 24576, 512, 4, 8),
+    "1.5m": Size(128, 2, 4, 2, 4096, 64, 2, 2, 384, 128),
+    "212m": Size(1024, 12, 16, 8, 24576, 512, 4, 8, 3072, 1024),
+    "7b": Size(4096, 32, 32, 32, 32064, 1024, 24, 16, 11008, 4096, side=336),
 }
+"""The last has the numbers of llava-hf/llava-1.5-7b-hf: 14 GB, for a GPU."""
 
 
 def write(folder: Path, size: str = "1.5m", seed: int = 0) -> Path:
@@ -100,9 +108,9 @@ def _weights(size: Size, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
             ("self_attn.k_proj", size.kv_heads * head, width),
             ("self_attn.v_proj", size.kv_heads * head, width),
             ("self_attn.o_proj", width, width),
-            ("mlp.gate_proj", 3 * width, width),
-            ("mlp.up_proj", 3 * width, width),
-            ("mlp.down_proj", width, 3 * width),
+            ("mlp.gate_proj", size.feed_forward, width),
+            ("mlp.up_proj", size.feed_forward, width),
+            ("mlp.down_proj", width, size.feed_forward),
         ):
             yield f"{name}{part}.weight", matrix(rows, columns)
         yield name + "input_layernorm.weight", torch.ones(width)
@@ -124,15 +132,15 @@ def _vision(size: Size, matrix: Matrix) -> Iterator[tuple[str, torch.Tensor]]:
     name = "vision_tower.vision_model."
     yield name + "embeddings.class_embedding", torch.randn(width)
     yield name + "embeddings.patch_embedding.weight", matrix(width, 3 * PATCH**2).view(width, 3, PATCH, PATCH)
-    yield name + "embeddings.position_embedding.weight", torch.randn(IMAGE_TOKENS + 1, width)
+    yield name + "embeddings.position_embedding.weight", torch.randn(size.image_tokens + 1, width)
     norms = ["pre_layrnorm", "post_layernorm"]
     for layer in range(size.vision_layers):
         inner = f"encoder.layers.{layer}."
         norms += [inner + "layer_norm1", inner + "layer_norm2"]
         for part, rows, columns in (
             *((f"self_attn.{which}_proj", width, width) for which in ("q", "k", "v", "out")),
-            ("mlp.fc1", 2 * width, width),
-            ("mlp.fc2", width, 2 * width),
+            ("mlp.fc1", size.vision_feed_forward, width),
+            ("mlp.fc2", width, size.vision_feed_forward),
         ):
             yield f"{name}{inner}{part}.weight", matrix(rows, columns)
             yield f"{name}{inner}{part}.bias", torch.zeros(rows)
@@ -147,14 +155,14 @@ def _plain(text: str) -> bool:
 
 def _files(size: Size) -> dict[str, dict[str, object]]:
     ends = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    square = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    square = {"height": size.side, "width": size.side}
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
         "image_token_index": IMAGE,
-        "image_seq_length": IMAGE_TOKENS,
+        "image_seq_length": size.image_tokens,
         "ignore_index": -100,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -2,
@@ -166,7 +174,7 @@ def _files(size: Size) -> dict[str, dict[str, object]]:
             "model_type": "llama",
             "vocab_size": size.vocabulary,
             "hidden_size": size.width,
-            "intermediate_size": 3 * size.width,
+            "intermediate_size": size.feed_forward,
             "num_hidden_layers": size.layers,
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.kv_heads,
@@ -180,10 +188,10 @@ def _files(size: Size) -> dict[str, dict[str, object]]:
         },
         "vision_config": {
             "model_type": "clip_vision_model",
-            "image_size": IMAGE_SIDE,
+            "image_size": size.side,
             "patch_size": PATCH,
             "hidden_size": size.vision_width,
-            "intermediate_size": 2 * size.vision_width,
+            "intermediate_size": size.vision_feed_forward,
             "num_hidden_layers": size.vision_layers,
             "num_attention_heads": size.vision_heads,
             "projection_dim": size.vision_width,
@@ -197,7 +205,7 @@ def _files(size: Size) -> dict[str, dict[str, object]]:
             "processor_class": "LlavaProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": IMAGE_SIDE},
+            "size": {"shortest_edge": size.side},
             "resample": 3,
             "do_center_crop": True,
             "crop_size": square,
