@@ -11,6 +11,9 @@ OPTIONS = ("rolling_batch=vllm", "enforce_eager=true", "kv_cache_memory_mb=256")
 
 READY_SECONDS = 240.0 if VLLM else 90.0
 
+STOP_SECONDS = 120.0 if VLLM else 40.0
+"""Until a server that stops, or cannot start, has ended: vLLM sees late what is wrong."""
+
 ENGINE_PROCESS = "EngineCore" if VLLM else "engine.process"
 """In the command line of an engine's process."""
 

@@ -22,7 +22,7 @@ import psutil
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.backend import ENGINE_PROCESS, OPTIONS, READY_SECONDS
+from tests.backend import ENGINE_PROCESS, OPTIONS, READY_SECONDS, STOP_SECONDS
 
 
 class LiveServer:
@@ -106,7 +106,7 @@ class LiveServer:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, seconds: float = 40) -> int:
+    def wait(self, seconds: float = STOP_SECONDS) -> int:
         return self.process.wait(seconds)
 
     def kill(self) -> None:

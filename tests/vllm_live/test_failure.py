@@ -295,3 +295,13 @@ def test_the_first_request_of_a_kind_does_not_wait_for_a_compiler(
     start = time.monotonic()
     assert server.chat("hello", **fields).status_code == 200
     assert time.monotonic() - start < 2
+
+
+def test_an_engine_that_cannot_start_says_where_the_reason_is() -> None:
+    with LiveServer(SHAPES, "num_gpu_blocks_override=1", ready=False) as server:
+        assert server.wait() == 1
+        assert (
+            "the reason is in the log above, in the last lines that begin with (Worker or (EngineCore"
+            in server.log
+        )
+        assert "(EngineCore pid=" in server.log

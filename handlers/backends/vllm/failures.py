@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _LONGEST_REASON = 300
 _LONGEST_CONFIGURATION_REASON = 600
+_ELSEWHERE = "Engine core initialization failed"
+"""vLLM's words where the engine's process knows why, and has logged it, and the front does not."""
 
 
 def failed(vllm: Vllm, error: Exception, param: str | None = None) -> ServingError:
@@ -54,4 +56,9 @@ def refusal_reason(error: BaseException) -> str:
         except (TypeError, KeyError):
             pass
     text = " ".join(str(error).split()) or type(error).__name__
+    if _ELSEWHERE in text:
+        text = (
+            "its engine's processes did not start; the reason is in the log above, in the last lines that begin with "
+            "(Worker or (EngineCore"
+        )
     return text[:_LONGEST_CONFIGURATION_REASON]
