@@ -53,9 +53,13 @@ class EngineBuilder:
 
     def build(self, tokenizer: Any, counters: Counters) -> Any:
         """An engine. Raises InvalidConfiguration with vLLM's reason when it refuses the configuration."""
-        vllm = self.vllm
+        vllm, given = self.vllm, self.arguments
+        if not self.machine.accelerators:
+            share_cores(
+                given["tensor_parallel_size"] * given["pipeline_parallel_size"] * given["data_parallel_size"]
+            )
         try:
-            made = vllm.AsyncEngineArgs(**self.arguments)
+            made = vllm.AsyncEngineArgs(**given)
             choose_library(made, tokenizer)
             return vllm.AsyncLLM.from_engine_args(
                 made,
@@ -98,10 +102,4 @@ class EngineBuilder:
         if self._settings.enable_lora:
             most = max(self.most_adapters, len(self.adapter_directories) if cpu else 0)
             arguments |= adapter_slots(arguments, most, cpu=cpu)
-        if cpu:
-            share_cores(
-                arguments["tensor_parallel_size"]
-                * arguments["pipeline_parallel_size"]
-                * arguments["data_parallel_size"]
-            )
         return arguments

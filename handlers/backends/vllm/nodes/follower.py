@@ -10,13 +10,11 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from handlers.backends.base import BackendStats, Capabilities, Health
-from handlers.backends.vllm import compat
+from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.nodes.workers import Workers
-from handlers.backends.vllm.options.arguments import engine_arguments
-from handlers.backends.vllm.options.plan import choose_devices
 from handlers.errors import InvalidConfiguration, Unavailable
 
 if TYPE_CHECKING:
@@ -49,7 +47,8 @@ class VllmFollower:
         return cls(configuration, model_path)
 
     async def load(self) -> None:
-        self._arguments = await asyncio.to_thread(self._engine_arguments)
+        # The first machine's: parts of one engine that disagreed about samplers or adapters would drift apart.
+        self._arguments = (await asyncio.to_thread(EngineBuilder, self._configuration, self._path)).arguments
         await self._start()
         self._keeping = asyncio.create_task(self._keep())
 
@@ -87,13 +86,6 @@ class VllmFollower:
         self._ready = False
         if self._workers is not None:
             await asyncio.to_thread(self._workers.end)
-
-    def _engine_arguments(self) -> dict[str, Any]:
-        from engine.machine import this_machine
-
-        machine = this_machine()
-        choose_devices(self._settings, len(machine.accelerators))
-        return engine_arguments(compat.load(), self._configuration, self._path, machine)
 
     async def _start(self) -> None:
         """Return when the workers are part of an engine. Raises InvalidConfiguration."""
