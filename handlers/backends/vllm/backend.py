@@ -38,7 +38,8 @@ from handlers.backends.vllm.engine.watch import Patience
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.constraints import Constraints
 from handlers.backends.vllm.prompts.front import VllmFront
-from handlers.backends.vllm.prompts.inputs import Inputs, placeholders, take_back
+from handlers.backends.vllm.prompts.inputs import Inputs
+from handlers.backends.vllm.prompts.rendered import placeholders, take_back
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm
 from handlers.backends.vllm.samplers.carried import with_breakers
 from handlers.errors import ServingError, Unavailable
@@ -216,7 +217,9 @@ class VllmBackend:
         prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
         ids: list[int] = list(prompt["prompt_token_ids"])
         try:
-            most = checked_sampling(request, len(ids), longest, vocab_size).max_tokens
+            most = params.max_tokens
+            if parts:
+                most = checked_sampling(request, len(ids), longest, vocab_size).max_tokens
             check_prompt_logprobs(params, len(ids))
         except ServingError:
             take_back(engine, prompt)

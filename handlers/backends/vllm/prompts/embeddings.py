@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from handlers.backends.embeddings import EmbeddingsWanted
+from handlers.backends.vllm.prompts.rendered import placeholders, prepared
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,7 @@ def misplaced(prompt: Any, hidden_size: int) -> str | None:
 
     Such an input ends the engine's process. What the engine has already is not looked at again.
     """
-    places = (prompt.get("mm_placeholders") or {}).get("image", ())
-    items = (prompt.get("mm_kwargs") or {}).get("image", ())
-    for place, item in zip(places, items, strict=True):
+    for place, item in zip(placeholders(prompt), prepared(prompt), strict=True):
         rows = None if item is None else item.get_data().get(ROWS)
         if item is not None and (rows is None or rows.numel() != place.get_num_embeds() * hidden_size):
             return "the model's processor gives these embeddings another number of tokens than they have rows"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.vllm.failures import refused
 from handlers.backends.vllm.prompts.embeddings import embedding_data, misplaced
+from handlers.backends.vllm.prompts.rendered import placeholders, take_back
 from handlers.backends.vllm.prompts.turns import PictureTurns
 from handlers.errors import ImageError, InvalidRequest
 from handlers.request import EmbeddingsPart, ImagePart
@@ -80,27 +81,6 @@ class Inputs:
             )
         loaded = self.embeddings.checked(embedded)
         return await asyncio.to_thread(embedding_data, loaded, self.embeddings.dtype)
-
-
-def placeholders(prompt: Any) -> list[Any]:
-    """Where an input's pictures stand, in no order: each has an `offset` and a `length` in tokens."""
-    return list((prompt.get("mm_placeholders") or {}).get("image", ()))
-
-
-def take_back(engine: Any, prompt: Any) -> None:
-    """Say that rendered pictures were not sent after all.
-
-    vLLM's front notes when it renders a picture that the engine has it from now on: the next request with the same
-    picture would come without it, and fail. What it rendered without data, the engine had before.
-    """
-    forget = getattr(getattr(engine.renderer, "mm_processor_cache", None), "invalidate", None)
-    if forget is None:
-        return
-    digests = (prompt.get("mm_hashes") or {}).get("image", ())
-    rendered = (prompt.get("mm_kwargs") or {}).get("image", ())
-    for digest, item in zip(digests, rendered, strict=True):
-        if item is not None:
-            forget(digest)
 
 
 async def _rendered(engine: Any, parsed: Any, params: Any) -> Any:
