@@ -7,6 +7,9 @@ stack trace. What only the operator may know goes into `__cause__` and so into t
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class ServingError(Exception):
     """Root of the tree. `status` is the HTTP status code, `kind` the label used in replies and metrics."""
@@ -165,3 +168,12 @@ class InvalidConfiguration(ServingError):
     """The model cannot be served as it is configured: met at start, never by a client."""
 
     kind = "invalid_configuration"
+
+
+def raised_at(error: BaseException) -> list[tuple[str, int, str]]:
+    """(file name, line, function) of each frame that an exception came through, innermost first.
+
+    Reads no source, so it may be asked on the event loop; holds no message, which may quote what a client sent.
+    """
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return [(Path(code.co_filename).name, line, code.co_name) for code, line in reversed(frames)]

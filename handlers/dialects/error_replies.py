@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +19,7 @@ from handlers.errors import (
     Overloaded,
     ServingError,
     Unavailable,
+    raised_at,
 )
 from handlers.exchange import Reply
 
@@ -144,8 +143,7 @@ _MOST_PLACES = 6
 
 
 def _places(error: BaseException) -> str:
-    """Where an exception comes from, innermost first: file, line and function."""
+    """Where the first cause of an exception comes from."""
     while error.__cause__ is not None:
         error = error.__cause__
-    frames = traceback.extract_tb(error.__traceback__)[-_MOST_PLACES:]
-    return ", ".join(f"{Path(one.filename).name}:{one.lineno} {one.name}" for one in reversed(frames))
+    return ", ".join(f"{file}:{line} {function}" for file, line, function in raised_at(error)[:_MOST_PLACES])

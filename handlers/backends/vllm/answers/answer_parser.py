@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from handlers.errors import raised_at
 from handlers.parsers.base import CallArguments, CallBroken, CallStart, Content, Piece, Reasoning
 from handlers.parsers.select import openai_call_id
 
@@ -136,15 +136,13 @@ class VllmParser:
     def _fail(self, error: Exception) -> None:
         self._failed = True
         # Neither the error's text nor its traceback: they quote the answer.
-        where = error.__traceback__
-        while where is not None and where.tb_next is not None:
-            where = where.tb_next
+        file, line, _ = next(iter(raised_at(error)), ("?", 0, ""))
         logger.error(
             "vLLM's parser %s failed with %s at %s:%d; the rest of the answer is shown as content",
             self._name,
             type(error).__name__,
-            "?" if where is None else Path(where.tb_frame.f_code.co_filename).name,
-            0 if where is None else where.tb_lineno,
+            file,
+            line,
         )
 
 
