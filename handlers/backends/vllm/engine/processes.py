@@ -124,10 +124,7 @@ class ProcessTree:
 
 
 def roots_of(engine: Any) -> list[int]:
-    """Ids of what vLLM's front has started for this `AsyncLLM`; none where Ray has started all. What else a keeper
-    holds says itself which `process_ids` it has."""
-    if (own := getattr(engine, "process_ids", None)) is not None:
-        return list(own)
+    """Ids of what vLLM's front has started for this `AsyncLLM`; none where Ray has started all."""
     resources = engine.engine_core.resources
     processes = list(getattr(resources.engine_manager, "processes", ()))
     if (coordinator := getattr(resources, "coordinator", None)) is not None:
