@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ from transformers import AutoImageProcessor, Qwen2VLForConditionalGeneration
 
 from tests.live import LiveServer, chat_body
 from tests.saved_tensors import encoded
+from tests.scripts import run_script
 from tests.test_embeddings_live import answer, body, post
 from tests.vllm_live.tiny_qwen import HIDDEN, make_qwen
 
-ROOT = Path(__file__).parent.parent.parent
 SHOWN = {"logprobs": True, "max_tokens": 8}
 
 
@@ -98,19 +95,8 @@ if __name__ == "__main__":
 
 def test_a_model_whose_engine_dies_of_them_does_so_at_the_start(model: Path, tmp_path: Path) -> None:
     """Here because the front is wrong about it: twice the hidden size, which vLLM does not check for this model."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(model)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "FAILED InvalidConfiguration option.enable_mm_embeds: the engine fails" in done.stdout
+    printed = run_script(tmp_path, SCRIPT, model)
+    assert "FAILED InvalidConfiguration option.enable_mm_embeds: the engine fails" in printed
 
 
 ROWS = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(7))

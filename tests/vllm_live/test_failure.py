@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 from tests.backend import BACK
 from tests.live import LiveServer, chat_body
 from tests.models import VLLM_SIZE, make_text_model
+from tests.scripts import run_script
 from tests.test_end_to_end import until_idle
 from tests.test_shapes_live import SHAPES, circle
 
@@ -269,19 +267,8 @@ if __name__ == "__main__":
 
 
 def test_a_closed_model_ends_its_own_processes_and_no_others_of_the_script(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(OTHERS)
-    done = subprocess.run(
-        [sys.executable, str(script), str(SHAPES)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "ALIVE True True 2" in done.stdout
+    printed = run_script(tmp_path, OTHERS, SHAPES)
+    assert "ALIVE True True 2" in printed
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.scripts import run_script
 from tests.test_shapes_live import PICTURES, SHAPES
-
-ROOT = Path(__file__).parent.parent.parent
 
 SCRIPT = """
 import sys
@@ -43,17 +39,6 @@ for answer in llm.chat([{"role": "user", "content": parts}], two)[0].outputs:
 
 
 def test_a_script_without_a_guard(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(SHAPES), str(PICTURES)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = [line.removeprefix("ANSWER ").strip() for line in done.stdout.splitlines() if "ANSWER" in line]
+    printed = run_script(tmp_path, SCRIPT, SHAPES, PICTURES)
+    answers = [line.removeprefix("ANSWER ").strip() for line in printed.splitlines() if "ANSWER" in line]
     assert answers == ["a red circle", "InvalidRequest", "a yellow star", "a yellow star", "a yellow star"]
