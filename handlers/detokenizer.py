@@ -43,6 +43,19 @@ class Detokenizer:
         self.stopped_by: str | None = None
         """The stop string that ended the answer."""
 
+    def pieces(self, token_ids: Sequence[int], *, silent: bool = False, finished: bool = False) -> list[str]:
+        """The text that each token makes certain. silent: the last one has none itself.
+
+        finished: no token follows, so the last one makes certain what was held back, or an entry of its own does
+        where there is no token.
+        """
+        pieces = [self.push(token) for token in (token_ids[:-1] if silent else token_ids)]
+        if silent and token_ids:
+            pieces.append("")
+        if finished and (held := self.finish()):
+            pieces.append(pieces.pop() + held if pieces else held)
+        return pieces
+
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; after a stop string, always empty."""
         if self.stopped_by is not None:

@@ -385,8 +385,8 @@ def test_the_tokens_texts_add_up_to_the_answer() -> None:
     steps: list[Step] = [
         Delta(0, [1], "", [piece(1, "\ufffd")]),
         Delta(0, [2], "é", [piece(2, "\ufffd")]),
-        Delta(0, [3, 4], "ab", [piece(3, "a"), piece(4, "b")]),
-        Delta(0, [5, 6], "c", [piece(5, "c"), piece(6, "STOP")]),
+        Delta(0, [3, 4], "ab", [piece(3, "a"), piece(4, "b")], pieces=["a", "b"]),
+        Delta(0, [5, 6], "c", [piece(5, "c"), piece(6, "STOP")], pieces=["", "c"]),
         Delta(0, [], "!", None, "stop", "STOP"),
     ]
     found = lines(steps, {"inputs": "hi"})

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from handlers.backends.base import Delta
+from handlers.backends.base import Delta, PositionLogprobs
 from handlers.errors import EngineFailed
-from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service
+from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 
 LMI = {"inputs": "hi"}
 Framing = Literal["whole", "lines", "events"]
@@ -64,6 +67,39 @@ def text_of(objects: list[dict[str, Any]]) -> str:
         else:
             text += item["generated_text"]
     return text
+
+
+@given(
+    st.lists(st.sampled_from(["", "a", " bc", "\u00e9\ufffd"]), min_size=1, max_size=8),
+    st.sets(st.integers(1, 7)),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_how_many_tokens_come_at_once_is_not_to_be_seen(pieces: list[str], cuts: set[int], eos: bool) -> None:
+    """A busy server gets several at once from its engine; LMI's lines and TGI's events are one for each token."""
+    if eos:
+        pieces[-1] = ""
+
+    def deltas(bounds: list[int]) -> list[Step]:
+        made: list[Step] = []
+        for start, end in itertools.pairwise(bounds):
+            own = [PositionLogprobs(token(10 + at, f"<{at}>"), ()) for at in range(start, end)]
+            ids, mine = [10 + at for at in range(start, end)], pieces[start:end]
+            made.append(Delta(0, ids, "".join(mine), own, pieces=mine))
+        last = made[-1]
+        assert isinstance(last, Delta)
+        last.finish_reason, last.eos = "stop", eos
+        return made
+
+    one_by_one = deltas(list(range(len(pieces) + 1)))
+    together = deltas([0, *sorted(cut for cut in cuts if cut < len(pieces)), len(pieces)])
+    for body, route in (
+        (LMI | {"stream": True, "parameters": {"details": True}}, "/invocations"),
+        (LMI | {"parameters": {"details": True}}, "/generate_stream"),
+        (LMI | {"parameters": {"details": True}}, "/generate"),
+    ):
+        found = [ask(body, route=route, steps=steps) for steps in (one_by_one, together)]
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

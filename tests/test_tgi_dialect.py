@@ -75,7 +75,7 @@ def ended(*texts: str, text_at_end: str = "") -> list[Step]:
     steps = said(*texts, "")
     last = steps[-1]
     assert isinstance(last, Delta)
-    last.token_ids, last.text, last.eos = [END], text_at_end, True
+    last.token_ids, last.text, last.pieces, last.eos = [END], text_at_end, [text_at_end], True
     last.logprobs = [PositionLogprobs(token(END, "</s>", -0.25), ())]
     return steps
 
@@ -360,7 +360,7 @@ def test_texts_of_tokens_that_are_no_special_ones_add_up() -> None:
 def test_tokens_that_came_together_with_the_end() -> None:
     positions = [PositionLogprobs(token(30, "a"), ()), PositionLogprobs(token(END, "</s>"), ())]
     for text in ("a", " a"):
-        last = Delta(0, [30, END], text, positions, finish_reason="stop", eos=True)
+        last = Delta(0, [30, END], text, positions, finish_reason="stop", eos=True, pieces=[text, ""])
         shown = [event["token"] for event in events({"inputs": "x"}, [last])]
         assert [(one["text"], one["special"]) for one in shown] == [(text, False), ("", True)]
 

@@ -41,6 +41,8 @@ class Delta:
     """What one step added to answer number `index` (0 to n-1).
 
     text: whole characters only; may lag behind token_ids while a character or a stop string is undecided.
+    pieces: what each token added to the text, which they add up to; where that is not known, the last one has
+    added it all. One entry also where there is no token.
     stop_reason: the stop string or stop id that ended the answer; None for end-of-sequence and for length.
     eos: the answer ended with the model's own end-of-sequence token.
     """
@@ -52,6 +54,11 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     eos: bool = False
+    pieces: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.pieces:
+            self.pieces = [""] * (len(self.token_ids) - 1) + [self.text]
 
 
 @dataclass(slots=True)

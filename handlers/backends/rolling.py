@@ -34,17 +34,22 @@ from handlers.backends.limits import checked_sampling, checked_tokens, longest_p
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
-from handlers.backends.tokens import TokenTexts, detokenized, rendered_prompt, skipped_tokens, tokenized
+from handlers.backends.tokens import (
+    TokenTexts,
+    answer_texts,
+    detokenized,
+    rendered_prompt,
+    skipped_tokens,
+    tokenized,
+)
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
-from handlers.request import ChatPrompt, GenerationRequest, Prompt, pictures
+from handlers.request import GenerationRequest, Prompt, pictures
 from handlers.templates import RenderedPrompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from properties.configuration import Configuration
     from properties.settings import Settings
 
@@ -189,10 +194,8 @@ class RollingBackend:
             prompt_token_ids=token_ids,
             prompt_text=rendered.text,
         )
-        # a constrained answer shows all that the grammar was told of, so also a space that it begins with
-        anew = isinstance(request.prompt, ChatPrompt) and grammar is None
-        prime = () if anew else tuple(token_ids[-8:])
-        return RollingGeneration(ticket, add, stats, self._front.tokenizer, prime, self._token_text)
+        texts = answer_texts(self._front.tokenizer, request, params, token_ids)
+        return RollingGeneration(ticket, add, stats, texts, self._token_text)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         front = self._front
@@ -269,29 +272,17 @@ class RollingGeneration:
         ticket: Ticket,
         add: Add,
         stats: PromptStats,
-        tokenizer: PreTrainedTokenizerFast,
-        prime: Sequence[int],
+        texts: list[Detokenizer],
         token_text: TokenTexts,
     ) -> None:
         self._token_text = token_text
         self.stats = stats
         self._ticket = ticket
-        self._params = params = add.params
+        self._params = add.params
         self._eos_token_ids = add.eos_token_ids
-        self._tokenizer = tokenizer
         self._index = {request_id: index for index, request_id in enumerate(ticket.ids)}
         self._open = set(ticket.ids)
-        self._texts = [
-            Detokenizer(
-                tokenizer.backend_tokenizer,
-                stop=params.stop,
-                include_stop=params.include_stop_str_in_output,
-                min_tokens=params.min_tokens,
-                skip_special_tokens=params.skip_special_tokens,
-                prime=prime,
-            )
-            for _ in ticket.ids
-        ]
+        self._texts = texts
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
@@ -325,15 +316,19 @@ class RollingGeneration:
         self.stats.queued = self.stats.queued or output.queued
         if output.cached_tokens > 0:
             self.stats.cached_tokens = max(self.stats.cached_tokens, output.cached_tokens)
-        *body, last = output.token_ids
-        by_token = output.finish == "stop" and (output.stop_token is not None or last in self._eos_token_ids)
-        silent = by_token and not self._params.include_stop_str_in_output
-        pieces = [text.push(token) for token in body]
-        pieces.append("" if silent else text.push(last))
+        by_token = output.finish == "stop" and (
+            output.stop_token is not None or output.token_ids[-1] in self._eos_token_ids
+        )
+        pieces = text.pieces(
+            output.token_ids,
+            silent=by_token and not self._params.include_stop_str_in_output,
+            finished=output.finish is not None,
+        )
         delta = Delta(
             index=index,
             token_ids=output.token_ids,
             text="".join(pieces),
+            pieces=pieces,
             logprobs=None
             if output.logprobs is None
             else [self._position(entry) for entry in output.logprobs],
@@ -342,7 +337,6 @@ class RollingGeneration:
             delta.finish_reason, delta.stop_reason = "stop", text.stopped_by
             self._ticket.abort([output.request_id])
         elif output.finish is not None:
-            delta.text += text.finish()
             delta.finish_reason = "length" if output.finish == "length" else "stop"
             delta.stop_reason = output.stop_token
             delta.eos = by_token and output.stop_token is None

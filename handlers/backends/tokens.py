@@ -8,15 +8,21 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from handlers.backends.base import TokenizedPrompt
+from handlers.detokenizer import Detokenizer
 from handlers.errors import InvalidRequest
-from handlers.request import GenerationRequest, TextPrompt
+from handlers.request import ChatPrompt, GenerationRequest, TextPrompt
 from handlers.templates import PromptRenderer, RenderedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from engine.sampling_params import SamplingParams
+
 LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
+
+PRIMING_TOKENS = 8
+"""Last tokens of a prompt that say how the text of an answer that goes on with it begins."""
 
 
 async def rendered_prompt(
@@ -28,6 +34,28 @@ async def rendered_prompt(
     if trusted and request.text_bytes <= LONG_PROMPT_BYTES:
         return renderer.render(prompt)
     return await asyncio.get_running_loop().run_in_executor(threads, renderer.render, prompt)
+
+
+def answer_texts(
+    tokenizer: PreTrainedTokenizerFast,
+    request: GenerationRequest,
+    params: SamplingParams,
+    token_ids: Sequence[int],
+) -> list[Detokenizer]:
+    """What makes the texts of the request's n answers. token_ids: the prompt's."""
+    # a constrained answer shows all that the grammar was told of, so also a space that it begins with
+    anew = isinstance(request.prompt, ChatPrompt) and request.constraint is None
+    return [
+        Detokenizer(
+            tokenizer.backend_tokenizer,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            prime=() if anew else token_ids[-PRIMING_TOKENS:],
+        )
+        for _ in range(request.n)
+    ]
 
 
 class TokenTexts:

@@ -54,9 +54,9 @@ class Conventions:
 
 @dataclass(slots=True)
 class Answer:
-    """One whole answer: the sum of its deltas."""
+    """One whole answer: the sum of its deltas. pieces: what each token added to the text."""
 
-    texts: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -64,7 +64,10 @@ class Answer:
     eos: bool = False
 
     def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
+        if delta.token_ids or not self.pieces:
+            self.pieces += delta.pieces
+        else:
+            self.pieces[-1] += delta.text
         self.token_ids += delta.token_ids
         if delta.logprobs:
             self.logprobs += delta.logprobs
@@ -73,7 +76,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        return "".join(self.pieces)
 
 
 @dataclass(slots=True)

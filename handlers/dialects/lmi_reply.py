@@ -131,18 +131,15 @@ def finish_reason(answer: Answer) -> str:
 
 
 def _shown(delta: Delta, *, last: bool) -> list[dict[str, Any]]:
-    """The delta's tokens with texts that add up to its text: clients join them.
+    """The delta's tokens with what each added to the text: clients join that.
 
-    A token that holds a piece of a character has an empty text; the one that completes it has it all.
+    A token that holds a part of a character has an empty text; the one that completes it has it all.
     """
     tokens = [_token(position.chosen) for position in delta.logprobs or ()]
     if len(tokens) != len(delta.token_ids):
         tokens = [{"id": token_id, "text": "", "log_prob": None} for token_id in delta.token_ids]
-    if "".join(token["text"] for token in tokens) != delta.text:
-        for token in tokens:
-            token["text"] = ""
-        if tokens:
-            tokens[-1]["text"] = delta.text
+    for token, piece in zip(tokens, delta.pieces, strict=False):
+        token["text"] = piece
     if last and delta.eos and tokens:
         tokens[-1]["special_token"] = True
     return tokens

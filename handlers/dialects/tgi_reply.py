@@ -111,41 +111,33 @@ class TgiWriter:
         return details
 
     def _all_tokens(self, answer: Answer) -> list[dict[str, Any]]:
-        """A token's text is what it added to the answer where that is known; a special one shows itself."""
+        """A token's text is what it added to the answer; a special one that added none shows itself."""
         tokens = [self._token(position.chosen) for position in answer.logprobs]
         if len(tokens) != len(answer.token_ids):
             return tokens
         if answer.eos and tokens:
             tokens[-1]["special"] = True
-        if len(answer.texts) == len(tokens):
-            for token, added in zip(tokens, answer.texts, strict=True):
-                if added or not token["special"]:
-                    token["text"], token["special"] = added, False
+        for token, added in zip(tokens, answer.pieces, strict=False):
+            if added or not token["special"]:
+                token["text"], token["special"] = added, False
         return tokens
 
     def _tokens(self, delta: Delta) -> Iterator[tuple[dict[str, Any], PositionLogprobs | None]]:
-        """The delta's tokens with texts that add up to its text: clients join those of tokens that are not special."""
+        """The delta's tokens with what each added to the text: clients join that of tokens that are not special."""
         positions: Sequence[PositionLogprobs | None] = delta.logprobs or ()
         if len(positions) != len(delta.token_ids):
             positions = [None] * len(delta.token_ids)
         special = [token_id in self._special for token_id in delta.token_ids]
         if delta.eos and special:
             special[-1] = True
-        texts = [
-            "" if position is None or no_text else position.chosen.text
-            for position, no_text in zip(positions, special, strict=True)
-        ]
-        if "".join(texts) != delta.text and texts:
-            # All of it with the last token that may have a text, be it a part of a character of it.
-            texts = [""] * len(texts)
-            texts[_last_of_text(special)] = delta.text
-        for token_id, text, no_text, position in zip(delta.token_ids, texts, special, positions, strict=True):
+        shown = zip(delta.token_ids, delta.pieces, special, positions, strict=False)
+        for token_id, text, no_text, position in shown:
             logprob = None if position is None else finite(position.chosen.logprob)
             yield (
                 {"id": token_id, "text": text, "logprob": logprob, "special": no_text and not text},
                 position,
             )
-        if not texts and (delta.text or delta.finish_reason is not None):
+        if not delta.token_ids and (delta.text or delta.finish_reason is not None):
             yield {"id": 0, "text": delta.text, "logprob": None, "special": not delta.text}, None
 
     def _top(self, position: PositionLogprobs) -> list[dict[str, Any]]:
@@ -158,10 +150,6 @@ class TgiWriter:
             "logprob": finite(token.logprob),
             "special": token.token_id in self._special,
         }
-
-
-def _last_of_text(special: Sequence[bool]) -> int:
-    return next((at for at in range(len(special) - 1, -1, -1) if not special[at]), len(special) - 1)
 
 
 def _mean_logprob(answer: Answer) -> float:

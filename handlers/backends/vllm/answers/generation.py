@@ -12,6 +12,7 @@ from handlers.errors import EngineFailed, InvalidRequest, PicturesLost, ServingE
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
+    from handlers.detokenizer import Detokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Stands for a probability of zero, which JSON has no logarithm for; vLLM's own value."""
@@ -26,6 +27,7 @@ class VllmGeneration:
         stats: PromptStats,
         params: SamplingParams,
         *,
+        texts: list[Detokenizer],
         copies: int,
         constrained: bool,
         eos_token_ids: Sequence[int],
@@ -33,8 +35,8 @@ class VllmGeneration:
         failure: Callable[[Exception], ServingError],
         ended: Callable[[VllmGeneration], None],
     ) -> None:
-        """outputs: vLLM's, each holding what is new.
-
+        """outputs: vLLM's, each holding what is new. texts: one for each answer that the engine makes; vLLM may hand
+        over several tokens at once, and they say what each of them added.
         copies: how often each answer is told: a greedy one is made once for all n. constrained: by a grammar.
         failure: what a client is told of vLLM's exception. ended: called once, when nothing runs any more.
         """
@@ -42,6 +44,8 @@ class VllmGeneration:
         self.started = False
         self._outputs = outputs
         self._params = params
+        self._texts = texts
+        self._open = set(range(len(texts)))
         self._copies = copies
         self._constrained = constrained
         self._eos = frozenset(eos_token_ids) - frozenset(params.stop_token_ids)
@@ -76,10 +80,13 @@ class VllmGeneration:
             while True:
                 await self._note(output)
                 for completion in output.outputs:
-                    if completion.token_ids or completion.finish_reason is not None:
+                    if completion.index in self._open and (completion.token_ids or completion.finish_reason):
                         for delta in self._deltas(completion):
                             yield delta
                 if output.finished:
+                    return
+                if not self._open:
+                    await self._outputs.aclose()
                     return
                 output = await anext(self._outputs)
         except (ServingError, GeneratorExit):
@@ -138,24 +145,36 @@ class VllmGeneration:
                 for token, entry in zip(token_ids, completion.logprobs, strict=False)
             ]
         stop_reason = completion.stop_reason
+        by_token = reason == "stop" and not isinstance(stop_reason, str)
         if stop_reason in self._eos:
             stop_reason = None
+        text = self._texts[completion.index]
+        pieces = text.pieces(
+            token_ids,
+            silent=by_token and not self._params.include_stop_str_in_output,
+            finished=reason is not None,
+        )
         finish: FinishReason | None = None
-        if reason is not None:
+        if text.stopped_by is not None:
+            # vLLM found it too, and has ended the answer.
+            finish, stop_reason, by_token = "stop", text.stopped_by, False
+        elif reason is not None:
             finish = reason if reason in ("length", "abort") else "stop"
-        made = [
+        if finish is not None:
+            self._open.discard(completion.index)
+        return [
             Delta(
                 index=completion.index + copy,
                 token_ids=list(token_ids) if copy else token_ids,
-                text=completion.text,
+                text="".join(pieces),
+                pieces=pieces,
                 logprobs=logprobs,
                 finish_reason=finish,
                 stop_reason=stop_reason,
-                eos=finish == "stop" and stop_reason is None,
+                eos=by_token and stop_reason is None,
             )
             for copy in range(self._copies)
         ]
-        return made
 
     def _position(self, token: int, entry: dict[int, Any], count: int) -> PositionLogprobs:
         ranked = sorted(entry.items(), key=lambda item: item[1].rank or 0)

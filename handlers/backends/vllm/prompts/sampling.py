@@ -83,6 +83,7 @@ def to_vllm(
         params.min_tokens if params.max_tokens is None else min(params.min_tokens, params.max_tokens)
     )
     fields["stop"] = list(params.stop)
+    fields["detokenize"] = bool(params.stop)  # only to find them: the answer's text is made here
     fields["stop_token_ids"] = list(params.stop_token_ids)
     if params.allowed_token_ids is not None:
         fields["allowed_token_ids"] = list(params.allowed_token_ids)
