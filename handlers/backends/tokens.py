@@ -43,8 +43,11 @@ def answer_texts(
     token_ids: Sequence[int],
 ) -> list[Detokenizer]:
     """What makes the texts of the request's n answers. token_ids: the prompt's."""
-    # a constrained answer shows all that the grammar was told of, so also a space that it begins with
-    anew = isinstance(request.prompt, ChatPrompt) and request.constraint is None
+    prompt = request.prompt
+    anew = isinstance(prompt, ChatPrompt) and not prompt.continue_final_message
+    if request.constraint is not None:
+        # It shows all that the grammar was told of, so also a space that it begins with.
+        anew = False
     return [
         Detokenizer(
             tokenizer.backend_tokenizer,

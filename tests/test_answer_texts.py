@@ -1,0 +1,142 @@
+"""Tokens to an answer's text, the same for every backend: where it begins, and what vLLM's outputs become."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from engine.sampling_params import SamplingParams
+from handlers.backends.base import Delta, PromptStats
+from handlers.backends.tokens import answer_texts
+from handlers.backends.vllm.answers.generation import VllmGeneration
+from handlers.errors import EngineFailed
+from handlers.request import ChatPrompt, Constraint, GenerationRequest, Message, Prompt, TextPart, TextPrompt
+
+WORDS = ["▁a", "▁red", "▁circle", "s", "</s>", "▁"]
+A, RED, CIRCLE, S, END, SPACE = range(len(WORDS))
+SAID = [Message("user", [TextPart("hi")])]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word's space belongs to its token, and a text's first space is nobody's: as with sentencepiece."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="▁"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "constraint", "text"),
+    [
+        (ChatPrompt(SAID), None, "red circle"),
+        (ChatPrompt(SAID, continue_final_message=True, add_generation_prompt=False), None, " red circle"),
+        (ChatPrompt(SAID), Constraint("regex", " red.*"), " red circle"),
+        (TextPrompt([TextPart("a")]), None, " red circle"),
+    ],
+)
+def test_only_a_chats_answer_begins_anew(prompt: Prompt, constraint: Constraint | None, text: str) -> None:
+    request = GenerationRequest("r", prompt, SamplingParams(), n=2, constraint=constraint)
+    for one in answer_texts(tokenizer(), request, request.sampling, [A]):
+        assert "".join(one.pieces([RED, CIRCLE], finished=True)) == text
+
+
+def output(
+    *token_ids: int, index: int = 0, reason: str | None = None, stop: int | str | None = None
+) -> SimpleNamespace:
+    """vLLM's, as far as it is read. Its text is not."""
+    completion = SimpleNamespace(
+        index=index, token_ids=list(token_ids), text="not read", logprobs=None, finish_reason=reason,
+        stop_reason=stop,
+    )  # fmt: skip
+    return SimpleNamespace(
+        outputs=[completion], finished=reason is not None, num_cached_tokens=0, prompt_logprobs=None
+    )
+
+
+def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[Delta], bool]:
+    """What becomes of vLLM's outputs, and whether vLLM was told that no more are wanted."""
+    told: list[bool] = []
+
+    async def given() -> AsyncGenerator[SimpleNamespace, None]:
+        try:
+            for one in outputs:
+                yield one
+        except GeneratorExit:
+            told.append(True)
+            raise
+
+    async def all_of_them() -> list[Delta]:
+        sampling = SamplingParams(**params)
+        request = GenerationRequest("r", ChatPrompt(SAID), sampling, n=n)
+        generation = VllmGeneration(
+            given(),
+            PromptStats(1),
+            sampling,
+            texts=answer_texts(tokenizer(), request, sampling, [A]),
+            copies=1,
+            constrained=False,
+            eos_token_ids=[END],
+            token_text=str,
+            failure=lambda error: EngineFailed(str(error)),
+            ended=lambda generation: None,
+        )
+        await generation.start()
+        return [delta async for delta in generation]
+
+    return asyncio.run(all_of_them()), bool(told)
+
+
+def test_each_token_has_its_own_text_however_many_vllm_hands_over_at_once() -> None:
+    one_by_one, _ = deltas(output(RED), output(CIRCLE), output(END, reason="stop"))
+    (together,), _ = deltas(output(RED, CIRCLE, END, reason="stop"))
+    assert [piece for delta in one_by_one for piece in delta.pieces] == ["red", " circle", ""]
+    assert list(together.pieces) == ["red", " circle", ""]
+    assert (together.text, together.finish_reason, together.stop_reason, together.eos) == (
+        "red circle", "stop", None, True,
+    )  # fmt: skip
+
+
+def test_a_stop_tokens_text_is_left_out_unless_it_is_wanted() -> None:
+    for include, text in ((False, "red"), (True, "red circle")):
+        (delta,), _ = deltas(
+            output(RED, CIRCLE, reason="stop", stop=CIRCLE),
+            stop_token_ids=[CIRCLE],
+            include_stop_str_in_output=include,
+        )
+        assert (delta.text, delta.finish_reason, delta.stop_reason, delta.eos) == (
+            text, "stop", CIRCLE, False,
+        )  # fmt: skip
+
+
+def test_a_stop_string_ends_the_answer_when_vllm_finds_it_and_when_it_does_not() -> None:
+    for end, told in ((output(CIRCLE, S, reason="stop", stop="circles"), False), (output(CIRCLE, S), True)):
+        found, stopped = deltas(output(RED), end, output(A), stop=["circles"])
+        last = found[-1]
+        assert "".join(delta.text for delta in found) == "red "
+        assert (last.finish_reason, last.stop_reason, last.eos) == ("stop", "circles", False)
+        assert stopped is told
+
+
+def test_text_held_back_for_a_stop_string_comes_with_the_end() -> None:
+    found, _ = deltas(output(RED), output(CIRCLE), output(END, reason="stop"), stop=["circles"])
+    assert [delta.text for delta in found] == ["red", " ", "circle"]
+    aborted, _ = deltas(output(RED), output(CIRCLE), output(reason="abort"), stop=["circles"])
+    assert [delta.text for delta in aborted] == ["red", " ", "circle"]
+    assert aborted[-1].finish_reason == "abort"
+
+
+def test_of_several_answers_each_has_its_own_text_and_end() -> None:
+    first_done = output(CIRCLE, S)
+    found, stopped = deltas(
+        output(RED), output(A, index=1), first_done, output(CIRCLE), output(CIRCLE, S, index=1), n=2,
+        stop=["circles"],
+    )  # fmt: skip
+    assert [(delta.index, delta.text) for delta in found] == [(0, "red"), (1, "a"), (0, " "), (1, " ")]
+    assert [delta.finish_reason for delta in found] == [None, None, "stop", "stop"]
+    assert stopped
