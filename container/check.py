@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import SecretStr
 
 from engine.machine import Machine, this_machine
+from handlers.backends.mistral_format import format_problems
 from handlers.backends.select import Choice, choose
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.options.arguments import refused_options
 from handlers.backends.vllm.options.fields import SECRET, engine_argument_names
-from handlers.backends.vllm.options.mistral import format_problems, format_warnings
+from handlers.backends.vllm.options.mistral import format_warnings
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.names import parser_problems

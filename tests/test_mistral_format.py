@@ -10,9 +10,9 @@ import pytest
 from container.check import describe
 from engine.errors import ModelLoadError
 from engine.machine import Device, Machine
+from handlers.backends.mistral_format import format_problems
 from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.vllm.options.mistral import (
-    format_problems,
     format_warnings,
     replaced_formats,
     weight_problems,

@@ -19,6 +19,7 @@ import msgspec
 from engine.environment import child_environment, die_with_parent
 from engine.errors import ModelLoadError
 from engine.families.pixels import ProcessorBackend
+from handlers.backends.mistral_format import mistral_tokenizer, only_mistral
 
 logger = logging.getLogger(__name__)
 
@@ -105,20 +106,6 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
         tokenizer_is_plain=_save_plain(tokenizer, folder / TOKENIZER),
         takes_pictures=preprocessor is not None,
         preprocessor=None if preprocessor is None else preprocessor.facts(),
-    )
-
-
-def mistral_tokenizer(model_path: Path) -> str | None:
-    """The file that holds Mistral's own tokenizer; None where there is none."""
-    found = [*model_path.glob("tekken.json"), *model_path.glob("tokenizer.model.v*")]
-    return found[0].name if found else None
-
-
-def only_mistral(file: str) -> str:
-    """What to say of a model that has no other tokenizer than that file."""
-    return (
-        f"the model has its tokenizer as {file} only, Mistral's own format, and no tokenizer.json: serve the model in "
-        "the Hugging Face format, or put the tokenizer.json and tokenizer_config.json of that beside it"
     )
 
 

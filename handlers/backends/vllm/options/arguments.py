@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from handlers.backends.mistral_format import format_problems
 from handlers.backends.vllm.compat import Vllm, load
 from handlers.backends.vllm.options.checks import refused_values, refused_whole
 from handlers.backends.vllm.options.fields import SECRET
 from handlers.backends.vllm.options.heads import model_heads
 from handlers.backends.vllm.options.mistral import (
-    format_problems,
     format_warnings,
     replaced_formats,
     weight_problems,

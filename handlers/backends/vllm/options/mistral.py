@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from handlers.backends.model_facts import mistral_tokenizer, only_mistral
+from handlers.backends.mistral_format import mistral_tokenizer
 from properties.names import PREFIX
 from properties.problem import Problem
 
@@ -37,32 +37,6 @@ def format_warnings(configuration: Configuration) -> list[Problem]:
         )
         for name, where in _asked(configuration).items()
     ]
-
-
-def format_problems(model_path: Path) -> list[Problem]:
-    """Why a model that has nothing but Mistral's own format cannot be served."""
-    if (model_path / "params.json").is_file() and not (model_path / "config.json").is_file():
-        return [
-            Problem(
-                "the model has params.json and no config.json, which is Mistral's own format: serve the model in the "
-                "Hugging Face format",
-                "model_id",
-            )
-        ]
-    own = mistral_tokenizer(model_path)
-    problems = []
-    if own is not None and not (model_path / "tokenizer.json").is_file():
-        problems.append(Problem(only_mistral(own), "model_id"))
-    weights = [path.name for kind in ("*.safetensors", "*.bin") for path in model_path.glob(kind)]
-    if weights and all(name.startswith("consolidated") for name in weights):
-        problems.append(
-            Problem(
-                "the model has its weights as consolidated*.safetensors only, Mistral's own format: serve the model in "
-                "the Hugging Face format",
-                "model_id",
-            )
-        )
-    return problems
 
 
 def weight_problems(model_path: Path) -> list[Problem]:
