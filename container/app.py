@@ -162,7 +162,12 @@ class App:
         self.calls.add(call)
         self.idle.clear()
         try:
-            body = await read_body(call.headers, call.receive, self._settings.max_request_size)
+            body = await read_body(
+                call.headers,
+                call.receive,
+                self._settings.max_request_size,
+                longest=self._settings.predict_timeout,
+            )
             call.body_read = True
             if self._settings.log_prompts:
                 log_prompt(call.request_id, body)

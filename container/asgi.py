@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Literal
 
@@ -37,20 +38,27 @@ class BodyTimeout(ServingError):
     kind = "body_timeout"
 
 
-async def read_body(headers: Mapping[str, str], receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises ClientGone, BodyTimeout, and PayloadTooLarge as soon as `limit` is passed."""
+async def read_body(headers: Mapping[str, str], receive: Receive, limit: int, *, longest: float) -> bytes:
+    """The whole body. longest: seconds that it may take in all; a pause of `BODY_PAUSE_SECONDS` ends it, too.
+
+    Raises ClientGone, BodyTimeout, and PayloadTooLarge as soon as `limit` is passed.
+    """
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
     body = bytearray()
     more = True
+    end = time.monotonic() + longest
     while more:
+        left = end - time.monotonic()
         try:
-            async with asyncio.timeout(BODY_PAUSE_SECONDS):
+            async with asyncio.timeout(min(BODY_PAUSE_SECONDS, left)):
                 message = await receive()
         except TimeoutError:
             raise BodyTimeout(
                 f"no part of the request's body came for {BODY_PAUSE_SECONDS:.0f} s; send it again"
+                if left > BODY_PAUSE_SECONDS
+                else f"the request's body took longer than {longest:.0f} s (predict_timeout); send less or faster"
             ) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
