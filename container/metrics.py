@@ -200,10 +200,10 @@ def _of_backend(stats: BackendStats) -> Iterator[Metric]:
         ("lmi_prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
         (
             "lmi_encoder_cache_queries",
-            "Pictures looked up in the vision encoder's cache.",
+            "Pictures looked up in the vision encoder's cache (with vLLM, in that of prepared pictures).",
             stats.encoder_cache_queries,
         ),
-        ("lmi_encoder_cache_hits", "Pictures found in the vision encoder's cache.", stats.encoder_cache_hits),
+        ("lmi_encoder_cache_hits", "Pictures found there.", stats.encoder_cache_hits),
         ("lmi_preemptions", "Requests put back into the queue for want of memory.", stats.preemptions),
         ("lmi_engine_restarts", "Engine processes started anew.", stats.engine_restarts),
     ):

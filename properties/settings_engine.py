@@ -38,8 +38,8 @@ class EngineSettings(BaseModel):
         variables=(Variable("PIPELINE_PARALLEL_DEGREE"),),
     )
     data_parallel_degree: Positive | None = option(
-        "Copies of the model inside vLLM. Default: devices divided by the other degrees, at most max_workers; 1 "
-        "without accelerators.",
+        "Copies of the model inside vLLM. Default: devices divided by the other degrees, at most max_workers; "
+        "max_workers or 1 without accelerators; 1 on several machines.",
         default=None,
         backends=VLLM,
         aliases=("data_parallel_size",),

@@ -20,7 +20,7 @@ def _megabytes(text: str) -> str:
 class ServerSettings(BaseModel):
     """Server and process"""
 
-    host: str = server_key("Address to listen on.", default="0.0.0.0")
+    host: str = server_key("Address to listen on; `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0")
     port: Port = server_key(
         "Port to listen on.",
         default=8080,
@@ -40,7 +40,7 @@ class ServerSettings(BaseModel):
         variables=(Variable("MAX_CONCURRENT_REQUESTS", Level.TGI),),
     )
     min_workers: Positive | None = server_key(
-        "Fewest copies of the model that must be ready. Default: max_workers.",
+        "Copies of the model on a CPU where max_workers is not set; /ping is 200 when one is ready.",
         default=None,
         aliases=("minWorkers",),
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),

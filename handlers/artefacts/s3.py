@@ -129,7 +129,7 @@ def _client() -> Any:
         import boto3
         from botocore.config import Config
     except ImportError as error:
-        raise ArtefactError("models from s3:// need boto3: pip install 'lmi-handler[s3]'") from error
+        raise ArtefactError("models from s3:// need boto3: pip install boto3") from error
     return boto3.session.Session().client(
         "s3",
         config=Config(

@@ -103,7 +103,7 @@ def streamed(client: openai.OpenAI) -> dict[str, Any]:
             finish += [choice.finish_reason] * (choice.finish_reason is not None)
         usage = chunk.usage or usage
     said["stream"] = "".join(texts)
-    said["stream pieces"] = len([text for text in texts if text]) > 3
+    said["stream pieces"] = len([text for text in texts if text]) > 1
     said["stream roles"], said["stream finish"] = roles, finish
     said["stream usage"] = usage is not None and usage.completion_tokens > 3
     prompt = f"![]({picture('yellow-star')['image_url']['url']})What is in this image?"

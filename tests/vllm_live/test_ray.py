@@ -200,7 +200,7 @@ def test_without_ray_it_is_said_what_to_install(
 ) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     assert run_check(str(model), RAY, False, {}) == 1
-    assert "ray is not installed: install ray>=2.40 beside vLLM (pip install 'lmi-handler[ray]')" in (
+    assert "ray is not installed: install ray>=2.40 beside vLLM (pip install 'ray>=2.40')" in (
         capsys.readouterr().out
     )
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 ASK_SECONDS = 30.0
 """Until a cluster has answered, the import of Ray included."""
 
-INSTALL = "install ray>=2.40 beside vLLM (pip install 'lmi-handler[ray]')"
+INSTALL = "install ray>=2.40 beside vLLM (pip install 'ray>=2.40')"
 
 
 @dataclass(frozen=True)

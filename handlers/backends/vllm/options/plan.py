@@ -73,7 +73,9 @@ def _on_this_machine(settings: Settings, accelerators: int, heads: Heads | None)
     devices = len(_chosen(settings, accelerators, problems))
     if devices == 0:
         ranks = 1 if degree == "max" else degree
-        return Plan(ranks, stages, copies or settings.max_workers or 1, 0, problems=problems)
+        return Plan(
+            ranks, stages, copies or settings.max_workers or settings.min_workers or 1, 0, problems=problems
+        )
     ranks = _ranks(degree, devices // stages // (copies or 1), heads)
     fitting = max(1, devices // (ranks * stages))
     plan = Plan(
