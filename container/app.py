@@ -18,7 +18,6 @@ from container.cors import Cors
 from container.keys import Keys
 from container.life import Answers, Life
 from container.metrics import Metrics
-from container.names import accepted_names, public_names
 from container.openapi.document import document
 from container.prompt_log import log_answer, log_prompt
 from container.routes import Match, MethodNotAllowed, Route, find
@@ -26,6 +25,7 @@ from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.dialects.sagemaker import ADAPTER
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
+from handlers.model_names import accepted_names, public_names
 from handlers.version import VERSION
 from properties.configuration import Configuration
 

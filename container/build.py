@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from container.life import Answers
-from container.names import accepted_names, public_names
 from handlers import build
 from handlers.backends.base import Backend
 from handlers.custom.backend import CustomBackend
@@ -14,6 +13,7 @@ from handlers.custom.find import find_formatters, find_handler, find_unused
 from handlers.custom.formatters import Formatters
 from handlers.custom.service import CustomService
 from handlers.images.loader import ImageLoader
+from handlers.model_names import accepted_names, public_names
 from handlers.observer import Observer
 from handlers.parsers.select import answer_formats
 from handlers.service import Service, ServiceLimits

@@ -74,7 +74,8 @@ def test_an_adapter_changes_the_answer_however_it_is_named(server: LiveServer) -
     assert ask(server) == RIGHT
     assert ask(server, "left", header=True) == left
     assert ask(server, model="left") == left
-    assert ask(server, model="anything else") == RIGHT
+    for name in ("shapes", "model", "lmi", "tgi"):
+        assert ask(server, model=name) == RIGHT
 
 
 def test_adapters_share_a_batch_and_keep_apart(server: LiveServer) -> None:
@@ -89,6 +90,14 @@ def test_an_unknown_adapter_is_a_404_that_names_no_other(server: LiveServer) -> 
     body = {**chat_body("hello"), "adapters": "middle"}
     reply = server.http.post("/v1/chat/completions", json=body)
     assert reply.status_code == 404
+    assert "'middle'" in reply.text
+    assert "left" not in reply.text
+
+
+def test_an_unknown_model_may_be_an_adapter_that_is_gone_and_is_a_404(server: LiveServer) -> None:
+    reply = server.http.post("/v1/chat/completions", json={**chat_body("hello"), "model": "middle"})
+    assert reply.status_code == 404
+    assert reply.json()["error"]["param"] == "model"
     assert "'middle'" in reply.text
     assert "left" not in reply.text
 

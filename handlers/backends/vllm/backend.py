@@ -43,6 +43,7 @@ from handlers.backends.vllm.prompts.rendered import placeholders, take_back
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm
 from handlers.backends.vllm.samplers.carried import with_breakers
 from handlers.errors import ServingError, Unavailable
+from handlers.model_names import ANYBODYS, accepted_names
 from handlers.request import pictures
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ class VllmBackend:
                 self._engine,
                 home=builder.home,
                 allowed=self._settings.allowed_adapter_path,
+                model_names={*accepted_names(self._configuration), *ANYBODYS}
+                if self._settings.enable_lora
+                else None,
             )
             await keeper.start()
             self._front = await loop.run_in_executor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,11 @@ class VllmAdapters:
         *,
         home: Path,
         allowed: str = "",
+        model_names: Collection[str] | None = None,
     ) -> None:
         """directories: of the adapters that are there from the start. most: how many may be added to.
 
+        model_names: what the model itself may be called by; None for anything.
         engine: the one that serves now; raises Unavailable. home, allowed: where adapters may come from.
         """
         self._vllm = vllm
@@ -86,6 +88,7 @@ class VllmAdapters:
         self._engine = engine
         self._home = home
         self._allowed = allowed
+        self._model_names = model_names
         self._numbers = itertools.count(1)
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
@@ -99,9 +102,17 @@ class VllmAdapters:
     def taken(self, adapter: str | None, model: str | None) -> LoadedAdapter | None:
         """The adapter that a request names, else one that its model is called like; to be given back.
 
-        None for the model itself. Raises NotFound, which does not tell the others' names.
+        None for the model itself. Raises NotFound, which does not tell the others' names, also for a model that is
+        neither: it may be an adapter that is misspelt or gone, and the answer of another would not be noticed.
         """
-        found = self._known.get(model or "") if adapter is None else self._one(adapter)
+        if adapter is not None:
+            found: LoadedAdapter | None = self._one(adapter)
+        else:
+            found = self._known.get(model or "")
+            if not (found or not model or self._model_names is None or model in self._model_names):
+                raise NotFound(
+                    f"there is no model and no adapter {model[:80]!r}; /v1/models lists them", param="model"
+                )
         if found is not None:
             found.users += 1
             found.free.clear()
