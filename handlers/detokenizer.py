@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+UNDECODABLE = "\ufffd"
+
 MOST_TEXTLESS = 16
 """Tokens that may go without text. The longest character is four bytes; special tokens have no text either."""
 
@@ -15,7 +17,7 @@ class Detokenizer:
     """The text of one answer.
 
     stop: strings that end the answer. Text that may turn out to be the beginning of one is held back until it
-    is decided. min_tokens: stop strings are not looked for in the text of the first that many tokens.
+    is decided. min_tokens: a stop string that is complete with the first that many tokens is not one.
     prime: token ids that the answer continues, so that a word's leading space is kept; empty for a chat, whose
     answer begins anew.
     """
@@ -32,14 +34,17 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(ids=list(prime) or None, skip_special_tokens=skip_special_tokens)
+        self._textless: list[int] = []
+        self._last: list[int] = []
+        self._unsaid = 0
+        self._stream = self._primed(list(prime))
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._longest_stop = max((len(text) for text in self._stop), default=0)
         self._count = 0
-        self._textless: list[int] = []
         self._held = ""
+        self._early = 0
         self.stopped_by: str | None = None
         """The stop string that ended the answer."""
 
@@ -66,15 +71,15 @@ class Detokenizer:
             return text
         pending = self._held + text
         if self._count <= self._min_tokens:
-            self._held = ""
-            return pending
+            self._early = len(pending)
         end = self._find_stop(pending)
         if end is not None:
             self._held = ""
             return pending[:end]
-        keep = self._undecided(pending)
-        self._held = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep]
+        shown = len(pending) - self._undecided(pending)
+        self._held = pending[shown:]
+        self._early = max(0, self._early - shown)
+        return pending[:shown]
 
     def finish(self) -> str:
         """What was held back for a stop string that did not come."""
@@ -88,25 +93,52 @@ class Detokenizer:
         try:
             text = self._stream.step(self._tokenizer, token_id) or ""
         except Exception:  # tokenizers raises a bare Exception when earlier text changes under a later token
-            text = ""
-            self._begin_anew()
-        if text:
-            self._textless.clear()
-        elif len(self._textless) >= MOST_TEXTLESS:
-            text = str(self._tokenizer.decode(self._textless, skip_special_tokens=self._skip_special_tokens))
-            self._begin_anew()
+            text = self._begun_anew()
+        if not text and len(self._textless) >= MOST_TEXTLESS:
+            text = self._begun_anew()
+        if not text:
+            return ""
+        self._last = self._textless[-1:]
+        self._textless.clear()
+        while self._unsaid and text.startswith(UNDECODABLE):
+            self._unsaid, text = self._unsaid - 1, text[1:]
+        self._unsaid = 0
         return text
 
-    def _begin_anew(self) -> None:
-        self._textless.clear()
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+    def _begun_anew(self) -> str:
+        """What is waiting, as the text after the last token that had one; further tokens follow it."""
+        before, both = self._decoded(self._last), self._decoded(self._last + self._textless)
+        text = both[len(before) :] if both.startswith(before) else self._decoded(self._textless)
+        self._stream = self._primed(self._textless[-1:])
+        return text
+
+    def _primed(self, token_ids: list[int]) -> DecodeStream:
+        """A stream of what follows these tokens, which the text is not to show.
+
+        The stream shows them nevertheless where their text ends in the middle of a character: it must not know so
+        many of them, and what it makes of the rest is left out.
+        """
+        whole = self._decoded(token_ids)
+        for known in range(len(token_ids), 0, -1):
+            if self._decoded(token_ids[:known]).endswith(UNDECODABLE):
+                continue
+            stream = DecodeStream(ids=token_ids[:known], skip_special_tokens=self._skip_special_tokens)
+            for token_id in token_ids[known:]:
+                stream.step(self._tokenizer, token_id)
+            self._unsaid = len(whole) - len(whole.rstrip(UNDECODABLE))
+            return stream
+        return DecodeStream(skip_special_tokens=self._skip_special_tokens)
+
+    def _decoded(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens))
 
     def _find_stop(self, pending: str) -> int | None:
-        """Where the text ends at the stop string that is complete first; None when there is none."""
+        """Where the text ends at the stop string that is complete first, of several that end there at the one named
+        first, as in vLLM; None when there is none."""
         best: tuple[int, int, str] | None = None
         for stop in self._stop:
-            at = pending.find(stop)
-            if at >= 0 and (best is None or (at + len(stop), at) < best[:2]):
+            at = pending.find(stop, max(0, self._early - len(stop) + 1))
+            if at >= 0 and (best is None or at + len(stop) < best[0]):
                 best = (at + len(stop), at, stop)
         if best is None:
             return None

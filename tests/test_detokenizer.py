@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from handlers.detokenizer import Detokenizer
 from tests.models import make_tokenizer
@@ -41,8 +42,8 @@ def test_any_text_comes_out_whole(text: str) -> None:
 def test_the_answer_ends_before_the_stop_string_that_is_complete_first(text: str, stops: list[str]) -> None:
     detokenizer = Detokenizer(TOKENIZER, stop=stops)
     got = "".join(feed(detokenizer, ids(text)))
-    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    assert got == (text[: min(ends)[1]] if ends else text)
+    ends = [(text.find(stop) + len(stop), i, text.find(stop)) for i, stop in enumerate(stops) if stop in text]
+    assert got == (text[: min(ends)[2]] if ends else text)
     assert (detokenizer.stopped_by is not None) == bool(ends)
 
 
@@ -62,6 +63,50 @@ def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
     assert "".join(feed(detokenizer, ids("aabba"))) == "aabb"
 
 
+def test_a_stop_string_that_only_begins_before_min_tokens_ends_the_answer() -> None:
+    detokenizer = Detokenizer(TOKENIZER, stop=["END", "E"], min_tokens=2)
+    assert "".join(feed(detokenizer, ids("aEND of it"))) == "a"
+    assert detokenizer.stopped_by == "END"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet="abc", max_size=24),
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 12),
+)
+def test_min_tokens_is_about_where_a_stop_string_ends(text: str, stops: list[str], min_tokens: int) -> None:
+    detokenizer = Detokenizer(TOKENIZER, stop=stops, min_tokens=min_tokens)
+    got = "".join(feed(detokenizer, ids(text)))
+    ends = [
+        (at + len(stop), i, at)
+        for i, stop in enumerate(stops)
+        for at in range(len(text))
+        if text.startswith(stop, at) and at + len(stop) > min_tokens
+    ]
+    assert got == (text[: min(ends)[2]] if ends else text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("a secret é", "b", "b"),
+        ("a secret \ufffd", " b", " b"),
+        ("\ufffd" * 9, " b", " b"),
+    ],
+)
+def test_nothing_of_the_prompt_is_shown(prompt: str, answer: str, text: str) -> None:
+    assert "".join(feed(Detokenizer(TOKENIZER, prime=ids(prompt)), ids(answer))) == text
+
+
+def test_a_character_may_begin_in_the_prompt() -> None:
+    first, second = ids("é")
+    pieces = feed(Detokenizer(TOKENIZER, prime=[*ids("a secret "), first]), [second, *ids("!")])
+    assert "".join(pieces) == "é!"
+    pieces = feed(Detokenizer(TOKENIZER, prime=[*ids("a secret "), first]), ids("b!"))
+    assert "".join(pieces) == "b!"
+
+
 @pytest.mark.parametrize(("skip", "want"), [(True, "ab"), (False, "a<|end|>b")])
 def test_special_tokens_are_shown_only_when_asked_for(skip: bool, want: str) -> None:
     token_ids = [*ids("a"), TOKENIZER.token_to_id("<|end|>"), *ids("b")]
@@ -74,6 +119,30 @@ def test_bytes_that_never_become_a_character_are_shown_and_cost_the_same_each() 
     pieces = [detokenizer.push(continuation) for _ in range(4000)]
     assert "".join(pieces) == "\ufffd" * 4000
     assert "".join(feed(detokenizer, ids("done"))) == "done"
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama's: words with their space, and bytes for what is no word."""
+    words = ["<unk>", "▁Hello", "▁world", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (["▁Hello", "<0xC3>", "<0xA9>", "<0xF0>", "<0x9F>", "▁world", "a"], " worlda"),
+        (["▁Hello", "<0x0A>", "<0xC3>", "▁world", "a"], " worlda"),
+    ],
+)
+def test_no_word_is_lost_after_broken_bytes(tokens: list[str], text: str) -> None:
+    backend = byte_fallback()
+    pieces = feed(Detokenizer(backend), [backend.token_to_id(token) for token in tokens])
+    assert "".join(pieces).startswith("Hello")
+    assert "".join(pieces).endswith(text)
 
 
 @settings(max_examples=200, deadline=None)
