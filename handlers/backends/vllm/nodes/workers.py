@@ -69,13 +69,21 @@ def _run(telling: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(telling, "w", encoding="utf-8", errors="replace") as tell:
         try:
-            config = compat.load().AsyncEngineArgs(**arguments).create_engine_config(headless=True)
-            executor = compat.multiproc_executor()(config, monitor_workers=False)
+            executor = _joining(arguments)
         except Exception as error:
             tell.write(str(error) or type(error).__name__)
             raise
         tell.write(_JOINED)
     executor.start_worker_monitor(inline=True)
+
+
+def _joining(arguments: dict[str, Any]) -> Any:
+    """The executor of this machine's workers, once they have joined. It takes the arguments as the first machine does:
+    the size of a step, of which all workers' buffers are, depends on who asks.
+    """
+    vllm = compat.load()
+    config = vllm.AsyncEngineArgs(**arguments).create_engine_config(vllm.server_context, headless=True)
+    return compat.multiproc_executor()(config, monitor_workers=False)
 
 
 def _end_with_parent() -> None:
