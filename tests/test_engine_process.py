@@ -172,21 +172,6 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_an_engine_that_dies_again_and_again_is_given_up(llava: Path) -> None:
-    async def scenario() -> None:
-        async with running_group([config(llava)], retry_threshold=1) as group:
-            async with asyncio.timeout(60):
-                group.replicas[0].client.kill()
-                while group.restarts == 0 or not group.alive:
-                    await group.changed()
-                group.replicas[0].client.kill()
-                while not group.given_up:
-                    await group.changed()
-            assert group.restarts == 1
-
-    asyncio.run(scenario())
-
-
 def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
     llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from handlers.dialects.tgi import Parameters as TgiParameters
 from tests.live import LiveServer
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
-EXAMPLES = 10
+EXAMPLES = 6
 """Requests for each operation and kind of body."""
 
 PICTURE = (
