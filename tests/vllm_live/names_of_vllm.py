@@ -159,6 +159,15 @@ has(vllm.AsyncLLM, "input_processor")
 items = find("vllm.multimodal.inputs vllm.multimodal", "MultiModalKwargsItem")
 has(items, "get_data")
 
+# What its newer model runner has room for.
+has(find("vllm.config", "VllmConfig"), "use_v2_model_runner")
+for limit in ("ALLOWED_TOKEN_IDS", "LOGIT_BIAS_TOKENS", "STOP_TOKEN_IDS"):
+    find("vllm.v1.worker.gpu.sample.logit_bias", f"MAX_NUM_{limit}")
+for limit in ("NUM_BAD_WORDS", "BAD_WORDS_TOTAL_TOKENS"):
+    find("vllm.envs", f"VLLM_MAX_{limit}")
+has(vllm.SamplingParams, "clone update_from_tokenizer bad_words_token_ids")
+has(vllm.AsyncLLM, "get_tokenizer")
+
 # Samplers of ours in its process.
 assert {"logits_processors", "logprobs_mode", "speculative_config"} <= names
 assert {"extra_args", "seed"} <= sampling

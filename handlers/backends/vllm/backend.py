@@ -40,6 +40,7 @@ from handlers.backends.vllm.prompts.constraints import Constraints
 from handlers.backends.vllm.prompts.front import VllmFront
 from handlers.backends.vllm.prompts.inputs import Inputs
 from handlers.backends.vllm.prompts.rendered import placeholders, take_back
+from handlers.backends.vllm.prompts.room import check_room
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm
 from handlers.backends.vllm.samplers.carried import with_breakers
 from handlers.errors import ServingError, Unavailable
@@ -217,14 +218,16 @@ class VllmBackend:
         early = dataclasses.replace(request, max_tokens_is_default=True) if parts else request
         params = await self._spelled(checked_sampling(early, len(token_ids), longest, vocab_size))
         copies = request.n if params.greedy else 1
-        theirs = to_vllm(self._vllm, params, request.n // copies, constraint, request.names, self._samplers)
+        answers = request.n // copies
+        theirs = to_vllm(self._vllm, params, answers, constraint, request.names, self._samplers)
+        await check_room(self._vllm, engine, theirs, self._front.eos_token_ids, self._threads)
         prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
         ids: list[int] = list(prompt["prompt_token_ids"])
         try:
             most = params.max_tokens
             if parts:
                 most = checked_sampling(request, len(ids), longest, vocab_size).max_tokens
-            check_prompt_logprobs(params, len(ids))
+            check_prompt_logprobs(params, len(ids), answers)
         except ServingError:
             take_back(engine, prompt)
             raise

@@ -192,6 +192,38 @@ def process_dict_updates() -> Callable[..., bool]:
     return find("vllm.v1.sample.logits_processor", "process_dict_updates")  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class RunnerRoom:
+    """What the newer model runner has room for, in one request. More is an error there that ends the engine.
+
+    stop_token_ids: those that min_tokens holds off, the model's own ends among them. bad_words, bad_word_tokens: as
+    vLLM spells them, up to two runs of tokens for a word.
+    """
+
+    allowed_token_ids: int
+    logit_bias: int
+    stop_token_ids: int
+    bad_words: int
+    bad_word_tokens: int
+
+
+def runner_room(vllm_config: Any) -> RunnerRoom | None:
+    """None where the older runner serves, which has room for all."""
+    return _newer_runner_room() if getattr(vllm_config, "use_v2_model_runner", True) else None
+
+
+@cache
+def _newer_runner_room() -> RunnerRoom:
+    bias, environment = "vllm.v1.worker.gpu.sample.logit_bias", "vllm.envs"
+    return RunnerRoom(
+        allowed_token_ids=find(bias, "MAX_NUM_ALLOWED_TOKEN_IDS", 1024),
+        logit_bias=find(bias, "MAX_NUM_LOGIT_BIAS_TOKENS", 1024),
+        stop_token_ids=find(bias, "MAX_NUM_STOP_TOKEN_IDS", 128),
+        bad_words=find(environment, "VLLM_MAX_NUM_BAD_WORDS", 128),
+        bad_word_tokens=find(environment, "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", 1024),
+    )
+
+
 def multiproc_executor() -> Any:
     """The class that runs the workers of one machine."""
     return find("vllm.v1.executor.multiproc_executor", "MultiprocExecutor")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_SEED, SamplingParams
 from handlers.backends.vllm.failures import refused
 from handlers.backends.vllm.samplers.carried import (
     HAS_ALL,
@@ -47,7 +47,13 @@ TRANSLATED = (
 )  # fmt: skip
 
 MOST_PROMPT_LOGPROBS = 2**18
-"""That of the chosen token included."""
+"""That of the chosen token included, those of all answers together."""
+
+SLOWER_WITH_STOPS = 20
+"""Times as long vLLM takes for each where there are stop strings: it then makes text of each, too."""
+
+_LONGEST = 2**30
+"""More tokens than any context has."""
 
 _PLAIN = SamplingParams()
 
@@ -79,14 +85,16 @@ def to_vllm(
         fields |= NEUTRAL | {"extra_args": carried(params)}
         if not params.greedy:
             fields |= {"temperature": 1.0, "seed": some_seed() if params.seed is None else params.seed}
-    fields["min_tokens"] = (
-        params.min_tokens if params.max_tokens is None else min(params.min_tokens, params.max_tokens)
-    )
+    if fields["seed"] is not None:
+        # Answer i is drawn with seed + i, and vLLM's newer model runner ends at one of more than 63 bits.
+        fields["seed"] = min(fields["seed"], MAX_SEED + 1 - n)
+    # It also ends where prompt and min_tokens together have more than 31 bits.
+    fields["min_tokens"] = min(params.min_tokens, params.max_tokens or _LONGEST)
     fields["stop"] = list(params.stop)
     fields["detokenize"] = bool(params.stop)  # only to find them: the answer's text is made here
     fields["stop_token_ids"] = list(params.stop_token_ids)
     if params.allowed_token_ids is not None:
-        fields["allowed_token_ids"] = list(params.allowed_token_ids)
+        fields["allowed_token_ids"] = list(dict.fromkeys(params.allowed_token_ids))
     if params.bad_words:
         fields["bad_words"] = list(params.bad_words)
     if constraint is not None:
@@ -147,15 +155,19 @@ def structured(vllm: Vllm, constraint: Constraint) -> Any:
         raise refused(error, constraint.param) from error
 
 
-def check_prompt_logprobs(params: SamplingParams, prompt_tokens: int) -> None:
+def check_prompt_logprobs(params: SamplingParams, prompt_tokens: int, answers: int) -> None:
     """Raise InvalidRequest for more probabilities than vLLM should put together.
 
-    It does so on the event loop, about 20 us for each.
+    It does so on the event loop, for each of the answers that it makes: about 0.7 us for each probability.
     """
     count = params.prompt_logprobs
-    if count is not None and (count + 1) * prompt_tokens > MOST_PROMPT_LOGPROBS:
+    if count is None:
+        return
+    most = MOST_PROMPT_LOGPROBS // (SLOWER_WITH_STOPS if params.stop else 1)
+    if (count + 1) * prompt_tokens * answers > most:
         raise InvalidRequest(
-            f"prompt_logprobs is {count}, for a prompt of {prompt_tokens} tokens; allowed: "
-            f"{MOST_PROMPT_LOGPROBS} probabilities in all",
+            f"prompt_logprobs is {count}, for a prompt of {prompt_tokens} tokens"
+            f"{f' and {answers} answers' if answers > 1 else ''}; allowed: {most} probabilities in all"
+            f"{' where there are stop strings' if params.stop else ''}",
             param="prompt_logprobs",
         )
