@@ -100,11 +100,11 @@ def test_stops_are_bounded() -> None:
     assert "parameters.stop_sequences" in refusal(lmi(stop_sequences=["x" * 1001]))
 
 
-def test_negative_seeds_stand_for_positive_ones() -> None:
+def test_negative_seeds_stand_for_positive_ones_but_for_the_one_that_is_none() -> None:
     backend = ScriptedBackend(said("a"))
-    for seed in (-1, -(2**63), 2**63 - 1, 0):
+    for seed in (-1, -2, -(2**63), 2**63 - 1, 0):
         assert answer(chat(seed=seed), backend).status == 200
-    assert [r.sampling.seed for r in backend.requests] == [2**63 - 1, 0, 2**63 - 1, 0]
+    assert [r.sampling.seed for r in backend.requests] == [None, 2**63 - 2, 0, 2**63 - 1, 0]
 
 
 def test_a_priority_is_ignored_unless_it_is_allowed() -> None:

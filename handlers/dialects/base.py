@@ -128,8 +128,8 @@ def sampling_params(
 ) -> SamplingParams:
     """The client's values over the model's defaults; None counts as not given.
 
-    names: what the client calls a field where that is not its name here. A negative seed, which OpenAI allows,
-    stands for the seed 2^63 above it. Raises InvalidRequest.
+    names: what the client calls a field where that is not its name here. The seed -1 is none, as in vLLM; another
+    negative one, which OpenAI allows, stands for the seed 2^63 above it. Raises InvalidRequest.
     """
     names = names or {}
     known = SamplingParams.__struct_fields__
@@ -139,7 +139,7 @@ def sampling_params(
         if not -MAX_SEED - 1 <= seed <= MAX_SEED:
             shown = names.get("seed", "seed")
             raise InvalidRequest(f"{shown} must be a whole number from -2^63 to 2^63-1", param=shown)
-        values["seed"] = seed & MAX_SEED
+        values["seed"] = None if seed == -1 else seed & MAX_SEED
     sampling = SamplingParams(**values)
     try:
         sampling.validate()
