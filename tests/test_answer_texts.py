@@ -83,7 +83,7 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
             constrained=False,
             eos_token_ids=[END],
             token_text=str,
-            failure=lambda error: EngineFailed(str(error)),
+            failure=lambda error, begun: EngineFailed(str(error)),
             ended=lambda generation: None,
         )
         await generation.start()

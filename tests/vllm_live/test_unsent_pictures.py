@@ -19,7 +19,7 @@ from tests.test_shapes_live import SHAPES
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
-    with LiveServer(SHAPES) as live:
+    with LiveServer(SHAPES, "max_logprobs=2") as live:
         yield live
 
 
@@ -42,6 +42,15 @@ def test_of_a_request_that_was_too_long(server: LiveServer) -> None:
     assert served.status_code == 200
     tokens = served.json()["usage"]["prompt_tokens"]
     assert f"the prompt has {tokens} tokens" in refused.json()["error"]["message"]
+
+
+def test_of_a_request_that_only_vllm_refuses(server: LiveServer) -> None:
+    body = chat_body(noise(40), "What?", temperature=1.0)
+    refused = server.http.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 5})
+    assert refused.status_code == 400
+    assert "greater than max allowed: 2" in refused.json()["error"]["message"]
+    assert server.http.post("/v1/chat/completions", json={**body, "n": 2}).status_code == 200
+    assert "cache miss" not in server.log
 
 
 def test_of_clients_that_left_while_their_picture_was_rendered(server: LiveServer) -> None:

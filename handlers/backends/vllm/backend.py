@@ -43,7 +43,7 @@ from handlers.backends.vllm.prompts.rendered import placeholders, take_back
 from handlers.backends.vllm.prompts.room import check_room
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm
 from handlers.backends.vllm.samplers.carried import with_breakers
-from handlers.errors import ServingError, Unavailable
+from handlers.errors import InvalidRequest, Overloaded, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
 from handlers.request import pictures
 
@@ -190,7 +190,7 @@ class VllmBackend:
         engine = self._engine()
         adapter = self._adapters.taken(request.adapter, request.model)
         try:
-            generation = await self._admitted(engine, request, adapter)
+            generation, prompt = await self._admitted(engine, request, adapter)
         except BaseException:
             if adapter is not None:
                 adapter.give_back()
@@ -198,13 +198,19 @@ class VllmBackend:
         self._open.add(generation)
         assert self._keeper is not None
         self._keeper.in_flight = len(self._open)
-        await generation.start()
+        try:
+            await generation.start()
+        except (InvalidRequest, Overloaded):
+            # The engine never got the pictures that vLLM's front noted as sent.
+            take_back(engine, prompt)
+            raise
         self._keeper.answered = True
         return generation
 
     async def _admitted(
         self, engine: Any, request: GenerationRequest, adapter: LoadedAdapter | None
-    ) -> VllmGeneration:
+    ) -> tuple[VllmGeneration, Any]:
+        """Not started yet, and vLLM's input."""
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         assert self._constraints is not None, "load() has not returned"
         constraint = await self._constraints.checked(request.constraint)
@@ -247,7 +253,7 @@ class VllmBackend:
             lora_request=None if adapter is None else adapter.request,
             priority=request.priority,
         )
-        return VllmGeneration(
+        generation = VllmGeneration(
             outputs,
             stats,
             params,
@@ -256,9 +262,10 @@ class VllmBackend:
             eos_token_ids=self._front.eos_token_ids,
             token_text=self._front.token_text,
             constrained=constraint is not None,
-            failure=partial(self._failure, constraint=request.constraint),
+            failure=partial(self._failure, engine, request.constraint),
             ended=partial(self._forget, adapter=adapter),
         )
+        return generation, prompt
 
     async def _spelled(self, params: SamplingParams) -> SamplingParams:
         """With DRY's breakers as token ids. In a thread: there may be a thousand long ones."""
@@ -277,11 +284,12 @@ class VllmBackend:
         parts = list(pictures(prompt))
         if parts:
             keeper = self._keeper
-            if keeper is None or keeper.engine is None:
+            engine = None if keeper is None else keeper.engine
+            if engine is None:
                 raise Unavailable("the engine is being restarted; try again", retry_after=5)
             token_ids = front.exchanged(rendered.token_ids, parts)
-            placed = await self._inputs.placed(keeper.engine, token_ids, parts)
-            take_back(keeper.engine, placed)
+            placed = await self._inputs.placed(engine, token_ids, parts)
+            take_back(engine, placed)
             ids = list(placed["prompt_token_ids"])
             places = sorted(placeholders(placed), key=lambda place: int(place.offset))
             expanded = [ids[place.offset : place.offset + place.length] for place in places]
@@ -353,7 +361,11 @@ class VllmBackend:
         if self._keeper is not None:
             self._keeper.in_flight = len(self._open)
 
-    def _failure(self, error: Exception, constraint: Constraint | None) -> ServingError:
+    def _failure(
+        self, engine: Any, constraint: Constraint | None, error: Exception, begun: bool
+    ) -> ServingError:
         if isinstance(error, self._vllm.EngineDeadError) and not self._loaded:
             return Unavailable("the server is stopping", retry_after=5)
-        return failed(self._vllm, error, None if constraint is None else constraint.param)
+        param = None if constraint is None else constraint.param
+        # Where vLLM's output loop has failed, what it failed with is told before an output, too.
+        return failed(self._vllm, error, param, accepted=begun or engine.errored)

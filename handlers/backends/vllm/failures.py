@@ -15,13 +15,16 @@ _ELSEWHERE = "Engine core initialization failed"
 """vLLM's words where the engine's process knows why, and has logged it, and the front does not."""
 
 
-def failed(vllm: Vllm, error: Exception, param: str | None = None) -> ServingError:
+def failed(vllm: Vllm, error: Exception, param: str | None = None, *, accepted: bool = False) -> ServingError:
     """What a client is told when its request ended with an exception of vLLM's.
 
-    param: the client's field, where a refusal names none.
+    param: the client's field, where a refusal names none. accepted: whether the engine had the request. What fails
+    then is no refusal of it, whatever its type: vLLM tells a failure of its own loop to all requests.
     """
     if isinstance(error, vllm.EngineDeadError):
         return EngineFailed("the engine process died while it worked on this request; try again")
+    if accepted:
+        return EngineFailed("the engine failed on this request")
     if isinstance(error, vllm.busy_errors):
         return Overloaded("the engine's queue is full; try again later", retry_after=1)
     cause = error.__cause__

@@ -32,13 +32,14 @@ class VllmGeneration:
         constrained: bool,
         eos_token_ids: Sequence[int],
         token_text: Callable[[int], str],
-        failure: Callable[[Exception], ServingError],
+        failure: Callable[[Exception, bool], ServingError],
         ended: Callable[[VllmGeneration], None],
     ) -> None:
         """outputs: vLLM's, each holding what is new. texts: one for each answer that the engine makes; vLLM may hand
         over several tokens at once, and they say what each of them added.
         copies: how often each answer is told: a greedy one is made once for all n. constrained: by a grammar.
-        failure: what a client is told of vLLM's exception. ended: called once, when nothing runs any more.
+        failure: what a client is told of vLLM's exception, and whether an output came before it.
+        ended: called once, when nothing runs any more.
         """
         self.stats = stats
         self.started = False
@@ -63,13 +64,14 @@ class VllmGeneration:
             raise EngineFailed("the engine ended the answer before it began") from None
         except Exception as error:
             self._end()
-            raise self._failure(error) from error
+            raise self._failure(error, False) from error
         except BaseException:
             self._end()
             raise
-        if self.stats.image_tokens and _failed_unseen(self._first):
+        if self.stats.image_tokens and any(map(_failed_unseen, self._first.outputs)):
             # Its own picture, or another client's that it shares. vLLM has taken note that it must be sent again.
-            self._end()
+            # Each of several answers misses it by itself; those that have not told yet are aborted.
+            await self.aclose()
             raise PicturesLost("the engine has lost a picture of this request; try again")
         self.started = True
 
@@ -94,7 +96,7 @@ class VllmGeneration:
         except StopAsyncIteration:
             return
         except Exception as error:
-            raise self._failure(error) from error
+            raise self._failure(error, True) from error
         finally:
             self._end()
 
@@ -188,8 +190,6 @@ class VllmGeneration:
         )
 
 
-def _failed_unseen(output: Any) -> bool:
-    """Whether it is the end of a request, by a failure of the engine's and without a token."""
-    return bool(output.finished) and all(
-        completion.finish_reason == "error" and not completion.token_ids for completion in output.outputs
-    )
+def _failed_unseen(completion: Any) -> bool:
+    """Whether an answer ends by a failure of the engine's, without a token."""
+    return completion.finish_reason == "error" and not completion.token_ids

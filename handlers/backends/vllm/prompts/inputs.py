@@ -12,7 +12,7 @@ from handlers.backends.vllm.failures import refused
 from handlers.backends.vllm.prompts.embeddings import embedding_data, misplaced
 from handlers.backends.vllm.prompts.rendered import placeholders, take_back
 from handlers.backends.vllm.prompts.turns import PictureTurns
-from handlers.errors import ImageError, InvalidRequest
+from handlers.errors import ImageError, InvalidRequest, Unavailable
 from handlers.request import EmbeddingsPart, ImagePart
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Inputs:
         """vLLM's input, its pictures placed; they are let go of here.
 
         token_ids: with what vLLM wants to see for each picture (`places`).
-        Raises ImageError and InvalidRequest.
+        Raises ImageError, InvalidRequest, and Unavailable where the engine was lost meanwhile.
         """
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         digests: list[str] = []
@@ -50,6 +50,9 @@ class Inputs:
         except self._vllm.client_errors as error:
             raise refused(error) from error
         except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+            if engine.errored:
+                # Its renderer has been shut down, which is no fault of the request.
+                raise Unavailable("the engine is being restarted; try again", retry_after=5) from error
             if not parts:
                 raise refused(error) from error
             raise ImageError(0, "the model's processor cannot prepare these pictures") from error
