@@ -41,12 +41,17 @@ class ScriptedEngine:
 
 
 class House:
-    """Builds scripted engines; `fail` counts how many of the next ones cannot be built."""
+    """Builds scripted engines; `fail` counts how many of the next ones cannot be built.
+
+    full: who asks one for a token is refused; `refused` counts them.
+    """
 
     def __init__(self, copies: int = 1, stuck: float = 60.0, **options: Any) -> None:
         self.built: list[ScriptedEngine] = []
         self.copies = copies
         self.fail = 0
+        self.full = False
+        self.refused = 0
         self.process: Any = None
         """What the next engine is."""
         self.counters = Counters()
@@ -62,6 +67,9 @@ class House:
         return self.built[-1]
 
     async def ask(self, engine: ScriptedEngine, copy: int) -> None:
+        if self.full:
+            self.refused += 1
+            raise RuntimeError("the queue is full")
         if not engine.answers[copy]:
             await asyncio.Event().wait()
 
@@ -145,6 +153,48 @@ def test_a_word_about_any_request_clears_the_suspicion() -> None:
         for _ in range(50):
             house.counters.signs[0] = time.monotonic()
             await asyncio.sleep(0.01)
+        assert len(house.built) == 1
+        await house.keeper.close()
+
+    run(scenario)
+
+
+def test_a_silent_engine_whose_queue_is_full_is_replaced() -> None:
+    async def scenario() -> None:
+        house = House(stuck=0.2)
+        await house.keeper.start()
+        house.keeper.in_flight = 1
+        house.full = True
+        await until(lambda: house.keeper.health().reason == "the engine does not answer")
+        await until(lambda: bool(house.built[0].told))
+        house.full = False
+        await until(lambda: len(house.built) == 2 and house.keeper.health().ready)
+        await house.keeper.close()
+
+    run(scenario)
+
+
+def test_who_was_refused_asks_again() -> None:
+    async def scenario() -> None:
+        house = House()
+        await house.keeper.start()
+        house.full = True
+        await until(lambda: house.keeper.health().reason == "the engine does not answer")
+        house.full = False
+        await until(lambda: house.keeper.health().ready)
+        assert len(house.built) == 1
+        await house.keeper.close()
+
+    run(scenario)
+
+
+def test_a_full_queue_says_nothing_of_one_copy_of_several() -> None:
+    async def scenario() -> None:
+        house = House(copies=2, stuck=0.02)
+        await house.keeper.start()
+        house.full = True
+        await until(lambda: house.refused > 10)
+        assert house.keeper.health().ready
         assert len(house.built) == 1
         await house.keeper.close()
 

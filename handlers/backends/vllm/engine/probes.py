@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.engine.watch import count_copies
+from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.embeddings import embeddings_wanted, smallest
-from handlers.errors import InvalidConfiguration, ServingError
+from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
@@ -28,14 +29,19 @@ class Probes:
 
     async def ask(self, engine: Any, copy: int) -> None:
         """For one token of one copy."""
-        await self._generate(engine, copy, [0], max_tokens=1, temperature=0.0)
+        await self._generate(engine, copy, [0], max_tokens=1, **_likeliest(engine))
 
     async def warm(self, engine: Any, copy: int) -> None:
         """The first request with log probabilities waits for a compiler, seconds; again where there are several rows,
-        as a prompt of three tokens has."""
-        await self._generate(
-            engine, copy, [0] * 3, max_tokens=2, temperature=1.0, top_p=0.9, logprobs=1, prompt_logprobs=1
-        )
+        as a prompt of three tokens has. What vLLM refuses nobody can ask for, and need not be warm."""
+        try:
+            await self._generate(engine, copy, [0] * 3, max_tokens=2, **_warming(engine))
+        except Exception as error:
+            known = failed(self._vllm, error, accepted=engine.errored)
+            if not isinstance(known, InvalidRequest):
+                raise
+            logger.warning("first requests may wait for a compiler: %s", known.message)
+            await self.ask(engine, copy)
 
     async def try_embeddings(self, engine: Any, front: VllmFront) -> None:
         """Take them from clients if the model does. Raises InvalidConfiguration where the engine fails on them."""
@@ -45,7 +51,8 @@ class Probes:
             return
         parts = [smallest(wanted)]
         try:
-            await self._generate(engine, 0, front.exchanged([token], parts), parts, max_tokens=1)
+            prompt = front.exchanged([token], parts)
+            await self._generate(engine, 0, prompt, parts, max_tokens=1, **_likeliest(engine))
         except ServingError as error:
             logger.warning("embeddings of pictures are refused: %s", error.message)
             self._inputs.embeddings = None
@@ -66,3 +73,23 @@ class Probes:
         )
         async for _ in outputs:
             pass
+
+
+def _likeliest(engine: Any) -> dict[str, Any]:
+    """The likeliest token, as this engine's options let it be asked for."""
+    if getattr(engine.model_config, "return_sampling_mask", False):
+        # What it is drawn from is told, too: it has to be drawn, and from a bounded number.
+        return {"temperature": 1.0, "top_k": 1}
+    return {"temperature": 0.0}
+
+
+def _warming(engine: Any) -> dict[str, Any]:
+    """Of what the first requests may ask for, all that this engine's options allow."""
+    config = engine.model_config
+    count = 0 if config.max_logprobs == 0 else 1
+    fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "logprobs": count}
+    if not engine.vllm_config.cache_config.kv_sharing_fast_prefill:
+        fields["prompt_logprobs"] = count
+    if getattr(config, "return_sampling_mask", False):
+        fields["top_k"] = 1
+    return fields

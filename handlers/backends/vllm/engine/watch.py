@@ -97,14 +97,23 @@ class Watch:
                 return f"has not answered for {self._patience.stuck:.0f} s{which}"
 
     async def _answers(self, copy: int) -> bool:
-        """Ask it for a token. Its word about any request is an answer as well; a death is not told here."""
+        """Ask it for a token. Its word about any request is an answer as well; a death is not told here.
+
+        That it cannot be asked is no answer: the requests that a hung engine holds fill its queue.
+        """
         asking = asyncio.ensure_future(self._ask(self._engine, copy))
         asked = self._asked[copy] = time.monotonic()
         try:
             while True:
                 await asyncio.wait({asking}, timeout=LOOK_SECONDS)
-                if asking.done() or self._signs[copy] > asked:
+                if self._signs[copy] > asked:
                     return True
+                if asking.done():
+                    # All copies share one queue: who fills it may be the others.
+                    if _succeeded(asking) or len(self._copies) > 1:
+                        return True
+                    await asyncio.sleep(LOOK_SECONDS)
+                    asking = asyncio.ensure_future(self._ask(self._engine, copy))
                 if time.monotonic() - asked > self._patience.stuck:
                     return False
         finally:
@@ -112,6 +121,10 @@ class Watch:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             self._signs[copy] = max(asked, self._signs[copy])
+
+
+def _succeeded(asking: asyncio.Future[None]) -> bool:
+    return not asking.cancelled() and asking.exception() is None
 
 
 def count_copies(engine: Any) -> int:
