@@ -123,10 +123,15 @@ async def whole(made: VllmGeneration) -> int:
 @pytest.mark.parametrize("constrained", [False, True])
 def test_a_picture_that_one_of_several_answers_misses_is_lost_for_all(constrained: bool) -> None:
     """vLLM tells each answer's miss by itself, and that the request is finished with the last of them."""
-    outputs = Outputs(output(0, reason="error"), output(1, reason="error", last=True))
-    with pytest.raises(PicturesLost):
-        asyncio.run(whole(generation(outputs, n=2, constrained=constrained)))
-    assert outputs.aborted
+
+    async def scenario() -> None:
+        outputs = Outputs(output(0, reason="error"), output(1, reason="error", last=True))
+        made = generation(outputs, n=2, constrained=constrained)
+        with pytest.raises(PicturesLost):
+            await made.start()
+        assert outputs.aborted, "the other answer does not go on"
+
+    asyncio.run(scenario())
 
 
 def test_a_failure_after_a_token_or_without_pictures_is_no_lost_picture() -> None:
