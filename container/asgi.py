@@ -32,7 +32,7 @@ class ClientGone(Exception):
 
 
 class BodyTimeout(ServingError):
-    """The body stopped arriving."""
+    """The body stopped arriving, or takes too long in all."""
 
     status = 408
     kind = "body_timeout"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 UNDECODABLE = "\ufffd"
 
+LONGEST_CHARACTER = 4
+"""Bytes, and so tokens."""
+
 MOST_TEXTLESS = 16
-"""Tokens that may go without text. The longest character is four bytes; special tokens have no text either."""
+"""Tokens that may wait for the rest of a character."""
 
 
 class Detokenizer:
@@ -18,8 +21,9 @@ class Detokenizer:
 
     stop: strings that end the answer. Text that may turn out to be the beginning of one is held back until it
     is decided. min_tokens: a stop string that is complete with the first that many tokens is not one.
-    prime: token ids that the answer continues, so that a word's leading space is kept; empty for a chat, whose
-    answer begins anew.
+    prime: the prompt's last token ids: a word's space is known by what stands before it. anew: the answer goes on with
+    no text, so a first space that only parts it from the prompt is not shown; stop strings may begin with it.
+    skipped: token ids that have no text, in any company.
     """
 
     def __init__(
@@ -31,9 +35,14 @@ class Detokenizer:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         prime: Sequence[int] = (),
+        anew: bool = False,
+        skipped: Set[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._skipped = skipped
+        self._anew = anew
+        self._parting = False
         self._textless: list[int] = []
         self._last: list[int] = []
         self._unsaid = 0
@@ -68,27 +77,34 @@ class Detokenizer:
         self._count += 1
         text = self._step(token_id)
         if not self._stop or not text:
-            return text
+            return self._shown(text)
         pending = self._held + text
         if self._count <= self._min_tokens:
             self._early = len(pending)
         end = self._find_stop(pending)
         if end is not None:
             self._held = ""
-            return pending[:end]
-        shown = len(pending) - self._undecided(pending)
-        self._held = pending[shown:]
-        self._early = max(0, self._early - shown)
-        return pending[:shown]
+            return self._shown(pending[:end])
+        decided = len(pending) - self._undecided(pending)
+        self._held = pending[decided:]
+        self._early = max(0, self._early - decided)
+        return self._shown(pending[:decided])
 
     def finish(self) -> str:
         """What was held back for a stop string that did not come."""
         held, self._held = self._held, ""
-        return held
+        return self._shown(held)
+
+    def _shown(self, text: str) -> str:
+        if self._parting and text:
+            self._parting, text = False, text[1:]
+        return text
 
     def _step(self, token_id: int) -> str:
         """Bytes that are no text show as U+FFFD once no character can come of them; the stream then begins anew
         (it would otherwise decode all of them again for each further token)."""
+        if token_id in self._skipped:
+            return ""
         self._textless.append(token_id)
         try:
             text = self._stream.step(self._tokenizer, token_id) or ""
@@ -98,35 +114,43 @@ class Detokenizer:
             text = self._begun_anew()
         if not text:
             return ""
-        self._last = self._textless[-1:]
-        self._textless.clear()
         while self._unsaid and text.startswith(UNDECODABLE):
             self._unsaid, text = self._unsaid - 1, text[1:]
         self._unsaid = 0
+        if self._anew and text:
+            self._anew = False
+            self._parting = text.startswith(" ") and not self._decoded(self._textless).startswith(" ")
+        self._last = self._textless[-1:]
+        self._textless.clear()
         return text
 
     def _begun_anew(self) -> str:
         """What is waiting, as the text after the last token that had one; further tokens follow it."""
         before, both = self._decoded(self._last), self._decoded(self._last + self._textless)
         text = both[len(before) :] if both.startswith(before) else self._decoded(self._textless)
-        self._stream = self._primed(self._textless[-1:])
+        self._stream = self._primed(self._textless[-1:] if text else self._last)
+        if not text:
+            self._textless.clear()
         return text
 
     def _primed(self, token_ids: list[int]) -> DecodeStream:
         """A stream of what follows these tokens, which the text is not to show.
 
         The stream shows them nevertheless where their text ends in the middle of a character: it must not know so
-        many of them, and what it makes of the rest is left out.
+        many of them, and what it makes of the rest is left out. Where they begin in the middle of one, some tokenizers
+        make nothing of all the bytes that follow: it must not know the first.
         """
-        whole = self._decoded(token_ids)
-        for known in range(len(token_ids), 0, -1):
-            if self._decoded(token_ids[:known]).endswith(UNDECODABLE):
-                continue
-            stream = DecodeStream(ids=token_ids[:known], skip_special_tokens=self._skip_special_tokens)
-            for token_id in token_ids[known:]:
-                stream.step(self._tokenizer, token_id)
-            self._unsaid = len(whole) - len(whole.rstrip(UNDECODABLE))
-            return stream
+        for last in range(len(token_ids), 0, -1):
+            for first in range(min(LONGEST_CHARACTER, last)):
+                known = token_ids[first:last]
+                if self._decoded(known).endswith(UNDECODABLE):
+                    continue
+                stream = DecodeStream(ids=known, skip_special_tokens=self._skip_special_tokens)
+                for token_id in token_ids[last:]:
+                    stream.step(self._tokenizer, token_id)
+                whole = self._decoded(token_ids[first:])
+                self._unsaid = len(whole) - len(whole.rstrip(UNDECODABLE))
+                return stream
         return DecodeStream(skip_special_tokens=self._skip_special_tokens)
 
     def _decoded(self, token_ids: list[int]) -> str:

@@ -31,7 +31,7 @@ class ChatSettings(BaseModel):
         default=False,
     )
     predict_timeout: Seconds = option(
-        "Longest time for one request, waiting included; then it is aborted.",
+        "Longest time for one request, waiting included; then it is aborted. Its body has as long again to come.",
         default=240,
         unit="s",
         variables=(

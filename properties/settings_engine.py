@@ -39,7 +39,7 @@ class EngineSettings(BaseModel):
     )
     data_parallel_degree: Positive | None = option(
         "Copies of the model inside vLLM. Default: devices divided by the other degrees, at most max_workers; "
-        "max_workers or 1 without accelerators; 1 on several machines.",
+        "max_workers, min_workers or 1 without accelerators; 1 on several machines.",
         default=None,
         backends=VLLM,
         aliases=("data_parallel_size",),

@@ -46,7 +46,8 @@ class ServerSettings(BaseModel):
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )
     max_workers: Positive | None = server_key(
-        "Copies of the model. Default: devices divided by tensor_parallel_degree; 1 without accelerators.",
+        "Copies of the model. Default: devices divided by tensor_parallel_degree; min_workers or 1 without "
+        "accelerators.",
         default=None,
         aliases=("maxWorkers",),
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),

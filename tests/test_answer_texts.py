@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PromptStats
-from handlers.backends.tokens import answer_texts
+from handlers.backends.tokens import TokenTexts
 from handlers.backends.vllm.answers.generation import VllmGeneration
 from handlers.errors import EngineFailed
 from handlers.request import ChatPrompt, Constraint, GenerationRequest, Message, Prompt, TextPart, TextPrompt
@@ -42,7 +42,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 )
 def test_only_a_chats_answer_begins_anew(prompt: Prompt, constraint: Constraint | None, text: str) -> None:
     request = GenerationRequest("r", prompt, SamplingParams(), n=2, constraint=constraint)
-    for one in answer_texts(tokenizer(), request, request.sampling, [A]):
+    for one in TokenTexts(tokenizer()).answers(request, request.sampling, [A]):
         assert "".join(one.pieces([RED, CIRCLE], finished=True)) == text
 
 
@@ -78,7 +78,7 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
             given(),
             PromptStats(1),
             sampling,
-            texts=answer_texts(tokenizer(), request, sampling, [A]),
+            texts=TokenTexts(tokenizer()).answers(request, sampling, [A]),
             copies=1,
             constrained=False,
             eos_token_ids=[END],
@@ -121,6 +121,12 @@ def test_a_stop_string_ends_the_answer_when_vllm_finds_it_and_when_it_does_not()
         assert "".join(delta.text for delta in found) == "red "
         assert (last.finish_reason, last.stop_reason, last.eos) == ("stop", "circles", False)
         assert stopped is told
+
+
+def test_a_stop_string_may_begin_with_the_space_between_prompt_and_answer() -> None:
+    """vLLM knows the prompt when it looks for stop strings, and ends the answer here."""
+    (delta,), _ = deltas(output(RED, reason="stop", stop=" red"), stop=[" red"])
+    assert (delta.text, delta.finish_reason, delta.stop_reason) == ("", "stop", " red")
 
 
 def test_text_held_back_for_a_stop_string_comes_with_the_end() -> None:

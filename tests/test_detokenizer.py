@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from handlers.detokenizer import Detokenizer
 from tests.models import make_tokenizer
@@ -121,14 +123,59 @@ def test_bytes_that_never_become_a_character_are_shown_and_cost_the_same_each() 
     assert "".join(feed(detokenizer, ids("done"))) == "done"
 
 
+UNKNOWN = 100_000
+
+
+@pytest.mark.parametrize("token", [TOKENIZER.token_to_id("<|end|>"), UNKNOWN])
+def test_tokens_that_have_no_text_cost_the_same_each(token: int) -> None:
+    """Decoding those before it with each takes a hundred times as long."""
+    detokenizer = Detokenizer(TOKENIZER, skipped={token} - {UNKNOWN})
+    count, seconds = 20_000, time.thread_time()
+    pieces = [detokenizer.push(token) for _ in range(count)]
+    assert (time.thread_time() - seconds) / count < 100e-6
+    assert "".join([*pieces, *feed(detokenizer, ids("done"))]) == "done"
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 40])
+def test_tokens_that_have_no_text_part_no_others(count: int) -> None:
+    backend = byte_fallback()
+    end = backend.token_to_id("</s>")
+    tokens = [["▁Hello"], ["</s>"] * count, ["<0xC3>"], ["</s>"] * count, ["<0xA9>", "▁world"]]
+    token_ids = [backend.token_to_id(token) for run in tokens for token in run]
+    assert "".join(feed(Detokenizer(backend, skipped={end}), token_ids)) == "Helloé world"
+
+
 def byte_fallback() -> Tokenizer:
     """As Llama's: words with their space, and bytes for what is no word."""
-    words = ["<unk>", "▁Hello", "▁world", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["<unk>", "▁Hello", "▁world", "a", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
     return backend
+
+
+@pytest.mark.parametrize("prompt", ["", "नमस", "สวัสดี", "日本語" * 5, "a😀é😀", "a\ufffd"])
+@pytest.mark.parametrize(("anew", "text"), [(False, " worlda"), (True, "worlda")])
+def test_a_first_space_is_known_by_the_prompt_and_shown_where_the_answer_goes_on(
+    prompt: str, anew: bool, text: str
+) -> None:
+    backend = byte_fallback()
+    known = [
+        backend.token_to_id("▁Hello"),
+        *(backend.token_to_id(f"<0x{byte:02X}>") for byte in prompt.encode()),
+    ]
+    answer = [backend.token_to_id(token) for token in ("▁world", "a")]
+    assert "".join(feed(Detokenizer(backend, prime=known[-8:], anew=anew), answer)) == text
+
+
+def test_a_stop_string_may_begin_with_the_space_that_is_not_shown() -> None:
+    backend = byte_fallback()
+    answer = [backend.token_to_id(token) for token in ("▁world", "a")]
+    for stop, text in ((" world", ""), (" worlda", ""), ("da", "worl"), (" worldb", "worlda")):
+        detokenizer = Detokenizer(backend, prime=answer[-1:], anew=True, stop=[stop])
+        assert "".join(feed(detokenizer, answer)) == text
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,12 @@ def test_of_several_answers_the_most_likely_is_the_reply() -> None:
     assert len(asked(n=3, details=True)["details"]["best_of_sequences"]) == 2
 
 
+def test_the_seed_that_is_none_is_not_told_as_one() -> None:
+    for seed, told in ((-1, None), (0, 0)):
+        body = {"inputs": "hi", "parameters": {"details": True, "seed": seed, "do_sample": True}}
+        assert result(said("a"), body)["details"]["seed"] == told
+
+
 def test_details() -> None:
     parameters = {"details": True, "decoder_input_details": True, "top_n_tokens": 2, "seed": 3}
     reply = result(said("a", "b", reason="length"), {"inputs": "hi", "parameters": parameters})

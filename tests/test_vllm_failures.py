@@ -12,7 +12,7 @@ import pytest
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import PromptStats
-from handlers.backends.tokens import answer_texts
+from handlers.backends.tokens import TokenTexts
 from handlers.backends.vllm.answers.generation import VllmGeneration
 from handlers.backends.vllm.backend import VllmBackend
 from handlers.backends.vllm.failures import failed
@@ -105,7 +105,7 @@ def generation(
         outputs.given(),
         PromptStats(9, image_tokens=image_tokens),
         sampling,
-        texts=answer_texts(TOKENIZER, request, sampling, [1]),
+        texts=TokenTexts(TOKENIZER).answers(request, sampling, [1]),
         copies=1,
         constrained=constrained,
         eos_token_ids=[0],

@@ -39,6 +39,9 @@ def plan(heads: Heads | None, devices: int, *options: str) -> Plan:
         (Heads(32, 8, vision=12), 8, (), (4, 1, 2)),
         (Heads(32, 8, vision=12), 8, ("mm_encoder_tp_mode=data",), (8, 1, 1)),
         (None, 8, (), (8, 1, 1)),
+        (None, 0, (), (1, 1, 1)),
+        (None, 0, ("min_workers=2",), (1, 1, 2)),
+        (None, 0, ("min_workers=2", "max_workers=3"), (1, 1, 3)),
     ],
 )
 def test_max_is_the_most_that_share_the_heads_evenly(

@@ -36,7 +36,6 @@ from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
 from handlers.backends.tokens import (
     TokenTexts,
-    answer_texts,
     detokenized,
     rendered_prompt,
     skipped_tokens,
@@ -108,7 +107,7 @@ class RollingBackend:
             raise
         front.renderer.longest = longest_prompt(facts.max_model_len)
         self._front = front
-        self._token_text = TokenTexts(front.tokenizer)
+        self._token_texts = TokenTexts(front.tokenizer)
         self._preparer = (
             PicturePreparer(
                 front.preprocessor,
@@ -194,8 +193,8 @@ class RollingBackend:
             prompt_token_ids=token_ids,
             prompt_text=rendered.text,
         )
-        texts = answer_texts(self._front.tokenizer, request, params, token_ids)
-        return RollingGeneration(ticket, add, stats, texts, self._token_text)
+        texts = self._token_texts.answers(request, params, token_ids)
+        return RollingGeneration(ticket, add, stats, texts, self._token_texts)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         front = self._front

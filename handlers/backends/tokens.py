@@ -22,7 +22,7 @@ LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
 
 PRIMING_TOKENS = 8
-"""Last tokens of a prompt that say how the text of an answer that goes on with it begins."""
+"""Last tokens of a prompt that say how an answer's text begins."""
 
 
 async def rendered_prompt(
@@ -36,36 +36,13 @@ async def rendered_prompt(
     return await asyncio.get_running_loop().run_in_executor(threads, renderer.render, prompt)
 
 
-def answer_texts(
-    tokenizer: PreTrainedTokenizerFast,
-    request: GenerationRequest,
-    params: SamplingParams,
-    token_ids: Sequence[int],
-) -> list[Detokenizer]:
-    """What makes the texts of the request's n answers. token_ids: the prompt's."""
-    prompt = request.prompt
-    anew = isinstance(prompt, ChatPrompt) and not prompt.continue_final_message
-    if request.constraint is not None:
-        # It shows all that the grammar was told of, so also a space that it begins with.
-        anew = False
-    return [
-        Detokenizer(
-            tokenizer.backend_tokenizer,
-            stop=params.stop,
-            include_stop=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-            skip_special_tokens=params.skip_special_tokens,
-            prime=() if anew else token_ids[-PRIMING_TOKENS:],
-        )
-        for _ in range(request.n)
-    ]
-
-
 class TokenTexts:
-    """What single tokens look like, remembered; shared by all requests."""
+    """What single tokens look like, remembered, and the texts of answers; shared by all requests."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._texts: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
@@ -74,6 +51,29 @@ class TokenTexts:
             text = str(self._backend.decode([token_id], skip_special_tokens=False))
             self._texts[token_id] = text
         return text
+
+    def answers(
+        self, request: GenerationRequest, params: SamplingParams, token_ids: Sequence[int]
+    ) -> list[Detokenizer]:
+        """What makes the texts of the request's n answers. token_ids: the prompt's."""
+        prompt = request.prompt
+        anew = isinstance(prompt, ChatPrompt) and not prompt.continue_final_message
+        if request.constraint is not None:
+            # It shows all that the grammar was told of, so also a space that it begins with.
+            anew = False
+        return [
+            Detokenizer(
+                self._backend,
+                stop=params.stop,
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                prime=token_ids[-PRIMING_TOKENS:],
+                anew=anew,
+                skipped=self._special if params.skip_special_tokens else frozenset(),
+            )
+            for _ in range(request.n)
+        ]
 
 
 def tokenized(

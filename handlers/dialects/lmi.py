@@ -105,7 +105,7 @@ def read_lmi(
         prefill=sampling.prompt_logprobs is not None,
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_tokens,
-        seed=parameters.seed,
+        seed=None if parameters.seed == -1 else parameters.seed,
         sse=_wants_sse(accept, conventions),
     )
     return Task(requests, writer)

@@ -26,7 +26,7 @@ from handlers.backends.base import (
 )
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_facts import load_tokenizer
-from handlers.backends.tokens import answer_texts, detokenized, rendered_prompt, skipped_tokens, tokenized
+from handlers.backends.tokens import detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.vllm.adapters.store import LoadedAdapter, VllmAdapters
 from handlers.backends.vllm.answers.generation import VllmGeneration
 from handlers.backends.vllm.answers.parsers import vllm_parsers
@@ -257,10 +257,10 @@ class VllmBackend:
             outputs,
             stats,
             params,
-            texts=answer_texts(self._front.tokenizer, request, params, ids)[: request.n // copies],
+            texts=self._front.token_texts.answers(request, params, ids)[: request.n // copies],
             copies=copies,
             eos_token_ids=self._front.eos_token_ids,
-            token_text=self._front.token_text,
+            token_text=self._front.token_texts,
             constrained=constraint is not None,
             failure=partial(self._failure, engine, request.constraint),
             ended=partial(self._forget, adapter=adapter),

@@ -61,7 +61,7 @@ class VllmFront:
         self.eos_token_ids = read_eos_token_ids(generation, text_config, tokenizer)
         self.default_sampling = read_default_sampling(generation)
         self.vocab_size = int(config.get_vocab_size())
-        self.token_text = TokenTexts(tokenizer)
+        self.token_texts = TokenTexts(tokenizer)
 
     def exchanged(self, token_ids: list[int], parts: Sequence[PicturePart]) -> list[int]:
         """A rendered prompt with these pictures as vLLM wants it: see `places`."""
