@@ -41,8 +41,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ],
 )
 def test_only_a_chats_answer_begins_anew(prompt: Prompt, constraint: Constraint | None, text: str) -> None:
-    request = GenerationRequest("r", prompt, SamplingParams(), n=2, constraint=constraint)
-    for one in TokenTexts(tokenizer()).answers(request, request.sampling, [A]):
+    request = GenerationRequest("r", prompt, SamplingParams(), constraint=constraint)
+    for one in TokenTexts(tokenizer()).answers(request, request.sampling, [A], 2):
         assert "".join(one.pieces([RED, CIRCLE], finished=True)) == text
 
 
@@ -78,7 +78,7 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
             given(),
             PromptStats(1),
             sampling,
-            texts=TokenTexts(tokenizer()).answers(request, sampling, [A]),
+            texts=TokenTexts(tokenizer()).answers(request, sampling, [A], n),
             copies=1,
             constrained=False,
             eos_token_ids=[END],

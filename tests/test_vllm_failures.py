@@ -105,7 +105,7 @@ def generation(
         outputs.given(),
         PromptStats(9, image_tokens=image_tokens),
         sampling,
-        texts=TokenTexts(TOKENIZER).answers(request, sampling, [1]),
+        texts=TokenTexts(TOKENIZER).answers(request, sampling, [1], request.n),
         copies=1,
         constrained=constrained,
         eos_token_ids=[0],

@@ -193,7 +193,7 @@ class RollingBackend:
             prompt_token_ids=token_ids,
             prompt_text=rendered.text,
         )
-        texts = self._token_texts.answers(request, params, token_ids)
+        texts = self._token_texts.answers(request, params, token_ids, request.n)
         return RollingGeneration(ticket, add, stats, texts, self._token_texts)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:

@@ -53,9 +53,9 @@ class TokenTexts:
         return text
 
     def answers(
-        self, request: GenerationRequest, params: SamplingParams, token_ids: Sequence[int]
+        self, request: GenerationRequest, params: SamplingParams, token_ids: Sequence[int], count: int
     ) -> list[Detokenizer]:
-        """What makes the texts of the request's n answers. token_ids: the prompt's."""
+        """What makes the texts of `count` answers to a request. token_ids: the prompt's."""
         prompt = request.prompt
         anew = isinstance(prompt, ChatPrompt) and not prompt.continue_final_message
         if request.constraint is not None:
@@ -72,7 +72,7 @@ class TokenTexts:
                 anew=anew,
                 skipped=self._special if params.skip_special_tokens else frozenset(),
             )
-            for _ in range(request.n)
+            for _ in range(count)
         ]
 
 

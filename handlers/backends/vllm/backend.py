@@ -257,7 +257,7 @@ class VllmBackend:
             outputs,
             stats,
             params,
-            texts=self._front.token_texts.answers(request, params, ids)[: request.n // copies],
+            texts=self._front.token_texts.answers(request, params, ids, answers),
             copies=copies,
             eos_token_ids=self._front.eos_token_ids,
             token_text=self._front.token_texts,
