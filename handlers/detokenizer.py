@@ -46,7 +46,7 @@ class Detokenizer:
         self._textless: list[int] = []
         self._last: list[int] = []
         self._unsaid = 0
-        self._stream = self._primed(list(prime))
+        self._stream = self._primed(list(prime), goes_on=not anew)
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -128,17 +128,18 @@ class Detokenizer:
         """What is waiting, as the text after the last token that had one; further tokens follow it."""
         before, both = self._decoded(self._last), self._decoded(self._last + self._textless)
         text = both[len(before) :] if both.startswith(before) else self._decoded(self._textless)
-        self._stream = self._primed(self._textless[-1:] if text else self._last)
+        self._stream = self._primed(self._textless[-1:] if text else self._last, goes_on=True)
         if not text:
             self._textless.clear()
         return text
 
-    def _primed(self, token_ids: list[int]) -> DecodeStream:
+    def _primed(self, token_ids: list[int], *, goes_on: bool) -> DecodeStream:
         """A stream of what follows these tokens, which the text is not to show.
 
-        The stream shows them nevertheless where their text ends in the middle of a character: it must not know so
-        many of them, and what it makes of the rest is left out. Where they begin in the middle of one, some tokenizers
-        make nothing of all the bytes that follow: it must not know the first.
+        It shows them nevertheless where their text ends in the middle of a character: it must not know so many of them,
+        and what it makes of the rest is left out. Where they begin in the middle of one, some tokenizers make nothing
+        of all the bytes that follow: it must not know the first. goes_on: whether a character that they begin may be
+        completed.
         """
         for last in range(len(token_ids), 0, -1):
             for first in range(min(LONGEST_CHARACTER, last)):
@@ -146,10 +147,11 @@ class Detokenizer:
                 if self._decoded(known).endswith(UNDECODABLE):
                     continue
                 stream = DecodeStream(ids=known, skip_special_tokens=self._skip_special_tokens)
-                for token_id in token_ids[last:]:
-                    stream.step(self._tokenizer, token_id)
-                whole = self._decoded(token_ids[first:])
-                self._unsaid = len(whole) - len(whole.rstrip(UNDECODABLE))
+                if goes_on:
+                    for token_id in token_ids[last:]:
+                        stream.step(self._tokenizer, token_id)
+                    whole = self._decoded(token_ids[first:])
+                    self._unsaid = len(whole) - len(whole.rstrip(UNDECODABLE))
                 return stream
         return DecodeStream(skip_special_tokens=self._skip_special_tokens)
 

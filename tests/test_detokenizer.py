@@ -170,6 +170,36 @@ def test_a_first_space_is_known_by_the_prompt_and_shown_where_the_answer_goes_on
     assert "".join(feed(Detokenizer(backend, prime=known[-8:], anew=anew), answer)) == text
 
 
+WORDS = st.lists(st.sampled_from(["▁Hello", "▁world", "a", *"é🙂न म\n "]), max_size=9)
+
+
+def fallback_ids(backend: Tokenizer, words: list[str]) -> list[int]:
+    found = []
+    for word in words:
+        token = backend.token_to_id(word)
+        found += (
+            [backend.token_to_id(f"<0x{byte:02X}>") for byte in word.encode()] if token is None else [token]
+        )
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(WORDS, WORDS, st.integers(0, 3), st.lists(st.integers(0, 30), max_size=20))
+def test_the_text_is_that_of_all_tokens_together(
+    before: list[str], words: list[str], cut: int, ends: list[int]
+) -> None:
+    """Of the answer's alone where it begins anew, also after a prompt that is cut in the middle of a character."""
+    backend = byte_fallback()
+    end = backend.token_to_id("</s>")
+    prompt, answer = fallback_ids(backend, before), fallback_ids(backend, words)
+    for place in ends:
+        answer.insert(place, end)
+    goes_on = Detokenizer(backend, prime=prompt[-8:], skipped={end})
+    assert "".join(feed(goes_on, answer)) == backend.decode(prompt + answer)[len(backend.decode(prompt)) :]
+    begins = Detokenizer(backend, prime=prompt[: len(prompt) - cut][-8:], anew=True, skipped={end})
+    assert "".join(feed(begins, answer)) == backend.decode(answer)
+
+
 def test_a_stop_string_may_begin_with_the_space_that_is_not_shown() -> None:
     backend = byte_fallback()
     answer = [backend.token_to_id(token) for token in ("▁world", "a")]
