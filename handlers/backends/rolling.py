@@ -34,13 +34,7 @@ from handlers.backends.limits import checked_sampling, checked_tokens, longest_p
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines
-from handlers.backends.tokens import (
-    TokenTexts,
-    detokenized,
-    rendered_prompt,
-    skipped_tokens,
-    tokenized,
-)
+from handlers.backends.tokens import TokenTexts, detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
