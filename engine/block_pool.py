@@ -135,7 +135,7 @@ class BlockPool:
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) < count:
             start = len(hashes) * size
-            state = hashlib.blake2b(hashes[-1] if hashes else _ROOT, digest_size=16)
+            state = hashlib.blake2b(hashes[-1] if hashes else _ROOT + sequence.prefix_salt, digest_size=16)
             state.update(array("q", sequence.token_ids[start : start + size]).tobytes())
             for part in _picture_marks(sequence, start, start + size):
                 state.update(part)

@@ -85,7 +85,11 @@ class Engine:
             return _refusal(add, "the prompt holds a token id outside the vocabulary")
         try:
             sequences = Sequence.from_message(
-                add, max_model_len=longest, order=self._arrivals, guides=guides or ()
+                add,
+                max_model_len=longest,
+                order=self._arrivals,
+                guides=guides or (),
+                prefix_salt=self.runner.model.prefix_salt(add.token_ids, add.pictures),
             )
         except (ValueError, OverflowError, TypeError):
             logger.exception("a request's parameters cannot be used")
@@ -349,7 +353,7 @@ class Engine:
             stop = min(start + PROMPT_ROWS, last)
             targets = sequence.token_ids[start + 1 : stop + 1]
             with torch.inference_mode():
-                logits = self.runner.family.logits(hidden[start - chunk.start : stop - chunk.start])
+                logits = self.runner.model.logits(hidden[start - chunk.start : stop - chunk.start])
                 entries = prompt_logprobs(logits, [min(t, vocabulary - 1) for t in targets], count)
             for target, entry in zip(targets, entries, strict=True):
                 if target >= vocabulary:

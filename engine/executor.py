@@ -21,11 +21,11 @@ from engine.config import EngineConfig
 from engine.cores import usable_cores
 from engine.environment import child_environment
 from engine.framing import read_frame, write_frame
-from engine.loader import load_family, read_config
+from engine.loader import check_ranks, load_model
 from engine.messages import Picture
 from engine.runner import ModelRunner, StepLogits
 from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
-from engine.tensor_parallel import Ranks, read_plan
+from engine.tensor_parallel import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,9 @@ class ParallelExecutor(Executor):
     isolates_failures = False
 
     def __init__(self, config: EngineConfig) -> None:
-        text = read_config(config.model_path, trust_remote_code=config.trust_remote_code).get_text_config()
-        read_plan(text, config.tensor_parallel_degree)
+        check_ranks(
+            config.model_path, config.tensor_parallel_degree, trust_remote_code=config.trust_remote_code
+        )
         self._encoder = msgspec.msgpack.Encoder()
         folder = tempfile.TemporaryDirectory(prefix="lmi-ranks-")
         meeting = str(Path(folder.name, "meeting"))
@@ -125,7 +126,7 @@ class ParallelExecutor(Executor):
 def load_runner(config: EngineConfig) -> ModelRunner:
     """The whole model on the one device."""
     device = torch.device(config.devices[0])
-    return ModelRunner(config, load_family(config, device), device)
+    return ModelRunner(config, load_model(config, device), device)
 
 
 def load_rank(setup: RankSetup) -> ModelRunner:
@@ -141,7 +142,7 @@ def load_rank(setup: RankSetup) -> ModelRunner:
         world_size=size,
         timeout=JOIN_TIMEOUT,
     )
-    runner = ModelRunner(config, load_family(config, device, Ranks(setup.rank, size)), device)
+    runner = ModelRunner(config, load_model(config, device, Ranks(setup.rank, size)), device)
     dist.barrier()
     return runner
 

@@ -1,4 +1,4 @@
-"""From a directory in the hub's format to a `Family` on its device, and nothing that needs weights to know it."""
+"""From a directory in the hub's format to a `FamilyModel` on its device, and nothing that needs weights to know it."""
 
 from __future__ import annotations
 
@@ -6,34 +6,17 @@ import logging
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from engine.attention.bridge import IMPLEMENTATION
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
-from engine.families.base import Family
-from engine.families.llava import LlavaFamily
-from engine.families.llava_pictures import num_image_tokens
-from engine.families.pictures import PREPROCESSORS
+from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
-from engine.families.preprocessor import Preprocessor
-from engine.families.text import TextFamily
-from engine.tensor_parallel import Ranks, shard
+from engine.families.registry import family_of, served
+from engine.tensor_parallel import Ranks
 
 logger = logging.getLogger(__name__)
-
-VISION_FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}
-"""config.json's `model_type` -> the engine's half of the family; `engine.families.pictures` has the front's."""
-
-TEXT_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
-"""Decoders that are tested to give the tokens of transformers' own `generate`."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +28,7 @@ def read_config(model_path: str, *, trust_remote_code: bool = False) -> Pretrain
         config: PretrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"config.json of the model cannot be read: {error}") from error
-    check_supported(config)
+    _family(config).model.check(config)
     return config
 
 
@@ -56,31 +39,25 @@ def quiet_transformers() -> None:
     library.set_verbosity_error()
 
 
-def check_supported(config: PretrainedConfig) -> None:
-    """Raise ModelLoadError, naming what is supported, for a model type that has no family here."""
-    model_type = config.model_type
-    if model_type == "llava":
-        num_image_tokens(config)
-        model_type = config.text_config.model_type
-    elif model_type in VISION_FAMILIES:
-        return
-    if model_type not in TEXT_MODEL_TYPES:
+def _family(config: PretrainedConfig) -> Family:
+    """Raises ModelLoadError, naming what is served, for a model type that has no family."""
+    family = family_of(config.model_type)
+    if family is None:
         raise ModelLoadError(
-            f"model type {model_type!r} is not served by the embedded engine; it serves "
-            f"{', '.join(sorted(VISION_FAMILIES))} and the text models {', '.join(sorted(TEXT_MODEL_TYPES))}"
+            f"model type {config.model_type!r} is not served by the embedded engine; it serves {served()}"
         )
+    return family
 
 
 def load_preprocessor(
     model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
-) -> Preprocessor | None:
+) -> Preprocessor[Any] | None:
     """The front's half of the family; None for a text-only model. Loads no weights.
 
-    Raises ModelLoadError where the model's picture processor cannot work with this backend.
+    Raises ModelLoadError where the model's image processor cannot work with this backend.
     """
     quiet_transformers()
-    config = read_config(model_path)
-    kind = PREPROCESSORS.get(config.model_type)
+    kind = _family(read_config(model_path)).preprocessor
     return None if kind is None else kind.from_model(model_path, overrides, backend)
 
 
@@ -99,35 +76,30 @@ def resolve_dtype(config: PretrainedConfig, name: str, device: torch.device) -> 
     return dtype
 
 
-def load_family(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> Family:
+def check_ranks(model_path: str, size: int, *, trust_remote_code: bool = False) -> None:
+    """Raise ModelLoadError where that many tensor-parallel ranks cannot share the model."""
+    config = read_config(model_path, trust_remote_code=trust_remote_code)
+    _family(config).model.check_ranks(config, size)
+
+
+def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> FamilyModel:
     """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
     quiet_transformers()
     model_config = read_config(config.model_path, trust_remote_code=config.trust_remote_code)
-    dtype = resolve_dtype(model_config, config.dtype, device)
-    vision = VISION_FAMILIES.get(model_config.model_type)
-    loader = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
     try:
-        model: PreTrainedModel = loader.from_pretrained(
+        loaded = _family(model_config).model.load(
             config.model_path,
-            dtype=dtype,
-            attn_implementation=_attention(model_config),
+            model_config,
+            dtype=resolve_dtype(model_config, config.dtype, device),
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelLoadError(f"the model's weights cannot be loaded: {error}") from error
-    model.train(mode=False)
-    family = (TextFamily if vision is None else vision)(model)
+    loaded.model.train(mode=False)
     if ranks is not None:
-        shard(family.decoder, family.text_config, ranks)
-    torch.nn.Module.to(model, device)
-    return family
-
-
-def _attention(config: PretrainedConfig) -> str | dict[str, str]:
-    """Ours for the decoder, PyTorch's for the vision tower."""
-    if "text_config" not in config.sub_configs:
-        return IMPLEMENTATION
-    return {name: IMPLEMENTATION if name == "text_config" else "sdpa" for name in config.sub_configs}
+        loaded.shard(ranks)
+    torch.nn.Module.to(loaded.model, device)
+    return loaded
 
 
 def _cpu_has_fast_bfloat16() -> bool:

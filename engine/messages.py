@@ -74,6 +74,7 @@ class Add(msgspec.Struct, tag=True):
 
     The ids are chosen by the front and unique per engine process. Prompt log probabilities come with the first
     answer alone. grammar: what each answer must match (see `engine.guidance`); None for free text.
+    positions, position_delta: see `engine.families.base.Preprocessor.positions`; the array is of int64.
     """
 
     request_id: int
@@ -84,6 +85,8 @@ class Add(msgspec.Struct, tag=True):
     pictures: list[Picture] = []
     priority: int = 0
     grammar: str | None = None
+    positions: TensorData | None = None
+    position_delta: int = 0
 
     @property
     def answer_ids(self) -> range:

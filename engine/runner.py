@@ -14,7 +14,7 @@ from engine.attention.kernel import CacheShape, PackedStep
 from engine.attention.select import choose_kernel
 from engine.config import EngineConfig
 from engine.encoder_cache import EncoderCache
-from engine.families.base import Family
+from engine.families.base import FamilyModel
 from engine.memory import cache_blocks
 from engine.messages import EMBEDDINGS, Picture
 from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
@@ -37,20 +37,19 @@ class StepLogits:
 class ModelRunner:
     """Holds the model, the paged cache and the encoder cache of one rank."""
 
-    def __init__(self, config: EngineConfig, family: Family, device: torch.device) -> None:
-        text = family.text_config
-        self.family = family
+    def __init__(self, config: EngineConfig, model: FamilyModel, device: torch.device) -> None:
+        text, layout = model.text_config, model.cache_layout
+        self.model = model
         self.device = device
-        self.dtype: torch.dtype = family.model.dtype
+        self.dtype: torch.dtype = model.model.dtype
         self.vocab_size = int(text.vocab_size)
         self.encoder_cache = EncoderCache(config.encoder_cache_bytes)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         shape = CacheShape(
-            num_layers=text.num_hidden_layers,
+            num_layers=layout.num_layers,
             num_blocks=1,
             block_size=1,
-            kv_heads=heads // config.tensor_parallel_degree,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            kv_heads=layout.kv_heads // config.tensor_parallel_degree,
+            head_dim=layout.head_dim,
             dtype=self.dtype,
             device=device,
         )
@@ -58,7 +57,7 @@ class ModelRunner:
             config.attention,
             shape,
             config.block_size,
-            query_heads=text.num_attention_heads // config.tensor_parallel_degree,
+            query_heads=layout.query_heads // config.tensor_parallel_degree,
         )
         self.block_size = shape.block_size
         self.max_model_len, num_blocks = cache_blocks(config, shape, text)
@@ -70,7 +69,7 @@ class ModelRunner:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(p.nbytes for p in self.family.model.parameters())
+        return sum(p.nbytes for p in self.model.model.parameters())
 
     def execute(self, command: Command) -> StepLogits | None:
         """What another rank tells this one; only `Run` has a result."""
@@ -101,7 +100,7 @@ class ModelRunner:
                     self.encoder_cache.put(picture.digest, features.clone())
 
     def _encoded(self, pictures: Items[Picture]) -> list[torch.Tensor]:
-        return self.family.encode([self._on_device(picture) for picture in pictures])
+        return self.model.encode([self._on_device(picture) for picture in pictures])
 
     def _on_device(self, picture: Picture) -> dict[str, torch.Tensor]:
         return {
@@ -113,7 +112,7 @@ class ModelRunner:
         """Compute the chunks' keys and values, and the logits of those that sample or show prompt logprobs."""
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         step, token_ids, positions = self._pack([chunks[i] for i in order])
-        embeddings = self.family.embed(torch.from_numpy(token_ids).to(self.device))
+        embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
         rows: dict[int, int] = {}
         whole: dict[int, slice] = {}
         for place, index in enumerate(order):
@@ -124,20 +123,20 @@ class ModelRunner:
             if chunk.prompt_logits:
                 whole[index] = slice(start, start + chunk.length)
         self.kernel.begin(step)
-        padding = self._padding(len(positions))
+        padding = self._padding(step.num_tokens)
         if padding:
             embeddings = F.pad(embeddings, (0, 0, 0, padding))
-            positions = np.pad(positions, (0, padding))
-        hidden = self.family.forward(
+            positions = np.pad(positions, ((0, 0), (0, padding)))
+        hidden = self.model.forward(
             embeddings,
-            torch.from_numpy(positions).to(self.device),
+            torch.from_numpy(positions if len(positions) > 1 else positions[0]).to(self.device),
             kernel=self.kernel,
             tokens=step.num_tokens,
         )
         wanted = [rows[i] for i in range(len(chunks)) if i in rows]
         picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]
         return StepLogits(
-            samples=self.family.logits(picked)[: len(wanted)],
+            samples=self.model.logits(picked)[: len(wanted)],
             prompts={index: hidden[span] for index, span in whole.items()},
         )
 
@@ -155,7 +154,8 @@ class ModelRunner:
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
         size = self.block_size
         total = sum(chunk.length for chunk in chunks)
-        token_ids, positions, slots = (np.empty(total, dtype=np.int64) for _ in range(3))
+        token_ids, slots = (np.empty(total, dtype=np.int64) for _ in range(2))
+        positions = np.empty((self.model.position_axes, total), dtype=np.int64)
         starts = [0]
         num_decodes = 0
         for chunk in chunks:
@@ -163,14 +163,16 @@ class ModelRunner:
             if chunk.length == 1:
                 num_decodes += 1
                 token_ids[at] = chunk.token_ids[0]
-                positions[at] = chunk.start
+                positions[:, at] = chunk.start + chunk.position_delta
                 slots[at] = table[chunk.start // size] * size + chunk.start % size
             else:
                 span = slice(at, at + chunk.length)
                 place = np.arange(chunk.start, chunk.stop)
                 token_ids[span] = chunk.token_ids
-                positions[span] = place
+                positions[:, span] = place + chunk.position_delta
                 slots[span] = np.asarray(table)[place // size] * size + place % size
+            if chunk.positions is not None:
+                positions[:, at : at + chunk.length] = chunk.positions.unpack()
             starts.append(at + chunk.length)
         step = PackedStep(
             query_starts=starts,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Guides
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine.logprobs import Logprobs
 from engine.messages import Add, Picture
@@ -27,6 +29,8 @@ class Sequence:
     leader: the first answer to the same prompt, whose blocks this one waits for instead of computing them too.
     arrived: by the clock of `time.monotonic`. queued: seconds from then to the first step that had a place for it.
     guide: where the answer stands in its grammar; None for free text. Like the tokens, it survives preemption.
+    prefix_salt: see `engine.families.base.FamilyModel.prefix_salt`.
+    positions, position_delta: see `engine.families.base.Preprocessor.positions`.
     """
 
     request_id: int
@@ -48,13 +52,22 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     leader: Sequence | None = None
     guide: Guide | None = None
+    prefix_salt: bytes = b""
+    positions: npt.NDArray[np.int64] | None = None
+    position_delta: int = 0
     finished: bool = False
     arrived: float = field(default_factory=time.monotonic)
     queued: float = 0.0
 
     @classmethod
     def from_message(
-        cls, add: Add, *, max_model_len: int, order: int, guides: Guides[Guide] = ()
+        cls,
+        add: Add,
+        *,
+        max_model_len: int,
+        order: int,
+        guides: Guides[Guide] = (),
+        prefix_salt: bytes = b"",
     ) -> list[Sequence]:
         """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise.
 
@@ -63,6 +76,7 @@ class Sequence:
         room = max_model_len - len(add.token_ids)
         wanted = add.params.max_tokens
         stop_token_ids, eos_token_ids = frozenset(add.params.stop_token_ids), frozenset(add.eos_token_ids)
+        positions: Any = None if add.positions is None else add.positions.unpack()
         sequences: list[Sequence] = []
         for number, seed in enumerate(add.seeds):
             params = add.params if number == 0 else msgspec.structs.replace(add.params, prompt_logprobs=None)
@@ -88,6 +102,9 @@ class Sequence:
                     eos_token_ids=eos_token_ids,
                     leader=sequences[0] if sequences else None,
                     guide=guides[number] if guides else None,
+                    prefix_salt=prefix_salt,
+                    positions=positions,
+                    position_delta=add.position_delta,
                 )
             )
         return sequences
@@ -123,6 +140,15 @@ class Sequence:
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.sampling.output_token_ids.append(token_id)
+
+    def positions_within(self, start: int, stop: int) -> npt.NDArray[np.int64] | None:
+        """[axes, stop - start] where the prompt's positions are a table and the span begins in it; else None, and each
+        token's position is its index plus `position_delta`."""
+        if self.positions is None or start >= self.positions.shape[1]:
+            return None
+        known = self.positions[:, start:stop]
+        behind = np.arange(start + known.shape[1], stop) + self.position_delta
+        return np.concatenate([known, np.broadcast_to(behind, (len(known), len(behind)))], axis=1)
 
     def pictures_within(self, start: int, stop: int) -> list[Picture]:
         """The pictures that have a token in [start, stop)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.messages import Picture
+from engine.messages import Picture, TensorData
 from engine.scheduler import Chunk
 
 
@@ -26,6 +26,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
 
     samples: the logits of the last token are wanted. prompt_logits: those of all its tokens are.
     pictures: those that have a token in the chunk.
+    positions, position_delta: see `Sequence.positions_within`.
     """
 
     token_ids: list[int]
@@ -34,6 +35,8 @@ class ChunkInput(msgspec.Struct, array_like=True):
     samples: bool
     prompt_logits: bool
     pictures: list[PicturePlace]
+    position_delta: int = 0
+    positions: TensorData | None = None
 
     @property
     def length(self) -> int:
@@ -46,6 +49,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
     @classmethod
     def of(cls, chunk: Chunk) -> ChunkInput:
         sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+        positions = sequence.positions_within(start, stop)
         return cls(
             token_ids=sequence.token_ids[start:stop],
             start=start,
@@ -58,6 +62,8 @@ class ChunkInput(msgspec.Struct, array_like=True):
             ]
             if sequence.pictures
             else [],
+            position_delta=sequence.position_delta,
+            positions=None if positions is None else TensorData.pack(positions),
         )
 
 

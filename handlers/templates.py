@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,8 @@ class PromptRenderer:
     image_token: the one token that stands for a picture; None for a model that sees none.
     placeholder: what is written where the template does not write a picture itself, `image_token` unless the
         family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
+    printed: what the template prints for an image where that is not the placeholder, which then takes its place
+        before the prompt is tokenised (Gemma 3 prints "<start_of_image>").
 
     Raises ValueError when these do not fit together.
 
@@ -63,6 +66,7 @@ class PromptRenderer:
         image_token: str | None = None,
         *,
         placeholder: str | None = None,
+        printed: str | None = None,
     ) -> None:
         self.longest = _LONGEST_PROMPT
         self._tokenizer = tokenizer
@@ -74,15 +78,18 @@ class PromptRenderer:
         self._source = self._parse(chat_template) if chat_template is not None else None
         self._bos = tokenizer.bos_token
         self.image_token_id = _single_id(tokenizer, image_token) if image_token is not None else None
-        self.placeholder = image_token if placeholder is None else placeholder
-        if image_token is not None and (self.placeholder or "").count(image_token) != 1:
+        whole = image_token if placeholder is None else placeholder
+        self.placeholder = whole if printed is None else printed
+        self._substitute = None if printed is None or whole is None else (printed, whole)
+        if image_token is not None and (whole or "").count(image_token) != 1:
             raise ValueError(
                 f"the placeholder {placeholder!r} must hold the image token {image_token!r} once"
             )
 
-        control = ControlTokens(_control_tokens(tokenizer, image_token, self._source))
+        images = [token for token in (image_token, printed) if token is not None]
+        control = ControlTokens(_control_tokens(tokenizer, images, self._source))
         self._chat_control = control
-        self._text_control = ControlTokens([image_token] if image_token is not None else [])
+        self._text_control = ControlTokens(images)
         self._literal = LiteralEncoder(self._backend, control)
         self._normalised = self._backend.normalizer is not None and any(
             token.normalized and token.content in set(control.tokens)
@@ -216,6 +223,8 @@ class PromptRenderer:
     def _encoded(
         self, rendered: str, hidden: Hidden, n_images: int, add_special_tokens: bool, with_spans: bool
     ) -> RenderedPrompt:
+        if self._substitute is not None:
+            rendered = rendered.replace(*self._substitute)
         self._require_room(len(rendered))
         spans: list[tuple[int, int]] | None = None
         if hidden.literals or self._normalised:
@@ -271,7 +280,7 @@ class PromptRenderer:
 
 
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerFast, image_token: str | None, source: TemplateSource | None
+    tokenizer: PreTrainedTokenizerFast, images: Sequence[str], source: TemplateSource | None
 ) -> set[str]:
     """Special tokens, the picture's, and added tokens that only the template is meant to print.
 
@@ -284,8 +293,7 @@ def _control_tokens(
         marker = source is not None and text in source.printed and text not in source.searched
         if token.special or (marker and len(text.strip(" \t\r\n▁")) > 1):
             control.add(text)
-    if image_token is not None:
-        control.add(image_token)
+    control.update(images)
     return control & set(tokenizer.get_vocab())
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.families.preprocessor import Preprocessor
+from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
 from engine.messages import Add, Output, Picture, TensorData
 from engine.sampling_params import SamplingParams
@@ -32,25 +39,31 @@ class Prompt:
 
     items: list[int | Image.Image]
 
-    def add(self, preprocessor: Preprocessor | None, params: SamplingParams, seed: int = 0) -> Add:
+    def add(self, preprocessor: Preprocessor[Any] | None, params: SamplingParams, seed: int = 0) -> Add:
         token_ids: list[int] = []
         pictures: list[Picture] = []
+        variant = 0 if preprocessor is None else preprocessor.variant(len(self.images))
         for item in self.items:
             if isinstance(item, int):
                 token_ids.append(item)
                 continue
             assert preprocessor is not None
-            prepared = preprocessor.prepare(item)
+            prepared = preprocessor.prepare(item, variant)
             pictures.append(
                 Picture(
-                    digest=item.tobytes()[:64] + bytes(item.size),
+                    digest=item.tobytes()[:64] + repr((item.size, variant)).encode(),
                     offset=len(token_ids),
                     length=len(prepared.token_ids),
                     tensors={name: TensorData.pack(array) for name, array in prepared.tensors.items()},
+                    is_embed=prepared.is_embed,
                 )
             )
             token_ids += prepared.token_ids
-        return Add(0, token_ids, params, [seed], EOS, pictures)
+        add = Add(0, token_ids, params, [seed], EOS, pictures)
+        if preprocessor is not None:
+            positions, add.position_delta = preprocessor.positions(len(token_ids), pictures)
+            add.positions = None if positions is None else TensorData.pack(positions)
+        return add
 
     @property
     def images(self) -> list[Image.Image]:
@@ -58,22 +71,28 @@ class Prompt:
 
 
 class Oracle:
-    """transformers' own `generate`, one request at a time, in float32."""
+    """transformers' own `generate`, one request at a time, in float32, on pixels of its own image processor.
 
-    def __init__(self, path: Path) -> None:
+    inputs: what `generate` is given for images beside the token ids; by default all that the processor returns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Callable[[Any, list[Image.Image], torch.Tensor], dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> None:
         self.preprocessor = load_preprocessor(str(path))
-        loader = AutoModelForCausalLM if self.preprocessor is None else AutoModelForImageTextToText
-        self.model: PreTrainedModel = loader.from_pretrained(path, dtype=torch.float32).eval()
+        text_only = self.preprocessor is None
+        loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+        self.model: PreTrainedModel = loader.from_pretrained(path, dtype=torch.float32, **options).eval()
+        self._processor = None if text_only else AutoImageProcessor.from_pretrained(path)
+        self._inputs = inputs or (lambda processor, images, _: dict(processor(images, return_tensors="pt")))
 
     @torch.inference_mode()
     def generate(self, prompt: Prompt, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
-        add = prompt.add(self.preprocessor, SamplingParams())
-        ids = torch.tensor([add.token_ids])
-        extra = {}
-        if add.pictures:
-            extra["pixel_values"] = torch.stack(
-                [torch.from_numpy(p.tensors["pixel_values"].unpack()) for p in add.pictures]
-            )
+        ids = torch.tensor([prompt.add(self.preprocessor, SamplingParams()).token_ids])
+        extra = self._inputs(self._processor, prompt.images, ids) if prompt.images else {}
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
             eos_token_id=None if ignore_eos else list(EOS), pad_token_id=258, **extra,

@@ -126,14 +126,14 @@ def test_a_step_that_raises_for_one_request_is_finished_for_the_others(
     engine: Engine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device error cannot be provoked here, so the model is made to raise when it sees one marked token."""
-    real = engine.runner.family.embed
+    real = engine.runner.model.embed
 
     def embed(token_ids: torch.Tensor) -> torch.Tensor:
         if (token_ids == 255).any():
             raise RuntimeError("provoked")
         return real(token_ids)
 
-    monkeypatch.setattr(engine.runner.family, "embed", embed)
+    monkeypatch.setattr(engine.runner.model, "embed", embed)
     results = run_all(engine, [text(1, 2, 3), text(4, 255, 5), text(6, 7)])
     assert results[1].finish == "error"
     assert results[0].token_ids == oracle.generate(Prompt([1, 2, 3]), 12)

@@ -56,7 +56,7 @@ def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
     assert found["eos"] == [tokenizer.eos_token_id]
     preprocessor = load_preprocessor(str(SHAPES))
     assert preprocessor is not None
-    if preprocessor.facts() is None:
+    if preprocessor.to_bytes() is None:
         pytest.fail("the shapes model has the usual processor")
     picture = preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
     assert found["tokens"] == len(picture.token_ids)

@@ -1,37 +1,310 @@
-"""What differs between model families in the engine: how arrays become rows of embeddings, and how the packed row
-runs through the language model. The front's half of a family is in `engine.families.preprocessor`.
+"""A model family in two halves: `Preprocessor` for the front, `FamilyModel` for the engine.
+
+The front's half turns an image into arrays and prompt tokens, without weights. transformers' own processors import
+torch and half of transformers, several hundred megabytes, so what a preprocessor learns from them is plain data
+(`Facts`), and another process goes on with that alone. A family's file therefore imports neither torch nor
+transformers at its top.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-import torch
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ModelLoadError
+from engine.families.pixels import ProcessorBackend, Recipe, processor_options
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    import torch
+    from PIL.Image import Image
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from engine.messages import Picture
+    from engine.tensor_parallel import Ranks
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+_PROBES = ((40, 64), (129, 77), (301, 300))
+"""Sizes (width, height) of the images that the two ways are compared on: upscaled, odd, downscaled."""
 
 
-class Family(ABC):
-    """A loaded model. Shapes: T is the number of packed tokens of a step, D the text hidden size."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What stands in the prompt for an image instead of its one image token.
+
+    is_embed: which of the tokens take an encoder row, in order; None means all.
+    """
+
+    token_ids: list[int]
+    is_embed: list[bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """placeholder: the text that stands for an image when the prompt is tokenised, image token and all around it.
+    printed: what the chat template prints instead, to be replaced by it; None where it prints the placeholder.
+    """
+
+    placeholder: str
+    printed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPicture:
+    """An image as its model wants it: its layout, and the arguments of the family's `encode`."""
+
+    token_ids: list[int]
+    tensors: Arrays
+    is_embed: list[bool] | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a family may ask of a model's directory, read by transformers.
+
+    processor: the image processor. backend: whose arithmetic it is to have, "torchvision" or "pil".
+    """
+
+    path: str
+    config: PretrainedConfig
+    processor: Any
+    backend: str
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
+
+
+class Facts(msgspec.Struct, kw_only=True):
+    """All that a preprocessor needs, as plain data. Families add fields.
+
+    image_token_id: the one token that stands for an image in a rendered prompt.
+    recipe: how pixels are made without transformers; None where its own processor has to do it.
+    fingerprint: changes whenever the same image would be prepared differently; enters the image's digest.
+    """
+
+    image_token_id: int
+    recipe: Recipe | None
+    fingerprint: bytes = b""
+
+
+F = TypeVar("F", bound=Facts)
+
+
+class Preprocessor(ABC, Generic[F]):
+    """Turns upright RGB images into arrays. `prepare` is called from several threads at once.
+
+    What happens to an image may depend on the rest of the prompt: `variant` numbers the ways.
+
+    facts_type: the family's `Facts`. tensor_names: the arrays of `transformers`' processor that the engine wants.
+    chat_template: the one of the model's card, for families whose checkpoints have none.
+    """
+
+    facts_type: ClassVar[type[Facts]]
+    tensor_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    chat_template: ClassVar[str | None] = None
+    probes: ClassVar[tuple[tuple[int, int], ...]] = _PROBES
+
+    def __init__(self, facts: F, processor: Any = None) -> None:
+        """processor: transformers', needed where `facts.recipe` is None."""
+        self.facts = facts
+        self._processor = processor
+
+    @classmethod
+    def from_model(
+        cls, model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
+    ) -> Preprocessor[F]:
+        """Slow: asks transformers. overrides: of the image processor's own settings.
+
+        The direct way to the pixels is compared with transformers' on a few images and used where both are equal.
+        Raises ModelLoadError where the processor cannot work with this backend.
+        """
+        from transformers import AutoConfig, AutoImageProcessor
+
+        config = AutoConfig.from_pretrained(model_path)
+        load: Any = AutoImageProcessor.from_pretrained
+        processor = load(model_path, **{**processor_options(backend), **(overrides or {})})
+        native = getattr(processor, "backend", "pil")
+        wanted = native if backend == "auto" else backend
+        facts = cls.read(ModelFiles(model_path, config, processor, wanted))
+        made = cls(facts, processor)
+        if wanted != native:
+            if facts.recipe is None:
+                raise ModelLoadError(
+                    "the model's image processor needs torchvision itself; install torchvision"
+                )
+        elif facts.recipe is not None and not made._direct_is_exact():
+            facts.recipe = None
+        settings = json.dumps([wanted, processor.to_dict()], sort_keys=True, default=str).encode()
+        known = settings + msgspec.msgpack.encode(facts)
+        facts.fingerprint = hashlib.blake2b(known, digest_size=8).digest()
+        return made
+
+    @classmethod
+    @abstractmethod
+    def read(cls, model: ModelFiles) -> F:
+        """What the family wants to know of a model. Raises ModelLoadError for one that it cannot serve."""
+
+    @classmethod
+    def from_bytes(cls, facts: bytes) -> Preprocessor[F]:
+        return cls(msgspec.msgpack.decode(facts, type=cls.facts_type))  # type: ignore[arg-type]
+
+    def to_bytes(self) -> bytes | None:
+        """For `from_bytes` in another process; None where that would need transformers' processor."""
+        return None if self.facts.recipe is None else msgspec.msgpack.encode(self.facts)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.facts.image_token_id
+
+    @property
+    def fingerprint(self) -> bytes:
+        return self.facts.fingerprint
+
+    @abstractmethod
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        """What an image of that size becomes in the prompt."""
+
+    def written(self, tokenizer: PreTrainedTokenizerFast) -> Written | None:
+        """How an image is written in a rendered prompt, where that is more than the image token."""
+        return None
+
+    @abstractmethod
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        """The arrays by `facts.recipe`."""
+
+    def reference(self, image: Image, variant: int = 0) -> Arrays:
+        """The same arrays by transformers' image processor."""
+        out = self._processor(images=image, return_tensors="np")
+        return {name: np.asarray(out[name][0]) for name in self.tensor_names}
+
+    def variant(self, num_images: int) -> int:
+        """The way in which the images of a prompt with that many are prepared."""
+        return 0
+
+    def prepare(self, image: Image, variant: int = 0) -> PreparedPicture:
+        layout = self.layout(image.width, image.height, variant)
+        tensors = (self.reference if self.facts.recipe is None else self.direct)(image, variant)
+        return PreparedPicture(layout.token_ids, tensors, layout.is_embed)
+
+    def positions(
+        self, num_tokens: int, pictures: Sequence[Picture]
+    ) -> tuple[npt.NDArray[np.int64] | None, int]:
+        """The positions of a prompt's tokens [axes, num_tokens], None for 0, 1, 2, … on every axis; and what is added
+        to the index of a token behind the prompt (without an array: of any token)."""
+        return None, 0
+
+    def _direct_is_exact(self) -> bool:
+        from PIL import Image
+
+        random = np.random.default_rng(0)
+        for width, height in self.probes:
+            image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            want, got = self.reference(image), self.direct(image)
+            if want.keys() != got.keys() or not all(np.array_equal(want[name], got[name]) for name in want):
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What the key/value cache holds for a token: num_layers x 2 x kv_heads x head_dim."""
+
+    num_layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, text: PretrainedConfig) -> CacheLayout:
+        heads: int = text.num_attention_heads
+        return cls(
+            num_layers=text.num_hidden_layers,
+            query_heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        )
+
+
+class FamilyModel(ABC):
+    """A loaded model. Shapes: T is the number of packed tokens of a step, D the text hidden size.
+
+    The defaults are those of a model with a `language_model` inside whose images become rows of its input.
+
+    auto_class: transformers' class that loads the weights. position_axes: 1, or as many as the rotary embedding takes.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    position_axes: ClassVar[int] = 1
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @classmethod  # noqa: B027
+    def check(cls, config: PretrainedConfig) -> None:
+        """Raise ModelLoadError for a model of this family that is not served."""
+
+    @classmethod
+    def load(cls, model_path: str, config: PretrainedConfig, **options: Any) -> FamilyModel:
+        """options: of transformers' `from_pretrained`."""
+        import transformers
+
+        loader = getattr(transformers, cls.auto_class)
+        options["attn_implementation"] = cls.attention(config)
+        return cls(loader.from_pretrained(model_path, **options))
+
+    @classmethod
+    def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:
+        """Our attention for the decoder, PyTorch's for the vision tower."""
+        from engine.attention.bridge import IMPLEMENTATION
+
+        if "text_config" not in config.sub_configs:
+            return IMPLEMENTATION
+        return {name: IMPLEMENTATION if name == "text_config" else "sdpa" for name in config.sub_configs}
+
+    @classmethod
+    def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
+        """Raise ModelLoadError where that many ranks cannot share the model."""
+        from engine.tensor_parallel import read_plan
+
+        read_plan(config.get_text_config(), size)
+
+    def shard(self, ranks: Ranks) -> None:
+        """Keep this rank's part of the weights."""
+        from engine.tensor_parallel import shard
+
+        shard(self.decoder, self.text_config, ranks)
+
     @property
-    @abstractmethod
+    def text_config(self) -> PretrainedConfig:
+        config: PretrainedConfig = self.model.config.text_config
+        return config
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        return CacheLayout.of(self.text_config)
+
+    @property
     def decoder(self) -> torch.nn.Module:
         """The language model without its head: takes `inputs_embeds`, gives `last_hidden_state`."""
+        decoder: torch.nn.Module = self.model.model.language_model
+        return decoder
 
     @property
-    @abstractmethod
-    def head(self) -> torch.nn.Module: ...
-
-    @property
-    @abstractmethod
-    def text_config(self) -> PretrainedConfig: ...
+    def head(self) -> torch.nn.Module:
+        head: torch.nn.Module = self.model.lm_head
+        return head
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, D]; a placeholder's row is overwritten afterwards, so any row will do for it."""
@@ -39,15 +312,15 @@ class Family(ABC):
         embedded: torch.Tensor = table(token_ids.clamp(max=table.num_embeddings - 1))
         return embedded
 
+    @abstractmethod
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """One [rows, D] per picture. Text-only families are never asked."""
-        raise ValueError("this model takes no pictures")
+        """One [rows, D] per image, of the tensors of its `PreparedPicture`. Text-only families are never asked."""
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
-        """[T, D] and positions [T] through the decoder -> [T, D]."""
+        """[T, D] and positions [T], or [position_axes, T] where there are several, through the decoder -> [T, D]."""
         out = self.decoder(
             inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            position_ids=positions.unsqueeze(-2),
             use_cache=False,
             **kernel,
         )
@@ -58,3 +331,16 @@ class Family(ABC):
         """[rows, D] -> [rows, vocabulary]."""
         logits: torch.Tensor = self.head(hidden)
         return logits
+
+    def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
+        """What the keys and values of a prompt's first token depend on, besides that token: enters the hash of all its
+        blocks, so that prompts share a prefix only where this is equal."""
+        return b""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Both halves; a text-only family has no preprocessor."""
+
+    model: type[FamilyModel]
+    preprocessor: type[Preprocessor[Any]] | None = None

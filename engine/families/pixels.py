@@ -1,9 +1,9 @@
 """The usual picture preparation (resize, crop, rescale, normalise), without the detours that cost most of it.
 
 transformers has each image processor twice: with torchvision it resizes with torch, without it with Pillow, and for a
-photograph a few values in a thousand then differ, by one level of 255. Both turn a picture into an array and back, or
-copy it, more often than they must. `PixelPipeline` takes the same steps with the same resize and gives the same
-numbers: it checks that against the processor when it is built, and uses the processor where anything differs.
+photograph a few values in a thousand then differ, by one level of 255. Both turn an image into an array and back, or
+copy it, more often than they must. `DirectPixels` takes the same steps with the same resize and gives the same
+numbers; `Preprocessor.from_model` checks that against the processor and uses the processor where anything differs.
 """
 
 from __future__ import annotations
@@ -27,50 +27,11 @@ Levels = npt.NDArray[np.uint8]
 Resize = Callable[[Image.Image, tuple[int, int], Image.Resampling], Levels]
 """(picture, (width, height), filter) -> [height, width, 3]"""
 
-_PROBES = ((40, 64), (129, 77), (301, 300))
-"""Sizes (width, height) of the pictures that the two ways are compared on: upscaled, odd, downscaled."""
-
 _TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
-# A picture's own memory is read and never written.
+
+# An image's own memory is read and never written.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
-
-class PixelPipeline:
-    """Callable: an RGB picture -> float32 [3, height, width]. Thread-safe.
-
-    recipe: of the direct way, where it is in use; else None.
-    With torchvision's arithmetic on a machine without torchvision there is no processor to compare with or to fall
-    back on: ValueError where the direct way does not know a step.
-    """
-
-    def __init__(self, processor: Any, backend: ProcessorBackend = "auto") -> None:
-        self._processor = processor
-        native = getattr(processor, "backend", "pil")
-        self.backend = native if backend == "auto" else backend
-        self.recipe = recipe_of(processor, self.backend)
-        if self.backend != native:
-            if self.recipe is None:
-                raise ValueError("the model's image processor needs torchvision itself; install torchvision")
-        elif self.recipe is not None and not self._agrees(DirectPixels(self.recipe)):
-            self.recipe = None
-        self._direct = self._reference if self.recipe is None else DirectPixels(self.recipe)
-
-    def __call__(self, image: Image.Image) -> Pixels:
-        return self._direct(image)
-
-    def _reference(self, image: Image.Image) -> Pixels:
-        pixels = self._processor(images=image, return_tensors="np")["pixel_values"]
-        return np.asarray(pixels[0], dtype=np.float32)
-
-    def _agrees(self, direct: DirectPixels) -> bool:
-        random = np.random.default_rng(0)
-        for width, height in _PROBES:
-            image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-            want, got = self._reference(image), direct(image)
-            if want.shape != got.shape or not np.array_equal(want, got):
-                return False
-        return True
 
 
 def processor_options(backend: ProcessorBackend) -> dict[str, Any]:
@@ -117,7 +78,6 @@ class DirectPixels:
     """Callable: an RGB picture -> float32 [3, height, width], by a recipe. Thread-safe."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe: Recipe | None = recipe
         self._size = recipe.size
         self._crop = recipe.crop
         self._resample = Image.Resampling(recipe.resample)

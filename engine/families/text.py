@@ -1,24 +1,44 @@
-"""Text-only decoders whose layers transformers routes through its attention interface: Llama, Mistral, Qwen2, …"""
+"""Text-only decoders whose layers transformers routes through its attention interface."""
 
 from __future__ import annotations
 
-import torch
-from transformers import PretrainedConfig
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from engine.families.base import Family
+from engine.errors import ModelLoadError
+from engine.families.base import Family, FamilyModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+TEXT_TYPES = ("llama", "mistral", "qwen2")
+"""Decoders that are tested to give the tokens of transformers' own `generate`."""
 
 
-class TextFamily(Family):
+class TextModel(FamilyModel):
+    auto_class = "AutoModelForCausalLM"
+
     @property
     def decoder(self) -> torch.nn.Module:
         decoder: torch.nn.Module = self.model.base_model
         return decoder
 
     @property
-    def head(self) -> torch.nn.Module:
-        head: torch.nn.Module = self.model.lm_head
-        return head
-
-    @property
     def text_config(self) -> PretrainedConfig:
         return self.model.config
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        raise ValueError("this model takes no pictures")
+
+
+def check_text(config: PretrainedConfig) -> None:
+    """Raise ModelLoadError for the decoder of a vision model that is not served."""
+    if config.model_type not in TEXT_TYPES:
+        raise ModelLoadError(
+            f"its decoder is of type {config.model_type!r}, which the embedded engine does not serve; it serves "
+            f"{', '.join(TEXT_TYPES)}"
+        )
+
+
+FAMILY = Family(TextModel)

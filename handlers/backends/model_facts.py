@@ -105,7 +105,7 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
         accelerators=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         tokenizer_is_plain=_save_plain(tokenizer, folder / TOKENIZER),
         takes_pictures=preprocessor is not None,
-        preprocessor=None if preprocessor is None else preprocessor.facts(),
+        preprocessor=None if preprocessor is None else preprocessor.to_bytes(),
     )
 
 

@@ -18,7 +18,7 @@ from handlers.templates import PromptRenderer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from engine.families.preprocessor import Preprocessor
+    from engine.families.base import Preprocessor
     from properties.settings import Settings
 
 
@@ -29,7 +29,7 @@ class ModelFront:
         self,
         tokenizer: PreTrainedTokenizerFast,
         renderer: PromptRenderer,
-        preprocessor: Preprocessor | None,
+        preprocessor: Preprocessor[Any] | None,
         eos_token_ids: tuple[int, ...],
         default_sampling: dict[str, float | int],
         vocab_size: int,
@@ -67,15 +67,19 @@ class ModelFront:
         preprocessor = _preprocessor(facts, question)
         if wrong := contradictions(settings, Path(path), preprocessor):
             raise ModelLoadError("; ".join(wrong))
-        image_token = settings.image_placeholder_token
-        if preprocessor is not None and image_token is None:
-            image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
+        image_token, own_template, written = settings.image_placeholder_token, None, None
+        if preprocessor is not None:
+            if image_token is None:
+                image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
+            own_template, written = preprocessor.chat_template, preprocessor.written(tokenizer)
         try:
             renderer = PromptRenderer(
                 tokenizer,
-                read_chat_template(settings.chat_template, path) or tokenizer.chat_template,
+                read_chat_template(settings.chat_template, path) or tokenizer.chat_template or own_template,
                 settings.chat_template_content_format,
                 image_token if preprocessor is not None else None,
+                placeholder=None if written is None else written.placeholder,
+                printed=None if written is None else written.printed,
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
@@ -110,13 +114,16 @@ def vocabulary_of(
     )
 
 
-def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor | None:
+def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[Any] | None:
     if not facts.takes_pictures:
         return None
     if facts.preprocessor is not None:
-        from engine.families.pictures import PREPROCESSORS
+        from engine.families.registry import family_of
 
-        return PREPROCESSORS[facts.model_type].from_facts(facts.preprocessor)
+        family = family_of(facts.model_type)
+        assert family is not None
+        assert family.preprocessor is not None
+        return family.preprocessor.from_bytes(facts.preprocessor)
     from engine.loader import load_preprocessor
 
     return load_preprocessor(question.model_path, question.processor_overrides, question.processor_backend)

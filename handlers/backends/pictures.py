@@ -8,8 +8,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
-from engine.families.preprocessor import PreparedPicture, Preprocessor
+from engine.families.base import PreparedPicture, Preprocessor
 from engine.messages import EMBEDDINGS, TensorData
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.errors import ImageError
@@ -37,7 +38,7 @@ class PicturePreparer:
 
     def __init__(
         self,
-        preprocessor: Preprocessor,
+        preprocessor: Preprocessor[Any],
         pool: ThreadPoolExecutor,
         cache_bytes: int,
         embeddings: EmbeddingsWanted,
@@ -48,8 +49,8 @@ class PicturePreparer:
         self._pool = pool
         self._budget = cache_bytes
         self._used = 0
-        self._cache: OrderedDict[bytes, ReadyPicture] = OrderedDict()
-        self._under_way: dict[bytes, asyncio.Task[ReadyPicture]] = {}
+        self._cache: OrderedDict[tuple[bytes, int], ReadyPicture] = OrderedDict()
+        self._under_way: dict[tuple[bytes, int], asyncio.Task[ReadyPicture]] = {}
 
     async def prepare(self, parts: Sequence[PicturePart]) -> list[ReadyPicture]:
         """In the parts' order; all must be loaded, and none is afterwards: the decoded pictures are let go.
@@ -58,7 +59,10 @@ class PicturePreparer:
         """
         embedded = self._embeddings.checked([part for part in parts if isinstance(part, EmbeddingsPart)])
         ready = [self._as_they_are(loaded) for loaded in embedded]
-        ready += [await self._one(i, part) for i, part in enumerate(parts) if isinstance(part, ImagePart)]
+        variant = self._preprocessor.variant(len(parts))
+        for index, part in enumerate(parts):
+            if isinstance(part, ImagePart):
+                ready.append(await self._one(index, part, variant))
         assert len(embedded) in (0, len(parts)), "a request holds pictures or embeddings"
         for part in parts:
             part.release()
@@ -70,39 +74,40 @@ class PicturePreparer:
         )
         return ReadyPicture(prepared, {EMBEDDINGS: TensorData.pack(loaded.rows)}, loaded.digest[:16])
 
-    async def _one(self, index: int, part: ImagePart) -> ReadyPicture:
+    async def _one(self, index: int, part: ImagePart, variant: int) -> ReadyPicture:
         assert part.loaded is not None, "pictures are loaded before the backend sees them"
-        digest = part.loaded.digest
-        known = self._cache.get(digest)
+        key = part.loaded.digest, variant
+        known = self._cache.get(key)
         if known is not None:
-            self._cache.move_to_end(digest)
+            self._cache.move_to_end(key)
             return known
-        task = self._under_way.get(digest)
+        task = self._under_way.get(key)
         if task is None:
-            task = asyncio.create_task(self._prepare(part.loaded))
-            self._under_way[digest] = task
-            task.add_done_callback(lambda _: self._under_way.pop(digest, None))
+            task = asyncio.create_task(self._prepare(part.loaded, variant))
+            self._under_way[key] = task
+            task.add_done_callback(lambda _: self._under_way.pop(key, None))
         try:
             return await asyncio.shield(task)
         except Exception as error:
             raise ImageError(index, "the model's processor cannot prepare this picture") from error
 
-    async def _prepare(self, loaded: LoadedImage) -> ReadyPicture:
+    async def _prepare(self, loaded: LoadedImage, variant: int) -> ReadyPicture:
         prepared = await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._preprocessor.prepare, loaded.image
+            self._pool, self._preprocessor.prepare, loaded.image, variant
         )
+        known = loaded.digest + self._preprocessor.fingerprint + bytes([variant])
         ready = ReadyPicture(
             prepared,
             {name: TensorData.pack(array) for name, array in prepared.tensors.items()},
-            hashlib.blake2b(loaded.digest + self._preprocessor.fingerprint, digest_size=16).digest(),
+            hashlib.blake2b(known, digest_size=16).digest(),
         )
-        self._remember(loaded.digest, ready)
+        self._remember((loaded.digest, variant), ready)
         return ready
 
-    def _remember(self, digest: bytes, ready: ReadyPicture) -> None:
-        if digest in self._cache or ready.nbytes > self._budget:
+    def _remember(self, key: tuple[bytes, int], ready: ReadyPicture) -> None:
+        if key in self._cache or ready.nbytes > self._budget:
             return
-        self._cache[digest] = ready
+        self._cache[key] = ready
         self._used += ready.nbytes
         while self._used > self._budget:
             _, old = self._cache.popitem(last=False)

@@ -15,7 +15,7 @@ from engine.cores import usable_cores
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import STUCK_SECONDS, EngineGroup, Ticket
 from engine.logprobs import Logprobs
-from engine.messages import Add, Output, Picture
+from engine.messages import Add, Output, Picture, TensorData
 from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
@@ -168,6 +168,9 @@ class RollingBackend:
             priority=request.priority,
             grammar=grammar,
         )
+        if self._front.preprocessor is not None:
+            positions, add.position_delta = self._front.preprocessor.positions(len(token_ids), placed)
+            add.positions = None if positions is None else TensorData.pack(positions)
         keys = [picture.digest for picture in placed]
         keys.append(b"".join(t.to_bytes(4, "little") for t in token_ids[:PREFIX_KEY_TOKENS]))
         try:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from properties.configuration import read_model_config
 from properties.names import key_of
 from properties.settings_retired import RETIRED
 
 if TYPE_CHECKING:
-    from engine.families.preprocessor import PreparedPicture, Preprocessor
+    from engine.families.base import PreparedPicture, Preprocessor
     from properties.settings import Settings
 
 
@@ -19,7 +19,7 @@ def wanted(settings: Settings) -> bool:
     return any(getattr(settings, name) is not None for name in RETIRED)
 
 
-def contradictions(settings: Settings, model_path: Path, preprocessor: Preprocessor | None) -> list[str]:
+def contradictions(settings: Settings, model_path: Path, preprocessor: Preprocessor[Any] | None) -> list[str]:
     """What is not as the model has it, each with both values; slow where there is a preprocessor to ask.
 
     preprocessor: None for a model without pictures, and where only another backend knows the model, which leaves
@@ -45,7 +45,7 @@ def contradictions(settings: Settings, model_path: Path, preprocessor: Preproces
     return found
 
 
-def _shapes(settings: Settings, preprocessor: Preprocessor) -> list[str]:
+def _shapes(settings: Settings, preprocessor: Preprocessor[Any]) -> list[str]:
     """Prepares blank pictures. Where pictures are cut into tiles or patches the shape says how large they come, which
     is no property of the model: then only their tokens are counted."""
     shape, tokens = settings.image_input_shape, settings.image_feature_size
@@ -65,7 +65,7 @@ def _shapes(settings: Settings, preprocessor: Preprocessor) -> list[str]:
     return found
 
 
-def _prepare(preprocessor: Preprocessor, size: tuple[int, int]) -> PreparedPicture:
+def _prepare(preprocessor: Preprocessor[Any], size: tuple[int, int]) -> PreparedPicture:
     from PIL import Image
 
     return preprocessor.prepare(Image.new("RGB", size))

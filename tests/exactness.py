@@ -1,0 +1,94 @@
+"""The engine's one promise: in float32, greedy, each request gets the tokens of transformers' own `generate`,
+whatever shares its batch, however its prompt was cut, cached, or computed twice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.families.base import CacheLayout
+from engine.sampling_params import SamplingParams
+from tests.engine_driver import Oracle, Prompt, Result, collect, load_engine, random_image
+
+PromptMaker = Callable[[random.Random, list[list[int]]], Prompt]
+"""(random numbers, beginnings that prompts should share) -> a prompt."""
+
+
+def prompts_with(images: Sequence[Image.Image], most: int = 3) -> PromptMaker:
+    """Prompts of random text with up to `most` of these images anywhere in it. Some share a long beginning."""
+
+    def make(rng: random.Random, prefixes: list[list[int]]) -> Prompt:
+        items: list = list(rng.choice(prefixes)) if rng.random() < 0.5 else []
+        items += [rng.randrange(256) for _ in range(rng.randint(1, 70))]
+        if images:
+            for _ in range(rng.choice([0, 1, 1, *range(2, most + 1)])):
+                items.insert(rng.randint(0, len(items)), rng.choice(images))
+        return Prompt(items)
+
+    return make
+
+
+def small_images(count: int = 6) -> list[Image.Image]:
+    return [random_image(seed) for seed in range(count)]
+
+
+def check_random_load(
+    path: Path, oracle: Oracle, seed: int, make: PromptMaker, *, max_model_len: int = 240, budget: int = 0
+) -> None:
+    """Random arrivals, lengths, aborts and engine settings; odd seeds have a cache so small that it preempts.
+
+    budget: the fewest tokens of a step, for families whose prompts may not be cut anywhere.
+    """
+    layout = CacheLayout.of(oracle.model.config.get_text_config())
+    token_bytes = 8 * layout.num_layers * layout.kv_heads * layout.head_dim
+    rng = random.Random(seed)
+    block_size = rng.choice([4, 8, 16])
+    tight = seed % 2 == 1
+    engine = load_engine(
+        path,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=8 if tight else rng.choice([3, 16]),
+        max_num_batched_tokens=max(budget, rng.choice([17, 48, 512])),
+        # tight holds one long request
+        kv_cache_bytes=token_bytes * (max_model_len + 16 if tight else 8192),
+        encoder_cache_bytes=rng.choice([0, 1 << 20]),
+        enable_prefix_caching=rng.random() < 0.8,
+    )
+    prefixes = [[rng.randrange(256) for _ in range(rng.randint(10, 60))] for _ in range(2)]
+    prompts = [make(rng, prefixes) for _ in range(14)]
+    lengths = [rng.randint(20, 44) if tight else rng.randint(1, 24) for _ in prompts]
+    arrivals = sorted((rng.randint(0, 2 if tight else 40), number) for number in range(len(prompts)))
+    aborted = set(rng.sample(range(len(prompts)), 2))
+    results: dict[int, Result] = {}
+    for step in range(5000):
+        while arrivals and arrivals[0][0] <= step:
+            _, number = arrivals.pop(0)
+            params = SamplingParams(temperature=0.0, max_tokens=lengths[number])
+            add = prompts[number].add(oracle.preprocessor, params)
+            add.request_id = number
+            assert engine.add(add) == []
+        collect(results, engine.step())
+        for number in list(aborted):
+            if number in results and len(results[number].token_ids) >= min(3, lengths[number]):
+                engine.abort(number)
+                aborted.discard(number)
+                results[number].outputs[-1].finish = "abort"
+        if not arrivals and not engine.has_work:
+            break
+    else:
+        pytest.fail("the engine did not finish")
+    for number, prompt in enumerate(prompts):
+        want = oracle.generate(prompt, lengths[number])
+        got = results[number]
+        if got.finish == "abort":
+            assert got.token_ids == want[: len(got.token_ids)]
+        else:
+            assert got.token_ids == want, f"request {number}"
+    assert engine.pool.num_used == 0
+    if tight:
+        assert engine.stats().preemptions > 0, "this load was meant to preempt"
