@@ -36,7 +36,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     block_size: tokens per key/value block; None lets the attention kernel choose.
     kv_cache_bytes: memory for keys and values per device; None chooses by device.
     cpu_share: the part of a CPU's memory and cores that this engine may count on (1 / replicas).
-    encoder_cache_bytes: memory for vision-encoder outputs per device.
+    encoder_cache_bytes: memory for vision-encoder outputs per device; None chooses by device and model.
     threads: intra-op threads per process on a CPU; None chooses from the cores and the number of processes.
     attention: the kernel by name, or "auto".
     vocabulary: for answers that must match a grammar; None where there are none.
@@ -52,7 +52,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     kv_cache_bytes: int | None = None
     cpu_share: float = 1.0
     gpu_memory_utilization: float = 0.9
-    encoder_cache_bytes: int = 256 << 20
+    encoder_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
     trust_remote_code: bool = False
     threads: int | None = None

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any, Protocol
 
-import torch
+
+class EncoderOutput(Protocol):
+    """A tensor, [rows, hidden], or what a family's own forward wants."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def clone(self) -> Any: ...
 
 
 class EncoderCache:
-    """An LRU of features ([tokens, hidden] each) under a memory budget in bytes.
+    """An LRU of encoder outputs under a memory budget in bytes.
 
     What the current step needs is never evicted by it: `trim` runs after the step, and keeps the newest.
     """
@@ -16,14 +25,14 @@ class EncoderCache:
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
         self._used = 0
-        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._features: OrderedDict[bytes, Any] = OrderedDict()
         self.queries = 0
         self.hits = 0
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._features
 
-    def __getitem__(self, digest: bytes) -> torch.Tensor:
+    def __getitem__(self, digest: bytes) -> Any:
         self._features.move_to_end(digest)
         return self._features[digest]
 
@@ -36,12 +45,15 @@ class EncoderCache:
         self.queries += 1
         self.hits += hit
 
-    def put(self, digest: bytes, features: torch.Tensor) -> None:
+    def put(self, digest: bytes, features: EncoderOutput) -> None:
         assert digest not in self._features
         self._features[digest] = features
         self._used += features.nbytes
 
-    def trim(self) -> None:
-        while self._used > self._budget and len(self._features) > 0:
-            _, features = self._features.popitem(last=False)
-            self._used -= features.nbytes
+    def trim(self, keep: Collection[bytes] = ()) -> None:
+        """keep: digests that stay in any case."""
+        for digest in list(self._features):
+            if self._used <= self._budget:
+                return
+            if digest not in keep:
+                self._used -= self._features.pop(digest).nbytes

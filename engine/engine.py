@@ -53,6 +53,7 @@ class Engine:
             self.pool,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(budget, config.max_num_seqs),
+            image_places=runner.image_places,
         )
         self.sampler = Sampler(runner.vocab_size, runner.device)
         self.guidance = _load_guidance(config.vocabulary)
@@ -90,6 +91,7 @@ class Engine:
                 order=self._arrivals,
                 guides=guides or (),
                 prefix_salt=self.runner.model.prefix_salt(add.token_ids, add.pictures),
+                attends_images=self.runner.model.attends_images,
             )
         except (ValueError, OverflowError, TypeError):
             logger.exception("a request's parameters cannot be used")
@@ -144,7 +146,8 @@ class Engine:
         chunks = self._encode_pictures(chunks, outputs)
         for group, logits in self._run(chunks, outputs):
             self._advance(group, logits, outputs)
-        self.executor.trim()
+        attending = (s for s in self.scheduler.running if s.attends_images)
+        self.executor.trim([picture.digest for s in attending for picture in s.pictures])
         return outputs
 
     def stats(self) -> Stats:
@@ -167,7 +170,7 @@ class Engine:
         cache = self.runner.encoder_cache
         missing: dict[bytes, Picture] = {}
         for chunk in chunks:
-            for picture in chunk.sequence.pictures_within(chunk.start, chunk.stop):
+            for picture in chunk.sequence.pictures_for(chunk.start, chunk.stop):
                 if picture.digest not in cache:
                     missing[picture.digest] = picture
         if not missing:
@@ -186,7 +189,7 @@ class Engine:
         failed = {picture.digest for picture in some if picture.digest not in cache}
         kept = []
         for chunk in chunks:
-            digests = {p.digest for p in chunk.sequence.pictures_within(chunk.start, chunk.stop)}
+            digests = {p.digest for p in chunk.sequence.pictures_for(chunk.start, chunk.stop)}
             if digests & failed:
                 self._fail(chunk.sequence, "a picture of this request could not be encoded", outputs)
             elif all(digest in cache for digest in digests):
@@ -195,7 +198,7 @@ class Engine:
 
     def _count_missing(self, chunk: Chunk) -> int:
         """How many different pictures of the chunk are not encoded."""
-        pictures = chunk.sequence.pictures_within(chunk.start, chunk.stop)
+        pictures = chunk.sequence.pictures_for(chunk.start, chunk.stop)
         return len({p.digest for p in pictures if p.digest not in self.runner.encoder_cache})
 
     def _encode_alone(self, picture: Picture) -> None:

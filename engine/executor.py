@@ -55,7 +55,7 @@ class Executor(ABC):
     def encode(self, pictures: list[Picture]) -> None: ...
 
     @abstractmethod
-    def trim(self) -> None: ...
+    def trim(self, keep: list[bytes]) -> None: ...
 
     @abstractmethod
     def scrub(self, blocks: list[int]) -> None: ...
@@ -73,8 +73,8 @@ class LocalExecutor(Executor):
     def encode(self, pictures: list[Picture]) -> None:
         self.runner.encode(pictures)
 
-    def trim(self) -> None:
-        self.runner.encoder_cache.trim()
+    def trim(self, keep: list[bytes]) -> None:
+        self.runner.encoder_cache.trim(keep)
 
     def scrub(self, blocks: list[int]) -> None:
         self.runner.kernel.scrub(blocks)
@@ -110,8 +110,8 @@ class ParallelExecutor(Executor):
     def encode(self, pictures: list[Picture]) -> None:
         self._tell(Encode(pictures))
 
-    def trim(self) -> None:
-        self._tell(Trim())
+    def trim(self, keep: list[bytes]) -> None:
+        self._tell(Trim(keep))
 
     def scrub(self, blocks: list[int]) -> None:
         self._tell(Scrub(blocks))

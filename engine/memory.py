@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+import msgspec
 import torch
 from transformers import PretrainedConfig
 
@@ -23,6 +24,11 @@ CPU_MOST = 4 << 30
 CPU_REQUESTS = 16
 """On a CPU the cache takes this share of the machine's memory, never more than this many bytes, and no more than
 this many requests of the longest length fill: memory that is shared with everything else on the machine."""
+
+ENCODER_CACHE = 256 << 20
+CPU_ENCODER_CACHE = 32 << 20
+"""Bytes for encoder outputs where the configuration names none; on a CPU it is memory that images themselves and the
+key/value cache want too."""
 
 _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
@@ -59,6 +65,22 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
     if room < wanted:
         logger.warning("max_model_len lowered from %d to %d: the key/value cache holds no more", wanted, room)
     return min(wanted, room), num_blocks
+
+
+def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -> tuple[int, EngineConfig]:
+    """Bytes for encoder outputs, and the configuration with what the key/value cache has left.
+
+    image_bytes: of each image of a running request, for models whose tokens attend to them; else 0. Unless
+    `encoder_cache_bytes` says how much, these images take up to half of the key/value cache's memory.
+    """
+    given = config.encoder_cache_bytes
+    usual = given if given is not None else ENCODER_CACHE if device.type == "cuda" else CPU_ENCODER_CACHE
+    if not image_bytes or given is not None or config.kv_cache_bytes is not None:
+        return max(usual, image_bytes), config
+    budget = _default_budget(config, device)
+    requests = config.max_num_seqs if device.type == "cuda" else min(config.max_num_seqs, CPU_REQUESTS)
+    images = max(usual, image_bytes, min(budget // 2, requests * image_bytes))
+    return images, msgspec.structs.replace(config, kv_cache_bytes=max(0, budget - images))
 
 
 def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

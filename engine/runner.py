@@ -13,16 +13,13 @@ import torch.nn.functional as F
 from engine.attention.kernel import CacheShape, PackedStep
 from engine.attention.select import choose_kernel
 from engine.config import EngineConfig
-from engine.encoder_cache import EncoderCache
-from engine.families.base import FamilyModel
-from engine.memory import cache_blocks
+from engine.encoder_cache import EncoderCache, EncoderOutput
+from engine.families.base import AttendedChunk, FamilyModel
+from engine.memory import cache_blocks, image_budget
 from engine.messages import EMBEDDINGS, Picture
 from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
 
 logger = logging.getLogger(__name__)
-
-ENCODE_BATCH = 16
-"""Pictures encoded in one call at most: bounds the memory that the vision tower's activations take."""
 
 
 @dataclass(slots=True)
@@ -43,7 +40,6 @@ class ModelRunner:
         self.device = device
         self.dtype: torch.dtype = model.model.dtype
         self.vocab_size = int(text.vocab_size)
-        self.encoder_cache = EncoderCache(config.encoder_cache_bytes)
         shape = CacheShape(
             num_layers=layout.num_layers,
             num_blocks=1,
@@ -60,6 +56,10 @@ class ModelRunner:
             query_heads=layout.query_heads // config.tensor_parallel_degree,
         )
         self.block_size = shape.block_size
+        image_bytes = layout.image_values // config.tensor_parallel_degree * self.dtype.itemsize
+        images, config = image_budget(config, device, image_bytes)
+        self.image_places = images // image_bytes if image_bytes else None
+        self.encoder_cache = EncoderCache(images)
         self.max_model_len, num_blocks = cache_blocks(config, shape, text)
         self.kernel = kernel(replace(shape, num_blocks=num_blocks))
 
@@ -78,7 +78,7 @@ class ModelRunner:
         if isinstance(command, Encode):
             self.encode(command.pictures)
         elif isinstance(command, Trim):
-            self.encoder_cache.trim()
+            self.encoder_cache.trim(command.keep)
         elif isinstance(command, Scrub):
             self.kernel.scrub(command.blocks)
         return None
@@ -87,8 +87,9 @@ class ModelRunner:
     def encode(self, pictures: Items[Picture]) -> None:
         """Run the vision encoder and keep the outputs. Pictures must differ in digest and not be cached; those that
         bring its output are kept as they are."""
-        for start in range(0, len(pictures), ENCODE_BATCH):
-            some = pictures[start : start + ENCODE_BATCH]
+        batch = self.model.encode_batch
+        for start in range(0, len(pictures), batch):
+            some = pictures[start : start + batch]
             encoded = [picture for picture in some if EMBEDDINGS in picture.tensors]
             for picture in encoded:
                 rows = self._on_device(picture)[EMBEDDINGS]
@@ -99,7 +100,7 @@ class ModelRunner:
                     # a copy, so that keeping one does not keep the whole batch
                     self.encoder_cache.put(picture.digest, features.clone())
 
-    def _encoded(self, pictures: Items[Picture]) -> list[torch.Tensor]:
+    def _encoded(self, pictures: Items[Picture]) -> list[EncoderOutput]:
         return self.model.encode([self._on_device(picture) for picture in pictures])
 
     def _on_device(self, picture: Picture) -> dict[str, torch.Tensor]:
@@ -115,9 +116,14 @@ class ModelRunner:
         embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
         rows: dict[int, int] = {}
         whole: dict[int, slice] = {}
+        attended: list[AttendedChunk] = []
         for place, index in enumerate(order):
             chunk, start = chunks[index], step.query_starts[place]
-            self._merge_pictures(embeddings, chunk, start)
+            if not self.model.attends_images:
+                self._merge_pictures(embeddings, chunk, start)
+            elif chunk.pictures:
+                features = [self.encoder_cache[picture.digest] for picture in chunk.pictures]
+                attended.append(AttendedChunk(start, chunk.start, chunk.stop, chunk.pictures, features))
             if chunk.samples:
                 rows[index] = start + chunk.length - 1
             if chunk.prompt_logits:
@@ -132,6 +138,7 @@ class ModelRunner:
             torch.from_numpy(positions if len(positions) > 1 else positions[0]).to(self.device),
             kernel=self.kernel,
             tokens=step.num_tokens,
+            **({"attended": attended} if attended else {}),
         )
         wanted = [rows[i] for i in range(len(chunks)) if i in rows]
         picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]

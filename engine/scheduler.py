@@ -38,11 +38,20 @@ class Scheduler:
     tokens are computed again later (much of them often still findable as a cached prefix).
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        image_places: int | None = None,
+    ) -> None:
+        """image_places: how many images all running sequences together may hold; None where they hold none."""
         assert max_num_batched_tokens >= max_num_seqs, "the budget must hold one token for every sequence"
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.image_places = image_places
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -89,6 +98,8 @@ class Scheduler:
                 return
             if self.pool.prefix_caching and sequence.waits_for_leader:
                 continue
+            if not self._places_images(sequence):
+                return
             sequence.num_computed = self.pool.reuse_prefix(sequence)
             length = min(sequence.num_uncomputed, budget)
             if not self._fits(sequence, sequence.num_computed + length):
@@ -104,6 +115,13 @@ class Scheduler:
             self.running.append(sequence)
             chunks.append(Chunk(sequence, sequence.num_computed, length))
             budget -= length
+
+    def _places_images(self, sequence: Sequence) -> bool:
+        """Whether the sequence's images can be held beside those of the running ones; alone it may always run."""
+        if self.image_places is None or not sequence.pictures or not self.running:
+            return True
+        held = {picture.digest for other in (*self.running, sequence) for picture in other.pictures}
+        return len(held) <= self.image_places
 
     def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks are there, and one more for each running sequence, so that admitting does not cause preempting."""

@@ -29,7 +29,7 @@ class Sequence:
     leader: the first answer to the same prompt, whose blocks this one waits for instead of computing them too.
     arrived: by the clock of `time.monotonic`. queued: seconds from then to the first step that had a place for it.
     guide: where the answer stands in its grammar; None for free text. Like the tokens, it survives preemption.
-    prefix_salt: see `engine.families.base.FamilyModel.prefix_salt`.
+    prefix_salt, attends_images: see `engine.families.base.FamilyModel`.
     positions, position_delta: see `engine.families.base.Preprocessor.positions`.
     """
 
@@ -53,6 +53,7 @@ class Sequence:
     leader: Sequence | None = None
     guide: Guide | None = None
     prefix_salt: bytes = b""
+    attends_images: bool = False
     positions: npt.NDArray[np.int64] | None = None
     position_delta: int = 0
     finished: bool = False
@@ -68,6 +69,7 @@ class Sequence:
         order: int,
         guides: Guides[Guide] = (),
         prefix_salt: bytes = b"",
+        attends_images: bool = False,
     ) -> list[Sequence]:
         """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise.
 
@@ -103,6 +105,7 @@ class Sequence:
                     leader=sequences[0] if sequences else None,
                     guide=guides[number] if guides else None,
                     prefix_salt=prefix_salt,
+                    attends_images=attends_images,
                     positions=positions,
                     position_delta=add.position_delta,
                 )
@@ -149,6 +152,10 @@ class Sequence:
         known = self.positions[:, start:stop]
         behind = np.arange(start + known.shape[1], stop) + self.position_delta
         return np.concatenate([known, np.broadcast_to(behind, (len(known), len(behind)))], axis=1)
+
+    def pictures_for(self, start: int, stop: int) -> list[Picture]:
+        """The pictures whose encoder outputs the computation of the tokens [start, stop) needs."""
+        return self.pictures if self.attends_images else self.pictures_within(start, stop)
 
     def pictures_within(self, start: int, stop: int) -> list[Picture]:
         """The pictures that have a token in [start, stop)."""

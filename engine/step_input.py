@@ -25,7 +25,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
     """The tokens [start, start + len(token_ids)) of one sequence.
 
     samples: the logits of the last token are wanted. prompt_logits: those of all its tokens are.
-    pictures: those that have a token in the chunk.
+    pictures: those that the chunk needs.
     positions, position_delta: see `Sequence.positions_within`.
     """
 
@@ -58,7 +58,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
             prompt_logits=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens,
             pictures=[
                 PicturePlace(p.digest, p.offset, p.length, p.is_embed)
-                for p in sequence.pictures_within(start, stop)
+                for p in sequence.pictures_for(start, stop)
             ]
             if sequence.pictures
             else [],
@@ -76,7 +76,7 @@ class Run(msgspec.Struct, tag=True):
 
 
 class Trim(msgspec.Struct, tag=True):
-    pass
+    keep: list[bytes]
 
 
 class Scrub(msgspec.Struct, tag=True):

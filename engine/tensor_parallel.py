@@ -7,6 +7,7 @@ of the first matrix of a pair, rows of the second, one sum after it).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,12 @@ class Ranks:
     size: int
 
 
-def read_plan(config: PretrainedConfig, size: int) -> dict[str, str]:
-    """Module name -> how it is cut. Raises ModelLoadError when the model has no plan, or its heads or widths
-    cannot be divided by the number of ranks."""
-    plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+def read_plan(config: PretrainedConfig, size: int, own: Mapping[str, str] | None = None) -> Mapping[str, str]:
+    """Module name -> how it is cut. own: of a family for which transformers has none.
+
+    Raises ModelLoadError when the model has no plan, or its heads or widths cannot be divided by the number of ranks.
+    """
+    plan: Mapping[str, str] = own or getattr(config, "base_model_tp_plan", None) or {}
     if not plan:
         raise ModelLoadError(f"model type {config.model_type!r} has no tensor-parallel plan; set degree 1")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
@@ -39,9 +42,11 @@ def read_plan(config: PretrainedConfig, size: int) -> dict[str, str]:
     return plan
 
 
-def shard(decoder: torch.nn.Module, config: PretrainedConfig, ranks: Ranks) -> None:
+def shard(
+    decoder: torch.nn.Module, config: PretrainedConfig, ranks: Ranks, own: Mapping[str, str] | None = None
+) -> None:
     """Cut the decoder's matrices down to this rank's part, in place. Raises ModelLoadError as `read_plan`."""
-    plan = read_plan(config, ranks.size)
+    plan = read_plan(config, ranks.size, own)
     for name, module in decoder.named_modules():
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
         if style is None:

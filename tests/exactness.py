@@ -37,14 +37,24 @@ def small_images(count: int = 6) -> list[Image.Image]:
 
 
 def check_random_load(
-    path: Path, oracle: Oracle, seed: int, make: PromptMaker, *, max_model_len: int = 240, budget: int = 0
+    path: Path,
+    oracle: Oracle,
+    seed: int,
+    make: PromptMaker,
+    *,
+    max_model_len: int = 240,
+    budget: int = 0,
+    cached_layers: int | None = None,
+    encoder_caches: Sequence[int] = (0, 1 << 20),
 ) -> None:
     """Random arrivals, lengths, aborts and engine settings; odd seeds have a cache so small that it preempts.
 
     budget: the fewest tokens of a step, for families whose prompts may not be cut anywhere.
+    cached_layers: how many of the layers have keys and values of tokens, where that is not all.
+    encoder_caches: sizes in bytes, of which one is drawn.
     """
     layout = CacheLayout.of(oracle.model.config.get_text_config())
-    token_bytes = 8 * layout.num_layers * layout.kv_heads * layout.head_dim
+    token_bytes = 8 * (cached_layers or layout.num_layers) * layout.kv_heads * layout.head_dim
     rng = random.Random(seed)
     block_size = rng.choice([4, 8, 16])
     tight = seed % 2 == 1
@@ -56,7 +66,7 @@ def check_random_load(
         max_num_batched_tokens=max(budget, rng.choice([17, 48, 512])),
         # tight holds one long request
         kv_cache_bytes=token_bytes * (max_model_len + 16 if tight else 8192),
-        encoder_cache_bytes=rng.choice([0, 1 << 20]),
+        encoder_cache_bytes=rng.choice(encoder_caches),
         enable_prefix_caching=rng.random() < 0.8,
     )
     prefixes = [[rng.randrange(256) for _ in range(rng.randint(10, 60))] for _ in range(2)]

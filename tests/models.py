@@ -87,7 +87,7 @@ def make_text_model(path: Path, kind: str = "llama", *, seed: int = 0, **overrid
     model = AutoModelForCausalLM.from_config(text_config(kind, **overrides))
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    _write_generation_config(path)
+    write_generation_config(path)
     return path
 
 
@@ -148,7 +148,7 @@ def make_llava(
             }
         )
     )
-    _write_generation_config(path)
+    write_generation_config(path)
     return path
 
 
@@ -160,7 +160,7 @@ def _write_hub_names(weights: Path) -> None:
     save_file(tensors, weights, {"format": "pt"})
 
 
-def _write_generation_config(path: Path) -> None:
+def write_generation_config(path: Path) -> None:
     (path / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 256, "eos_token_id": [257, 263], "pad_token_id": 258})
     )

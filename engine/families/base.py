@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from engine.messages import Picture
+    from engine.step_input import PicturePlace
     from engine.tensor_parallel import Ranks
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -109,11 +110,13 @@ class Preprocessor(ABC, Generic[F]):
 
     facts_type: the family's `Facts`. tensor_names: the arrays of `transformers`' processor that the engine wants.
     chat_template: the one of the model's card, for families whose checkpoints have none.
+    takes_embeddings: clients may send rows in place of an image, each of which becomes one image token.
     """
 
     facts_type: ClassVar[type[Facts]]
     tensor_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
     chat_template: ClassVar[str | None] = None
+    takes_embeddings: ClassVar[bool] = True
     probes: ClassVar[tuple[tuple[int, int], ...]] = _PROBES
 
     def __init__(self, facts: F, processor: Any = None) -> None:
@@ -219,12 +222,16 @@ class Preprocessor(ABC, Generic[F]):
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What the key/value cache holds for a token: num_layers x 2 x kv_heads x head_dim."""
+    """What the key/value cache holds for a token: num_layers x 2 x kv_heads x head_dim values.
+
+    image_values: how many values are kept for each image of a running request, beside its tokens.
+    """
 
     num_layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
+    image_values: int = 0
 
     @classmethod
     def of(cls, text: PretrainedConfig) -> CacheLayout:
@@ -237,16 +244,33 @@ class CacheLayout:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AttendedChunk:
+    """The tokens [start, stop) of a sequence with images, in the step's rows from `row` on; and all its images, in
+    order, with their encoder outputs."""
+
+    row: int
+    start: int
+    stop: int
+    pictures: Sequence[PicturePlace]
+    features: Sequence[Any]
+
+
 class FamilyModel(ABC):
     """A loaded model. Shapes: T is the number of packed tokens of a step, D the text hidden size.
 
     The defaults are those of a model with a `language_model` inside whose images become rows of its input.
 
     auto_class: transformers' class that loads the weights. position_axes: 1, or as many as the rotary embedding takes.
+    attends_images: the decoder's tokens attend to images, whose encoder outputs must be there in every step of a
+        request; otherwise the outputs replace embeddings.
+    encode_batch: images encoded in one call at most, which bounds the memory that the tower's activations take.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     position_axes: ClassVar[int] = 1
+    attends_images: ClassVar[bool] = False
+    encode_batch: ClassVar[int] = 16
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -313,11 +337,16 @@ class FamilyModel(ABC):
         return embedded
 
     @abstractmethod
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """One [rows, D] per image, of the tensors of its `PreparedPicture`. Text-only families are never asked."""
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
+        """One `EncoderOutput` per image, of the tensors of its `PreparedPicture`: rows [rows, D], unless the family's
+        own `forward` uses them. Text-only families are never asked."""
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
-        """[T, D] and positions [T], or [position_axes, T] where there are several, through the decoder -> [T, D]."""
+        """[T, D] and positions [T], or [position_axes, T] where there are several, through the decoder -> [T, D].
+
+        kernel: to be handed down to the attention layers, but for `attended`, which only a family that attends images
+        is given.
+        """
         out = self.decoder(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=positions.unsqueeze(-2),

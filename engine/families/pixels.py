@@ -42,7 +42,8 @@ def processor_options(backend: ProcessorBackend) -> dict[str, Any]:
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """What the direct way does to a picture: all that another process needs for it.
+    """What the direct way does to a picture: all that another process needs for it. Families that resize in a way of
+    their own leave size and crop out.
 
     size: as in the processor. crop: (height, width). resample: one of Pillow's filters.
     with_torch: resize as torchvision does. table: float32 [3, 256], what each 8-bit level becomes in each channel.
@@ -53,6 +54,23 @@ class Recipe(msgspec.Struct, frozen=True):
     resample: int
     with_torch: bool
     table: bytes
+
+    @property
+    def filter(self) -> Image.Resampling:
+        return Image.Resampling(self.resample)
+
+    def resized(self, image: Image.Image, size: tuple[int, int]) -> Levels:
+        """size: (width, height)."""
+        resize: Resize = resize_with_torch if self.with_torch else resize_with_pillow
+        return resize(image, size, self.filter)
+
+    def values(self, levels: Levels) -> Pixels:
+        """[height, width, 3] -> [3, height, width]."""
+        table = np.frombuffer(self.table, np.float32).reshape(3, 256)
+        out = np.empty((3, *levels.shape[:2]), dtype=np.float32)
+        for channel in range(3):
+            np.take(table[channel], levels[..., channel], out=out[channel])
+        return out
 
 
 def recipe_of(processor: Any, backend: str) -> Recipe | None:
@@ -66,41 +84,45 @@ def recipe_of(processor: Any, backend: str) -> Recipe | None:
     if getattr(processor, "do_center_crop", False):
         crop_size = processor.crop_size
         crop = (int(crop_size["height"]), int(crop_size["width"]))
+    return value_recipe(processor, backend, size, crop)
+
+
+def value_recipe(
+    processor: Any,
+    backend: str,
+    size: dict[str, int] | None = None,
+    crop: tuple[int, int] | None = None,
+) -> Recipe | None:
+    """How this processor resizes and what it makes of 8-bit levels; None where its resize is not known here."""
     resample = Image.Resampling(int(processor.resample))
     if backend != "torchvision":
-        return Recipe(size, crop, int(resample), False, _value_table(processor).tobytes())
+        return Recipe(size or {}, crop, int(resample), False, _value_table(processor).tobytes())
     if resample not in _TORCH_MODES or not _resizes_bytes(resample):
         return None
-    return Recipe(size, crop, int(resample), True, _fused_value_table(processor).tobytes())
+    return Recipe(size or {}, crop, int(resample), True, _fused_value_table(processor).tobytes())
 
 
 class DirectPixels:
     """Callable: an RGB picture -> float32 [3, height, width], by a recipe. Thread-safe."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._size = recipe.size
-        self._crop = recipe.crop
-        self._resample = Image.Resampling(recipe.resample)
-        self._resize: Resize = resize_with_torch if recipe.with_torch else resize_with_pillow
-        # Where a picture smaller than the crop gets an odd number of black columns or rows, torchvision has the
-        # smaller half first.
-        self._pads_evenly = recipe.with_torch
-        self._table = np.frombuffer(recipe.table, np.float32).reshape(3, 256)
+        self._recipe = recipe
 
     def __call__(self, image: Image.Image) -> Pixels:
-        levels = self._resize(image, self._target(*image.size), self._resample)
-        if self._crop is not None:
-            levels = _center_crop(levels, *self._crop, pads_evenly=self._pads_evenly)
-        out = np.empty((3, *levels.shape[:2]), dtype=np.float32)
-        for channel in range(3):
-            np.take(self._table[channel], levels[..., channel], out=out[channel])
-        return out
+        recipe = self._recipe
+        levels = recipe.resized(image, self._target(*image.size))
+        if recipe.crop is not None:
+            # Where a picture smaller than the crop gets an odd number of black columns or rows, torchvision has the
+            # smaller half first.
+            levels = _center_crop(levels, *recipe.crop, pads_evenly=recipe.with_torch)
+        return recipe.values(levels)
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing; `shortest_edge` keeps the aspect and cuts fractions off."""
-        if "height" in self._size:
-            return self._size["width"], self._size["height"]
-        edge = self._size["shortest_edge"]
+        size = self._recipe.size
+        if "height" in size:
+            return size["width"], size["height"]
+        edge = size["shortest_edge"]
         if width <= height:
             return edge, int(edge * height / width)
         return int(edge * width / height), edge

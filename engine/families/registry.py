@@ -9,6 +9,7 @@ from engine.families.text import TEXT_TYPES
 
 _VISION = {
     "llava": "llava",
+    "mllama": "mllama",
 }
 """config.json's `model_type` -> the family's file."""
 

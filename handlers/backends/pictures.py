@@ -57,7 +57,10 @@ class PicturePreparer:
 
         Raises ImageError for a picture, or embeddings of one, that the model cannot take.
         """
-        embedded = self._embeddings.checked([part for part in parts if isinstance(part, EmbeddingsPart)])
+        embeddings = [part for part in parts if isinstance(part, EmbeddingsPart)]
+        if embeddings and not self._preprocessor.takes_embeddings:
+            raise ImageError(0, "this model takes no image_embeds; send the image itself")
+        embedded = self._embeddings.checked(embeddings)
         ready = [self._as_they_are(loaded) for loaded in embedded]
         variant = self._preprocessor.variant(len(parts))
         for index, part in enumerate(parts):

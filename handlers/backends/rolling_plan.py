@@ -12,11 +12,6 @@ if TYPE_CHECKING:
     from properties.settings import Settings
 
 
-ENCODER_CACHE_MB = 256
-CPU_ENCODER_CACHE_MB = 32
-"""Of host memory that the pictures themselves and the key/value cache want too."""
-
-
 def plan_engines(
     settings: Settings, model_path: str, accelerators: int, vocabulary: Vocabulary | None = None
 ) -> list[EngineConfig]:
@@ -42,8 +37,6 @@ def plan_engines(
         groups = [("cpu",) * ranks] * workers
     cache = settings.kv_cache_memory_mb
     encoder_cache = settings.encoder_cache_mb
-    if encoder_cache is None:
-        encoder_cache = ENCODER_CACHE_MB if devices else CPU_ENCODER_CACHE_MB
     return [
         EngineConfig(
             model_path=model_path,
@@ -56,7 +49,7 @@ def plan_engines(
             kv_cache_bytes=None if cache is None else cache << 20,
             cpu_share=1.0 / len(groups),
             gpu_memory_utilization=settings.gpu_memory_utilization,
-            encoder_cache_bytes=encoder_cache << 20,
+            encoder_cache_bytes=None if encoder_cache is None else encoder_cache << 20,
             enable_prefix_caching=settings.enable_prefix_caching,
             trust_remote_code=settings.trust_remote_code,
             vocabulary=vocabulary,
