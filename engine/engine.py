@@ -92,6 +92,7 @@ class Engine:
                 guides=guides or (),
                 prefix_salt=self.runner.model.prefix_salt(add.token_ids, add.pictures),
                 attends_images=self.runner.model.attends_images,
+                spans=self.runner.model.spans(add.token_ids, add.pictures),
             )
         except (ValueError, OverflowError, TypeError):
             logger.exception("a request's parameters cannot be used")

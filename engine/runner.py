@@ -48,6 +48,7 @@ class ModelRunner:
             head_dim=layout.head_dim,
             dtype=self.dtype,
             device=device,
+            special=model.special_attention,
         )
         kernel, shape = choose_kernel(
             config.attention,
@@ -188,6 +189,8 @@ class ModelRunner:
             slots=torch.from_numpy(slots).to(self.device),
             num_decodes=num_decodes,
             block_size=size,
+            spans=[chunk.spans for chunk in chunks] if any(chunk.spans for chunk in chunks) else (),
+            spans_pass_windows=self.model.spans_pass_windows,
         )
         return step, token_ids, positions
 

@@ -82,10 +82,12 @@ class Scheduler:
                 break
             if sequence.request_id in preempted:
                 continue
-            length = min(sequence.num_uncomputed, budget)
+            length = self._chunk_length(sequence, budget, chunks)
+            if length == 0:
+                continue
             if self._make_room(sequence, sequence.num_computed + length, chunks, preempted):
                 chunks.append(Chunk(sequence, sequence.num_computed, length))
-                budget -= length
+                budget = max(0, budget - length)
         budget = self.max_num_batched_tokens - sum(chunk.length for chunk in chunks)
         if not preempted:
             self._admit(chunks, budget)
@@ -101,8 +103,8 @@ class Scheduler:
             if not self._places_images(sequence):
                 return
             sequence.num_computed = self.pool.reuse_prefix(sequence)
-            length = min(sequence.num_uncomputed, budget)
-            if not self._fits(sequence, sequence.num_computed + length):
+            length = self._chunk_length(sequence, budget, chunks)
+            if length == 0 or not self._fits(sequence, sequence.num_computed + length):
                 self.pool.release(sequence)
                 sequence.num_computed = 0
                 return
@@ -115,6 +117,17 @@ class Scheduler:
             self.running.append(sequence)
             chunks.append(Chunk(sequence, sequence.num_computed, length))
             budget -= length
+
+    def _chunk_length(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """How many tokens of the sequence the step computes: within the budget, and never a part of a span alone.
+
+        A span that the budget cannot hold waits for a step without another prompt, and then goes beyond the budget.
+        """
+        start = sequence.num_computed
+        stop = sequence.uncut(start, start + min(sequence.num_uncomputed, budget))
+        if stop == start and all(chunk.length == 1 for chunk in chunks):
+            stop = min(sequence.span_end(start), sequence.num_tokens)
+        return stop - start
 
     def _places_images(self, sequence: Sequence) -> bool:
         """Whether the sequence's images can be held beside those of the running ones; alone it may always run."""

@@ -29,7 +29,7 @@ class Sequence:
     leader: the first answer to the same prompt, whose blocks this one waits for instead of computing them too.
     arrived: by the clock of `time.monotonic`. queued: seconds from then to the first step that had a place for it.
     guide: where the answer stands in its grammar; None for free text. Like the tokens, it survives preemption.
-    prefix_salt, attends_images: see `engine.families.base.FamilyModel`.
+    prefix_salt, attends_images, spans: see `engine.families.base.FamilyModel`.
     positions, position_delta: see `engine.families.base.Preprocessor.positions`.
     """
 
@@ -54,6 +54,7 @@ class Sequence:
     guide: Guide | None = None
     prefix_salt: bytes = b""
     attends_images: bool = False
+    spans: list[tuple[int, int]] = field(default_factory=list)
     positions: npt.NDArray[np.int64] | None = None
     position_delta: int = 0
     finished: bool = False
@@ -70,6 +71,7 @@ class Sequence:
         guides: Guides[Guide] = (),
         prefix_salt: bytes = b"",
         attends_images: bool = False,
+        spans: Guides[tuple[int, int]] = (),
     ) -> list[Sequence]:
         """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise.
 
@@ -106,6 +108,7 @@ class Sequence:
                     guide=guides[number] if guides else None,
                     prefix_salt=prefix_salt,
                     attends_images=attends_images,
+                    spans=list(spans),
                     positions=positions,
                     position_delta=add.position_delta,
                 )
@@ -143,6 +146,20 @@ class Sequence:
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.sampling.output_token_ids.append(token_id)
+
+    def uncut(self, start: int, stop: int) -> int:
+        """The last place up to `stop` where a chunk from `start` may end: not inside a span."""
+        for first, last in self.spans:
+            if first < stop < last:
+                return max(start, first)
+        return stop
+
+    def span_end(self, start: int) -> int:
+        """The end of the span that `start` lies in."""
+        return next(last for first, last in self.spans if first <= start < last)
+
+    def spans_within(self, start: int, stop: int) -> list[tuple[int, int]]:
+        return [span for span in self.spans if span[0] < stop and span[1] > start]
 
     def positions_within(self, start: int, stop: int) -> npt.NDArray[np.int64] | None:
         """[axes, stop - start] where the prompt's positions are a table and the span begins in it; else None, and each

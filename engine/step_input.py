@@ -25,7 +25,8 @@ class ChunkInput(msgspec.Struct, array_like=True):
     """The tokens [start, start + len(token_ids)) of one sequence.
 
     samples: the logits of the last token are wanted. prompt_logits: those of all its tokens are.
-    pictures: those that the chunk needs.
+    pictures: those that the chunk needs. spans: runs of the sequence that have a token in the chunk and are seen both
+        ways.
     positions, position_delta: see `Sequence.positions_within`.
     """
 
@@ -35,6 +36,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
     samples: bool
     prompt_logits: bool
     pictures: list[PicturePlace]
+    spans: list[tuple[int, int]] = []
     position_delta: int = 0
     positions: TensorData | None = None
 
@@ -62,6 +64,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
             ]
             if sequence.pictures
             else [],
+            spans=sequence.spans_within(start, stop) if sequence.spans else [],
             position_delta=sequence.position_delta,
             positions=None if positions is None else TensorData.pack(positions),
         )

@@ -49,8 +49,8 @@ def shard(
     plan = read_plan(config, ranks.size, own)
     for name, module in decoder.named_modules():
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        if style is None:
-            continue
+        if style is None or style.startswith(("replicated", "embedding")):
+            continue  # every rank keeps the whole of it
         if not isinstance(module, torch.nn.Linear) or style not in ("colwise", "rowwise"):
             raise ModelLoadError(f"tensor parallelism of {name!r} ({style}) is not supported; set degree 1")
         if style == "colwise":

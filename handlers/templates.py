@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +51,7 @@ class PromptRenderer:
         family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
     printed: what the template prints for an image where that is not the placeholder, which then takes its place
         before the prompt is tokenised (Gemma 3 prints "<start_of_image>").
+    adds_special_tokens, arrange: see `engine.families.base.Preprocessor.adds_special_tokens` and `arranged`.
 
     Raises ValueError when these do not fit together.
 
@@ -67,8 +68,12 @@ class PromptRenderer:
         *,
         placeholder: str | None = None,
         printed: str | None = None,
+        adds_special_tokens: bool = True,
+        arrange: Callable[[str, str], str] | None = None,
     ) -> None:
         self.longest = _LONGEST_PROMPT
+        self._adds_special_tokens = adds_special_tokens
+        self._arrange = arrange
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -126,7 +131,9 @@ class PromptRenderer:
         # A processor's rule: what starts with BOS has all its special tokens, anything else gets them added.
         # A tokenizer alone (a model without pictures) adds none to a rendered template.
         starts_with_bos = bool(self._bos) and rendered.startswith(self._bos)
-        add_special_tokens = self.image_token_id is not None and not starts_with_bos
+        add_special_tokens = (
+            self.image_token_id is not None and self._adds_special_tokens and not starts_with_bos
+        )
         if prompt.add_special_tokens is not None:
             add_special_tokens = prompt.add_special_tokens
         return self._encoded(rendered, hidden, n_images, add_special_tokens, spans)
@@ -144,7 +151,10 @@ class PromptRenderer:
             hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or ""
             for part in prompt.parts
         ]
-        return self._encoded("".join(pieces), hidden, n_images, prompt.add_special_tokens, spans)
+        text, add_special_tokens = "".join(pieces), prompt.add_special_tokens and self._adds_special_tokens
+        if self._arrange is not None:
+            text = self._arrange(text, self._bos or "")
+        return self._encoded(text, hidden, n_images, add_special_tokens, spans)
 
     def _apply(self, template: str, source: TemplateSource, prompt: ChatPrompt, hidden: Hidden) -> str:
         parts = (self._forced_format if self._forced_format != "auto" else source.content_format) == "openai"

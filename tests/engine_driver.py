@@ -89,13 +89,16 @@ class Oracle:
         self._processor = None if text_only else AutoImageProcessor.from_pretrained(path)
         self._inputs = inputs or (lambda processor, images, _: dict(processor(images, return_tensors="pt")))
 
+    def inputs(self, prompt: Prompt, ids: torch.Tensor) -> dict[str, Any]:
+        """Keyword arguments of the model beside the token ids."""
+        return self._inputs(self._processor, prompt.images, ids) if prompt.images else {}
+
     @torch.inference_mode()
     def generate(self, prompt: Prompt, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
         ids = torch.tensor([prompt.add(self.preprocessor, SamplingParams()).token_ids])
-        extra = self._inputs(self._processor, prompt.images, ids) if prompt.images else {}
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-            eos_token_id=None if ignore_eos else list(EOS), pad_token_id=258, **extra,
+            eos_token_id=None if ignore_eos else list(EOS), pad_token_id=258, **self.inputs(prompt, ids),
         )  # fmt: skip
         return out[0, ids.shape[1] :].tolist()
 

@@ -13,6 +13,9 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -76,9 +79,22 @@ def text_config(kind: str = "llama", **overrides: Any) -> PretrainedConfig:
         "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, "tie_word_embeddings": False,
         "initializer_range": 0.2,
     }  # fmt: skip
-    kinds: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+    kinds: dict[str, Any] = {
+        "gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig, "llama": LlamaConfig,
+        "mistral": MistralConfig, "qwen2": Qwen2Config,
+    }  # fmt: skip
     if kind == "mistral":
         shared["sliding_window"] = 24
+    if kind.startswith("gemma"):
+        # heads of another size than hidden_size / heads, and tied weights, as published
+        shared |= {"head_dim": 24, "tie_word_embeddings": True}
+    if kind == "gemma2":
+        # caps so low that they change the answers
+        shared |= {"sliding_window": 24, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0}
+        shared["final_logit_softcapping"] = 3.0
+    if kind == "gemma3_text":
+        layers = ["sliding_attention", "full_attention"]
+        shared |= {"sliding_window": 24, "query_pre_attn_scalar": 20, "layer_types": layers}
     return kinds[kind](**{**shared, **overrides})
 
 

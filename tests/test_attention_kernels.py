@@ -45,7 +45,10 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 class Traffic:
     """Sequences that grow step by step in one paged cache, in chunks of random length, most of them decoding."""
 
-    def __init__(self, shape: CacheShape, heads: int, seed: int, *, sequences: int, longest: int) -> None:
+    def __init__(
+        self, shape: CacheShape, heads: int, seed: int, *, sequences: int, longest: int, spans: bool = False
+    ) -> None:
+        """spans: runs of some sequences are seen both ways, and are not cut by chunks."""
         self.shape, self.heads = shape, heads
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
@@ -56,6 +59,12 @@ class Traffic:
         self.tables = [blocks[i * width : (i + 1) * width] for i in range(sequences)]
         self.targets = [self.random.randint(1, longest) for _ in range(sequences)]
         self.lengths = [0] * sequences
+        self.spans = [self._spans(target) if spans else [] for target in self.targets]
+        self.pass_windows = spans and self.random.random() < 0.5
+
+    def _spans(self, target: int) -> list[tuple[int, int]]:
+        edges = sorted(self.random.sample(range(target + 1), min(target + 1, self.random.choice([0, 2, 4]))))
+        return list(zip(edges[::2], edges[1::2], strict=False))
 
     def tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = (
@@ -73,6 +82,7 @@ class Traffic:
             if room and self.random.random() < 0.8:
                 whole = length == 0 and self.random.random() < 0.5
                 chunk = room if whole else self.random.choice([1, 1, self.random.randint(1, room)])
+                chunk = next((b - length for a, b in self.spans[index] if a < length + chunk < b), chunk)
                 chosen.append((index, chunk))
         if not chosen:
             return None
@@ -81,7 +91,10 @@ class Traffic:
         for index, chunk in chosen:
             parts.append((self.tables[index], self.lengths[index], chunk))
             self.lengths[index] += chunk
-        return packed(self.shape, parts)
+        step = packed(self.shape, parts)
+        step.spans = [self.spans[index] for index, _ in chosen]
+        step.spans_pass_windows = self.pass_windows
+        return step
 
 
 def packed(shape: CacheShape, parts: list[tuple[list[int], int, int]]) -> PackedStep:
@@ -119,6 +132,8 @@ def compare(
     heads: int,
     window: int | None,
     seed: int,
+    *,
+    softcap: float | None = None,
     **traffic: int,
 ) -> None:
     """Run the same traffic through the kernel and the reference, two layers, of which one has the window."""
@@ -136,8 +151,8 @@ def compare(
         for layer in range(shape.num_layers):
             query, key, value = flow.tokens(step.num_tokens)
             sliding = window if layer == 0 else None
-            got = candidate.attend(layer, query, key, value, scale=scale, window=sliding)
-            wanted = reference.attend(layer, query, key, value, scale=scale, window=sliding)
+            got = candidate.attend(layer, query, key, value, scale=scale, window=sliding, softcap=softcap)
+            wanted = reference.attend(layer, query, key, value, scale=scale, window=sliding, softcap=softcap)
             tolerance = TOLERANCE[shape.dtype]
             torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
     assert steps
@@ -183,6 +198,35 @@ def test_cpu_kernel_answers_as_the_formula_on_long_contexts(
 ) -> None:
     shape, heads, window = drawn
     compare(CpuKernel, shape, heads, window, seed, sequences=5, longest=300)
+
+
+@unhurried
+@given(
+    shapes(block_sizes=[1, 4, 16], head_dims=[16, 32], dtypes=ALL_DTYPES, longest=150),
+    SEEDS,
+    st.sampled_from([None, 1.5, 50.0]),
+)
+def test_spans_seen_both_ways_and_capped_scores(
+    drawn: tuple[CacheShape, int, int | None], seed: int, softcap: float | None
+) -> None:
+    shape, heads, window = drawn
+    compare(CpuKernel, shape, heads, window, seed, softcap=softcap, sequences=5, longest=150, spans=True)
+
+
+@pytest.mark.parametrize(("pass_windows", "seen"), [(False, {3, 4, 5, 6}), (True, {2, 3, 4, 5, 6})])
+def test_what_a_token_of_a_span_sees(pass_windows: bool, seen: set[int]) -> None:
+    """The token at 5 of the span [2, 7), with a window of 3: where the window counts it hides what is too far back."""
+    shape = CacheShape(1, 1, 16, 1, 4, torch.float32, CPU)
+    step = packed(shape, [([0], 0, 9)])
+    step.spans, step.spans_pass_windows = [[(2, 7)]], pass_windows
+    hidden = step.hidden(0, 3, CPU)[5]
+    assert set((~hidden).nonzero().flatten().tolist()) == seen
+
+
+def test_varlen_is_not_chosen_for_spans_and_caps() -> None:
+    shape = CacheShape(1, 1, 256, 1, 64, torch.bfloat16, torch.device("cuda"), special=True)
+    assert "seen both ways" in str(AttentionKernel.unsupported.__func__(VarlenKernel, shape))  # type: ignore[attr-defined]
+    assert AttentionKernel.unsupported.__func__(GatherKernel, shape) is None  # type: ignore[attr-defined]
 
 
 def test_float16_scores_stay_finite_where_their_scaled_size_does() -> None:
@@ -369,9 +413,14 @@ class Wrong(GatherKernel):
     name = "wrong"
 
     def _attend_decodes(
-        self, layer: int, query: torch.Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        return super()._attend_decodes(layer, query, scale, 1)
+        return super()._attend_decodes(layer, query, scale, 1, softcap)
 
 
 class LargeBlocks(GatherKernel):

@@ -33,8 +33,6 @@ def rolling_attention(
     Only the first `tokens` are real, the others are padding. `kernel` and `tokens` arrive as keyword arguments of
     the model's own forward, which hands them down unchanged.
     """
-    if softcap is not None:
-        raise ValueError("attention logit soft-capping is not supported by this engine's kernels")
     layer: int = module.layer_idx  # type: ignore[assignment]
     out = kernel.attend(
         layer,
@@ -43,6 +41,7 @@ def rolling_attention(
         value[0, :, :tokens].transpose(0, 1),
         scale=scaling,
         window=sliding_window,
+        softcap=softcap,
     )
     padding = query.shape[2] - tokens
     if padding:

@@ -17,6 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 
+_CAPPED_QUERIES = 64
+"""Queries whose capped scores are computed at a time."""
+
 
 @dataclass(slots=True)
 class _DecodeGroup:
@@ -35,6 +38,7 @@ class _DecodeGroup:
 
 @dataclass(slots=True)
 class _Chunk:
+    index: int
     start: int
     stop: int
     context: int
@@ -76,6 +80,7 @@ class GatherKernel(AttentionKernel):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         step = self._step
         assert step is not None, "begin() was not called"
@@ -84,14 +89,16 @@ class GatherKernel(AttentionKernel):
         key_slots.index_copy_(1, step.slots, key_heads)
         value_slots.index_copy_(1, step.slots, value_heads)
         if not self._chunks:
-            return self._attend_decodes(layer, query, scale, window)
+            return self._attend_decodes(layer, query, scale, window, softcap)
         out = torch.empty_like(query)
         if step.num_decodes:
-            out[: step.num_decodes] = self._attend_decodes(layer, query[: step.num_decodes], scale, window)
+            out[: step.num_decodes] = self._attend_decodes(
+                layer, query[: step.num_decodes], scale, window, softcap
+            )
         for chunk in self._chunks:
             span = slice(chunk.start, chunk.stop)
             out[span] = self._attend_chunk(
-                layer, chunk, query[span], key_heads[:, span], value_heads[:, span], scale, window
+                layer, chunk, query[span], key_heads[:, span], value_heads[:, span], scale, window, softcap
             )
         return out
 
@@ -101,18 +108,29 @@ class GatherKernel(AttentionKernel):
         self._values[:, :, index] = 0
 
     def _attend_decodes(
-        self, layer: int, query: torch.Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """query [decodes, heads, head_dim] -> the same shape."""
         if len(self._groups) == 1 and self._groups[0].rows is None:
-            return self._decode(layer, self._groups[0], query, scale, window)
+            return self._decode(layer, self._groups[0], query, scale, window, softcap)
         out = torch.empty_like(query)
         for group in self._groups:
-            out[group.rows] = self._decode(layer, group, query[group.rows], scale, window)
+            out[group.rows] = self._decode(layer, group, query[group.rows], scale, window, softcap)
         return out
 
     def _decode(
-        self, layer: int, group: _DecodeGroup, query: torch.Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        group: _DecodeGroup,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """query [n, heads, head_dim] -> the same shape."""
         count, heads, dim = query.shape
@@ -127,6 +145,8 @@ class GatherKernel(AttentionKernel):
         scores = torch.bmm(grouped.reshape(batch, -1, dim) * power, keys.transpose(1, 2)).float()
         if scale != power:
             scores.mul_(scale / power)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
         bias = self._decode_bias(group, window)
         if bias is not None:
             scores.view(kv_heads, count, heads // kv_heads, -1).add_(bias)
@@ -161,6 +181,7 @@ class GatherKernel(AttentionKernel):
         values: torch.Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """query [queries, heads, dim]; keys, values [kv_heads, queries, dim] of this step -> [queries, heads, dim]."""
         if chunk.blocks is not None:
@@ -170,6 +191,8 @@ class GatherKernel(AttentionKernel):
         groups = query.shape[1] // self.shape.kv_heads
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+        if softcap is not None:
+            return self._capped(chunk, query, keys, values, scale, window, softcap)
         mask = self._chunk_mask(chunk, window)
         out = scaled_dot_product_attention(
             query.transpose(0, 1)[None],
@@ -181,6 +204,28 @@ class GatherKernel(AttentionKernel):
         )
         return out[0].transpose(0, 1)
 
+    def _capped(
+        self,
+        chunk: _Chunk,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float,
+    ) -> torch.Tensor:
+        """keys, values [heads, context, dim]; a part of the queries at a time, which bounds the scores' memory."""
+        assert self._step is not None
+        hidden = self._step.hidden(chunk.index, window, self.shape.device)
+        out = torch.empty_like(query)
+        for start in range(0, len(query), _CAPPED_QUERIES):
+            part = slice(start, start + _CAPPED_QUERIES)
+            scores = torch.matmul(query[part].transpose(0, 1), keys.transpose(1, 2)).float().mul_(scale)
+            scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden[part], float("-inf"))
+            weights = torch.softmax(scores, -1).to(values.dtype)
+            out[part] = torch.matmul(weights, values).transpose(0, 1)
+        return out
+
     def _chunk_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:
         """[queries, context] of booleans, True where a query may look; None for plain causal from position 0."""
         if window is not None and window >= chunk.context:
@@ -190,17 +235,13 @@ class GatherKernel(AttentionKernel):
         return chunk.masks[window]
 
     def _build_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:
-        length = chunk.stop - chunk.start
-        if window is None and chunk.blocks is None:
-            return None
-        if window is None and self.shape.device.type == "cuda":
-            return causal_lower_right(length, chunk.context)
-        position = torch.arange(chunk.context - length, chunk.context, device=self.shape.device)[:, None]
-        seen = torch.arange(chunk.context, device=self.shape.device)[None, :]
-        mask = seen <= position
-        if window is not None:
-            mask &= seen > position - window
-        return mask
+        assert self._step is not None
+        if window is None and not (self._step.spans and self._step.spans[chunk.index]):
+            if chunk.blocks is None:
+                return None
+            if self.shape.device.type == "cuda":
+                return causal_lower_right(chunk.stop - chunk.start, chunk.context)
+        return ~self._step.hidden(chunk.index, window, self.shape.device)
 
     def _gather(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """[kv_heads, blocks, block_size * head_dim] -> [kv_heads, len(blocks) * block_size, head_dim]."""
@@ -213,7 +254,7 @@ class GatherKernel(AttentionKernel):
         fresh = context == stop - start
         used = -(-context // self.shape.block_size)
         blocks = None if fresh else torch.tensor(step.block_tables[index][:used], device=self.shape.device)
-        return _Chunk(start, stop, context, blocks, {})
+        return _Chunk(index, start, stop, context, blocks, {})
 
     def _group_decodes(self, step: PackedStep) -> list[_DecodeGroup]:
         count, size = step.num_decodes, step.block_size

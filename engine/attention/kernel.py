@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """The size of one device's paged key/value cache, all layers together."""
+    """The size of one device's paged key/value cache, all layers together.
+
+    special: the model has spans that are seen both ways, or caps attention scores.
+    """
 
     num_layers: int
     num_blocks: int
@@ -20,6 +24,7 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    special: bool = False
 
     @property
     def bytes_per_block(self) -> int:
@@ -37,6 +42,9 @@ class PackedStep:
 
     slots [tokens]: where each packed token's key and value are written (block * block_size + place in it).
     num_decodes: how many leading sequences have exactly one query token.
+    spans: for each sequence, runs [start, stop) of its positions whose tokens see each other both ways; a run that has
+        query tokens lies within the context. Empty where no sequence has any.
+    spans_pass_windows: within a run a sliding window hides nothing.
     """
 
     query_starts: list[int]
@@ -45,6 +53,23 @@ class PackedStep:
     slots: torch.Tensor
     num_decodes: int
     block_size: int
+    spans: Sequence[Sequence[tuple[int, int]]] = ()
+    spans_pass_windows: bool = False
+
+    def hidden(self, index: int, window: int | None, device: torch.device) -> torch.Tensor:
+        """[query tokens, context] of booleans: what sequence `index`'s queries may not see."""
+        context = self.context_lens[index]
+        position = torch.arange(context - self.query_length(index), context, device=device)[:, None]
+        key = torch.arange(context, device=device)[None, :]
+        hidden = key > position
+        spans = self.spans[index] if self.spans else ()
+        for start, stop in () if self.spans_pass_windows else spans:
+            hidden &= (position < start) | (position >= stop) | (key >= stop)
+        if window is not None:
+            hidden |= key <= position - window
+        for start, stop in spans if self.spans_pass_windows else ():
+            hidden &= (position < start) | (position >= stop) | (key < start) | (key >= stop)
+        return hidden
 
     @property
     def num_sequences(self) -> int:
@@ -62,13 +87,15 @@ class AttentionKernel(ABC):
     """Owns the paged cache in the layout that it likes, writes each step's keys and values, attends over them.
 
     One step is `begin(step)`, then `attend` once per layer. A query sees the positions up to its own, and no
-    further back than `window` of them where a window is given.
+    further back than `window` of them where a window is given; and the rest of a span that it lies in (see
+    `PackedStep.spans`). softcap: scores become softcap * tanh(score / softcap).
 
-    block_multiple: the cache's block size must be a multiple of this.
+    block_multiple: the cache's block size must be a multiple of this. special: see `CacheShape`.
     """
 
     name: ClassVar[str]
     block_multiple: ClassVar[int] = 1
+    special: ClassVar[bool] = True
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
@@ -76,6 +103,8 @@ class AttentionKernel(ABC):
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
         """Why this kernel cannot serve such a cache here; None where it can."""
+        if shape.special and not cls.special:
+            return "it knows no spans that are seen both ways and no score caps, which the model has"
         if shape.block_size % cls.block_multiple:
             return f"its block size must be a multiple of {cls.block_multiple}, not {shape.block_size}"
         return None
@@ -94,6 +123,7 @@ class AttentionKernel(ABC):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] of the begun step, in
         packed order -> [tokens, heads, head_dim]."""

@@ -31,6 +31,7 @@ class ReferenceKernel(AttentionKernel):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         step = self._step
         assert step is not None, "begin() was not called"
@@ -50,11 +51,9 @@ class ReferenceKernel(AttentionKernel):
             keys = self._keys[layer, slots].float().repeat_interleave(groups, dim=1)
             values = self._values[layer, slots].float().repeat_interleave(groups, dim=1)
             scores = torch.einsum("qhd,khd->hqk", query[start:stop].float(), keys) * scale
-            position = torch.arange(context - (stop - start), context, device=query.device)[:, None]
-            seen = torch.arange(context, device=query.device)[None, :]
-            hidden = seen > position
-            if window is not None:
-                hidden |= seen <= position - window
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            hidden = step.hidden(index, window, query.device)
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             out[start:stop] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
         return out

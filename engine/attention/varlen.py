@@ -23,6 +23,7 @@ class VarlenKernel(AttentionKernel):
 
     name: ClassVar[str] = "varlen"
     block_multiple: ClassVar[int] = 256
+    special: ClassVar[bool] = False
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
@@ -73,9 +74,11 @@ class VarlenKernel(AttentionKernel):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         step = self._step
         assert step is not None, "begin() was not called"
+        assert softcap is None
         keys, values = self._keys[layer], self._values[layer]
         keys.flatten(0, 1).index_copy_(0, step.slots, key)
         values.flatten(0, 1).index_copy_(0, step.slots, value)

@@ -17,7 +17,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 
 class XformersKernel(GatherKernel):
     """The Triton kernel reads the blocks in place of a gathered copy. It takes queries of one length and knows no
-    paged sliding window, so chunks, and layers whose window hides something, are gathered.
+    paged sliding window and no score cap, so chunks, and layers where these matter, are gathered.
 
     On a CPU it runs through Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
     """
@@ -60,10 +60,15 @@ class XformersKernel(GatherKernel):
             )
 
     def _attend_decodes(
-        self, layer: int, query: torch.Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        if window is not None and window < self._longest:
-            return super()._attend_decodes(layer, query, scale, window)
+        if softcap is not None or (window is not None and window < self._longest):
+            return super()._attend_decodes(layer, query, scale, window, softcap)
         ops = _xformers()
         count, heads, dim = query.shape
         kv_heads = self.shape.kv_heads

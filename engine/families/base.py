@@ -110,6 +110,7 @@ class Preprocessor(ABC, Generic[F]):
 
     facts_type: the family's `Facts`. tensor_names: the arrays of `transformers`' processor that the engine wants.
     chat_template: the one of the model's card, for families whose checkpoints have none.
+    adds_special_tokens: the tokenizer adds its own to a prompt that does not begin with one, as in most processors.
     takes_embeddings: clients may send rows in place of an image, each of which becomes one image token.
     """
 
@@ -117,6 +118,7 @@ class Preprocessor(ABC, Generic[F]):
     tensor_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
     chat_template: ClassVar[str | None] = None
     takes_embeddings: ClassVar[bool] = True
+    adds_special_tokens: ClassVar[bool] = True
     probes: ClassVar[tuple[tuple[int, int], ...]] = _PROBES
 
     def __init__(self, facts: F, processor: Any = None) -> None:
@@ -178,6 +180,10 @@ class Preprocessor(ABC, Generic[F]):
     @abstractmethod
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         """What an image of that size becomes in the prompt."""
+
+    def arranged(self, text: str, bos: str) -> str:
+        """A prompt that is not a chat, with its placeholders, as the family's processor completes it."""
+        return text
 
     def written(self, tokenizer: PreTrainedTokenizerFast) -> Written | None:
         """How an image is written in a rendered prompt, where that is more than the image token."""
@@ -264,12 +270,14 @@ class FamilyModel(ABC):
     auto_class: transformers' class that loads the weights. position_axes: 1, or as many as the rotary embedding takes.
     attends_images: the decoder's tokens attend to images, whose encoder outputs must be there in every step of a
         request; otherwise the outputs replace embeddings.
+    spans_pass_windows: a sliding window hides nothing within a span (see `spans`).
     encode_batch: images encoded in one call at most, which bounds the memory that the tower's activations take.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     position_axes: ClassVar[int] = 1
     attends_images: ClassVar[bool] = False
+    spans_pass_windows: ClassVar[bool] = False
     encode_batch: ClassVar[int] = 16
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -320,6 +328,15 @@ class FamilyModel(ABC):
         return CacheLayout.of(self.text_config)
 
     @property
+    def special_attention(self) -> bool:
+        """The kernel has to know spans, or caps of attention scores."""
+        return bool(getattr(self.text_config, "attn_logit_softcapping", None))
+
+    def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+        """Runs [start, stop) of a prompt whose tokens see each other both ways. They are computed in one step."""
+        return []
+
+    @property
     def decoder(self) -> torch.nn.Module:
         """The language model without its head: takes `inputs_embeds`, gives `last_hidden_state`."""
         decoder: torch.nn.Module = self.model.model.language_model
@@ -359,7 +376,8 @@ class FamilyModel(ABC):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, D] -> [rows, vocabulary]."""
         logits: torch.Tensor = self.head(hidden)
-        return logits
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else (logits / cap).tanh() * cap
 
     def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
         """What the keys and values of a prompt's first token depend on, besides that token: enters the hash of all its

@@ -8,8 +8,10 @@ from engine.families.base import Family
 from engine.families.text import TEXT_TYPES
 
 _VISION = {
+    "gemma3": "gemma3",
     "llava": "llava",
     "mllama": "mllama",
+    "paligemma": "paligemma",
 }
 """config.json's `model_type` -> the family's file."""
 

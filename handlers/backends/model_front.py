@@ -80,6 +80,8 @@ class ModelFront:
                 image_token if preprocessor is not None else None,
                 placeholder=None if written is None else written.placeholder,
                 printed=None if written is None else written.printed,
+                adds_special_tokens=preprocessor is None or preprocessor.adds_special_tokens,
+                arrange=None if preprocessor is None else preprocessor.arranged,
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error

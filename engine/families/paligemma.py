@@ -1,0 +1,109 @@
+"""PaliGemma 1 and 2: a SigLIP tower, one linear layer, and a Gemma or Gemma 2 decoder.
+
+The whole prompt is seen both ways, the answer causally; positions begin at 1. The prompt is the images, the beginning
+of the sequence, the text and a line break. A model answers one message about one image or several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.pixels import DirectPixels, recipe_of
+from engine.families.text import check_text
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PretrainedConfig
+
+    from engine.messages import Picture
+
+_IMAGE = "<image>"
+
+_TEMPLATE = (
+    "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
+    "{{ raise_exception('PaliGemma answers a single user message: send no other messages') }}"
+    "{%- endif -%}"
+    "{%- set ns = namespace(images=0) -%}"
+    "{%- for part in messages[0]['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}{{ '<image>' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if ns.images == 0 -%}"
+    "{{ raise_exception('PaliGemma answers about an image: send at least one') }}"
+    "{%- endif -%}"
+    "{{ bos_token }}"
+    "{%- for part in messages[0]['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{{ '\n' }}"
+)
+
+
+class PaliGemmaFacts(Facts, kw_only=True):
+    num_tokens: int
+
+
+class PaliGemmaPreprocessor(Preprocessor[PaliGemmaFacts]):
+    facts_type = PaliGemmaFacts
+    chat_template = _TEMPLATE
+    adds_special_tokens = False
+
+    @classmethod
+    def read(cls, model: ModelFiles) -> PaliGemmaFacts:
+        vision = model.config.vision_config
+        return PaliGemmaFacts(
+            image_token_id=int(model.config.image_token_id),
+            recipe=recipe_of(model.processor, model.backend),
+            num_tokens=int(vision.image_size // vision.patch_size) ** 2,
+        )
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        return Layout([self.facts.image_token_id] * self.facts.num_tokens)
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        assert self.facts.recipe is not None
+        return {"pixel_values": DirectPixels(self.facts.recipe)(image)}
+
+    def arranged(self, text: str, bos: str) -> str:
+        end = text.rfind(_IMAGE) + len(_IMAGE) if _IMAGE in text else 0
+        return f"{text[:end]}{bos}{text[end:]}\n"
+
+    def positions(
+        self, num_tokens: int, pictures: Sequence[Picture]
+    ) -> tuple[npt.NDArray[np.int64] | None, int]:
+        return None, 1
+
+
+class PaliGemmaModel(FamilyModel):
+    special_attention = True
+    spans_pass_windows = True
+
+    @classmethod
+    def check(cls, config: PretrainedConfig) -> None:
+        check_text(config.text_config)
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        import torch
+
+        pixels = torch.stack([picture["pixel_values"] for picture in pictures])
+        return list(self.model.model.get_image_features(pixels.to(self.model.dtype)).pooler_output)
+
+    def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+        return [(0, len(token_ids))]
+
+    def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
+        """The first token sees the whole prompt, so only equal prompts share anything."""
+        digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
+        for picture in pictures:
+            digest.update(picture.digest)
+        return digest.digest()
+
+
+FAMILY = Family(PaliGemmaModel, PaliGemmaPreprocessor)
