@@ -174,6 +174,11 @@ class Preprocessor(ABC, Generic[F]):
         return self.facts.image_token_id
 
     @property
+    def forbidden_token_ids(self) -> Sequence[int]:
+        """Tokens that no answer may hold, whatever its grammar allows."""
+        return [self.facts.image_token_id]
+
+    @property
     def fingerprint(self) -> bytes:
         return self.facts.fingerprint
 

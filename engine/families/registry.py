@@ -8,6 +8,7 @@ from engine.families.base import Family
 from engine.families.text import TEXT_TYPES
 
 _VISION = {
+    "chameleon": "chameleon",
     "gemma3": "gemma3",
     "llava": "llava",
     "mllama": "mllama",

@@ -46,8 +46,7 @@ class ModelFront:
     @property
     def vocabulary(self) -> Vocabulary:
         """For answers that must match a grammar."""
-        picture = None if self.preprocessor is None else self.preprocessor.image_token_id
-        forbidden = () if picture is None else (picture,)
+        forbidden = () if self.preprocessor is None else tuple(self.preprocessor.forbidden_token_ids)
         return vocabulary_of(self.tokenizer, self.vocab_size, self.eos_token_ids, forbidden)
 
     @classmethod

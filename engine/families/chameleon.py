@@ -1,0 +1,148 @@
+"""Chameleon: an image becomes discrete codes, and each code a word of the vocabulary.
+
+The decoder is the model itself. It could also write image words, which nobody can show: they are never chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.pixels import DirectPixels, recipe_of
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from engine.tensor_parallel import Ranks
+
+_START, _END = "<racm3:break>", "<eoss>"
+
+_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- for message in messages -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- else -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{{ sep_token }}"
+    "{%- endfor -%}"
+)
+"""A turn ends with the separator, which the model card's processor writes after the prompt."""
+
+_TP_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
+
+class ChameleonFacts(Facts, kw_only=True):
+    num_tokens: int
+    start_token_id: int
+    end_token_id: int
+    separator: str
+    image_words: list[int]
+
+
+class ChameleonPreprocessor(Preprocessor[ChameleonFacts]):
+    facts_type = ChameleonFacts
+    chat_template = _TEMPLATE
+    takes_embeddings = False
+
+    @classmethod
+    def read(cls, model: ModelFiles) -> ChameleonFacts:
+        words, codes = model.config.vocabulary_map, model.config.vq_config
+        edge = codes.resolution // 2 ** (len(codes.channel_multiplier) - 1)
+        return ChameleonFacts(
+            image_token_id=int(model.config.image_token_id),
+            recipe=recipe_of(model.processor, model.backend),
+            num_tokens=edge**2,
+            start_token_id=words[_START],
+            end_token_id=words[_END],
+            separator=model.tokenizer.sep_token or "",
+            image_words=sorted(number for word, number in words.items() if word.startswith("IMGIMG")),
+        )
+
+    @property
+    def forbidden_token_ids(self) -> Sequence[int]:
+        return [self.facts.image_token_id, *self.facts.image_words]
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        facts = self.facts
+        token_ids = [facts.start_token_id, *[facts.image_token_id] * facts.num_tokens, facts.end_token_id]
+        return Layout(token_ids, [token == facts.image_token_id for token in token_ids])
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        assert self.facts.recipe is not None
+        return {"pixel_values": DirectPixels(self.facts.recipe)(image)}
+
+    def arranged(self, text: str, bos: str) -> str:
+        return text + self.facts.separator
+
+
+class ChameleonModel(FamilyModel):
+    encode_batch = 1
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        # Which code is nearest should not depend on how coarsely the model computes.
+        model.model.vqmodel.float()
+        self._image_words = model.model.vocabulary_mapping.image_tokens
+
+    @classmethod
+    def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:
+        from engine.attention.bridge import IMPLEMENTATION
+
+        return {"": IMPLEMENTATION, "vq_config": "sdpa"}
+
+    @classmethod
+    def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
+        from engine.tensor_parallel import read_plan
+
+        read_plan(config, size, _TP_PLAN)
+
+    def shard(self, ranks: Ranks) -> None:
+        import torch
+
+        from engine.tensor_parallel import shard
+
+        shard(self.decoder, self.text_config, ranks, _TP_PLAN)
+        for layer in self.decoder.layers:  # type: ignore[union-attr]
+            attention = layer.self_attn
+            attention.num_heads //= ranks.size
+            attention.num_key_value_heads //= ranks.size
+            for norm in (attention.q_norm, attention.k_norm):
+                for name in ("weight", "bias"):
+                    part = getattr(norm, name).data.chunk(ranks.size)[ranks.rank].clone()
+                    setattr(norm, name, torch.nn.Parameter(part, requires_grad=False))
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        decoder: torch.nn.Module = self.model.model
+        return decoder
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        import torch
+
+        pixels = torch.stack([picture["pixel_values"] for picture in pictures])
+        return list(self.model.model.get_image_features(pixels.float(), return_dict=True).pooler_output)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        logits = super().logits(hidden)
+        logits[:, self._image_words] = torch.finfo(logits.dtype).min
+        return logits
+
+
+FAMILY = Family(ChameleonModel, ChameleonPreprocessor)
