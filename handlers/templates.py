@@ -51,7 +51,7 @@ class PromptRenderer:
         family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
     printed: what the template prints for an image where that is not the placeholder, which then takes its place
         before the prompt is tokenised (Gemma 3 prints "<start_of_image>").
-    adds_special_tokens, arrange: see `engine.families.base.Preprocessor.adds_special_tokens` and `arranged`.
+    adds_special_tokens, arrange, around, max_images: see `engine.families.base.Preprocessor` (`arranged`).
 
     Raises ValueError when these do not fit together.
 
@@ -70,10 +70,14 @@ class PromptRenderer:
         printed: str | None = None,
         adds_special_tokens: bool = True,
         arrange: Callable[[str, str], str] | None = None,
+        around: Callable[[int], tuple[list[int], list[int]]] | None = None,
+        max_images: int | None = None,
     ) -> None:
         self.longest = _LONGEST_PROMPT
         self._adds_special_tokens = adds_special_tokens
         self._arrange = arrange
+        self._around = around
+        self._max_images = max_images
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -82,9 +86,14 @@ class PromptRenderer:
         self._template = chat_template
         self._source = self._parse(chat_template) if chat_template is not None else None
         self._bos = tokenizer.bos_token
-        self.image_token_id = _single_id(tokenizer, image_token) if image_token is not None else None
+        apart = around is not None and bool(around(1)[0])
+        self.image_token_id: int | None = None
+        if image_token is not None:
+            self.image_token_id = around(1)[0][0] if around and apart else _single_id(tokenizer, image_token)
         whole = image_token if placeholder is None else placeholder
         self.placeholder = whole if printed is None else printed
+        if apart:
+            self.placeholder = ""
         self._substitute = None if printed is None or whole is None else (printed, whole)
         if image_token is not None and (whole or "").count(image_token) != 1:
             raise ValueError(
@@ -237,6 +246,8 @@ class PromptRenderer:
             rendered = rendered.replace(*self._substitute)
         self._require_room(len(rendered))
         spans: list[tuple[int, int]] | None = None
+        before, after = ([], []) if self._around is None else self._around(n_images)
+        add_special_tokens = add_special_tokens and not before
         if hidden.literals or self._normalised:
             literal = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
             ids = literal.ids
@@ -249,6 +260,9 @@ class PromptRenderer:
                 spans = token_places(encoding)
         if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:
             ids, spans = ids[1:], spans and spans[1:]
+        if before:
+            ids = [*before, *ids, *after]
+            spans = spans and [*[(0, 0)] * len(before), *spans, *[(0, 0)] * len(after)]
         return self._counted(hidden.restore(rendered), ids, n_images, spans)
 
     def _counted(
@@ -272,6 +286,11 @@ class PromptRenderer:
     def _require_pictures(self, n_images: int) -> None:
         if n_images and self.image_token_id is None:
             raise InvalidRequest("this model does not take pictures", param="messages")
+        if self._max_images is not None and n_images > self._max_images:
+            raise InvalidRequest(
+                f"the request has {n_images} images, but a prompt of this model holds at most {self._max_images}",
+                param="messages",
+            )
 
     def _require_room(self, length: int, unit: str = "characters") -> None:
         if length > self.longest:

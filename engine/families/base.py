@@ -111,6 +111,7 @@ class Preprocessor(ABC, Generic[F]):
     facts_type: the family's `Facts`. tensor_names: the arrays of `transformers`' processor that the engine wants.
     chat_template: the one of the model's card, for families whose checkpoints have none.
     adds_special_tokens: the tokenizer adds its own to a prompt that does not begin with one, as in most processors.
+    max_images: how many a prompt can hold; None where only its length limits them.
     takes_embeddings: clients may send rows in place of an image, each of which becomes one image token.
     """
 
@@ -119,6 +120,7 @@ class Preprocessor(ABC, Generic[F]):
     chat_template: ClassVar[str | None] = None
     takes_embeddings: ClassVar[bool] = True
     adds_special_tokens: ClassVar[bool] = True
+    max_images: ClassVar[int | None] = None
     probes: ClassVar[tuple[tuple[int, int], ...]] = _PROBES
 
     def __init__(self, facts: F, processor: Any = None) -> None:
@@ -185,6 +187,11 @@ class Preprocessor(ABC, Generic[F]):
     @abstractmethod
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         """What an image of that size becomes in the prompt."""
+
+    def around(self, num_images: int) -> tuple[list[int], list[int]]:
+        """Tokens before and after those of a prompt's text, for families whose images do not stand in the text: nothing
+        is then written for them there, and the tokenizer adds nothing by itself. The first one is the image token."""
+        return [], []
 
     def arranged(self, text: str, bos: str) -> str:
         """A prompt that is not a chat, with its placeholders, as the family's processor completes it."""

@@ -9,6 +9,7 @@ from engine.families.text import TEXT_TYPES
 
 _VISION = {
     "chameleon": "chameleon",
+    "fuyu": "fuyu",
     "gemma3": "gemma3",
     "llava": "llava",
     "mllama": "mllama",

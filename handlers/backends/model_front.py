@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from engine.families.base import Preprocessor
     from properties.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 class ModelFront:
@@ -66,6 +69,8 @@ class ModelFront:
         preprocessor = _preprocessor(facts, question)
         if wrong := contradictions(settings, Path(path), preprocessor):
             raise ModelLoadError("; ".join(wrong))
+        if preprocessor is not None and preprocessor.max_images is not None:
+            log.info("a prompt of this model holds at most %d images", preprocessor.max_images)
         image_token, own_template, written = settings.image_placeholder_token, None, None
         if preprocessor is not None:
             if image_token is None:
@@ -81,6 +86,8 @@ class ModelFront:
                 printed=None if written is None else written.printed,
                 adds_special_tokens=preprocessor is None or preprocessor.adds_special_tokens,
                 arrange=None if preprocessor is None else preprocessor.arranged,
+                around=None if preprocessor is None else preprocessor.around,
+                max_images=None if preprocessor is None else preprocessor.max_images,
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error

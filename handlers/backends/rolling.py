@@ -125,7 +125,7 @@ class RollingBackend:
             compute_type=compute_type(facts.device, len(plan[0].devices)),
             cache_tokens=facts.num_blocks * facts.block_size * len(plan),
             prompt_threads=self._threads,
-            image_placeholder=front.renderer.placeholder,
+            image_placeholder=front.renderer.placeholder or None,
         )
         self._loaded = True
         logger.info(

@@ -1,0 +1,164 @@
+"""Fuyu: no vision tower; each patch of an image is one linear layer away from a row of the prompt.
+
+The image comes first, its rows of patches each ended by a line-break token; then the beginning of the sequence, the
+text and the token after which the answer begins. Image and text are tokenised apart. A prompt holds one image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.errors import ModelLoadError
+from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.pixels import value_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PretrainedConfig
+
+    from engine.tensor_parallel import Ranks
+
+_LINE_BREAK, _ANSWER = "|NEWLINE|", "<0x04>"
+
+_TEMPLATE = (
+    "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
+    "{{ raise_exception('Fuyu answers a single user message: send no other messages') }}"
+    "{%- endif -%}"
+    "{%- for part in messages[0]['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+_TP_PLAN = {
+    "layers.*.self_attn.query_key_value": "colwise",
+    "layers.*.self_attn.dense": "rowwise",
+    "layers.*.mlp.dense_h_to_4h": "colwise",
+    "layers.*.mlp.dense_4h_to_h": "rowwise",
+}
+
+
+class FuyuFacts(Facts, kw_only=True):
+    """most: the largest (height, width) of an image. patch: (height, width). padding: the 8-bit level around it."""
+
+    most: tuple[int, int]
+    patch: tuple[int, int]
+    padding: int
+    line_break_id: int
+    bos_token_id: int
+    answer_token_id: int
+
+
+class FuyuPreprocessor(Preprocessor[FuyuFacts]):
+    facts_type = FuyuFacts
+    tensor_names = ("image_patches",)
+    chat_template = _TEMPLATE
+    takes_embeddings = False
+    max_images = 1
+    probes = ((40, 64), (129, 77), (2000, 50), (50, 1200))
+
+    @classmethod
+    def read(cls, model: ModelFiles) -> FuyuFacts:
+        processor = model.processor
+        most, patch = (
+            (int(size["height"]), int(size["width"])) for size in (processor.size, processor.patch_size)
+        )
+        if not processor.do_pad or processor.padding_mode != "constant" or not processor.do_resize:
+            raise ModelLoadError(
+                "preprocessor_config.json of a Fuyu has to resize, and to pad with a constant, as published"
+            )
+        tokens = model.tokenizer
+        return FuyuFacts(
+            image_token_id=int(model.config.image_token_id),
+            recipe=value_recipe(processor, model.backend),
+            most=most,
+            patch=patch,
+            padding=int(processor.padding_value),
+            line_break_id=tokens.convert_tokens_to_ids(_LINE_BREAK),
+            bos_token_id=tokens.bos_token_id,
+            answer_token_id=tokens.convert_tokens_to_ids(_ANSWER),
+        )
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        facts = self.facts
+        rows, columns = self._grid(*self._resized(width, height))
+        token_ids = ([facts.image_token_id] * columns + [facts.line_break_id]) * rows
+        return Layout(token_ids, [token == facts.image_token_id for token in token_ids])
+
+    def around(self, num_images: int) -> tuple[list[int], list[int]]:
+        if not num_images:
+            return [], []
+        return [self.facts.image_token_id, self.facts.bos_token_id], [self.facts.answer_token_id]
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        recipe = self.facts.recipe
+        assert recipe is not None
+        width, height = self._resized(*image.size)
+        rows, columns = self._grid(width, height)
+        tall, wide = rows * self.facts.patch[0], columns * self.facts.patch[1]
+        levels = np.full((tall, wide, 3), self.facts.padding, dtype=np.uint8)
+        resized = (
+            np.asarray(image) if image.size == (width, height) else recipe.resized(image, (width, height))
+        )
+        levels[:height, :width] = resized[:tall, :wide]
+        return {"image_patches": self._patches(recipe.values(levels))}
+
+    def reference(self, image: Image, variant: int = 0) -> Arrays:
+        (pixels,) = self._processor(images=[[image]], return_tensors="np")["images"][0]
+        rows, columns = self._grid(*self._resized(*image.size))
+        inside = np.asarray(pixels)[:, : rows * self.facts.patch[0], : columns * self.facts.patch[1]]
+        return {"image_patches": self._patches(inside)}
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        most_height, most_width = self.facts.most
+        if width <= most_width and height <= most_height:
+            return width, height
+        scale = min(most_height / height, most_width / width)
+        # one pixel wide at least: transformers fails on narrower ones
+        return max(1, int(width * scale)), max(1, int(height * scale))
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of patches that hold a pixel."""
+        rows, columns = (
+            min(math.ceil(edge / patch), most // patch)
+            for edge, patch, most in zip((height, width), self.facts.patch, self.facts.most, strict=True)
+        )
+        return rows, columns
+
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
+        """[3, height, width] -> [patches, patch height * patch width * 3]."""
+        tall, wide = self.facts.patch
+        channels, height, width = pixels.shape
+        cut = pixels.reshape(channels, height // tall, tall, width // wide, wide)
+        return np.ascontiguousarray(cut.transpose(1, 3, 2, 4, 0).reshape(-1, tall * wide * channels))
+
+
+class FuyuModel(FamilyModel):
+    @classmethod
+    def check(cls, config: PretrainedConfig) -> None:
+        if config.text_config.model_type != "persimmon":
+            raise ModelLoadError(f"a Fuyu's decoder is a persimmon, not {config.text_config.model_type!r}")
+
+    @classmethod
+    def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
+        from engine.tensor_parallel import read_plan
+
+        read_plan(config.text_config, size, _TP_PLAN)
+
+    def shard(self, ranks: Ranks) -> None:
+        from engine.tensor_parallel import shard
+
+        shard(self.decoder, self.text_config, ranks, _TP_PLAN)
+        for layer in self.decoder.layers:  # type: ignore[union-attr]
+            layer.self_attn.num_heads //= ranks.size
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        embed = self.model.model.vision_embed_tokens
+        return [embed(picture["image_patches"].to(self.model.dtype)) for picture in pictures]
+
+
+FAMILY = Family(FuyuModel, FuyuPreprocessor)
