@@ -33,7 +33,7 @@ from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
-from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.rolling_plan import plan_engines, unused_devices
 from handlers.backends.tokens import TokenTexts, detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
@@ -86,6 +86,8 @@ class RollingBackend:
             front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path)
             vocabulary = await loop.run_in_executor(self._pool, lambda: front.vocabulary)
             plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
+            for problem in unused_devices(self._settings, plan, front.accelerators):
+                logger.warning("%s", problem)
             self._group = EngineGroup(
                 plan,
                 retry_threshold=self._settings.retry_threshold,
