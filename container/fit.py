@@ -11,10 +11,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from container.estimate import cache_bytes_per_token, weights
 from engine.errors import ModelLoadError
+from engine.families.registry import family_of
 from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.rolling_plan import plan_engines, unused_devices
+from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.heads import Heads, heads_of
 from handlers.backends.vllm.options.plan import plan_devices
 from handlers.backends.vllm.options.precision import served_dtype as vllm_dtype
@@ -95,7 +97,9 @@ def fit(
         try:
             shapes = _as_transformers_reads(directory, config)
             if backend == "rolling":
-                read_config(str(directory))
+                family = family_of(read_config(str(directory)).model_type)
+                if family is not None and family.preprocessor is None:
+                    result.warnings += unused_by_text(settings)
         except ModelLoadError as error:
             result.errors.append(Problem(str(error), "model_id"))
     dtype = result.dtype

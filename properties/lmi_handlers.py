@@ -113,6 +113,8 @@ def handler_named(entry_point: str) -> LmiHandler | None:
     """LMI's own handler of that name; None where it has none."""
     package, _, rest = entry_point.partition(".")
     name = rest.partition(".")[0].lower()
+    if name.startswith("async"):
+        name = "lmi_vllm"
     return HANDLERS.get(_ALIASES.get(name, name)) if package == PACKAGE else None
 
 

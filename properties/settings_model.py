@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, SecretStr
 
 from properties.field import VLLM, Level, Variable, option, server_key
-from properties.values import Count, Dtype, Names, Positive, Seconds, Seed, Task, Word
+from properties.values import Count, Dtype, Engine, Names, Positive, Seconds, Seed, Task, Word
 
 
 class ModelSettings(BaseModel):
@@ -32,7 +30,7 @@ class ModelSettings(BaseModel):
         default="auto",
         variables=(Variable("HF_TASK"),),
     )
-    engine: Literal["Python"] = server_key(
+    engine: Engine = server_key(
         "LMI's engine name; the only one is Python.",
         default="Python",
         replaced=(("MPI", "Python"), ("DeepSpeed", "Python"), ("FasterTransformer", "Python")),

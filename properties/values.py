@@ -59,7 +59,8 @@ def _networks(value: object) -> object:
 def _devices(value: object) -> object:
     if not isinstance(value, str) or value == "*":
         return value
-    return [part.strip() for part in re.split("[;,]", value) if part.strip()]
+    parts = (part.strip() for part in re.split("[;,]", value))
+    return [re.sub(r"^gpu(?=\d)", "", part, flags=re.IGNORECASE) for part in parts if part]
 
 
 def _limits(value: object) -> object:
@@ -132,15 +133,48 @@ Word = Annotated[str, BeforeValidator(_lower)]
 TRUE = frozenset({"true", "1", "yes", "on", "t", "y"})
 """The words that pydantic reads as true, whatever their case."""
 
-_DTYPES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_DTYPES = {
+    "fp32": "float32", "float": "float32", "torch.float32": "float32", "fp16": "float16", "half": "float16",
+    "torch.float16": "float16", "bf16": "bfloat16", "torch.bfloat16": "bfloat16",
+}  # fmt: skip
 Dtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
     BeforeValidator(_one_of(_DTYPES)),
     Allowed("auto, float32 (fp32), float16 (fp16), bfloat16 (bf16)"),
 ]
 _PIPELINES = ("image-text-to-text", "image-to-text", "visual-question-answering", "any-to-any")
+_NO_TEXT = (
+    "text-embedding",
+    "feature-extraction",
+    "sentence-similarity",
+    "classify",
+    "text-classification",
+    "score",
+)
+
+
+def _task(value: object) -> object:
+    if isinstance(value, str) and value.lower() in _NO_TEXT:
+        raise ValueError("embeddings, classes and scores are not served")
+    return value
+
+
+_ENGINES = (
+    "pytorch", "onnxruntime", "rust", "tensorflow", "tensorrt", "tritonserver", "xgboost", "mxnet", "lightgbm", "llama",
+    "paddlepaddle",
+)  # fmt: skip
+
+
+def _engine(value: object) -> object:
+    if isinstance(value, str) and value.lower() in _ENGINES:
+        raise ValueError("an engine of DJL's for other kinds of models; this server generates text")
+    return value
+
+
+Engine = Annotated[Literal["Python"], BeforeValidator(_engine)]
 Task = Annotated[
     Literal["auto", "generate", "text-generation"],
+    BeforeValidator(_task),
     BeforeValidator(
         _one_of(dict.fromkeys((*_PIPELINES, "text2text-generation", "conversational"), "generate"))
     ),

@@ -272,6 +272,15 @@ def test_disable_beside_a_batch_size_is_dynamic_batching(tmp_path: Path) -> None
     assert more.settings.max_rolling_batch_size == 4
 
 
+@pytest.mark.parametrize(
+    "entry", ["djl_python.lmi_vllm", "djl_python.async_service", "djl_python.LMI_vLLM.x"]
+)
+def test_the_asynchronous_handler_by_less_than_its_whole_name(tmp_path: Path, entry: str) -> None:
+    found = read(tmp_path, f"option.rolling_batch=disable\noption.entryPoint={entry}")
+    assert found.settings.rolling_batch == "auto"
+    assert found.vllm_asked_by == f"option.entryPoint = {entry} (serving.properties line 2)"
+
+
 def test_lmis_recommended_settings_need_no_warning(tmp_path: Path) -> None:
     found = read(
         tmp_path, f"option.async_mode=true\noption.rolling_batch=disable\noption.entryPoint={ASYNC}\n"

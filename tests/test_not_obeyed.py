@@ -15,10 +15,11 @@ from engine.config import EngineConfig
 from engine.machine import Device, Machine
 from engine.memory import cache_blocks
 from handlers.backends.rolling_plan import plan_engines, unused_devices
+from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.plan import plan_devices
 from properties.configuration import Configuration, resolve
 from properties.settings import Settings
-from tests.models import make_llava, text_config
+from tests.models import make_llava, make_text_model, text_config
 
 GIB = 2**30
 CPU = Machine((), Device("host memory", 24 * GIB))
@@ -162,6 +163,20 @@ def test_the_engine_says_so_too(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         cache_blocks(config, shape, text_config())
     assert "of the 90000 MiB of kv_cache_memory_mb: 2 requests of 512 tokens fill no more" in caplog.text
+
+
+def test_a_text_model_has_no_use_for_options_about_images(tmp_path: Path) -> None:
+    configuration = resolve(
+        model=str(make_text_model(tmp_path)),
+        environ={"OPTION_DTYPE": "fp32", "OPTION_LIMIT_MM_PER_PROMPT": '{"image": 4}'},
+        options=["rolling_batch=rolling", "image_processor_backend=pil"],
+    )
+    assert describe(configuration, CPU)["warnings"] == [
+        "option.limit_mm_per_prompt has no effect: the model takes no images",
+        "option.image_processor_backend has no effect: the model takes no images",
+    ]
+    nothing = Settings(limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0}, encoder_cache_mb=None)
+    assert unused_by_text(nothing) == []
 
 
 def test_check_prints_what_the_machine_leaves_without_effect(model: Path) -> None:

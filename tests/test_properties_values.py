@@ -52,6 +52,7 @@ def test_tensor_parallel_degree_max(text: str) -> None:
         ("float", "float32"),
         ("Half", "float16"),
         ("AUTO", "auto"),
+        ("torch.bfloat16", "bfloat16"),
     ],
 )
 def test_dtype_spellings(text: str, expected: str) -> None:
@@ -92,6 +93,7 @@ def test_lists_and_objects() -> None:
     assert value("image_fetch_allow_private", "10.0.0.0/8,box") == ["10.0.0.0/8", "box"]
     assert value("load_on_devices", "0;2") == [0, 2]
     assert value("load_on_devices", "*") == "*"
+    assert value("load_on_devices", "gpu0;GPU1") == [0, 1]
     assert value("mm_processor_kwargs", '{"max_pixels": 5}') == {"max_pixels": 5}
 
 
@@ -228,3 +230,15 @@ def test_names_keep_their_letters() -> None:
     assert value("served_model_name", "LLaVA") == ["LLaVA"]
     assert value("revision", "Main") == "Main"
     assert value("chat_template", "{{ AUTO }}") == "{{ AUTO }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("engine", "OnnxRuntime", "an engine of DJL's for other kinds of models; this server generates text"),
+        ("task", "Feature-Extraction", "embeddings, classes and scores are not served"),
+    ],
+)
+def test_what_lmi_serves_besides_text_is_refused_with_the_reason(name: str, text: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} = '{text}' .*: {reason}; allowed: "):
+        value(name, text)

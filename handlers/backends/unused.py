@@ -1,4 +1,4 @@
-"""Options about devices that have no effect on this machine."""
+"""Options that this machine or this model leaves without effect."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from properties.problem import Problem
 if TYPE_CHECKING:
     from properties.field import BackendName
     from properties.settings import Settings
+
+
+ABOUT_IMAGES = (
+    "limit_mm_per_prompt",
+    "enable_mm_embeds",
+    "image_placeholder_token",
+    "image_processor_backend",
+    "encoder_cache_mb",
+    "mm_processor_kwargs",
+)
+
+
+def unused_by_text(settings: Settings) -> list[Problem]:
+    """A warning for each option about images that was written for a model that takes none."""
+    written = {name: getattr(settings, name) for name in ABOUT_IMAGES if name in settings.model_fields_set}
+    return [
+        Problem(f"{key_of(name)} has no effect: the model takes no images", name)
+        for name, value in written.items()
+        if value != type(settings).model_fields[name].default
+        and value != {"image": 0, "video": 0, "audio": 0}
+    ]
 
 
 def unused_on(
