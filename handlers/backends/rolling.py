@@ -89,7 +89,7 @@ class RollingBackend:
             plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
             unused = [] if front.preprocessor is not None else unused_by_text(self._settings)
             for problem in unused_devices(self._settings, plan, front.accelerators) + unused:
-                logger.warning("%s", problem)
+                logger.info("%s", problem)  # info: a script that runs anywhere writes it for another machine
             self._group = EngineGroup(
                 plan,
                 retry_threshold=self._settings.retry_threshold,
