@@ -31,10 +31,13 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     own = find_handler(configuration, model_path)
     if own is None:
         if (unused := find_unused(configuration, model_path)) is not None:
+            named = configuration.lmi_handler
             logger.warning(
-                "%s of the model is not used: it defines neither %s nor a formatter",
+                "%s of the model is not used: %s",
                 unused.name,
-                configuration.settings.handler,
+                f"it defines neither {configuration.settings.handler} nor a formatter"
+                if named is None
+                else f"option.entryPoint names {named}",
             )
         return build.build_backend(configuration, model_path)
     logger.warning("%s of the model answers requests; no engine is started", own.file)

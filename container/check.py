@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from engine.machine import Machine, this_machine
 from handlers.backends.mistral_format import format_problems
-from handlers.backends.select import Choice, choose
+from handlers.backends.select import Choice, choose_for
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.options.arguments import refused_options
 from handlers.backends.vllm.options.fields import SECRET, engine_argument_names
@@ -77,7 +77,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     choice = _choose(configuration, config or {}, machine, errors) if own is None else None
     errors = parser_problems(configuration, None if choice is None else choice.backend) + errors
     if choice is not None:
-        warnings += configuration.unhonoured(choice.backend)
+        warnings += configuration.without_effect(choice.backend)
     memory = None
     formatters = find_formatters(configuration, directory)
     if (code := own or formatters) is not None:
@@ -146,14 +146,8 @@ def _contradictions(configuration: Configuration, directory: Path, choice: Choic
 def _choose(
     configuration: Configuration, config: Mapping[str, Any], machine: Machine, errors: list[Problem]
 ) -> Choice | None:
-    settings = configuration.settings
     try:
-        return choose(
-            settings.rolling_batch,
-            config.get("architectures") or [],
-            len(machine.accelerators),
-            trust_remote_code=settings.trust_remote_code,
-        )
+        return choose_for(configuration, config, len(machine.accelerators))
     except ConfigurationError as error:
         errors += error.problems
         return None
@@ -230,7 +224,8 @@ def _memory(memory: Mapping[str, Any] | None, kind: str) -> list[str]:
         return ["unknown" if kind == "directory" else "unknown until the model has been downloaded"]
     lines = [
         f"copies of the model: {memory['copies']}, devices per copy: {memory['devices_per_copy']} "
-        f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}"
+        f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}",
+        f"computing in {memory['dtype']}: {memory['dtype_reason']}",
     ]
     if memory["devices"]:
         machines = "this machine" if memory["machines"] == 1 else f"{memory['machines']} machines"

@@ -25,11 +25,6 @@ class Weights:
     basis: str
 
 
-def served_dtype(dtype: str, config: Mapping[str, Any]) -> str:
-    """The type that `option.dtype` comes to for a model; bfloat16 where neither says."""
-    return dtype if dtype != "auto" else model_dtype(config) or "bfloat16"
-
-
 def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights | None:
     """Estimate from safetensors headers, else from an index's total_size, else from config.json's shapes.
 
@@ -42,7 +37,7 @@ def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights |
     for name in _INDEXES:
         index = directory / name
         if index.is_file():
-            stored = DTYPE_BYTES[served_dtype("auto", config)]
+            stored = DTYPE_BYTES[model_dtype(config) or "bfloat16"]
             return Weights(_total_size(index) * width // stored, f"total_size in {name}")
     parameters = _parameters(config)
     return Weights(parameters * width, "shapes in config.json") if parameters else None

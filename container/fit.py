@@ -7,33 +7,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from container.estimate import cache_bytes_per_token, served_dtype, weights
+from container.estimate import cache_bytes_per_token, weights
 from engine.errors import ModelLoadError
+from engine.families.registry import family_of
 from engine.loader import read_config, resolve_dtype
-from engine.machine import Device, Machine
+from engine.machine import Device, Machine, computes_bfloat16
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
-from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.rolling_plan import plan_engines, unused_devices
+from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.heads import Heads, heads_of
 from handlers.backends.vllm.options.plan import plan_devices
+from handlers.backends.vllm.options.precision import served_dtype as vllm_dtype
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName
 from properties.problem import Problem
-from properties.recommend import context_length
+from properties.recommend import context_length, model_dtype
 
 
 @dataclass
 class Fit:
     """The estimate. Sizes in bytes; None where config.json and the files do not tell.
 
-    copies: replicas that are started. devices, machines: what is there for them, on a CPU none.
-    cache_tokens: tokens that the caches of one copy hold.
+    dtype_reason: why it is the type. copies: replicas that are started. devices, machines: what is there for them, on
+    a CPU none. cache_tokens: tokens that the caches of one copy hold.
     """
 
     dtype: str
+    dtype_reason: str
     device: Device
     copies: int = 1
     devices_per_copy: int = 1
@@ -60,6 +63,7 @@ class Fit:
         """For `lmi check --json`."""
         return {
             "dtype": self.dtype,
+            "dtype_reason": self.dtype_reason,
             "device": self.device.name,
             "device_memory": self.device.memory,
             "copies": self.copies,
@@ -86,13 +90,16 @@ def fit(
     """Estimate what a model directory needs and compare it with the machine. Nothing is raised."""
     settings = configuration.settings
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
-    result = Fit(served_dtype(settings.dtype, config), device)
+    accelerated = bool(machine.accelerators)
+    result = Fit(*_dtype(settings.dtype, model_dtype(config), backend, accelerated), device)
     shapes = config
     if not settings.trust_remote_code:
         try:
             shapes = _as_transformers_reads(directory, config)
             if backend == "rolling":
-                result.dtype = _engine_dtype(directory, settings.dtype, bool(machine.accelerators))
+                family = family_of(read_config(str(directory)).model_type)
+                if family is not None and family.preprocessor is None:
+                    result.warnings += unused_by_text(settings)
         except ModelLoadError as error:
             result.errors.append(Problem(str(error), "model_id"))
     dtype = result.dtype
@@ -109,10 +116,10 @@ def fit(
         return result
     if counted is not None:
         result.weights, result.weights_basis = counted.size, counted.basis
-    if machine.accelerators:
-        _fit_accelerator(result, configuration)
+    if accelerated:
+        _fit_accelerator(result, configuration, backend)
     else:
-        _fit_host(result, configuration)
+        _fit_host(result, configuration, backend)
     _compare_with_positions(result, configuration, backend, context_length(shapes))
     _compare_with_cache(result, configuration)
     return result
@@ -130,6 +137,7 @@ def _lay_out(
     if backend == "rolling":
         engines = plan_engines(settings, "", accelerators)
         result.copies, result.devices_per_copy = len(engines), engines[0].tensor_parallel_degree
+        result.warnings += unused_devices(settings, engines, accelerators)
         return
     texts = {name: item.value for name, item in configuration.extra.items()}
     plan = plan_devices(settings, texts, accelerators, heads)
@@ -140,36 +148,50 @@ def _lay_out(
     result.devices, result.machines = plan.available, plan.machines
 
 
-def _fit_accelerator(result: Fit, configuration: Configuration) -> None:
+def _fit_accelerator(result: Fit, configuration: Configuration, backend: BackendName) -> None:
     settings = configuration.settings
     usable = int(result.device.memory * settings.gpu_memory_utilization)
     held = result.weights_per_device or 0
     asked = settings.kv_cache_memory_mb
-    cache = _useful(result, configuration, max(usable - held - CUDA_RESERVE, 0))
+    cache = _useful(result, configuration, backend, max(usable - held - CUDA_RESERVE, 0))
     if held > usable or (asked is not None and held + cache > usable):
         _too_large(result, held + (cache if asked is not None else 0), usable, "each device")
 
 
-def _fit_host(result: Fit, configuration: Configuration) -> None:
+def _fit_host(result: Fit, configuration: Configuration, backend: BackendName) -> None:
     memory = result.device.memory
     ranks = result.copies * result.devices_per_copy
     room = min(CPU_MOST, int(memory * CPU_SHARE)) // ranks
-    cache = _useful(result, configuration, room, requests=CPU_REQUESTS)
+    cache = _useful(result, configuration, backend, room, requests=CPU_REQUESTS)
     held = (result.weights or 0) * result.copies
     if held + cache * ranks > memory:
         _too_large(result, held + cache * ranks, memory, "the host")
 
 
-def _useful(result: Fit, configuration: Configuration, room: int, requests: int | None = None) -> int:
+def _useful(
+    result: Fit, configuration: Configuration, backend: BackendName, room: int, requests: int | None = None
+) -> int:
     """Set and return the cache per device: what was asked for, else `room` and what that many of the longest
-    requests fill; never more than a full batch of them could."""
+    requests fill; never more than a full batch of them could, except by vLLM, which takes all that it is given."""
     settings, length = configuration.settings, configuration.effective("max_model_len")
     asked = settings.kv_cache_memory_mb
     cache = room if asked is None else asked * 2**20
-    if length is not None and result.cache_bytes_per_token is not None:
+    if (
+        length is not None
+        and result.cache_bytes_per_token is not None
+        and (asked is None or backend == "rolling")
+    ):
         batch = settings.max_rolling_batch_size
         tokens = (min(batch, requests) if requests is not None and asked is None else batch) * length
-        cache = min(cache, tokens * result.cache_bytes_per_token // result.devices_per_copy)
+        fills = tokens * result.cache_bytes_per_token // result.devices_per_copy
+        if asked is not None and fills < cache:
+            source = configuration.sources["kv_cache_memory_mb"]
+            text = (
+                f"option.kv_cache_memory_mb = {asked} ({source.location}): about {fills / 2**20:.0f} MiB are used, "
+                f"which {batch} requests of {length} tokens fill (option.max_rolling_batch_size, option.max_model_len)"
+            )
+            result.warnings.append(Problem(text, "kv_cache_memory_mb", source))
+        cache = min(cache, fills)
     result.cache_per_device = cache
     return cache
 
@@ -224,7 +246,10 @@ def _as_transformers_reads(directory: Path, config: Mapping[str, Any]) -> Mappin
     return {**full, **{name: config[name] for name in ("dtype", "torch_dtype") if name in config}}
 
 
-def _engine_dtype(directory: Path, dtype: str, accelerated: bool) -> str:
-    """The type that the embedded engine computes in. Raises ModelLoadError for a model that it does not serve."""
-    device = torch.device("cuda" if accelerated else "cpu")
-    return str(resolve_dtype(read_config(str(directory)), dtype, device)).removeprefix("torch.")
+def _dtype(name: str, stored: str | None, backend: BackendName, accelerated: bool) -> tuple[str, str]:
+    """The type that the backend computes in, and why. stored: what config.json says."""
+    device = "cuda" if accelerated else "cpu"
+    if backend == "vllm":
+        return vllm_dtype(name, stored, bfloat16=not accelerated or computes_bfloat16(device))
+    found = resolve_dtype(PretrainedConfig(dtype=stored), name, device, bfloat16=computes_bfloat16(device))
+    return str(found.dtype).removeprefix("torch."), found.reason

@@ -13,22 +13,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from properties.containers import SAME, WITHOUT_EFFECT
 from properties.field import Level
-from properties.legacy import ignored_because
+from properties.legacy import RENAMED, ignored_because
 from properties.names import FACTS, KEYS, PREFIX, key_from_command_line, nearest
 from properties.settings import Settings
 
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-q": "--quantization"}
-
-SAME = {"model": "model_id", "api_keys": "api_key", "model_tag": "model_id"}
-"""A flag's name -> the option's."""
-
-WITHOUT_EFFECT = {
-    "disable_log_requests": 0, "enable_log_requests": 0, "disable_log_stats": 0, "disable_uvicorn_access_log": 0,
-    "disable_frontend_multiprocessing": 0, "enable_request_id_headers": 0, "disable_fastapi_docs": 0,
-    "uvicorn_log_level": 1, "max_log_len": 1, "swap_space": 1, "max_logprobs": 1,
-}  # fmt: skip
-"""Flags of vLLM and Aphrodite that no answer depends on -> how many values they take."""
 
 _SEVERAL = frozenset(
     {
@@ -183,7 +174,8 @@ _SWITCH = ("true", "false")
 
 
 def _attribute(name: str) -> str | None:
-    return KEYS.get(key_from_command_line(name))
+    key = key_from_command_line(name)
+    return KEYS.get(RENAMED.get(key, key))
 
 
 def _from_here(template: str) -> str:

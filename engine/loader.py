@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -14,6 +14,7 @@ from engine.errors import ModelLoadError
 from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, served
+from engine.machine import computes_bfloat16
 from engine.tensor_parallel import Ranks
 
 logger = logging.getLogger(__name__)
@@ -61,19 +62,40 @@ def load_preprocessor(
     return None if kind is None else kind.from_model(model_path, overrides, backend)
 
 
-def resolve_dtype(config: PretrainedConfig, name: str, device: torch.device) -> torch.dtype:
-    """The type to compute in. "auto" follows config.json where the device computes in it at full speed."""
+class Precision(NamedTuple):
+    """The type that a model computes in, and why, for people. lossy: it holds fewer digits than what is stored."""
+
+    dtype: torch.dtype
+    reason: str
+    lossy: bool = False
+
+
+def resolve_dtype(config: PretrainedConfig, name: str, device_type: str, *, bfloat16: bool) -> Precision:
+    """The type to compute in.
+
+    "auto" follows config.json where the device computes in it at full speed. A CPU that does not takes float32, which
+    loses nothing. On an accelerator the rule is vLLM's (`_resolve_auto_dtype`): float32 becomes bfloat16, or float16
+    where the device has no bfloat16. bfloat16: whether this device computes in it.
+    """
     if name != "auto":
-        return DTYPES[name]
+        return Precision(DTYPES[name], "option.dtype says so")
     stored = config.dtype or getattr(config.get_text_config(), "dtype", None)
     dtype = stored if isinstance(stored, torch.dtype) else DTYPES.get(str(stored).removeprefix("torch."))
+    half = torch.bfloat16 if bfloat16 else torch.float16
     if dtype is None:
-        return torch.float32
-    if device.type == "cpu" and (dtype == torch.float16 or not _cpu_has_fast_bfloat16()):
-        return torch.float32
-    if device.type == "cuda" and dtype == torch.float32:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return dtype
+        return Precision(torch.float32, "config.json names no type")
+    told = str(dtype).removeprefix("torch.")
+    if device_type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not bfloat16)):
+        why = f"the model is stored in {told}, in which this CPU does not compute fast; float32 holds the same numbers"
+        return Precision(torch.float32, why)
+    if device_type == "cuda" and dtype == torch.float32:
+        why = "the model is stored in float32; as with vLLM it takes half of that here; option.dtype=float32 keeps it"
+        return Precision(half, why, lossy=True)
+    if device_type == "cuda" and dtype == torch.bfloat16 and not bfloat16:
+        return Precision(
+            half, "the model is stored in bfloat16, in which this accelerator does not compute", True
+        )
+    return Precision(dtype, "as the model is stored")
 
 
 def check_ranks(model_path: str, size: int, *, trust_remote_code: bool = False) -> None:
@@ -86,11 +108,17 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
     """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
     quiet_transformers()
     model_config = read_config(config.model_path, trust_remote_code=config.trust_remote_code)
+    dtype, reason, lossy = resolve_dtype(
+        model_config, config.dtype, device.type, bfloat16=computes_bfloat16(device.type)
+    )
+    if ranks is None or ranks.rank == 0:
+        level = logging.WARNING if lossy else logging.INFO
+        logger.log(level, "computing in %s: %s", str(dtype).removeprefix("torch."), reason)
     try:
         loaded = _family(model_config).model.load(
             config.model_path,
             model_config,
-            dtype=resolve_dtype(model_config, config.dtype, device),
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -100,7 +128,3 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
         loaded.shard(ranks)
     torch.nn.Module.to(loaded.model, device)
     return loaded
-
-
-def _cpu_has_fast_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

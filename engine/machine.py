@@ -28,6 +28,16 @@ def this_machine() -> Machine:
     return Machine(_accelerators(), Device("host memory", host_memory()))
 
 
+def computes_bfloat16(device_type: str) -> bool:
+    """Whether this machine's "cpu" or "cuda" computes in bfloat16 at full speed; an accelerator that is not on this
+    machine is taken to."""
+    import torch
+
+    if device_type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def device_name(device: str) -> str:
     """What the maker calls a device of torch's; "cpu" is called just that."""
     if device == "cpu":

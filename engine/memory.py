@@ -55,6 +55,11 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
     requests = min(config.max_num_seqs, CPU_REQUESTS) if by_itself else config.max_num_seqs
     useful = requests * -(-wanted // shape.block_size)
     num_blocks = min(affordable, useful)
+    if config.kv_cache_bytes is not None and useful < affordable:
+        logger.warning(
+            "the key/value cache takes %d of the %d MiB of kv_cache_memory_mb: %d requests of %d tokens fill no more",
+            useful * shape.bytes_per_block >> 20, budget >> 20, requests, wanted,
+        )  # fmt: skip
     room = num_blocks * shape.block_size
     if num_blocks < 1 or (config.max_model_len is not None and room < config.max_model_len):
         raise ModelLoadError(

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from handlers.backends.base import Backend
-from handlers.backends.select import Choice, choose, vllm_installed
+from handlers.backends.select import Choice, choose_for, vllm_installed
 from handlers.backends.vllm.options.plan import follows
 from handlers.images.decode import WHITE, Color
 from handlers.images.loader import ImageLimits, ImageLoader
@@ -31,14 +31,8 @@ _FOLLOWER = ("handlers.backends.vllm.nodes.follower", "VllmFollower")
 
 def choose_backend(configuration: Configuration, model_path: Path) -> Choice:
     """Slow where vLLM is installed and torch not imported yet. Raises ConfigurationError."""
-    settings = configuration.settings
     config = read_model_config(model_path) or {}
-    return choose(
-        settings.rolling_batch,
-        config.get("architectures") or [],
-        _accelerators() if vllm_installed() else 0,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    return choose_for(configuration, config, _accelerators() if vllm_installed() else 0)
 
 
 def _accelerators() -> int:
@@ -57,7 +51,7 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     if problems := parser_problems(configuration, choice.backend):
         raise ConfigurationError(problems)
     logger.info("backend %s: %s", choice.backend, choice.reason)
-    for problem in configuration.unhonoured(choice.backend):
+    for problem in configuration.without_effect(choice.backend):
         logger.warning("%s", problem)
     module, name = _BACKENDS[choice.backend]
     if choice.backend == "vllm" and follows({name: item.value for name, item in configuration.extra.items()}):

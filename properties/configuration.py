@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from properties.containers import read_containers
 from properties.field import BackendName, Level
+from properties.legacy import RENAMED
+from properties.lmi_handlers import PACKAGE, handler_named
 from properties.location import ModelLocation, find_home, holds_model, locate
-from properties.names import FACTS, PREFIX, key_of
+from properties.names import FACTS, KEYS, PREFIX, key_of
+from properties.obeyed import changed, not_obeyed
 from properties.problem import ConfigurationError, Problem, Source
 from properties.recommend import recommended
 from properties.resolution import Resolution, Sourced, resolve_values
@@ -20,11 +24,21 @@ from properties.settings_retired import RETIRED
 from properties.sources import FILE_NAME, Written, read_command_line, read_environment, read_file
 
 MODEL_STORE = Path("/opt/ml/model")
-DEFAULTS = Settings()
 _SECURE_MODE = "SAGEMAKER_SECURE_MODE"
 """LMI's switch for controls over the model's code: to ignore it would be to do what its operator forbids."""
 
 _MODEL_KEY = key_of("model_id")
+
+_LORA = (
+    "max_loras",
+    "max_lora_rank",
+    "max_cpu_loras",
+    "lora_dtype",
+    "fully_sharded_loras",
+    "allowed_adapter_path",
+)
+_NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_stateful_sessions"}
+"""Option -> the switch without which it has no effect."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class Configuration:
     apart from `settings`: a backend may go below what is recommended, but not below what was asked for.
     extra: `option.*` names that the schema does not know, without the prefix.
     backend_options: such names that vLLM knows: its engine arguments.
+    lmi_handler: the handler of LMI's own that `option.entryPoint` names; then the model's own does not answer.
+    vllm_asked_by: the setting of LMI's that means vLLM's asynchronous engine, for people.
     home: the directory whose serving.properties, model.py and adapters/ count; None where there is none.
     """
 
@@ -50,6 +66,8 @@ class Configuration:
     _written: tuple[Written, ...] = field(repr=False)
     _noted: tuple[Problem, ...] = field(repr=False)
     backend_options: frozenset[str] = field(default=frozenset(), repr=False)
+    lmi_handler: str | None = None
+    vllm_asked_by: str | None = None
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
         """Add what the model's config.json recommends, below all that anybody wrote."""
@@ -74,7 +92,7 @@ class Configuration:
             problems: list[Problem] = []
             noted = list(self._noted)
             added = []
-            for item in read_file(directory / FILE_NAME, problems, noted):
+            for item in _renamed(read_file(directory / FILE_NAME, problems, noted), noted):
                 if item.key == _MODEL_KEY:
                     noted.append(
                         Problem(f"{item.location}: {item.key} is not used: the file lies in the model")
@@ -116,9 +134,24 @@ class Configuration:
                 source,
             )
             for name, source in self.sources.items()
-            if backend not in FACTS[name].backends
-            and source.level < Level.RECOMMENDED
-            and getattr(self.settings, name) != getattr(DEFAULTS, name)
+            if backend not in FACTS[name].backends and changed(self.settings, self.sources, name)
+        ]
+
+    def without_effect(self, backend: BackendName) -> list[Problem]:
+        """The same, and a warning for each option that has no effect beside what else is configured."""
+        reasons = {
+            name: f"without {key_of(needed)}=true"
+            for name, needed in _NEEDS.items()
+            if backend in FACTS[name].backends and not getattr(self.settings, needed)
+        }
+        if self.settings.rolling_batch == "disable":
+            reasons["max_rolling_batch_size"] = (
+                "beside option.rolling_batch=disable, which serves one request at a time"
+            )
+        return self.unhonoured(backend) + [
+            Problem(f"{key_of(name)} ({self.sources[name].location}) has no effect {reason}", name)
+            for name, reason in reasons.items()
+            if changed(self.settings, self.sources, name)
         ]
 
 
@@ -145,6 +178,8 @@ def resolve(
             Problem(f"{_SECURE_MODE} = 'true': there is no secure mode here; unset it to serve without")
         )
     written = [*read_command_line(options, problems), *read_environment(environ)]
+    written += read_containers(environ, noted, backend_options)
+    written = _in_the_containers_order(list(_renamed(written, noted)), model_store, noted)
     named = _first(written, _MODEL_KEY)
     try:
         home = find_home(model, named.raw.strip() if named else None, model_store)
@@ -152,7 +187,7 @@ def resolve(
         problems.append(Problem(str(error), "model_id"))
         home = None
     if home is not None and (home / FILE_NAME).is_file():
-        written += read_file(home / FILE_NAME, problems, noted)
+        written += _renamed(read_file(home / FILE_NAME, problems, noted), noted)
     written += _model_from_place(model, home, written, noted)
     return _build(tuple(written), tuple(noted), home, None, problems, backend_options)
 
@@ -172,6 +207,34 @@ def read_model_config(directory: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise ConfigurationError([Problem("the model's config.json is not a JSON object")])
     return config
+
+
+def _renamed(written: Iterable[Written], noted: list[Problem]) -> Iterator[Written]:
+    """Old names of options in the words of today."""
+    for item in written:
+        key = RENAMED.get(item.key)
+        if key is not None:
+            noted.append(Problem(f"{item.location}: {item.key} is deprecated: write {key}", KEYS[key]))
+        yield item if key is None else replace(item, key=key)
+
+
+def _in_the_containers_order(written: list[Written], store: Path, noted: list[Problem]) -> list[Written]:
+    """AWS's vLLM and SGLang containers serve the model that lies in the store before that of HF_MODEL_ID."""
+    models = [item for item in written if item.key == _MODEL_KEY]
+    if not models or not any(item.level is Level.CONTAINER for item in written):
+        return written
+    first = min(models, key=lambda item: item.level)
+    places = [store, *store.glob("*/")]
+    if first.level is not Level.DEDICATED or not any(map(holds_model, places)):
+        return written
+    noted.append(
+        Problem(
+            f"{first.location} is not used: beside SM_VLLM_* and SM_SGLANG_* variables, the model in {store} comes "
+            "first",
+            "model_id",
+        )
+    )
+    return [item for item in written if item is not first]
 
 
 def _first(written: Sequence[Written], key: str) -> Written | None:
@@ -218,6 +281,7 @@ def _build(
     result.warnings[:0] = noted
     location = location or _locate(result, home)
     _check_together(result, home)
+    result.warnings += not_obeyed(result, location, home)
     if result.problems or location is None:
         raise ConfigurationError(result.problems, result.warnings)
     return Configuration(
@@ -231,6 +295,8 @@ def _build(
         written,
         noted,
         backend_options,
+        result.lmi_handler,
+        result.vllm_asked_by,
     )
 
 
@@ -287,7 +353,9 @@ def _check_together(result: Resolution, home: Path | None) -> None:
         )
     entry = settings.entry_point
     if entry is not None and home is not None and not os.path.isfile(home / entry):
-        problem("entry_point", f"{written('entry_point')}: no such file in {home}")
+        lmis = f"{PACKAGE}.{entry.removesuffix('.py')}"
+        meant = f"; LMI's own handler is written {lmis}" if handler_named(lmis) else ""
+        problem("entry_point", f"{written('entry_point')}: no such file in {home}{meant}")
     template = settings.chat_template
     if template is not None and "{" not in template and "\n" not in template:
         path = os.path.join(home or "", template)

@@ -14,8 +14,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from properties.containers import SGLANG, SGLANG_PREFIX
 from properties.field import BOTH, Level, Option
-from properties.legacy import IGNORED, TRUE_MEANS
+from properties.legacy import IGNORED, RENAMED, TRUE_MEANS
+from properties.lmi_handlers import HANDLERS, PACKAGE
 from properties.names import PREFIX, environment_name, key_of
 from properties.resolution import allowed
 from properties.settings import TOPICS, options
@@ -39,17 +41,20 @@ The first of these that names an option wins:
 2. SageMaker's own variables (`SAGEMAKER_...` in the tables below).
 3. `serving.properties` in the model directory.
 4. `OPTION_<NAME>` for options written with `option.`, `SERVING_<NAME>` for those without.
-5. Variables with names of their own, such as `TENSOR_PARALLEL_DEGREE`.
-6. Variables of Text Generation Inference (marked TGI below).
-7. What the model's `config.json` recommends.
-8. The default.
+5. `SM_VLLM_<FLAG>` and `SM_SGLANG_<FLAG>`, as AWS's vLLM and SGLang containers read them.
+6. Variables with names of their own, such as `TENSOR_PARALLEL_DEGREE`.
+7. Variables of Text Generation Inference (marked TGI below).
+8. What the model's `config.json` recommends.
+9. The default.
 
 An empty value counts as absent. Spaces around a value are dropped, except in `option.chat_template` and
-`option.image_placeholder_token`. Two names of one option at the same level must agree. true, 1, yes, on, t
-and y (in any case) are true; false, 0, no, off, f and n are false; `64.0` is a whole number.
+`option.image_placeholder_token`. Words mean the same in capital and small letters. Two names of one option at the
+same level must agree. true, 1, yes, on, t and y (in any case) are true; false, 0, no, off, f and n are false; `64.0`
+is a whole number.
 
 An unknown name is a warning that tells the nearest known one, and an error with
-`SERVING_STRICT_OPTIONS=true`. A bad value is always an error. All errors are reported together.
+`SERVING_STRICT_OPTIONS=true`. A bad value is always an error. All errors are reported together. What is written and
+will not be done, because of the backend, the machine or another option, is a warning at the start and in `lmi check`.
 
 ## serving.properties
 
@@ -64,6 +69,9 @@ a directory may name another model in `option.model_id`), `option.model_id`, `OP
 and what lies in `/opt/ml/model`. An empty `/opt/ml/model` counts as none. If it holds nothing but one
 directory, that directory is the model.
 
+Where `SM_VLLM_` or `SM_SGLANG_` variables are set, the order is that of AWS's containers: `SM_VLLM_MODEL` or
+`SM_SGLANG_MODEL_PATH`, a model in `/opt/ml/model`, `HF_MODEL_ID`.
+
 SageMaker takes at most 1,024 characters per environment variable: put a long chat template into a file and
 name its path.
 
@@ -73,6 +81,35 @@ With the vLLM backend every field of its `AsyncEngineArgs` is an option as well,
 `option.compilation_config`, `OPTION_ASYNC_SCHEDULING`. Its text is read as vLLM's command line reads it (JSON for an
 object, `a,b` or JSON for a list); `lmi check` tells a bad value, and what is allowed, without loading the model. A
 field that one of the options below sets must agree with it. With another backend it is a warning.
+
+## What LMI's settings mean
+
+LMI's recommended `option.async_mode=true`, `option.rolling_batch=disable` and
+`option.entryPoint=djl_python.lmi_vllm.vllm_async_service` mean vLLM's asynchronous engine, which batches by itself.
+The first and the last each make `rolling_batch=disable` mean `auto` here; where vLLM cannot be had, the embedded
+engine serves with full batching, and `lmi check` and the log say why. `rolling_batch=disable` alone serves one request
+at a time; beside a `batch_size` above 1, LMI's dynamic batching, at most so many together. An entry point that names
+one of LMI's handlers comes before a `handle` in the model's `model.py`, as in LMI.
+
+## Which type the model computes in
+
+`option.dtype=auto` is the type in which `config.json` says that the model is stored, except:
+
+| Stored | On | Computed in | Why |
+| --- | --- | --- | --- |
+| bfloat16, float16 | a CPU | float32 | unless the CPU has instructions for bfloat16; nothing is lost |
+| float32 | an accelerator | bfloat16 | vLLM's rule; `option.dtype=float32` keeps it |
+| bfloat16 | an accelerator without it | float16 | vLLM's rule |
+| not stated | anywhere | float32 | |
+
+With the vLLM backend it is vLLM's rule everywhere: float32 becomes bfloat16 on a CPU, too, and what is stored in
+float16 or bfloat16 stays. `lmi check` and the log say which type it is, and why.
+
+## AWS's vLLM and SGLang containers
+
+`SM_VLLM_<FLAG>` is that flag of vLLM's command line, by the names of the options below or of vLLM's own:
+`SM_VLLM_MAX_MODEL_LEN=4096`, `SM_VLLM_ENFORCE_EAGER=true`. `false` switches a switch off, and leaves any other flag
+out. Flags of SGLang's that there is an option for are in the table at the end; one that there is none for is a warning.
 
 ## In the tables
 
@@ -130,9 +167,15 @@ def _ignored() -> Iterator[str]:
         "Deprecated names",
         ("Name", "Write"),
         [
+            *((f"`{key}`", f"`{new}`") for key, new in RENAMED.items()),
             *((f"`{key}=true`", instead) for key, (_, _, instead) in TRUE_MEANS.items()),
             *(
-                (f"`{key_of(name)}={old}`", f"`{key_of(name)}={new}`" if new else "nothing: it is built in")
+                (f"`option.entryPoint={PACKAGE}.{name}`", f"nothing: {handler.note}")
+                for name, handler in HANDLERS.items()
+                if handler.note is not None
+            ),
+            *(
+                (f"`{key_of(name)}={old}`", f"`{key_of(name)}={new}`")
                 for name, _, facts in options()
                 for old, new in facts.replaced
             ),
@@ -143,6 +186,12 @@ def _ignored() -> Iterator[str]:
                 if variable.instead is not None
             ),
         ],
+    )
+
+    yield from _table(
+        "SGLang's flags",
+        ("Variable", "Option"),
+        [(f"`{SGLANG_PREFIX}{flag.upper()}`", f"`{key_of(name)}`") for flag, name in SGLANG.items()],
     )
 
 

@@ -24,10 +24,11 @@ class Level(IntEnum):
     SAGEMAKER = 1
     FILE = 2
     ENVIRONMENT = 3
-    DEDICATED = 4
-    TGI = 5
-    RECOMMENDED = 6
-    DEFAULT = 7
+    CONTAINER = 4
+    DEDICATED = 5
+    TGI = 6
+    RECOMMENDED = 7
+    DEFAULT = 8
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,19 @@ _GUIDED = (
     "the server chooses what compiles grammars; vLLM's own settings are option.structured_outputs_config"
 )
 _OVERRIDES = "write option.hf_overrides: without it the model runs as its config.json says"
+_TENSORRT = "TensorRT-LLM's, which is not served here"
+_NEURON = "for Neuron devices, which are not served here"
+_DEEPSPEED = "DeepSpeed's, which LMI has removed"
+_SCHEDULER = "of LMI's sequence scheduler, which LMI has removed"
+_OTHER_ENGINE = "of DJL's engines for other kinds of models; this server generates text"
+_LENGTH = "write option.max_model_len; a request limits its answer with max_tokens"
+_STEP = "write option.max_rolling_batch_prefill_tokens"
+_CALIBRATION = "models are not calibrated here: serve one that is quantised already, or see option.quantize"
+_TLS = "the port speaks plain HTTP: end TLS in front of the server"
+_JAVA = "of DJL's Java server, which this is not"
 _PROMPT_ADAPTERS = "prompt adapters were removed from vLLM; see option.enable_lora"
 
 IGNORED: dict[str, str] = {
-    "option.async_mode": "there is one mode",
     "option.mpi_mode": "there is one mode",
     "option.use_passive_workers": "there is one mode",
     "option.parallel_loading": "copies of the model always load side by side",
@@ -98,6 +107,129 @@ IGNORED: dict[str, str] = {
     "option.disable_flash_attn": _ACCELERATE,
     "option.is_peft_model": _ACCELERATE,
     "option.waiting_steps": "prompts join the batch at the next step",
+    "option.adapters": "adapters are looked for in adapters/ beside the model",
+    "option.max_output_size": "replies have no limit of bytes; a request limits its answer with max_tokens",
+    "option.max_new_tokens": "a request limits its answer with max_tokens",
+    "option.max_input_len": _LENGTH,
+    "option.max_output_len": _LENGTH,
+    "option.max_tokens": _LENGTH,
+    "option.max_seq_len": _LENGTH,
+    "option.n_positions": _LENGTH,
+    "option.default_accept": 'a request says what it accepts in its "Accept" header',
+    "option.device_id": "write load_on_devices",
+    "option.multi_gpu": "write option.tensor_parallel_degree",
+    "option.cluster_size": "see option.nnodes and option.node_rank",
+    "option.kwargs": "each option has a name of its own here",
+    "option.deepspeed_config_path": _DEEPSPEED,
+    "option.ds_config": _DEEPSPEED,
+    "option.checkpoint": _DEEPSPEED,
+    "option.enable_cuda_graph": "write option.enforce_eager",
+    "option.return_tuple": _DEEPSPEED,
+    "option.training_mp_size": _DEEPSPEED,
+    "option.triangular_masking": _DEEPSPEED,
+    "option.paged_attention": "the key/value cache is always paged",
+    "option.save_mp_checkpoint_path": "models are not partitioned ahead of serving",
+    "option.decoding_strategy": _SCHEDULER,
+    "option.max_sparsity": _SCHEDULER,
+    "option.max_splits": _SCHEDULER,
+    "option.max_num_tokens": _STEP,
+    "option.max_num_sequences": "write option.max_rolling_batch_size",
+    "option.max_batch_size": "write option.max_rolling_batch_size",
+    "option.max_beam_width": "beam search is not served",
+    "option.tokens_per_block": "write option.block_size",
+    "option.kv_cache_free_gpu_mem_fraction": _MEMORY,
+    "option.enable_kv_cache_reuse": "write option.enable_prefix_caching",
+    "option.enable_trt_overlap": _TENSORRT,
+    "option.batch_scheduler_policy": _TENSORRT,
+    "option.batching_type": _TENSORRT,
+    "option.backend": _TENSORRT,
+    "option.baichuan_model_version": _TENSORRT,
+    "option.chatglm_model_version": _TENSORRT,
+    "option.gpt_model_version": _TENSORRT,
+    "option.use_custom_all_reduce": "see option.disable_custom_all_reduce",
+    "option.multi_block_mode": _TENSORRT,
+    "option.use_fused_mlp": _TENSORRT,
+    "option.use_fp8_context_fmha": _TENSORRT,
+    "option.logits_dtype": _TENSORRT,
+    "option.trtllm_checkpoint_path": _TENSORRT,
+    "option.num_checkpoint_workers": _TENSORRT,
+    "option.num_engine_workers": _TENSORRT,
+    "option.load_by_shard": _TENSORRT,
+    "option.fast_build": _TENSORRT,
+    "option.enable_build_cache": _TENSORRT,
+    "option.auto_parallel": _TENSORRT,
+    "option.embedding_parallel_mode": _TENSORRT,
+    "option.gather_generation_logits": _TENSORRT,
+    "option.normalize_log_probs": _TENSORRT,
+    "option.max_draft_len": _SPECULATIVE,
+    "option.rotary_base": _OVERRIDES,
+    "option.rotary_dim": _OVERRIDES,
+    "option.rotary_scaling_type": _OVERRIDES,
+    "option.rotary_scaling_factor": _OVERRIDES,
+    "option.smoothquant_alpha": _CALIBRATION,
+    "option.smoothquant_per_token": _CALIBRATION,
+    "option.smoothquant_per_channel": _CALIBRATION,
+    "option.multi_query_mode": _CALIBRATION,
+    "option.awq_format": _CALIBRATION,
+    "option.awq_calib_size": _CALIBRATION,
+    "option.awq_block_size": _CALIBRATION,
+    "option.awq_ignore_layers": _CALIBRATION,
+    "option.awq_mm_version": _CALIBRATION,
+    "option.awq_weight_bit_width": _CALIBRATION,
+    "option.awq_zero_point": _CALIBRATION,
+    "option.fp8_ignore": _CALIBRATION,
+    "option.fp8_scheme": _CALIBRATION,
+    "option.q_format": _CALIBRATION,
+    "option.calib_size": _CALIBRATION,
+    "option.calib_batch_size": _CALIBRATION,
+    "option.amp": "write option.dtype",
+    "option.neuron_optimize_level": _NEURON,
+    "option.enable_mixed_precision_accumulation": _NEURON,
+    "option.enable_saturate_infinity": _NEURON,
+    "option.unroll": _NEURON,
+    "option.load_split_model": _NEURON,
+    "option.compiled_graph_path": _NEURON,
+    "option.save_compiled_model": _NEURON,
+    "option.draft_model_compiled_path": _NEURON,
+    "option.context_length_estimate": _NEURON,
+    "option.group_query_attention": _NEURON,
+    "option.model_loader": _NEURON,
+    "option.rolling_batch_strategy": _NEURON,
+    "option.fuse_qkv": _NEURON,
+    "option.attention_layout": _NEURON,
+    "option.collectives_layout": _NEURON,
+    "option.cache_layout": _NEURON,
+    "option.partition_schema": _NEURON,
+    "option.all_reduce_dtype": _NEURON,
+    "option.cast_logits_dtype": _NEURON,
+    "option.on_device_embedding": _NEURON,
+    "option.on_device_embedding_config": _NEURON,
+    "option.speculative_length": _SPECULATIVE,
+    "option.draft_model_tp_size": _SPECULATIVE,
+    "option.record_acceptance_rate": _SPECULATIVE,
+    "option.speculative_telemetry": _SPECULATIVE,
+    "option.modelName": "write served_model_name; the model's files have the names of the hub's format",
+    "option.modeName": "write served_model_name; the model's files have the names of the hub's format",
+    "option.mapLocation": _OTHER_ENGINE,
+    "option.extraFiles": _OTHER_ENGINE,
+    "option.hasParameter": _OTHER_ENGINE,
+    "option.interOpNumThreads": _OTHER_ENGINE,
+    "option.intraOpNumThreads": _OTHER_ENGINE,
+    "option.executionMode": _OTHER_ENGINE,
+    "option.optLevel": _OTHER_ENGINE,
+    "option.memoryPatternOptimization": _OTHER_ENGINE,
+    "option.cpuArenaAllocator": _OTHER_ENGINE,
+    "option.disablePerSessionThreads": _OTHER_ENGINE,
+    "option.customOpLibrary": _OTHER_ENGINE,
+    "option.ortDevice": _OTHER_ENGINE,
+    "option.optimization": _OTHER_ENGINE,
+    "option.use_stable_diffusion": _OTHER_ENGINE,
+    "option.num_images_per_prompt": _OTHER_ENGINE,
+    "option.height": _OTHER_ENGINE,
+    "option.width": _OTHER_ENGINE,
+    "option.model_format": _OTHER_ENGINE,
+    "option.skops_trusted_types": _OTHER_ENGINE,
+    "option.trust_insecure_model_files": _OTHER_ENGINE,
     "option.stop_sequence": 'a request names its stop strings in "stop"',
     "batch_size": _DYNAMIC,
     "max_dynamic_batch_size": _DYNAMIC,
@@ -132,11 +264,36 @@ IGNORED: dict[str, str] = {
     "cors_allowed_headers": _CORS,
     "model_url_pattern": _ONE_MODEL,
     "load_models": _ONE_MODEL,
+    "translator": _OTHER_ENGINE,
+    "translatorFactory": _OTHER_ENGINE,
+    "application": _OTHER_ENGINE,
+    "batchifier": _OTHER_ENGINE,
+    "load_on_device": "write load_on_devices",
+    "number_of_netty_threads": _JAVA,
+    "netty_client_threads": _JAVA,
+    "use_native_io": _JAVA,
+    "io_ratio": _JAVA,
+    "plugin_folder": _JAVA,
+    "cluster_address": "there is one port for everything",
+    "keystore": _TLS,
+    "keystore_pass": _TLS,
+    "keystore_type": _TLS,
+    "private_key_file": _TLS,
+    "certificate_file": _TLS,
     "model_store": _ONE_MODEL,
 }
 
 SILENT = frozenset({"opts", "features"})
 """SERVING_* names that LMI's images and SageMaker's SDK set for the Java server: not worth a warning."""
+
+RENAMED: dict[str, str] = {
+    "option.s3url": "option.model_id",
+    "option.s3Url": "option.model_id",
+    "option.model_id_or_path": "option.model_id",
+    "option.data_type": "option.dtype",
+    "option.huggingface_token": "option.hf_token",
+}
+"""Names that DJL and LMI had for what has another name now; they do what that does, with a warning."""
 
 TRUE_MEANS: dict[str, tuple[str, str, str]] = {
     "option.load_in_8bit": ("quantize", "bitsandbytes", "option.quantize=int8_per_channel_weight_only"),
@@ -152,5 +309,9 @@ bitsandbytes any more, and refuses it."""
 
 def ignored_because(key: str) -> str | None:
     """The reason why a key has no effect, with or without `option.`; None for any other key."""
-    bare = key.removeprefix("option.")
-    return IGNORED.get(key) or IGNORED.get(bare) or IGNORED.get(f"option.{bare}")
+    bare = key.removeprefix("option.").lower()
+    return _BY_NAME.get(key.lower()) or _BY_NAME.get(bare) or _BY_NAME.get(f"option.{bare}")
+
+
+_BY_NAME = {name.lower(): reason for name, reason in IGNORED.items()}
+"""Environment variables have no small letters."""

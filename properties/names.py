@@ -68,9 +68,15 @@ def nearest(key: str, level: Level, more: Collection[str] = ()) -> str | None:
         return None
     if found[0] not in _BY_SPELLING:
         name = found[0]
-        spelled = {Level.ENVIRONMENT: "OPTION_" + name.upper(), Level.COMMAND_LINE: name}
+        spelled = {
+            Level.ENVIRONMENT: "OPTION_" + name.upper(),
+            Level.CONTAINER: "SM_VLLM_" + name.upper(),
+            Level.COMMAND_LINE: name,
+        }
         return spelled.get(level, PREFIX + name)
     known = _BY_SPELLING[found[0]]
+    if level is Level.CONTAINER:
+        return "SM_VLLM_" + found[0].upper()
     if level is Level.ENVIRONMENT:
         own = environment_name(KEYS[known])
         return own if found[0] != found[0].lower() else own.partition("_")[0] + "_" + found[0].upper()

@@ -14,6 +14,7 @@ _KINDS = {
     Level.SAGEMAKER: "SageMaker variable",
     Level.FILE: "serving.properties",
     Level.ENVIRONMENT: "environment option",
+    Level.CONTAINER: "vLLM or SGLang container variable",
     Level.DEDICATED: "environment variable",
     Level.TGI: "TGI variable",
     Level.RECOMMENDED: "recommended from config.json",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
@@ -12,11 +13,12 @@ from pydantic import ValidationError
 
 from properties.field import Level
 from properties.legacy import SILENT, TRUE_MEANS, ignored_because
+from properties.lmi_handlers import REPLACED_BECAUSE, Meaning, taken_together
 from properties.names import FACTS, KEYS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Problem, Source
 from properties.settings import Settings
 from properties.sources import Written
-from properties.values import Allowed
+from properties.values import TRUE, Allowed
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,18 @@ class Sourced:
 
 @dataclass
 class Resolution:
-    """What came out, complete or not: `settings` holds defaults where `problems` names an option."""
+    """What came out, complete or not: `settings` holds defaults where `problems` names an option.
+
+    lmi_handler, vllm_asked_by: see `Configuration`.
+    """
 
     settings: Settings = field(default_factory=Settings)
     sources: dict[str, Source] = field(default_factory=dict)
     extra: dict[str, Sourced] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    lmi_handler: str | None = None
+    vllm_asked_by: str | None = None
 
 
 def resolve_values(written: Iterable[Written], backend_options: Collection[str] = ()) -> Resolution:
@@ -45,16 +52,20 @@ def resolve_values(written: Iterable[Written], backend_options: Collection[str] 
     """
     result = Resolution()
     candidates: dict[str, list[Written]] = defaultdict(list)
+    ignored: list[Written] = []
     unknown: list[Written] = []
     for item in _expanded(written, result):
         if item.key in KEYS:
             candidates[KEYS[item.key]].append(item)
-        elif (reason := ignored_because(item.key)) is not None:
-            result.warnings.append(Problem(f"{item.location}: {item.key} has no effect here: {reason}"))
+        elif ignored_because(item.key) is not None:
+            ignored.append(item)
         elif not (item.level is Level.ENVIRONMENT and item.key in SILENT):
             unknown.append(item)
-    values = {name: _choose(name, items, result) for name, items in candidates.items()}
-    _validate({name: item for name, item in values.items() if item is not None}, result)
+    chosen = {name: _choose(name, items, result) for name, items in candidates.items()}
+    values = {name: item for name, item in chosen.items() if item is not None}
+    meaning = taken_together(values, ignored, result.problems, result.warnings)
+    _report_ignored([item for item in ignored if item not in meaning.used], result)
+    _validate(meaning, result)
     _report_unknown(unknown, result, backend_options)
     result.sources = {name: result.sources.get(name, DEFAULT) for name in FACTS}
     return result
@@ -94,7 +105,7 @@ def _expanded(written: Iterable[Written], result: Resolution) -> Iterator[Writte
                     name,
                 )
             )
-            if item.raw.strip().lower() == "true":
+            if item.raw.strip().lower() in TRUE:
                 yield replace(item, key=key_of(name), raw=value)
         else:
             yield item
@@ -150,18 +161,34 @@ def _prepare(name: str, item: Written, result: Resolution) -> Written | None:
         except ValueError as error:
             result.problems.append(Problem(f"{item.location} = {raw!r}: allowed: {error}", name))
             return None
-    meaning = dict(facts.replaced).get(raw)
+    if not facts.verbatim:
+        raw = _words(name).get(raw.lower(), raw)
+    meaning = {old.lower(): new for old, new in facts.replaced}.get(raw.lower())
     if meaning is not None:
+        why = REPLACED_BECAUSE.get(raw.lower())
         result.warnings.append(
             Problem(
-                f"{key_of(name)} = {raw!r} ({item.location}) is deprecated: {meaning or 'nothing'} is used",
+                f"{key_of(name)} = {raw!r} ({item.location}) is deprecated: {meaning} is used"
+                + (f": {why}" if why else ""),
                 name,
             )
         )
         raw = meaning
-        if not raw:
-            return None
     return replace(item, raw=raw)
+
+
+@cache
+def _words(name: str) -> dict[str, str]:
+    """The words that an option may be, by their small letters: `HF_TASK=Text-Generation` is no other value."""
+    return {word.lower(): word for word in _words_in(Settings.model_fields[name].annotation)}
+
+
+def _words_in(annotation: Any) -> Iterator[str]:
+    for part in get_args(annotation):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from _words_in(part)
 
 
 def _agree(name: str, items: Sequence[Written]) -> bool:
@@ -173,7 +200,9 @@ def _agree(name: str, items: Sequence[Written]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def _validate(chosen: dict[str, Written], result: Resolution) -> None:
+def _validate(meaning: Meaning, result: Resolution) -> None:
+    chosen = meaning.values
+    result.lmi_handler, result.vllm_asked_by = meaning.handler, meaning.asked_by
     try:
         result.settings = Settings.model_validate({name: item.raw for name, item in chosen.items()})
     except ValidationError as failure:
@@ -195,12 +224,19 @@ def _bad_value(name: str, item: Written, detail: str) -> Problem:
     return Problem(f"{value}: {detail}allowed: {allowed(name)}{hint}", name, _source(name, item))
 
 
+def _report_ignored(ignored: Iterable[Written], result: Resolution) -> None:
+    for item in ignored:
+        reason = ignored_because(item.key)
+        result.warnings.append(Problem(f"{item.location}: {item.key} has no effect here: {reason}"))
+
+
 def _report_unknown(unknown: Sequence[Written], result: Resolution, backend_options: Collection[str]) -> None:
     """A warning each, or a problem with strict_options. The value is not shown: it may be a secret."""
     for item in unknown:
         if not (item.key.startswith(PREFIX) and item.key.removeprefix(PREFIX) in backend_options):
             known = nearest(item.key, item.level, backend_options)
-            written = item.location if item.level is Level.ENVIRONMENT else f"{item.key} ({item.location})"
+            alone = item.level in (Level.ENVIRONMENT, Level.CONTAINER)
+            written = item.location if alone else f"{item.key} ({item.location})"
             meant = f"; did you mean {known}?" if known else ""
             report = result.problems if result.settings.strict_options else result.warnings
             report.append(Problem(f"{written}: no such option{meant}"))

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from properties.field import Level, Variable, option
-from properties.values import Seconds
+from properties.values import Seconds, Word
 
 OutputFormat = Literal["json", "jsonlines", "sse", "json_chat", "jsonlines_chat", "sse_chat", "none"]
 
@@ -73,13 +73,13 @@ class ChatSettings(BaseModel):
     enable_auto_tool_choice: bool = option(
         'Let the model decide to call a tool (tool_choice "auto"); needs tool_call_parser.', default=False
     )
-    tool_call_parser: str | None = option(
+    tool_call_parser: Word | None = option(
         "How tool calls are read from the model's answer: hermes (also qwen3_json), llama3_json (llama4_json), "
         "mistral, pythonic (llama4_pythonic) or longcat. Where vLLM serves, also the name of any of its own "
         "(qwen3_coder, deepseek_v3, ...); vllm:hermes is vLLM's parser where both have one.",
         default=None,
     )
-    reasoning_parser: str | None = option(
+    reasoning_parser: Word | None = option(
         "How reasoning is told from the answer: think (where prompt or answer opens a think tag), deepseek_r1 "
         "(also olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss. "
         "Where vLLM serves, also the name of any of its own (granite, kimi_k2, ...), as for tools.",

@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import BaseModel
 
 from properties.field import VLLM, Level, Variable, option
-from properties.values import Amount, Degree, Fraction, JsonObject, Positive
+from properties.values import TRUE, Amount, Degree, Fraction, JsonObject, Positive, Word
 
 
 def _cuda_graphs(text: str) -> str:
-    return "false" if text.lower() == "true" else "true"
+    return "false" if text.lower() in TRUE else "true"
 
 
 class EngineSettings(BaseModel):
@@ -19,9 +19,22 @@ class EngineSettings(BaseModel):
 
     rolling_batch: Literal["auto", "vllm", "rolling", "disable"] = option(
         "Backend: vllm, rolling (the embedded engine), auto (vLLM where it is installed, sees an accelerator "
-        "and serves the model, else the embedded engine), disable (the embedded engine, request by request).",
+        "and serves the model, else the embedded engine), disable (the embedded engine, request by request; what LMI "
+        "means by it where async_mode or entry_point ask for vLLM's asynchronous engine: auto).",
         default="auto",
-        replaced=(("lmi-dist", "vllm"), ("scheduler", "auto")),
+        replaced=(
+            ("lmi-dist", "vllm"),
+            ("scheduler", "auto"),
+            ("trtllm", "auto"),
+            ("tensorrtllm", "auto"),
+            ("deepspeed", "auto"),
+            ("tnx", "auto"),
+        ),
+    )
+    async_mode: bool = option(
+        "LMI's switch to vLLM's asynchronous engine: with true, rolling_batch=disable means auto. Requests are batched "
+        "either way.",
+        default=False,
     )
     tensor_parallel_degree: Degree = option(
         "Devices that share one copy of the model; max: all of them, divided by pipeline_parallel_degree; with vLLM as "
@@ -78,7 +91,7 @@ class EngineSettings(BaseModel):
         default=None,
         unit="tokens",
     )
-    kv_cache_dtype: str = option(
+    kv_cache_dtype: Word = option(
         "Type of the key/value cache, e.g. auto, fp8.", default="auto", backends=VLLM
     )
     enable_prefix_caching: bool = option(

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, SecretStr
 
 from properties.field import VLLM, Level, Variable, option, server_key
-from properties.values import Count, Dtype, Names, Positive, Seconds, Seed
-
-_BUILT_IN = (
-    ("djl_python.huggingface", ""),
-    ("djl_python.lmi_vllm.vllm_async_service", ""),
-    ("djl_python.rolling_batch", ""),
-)
+from properties.values import Count, Dtype, Engine, Names, Positive, Seconds, Seed, Task, Word
 
 
 class ModelSettings(BaseModel):
@@ -33,19 +25,21 @@ class ModelSettings(BaseModel):
         "Names that clients may call the model by; replies show the first. Empty: the model's own name.",
         default=[],
     )
-    task: Literal["auto", "generate", "text-generation"] = option(
+    task: Task = option(
         "What the model is for. Only generation is served.",
         default="auto",
         variables=(Variable("HF_TASK"),),
-        replaced=(("image-text-to-text", "generate"), ("image-to-text", "generate")),
     )
-    engine: Literal["Python"] = server_key(
+    engine: Engine = server_key(
         "LMI's engine name; the only one is Python.",
         default="Python",
-        replaced=(("python", "Python"), ("MPI", "Python")),
+        replaced=(("MPI", "Python"), ("DeepSpeed", "Python"), ("FasterTransformer", "Python")),
     )
-    dtype: Dtype = option("Type of weights and activations. auto: as config.json says.", default="auto")
-    quantize: str | None = option(
+    dtype: Dtype = option(
+        "Type of weights and activations. auto: as config.json says, where the device computes in that; see above.",
+        default="auto",
+    )
+    quantize: Word | None = option(
         "Quantise while loading, e.g. fp8 or int8_per_channel_weight_only. Leave out for a model that is quantised "
         "already: vLLM reads how from its config.json.",
         default=None,
@@ -53,10 +47,10 @@ class ModelSettings(BaseModel):
         aliases=("quantization",),
         variables=(Variable("HF_MODEL_QUANTIZE", Level.TGI),),
     )
-    load_format: str = option(
+    load_format: Word = option(
         "How weights are read, e.g. auto, safetensors, dummy, runai_streamer.", default="auto", backends=VLLM
     )
-    tokenizer_mode: str = option(
+    tokenizer_mode: Word = option(
         "vLLM's tokeniser implementation, e.g. auto, hf. With mistral, and for a model that has Mistral's own files, "
         "the model's tokenizer.json is used, which must be there.",
         default="auto",
@@ -86,7 +80,6 @@ class ModelSettings(BaseModel):
         default=None,
         aliases=("entryPoint", "entrypoint"),
         variables=(Variable("DJL_ENTRY_POINT"),),
-        replaced=_BUILT_IN,
     )
     handler: str = option("Function that the custom handler is called by.", default="handle")
     download_dir: str | None = server_key(

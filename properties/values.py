@@ -59,7 +59,8 @@ def _networks(value: object) -> object:
 def _devices(value: object) -> object:
     if not isinstance(value, str) or value == "*":
         return value
-    return [part.strip() for part in re.split("[;,]", value) if part.strip()]
+    parts = (part.strip() for part in re.split("[;,]", value))
+    return [re.sub(r"^gpu(?=\d)", "", part, flags=re.IGNORECASE) for part in parts if part]
 
 
 def _limits(value: object) -> object:
@@ -72,10 +73,10 @@ def _limits(value: object) -> object:
             value = {name.strip(): count.strip() for name, _, count in parts}
     if not isinstance(value, dict):
         return value
-    unknown = sorted(set(map(str, value)) - set(MODALITIES))
+    unknown = sorted(name for name in map(str, value) if name.lower() not in MODALITIES)
     if unknown:
         raise ValueError(f"unknown modality {', '.join(unknown)}")
-    counts = {name: _count(name, entry) for name, entry in value.items()}
+    counts = {str(name).lower(): _count(str(name), entry) for name, entry in value.items()}
     return dict.fromkeys(MODALITIES, 1) | counts
 
 
@@ -106,9 +107,13 @@ def _media(value: object) -> object:
 
 def _one_of(spellings: dict[str, str]) -> Callable[[object], object]:
     def read(value: object) -> object:
-        return spellings.get(value, value) if isinstance(value, str) else value
+        return spellings.get(value.lower(), value) if isinstance(value, str) else value
 
     return read
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 Count = Annotated[int, Ge(0), Allowed("a whole number from 0")]
@@ -122,10 +127,58 @@ Degree = Annotated[
     Annotated[int, Ge(1)] | Literal["max"],
     Allowed("a whole number from 1, or max"),
 ]
+Word = Annotated[str, BeforeValidator(_lower)]
+"""A name that a backend knows, all of which are written in small letters."""
+
+TRUE = frozenset({"true", "1", "yes", "on", "t", "y"})
+"""The words that pydantic reads as true, whatever their case."""
+
+_DTYPES = {
+    "fp32": "float32", "float": "float32", "torch.float32": "float32", "fp16": "float16", "half": "float16",
+    "torch.float16": "float16", "bf16": "bfloat16", "torch.bfloat16": "bfloat16",
+}  # fmt: skip
 Dtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
-    BeforeValidator(_one_of({"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"})),
+    BeforeValidator(_one_of(_DTYPES)),
     Allowed("auto, float32 (fp32), float16 (fp16), bfloat16 (bf16)"),
+]
+_PIPELINES = ("image-text-to-text", "image-to-text", "visual-question-answering", "any-to-any")
+_NO_TEXT = (
+    "text-embedding",
+    "feature-extraction",
+    "sentence-similarity",
+    "classify",
+    "text-classification",
+    "score",
+)
+
+
+def _task(value: object) -> object:
+    if isinstance(value, str) and value.lower() in _NO_TEXT:
+        raise ValueError("embeddings, classes and scores are not served")
+    return value
+
+
+_ENGINES = (
+    "pytorch", "onnxruntime", "rust", "tensorflow", "tensorrt", "tritonserver", "xgboost", "mxnet", "lightgbm", "llama",
+    "paddlepaddle",
+)  # fmt: skip
+
+
+def _engine(value: object) -> object:
+    if isinstance(value, str) and value.lower() in _ENGINES:
+        raise ValueError("an engine of DJL's for other kinds of models; this server generates text")
+    return value
+
+
+Engine = Annotated[Literal["Python"], BeforeValidator(_engine)]
+Task = Annotated[
+    Literal["auto", "generate", "text-generation"],
+    BeforeValidator(_task),
+    BeforeValidator(
+        _one_of(dict.fromkeys((*_PIPELINES, "text2text-generation", "conversational"), "generate"))
+    ),
+    Allowed(f"auto, generate, text-generation and what means the same: {', '.join(_PIPELINES)}"),
 ]
 Limits = Annotated[
     dict[str, Annotated[int, Ge(0)]],

@@ -117,6 +117,73 @@ def test_what_lmi_has_and_this_server_has_not_is_said_with_the_reason(variable: 
     assert re.fullmatch(rf"{variable}: (option\.)?{name} has no effect here: .{{10,}}", str(warning))
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("option.max_output_size", "replies have no limit of bytes"),
+        ("option.max_num_tokens", "write option.max_rolling_batch_prefill_tokens"),
+        ("option.n_positions", "write option.max_model_len"),
+        ("option.max_tokens", "write option.max_model_len"),
+        ("option.enable_kv_cache_reuse", "write option.enable_prefix_caching"),
+        ("option.smoothquant_alpha", "models are not calibrated here"),
+        ("option.batch_scheduler_policy", "TensorRT-LLM's"),
+        ("option.compiled_graph_path", "for Neuron devices"),
+        ("option.training_mp_size", "DeepSpeed's"),
+        ("option.max_sparsity", "LMI's sequence scheduler"),
+        ("option.mapLocation", "DJL's engines for other kinds of models"),
+        ("option.speculative_length", "write option.speculative_config"),
+        ("translatorFactory", "DJL's engines for other kinds of models"),
+        ("max_batch_delay", "always share a rolling batch"),
+        ("gpu.maxWorkers", "write minWorkers and maxWorkers"),
+        ("keystore", "end TLS in front of the server"),
+        ("plugin_folder", "DJL's Java server"),
+    ],
+)
+def test_what_djl_and_lmi_know_gets_a_true_answer(tmp_path: Path, key: str, told: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "serving.properties").write_text(f"{key}=1\n")
+    for found in (
+        resolve(model=str(tmp_path), environ={"SERVING_STRICT_OPTIONS": "true"}),
+        configure(
+            **{("OPTION_" if key[:7] == "option." else "SERVING_") + key.removeprefix("option.").upper(): "1"}
+        ),
+    ):
+        (warning,) = found.warnings
+        assert "has no effect here: " in str(warning)
+        assert told in str(warning)
+        assert "did you mean" not in str(warning)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "text"),
+    [
+        ("option.s3url", "model_id", "s3://bucket/m/"),
+        ("option.model_id_or_path", "model_id", "org/m"),
+        ("option.data_type", "dtype", "float16"),
+        ("option.huggingface_token", "hf_token", "hf_secret"),
+    ],
+)
+def test_an_old_name_does_what_the_new_one_does(tmp_path: Path, key: str, name: str, text: str) -> None:
+    (tmp_path / "serving.properties").write_text(
+        f"{key}={text}\noption.model_id=org/m\n" if name == "dtype" else f"{key}={text}\n"
+    )
+    environ = {"HF_MODEL_ID": "org/m"} if name == "hf_token" else {}
+    found = resolve(model=None, environ=environ, model_store=tmp_path)
+    got = getattr(found.settings, name)
+    assert (got.get_secret_value() if name == "hf_token" else got) == text
+    assert found.sources[name].location == "serving.properties line 1"
+    assert [str(warning) for warning in found.warnings] == [
+        f"serving.properties line 1: {key} is deprecated: write option.{name}"
+    ]
+    assert "hf_secret" not in repr(found)
+
+
+def test_an_old_name_and_the_new_one_must_agree(tmp_path: Path) -> None:
+    (tmp_path / "serving.properties").write_text("option.s3url=s3://a/b\noption.model_id=s3://a/c\n")
+    with pytest.raises(ConfigurationError, match=r"option.model_id has two different values"):
+        resolve(model=None, environ={}, model_store=tmp_path)
+
+
 def test_names_of_the_java_server_are_silent() -> None:
     assert configure(SERVING_OPTS="-Dx=y", SERVING_FEATURES="vllm").warnings == []
 

@@ -47,6 +47,12 @@ def test_tensor_parallel_degree_max(text: str) -> None:
         ("bf16", "bfloat16"),
         ("bfloat16", "bfloat16"),
         ("auto", "auto"),
+        ("FP16", "float16"),
+        ("BFloat16", "bfloat16"),
+        ("float", "float32"),
+        ("Half", "float16"),
+        ("AUTO", "auto"),
+        ("torch.bfloat16", "bfloat16"),
     ],
 )
 def test_dtype_spellings(text: str, expected: str) -> None:
@@ -87,6 +93,7 @@ def test_lists_and_objects() -> None:
     assert value("image_fetch_allow_private", "10.0.0.0/8,box") == ["10.0.0.0/8", "box"]
     assert value("load_on_devices", "0;2") == [0, 2]
     assert value("load_on_devices", "*") == "*"
+    assert value("load_on_devices", "gpu0;GPU1") == [0, 1]
     assert value("mm_processor_kwargs", '{"max_pixels": 5}') == {"max_pixels": 5}
 
 
@@ -94,7 +101,6 @@ def test_lists_and_objects() -> None:
     ("name", "text"),
     [
         ("dtype", "fp8"),
-        ("dtype", "FP16"),
         ("enforce_eager", "maybe"),
         ("max_rolling_batch_size", "64.5"),
         ("max_rolling_batch_size", "0"),
@@ -102,7 +108,7 @@ def test_lists_and_objects() -> None:
         ("gpu_memory_utilization", "1.1"),
         ("predict_timeout", "nan"),
         ("predict_timeout", "inf"),
-        ("rolling_batch", "trtllm"),
+        ("rolling_batch", "neo"),
         ("port", "70000"),
         ("image_fetch_allow_private", "10.0.0.1/8"),
         ("mm_processor_kwargs", "[1]"),
@@ -137,8 +143,12 @@ def test_text_options_keep_spaces_only_where_they_matter() -> None:
     [
         ("rolling_batch", "lmi-dist", "vllm"),
         ("rolling_batch", "scheduler", "auto"),
+        ("rolling_batch", "LMI-Dist", "vllm"),
+        ("rolling_batch", "trtllm", "auto"),
+        ("rolling_batch", "deepspeed", "auto"),
         ("entry_point", "djl_python.huggingface", None),
         ("engine", "MPI", "Python"),
+        ("engine", "DeepSpeed", "Python"),
     ],
 )
 def test_old_value_is_understood_with_a_warning(name: str, old: str, new: str | None) -> None:
@@ -174,3 +184,61 @@ def test_settings_are_frozen_and_hide_secrets() -> None:
     assert found.sources["hf_token"].raw == "********"
     with pytest.raises(ValueError, match="frozen"):
         found.settings.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("task", "Image-Text-to-Text", "generate"),
+        ("task", "visual-question-answering", "generate"),
+        ("task", "TEXT-GENERATION", "text-generation"),
+        ("rolling_batch", "Auto", "auto"),
+        ("rolling_batch", "vLLM", "vllm"),
+        ("tensor_parallel_degree", "MAX", "max"),
+        ("engine", "python", "Python"),
+        ("output_formatter", "JSONLines", "jsonlines"),
+        ("chat_template_content_format", "OpenAI", "openai"),
+        ("log_format", "JSON", "json"),
+        ("image_processor_backend", "PIL", "pil"),
+        ("lora_dtype", "BF16", "bfloat16"),
+        ("quantize", "AWQ", "awq"),
+        ("load_format", "SafeTensors", "safetensors"),
+        ("tokenizer_mode", "Mistral", "mistral"),
+        ("kv_cache_dtype", "FP8_E5M2", "fp8_e5m2"),
+        ("tool_call_parser", "Hermes", "hermes"),
+        ("reasoning_parser", "DeepSeek_R1", "deepseek_r1"),
+        ("limit_mm_per_prompt", '{"Image": 3}', {"image": 3, "video": 1, "audio": 1}),
+    ],
+)
+def test_words_mean_the_same_in_capital_letters(name: str, text: str, expected: object) -> None:
+    found = configure([f"{name}={text}"])
+    assert getattr(found.settings, name) == expected
+    assert found.warnings == []
+
+
+def test_the_pipelines_task_may_be_written_in_any_case() -> None:
+    assert configure(environ={"HF_TASK": "Image-Text-to-Text"}).settings.task == "generate"
+    assert configure(environ={"ENABLE_CUDA_GRAPHS": "Yes"}).settings.enforce_eager is False
+    assert configure(environ={"OPTION_LOAD_IN_8BIT": "1"}).settings.quantize == "bitsandbytes"
+
+
+def test_words_of_any_case_agree() -> None:
+    assert configure(["dtype=FP16", "dtype=float16", "max_num_seqs=3"]).settings.dtype == "float16"
+
+
+def test_names_keep_their_letters() -> None:
+    assert value("served_model_name", "LLaVA") == ["LLaVA"]
+    assert value("revision", "Main") == "Main"
+    assert value("chat_template", "{{ AUTO }}") == "{{ AUTO }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("engine", "OnnxRuntime", "an engine of DJL's for other kinds of models; this server generates text"),
+        ("task", "Feature-Extraction", "embeddings, classes and scores are not served"),
+    ],
+)
+def test_what_lmi_serves_besides_text_is_refused_with_the_reason(name: str, text: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} = '{text}' .*: {reason}; allowed: "):
+        value(name, text)

@@ -33,8 +33,9 @@ from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
-from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.rolling_plan import plan_engines, unused_devices
 from handlers.backends.tokens import TokenTexts, detokenized, rendered_prompt, skipped_tokens, tokenized
+from handlers.backends.unused import unused_by_text
 from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
 from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
@@ -86,6 +87,9 @@ class RollingBackend:
             front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path)
             vocabulary = await loop.run_in_executor(self._pool, lambda: front.vocabulary)
             plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
+            unused = [] if front.preprocessor is not None else unused_by_text(self._settings)
+            for problem in unused_devices(self._settings, plan, front.accelerators) + unused:
+                logger.info("%s", problem)  # info: a script that runs anywhere writes it for another machine
             self._group = EngineGroup(
                 plan,
                 retry_threshold=self._settings.retry_threshold,

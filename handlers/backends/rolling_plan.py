@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from engine.config import EngineConfig, Vocabulary
+from handlers.backends.unused import unused_on
 from handlers.errors import InvalidConfiguration
 
 if TYPE_CHECKING:
+    from properties.problem import Problem
     from properties.settings import Settings
 
 
@@ -56,6 +58,12 @@ def plan_engines(
         )
         for group in groups
     ]
+
+
+def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:
+    """A warning for each option about devices that the plan leaves without effect."""
+    usable = len(_devices(settings.load_on_devices, accelerators))
+    return unused_on(settings, "rolling", usable, len(plan), plan[0].tensor_parallel_degree)
 
 
 def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from handlers.backends.vllm.compat import check_version, installed_version
 from handlers.backends.vllm.options.fields import architectures as vllm_architectures
 from handlers.errors import InvalidConfiguration
+from properties.configuration import Configuration
 from properties.field import BackendName
 from properties.problem import ConfigurationError, Problem
 
@@ -52,6 +53,27 @@ def vllm_version_problem() -> str | None:
 def vllm_backend_present() -> bool:
     """Whether this build has an adapter for vLLM."""
     return find_spec("handlers.backends.vllm") is not None
+
+
+def choose_for(
+    configuration: Configuration, config: Mapping[str, Any], accelerators: int, *, vllm: bool | None = None
+) -> Choice:
+    """What `choose` says of a configuration, which may ask for vLLM in LMI's words. config: the model's config.json.
+
+    Such settings demand nothing: where vLLM cannot be had, the embedded engine serves, and the reason says so.
+    """
+    settings = configuration.settings
+    choice = choose(
+        settings.rolling_batch,
+        config.get("architectures") or [],
+        accelerators,
+        vllm=vllm,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    asked_by = configuration.vllm_asked_by
+    if asked_by is None or choice.backend == "vllm":
+        return choice
+    return replace(choice, reason=f"{asked_by} asks for vLLM, but {choice.reason}")
 
 
 def choose(

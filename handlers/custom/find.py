@@ -30,11 +30,14 @@ class OwnFormatters(OwnHandler):
 
 
 def find_handler(configuration: Configuration, fetched: Path | None = None) -> OwnHandler | None:
-    """The user's own handler, where there is one: model.py counts only if it defines the function.
+    """The user's own handler, where there is one: model.py counts only if it defines the function, and as in LMI not
+    beside an entry point that names one of LMI's own handlers.
 
     fetched: the model's directory, once it is on this machine. Code that came from the hub does not count: its author
     is not the operator. Nothing is run.
     """
+    if configuration.lmi_handler is not None:
+        return None
     settings, home = configuration.settings, _home(configuration, fetched)
     explicit = settings.entry_point is not None
     own = OwnHandler(home or Path.cwd(), settings.entry_point or "model.py")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from container.check import run_check
 from engine.machine import Device, Machine
@@ -16,6 +17,7 @@ from handlers.backends.vllm.nodes.cluster import Cluster
 from handlers.backends.vllm.options import plan
 from handlers.backends.vllm.options.arguments import engine_arguments
 from handlers.backends.vllm.options.fields import engine_argument_names
+from handlers.backends.vllm.options.precision import served_dtype
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
 
@@ -69,6 +71,12 @@ def test_lmis_names_are_vllms_arguments() -> None:
     assert {name: found[name] for name in want} == want
     assert Path(found["model"]).is_absolute(), "Ray's workers have another working directory"
     assert found["served_model_name"] == ["shapes"], "no path of this machine in vLLM's own metrics"
+
+
+def test_words_for_vllm_may_have_capital_letters() -> None:
+    found = arguments("quantize=FP8", "scheduling_policy=Priority", "load_format=Dummy")
+    assert (found["quantization"], found["scheduling_policy"]) == ("fp8", "priority")
+    assert found["load_format"] == "dummy"
 
 
 def test_what_nobody_wrote_is_left_to_vllm() -> None:
@@ -237,3 +245,12 @@ def test_on_a_cpu_the_cache_leaves_memory_to_the_rest(monkeypatch: pytest.Monkey
     assert arguments()["kv_cache_memory_bytes"] == 4 << 30
     assert arguments(machine=Machine((), Device("host", 4 << 30)))["kv_cache_memory_bytes"] == 1 << 30
     assert "kv_cache_memory_bytes" not in arguments("gpu_memory_utilization=0.5")
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_our_words_for_vllms_choice_of_a_type_are_true(stored: str) -> None:
+    from vllm.config.model import _resolve_auto_dtype
+
+    theirs = _resolve_auto_dtype("llama", getattr(torch, stored), is_pooling_model=False)
+    ours, _ = served_dtype("auto", stored, bfloat16=True)
+    assert str(theirs) == f"torch.{ours}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from engine.machine import computes_bfloat16
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.vllm.compat import Vllm, load
 from handlers.backends.vllm.options.checks import refused_values, refused_whole
@@ -21,12 +22,14 @@ from handlers.backends.vllm.options.mistral import (
     weight_problems,
 )
 from handlers.backends.vllm.options.plan import plan_devices
+from handlers.backends.vllm.options.precision import served_dtype
 from handlers.backends.vllm.options.values import BadValue, coerce
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
 from properties.names import key_of
 from properties.problem import MASK, ConfigurationError, Problem
+from properties.recommend import model_dtype
 
 if TYPE_CHECKING:
     import argparse
@@ -135,6 +138,12 @@ def engine_arguments(
     for warning in plan.warnings:
         logger.info("%s", warning)  # info: `lmi check` prints it itself
     arguments |= plan.sizes()
+    told = served_dtype(
+        settings.dtype,
+        model_dtype(config),
+        bfloat16=not machine.accelerators or computes_bfloat16("cuda"),
+    )
+    logger.info("vLLM computes in %s: %s", *told)
     problems += format_problems(model_path) + weight_problems(model_path)
     for warning in format_warnings(configuration):
         logger.info("%s", warning)

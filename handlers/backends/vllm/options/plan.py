@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from handlers.backends.unused import unused_on
 from handlers.backends.vllm.nodes.cluster import running_cluster
 from handlers.backends.vllm.options.heads import Heads
 from handlers.errors import InvalidConfiguration
@@ -54,7 +55,7 @@ def plan_devices(
     extra: options of vLLM's own, as text. accelerators: devices of this machine. Where Ray is to be used, it is asked
     for its devices: seconds. heads: of the model, where they are known: devices that share a copy share them evenly.
     """
-    if heads is not None and extra.get("mm_encoder_tp_mode") == "data":
+    if heads is not None and extra.get("mm_encoder_tp_mode", "").strip().lower() == "data":
         heads = replace(heads, vision=0)  # each device has the whole tower
     if uses_ray(extra):
         plan = _across_ray(settings, accelerators, heads)
@@ -62,6 +63,8 @@ def plan_devices(
         plan = _across_nodes(settings, extra, nodes, accelerators, heads)
     else:
         plan = _on_this_machine(settings, accelerators, heads)
+        ranks = plan.tensor * plan.pipeline
+        plan.warnings.extend(unused_on(settings, "vllm", plan.available, plan.data, ranks))
     if heads is not None:
         _tell_of_heads(plan, settings, heads)
     return plan
@@ -89,7 +92,8 @@ def _on_this_machine(settings: Settings, accelerators: int, heads: Heads | None)
 
 def uses_ray(extra: Mapping[str, str]) -> bool:
     """Whether the options have vLLM find its devices through Ray."""
-    return "ray" in (extra.get("distributed_executor_backend"), extra.get("data_parallel_backend"))
+    named = (extra.get("distributed_executor_backend"), extra.get("data_parallel_backend"))
+    return "ray" in (name.strip().lower() for name in named if name is not None)
 
 
 def _across_ray(settings: Settings, accelerators: int, heads: Heads | None) -> Plan:

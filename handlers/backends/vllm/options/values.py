@@ -66,7 +66,10 @@ def _one(action: argparse.Action, text: str, annotation: str) -> Any:
             raise BadValue(_allowed(action, annotation), _reason(error)) from error
     choices = list(action.choices or ())
     if choices and value not in choices:
-        raise BadValue(_allowed(action, annotation))
+        words = {choice.lower(): choice for choice in choices if isinstance(choice, str)}
+        if not isinstance(value, str) or value.strip().lower() not in words:
+            raise BadValue(_allowed(action, annotation))
+        value = words[value.strip().lower()]
     return value
 
 

@@ -1,0 +1,71 @@
+"""Options that this machine or this model leaves without effect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from properties.names import key_of
+from properties.problem import Problem
+
+if TYPE_CHECKING:
+    from properties.field import BackendName
+    from properties.settings import Settings
+
+
+ABOUT_IMAGES = (
+    "limit_mm_per_prompt",
+    "enable_mm_embeds",
+    "image_placeholder_token",
+    "image_processor_backend",
+    "encoder_cache_mb",
+    "mm_processor_kwargs",
+)
+
+
+def unused_by_text(settings: Settings) -> list[Problem]:
+    """A warning for each option about images that was written for a model that takes none."""
+    written = {name: getattr(settings, name) for name in ABOUT_IMAGES if name in settings.model_fields_set}
+    return [
+        Problem(f"{key_of(name)} has no effect: the model takes no images", name)
+        for name, value in written.items()
+        if value != type(settings).model_fields[name].default
+        and value != {"image": 0, "video": 0, "audio": 0}
+    ]
+
+
+def unused_on(
+    settings: Settings, backend: BackendName, accelerators: int, copies: int, per_copy: int
+) -> list[Problem]:
+    """A warning for each option that was written and that the machine leaves without effect.
+
+    accelerators: that may be used. copies: replicas that are started, each on per_copy devices.
+    """
+    problems = []
+
+    def ignored(name: str, reason: str) -> None:
+        if name in settings.model_fields_set:
+            text = f"{key_of(name)} = {getattr(settings, name)} has no effect: {reason}"
+            problems.append(Problem(text, name))
+
+    if accelerators == 0:
+        if settings.load_on_devices != "*":
+            ignored("load_on_devices", "no accelerator is visible")
+        if backend == "rolling":
+            ignored("gpu_memory_utilization", "no accelerator is visible; see option.kv_cache_memory_mb")
+        return problems
+    if settings.max_workers is None:
+        ignored("min_workers", "on accelerators max_workers counts")
+    elif copies < settings.max_workers:
+        text = f"max_workers = {settings.max_workers}: only {copies} are started, each on {per_copy} of {accelerators}"
+        problems.append(Problem(f"{text} devices", "max_workers"))
+    idle = accelerators - copies * per_copy
+    limited = settings.max_workers == copies or settings.data_parallel_degree is not None
+    if idle > 0 and not limited and settings.tensor_parallel_degree != "max":
+        problems.append(
+            Problem(
+                f"{idle} of {accelerators} devices are not used: each copy of the model takes {per_copy}; see "
+                "option.tensor_parallel_degree",
+                "tensor_parallel_degree",
+            )
+        )
+    return problems

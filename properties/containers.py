@@ -1,0 +1,190 @@
+"""The variables of AWS's vLLM and SGLang containers: one for each flag, `SM_VLLM_MAX_MODEL_LEN` for `--max-model-len`.
+
+vLLM's names are those of its command line, which are options here too. SGLang's are translated where there is an
+option for the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from properties.field import Level
+from properties.names import FACTS, KEYS, key_from_command_line, key_of
+from properties.problem import Problem
+from properties.settings import Settings
+from properties.sources import Written
+from properties.values import TRUE
+
+VLLM_PREFIX = "SM_VLLM_"
+SGLANG_PREFIX = "SM_SGLANG_"
+
+SAME = {
+    "model": "model_id",
+    "api_keys": "api_key",
+    "model_tag": "model_id",
+    "allowed_origins": "cors_allowed_origin",
+}
+"""A flag of vLLM's -> the option's name, where that is another one."""
+
+WITHOUT_EFFECT = {
+    "disable_log_requests": 0, "enable_log_requests": 0, "disable_log_stats": 0, "disable_uvicorn_access_log": 0,
+    "disable_frontend_multiprocessing": 0, "enable_request_id_headers": 0, "disable_fastapi_docs": 0,
+    "uvicorn_log_level": 1, "max_log_len": 1, "swap_space": 1, "max_logprobs": 1,
+}  # fmt: skip
+"""Flags of vLLM and Aphrodite that no answer depends on -> how many values they take."""
+
+_ADAPTERS = "put adapters into adapters/ beside the model, or send them to POST /adapters"
+_CORS = "pages of cors_allowed_origin may use every method and header that the server has"
+_SERVER = "of vLLM's own HTTP server, which this is not"
+_TLS = "the port speaks plain HTTP: end TLS in front of the server"
+VLLM_WITHOUT = {
+    "lora_modules": _ADAPTERS,
+    "allowed_methods": _CORS,
+    "allowed_headers": _CORS,
+    "allow_credentials": _CORS,
+    "middleware": _SERVER,
+    "root_path": _SERVER,
+    "uds": _SERVER,
+    "headless": _SERVER,
+    "api_server_count": "one process speaks HTTP",
+    "ssl_keyfile": _TLS,
+    "ssl_certfile": _TLS,
+    "ssl_ca_certs": _TLS,
+    "ssl_cert_reqs": _TLS,
+    "ssl_ciphers": _TLS,
+    "enable_ssl_refresh": _TLS,
+    "response_role": "the role of replies is assistant",
+    "tool_parser_plugin": "the parsers are this server's and the installed vLLM's",
+    "tool_server": "tools are called by the client",
+    "return_tokens_as_token_ids": "a request asks for it",
+    "enable_prompt_tokens_details": "replies always tell the cached tokens",
+    "enable_log_outputs": "see log_prompts",
+}
+"""Flags of vLLM's server that have no equivalent -> what to do instead. On the command line they are refused."""
+
+SGLANG = {
+    "model_path": "model_id",
+    "model": "model_id",
+    "served_model_name": "served_model_name",
+    "revision": "revision",
+    "trust_remote_code": "trust_remote_code",
+    "load_format": "load_format",
+    "dtype": "dtype",
+    "quantization": "quantize",
+    "context_length": "max_model_len",
+    "kv_cache_dtype": "kv_cache_dtype",
+    "mem_fraction_static": "gpu_memory_utilization",
+    "max_running_requests": "max_rolling_batch_size",
+    "max_queued_requests": "job_queue_size",
+    "chunked_prefill_size": "max_rolling_batch_prefill_tokens",
+    "tp": "tensor_parallel_degree",
+    "tp_size": "tensor_parallel_degree",
+    "tensor_parallel_size": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+    "pp_size": "pipeline_parallel_degree",
+    "pipeline_parallel_size": "pipeline_parallel_degree",
+    "dp": "data_parallel_degree",
+    "dp_size": "data_parallel_degree",
+    "data_parallel_size": "data_parallel_degree",
+    "random_seed": "seed",
+    "cpu_offload_gb": "cpu_offload_gb_per_gpu",
+    "watchdog_timeout": "engine_stuck_timeout",
+    "disable_cuda_graph": "enforce_eager",
+    "disable_radix_cache": "enable_prefix_caching",
+    "enable_lora": "enable_lora",
+    "max_lora_rank": "max_lora_rank",
+    "max_loras_per_batch": "max_loras",
+    "max_loaded_loras": "max_cpu_loras",
+    "limit_mm_data_per_request": "limit_mm_per_prompt",
+    "host": "host",
+    "port": "port",
+    "api_key": "api_key",
+    "chat_template": "chat_template",
+    "tool_call_parser": "tool_call_parser",
+    "reasoning_parser": "reasoning_parser",
+}
+"""A flag of SGLang's -> our option."""
+
+_SPECULATION = "write option.speculative_config, as vLLM's"
+SGLANG_WITHOUT = {
+    "tokenizer_path": "the tokenizer is the model's own",
+    "tokenizer_mode": "see option.tokenizer_mode",
+    "skip_tokenizer_init": "prompts are tokenised here",
+    "max_total_tokens": "see option.kv_cache_memory_mb",
+    "max_prefill_tokens": "see option.max_rolling_batch_prefill_tokens",
+    "page_size": "see option.block_size",
+    "attention_backend": "kernels are chosen for the device",
+    "lora_paths": _ADAPTERS,
+    "speculative_algorithm": _SPECULATION,
+    "speculative_draft_model_path": _SPECULATION,
+    "speculative_num_steps": _SPECULATION,
+    "speculative_eagle_topk": _SPECULATION,
+    "speculative_num_draft_tokens": _SPECULATION,
+    "enable_priority_scheduling": "see option.request_priorities, with which lower numbers come first",
+    "enable_multimodal": "a model that takes pictures is served with them",
+    "enable_metrics": "/metrics is always served",
+    "is_embedding": "embeddings are not served",
+}
+"""Flags of SGLang's that many write and that have no equivalent -> what to do instead."""
+
+_SWITCHED_OFF = frozenset({"disable_radix_cache"})
+_PARSERS = {
+    "llama3": "llama3_json",
+    "qwen": "hermes",
+    "qwen25": "hermes",
+    "deepseekv3": "deepseek_v3",
+    "deepseekv31": "deepseek_v31",
+    "gpt_oss": "openai",
+    "qwen3_thinking": "qwen3",
+}
+"""SGLang's name of a parser -> ours or vLLM's."""
+
+
+def read_containers(
+    environ: Mapping[str, str], warnings: list[Problem], backend_options: Collection[str] = ()
+) -> Iterator[Written]:
+    """As the containers do: "true" is a switch, "false" the flag's absence where it is no switch.
+
+    backend_options: see `Configuration`; of the flags without effect, the backend takes those that it knows.
+    """
+    for variable, text in environ.items():
+        flag = variable.removeprefix(VLLM_PREFIX).lower()
+        if not text.strip():
+            continue
+        if variable.startswith(SGLANG_PREFIX):
+            yield from _sglang(variable, text, warnings)
+        elif variable.startswith(VLLM_PREFIX) and flag in WITHOUT_EFFECT and flag not in backend_options:
+            warnings.append(Problem(f"{variable} has no effect here: no answer depends on it"))
+        elif variable.startswith(VLLM_PREFIX) and flag in VLLM_WITHOUT:
+            warnings.append(Problem(f"{variable} has no effect here: {VLLM_WITHOUT[flag]}"))
+        elif variable.startswith(VLLM_PREFIX):
+            positive = flag.removeprefix("no_")
+            if positive != flag and KEYS.get(key_from_command_line(flag)) is None:
+                flag, text = positive, "false" if text.strip().lower() in TRUE else ""
+            yield from _written(variable, key_from_command_line(SAME.get(flag, flag)), text)
+
+
+def _sglang(variable: str, text: str, warnings: list[Problem]) -> Iterator[Written]:
+    flag = variable.removeprefix(SGLANG_PREFIX).lower()
+    name = SGLANG.get(flag)
+    if name is None:
+        reason = SGLANG_WITHOUT.get(flag, "SGLang's flag has no equivalent")
+        warnings.append(Problem(f"{variable} has no effect here: {reason}"))
+        return
+    if flag in _SWITCHED_OFF:
+        text = "false" if text.strip().lower() in TRUE else ""
+    elif flag == "chunked_prefill_size" and text.strip() == "-1":
+        name, text = "enable_chunked_prefill", "false"
+    elif name in ("tool_call_parser", "reasoning_parser"):
+        parser = text.strip().lower().replace("-", "_")
+        text = _PARSERS.get(parser, parser)
+        if name == "tool_call_parser":  # SGLang needs no switch beside it
+            yield from _written(variable, key_of("enable_auto_tool_choice"), "true")
+    yield from _written(variable, key_of(name), text)
+
+
+def _written(variable: str, key: str, text: str) -> Iterator[Written]:
+    name = KEYS.get(key)
+    switch = name is None or Settings.model_fields[name].annotation is bool
+    if text.strip() and (switch or text.strip().lower() != "false"):
+        yield Written(Level.CONTAINER, key, text if name and FACTS[name].verbatim else text.strip(), variable)
