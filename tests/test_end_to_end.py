@@ -25,21 +25,19 @@ from transformers import AutoTokenizer
 from tests.backend import BACK, VLLM
 from tests.engine_driver import Oracle, Prompt, random_image
 from tests.live import LiveServer, chat_body, data_url
-from tests.models import make_llava
 from tests.test_images_decode import png
 
 FLOAT32 = "dtype=float32"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("models") / "tiny")
+def model(tiny_llava: Path) -> Path:
+    return tiny_llava
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with LiveServer(model, FLOAT32, 'limit_mm_per_prompt={"image": 4}') as live:
-        yield live
+def server(tiny_server: LiveServer) -> LiveServer:
+    return tiny_server
 
 
 @pytest.fixture(scope="module")
@@ -287,10 +285,10 @@ def test_bad_pictures_are_named_by_index(server: LiveServer) -> None:
 
 @pytest.fixture(scope="module")
 def small_server(model: Path) -> Iterator[LiveServer]:
-    """Two places in the batch, two in the queue, three seconds a request, loopback pictures allowed."""
+    """Two places in the batch, two in the queue, three seconds a request, loopback pictures allowed, no restart."""
     with LiveServer(
         model, FLOAT32, "max_rolling_batch_size=2", "job_queue_size=2", "predict_timeout=3",
-        "image_fetch_allow_private=127.0.0.1", "image_fetch_timeout=60", "max_model_len=512",
+        "image_fetch_allow_private=127.0.0.1", "image_fetch_timeout=60", "max_model_len=512", "retry_threshold=0",
     ) as live:  # fmt: skip
         yield live
 
@@ -343,26 +341,33 @@ def test_past_the_queue_the_answer_is_429_at_once(small_server: LiveServer) -> N
     assert small_server.chat("hello").status_code == 200
 
 
+@pytest.fixture(scope="module")
+def mortal_server(model: Path) -> Iterator[LiveServer]:
+    """For what kills its engine, and then itself."""
+    with LiveServer(model, FLOAT32, "drain_timeout=120") as live:
+        yield live
+
+
 @pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, under load and twice")
-def test_a_killed_engine_is_replaced_and_nobody_hangs(model: Path, truth: Truth) -> None:
-    with LiveServer(model, FLOAT32) as server:
-        body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
-        with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            (engine,) = server.engines
-            engine.kill()
-            rest = "\n".join(lines)
-        assert "error" in rest
-        assert "the engine process died" in rest
-        ping = server.http.get("/ping")
-        assert ping.status_code == 503
-        assert "restarted" in ping.text
-        assert server.chat("hello").status_code == 503
-        server.wait_for(BACK)
-        assert server.http.get("/ping").status_code == 200
-        assert same(server.chat("hello").json()["choices"][0]["message"]["content"], truth.answer("hello"))
-        assert server.metrics()["lmi_engine_restarts_total"] == 1
+def test_a_killed_engine_is_replaced_and_nobody_hangs(mortal_server: LiveServer, truth: Truth) -> None:
+    server = mortal_server
+    body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        (engine,) = server.engines
+        engine.kill()
+        rest = "\n".join(lines)
+    assert "error" in rest
+    assert "the engine process died" in rest
+    ping = server.http.get("/ping")
+    assert ping.status_code == 503
+    assert "restarted" in ping.text
+    assert server.chat("hello").status_code == 503
+    server.wait_for(BACK)
+    assert server.http.get("/ping").status_code == 200
+    assert same(server.chat("hello").json()["choices"][0]["message"]["content"], truth.answer("hello"))
+    assert server.metrics()["lmi_engine_restarts_total"] == 1
 
 
 @pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, with workers and copies")
@@ -380,27 +385,30 @@ def test_an_engine_that_hangs_is_replaced_after_the_time_that_an_option_says(mod
         assert server.chat("hello").status_code == 200
 
 
-def test_an_engine_that_is_given_up_ends_the_process_for_the_platform_to_replace(model: Path) -> None:
-    with LiveServer(model, FLOAT32, "retry_threshold=0") as server:
-        (engine,) = server.engines
-        engine.kill()
-        assert server.wait() == 1
-        assert "the engine failed too often" in server.log
+def test_an_engine_that_is_given_up_ends_the_process_for_the_platform_to_replace(
+    small_server: LiveServer,
+) -> None:
+    """The last that asks this server."""
+    (engine,) = small_server.engines
+    engine.kill()
+    assert small_server.wait() == 1
+    assert "the engine failed too often" in small_server.log
 
 
-def test_sigterm_lets_the_running_request_finish_and_exits_zero(model: Path) -> None:
-    with LiveServer(model, FLOAT32, "drain_timeout=120") as server:
-        body = chat_body("hello", stream=True, max_tokens=300, ignore_eos=True)
-        with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            engines = server.engines
-            server.terminate()
-            rest = list(lines)
-        assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
-        assert '"finish_reason":"length"' in "".join(rest)
-        assert server.wait() == 0
-        assert not any(engine.is_running() for engine in engines)
+def test_sigterm_lets_the_running_request_finish_and_exits_zero(mortal_server: LiveServer) -> None:
+    """The last that asks this server."""
+    server = mortal_server
+    body = chat_body("hello", stream=True, max_tokens=300, ignore_eos=True)
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        engines = server.engines
+        server.terminate()
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in "".join(rest)
+    assert server.wait() == 0
+    assert not any(engine.is_running() for engine in engines)
 
 
 @pytest.mark.timeout(400)
