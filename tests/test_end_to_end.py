@@ -9,6 +9,7 @@ import asyncio
 import base64
 import http.server
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -173,13 +174,13 @@ def test_stop_strings_end_the_answer_and_are_not_part_of_it(server: LiveServer) 
 
 def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> None:
     stop = threading.Event()
+    answers: list[float] = []
 
     def load(number: int) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as http_client:
             while not stop.is_set():
-                http_client.post(
-                    "/v1/chat/completions", json=chat_body(random_image(number), "go", max_tokens=60)
-                )
+                body = chat_body(random_image(number), "go", max_tokens=60, ignore_eos=True)
+                answers.append(http_client.post("/v1/chat/completions", json=body).elapsed.total_seconds())
 
     with ThreadPoolExecutor(8) as pool:
         for number in range(8):
@@ -192,7 +193,7 @@ def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> N
                 latencies.append(time.perf_counter() - began)
         finally:
             stop.set()
-    assert sorted(latencies)[-3] < 0.1, latencies
+    assert sorted(latencies)[-3] < statistics.median(answers) / 2, (latencies, answers)
 
 
 def running(server: LiveServer) -> float:
@@ -206,14 +207,20 @@ def until_idle(server: LiveServer, seconds: float) -> None:
         assert time.monotonic() < end, f"still running after {seconds} s"
 
 
-def test_a_client_that_goes_away_frees_the_engine_within_a_second(server: LiveServer) -> None:
+def test_a_client_that_goes_away_frees_the_engine_before_its_answer_ends(server: LiveServer) -> None:
+    def generated() -> float:
+        return server.metrics()["lmi_generation_tokens_total"]
+
+    before = generated()
     body = chat_body("hello", stream=True, max_tokens=450, ignore_eos=True)
     with (
         httpx.Client(base_url=server.url) as leaving,
         leaving.stream("POST", "/v1/chat/completions", json=body) as r,
     ):
         next(r.iter_lines())
-    until_idle(server, 1.0)
+    until_idle(server, 20)
+    assert generated() - before < 450
+    before = generated()
     leaving_plain = socket.create_connection(server.url.removeprefix("http://").split(":"))
     payload = httpx.Request("POST", server.url, json={**body, "stream": False}).content
     head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}"
@@ -222,7 +229,8 @@ def test_a_client_that_goes_away_frees_the_engine_within_a_second(server: LiveSe
     while running(server) == 0 and time.monotonic() < end:
         pass
     leaving_plain.close()
-    until_idle(server, 1.0)
+    until_idle(server, 20)
+    assert generated() - before < 450
 
 
 class SilentHost:
@@ -302,11 +310,10 @@ def test_pictures_come_over_http_from_allowed_hosts(
 
 def test_the_deadline_holds_while_a_picture_is_fetched(small_server: LiveServer) -> None:
     host = SilentHost()
-    began = time.monotonic()
     reply = small_server.chat(host.url, "hello")
     assert reply.status_code == 408
-    assert time.monotonic() - began < 5
-    assert host.hung_up.wait(1)
+    assert "predict_timeout" in reply.json()["error"]["message"]
+    assert host.hung_up.wait(2)
 
 
 def test_a_client_that_goes_away_while_its_picture_is_fetched_frees_everything(
@@ -317,8 +324,8 @@ def test_a_client_that_goes_away_while_its_picture_is_fetched_frees_everything(
         with pytest.raises(httpx.ReadTimeout):
             leaving.post("/v1/chat/completions", json=chat_body(host.url, "hello"))
         assert host.connected.is_set()
-    assert host.hung_up.wait(1)
-    until_idle(small_server, 1.0)
+    assert host.hung_up.wait(2)
+    until_idle(small_server, 20)
 
 
 def test_past_the_queue_the_answer_is_429_at_once(small_server: LiveServer) -> None:
@@ -331,10 +338,9 @@ def test_past_the_queue_the_answer_is_429_at_once(small_server: LiveServer) -> N
     with ThreadPoolExecutor(4) as pool:
         held = [pool.submit(hold, host) for host in hosts]
         assert all(host.connected.wait(5) for host in hosts)
-        began = time.monotonic()
         reply = small_server.chat("hello")
+        assert not any(future.done() for future in held), "it did not wait for a place"
         assert reply.status_code == 429
-        assert time.monotonic() - began < 0.5
         assert int(reply.headers["retry-after"]) >= 1
         assert small_server.http.get("/ping").status_code == 200
         assert [future.result() for future in held] == [408] * 4
