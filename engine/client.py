@@ -21,6 +21,8 @@ from engine.messages import (
     MAX_FRAME_BYTES,
     Abort,
     Add,
+    Answer,
+    Ask,
     FromEngine,
     LoadFailed,
     Output,
@@ -126,6 +128,18 @@ class EngineClient:
         except BaseException:
             await self.stop()
             raise
+
+    async def ask(self, function: str, question: bytes) -> bytes:
+        """What the function, "module:name", says in the process, which is spawned and not started yet.
+
+        Raises EngineDead where the process ends instead.
+        """
+        assert self._reader is not None
+        self._write(self._encoder.encode(Ask(function, question)))
+        message = await _read(self._reader, msgspec.msgpack.Decoder(FromEngine))
+        if not isinstance(message, Answer):
+            raise EngineDead("the engine process ended while it was asked about the model")
+        return message.answer
 
     async def start(self) -> Ready:
         """Spawn the process, unless that is done, and wait until the model has answered a first request of its own.

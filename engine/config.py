@@ -24,7 +24,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
     forbidden: tuple[int, ...] = ()
 
 
-class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
+class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     """Settings of one engine (one replica, which is one device or one tensor-parallel group).
 
     model_path: a local directory in the hub's format.

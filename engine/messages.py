@@ -1,6 +1,7 @@
 """The words that the front and an engine process say to each other: msgpack, each preceded by its length.
 
-One direction is `ToEngine`, the other `FromEngine`; nothing else crosses the socket.
+One direction is `Opening`, until the engine is configured, and then `ToEngine`; the other is `FromEngine`. Nothing else
+crosses the socket.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from engine.config import EngineConfig
 from engine.logprobs import Logprobs
 from engine.sampling_params import SamplingParams
 
@@ -69,6 +71,21 @@ class Picture(msgspec.Struct, array_like=True):
         return self.offset + self.length
 
 
+class Ask(msgspec.Struct, tag=True):
+    """A question before the configuration, which may depend on the answer.
+
+    function: "module:name", of bytes to bytes. It is the front's own; the engine lends it a process that has already
+    imported torch and transformers.
+    """
+
+    function: str
+    question: bytes
+
+
+Opening = Ask | EngineConfig
+"""What comes before the model is loaded: questions, and one configuration at their end."""
+
+
 class Add(msgspec.Struct, tag=True):
     """A new request: one prompt and its answers, numbered `request_id`, `request_id + 1`, …, one for each seed.
 
@@ -108,6 +125,10 @@ class Shutdown(msgspec.Struct, tag=True):
 
 
 ToEngine = Add | Abort | Ping | Shutdown
+
+
+class Answer(msgspec.Struct, tag=True):
+    answer: bytes
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -179,4 +200,4 @@ class Pong(msgspec.Struct, tag=True):
     stats: Stats
 
 
-FromEngine = Ready | LoadFailed | StepDone | Pong
+FromEngine = Answer | Ready | LoadFailed | StepDone | Pong

@@ -22,3 +22,19 @@ def shapes_server() -> Iterator[LiveServer]:
     shapes = Path(__file__).parent.parent / "examples" / "shapes"
     with LiveServer(shapes, 'limit_mm_per_prompt={"image": 4}') as live:
         yield live
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Imports torch, which reads the variables above when it is imported.
+    from tests.models import make_llava
+
+    return make_llava(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_llava: Path) -> Iterator[LiveServer]:
+    """A random Llava in float32, whose answers are held to those of transformers."""
+    options = ("dtype=float32", 'limit_mm_per_prompt={"image": 4}', "trust_request_chat_template=true")
+    with LiveServer(tiny_llava, *options) as live:
+        yield live

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,18 @@ from transformers import AutoTokenizer
 
 from tests.engine_driver import Oracle, Prompt, random_image
 from tests.live import LiveServer, chat_body, data_url
-from tests.models import make_llava
 
 PROMPT = "What is this?"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("models") / "tiny")
+def model(tiny_llava: Path) -> Path:
+    return tiny_llava
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with LiveServer(model, "dtype=float32", "trust_request_chat_template=true") as live:
-        yield live
+def server(tiny_server: LiveServer) -> LiveServer:
+    return tiny_server
 
 
 @pytest.fixture(scope="module")

@@ -205,11 +205,10 @@ def test_text_and_pictures_are_answered_after_all_that(server: LiveServer) -> No
     assert server.http.get("/ping").status_code == 200
 
 
-def test_without_the_option_nothing_of_it_is_read() -> None:
-    with LiveServer(SHAPES) as server:
-        for thing in (features(circle("red")), b"not a tensor"):
-            reply = post(server, body(thing))
-            assert reply.status_code == 400
-            assert reply.json()["error"]["param"] == "image_embeds"
-            assert "option.enable_mm_embeds=true" in reply.json()["error"]["message"]
-        assert answer(server, chat_body(circle("red"), WHAT, max_tokens=32)) == "a red circle"
+def test_without_the_option_nothing_of_it_is_read(shapes_server: LiveServer) -> None:
+    for thing in (features(circle("red")), b"not a tensor"):
+        reply = post(shapes_server, body(thing))
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "image_embeds"
+        assert "option.enable_mm_embeds=true" in reply.json()["error"]["message"]
+    assert answer(shapes_server, chat_body(circle("red"), WHAT, max_tokens=32)) == "a red circle"

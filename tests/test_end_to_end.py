@@ -9,6 +9,7 @@ import asyncio
 import base64
 import http.server
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -25,21 +26,19 @@ from transformers import AutoTokenizer
 from tests.backend import BACK, VLLM
 from tests.engine_driver import Oracle, Prompt, random_image
 from tests.live import LiveServer, chat_body, data_url
-from tests.models import make_llava
 from tests.test_images_decode import png
 
 FLOAT32 = "dtype=float32"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("models") / "tiny")
+def model(tiny_llava: Path) -> Path:
+    return tiny_llava
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[LiveServer]:
-    with LiveServer(model, FLOAT32, 'limit_mm_per_prompt={"image": 4}') as live:
-        yield live
+def server(tiny_server: LiveServer) -> LiveServer:
+    return tiny_server
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +174,13 @@ def test_stop_strings_end_the_answer_and_are_not_part_of_it(server: LiveServer) 
 
 def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> None:
     stop = threading.Event()
+    answers: list[float] = []
 
     def load(number: int) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as http_client:
             while not stop.is_set():
-                http_client.post(
-                    "/v1/chat/completions", json=chat_body(random_image(number), "go", max_tokens=60)
-                )
+                body = chat_body(random_image(number), "go", max_tokens=60, ignore_eos=True)
+                answers.append(http_client.post("/v1/chat/completions", json=body).elapsed.total_seconds())
 
     with ThreadPoolExecutor(8) as pool:
         for number in range(8):
@@ -194,7 +193,7 @@ def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> N
                 latencies.append(time.perf_counter() - began)
         finally:
             stop.set()
-    assert sorted(latencies)[-3] < 0.1, latencies
+    assert sorted(latencies)[-3] < statistics.median(answers) / 2, (latencies, answers)
 
 
 def running(server: LiveServer) -> float:
@@ -208,14 +207,20 @@ def until_idle(server: LiveServer, seconds: float) -> None:
         assert time.monotonic() < end, f"still running after {seconds} s"
 
 
-def test_a_client_that_goes_away_frees_the_engine_within_a_second(server: LiveServer) -> None:
+def test_a_client_that_goes_away_frees_the_engine_before_its_answer_ends(server: LiveServer) -> None:
+    def generated() -> float:
+        return server.metrics()["lmi_generation_tokens_total"]
+
+    before = generated()
     body = chat_body("hello", stream=True, max_tokens=450, ignore_eos=True)
     with (
         httpx.Client(base_url=server.url) as leaving,
         leaving.stream("POST", "/v1/chat/completions", json=body) as r,
     ):
         next(r.iter_lines())
-    until_idle(server, 1.0)
+    until_idle(server, 20)
+    assert generated() - before < 450
+    before = generated()
     leaving_plain = socket.create_connection(server.url.removeprefix("http://").split(":"))
     payload = httpx.Request("POST", server.url, json={**body, "stream": False}).content
     head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}"
@@ -224,7 +229,8 @@ def test_a_client_that_goes_away_frees_the_engine_within_a_second(server: LiveSe
     while running(server) == 0 and time.monotonic() < end:
         pass
     leaving_plain.close()
-    until_idle(server, 1.0)
+    until_idle(server, 20)
+    assert generated() - before < 450
 
 
 class SilentHost:
@@ -287,10 +293,10 @@ def test_bad_pictures_are_named_by_index(server: LiveServer) -> None:
 
 @pytest.fixture(scope="module")
 def small_server(model: Path) -> Iterator[LiveServer]:
-    """Two places in the batch, two in the queue, three seconds a request, loopback pictures allowed."""
+    """Two places in the batch, two in the queue, three seconds a request, loopback pictures allowed, no restart."""
     with LiveServer(
         model, FLOAT32, "max_rolling_batch_size=2", "job_queue_size=2", "predict_timeout=3",
-        "image_fetch_allow_private=127.0.0.1", "image_fetch_timeout=60", "max_model_len=512",
+        "image_fetch_allow_private=127.0.0.1", "image_fetch_timeout=60", "max_model_len=512", "retry_threshold=0",
     ) as live:  # fmt: skip
         yield live
 
@@ -304,11 +310,10 @@ def test_pictures_come_over_http_from_allowed_hosts(
 
 def test_the_deadline_holds_while_a_picture_is_fetched(small_server: LiveServer) -> None:
     host = SilentHost()
-    began = time.monotonic()
     reply = small_server.chat(host.url, "hello")
     assert reply.status_code == 408
-    assert time.monotonic() - began < 5
-    assert host.hung_up.wait(1)
+    assert "predict_timeout" in reply.json()["error"]["message"]
+    assert host.hung_up.wait(2)
 
 
 def test_a_client_that_goes_away_while_its_picture_is_fetched_frees_everything(
@@ -319,8 +324,8 @@ def test_a_client_that_goes_away_while_its_picture_is_fetched_frees_everything(
         with pytest.raises(httpx.ReadTimeout):
             leaving.post("/v1/chat/completions", json=chat_body(host.url, "hello"))
         assert host.connected.is_set()
-    assert host.hung_up.wait(1)
-    until_idle(small_server, 1.0)
+    assert host.hung_up.wait(2)
+    until_idle(small_server, 20)
 
 
 def test_past_the_queue_the_answer_is_429_at_once(small_server: LiveServer) -> None:
@@ -333,36 +338,42 @@ def test_past_the_queue_the_answer_is_429_at_once(small_server: LiveServer) -> N
     with ThreadPoolExecutor(4) as pool:
         held = [pool.submit(hold, host) for host in hosts]
         assert all(host.connected.wait(5) for host in hosts)
-        began = time.monotonic()
         reply = small_server.chat("hello")
+        assert not any(future.done() for future in held), "it did not wait for a place"
         assert reply.status_code == 429
-        assert time.monotonic() - began < 0.5
         assert int(reply.headers["retry-after"]) >= 1
         assert small_server.http.get("/ping").status_code == 200
         assert [future.result() for future in held] == [408] * 4
     assert small_server.chat("hello").status_code == 200
 
 
+@pytest.fixture(scope="module")
+def mortal_server(model: Path) -> Iterator[LiveServer]:
+    """For what kills its engine, and then itself."""
+    with LiveServer(model, FLOAT32, "drain_timeout=120") as live:
+        yield live
+
+
 @pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, under load and twice")
-def test_a_killed_engine_is_replaced_and_nobody_hangs(model: Path, truth: Truth) -> None:
-    with LiveServer(model, FLOAT32) as server:
-        body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
-        with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            (engine,) = server.engines
-            engine.kill()
-            rest = "\n".join(lines)
-        assert "error" in rest
-        assert "the engine process died" in rest
-        ping = server.http.get("/ping")
-        assert ping.status_code == 503
-        assert "restarted" in ping.text
-        assert server.chat("hello").status_code == 503
-        server.wait_for(BACK)
-        assert server.http.get("/ping").status_code == 200
-        assert same(server.chat("hello").json()["choices"][0]["message"]["content"], truth.answer("hello"))
-        assert server.metrics()["lmi_engine_restarts_total"] == 1
+def test_a_killed_engine_is_replaced_and_nobody_hangs(mortal_server: LiveServer, truth: Truth) -> None:
+    server = mortal_server
+    body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        (engine,) = server.engines
+        engine.kill()
+        rest = "\n".join(lines)
+    assert "error" in rest
+    assert "the engine process died" in rest
+    ping = server.http.get("/ping")
+    assert ping.status_code == 503
+    assert "restarted" in ping.text
+    assert server.chat("hello").status_code == 503
+    server.wait_for(BACK)
+    assert server.http.get("/ping").status_code == 200
+    assert same(server.chat("hello").json()["choices"][0]["message"]["content"], truth.answer("hello"))
+    assert server.metrics()["lmi_engine_restarts_total"] == 1
 
 
 @pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, with workers and copies")
@@ -380,27 +391,30 @@ def test_an_engine_that_hangs_is_replaced_after_the_time_that_an_option_says(mod
         assert server.chat("hello").status_code == 200
 
 
-def test_an_engine_that_is_given_up_ends_the_process_for_the_platform_to_replace(model: Path) -> None:
-    with LiveServer(model, FLOAT32, "retry_threshold=0") as server:
-        (engine,) = server.engines
-        engine.kill()
-        assert server.wait() == 1
-        assert "the engine failed too often" in server.log
+def test_an_engine_that_is_given_up_ends_the_process_for_the_platform_to_replace(
+    small_server: LiveServer,
+) -> None:
+    """The last that asks this server."""
+    (engine,) = small_server.engines
+    engine.kill()
+    assert small_server.wait() == 1
+    assert "the engine failed too often" in small_server.log
 
 
-def test_sigterm_lets_the_running_request_finish_and_exits_zero(model: Path) -> None:
-    with LiveServer(model, FLOAT32, "drain_timeout=120") as server:
-        body = chat_body("hello", stream=True, max_tokens=300, ignore_eos=True)
-        with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            engines = server.engines
-            server.terminate()
-            rest = list(lines)
-        assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
-        assert '"finish_reason":"length"' in "".join(rest)
-        assert server.wait() == 0
-        assert not any(engine.is_running() for engine in engines)
+def test_sigterm_lets_the_running_request_finish_and_exits_zero(mortal_server: LiveServer) -> None:
+    """The last that asks this server."""
+    server = mortal_server
+    body = chat_body("hello", stream=True, max_tokens=300, ignore_eos=True)
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        engines = server.engines
+        server.terminate()
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in "".join(rest)
+    assert server.wait() == 0
+    assert not any(engine.is_running() for engine in engines)
 
 
 @pytest.mark.timeout(400)

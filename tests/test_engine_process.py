@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,33 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def oracle(llava: Path) -> Oracle:
     return Oracle(llava)
+
+
+Kept = tuple[asyncio.Runner, EngineClient]
+"""An engine that several tests share, and the loop that its client lives in."""
+
+
+@contextmanager
+def kept(config: EngineConfig) -> Iterator[Kept]:
+    with asyncio.Runner() as runner:
+        client = EngineClient(config)
+        try:
+            runner.run(client.start())
+            yield runner, client
+        finally:
+            runner.run(client.stop())
+
+
+@pytest.fixture(scope="module")
+def one_rank(llava: Path) -> Iterator[Kept]:
+    with kept(config(llava)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(llava: Path) -> Iterator[Kept]:
+    with kept(config(llava, devices=("cpu", "cpu"))) as found:
+        yield found
 
 
 def config(path: Path, **settings: object) -> EngineConfig:
@@ -92,15 +119,18 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_tokens_are_right_whatever_the_number_of_ranks(llava: Path, oracle: Oracle, ranks: int) -> None:
-    async def scenario() -> list[list[int]]:
-        async with running(EngineClient(config(llava, devices=("cpu",) * ranks))) as client:
-            params = SamplingParams(temperature=0.0, max_tokens=20)
-            adds = [prompt.add(oracle.preprocessor, params) for prompt in PROMPTS * 3]
-            return list(await asyncio.gather(*(answer(client, add) for add in adds)))
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+def test_tokens_are_right_whatever_the_number_of_ranks(
+    request: pytest.FixtureRequest, oracle: Oracle, ranks: str
+) -> None:
+    runner, client = request.getfixturevalue(ranks)
 
-    got = asyncio.run(scenario())
+    async def scenario() -> list[list[int]]:
+        params = SamplingParams(temperature=0.0, max_tokens=20)
+        adds = [prompt.add(oracle.preprocessor, params) for prompt in PROMPTS * 3]
+        return list(await asyncio.gather(*(answer(client, add) for add in adds)))
+
+    got = runner.run(scenario())
     want = [oracle.generate(prompt, 20) for prompt in PROMPTS]
     assert got == want * 3
 
@@ -114,20 +144,22 @@ def test_a_degree_that_does_not_divide_the_heads_is_refused(llava: Path) -> None
         asyncio.run(scenario())
 
 
-def test_killing_one_rank_ends_the_group_and_fails_its_requests(llava: Path) -> None:
-    async def scenario() -> None:
-        async with running(EngineClient(config(llava, devices=("cpu", "cpu")))) as client:
-            stream = OutputStream()
-            client.submit(endless(), stream)
-            await stream.get()
-            assert client.pid is not None
-            (rank,) = psutil.Process(client.pid).children()
-            rank.kill()
-            async with asyncio.timeout(10):
-                await fails(stream)
-                await client.wait_dead()
+def test_killing_one_rank_ends_the_group_and_fails_its_requests(two_ranks: Kept) -> None:
+    """The last that asks this engine."""
+    runner, client = two_ranks
 
-    asyncio.run(scenario())
+    async def scenario() -> None:
+        stream = OutputStream()
+        client.submit(endless(), stream)
+        await stream.get()
+        assert client.pid is not None
+        (rank,) = psutil.Process(client.pid).children()
+        rank.kill()
+        async with asyncio.timeout(10):
+            await fails(stream)
+            await client.wait_dead()
+
+    runner.run(scenario())
 
 
 def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path) -> None:
@@ -216,43 +248,43 @@ def test_a_restart_that_the_machine_refuses_is_tried_again(
     asyncio.run(scenario())
 
 
-def test_a_request_that_cannot_be_sent_leaves_nothing_behind(llava: Path) -> None:
+def test_a_request_that_cannot_be_sent_leaves_nothing_behind(one_rank: Kept) -> None:
+    runner, client = one_rank
+    add = endless(3)
+    add.seeds = [1, 2**64]
+    with pytest.raises(RequestRejected):
+        client.submit(add, OutputStream())
+    assert client.num_requests == 0
+    assert len(runner.run(answer(client, endless(3)))) == 3
+
+
+def test_an_aborted_request_leaves_the_engine_within_a_step(one_rank: Kept) -> None:
+    runner, client = one_rank
+
     async def scenario() -> None:
-        async with running(EngineClient(config(llava))) as client:
-            add = endless(3)
-            add.seeds = [1, 2**64]
-            with pytest.raises(RequestRejected):
-                client.submit(add, OutputStream())
-            assert client.num_requests == 0
-            assert len(await answer(client, endless(3))) == 3
+        stream = OutputStream()
+        (request_id,) = client.submit(endless(), stream)
+        await stream.get()
+        client.abort([request_id])
+        assert await client.ping(1, 5.0)
+        assert client.stats.running == 0
+        assert client.stats.blocks_used == 0
 
-    asyncio.run(scenario())
+    runner.run(scenario())
 
 
-def test_an_orderly_stop_is_told_apart_from_a_crash(llava: Path) -> None:
+def test_an_orderly_stop_is_told_apart_from_a_crash(one_rank: Kept) -> None:
+    """The last that asks this engine."""
+    runner, client = one_rank
+
     async def scenario() -> None:
-        async with running(EngineClient(config(llava))) as client:
-            stream = OutputStream()
-            client.submit(endless(), stream)
-            await client.stop()
-            with pytest.raises(EngineStopped):
-                await stream.get()
-
-    asyncio.run(scenario())
-
-
-def test_an_aborted_request_leaves_the_engine_within_a_step(llava: Path) -> None:
-    async def scenario() -> None:
-        async with running(EngineClient(config(llava))) as client:
-            stream = OutputStream()
-            (request_id,) = client.submit(endless(), stream)
+        stream = OutputStream()
+        client.submit(endless(), stream)
+        await client.stop()
+        with pytest.raises(EngineStopped):
             await stream.get()
-            client.abort([request_id])
-            assert await client.ping(1, 5.0)
-            assert client.stats.running == 0
-            assert client.stats.blocks_used == 0
 
-    asyncio.run(scenario())
+    runner.run(scenario())
 
 
 def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> None:

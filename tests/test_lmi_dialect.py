@@ -175,9 +175,9 @@ def test_hostile_text_is_searched_in_linear_time() -> None:
         "![]( " * 100_000,
         "(" * 10**6,
     ):
-        started = time.perf_counter()
+        started = time.process_time()
         picture_parts(hostile)
-        assert time.perf_counter() - started < 2.0
+        assert time.process_time() - started < 10, "quadratic text took minutes"
 
 
 def test_prompts_are_raw_text() -> None:

@@ -1,21 +1,28 @@
-"""The front learns of a model from a process of its own, and needs neither torch nor most of transformers."""
+"""The front learns of a model from the engine's process, and needs neither torch nor most of transformers."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, processors
 
+import handlers.backends.model_facts as facts_module
+from engine.client import EngineClient
 from engine.errors import ModelLoadError
-from handlers.backends.model_facts import TOKENIZER, ModelQuestion, load_tokenizer, model_facts
+from handlers.backends.model_facts import TOKENIZER, ModelQuestion, ask_engine, load_tokenizer, model_facts
 from tests.models import make_llava
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "examples" / "shapes"
+
+HEAVY = ["torch"] if find_spec("torchvision") else []
+"""What the front imports: where torchvision is installed, pictures are resized with torch."""
 
 _LOAD = """
 import json, sys
@@ -50,7 +57,7 @@ def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
     from engine.loader import load_preprocessor
 
     found = _front(SHAPES)
-    assert found["heavy"] == []
+    assert found["heavy"] == HEAVY
     tokenizer = AutoTokenizer.from_pretrained(SHAPES)
     assert found["ids"] == tokenizer("a red circle").input_ids
     assert found["eos"] == [tokenizer.eos_token_id]
@@ -124,3 +131,53 @@ def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path)
         timeout=120,
     )
     assert "ModelLoadError: config.json of the model cannot be read" in done.stderr
+
+
+_START = """
+import asyncio, json, sys
+from pathlib import Path
+from handlers.backends.rolling import RollingBackend
+from properties.settings import Settings
+spawned = []
+sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)
+
+async def main():
+    backend = RollingBackend.from_settings(Settings(kv_cache_memory_mb=8), Path(sys.argv[1]))
+    try:
+        await backend.load()
+    finally:
+        await backend.close()
+    return backend.health().ready, backend.capabilities.images
+
+print(json.dumps([*asyncio.run(main()), spawned, "torch" in sys.modules]))
+"""
+
+
+def test_a_start_imports_torch_in_one_process_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _START, str(SHAPES)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [False, True, ["engine.process"], bool(HEAVY)]
+
+
+def test_an_engine_that_ends_or_is_late_when_asked_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = ModelQuestion(str(SHAPES), None, "auto", False)
+    monkeypatch.setattr(facts_module, "_AUTO_CLASSES", "never imported")
+
+    async def asked(seconds: float | None, *, kill: bool) -> None:
+        engine = EngineClient()
+        try:
+            await engine.spawn()
+            if kill:
+                engine.kill()
+            await ask_engine(engine, question, tmp_path, seconds)
+        finally:
+            await engine.stop()
+
+    with pytest.raises(ModelLoadError, match="could not be read; the log has more"):
+        asyncio.run(asked(None, kill=True))
+    with pytest.raises(ModelLoadError, match=r"not read within 0\.01 seconds"):
+        asyncio.run(asked(0.01, kill=False))

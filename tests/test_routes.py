@@ -145,11 +145,11 @@ def test_an_unknown_route_of_openais_says_so_in_its_words(client: httpx.Client) 
 
 
 def test_a_path_of_a_megabyte_is_looked_at_once() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     for part in ("/", "/v1/chat/completions", "/models/", "/invoke", "a/"):
         with pytest.raises(NotFound):
             find("/x" + part * (2**20 // len(part)), "POST")
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_wrong_method_names_the_right_ones() -> None:

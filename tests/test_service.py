@@ -68,10 +68,10 @@ def error_of(reply: Reply) -> dict[str, Any]:
     return body.get("error", body) if isinstance(body.get("error", body), dict) else body
 
 
-async def until(holds: Callable[[], bool], seconds: float = 1.0) -> None:
+async def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "not within a second"
+        assert time.monotonic() < end, f"not within {seconds:g} s"
         await asyncio.sleep(0.005)
 
 
@@ -99,10 +99,9 @@ async def test_a_full_queue_answers_429_at_once_and_recovers() -> None:
     backend, watched = ScriptedBackend(said("a", "b", pause=0.1)), Watched()
     subject = service(backend, job_queue_size=1, max_rolling_batch_size=2, observer=watched)
     busy = [asyncio.create_task(subject.answer(incoming(chat()))) for _ in range(3)]
-    await asyncio.sleep(0.02)
-    started = time.monotonic()
+    await until(lambda: subject.in_flight == 3)
     refused = await subject.answer(incoming(chat()))
-    assert time.monotonic() - started < 0.05
+    assert not any(asked.done() for asked in busy), "it did not wait"
     assert refused.status == 429
     assert int(refused.headers["Retry-After"]) >= 1
     assert error_of(refused)["code"] == "overloaded"
@@ -210,11 +209,10 @@ async def test_the_deadline_holds_for_fetching_waiting_and_generating() -> None:
     ]
     for backend, pictures, body in slow:
         subject = service(backend, pictures, predict_timeout=0.2)
-        started = time.monotonic()
-        reply = await subject.answer(incoming(body))
+        async with asyncio.timeout(30):  # half of what the work would take
+            reply = await subject.answer(incoming(body))
         assert reply.status == 408
         assert "predict_timeout" in error_of(reply)["message"]
-        assert time.monotonic() - started < 0.7
         assert (subject.in_flight, backend.running) == (0, 0)
 
 

@@ -1,29 +1,28 @@
-"""What transformers says of a model, found out by a process of its own.
+"""What transformers says of a model, found out by the engine's process before it loads the model.
 
 Its auto classes import torch and much of transformers: 340 MB and several seconds, of which a front that never runs a
-model needs nothing. So `model_facts` lets a short-lived process ask them, and gets back the tokenizer as files
-that the light classes read, and the few facts that the front needs. Where the light way would not do the same
-(`tokenizer_is_plain`, `preprocessor`), the process says so.
+model needs nothing, while an engine needs them anyway. So the engine's process is asked (`ask_engine`), and the front
+gets back the tokenizer as files that the light classes read, and the few facts that it needs. Where the light way would
+not do the same (`tokenizer_is_plain`, `preprocessor`), the answer says so.
 """
 
 from __future__ import annotations
 
-import logging
-import subprocess
+import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from engine.environment import child_environment, die_with_parent
-from engine.errors import ModelLoadError
+from engine.client import EngineClient
+from engine.errors import EngineDead, ModelLoadError
 from engine.families.pixels import ProcessorBackend
 from handlers.backends.mistral_format import mistral_tokenizer, only_mistral
 
-logger = logging.getLogger(__name__)
-
-_QUESTION, _ANSWER, TOKENIZER = "question", "answer", "tokenizer"
+TOKENIZER = "tokenizer"
+_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 _PROBES = (" Hello,  world!\n", "<s>héé 你好 🦙</s>", "")
 
 
@@ -60,31 +59,59 @@ class _Found(msgspec.Struct, tag=True):
     facts: ModelFacts
 
 
+FactsFinder = Callable[[ModelQuestion, Path, float | None], ModelFacts]
+"""Blocking, as `model_facts` is."""
+
+
 def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = None) -> ModelFacts:
     """Blocking. folder: empty; afterwards the tokenizer's files are in its `tokenizer`.
 
-    In a process that has imported the auto classes for its own ends, they are asked here and now.
+    Starts a process for just this, unless the auto classes are imported here already for other ends.
     Raises ModelLoadError for a model that cannot be served, and when it takes longer than that many seconds.
     """
-    if "transformers.models.auto.modeling_auto" in sys.modules:
+    if _AUTO_CLASSES in sys.modules:
         return _look(question, folder)
-    (folder / _QUESTION).write_bytes(msgspec.msgpack.encode(question))
-    command = [sys.executable, "-P", "-m", "handlers.backends.model_facts", str(folder)]
+
+    async def ask() -> ModelFacts:
+        engine = EngineClient()
+        try:
+            await engine.spawn()
+            return await ask_engine(engine, question, folder, seconds)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(ask())
+
+
+async def ask_engine(
+    engine: EngineClient, question: ModelQuestion, folder: Path, seconds: float | None
+) -> ModelFacts:
+    """The same from an engine's process that is spawned and not started yet."""
+    if _AUTO_CLASSES in sys.modules:
+        return await asyncio.to_thread(_look, question, folder)
+    asked = msgspec.msgpack.encode((question, str(folder)))
     try:
-        done = subprocess.run(
-            command, env=child_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired as error:
+        async with asyncio.timeout(seconds):
+            reply = await engine.ask(f"{__name__}:{answer.__name__}", asked)
+    except TimeoutError as error:
         raise ModelLoadError(f"the model's files were not read within {seconds:g} seconds") from error
-    try:
-        answer = msgspec.msgpack.decode((folder / _ANSWER).read_bytes(), type=_Found | _Failed)
-    except (OSError, msgspec.MsgspecError) as error:
-        last = done.stderr.decode(errors="replace").strip()[-2000:]
-        logger.error("reading the model's files ended with %d: %s", done.returncode, last)
+    except EngineDead as error:
         raise ModelLoadError("the model's files could not be read; the log has more") from error
-    if isinstance(answer, _Failed):
-        raise ModelLoadError(answer.message)
-    return answer.facts
+    found = msgspec.msgpack.decode(reply, type=_Found | _Failed)
+    if isinstance(found, _Failed):
+        raise ModelLoadError(found.message)
+    return found.facts
+
+
+def answer(asked: bytes) -> bytes:
+    """The engine's process calls this."""
+    question, folder = msgspec.msgpack.decode(asked, type=tuple[ModelQuestion, str])
+    found: _Found | _Failed
+    try:
+        found = _Found(_look(question, Path(folder)))
+    except ModelLoadError as error:
+        found = _Failed(str(error))
+    return msgspec.msgpack.encode(found)
 
 
 def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
@@ -147,18 +174,3 @@ def _save_plain(tokenizer: Any, folder: Path) -> bool:
         and (plain.bos_token_id, plain.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )
     return same and all(plain(probe).input_ids == tokenizer(probe).input_ids for probe in _PROBES)
-
-
-def main(folder: Path) -> None:
-    die_with_parent()
-    question = msgspec.msgpack.decode((folder / _QUESTION).read_bytes(), type=ModelQuestion)
-    answer: _Found | _Failed
-    try:
-        answer = _Found(_look(question, folder))
-    except ModelLoadError as error:
-        answer = _Failed(str(error))
-    (folder / _ANSWER).write_bytes(msgspec.msgpack.encode(answer))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -12,7 +12,14 @@ import msgspec
 
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError
-from handlers.backends.model_facts import TOKENIZER, ModelFacts, ModelQuestion, load_tokenizer, model_facts
+from handlers.backends.model_facts import (
+    TOKENIZER,
+    FactsFinder,
+    ModelFacts,
+    ModelQuestion,
+    load_tokenizer,
+    model_facts,
+)
 from handlers.backends.vision_flags import contradictions
 from handlers.templates import PromptRenderer
 
@@ -53,13 +60,13 @@ class ModelFront:
         return vocabulary_of(self.tokenizer, self.vocab_size, self.eos_token_ids, forbidden)
 
     @classmethod
-    def load(cls, settings: Settings, path: str) -> ModelFront:
-        """Blocking: a few seconds, nearly all of them another process's."""
+    def load(cls, settings: Settings, path: str, find: FactsFinder = model_facts) -> ModelFront:
+        """Blocking: a few seconds, nearly all of them another process's. find: who is asked about the model."""
         question = ModelQuestion(
             path, settings.mm_processor_kwargs, settings.image_processor_backend, settings.trust_remote_code
         )
         with tempfile.TemporaryDirectory(prefix="lmi-") as folder:
-            facts = model_facts(question, Path(folder), settings.model_loading_timeout)
+            facts = find(question, Path(folder), settings.model_loading_timeout)
             if facts.tokenizer_is_plain:
                 from transformers import PreTrainedTokenizerFast
 

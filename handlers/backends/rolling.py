@@ -31,6 +31,7 @@ from handlers.backends.base import (
 )
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
+from handlers.backends.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
 from handlers.backends.rolling_plan import plan_engines, unused_devices
@@ -83,8 +84,15 @@ class RollingBackend:
         loop = asyncio.get_running_loop()
         engine = EngineClient()
         try:
-            await engine.spawn()  # meanwhile, the front learns of the model
-            front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path)
+            await engine.spawn()
+
+            def find(question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
+                asked = asyncio.run_coroutine_threadsafe(ask_engine(engine, question, folder, seconds), loop)
+                from transformers import PreTrainedTokenizerFast  # noqa: F401  # takes a second of this wait
+
+                return asked.result()
+
+            front = await loop.run_in_executor(self._pool, ModelFront.load, self._settings, self._path, find)
             vocabulary = await loop.run_in_executor(self._pool, lambda: front.vocabulary)
             plan = plan_engines(self._settings, self._path, front.accelerators, vocabulary)
             unused = [] if front.preprocessor is not None else unused_by_text(self._settings)
