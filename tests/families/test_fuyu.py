@@ -42,16 +42,17 @@ def joint(path: Path) -> FuyuProcessor:
     return FuyuProcessor(FuyuImageProcessorPil.from_pretrained(path), make_tokenizer())
 
 
+def patches_of(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
+    """As transformers' joint processor cuts them."""
+    both = FuyuProcessor(processor, make_tokenizer())
+    patches = [both(text="a", images=[image])["image_patches"].reshape(-1, 300) for image in images]
+    return {"image_patches": torch.cat(patches)[None]}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
     path = make_fuyu(tmp_path_factory.mktemp("models") / "fuyu")
-    processor = joint(path)
-
-    def inputs(_: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-        patches = [processor(text="a", images=[image])["image_patches"].reshape(-1, 300) for image in images]
-        return {"image_patches": torch.cat(patches)[None]}
-
-    return path, Oracle(path, inputs)
+    return path, Oracle(path, patches_of)
 
 
 def make_prompt(rng: random.Random, prefixes: list[list[int]]) -> Prompt:
