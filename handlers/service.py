@@ -195,6 +195,7 @@ class Service:
             self._formats,
             custom_output=self._formatters is not None and self._formatters.writes,
             embeddings=self._limits.enable_mm_embeds,
+            chat_templates=capabilities.chat_templates,
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:

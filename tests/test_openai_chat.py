@@ -142,6 +142,14 @@ def test_turns_of_tools_and_empty_contents_are_read() -> None:
     ).messages
     assert turns[0].tool_calls == [{"type": "function", "function": older}]
     assert [turn.reasoning for turn in turns] == [None, "hm", "hm"]
+    roles = ("system", "developer", "user", "assistant", "tool", "ipython")
+    for turn in (
+        {},
+        {"content": None},
+        {"content": None, "refusal": None, "reasoning": "hm", "tool_calls": []},
+    ):
+        turns = prompt({"messages": [{"role": role, **turn} for role in roles]}).messages
+        assert [(turn.role, turn.parts, turn.tool_calls) for turn in turns] == [(r, [], None) for r in roles]
 
 
 def test_every_sampling_field_reaches_the_engine() -> None:
@@ -307,7 +315,7 @@ def user(*parts: Any) -> dict[str, Any]:
         ({"messages": [{"content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "the king", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "refusal": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages[0].name"),
@@ -657,6 +665,16 @@ def test_a_template_of_the_request_needs_the_operators_trust() -> None:
     asked = read_chat(body, trusting, request_id="r1").requests[0].prompt
     assert isinstance(asked, ChatPrompt)
     assert asked.template == "{{ messages }}"
+
+
+def test_a_template_may_be_chosen_by_its_name() -> None:
+    own = Conventions("shapes", chat_templates={"default", "tool_use"})
+    task = read_chat(chat(chat_template="tool_use"), own, request_id="r")
+    assert isinstance(task.requests[0].prompt, ChatPrompt)
+    assert task.requests[0].prompt.template == "tool_use"
+    with pytest.raises(InvalidRequest, match="by name: default, tool_use") as caught:
+        read_chat(chat(chat_template="rag"), own, request_id="r")
+    assert caught.value.param == "chat_template"
 
 
 def test_the_prompts_cut_and_its_special_tokens() -> None:

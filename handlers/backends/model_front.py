@@ -21,6 +21,7 @@ from handlers.backends.model_facts import (
     model_facts,
 )
 from handlers.backends.vision_flags import contradictions
+from handlers.chat_templates import read_chat_templates
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ class ModelFront:
         try:
             renderer = PromptRenderer(
                 tokenizer,
-                read_chat_template(settings.chat_template, path) or tokenizer.chat_template or own_template,
+                read_chat_templates(
+                    settings.chat_template, Path(path), tokenizer.chat_template or own_template
+                ),
                 settings.chat_template_content_format,
                 image_token if preprocessor is not None else None,
                 placeholder=None if written is None else written.placeholder,
@@ -142,21 +145,6 @@ def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[An
     from engine.loader import load_preprocessor
 
     return load_preprocessor(question.model_path, question.processor_overrides, question.processor_backend)
-
-
-def read_chat_template(setting: str | None, model_path: str) -> str | None:
-    """The setting is a path (absolute, or in the model directory) or the text itself."""
-    if setting is None:
-        return None
-    if "{" in setting or "\n" in setting:
-        return setting
-    path = Path(model_path, setting)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"option.chat_template {setting!r} is neither a template nor a readable file"
-        ) from error
 
 
 def read_generation_config(path: str) -> dict[str, Any]:

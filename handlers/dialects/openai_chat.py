@@ -24,6 +24,9 @@ from handlers.dialects.sampler_fields import sampler_names
 from handlers.errors import InvalidRequest
 from handlers.request import ChatPrompt, GenerationRequest, TextPart
 
+MOST_NAMES = 8
+"""Of templates that an error lists."""
+
 
 class ChatBody(CommonBody, kw_only=True):
     """A request's own fields. Those of the first block are OpenAI's, the others vLLM's."""
@@ -123,9 +126,11 @@ def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> C
             "continue_final_message and add_generation_prompt exclude each other",
             param="continue_final_message",
         )
-    if asked.chat_template is not None and not conventions.trust_chat_templates:
+    template, own = asked.chat_template, conventions.chat_templates
+    if template is not None and template not in own and not conventions.trust_chat_templates:
+        names = f", by name: {', '.join(sorted(own)[:MOST_NAMES])}" if own else ""
         raise InvalidRequest(
-            "chat_template: this server uses its own template (option.trust_request_chat_template=true lets "
+            f"chat_template: this server uses its own templates{names} (option.trust_request_chat_template=true lets "
             "requests bring theirs)",
             param="chat_template",
         )
@@ -138,7 +143,7 @@ def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> C
         messages=read_messages(asked.messages, embeddings=conventions.embeddings),
         add_generation_prompt=not resume if add is None else add,
         continue_final_message=resume,
-        template=asked.chat_template,
+        template=template,
         template_kwargs=variables,
         tools=None if tools is None else tools.offered,
         add_special_tokens=asked.add_special_tokens,

@@ -63,8 +63,8 @@ def _message(message: Any, path: str) -> Message:
         reasoning = _optional_string(message, "reasoning_content", path)
     calls = _calls(message, path)
     content = message.get("content")
-    if content is None and role == "assistant":
-        content = message.get("refusal") or ([] if calls else None)
+    if content is None:  # As in a reply of which only reasoning or calls came, and as empty as in vLLM.
+        content = message.get("refusal") or []
     return Message(
         role=role,
         parts=_content(content, f"{path}.content"),
@@ -98,8 +98,6 @@ def _content(content: Any, path: str) -> list[Part]:
         return [TextPart(content)]
     if isinstance(content, list):
         return [_part(part, f"{path}[{i}]") for i, part in enumerate(content) if not _is_empty(part)]
-    if content is None:
-        raise _missing(path)
     raise _wrong(path, "a string or a list of parts", content)
 
 

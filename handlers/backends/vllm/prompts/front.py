@@ -7,17 +7,18 @@ token and the same request is the same prompt with every backend. vLLM's own ren
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from handlers.backends.model_front import (
-    read_chat_template,
     read_default_sampling,
     read_eos_token_ids,
     read_generation_config,
 )
 from handlers.backends.tokens import TokenTexts
 from handlers.backends.vllm.prompts.places import PicturePlaces, picture_places, placeholder_of
+from handlers.chat_templates import read_chat_templates
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class VllmFront:
         text_config = config.hf_text_config
         self.tokenizer = tokenizer
         self.images = bool(config.is_multimodal_model) and "image" in _modalities(engine)
-        template = read_chat_template(settings.chat_template, path) or tokenizer.chat_template
+        templates = read_chat_templates(settings.chat_template, Path(path), tokenizer.chat_template)
         self.places: PicturePlaces | None = None
         if self.images:
             placeholder, inserts = placeholder_of(vllm, config)
@@ -45,12 +46,12 @@ class VllmFront:
                 _image_token_id(config.hf_config),
                 settings.image_placeholder_token,
                 inserts=inserts,
-                printed=template if isinstance(template, str) else "",
+                printed="\x00".join(templates.all),
             )
         try:
             self.renderer = PromptRenderer(
                 tokenizer,
-                template,
+                templates,
                 settings.chat_template_content_format,
                 None if self.places is None else self.places.token,
                 placeholder=None if self.places is None else self.places.placeholder,
