@@ -12,6 +12,7 @@ import msgspec
 
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError
+from engine.sampling_params import SamplingParams
 from handlers.backends.model_facts import (
     TOKENIZER,
     FactsFinder,
@@ -170,10 +171,66 @@ def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: 
     return ()
 
 
+_DEFAULTS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""A field of generation_config.json -> of SamplingParams: those that vLLM takes, and typical_p."""
+
+_OF_SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
+
+_UNREAD = (
+    "min_length", "min_new_tokens", "stop_strings", "num_beams", "penalty_alpha", "dola_layers", "top_h",
+    "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config",
+)  # fmt: skip
+"""Fields that change what transformers' `generate` answers, and neither vLLM's server nor this one."""
+
+
 def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
-    """The fields of generation_config.json that we know by the same name; none where it says greedy."""
-    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-    found = {name: generation[name] for name in names if isinstance(generation.get(name), int | float)}
+    """What generation_config.json says, by the names of SamplingParams, for requests that say nothing of it.
+
+    `do_sample: false` is greedy. What is out of range or without effect here is warned of and left out. The other
+    fields are about ends of sequences (see `read_eos_token_ids`), the total length (`max_length`, which as in vLLM is
+    the context's), beam search, caches, speed, and the shape of what `generate` returns.
+    """
+    found: dict[str, float | int] = {}
+    for field, name in _DEFAULTS.items():
+        value = generation.get(field)
+        if value is None or (generation.get("do_sample") is False and name in _OF_SAMPLING):
+            continue
+        if name in ("top_k", "max_tokens") and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if _allowed(name, value):
+            found[name] = value
+        else:
+            log.warning(
+                "generation_config.json: %s = %.40r is not used: no such value is allowed", field, value
+            )
     if generation.get("do_sample") is False:
-        found = {"temperature": 0.0, **{k: v for k, v in found.items() if k == "repetition_penalty"}}
+        found["temperature"] = 0.0
+    if unread := [field for field in _UNREAD if generation.get(field) not in (None, 0, 1, [], {})]:
+        log.warning(
+            "generation_config.json: these fields have no effect on this server: %s", ", ".join(unread)
+        )
     return found
+
+
+def _allowed(name: str, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if name in ("top_k", "max_tokens") and not isinstance(value, int):
+        return False
+    try:
+        SamplingParams(**{name: value}).validate()  # type: ignore[arg-type]
+    except ValueError:
+        return False
+    return True

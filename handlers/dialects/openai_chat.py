@@ -100,6 +100,7 @@ def read_chat(
         priority=asked.priority or 0,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
         truncation_side=asked.truncation_side or "left",
+        max_tokens_is_default=asked.max_tokens is None and asked.max_completion_tokens is None,
         constraint=form.constraint,
         names=names,
     )

@@ -27,7 +27,7 @@ from handlers.errors import InvalidRequest
 from handlers.request import GenerationRequest, TextPrompt
 
 DEFAULT_MAX_TOKENS = 16
-"""OpenAI's, where the body has no `max_tokens`; null means up to the context's end."""
+"""OpenAI's, where the body has no `max_tokens`; null means the model's own default, else up to the context's end."""
 
 _Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
@@ -84,7 +84,7 @@ def read_completion(
             priority=asked.priority or 0,
             truncate_prompt_tokens=asked.truncate_prompt_tokens,
             truncation_side=asked.truncation_side or "left",
-            max_tokens_is_default="max_tokens" not in body,
+            max_tokens_is_default=asked.max_tokens is None,
             names=names,
             constraint=constraint,
         )

@@ -58,9 +58,8 @@ class VllmFront:
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
-        generation = read_generation_config(path)
-        self.eos_token_ids = read_eos_token_ids(generation, text_config, tokenizer)
-        self.default_sampling = read_default_sampling(generation)
+        self.eos_token_ids = read_eos_token_ids(read_generation_config(path), text_config, tokenizer)
+        self.default_sampling = read_default_sampling(generation_defaults(config, path))
         self.vocab_size = int(config.get_vocab_size())
         self.token_texts = TokenTexts(tokenizer)
 
@@ -69,6 +68,13 @@ class VllmFront:
         if self.places is None or not parts:
             return token_ids
         return self.places.exchanged(token_ids, self.renderer.image_token_id)
+
+
+def generation_defaults(config: Any, path: str) -> dict[str, Any]:
+    """The generation_config.json that requests get their defaults from, as vLLM's own options of that name say."""
+    source = config.generation_config
+    own = {} if source == "vllm" else read_generation_config(path if source == "auto" else source)
+    return own | config.override_generation_config
 
 
 def _modalities(engine: Any) -> Any:
