@@ -128,7 +128,7 @@ def lmi(**parameters: Any) -> Task:
         (read_chat(chat(max_tokens=None, max_completion_tokens=None), ALL, request_id="r"), 9, True),
         (read_chat(chat(max_tokens=20), ALL, request_id="r"), 20, False),
         (read_chat(chat(max_completion_tokens=20), ALL, request_id="r"), 20, False),
-        (read_chat(chat(), Conventions("shapes"), request_id="r"), None, True),
+        (read_chat(chat(), Conventions("shapes"), request_id="r"), None, False),
         # OpenAI's own default comes first, as in vLLM; null asks for the model's.
         (completion(), 16, True),
         (completion(max_tokens=None), 9, True),

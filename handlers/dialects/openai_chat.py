@@ -81,7 +81,8 @@ def read_chat(
     constraint = read_constraint(
         response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
     )
-    sampling = sampling_params(_sampling(asked), conventions.sampling, names)
+    values = _sampling(asked)
+    sampling = sampling_params(values, conventions.sampling, names)
     form = answer_form(
         tools,
         constraint,
@@ -100,7 +101,7 @@ def read_chat(
         priority=asked.priority or 0,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
         truncation_side=asked.truncation_side or "left",
-        max_tokens_is_default=asked.max_tokens is None and asked.max_completion_tokens is None,
+        max_tokens_is_default=values["max_tokens"] is None and sampling.max_tokens is not None,
         constraint=form.constraint,
         names=names,
     )

@@ -84,7 +84,7 @@ def read_completion(
             priority=asked.priority or 0,
             truncate_prompt_tokens=asked.truncate_prompt_tokens,
             truncation_side=asked.truncation_side or "left",
-            max_tokens_is_default=asked.max_tokens is None,
+            max_tokens_is_default=asked.max_tokens is None and sampling.max_tokens is not None,
             names=names,
             constraint=constraint,
         )

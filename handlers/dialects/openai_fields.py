@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, shown
+from handlers.dialects.body import refuse_unknown
 from handlers.dialects.constraints import GUIDED
 from handlers.dialects.sampler_fields import SamplerFields, sampler_values
 from handlers.errors import InvalidRequest
@@ -135,6 +136,8 @@ def count_answers(asked: CommonBody) -> int:
 
 def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
     """What would change the answer and is not there is refused; all else that `shape` does not know is dropped."""
+    if isinstance(options := body.get("stream_options"), dict):
+        refuse_unknown(options, StreamOptions.__struct_fields__, "stream_options")
     for name in body.keys() - shape.__struct_fields__:
         if name in UNSUPPORTED and body[name] is not None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)

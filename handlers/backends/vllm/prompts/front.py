@@ -74,7 +74,8 @@ def generation_defaults(config: Any, path: str) -> dict[str, Any]:
     """The generation_config.json that requests get their defaults from, as vLLM's own options of that name say."""
     source = config.generation_config
     own = {} if source == "vllm" else read_generation_config(path if source == "auto" else source)
-    return own | config.override_generation_config
+    own.update(config.override_generation_config)
+    return own
 
 
 def _modalities(engine: Any) -> Any:
