@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -115,10 +115,14 @@ class Writer(Protocol):
 
 @dataclass(slots=True)
 class Task:
-    """What a body asks for. Several requests are several prompts, answered together and in order."""
+    """What a body asks for. Several requests are several prompts, answered together and in order.
+
+    misspelt: of names in the body that nobody reads, what is told (`handlers.dialects.misspelt`).
+    """
 
     requests: list[GenerationRequest]
     writer: Writer
+    misspelt: Sequence[str] = ()
 
     @property
     def stream(self) -> bool:

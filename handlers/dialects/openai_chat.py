@@ -15,6 +15,7 @@ from handlers.dialects.openai_fields import (
     check_stream,
     common_sampling,
     count_answers,
+    known_names,
     refuse_unsupported,
 )
 from handlers.dialects.openai_messages import read_messages
@@ -51,6 +52,9 @@ class ChatBody(CommonBody, kw_only=True):
     echo: bool | None = None
     return_prompt_text: bool | None = None
     include_reasoning: bool | None = None
+
+
+CHAT_NAMES = known_names(ChatBody)
 
 
 def read_chat(
@@ -118,7 +122,7 @@ def read_chat(
         echo=_echo(prompt) if asked.echo else "",
         parsed=form.parsed,
     )
-    return Task([request], writer)
+    return Task([request], writer, CHAT_NAMES.misspelt(body))
 
 
 def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> ChatPrompt:

@@ -20,6 +20,7 @@ from handlers.dialects.openai_fields import (
     check_stream,
     common_sampling,
     count_answers,
+    known_names,
     refuse_unsupported,
 )
 from handlers.dialects.sampler_fields import sampler_names
@@ -40,6 +41,9 @@ class CompletionBody(CommonBody, kw_only=True):
     echo: bool | None = None
     logprobs: _Logprobs | None = None
     suffix: str | None = None
+
+
+_NAMES = known_names(CompletionBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def read_completion(
         token_ids=bool(asked.return_token_ids),
         tokens_as_ids=bool(asked.return_tokens_as_token_ids),
     )
-    return Task(requests, writer)
+    return Task(requests, writer, _NAMES.misspelt(body))
 
 
 def _best_of(asked: CompletionBody, n: int, stream: bool) -> int:
