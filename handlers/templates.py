@@ -114,6 +114,12 @@ class PromptRenderer:
             for token in tokenizer.added_tokens_decoder.values()
         )
 
+    @property
+    def variables(self) -> dict[str, frozenset[str]]:
+        """Those that each of the model's templates reads, by its name."""
+        named = self.templates.named
+        return {name: self._sources[template.text].variables for name, template in named.items()}
+
     def render(self, prompt: ChatPrompt | TextPrompt, *, spans: bool = False) -> RenderedPrompt:
         """Text and ids of a prompt. spans: with the place of each token in the text.
 
@@ -379,7 +385,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if not isinstance(function, dict):
         return call
-    arguments = function.get("arguments")
+    arguments = function.get("arguments", function.get("parameters"))  # TGI takes both names
     if isinstance(arguments, str):
         text, arguments = arguments, None
         try:

@@ -27,6 +27,7 @@ from properties.sources import FILE_NAME, Written, read_command_line, read_envir
 MODEL_STORE = Path("/opt/ml/model")
 _SECURE_MODE = "SAGEMAKER_SECURE_MODE"
 """LMI's switch for controls over the model's code: to ignore it would be to do what its operator forbids."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 """Of one of a model's chat templates: only its files tell which there are."""
 

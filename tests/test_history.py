@@ -107,6 +107,7 @@ def test_every_reply_is_taken_back_as_history(
         # A delta's call, and TGI's: numbers for ids, arguments as an object, a description.
         ({"tool_calls": [{"index": 0, "id": "0", **tool("f", arguments='{"a": 1}')}]}, "[call f a=1]"),
         ({"tool_calls": [{"id": 0, **tool("f", arguments={"a": 1}, description=None)}]}, "[call f a=1]"),
+        ({"tool_calls": [{"id": "0", **tool("f", {"a": 1})}]}, "[call f a=1]"),
         # LMI's, which wraps what vLLM made, and the one of its older runtime.
         ({"content": "Yes.", "name": None, "tool_calls": None, "function_call": None}, "Yes."),
         ({"content": [{"type": "text", "text": "Yes."}]}, "Yes."),

@@ -13,16 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.dialects.misspelt import KnownNames, warning
-from handlers.dialects.openai_chat import CHAT_NAMES
+from handlers.dialects.openai_chat import ChatBody
+from handlers.dialects.openai_fields import known_names
 from handlers.exchange import Reply
 from tests.scripted import ScriptedBackend, chat, everything, incoming, said, service
 
 LONGEST = 512
+NAMES = known_names(ChatBody)
 
 
 def answer(body: Any, route: str, **options: Any) -> Reply:
     async def ask() -> Reply:
-        served = service(ScriptedBackend(said("a", "b")), **options)
+        templates = {"default": {"messages", "enable_thinking"}, "tool_use": {"tools", "documents"}}
+        served = service(ScriptedBackend(said("a", "b"), chat_templates=templates), **options)
         work = served.tokenize if route.endswith("tokenize") else served.answer
         reply = await work(incoming(body, route))
         reply.body = await everything(reply)
@@ -52,6 +55,12 @@ MISSPELT: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     ("/v1/chat/completions", chat(guided_jsn={}), "guided_jsn", "guided_json"),
     ("/invocations", chat(max_token=5), "max_token", "max_tokens"),
+    (
+        "/v1/chat/completions",
+        chat(chat_template_kwargs={"enable_thinkin": False}),
+        "chat_template_kwargs.enable_thinkin",
+        "chat_template_kwargs.enable_thinking",
+    ),
     ("/v1/completions", {"prompt": "hi", "top_pp": 0.5}, "top_pp", "top_p"),
     ("/invocations", {"prompt": "hi", "sede": 5}, "sede", "seed"),
     ("/invocations", lmi(max_new_token=5), "parameters.max_new_token", "parameters.max_new_tokens"),
@@ -107,6 +116,7 @@ def test_tgis_answers_to_the_lmi_body_tell_it_too() -> None:
         {"cache_prompt": True, "slot_id": 1, "n_probs": 0, "t_max_predict_ms": 1, "samplers": "k"},
         {"chat_id": "x", "features": {}, "variables": {}, "model_item": {}, "background_tasks": {}},
         {"do_sample": True, "details": True, "return_full_text": False, "watermark": True, "truncate": 9},
+        {"chat_template_kwargs": {"mood": "good", "enable_thinking": True}},
         # what is known and ignored, and what is null
         {"user": "u", "store": True, "metadata": {}, "length_penalty": 1.0, "session_id": "s", "best_of": 1},
         {"max_token": None},
@@ -164,7 +174,7 @@ def test_a_body_of_nothing_but_misspellings_costs_and_tells_little() -> None:
     )
 )
 def test_no_name_whatever_breaks_a_header(body: dict[str, Any]) -> None:
-    for value in warning(CHAT_NAMES.misspelt(body, "parameters")).values():
+    for value in warning(NAMES.misspelt(body, "parameters")).values():
         assert re.fullmatch(r'299 - "[\w.?; ]+"(, 299 - "[\w.?; ]+"){0,2}', value, re.ASCII)
         assert len(value) <= LONGEST
         json.dumps(value).encode("ascii")

@@ -710,7 +710,7 @@ def test_a_template_of_the_request_needs_the_operators_trust() -> None:
 
 
 def test_a_template_may_be_chosen_by_its_name() -> None:
-    own = Conventions("shapes", chat_templates={"default", "tool_use"})
+    own = Conventions("shapes", chat_templates={"default": set(), "tool_use": set()})
     task = read_chat(chat(chat_template="tool_use"), own, request_id="r")
     assert isinstance(task.requests[0].prompt, ChatPrompt)
     assert task.requests[0].prompt.template == "tool_use"

@@ -149,8 +149,8 @@ class Capabilities:
     dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one copy of the model,
     as "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all copies together; 0 where that is
     not known. prompt_threads: how many prompts are prepared at the same time. chat_templates: names that
-    requests may choose the model's own templates by. formats: how answers are read, where the options name parsers of
-    the backend's own; None where they name ours.
+    requests may choose the model's own templates by, each with the variables that it reads. formats: how answers are
+    read, where the options name parsers of the backend's own; None where they name ours.
     """
 
     max_model_len: int
@@ -166,7 +166,7 @@ class Capabilities:
     compute_type: str = ""
     cache_tokens: int = 0
     prompt_threads: int = 1
-    chat_templates: Set[str] = frozenset()
+    chat_templates: Mapping[str, Set[str]] = field(default_factory=dict)
     formats: AnswerFormats | None = None
 
 

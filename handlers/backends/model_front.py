@@ -85,12 +85,13 @@ class ModelFront:
             if image_token is None:
                 image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
             own_template, written = preprocessor.chat_template, preprocessor.written(tokenizer)
+        otherwise = tokenizer.chat_template or own_template
+        templates = read_chat_templates(settings.chat_template, Path(path), otherwise)
+        log.info("chat template: %s", templates.told())
         try:
             renderer = PromptRenderer(
                 tokenizer,
-                read_chat_templates(
-                    settings.chat_template, Path(path), tokenizer.chat_template or own_template
-                ),
+                templates,
                 settings.chat_template_content_format,
                 image_token if preprocessor is not None else None,
                 placeholder=None if written is None else written.placeholder,

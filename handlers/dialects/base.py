@@ -34,7 +34,7 @@ class Conventions:
     model_name: shown in replies to requests that name no model. sampling: the model's own defaults
     (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
     trust_chat_templates: requests may bring a template of their own. chat_templates: names of the model's own, of
-    which any request may choose one. max_model_len, special_token_ids: the model's.
+    which any request may choose one, with the variables that each reads. max_model_len, special_token_ids: the model's.
     special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
     custom_output: replies go through the user's output formatter, which knows OpenAI's shapes.
     embeddings: the operator lets clients send them in place of pictures.
@@ -51,7 +51,7 @@ class Conventions:
     formats: AnswerFormats = field(default_factory=AnswerFormats)
     custom_output: bool = False
     embeddings: bool = False
-    chat_templates: Set[str] = frozenset()
+    chat_templates: Mapping[str, Set[str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from engine.sampling_params import shown
 from handlers.dialects.base import Conventions, Task, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.constraints import read_constraint
+from handlers.dialects.misspelt import KnownNames
 from handlers.dialects.openai_answers import answer_form
 from handlers.dialects.openai_fields import (
     CommonBody,
@@ -54,7 +55,7 @@ class ChatBody(CommonBody, kw_only=True):
     include_reasoning: bool | None = None
 
 
-CHAT_NAMES = known_names(ChatBody)
+_NAMES = known_names(ChatBody)
 
 
 def read_chat(
@@ -122,7 +123,16 @@ def read_chat(
         echo=_echo(prompt) if asked.echo else "",
         parsed=form.parsed,
     )
-    return Task([request], writer, CHAT_NAMES.misspelt(body))
+    return Task([request], writer, _misspelt(body, asked, conventions))
+
+
+def _misspelt(body: dict[str, Any], asked: ChatBody, conventions: Conventions) -> list[str]:
+    found = _NAMES.misspelt(body)
+    own = conventions.chat_templates
+    if asked.chat_template_kwargs and (asked.chat_template is None or asked.chat_template in own):
+        variables = KnownNames(frozenset[str]().union(*own.values()))
+        found += variables.misspelt(asked.chat_template_kwargs, "chat_template_kwargs")
+    return found
 
 
 def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> ChatPrompt:

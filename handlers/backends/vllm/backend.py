@@ -165,7 +165,7 @@ class VllmBackend:
             ),
             cache_tokens=self._blocks * int(config.cache_config.block_size),
             prompt_threads=_THREADS,
-            chat_templates=self._front.renderer.templates.named.keys(),
+            chat_templates=self._front.renderer.variables,
             formats=formats,
         )
         self._loaded = True

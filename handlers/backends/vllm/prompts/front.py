@@ -6,6 +6,7 @@ token and the same request is the same prompt with every backend. vLLM's own ren
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from handlers.request import PicturePart
     from properties.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 
 class VllmFront:
     """Tokenizer, template, endings and defaults of one model. images: whether it takes pictures."""
@@ -37,6 +40,7 @@ class VllmFront:
         self.tokenizer = tokenizer
         self.images = bool(config.is_multimodal_model) and "image" in _modalities(engine)
         templates = read_chat_templates(settings.chat_template, Path(path), tokenizer.chat_template)
+        logger.info("chat template: %s", templates.told())
         self.places: PicturePlaces | None = None
         if self.images:
             placeholder, inserts = placeholder_of(vllm, config)
