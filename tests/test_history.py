@@ -49,7 +49,8 @@ ASKED = st.sampled_from(
     [
         {}, {"tools": TOOLS, "tool_choice": "required"}, {"tools": TOOLS, "tool_choice": "draw"},
         {"functions": [{"name": "draw"}], "function_call": {"name": "draw"}}, {"logprobs": True, "top_logprobs": 1},
-        {"return_token_ids": True}, {"echo": True}, {"response_format": {"type": "json_object"}},
+        {"return_token_ids": True}, {"echo": True}, {"include_reasoning": False},
+        {"response_format": {"type": "json_object"}},
     ]
 )  # fmt: skip
 
