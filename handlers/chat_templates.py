@@ -91,7 +91,7 @@ def read_chat_templates(setting: str | None, path: Path, otherwise: object = Non
     except (OSError, ValueError) as error:
         names = f" (the model has {', '.join(sorted(own.named))})" if own.named else ""
         raise ModelLoadError(
-            f"option.chat_template {setting!r} is neither a template, nor a readable file, nor the name of one of "
+            f"option.chat_template {setting!r} is neither a template nor a readable file, nor the name of one of "
             f"the model's templates{names}"
         ) from error
 
