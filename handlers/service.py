@@ -17,6 +17,7 @@ from handlers.dialects.adapters import answer_adapters
 from handlers.dialects.base import JSON, JSON_LINES, Answered, Conventions, Task
 from handlers.dialects.body import read_body
 from handlers.dialects.error_replies import style_of
+from handlers.dialects.misspelt import warning
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
 from handlers.dialects.tgi_info import tgi_info
 from handlers.errors import InvalidRequest, NotFound
@@ -163,6 +164,8 @@ class Service:
         for request in task.requests:
             request.arrival = arrival
         facts.model = task.requests[0].model
+        if task.misspelt:
+            log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
         return await self._run(task, facts)
 
     async def _tokenize(
@@ -195,6 +198,7 @@ class Service:
             self._formats,
             custom_output=self._formatters is not None and self._formatters.writes,
             embeddings=self._limits.enable_mm_embeds,
+            chat_templates=capabilities.chat_templates,
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
@@ -270,12 +274,14 @@ class Service:
                 await run.close()
         named, compute_type = facts.route in tgi_headers.ROUTES, self._backend.capabilities.compute_type
         if stream is not None:
-            headers = tgi_headers.of_stream(task.requests, compute_type) if named else {}
+            headers = warning(task.misspelt)
+            headers |= tgi_headers.of_stream(task.requests, compute_type) if named else {}
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)
                 return Reply(200, JSON_LINES, chunks=events, headers=headers, facts=facts)
             return Reply(200, task.writer.stream_type, chunks=stream, headers=headers, facts=facts)
-        headers = tgi_headers.of_whole(task.requests, compute_type, facts) if named else {}
+        headers = warning(task.misspelt)
+        headers |= tgi_headers.of_whole(task.requests, compute_type, facts) if named else {}
         return Reply(200, JSON, body, headers=headers, facts=facts)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from handlers.dialects.base import JSON
+from handlers.dialects.body import shown_value
 from handlers.errors import InvalidRequest, Overloaded
 from handlers.exchange import Reply
 
@@ -45,7 +46,7 @@ class Sessions:
         asked = body["requestType"]
         if asked not in (_NEW, _CLOSE):
             raise InvalidRequest(
-                f"requestType is {str(asked)[:40]!r}; allowed: {_NEW!r}, {_CLOSE!r}", param="requestType"
+                f"requestType is {shown_value(asked)}; allowed: {_NEW!r}, {_CLOSE!r}", param="requestType"
             )
         self._require_enabled()
         return self._open() if asked == _NEW else self._close(headers.get(_ID, ""))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
+from handlers.chat_templates import ChatTemplates
 from handlers.errors import InvalidRequest, ServingError
 from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder, encode, token_places
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, pictures, prompt_parts
@@ -44,8 +45,9 @@ class PromptRenderer:
     """Renders prompts for one model. Pure and CPU-bound: long prompts belong in a worker thread.
 
     tokenizer: a fast tokenizer that nobody else asks to truncate or to pad.
-    chat_template: Jinja source; None where the model has none (chat prompts are then refused).
-    content_format: what the template wants as a message's content; "auto" looks into its source.
+    chat_template: the model's templates, or the source of its only one; None where it has none (chat prompts are
+        then refused).
+    content_format: what a template wants as a message's content; "auto" looks into its source.
     image_token: the one token that stands for a picture; None for a model that sees none.
     placeholder: what is written where the template does not write a picture itself, `image_token` unless the
         family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
@@ -62,7 +64,7 @@ class PromptRenderer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        chat_template: str | None,
+        chat_template: ChatTemplates | str | None,
         content_format: Literal["auto", "string", "openai"] = "auto",
         image_token: str | None = None,
         *,
@@ -83,8 +85,10 @@ class PromptRenderer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._forced_format = content_format
-        self._template = chat_template
-        self._source = self._parse(chat_template) if chat_template is not None else None
+        if isinstance(chat_template, str):
+            chat_template = ChatTemplates.only(chat_template)
+        self.templates = ChatTemplates() if chat_template is None else chat_template
+        self._sources = {text: _parse(text, what) for text, what in self.templates.all.items()}
         self._bos = tokenizer.bos_token
         apart = around is not None and bool(around(1)[0])
         self.image_token_id: int | None = None
@@ -101,7 +105,7 @@ class PromptRenderer:
             )
 
         images = [token for token in (image_token, printed) if token is not None]
-        control = ControlTokens(_control_tokens(tokenizer, images, self._source))
+        control = ControlTokens(_control_tokens(tokenizer, images, self._sources.values()))
         self._chat_control = control
         self._text_control = ControlTokens(images)
         self._literal = LiteralEncoder(self._backend, control)
@@ -109,6 +113,12 @@ class PromptRenderer:
             token.normalized and token.content in set(control.tokens)
             for token in tokenizer.added_tokens_decoder.values()
         )
+
+    @property
+    def variables(self) -> dict[str, frozenset[str]]:
+        """Those that each of the model's templates reads, by its name."""
+        named = self.templates.named
+        return {name: self._sources[template.text].variables for name, template in named.items()}
 
     def render(self, prompt: ChatPrompt | TextPrompt, *, spans: bool = False) -> RenderedPrompt:
         """Text and ids of a prompt. spans: with the place of each token in the text.
@@ -121,18 +131,15 @@ class PromptRenderer:
         return self._text(prompt, spans)
 
     def _chat(self, prompt: ChatPrompt, spans: bool) -> RenderedPrompt:
-        template = prompt.template if prompt.template is not None else self._template
-        source = self._source
-        if prompt.template is not None:
+        template = self.templates.chosen(prompt.template, bool(prompt.tools))
+        if template is None:
+            raise self._no_template()
+        source = self._sources.get(template)
+        if source is None:
             try:
-                source = self._parse(prompt.template)
+                source = _parse(template, "the chat template")
             except ValueError as error:
                 raise InvalidRequest(str(error), param="chat_template") from error
-        if template is None or source is None:
-            raise InvalidRequest(
-                "this model has no chat template: set option.chat_template, or send a prompt as `inputs`",
-                param="messages",
-            )
         n_images = sum(1 for _ in pictures(prompt))
         self._require_pictures(n_images)
         hidden = Hidden(self._chat_control)
@@ -218,6 +225,9 @@ class PromptRenderer:
                 hidden.text(part.text, alone=True) if isinstance(part, TextPart) else self.placeholder or ""
                 for part in message.parts
             )
+        elif message.role == "tool" and all(isinstance(part, TextPart) for part in message.parts):
+            texts = [hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)]
+            turn["content"] = _Result("\n".join(texts))
         elif strings and _is_plain(message):
             turn["content"] = "".join(
                 hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)
@@ -299,27 +309,39 @@ class PromptRenderer:
                 f"{self.longest}"
             )
 
-    def _parse(self, template: str) -> TemplateSource:
-        try:
-            return TemplateSource.parse(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"the chat template has an error in line {error.lineno}: {error.message}"
-            ) from error
+    def _no_template(self) -> InvalidRequest:
+        if not (named := self.templates.named):
+            return InvalidRequest(
+                "this model has no chat template: set option.chat_template, or send a prompt as `inputs`",
+                param="messages",
+            )
+        return InvalidRequest(
+            f"this model has several chat templates and none of them is its default: name one in chat_template "
+            f"({', '.join(sorted(named))}), or set option.chat_template",
+            param="chat_template",
+        )
+
+
+def _parse(template: str, what: str) -> TemplateSource:
+    try:
+        return TemplateSource.parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{what} has an error in line {error.lineno}: {error.message}") from error
 
 
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerFast, images: Sequence[str], source: TemplateSource | None
+    tokenizer: PreTrainedTokenizerFast, images: Sequence[str], sources: Collection[TemplateSource]
 ) -> set[str]:
-    """Special tokens, the picture's, and added tokens that only the template is meant to print.
+    """Special tokens, the picture's, and added tokens that only the templates are meant to print.
 
     The last are turn markers that a conversion did not flag as special. Tokens that a template searches the
     messages for ("</think>") are mark-up that clients may well send, and runs of white space are text.
     """
+    printed, searched = "\x00".join(s.printed for s in sources), "\x00".join(s.searched for s in sources)
     control = {token for token in tokenizer.all_special_tokens if token}
     for token in tokenizer.added_tokens_decoder.values():
         text = token.content
-        marker = source is not None and text in source.printed and text not in source.searched
+        marker = text in printed and text not in searched
         if token.special or (marker and len(text.strip(" \t\r\n▁")) > 1):
             control.add(text)
     control.update(images)
@@ -331,6 +353,15 @@ def _single_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     if len(ids) != 1:
         raise ValueError(f"the image token {token!r} is {len(ids)} tokens in this tokenizer; it must be one")
     return int(ids[0])
+
+
+class _Result(str):
+    """What a tool answered: a string, as templates want it, and its one part for those that loop over parts only."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([{"type": "text", "text": str(self)}])
 
 
 def _is_plain(message: Message) -> bool:
@@ -346,20 +377,27 @@ def _ends_with_text(prompt: ChatPrompt) -> bool:
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends the arguments as a JSON string; templates written for transformers want the object.
+    """OpenAI sends the arguments as a JSON string; templates written for transformers want an object.
 
-    What is no JSON stays the string, and so does what escapes half a surrogate pair, which no prompt can hold.
+    What is none becomes an empty one, as in vLLM: a call that was cut short must not end the conversation. So does
+    what escapes half a surrogate pair, which no prompt can hold.
     """
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+    if not isinstance(function, dict):
         return call
-    try:
-        arguments = json.loads(text or "{}")
-        if "\\u" in text:
-            json.dumps(arguments, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+    arguments = function.get("arguments", function.get("parameters"))  # TGI takes both names
+    if isinstance(arguments, str):
+        text, arguments = arguments, None
+        try:
+            arguments = json.loads(text)
+            if "\\u" in text:
+                json.dumps(arguments, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            arguments = None
+    return {
+        **call,
+        "function": {**function, "arguments": arguments if isinstance(arguments, dict) else {}},
+    }
 
 
 def _reason(what: str, error: jinja2.TemplateError) -> str:

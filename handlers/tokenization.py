@@ -12,6 +12,7 @@ from typing import Any
 from handlers.admission import Admission
 from handlers.backends.base import Backend, TokenizedPrompt
 from handlers.dialects.base import JSON, Conventions
+from handlers.dialects.misspelt import warning
 from handlers.dialects.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.exchange import Incoming, Reply
@@ -67,9 +68,11 @@ class Tokenization:
                     if parts:
                         await self._images.load(parts, deadline)
                     if size <= LONG_TEXT_BYTES:
-                        return Reply(200, JSON, await self._written(task))
-                    async with self._long:
-                        return Reply(200, JSON, await self._written(task))
+                        written = await self._written(task)
+                    else:
+                        async with self._long:
+                            written = await self._written(task)
+                    return Reply(200, JSON, written, headers=warning(task.misspelt))
             finally:
                 for part in parts:
                     part.release()

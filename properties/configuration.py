@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from properties.sources import FILE_NAME, Written, read_command_line, read_envir
 MODEL_STORE = Path("/opt/ml/model")
 _SECURE_MODE = "SAGEMAKER_SECURE_MODE"
 """LMI's switch for controls over the model's code: to ignore it would be to do what its operator forbids."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""Of one of a model's chat templates: only its files tell which there are."""
 
 _MODEL_KEY = key_of("model_id")
 
@@ -357,7 +361,12 @@ def _check_together(result: Resolution, home: Path | None) -> None:
         meant = f"; LMI's own handler is written {lmis}" if handler_named(lmis) else ""
         problem("entry_point", f"{written('entry_point')}: no such file in {home}{meant}")
     template = settings.chat_template
-    if template is not None and "{" not in template and "\n" not in template:
+    if (
+        template is not None
+        and "{" not in template
+        and "\n" not in template
+        and not _NAME.fullmatch(template)
+    ):
         path = os.path.join(home or "", template)
         if (home is not None or os.path.isabs(path)) and not os.path.isfile(path):
             problem("chat_template", f"{written('chat_template')}: no such file, and no template text")

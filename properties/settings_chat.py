@@ -16,8 +16,9 @@ class ChatSettings(BaseModel):
     """Requests and replies"""
 
     chat_template: str | None = option(
-        "Jinja chat template: a path (absolute, or relative to the model directory) or the text itself. "
-        "Default: the model's own.",
+        "Jinja chat template: a path (absolute, or relative to the model directory), the text itself, or the name of "
+        "one of the model's own. Default: the model's own; of several `default`, and `tool_use` for requests with "
+        "tools.",
         default=None,
         verbatim=True,
     )

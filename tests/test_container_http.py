@@ -100,6 +100,15 @@ def test_a_stream_arrives_while_it_is_made(client: httpx.Client) -> None:
     assert times[-1] - times[0] > 0.3
 
 
+def test_a_misspelt_name_is_told_in_a_header(client: httpx.Client, server: ServerProcess) -> None:
+    for stream in (False, True):
+        reply = client.post("/v1/chat/completions", json={**ask(stream), "max_token": 5})
+        assert reply.status_code == 200
+        assert reply.headers["warning"] == '299 - "max_token is not read; did you mean max_tokens?"'
+    assert "warning" not in client.post("/v1/chat/completions", json=ask()).headers
+    server.wait_for("max_token is not read; did you mean max_tokens")
+
+
 def test_wrong_places_methods_and_bodies(client: httpx.Client) -> None:
     for method, path, status, allow in (
         ("GET", "/nowhere", 404, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -142,6 +143,14 @@ def test_turns_of_tools_and_empty_contents_are_read() -> None:
     ).messages
     assert turns[0].tool_calls == [{"type": "function", "function": older}]
     assert [turn.reasoning for turn in turns] == [None, "hm", "hm"]
+    roles = ("system", "developer", "user", "assistant", "tool", "ipython")
+    for turn in (
+        {},
+        {"content": None},
+        {"content": None, "refusal": None, "reasoning": "hm", "tool_calls": []},
+    ):
+        turns = prompt({"messages": [{"role": role, **turn} for role in roles]}).messages
+        assert [(turn.role, turn.parts, turn.tool_calls) for turn in turns] == [(r, [], None) for r in roles]
 
 
 def test_every_sampling_field_reaches_the_engine() -> None:
@@ -253,6 +262,31 @@ def test_every_published_field_is_read_or_ignored_or_refused_on_purpose(shape: A
         read(chat(**{name: {"a": [1]}}))
 
 
+def test_what_real_clients_write_in_messages_and_parts_is_accepted() -> None:
+    cached = {"cache_control": {"type": "ephemeral"}}
+    url = {"url": CAT, "detail": "original", "format": "image/png"}
+    text = {"type": "text", "text": "a", "id": "x", "annotations": [], "image_url": None, **cached}
+    said = {"id": "1", "status": "done", "prefix": False, "images": [], "audio": None, **cached}
+    turns = [{"role": "user", "content": [text, {"type": "image_url", "image_url": url, **cached}], **said}]
+    (turn,) = prompt({"messages": turns}).messages
+    assert [type(part) for part in turn.parts] == [TextPart, ImagePart]
+
+
+def test_types_are_told_as_json_has_them() -> None:
+    for body in (
+        chat(temperature="hot"), chat(temperature=True), chat(stream=1), chat(stop=5), chat(logit_bias=[]),
+        chat(max_tokens=1.5), chat(model=None, tools={}), chat(response_format=[]), chat(stop=["a", None]),
+        chat(response_format={}), chat(tool_choice={}), chat(tools=[{"type": 5}]), chat(tools=[{"type": []}]),
+        {"messages": [{"role": ["user"], "content": "hi"}]}, {"messages": [{"role": "user", "content": {}}]},
+        chat(stream_options={"include_usage": "yes"}), chat(functions=5), chat(structured_outputs={"json": 5}),
+    ):  # fmt: skip
+        told = refused(body).message
+        assert not re.search(
+            r"NoneType|\b(dict|str|int|float|bool|None|True|False|tuple|msgspec)\b|\[\'", told
+        ), told
+    assert refused(chat(temperature="hot")).message == "temperature: expected `number | null`, got `string`"
+
+
 def test_harmless_and_unknown_fields_are_accepted() -> None:
     read(
         chat(
@@ -307,7 +341,7 @@ def user(*parts: Any) -> dict[str, Any]:
         ({"messages": [{"content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "the king", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "refusal": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages[0].name"),
@@ -354,6 +388,22 @@ def user(*parts: Any) -> dict[str, Any]:
         (chat(logit_bias={"x": 1}), "logit_bias"),
         (chat(logit_bias={"1": 1000}), "logit_bias[...]"),
         (chat(stream_options={"include_usage": True}), "stream_options"),
+        (chat(stream=True, stream_options={"include_usages": True}), "stream_options"),
+        (chat(response_format={"type": "json_object", "shema": {}}), "response_format"),
+        (user({"type": "text", "text": "a", "image_url": {"url": CAT}}), "messages[1].content[0]"),
+        (user({"type": "image_url", "image_url": {"url": CAT}, "text": "a"}), "messages[1].content[0]"),
+        (user({"type": "image_url", "image_url": {"url": CAT}, "min_pixels": 9}), "messages[1].content[0]"),
+        (
+            user({"type": "image_url", "image_url": {"url": CAT, "size": 9}}),
+            "messages[1].content[0].image_url",
+        ),
+        (
+            user({"type": "image_url", "image_url": {"url": CAT, "detail": "ultra"}}),
+            "messages[1].content[0].image_url.detail",
+        ),
+        (user({"type": "input_image", "image_url": CAT, "detail": 1}), "messages[1].content[0].detail"),
+        ({"messages": [{"role": "user", "content": "hi", "images": [CAT]}]}, "messages[0].images"),
+        ({"messages": [{"role": "assistant", "content": "hi", "prefix": True}]}, "messages[0].prefix"),
         (chat(stream="yes"), "stream"),
         (chat(stream=True, prompt_logprobs=1), "prompt_logprobs"),
         (chat(prompt_logprobs=99), "prompt_logprobs"),
@@ -657,6 +707,16 @@ def test_a_template_of_the_request_needs_the_operators_trust() -> None:
     asked = read_chat(body, trusting, request_id="r1").requests[0].prompt
     assert isinstance(asked, ChatPrompt)
     assert asked.template == "{{ messages }}"
+
+
+def test_a_template_may_be_chosen_by_its_name() -> None:
+    own = Conventions("shapes", chat_templates={"default": set(), "tool_use": set()})
+    task = read_chat(chat(chat_template="tool_use"), own, request_id="r")
+    assert isinstance(task.requests[0].prompt, ChatPrompt)
+    assert task.requests[0].prompt.template == "tool_use"
+    with pytest.raises(InvalidRequest, match="by name: default, tool_use") as caught:
+        read_chat(chat(chat_template="rag"), own, request_id="r")
+    assert caught.value.param == "chat_template"
 
 
 def test_the_prompts_cut_and_its_special_tokens() -> None:

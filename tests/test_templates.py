@@ -443,21 +443,47 @@ def test_earlier_calls_nested_beyond_reason_are_refused(plain: PreTrainedTokeniz
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    called = Message("assistant", [], tool_calls=[{"function": {"name": "f", "arguments": deep}}])
+    called = Message("assistant", [], tool_calls=[{"function": {"name": "f", "arguments": {"a": deep}}}])
     with pytest.raises(InvalidRequest, match="cannot render"):
         renderer.render(ChatPrompt([said("hi"), called, said("and?")]))
 
 
-@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', "[" * 100_000, "not JSON", "9" * 5000])
-def test_arguments_that_no_template_can_show_stay_the_text_they_are(
-    plain: PreTrainedTokenizerFast, arguments: str
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"a": "\\ud800"}', "[" * 100_000, "not JSON", "9" * 5000, '{"a":', "null", "", "[1]", "true", '"a"', "{} {}",
+        None, [], 1, False,
+    ],
+)  # fmt: skip
+def test_arguments_that_are_no_object_are_an_empty_one(
+    plain: PreTrainedTokenizerFast, arguments: object
 ) -> None:
     shows = (
-        "{% for m in messages %}{{ m.tool_calls[0].function.arguments if m.tool_calls else '-' }}{% endfor %}"
+        "{% for m in messages %}-{% for c in m.tool_calls %}{% for name, value in c.function.arguments.items() %}"
+        "{{ name }}{% endfor %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
     )
     renderer = PromptRenderer(plain, shows)
     called = Message("assistant", [], tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
-    assert renderer.render(ChatPrompt([said("hi"), called, said("and?")])).text == f"-{arguments}-"
+    assert renderer.render(ChatPrompt([said("hi"), called, said("and?")])).text == "--{}-"
+    called = Message("assistant", [], tool_calls=[{"function": {"name": "f"}}])
+    assert renderer.render(ChatPrompt([called])).text == "-{}"
+
+
+def test_a_tools_answer_in_parts_is_one_string(plain: PreTrainedTokenizerFast) -> None:
+    printed = "{{ messages[-1].content }}"
+    looped = "{% for part in messages[-1].content %}[{{ part.type }} {{ part.text }}]{% endfor %}"
+    either = f"{{% if messages[-1].content is string %}}{printed}{{% else %}}{looped}{{% endif %}}"
+    loops = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
+    for turn in (said("a", "b <image>", role="tool"), said("a\nb <image>", role="tool", bare=True)):
+        for template in (printed, either, loops + printed, loops + "{{ messages[-1].content | trim }}"):
+            rendered = PromptRenderer(plain, template, image_token="<image>").render(
+                ChatPrompt([said(), turn])
+            )
+            assert (rendered.text, rendered.n_images) == ("a\nb <image>", 0)
+        rendered = PromptRenderer(plain, looped).render(ChatPrompt([said(), turn]))
+        assert rendered.text == "[text a\nb <image>]"
+    empty = Message("tool", [])
+    assert PromptRenderer(plain, either + "|").render(ChatPrompt([said(), empty])).text == "|"
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_pictures_stand_in_the_text() -> None:
         ({"top_n_tokens": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
         ({"seed": -1}, "`seed` must be >= 0 and < 2^64"),
         ({"seed": 2**64}, "`seed` must be >= 0 and < 2^64"),
-        ({"max_new_tokens": "5"}, "parameters.max_new_tokens: expected `int | null`, got `str`"),
+        ({"max_new_tokens": "5"}, "parameters.max_new_tokens: expected `integer | null`, got `string`"),
         ({"grammar": {"type": "regex"}}, "grammar.value must be a text that is not empty"),
     ],
 )

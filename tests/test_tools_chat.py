@@ -96,6 +96,24 @@ def read(body: dict[str, Any], formats: AnswerFormats = HERMES, **conventions: A
         ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "draw"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
         ({"tools": TOOLS, "tool_choice": 1}, "tool_choice"),
+        ({"tools": [{**tool("f"), "parameters": {}}]}, "tools[0]"),
+        ({"tools": [tool("f", input_schema={})]}, "tools[0].function"),
+        ({"functions": [{"name": "f", "paramters": {}}]}, "functions[0]"),
+        ({"tools": TOOLS, "tool_choice": {"name": "draw", "disable_parallel_tool_use": True}}, "tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"function": {"name": "draw", "arguments_": {}}}},
+            "tool_choice",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"name": "draw"}], "parallel": False},
+                },
+            },
+            "tool_choice.allowed_tools",
+        ),
         ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"functions": [{"name": "f", "parameters": 1}]}, "functions[0].parameters"),
         ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
@@ -108,6 +126,14 @@ def test_a_bad_tool_or_choice_is_named_with_its_path(fields: dict[str, Any], par
     with pytest.raises(InvalidRequest) as caught:
         read(chat(**fields))
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_what_clients_write_beside_a_functions_own_fields_is_taken() -> None:
+    extras = {"strict": True, "cache_control": {"type": "ephemeral"}}
+    own = tool("f", {}, strict=False, **{"return": {"type": "string"}})
+    for given in ({**own, **extras}, {**own, "type": None}, {**own, "unknown": None}):
+        body = chat(tools=[given], tool_choice={"type": "function", "function": own["function"]})
+        assert read(body).constraint is not None
 
 
 def test_the_models_own_choice_needs_the_options_and_says_so() -> None:

@@ -148,8 +148,9 @@ class Capabilities:
     all tokens that `skip_special_tokens` skips.
     dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one copy of the model,
     as "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all copies together; 0 where that is
-    not known. prompt_threads: how many prompts are prepared at the same time. formats: how answers are read, where
-    the options name parsers of the backend's own; None where they name ours.
+    not known. prompt_threads: how many prompts are prepared at the same time. chat_templates: names that
+    requests may choose the model's own templates by, each with the variables that it reads. formats: how answers are
+    read, where the options name parsers of the backend's own; None where they name ours.
     """
 
     max_model_len: int
@@ -165,6 +166,7 @@ class Capabilities:
     compute_type: str = ""
     cache_tokens: int = 0
     prompt_threads: int = 1
+    chat_templates: Mapping[str, Set[str]] = field(default_factory=dict)
     formats: AnswerFormats | None = None
 
 

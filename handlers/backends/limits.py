@@ -46,7 +46,9 @@ def checked_tokens(
     if most is None:
         return token_ids
     if most == -1:
-        most = max(1, max_model_len - (request.sampling.max_tokens or 1))
+        most = max_model_len - (request.sampling.max_tokens or 1)
+        # A default leaves the prompt half of the context at least.
+        most = max(1, most, max_model_len // 2 if request.max_tokens_is_default else 1)
     return token_ids[:most] if request.truncation_side == "right" else token_ids[-most:]
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError
+from engine.sampling_params import SamplingParams
 from handlers.backends.model_facts import (
     TOKENIZER,
     FactsFinder,
@@ -21,6 +22,7 @@ from handlers.backends.model_facts import (
     model_facts,
 )
 from handlers.backends.vision_flags import contradictions
+from handlers.chat_templates import read_chat_templates
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
@@ -83,10 +85,13 @@ class ModelFront:
             if image_token is None:
                 image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
             own_template, written = preprocessor.chat_template, preprocessor.written(tokenizer)
+        otherwise = tokenizer.chat_template or own_template
+        templates = read_chat_templates(settings.chat_template, Path(path), otherwise)
+        log.info("chat template: %s", templates.told())
         try:
             renderer = PromptRenderer(
                 tokenizer,
-                read_chat_template(settings.chat_template, path) or tokenizer.chat_template or own_template,
+                templates,
                 settings.chat_template_content_format,
                 image_token if preprocessor is not None else None,
                 placeholder=None if written is None else written.placeholder,
@@ -144,21 +149,6 @@ def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[An
     return load_preprocessor(question.model_path, question.processor_overrides, question.processor_backend)
 
 
-def read_chat_template(setting: str | None, model_path: str) -> str | None:
-    """The setting is a path (absolute, or in the model directory) or the text itself."""
-    if setting is None:
-        return None
-    if "{" in setting or "\n" in setting:
-        return setting
-    path = Path(model_path, setting)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"option.chat_template {setting!r} is neither a template nor a readable file"
-        ) from error
-
-
 def read_generation_config(path: str) -> dict[str, Any]:
     try:
         return dict(
@@ -182,10 +172,66 @@ def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: 
     return ()
 
 
+_DEFAULTS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""A field of generation_config.json -> of SamplingParams: those that vLLM takes, and typical_p."""
+
+_OF_SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
+
+_UNREAD = (
+    "min_length", "min_new_tokens", "stop_strings", "num_beams", "penalty_alpha", "dola_layers", "top_h",
+    "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config",
+)  # fmt: skip
+"""Fields that change what transformers' `generate` answers, and neither vLLM's server nor this one."""
+
+
 def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
-    """The fields of generation_config.json that we know by the same name; none where it says greedy."""
-    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-    found = {name: generation[name] for name in names if isinstance(generation.get(name), int | float)}
+    """What generation_config.json says, by the names of SamplingParams, for requests that say nothing of it.
+
+    `do_sample: false` is greedy. What is out of range or without effect here is warned of and left out. The other
+    fields are about ends of sequences (see `read_eos_token_ids`), the total length (`max_length`, which as in vLLM is
+    the context's), beam search, caches, speed, and the shape of what `generate` returns.
+    """
+    found: dict[str, float | int] = {}
+    for field, name in _DEFAULTS.items():
+        value = generation.get(field)
+        if value is None or (generation.get("do_sample") is False and name in _OF_SAMPLING):
+            continue
+        if name in ("top_k", "max_tokens") and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if _allowed(name, value):
+            found[name] = value
+        else:
+            log.warning(
+                "generation_config.json: %s = %.40r is not used: no such value is allowed", field, value
+            )
     if generation.get("do_sample") is False:
-        found = {"temperature": 0.0, **{k: v for k, v in found.items() if k == "repetition_penalty"}}
+        found["temperature"] = 0.0
+    if unread := [field for field in _UNREAD if generation.get(field) not in (None, 0, 1, [], {})]:
+        log.warning(
+            "generation_config.json: these fields have no effect on this server: %s", ", ".join(unread)
+        )
     return found
+
+
+def _allowed(name: str, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if name in ("top_k", "max_tokens") and not isinstance(value, int):
+        return False
+    try:
+        SamplingParams(**{name: value}).validate()  # type: ignore[arg-type]
+    except ValueError:
+        return False
+    return True

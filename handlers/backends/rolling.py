@@ -138,6 +138,7 @@ class RollingBackend:
             cache_tokens=facts.num_blocks * facts.block_size * len(plan),
             prompt_threads=self._threads,
             image_placeholder=front.renderer.placeholder or None,
+            chat_templates=front.renderer.variables,
         )
         self._loaded = True
         logger.info(

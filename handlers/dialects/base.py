@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -33,7 +33,8 @@ class Conventions:
 
     model_name: shown in replies to requests that name no model. sampling: the model's own defaults
     (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
-    trust_chat_templates: requests may bring a template of their own. max_model_len, special_token_ids: the model's.
+    trust_chat_templates: requests may bring a template of their own. chat_templates: names of the model's own, of
+    which any request may choose one, with the variables that each reads. max_model_len, special_token_ids: the model's.
     special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
     custom_output: replies go through the user's output formatter, which knows OpenAI's shapes.
     embeddings: the operator lets clients send them in place of pictures.
@@ -50,6 +51,7 @@ class Conventions:
     formats: AnswerFormats = field(default_factory=AnswerFormats)
     custom_output: bool = False
     embeddings: bool = False
+    chat_templates: Mapping[str, Set[str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -113,10 +115,14 @@ class Writer(Protocol):
 
 @dataclass(slots=True)
 class Task:
-    """What a body asks for. Several requests are several prompts, answered together and in order."""
+    """What a body asks for. Several requests are several prompts, answered together and in order.
+
+    misspelt: of names in the body that nobody reads, what is told (`handlers.dialects.misspelt`).
+    """
 
     requests: list[GenerationRequest]
     writer: Writer
+    misspelt: Sequence[str] = ()
 
     @property
     def stream(self) -> bool:

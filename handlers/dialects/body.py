@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,6 +25,12 @@ FORM = "application/x-www-form-urlencoded"
 MOST_CONTAINERS = 2**20
 """Lists and objects in one body. Reading twenty times as many, which 64 MB can hold, would stop the event loop for
 seconds, in whichever thread it is done."""
+
+_JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_PYTHON_TYPE = re.compile(rf"\b(?:{'|'.join(_JSON_TYPES)})\b")
+_EXPECTED = re.compile(r"(?:expected|got) `[^`]*`", re.IGNORECASE)
+
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -103,11 +109,41 @@ def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
         found = _AT.match(str(error))
         assert found is not None
         path = ".".join(filter(None, [under, found["path"]]))
-        what = found["what"][:1].lower() + found["what"][1:]
+        what = _EXPECTED.sub(_in_json_words, found["what"][:1].lower() + found["what"][1:])
         where = f"{path}: " if path else ""
         raise InvalidRequest(
             f"{where}{'a key: ' if found['key'] else ''}{what}", param=path or None
         ) from None
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's type, for a message."""
+    return _KINDS.get(type(value), "a number")
+
+
+def shown_value(value: object) -> str:
+    """What a client sent where only some texts are allowed, for a message."""
+    return repr(value[:40]) if isinstance(value, str) else kind_of(value)
+
+
+def refuse_unknown(
+    fields: Mapping[str, Any], known: Collection[str], where: str, *, param: str | None = None
+) -> None:
+    """For an object in which a key that nobody reads would change the answer without a word; null is as good as absent.
+
+    param: of the error, where that is not `where`. Raises InvalidRequest.
+    """
+    for key, value in fields.items():
+        if value is not None and key not in known:
+            raise InvalidRequest(
+                f"{where} has the key {key[:40]!r}, which this server does not read; allowed: "
+                f"{', '.join(sorted(known))}",
+                param=param or where,
+            )
+
+
+def _in_json_words(expected: re.Match[str]) -> str:
+    return _PYTHON_TYPE.sub(lambda word: _JSON_TYPES[word[0]], expected[0])
 
 
 def _whole(value: Any, depth: int) -> Any:

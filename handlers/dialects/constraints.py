@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from handlers.dialects.body import refuse_unknown, shown_value
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.request import Constraint
@@ -27,6 +28,11 @@ MAX_WHITESPACE_PATTERN = 200
 
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object")
 """The older fields, of which one may be given; `guided_whitespace_pattern` goes with the first."""
+
+_NAMED_SCHEMA = frozenset({"name", "description", "schema", "strict"})
+_FLAGS = frozenset({"disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"})
+_WITHOUT_EFFECT = frozenset({"backend", "disable_fallback"})
+"""Of `structured_outputs`: there is one way to constrain answers."""
 
 _OUTPUTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
@@ -66,14 +72,26 @@ def _response_format(given: object) -> Constraint | None:
         return None
     param = "response_format"
     fields = _object(given, param)
-    if fields.get("type") == "text":
+    kind = fields.get("type")
+    if kind == "text":
+        refuse_unknown(fields, {"type"}, param)
         return None
-    if fields.get("type") == "json_schema" and fields.get("value") is None:
-        inner = f"{param}.json_schema"
-        return _schema(_object(fields.get("json_schema"), inner).get("schema"), f"{inner}.schema", param)
-    if fields.get("type") == "json_object" and fields.get("value") is None:
+    if kind not in ("json_schema", "json_object") or fields.get("value") is not None:
+        return _typed(fields, param)
+    if kind == "json_schema" and fields.get("schema") is None:
+        refuse_unknown(fields, {"type", "json_schema"}, param)
+        return _named_schema(fields.get("json_schema"), f"{param}.json_schema", param)
+    # The schema itself beside the type, as llama.cpp and others have it.
+    refuse_unknown(fields, {"type", *_NAMED_SCHEMA}, param)
+    if fields.get("schema") is None:
         return Constraint("json_object", None, param)
-    return _typed(fields, param)
+    return _schema(fields["schema"], f"{param}.schema", param)
+
+
+def _named_schema(given: object, where: str, param: str) -> Constraint:
+    fields = _object(given, where)
+    refuse_unknown(fields, _NAMED_SCHEMA, where, param=param)
+    return _schema(fields.get("schema"), f"{where}.schema", param)
 
 
 def _typed(given: object, param: str) -> Constraint:
@@ -81,19 +99,19 @@ def _typed(given: object, param: str) -> Constraint:
     fields = _object(given, param)
     kind, value = fields.get("type"), fields.get("value")
     where = f"{param}.value"
+    if kind in ("json", "json_object", "json_schema", "regex"):
+        refuse_unknown(fields, {"type", "value"}, param)
     if kind in ("json", "json_object"):
         return _schema(value, where, param)
     if kind == "json_schema":
-        inner = value.get("schema") if isinstance(value, dict) else None
-        return _schema(inner, f"{where}.schema", param)
+        return _named_schema(value, where, param)
     if kind == "regex":
         return _text("regex", value, where, param)
     allowed = "'json', 'json_object', 'json_schema', 'regex'"
     if param == "response_format":
         allowed = f"'text', {allowed}"
-    raise InvalidRequest(
-        f"{param}.type {_shown(kind)} is not supported by this server; allowed: {allowed}", param=param
-    )
+    problem = "is missing" if kind is None else f"{shown_value(kind)} is not supported by this server"
+    raise InvalidRequest(f"{param}.type {problem}; allowed: {allowed}", param=param)
 
 
 def _structured_outputs(given: object) -> Constraint | None:
@@ -102,6 +120,7 @@ def _structured_outputs(given: object) -> Constraint | None:
     param = "structured_outputs"
     fields = _object(given, param)
     asked = _only(fields, param)
+    refuse_unknown(fields, {*_OUTPUTS, *_FLAGS, *_WITHOUT_EFFECT}, param)
     if asked == "structural_tag":
         raise InvalidRequest(
             f"{param}.structural_tag is not supported by this server; use json, regex, choice or grammar",
@@ -228,7 +247,3 @@ def _object(given: object, where: str) -> dict[str, Any]:
 def _check_size(text: str, where: str, param: str) -> None:
     if (size := len(text.encode())) > MAX_BYTES:
         raise InvalidRequest(f"{where} has {size} bytes; allowed: at most {MAX_BYTES}", param=param)
-
-
-def _shown(value: object) -> str:
-    return repr(value if isinstance(value, str) else type(value).__name__)[:60]

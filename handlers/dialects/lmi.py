@@ -13,6 +13,8 @@ from handlers.dialects.body import convert
 from handlers.dialects.json_lines import JsonLines
 from handlers.dialects.lmi_parameters import (
     NAMES,
+    PARAMETER_NAMES,
+    READ,
     Parameters,
     constraint_of,
     read_parameters,
@@ -21,6 +23,7 @@ from handlers.dialects.lmi_parameters import (
 from handlers.dialects.lmi_reply import LmiWriter
 from handlers.dialects.lmi_tgi import tgi_writer
 from handlers.dialects.markdown_pictures import picture_parts
+from handlers.dialects.misspelt import KnownNames
 from handlers.dialects.openai_completions_reply import CompletionWriter
 from handlers.dialects.sagemaker import wants_lines
 from handlers.errors import InvalidRequest
@@ -35,6 +38,9 @@ class LmiBody(msgspec.Struct):
     stream: bool | None = None
     adapters: str | list[str] | None = None
     model: str | None = None
+
+
+_NAMES = KnownNames(LmiBody.__struct_fields__, inside=READ)
 
 
 def read_lmi(
@@ -70,6 +76,7 @@ def read_lmi(
         shows_prompt=parameters.prefill and not stream,
     )
     constraint = constraint_of(given)
+    misspelt = [*_NAMES.misspelt(body), *PARAMETER_NAMES.misspelt(given, "parameters")]
     requests = [
         GenerationRequest(
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
@@ -93,10 +100,10 @@ def read_lmi(
             n=parameters.returned,
             logprobs=parameters.top_tokens if sampling.logprobs is not None else None,
         )
-        return Task(requests, completion)
+        return Task(requests, completion, misspelt)
     if conventions.tgi_compat:
         events = tgi_writer(prompts, requests, parameters, conventions)
-        return Task(requests, JsonLines(events) if wants_lines(accept) else events)
+        return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt)
     writer = LmiWriter(
         prompts,
         many=many,
@@ -108,7 +115,7 @@ def read_lmi(
         seed=None if parameters.seed == -1 else parameters.seed,
         sse=_wants_sse(accept, conventions),
     )
-    return Task(requests, writer)
+    return Task(requests, writer, misspelt)
 
 
 def _streams(asked: bool | None, prompts: int, parameters: Parameters, conventions: Conventions) -> bool:

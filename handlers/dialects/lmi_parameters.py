@@ -16,6 +16,7 @@ from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.dialects.base import TokenCount, TokenId, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.constraints import GUIDED, read_constraint
+from handlers.dialects.misspelt import KnownNames
 from handlers.dialects.openai_fields import MAX_ANSWERS
 from handlers.dialects.sampler_fields import SamplerFields, sampler_values
 from handlers.errors import InvalidRequest
@@ -85,6 +86,9 @@ _CONSTRAINTS = frozenset(
     {*GUIDED, "guided_whitespace_pattern", "grammar", "response_format", "structured_outputs"}
 )
 _KNOWN = _CONSTRAINTS | {*Parameters.__struct_fields__, *_WITHOUT_EFFECT}
+PARAMETER_NAMES = KnownNames(_CONSTRAINTS | {*Parameters.__struct_fields__}, _WITHOUT_EFFECT)
+READ = {name: f"parameters.{name}" for name in (*Parameters.__struct_fields__, *_CONSTRAINTS)}
+"""A parameter -> its path in a body."""
 
 
 def read_parameters(given: dict[str, Any]) -> Parameters:

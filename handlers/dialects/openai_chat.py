@@ -8,6 +8,7 @@ from engine.sampling_params import shown
 from handlers.dialects.base import Conventions, Task, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.constraints import read_constraint
+from handlers.dialects.misspelt import KnownNames
 from handlers.dialects.openai_answers import answer_form
 from handlers.dialects.openai_fields import (
     CommonBody,
@@ -15,6 +16,7 @@ from handlers.dialects.openai_fields import (
     check_stream,
     common_sampling,
     count_answers,
+    known_names,
     refuse_unsupported,
 )
 from handlers.dialects.openai_messages import read_messages
@@ -23,6 +25,9 @@ from handlers.dialects.openai_tools import Tools, read_tools
 from handlers.dialects.sampler_fields import sampler_names
 from handlers.errors import InvalidRequest
 from handlers.request import ChatPrompt, GenerationRequest, TextPart
+
+MOST_NAMES = 8
+"""Of templates that an error lists."""
 
 
 class ChatBody(CommonBody, kw_only=True):
@@ -48,6 +53,9 @@ class ChatBody(CommonBody, kw_only=True):
     echo: bool | None = None
     return_prompt_text: bool | None = None
     include_reasoning: bool | None = None
+
+
+_NAMES = known_names(ChatBody)
 
 
 def read_chat(
@@ -78,7 +86,8 @@ def read_chat(
     constraint = read_constraint(
         response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
     )
-    sampling = sampling_params(_sampling(asked), conventions.sampling, names)
+    values = _sampling(asked)
+    sampling = sampling_params(values, conventions.sampling, names)
     form = answer_form(
         tools,
         constraint,
@@ -97,6 +106,7 @@ def read_chat(
         priority=asked.priority or 0,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
         truncation_side=asked.truncation_side or "left",
+        max_tokens_is_default=values["max_tokens"] is None and sampling.max_tokens is not None,
         constraint=form.constraint,
         names=names,
     )
@@ -113,7 +123,16 @@ def read_chat(
         echo=_echo(prompt) if asked.echo else "",
         parsed=form.parsed,
     )
-    return Task([request], writer)
+    return Task([request], writer, _misspelt(body, asked, conventions))
+
+
+def _misspelt(body: dict[str, Any], asked: ChatBody, conventions: Conventions) -> list[str]:
+    found = _NAMES.misspelt(body)
+    own = conventions.chat_templates
+    if asked.chat_template_kwargs and (asked.chat_template is None or asked.chat_template in own):
+        variables = KnownNames(frozenset[str]().union(*own.values()))
+        found += variables.misspelt(asked.chat_template_kwargs, "chat_template_kwargs")
+    return found
 
 
 def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> ChatPrompt:
@@ -123,9 +142,11 @@ def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> C
             "continue_final_message and add_generation_prompt exclude each other",
             param="continue_final_message",
         )
-    if asked.chat_template is not None and not conventions.trust_chat_templates:
+    template, own = asked.chat_template, conventions.chat_templates
+    if template is not None and template not in own and not conventions.trust_chat_templates:
+        names = f", by name: {', '.join(sorted(own)[:MOST_NAMES])}" if own else ""
         raise InvalidRequest(
-            "chat_template: this server uses its own template (option.trust_request_chat_template=true lets "
+            f"chat_template: this server uses its own templates{names} (option.trust_request_chat_template=true lets "
             "requests bring theirs)",
             param="chat_template",
         )
@@ -138,7 +159,7 @@ def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> C
         messages=read_messages(asked.messages, embeddings=conventions.embeddings),
         add_generation_prompt=not resume if add is None else add,
         continue_final_message=resume,
-        template=asked.chat_template,
+        template=template,
         template_kwargs=variables,
         tools=None if tools is None else tools.offered,
         add_special_tokens=asked.add_special_tokens,

@@ -20,6 +20,7 @@ from handlers.dialects.openai_fields import (
     check_stream,
     common_sampling,
     count_answers,
+    known_names,
     refuse_unsupported,
 )
 from handlers.dialects.sampler_fields import sampler_names
@@ -27,7 +28,7 @@ from handlers.errors import InvalidRequest
 from handlers.request import GenerationRequest, TextPrompt
 
 DEFAULT_MAX_TOKENS = 16
-"""OpenAI's, where the body has no `max_tokens`; null means up to the context's end."""
+"""OpenAI's, where the body has no `max_tokens`; null means the model's own default, else up to the context's end."""
 
 _Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
@@ -40,6 +41,9 @@ class CompletionBody(CommonBody, kw_only=True):
     echo: bool | None = None
     logprobs: _Logprobs | None = None
     suffix: str | None = None
+
+
+_NAMES = known_names(CompletionBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ def read_completion(
             priority=asked.priority or 0,
             truncate_prompt_tokens=asked.truncate_prompt_tokens,
             truncation_side=asked.truncation_side or "left",
-            max_tokens_is_default="max_tokens" not in body,
+            max_tokens_is_default=asked.max_tokens is None and sampling.max_tokens is not None,
             names=names,
             constraint=constraint,
         )
@@ -104,7 +108,7 @@ def read_completion(
         token_ids=bool(asked.return_token_ids),
         tokens_as_ids=bool(asked.return_tokens_as_token_ids),
     )
-    return Task(requests, writer)
+    return Task(requests, writer, _NAMES.misspelt(body))
 
 
 def _best_of(asked: CompletionBody, n: int, stream: bool) -> int:

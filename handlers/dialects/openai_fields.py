@@ -9,7 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, shown
+from handlers.dialects.body import refuse_unknown
 from handlers.dialects.constraints import GUIDED
+from handlers.dialects.misspelt import KnownNames
 from handlers.dialects.sampler_fields import SamplerFields, sampler_values
 from handlers.errors import InvalidRequest
 
@@ -135,6 +137,8 @@ def count_answers(asked: CommonBody) -> int:
 
 def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
     """What would change the answer and is not there is refused; all else that `shape` does not know is dropped."""
+    if isinstance(options := body.get("stream_options"), dict):
+        refuse_unknown(options, StreamOptions.__struct_fields__, "stream_options")
     for name in body.keys() - shape.__struct_fields__:
         if name in UNSUPPORTED and body[name] is not None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
@@ -144,6 +148,13 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
             raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
         if name not in IGNORED and name not in READ_ELSEWHERE:
             log.debug("unknown field ignored: %.80s", name)
+
+
+def known_names(shape: type[CommonBody]) -> KnownNames:
+    """Of a body of this shape."""
+    return KnownNames(
+        {*shape.__struct_fields__, *READ_ELSEWHERE}, {*IGNORED, *UNSUPPORTED, *FALSE_ONLY, "best_of"}
+    )
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from handlers.dialects.body import kind_of, refuse_unknown, shown_value
 from handlers.errors import InvalidRequest
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
@@ -19,6 +20,22 @@ _TEXT_PARTS = {
     "thinking": "thinking",
 }
 _PICTURE_PARTS = frozenset({"image_url", "input_image"})
+_PICTURE_KEYS = frozenset({"type", "image_url", "detail", "uuid", "id", "index", "cache_control"})
+_URL_KEYS = frozenset({"url", "detail", "uuid", "format", "media_type", "mime_type", "cache_control"})
+_DETAILS = (None, "auto", "low", "high", "original")
+_PART = 'send it as a part of the content: {"type": "image_url", "image_url": {"url": "..."}}'
+_CONTINUE = "send continue_final_message: true with the request"
+_NOT_READ = {
+    "images": _PART,
+    "image": _PART,
+    "image_url": _PART,
+    "audio": "it takes text and pictures only",
+    "video": "it takes text and pictures only",
+    "prefix": _CONTINUE,
+    "partial": _CONTINUE,
+}
+"""Keys of messages that other servers obey -> what to send. All others that are unknown change nothing."""
+
 _ROWS, _GRID = "image_embeds", "image_grid_thw"
 
 
@@ -50,12 +67,17 @@ def _message(message: Any, path: str) -> Message:
     role = message.get("role")
     if role is None:
         raise _missing(f"{path}.role")
-    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+    if not isinstance(role, str):
+        raise _wrong(f"{path}.role", "a string", role)
+    if not _ROLE.fullmatch(role):
         raise InvalidRequest(
-            f"{path}.role is {str(role)[:40]!r}; allowed: system, developer, user, assistant, tool, or another "
+            f"{path}.role is {role[:40]!r}; allowed: system, developer, user, assistant, tool, or another "
             "word that the model's chat template knows",
             param=f"{path}.role",
         )
+    for key, instead in _NOT_READ.items():
+        if message.get(key):
+            raise InvalidRequest(f"{path}.{key} is not read by this server: {instead}", param=f"{path}.{key}")
     name, call_id, reasoning = (
         _optional_string(message, key, path) for key in ("name", "tool_call_id", "reasoning")
     )
@@ -63,8 +85,8 @@ def _message(message: Any, path: str) -> Message:
         reasoning = _optional_string(message, "reasoning_content", path)
     calls = _calls(message, path)
     content = message.get("content")
-    if content is None and role == "assistant":
-        content = message.get("refusal") or ([] if calls else None)
+    if content is None:  # As in a reply of which only reasoning or calls came, and as empty as in vLLM.
+        content = message.get("refusal") or []
     return Message(
         role=role,
         parts=_content(content, f"{path}.content"),
@@ -98,8 +120,6 @@ def _content(content: Any, path: str) -> list[Part]:
         return [TextPart(content)]
     if isinstance(content, list):
         return [_part(part, f"{path}[{i}]") for i, part in enumerate(content) if not _is_empty(part)]
-    if content is None:
-        raise _missing(path)
     raise _wrong(path, "a string or a list of parts", content)
 
 
@@ -126,8 +146,13 @@ def _part(part: Any, path: str) -> Part:
         raise _wrong(f"{path}.type", "a string", kind)
     if kind in _TEXT_PARTS:
         key = _TEXT_PARTS[kind]
+        for other in ("image_url", _ROWS):
+            if part.get(other):
+                raise InvalidRequest(f"{path} is of type {kind} and has {other}: send two parts", param=path)
         return TextPart(_string(part.get(key), f"{path}.{key}"))
     if kind in _PICTURE_PARTS:
+        refuse_unknown(part, _PICTURE_KEYS, path)
+        _check_detail(part, path)
         return ImagePart(_url(part.get("image_url"), f"{path}.image_url"))
     if kind == _ROWS:
         return _embeddings(part.get(_ROWS), f"{path}.{_ROWS}")
@@ -142,11 +167,21 @@ def _part(part: Any, path: str) -> Part:
 def _url(image_url: Any, path: str) -> str:
     """`image_url` is an object with a `url`, or the URL itself; `detail` has no meaning for these models."""
     if isinstance(image_url, dict):
+        refuse_unknown(image_url, _URL_KEYS, path)
+        _check_detail(image_url, path)
         image_url, path = image_url.get("url"), f"{path}.url"
     url = _string(image_url, path)
     if not url:
         raise InvalidRequest(f"{path} is empty: send a https:, http: or data: URL", param=path)
     return url
+
+
+def _check_detail(fields: dict[str, Any], path: str) -> None:
+    if (detail := fields.get("detail")) not in _DETAILS:
+        allowed = ", ".join(filter(None, _DETAILS))
+        raise InvalidRequest(
+            f"{path}.detail is {shown_value(detail)}; allowed: {allowed}", param=f"{path}.detail"
+        )
 
 
 def _embeddings(given: Any, path: str) -> EmbeddingsPart:
@@ -189,5 +224,4 @@ def _missing(path: str) -> InvalidRequest:
 
 
 def _wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return InvalidRequest(f"{path} is {names.get(type(value), 'a number')}, not {wanted}", param=path)
+    return InvalidRequest(f"{path} is {kind_of(value)}, not {wanted}", param=path)

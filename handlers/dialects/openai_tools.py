@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from handlers.dialects.body import refuse_unknown, shown_value
 from handlers.dialects.constraints import MAX_BYTES, MAX_DEPTH, depth
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
@@ -20,6 +21,13 @@ MAX_TOOLS = 128
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _MODES = ("none", "auto", "required")
+_TOOL = frozenset({"type", "function", "strict", "defer_loading", "cache_control"})
+_FUNCTION = frozenset(
+    {"name", "description", "parameters", "arguments", "strict", "return", "defer_loading", "cache_control"}
+)
+"""What clients write there: the first four are read, and all of a function's reach the chat template."""
+
+_CHOICE = frozenset({"type", "function", "name", "allowed_tools"})
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -113,10 +121,13 @@ def _choice(given: object, param: str) -> tuple[str | None, list[str] | None]:
     correct = '{"type": "function", "function": {"name": "..."}}'
     if not isinstance(given, dict):
         raise InvalidRequest(f"{param} must be a string or {correct}", param=param)
+    refuse_unknown(given, _CHOICE, param)
     if given.get("type") == "allowed_tools":
         return _allowed(given.get("allowed_tools"), param)
+    if isinstance(function := given.get("function"), dict):
+        refuse_unknown(function, _FUNCTION, f"{param}.function", param=param)
     name = _name_of(given)
-    if given.get("type", "function") != "function" or name is None:
+    if (given.get("type") or "function") != "function" or name is None:
         raise InvalidRequest(f'{param} is none of "none", "auto", "required" and {correct}', param=param)
     return "named", [name]
 
@@ -124,6 +135,7 @@ def _choice(given: object, param: str) -> tuple[str | None, list[str] | None]:
 def _allowed(given: object, param: str) -> tuple[str, list[str]]:
     param = f"{param}.allowed_tools"
     fields = given if isinstance(given, dict) else {}
+    refuse_unknown(fields, {"mode", "tools"}, param)
     mode, tools = fields.get("mode"), fields.get("tools")
     names = [_name_of(tool) for tool in tools] if isinstance(tools, list) else []
     if mode not in ("auto", "required") or not names or len(names) > MAX_TOOLS or None in names:
@@ -153,11 +165,13 @@ def _definitions(offered: Sequence[object], field: str) -> list[dict[str, Any]]:
         if field == "functions":
             function: object = given
         else:
-            if given.get("type", "function") != "function":
+            kind = given.get("type")
+            if kind is not None and kind != "function":
                 raise InvalidRequest(
-                    f"{path}.type is {str(given.get('type'))[:40]!r}; this server knows tools of type function",
+                    f"{path}.type is {shown_value(kind)}; this server knows tools of type function",
                     param=f"{path}.type",
                 )
+            refuse_unknown(given, _TOOL, path)
             function, path = given.get("function"), f"{path}.function"
         definitions.append({"type": "function", "function": _function(function, path)})
     names = [tool["function"]["name"] for tool in definitions]
@@ -180,6 +194,7 @@ def _function(given: object, path: str) -> dict[str, Any]:
             f"{path}.name {shown}; allowed: 1 to 128 letters, digits, underscores, dots and dashes",
             param=f"{path}.name",
         )
+    refuse_unknown(given, _FUNCTION, path)
     description = given.get("description")
     if description is not None and not isinstance(description, str):
         raise InvalidRequest(f"{path}.description must be a string", param=f"{path}.description")

@@ -17,6 +17,7 @@ from handlers.dialects.base import Conventions, Task, sampling_params
 from handlers.dialects.body import convert
 from handlers.dialects.constraints import read_constraint
 from handlers.dialects.markdown_pictures import picture_parts
+from handlers.dialects.misspelt import KnownNames
 from handlers.dialects.openai_fields import MAX_ANSWERS
 from handlers.dialects.tgi_reply import TgiWriter
 from handlers.errors import InvalidRequest
@@ -81,6 +82,12 @@ class TgiBody(msgspec.Struct):
     model: str | None = None
 
 
+_PARAMETER_NAMES = KnownNames(Parameters.__struct_fields__)
+_BODY_NAMES = KnownNames(
+    TgiBody.__struct_fields__, inside={name: f"parameters.{name}" for name in Parameters.__struct_fields__}
+)
+
+
 def read_tgi(
     body: dict[str, Any],
     conventions: Conventions,
@@ -130,7 +137,8 @@ def read_tgi(
         seeds=seeds,
         special_token_ids=conventions.special_token_ids,
     )
-    return Task([request], writer)
+    misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
+    return Task([request], writer, misspelt)
 
 
 def read_parameters(given: dict[str, Any], *, stream: bool) -> Parameters:

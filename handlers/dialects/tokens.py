@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any
@@ -11,9 +11,10 @@ import msgspec
 from msgspec import Meta
 
 from handlers.backends.base import TokenizedPrompt
-from handlers.dialects.base import Conventions, TokenCount, TokenId
+from handlers.dialects.base import Conventions, Task, TokenCount, TokenId
 from handlers.dialects.body import convert
 from handlers.dialects.markdown_pictures import picture_parts
+from handlers.dialects.misspelt import KnownNames
 from handlers.dialects.openai_chat import read_chat
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming
@@ -27,11 +28,15 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class TokenTask:
-    """keep: only this many of the last tokens are asked for; None for all of them. write: the reply's body."""
+    """keep: only this many of the last tokens are asked for; None for all of them. write: the reply's body.
+
+    misspelt: as of `Task`.
+    """
 
     prompt: Prompt
     write: Callable[[TokenizedPrompt], bytes]
     keep: int | None = None
+    misspelt: Sequence[str] = ()
 
 
 class TokenParameters(msgspec.Struct):
@@ -47,6 +52,9 @@ class PromptToTokens(msgspec.Struct):
     prompt: str
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+
+
+_PROMPT_NAMES = KnownNames({*PromptToTokens.__struct_fields__}, {"model"})
 
 
 class _VllmChat(msgspec.Struct):
@@ -72,7 +80,8 @@ class SimpleToken(msgspec.Struct):
 def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> TokenTask:
     """`inputs` is TGI's word, `prompt` and `messages` are vLLM's. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
-        return TokenTask(_chat_prompt(body, conventions, incoming), _chat_tokens)
+        asked_chat = _chat(body, conventions, incoming)
+        return TokenTask(asked_chat.requests[0].prompt, _chat_tokens, misspelt=asked_chat.misspelt)
     if "inputs" in body:
         asked = convert(body, InputsToTokens)
         keep = None if asked.parameters is None else asked.parameters.truncate
@@ -82,13 +91,15 @@ def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Inco
         chat = {name: value for name, value in body.items() if name not in _VllmChat.__struct_fields__}
         if also.add_special_tokens:
             chat["add_special_tokens"] = True
-        prompt = _chat_prompt(chat, conventions, incoming)
-        return TokenTask(prompt, _vllm_tokens(conventions, also.return_token_strs))
+        asked_chat = _chat(chat, conventions, incoming)
+        write = _vllm_tokens(conventions, also.return_token_strs)
+        return TokenTask(asked_chat.requests[0].prompt, write, misspelt=asked_chat.misspelt)
     if "prompt" in body:
         text = convert(body, PromptToTokens)
         add = True if text.add_special_tokens is None else text.add_special_tokens
         prompt = TextPrompt(picture_parts(text.prompt), add_special_tokens=add)
-        return TokenTask(prompt, _vllm_tokens(conventions, text.return_token_strs))
+        write = _vllm_tokens(conventions, text.return_token_strs)
+        return TokenTask(prompt, write, misspelt=_PROMPT_NAMES.misspelt(body))
     raise InvalidRequest("the body has neither inputs, prompt nor messages", param="prompt")
 
 
@@ -101,10 +112,10 @@ def detokenize_reply(text: str) -> bytes:
     return _encode({"prompt": text})
 
 
-def _chat_prompt(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Prompt:
-    """The prompt that the same body would be answered for."""
+def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
+    """With the prompt that the same body would be answered for."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-    return read_chat(asked, conventions, request_id=incoming.request_id).requests[0].prompt
+    return read_chat(asked, conventions, request_id=incoming.request_id)
 
 
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:

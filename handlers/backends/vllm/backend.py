@@ -41,7 +41,7 @@ from handlers.backends.vllm.prompts.front import VllmFront
 from handlers.backends.vllm.prompts.inputs import Inputs
 from handlers.backends.vllm.prompts.rendered import placeholders, take_back
 from handlers.backends.vllm.prompts.room import check_room
-from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm
+from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm, usual_sampling
 from handlers.backends.vllm.samplers.carried import with_breakers
 from handlers.errors import InvalidRequest, Overloaded, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
@@ -151,7 +151,7 @@ class VllmBackend:
         self._capabilities = Capabilities(
             max_model_len=int(config.model_config.max_model_len),
             images=self._front.images,
-            default_sampling=self._front.default_sampling,
+            default_sampling=usual_sampling(self._front.default_sampling, self._samplers),
             adapters=self._settings.enable_lora,
             structured_outputs=True,
             image_placeholder=self._front.renderer.placeholder,
@@ -165,6 +165,7 @@ class VllmBackend:
             ),
             cache_tokens=self._blocks * int(config.cache_config.block_size),
             prompt_threads=_THREADS,
+            chat_templates=self._front.renderer.variables,
             formats=formats,
         )
         self._loaded = True

@@ -6,24 +6,28 @@ token and the same request is the same prompt with every backend. vLLM's own ren
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from handlers.backends.model_front import (
-    read_chat_template,
     read_default_sampling,
     read_eos_token_ids,
     read_generation_config,
 )
 from handlers.backends.tokens import TokenTexts
 from handlers.backends.vllm.prompts.places import PicturePlaces, picture_places, placeholder_of
+from handlers.chat_templates import read_chat_templates
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
     from handlers.request import PicturePart
     from properties.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class VllmFront:
@@ -35,7 +39,8 @@ class VllmFront:
         text_config = config.hf_text_config
         self.tokenizer = tokenizer
         self.images = bool(config.is_multimodal_model) and "image" in _modalities(engine)
-        template = read_chat_template(settings.chat_template, path) or tokenizer.chat_template
+        templates = read_chat_templates(settings.chat_template, Path(path), tokenizer.chat_template)
+        logger.info("chat template: %s", templates.told())
         self.places: PicturePlaces | None = None
         if self.images:
             placeholder, inserts = placeholder_of(vllm, config)
@@ -45,21 +50,20 @@ class VllmFront:
                 _image_token_id(config.hf_config),
                 settings.image_placeholder_token,
                 inserts=inserts,
-                printed=template if isinstance(template, str) else "",
+                printed="\x00".join(templates.all),
             )
         try:
             self.renderer = PromptRenderer(
                 tokenizer,
-                template,
+                templates,
                 settings.chat_template_content_format,
                 None if self.places is None else self.places.token,
                 placeholder=None if self.places is None else self.places.placeholder,
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
-        generation = read_generation_config(path)
-        self.eos_token_ids = read_eos_token_ids(generation, text_config, tokenizer)
-        self.default_sampling = read_default_sampling(generation)
+        self.eos_token_ids = read_eos_token_ids(read_generation_config(path), text_config, tokenizer)
+        self.default_sampling = read_default_sampling(generation_defaults(config, path))
         self.vocab_size = int(config.get_vocab_size())
         self.token_texts = TokenTexts(tokenizer)
 
@@ -68,6 +72,14 @@ class VllmFront:
         if self.places is None or not parts:
             return token_ids
         return self.places.exchanged(token_ids, self.renderer.image_token_id)
+
+
+def generation_defaults(config: Any, path: str) -> dict[str, Any]:
+    """The generation_config.json that requests get their defaults from, as vLLM's own options of that name say."""
+    source = config.generation_config
+    own = {} if source == "vllm" else read_generation_config(path if source == "auto" else source)
+    own.update(config.override_generation_config)
+    return own
 
 
 def _modalities(engine: Any) -> Any:

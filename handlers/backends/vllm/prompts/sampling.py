@@ -106,6 +106,13 @@ def to_vllm(
         raise refused(error) from error
 
 
+def usual_sampling(defaults: Mapping[str, float | int], samplers: Samplers) -> dict[str, float | int]:
+    """The model's defaults without those for which every request would be refused."""
+    if samplers.lacking is None:
+        return dict(defaults)
+    return {name: value for name, value in defaults.items() if name in (*SAME, *TRANSLATED)}
+
+
 def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers) -> None:
     """Raise InvalidRequest unless the engine has the samplers that these parameters ask for."""
     if samplers.lacking is None and not (samplers.reports_choice and params.logprobs is not None):
