@@ -10,6 +10,7 @@ import re
 import zlib
 
 from handlers.errors import ImageFetchFailed, ImageTooLarge
+from handlers.images.metadata import kind_of
 from handlers.images.problem import PictureProblem
 
 MAX_CODINGS = 4
@@ -17,9 +18,6 @@ _STEP = 2**18
 _MEMBER_BYTES = 1024  # of a gzip file with many members, on average: more of them would only cost time
 
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
-_IMAGE = re.compile(
-    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|BM|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftypavi[fs]", re.DOTALL
-)
 
 
 def codings_of(header: bytes) -> tuple[str, ...]:
@@ -37,7 +35,7 @@ def without_codings(data: bytes, codings: tuple[str, ...], max_bytes: int) -> by
     if len(codings) > MAX_CODINGS:
         raise _problem(codings[0], f"and {len(codings) - 1} more on top of it, which is refused")
     for coding in reversed(codings):
-        if not data or _IMAGE.match(data):
+        if not data or kind_of(data):
             return data  # the header says more than was done
         if coding == "gzip":
             data = _inflated(data, coding, _GZIP, max_bytes)
