@@ -141,6 +141,9 @@ class ImageLoader:
         ImageError of the lowest index that fails (those before it are waited for) and abandons the others.
         Cancelled or failed, it leaves no socket open and no part loaded that was not before.
         """
+        for part in parts:
+            if isinstance(part, EmbeddingsPart) and part.given is not None:
+                part.loaded = part.given
         wanted = [(first_index + i, part) for i, part in enumerate(parts) if part.loaded is None]
         try:
             files, failed = await _until_one_fails(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from handlers import LLM, SamplingParams
-from handlers.errors import ServingError
+from handlers.errors import InvalidRequest, ServingError
 from tests.saved_tensors import Planted
 from tests.test_shapes_live import SHAPES
 
@@ -33,4 +33,7 @@ def test_a_planted_pickle_is_never_run(tmp_path: Path) -> None:
     with LLM(str(model), load_format="pt", **OPTIONS) as llm:
         (output,) = llm.generate("USER: Hello\nASSISTANT:", SamplingParams(temperature=0))
         assert output.outputs[0].token_ids
+        embeddings = {"prompt": "<image>a", "multi_modal_data": {"image": torch.ones(64, 128)}}
+        with pytest.raises(InvalidRequest, match="enable_mm_embeds=True"):
+            llm.generate(embeddings)
     assert not trace.exists()
