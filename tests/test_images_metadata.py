@@ -284,6 +284,7 @@ def test_a_file_without_metadata_is_not_copied() -> None:
         ("PNG", PNG[:33] + chunk(b"IDAT", b"") * (MAX_PARTS + 1)),
         ("JPEG", JPEG[:2] + segment(0xE5, b"") * (MAX_PARTS + 1)),
         ("JPEG", JPEG[:2] + b"\xff" * (MAX_PARTS + 1)),
+        ("JPEG", JPEG[:-2] + segment(0xFE, b"\xff\xda") * (MAX_PARTS + 1)),
         ("WEBP", b"RIFF\xff\xff\xff\x7fWEBP" + riff(b"JUNK", b"") * (MAX_PARTS + 1)),
         ("GIF", GIF[:10] + b"\0" + GIF[11:13] + b"\x21\xfe" + b"\1x" * (MAX_PARTS + 1)),
         ("GIF", GIF[:10] + b"\0" + GIF[11:13] + b"\x21\xfe\0" * (MAX_PARTS + 1)),
@@ -291,7 +292,7 @@ def test_a_file_without_metadata_is_not_copied() -> None:
     ],
 )
 def test_a_file_of_very_many_parts_is_refused(kind: str, flood: bytes) -> None:
-    with pytest.raises(PictureProblem, match=f"it is a {kind} of more than {MAX_PARTS} parts"):
+    with pytest.raises(PictureProblem, match=f"its {kind} data has more than {MAX_PARTS} parts"):
         measure(flood, LIMIT)
 
 

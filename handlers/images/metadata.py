@@ -56,7 +56,7 @@ def kind_of(data: bytes) -> str | None:
 def _counted(kind: str) -> Iterator[None]:
     for _ in range(MAX_PARTS):
         yield
-    raise PictureProblem(f"it is a {kind} of more than {MAX_PARTS} parts")
+    raise PictureProblem(f"its {kind} data has more than {MAX_PARTS} parts")
 
 
 def _jpeg(data: bytes) -> _Pieces | None:
@@ -102,10 +102,18 @@ _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 
 def jpeg_scans(data: bytes, most: int) -> int:
-    """How many there are, up to most + 1: what follows the image, or stands within other segments, is none."""
+    """How many there are, up to most + 1: what follows the image, or stands within other segments, is none.
+
+    Raises PictureProblem for a file of more than `MAX_PARTS` parts.
+    """
     count, at = 0, 2
-    while count <= most and (marker := _MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
+    for _ in _counted("JPEG"):
+        marker = _MARKER.search(data, at)
+        if marker is None or marker[0] == b"\xff\xd9":
+            break
         count += marker[0] == b"\xff\xda"
+        if count > most:
+            break
         at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
     return count
 
@@ -257,7 +265,7 @@ def _tiff(data: bytes) -> _Pieces | None:
     (offset,) = struct.unpack_from(order + offset_code, data, 8 if big else 4)
     (count,) = struct.unpack_from(order + count_code, data, offset)
     if count > MAX_PARTS:
-        raise PictureProblem(f"it is a TIFF of more than {MAX_PARTS} parts")
+        raise PictureProblem(f"its TIFF data has more than {MAX_PARTS} parts")
     first = offset + struct.calcsize(count_code)
     entries = [data[at : at + size] for at in range(first, first + count * size, size)]
     kept = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] in _TIFF_PIXELS]
