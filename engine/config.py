@@ -39,6 +39,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     encoder_cache_bytes: memory for vision-encoder outputs per device; None chooses by device and model.
     threads: intra-op threads per process on a CPU; None chooses from the cores and the number of processes.
     attention: the kernel by name, or "auto".
+    pickled_weights: whether PyTorch's own files, which are pickles, may be read where there are no safetensors; what is
+    in them is never run.
     vocabulary: for answers that must match a grammar; None where there are none.
     """
 
@@ -55,6 +57,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     encoder_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
     trust_remote_code: bool = False
+    pickled_weights: bool = False
     threads: int | None = None
     attention: str = "auto"
     vocabulary: Vocabulary | None = None

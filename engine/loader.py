@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, served
 from engine.machine import computes_bfloat16
 from engine.tensor_parallel import Ranks
+from engine.weights import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,11 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
     """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
     quiet_transformers()
     model_config = read_config(config.model_path, trust_remote_code=config.trust_remote_code)
+    weight_files(
+        Path(config.model_path),
+        pickled=config.pickled_weights,
+        named=getattr(model_config, "transformers_weights", None),
+    )
     dtype, reason, lossy = resolve_dtype(
         model_config, config.dtype, device.type, bfloat16=computes_bfloat16(device.type)
     )
@@ -120,8 +128,10 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
             model_config,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.pickled_weights else True,
+            weights_only=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, UnpicklingError) as error:
         raise ModelLoadError(f"the model's weights cannot be loaded: {error}") from error
     loaded.model.train(mode=False)
     if ranks is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from handlers.offline.llm import LLM
+    from handlers.offline.multimodal import ImageFeatureData, ImagePixelData, MultiModalData
     from handlers.offline.outputs import CompletionOutput, Logprob, RequestOutput
     from handlers.offline.params import GuidedDecodingParams, SamplingParams, StructuredOutputsParams
 
@@ -17,7 +18,10 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "GuidedDecodingParams",
+    "ImageFeatureData",
+    "ImagePixelData",
     "Logprob",
+    "MultiModalData",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -28,6 +32,9 @@ _FROM = {
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "RequestOutput": "outputs",
+    "ImageFeatureData": "multimodal",
+    "ImagePixelData": "multimodal",
+    "MultiModalData": "multimodal",
     "GuidedDecodingParams": "params",
     "SamplingParams": "params",
     "StructuredOutputsParams": "params",

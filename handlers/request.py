@@ -85,13 +85,14 @@ class EmbeddingsPart:
     """A picture sent as its embeddings; `loaded` and `share` are like those of an `ImagePart`.
 
     rows, grid: what `torch.save` wrote, in base64, exactly as the client sent it (never logged); the second also as
-    the numbers themselves.
+    the numbers themselves. given: the numbers, in place of both: the caller's own.
     """
 
     rows: str = field(repr=False)
     grid: str | Grid | None = field(default=None, repr=False)
     loaded: LoadedEmbeddings | None = None
     share: Share | None = field(default=None, repr=False)
+    given: LoadedEmbeddings | None = field(default=None, repr=False)
 
     @property
     def characters(self) -> int:

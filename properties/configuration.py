@@ -133,12 +133,13 @@ class Configuration:
         return theirs + [
             Problem(
                 f"{key_of(name)} ({source.location}) has no effect with the {backend} backend; "
-                f"honoured by: {', '.join(FACTS[name].backends) or 'none yet'}",
+                f"honoured by: {', '.join(_honouring(name, getattr(self.settings, name))) or 'none yet'}",
                 name,
                 source,
             )
             for name, source in self.sources.items()
-            if backend not in FACTS[name].backends and changed(self.settings, self.sources, name)
+            if backend not in _honouring(name, getattr(self.settings, name))
+            and changed(self.settings, self.sources, name)
         ]
 
     def without_effect(self, backend: BackendName) -> list[Problem]:
@@ -157,6 +158,14 @@ class Configuration:
             for name, reason in reasons.items()
             if changed(self.settings, self.sources, name)
         ]
+
+
+def _honouring(name: str, value: Any) -> tuple[BackendName, ...]:
+    """The backends that obey an option when it has this value."""
+    facts = FACTS[name]
+    if facts.embedded and str(value).lower() not in facts.embedded:
+        return tuple(backend for backend in facts.backends if backend != "rolling")
+    return facts.backends
 
 
 def resolve(

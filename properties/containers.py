@@ -29,9 +29,11 @@ SAME = {
 WITHOUT_EFFECT = {
     "disable_log_requests": 0, "enable_log_requests": 0, "disable_log_stats": 0, "disable_uvicorn_access_log": 0,
     "disable_frontend_multiprocessing": 0, "enable_request_id_headers": 0, "disable_fastapi_docs": 0,
-    "uvicorn_log_level": 1, "max_log_len": 1, "swap_space": 1, "max_logprobs": 1,
+    "uvicorn_log_level": 1, "max_log_len": 1, "swap_space": 1, "max_logprobs": 1, "image_processor": 1,
+    "image_processor_revision": 1, "disable_image_processor": 0, "no_image_processor": 0,
 }  # fmt: skip
-"""Flags of vLLM and Aphrodite that no answer depends on -> how many values they take."""
+"""Flags of vLLM and Aphrodite that no answer depends on -> how many values they take. Images are always prepared by
+the model's own processor, as vLLM did unless it was told otherwise."""
 
 _ADAPTERS = "put adapters into adapters/ beside the model, or send them to POST /adapters"
 _CORS = "pages of cors_allowed_origin may use every method and header that the server has"

@@ -58,6 +58,7 @@ class Option:
     secret: the value is never shown.
     verbatim: spaces at the value's ends belong to it.
     unit: of the number, for people.
+    embedded: the only values that the embedded engine obeys; empty for all.
     """
 
     meaning: str
@@ -69,6 +70,7 @@ class Option:
     secret: bool
     verbatim: bool
     unit: str | None
+    embedded: tuple[str, ...]
 
 
 def option(
@@ -83,6 +85,7 @@ def option(
     secret: bool = False,
     verbatim: bool = False,
     unit: str | None = None,
+    embedded: tuple[str, ...] = (),
 ) -> Any:
     """A field of the settings: see `Option` for the arguments."""
     field = Field(default=default)
@@ -97,6 +100,7 @@ def option(
             secret=secret,
             verbatim=verbatim,
             unit=unit,
+            embedded=embedded,
         )
     )
     return field

@@ -48,7 +48,11 @@ class ModelSettings(BaseModel):
         variables=(Variable("HF_MODEL_QUANTIZE", Level.TGI),),
     )
     load_format: Word = option(
-        "How weights are read, e.g. auto, safetensors, dummy, runai_streamer.", default="auto", backends=VLLM
+        "How weights are read. The embedded engine reads safetensors (auto, safetensors), and with pt also "
+        "pytorch_model.bin, a pickle of which nothing is run. vLLM knows more, e.g. dummy, runai_streamer; its auto "
+        "reads .bin where there are no safetensors.",
+        default="auto",
+        embedded=("auto", "safetensors", "pt"),
     )
     tokenizer_mode: Word = option(
         "vLLM's tokeniser implementation, e.g. auto, hf. With mistral, and for a model that has Mistral's own files, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -235,6 +236,61 @@ def test_run_listens_on_aphrodites_port_unless_told_otherwise() -> None:
     assert started("serve_main", str(SHAPES), "--max-model-len", "64") == "0.0.0.0 8080"
     assert started("main", "run", str(SHAPES), SERVING_PORT="81") == "127.0.0.1 81"
     assert started("main", "run", str(SHAPES), "--port", "82", "--host", "::1") == "::1 82"
+
+
+PAGE = """
+    --model llava-hf/llava-1.5-7b-hf
+    --image-input-type pixel_values
+    --image-token-id 32000
+    --image-input-shape 1,3,336,336
+    --image-feature-size 576
+    --chat-template template_llava.jinja
+"""
+"""What vLLM's page on vision models wrote behind `python -m vllm.entrypoints.openai.api_server`, from 0.4 to 0.5."""
+
+
+def resolved(command: str) -> Settings:
+    found = read_flags(command.split(), OWN)
+    return resolve(model=None, environ={}, options=[*found.options, *found.secret]).settings
+
+
+def test_the_command_of_vllms_old_page_with_another_programs_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("template_llava.jinja").write_text("{{ messages }}")
+    settings = resolved(PAGE)
+    assert settings.model_id == "llava-hf/llava-1.5-7b-hf"
+    assert (settings.image_input_type, settings.image_token_id) == ("pixel_values", 32_000)
+    assert (settings.image_input_shape, settings.image_feature_size) == ([1, 3, 336, 336], 576)
+    assert settings.chat_template == str(tmp_path / "template_llava.jinja")
+    # A command line that its users have written in earnest.
+    settings = resolved(
+        "--port=5063 --host=0.0.0.0 --model microsoft/Phi-3-vision-128k-instruct --tensor-parallel-size=1 --seed 1234 "
+        "--max-num-batched-tokens=8192 --trust-remote-code --max-log-len=100 --image-input-type=pixel_values "
+        "--image-token-id=32044 --image-input-shape=1,3,1008,1344 --image-feature-size=1921 --download-dir=/tmp/hub "
+        "--disable-image-processor --dtype bfloat16 --max-model-len 4096 --enforce-eager --disable-log-requests "
+        "--gpu-memory-utilization 0.95 --max-num-seqs 32"
+    )
+    assert (settings.host, settings.port, settings.seed) == ("0.0.0.0", 5063, 1234)
+    assert (settings.image_input_shape, settings.image_feature_size) == ([1, 3, 1008, 1344], 1921)
+    assert (settings.max_model_len, settings.max_rolling_batch_size) == (4096, 32)
+
+
+def test_the_table_of_the_offline_page_is_true() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "offline.md").read_text()
+    rows = re.findall(r"^\| `(--[^`]+)` \| ([^|]+) \|$", page, re.MULTILINE)
+    assert {row.split()[0] for row in PAGE.strip().splitlines()} < {flag.split()[0] for flag, _ in rows}
+    for flag, here in rows:
+        found = read_flags(flag.split(), OWN)
+        name = flag.split()[0]
+        if here.startswith("no effect"):
+            assert (found.options, found.rest, found.warnings) == ([], [], [f"{name} has no effect here"])
+        else:
+            assert here.startswith("the same")
+            assert not found.warnings
+            assert len(found.options) == 1
+    assert "`lmi run --host 0.0.0.0 --port 8000 …`" in page
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

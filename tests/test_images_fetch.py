@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import gc
+import gzip
 import io
 import ipaddress
 import os
@@ -14,6 +15,7 @@ import ssl
 import sys
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -410,6 +412,12 @@ BIG = 50_000
         (replying(OK + b"Content-Length: 20\r\n\r\n" + PICTURE), ImageError, "truncated or damaged"),
         (replying(OK + b"Content-Length: 0\r\n\r\n"), ImageError, "no supported format"),
         (replying(OK + b"Content-Encoding: gzip\r\n\r\nnot gzip"), ImageFetchFailed, "Content-Encoding"),
+        (replying(OK + b"Content-Encoding: br\r\n\r\n\x1b\x03"), ImageFetchFailed, "Content-Encoding br"),
+        (
+            replying(OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"\0" * 10_000_000)),
+            ImageTooLarge,
+            "more than 50000 bytes when decompressed",
+        ),
         (replying(OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"), ImageFetchFailed, "proper HTTP"),
         (replying(OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabc"), ImageFetchFailed, "broke off"),
         (
@@ -473,6 +481,29 @@ def test_a_picture_of_exactly_the_cap(run: Run, framing: str) -> None:
         async with Host(replying(*reply)).open() as host:
             await load(host.url, max_bytes=len(PICTURE))
             assert type(await refused(host.url, max_bytes=len(PICTURE) - 1)) is ImageTooLarge
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (b"Content-Encoding: gzip", gzip.compress(PICTURE)),
+        (b"Content-Encoding: x-gzip", gzip.compress(PICTURE)),
+        (b"Content-Encoding: deflate", zlib.compress(PICTURE)),
+        (b"Content-Encoding: deflate, gzip", gzip.compress(zlib.compress(PICTURE))),
+        (b"Content-Encoding: deflate\r\nContent-Encoding: gzip", gzip.compress(zlib.compress(PICTURE))),
+        (b"Content-Encoding: identity", PICTURE),
+        (b"Content-Encoding: aws-chunked", PICTURE),
+    ],
+)
+def test_content_codings_are_undone(run: Run, header: bytes, body: bytes) -> None:
+    """Object stores send the header that was stored with an object, whatever is asked for."""
+    serve = replying(OK + header + b"\r\nContent-Length: %d\r\n\r\n" % len(body), body)
+
+    async def main() -> None:
+        async with Host(serve).open() as host:
+            await load(host.url)
 
     run(main())
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from engine.sampling_params import SamplingParams as EngineParams
 from handlers import LLM, SamplingParams, StructuredOutputsParams
 from handlers.errors import ImageError, ImageTooLarge, InvalidRequest
+from handlers.offline.multimodal import ImageTokens, PromptImages
 from handlers.offline.prompts import read_prompt
 from handlers.request import ImagePart, TextPart
 from properties.problem import ConfigurationError
@@ -155,8 +156,8 @@ def test_one_bad_item_fails_alone_and_says_why(
         "image 0: its data is truncated or damaged, or its file was closed",
         "the prompt has 1 placeholders of pictures (<image>) and 2 pictures: write one for each, or none",
         "image 0: it has more than 4000000 pixels (option.max_image_pixels)",
-        "image 0: it is a str; give a PIL image, or an array of height x width x 3 bytes (embeddings are not "
-        "supported)",
+        "image 0: it is a str; give a PIL image, an array of height x width x 3 bytes, or embeddings of tokens x "
+        "hidden size",
     ]
     assert isinstance(outputs[4].error, ImageTooLarge)
     assert str(outputs[8].error) == "multi_modal_data: 'video' is not supported; allowed: 'image'"
@@ -242,9 +243,10 @@ def test_the_same_pixels_are_prepared_once_however_they_come(llm: LLM) -> None:
 
 def test_pictures_stand_where_their_placeholders_do() -> None:
     one, two = Image.new("RGB", (1, 1)), Image.new("RGB", (2, 2))
+    one_token = PromptImages(SHAPES, lambda part: ImageTokens(3, 1), None)
 
     def read(text: str, *pictures: Image.Image, own: str | None = "<image>") -> list[object]:
-        found = read_prompt({"prompt": text, "multi_modal_data": {"image": list(pictures)}}, own)
+        found = read_prompt({"prompt": text, "multi_modal_data": {"image": list(pictures)}}, own, one_token)
         return [part.text if isinstance(part, TextPart) else part.given for part in found.parts]
 
     assert read("a<image>b<image>c", one, two) == ["a", one, "b", two, "c"]

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin, features
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin, features
 
 from handlers.errors import ImageTooLarge
+from handlers.images.metadata import jpeg_scans, kind_of, without_metadata
 from handlers.images.problem import PictureProblem
 
 # The plugins above are imported so that Pillow finds them without importing all of its others.
@@ -59,12 +60,20 @@ def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> I
     if not image.width * image.height:
         raise PictureProblem("it has no pixels")
     try:
-        image.load()
+        _load(image)
         return _flatten(_turn(image), background)
     except MemoryError as error:
         raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
     except Exception as error:
         raise PictureProblem("its data is truncated or damaged, or its file was closed") from error
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception:
+        if getattr(image, "tile", True):  # Pillow empties it when the pixels are there; then metadata follows
+            raise
 
 
 def measure(data: bytes, max_pixels: int) -> int:
@@ -76,20 +85,21 @@ def measure(data: bytes, max_pixels: int) -> int:
 @contextmanager
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read; what fails within becomes a PictureProblem."""
+    part = "header"
     try:
+        data = without_metadata(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            part = "pixel data"
             _check_cost(image, data, max_pixels)
             yield image
     except PictureProblem:
         raise
-    except UnidentifiedImageError as error:
-        raise PictureProblem(_unknown(data)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(max_pixels) from error
     except MemoryError as error:
         raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
     except Exception as error:  # Pillow's readers fail in a dozen ways, all of them about the file.
-        raise PictureProblem("its data is truncated or damaged") from error
+        raise PictureProblem(_damaged(data, part, error)) from error
 
 
 def prepare_pillow(max_pixels: int) -> None:
@@ -110,7 +120,11 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise _too_many_pixels(max_pixels)
     # Every scan of a progressive JPEG is a pass over all pixels, and an empty one takes but a few bytes.
-    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if (
+        image.format in ("JPEG", "MPO")
+        and data.count(b"\xff\xda") > MAX_JPEG_SCANS  # a fast look, which also counts what is no scan
+        and jpeg_scans(data, MAX_JPEG_SCANS) > MAX_JPEG_SCANS
+    ):
         raise PictureProblem(f"it is a JPEG of more than {MAX_JPEG_SCANS} scans")
 
 
@@ -146,12 +160,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((samples.clip(0, 65535) >> 8).astype(np.uint8))
 
 
-def _unknown(data: bytes) -> str:
-    if data[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "it is a web page, not a picture"
-    if b"<svg" in data[:1024]:
-        return "SVG pictures are not supported; send PNG, JPEG or WebP"
-    return f"its data is in no supported format ({', '.join(FORMATS)})"
+def _damaged(data: bytes, part: str, error: Exception) -> str:
+    """part: that Pillow failed on."""
+    kind = kind_of(data)
+    if kind is None:
+        if data[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+            return "it is a web page, not a picture"
+        if b"<svg" in data[:1024]:
+            return "SVG pictures are not supported; send PNG, JPEG or WebP"
+        return f"its data is in no supported format ({', '.join(FORMATS)})"
+    if part != "header" and "truncated" in str(error):
+        return f"its {kind} data is truncated: the image is not complete"
+    return f"its {kind} {part} is truncated or damaged"
 
 
 def _too_many_pixels(max_pixels: int) -> PictureProblem:

@@ -7,6 +7,7 @@ import logging
 import ssl
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 
 import httpcore
@@ -14,6 +15,7 @@ import httpcore
 from handlers.errors import ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
 from handlers.images.address import AllowedPrivate
 from handlers.images.connect import CheckedBackend, Resolver, resolve
+from handlers.images.encoding import codings_of
 from handlers.images.problem import PictureProblem
 from handlers.images.target import Target, canonical_host, parse_target
 
@@ -25,11 +27,19 @@ BREATH = 64  # pieces of a body taken before other tasks get a turn
 LEAST_PIECE = 64  # bytes per piece, on average, from the second breath on
 
 
+@dataclass(frozen=True, slots=True)
+class Body:
+    """codings: that its host says it has put around the image, first to last."""
+
+    pieces: list[bytes]
+    codings: tuple[str, ...]
+
+
 class Fetcher:
     """Fetches pictures, at most `max_concurrent` at a time.
 
     Each hop has a connection of its own: nothing that one picture's host sent can reach another's request.
-    There are no cookies, credentials, proxies or compressed transfers.
+    There are no cookies, credentials or proxies, and no compression is asked for.
     """
 
     def __init__(
@@ -63,8 +73,8 @@ class Fetcher:
         """The system's certificate authorities and certifi's."""
         return self._given_ssl_context or httpcore.default_ssl_context()
 
-    async def fetch(self, url: str) -> list[bytes]:
-        """The body behind `url`, in pieces. Raises PictureProblem. Cancelled, it closes its socket."""
+    async def fetch(self, url: str) -> Body:
+        """What is behind `url`. Raises PictureProblem. Cancelled, it closes its socket."""
         target = self._checked(parse_target(url))
         async with self._turns:
             try:
@@ -92,24 +102,24 @@ class Fetcher:
             raise PictureProblem("its host is not one of option.allowed_media_domains")
         return target
 
-    async def _follow(self, target: Target, deadline: float) -> list[bytes]:
+    async def _follow(self, target: Target, deadline: float) -> Body:
         reply = await self._hop(target, deadline)
         for _ in range(self._max_redirects):
-            if isinstance(reply, list):
+            if isinstance(reply, Body):
                 return reply
             try:
                 target = self._checked(target.follow(reply))
                 reply = await self._hop(target, deadline)
             except PictureProblem as problem:
                 raise PictureProblem(f"after a redirect, {problem.reason}", problem.error) from problem
-        if isinstance(reply, list):
+        if isinstance(reply, Body):
             return reply
         raise PictureProblem(
             f"its host redirects more than {self._max_redirects} times (option.image_fetch_max_redirects)",
             ImageFetchFailed,
         )
 
-    async def _hop(self, target: Target, deadline: float) -> list[bytes] | str:
+    async def _hop(self, target: Target, deadline: float) -> Body | str:
         """One request: the body, or where it redirects to."""
         network = CheckedBackend(self._resolver, self._resolving, self._allow_private, deadline)
         context = self._ssl_context if target.scheme == "https" else None
@@ -141,17 +151,16 @@ class Fetcher:
                         f"its host answered with HTTP status {response.status}", ImageFetchFailed
                     )
                 network.budget.begin_body(self._max_bytes)
-                return await self._body(response, fields)
+                pieces = await self._pieces(response, fields.get(b"content-length", b"0"))
+                encoding = b",".join(
+                    value for name, value in response.headers if name.lower() == b"content-encoding"
+                )
+                return Body(pieces, codings_of(encoding))
         finally:
             await network.close()
 
-    async def _body(self, response: httpcore.Response, fields: dict[bytes, bytes]) -> list[bytes]:
-        if fields.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
-            raise PictureProblem(
-                "its host sent it with a Content-Encoding, which is refused", ImageFetchFailed
-            )
+    async def _pieces(self, response: httpcore.Response, length: bytes) -> list[bytes]:
         left = self._max_bytes
-        length = fields.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > left:
             raise self._too_large()
         pieces: list[bytes] = []

@@ -23,7 +23,8 @@ from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
 from handlers.images.decode import WHITE, Color, convert, decode, decoded_bytes, measure, prepare_pillow
 from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
-from handlers.images.fetch import Fetcher
+from handlers.images.encoding import without_codings
+from handlers.images.fetch import Body, Fetcher
 from handlers.images.memory import PictureMemory
 from handlers.images.problem import PictureProblem
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
@@ -140,6 +141,9 @@ class ImageLoader:
         ImageError of the lowest index that fails (those before it are waited for) and abandons the others.
         Cancelled or failed, it leaves no socket open and no part loaded that was not before.
         """
+        for part in parts:
+            if isinstance(part, EmbeddingsPart) and part.given is not None:
+                part.loaded = part.given
         wanted = [(first_index + i, part) for i, part in enumerate(parts) if part.loaded is None]
         try:
             files, failed = await _until_one_fails(
@@ -207,13 +211,18 @@ class ImageLoader:
             url = url.strip()
         if is_data_url(url):
             return await self._in_thread(self._read, url)
-        pieces = await self._fetcher.fetch(url)
+        body = await self._fetcher.fetch(url)
         self.fetched += 1
-        self.bytes += sum(map(len, pieces))
-        return await self._in_thread(self._read, pieces)
+        self.bytes += sum(map(len, body.pieces))
+        return await self._in_thread(self._read, body)
 
-    def _read(self, source: str | list[bytes]) -> _Encoded:
-        data = decode_data_url(source, self.limits.max_bytes) if isinstance(source, str) else b"".join(source)
+    def _read(self, source: str | Body) -> _Encoded:
+        most = self.limits.max_bytes
+        data = (
+            decode_data_url(source, most)
+            if isinstance(source, str)
+            else without_codings(b"".join(source.pieces), source.codings, most)
+        )
         return _Encoded(data, digest_of(data), measure(data, self.limits.max_pixels))
 
     def _convert(self, image: Image) -> LoadedImage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,8 +16,9 @@ from handlers.errors import InvalidRequest
 from handlers.images.loader import ImageLoader
 from handlers.offline.background import LoopThread, script_not_run_again
 from handlers.offline.batch import Batch, Outcome
+from handlers.offline.multimodal import ImageTokens
 from handlers.offline.options import check_names, warn_of_names
-from handlers.request import GenerationRequest
+from handlers.request import EmbeddingsPart, GenerationRequest, PicturePart, TextPrompt
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Core:
         except BaseException:
             self.close()
             raise
+        self._takes_embeddings = choice.backend != "vllm" or settings.enable_mm_embeds
         self._most = settings.limit_mm_per_prompt.get("image", 1)
         window = settings.max_rolling_batch_size + min(_AHEAD, settings.max_rolling_batch_size)
         self._batch = Batch(self.backend, self._images, window, settings.model_loading_timeout)
@@ -63,6 +66,8 @@ class Core:
         """Raises InvalidRequest for what no backend is asked."""
         if request.constraint is not None and not self.backend.capabilities.structured_outputs:
             raise InvalidRequest("answers cannot be constrained here: leave structured_outputs out")
+        if not self._takes_embeddings and any(isinstance(part, EmbeddingsPart) for part in request.images()):
+            raise InvalidRequest("embeddings are taken only after LLM(..., enable_mm_embeds=True)")
         count = sum(1 for _ in request.images())
         if count and not self.backend.capabilities.images:
             raise InvalidRequest("this model does not take pictures")
@@ -70,6 +75,20 @@ class Core:
             raise InvalidRequest(
                 f"the prompt holds {count} pictures; limit_mm_per_prompt allows {self._most}"
             )
+
+    def image_tokens(self, part: PicturePart) -> ImageTokens:
+        """What an image becomes in a prompt. Raises ImageError."""
+        return self._loop.run(self._image_tokens(part))
+
+    async def _image_tokens(self, part: PicturePart) -> ImageTokens:
+        assert self._images is not None
+        try:
+            await self._images.load([part])
+            prompt = await self.backend.tokenize(TextPrompt([part], add_special_tokens=False))
+        finally:
+            part.release()
+        ((token_id, count),) = Counter(prompt.token_ids).most_common(1)
+        return ImageTokens(token_id, count)
 
     def outcomes(self, requests: Sequence[GenerationRequest]) -> Generator[tuple[int, Outcome], None, None]:
         """(number, outcome) of each request as it is done. Closed early, it aborts the others."""

@@ -8,6 +8,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from handlers.dialects.error_replies import client_error
 from handlers.errors import InvalidRequest, ServingError
 from handlers.offline.batch import Outcome
 from handlers.offline.core import Core
+from handlers.offline.multimodal import PromptImages, prompts_with_data
 from handlers.offline.options import configure
 from handlers.offline.outputs import RequestOutput, answered, failed
 from handlers.offline.params import SamplingParams
@@ -50,13 +52,21 @@ class LLM:
         cannot be fetched and ServingError when it cannot be loaded.
         """
         self._core = Core(configure(str(model), options))
+        self._prompt_images = PromptImages(
+            Path(self._core.directory),
+            self._core.image_tokens,
+            self._core.configuration.settings.image_feature_size,
+        )
         self._end = weakref.finalize(self, self._core.close)
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         sampling_params: Params = None,
         *,
+        prompt_token_ids: Sequence[Any] | None = None,
+        multi_modal_data: Any = None,
+        multi_modal_datas: Any = None,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: int | Sequence[int] | None = None,
@@ -67,13 +77,15 @@ class LLM:
         """Continue prompts in the model's own format; results in the order of the prompts.
 
         prompts: one or a list of: a text; `{"prompt": text, "multi_modal_data": {"image": picture or pictures}}`;
-        the same with `prompt_token_ids`; token ids. A picture is a PIL image or an array of bytes, and comes where
-        the prompt has a placeholder, or before the text of one that has none.
+        the same with `prompt_token_ids`; token ids. A picture is a PIL image or an array of bytes, its embeddings, or
+        one of the wrappers of vLLM's older pages, and comes where the prompt has a placeholder, or as many adjacent
+        ones as it has tokens, or before the text of one that has none.
         sampling_params: for all, or one for each; None for the model's own defaults.
         use_tqdm: whether to show progress, or what to make the bar with.
         raise_on_error: True raises the first error; False puts each into the `error` of its result, where the
         answers are then empty; None, the default, raises for a prompt that was given alone, not in a list.
 
+        prompt_token_ids, multi_modal_data, multi_modal_datas: of the prompts, as vLLM took them up to 0.5.
         lora_request, tokenization_kwargs, mm_processor_kwargs: None, which vLLM's users write out too.
 
         Raises ServingError (see raise_on_error), TypeError and ValueError for arguments that do not fit together.
@@ -83,11 +95,12 @@ class LLM:
             tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
-        given, alone = prompts_in(prompts)
+        data = multi_modal_datas if multi_modal_data is None else multi_modal_data
+        given, alone = prompts_in(prompts_with_data(prompts, prompt_token_ids, data))
         placeholder = self._core.backend.capabilities.image_placeholder
 
         def read(prompt: Any) -> Prompt:
-            return read_prompt(prompt, placeholder)
+            return read_prompt(prompt, placeholder, self._prompt_images)
 
         strict = alone if raise_on_error is None else raise_on_error
         return self._answers(given, read, sampling_params, use_tqdm, priority, strict)

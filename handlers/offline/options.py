@@ -22,9 +22,12 @@ logger = logging.getLogger(__name__)
 _MOST_PICTURES = 999
 """In one prompt, unless `limit_mm_per_prompt` says otherwise: a script is its own client. vLLM's value."""
 
-_MODEL_SAYS = "the model says so itself"
+_OWN_PROCESSOR = "the model's own processor is used"
+_TENSORS = "tensors are known as such, and images are always prepared"
 _CACHE = "see image_cache_mb"
 _ONE_WAY = "there is one way here"
+
+_OF_PIXELS = ("image_input_type", "image_input_shape")
 
 WITHOUT_EFFECT: dict[str, str] = {
     "allowed_local_media_path": "open a file with Pillow and give the picture",
@@ -37,20 +40,19 @@ WITHOUT_EFFECT: dict[str, str] = {
     "disable_cascade_attn": _ONE_WAY,
     "disable_chunked_mm_input": _ONE_WAY,
     "disable_custom_all_reduce": _ONE_WAY,
+    "disable_image_processor": _TENSORS,
     "disable_log_stats": "nothing is logged",
     "disable_mm_preprocessor_cache": _CACHE,
     "distributed_executor_backend": _ONE_WAY,
     "generation_config": "give SamplingParams",
-    "image_feature_size": _MODEL_SAYS,
-    "image_input_shape": _MODEL_SAYS,
-    "image_input_type": _MODEL_SAYS,
-    "image_token_id": _MODEL_SAYS,
+    "image_processor_revision": _OWN_PROCESSOR,
     "interleave_mm_strings": "placeholders are always written in place",
     "max_context_len_to_capture": _ONE_WAY,
     "max_seq_len_to_capture": _ONE_WAY,
     "mm_encoder_tp_mode": _ONE_WAY,
     "mm_processor_cache_gb": _CACHE,
     "mm_processor_cache_type": _CACHE,
+    "no_image_processor": _TENSORS,
     "profiler_config": _ONE_WAY,
     "runner": "only generation is served",
     "skip_mm_profiling": _ONE_WAY,
@@ -62,6 +64,7 @@ WITHOUT_EFFECT: dict[str, str] = {
 
 REFUSED: dict[str, str] = {
     "hf_overrides": "change the model's config.json",
+    "image_processor": _OWN_PROCESSOR,
     "logits_processors": "custom logits processors cannot be run",
     "pooler_config": "only generation is served",
     "skip_tokenizer_init": "give prompts as text or as token ids; the tokenizer is needed for the answers",
@@ -77,10 +80,13 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
     Raises TypeError for a name that is unknown or refused, ConfigurationError for a value.
     """
     options = []
+    if given.get("image_input_type") == "image_features":  # of a shape of their own
+        given = {name: value for name, value in given.items() if name not in _OF_PIXELS}
+        given = {"enable_mm_embeds": True, **given}
     for name, value in given.items():
         if (
             value is None
-            or (name == "tokenizer" and value == model)
+            or (name in ("tokenizer", "image_processor") and value == model)
             or (name == "hf_token" and value is True)
         ):
             continue

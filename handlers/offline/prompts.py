@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
-from PIL import Image
-
 from engine.sampling_params import MAX_INTEGER
 from handlers.dialects.openai_messages import read_messages
-from handlers.errors import ImageError, InvalidRequest
-from handlers.request import ChatPrompt, ImagePart, Part, Prompt, TextPart, TextPrompt
+from handlers.errors import InvalidRequest
+from handlers.offline.multimodal import PromptImages
+from handlers.request import ChatPrompt, Part, PicturePart, Prompt, TextPart, TextPrompt
 
 _WRITTEN = (
     r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>",
@@ -25,6 +23,8 @@ _WRITTEN = (
     r"\[IMG\]",
 )
 """How the model cards of the served families and vLLM's documentation write a picture in a prompt."""
+
+Span = tuple[int, int]
 
 _KEYS = {"prompt", "prompt_token_ids", "multi_modal_data"}
 _IGNORED_KEYS = {"multi_modal_uuids", "type", "cache_salt"}
@@ -48,10 +48,10 @@ def conversations_in(given: Any) -> tuple[list[Any], bool]:
     return list(given), False
 
 
-def read_prompt(given: Any, placeholder: str | None) -> TextPrompt:
+def read_prompt(given: Any, placeholder: str | None, images: PromptImages) -> TextPrompt:
     """One of `generate`'s prompts. placeholder: the model's own (see `Capabilities`). Raises InvalidRequest."""
     if isinstance(given, str):
-        return TextPrompt(list(_parts(given, [], placeholder)))
+        return TextPrompt(list(_parts(given, [], placeholder, images)))
     if _is_ids(given):
         return TextPrompt([], token_ids=_ids(given))
     if not isinstance(given, Mapping):
@@ -61,13 +61,13 @@ def read_prompt(given: Any, placeholder: str | None) -> TextPrompt:
             raise InvalidRequest(
                 f"a prompt's {str(key)[:40]!r} is not supported; allowed: {', '.join(sorted(_KEYS))}"
             )
-    pictures = _pictures(given.get("multi_modal_data"))
+    pictures = images.read(given.get("multi_modal_data"))
     ids, text = given.get("prompt_token_ids"), given.get("prompt")
     if ids is not None:
-        return TextPrompt(list(pictures), token_ids=_ids(ids))
+        return TextPrompt(list(pictures), token_ids=_one_each(_ids(ids), pictures, images))
     if not isinstance(text, str):
         raise InvalidRequest("a prompt needs `prompt`, a text, or `prompt_token_ids`, a list of numbers")
-    return TextPrompt(list(_parts(text, pictures, placeholder)))
+    return TextPrompt(list(_parts(text, pictures, placeholder, images)))
 
 
 def read_conversation(
@@ -99,38 +99,65 @@ def prompt_text(prompt: Prompt, rendered: str) -> str | None:
     return None if prompt.token_ids is not None else rendered
 
 
-def _parts(text: str, pictures: Sequence[ImagePart], placeholder: str | None) -> Iterator[Part]:
-    """The text with each picture where its placeholder stands, or all in front where none is written."""
+def _parts(
+    text: str, given: Sequence[PicturePart], placeholder: str | None, images: PromptImages
+) -> Iterator[Part]:
+    """The text with each image where its placeholder stands, or all in front where none is written."""
     pattern = "|".join(_WRITTEN)
     own = list(re.finditer(re.escape(placeholder), text)) if placeholder else []
     found = own or list(re.finditer(pattern, text))
     if not found:
-        yield from pictures
+        yield from given
         yield TextPart(text)
         return
-    if not pictures and not own:
+    if not given and not own:
         yield TextPart(text)
         return
-    order = _order(found, len(pictures))
+    spans = [match.span() for match in found]
+    if len(found) > len(given) > 0:
+        spans = _gathered(spans, given, images)
+    order = _order(found, spans, given)
     at = 0
-    for match, index in zip(found, order, strict=True):
-        if match.start() > at:
-            yield TextPart(text[at : match.start()])
-        yield pictures[index]
-        at = match.end()
+    for (start, end), index in zip(spans, order, strict=True):
+        if start > at:
+            yield TextPart(text[at:start])
+        yield given[index]
+        at = end
     if at < len(text):
         yield TextPart(text[at:])
 
 
-def _order(found: Sequence[re.Match[str]], count: int) -> list[int]:
-    """Which picture stands at each placeholder: numbered ones say so, others are filled in turn."""
-    if len(found) != count:
+def _gathered(spans: Sequence[Span], given: Sequence[PicturePart], images: PromptImages) -> list[Span]:
+    """vLLM's way until 0.5: as many adjacent placeholders as an image has tokens stand for that image.
+
+    Returns one span for each image, or the spans as they are where the numbers do not come out even.
+    """
+    made: list[Span] = []
+    at = 0
+    for part in given:
+        if at == len(spans):
+            return list(spans)
+        run = 1
+        while at + run < len(spans) and spans[at + run][0] == spans[at + run - 1][1]:
+            run += 1
+        size = next((size for size in images.sizes(part) if size <= run), None)
+        if size is None:
+            return list(spans)
+        made.append((spans[at][0], spans[at + size - 1][1]))
+        at += size
+    return made if at == len(spans) else list(spans)
+
+
+def _order(found: Sequence[re.Match[str]], spans: Sequence[Span], given: Sequence[PicturePart]) -> list[int]:
+    """Which image stands at each span: numbered placeholders say so, others are filled in turn."""
+    count = len(given)
+    if len(spans) != count:
         raise InvalidRequest(
             f"the prompt has {len(found)} placeholders of pictures ({found[0][0]}) and {count} pictures: "
             "write one for each, or none"
         )
     numbers = [match.groupdict().get("number") for match in found]
-    if any(number is None for number in numbers):
+    if len(found) != count or any(number is None for number in numbers):
         return list(range(count))
     order = [int(cast(str, number)) - 1 for number in numbers]
     if sorted(order) != list(range(count)):
@@ -138,36 +165,17 @@ def _order(found: Sequence[re.Match[str]], count: int) -> list[int]:
     return order
 
 
-def _pictures(given: Any) -> list[ImagePart]:
-    if given is None:
-        return []
-    if not isinstance(given, Mapping):
-        raise InvalidRequest('multi_modal_data must be a dict: {"image": picture or list of pictures}')
-    for modality, items in given.items():
-        if modality != "image" and items is not None and not (isinstance(items, list) and not items):
-            raise InvalidRequest(
-                f"multi_modal_data: {str(modality)[:40]!r} is not supported; allowed: 'image'"
-            )
-    items = given.get("image")
-    if items is None:
-        return []
-    if not isinstance(items, list | tuple):
-        items = [items]
-    return [ImagePart("", given=_picture(index, item)) for index, item in enumerate(items)]
-
-
-def _picture(index: int, item: Any) -> Image.Image:
-    if isinstance(item, Image.Image):
-        return item
-    if hasattr(item, "detach") and hasattr(item, "numpy"):
-        item = item.detach().cpu().numpy()
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] in (3, 4):
-        return Image.fromarray(item)
-    raise ImageError(
-        index,
-        f"it is a {type(item).__name__}; give a PIL image, or an array of height x width x 3 bytes "
-        "(embeddings are not supported)",
-    )
+def _one_each(ids: list[int], given: Sequence[PicturePart], images: PromptImages) -> list[int]:
+    """The same for a prompt in tokens: one placeholder for each image."""
+    if not given:
+        return ids
+    token_id = images.token_id(given[0])
+    spans = [(at, at + 1) for at, token in enumerate(ids) if token == token_id]
+    if len(spans) <= len(given):
+        return ids
+    places = _gathered(spans, given, images)
+    left_out = {at for start, end in places for at in range(start + 1, end)}
+    return [token for at, token in enumerate(ids) if at not in left_out]
 
 
 def _is_ids(given: Any) -> bool:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.backend import BACK
 from tests.live import LiveServer, chat_body
+from tests.saved_tensors import Planted
 from tests.test_shapes_live import SHAPES, circle
 from tests.vllm_live.trained_adapter import train_adapter
 
@@ -35,6 +37,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "high" / "adapter_config.json").write_text(json.dumps({**config, "r": 64}))
     weights = path / "cut" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
+    shutil.copytree(path / "square", path / "planted")
+    (path / "planted" / "adapter_model.safetensors").unlink()
+    torch.save({"planted": Planted(path / "trace")}, path / "planted" / "adapter_model.bin")
     weights = path / "other" / "adapter_model.safetensors"
     # Of a model with twice the width.
     wide = {
@@ -129,7 +134,7 @@ def test_a_request_ends_with_the_adapter_that_it_began_with(server: LiveServer, 
     assert ask(server) == RIGHT
 
 
-@pytest.mark.parametrize("src", ["high", "cut", "other"])
+@pytest.mark.parametrize("src", ["high", "cut", "other", "planted"])
 def test_what_cannot_be_loaded_is_refused_and_leaves_everything_as_it_was(
     server: LiveServer, trained: Path, src: str
 ) -> None:
@@ -141,6 +146,7 @@ def test_what_cannot_be_loaded_is_refused_and_leaves_everything_as_it_was(
     assert reply.status_code == 400
     assert server.http.get("/ping").status_code == 200
     assert (ask(server, "poet"), ask(server)) == (TRIANGLE, RIGHT)
+    assert not (trained / "trace").exists()
 
 
 def test_a_restarted_engine_has_the_adapters(server: LiveServer, trained: Path) -> None:

@@ -24,6 +24,7 @@ from handlers.backends.vllm.options.mistral import (
 from handlers.backends.vllm.options.plan import plan_devices
 from handlers.backends.vllm.options.precision import served_dtype
 from handlers.backends.vllm.options.values import BadValue, coerce
+from handlers.backends.vllm.options.weights import vllm_load_format
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
@@ -147,6 +148,7 @@ def engine_arguments(
     problems += format_problems(model_path) + weight_problems(model_path)
     for warning in format_warnings(configuration):
         logger.info("%s", warning)
+    arguments |= vllm_load_format(model_path, settings.load_format)
     arguments |= replaced_formats(configuration, model_path)
     if not machine.accelerators:
         _cpu_cache(arguments, given, extra, machine.host.memory)

@@ -1,0 +1,92 @@
+"""Bodies that their host sent compressed: HTTP's content codings, undone under a cap on bytes.
+
+Object stores send the header that was stored with an object, whatever the request asked for, and often the header is
+wrong: `base64` or `aws-chunked` on plain bytes. So, as everywhere, what the bytes are decides.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+from handlers.errors import ImageFetchFailed, ImageTooLarge
+from handlers.images.metadata import kind_of
+from handlers.images.problem import PictureProblem
+
+MAX_CODINGS = 4
+_STEP = 2**18
+_MEMBER_BYTES = 1024  # of a gzip file with many members, on average: more of them would only cost time
+
+_GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
+
+
+def codings_of(header: bytes) -> tuple[str, ...]:
+    """The codings that a `Content-Encoding` header names, in the order in which they were applied."""
+    names = (name.strip().lower() for name in header.decode("latin-1").split(","))
+    return tuple(name.removeprefix("x-") for name in names if name not in ("", "identity"))
+
+
+def without_codings(data: bytes, codings: tuple[str, ...], max_bytes: int) -> bytes:
+    """The image behind the codings (RFC 9110, section 8.4.1). Run it in a thread.
+
+    gzip and deflate, the latter with zlib's header as it should be or without. No more than `max_bytes` are ever made
+    of it. Raises PictureProblem.
+    """
+    if len(codings) > MAX_CODINGS:
+        raise _problem(codings[0], f"and {len(codings) - 1} more on top of it, which is refused")
+    for coding in reversed(codings):
+        if not data or kind_of(data):
+            return data  # the header says more than was done
+        if coding == "gzip":
+            data = _inflated(data, coding, _GZIP, max_bytes)
+        elif coding == "deflate":
+            data = _inflated(data, coding, _ZLIB if _has_zlib_header(data) else _RAW, max_bytes)
+        else:
+            raise _problem(coding, "which is not decoded here: gzip and deflate are")
+    return data
+
+
+def _inflated(data: bytes, coding: str, window: int, max_bytes: int) -> bytes:
+    view = memoryview(data)
+    pieces: list[bytes] = []
+    at = size = members = 0
+    while at < len(view):
+        members += 1
+        stream = zlib.decompressobj(window)
+        given: bytes | memoryview = b""
+        more = False  # whether zlib may hold back output for which there was no room
+        while not stream.eof:
+            if not given and not more:
+                if at == len(view):
+                    raise _problem(coding, "but its data ends too early")
+                given = view[at : at + _STEP]
+                at += len(given)
+            room = min(_STEP, max_bytes + 1 - size)
+            try:
+                piece = stream.decompress(given, room)
+            except zlib.error as error:
+                raise _problem(coding, "but its data is not so encoded, or is damaged") from error
+            given, more = stream.unconsumed_tail, len(piece) == room
+            pieces.append(piece)
+            size += len(piece)
+            if size > max_bytes:
+                raise PictureProblem(
+                    f"it has more than {max_bytes} bytes when decompressed (option.max_image_bytes)",
+                    ImageTooLarge,
+                )
+        at -= len(stream.unused_data)
+        if window != _GZIP or data[at : at + 2] != b"\x1f\x8b":
+            break  # what follows is padding, if anything
+        if members > 64 + at // _MEMBER_BYTES:
+            raise _problem(coding, "but in absurdly many small members")
+    return b"".join(pieces)
+
+
+def _has_zlib_header(data: bytes) -> bool:
+    """RFC 1950: method 8, and a check sum over the first two bytes. Servers are known to leave the header out."""
+    return len(data) >= 2 and data[0] & 0x0F == 8 and int.from_bytes(data[:2], "big") % 31 == 0
+
+
+def _problem(coding: str, what: str) -> PictureProblem:
+    name = coding if re.fullmatch("[a-z0-9_-]{1,20}", coding) else "of an unknown name"
+    return PictureProblem(f"its host sent it with the Content-Encoding {name}, {what}", ImageFetchFailed)
