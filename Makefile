@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet
 VLLM_OLDER := 0.28.0
 VLLM_TESTED := 0.32.*
-VLLM_TESTS := tests/vllm_live $(addprefix tests/test_, end_to_end.py completions_live.py structured_live.py \
+VLLM_TESTS := tests/vllm_live tests/families/test_qwen_vl_live.py $(addprefix tests/test_, end_to_end.py completions_live.py structured_live.py \
 	tools_chat.py tokenize.py tgi_dialect.py shapes_live.py sagemaker_clients.py clients.py cli_run.py openapi.py \
 	bytes.py embeddings_live.py vllm_sampling.py model_files_live.py)
 GPU := $(shell command -v nvidia-smi)

@@ -134,8 +134,8 @@ class Answer(msgspec.Struct, tag=True):
 class Ready(msgspec.Struct, tag=True):
     """The model is loaded and has answered a first request of its own.
 
-    constrains: grammars can be obeyed. device: the name of the accelerator, or "cpu". hidden_size: D, of the encoder's
-    rows.
+    constrains: grammars can be obeyed. device: the name of the accelerator, or "cpu". row_size: see
+    `engine.families.base.FamilyModel`.
     """
 
     max_model_len: int
@@ -147,7 +147,7 @@ class Ready(msgspec.Struct, tag=True):
     weight_bytes: int
     constrains: bool = False
     device: str = "cpu"
-    hidden_size: int = 0
+    row_size: int = 0
 
 
 class LoadFailed(msgspec.Struct, tag=True):

@@ -110,7 +110,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
             weight_bytes=runner.weight_bytes,
             constrains=engine.guidance is not None,
             device=device_name(config.devices[0]),
-            hidden_size=int(runner.model.text_config.hidden_size),
+            row_size=runner.model.row_size,
         )
     )
     inbox: queue.SimpleQueue[ToEngine | Built | None] = queue.SimpleQueue()

@@ -118,10 +118,11 @@ class ModelRunner:
         rows: dict[int, int] = {}
         whole: dict[int, slice] = {}
         attended: list[AttendedChunk] = []
+        beyond: list[tuple[torch.Tensor, torch.Tensor]] = []
         for place, index in enumerate(order):
             chunk, start = chunks[index], step.query_starts[place]
             if not self.model.attends_images:
-                self._merge_pictures(embeddings, chunk, start)
+                beyond += self._merge_pictures(embeddings, chunk, start)
             elif chunk.pictures:
                 features = [self.encoder_cache[picture.digest] for picture in chunk.pictures]
                 attended.append(AttendedChunk(start, chunk.start, chunk.stop, chunk.pictures, features))
@@ -140,6 +141,7 @@ class ModelRunner:
             kernel=self.kernel,
             tokens=step.num_tokens,
             **({"attended": attended} if attended else {}),
+            **({"beyond": tuple(torch.cat(parts) for parts in zip(*beyond, strict=True))} if beyond else {}),
         )
         wanted = [rows[i] for i in range(len(chunks)) if i in rows]
         picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]
@@ -194,18 +196,25 @@ class ModelRunner:
         )
         return step, token_ids, positions
 
-    def _merge_pictures(self, embeddings: torch.Tensor, chunk: ChunkInput, at: int) -> None:
-        """Overwrite the rows of picture tokens: the chunk's first row is row `at` of `embeddings`."""
+    def _merge_pictures(
+        self, embeddings: torch.Tensor, chunk: ChunkInput, at: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Overwrite the rows of picture tokens: the chunk's first row is row `at` of `embeddings`.
+
+        Returns where they are and what their features hold beyond an embedding, for families with larger rows.
+        """
+        beyond = []
+        width = embeddings.shape[1]
         for picture in chunk.pictures:
             first, last = max(chunk.start, picture.offset), min(chunk.stop, picture.end)
             features = self.encoder_cache[picture.digest]
-            if picture.is_embed is None:
-                part = features[first - picture.offset : last - picture.offset]
-                embeddings[at + first - chunk.start : at + last - chunk.start] = part.to(embeddings.dtype)
-                continue
-            before = sum(picture.is_embed[: first - picture.offset])
-            mask = torch.tensor(
-                picture.is_embed[first - picture.offset : last - picture.offset], device=self.device
-            )
-            rows = torch.arange(at + first - chunk.start, at + last - chunk.start, device=self.device)[mask]
-            embeddings[rows] = features[before : before + len(rows)].to(embeddings.dtype)
+            rows = torch.arange(at + first - chunk.start, at + last - chunk.start, device=self.device)
+            before = first - picture.offset
+            if picture.is_embed is not None:
+                mask = torch.tensor(picture.is_embed[before : last - picture.offset], device=self.device)
+                rows, before = rows[mask], sum(picture.is_embed[:before])
+            part = features[before : before + len(rows)].to(embeddings.dtype)
+            embeddings[rows] = part[:, :width]
+            if features.shape[1] > width:
+                beyond.append((rows, part[:, width:]))
+        return beyond

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from engine.tensor_parallel import Ranks
 
 Arrays = dict[str, npt.NDArray[np.generic]]
+
+GRID = "image_grid_thw"
+"""The name under which an image brings its frames, and the rows and columns of its patches."""
 
 _PROBES = ((40, 64), (129, 77), (301, 300))
 """Sizes (width, height) of the images that the two ways are compared on: upscaled, odd, downscaled."""
@@ -184,9 +187,15 @@ class Preprocessor(ABC, Generic[F]):
     def fingerprint(self) -> bytes:
         return self.facts.fingerprint
 
+    @property
+    def grid_merge(self) -> int | None:
+        """Patches along each side of the square that becomes one token, where `positions` asks for an image's grid of
+        patches (its tensor `GRID`); None where it does not."""
+        return None
+
     @abstractmethod
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        """What an image of that size becomes in the prompt."""
+        """What an image of that size becomes in the prompt. Raises RequestRejected for one that cannot be prepared."""
 
     def around(self, num_images: int) -> tuple[list[int], list[int]]:
         """Tokens before and after those of a prompt's text, for families whose images do not stand in the text: nothing
@@ -284,6 +293,7 @@ class FamilyModel(ABC):
         request; otherwise the outputs replace embeddings.
     spans_pass_windows: a sliding window hides nothing within a span (see `spans`).
     encode_batch: images encoded in one call at most, which bounds the memory that the tower's activations take.
+    tensor_parallel_plan: how ranks share the decoder (see `engine.tensor_parallel`), where transformers does not say.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
@@ -291,6 +301,7 @@ class FamilyModel(ABC):
     attends_images: ClassVar[bool] = False
     spans_pass_windows: ClassVar[bool] = False
     encode_batch: ClassVar[int] = 16
+    tensor_parallel_plan: ClassVar[Mapping[str, str] | None] = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -322,13 +333,13 @@ class FamilyModel(ABC):
         """Raise ModelLoadError where that many ranks cannot share the model."""
         from engine.tensor_parallel import read_plan
 
-        read_plan(config.get_text_config(), size)
+        read_plan(config.get_text_config(), size, cls.tensor_parallel_plan)
 
     def shard(self, ranks: Ranks) -> None:
         """Keep this rank's part of the weights."""
         from engine.tensor_parallel import shard
 
-        shard(self.decoder, self.text_config, ranks)
+        shard(self.decoder, self.text_config, ranks, self.tensor_parallel_plan)
 
     @property
     def text_config(self) -> PretrainedConfig:
@@ -365,16 +376,22 @@ class FamilyModel(ABC):
         embedded: torch.Tensor = table(token_ids.clamp(max=table.num_embeddings - 1))
         return embedded
 
+    @property
+    def row_size(self) -> int:
+        """Numbers in each row of `encode`: D, or more where `forward` takes what is beyond D."""
+        return int(self.text_config.hidden_size)
+
     @abstractmethod
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
-        """One `EncoderOutput` per image, of the tensors of its `PreparedPicture`: rows [rows, D], unless the family's
-        own `forward` uses them. Text-only families are never asked."""
+        """One `EncoderOutput` per image, of the tensors of its `PreparedPicture`: rows [rows, row_size], unless the
+        family's own `forward` uses them. Text-only families are never asked."""
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
         """[T, D] and positions [T], or [position_axes, T] where there are several, through the decoder -> [T, D].
 
         kernel: to be handed down to the attention layers, but for `attended`, which only a family that attends images
-        is given.
+        is given; and `beyond`, for a family with a larger `row_size` than D in steps that show images: where their rows
+        stand in the step [rows], ascending, and what they hold beyond D [rows, row_size - D].
         """
         out = self.decoder(
             inputs_embeds=embeddings.unsqueeze(0),

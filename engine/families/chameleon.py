@@ -88,6 +88,7 @@ class ChameleonPreprocessor(Preprocessor[ChameleonFacts]):
 
 class ChameleonModel(FamilyModel):
     encode_batch = 1
+    tensor_parallel_plan = _TP_PLAN
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -101,18 +102,10 @@ class ChameleonModel(FamilyModel):
 
         return {"": IMPLEMENTATION, "vq_config": "sdpa"}
 
-    @classmethod
-    def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
-        from engine.tensor_parallel import read_plan
-
-        read_plan(config, size, _TP_PLAN)
-
     def shard(self, ranks: Ranks) -> None:
         import torch
 
-        from engine.tensor_parallel import shard
-
-        shard(self.decoder, self.text_config, ranks, _TP_PLAN)
+        super().shard(ranks)
         for layer in self.decoder.layers:  # type: ignore[union-attr]
             attention = layer.self_attn
             attention.num_heads //= ranks.size

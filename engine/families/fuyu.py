@@ -138,21 +138,15 @@ class FuyuPreprocessor(Preprocessor[FuyuFacts]):
 
 
 class FuyuModel(FamilyModel):
+    tensor_parallel_plan = _TP_PLAN
+
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         if config.text_config.model_type != "persimmon":
             raise ModelLoadError(f"a Fuyu's decoder is a persimmon, not {config.text_config.model_type!r}")
 
-    @classmethod
-    def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
-        from engine.tensor_parallel import read_plan
-
-        read_plan(config.text_config, size, _TP_PLAN)
-
     def shard(self, ranks: Ranks) -> None:
-        from engine.tensor_parallel import shard
-
-        shard(self.decoder, self.text_config, ranks, _TP_PLAN)
+        super().shard(ranks)
         for layer in self.decoder.layers:  # type: ignore[union-attr]
             layer.self_attn.num_heads //= ranks.size
 

@@ -32,7 +32,7 @@ from engine.families.pixels import Recipe, value_recipe
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from engine.messages import Picture
     from engine.tensor_parallel import Ranks
@@ -159,6 +159,7 @@ class _Segment:
 class MllamaModel(FamilyModel):
     attends_images = True
     encode_batch = 4
+    tensor_parallel_plan = _TP_PLAN
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -167,16 +168,8 @@ class MllamaModel(FamilyModel):
         for number, module in enumerate(attention):
             module.layer_idx = number
 
-    @classmethod
-    def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
-        from engine.tensor_parallel import read_plan
-
-        read_plan(config.text_config, size, _TP_PLAN)
-
     def shard(self, ranks: Ranks) -> None:
-        from engine.tensor_parallel import shard
-
-        shard(self.decoder, self.text_config, ranks, _TP_PLAN)
+        super().shard(ranks)
         for layer in self._layers:
             attention = layer.self_attn if hasattr(layer, "self_attn") else layer.cross_attn
             attention.num_heads //= ranks.size

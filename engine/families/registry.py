@@ -14,6 +14,9 @@ _VISION = {
     "llava": "llava",
     "mllama": "mllama",
     "paligemma": "paligemma",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_vl",
+    "qwen3_vl": "qwen3_vl",
 }
 """config.json's `model_type` -> the family's file."""
 

@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from engine.families.base import PreparedPicture, Preprocessor
+import numpy as np
+
+from engine.errors import RequestRejected
+from engine.families.base import GRID, Arrays, PreparedPicture, Preprocessor
 from engine.messages import EMBEDDINGS, TensorData
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.errors import ImageError
@@ -72,10 +75,11 @@ class PicturePreparer:
         return ready
 
     def _as_they_are(self, loaded: LoadedEmbeddings) -> ReadyPicture:
-        prepared = PreparedPicture(
-            [self._preprocessor.image_token_id] * len(loaded.rows), {EMBEDDINGS: loaded.rows}
-        )
-        return ReadyPicture(prepared, {EMBEDDINGS: TensorData.pack(loaded.rows)}, loaded.digest[:16])
+        tensors: Arrays = {EMBEDDINGS: loaded.rows}
+        if loaded.grid is not None:
+            tensors[GRID] = np.array(loaded.grid)
+        prepared = PreparedPicture([self._preprocessor.image_token_id] * len(loaded.rows), tensors)
+        return ReadyPicture(prepared, _packed(tensors), loaded.digest[:16])
 
     async def _one(self, index: int, part: ImagePart, variant: int) -> ReadyPicture:
         assert part.loaded is not None, "pictures are loaded before the backend sees them"
@@ -91,6 +95,8 @@ class PicturePreparer:
             task.add_done_callback(lambda _: self._under_way.pop(key, None))
         try:
             return await asyncio.shield(task)
+        except RequestRejected as error:
+            raise ImageError(index, str(error)) from error
         except Exception as error:
             raise ImageError(index, "the model's processor cannot prepare this picture") from error
 
@@ -101,7 +107,7 @@ class PicturePreparer:
         known = loaded.digest + self._preprocessor.fingerprint + bytes([variant])
         ready = ReadyPicture(
             prepared,
-            {name: TensorData.pack(array) for name, array in prepared.tensors.items()},
+            _packed(prepared.tensors),
             hashlib.blake2b(known, digest_size=16).digest(),
         )
         self._remember((loaded.digest, variant), ready)
@@ -115,3 +121,7 @@ class PicturePreparer:
         while self._used > self._budget:
             _, old = self._cache.popitem(last=False)
             self._used -= old.nbytes
+
+
+def _packed(tensors: Arrays) -> dict[str, TensorData]:
+    return {name: TensorData.pack(array) for name, array in tensors.items()}

@@ -119,7 +119,9 @@ class RollingBackend:
                 front.preprocessor,
                 self._pool,
                 self._settings.image_cache_mb << 19,
-                EmbeddingsWanted(facts.hidden_size, facts.max_model_len - 1, facts.dtype),
+                EmbeddingsWanted(
+                    facts.row_size, facts.max_model_len - 1, facts.dtype, front.preprocessor.grid_merge
+                ),
             )
             if front.preprocessor is not None
             else None

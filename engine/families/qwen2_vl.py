@@ -1,0 +1,193 @@
+"""Qwen2-VL and Qwen2.5-VL: images of any size, positions on three axes.
+
+An image is resized, aspect kept, to whole squares of patches, and each square of `merge` x `merge` patches becomes one
+token. A token of text has the same position on all axes (frame, row, column); those of an image differ by row and
+column, and what follows it goes on behind the longer of its sides, so most positions are smaller than the index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ModelLoadError, RequestRejected
+from engine.families.base import (
+    GRID,
+    Arrays,
+    Facts,
+    Family,
+    FamilyModel,
+    Layout,
+    ModelFiles,
+    Preprocessor,
+    Written,
+)
+from engine.families.pixels import value_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerFast
+
+    from engine.messages import Picture
+
+MOST_ASPECT = 200
+"""Longer side to shorter side, at most: the rule of the family's image processor."""
+
+ENCODE_PATCHES = 1 << 14
+"""Patches encoded in one call at most, unless one image alone has more: one image can have 65,536 of them."""
+
+
+class Qwen2VLFacts(Facts, kw_only=True):
+    """patch: pixels along the side of a patch. merge: patches along the side of a token. frames: of a patch, all the
+    same for an image. min_pixels, max_pixels: of an image after resizing. around: the tokens before and behind an
+    image."""
+
+    patch: int
+    merge: int
+    frames: int
+    min_pixels: int
+    max_pixels: int
+    around: tuple[int, int]
+
+
+class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
+    """`pixel_values` are [patches, channels x pixels]: one frame of each patch, since the others are the same."""
+
+    facts_type = Qwen2VLFacts
+    probes = ((40, 64), (129, 77), (1500, 50), (1, 30), (301, 300))
+
+    @classmethod
+    def read(cls, model: ModelFiles) -> Qwen2VLFacts:
+        config, processor = model.config, model.processor
+        least, most = (int(processor.size[edge] or 0) for edge in ("shortest_edge", "longest_edge"))
+        if not 0 < least <= most:
+            raise ModelLoadError(
+                f"the image processor's min_pixels is {least} and its max_pixels {most}; both must be positive and the "
+                "first not the larger (mm_processor_kwargs, or size in preprocessor_config.json)"
+            )
+        if not processor.do_resize:
+            raise ModelLoadError("the image processor of this family must resize: remove do_resize=false")
+        return Qwen2VLFacts(
+            image_token_id=int(config.image_token_id),
+            recipe=value_recipe(processor, model.backend),
+            patch=int(processor.patch_size),
+            merge=int(processor.merge_size),
+            frames=int(processor.temporal_patch_size),
+            min_pixels=least,
+            max_pixels=most,
+            around=(int(config.vision_start_token_id), int(config.vision_end_token_id)),
+        )
+
+    @property
+    def grid_merge(self) -> int:
+        return self.facts.merge
+
+    def written(self, tokenizer: PreTrainedTokenizerFast) -> Written:
+        ids = (self.facts.around[0], self.image_token_id, self.facts.around[1])
+        return Written("".join(str(tokenizer.convert_ids_to_tokens(token)) for token in ids))
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        size = self.target(width, height)
+        squares = size[0] * size[1] // (self.facts.patch * self.facts.merge) ** 2
+        return Layout([self.image_token_id] * squares)
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after resizing: multiples of a token's side, as close to the image's own size and aspect as
+        the limits on pixels allow. Raises RequestRejected for an image that is too long."""
+        if max(width, height) > MOST_ASPECT * min(width, height):
+            raise RequestRejected(
+                f"it is {width}x{height} pixels; this model takes images whose longer side is at most {MOST_ASPECT} "
+                "times the shorter"
+            )
+        unit = self.facts.patch * self.facts.merge
+        columns, rows = round(width / unit), round(height / unit)
+        if columns * rows * unit**2 > self.facts.max_pixels:
+            shrink = math.sqrt(width * height / self.facts.max_pixels)
+            columns, rows = (max(1, math.floor(side / shrink / unit)) for side in (width, height))
+        elif columns * rows * unit**2 < self.facts.min_pixels:
+            grow = math.sqrt(self.facts.min_pixels / (width * height))
+            columns, rows = (math.ceil(side * grow / unit) for side in (width, height))
+        return columns * unit, rows * unit
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        recipe = self.facts.recipe
+        assert recipe is not None
+        pixels = recipe.values(recipe.resized(image, self.target(*image.size)))
+        patch, merge = self.facts.patch, self.facts.merge
+        rows, columns = (side // patch for side in pixels.shape[1:])
+        # [channel, row of squares, row in it, y, column of squares, column in it, x]
+        split = pixels.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
+        patches = split.transpose(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, 3 * patch**2)
+        return {"pixel_values": patches, GRID: np.array([1, rows, columns], dtype=np.int64)}
+
+    def reference(self, image: Image, variant: int = 0) -> Arrays:
+        out = self._processor(images=image, return_tensors="np")
+        patches = np.asarray(out["pixel_values"])
+        frames = patches.reshape(len(patches), 3, self.facts.frames, self.facts.patch**2)
+        return {"pixel_values": frames[:, :, 0].reshape(len(patches), -1), GRID: np.asarray(out[GRID][0])}
+
+    def positions(
+        self, num_tokens: int, pictures: Sequence[Picture]
+    ) -> tuple[npt.NDArray[np.int64] | None, int]:
+        if not pictures:
+            return None, 0
+        positions = np.empty((3, num_tokens), dtype=np.int64)
+        at = behind = 0
+        for picture in pictures:
+            positions[:, at : picture.offset] = np.arange(behind, behind + picture.offset - at)
+            behind += picture.offset - at
+            _, rows, columns = (int(side) // self.facts.merge for side in picture.tensors[GRID].unpack())
+            own = positions[:, picture.offset : picture.end]
+            own[0] = behind
+            own[1] = behind + np.repeat(np.arange(rows), columns)
+            own[2] = behind + np.tile(np.arange(columns), rows)
+            behind += max(rows, columns)
+            at = picture.end
+        positions[:, at:] = np.arange(behind, behind + num_tokens - at)
+        return positions, behind - at
+
+
+class Qwen2VLModel(FamilyModel):
+    position_axes = 3
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        import torch
+
+        frames = self.model.config.vision_config.temporal_patch_size
+        rows: list[torch.Tensor] = []
+        for some in _bounded(pictures):
+            patches = torch.cat([picture["pixel_values"] for picture in some])
+            features = self.model.model.get_image_features(
+                pixel_values=patches.reshape(len(patches), 3, 1, -1).expand(-1, -1, frames, -1).flatten(1),
+                image_grid_thw=torch.stack([picture[GRID] for picture in some]),
+                return_dict=True,
+            )
+            rows += self.rows(features)
+        return rows
+
+    def rows(self, features: Any) -> Sequence[torch.Tensor]:
+        """One [rows, row_size] per image, of what the vision tower gives."""
+        rows: Sequence[torch.Tensor] = features.pooler_output
+        return rows
+
+
+def _bounded(pictures: Sequence[dict[str, torch.Tensor]]) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """In groups of at most ENCODE_PATCHES patches together, or of one image."""
+    group: list[dict[str, torch.Tensor]] = []
+    patches = 0
+    for picture in pictures:
+        own = len(picture["pixel_values"])
+        if group and patches + own > ENCODE_PATCHES:
+            yield group
+            group, patches = [], 0
+        group.append(picture)
+        patches += own
+    yield group
+
+
+FAMILY = Family(Qwen2VLModel, Qwen2VLPreprocessor)
