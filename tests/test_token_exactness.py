@@ -17,6 +17,10 @@ MODELS = {
     "gemma": lambda path: make_text_model(path, "gemma"),
     "gemma2": lambda path: make_text_model(path, "gemma2"),
     "gemma3": lambda path: make_text_model(path, "gemma3_text"),
+    "qwen3": lambda path: make_text_model(path, "qwen3"),
+    "qwen3-window": lambda path: make_text_model(
+        path, "qwen3", use_sliding_window=True, sliding_window=24, max_window_layers=1
+    ),
     "llava-clip-llama": lambda path: make_llava(path),
     "llava-clip-full-mistral": lambda path: make_llava(path, text="mistral", strategy="full"),
     "llava-siglip-qwen2": lambda path: make_llava(path, tower="siglip", text="qwen2", strategy="full"),

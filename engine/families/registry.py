@@ -11,9 +11,12 @@ _VISION = {
     "chameleon": "chameleon",
     "fuyu": "fuyu",
     "gemma3": "gemma3",
+    "idefics3": "idefics3",
+    "internvl": "internvl",
     "llava": "llava",
     "mllama": "mllama",
     "paligemma": "paligemma",
+    "smolvlm": "idefics3",
 }
 """config.json's `model_type` -> the family's file."""
 
