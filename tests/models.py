@@ -21,6 +21,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -94,7 +95,7 @@ def text_config(kind: str = "llama", **overrides: Any) -> PretrainedConfig:
     }  # fmt: skip
     kinds: dict[str, Any] = {
         "gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig, "llama": LlamaConfig,
-        "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
+        "mistral": MistralConfig, "phi3": Phi3Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
     }  # fmt: skip
     if kind == "mistral":
         shared["sliding_window"] = 24

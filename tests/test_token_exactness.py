@@ -10,9 +10,17 @@ from tests.engine_driver import Oracle
 from tests.exactness import check_random_load, prompts_with, small_images
 from tests.models import make_llava, make_text_model
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+"""Has no effect within a model's own positions, and no request is longer than those."""
+
 MODELS = {
     "llama": lambda path: make_text_model(path, "llama"),
     "mistral-window": lambda path: make_text_model(path, "mistral"),
+    "llama-dynamic": lambda path: make_text_model(
+        path, "llama", max_position_embeddings=240, rope_parameters=DYNAMIC
+    ),
+    "phi3": lambda path: make_text_model(path, "phi3"),
+    "phi3-window": lambda path: make_text_model(path, "phi3", sliding_window=24),
     "qwen2": lambda path: make_text_model(path, "qwen2"),
     "gemma": lambda path: make_text_model(path, "gemma"),
     "gemma2": lambda path: make_text_model(path, "gemma2"),

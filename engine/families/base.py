@@ -293,7 +293,10 @@ class FamilyModel(ABC):
     encode_batch: ClassVar[int] = 16
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from engine.long_rope import LongRope
+
         self.model = model
+        self.long_rope = LongRope.of(self.decoder)
 
     @classmethod  # noqa: B027
     def check(cls, config: PretrainedConfig) -> None:
