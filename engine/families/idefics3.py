@@ -51,7 +51,7 @@ class Idefics3Facts(Facts, kw_only=True):
 class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
     facts_type = Idefics3Facts
     takes_embeddings = False
-    probes = ((40, 64), (129, 77), (301, 300), (1000, 30), (30, 900))
+    probes = ((40, 64), (129, 77), (1000, 30), (30, 900))
 
     @classmethod
     def read(cls, model: ModelFiles) -> Idefics3Facts:
@@ -154,6 +154,8 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
 
 
 class Idefics3Model(FamilyModel):
+    encode_batch = 4
+
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         check_text(config.text_config)

@@ -38,7 +38,7 @@ class InternVLFacts(Facts, kw_only=True):
 class InternVLPreprocessor(Preprocessor[InternVLFacts]):
     facts_type = InternVLFacts
     takes_embeddings = False
-    probes = ((40, 64), (129, 77), (301, 300), (1000, 30), (30, 900))
+    probes = ((40, 64), (129, 77), (1000, 30), (30, 900))
 
     @classmethod
     def from_model(
@@ -103,6 +103,8 @@ class InternVLPreprocessor(Preprocessor[InternVLFacts]):
 
 
 class InternVLModel(FamilyModel):
+    encode_batch = 4
+
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         check_text(config.text_config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.families.base import Preprocessor
 from engine.families.idefics3 import Idefics3Preprocessor
+from engine.families.tiles import TILES_AT_ONCE, encode_tiles
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers.request import Constraint
@@ -108,6 +110,21 @@ def test_a_tile_of_zeros_keeps_its_rows(tmp_path: Path) -> None:
     )
     assert [result.finish for result in results.values()] == ["length", "length"]
     assert results[0].token_ids != results[1].token_ids
+
+
+def test_few_tiles_go_through_the_tower_together() -> None:
+    """However many images are encoded; each gets the rows of its own tiles."""
+    sizes: list[int] = []
+
+    def tower(tiles: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(tiles))
+        return tiles[:, 0, :ROWS]
+
+    shown = [torch.full((count, 3, 8, 5), float(count)) for count in (1, 17, 13, 17)]
+    rows = encode_tiles(tower, shown)
+    assert max(sizes) == TILES_AT_ONCE
+    assert [tuple(part.shape) for part in rows] == [(ROWS * len(image), 5) for image in shown]
+    assert all(bool((part == len(image)).all()) for part, image in zip(rows, shown, strict=True))
 
 
 @pytest.fixture(scope="module", params=["idefics3", "smolvlm", "not split", "not enlarged", "bicubic"])
