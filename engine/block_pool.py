@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from engine.sequence import Sequence
 
 _ROOT = b"\0" * 16
+_LONG_ROOT = b"\1" * 16
 
 
 class BlockPool:
@@ -135,12 +136,16 @@ class BlockPool:
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) < count:
             start = len(hashes) * size
-            state = hashlib.blake2b(hashes[-1] if hashes else _ROOT + sequence.prefix_salt, digest_size=16)
+            state = hashlib.blake2b(hashes[-1] if hashes else _root(sequence), digest_size=16)
             state.update(array("q", sequence.token_ids[start : start + size]).tobytes())
             for part in _picture_marks(sequence, start, start + size):
                 state.update(part)
             hashes.append(state.digest())
         return hashes[:count]
+
+
+def _root(sequence: Sequence) -> bytes:
+    return (_LONG_ROOT if sequence.is_long else _ROOT) + sequence.prefix_salt
 
 
 def _picture_marks(sequence: Sequence, start: int, stop: int) -> Iterable[bytes]:

@@ -91,6 +91,7 @@ class Engine:
                 order=self._arrivals,
                 guides=guides or (),
                 prefix_salt=self.runner.model.prefix_salt(add.token_ids, add.pictures),
+                long_after=None if (rope := self.runner.model.long_rope) is None else rope.limit,
                 attends_images=self.runner.model.attends_images,
                 spans=self.runner.model.spans(add.token_ids, add.pictures),
             )
@@ -282,6 +283,7 @@ class Engine:
         guide = sequence.guide
         if guide is not None:
             guide.accept(token_id)
+        was_long = sequence.is_long
         sequence.append(token_id)
         finish, stop_token = _finish(sequence, token_id)
         output = Output(
@@ -301,6 +303,8 @@ class Engine:
             self._drop(sequence)
         elif guide is not None and guide.ended and logprob is None:
             self._append(sequence, sequence.sampling.eos_token_ids[0], None, outputs)
+        elif sequence.is_long and not was_long:
+            self.scheduler.restart(sequence)
 
     def _constrain(self, sequences: list[Sequence]) -> None:
         """Set what the sampler may choose from, for all of them that have a grammar together."""

@@ -132,6 +132,10 @@ class ModelRunner:
                 whole[index] = slice(start, start + chunk.length)
         self.kernel.begin(step)
         padding = self._padding(step.num_tokens)
+        if self.model.long_rope is not None:
+            ordered = [chunks[index] for index in order]
+            is_long = np.repeat([chunk.is_long for chunk in ordered], [chunk.length for chunk in ordered])
+            self.model.long_rope.is_long = torch.from_numpy(np.pad(is_long, (0, padding))).to(self.device)
         if padding:
             embeddings = F.pad(embeddings, (0, 0, 0, padding))
             positions = np.pad(positions, ((0, 0), (0, padding)))

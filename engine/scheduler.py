@@ -155,9 +155,14 @@ class Scheduler:
                 return False
         return True
 
+    def restart(self, sequence: Sequence) -> None:
+        """Have a running sequence computed again, from its first token on."""
+        self.running.remove(sequence)
+        self.pool.release(sequence)
+        sequence.num_computed = 0
+        sequence.block_hashes.clear()
+        insort(self.waiting, sequence, key=lambda s: s.rank)
+
     def _preempt(self, victim: Sequence) -> None:
-        self.running.remove(victim)
-        self.pool.release(victim)
-        victim.num_computed = 0
+        self.restart(victim)
         self.preemptions += 1
-        insort(self.waiting, victim, key=lambda s: s.rank)

@@ -30,6 +30,8 @@ class Sequence:
     arrived: by the clock of `time.monotonic`. queued: seconds from then to the first step that had a place for it.
     guide: where the answer stands in its grammar; None for free text. Like the tokens, it survives preemption.
     prefix_salt, attends_images, spans: see `engine.families.base.FamilyModel`.
+    long_after: a sequence of more tokens `is_long`: the model has other rotary frequencies for it, so all of its keys
+        are computed again when it becomes so. None where there is but one set.
     positions, position_delta: see `engine.families.base.Preprocessor.positions`.
     """
 
@@ -55,6 +57,7 @@ class Sequence:
     prefix_salt: bytes = b""
     attends_images: bool = False
     spans: list[tuple[int, int]] = field(default_factory=list)
+    long_after: int | None = None
     positions: npt.NDArray[np.int64] | None = None
     position_delta: int = 0
     finished: bool = False
@@ -72,6 +75,7 @@ class Sequence:
         prefix_salt: bytes = b"",
         attends_images: bool = False,
         spans: Guides[tuple[int, int]] = (),
+        long_after: int | None = None,
     ) -> list[Sequence]:
         """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise.
 
@@ -107,6 +111,7 @@ class Sequence:
                     leader=sequences[0] if sequences else None,
                     guide=guides[number] if guides else None,
                     prefix_salt=prefix_salt,
+                    long_after=long_after,
                     attends_images=attends_images,
                     spans=list(spans),
                     positions=positions,
@@ -131,6 +136,10 @@ class Sequence:
     def is_decoding(self) -> bool:
         """The prompt is in the cache and exactly the newest token is not."""
         return self.num_output_tokens > 0 and self.num_uncomputed == 1
+
+    @property
+    def is_long(self) -> bool:
+        return self.long_after is not None and self.num_tokens > self.long_after
 
     @property
     def waits_for_leader(self) -> bool:

@@ -27,7 +27,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
     samples: the logits of the last token are wanted. prompt_logits: those of all its tokens are.
     pictures: those that the chunk needs. spans: runs of the sequence that have a token in the chunk and are seen both
         ways.
-    positions, position_delta: see `Sequence.positions_within`.
+    positions, position_delta: see `Sequence.positions_within`. is_long: see `Sequence`.
     """
 
     token_ids: list[int]
@@ -39,6 +39,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
     spans: list[tuple[int, int]] = []
     position_delta: int = 0
     positions: TensorData | None = None
+    is_long: bool = False
 
     @property
     def length(self) -> int:
@@ -67,6 +68,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
             spans=sequence.spans_within(start, stop) if sequence.spans else [],
             position_delta=sequence.position_delta,
             positions=None if positions is None else TensorData.pack(positions),
+            is_long=sequence.is_long,
         )
 
 

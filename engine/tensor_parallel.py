@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from engine.errors import ModelLoadError
+
+_FUSED = "colwise_gather_output"
+_STYLES = ("colwise", "rowwise", _FUSED, "rowwise_split_input")
+"""The last two are transformers' for projections that are several matrices in one (Phi-3), whose parts it gathers on
+all ranks. Here each of the matrices is cut by itself, as if it stood alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,11 @@ def shard(
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
         if style is None or style.startswith(("replicated", "embedding")):
             continue  # every rank keeps the whole of it
-        if not isinstance(module, torch.nn.Linear) or style not in ("colwise", "rowwise"):
+        if not isinstance(module, torch.nn.Linear) or style not in _STYLES:
             raise ModelLoadError(f"tensor parallelism of {name!r} ({style}) is not supported; set degree 1")
-        if style == "colwise":
+        if style == _FUSED:
+            _cut_fused(decoder.get_submodule(name.rpartition(".")[0]), module, ranks)
+        elif style == "colwise":
             _cut(module, ranks, dim=0)
         else:
             _cut(module, ranks, dim=1)
@@ -68,6 +77,20 @@ def _cut(module: torch.nn.Linear, ranks: Ranks, dim: int) -> None:
         bias = module.bias.data
         kept = bias.chunk(ranks.size)[ranks.rank].clone() if dim == 0 else bias * (ranks.rank == 0)
         module.bias = torch.nn.Parameter(kept, requires_grad=False)
+
+
+def _cut_fused(parent: Any, module: torch.nn.Linear, ranks: Ranks) -> None:
+    """Queries, keys and values in one, or gate and up. An attention layer is told of its own number of heads."""
+    if module is getattr(parent, "qkv_proj", None):
+        config = copy(parent.config)
+        heads, kv_heads = config.num_attention_heads, parent.num_key_value_heads
+        sizes = [count * parent.head_dim for count in (heads, kv_heads, kv_heads)]
+        config.num_attention_heads, parent.num_key_value_heads = heads // ranks.size, kv_heads // ranks.size
+        parent.config = config
+    else:
+        sizes = [module.out_features // 2] * 2
+    parts = [part.chunk(ranks.size)[ranks.rank] for part in torch.split(module.weight.data, sizes)]
+    module.weight = torch.nn.Parameter(torch.cat(parts), requires_grad=False)
 
 
 def _sum_over_ranks(

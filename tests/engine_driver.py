@@ -102,6 +102,14 @@ class Oracle:
         )  # fmt: skip
         return out[0, ids.shape[1] :].tolist()
 
+    @torch.inference_mode()
+    def logits(self, prompt: Prompt) -> torch.Tensor:
+        """[tokens, vocabulary] of the prompt."""
+        ids = torch.tensor([prompt.add(self.preprocessor, SamplingParams()).token_ids])
+        mask = torch.ones_like(ids)
+        logits: torch.Tensor = self.model(ids, attention_mask=mask, **self.inputs(prompt, ids)).logits[0]
+        return logits
+
 
 @dataclass
 class Result:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from engine.families.base import CacheLayout
+from engine.families.base import CacheLayout, Preprocessor
 from engine.sampling_params import SamplingParams
-from tests.engine_driver import Oracle, Prompt, Result, collect, load_engine, random_image
+from tests.engine_driver import Oracle, Prompt, Result, collect, load_engine, random_image, run_all
 
 PromptMaker = Callable[[random.Random, list[list[int]]], Prompt]
 """(random numbers, beginnings that prompts should share) -> a prompt."""
@@ -34,6 +37,39 @@ def prompts_with(images: Sequence[Image.Image], most: int = 3) -> PromptMaker:
 
 def small_images(count: int = 6) -> list[Image.Image]:
     return [random_image(seed) for seed in range(count)]
+
+
+def image_of(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def expanded(
+    preprocessor: Preprocessor[Any], tokenizer: Any, text: str, images: Sequence[Image.Image]
+) -> list[int]:
+    """The tokens of a text with an image token for each image, as the backend makes them."""
+    variant, waiting = preprocessor.variant(len(images)), iter(images)
+    token_ids: list[int] = []
+    for token_id in tokenizer(text).input_ids:
+        if token_id == preprocessor.image_token_id:
+            token_ids += preprocessor.layout(*next(waiting).size, variant).token_ids
+        else:
+            token_ids.append(token_id)
+    assert next(waiting, None) is None
+    return token_ids
+
+
+def check_logprobs(path: Path, oracle: Oracle, prompt: Prompt, budget: int = 7) -> None:
+    """The log probabilities of all tokens of a prompt are transformers' own within 1e-4, though it is cut into chunks
+    of at most `budget` tokens, also within images."""
+    engine = load_engine(path, max_model_len=512, max_num_seqs=1, max_num_batched_tokens=budget)
+    add = prompt.add(oracle.preprocessor, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+    token_ids = torch.tensor(add.token_ids)
+    (result,) = run_all(engine, [add]).values()
+    found = result.outputs[0].prompt_logprobs
+    assert found is not None
+    got = torch.tensor([entry.logprobs[0] for entry in found])
+    want = oracle.logits(prompt)[:-1].log_softmax(-1).gather(1, token_ids[1:, None])[:, 0]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 def check_random_load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
@@ -55,13 +58,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Byte level, no merges: any text is encodable and ids are easy to reason about."""
+def make_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE,
+    *,
+    more: Sequence[str] = (),
+    merges: Sequence[tuple[str, str]] = (),
+) -> PreTrainedTokenizerFast:
+    """Byte level, no merges unless given: any text is encodable and ids are easy to reason about.
+
+    more: special tokens behind `SPECIALS`. merges: of characters of the byte-level alphabet; their tokens come last.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    special = [*SPECIALS, *more]
+    words = [*alphabet, *special, *("".join(pair) for pair in merges)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         clean_up_tokenization_spaces=False, model_max_length=1 << 30,
@@ -81,7 +95,7 @@ def text_config(kind: str = "llama", **overrides: Any) -> PretrainedConfig:
     }  # fmt: skip
     kinds: dict[str, Any] = {
         "gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig, "llama": LlamaConfig,
-        "mistral": MistralConfig, "qwen2": Qwen2Config,
+        "mistral": MistralConfig, "phi3": Phi3Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
     }  # fmt: skip
     if kind == "mistral":
         shared["sliding_window"] = 24
@@ -95,6 +109,8 @@ def text_config(kind: str = "llama", **overrides: Any) -> PretrainedConfig:
     if kind == "gemma3_text":
         layers = ["sliding_attention", "full_attention"]
         shared |= {"sliding_window": 24, "query_pre_attn_scalar": 20, "layer_types": layers}
+    if kind == "qwen3":
+        shared["head_dim"] = 24  # not hidden_size / heads, as in all of Qwen3's
     return kinds[kind](**{**shared, **overrides})
 
 

@@ -304,7 +304,10 @@ class FamilyModel(ABC):
     tensor_parallel_plan: ClassVar[Mapping[str, str] | None] = None
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from engine.long_rope import LongRope
+
         self.model = model
+        self.long_rope = LongRope.of(self.decoder)
 
     @classmethod  # noqa: B027
     def check(cls, config: PretrainedConfig) -> None:

@@ -27,7 +27,11 @@ Levels = npt.NDArray[np.uint8]
 Resize = Callable[[Image.Image, tuple[int, int], Image.Resampling], Levels]
 """(picture, (width, height), filter) -> [height, width, 3]"""
 
-_TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+_TORCH_MODES = {
+    Image.Resampling.BICUBIC: "bicubic",
+    Image.Resampling.BILINEAR: "bilinear",
+    Image.Resampling.LANCZOS: "lanczos",
+}
 
 
 # An image's own memory is read and never written.
@@ -154,8 +158,19 @@ def _resizes_bytes(resample: Image.Resampling) -> bool:
     """Whether torchvision leaves bytes to torch on this machine; on others it converts to float and back."""
     import torch
 
+    if resample == Image.Resampling.LANCZOS:
+        return _torch_has_lanczos()
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return resample == Image.Resampling.BICUBIC or fast or platform.machine() in ("aarch64", "arm64")
+
+
+def _torch_has_lanczos() -> bool:
+    """Older versions of torch have not, and transformers then takes another filter."""
+    try:
+        resize_with_torch(Image.new("RGB", (4, 4)), (2, 2), Image.Resampling.LANCZOS)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def _value_table(processor: Any) -> npt.NDArray[np.float32]:

@@ -11,12 +11,15 @@ _VISION = {
     "chameleon": "chameleon",
     "fuyu": "fuyu",
     "gemma3": "gemma3",
+    "idefics3": "idefics3",
+    "internvl": "internvl",
     "llava": "llava",
     "mllama": "mllama",
     "paligemma": "paligemma",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
+    "smolvlm": "idefics3",
 }
 """config.json's `model_type` -> the family's file."""
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-TEXT_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2")
+TEXT_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 """Decoders that are tested to give the tokens of transformers' own `generate`."""
 
 

@@ -169,7 +169,7 @@ def _save_plain(tokenizer: Any, folder: Path) -> bool:
     same = (
         plain.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
         and plain.chat_template == tokenizer.chat_template
-        and plain.all_special_tokens == tokenizer.all_special_tokens
+        and set(plain.all_special_tokens) == set(tokenizer.all_special_tokens)
         and plain.special_tokens_map == tokenizer.special_tokens_map
         and (plain.bos_token_id, plain.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )

@@ -1,0 +1,199 @@
+"""Idefics3 and SmolVLM: a SigLIP tower that sees tiles, a connector that merges patches, and a Llama decoder.
+
+An image is resized to multiples of a tile and cut; the tiles are followed by the whole image, shrunk to one tile. In
+the prompt each tile has a tag that names its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import ModelLoadError
+from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.pixels import value_recipe
+from engine.families.text import check_text
+from engine.families.tiles import cut, encode_tiles
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PretrainedConfig
+
+LONGEST_EDGE = 4096
+"""No image is enlarged beyond this, whatever the processor's size is."""
+
+AROUND, GLOBAL, TAG = "<fake_token_around_image>", "<global-img>", "<row_{}_col_{}>"
+
+
+class Idefics3Facts(Facts, kw_only=True):
+    """tile: its edge in pixels. longest: what the longest edge becomes before images are cut, None where they keep
+    their size. splits: whether they are cut at all. rows: of the encoder, for each tile.
+
+    before: tokens in front of the image's, for the tile at [row][column] and for the whole image. line: after each row
+    of tiles but the last. last_line: after that. after: behind the image.
+    """
+
+    tile: int
+    longest: int | None
+    splits: bool
+    rows: int
+    before: list[list[list[int]]]
+    before_global: list[int]
+    line: list[int]
+    last_line: list[int]
+    after: list[int]
+
+
+class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
+    facts_type = Idefics3Facts
+    takes_embeddings = False
+    probes = ((40, 64), (129, 77), (1000, 30), (30, 900))
+
+    @classmethod
+    def read(cls, model: ModelFiles) -> Idefics3Facts:
+        processor = model.processor
+        tile = int(processor.max_image_size["longest_edge"])
+        longest = _longest_edge(processor)
+        most = -(-(LONGEST_EDGE if longest is None else longest + 1) // tile)
+
+        def ids(text: str) -> list[int]:
+            encoded = model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            return [int(token) for token in encoded.ids]
+
+        return Idefics3Facts(
+            image_token_id=int(model.config.image_token_id),
+            recipe=value_recipe(processor, model.backend),
+            tile=tile,
+            longest=longest,
+            splits=bool(processor.do_image_splitting),
+            rows=rows_per_tile(model.config, tile),
+            before=[
+                [ids(AROUND + TAG.format(row + 1, column + 1)) for column in range(most)]
+                for row in range(most)
+            ],
+            before_global=ids(AROUND + GLOBAL),
+            line=ids("\n"),
+            last_line=ids("\n\n"),
+            after=ids(AROUND),
+        )
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        facts = self.facts
+        token_ids: list[int] = []
+        is_embed: list[bool] = []
+
+        def add(before: list[int], image: bool = True) -> None:
+            rows = facts.rows if image else 0
+            token_ids.extend([*before, *[facts.image_token_id] * rows])
+            is_embed.extend([False] * len(before) + [True] * rows)
+
+        rows, columns = self._grid(width, height)
+        for row in range(rows):
+            for column in range(columns):
+                add(facts.before[row][column])
+            add(facts.line if row + 1 < rows else facts.last_line, image=False)
+        add(facts.before_global)
+        add(facts.after, image=False)
+        return Layout(token_ids, is_embed)
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        from PIL.Image import fromarray
+
+        facts = self.facts
+        recipe = facts.recipe
+        assert recipe is not None
+        rows, columns = self._grid(*image.size)
+        size = self._resized(*image.size)
+        if size != image.size:
+            image = fromarray(recipe.resized(image, size))
+        tiles = []
+        if rows:
+            levels = recipe.resized(image, (columns * facts.tile, rows * facts.tile))
+            tiles = cut(recipe, levels, facts.tile, facts.tile)
+            image = fromarray(levels)
+        tiles.append(recipe.values(recipe.resized(image, (facts.tile, facts.tile))))
+        return {"pixel_values": np.stack(tiles)}
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of tiles; (0, 0) where the image is not cut."""
+        if not self.facts.splits:
+            return 0, 0
+        width, height = self._resized(width, height)
+        tile, aspect = self.facts.tile, width / height
+        if width >= height:
+            columns = math.ceil(width / tile)
+            rows = math.ceil(int(columns * tile / aspect) / tile)
+        else:
+            rows = math.ceil(height / tile)
+            columns = math.ceil(int(rows * tile * aspect) / tile)
+        return (rows, columns) if rows > 1 or columns > 1 else (0, 0)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) with the longest edge as the processor wants it and the other one even."""
+        longest = self.facts.longest
+        if longest is None:
+            return width, height
+        aspect = width / height
+        if width >= height:
+            width, height = longest, int(longest / aspect)
+            height += height % 2
+        else:
+            width, height = int(longest * aspect), longest
+            width += width % 2
+        width, height = max(width, 1), max(height, 1)
+        aspect = width / height
+        if width >= height and width > LONGEST_EDGE:
+            width, height = LONGEST_EDGE, int(LONGEST_EDGE / aspect)
+        elif height > width and height > LONGEST_EDGE:
+            width, height = int(LONGEST_EDGE * aspect), LONGEST_EDGE
+        return max(width, 1), max(height, 1)
+
+
+class Idefics3Model(FamilyModel):
+    encode_batch = 4
+
+    @classmethod
+    def check(cls, config: PretrainedConfig) -> None:
+        check_text(config.text_config)
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        decoder: torch.nn.Module = self.model.model.text_model
+        return decoder
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Every tile has its rows. transformers takes tiles of zeros for padding and leaves them out; where nothing is
+        normalised, a black tile is such a tile."""
+        tower, connector = self.model.model.vision_model, self.model.model.connector
+
+        def features(tiles: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = connector(tower(pixel_values=tiles.to(self.model.dtype)).last_hidden_state)
+            return out
+
+        return encode_tiles(features, [picture["pixel_values"] for picture in pictures])
+
+
+def rows_per_tile(config: PretrainedConfig, tile: int) -> int:
+    """Raises ModelLoadError where the connector cannot merge a tile's patches."""
+    patches, merged = tile // config.vision_config.patch_size, config.scale_factor
+    if patches % merged:
+        raise ModelLoadError(
+            f"its tiles of {tile} pixels have {patches} patches on a side, which cannot be merged {merged} by {merged}"
+        )
+    return int((patches // merged) ** 2)
+
+
+def _longest_edge(processor: Any) -> int | None:
+    if not processor.do_resize:
+        return None
+    size = {key: edge for key, edge in dict(processor.size).items() if edge}
+    if set(size) != {"longest_edge"}:
+        raise ModelLoadError(f"its image processor has the size {size}; supported: longest_edge alone")
+    return int(size["longest_edge"])
+
+
+FAMILY = Family(Idefics3Model, Idefics3Preprocessor)

@@ -1,0 +1,155 @@
+"""InternVL in transformers' own format: a vision tower that sees tiles, a projector, and a text decoder.
+
+An image is resized to the grid of tiles whose aspect is nearest to its own, cut, and followed by a thumbnail of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import ModelLoadError
+from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.pixels import ProcessorBackend, value_recipe
+from engine.families.text import check_text
+from engine.families.tiles import cut, encode_tiles
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PretrainedConfig
+
+
+class InternVLFacts(Facts, kw_only=True):
+    """tile: (width, height). fewest, most: tiles of an image without its thumbnail, 1 where images are not cut.
+    rows: of the encoder, for each tile. start, end: the tokens around an image's.
+    """
+
+    tile: tuple[int, int]
+    fewest: int
+    most: int
+    rows: int
+    start: int
+    end: int
+
+
+class InternVLPreprocessor(Preprocessor[InternVLFacts]):
+    facts_type = InternVLFacts
+    takes_embeddings = False
+    probes = ((40, 64), (129, 77), (1000, 30), (30, 900))
+
+    @classmethod
+    def from_model(
+        cls, model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
+    ) -> Preprocessor[InternVLFacts]:
+        """Images are cut unless an override says otherwise: so transformers' joint processor has it, whatever stands in
+        the image processor's file."""
+        return super().from_model(model_path, {"crop_to_patches": True, **(overrides or {})}, backend)
+
+    @classmethod
+    def read(cls, model: ModelFiles) -> InternVLFacts:
+        processor, tokenizer = model.processor, model.tokenizer
+        cuts = bool(processor.crop_to_patches)
+        return InternVLFacts(
+            image_token_id=int(model.config.image_token_id),
+            recipe=value_recipe(processor, model.backend),
+            tile=_tile(processor, model.config),
+            fewest=int(processor.min_patches) if cuts else 1,
+            most=int(processor.max_patches) if cuts else 1,
+            rows=rows_per_tile(model.config),
+            start=_token_id(tokenizer, "start_image_token", "<img>"),
+            end=_token_id(tokenizer, "end_image_token", "</img>"),
+        )
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        facts = self.facts
+        columns, rows = self._grid(width, height)
+        tiles = columns * rows + (columns * rows > 1)
+        count = tiles * facts.rows
+        return Layout(
+            [facts.start, *[facts.image_token_id] * count, facts.end], [False, *[True] * count, False]
+        )
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        facts = self.facts
+        recipe = facts.recipe
+        assert recipe is not None
+        width, height = facts.tile
+        columns, rows = self._grid(*image.size)
+        tiles = cut(recipe, recipe.resized(image, (columns * width, rows * height)), height, width)
+        if len(tiles) > 1:
+            tiles.append(recipe.values(recipe.resized(image, facts.tile)))
+        return {"pixel_values": np.stack(tiles)}
+
+    def reference(self, image: Image, variant: int = 0) -> Arrays:
+        return {
+            "pixel_values": np.asarray(self._processor(images=image, return_tensors="np")["pixel_values"])
+        }
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """(columns, rows) of the nearest aspect: the smallest such grid, or the largest that it fills half."""
+        facts = self.facts
+        edges = range(1, facts.most + 1)
+        grids = [(c, r) for c in edges for r in edges if facts.fewest <= c * r <= facts.most]
+        best, nearest = (1, 1), float("inf")
+        for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+            distance = abs(width / height - columns / rows)
+            fills_half = width * height > 0.5 * facts.tile[0] * facts.tile[1] * columns * rows
+            if distance < nearest or (distance == nearest and fills_half):
+                best, nearest = (columns, rows), distance
+        return best
+
+
+class InternVLModel(FamilyModel):
+    encode_batch = 4
+
+    @classmethod
+    def check(cls, config: PretrainedConfig) -> None:
+        check_text(config.text_config)
+        if (strategy := config.vision_feature_select_strategy) != "default":
+            raise ModelLoadError(f"its vision_feature_select_strategy is {strategy!r}; supported: 'default'")
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        def features(tiles: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.model.model.get_image_features(
+                pixel_values=tiles, return_dict=True
+            ).pooler_output
+            return out
+
+        return encode_tiles(features, [picture["pixel_values"] for picture in pictures])
+
+
+def rows_per_tile(config: PretrainedConfig) -> int:
+    """How many rows the projector gives for one tile of the tower's size."""
+    vision = config.vision_config
+    down, across = (
+        int(image // patch * config.downsample_ratio)
+        for image, patch in zip(vision.image_size, vision.patch_size, strict=True)
+    )
+    return down * across
+
+
+def _tile(processor: Any, config: PretrainedConfig) -> tuple[int, int]:
+    """Raises ModelLoadError where the processor's tiles are not as the tower has them."""
+    if not processor.do_resize:
+        raise ModelLoadError("its image processor has do_resize off; images of any size are not supported")
+    size = {key: edge for key, edge in dict(processor.size).items() if edge}
+    height, width = config.vision_config.image_size
+    if size != {"height": height, "width": width}:
+        raise ModelLoadError(
+            f"its image processor makes tiles of {size}, but its vision tower takes {width} x {height} pixels"
+        )
+    return width, height
+
+
+def _token_id(tokenizer: Any, name: str, text: str) -> int:
+    """The tokenizer's own name for the token, or the text that InternVL's tokenizers have for it."""
+    token_id = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name, None) or text)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ModelLoadError(f"its tokenizer has no {name} ({text})")
+    return int(token_id)
+
+
+FAMILY = Family(InternVLModel, InternVLPreprocessor)
