@@ -15,6 +15,7 @@ from engine.families.registry import family_of
 from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
+from handlers.backends.model_files import too_long
 from handlers.backends.rolling_plan import plan_engines, unused_devices
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.heads import Heads, heads_of
@@ -120,7 +121,8 @@ def fit(
         _fit_accelerator(result, configuration, backend)
     else:
         _fit_host(result, configuration, backend)
-    _compare_with_positions(result, configuration, backend, context_length(shapes))
+    if backend == "vllm":  # which may be told to serve more; the embedded engine refuses by `model_files`
+        result.warnings += too_long(configuration, context_length(shapes))
     _compare_with_cache(result, configuration)
     return result
 
@@ -204,21 +206,6 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
             "smaller model"
         )
     )
-
-
-def _compare_with_positions(
-    result: Fit, configuration: Configuration, backend: BackendName, positions: int | None
-) -> None:
-    asked = configuration.settings.max_model_len
-    if asked is None or positions is None or asked <= positions:
-        return
-    source = configuration.sources["max_model_len"]
-    text = (
-        f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
-        "model's config.json states"
-    )
-    report = result.errors if backend == "rolling" else result.warnings
-    report.append(Problem(f"{text}; lower it", "max_model_len", source))
 
 
 def _compare_with_cache(result: Fit, configuration: Configuration) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from handlers.backends.base import Backend
+from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, choose_for, vllm_installed
 from handlers.backends.vllm.options.plan import follows
 from handlers.images.decode import WHITE, Color
@@ -50,8 +51,11 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     choice = choose_backend(configuration, model_path)
     if problems := parser_problems(configuration, choice.backend):
         raise ConfigurationError(problems)
+    found = model_findings(configuration, model_path, choice.backend)
+    if found.errors:
+        raise ConfigurationError(found.errors)
     logger.info("backend %s: %s", choice.backend, choice.reason)
-    for problem in configuration.without_effect(choice.backend):
+    for problem in [*configuration.without_effect(choice.backend), *found.warnings]:
         logger.warning("%s", problem)
     module, name = _BACKENDS[choice.backend]
     if choice.backend == "vllm" and follows({name: item.value for name, item in configuration.extra.items()}):
