@@ -11,13 +11,14 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from container.configured import SERVE_DEFAULTS, configured
+from container.configured import SERVE_DEFAULTS, configured, unreadable
 from engine.errors import ModelLoadError
 from engine.machine import Machine, this_machine
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import here
 from handlers.backends.model_files import model_findings
 from handlers.backends.model_front import ModelFront
+from handlers.backends.rolling_plan import plan_engines
 from handlers.backends.select import Choice, choose_for
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.options.arguments import refused_options
@@ -83,8 +84,8 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             configuration = configuration.with_model_directory(directory)
     except ArtefactError as error:
         errors.append(Problem(str(error), "model_id"))
-    except ConfigurationError as error:
-        errors += error.problems
+    except (ConfigurationError, OSError) as error:
+        errors += [unreadable(error)] if isinstance(error, OSError) else error.problems
         directory = None
     config = None if directory is None else read_model_config(directory)
     warnings = list(configuration.warnings)
@@ -160,9 +161,10 @@ def _as_the_start_finds(
     found = _contradictions(configuration, directory, choice)
     if choice.backend == "rolling" and not found and not configuration.settings.trust_remote_code:
         try:
+            plan_engines(configuration.settings, str(directory), len(machine.accelerators))
             ModelFront.load(configuration.settings, str(directory))
-        except ModelLoadError as error:
-            found.append(Problem(str(error), "model_id"))
+        except (InvalidConfiguration, ModelLoadError) as error:
+            found.append(Problem(str(error)))
     errors += found
     if found:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from container.estimate import cache_bytes_per_token, weights
+from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of
 from engine.loader import read_config, resolve_dtype
@@ -26,6 +27,7 @@ from properties.configuration import Configuration
 from properties.field import BackendName
 from properties.problem import Problem
 from properties.recommend import context_length, model_dtype
+from properties.settings import Settings
 
 
 @dataclass
@@ -184,7 +186,8 @@ def _useful(
         and (asked is None or backend == "rolling")
     ):
         batch = settings.max_rolling_batch_size
-        tokens = (min(batch, requests) if requests is not None and asked is None else batch) * length
+        batch = min(batch, requests) if requests is not None and asked is None else batch
+        tokens = batch * _blocks(settings, length)
         fills = tokens * result.cache_bytes_per_token // result.devices_per_copy
         if asked is not None and fills < cache:
             source = configuration.sources["kv_cache_memory_mb"]
@@ -196,6 +199,12 @@ def _useful(
         cache = min(cache, fills)
     result.cache_per_device = cache
     return cache
+
+
+def _blocks(settings: Settings, tokens: int) -> int:
+    """The places that so many tokens of a request take, in whole blocks."""
+    size = settings.block_size or DEFAULT_BLOCK_SIZE
+    return -(-tokens // size) * size
 
 
 def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
@@ -210,7 +219,7 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
 
 def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
     length, room = configuration.effective("max_model_len"), result.cache_tokens
-    if result.errors or length is None or room is None or room >= length:
+    if result.errors or length is None or room is None or room >= _blocks(configuration.settings, length):
         return
     source = configuration.sources["max_model_len"]
     text = (

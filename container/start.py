@@ -33,7 +33,8 @@ def start(
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 1
-    with logging_to(form=configuration.settings.log_format):
+    settings = configuration.settings
+    with logging_to(form=settings.log_format, level=settings.log_level):
         _announce(configuration)
         for warning in warnings:
             logger.warning("%s", warning)

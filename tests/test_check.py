@@ -1,8 +1,11 @@
 """`lmi check`: what would be served, without loading it."""
 
 import json
+import os
 import shutil
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +293,47 @@ def test_the_address_is_the_one_that_is_bound(model: Path, capsys: pytest.Captur
     assert "address  127.0.0.1:8080\n" in capsys.readouterr().out
     run_check(str(model), [], False, {"SERVING_HOST": "127.0.0.2", "SERVING_PORT": "81"})
     assert "address  127.0.0.2:81\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Not root, who may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("of_model", [True, False])
+def test_what_cannot_be_read_is_told_in_one_line(capsys: pytest.CaptureFixture[str], of_model: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        closed = Path(folder) / "config.json" if of_model else Path(folder)
+        (Path(folder) / "config.json").write_text("{}")
+        closed.chmod(0)
+        assert run_check(folder, [], False, {}) == 1
+        Path(folder).chmod(0o700)
+    error = capsys.readouterr().out.splitlines()[1]
+    assert error.startswith("error: ")
+    assert "Permission denied" in error
+
+
+def test_heads_that_devices_cannot_share_are_told(model: Path) -> None:
+    (error,) = report(model, CPU, "tensor_parallel_degree=3")["errors"]
+    assert "tensor_parallel_degree 3 does not divide the model's num_attention_heads 4" in error
+
+
+def test_a_cache_is_counted_in_whole_blocks(model: Path) -> None:
+    tokens = 2**20 // TOKEN
+    assert tokens % 16 != 0, "the last block is not whole"
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = tokens
+    (model / "config.json").write_text(json.dumps(config))
+    (error,) = report(model, CPU, "kv_cache_memory_mb=1", f"max_model_len={tokens}")["errors"]
+    assert f"holds {tokens} tokens" in error
+    assert report(model, CPU, "kv_cache_memory_mb=1", f"max_model_len={tokens // 16 * 16}")["errors"] == []
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,12 +27,16 @@ _PROBES = (" Hello,  world!\n", "<s>héé 你好 🦙</s>", "")
 
 
 class ModelQuestion(msgspec.Struct):
-    """processor_overrides: of the picture processor's own settings."""
+    """processor_overrides: of the picture processor's own settings.
+
+    tensor_parallel_degree: 1 where the devices decide.
+    """
 
     model_path: str
     processor_overrides: dict[str, Any] | None
     processor_backend: ProcessorBackend
     trust_remote_code: bool
+    tensor_parallel_degree: int = 1
 
 
 class ModelFacts(msgspec.Struct):
@@ -130,11 +134,14 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
     import torch
 
     from engine.loader import load_preprocessor, quiet_transformers, read_config
+    from engine.tensor_parallel import read_plan
 
     quiet_transformers()
     path = question.model_path
     config = read_config(path, trust_remote_code=question.trust_remote_code)
     text_config = config.get_text_config()
+    if question.tensor_parallel_degree > 1:
+        read_plan(text_config, question.tensor_parallel_degree)
     tokenizer = load_tokenizer(path, trust_remote_code=question.trust_remote_code)
     try:
         preprocessor = load_preprocessor(path, question.processor_overrides, question.processor_backend)

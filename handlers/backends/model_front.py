@@ -76,8 +76,13 @@ class ModelFront:
 
     @classmethod
     def _load(cls, settings: Settings, path: str, find: FactsFinder) -> ModelFront:
+        degree = settings.tensor_parallel_degree
         question = ModelQuestion(
-            path, settings.mm_processor_kwargs, settings.image_processor_backend, settings.trust_remote_code
+            path,
+            settings.mm_processor_kwargs,
+            settings.image_processor_backend,
+            settings.trust_remote_code,
+            1 if degree == "max" else degree,
         )
         with tempfile.TemporaryDirectory(prefix="lmi-") as folder:
             facts = find(question, Path(folder), settings.model_loading_timeout)
