@@ -205,8 +205,7 @@ def test_backend_and_its_reason(model: Path) -> None:
     assert "option.max_loras (--option max_loras) has no effect with the rolling backend" in warning
 
 
-def test_hub_models_are_unknown_until_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+def test_hub_models_are_unknown_until_downloaded() -> None:
     found = describe(resolve(model="org/m", environ={}), CPU)
     assert found["memory"] is None
     assert found["model"]["kind"] == "hub"
@@ -223,7 +222,6 @@ def cached(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return snapshot
 
 
@@ -249,7 +247,7 @@ def test_what_an_offline_start_will_not_find_is_an_error(
     with pytest.raises(ArtefactError, match="org/other is not in "):
         fetch(configuration.model_location, configuration.settings, threading.Event())
     (cached / "tokenizer.json").unlink()
-    (error,) = describe(resolve(model="org/m", environ={}, options=["offline=true"]), CPU)["errors"]
+    (error,) = describe(resolve(model="org/m", environ={"TRANSFORMERS_OFFLINE": "1"}), CPU)["errors"]
     assert "the model has no tokenizer" in error
 
 

@@ -52,11 +52,11 @@ def here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool
         parse_url(location.value)
         require_client()
         return None, False
-    from handlers.artefacts.hub import cached_hub, is_offline
+    from handlers.artefacts.hub import cached_hub
 
     root = download_root(settings.download_dir)
     found = cached_hub(location.value, location.revision, root, offline=settings.offline)
-    return found, is_offline(settings.offline)
+    return found, settings.offline
 
 
 def download_root(configured: str | None) -> Path:

@@ -28,7 +28,7 @@ def fetch_hub(
     from huggingface_hub import constants, snapshot_download
 
     cache = Path(constants.HF_HUB_CACHE)
-    offline = is_offline(offline)
+    offline = offline or constants.HF_HUB_OFFLINE
     if not offline and not _writable(cache):
         cache = root / "hub"
         logger.info("the hub's cache cannot be written to; using %s", cache)
@@ -53,17 +53,10 @@ def cached_hub(name: str, revision: str | None, root: Path, *, offline: bool) ->
     """
     from huggingface_hub import constants
 
-    if is_offline(offline):
+    if offline:
         return _cached(name, revision, Path(constants.HF_HUB_CACHE), offline=True)
     places = (Path(constants.HF_HUB_CACHE), root / "hub")
     return next((found for place in places if (found := _snapshot(name, revision, place)) is not None), None)
-
-
-def is_offline(offline: bool) -> bool:
-    """offline: the option; the hub's own variable counts as well."""
-    from huggingface_hub import constants
-
-    return offline or constants.HF_HUB_OFFLINE
 
 
 def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
