@@ -256,7 +256,7 @@ def test_what_a_copy_in_the_cache_lacks_is_fetched_by_the_start(cached: Path) ->
     found = describe(resolve(model="org/m", environ={}), CPU)
     assert found["errors"] == []
     assert found["warnings"][0].startswith(
-        "the copy in the cache, which the start brings up to date: the model has no weights"
+        "the copy in the cache, which the start brings up to date: the model's directory holds no weights"
     )
 
 
@@ -265,7 +265,7 @@ def test_the_verdict_and_the_problems_come_first(model: Path, capsys: pytest.Cap
     assert run_check(str(model), ["max_loras=2", "rolling_batch=rolling"], False, {}) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1 error, 1 warning: this cannot be served"
-    assert lines[1].startswith("error: the model has no weights")
+    assert lines[1].startswith("error: the model's directory holds no weights")
     assert lines[2].startswith("warning: option.max_loras")
     rows = [line.split()[0] for line in lines[lines.index("") :] if line]
     assert "option.max_loras" in rows
