@@ -26,6 +26,7 @@ from handlers.dialects.sagemaker import ADAPTER
 from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.model_names import accepted_names, public_names
+from handlers.own_words import own_words_of
 from handlers.version import VERSION
 from properties.configuration import Configuration
 
@@ -60,6 +61,7 @@ class Call:
     body_read: bool = False
     facts: RequestFacts | None = None
     error: str | None = None
+    reason: str | None = None
     arrival: float = field(default_factory=time.monotonic)
 
     @property
@@ -268,7 +270,7 @@ class App:
     async def _fail(self, call: Call, error: Exception) -> None:
         """Answer an error that no handler turned into a reply; a reply that has begun can only be cut off."""
         known = client_error(error, call.request_id)
-        call.error = known.kind
+        call.error, call.reason = known.kind, own_words_of(known)
         self._metrics.on_error(known.kind)
         if known.status >= 500 and not isinstance(error, Unavailable):
             logger.error(
@@ -308,6 +310,7 @@ class App:
             }
         line["total_ms"] = round((time.monotonic() - call.arrival) * 1000, 1)
         line["error"] = call.error or (facts.error if facts is not None else None)
+        line["reason"] = call.reason or (facts.reason if facts is not None else None)
         line["ended"] = exchange.ending
         logger.info("request", extra={"facts": line})
 

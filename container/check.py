@@ -11,46 +11,60 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from container.configured import SERVE_DEFAULTS, configured, unreadable
+from engine.errors import ModelLoadError
 from engine.machine import Machine, this_machine
-from handlers.backends.mistral_format import format_problems
+from handlers.artefacts.error import ArtefactError
+from handlers.artefacts.fetch import here
+from handlers.backends.model_files import model_findings
+from handlers.backends.model_front import ModelFront
+from handlers.backends.rolling_plan import plan_engines
 from handlers.backends.select import Choice, choose_for
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.options.arguments import refused_options
-from handlers.backends.vllm.options.fields import SECRET, engine_argument_names
+from handlers.backends.vllm.options.fields import SECRET
 from handlers.backends.vllm.options.mistral import format_warnings
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
+from handlers.model_names import public_names
 from handlers.parsers.names import parser_problems
-from properties.configuration import Configuration, read_model_config, resolve
+from properties.configuration import Configuration, read_model_config
 from properties.field import Level
 from properties.names import key_of
-from properties.problem import MASK, ConfigurationError, Problem
+from properties.problem import DEFAULT, MASK, ConfigurationError, Problem
 
 _WIDEST = 72
 
 
-def run_check(model: str | None, options: Sequence[str], as_json: bool, environ: Mapping[str, str]) -> int:
-    """Resolve and check: the whole of `lmi check [MODEL] [--option NAME=VALUE] [--json]`.
+def run_check(
+    model: str | None,
+    options: Sequence[str],
+    as_json: bool,
+    environ: Mapping[str, str],
+    *,
+    everything: bool = False,
+) -> int:
+    """Resolve and check: the whole of `lmi check [MODEL] [--option NAME=VALUE] [--json] [--all]`.
 
     Prints to standard output; returns the exit status: 0, or 1 on an error.
     """
     try:
-        configuration = resolve(
-            model=model, environ=environ, options=options, backend_options=engine_argument_names()
-        )
+        configuration = configured(model, options, environ, SERVE_DEFAULTS)
     except ConfigurationError as error:
         _print({"errors": _texts(error.problems), "warnings": _texts(error.warnings)}, as_json)
         return 1
-    return check(configuration, as_json=as_json)
+    return check(configuration, as_json=as_json, everything=everything)
 
 
-def check(configuration: Configuration, *, as_json: bool, machine: Machine | None = None) -> int:
-    """Print the effective configuration, the backend and the memory estimate; return the exit status.
+def check(
+    configuration: Configuration, *, as_json: bool, machine: Machine | None = None, everything: bool = False
+) -> int:
+    """Print the verdict, the problems, what would be served and what was set; return the exit status.
 
-    machine: what to measure the estimate against; None looks at this one.
+    machine: what to measure the estimate against; None looks at this one. everything: print defaults too.
     """
     report = describe(configuration, machine or this_machine())
-    _print(report, as_json)
+    _print(report, as_json, everything)
     return 1 if report["errors"] else 0
 
 
@@ -62,16 +76,18 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     yet, leaves them unknown.
     """
     errors: list[Problem] = []
-    config: dict[str, Any] | None = None
+    directory, final = None, False
     location = configuration.model_location
-    directory = Path(location.value) if location.kind == "directory" else None
-    if directory is not None:
-        try:
-            config = read_model_config(directory)
-            if config is not None:
-                configuration = configuration.with_model_config(config)
-        except ConfigurationError as error:
-            errors += error.problems
+    try:
+        directory, final = here(location, configuration.settings)
+        if directory is not None:
+            configuration = configuration.with_model_directory(directory)
+    except ArtefactError as error:
+        errors.append(Problem(str(error), "model_id"))
+    except (ConfigurationError, OSError) as error:
+        errors += [unreadable(error)] if isinstance(error, OSError) else error.problems
+        directory = None
+    config = None if directory is None else read_model_config(directory)
     warnings = list(configuration.warnings)
     own = find_handler(configuration, directory)
     choice = _choose(configuration, config or {}, machine, errors) if own is None else None
@@ -85,27 +101,29 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             refuse_unusable(code)
         except InvalidConfiguration as error:
             errors.append(Problem(error.message, "entry_point"))
-    if directory is None and choice is not None and choice.backend == "vllm":
-        errors += refused_options(configuration, None, machine)
-    if directory is not None and choice is not None:
-        errors += format_problems(directory)
-    if directory is not None and config is not None and choice is not None:
-        from container.fit import fit  # brings torch and transformers, which the other reports do without
-
-        found = fit(configuration, choice.backend, directory, config, machine)
-        errors += found.errors
+    if choice is not None and directory is not None:
+        found = model_findings(configuration, directory, choice.backend)
         warnings += found.warnings
-        memory = found.numbers()
+        if found.errors and not final:
+            found.errors = [_of_a_copy(problem) for problem in found.errors]
+            warnings += found.errors
+        else:
+            errors += found.errors
         if choice.backend == "vllm":
             warnings += format_warnings(configuration)
-            if not errors:
-                errors += refused_options(configuration, directory, machine)
-        errors += _contradictions(configuration, directory, choice)
+        if not found.errors:
+            memory = _as_the_start_finds(
+                configuration, directory, config or {}, choice, machine, errors, warnings
+            )
+    elif choice is not None and choice.backend == "vllm":
+        errors += refused_options(configuration, None, machine)
     return {
         "errors": _texts(errors),
         "warnings": _texts(warnings),
         "model": {
             **asdict(location),
+            "served_as": public_names(configuration),
+            "directory": None if directory is None else str(directory),
             "home": None if configuration.home is None else str(configuration.home),
         },
         "backend": None if choice is None else asdict(choice),
@@ -122,6 +140,40 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             for name, item in configuration.extra.items()
         },
     }
+
+
+def _of_a_copy(problem: Problem) -> Problem:
+    return Problem(f"the copy in the cache, which the start brings up to date: {problem}", problem.option)
+
+
+def _as_the_start_finds(
+    configuration: Configuration,
+    directory: Path,
+    config: Mapping[str, Any],
+    choice: Choice,
+    machine: Machine,
+    errors: list[Problem],
+    warnings: list[Problem],
+) -> dict[str, Any] | None:
+    """What more than the files tell, asked of the code that a start asks first; the memory estimate."""
+    from container.fit import fit  # brings torch and transformers, which the other reports do without
+
+    found = _contradictions(configuration, directory, choice)
+    if choice.backend == "rolling" and not found and not configuration.settings.trust_remote_code:
+        try:
+            plan_engines(configuration.settings, str(directory), len(machine.accelerators))
+            ModelFront.load(configuration.settings, str(directory))
+        except (InvalidConfiguration, ModelLoadError) as error:
+            found.append(Problem(str(error)))
+    errors += found
+    if found:
+        return None
+    estimate = fit(configuration, choice.backend, directory, config, machine)
+    errors += estimate.errors
+    warnings += estimate.warnings
+    if choice.backend == "vllm" and not errors:
+        errors += refused_options(configuration, directory, machine)
+    return estimate.numbers()
 
 
 def _contradictions(configuration: Configuration, directory: Path, choice: Choice) -> list[Problem]:
@@ -172,38 +224,64 @@ def _texts(problems: Sequence[Problem]) -> list[str]:
     return [str(problem) for problem in problems]
 
 
-def _print(report: Mapping[str, Any], as_json: bool) -> None:
-    text = json.dumps(report, indent=2) if as_json else "\n".join(_lines(report))
+def _print(report: Mapping[str, Any], as_json: bool, everything: bool = False) -> None:
+    text = json.dumps(report, indent=2) if as_json else "\n".join(_lines(report, everything))
     sys.stdout.write(text + "\n")
 
 
-def _lines(report: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if "options" in report:
-        rows = [("option", "value", "source")]
-        ordered = sorted(report["options"].items(), key=lambda item: not item[1]["given"])
-        for name, row in ordered:
+def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
+    """The verdict, the problems, what would be served, what was set."""
+    lines = [
+        _verdict(report),
+        *(f"error: {text}" for text in report["errors"]),
+        *(f"warning: {text}" for text in report["warnings"]),
+    ]
+    if "options" not in report:
+        return lines
+    model, options = report["model"], report["options"]
+    lines += ["", f"model    {model['value']} ({model['kind']}), served as {', '.join(model['served_as'])}"]
+    if model["directory"] not in (None, model["value"]):
+        lines.append(f"files    {model['directory']}")
+    lines.append(f"address  {options['host']['value']}:{options['port']['value']}")
+    if report["backend"] is not None:
+        lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
+    if report["handler"] is not None:
+        lines.append(f"handler  {report['handler']}: the model's own, which answers instead of an engine")
+    if report["formatters"] is not None:
+        lines.append(f"formatters in {report['formatters']}: they change requests or replies")
+    lines += [f"memory   {text}" for text in _memory(report["memory"], model)]
+    return [*lines, "", *_options(options, report["extra"], everything)]
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    errors, warnings = (_counted(len(report[kind]), kind[:-1]) for kind in ("errors", "warnings"))
+    if report["errors"]:
+        return f"{errors}, {warnings}: this cannot be served"
+    if "model" in report and report["model"]["directory"] is None:
+        return f"{errors}, {warnings} before the model is downloaded"
+    return f"{errors}, {warnings}: this can be served"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
+
+
+def _options(
+    options: Mapping[str, Mapping[str, Any]], extra: Mapping[str, Mapping[str, Any]], everything: bool
+) -> list[str]:
+    """Those that were given, those that the model recommends, and the others where everything is wanted."""
+    rows = []
+    ordered = sorted(options.items(), key=lambda item: not item[1]["given"])
+    for name, row in ordered:
+        if everything or row["source"] != DEFAULT.kind:
             where = row["location"] if row["given"] else row["source"]
             rows.append((name, _shown(row["value"]), where))
-        for name, row in report["extra"].items():
-            known = "unknown" if row["value"] == MASK else "vLLM's"
-            rows.append((f"option.{name}", _shown(row["value"]), f"{row['location']} ({known})"))
-        lines += [*_table(rows), ""]
-        model = report["model"]
-        lines.append(f"model    {model['value']} ({model['kind']}), served as {model['name']}")
-        if report["backend"] is not None:
-            lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
-        if report["handler"] is not None:
-            lines.append(f"handler  {report['handler']}: the model's own, which answers instead of an engine")
-        if report["formatters"] is not None:
-            lines.append(f"formatters in {report['formatters']}: they change requests or replies")
-        lines += [f"memory   {text}" for text in _memory(report["memory"], model["kind"])]
-        lines.append("")
-    lines += [f"warning: {text}" for text in report["warnings"]]
-    lines += [f"error: {text}" for text in report["errors"]]
-    if not report["errors"]:
-        lines.append("no errors")
-    return lines
+    for name, row in extra.items():
+        known = "unknown" if row["value"] == MASK else "vLLM's"
+        rows.append((f"option.{name}", _shown(row["value"]), f"{row['location']} ({known})"))
+    left = len(options) + len(extra) - len(rows)
+    table = _table([("option", "value", "source"), *rows]) if rows else []
+    return table if not left else [*table, f"{left} options have their defaults: --all shows them"]
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -212,16 +290,16 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
+    if value is None or value in ("", [], {}, ()):
         return "-"
     text = value if isinstance(value, str) else json.dumps(value)
     text = text.replace("\n", "\\n")
     return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
 
 
-def _memory(memory: Mapping[str, Any] | None, kind: str) -> list[str]:
+def _memory(memory: Mapping[str, Any] | None, model: Mapping[str, Any]) -> list[str]:
     if memory is None:
-        return ["unknown" if kind == "directory" else "unknown until the model has been downloaded"]
+        return ["unknown" if model["directory"] else "unknown until the model has been downloaded"]
     lines = [
         f"copies of the model: {memory['copies']}, devices per copy: {memory['devices_per_copy']} "
         f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}",

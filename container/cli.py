@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING
 
 from container.flags import FlagError, Flags, read_flags
 from container.hidden import hide, revealed
+from handlers.version import VERSION
 
 if TYPE_CHECKING:
     from container.server import BackendBuilder
 
-SERVE_DEFAULTS = {"host": "127.0.0.1"}
-RUN_DEFAULTS = {"host": "127.0.0.1", "port": "2242"}
-"""What holds where no source of the configuration says otherwise; Aphrodite's port."""
-
-_OWN = ("-h", "--help", "--json")
+_OWN = ("-h", "--help", "--json", "--all")
 _FLAGS_HELP = (
     "Every option can be written as a flag of its own: --max-model-len 4096, --limit-mm-per-prompt image=2, "
     "--chat-template template.jinja, --trust-remote-code, --host 0.0.0.0, --port 8000, --api-key KEY. Keys are better "
@@ -32,6 +29,7 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
     """The `lmi` command; the exit status. build: makes the backend; None is the one that the options choose."""
     given = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
+    parser.add_argument("--version", action="version", version=f"lmi-handler {VERSION}")
     if not given or given[0] not in ("serve", "run", "check"):
         parser.parse_args(given or ["--help"])
     flags = _flags(parser, given[1:], real=argv is None)
@@ -42,7 +40,9 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
 
         for warning in flags.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return run_check(arguments.model, options, arguments.json, os.environ)
+        return run_check(arguments.model, options, arguments.json, os.environ, everything=arguments.all)
+    from container.configured import RUN_DEFAULTS, SERVE_DEFAULTS
+
     defaults = RUN_DEFAULTS if arguments.command == "run" else SERVE_DEFAULTS
     return _serve(arguments.model, options, defaults, flags.warnings, build)
 
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
             help="set an option, as in serving.properties; may be repeated and wins over other sources",
         )
     check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--all", action="store_true", help="print the options that have their defaults too")
     return parser
 
 

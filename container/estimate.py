@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from handlers.backends.weight_files import BITS, INDEX, PICKLED_INDEX, read_header, safetensors_files
 from properties.recommend import model_dtype, text_config
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_OTHERS = {"F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,10 @@ def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights |
     dtype: a key of DTYPE_BYTES. None where nothing tells. Raises ValueError naming a file that is damaged.
     """
     width = DTYPE_BYTES[dtype]
-    files = _safetensors(directory)
-    if files:
+    files = safetensors_files(directory)
+    if files and all(path.is_file() for path in files):
         return Weights(sum(_tensor_bytes(path, width) for path in files), "safetensors headers")
-    for name in _INDEXES:
+    for name in (INDEX, PICKLED_INDEX):
         index = directory / name
         if index.is_file():
             stored = DTYPE_BYTES[model_dtype(config) or "bfloat16"]
@@ -62,38 +61,14 @@ def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
     return 2 * layers * (_number(text, "num_key_value_heads") or heads) * size * DTYPE_BYTES[dtype]
 
 
-def _safetensors(directory: Path) -> list[Path]:
-    """The checkpoint's files; Mistral's second copy (consolidated*) is left out where there is another."""
-    index = directory / _INDEXES[0]
-    if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        files = [directory / name for name in names]
-        return files if all(path.is_file() for path in files) else []
-    files = sorted(directory.glob("*.safetensors"))
-    return [path for path in files if not path.name.startswith("consolidated")] or files
-
-
 def _tensor_bytes(path: Path, width: int) -> int:
-    """Bytes of a file's tensors: floating-point ones at `width` bytes an element, others as stored.
-
-    Format: 8 bytes little-endian length, then that many bytes of JSON
-    (https://huggingface.co/docs/safetensors/index#format).
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError(f"{path.name} is not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError(f"{path.name} is not a safetensors file") from None
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            stored = entry["dtype"]
-            size = width if stored in _FLOATS else _OTHERS.get(stored, 1)
-            total += math.prod(entry["shape"]) * size
-    return total
+    """Bytes of a file's tensors: floating-point ones at `width` bytes an element, others as stored."""
+    return sum(
+        math.prod(tensor.shape) * width
+        if tensor.dtype in _FLOATS
+        else -(-math.prod(tensor.shape) * BITS.get(tensor.dtype, 8) // 8)
+        for tensor in read_header(path).values()
+    )
 
 
 def _total_size(index: Path) -> int:

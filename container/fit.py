@@ -10,11 +10,13 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from container.estimate import cache_bytes_per_token, weights
+from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of
 from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
+from handlers.backends.model_files import too_long
 from handlers.backends.rolling_plan import plan_engines, unused_devices
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.heads import Heads, heads_of
@@ -25,6 +27,7 @@ from properties.configuration import Configuration
 from properties.field import BackendName
 from properties.problem import Problem
 from properties.recommend import context_length, model_dtype
+from properties.settings import Settings
 
 
 @dataclass
@@ -120,7 +123,8 @@ def fit(
         _fit_accelerator(result, configuration, backend)
     else:
         _fit_host(result, configuration, backend)
-    _compare_with_positions(result, configuration, backend, context_length(shapes))
+    if backend == "vllm":  # which may be told to serve more; the embedded engine refuses by `model_files`
+        result.warnings += too_long(configuration, context_length(shapes))
     _compare_with_cache(result, configuration)
     return result
 
@@ -182,7 +186,8 @@ def _useful(
         and (asked is None or backend == "rolling")
     ):
         batch = settings.max_rolling_batch_size
-        tokens = (min(batch, requests) if requests is not None and asked is None else batch) * length
+        batch = min(batch, requests) if requests is not None and asked is None else batch
+        tokens = batch * _blocks(settings, length)
         fills = tokens * result.cache_bytes_per_token // result.devices_per_copy
         if asked is not None and fills < cache:
             source = configuration.sources["kv_cache_memory_mb"]
@@ -196,6 +201,12 @@ def _useful(
     return cache
 
 
+def _blocks(settings: Settings, tokens: int) -> int:
+    """The places that so many tokens of a request take, in whole blocks."""
+    size = settings.block_size or DEFAULT_BLOCK_SIZE
+    return -(-tokens // size) * size
+
+
 def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
     result.errors.append(
         Problem(
@@ -206,24 +217,9 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
     )
 
 
-def _compare_with_positions(
-    result: Fit, configuration: Configuration, backend: BackendName, positions: int | None
-) -> None:
-    asked = configuration.settings.max_model_len
-    if asked is None or positions is None or asked <= positions:
-        return
-    source = configuration.sources["max_model_len"]
-    text = (
-        f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
-        "model's config.json states"
-    )
-    report = result.errors if backend == "rolling" else result.warnings
-    report.append(Problem(f"{text}; lower it", "max_model_len", source))
-
-
 def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
     length, room = configuration.effective("max_model_len"), result.cache_tokens
-    if result.errors or length is None or room is None or room >= length:
+    if result.errors or length is None or room is None or room >= _blocks(configuration.settings, length):
         return
     source = configuration.sources["max_model_len"]
     text = (

@@ -15,6 +15,10 @@ from logging.handlers import QueueHandler, QueueListener
 from typing import Any, Literal, TextIO
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_OURS = ("container", "handlers", "engine", "properties")
+"""The loggers that may say more than `info`; libraries never do."""
 
 _MOST_WAITING = 20_000
 """Lines that may wait for a slow reader of the output; more are dropped rather than stop the server."""
@@ -86,17 +90,22 @@ class _Queue(QueueHandler):
 
 
 @contextmanager
-def logging_to(stream: TextIO | None = None, form: LogFormat = "text") -> Iterator[None]:
+def logging_to(
+    stream: TextIO | None = None, form: LogFormat = "text", level: LogLevel = "info"
+) -> Iterator[None]:
     """Send the whole program's log to a stream (standard output) from a thread of its own, so that a slow
     reader of the log never holds up the event loop. What waits is written before the context is left."""
+    lowest = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
     listener = QueueListener(lines, handler)
     root = logging.getLogger()
-    before, level = root.handlers[:], root.level
+    before = root.handlers[:]
+    levels = {logger: logger.level for logger in (root, *map(logging.getLogger, _OURS))}
     root.handlers[:] = [_Queue(lines)]
-    root.setLevel(logging.INFO)
+    for logger in levels:
+        logger.setLevel(max(lowest, logging.INFO) if logger is root else lowest)
     for name in ("uvicorn.error", "httpx", "httpcore", "botocore", "urllib3", "s3transfer", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_no_broken_promise)
@@ -105,7 +114,8 @@ def logging_to(stream: TextIO | None = None, form: LogFormat = "text") -> Iterat
         yield
     finally:
         root.handlers[:] = before
-        root.setLevel(level)
+        for logger, old in levels.items():
+            logger.setLevel(old)
         listener.stop()
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from container.app import App
 from container.build import build_backend, build_formatters, build_service
+from container.configured import unreadable
 from container.life import Life
 from container.listen import HttpServer, address_of, bind
 from container.metrics import Metrics
@@ -24,6 +25,7 @@ from handlers.build import build_images
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
+from handlers.own_words import own_words
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError
 
@@ -125,6 +127,7 @@ class Server:
         logger.info("ready after %.1f s", time.monotonic() - began)
 
     async def _fetch_and_load(self) -> None:
+        threading.Thread(target=own_words, daemon=True).start()  # so that no refused request waits for it
         location = self.configuration.model_location
         if location.kind != "directory":
             self.life.reason = "the model is being downloaded"
@@ -156,11 +159,15 @@ class Server:
     def _report(self, failure: BaseException) -> None:
         if isinstance(failure, ConfigurationError):
             for problem in failure.problems:
-                logger.error("%s", problem)
-        expected = isinstance(failure, LoadFailed | EngineLost | ConfigurationError | ServingError)
-        logger.error("the server cannot go on: %s", failure, exc_info=None if expected else failure)
-        if expected and failure.__cause__ is not None:
-            logger.error("it was caused by", exc_info=failure.__cause__)
+                logger.error("the model cannot be served: %s", problem)
+        elif isinstance(failure, OSError) and failure.filename is not None:
+            logger.error("the model cannot be served: %s", unreadable(failure))
+        elif isinstance(failure, LoadFailed | EngineLost | ServingError):
+            logger.error("the server cannot go on: %s", failure)
+        else:
+            logger.error("the server cannot go on: %s", failure, exc_info=failure)
+        if failure.__cause__ is not None:
+            logger.debug("it was caused by", exc_info=failure.__cause__)
         reason = str(failure) if isinstance(failure, EngineLost) else "the model could not be loaded"
         self.life.fail(f"{reason}; the log says why")
 
@@ -211,7 +218,10 @@ def serve(configuration: Configuration, build: BackendBuilder = build_backend) -
             server = Server(configuration, build)
         except OSError as error:
             settings = configuration.settings
-            logger.error("cannot listen on %s:%d: %s", settings.host, settings.port, error.strerror)
+            logger.error(
+                "cannot listen on %s:%d: %s; set host and port to an address of this machine that is free",
+                settings.host, settings.port, error.strerror,
+            )  # fmt: skip
             return 1
         return await server.run()
 

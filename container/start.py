@@ -7,11 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from container.build import build_backend
+from container.configured import configured
 from container.logs import logging_to
 from container.server import BackendBuilder, serve
-from handlers.backends.vllm.options.fields import engine_argument_names
-from properties.configuration import Configuration, resolve
-from properties.field import Level
+from properties.configuration import Configuration
 from properties.problem import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -30,16 +29,12 @@ def start(
     defaults: option -> value where no source of the configuration says. warnings: about the command line.
     """
     try:
-        known = engine_argument_names()
-        configuration = resolve(model=model, environ=environ, options=options, backend_options=known)
-        unsaid = [name for name in defaults if configuration.sources[name].level is Level.DEFAULT]
-        if unsaid:
-            options = [*options, *(f"{name}={defaults[name]}" for name in unsaid)]
-            configuration = resolve(model=model, environ=environ, options=options, backend_options=known)
+        configuration = configured(model, options, environ, defaults)
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 1
-    with logging_to(form=configuration.settings.log_format):
+    settings = configuration.settings
+    with logging_to(form=settings.log_format, level=settings.log_level):
         _announce(configuration)
         for warning in warnings:
             logger.warning("%s", warning)

@@ -7,6 +7,8 @@ NO_TOKEN_LEFT = (
 )
 """For the client, of an answer that cannot go on."""
 
+_LONGEST_REASON = 400
+
 
 class EngineError(Exception):
     """Root of the engine's errors. The message may be shown to an operator, not to a client."""
@@ -26,3 +28,11 @@ class EngineStopped(EngineDead):
 
 class RequestRejected(EngineError):
     """This request cannot be handed to the engine; the message may be shown to the client."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of its failure, in one line: some write a page, and some only a key."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+    known = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and text
+    return text if known else f"{type(error).__name__}: {text}"

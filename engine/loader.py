@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from engine.config import EngineConfig
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, served
@@ -30,8 +29,8 @@ def read_config(model_path: str, *, trust_remote_code: bool = False) -> Pretrain
     model that this engine does not serve."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"config.json of the model cannot be read: {error}") from error
+    except Exception as error:  # a damaged file raises whatever the code stumbles over
+        raise ModelLoadError(f"config.json of the model cannot be read: {one_line(error)}") from error
     _family(config).model.check(config)
     return config
 
@@ -131,8 +130,8 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
             use_safetensors=None if config.pickled_weights else True,
             weights_only=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, UnpicklingError) as error:
-        raise ModelLoadError(f"the model's weights cannot be loaded: {error}") from error
+    except Exception as error:  # as above; safetensors' own error is no OSError
+        raise ModelLoadError(f"the model's weights cannot be loaded: {one_line(error)}") from error
     loaded.model.train(mode=False)
     if ranks is not None:
         loaded.shard(ranks)

@@ -7,14 +7,16 @@ from importlib import import_module
 from pathlib import Path
 
 from handlers.backends.base import Backend
+from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, choose_for, vllm_installed
+from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.options.plan import follows
 from handlers.images.decode import WHITE, Color
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.parsers.names import parser_problems
 from properties.configuration import Configuration, read_model_config
 from properties.field import BackendName
-from properties.problem import ConfigurationError
+from properties.problem import ConfigurationError, Problem
 from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,12 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
     choice = choose_backend(configuration, model_path)
     if problems := parser_problems(configuration, choice.backend):
         raise ConfigurationError(problems)
+    found = model_findings(configuration, model_path, choice.backend)
+    wrong = [Problem(text) for text in contradictions(configuration.settings, model_path, None)]
+    if problems := [*found.errors, *wrong]:
+        raise ConfigurationError(problems)
     logger.info("backend %s: %s", choice.backend, choice.reason)
-    for problem in configuration.without_effect(choice.backend):
+    for problem in [*configuration.without_effect(choice.backend), *found.warnings]:
         logger.warning("%s", problem)
     module, name = _BACKENDS[choice.backend]
     if choice.backend == "vllm" and follows({name: item.value for name, item in configuration.extra.items()}):

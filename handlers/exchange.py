@@ -46,7 +46,7 @@ class RequestFacts:
 
     Times are seconds from the request's arrival; `first_token` is None until there is one. Tokens are sums
     over the prompts of the request. `prepared`: until the engine had the last of them; `queued`: from then on until it
-    began. `error` is the kind of the error that ended it.
+    began. `error` is the kind of the error that ended it, `reason` what its client was told, fit for the log.
     """
 
     request_id: str
@@ -65,6 +65,7 @@ class RequestFacts:
     total: float | None = None
     finish_reason: str | None = None
     error: str | None = None
+    reason: str | None = None
 
 
 @dataclass(slots=True)

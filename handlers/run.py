@@ -24,6 +24,7 @@ from handlers.errors import (
 from handlers.exchange import Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
+from handlers.own_words import own_words_of
 from handlers.request import GenerationRequest, PicturePart
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Run:
             known = stopping(error)
         else:
             known = client_error(error, self.facts.request_id)
-        self.facts.error = known.kind
+        self.facts.error, self.facts.reason = known.kind, own_words_of(known)
         return known
 
     async def answers(self, backend: Backend) -> list[Answered]:
@@ -288,7 +289,7 @@ def refusal(
     log_error(known, facts.request_id)
     observer.on_error(known.kind)
     reply = error_reply(known, style)
-    facts.status, facts.error = reply.status, known.kind
+    facts.status, facts.error, facts.reason = reply.status, known.kind, own_words_of(known)
     reply.facts = facts
     return reply
 

@@ -92,7 +92,11 @@ class ModelSettings(BaseModel):
     offline: bool = option(
         "Never contact the hub: use what is on this machine.",
         default=False,
-        variables=(Variable("HF_HUB_OFFLINE"), Variable("DJL_OFFLINE")),
+        variables=(
+            Variable("HF_HUB_OFFLINE"),
+            Variable("DJL_OFFLINE"),
+            Variable("TRANSFORMERS_OFFLINE", rank=1),
+        ),
     )
     hf_token: SecretStr | None = option(
         "Hugging Face token for private and gated models.",

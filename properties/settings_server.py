@@ -101,5 +101,9 @@ class ServerSettings(BaseModel):
         default=None,
     )
     log_format: Literal["text", "json"] = server_key("Form of log lines.", default="text")
+    log_level: Literal["debug", "info", "warning", "error"] = server_key(
+        "Least severe lines that are written. Only `debug` shows where in the code a start failed.",
+        default="info",
+    )
     log_prompts: bool = server_key("Write prompts and answers to the log. Pictures never are.", default=False)
     strict_options: bool = server_key("An unknown option is an error instead of a warning.", default=False)

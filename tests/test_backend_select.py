@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.backends.select import RollingBatch, choose
+from handlers.backends.select import RollingBatch, choose, remedy
 from handlers.backends.vllm.options.fields import architectures
 from properties.problem import ConfigurationError
 
@@ -125,3 +125,17 @@ def test_choosing_imports_no_engine() -> None:
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_model_that_is_not_served_is_told_what_serves_it() -> None:
+    told = remedy(["Qwen2VLForConditionalGeneration"], vllm=False)
+    assert told.startswith(
+        "vLLM serves Qwen2VLForConditionalGeneration: install vllm>=0.28,<0.34 (pip install '"
+    )
+    assert told.endswith("and set option.rolling_batch=vllm")
+    code = remedy(["Phi3VForCausalLM"], vllm=False)
+    assert code.endswith("and set option.rolling_batch=vllm and option.trust_remote_code=true")
+    assert "0.10.2 was the last to serve Mllama" in remedy(["MllamaForConditionalGeneration"], vllm=False)
+    assert "does not list NewModel either: serve a model of a family that is served" in remedy(
+        ["NewModel"], vllm=False
+    )

@@ -1,19 +1,32 @@
 """`lmi check`: what would be served, without loading it."""
 
 import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from transformers import CLIPImageProcessor
 
 from container.check import check, describe, run_check
+from container.cli import main
 from container.estimate import cache_bytes_per_token, weights
 from container.fit import fit
+from engine.families.registry import served
 from engine.machine import Device, Machine
 from engine.memory import host_memory
+from handlers.artefacts.error import ArtefactError
+from handlers.artefacts.fetch import fetch
+from handlers.version import VERSION
 from properties.configuration import resolve
+from tests.models import make_tokenizer
 
 GIB = 2**30
 CPU = Machine((), Device("host memory", 8 * GIB))
@@ -21,6 +34,7 @@ CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
     "dtype": "bfloat16",
+    "image_token_index": 259,
     "text_config": {
         "model_type": "llama",
         "hidden_size": 64,
@@ -55,6 +69,8 @@ def model(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     tensors = {"a": np.zeros((100, 64), np.float32), "b": np.zeros(7, np.int64)}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    make_tokenizer().save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -196,6 +212,134 @@ def test_hub_models_are_unknown_until_downloaded() -> None:
     assert found["errors"] == []
 
 
+@pytest.fixture
+def cached(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model as org/m in the hub's cache; the hub is not asked."""
+    cache = tmp_path / "cache"
+    place = cache / "models--org--m"
+    snapshot = place / "snapshots" / ("a" * 40)
+    shutil.copytree(model, snapshot, ignore=shutil.ignore_patterns("cache"))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return snapshot
+
+
+def test_a_model_in_the_hubs_cache_is_what_an_offline_start_serves(cached: Path) -> None:
+    configuration = resolve(
+        model="org/m", environ={"OPTION_ROLLING_BATCH": "rolling"}, options=["offline=true"]
+    )
+    found = describe(configuration, CPU)
+    assert found["errors"] == []
+    assert found["model"]["served_as"] == ["org/m"]
+    assert found["model"]["directory"] == str(cached)
+    assert found["options"]["option.max_model_len"]["value"] == 256
+    assert found["memory"]["weights"] == 6400 * 2 + 7 * 8
+    assert fetch(configuration.model_location, configuration.settings, threading.Event()) == cached
+
+
+def test_what_an_offline_start_will_not_find_is_an_error(
+    cached: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_check("org/other", ["offline=true"], False, {}) == 1
+    assert "error: org/other is not in " in capsys.readouterr().out
+    configuration = resolve(model="org/other", environ={}, options=["offline=true"])
+    with pytest.raises(ArtefactError, match="org/other is not in "):
+        fetch(configuration.model_location, configuration.settings, threading.Event())
+    (cached / "tokenizer.json").unlink()
+    (error,) = describe(resolve(model="org/m", environ={"TRANSFORMERS_OFFLINE": "1"}), CPU)["errors"]
+    assert "the model has no tokenizer" in error
+
+
+def test_what_a_copy_in_the_cache_lacks_is_fetched_by_the_start(cached: Path) -> None:
+    (cached / "model.safetensors").unlink()
+    found = describe(resolve(model="org/m", environ={}), CPU)
+    assert found["errors"] == []
+    assert found["warnings"][0].startswith(
+        "the copy in the cache, which the start brings up to date: the model's directory holds no weights"
+    )
+
+
+def test_the_verdict_and_the_problems_come_first(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "model.safetensors").unlink()
+    assert run_check(str(model), ["max_loras=2", "rolling_batch=rolling"], False, {}) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 error, 1 warning: this cannot be served"
+    assert lines[1].startswith("error: the model's directory holds no weights")
+    assert lines[2].startswith("warning: option.max_loras")
+    rows = [line.split()[0] for line in lines[lines.index("") :] if line]
+    assert "option.max_loras" in rows
+    assert "option.seed" not in rows
+
+
+def test_all_options_are_shown_when_asked_for(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(model), "--all"]) == 0
+    text = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert rows["option.seed"] == ["0", "default"]
+    assert rows["host"] == ["127.0.0.1", "default"]
+    assert {tuple(rows[name][:1]) for name in ("api_key", "option.quantize", "cors_allowed_origin")} == {
+        ("-",)
+    }
+    assert "[]" not in text
+    assert "--all" not in text
+
+
+def test_the_address_is_the_one_that_is_bound(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_check(str(model), [], False, {})
+    assert "address  127.0.0.1:8080\n" in capsys.readouterr().out
+    run_check(str(model), [], False, {"SERVING_HOST": "127.0.0.2", "SERVING_PORT": "81"})
+    assert "address  127.0.0.2:81\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Not root, who may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("of_model", [True, False])
+def test_what_cannot_be_read_is_told_in_one_line(capsys: pytest.CaptureFixture[str], of_model: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        closed = Path(folder) / "config.json" if of_model else Path(folder)
+        (Path(folder) / "config.json").write_text("{}")
+        closed.chmod(0)
+        assert run_check(folder, [], False, {}) == 1
+        Path(folder).chmod(0o700)
+    error = capsys.readouterr().out.splitlines()[1]
+    assert error.startswith("error: ")
+    assert "Permission denied" in error
+
+
+def test_heads_that_devices_cannot_share_are_told(model: Path) -> None:
+    (error,) = report(model, CPU, "tensor_parallel_degree=3")["errors"]
+    assert "tensor_parallel_degree 3 does not divide the model's num_attention_heads 4" in error
+
+
+def test_a_cache_is_counted_in_whole_blocks(model: Path) -> None:
+    tokens = 2**20 // TOKEN
+    assert tokens % 16 != 0, "the last block is not whole"
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = tokens
+    (model / "config.json").write_text(json.dumps(config))
+    (error,) = report(model, CPU, "kv_cache_memory_mb=1", f"max_model_len={tokens}")["errors"]
+    assert f"holds {tokens} tokens" in error
+    assert report(model, CPU, "kv_cache_memory_mb=1", f"max_model_len={tokens // 16 * 16}")["errors"] == []
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"lmi-handler {VERSION}\n"
+
+
 def test_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / "serving.properties").write_text("option.dtype=fp16\noption.max_modle_len=9\n")
     environ = {"OPTION_HF_TOKEN": "hf_abcdef", "OPTION_API_KEYS": "s3cret"}
@@ -205,7 +349,7 @@ def test_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in text.splitlines() if line}
     assert rows["option.dtype"] == ["float16", "serving.properties line 1"]
     assert rows["option.max_model_len"] == ["256", "recommended from config.json"]
-    assert rows["option.seed"] == ["0", "default"]
+    assert "option.seed" not in rows
     assert rows["api_key"] == ["********", "--option api_key"]
     assert "s3cret" not in text
     assert "hf_abcdef" not in text
@@ -260,7 +404,13 @@ def test_memory_limit_of_the_container(tmp_path: Path) -> None:
 def test_a_model_that_the_embedded_engine_does_not_serve(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (error,) = report(model, CPU)["errors"]
-    assert "'bert' is not served by the embedded engine" in error
+    assert f"'bert' is not served by the embedded engine, which serves {served()}" in error
+    assert "serve a model of a family that is served" in error
+    known = {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(known))
+    (error,) = report(model, CPU)["errors"]
+    install = "install vllm>=0.28,<0.34 (pip install 'vllm>=0.28,<0.34') and "
+    assert f"vLLM serves OPTForCausalLM: {install}set option.rolling_batch=vllm" in error
 
 
 def test_the_models_own_handler_is_named(model: Path) -> None:

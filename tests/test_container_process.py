@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -134,6 +135,55 @@ def test_a_model_that_cannot_be_fetched_ends_the_process(tmp_path: Path) -> None
     ) as server:  # fmt: skip
         assert server.wait() == 1
         assert "s3://nothing-here/model/" in server.log
+        assert "Traceback" not in server.log
+
+
+UNSERVED = {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "told"),
+    [
+        ({}, ["max_model_len=100000"], "option.max_model_len = 100000 (--option max_model_len) is more than the 4096"),
+        ({}, ["image_token_id=5"], "option.image_token_id is 5, but the model's is 3: leave it out"),
+        ({}, ["chat_template={% if %}"], "the chat template of option.chat_template has an error in line 1"),
+        ({"config.json": json.dumps(UNSERVED).encode()}, [], "vLLM serves OPTForCausalLM: install vllm"),
+        ({"model.safetensors": b"\x10"}, [], "model.safetensors is damaged or cut off"),
+        ({}, ["model_id=org/absent", "offline=true"], "org/absent is not in "),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line(
+    tmp_path: Path, change: dict[str, bytes], options: list[str], told: str
+) -> None:
+    shutil.copytree(HERE.parent.parent / "examples" / "shapes", tmp_path / "m")
+    for name, content in change.items():
+        (tmp_path / "m" / name).write_bytes(content)
+    model = [] if any(option.startswith("model_id") for option in options) else [str(tmp_path / "m")]
+    given = [
+        part for option in ["port=0", "rolling_batch=rolling", *options] for part in ("--option", option)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "container.cli", "serve", *model, *given], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (error,) = [line for line in done.stdout.splitlines() if " ERROR " in line]
+    assert told in error
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_where_a_start_failed_is_told_when_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    options = ["model_id=org/absent", f"download_dir={tmp_path}/file/d", "port=0", "log_level=debug"]
+    given = [part for option in options for part in ("--option", option)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "container.cli", "serve", *given], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert (
+        f"downloads cannot be kept in {tmp_path}/file/d: Not a directory; set SERVING_DOWNLOAD_DIR"
+        in done.stdout
+    )
+    assert "Traceback" in done.stdout
 
 
 def test_a_wrong_configuration_is_told_whole(tmp_path: Path) -> None:
@@ -150,6 +200,7 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
         with ServerProcess(tmp_path / "m", port=port) as server:
             assert server.wait() == 1
             assert f"cannot listen on 127.0.0.1:{port}" in server.log
+            assert "set host and port to an address of this machine that is free" in server.log
 
 
 def test_only_the_serve_command_listens_on_all_addresses(tmp_path: Path) -> None:

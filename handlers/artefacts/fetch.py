@@ -39,6 +39,26 @@ def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Even
     )
 
 
+def here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool]:
+    """What `fetch` would return without a download, and whether it is final; (None, False) before the first one.
+
+    Downloads nothing. Raises ArtefactError where it is certain that `fetch` will.
+    """
+    if location.kind == "directory":
+        return Path(location.value), True
+    if location.kind == "s3":
+        from handlers.artefacts.s3 import parse_url, require_client
+
+        parse_url(location.value)
+        require_client()
+        return None, False
+    from handlers.artefacts.hub import cached_hub
+
+    root = download_root(settings.download_dir)
+    found = cached_hub(location.value, location.revision, root, offline=settings.offline)
+    return found, settings.offline
+
+
 def download_root(configured: str | None) -> Path:
     """Where downloads are kept: a directory of ours alone, made if it is not there. Raises ArtefactError."""
     root = Path(configured) if configured else Path(tempfile.gettempdir()) / f"lmi-models-{os.getuid()}"

@@ -46,15 +46,40 @@ def fetch_hub(
         raise ArtefactError(_told(name, revision, cache, error)) from error
 
 
-def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path:
-    """A snapshot that an earlier run fetched. The hub's own offline look-up wants files that we never fetch."""
+def cached_hub(name: str, revision: str | None, root: Path, *, offline: bool) -> Path | None:
+    """What `fetch_hub` would serve without asking the hub: offline its result, else what it would bring up to date.
+
+    None where that has to be fetched. Raises ArtefactError as it does.
+    """
+    from huggingface_hub import constants
+
+    if offline:
+        return _cached(name, revision, Path(constants.HF_HUB_CACHE), offline=True)
+    places = (Path(constants.HF_HUB_CACHE), root / "hub")
+    return next((found for place in places if (found := _snapshot(name, revision, place)) is not None), None)
+
+
+def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
+    """One that an earlier run fetched. The hub's own offline look-up wants files that we never fetch."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     for file in ("config.json", "params.json"):
-        found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+        try:
+            found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+        except HFValidationError as error:
+            raise ArtefactError(_told(name, revision, cache, error)) from error
         if isinstance(found, str):
             return Path(found).parent
-    why = "option.offline is set" if offline else "the hub cannot be reached"
+    return None
+
+
+def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path:
+    """Raises ArtefactError where there is no snapshot."""
+    found = _snapshot(name, revision, cache)
+    if found is not None:
+        return found
+    why = "option.offline or HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     raise ArtefactError(
         f"{name} is not in {cache} and {why}; check the network, or give a directory or s3://bucket/prefix/"
     )

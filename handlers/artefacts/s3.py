@@ -17,6 +17,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -124,12 +125,17 @@ def _alone(place: Path, cancelled: threading.Event) -> Iterator[None]:
         yield
 
 
+def require_client() -> None:
+    """Raises ArtefactError where what speaks to S3 is not installed."""
+    if find_spec("boto3") is None:
+        raise ArtefactError("models from s3:// need boto3: pip install boto3")
+
+
 def _client() -> Any:
-    try:
-        import boto3
-        from botocore.config import Config
-    except ImportError as error:
-        raise ArtefactError("models from s3:// need boto3: pip install boto3") from error
+    require_client()
+    import boto3
+    from botocore.config import Config
+
     return boto3.session.Session().client(
         "s3",
         config=Config(

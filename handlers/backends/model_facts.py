@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from engine.client import EngineClient
-from engine.errors import EngineDead, ModelLoadError
+from engine.errors import EngineDead, ModelLoadError, one_line
 from engine.families.pixels import ProcessorBackend
 from handlers.backends.mistral_format import mistral_tokenizer, only_mistral
 
@@ -27,16 +27,21 @@ _PROBES = (" Hello,  world!\n", "<s>héé 你好 🦙</s>", "")
 
 
 class ModelQuestion(msgspec.Struct):
-    """processor_overrides: of the picture processor's own settings."""
+    """processor_overrides: of the picture processor's own settings.
+
+    tensor_parallel_degree: 1 where the devices decide.
+    """
 
     model_path: str
     processor_overrides: dict[str, Any] | None
     processor_backend: ProcessorBackend
     trust_remote_code: bool
+    tensor_parallel_degree: int = 1
 
 
 class ModelFacts(msgspec.Struct):
     """eos_token_id: of the model's config, which may name several or none. accelerators: devices that torch sees.
+    positions: most tokens of prompt and answer that the model was made for.
 
     tokenizer_is_plain: the files under `tokenizer` read by the plain fast class give the very same tokenizer.
     preprocessor: facts for the family's front half; None with takes_pictures where only transformers can do it.
@@ -46,6 +51,7 @@ class ModelFacts(msgspec.Struct):
     vocab_size: int
     eos_token_id: list[int] | int | None
     accelerators: int
+    positions: int | None
     tokenizer_is_plain: bool
     takes_pictures: bool
     preprocessor: bytes | None
@@ -70,7 +76,7 @@ def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = N
     Raises ModelLoadError for a model that cannot be served, and when it takes longer than that many seconds.
     """
     if _AUTO_CLASSES in sys.modules:
-        return _look(question, folder)
+        return _found(question, folder)
 
     async def ask() -> ModelFacts:
         engine = EngineClient()
@@ -88,7 +94,7 @@ async def ask_engine(
 ) -> ModelFacts:
     """The same from an engine's process that is spawned and not started yet."""
     if _AUTO_CLASSES in sys.modules:
-        return await asyncio.to_thread(_look, question, folder)
+        return await asyncio.to_thread(_found, question, folder)
     asked = msgspec.msgpack.encode((question, str(folder)))
     try:
         async with asyncio.timeout(seconds):
@@ -108,28 +114,47 @@ def answer(asked: bytes) -> bytes:
     question, folder = msgspec.msgpack.decode(asked, type=tuple[ModelQuestion, str])
     found: _Found | _Failed
     try:
-        found = _Found(_look(question, Path(folder)))
+        found = _Found(_found(question, Path(folder)))
     except ModelLoadError as error:
         found = _Failed(str(error))
     return msgspec.msgpack.encode(found)
+
+
+def _found(question: ModelQuestion, folder: Path) -> ModelFacts:
+    """Raises ModelLoadError alone."""
+    try:
+        return _look(question, folder)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # a damaged file raises whatever the code stumbles over
+        raise ModelLoadError(f"the model's files cannot be read: {one_line(error)}") from error
 
 
 def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
     import torch
 
     from engine.loader import load_preprocessor, quiet_transformers, read_config
+    from engine.tensor_parallel import read_plan
 
     quiet_transformers()
     path = question.model_path
     config = read_config(path, trust_remote_code=question.trust_remote_code)
     text_config = config.get_text_config()
+    if question.tensor_parallel_degree > 1:
+        read_plan(text_config, question.tensor_parallel_degree)
     tokenizer = load_tokenizer(path, trust_remote_code=question.trust_remote_code)
-    preprocessor = load_preprocessor(path, question.processor_overrides, question.processor_backend)
+    try:
+        preprocessor = load_preprocessor(path, question.processor_overrides, question.processor_backend)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # as above
+        raise ModelLoadError(f"the model's image processor cannot be loaded: {one_line(error)}") from error
     return ModelFacts(
         model_type=config.model_type,
         vocab_size=int(text_config.vocab_size),
         eos_token_id=getattr(text_config, "eos_token_id", None),
         accelerators=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        positions=getattr(text_config, "max_position_embeddings", None),
         tokenizer_is_plain=_save_plain(tokenizer, folder / TOKENIZER),
         takes_pictures=preprocessor is not None,
         preprocessor=None if preprocessor is None else preprocessor.to_bytes(),
@@ -147,8 +172,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     format: dict[str, Any] = {} if theirs is None else {"mistral_format": False}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **format)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"the tokenizer cannot be loaded: {error}") from error
+    except Exception as error:  # as above
+        raise ModelLoadError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
     return tokenizer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from engine.config import Vocabulary
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 from engine.sampling_params import SamplingParams
 from handlers.backends.model_facts import (
     TOKENIZER,
@@ -63,9 +63,26 @@ class ModelFront:
 
     @classmethod
     def load(cls, settings: Settings, path: str, find: FactsFinder = model_facts) -> ModelFront:
-        """Blocking: a few seconds, nearly all of them another process's. find: who is asked about the model."""
+        """Blocking: a few seconds, nearly all of them another process's. find: who is asked about the model.
+
+        Raises ModelLoadError.
+        """
+        try:
+            return cls._load(settings, path, find)
+        except ModelLoadError:
+            raise
+        except Exception as error:  # a damaged file raises whatever the code stumbles over
+            raise ModelLoadError(f"the model's files cannot be used: {one_line(error)}") from error
+
+    @classmethod
+    def _load(cls, settings: Settings, path: str, find: FactsFinder) -> ModelFront:
+        degree = settings.tensor_parallel_degree
         question = ModelQuestion(
-            path, settings.mm_processor_kwargs, settings.image_processor_backend, settings.trust_remote_code
+            path,
+            settings.mm_processor_kwargs,
+            settings.image_processor_backend,
+            settings.trust_remote_code,
+            1 if degree == "max" else degree,
         )
         with tempfile.TemporaryDirectory(prefix="lmi-") as folder:
             facts = find(question, Path(folder), settings.model_loading_timeout)
@@ -75,6 +92,11 @@ class ModelFront:
                 tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(Path(folder, TOKENIZER))
             else:
                 tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+        asked, positions = settings.max_model_len, facts.positions
+        if asked is not None and positions is not None and asked > positions:
+            raise ModelLoadError(
+                f"option.max_model_len = {asked} is more than the model's own {positions} positions; lower it"
+            )
         preprocessor = _preprocessor(facts, question)
         if wrong := contradictions(settings, Path(path), preprocessor):
             raise ModelLoadError("; ".join(wrong))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from handlers.backends.vllm.compat import check_version, installed_version
+from handlers.backends.vllm.compat import INSTALL, check_version, installed_version
 from handlers.backends.vllm.options.fields import architectures as vllm_architectures
+from handlers.backends.vllm.options.tested import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName
@@ -117,6 +118,24 @@ def choose(
     if listed and architectures and not set(architectures) & set(listed):
         return Choice("rolling", f"the installed vLLM does not list {', '.join(architectures)}")
     return Choice("vllm", "vLLM is installed, sees an accelerator and serves the model")
+
+
+def remedy(architectures: Sequence[str], *, vllm: bool | None = None) -> str:
+    """What to do about a model that the embedded engine does not serve. The arguments are those of `choose`."""
+    installed = vllm_installed() if vllm is None else vllm
+    listed = vllm_architectures() if installed else TESTED_ARCHITECTURES
+    for name in architectures:
+        if name in _DROPPED_BY_VLLM and name not in listed:
+            return (
+                f"vLLM {_DROPPED_BY_VLLM[name]} was the last to serve {name}: serve a model of another family"
+            )
+        if name in listed:
+            how = "set" if installed else f"{INSTALL} and set"
+            code = " and option.trust_remote_code=true" if name in _REMOTE_CODE_IN_VLLM else ""
+            return f"vLLM serves {name}: {how} option.rolling_batch=vllm{code}"
+    theirs = "the installed vLLM" if installed else f"vLLM {TESTED_VERSION}"
+    named = ", ".join(architectures) or "a config.json without architectures"
+    return f"{theirs} does not list {named} either: serve a model of a family that is served"
 
 
 def _refusal(

@@ -19,6 +19,7 @@ from handlers.dialects.sagemaker import attributes_of
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
+from handlers.own_words import own_words_of
 from handlers.run import refusal
 from handlers.service import ServiceLimits
 
@@ -194,7 +195,7 @@ class HandlerStream:
     def _failed(self, error: ServingError) -> bytes:
         self._done = True
         facts = self._visit.facts
-        facts.error = error.kind
+        facts.error, facts.reason = error.kind, own_words_of(error)
         log_error(error, facts.request_id)
         self._visit.observer.on_error(error.kind)
         line = msgspec.json.encode(lmi_error(error))

@@ -22,6 +22,7 @@ from handlers.errors import (
     raised_at,
 )
 from handlers.exchange import Reply
+from handlers.own_words import own_words_of
 
 log = logging.getLogger(__name__)
 
@@ -128,15 +129,16 @@ def client_error(error: Exception, request_id: str) -> ServingError:
 
 
 def log_error(error: ServingError, request_id: str) -> None:
-    """The stack trace that the client does not see; on one line, and without messages, which may quote what the client
-    sent, where it is the client's mistake. Overload is not traced: it comes in thousands."""
-    told = ("request %s: %s (%d)", request_id, error.kind, error.status)
+    """What the client was told, in the program's own words; for a failure that is not the client's the stack trace that
+    it does not see, else where it comes from, without messages of other exceptions, which may quote what the client
+    sent. Overload is not traced: it comes in thousands."""
+    told, reason = (request_id, error.kind, error.status), own_words_of(error)
     if isinstance(error, Overloaded):
-        log.info(*told)
+        log.info("request %s: %s (%d): %s", *told, reason)
     elif error.status >= 500 or error.status == 424:
-        log.error(*told, exc_info=error)
+        log.error("request %s: %s (%d): %s", *told, reason, exc_info=error)
     else:
-        log.info("request %s: %s (%d) at %s", *told[1:], _places(error))
+        log.info("request %s: %s (%d) at %s: %s", *told, _places(error), reason)
 
 
 _MOST_PLACES = 6

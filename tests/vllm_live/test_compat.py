@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from handlers.backends.vllm import compat
+from handlers.backends.vllm.options.fields import architectures
+from handlers.backends.vllm.options.tested import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.errors import InvalidConfiguration
 
 OLDER = Path(sys.prefix, "older")
@@ -42,3 +44,10 @@ def test_a_version_outside_the_range_is_refused_with_what_to_install(version: st
 @pytest.mark.parametrize("version", ["0.28.0", "0.32.0", "0.33.1.post2", "0.33.0rc1"])
 def test_a_version_inside_is_taken(version: str) -> None:
     compat.check_version(version)
+
+
+def test_what_is_said_to_be_served_where_vllm_is_not_installed_is_what_the_tested_one_serves() -> None:
+    version = compat.installed_version()
+    if version is None or not version.startswith(f"{TESTED_VERSION}."):
+        pytest.skip("another version than the tested one is installed")
+    assert architectures() == TESTED_ARCHITECTURES

@@ -20,7 +20,8 @@ from handlers.errors import InvalidConfiguration
 OLDEST, BEFORE = (0, 28), (0, 34)
 """The supported range: from the first, below the second."""
 
-INSTALL = f"install vllm>={OLDEST[0]}.{OLDEST[1]},<{BEFORE[0]}.{BEFORE[1]}"
+_RANGE = f"vllm>={OLDEST[0]}.{OLDEST[1]},<{BEFORE[0]}.{BEFORE[1]}"
+INSTALL = f"install {_RANGE} (pip install '{_RANGE}')"
 
 _ENVIRONMENT = {
     # A forked child would inherit the threads of the front; vLLM's own command sets the same.

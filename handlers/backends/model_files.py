@@ -1,0 +1,215 @@
+"""What can be known of a model from its files, without loading it: `lmi check` tells it, and the start refuses by it.
+
+Neither torch nor transformers is imported here; what only they can tell, `model_front` finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import msgspec
+
+from engine.errors import ModelLoadError
+from engine.families.registry import family_of, served
+from handlers.backends.mistral_format import format_problems
+from handlers.backends.select import remedy
+from handlers.backends.vllm.options.weights import missing_weights
+from handlers.backends.weight_files import engine_weight_problems, vllm_weight_problems
+from handlers.chat_templates import ChatTemplates, read_chat_templates
+from handlers.template_source import TemplateSource
+from properties.configuration import read_model_config
+from properties.names import key_of
+from properties.problem import ConfigurationError, Problem
+from properties.recommend import context_length
+
+if TYPE_CHECKING:
+    from properties.configuration import Configuration
+    from properties.field import BackendName
+    from properties.settings import Settings
+
+_JSON = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "tokenizer.json",
+)
+"""Files that hold a JSON object, where they are there."""
+
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "*.bpe", "tekken.json")
+"""Files that a tokenizer can be made of."""
+
+_READ_BY_VLLM = frozenset({"auto", "hf", "safetensors"})
+"""Formats of option.load_format that take the checkpoint's files as they lie there."""
+
+
+@dataclass
+class Findings:
+    """errors: why the model cannot be served. warnings: what will not work."""
+
+    errors: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+def model_findings(configuration: Configuration, directory: Path, backend: BackendName) -> Findings:
+    """Examine a model's directory for the backend that is to serve it."""
+    settings, found = configuration.settings, Findings()
+    try:
+        config = read_model_config(directory) or {}
+    except ConfigurationError as error:
+        return Findings(error.problems)
+    own_format = format_problems(directory)
+    found.errors += own_format
+    if own_format and not config:
+        return found
+    if backend == "rolling":
+        _add(found, _unserved(config, directory))
+        found.errors += too_long(configuration, context_length(config))
+    contents = _read_all(directory, found)
+    if not own_format:
+        _add(found, _tokenizer(directory, settings))
+        _add(found, _weights(directory, config, settings, backend))
+    _add(found, _processor(directory, config, settings, backend, contents))
+    _templates(directory, config, settings, backend, found)
+    _add(found, _placeholder(directory, settings))
+    return found
+
+
+def too_long(configuration: Configuration, positions: int | None) -> list[Problem]:
+    """Whether more tokens are asked for than a model has positions."""
+    asked, source = configuration.settings.max_model_len, configuration.sources["max_model_len"]
+    if asked is None or positions is None or asked <= positions:
+        return []
+    text = (
+        f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
+        "model's config.json states; lower it"
+    )
+    return [Problem(text, "max_model_len", source)]
+
+
+def _add(found: Findings, texts: Iterator[str]) -> None:
+    found.errors += [Problem(text, "model_id") for text in texts]
+
+
+def _unserved(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        yield f"config.json in {directory} names no model_type: complete the download, or name another model"
+    elif family_of(model_type) is None:
+        yield (
+            f"model type {model_type!r} is not served by the embedded engine, which serves {served()}; "
+            f"{remedy(config.get('architectures') or [])}"
+        )
+
+
+def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:
+    """The JSON files that are there and whole."""
+    contents = {}
+    for name in _JSON:
+        try:
+            contents[name] = msgspec.json.decode((directory / name).read_bytes(), type=dict[str, Any])
+        except (FileNotFoundError, IsADirectoryError):
+            continue
+        except OSError as error:
+            _add(found, iter([f"{directory / name} cannot be read: {error.strerror}"]))
+        except msgspec.MsgspecError:
+            _add(found, iter([f"{directory / name} holds no JSON object: it is damaged; fetch it again"]))
+    return contents
+
+
+def _tokenizer(directory: Path, settings: Settings) -> Iterator[str]:
+    if settings.trust_remote_code or any(any(directory.glob(pattern)) for pattern in _TOKENIZERS):
+        return
+    yield f"the model has no tokenizer: there is no tokenizer.json in {directory}; complete the download"
+
+
+def _weights(
+    directory: Path, config: Mapping[str, Any], settings: Settings, backend: BackendName
+) -> Iterator[str]:
+    if backend == "rolling":
+        pickled, named = settings.load_format.lower() == "pt", config.get("transformers_weights")
+        yield from engine_weight_problems(directory, pickled=pickled, named=named)
+    elif (missing := missing_weights(directory, settings.load_format)) is not None:
+        yield missing
+    elif settings.load_format.lower() in _READ_BY_VLLM:
+        yield from vllm_weight_problems(directory)
+
+
+def _processor(
+    directory: Path,
+    config: Mapping[str, Any],
+    settings: Settings,
+    backend: BackendName,
+    contents: Mapping[str, Mapping[str, Any]],
+) -> Iterator[str]:
+    """A model of images without what says how they are prepared."""
+    if backend == "rolling":
+        family = family_of(str(config.get("model_type")))
+        sees = family is not None and family.preprocessor is not None
+    else:
+        sees = "vision_config" in config
+    whole = contents.get("processor_config.json", {})
+    there = any(
+        (directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+    )
+    if backend == "rolling":
+        there = (directory / "preprocessor_config.json").is_file() or "image_processor" in whole
+    if sees and not there and not settings.trust_remote_code:
+        yield (
+            f"the model takes images, and there is no preprocessor_config.json in {directory} to say how they are "
+            "prepared: complete the download"
+        )
+
+
+def _templates(
+    directory: Path, config: Mapping[str, Any], settings: Settings, backend: BackendName, found: Findings
+) -> None:
+    """Templates that cannot be parsed are errors; a model without one is served, but for chat."""
+    family = family_of(str(config.get("model_type"))) if backend == "rolling" else None
+    of_family = None if family is None or family.preprocessor is None else family.preprocessor.chat_template
+    try:
+        templates: ChatTemplates = read_chat_templates(settings.chat_template, directory, of_family)
+    except ModelLoadError as error:
+        found.errors.append(Problem(str(error), "chat_template"))
+        return
+    used = (templates.default, templates.with_tools)
+    for template in dict.fromkeys([*templates.named.values(), *(one for one in used if one is not None)]):
+        try:
+            TemplateSource.parse(template.text)
+        except jinja2.TemplateSyntaxError as error:
+            text = (
+                f"the chat template of {template.origin} has an error in line {error.lineno}: {error.message}"
+            )
+            other = "" if settings.chat_template is not None else ", or set option.chat_template"
+            found.errors.append(Problem(f"{text}; mend it{other}", "chat_template"))
+    if not found.errors and not templates.named and used == (None, None):
+        found.warnings.append(
+            Problem(
+                "the model has no chat template, so every chat request will be refused: set option.chat_template to "
+                "one (completions and `inputs` work without)",
+                "chat_template",
+            )
+        )
+
+
+def _placeholder(directory: Path, settings: Settings) -> Iterator[str]:
+    """The option's token must be one in the model's vocabulary."""
+    token, path = settings.image_placeholder_token, directory / "tokenizer.json"
+    if token is None or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        ids = Tokenizer.from_file(str(path)).encode(token, add_special_tokens=False).ids
+    except Exception as error:  # the library raises nothing narrower
+        yield f"{path} cannot be read: {error}"
+        return
+    if len(ids) != 1:
+        name = key_of("image_placeholder_token")
+        yield f"{name} = {token!r} is {len(ids)} tokens in this model's tokenizer; name one that is a single token"
