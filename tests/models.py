@@ -141,7 +141,7 @@ def make_llava(
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path)
     if VLLM:
-        _write_hub_names(path / "model.safetensors")
+        write_hub_names(path / "model.safetensors")
     make_tokenizer().save_pretrained(path)
     size = {"height": 28, "width": 28}
     processor = (
@@ -168,7 +168,7 @@ def make_llava(
     return path
 
 
-def _write_hub_names(weights: Path) -> None:
+def write_hub_names(weights: Path) -> None:
     tensors = {}
     for name, tensor in load_file(weights).items():
         ours, hub = next((pair for pair in HUB_NAMES if name.startswith(pair[0])), ("", ""))

@@ -40,7 +40,7 @@ print(json.dumps({
 """
 
 
-def _front(model: Path) -> dict[str, object]:
+def learned(model: Path) -> dict[str, object]:
     done = subprocess.run(
         [sys.executable, "-c", _LOAD, str(model)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -56,7 +56,7 @@ def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
 
     from engine.loader import load_preprocessor
 
-    found = _front(SHAPES)
+    found = learned(SHAPES)
     assert found["heavy"] == HEAVY
     tokenizer = AutoTokenizer.from_pretrained(SHAPES)
     assert found["ids"] == tokenizer("a red circle").input_ids

@@ -36,13 +36,14 @@ class ModelQuestion(msgspec.Struct):
 
 
 class ModelFacts(msgspec.Struct):
-    """eos_token_id: of the model's config, which may name several or none. accelerators: devices that torch sees.
+    """kind: names the family. eos_token_id: of the model's config, which may name several or none.
+    accelerators: devices that torch sees.
 
     tokenizer_is_plain: the files under `tokenizer` read by the plain fast class give the very same tokenizer.
     preprocessor: facts for the family's front half; None with takes_pictures where only transformers can do it.
     """
 
-    model_type: str
+    kind: str
     vocab_size: int
     eos_token_id: list[int] | int | None
     accelerators: int
@@ -117,6 +118,7 @@ def answer(asked: bytes) -> bytes:
 def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
     import torch
 
+    from engine.families.registry import kind_of
     from engine.loader import load_preprocessor, quiet_transformers, read_config
 
     quiet_transformers()
@@ -126,7 +128,7 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
     tokenizer = load_tokenizer(path, trust_remote_code=question.trust_remote_code)
     preprocessor = load_preprocessor(path, question.processor_overrides, question.processor_backend)
     return ModelFacts(
-        model_type=config.model_type,
+        kind=kind_of(config),
         vocab_size=int(text_config.vocab_size),
         eos_token_id=getattr(text_config, "eos_token_id", None),
         accelerators=torch.cuda.device_count() if torch.cuda.is_available() else 0,
