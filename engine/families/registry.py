@@ -17,6 +17,7 @@ _VISION = {
     "gemma3": "gemma3",
     "llava": "llava",
     "llava_next": "llava_next",
+    "llava_onevision": "llava_onevision",
     "mllama": "mllama",
     "paligemma": "paligemma",
 }
