@@ -16,6 +16,8 @@ _VISION = {
     "fuyu": "fuyu",
     "gemma3": "gemma3",
     "llava": "llava",
+    "llava/pixtral": "pixtral",
+    "mistral3": "pixtral",
     "llava_next": "llava_next",
     "llava_onevision": "llava_onevision",
     "mllama": "mllama",
@@ -41,4 +43,5 @@ def family_of(kind: str) -> Family | None:
 
 def served() -> str:
     """For messages: the model types that are served."""
-    return f"{', '.join(sorted(_VISION))} and the text models {', '.join(TEXT_TYPES)}"
+    vision = sorted({kind.partition("/")[0] for kind in _VISION})
+    return f"{', '.join(vision)} and the text models {', '.join(TEXT_TYPES)}"
