@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ HUB_NAMES = (
     ("vision_tower.vision_model.", "vision_tower.vision_model."),
     ("vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
 )
 """Prefixes as transformers writes them, and as the hub's checkpoints have them, which alone vLLM's loader knows."""
 
@@ -168,10 +170,10 @@ def make_llava(
     return path
 
 
-def write_hub_names(weights: Path) -> None:
+def write_hub_names(weights: Path, names: Sequence[tuple[str, str]] = HUB_NAMES) -> None:
     tensors = {}
     for name, tensor in load_file(weights).items():
-        ours, hub = next((pair for pair in HUB_NAMES if name.startswith(pair[0])), ("", ""))
+        ours, hub = next((pair for pair in names if name.startswith(pair[0])), ("", ""))
         tensors[hub + name.removeprefix(ours)] = tensor
     save_file(tensors, weights, {"format": "pt"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from transformers import (
 )
 
 from tests.backend import VLLM
-from tests.models import VLLM_SIZE, make_tokenizer, text_config, write_generation_config, write_hub_names
+from tests.models import (
+    HUB_NAMES,
+    VLLM_SIZE,
+    make_tokenizer,
+    text_config,
+    write_generation_config,
+    write_hub_names,
+)
 
 TILE = 28
 PINPOINTS = [[TILE * rows, TILE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
@@ -74,7 +82,7 @@ def make_llava_next(path: Path, *, tower: str = "clip", text: str = "mistral", s
     return path
 
 
-def save_tiny(model: PreTrainedModel, path: Path) -> None:
+def save_tiny(model: PreTrainedModel, path: Path, hub_names: Sequence[tuple[str, str]] = HUB_NAMES) -> None:
     """Weights of the tower and the projector are so large that images change what is said of them."""
     for name, parameter in model.named_parameters():
         if ("vision_tower" in name or "projector" in name) and parameter.ndim > 1:
@@ -83,7 +91,7 @@ def save_tiny(model: PreTrainedModel, path: Path) -> None:
             torch.nn.init.normal_(parameter)
     model.save_pretrained(path)
     if VLLM:
-        write_hub_names(path / "model.safetensors")
+        write_hub_names(path / "model.safetensors", hub_names)
     write_generation_config(path)
 
 

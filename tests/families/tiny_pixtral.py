@@ -19,10 +19,12 @@ from transformers import (
 
 from tests.backend import VLLM
 from tests.families.tiny_llava_next import save_tiny, write_processor
-from tests.models import VLLM_SIZE, make_tokenizer, text_config
+from tests.models import HUB_NAMES, VLLM_SIZE, make_tokenizer, text_config
 
 LONGEST, UNIT = 64, 8
 IMG, IMG_BREAK, IMG_END = range(264, 267)
+HUB_NAMES_OF_PIXTRAL = [(ours, hub.replace("vision_model.", "")) for ours, hub in HUB_NAMES]
+"""Its tower has no `vision_model` inside."""
 TEMPLATE = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
     "{%- set messages = messages[1:] %}{%- endif %}{{- bos_token }}"
@@ -56,7 +58,7 @@ def make_pixtral(path: Path, *, merge: int = 1, seed: int = 0) -> Path:
             Mistral3Config(spatial_merge_size=merge, tie_word_embeddings=False, **parts)
         )
     )
-    save_tiny(model, path)
+    save_tiny(model, path, HUB_NAMES_OF_PIXTRAL)
     tokenizer = make_tokenizer(TEMPLATE)
     special = [
         AddedToken(token, special=True, normalized=False) for token in ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
