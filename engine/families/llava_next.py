@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from engine.errors import ModelLoadError
+from engine.families.anyres import Size, best_resolution, centred, cut, fitted, without_padding
 from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
 from engine.families.llava import num_image_tokens
 from engine.families.pixels import value_recipe
 from engine.families.text import check_text
-from engine.families.tiles import Size, best_resolution, centred, cut, fitted, without_padding
 
 if TYPE_CHECKING:
     import torch

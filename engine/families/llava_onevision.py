@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError
+from engine.families.anyres import Size
 from engine.families.base import Arrays, Family, Layout, ModelFiles
 from engine.families.llava_next import LlavaNextFacts, LlavaNextModel, LlavaNextPreprocessor
-from engine.families.tiles import Size
 
 if TYPE_CHECKING:
     import torch

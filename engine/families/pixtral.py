@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError, RequestRejected
+from engine.families.anyres import Size
 from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
 from engine.families.pixels import value_recipe
 from engine.families.text import check_text
-from engine.families.tiles import Size
 
 if TYPE_CHECKING:
     import torch
