@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError, one_line
 from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
-from engine.families.registry import family_of, served
+from engine.families.registry import family_of, kind_of, served
 from engine.machine import computes_bfloat16
 from engine.tensor_parallel import Ranks
 from engine.weights import weight_files
@@ -44,7 +44,7 @@ def quiet_transformers() -> None:
 
 def _family(config: PretrainedConfig) -> Family:
     """Raises ModelLoadError, naming what is served, for a model type that has no family."""
-    family = family_of(config.model_type)
+    family = family_of(kind_of(config))
     if family is None:
         raise ModelLoadError(
             f"model type {config.model_type!r} is not served by the embedded engine; it serves {served()}"

@@ -44,6 +44,7 @@ HUB_NAMES = (
     ("vision_tower.vision_model.", "vision_tower.vision_model."),
     ("vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
 )
 """Prefixes as transformers writes them, and as the hub's checkpoints have them, which alone vLLM's loader knows."""
 
@@ -157,7 +158,7 @@ def make_llava(
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path)
     if VLLM:
-        _write_hub_names(path / "model.safetensors")
+        write_hub_names(path / "model.safetensors")
     make_tokenizer().save_pretrained(path)
     size = {"height": 28, "width": 28}
     processor = (
@@ -184,10 +185,10 @@ def make_llava(
     return path
 
 
-def _write_hub_names(weights: Path) -> None:
+def write_hub_names(weights: Path, names: Sequence[tuple[str, str]] = HUB_NAMES) -> None:
     tensors = {}
     for name, tensor in load_file(weights).items():
-        ours, hub = next((pair for pair in HUB_NAMES if name.startswith(pair[0])), ("", ""))
+        ours, hub = next((pair for pair in names if name.startswith(pair[0])), ("", ""))
         tensors[hub + name.removeprefix(ours)] = tensor
     save_file(tensors, weights, {"format": "pt"})
 

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import msgspec
@@ -87,7 +88,8 @@ class ModelFiles:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path)
+        # Where mistral_common is installed, transformers would take Mistral's own tokenizer, which is no fast one.
+        return AutoTokenizer.from_pretrained(self.path, mistral_format=False)
 
 
 class Facts(msgspec.Struct, kw_only=True):
@@ -109,7 +111,8 @@ F = TypeVar("F", bound=Facts)
 class Preprocessor(ABC, Generic[F]):
     """Turns upright RGB images into arrays. `prepare` is called from several threads at once.
 
-    What happens to an image may depend on the rest of the prompt: `variant` numbers the ways.
+    What happens to an image may depend on the rest of the prompt: `variant` numbers the ways, of which there are
+    `num_variants`.
 
     facts_type: the family's `Facts`. tensor_names: the arrays of `transformers`' processor that the engine wants.
     chat_template: the one of the model's card, for families whose checkpoints have none.
@@ -125,6 +128,7 @@ class Preprocessor(ABC, Generic[F]):
     adds_special_tokens: ClassVar[bool] = True
     max_images: ClassVar[int | None] = None
     probes: ClassVar[tuple[tuple[int, int], ...]] = _PROBES
+    num_variants: ClassVar[int] = 1
 
     def __init__(self, facts: F, processor: Any = None) -> None:
         """processor: transformers', needed where `facts.recipe` is None."""
@@ -239,9 +243,9 @@ class Preprocessor(ABC, Generic[F]):
         from PIL import Image
 
         random = np.random.default_rng(0)
-        for width, height in self.probes:
+        for (width, height), variant in product(self.probes, range(self.num_variants)):
             image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-            want, got = self.reference(image), self.direct(image)
+            want, got = self.reference(image, variant), self.direct(image, variant)
             if want.keys() != got.keys() or not all(np.array_equal(want[name], got[name]) for name in want):
                 return False
         return True

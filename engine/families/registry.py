@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from engine.families.base import Family
 from engine.families.text import TEXT_TYPES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _VISION = {
     "chameleon": "chameleon",
@@ -14,6 +18,10 @@ _VISION = {
     "idefics3": "idefics3",
     "internvl": "internvl",
     "llava": "llava",
+    "llava/pixtral": "pixtral",
+    "mistral3": "pixtral",
+    "llava_next": "llava_next",
+    "llava_onevision": "llava_onevision",
     "mllama": "mllama",
     "paligemma": "paligemma",
     "qwen2_vl": "qwen2_vl",
@@ -21,12 +29,18 @@ _VISION = {
     "qwen3_vl": "qwen3_vl",
     "smolvlm": "idefics3",
 }
-"""config.json's `model_type` -> the family's file."""
+"""What kind of model it is -> the family's file."""
 
 
-def family_of(model_type: str) -> Family | None:
+def kind_of(config: PretrainedConfig) -> str:
+    """The model_type of config.json, with that of the vision tower where the family depends on it."""
+    kind = f"{config.model_type}/{getattr(getattr(config, 'vision_config', None), 'model_type', None)}"
+    return kind if kind in _VISION else str(config.model_type)
+
+
+def family_of(kind: str) -> Family | None:
     """None for a model that is not served. Imports neither torch nor transformers."""
-    module = "text" if model_type in TEXT_TYPES else _VISION.get(model_type)
+    module = "text" if kind in TEXT_TYPES else _VISION.get(kind)
     if module is None:
         return None
     family: Family = import_module(f"engine.families.{module}").FAMILY
@@ -35,4 +49,5 @@ def family_of(model_type: str) -> Family | None:
 
 def served() -> str:
     """For messages: the model types that are served."""
-    return f"{', '.join(sorted(_VISION))} and the text models {', '.join(TEXT_TYPES)}"
+    vision = sorted({kind.partition("/")[0] for kind in _VISION})
+    return f"{', '.join(vision)} and the text models {', '.join(TEXT_TYPES)}"

@@ -40,14 +40,14 @@ class ModelQuestion(msgspec.Struct):
 
 
 class ModelFacts(msgspec.Struct):
-    """eos_token_id: of the model's config, which may name several or none. accelerators: devices that torch sees.
-    positions: most tokens of prompt and answer that the model was made for.
+    """kind: names the family. eos_token_id: of the model's config, which may name several or none.
+    accelerators: devices that torch sees. positions: most tokens of prompt and answer that the model was made for.
 
     tokenizer_is_plain: the files under `tokenizer` read by the plain fast class give the very same tokenizer.
     preprocessor: facts for the family's front half; None with takes_pictures where only transformers can do it.
     """
 
-    model_type: str
+    kind: str
     vocab_size: int
     eos_token_id: list[int] | int | None
     accelerators: int
@@ -133,15 +133,15 @@ def _found(question: ModelQuestion, folder: Path) -> ModelFacts:
 def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
     import torch
 
-    from engine.loader import load_preprocessor, quiet_transformers, read_config
-    from engine.tensor_parallel import read_plan
+    from engine.families.registry import kind_of
+    from engine.loader import check_ranks, load_preprocessor, quiet_transformers, read_config
 
     quiet_transformers()
     path = question.model_path
     config = read_config(path, trust_remote_code=question.trust_remote_code)
     text_config = config.get_text_config()
     if question.tensor_parallel_degree > 1:
-        read_plan(text_config, question.tensor_parallel_degree)
+        check_ranks(path, question.tensor_parallel_degree, trust_remote_code=question.trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=question.trust_remote_code)
     try:
         preprocessor = load_preprocessor(path, question.processor_overrides, question.processor_backend)
@@ -150,7 +150,7 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
     except Exception as error:  # as above
         raise ModelLoadError(f"the model's image processor cannot be loaded: {one_line(error)}") from error
     return ModelFacts(
-        model_type=config.model_type,
+        kind=kind_of(config),
         vocab_size=int(text_config.vocab_size),
         eos_token_id=getattr(text_config, "eos_token_id", None),
         accelerators=torch.cuda.device_count() if torch.cuda.is_available() else 0,

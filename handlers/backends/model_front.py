@@ -162,7 +162,7 @@ def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[An
     if facts.preprocessor is not None:
         from engine.families.registry import family_of
 
-        family = family_of(facts.model_type)
+        family = family_of(facts.kind)
         assert family is not None
         assert family.preprocessor is not None
         return family.preprocessor.from_bytes(facts.preprocessor)

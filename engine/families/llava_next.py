@@ -1,0 +1,145 @@
+"""Llava-Next (Llava 1.6): a Llava whose images are seen twice, whole and as a grid of tiles of the tower's size.
+
+The grid is the one of `image_grid_pinpoints` that suits the image's size best; what its features show of the padding is
+dropped, and a learned row ends each line of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from engine.errors import ModelLoadError
+from engine.families.anyres import Size, best_resolution, centred, cut, fitted, without_padding
+from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.llava import num_image_tokens
+from engine.families.pixels import value_recipe
+from engine.families.text import check_text
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PretrainedConfig
+
+TILES_AT_ONCE = 16
+"""Tiles that the vision tower sees in one call: bounds the memory that its activations take."""
+
+
+class LlavaNextFacts(Facts, kw_only=True):
+    """tile: edge of a tile in pixels. patches: the same in features. resolutions: (height, width) of the grids."""
+
+    tile: int
+    patches: int
+    resolutions: list[Size]
+
+
+class LlavaNextPreprocessor(Preprocessor[LlavaNextFacts]):
+    facts_type: ClassVar[type[Facts]] = LlavaNextFacts
+    tensor_names = ("pixel_values", "image_sizes")
+    probes = ((40, 64), (700, 300), (129, 1111), (601, 600))
+
+    @classmethod
+    def read(cls, model: ModelFiles) -> LlavaNextFacts:
+        vision = model.config.vision_config
+        resolutions = _resolutions(model.config)
+        if [tuple(size) for size in model.processor.image_grid_pinpoints] != resolutions:
+            raise ModelLoadError(
+                "the image processor's image_grid_pinpoints are not those of config.json, so images would become "
+                "other numbers of tokens than the model has features for: make them equal"
+            )
+        edges = {
+            int(edge)
+            for size in (model.processor.size, model.processor.crop_size)
+            for edge in dict(size or {}).values()
+            if edge
+        }
+        if edges != {vision.image_size}:
+            raise ModelLoadError(
+                f"the image processor makes tiles of {', '.join(map(str, sorted(edges)))} pixels, but the vision "
+                f"tower takes {vision.image_size}: make them equal"
+            )
+        return LlavaNextFacts(
+            image_token_id=int(model.config.image_token_id),
+            recipe=value_recipe(model.processor, model.backend),
+            tile=int(vision.image_size),
+            patches=int(vision.image_size // vision.patch_size),
+            resolutions=resolutions,
+        )
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        rows, columns = self.grid(width, height)
+        whole = self.facts.patches**2
+        return Layout([self.facts.image_token_id] * (whole + rows * (columns + 1)))
+
+    def grid(self, width: int, height: int) -> Size:
+        """Rows and columns of features that the tiles give."""
+        resolution = best_resolution(height, width, self.facts.resolutions)
+        rows, columns = (edge // self.facts.tile * self.facts.patches for edge in resolution)
+        return without_padding(height, width, (rows, columns))
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        recipe = self.facts.recipe
+        assert recipe is not None
+        resolution = best_resolution(image.height, image.width, self.facts.resolutions)
+        height, width = fitted(image.height, image.width, resolution)
+        levels = centred(recipe.resized(image, (width, height)), resolution)
+        edge = self.facts.tile
+        tiles = [recipe.resized(image, (edge, edge)), *cut(levels, edge)]
+        return {
+            "pixel_values": np.stack([recipe.values(tile) for tile in tiles]),
+            "image_sizes": np.array([image.height, image.width]),
+        }
+
+
+class LlavaNextModel(FamilyModel):
+    @classmethod
+    def check(cls, config: PretrainedConfig) -> None:
+        check_text(config.text_config)
+        vision = config.vision_config
+        if num_image_tokens(config) != (vision.image_size // vision.patch_size) ** 2:
+            raise ModelLoadError(
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} does not leave one feature "
+                f"for each patch of this {vision.model_type}; set the one that does"
+            )
+        if any(edge % vision.image_size for size in _resolutions(config) for edge in size):
+            raise ModelLoadError(
+                f"image_grid_pinpoints of config.json must be multiples of the vision tower's {vision.image_size} "
+                "pixels"
+            )
+
+    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        import torch
+
+        tiles = torch.cat([picture["pixel_values"] for picture in pictures]).to(self.model.dtype)
+        features = torch.cat([self._features(some) for some in torch.split(tiles, TILES_AT_ONCE)])
+        of_each = torch.split(features, [len(picture["pixel_values"]) for picture in pictures])
+        return self.packed(of_each, [picture["image_sizes"].tolist() for picture in pictures])
+
+    def _features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[tiles, 3, height, width] -> [tiles, features, D]"""
+        import torch
+
+        config, model = self.model.config, self.model.model
+        hidden = model.vision_tower(tiles, output_hidden_states=True, return_dict=True).hidden_states
+        layers = config.vision_feature_layer
+        chosen = torch.cat([hidden[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+        if config.vision_feature_select_strategy == "default":
+            chosen = chosen[:, 1:]
+        features: torch.Tensor = model.multi_modal_projector(chosen)
+        return features
+
+    def packed(self, features: Sequence[torch.Tensor], sizes: list[list[int]]) -> list[torch.Tensor]:
+        """Features of each image's tiles, and its (height, width) -> its rows, lines ended."""
+        model: Any = self.model.model
+        strategy = self.model.config.vision_feature_select_strategy
+        rows, _ = model.pack_image_features(features, sizes, strategy, image_newline=model.image_newline)
+        return list(rows)
+
+
+def _resolutions(config: PretrainedConfig) -> list[Size]:
+    return [(int(height), int(width)) for height, width in config.image_grid_pinpoints]
+
+
+FAMILY = Family(LlavaNextModel, LlavaNextPreprocessor)
