@@ -319,6 +319,8 @@ def _memory(memory: Mapping[str, Any] | None, model: Mapping[str, Any]) -> list[
         lines.append(
             f"room for {memory['cache_tokens']} tokens, {memory['cache_bytes_per_token']} bytes each"
         )
+    if memory["image_bytes"] is not None:
+        lines.append(f"{_size(memory['image_bytes'])} more for each image of a running request")
     return lines
 
 

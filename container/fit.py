@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from container.estimate import cache_bytes_per_token, weights
+from container.estimate import DTYPE_BYTES, cache_bytes_per_token, weights
 from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.errors import ModelLoadError
-from engine.families.registry import family_of
+from engine.families.registry import family_of, kind_of
 from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
@@ -35,7 +35,8 @@ class Fit:
     """The estimate. Sizes in bytes; None where config.json and the files do not tell.
 
     dtype_reason: why it is the type. copies: replicas that are started. devices, machines: what is there for them, on
-    a CPU none. cache_tokens: tokens that the caches of one copy hold.
+    a CPU none. cache_tokens: tokens that the caches of one copy hold. image_bytes: kept for each image of a running
+    request, beside its tokens.
     """
 
     dtype: str
@@ -48,6 +49,7 @@ class Fit:
     weights: int | None = None
     weights_basis: str | None = None
     cache_bytes_per_token: int | None = None
+    image_bytes: int | None = None
     errors: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     cache_per_device: int | None = None
@@ -78,6 +80,7 @@ class Fit:
             "weights_basis": self.weights_basis,
             "weights_per_device": self.weights_per_device,
             "cache_bytes_per_token": self.cache_bytes_per_token,
+            "image_bytes": self.image_bytes,
             "cache_per_device": self.cache_per_device,
             "cache_tokens": self.cache_tokens,
         }
@@ -95,18 +98,25 @@ def fit(
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
     accelerated = bool(machine.accelerators)
     result = Fit(*_dtype(settings.dtype, model_dtype(config), backend, accelerated), device)
-    shapes = config
+    shapes, layout = config, None
     if not settings.trust_remote_code:
         try:
             shapes = _as_transformers_reads(directory, config)
             if backend == "rolling":
-                family = family_of(read_config(str(directory)).model_type)
-                if family is not None and family.preprocessor is None:
+                served = read_config(str(directory))
+                family = family_of(kind_of(served))
+                assert family is not None, "read_config refuses others"
+                layout = family.model.cache_layout(served)
+                if family.preprocessor is None:
                     result.warnings += unused_by_text(settings)
         except ModelLoadError as error:
             result.errors.append(Problem(str(error), "model_id"))
     dtype = result.dtype
     result.cache_bytes_per_token = cache_bytes_per_token(shapes, dtype)
+    if layout is not None:
+        width = DTYPE_BYTES[dtype]
+        result.cache_bytes_per_token = layout.token_values * width
+        result.image_bytes = layout.image_values * width or None
     try:
         _lay_out(result, configuration, backend, len(machine.accelerators), heads_of(shapes))
     except InvalidConfiguration as error:

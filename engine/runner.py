@@ -35,7 +35,7 @@ class ModelRunner:
     """Holds the model, the paged cache and the encoder cache of one rank."""
 
     def __init__(self, config: EngineConfig, model: FamilyModel, device: torch.device) -> None:
-        text, layout = model.text_config, model.cache_layout
+        text, layout = model.text_config, model.cache_layout(model.model.config)
         self.model = model
         self.device = device
         self.dtype: torch.dtype = model.model.dtype

@@ -264,6 +264,10 @@ class CacheLayout:
     head_dim: int
     image_values: int = 0
 
+    @property
+    def token_values(self) -> int:
+        return self.num_layers * 2 * self.kv_heads * self.head_dim
+
     @classmethod
     def of(cls, text: PretrainedConfig) -> CacheLayout:
         heads: int = text.num_attention_heads
@@ -353,9 +357,9 @@ class FamilyModel(ABC):
         config: PretrainedConfig = self.model.config.text_config
         return config
 
-    @property
-    def cache_layout(self) -> CacheLayout:
-        return CacheLayout.of(self.text_config)
+    @classmethod
+    def cache_layout(cls, config: PretrainedConfig) -> CacheLayout:
+        return CacheLayout.of(config.get_text_config())
 
     @property
     def special_attention(self) -> bool:

@@ -32,7 +32,7 @@ from engine.families.pixels import Recipe, value_recipe
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from engine.messages import Picture
     from engine.tensor_parallel import Ranks
@@ -175,9 +175,9 @@ class MllamaModel(FamilyModel):
             attention.num_heads //= ranks.size
             attention.num_key_value_heads //= ranks.size
 
-    @property
-    def cache_layout(self) -> CacheLayout:
-        text, vision = self.text_config, self.model.config.vision_config
+    @classmethod
+    def cache_layout(cls, config: PretrainedConfig) -> CacheLayout:
+        text, vision = config.text_config, config.vision_config
         whole = CacheLayout.of(text)
         crossing = len(text.cross_attention_layers)
         rows = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)

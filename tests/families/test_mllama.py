@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from container.cli import main
 from engine.client import EngineClient
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
@@ -213,3 +215,12 @@ def test_rows_in_place_of_an_image_are_refused(model: tuple[Path, Oracle]) -> No
     sent = EmbeddingsPart("", loaded=rows)
     with pytest.raises(ImageError, match="takes no image_embeds; send the image itself"):
         asyncio.run(preparer.prepare([sent]))
+
+
+def test_check_counts_the_layers_that_hold_tokens_and_the_images_apart(
+    model: tuple[Path, Oracle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(model[0]), "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["cache_bytes_per_token"] == 3 * 2 * 2 * 16 * 4, "three of five layers, two heads of 16"
+    assert memory["image_bytes"] == 2 * 2 * 2 * 16 * 4 * 17 * 4, "two layers, four tiles of 17 rows"
