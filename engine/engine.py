@@ -84,6 +84,12 @@ class Engine:
             return _refusal(add, f"the prompt has {count} tokens; allowed: 1 to {longest - 1}")
         if min(add.token_ids) < 0 or (not add.pictures and max(add.token_ids) >= self.runner.vocab_size):
             return _refusal(add, "the prompt holds a token id outside the vocabulary")
+        places = self.runner.image_places
+        if places is not None and (images := len({picture.digest for picture in add.pictures})) > places:
+            reason = (
+                f"the request has {images} different images; this server's memory holds {places} at a time"
+            )
+            return [_invalid(request_id, reason) for request_id in add.answer_ids]
         try:
             sequences = Sequence.from_message(
                 add,

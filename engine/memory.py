@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from engine.attention.kernel import CacheShape
@@ -102,6 +103,16 @@ def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _default_budget(config: EngineConfig, device: torch.device) -> int:
+    """The least of all ranks', whose caches must stay alike."""
+    budget = _own_budget(config, device)
+    if config.tensor_parallel_degree > 1:
+        least = torch.tensor(budget, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        budget = int(least)
+    return budget
+
+
+def _own_budget(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free - total * (1 - config.gpu_memory_utilization)) - CUDA_RESERVE)

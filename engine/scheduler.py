@@ -95,13 +95,16 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Start waiting sequences while there are tokens, places and blocks for them."""
+        blocked = False
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 return
             if self.pool.prefix_caching and sequence.waits_for_leader:
                 continue
-            if not self._places_images(sequence):
-                return
+            if sequence.pictures and (blocked or not self._places_images(sequence)):
+                # those without images need not wait for places, those with images keep their order
+                blocked = True
+                continue
             sequence.num_computed = self.pool.reuse_prefix(sequence)
             length = self._chunk_length(sequence, budget, chunks)
             if length == 0 or not self._fits(sequence, sequence.num_computed + length):
@@ -130,8 +133,8 @@ class Scheduler:
         return stop - start
 
     def _places_images(self, sequence: Sequence) -> bool:
-        """Whether the sequence's images can be held beside those of the running ones; alone it may always run."""
-        if self.image_places is None or not sequence.pictures or not self.running:
+        """Whether the sequence's images can be held beside those of the running ones."""
+        if self.image_places is None:
             return True
         held = {picture.digest for other in (*self.running, sequence) for picture in other.pictures}
         return len(held) <= self.image_places

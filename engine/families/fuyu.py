@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from engine.tensor_parallel import Ranks
 
-_LINE_BREAK, _ANSWER = "|NEWLINE|", "<0x04>"
+_LINE_BREAK, _BOS, _ANSWER = "|NEWLINE|", "<s>", "<0x04>"
+"""The published tokenizer names another token as its beginning of the sequence; the processor writes "<s>"."""
 
 _TEMPLATE = (
     "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
@@ -71,16 +72,20 @@ class FuyuPreprocessor(Preprocessor[FuyuFacts]):
             raise ModelLoadError(
                 "preprocessor_config.json of a Fuyu has to resize, and to pad with a constant, as published"
             )
-        tokens = model.tokenizer
+        break_id, bos_id, answer_id = model.tokenizer.convert_tokens_to_ids([_LINE_BREAK, _BOS, _ANSWER])
+        if None in (break_id, bos_id, answer_id):
+            raise ModelLoadError(
+                f"the tokenizer of a Fuyu has {_LINE_BREAK}, {_BOS} and {_ANSWER}; this one has not"
+            )
         return FuyuFacts(
             image_token_id=int(model.config.image_token_id),
             recipe=value_recipe(processor, model.backend),
             most=most,
             patch=patch,
             padding=int(processor.padding_value),
-            line_break_id=tokens.convert_tokens_to_ids(_LINE_BREAK),
-            bos_token_id=tokens.bos_token_id,
-            answer_token_id=tokens.convert_tokens_to_ids(_ANSWER),
+            line_break_id=break_id,
+            bos_token_id=bos_id,
+            answer_token_id=answer_id,
         )
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:

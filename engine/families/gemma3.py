@@ -72,6 +72,7 @@ class Gemma3Preprocessor(Preprocessor[Gemma3Facts]):
 
 class Gemma3Model(FamilyModel):
     special_attention = True
+    encode_batch = 4
 
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:

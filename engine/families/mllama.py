@@ -56,6 +56,7 @@ _FEW_QUERIES = 8
 
 
 class MllamaFacts(Facts, kw_only=True):
+    image_token: str
     tile_size: int
     max_tiles: int
 
@@ -64,12 +65,14 @@ class MllamaPreprocessor(Preprocessor[MllamaFacts]):
     facts_type = MllamaFacts
     tensor_names = ("pixel_values", "aspect_ratio_ids")
     takes_embeddings = False
+    adds_special_tokens = False
     probes = ((40, 64), (129, 77), (301, 300), (500, 17), (17, 500))
 
     @classmethod
     def read(cls, model: ModelFiles) -> MllamaFacts:
         return MllamaFacts(
             image_token_id=int(model.config.image_token_id),
+            image_token=str(model.tokenizer.convert_ids_to_tokens(int(model.config.image_token_id))),
             recipe=value_recipe(model.processor, model.backend),
             tile_size=int(model.processor.size["height"]),
             max_tiles=int(model.processor.max_image_tiles),
@@ -77,6 +80,15 @@ class MllamaPreprocessor(Preprocessor[MllamaFacts]):
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         return Layout([self.facts.image_token_id], [False])
+
+    def arranged(self, text: str, bos: str) -> str:
+        """The beginning of the sequence comes behind leading images."""
+        if bos in text:
+            return text
+        rest = text
+        while rest.startswith(self.facts.image_token):
+            rest = rest.removeprefix(self.facts.image_token)
+        return text[: len(text) - len(rest)] + bos + rest
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
         recipe = self.facts.recipe
@@ -158,7 +170,7 @@ class _Segment:
 
 class MllamaModel(FamilyModel):
     attends_images = True
-    encode_batch = 4
+    encode_batch = 1
     tensor_parallel_plan = _TP_PLAN
 
     def __init__(self, model: PreTrainedModel) -> None:

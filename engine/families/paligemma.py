@@ -84,6 +84,7 @@ class PaliGemmaPreprocessor(Preprocessor[PaliGemmaFacts]):
 class PaliGemmaModel(FamilyModel):
     special_attention = True
     spans_pass_windows = True
+    encode_batch = 4
 
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:

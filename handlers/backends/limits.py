@@ -27,21 +27,27 @@ def longest_prompt(max_model_len: int) -> int:
     return max(_FEWEST, _CHARACTERS_PER_TOKEN * max_model_len)
 
 
+def require_known(request: GenerationRequest, vocab_size: int, image_token_id: int | None = None) -> None:
+    """Raises InvalidRequest for token ids of the client's own that the model does not know.
+
+    image_token_id: may lie outside the vocabulary.
+    """
+    prompt = request.prompt
+    if not isinstance(prompt, TextPrompt) or prompt.token_ids is None:
+        return
+    bad = next((t for t in prompt.token_ids if not 0 <= t < vocab_size and t != image_token_id), None)
+    if bad is not None:
+        raise InvalidRequest(
+            f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}",
+            param="prompt",
+        )
+
+
 def checked_tokens(
     request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
 ) -> list[int]:
-    """The tokens of a prompt without pictures, cut as the request says.
-
-    Raises InvalidRequest for token ids of the client's own that the model does not know.
-    """
-    prompt = request.prompt
-    if isinstance(prompt, TextPrompt) and prompt.token_ids is not None:
-        bad = next((t for t in prompt.token_ids if not 0 <= t < vocab_size), None)
-        if bad is not None:
-            raise InvalidRequest(
-                f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}",
-                param="prompt",
-            )
+    """The tokens of a prompt without pictures, cut as the request says. Raises as `require_known`."""
+    require_known(request, vocab_size)
     most = request.truncate_prompt_tokens
     if most is None:
         return token_ids

@@ -30,7 +30,7 @@ from handlers.backends.base import (
     compute_type,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
+from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt, require_known
 from handlers.backends.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.model_front import ModelFront
 from handlers.backends.pictures import PicturePreparer, ReadyPicture
@@ -169,7 +169,9 @@ class RollingBackend:
         rendered = await rendered_prompt(self._front.renderer, request, self._pool)
         token_ids, placed = _place_pictures(rendered, ready, self._front.renderer.image_token_id)
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
-        if not placed:
+        if placed:
+            require_known(request, vocab_size, self._front.renderer.image_token_id)
+        else:
             token_ids = checked_tokens(request, token_ids, longest, vocab_size)
         params = await self._spelled(checked_sampling(request, len(token_ids), longest, vocab_size))
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)

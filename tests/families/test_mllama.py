@@ -25,7 +25,7 @@ from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.pictures import PicturePreparer
 from handlers.errors import ImageError
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
-from tests.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.engine_driver import Oracle, Prompt, Result, collect, load_engine, run_all
 from tests.exactness import check_random_load, prompts_with
 from tests.families.tiny_mllama import make_mllama
 from tests.models import VOCAB
@@ -66,20 +66,53 @@ def test_tokens_equal_generate_for_random_loads(model: tuple[Path, Oracle], seed
     check_random_load(path, oracle, seed, make, cached_layers=3, encoder_caches=(1 << 19, 1 << 20))
 
 
-def test_more_images_than_the_cache_holds_are_answered_one_request_after_the_other(
-    model: tuple[Path, Oracle],
-) -> None:
+def test_requests_wait_for_places_of_images_and_text_passes_them(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
-    engine = load_engine(path, encoder_cache_bytes=0)
-    assert engine.scheduler.image_places == 1
+    engine = load_engine(path, encoder_cache_bytes=2 * 34816)
+    assert engine.scheduler.image_places == 2
     some = images()
-    prompts = [Prompt([*range(40, 50), some[n], some[n + 1], *range(60, 70)]) for n in range(3)]
+    prompts = [Prompt([*range(40, 50), some[n], some[n + 1], *range(60, 70)]) for n in (0, 2, 4)]
     prompts.append(Prompt([*range(40, 60)]))
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-    results = run_all(engine, [prompt.add(oracle.preprocessor, params) for prompt in prompts])
+    ended: list[int] = []
+    results: dict[int, Result] = {}
+    for number, prompt in enumerate(prompts):
+        add = prompt.add(oracle.preprocessor, params)
+        add.request_id = number
+        collect(results, engine.add(add))
+    while engine.has_work:
+        outputs = engine.step()
+        collect(results, outputs)
+        ended += [output.request_id for output in outputs if output.finish is not None]
+        assert engine.runner.encoder_cache.used_bytes <= 2 * 34816, (
+            "2 layers, 2 x 2 x 16 x 68 values an image"
+        )
+    assert ended == [0, 3, 1, 2] or ended == [3, 0, 1, 2]
     for number, prompt in enumerate(prompts):
         assert results[number].token_ids == oracle.generate(prompt, 6, ignore_eos=True)
-    assert engine.runner.encoder_cache.used_bytes == 34816, "one image: 2 layers, 2 x 2 x 16 x 68 values"
+
+
+def test_a_request_with_more_images_than_there_are_places_is_refused(model: tuple[Path, Oracle]) -> None:
+    path, oracle = model
+    engine = load_engine(path, encoder_cache_bytes=0)
+    prompt = Prompt([images()[0], 65, images()[1], 66])
+    (output,) = engine.add(prompt.add(oracle.preprocessor, SamplingParams(max_tokens=6)))
+    assert output.invalid
+    assert output.error == "the request has 2 different images; this server's memory holds 1 at a time"
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "text", ["<|image|><|image|>hi", "<|image|><s>hi", "hi<|image|>", "hi", "<s><|image|>"]
+)
+def test_a_prompt_that_is_no_chat_begins_as_the_processor_has_it(
+    model: tuple[Path, Oracle], text: str
+) -> None:
+    from transformers.models.mllama.processing_mllama import build_string_from_input
+
+    _, oracle = model
+    assert oracle.preprocessor is not None
+    assert oracle.preprocessor.arranged(text, "<s>") == build_string_from_input(text, "<s>", "<|image|>")
 
 
 @pytest.mark.parametrize(

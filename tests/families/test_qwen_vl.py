@@ -44,7 +44,7 @@ from properties.settings import Settings
 from tests.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.exactness import PromptMaker, check_random_load
 from tests.families.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, make_qwen_vl
-from tests.test_model_facts import _front
+from tests.test_model_facts import learned
 from tests.test_rolling_backend import answer, loaded, tokens
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
@@ -344,7 +344,7 @@ def test_the_front_prepares_without_torch(tmp_path: Path) -> None:
     assert preprocessor is not None
     assert preprocessor.to_bytes() is not None
     if find_spec("torchvision") is None:
-        found = _front(path)
+        found = learned(path)
         assert found["heavy"] == []
         assert found["fingerprint"] == preprocessor.fingerprint.hex()
 

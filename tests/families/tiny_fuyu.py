@@ -25,7 +25,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(steps)
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=backend, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     wanted = ["<s>", "|SPEAKER|", "|NEWLINE|", "<0x04>"]
