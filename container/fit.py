@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from container.estimate import DTYPE_BYTES, cache_bytes_per_token, weights
 from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.errors import ModelLoadError
-from engine.families.registry import family_of, kind_of
+from engine.families.registry import family_of, kind_of, register
 from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
@@ -245,6 +245,7 @@ def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
 def _as_transformers_reads(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json with the values that it leaves to its family's defaults (many models on the hub state only
     what differs from them); as it is where transformers does not know the family."""
+    register(str(config.get("model_type")))
     try:
         full: dict[str, Any] = AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError, one_line
 from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
-from engine.families.registry import family_of, kind_of, served
+from engine.families.registry import family_of, kind_of, register, served
 from engine.machine import computes_bfloat16
 from engine.tensor_parallel import Ranks
 from engine.weights import weight_files
@@ -28,6 +28,8 @@ def read_config(model_path: str, *, trust_remote_code: bool = False) -> Pretrain
     """Raises ModelLoadError for a directory without a config.json that transformers understands, and for a
     model that this engine does not serve."""
     try:
+        stored, _ = PretrainedConfig.get_config_dict(model_path)
+        register(str(stored.get("model_type")))
         config: PretrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file raises whatever the code stumbles over
         raise ModelLoadError(f"config.json of the model cannot be read: {one_line(error)}") from error

@@ -53,6 +53,8 @@ class PromptRenderer:
         family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
     printed: what the template prints for an image where that is not the placeholder, which then takes its place
         before the prompt is tokenised (Gemma 3 prints "<start_of_image>").
+    texts_apart: what stands before, between and after images is tokenised apart, each as a prompt of its own (Phi-3
+        Vision).
     adds_special_tokens, arrange, around, max_images: see `engine.families.base.Preprocessor` (`arranged`).
 
     Raises ValueError when these do not fit together.
@@ -70,6 +72,7 @@ class PromptRenderer:
         *,
         placeholder: str | None = None,
         printed: str | None = None,
+        texts_apart: bool = False,
         adds_special_tokens: bool = True,
         arrange: Callable[[str, str], str] | None = None,
         around: Callable[[int], tuple[list[int], list[int]]] | None = None,
@@ -98,6 +101,7 @@ class PromptRenderer:
         self.placeholder = whole if printed is None else printed
         if apart:
             self.placeholder = ""
+        self._texts_apart = texts_apart
         self._substitute = None if printed is None or whole is None else (printed, whole)
         if image_token is not None and (whole or "").count(image_token) != 1:
             raise ValueError(
@@ -255,25 +259,48 @@ class PromptRenderer:
         if self._substitute is not None:
             rendered = rendered.replace(*self._substitute)
         self._require_room(len(rendered))
-        spans: list[tuple[int, int]] | None = None
         before, after = ([], []) if self._around is None else self._around(n_images)
         add_special_tokens = add_special_tokens and not before
-        if hidden.literals or self._normalised:
-            literal = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
-            ids = literal.ids
-            if with_spans:
-                spans = literal.spans()
+        if self._texts_apart and self.placeholder is not None:
+            ids, spans = self._ids_apart(
+                rendered.split(self.placeholder), hidden, add_special_tokens, with_spans
+            )
         else:
-            encoding = encode(rendered, self._backend, add_special_tokens)
-            ids = encoding.ids
-            if with_spans:
-                spans = token_places(encoding)
+            ids, spans = self._ids(rendered, hidden, add_special_tokens, with_spans)
         if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:
             ids, spans = ids[1:], spans and spans[1:]
         if before:
             ids = [*before, *ids, *after]
             spans = spans and [*[(0, 0)] * len(before), *spans, *[(0, 0)] * len(after)]
         return self._counted(hidden.restore(rendered), ids, n_images, spans)
+
+    def _ids(
+        self, rendered: str, hidden: Hidden, add_special_tokens: bool, with_spans: bool
+    ) -> tuple[list[int], list[tuple[int, int]] | None]:
+        if hidden.literals or self._normalised:
+            literal = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
+            return literal.ids, literal.spans() if with_spans else None
+        encoding = encode(rendered, self._backend, add_special_tokens)
+        return encoding.ids, token_places(encoding) if with_spans else None
+
+    def _ids_apart(
+        self, texts: list[str], hidden: Hidden, add_special_tokens: bool, with_spans: bool
+    ) -> tuple[list[int], list[tuple[int, int]] | None]:
+        """Of texts with an image between each and the next."""
+        image, image_id = self.placeholder, self.image_token_id
+        assert image is not None
+        assert image_id is not None
+        ids, spans = self._ids(texts[0], hidden, add_special_tokens, with_spans)
+        seen = len(hidden.restore(texts[0]))
+        for text in texts[1:]:
+            more, places = self._ids(text, hidden, add_special_tokens, with_spans)
+            ids = [*ids, image_id, *more]
+            before, seen = seen, seen + len(image)
+            if spans is not None and places is not None:
+                shifted = [(start + seen, stop + seen) if stop else (0, 0) for start, stop in places]
+                spans = [*spans, (before, seen), *shifted]
+            seen += len(hidden.restore(text))
+        return ids, spans
 
     def _counted(
         self, text: str, ids: list[int], n_images: int, spans: list[tuple[int, int]] | None = None

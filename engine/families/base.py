@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -57,10 +57,13 @@ class Layout:
 class Written:
     """placeholder: the text that stands for an image when the prompt is tokenised, image token and all around it.
     printed: what the chat template prints instead, to be replaced by it; None where it prints the placeholder.
+    texts_apart: the texts around images are tokenised apart, each as a prompt of its own. The placeholder is then the
+    image token alone.
     """
 
     placeholder: str
     printed: str | None = None
+    texts_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +430,11 @@ class FamilyModel(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Both halves; a text-only family has no preprocessor."""
+    """Both halves; a text-only family has no preprocessor.
+
+    register: makes its config.json known to transformers, where that has no class for it.
+    """
 
     model: type[FamilyModel]
     preprocessor: type[Preprocessor[Any]] | None = None
+    register: Callable[[], None] | None = None

@@ -24,6 +24,7 @@ _VISION = {
     "llava_onevision": "llava_onevision",
     "mllama": "mllama",
     "paligemma": "paligemma",
+    "phi3_v": "phi3_v",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
@@ -45,6 +46,13 @@ def family_of(kind: str) -> Family | None:
         return None
     family: Family = import_module(f"engine.families.{module}").FAMILY
     return family
+
+
+def register(model_type: str) -> None:
+    """Make a family known to transformers' `AutoConfig` where that has no class for it."""
+    family = family_of(model_type)
+    if family is not None and family.register is not None:
+        family.register()
 
 
 def served() -> str:

@@ -118,6 +118,7 @@ class ModelFront:
                 image_token if preprocessor is not None else None,
                 placeholder=None if written is None else written.placeholder,
                 printed=None if written is None else written.printed,
+                texts_apart=written is not None and written.texts_apart,
                 adds_special_tokens=preprocessor is None or preprocessor.adds_special_tokens,
                 arrange=None if preprocessor is None else preprocessor.arranged,
                 around=None if preprocessor is None else preprocessor.around,
