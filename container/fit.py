@@ -99,7 +99,7 @@ def fit(
     accelerated = bool(machine.accelerators)
     result = Fit(*_dtype(settings.dtype, model_dtype(config), backend, accelerated), device)
     shapes, layout = config, None
-    if not settings.trust_remote_code:
+    if backend == "rolling" or not settings.trust_remote_code:
         try:
             shapes = _as_transformers_reads(directory, config)
             if backend == "rolling":

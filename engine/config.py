@@ -56,7 +56,6 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     gpu_memory_utilization: float = 0.9
     encoder_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
-    trust_remote_code: bool = False
     pickled_weights: bool = False
     threads: int | None = None
     attention: str = "auto"

@@ -90,9 +90,7 @@ class ParallelExecutor(Executor):
     isolates_failures = False
 
     def __init__(self, config: EngineConfig) -> None:
-        check_ranks(
-            config.model_path, config.tensor_parallel_degree, trust_remote_code=config.trust_remote_code
-        )
+        check_ranks(config.model_path, config.tensor_parallel_degree)
         self._encoder = msgspec.msgpack.Encoder()
         folder = tempfile.TemporaryDirectory(prefix="lmi-ranks-")
         meeting = str(Path(folder.name, "meeting"))

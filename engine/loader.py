@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_config(model_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(model_path: str) -> PretrainedConfig:
     """Raises ModelLoadError for a directory without a config.json that transformers understands, and for a
     model that this engine does not serve."""
     try:
         stored, _ = PretrainedConfig.get_config_dict(model_path)
         register(str(stored.get("model_type")))
-        config: PretrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever the code stumbles over
         raise ModelLoadError(f"config.json of the model cannot be read: {one_line(error)}") from error
     _family(config).model.check(config)
@@ -102,16 +102,16 @@ def resolve_dtype(config: PretrainedConfig, name: str, device_type: str, *, bflo
     return Precision(dtype, "as the model is stored")
 
 
-def check_ranks(model_path: str, size: int, *, trust_remote_code: bool = False) -> None:
+def check_ranks(model_path: str, size: int) -> None:
     """Raise ModelLoadError where that many tensor-parallel ranks cannot share the model."""
-    config = read_config(model_path, trust_remote_code=trust_remote_code)
+    config = read_config(model_path)
     _family(config).model.check_ranks(config, size)
 
 
 def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> FamilyModel:
     """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
     quiet_transformers()
-    model_config = read_config(config.model_path, trust_remote_code=config.trust_remote_code)
+    model_config = read_config(config.model_path)
     weight_files(
         Path(config.model_path),
         pickled=config.pickled_weights,
@@ -128,7 +128,7 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
             config.model_path,
             model_config,
             dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=False,
             use_safetensors=None if config.pickled_weights else True,
             weights_only=True,
         )

@@ -138,10 +138,10 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
 
     quiet_transformers()
     path = question.model_path
-    config = read_config(path, trust_remote_code=question.trust_remote_code)
+    config = read_config(path)
     text_config = config.get_text_config()
     if question.tensor_parallel_degree > 1:
-        check_ranks(path, question.tensor_parallel_degree, trust_remote_code=question.trust_remote_code)
+        check_ranks(path, question.tensor_parallel_degree)
     tokenizer = load_tokenizer(path, trust_remote_code=question.trust_remote_code)
     try:
         preprocessor = load_preprocessor(path, question.processor_overrides, question.processor_backend)

@@ -53,7 +53,6 @@ def plan_engines(
             gpu_memory_utilization=settings.gpu_memory_utilization,
             encoder_cache_bytes=None if encoder_cache is None else encoder_cache << 20,
             enable_prefix_caching=settings.enable_prefix_caching,
-            trust_remote_code=settings.trust_remote_code,
             pickled_weights=settings.load_format.lower() == "pt",
             vocabulary=vocabulary,
         )
