@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from handlers.templates import PromptRenderer
 from tests.engine_driver import EOS, Oracle, Prompt, load_engine, run_all
 from tests.exactness import check_logprobs, check_random_load, image_of, prompts_with
 from tests.families.tiny_phi3_v import LIMIT, MOST, TEMPLATE, TILE, VISION, begin_with_bos, make_phi3_v
-from tests.models import make_tokenizer
+from tests.models import make_text_model, make_tokenizer
 from tests.test_check import CPU, report
 from tests.test_engine_process import answer as answered
 from tests.test_engine_process import config, running
@@ -325,14 +326,25 @@ def test_the_front_needs_no_torch(model: Path) -> None:
     assert learned(model)["heavy"] == HEAVY
 
 
-def test_the_code_of_the_checkpoint_is_not_run(tmp_path: Path) -> None:
-    path = make_phi3_v(tmp_path)
-    for name in ("configuration_phi3_v", "modeling_phi3_v", "image_processing_phi3_v", "processing_phi3_v"):
+@pytest.mark.parametrize(
+    "make", [make_phi3_v, lambda path: make_text_model(path, "phi3")], ids=["phi3_v", "phi3"]
+)
+def test_the_code_of_the_checkpoint_is_not_run(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = make(tmp_path)
+    stored = json.loads((path / "config.json").read_text())
+    stored["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (path / "config.json").write_text(json.dumps(stored))
+    for name in (
+        "own",
+        "configuration_phi3_v",
+        "modeling_phi3_v",
+        "image_processing_phi3_v",
+        "processing_phi3_v",
+    ):
         (path / f"{name}.py").write_text("raise SystemExit('it was run')")
-    for trusted in (False, True):
-        assert read_config(str(path), trust_remote_code=trusted).vision_config.image_size == TILE
-        load_engine(path, trust_remote_code=trusted)
-    assert load_preprocessor(str(path)) is not None
+    assert read_config(str(path)).model_type == stored["model_type"]
+    load_engine(path)
+    load_preprocessor(str(path))
 
 
 def test_lmi_check_estimates_it(model: Path) -> None:
