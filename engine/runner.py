@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -166,28 +167,28 @@ class ModelRunner:
         return -rows % unit if rows > 4 else 0
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
+        """The chunks of one token come first: most steps have no others, and are filled without a loop in numpy."""
         size = self.block_size
-        total = sum(chunk.length for chunk in chunks)
-        token_ids, slots = (np.empty(total, dtype=np.int64) for _ in range(2))
-        positions = np.empty((self.model.position_axes, total), dtype=np.int64)
-        starts = [0]
-        num_decodes = 0
-        for chunk in chunks:
-            at, table = starts[-1], chunk.block_table
-            if chunk.length == 1:
-                num_decodes += 1
-                token_ids[at] = chunk.token_ids[0]
-                positions[:, at] = chunk.start + chunk.position_delta
-                slots[at] = table[chunk.start // size] * size + chunk.start % size
-            else:
-                span = slice(at, at + chunk.length)
-                place = np.arange(chunk.start, chunk.stop)
-                token_ids[span] = chunk.token_ids
-                positions[:, span] = place + chunk.position_delta
-                slots[span] = np.asarray(table)[place // size] * size + place % size
+        lengths = [chunk.length for chunk in chunks]
+        starts = [0, *accumulate(lengths)]
+        token_ids, slots = (np.empty(starts[-1], dtype=np.int64) for _ in range(2))
+        positions = np.empty((self.model.position_axes, starts[-1]), dtype=np.int64)
+        singles = chunks[: lengths.count(1)]
+        num_decodes = len(singles)
+        token_ids[:num_decodes] = [chunk.token_ids[0] for chunk in singles]
+        positions[:, :num_decodes] = [chunk.start + chunk.position_delta for chunk in singles]
+        slots[:num_decodes] = [
+            chunk.block_table[chunk.start // size] * size + chunk.start % size for chunk in singles
+        ]
+        for chunk, at in zip(chunks[num_decodes:], starts[num_decodes:], strict=False):
+            span = slice(at, at + chunk.length)
+            place = np.arange(chunk.start, chunk.stop)
+            token_ids[span] = chunk.token_ids
+            positions[:, span] = place + chunk.position_delta
+            slots[span] = np.asarray(chunk.block_table)[place // size] * size + place % size
+        for chunk, at in zip(chunks, starts, strict=False):
             if chunk.positions is not None:
                 positions[:, at : at + chunk.length] = chunk.positions.unpack()
-            starts.append(at + chunk.length)
         step = PackedStep(
             query_starts=starts,
             context_lens=[chunk.stop for chunk in chunks],
