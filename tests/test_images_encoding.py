@@ -114,7 +114,51 @@ def test_what_cannot_be_decoded_says_why(data: bytes, codings: tuple[str, ...], 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "base64", "aws-chunked", "utf-8"])
 @pytest.mark.parametrize(
     "data",
-    [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\1\0\0WEBPVP8 ", b"\0\0\0\x1cftypavif"],
+    [
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0",
+        b"GIF89a",
+        b"RIFF\0\1\0\0WEBPVP8 ",
+        b"\0\0\0\x1cftypavif",
+        b"\0\0\0\x1cftypmif1\0\0\0\0mif1miafavif",
+        b"BM\1\2\3\4\5\6\7\x08\x36\0\0\0\x28\0\0\0",
+        b"MM*\0",
+        b"II\0*",
+    ],
 )
 def test_a_header_that_was_stored_with_plain_bytes_is_not_believed(coding: str, data: bytes) -> None:
     assert without_codings(data, (coding,), LIMIT) == data
+
+
+PICTURE = b"\x89PNG\r\n\x1a\n and what follows"
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        (b"gzip,aws-chunked", gzip.compress(PICTURE)),
+        (b"aws-chunked, gzip, utf-8", gzip.compress(PICTURE)),
+        (b"deflate, aws-chunked", zlib.compress(PICTURE)),
+        (b"br", gzip.compress(PICTURE)),
+        (b"deflate", gzip.compress(PICTURE)),
+        (b"gzip", zlib.compress(PICTURE)),
+        (b"", gzip.compress(PICTURE)),
+        (b"gzip", gzip.compress(gzip.compress(PICTURE))),
+        (b"gzip, deflate", zlib.compress(gzip.compress(PICTURE))),
+        (b"deflate, gzip", zlib.compress(gzip.compress(PICTURE))),
+    ],
+)
+def test_the_bytes_decide_how_they_are_decoded(header: bytes, data: bytes) -> None:
+    assert without_codings(data, codings_of(header), len(PICTURE) + 100) == PICTURE
+
+
+def test_what_no_header_says_is_decoded_within_the_same_limits() -> None:
+    bomb = gzip.compress(b"\0" * 1_000_000)
+    assert refusal(bomb).error is ImageTooLarge
+    assert refusal(gzip.compress(bomb), "br").error is ImageTooLarge
+    assert refusal(gzip.compress(b"x" * 99)[:-9]).reason == (
+        "it begins like a gzip file, but its data ends too early"
+    )
+    heic = b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"
+    assert "not so encoded" in refusal(heic, "gzip").reason
+    assert without_codings(heic, (), LIMIT) == heic

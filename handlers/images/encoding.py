@@ -1,7 +1,7 @@
 """Bodies that their host sent compressed: HTTP's content codings, undone under a cap on bytes.
 
 Object stores send the header that was stored with an object, whatever the request asked for, and often the header is
-wrong: `base64` or `aws-chunked` on plain bytes. So, as everywhere, what the bytes are decides.
+wrong: `base64` or `aws-chunked` on plain bytes, `deflate` on gzip's. So, as everywhere, what the bytes are decides.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from handlers.images.metadata import kind_of
 from handlers.images.problem import PictureProblem
 
 MAX_CODINGS = 4
+_DECODED = {"gzip", "deflate"}
 _STEP = 2**18
 _MEMBER_BYTES = 1024  # of a gzip file with many members, on average: more of them would only cost time
 
@@ -29,20 +30,31 @@ def codings_of(header: bytes) -> tuple[str, ...]:
 def without_codings(data: bytes, codings: tuple[str, ...], max_bytes: int) -> bytes:
     """The image behind the codings (RFC 9110, section 8.4.1). Run it in a thread.
 
-    gzip and deflate, the latter with zlib's header as it should be or without. No more than `max_bytes` are ever made
-    of it. Raises PictureProblem.
+    gzip and deflate, the latter with zlib's header as it should be or without. What begins like gzip is decoded even
+    where the header does not say so. No step makes more than `max_bytes`. Raises PictureProblem.
     """
-    if len(codings) > MAX_CODINGS:
-        raise _problem(codings[0], f"and {len(codings) - 1} more on top of it, which is refused")
-    for coding in reversed(codings):
+    left = list(codings)
+    for _ in range(MAX_CODINGS):
         if not data or kind_of(data):
-            return data  # the header says more than was done
-        if coding == "gzip":
-            data = _inflated(data, coding, _GZIP, max_bytes)
-        elif coding == "deflate":
-            data = _inflated(data, coding, _ZLIB if _has_zlib_header(data) else _RAW, max_bytes)
-        else:
+            break  # the header says more than was done
+        if len(codings) > MAX_CODINGS:
+            raise _problem(codings[0], f"and {len(codings) - 1} more on top of it, which is refused")
+        gzipped, has_zlib_header = data.startswith(b"\x1f\x8b"), _has_zlib_header(data)
+        if gzipped or (has_zlib_header and _DECODED & {*left}):
+            while left and left[-1] not in _DECODED:  # such as aws-chunked: how an upload was sent
+                left.pop()
+        if not left and not gzipped:
+            break
+        coding = left.pop() if left else ""
+        if gzipped:
+            window = _GZIP
+        elif coding not in _DECODED:
             raise _problem(coding, "which is not decoded here: gzip and deflate are")
+        elif has_zlib_header:
+            window = _ZLIB
+        else:
+            window = _GZIP if coding == "gzip" else _RAW
+        data = _inflated(data, coding, window, max_bytes)
     return data
 
 
@@ -88,5 +100,7 @@ def _has_zlib_header(data: bytes) -> bool:
 
 
 def _problem(coding: str, what: str) -> PictureProblem:
+    if not coding:
+        return PictureProblem(f"it begins like a gzip file, {what}", ImageFetchFailed)
     name = coding if re.fullmatch("[a-z0-9_-]{1,20}", coding) else "of an unknown name"
     return PictureProblem(f"its host sent it with the Content-Encoding {name}, {what}", ImageFetchFailed)

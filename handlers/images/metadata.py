@@ -42,10 +42,11 @@ _MAGIC = {
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
     "GIF": re.compile(rb"GIF8[79]a"),
-    "BMP": re.compile(rb"BM.{4}\0{4}", re.DOTALL),
-    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
-    "AVIF": re.compile(rb".{4}ftypavi[fs]", re.DOTALL),
+    "BMP": re.compile(rb"BM.{12}[\x0c(48@l|]\0\0\0", re.DOTALL),
+    "TIFF": re.compile(rb"II(?:[*+]\0|\0\*)|MM(?:\0[*+]|\*\0)"),
+    "AVIF": re.compile(rb".{4}ftyp(?:m[is]f1.{4}(?:.{4}){0,16}?)?avi[fs]", re.DOTALL),
 }
+"""What Pillow reads. A file of AVIF's container names avif among its brands, first or later: others are HEIC."""
 
 
 def kind_of(data: bytes) -> str | None:
