@@ -135,6 +135,8 @@ def fit(
         _fit_host(result, configuration, backend)
     if backend == "vllm":  # which may be told to serve more; the embedded engine refuses by `model_files`
         result.warnings += too_long(configuration, context_length(shapes))
+    if backend == "rolling":
+        _compare_with_encoder_cache(result, configuration)
     _compare_with_cache(result, configuration)
     return result
 
@@ -240,6 +242,20 @@ def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
         result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len", source))
     else:
         result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len", source))
+
+
+def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> None:
+    """It grows with the images that are sent, so that one which is too large ends a server that started well."""
+    asked = configuration.settings.encoder_cache_mb
+    memory = result.device.memory
+    sharing = result.copies * result.devices_per_copy if result.devices == 0 else 1
+    if asked is not None and asked * 2**20 * sharing > memory:
+        source = configuration.sources["encoder_cache_mb"]
+        text = (
+            f"option.encoder_cache_mb = {asked} ({source.location}) is more than the {memory / 2**30:.2f} GiB of "
+            f"{result.device.name}: memory runs out before the cache is full; lower it"
+        )
+        result.warnings.append(Problem(text, "encoder_cache_mb", source))
 
 
 def _as_transformers_reads(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

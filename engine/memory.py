@@ -80,11 +80,18 @@ def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -
     `encoder_cache_bytes` says how much, these images take up to half of the key/value cache's memory.
     """
     given = config.encoder_cache_bytes
-    usual = given if given is not None else ENCODER_CACHE if device.type == "cuda" else CPU_ENCODER_CACHE
+    cuda = device.type == "cuda"
+    total = torch.cuda.mem_get_info(device)[1] if cuda else int(host_memory() * config.cpu_share)
+    if given is not None and given * (1 if cuda else config.tensor_parallel_degree) > total:
+        logger.warning(
+            "encoder_cache_mb = %d is more than the memory of %d MiB, which runs out before the cache is full",
+            given >> 20, total >> 20,
+        )  # fmt: skip
+    usual = given if given is not None else ENCODER_CACHE if cuda else CPU_ENCODER_CACHE
     if not image_bytes or given is not None or config.kv_cache_bytes is not None:
         return max(usual, image_bytes), config
     budget = _default_budget(config, device)
-    requests = config.max_num_seqs if device.type == "cuda" else min(config.max_num_seqs, CPU_REQUESTS)
+    requests = config.max_num_seqs if cuda else min(config.max_num_seqs, CPU_REQUESTS)
     images = max(usual, image_bytes, min(budget // 2, requests * image_bytes))
     return images, msgspec.structs.replace(config, kv_cache_bytes=max(0, budget - images))
 

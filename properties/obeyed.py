@@ -45,5 +45,6 @@ def not_obeyed(result: Resolution, location: ModelLocation | None, home: Path | 
     return [
         Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name, sources[name])
         for name, reason in reasons.items()
-        if changed(settings, sources, name)
+        # Every modality's default is one, which a server that serves images alone obeys in none of the others.
+        if name == "limit_mm_per_prompt" or changed(settings, sources, name)
     ]

@@ -13,7 +13,7 @@ from container.fit import fit
 from engine.attention.kernel import CacheShape
 from engine.config import EngineConfig
 from engine.machine import Device, Machine
-from engine.memory import cache_blocks
+from engine.memory import cache_blocks, image_budget
 from handlers.backends.rolling_plan import plan_engines, unused_devices
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.plan import plan_devices
@@ -41,6 +41,9 @@ def told(found: list[Any]) -> str:
         ('{"image":16,"video":2}', "allows video, which is not served: only images are"),
         ("image=4,Video=1,audio=3", "allows video and audio, which is not served"),
         ('{"audio": {"count": 2}}', "allows audio"),
+        ('{"image":1,"video":1}', "allows video, which is not served"),
+        ('{"video":1}', "allows video"),
+        ("audio=1", "allows audio"),
     ],
 )
 def test_other_modalities_are_not_served(text: str, reason: str) -> None:
@@ -157,12 +160,36 @@ def test_a_cache_larger_than_a_full_batch_can_use(model: Path) -> None:
     assert "does not fit: 87.89 GiB are needed and 24.00 GiB are usable" in told(theirs.errors)
 
 
+@pytest.mark.parametrize(
+    "options", [["encoder_cache_mb=900000"], ["encoder_cache_mb=13000", "max_workers=2"]]
+)
+def test_an_encoder_cache_larger_than_the_memory(model: Path, options: list[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    configuration = resolve(model=str(model), environ={}, options=options).with_model_config(config)
+    found = fit(configuration, "rolling", model, config, CPU)
+    assert "is more than the 24.00 GiB of host memory" in told(found.warnings)
+    smaller = resolve(model=str(model), environ={}, options=["encoder_cache_mb=500"]).with_model_config(
+        config
+    )
+    assert fit(smaller, "rolling", model, config, CPU).warnings == []
+
+
 def test_the_engine_says_so_too(caplog: pytest.LogCaptureFixture) -> None:
     shape = CacheShape(2, 1, 16, 2, 16, torch.float32, torch.device("cpu"))
     config = EngineConfig(model_path="", kv_cache_bytes=90000 << 20, max_num_seqs=2)
     with caplog.at_level(logging.WARNING):
         cache_blocks(config, shape, text_config())
     assert "of the 90000 MiB of kv_cache_memory_mb: 2 requests of 512 tokens fill no more" in caplog.text
+
+
+def test_the_engine_says_that_an_encoder_cache_is_too_large(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        image_budget(EngineConfig(model_path="", encoder_cache_bytes=500 << 20), torch.device("cpu"), 0)
+        assert caplog.text == ""
+        image_budget(
+            EngineConfig(model_path="", encoder_cache_bytes=900_000_000 << 20), torch.device("cpu"), 0
+        )
+    assert "encoder_cache_mb = 900000000 is more than the memory of" in caplog.text
 
 
 def test_a_text_model_has_no_use_for_options_about_images(tmp_path: Path) -> None:
