@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from properties.containers import read_containers
+from properties.containers import SGLANG_PREFIX, VLLM_PREFIX, read_containers
 from properties.field import BackendName, Level
 from properties.legacy import RENAMED
 from properties.lmi_handlers import PACKAGE, handler_named
@@ -192,7 +192,7 @@ def resolve(
         )
     written = [*read_command_line(options, problems), *read_environment(environ)]
     written += read_containers(environ, noted, backend_options)
-    written = _in_the_containers_order(list(_renamed(written, noted)), model_store, noted)
+    written = _in_the_containers_order(list(_renamed(written, noted)), environ, model_store, noted)
     named = _first(written, _MODEL_KEY)
     try:
         home = find_home(model, named.raw.strip() if named else None, model_store)
@@ -231,10 +231,12 @@ def _renamed(written: Iterable[Written], noted: list[Problem]) -> Iterator[Writt
         yield item if key is None else replace(item, key=key)
 
 
-def _in_the_containers_order(written: list[Written], store: Path, noted: list[Problem]) -> list[Written]:
+def _in_the_containers_order(
+    written: list[Written], environ: Mapping[str, str], store: Path, noted: list[Problem]
+) -> list[Written]:
     """AWS's vLLM and SGLang containers serve the model that lies in the store before that of HF_MODEL_ID."""
     models = [item for item in written if item.key == _MODEL_KEY]
-    if not models or not any(item.level is Level.CONTAINER for item in written):
+    if not models or not any(name.startswith((VLLM_PREFIX, SGLANG_PREFIX)) for name in environ):
         return written
     first = min(models, key=lambda item: item.level)
     places = [store, *store.glob("*/")]

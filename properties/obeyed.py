@@ -26,8 +26,7 @@ def not_obeyed(result: Resolution, location: ModelLocation | None, home: Path | 
     settings, sources = result.settings, result.sources
     reasons: dict[str, str] = {}
     counts = settings.limit_mm_per_prompt
-    written = (sources["limit_mm_per_prompt"].raw or "").lower()
-    asked = [name for name, count in counts.items() if name != "image" and count > 0 and name in written]
+    asked = [name for name, count in counts.items() if name != "image" and count > 0]
     if asked:
         reasons["limit_mm_per_prompt"] = f"allows {' and '.join(asked)}, which is not served: only images are"
     others = sorted(set(settings.media_io_kwargs or {}) - {"image"})
@@ -45,6 +44,5 @@ def not_obeyed(result: Resolution, location: ModelLocation | None, home: Path | 
     return [
         Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name, sources[name])
         for name, reason in reasons.items()
-        # Every modality's default is one, which a server that serves images alone obeys in none of the others.
-        if name == "limit_mm_per_prompt" or changed(settings, sources, name)
+        if changed(settings, sources, name)
     ]

@@ -201,12 +201,11 @@ def _agree(name: str, items: Sequence[Written]) -> bool:
 
 
 def _validate(meaning: Meaning, result: Resolution) -> None:
-    chosen = meaning.values
+    chosen, bad = meaning.values, dict[str, str]()
     result.lmi_handler, result.vllm_asked_by = meaning.handler, meaning.asked_by
     try:
         result.settings = Settings.model_validate({name: item.raw for name, item in chosen.items()})
     except ValidationError as failure:
-        bad: dict[str, str] = {}
         for error in failure.errors(include_url=False):
             name = str(error["loc"][0])
             own = error["type"] == "value_error"
@@ -215,7 +214,12 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
             result.problems.append(_bad_value(name, chosen[name], detail))
         good = {name: item for name, item in chosen.items() if name not in bad}
         result.settings = Settings.model_validate({name: item.raw for name, item in good.items()})
-    result.sources = {name: _source(name, item) for name, item in chosen.items()}
+    result.sources = {
+        name: _source(name, item)
+        for name, item in chosen.items()
+        if name in bad
+        or getattr(result.settings, name) is not None  # None: a word that means as if not written
+    }
 
 
 def _bad_value(name: str, item: Written, detail: str) -> Problem:

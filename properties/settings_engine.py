@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from properties.field import VLLM, Level, Variable, option
-from properties.values import TRUE, Amount, Degree, Fraction, JsonObject, Positive, Word
+from properties.values import TRUE, Amount, Degree, Fraction, JsonObject, Length, Positive, Tokens, Word
 
 
 def _cuda_graphs(text: str) -> str:
@@ -63,14 +63,14 @@ class EngineSettings(BaseModel):
         aliases=("max_num_seqs",),
         variables=(Variable("MAX_BATCH_SIZE", Level.TGI),),
     )
-    max_rolling_batch_prefill_tokens: Positive | None = option(
+    max_rolling_batch_prefill_tokens: Tokens = option(
         "Most tokens, of prompts and answers together, in one step. Default: chosen by the backend.",
         default=None,
         unit="tokens",
         aliases=("max_num_batched_tokens",),
         variables=(Variable("MAX_BATCH_PREFILL_TOKENS", Level.TGI),),
     )
-    max_model_len: Positive | None = option(
+    max_model_len: Length = option(
         "Longest prompt and answer together. Default: what the model's config.json says.",
         default=None,
         unit="tokens",

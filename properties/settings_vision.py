@@ -14,8 +14,8 @@ class VisionSettings(BaseModel):
     """Pictures"""
 
     limit_mm_per_prompt: Limits = option(
-        "Most items per prompt and modality; a modality that is not named keeps its default of 1.",
-        default={"image": 1, "video": 1, "audio": 1},
+        "Most items per prompt and modality. Images not named: 1. Only images are served.",
+        default={"image": 1, "video": 0, "audio": 0},
     )
     enable_mm_embeds: bool = option(
         "Chat requests may send the embeddings of a picture, as the model's projector makes them, in its place.",

@@ -77,7 +77,7 @@ def _limits(value: object) -> object:
     if unknown:
         raise ValueError(f"unknown modality {', '.join(unknown)}")
     counts = {str(name).lower(): _count(str(name), entry) for name, entry in value.items()}
-    return dict.fromkeys(MODALITIES, 1) | counts
+    return dict.fromkeys(MODALITIES, 0) | {"image": 1} | counts
 
 
 def _count(name: str, entry: object) -> object:
@@ -112,12 +112,45 @@ def _one_of(spellings: dict[str, str]) -> Callable[[object], object]:
     return read
 
 
+_SUFFIXES = {
+    letter: base**power
+    for letters, base in (("kmgt", 1000), ("KMGT", 1024))
+    for power, letter in enumerate(letters, 1)
+}
+
+
+def _tokens(value: object) -> object:
+    """`1k` is 1000 and `1K` 1024, as on vLLM's command line; parts as in `25.6k` only of the former."""
+    found = isinstance(value, str) and re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgtKMGT])", value.strip())
+    if not found:
+        return value
+    number, letter = found.groups()
+    if letter.isupper() and "." in number:
+        raise ValueError(f"no parts of {letter}; {number}{letter.lower()} is allowed")
+    return int(float(number) * _SUFFIXES[letter])
+
+
+def _length(value: object) -> object:
+    """`auto` and -1, with which vLLM chooses."""
+    return None if str(value).strip().lower() in ("auto", "-1") else _tokens(value)
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
 Count = Annotated[int, Ge(0), Allowed("a whole number from 0")]
 Positive = Annotated[int, Ge(1), Allowed("a whole number from 1")]
+Tokens = Annotated[
+    Positive | None,
+    BeforeValidator(_tokens),
+    Allowed("a whole number from 1, or one such as 8k (8000) or 8K (8192)"),
+]
+Length = Annotated[
+    Positive | None,
+    BeforeValidator(_length),
+    Allowed("a whole number from 1, or one such as 8k (8000) or 8K (8192); auto (or -1) for the default"),
+]
 Port = Annotated[int, Ge(0), Le(65535), Allowed("a port number from 0 (any free port) to 65535")]
 Seconds = Annotated[float, Gt(0), AllowInfNan(False), Allowed("a number above 0")]
 Amount = Annotated[float, Ge(0), AllowInfNan(False), Allowed("a number from 0")]

@@ -368,7 +368,7 @@ def test_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "location": "--option dtype",
         "given": True,
     }
-    assert found["options"]["option.limit_mm_per_prompt"]["value"] == {"image": 1, "video": 1, "audio": 1}
+    assert found["options"]["option.limit_mm_per_prompt"]["value"] == {"image": 1, "video": 0, "audio": 0}
     assert found["memory"]["cache_bytes_per_token"] == TOKEN
     assert "hf_abcdef" not in text
 

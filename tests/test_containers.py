@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from properties.configuration import Configuration, ConfigurationError, resolve
+from properties.configuration import Configuration, resolve
 from properties.containers import SGLANG
+from properties.problem import ConfigurationError
 from properties.settings import Settings
 
 
@@ -24,6 +25,12 @@ def texts(found: Configuration) -> list[str]:
     ("variable", "text", "name", "value"),
     [
         ("SM_VLLM_MAX_MODEL_LEN", "4096", "max_model_len", 4096),
+        ("SM_VLLM_MAX_MODEL_LEN", "8k", "max_model_len", 8000),
+        ("SM_VLLM_MAX_MODEL_LEN", "1K", "max_model_len", 1024),
+        ("SM_VLLM_MAX_MODEL_LEN", "25.6k", "max_model_len", 25600),
+        ("SM_VLLM_MAX_NUM_BATCHED_TOKENS", "2K", "max_rolling_batch_prefill_tokens", 2048),
+        ("SM_VLLM_MAX_NUM_BATCHED_TOKENS", "1m", "max_rolling_batch_prefill_tokens", 1_000_000),
+        ("SM_SGLANG_CONTEXT_LENGTH", "2k", "max_model_len", 2000),
         ("SM_VLLM_TENSOR_PARALLEL_SIZE", "2", "tensor_parallel_degree", 2),
         ("SM_VLLM_MAX_NUM_SEQS", "8", "max_rolling_batch_size", 8),
         ("SM_VLLM_MAX_NUM_BATCHED_TOKENS", "2048", "max_rolling_batch_prefill_tokens", 2048),
@@ -35,7 +42,7 @@ def texts(found: Configuration) -> list[str]:
         ("SM_VLLM_ENABLE_PREFIX_CACHING", "false", "enable_prefix_caching", False),
         ("SM_VLLM_NO_ENABLE_PREFIX_CACHING", "true", "enable_prefix_caching", False),
         ("SM_VLLM_SERVED_MODEL_NAME", '["a", "b"]', "served_model_name", ["a", "b"]),
-        ("SM_VLLM_LIMIT_MM_PER_PROMPT", '{"image": 4}', "limit_mm_per_prompt", {"image": 4, "video": 1, "audio": 1}),
+        ("SM_VLLM_LIMIT_MM_PER_PROMPT", '{"image": 4}', "limit_mm_per_prompt", {"image": 4, "video": 0, "audio": 0}),
         ("SM_VLLM_SPECULATIVE_CONFIG", '{"method": "ngram"}', "speculative_config", {"method": "ngram"}),
         ("SM_VLLM_ALLOWED_ORIGINS", '["*"]', "cors_allowed_origin", ["*"]),
         ("SM_VLLM_PORT", "9000", "port", 9000),
@@ -85,6 +92,28 @@ def test_false_leaves_out_a_flag_that_is_no_switch() -> None:
 def test_a_bad_value_names_the_variable() -> None:
     with pytest.raises(ConfigurationError, match=r"option.max_model_len = 'long' \(SM_VLLM_MAX_MODEL_LEN\)"):
         configure({"SM_VLLM_MAX_MODEL_LEN": "long"})
+
+
+@pytest.mark.parametrize("text", ["auto", "AUTO", "-1"])
+def test_an_automatic_length_is_as_if_not_written(text: str) -> None:
+    found = configure({"SM_VLLM_MAX_MODEL_LEN": text, "MAX_TOTAL_TOKENS": "2"})
+    assert found.settings.max_model_len is None
+    assert found.sources["max_model_len"].kind == "default"
+    model = found.with_model_config({"max_position_embeddings": 64})
+    assert model.effective("max_model_len") == configure({}).with_model_config(
+        {"max_position_embeddings": 64}
+    ).effective("max_model_len")
+
+
+def test_a_length_on_the_command_line_has_the_same_suffixes() -> None:
+    assert configure({}, "--max-model-len=1k").settings.max_model_len == 1000
+    with pytest.raises(ConfigurationError, match=r"no parts of K; 1\.5k is allowed"):
+        configure({}, "--max-model-len=1.5K")
+    for bad in ("0k", "k", "1kk", "-1k", "9" * 10 + "T"):
+        with pytest.raises(ConfigurationError, match=r"allowed: a whole number from 1, or one such as 8k"):
+            configure({}, f"max_model_len={bad}")
+    with pytest.raises(ConfigurationError, match="max_rolling_batch_prefill_tokens = 'auto'"):
+        configure({"SM_VLLM_MAX_NUM_BATCHED_TOKENS": "auto"})
 
 
 def test_vllms_own_fields_reach_vllm() -> None:
@@ -147,6 +176,13 @@ class TestTheModel:
         )
         empty = tmp_path_factory.mktemp("store")
         assert resolve(model=None, environ=environ, model_store=empty).model_location.value == "org/m"
+
+    @pytest.mark.parametrize(
+        "variable", ["SM_VLLM_DISABLE_LOG_STATS", "SM_VLLM_LORA_MODULES", "SM_SGLANG_ENABLE_METRICS"]
+    )
+    def test_also_where_none_of_them_has_an_effect(self, store: Path, variable: str) -> None:
+        environ = {"HF_MODEL_ID": "org/m", variable: "true"}
+        assert resolve(model=None, environ=environ, model_store=store).model_location.value == str(store)
 
     def test_without_them_lmis_order_holds(self, store: Path) -> None:
         found = resolve(model=None, environ={"HF_MODEL_ID": "org/m"}, model_store=store)

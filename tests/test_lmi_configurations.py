@@ -67,12 +67,12 @@ PUBLISHED: list[tuple[str, str | dict[str, str], dict[str, Any]]] = [
             "OPTION_MAX_ROLLING_BATCH_SIZE": "128", "OPTION_MAX_MODEL_LEN": "16384",
             "OPTION_GPU_MEMORY_UTILIZATION": "0.9",
         },
-        {"limit_mm_per_prompt": {"image": 4, "video": 0, "audio": 1}, "max_rolling_batch_size": 128},
+        {"limit_mm_per_prompt": {"image": 4, "video": 0, "audio": 0}, "max_rolling_batch_size": 128},
     ),
     (
         "vision guide",
         {"HF_MODEL_ID": "llava-hf/llava-v1.6-mistral-7b-hf", "OPTION_LIMIT_MM_PER_PROMPT": '{"image":2}'},
-        {"limit_mm_per_prompt": {"image": 2, "video": 1, "audio": 1}},
+        {"limit_mm_per_prompt": {"image": 2, "video": 0, "audio": 0}},
     ),
     (
         "vision guide 0.29",

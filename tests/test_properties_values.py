@@ -66,16 +66,16 @@ def test_dtype_spellings(text: str, expected: str) -> None:
         ('{"image": {"count": 4, "width": 512}, "video": 2}', 4, 2),
         ("image=4,video=2", 4, 2),
         ("image=4, video=2", 4, 2),
-        ('{"image": 2}', 2, 1),
+        ('{"image": 2}', 2, 0),
     ],
 )
 def test_limit_mm_per_prompt(text: str, image: int, video: int) -> None:
     limits = value("limit_mm_per_prompt", text)
-    assert (limits["image"], limits["video"], limits["audio"]) == (image, video, 1)
+    assert (limits["image"], limits["video"], limits["audio"]) == (image, video, 0)
 
 
 def test_limit_is_one_per_modality_by_default() -> None:
-    assert configure().settings.limit_mm_per_prompt == {"image": 1, "video": 1, "audio": 1}
+    assert configure().settings.limit_mm_per_prompt == {"image": 1, "video": 0, "audio": 0}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_settings_are_frozen_and_hide_secrets() -> None:
         ("kv_cache_dtype", "FP8_E5M2", "fp8_e5m2"),
         ("tool_call_parser", "Hermes", "hermes"),
         ("reasoning_parser", "DeepSeek_R1", "deepseek_r1"),
-        ("limit_mm_per_prompt", '{"Image": 3}', {"image": 3, "video": 1, "audio": 1}),
+        ("limit_mm_per_prompt", '{"Image": 3}', {"image": 3, "video": 0, "audio": 0}),
     ],
 )
 def test_words_mean_the_same_in_capital_letters(name: str, text: str, expected: object) -> None:
