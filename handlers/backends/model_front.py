@@ -12,7 +12,7 @@ import msgspec
 
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError, one_line
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_INTEGER, SamplingParams
 from handlers.backends.model_facts import (
     TOKENIZER,
     FactsFinder,
@@ -214,7 +214,8 @@ _UNREAD = (
     "min_length", "min_new_tokens", "stop_strings", "num_beams", "penalty_alpha", "dola_layers", "top_h",
     "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_repetition_penalty",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
-    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config",
+    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "forced_bos_token_id",
+    "forced_eos_token_id", "diversity_penalty", "force_words_ids", "constraints", "max_time", "renormalize_logits",
 )  # fmt: skip
 """Fields that change what transformers' `generate` answers, and neither vLLM's server nor this one."""
 
@@ -233,6 +234,8 @@ def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
             continue
         if name in ("top_k", "max_tokens") and isinstance(value, float) and value.is_integer():
             value = int(value)
+        if name == "max_tokens" and isinstance(value, int) and value > MAX_INTEGER:
+            continue  # more than any context: to its end, which is what None means
         if _allowed(name, value):
             found[name] = value
         else:
@@ -241,11 +244,18 @@ def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
             )
     if generation.get("do_sample") is False:
         found["temperature"] = 0.0
-    if unread := [field for field in _UNREAD if generation.get(field) not in (None, 0, 1, [], {})]:
+    if unread := [field for field in _UNREAD if _changes(field, generation.get(field))]:
         log.warning(
             "generation_config.json: these fields have no effect on this server: %s", ", ".join(unread)
         )
     return found
+
+
+def _changes(field: str, value: object) -> bool:
+    """Token ids and switches are never neutral, but for false; of the others, 0 or 1 is what `generate` does anyway."""
+    if field.startswith("forced_") or value is True or field == "max_time":
+        return value not in (None, [])
+    return value not in (None, 0, 1, [], {})
 
 
 def _allowed(name: str, value: object) -> bool:
