@@ -22,6 +22,7 @@ from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.heads import Heads, heads_of
 from handlers.backends.vllm.options.plan import plan_devices
 from handlers.backends.vllm.options.precision import served_dtype as vllm_dtype
+from handlers.backends.vllm.options.precision import stored_dtype
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName
@@ -97,7 +98,7 @@ def fit(
     settings = configuration.settings
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
     accelerated = bool(machine.accelerators)
-    result = Fit(*_dtype(settings.dtype, model_dtype(config), backend, accelerated), device)
+    result = Fit(*_dtype(settings.dtype, directory, config, backend, accelerated), device)
     shapes, layout = config, None
     if backend == "rolling" or not settings.trust_remote_code:
         try:
@@ -269,10 +270,15 @@ def _as_transformers_reads(directory: Path, config: Mapping[str, Any]) -> Mappin
     return {**full, **{name: config[name] for name in ("dtype", "torch_dtype") if name in config}}
 
 
-def _dtype(name: str, stored: str | None, backend: BackendName, accelerated: bool) -> tuple[str, str]:
-    """The type that the backend computes in, and why. stored: what config.json says."""
+def _dtype(
+    name: str, directory: Path, config: Mapping[str, Any], backend: BackendName, accelerated: bool
+) -> tuple[str, str]:
+    """The type that the backend computes in, and why."""
     device = "cuda" if accelerated else "cpu"
     if backend == "vllm":
+        stored = stored_dtype(directory, config)
         return vllm_dtype(name, stored, bfloat16=not accelerated or computes_bfloat16(device))
-    found = resolve_dtype(PretrainedConfig(dtype=stored), name, device, bfloat16=computes_bfloat16(device))
+    found = resolve_dtype(
+        PretrainedConfig(dtype=model_dtype(config)), name, device, bfloat16=computes_bfloat16(device)
+    )
     return str(found.dtype).removeprefix("torch."), found.reason

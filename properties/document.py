@@ -97,13 +97,15 @@ one of LMI's handlers comes before a `handle` in the model's `model.py`, as in L
 
 | Stored | On | Computed in | Why |
 | --- | --- | --- | --- |
-| bfloat16, float16 | a CPU | float32 | unless the CPU has instructions for bfloat16; nothing is lost |
+| bfloat16 | a CPU without instructions for it | float32 | nothing is lost |
+| float16 | a CPU | float32 | nothing is lost |
 | float32 | an accelerator | bfloat16 | vLLM's rule; `option.dtype=float32` keeps it |
 | bfloat16 | an accelerator without it | float16 | vLLM's rule |
 | not stated | anywhere | float32 | |
 
-With the vLLM backend it is vLLM's rule everywhere: float32 becomes bfloat16 on a CPU, too, and what is stored in
-float16 or bfloat16 stays. `lmi check` and the log say which type it is, and why.
+With the vLLM backend it is vLLM's rule everywhere: float32 becomes bfloat16 on a CPU, too, what is stored in
+float16 or bfloat16 stays, and where `config.json` does not state the type, the headers of the safetensors files do.
+`lmi check` and the log say which type it is, and why.
 
 ## AWS's vLLM and SGLang containers
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from container.check import check, describe
+from container.fit import fit
 from engine.loader import resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
-from handlers.backends.vllm.options.precision import served_dtype
+from handlers.backends.vllm.options.precision import served_dtype, stored_dtype
 from properties.configuration import resolve
 from tests.models import make_text_model
 
@@ -78,6 +80,39 @@ def test_vllms_rule(name: str, stored: str | None, bfloat16: bool, expected: str
     found, why = served_dtype(name, stored, bfloat16=bfloat16)
     assert found == expected
     assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "expected"),
+    [
+        ({"dtype": "bfloat16"}, [torch.float16], "bfloat16"),
+        ({"vision_config": {"dtype": "float16"}}, [torch.bfloat16], "float16"),
+        ({}, [torch.float16], "float16"),
+        ({}, [torch.bfloat16, torch.int64], "bfloat16"),
+        ({}, [torch.float16, torch.float32], "float32"),
+        ({}, [torch.float16, torch.bfloat16], None),
+        ({}, [], None),
+    ],
+)
+def test_vllm_reads_the_weights_where_config_json_says_nothing(
+    tmp_path: Path, config: dict[str, object], weights: list[torch.dtype], expected: str | None
+) -> None:
+    if weights:
+        tensors = {str(number): torch.zeros(2, dtype=dtype) for number, dtype in enumerate(weights)}
+        save_file(tensors, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path, config) == expected
+
+
+def test_check_of_vllm_reads_them_too(tmp_path: Path) -> None:
+    model = make_text_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "dtype" not in k}))
+    tensors = {name: tensor.half() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    configuration = resolve(model=str(model), environ={}, options=[])
+    raw = json.loads((model / "config.json").read_text())
+    found = fit(configuration, "vllm", model, raw, Machine((), Device("host memory", 8 << 30)))
+    assert (found.dtype, found.dtype_reason) == ("float16", "as the model is stored")
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])

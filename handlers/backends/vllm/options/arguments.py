@@ -22,7 +22,7 @@ from handlers.backends.vllm.options.mistral import (
     weight_problems,
 )
 from handlers.backends.vllm.options.plan import plan_devices
-from handlers.backends.vllm.options.precision import served_dtype
+from handlers.backends.vllm.options.precision import served_dtype, stored_dtype
 from handlers.backends.vllm.options.values import BadValue, coerce
 from handlers.backends.vllm.options.weights import vllm_load_format
 from handlers.errors import InvalidConfiguration
@@ -30,7 +30,6 @@ from properties.configuration import Configuration, read_model_config
 from properties.field import Level
 from properties.names import key_of
 from properties.problem import MASK, ConfigurationError, Problem
-from properties.recommend import model_dtype
 
 if TYPE_CHECKING:
     import argparse
@@ -141,7 +140,7 @@ def engine_arguments(
     arguments |= plan.sizes()
     told = served_dtype(
         settings.dtype,
-        model_dtype(config),
+        stored_dtype(model_path, config),
         bfloat16=not machine.accelerators or computes_bfloat16("cuda"),
     )
     logger.info("vLLM computes in %s: %s", *told)
