@@ -228,7 +228,7 @@ def _renamed(written: Iterable[Written], noted: list[Problem]) -> Iterator[Writt
         key = RENAMED.get(item.key)
         if key is not None:
             noted.append(Problem(f"{item.location}: {item.key} is deprecated: write {key}", KEYS[key]))
-        yield item if key is None else replace(item, key=key)
+        yield item if key is None else replace(item, key=key, name=item.key)
 
 
 def _in_the_containers_order(

@@ -55,6 +55,8 @@ VLLM_WITHOUT = {
     "ssl_cert_reqs": _TLS,
     "ssl_ciphers": _TLS,
     "enable_ssl_refresh": _TLS,
+    "tokenizer": "the tokenizer is the model's own",
+    "skip_tokenizer_init": "prompts are tokenised here",
     "response_role": "the role of replies is assistant",
     "tool_parser_plugin": "the parsers are this server's and the installed vLLM's",
     "tool_server": "tools are called by the client",

@@ -54,7 +54,11 @@ HANDLERS = {
 }
 """The part after `djl_python.` -> what it is."""
 
-_ALIASES = {"transformers-neuronx": "transformers_neuronx", "stable-diffusion": "stable_diffusion_inf2"}
+_ALIASES = {
+    "transformers-neuronx": "transformers_neuronx",
+    "stable-diffusion": "stable_diffusion_inf2",
+    "async_service": "lmi_vllm",
+}
 
 REPLACED_BECAUSE = {
     "trtllm": _TENSORRT,
@@ -104,7 +108,7 @@ def taken_together(
         meaning.values["rolling_batch"] = replace(
             batching, raw="rolling", location=f"{batching.location}, beside {_told(size)}"
         )
-        most = replace(size, key=key_of("max_rolling_batch_size"), raw=size.raw.strip())
+        most = replace(size, key=key_of("max_rolling_batch_size"), raw=size.raw.strip(), name=size.key)
         meaning.values.setdefault("max_rolling_batch_size", most)
     return meaning
 
@@ -113,8 +117,6 @@ def handler_named(entry_point: str) -> LmiHandler | None:
     """LMI's own handler of that name; None where it has none."""
     package, _, rest = entry_point.partition(".")
     name = rest.partition(".")[0].lower()
-    if name.startswith("async"):
-        name = "lmi_vllm"
     return HANDLERS.get(_ALIASES.get(name, name)) if package == PACKAGE else None
 
 

@@ -139,7 +139,9 @@ def _choose(name: str, items: Sequence[Written], result: Resolution) -> Written 
     if len(ready) < len(chosen):
         return None
     if len(ready) > 1 and not _agree(name, ready):
-        told = " and ".join(f"{item.key} = {_shown(name, item.raw)} ({item.location})" for item in ready)
+        told = " and ".join(
+            f"{item.name or item.key} = {_shown(name, item.raw)} ({item.location})" for item in ready
+        )
         result.problems.append(
             Problem(f"{key_of(name)} has two different values: {told}", name, _source(name, ready[0]))
         )
@@ -224,7 +226,7 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
 
 def _bad_value(name: str, item: Written, detail: str) -> Problem:
     hint = " (a comment needs a line of its own)" if item.level is Level.FILE and " #" in item.raw else ""
-    value = f"{key_of(name)} = {_shown(name, item.raw)} ({item.location})"
+    value = f"{item.name or key_of(name)} = {_shown(name, item.raw)} ({item.location})"
     return Problem(f"{value}: {detail}allowed: {allowed(name)}{hint}", name, _source(name, item))
 
 

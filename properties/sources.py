@@ -23,6 +23,7 @@ class Written:
     key: as in serving.properties, e.g. "option.dtype"; not necessarily a known one.
     raw: the text, never empty. location: see `Source.location`.
     rank: among values of one level, those of the lowest rank count.
+    name: what somebody wrote, where the key is that of another option, for which it stands.
     """
 
     level: Level
@@ -31,6 +32,7 @@ class Written:
     location: str
     rank: int = 0
     variable: Variable | None = None
+    name: str | None = None
 
 
 def read_command_line(options: Sequence[str], problems: list[Problem]) -> Iterator[Written]:

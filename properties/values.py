@@ -93,6 +93,7 @@ def _media(value: object) -> object:
     value = _object(value)
     if not isinstance(value, dict):
         return value
+    value = {str(modality).lower(): options for modality, options in value.items()}
     for modality, options in value.items():
         if not isinstance(options, dict) or (
             modality == "image" and options.keys() - {"rgba_background_color"}

@@ -137,6 +137,12 @@ def test_what_has_no_effect_says_so() -> None:
     (warning,) = texts(configure({"SM_VLLM_LORA_MODULES": "a=b"}))
     assert warning.startswith("SM_VLLM_LORA_MODULES has no effect here: put adapters into")
     assert "end TLS in front of the server" in texts(configure({"SM_VLLM_SSL_KEYFILE": "key.pem"}))[0]
+    tokenizer = configure({"SM_VLLM_TOKENIZER": "org/other"}, backend_options=frozenset({"tokenizer"}))
+    assert texts(tokenizer) == ["SM_VLLM_TOKENIZER has no effect here: the tokenizer is the model's own"]
+    assert tokenizer.extra == {}
+    assert texts(configure({"SM_VLLM_SKIP_TOKENIZER_INIT": "true"})) == [
+        "SM_VLLM_SKIP_TOKENIZER_INIT has no effect here: prompts are tokenised here"
+    ]
     assert texts(configure({"SM_SGLANG_ENABLE_DP_ATTENTION": "true"})) == [
         "SM_SGLANG_ENABLE_DP_ATTENTION has no effect here: SGLang's flag has no equivalent"
     ]

@@ -272,6 +272,15 @@ def test_disable_beside_a_batch_size_is_dynamic_batching(tmp_path: Path) -> None
     assert more.settings.max_rolling_batch_size == 4
 
 
+def test_a_bad_batch_size_is_told_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"  batch_size = 'abc' \(serving.properties line 2\): allowed"
+    ):
+        read(tmp_path, "option.rolling_batch=disable\nbatch_size=abc")
+    with pytest.raises(ConfigurationError, match=r"  option.data_type = 'int3' "):
+        read(tmp_path, "option.data_type=int3")
+
+
 @pytest.mark.parametrize(
     "entry", ["djl_python.lmi_vllm", "djl_python.async_service", "djl_python.LMI_vLLM.x"]
 )
@@ -320,6 +329,8 @@ def test_every_handler_of_lmis_gets_a_true_answer(tmp_path: Path, name: str) -> 
         ("huggingface.py", "no such file in .*; LMI's own handler is written djl_python.huggingface"),
         ("deepspeed.py", "written djl_python.deepspeed"),
         ("djl_python", "not a handler of LMI's"),
+        ("djl_python.async_foo", "not a handler of LMI's"),
+        ("djl_python.asynchronous", "not a handler of LMI's"),
     ],
 )
 def test_an_entry_point_that_is_none(tmp_path: Path, entry: str, told: str) -> None:

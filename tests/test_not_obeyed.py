@@ -53,12 +53,14 @@ def test_other_modalities_are_not_served(text: str, reason: str) -> None:
 @pytest.mark.parametrize("text", ['{"image":4,"video":0}', '{"image": 4}', "image=2,video=0,audio=0"])
 def test_limits_that_are_obeyed_need_no_warning(text: str) -> None:
     assert configure(f"limit_mm_per_prompt={text}").warnings == []
+    assert configure('media_io_kwargs={"Image": {}}').warnings == []
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (['media_io_kwargs={"video": {}}'], "says how to read video, which is not served"),
+        (['media_io_kwargs={"Image": {}, "Video": {}}'], "says how to read video, which is not served"),
         (["download_dir=/tmp/models"], "only models from s3:// are kept there"),
         (["handler=answer"], "option.handler (--option handler) has no effect: the model has no model.py"),
     ],

@@ -180,7 +180,8 @@ def test_an_old_name_does_what_the_new_one_does(tmp_path: Path, key: str, name: 
 
 def test_an_old_name_and_the_new_one_must_agree(tmp_path: Path) -> None:
     (tmp_path / "serving.properties").write_text("option.s3url=s3://a/b\noption.model_id=s3://a/c\n")
-    with pytest.raises(ConfigurationError, match=r"option.model_id has two different values"):
+    told = r"option.model_id has two different values: option.s3url = 's3://a/b' .* and option.model_id = 's3://a/c'"
+    with pytest.raises(ConfigurationError, match=told):
         resolve(model=None, environ={}, model_store=tmp_path)
 
 
