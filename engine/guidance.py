@@ -45,6 +45,8 @@ MOST_STEPS = 2000
 which `LIMITS` bounds: without this, a grammar would be of no use to anybody once some answers had filled them up."""
 
 MOST_REASON_CHARACTERS = 300
+_NO_TEXT = ("NoExtension", "NoExtensionBias")
+"""What llguidance says instead of a sentence where a grammar allows nothing."""
 
 
 class GrammarError(Exception):
@@ -176,5 +178,7 @@ def _remove(words: Words, token_ids: Sequence[int]) -> None:
 def _reason(matcher: LLMatcher) -> str:
     """llguidance's message, on one line."""
     text = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+    if text in _NO_TEXT:
+        return "no text can satisfy it: in a schema, a $ref may lead back to itself"
     text = text.replace("Unimplemented keys:", "keywords of JSON Schema that are not supported:")
     return text if len(text) <= MOST_REASON_CHARACTERS else f"{text[:MOST_REASON_CHARACTERS]}…"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
+from handlers.model_json import read_object
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """The names that transformers chooses by."""
@@ -143,9 +144,9 @@ def _entry(path: Path, name: str) -> dict[str, Template]:
     if not file.is_file():
         return {}
     try:
-        entries = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
-        raise ModelLoadError(f"{name} of the model cannot be read") from error
+        entries = read_object(file)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{name} of the model cannot be read: {one_line(error)}") from error
     return _named(entries.get("chat_template"), name)
 
 

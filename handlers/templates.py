@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from handlers.chat_templates import ChatTemplates
+from handlers.dialects.constraints import MAX_DEPTH, depth
 from handlers.errors import InvalidRequest, ServingError
 from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder, encode, token_places
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, pictures, prompt_parts
@@ -120,9 +121,12 @@ class PromptRenderer:
 
     @property
     def variables(self) -> dict[str, frozenset[str]]:
-        """Those that each of the model's templates reads, by its name."""
+        """Those that each of the model's templates reads and a request may set, by its name."""
         named = self.templates.named
-        return {name: self._sources[template.text].variables for name, template in named.items()}
+        return {name: self._settable(self._sources[template.text]) for name, template in named.items()}
+
+    def _settable(self, source: TemplateSource) -> frozenset[str]:
+        return source.variables - _OURS - self._tokenizer.special_tokens_map.keys()
 
     def render(self, prompt: ChatPrompt | TextPrompt, *, spans: bool = False) -> RenderedPrompt:
         """Text and ids of a prompt. spans: with the place of each token in the text.
@@ -182,8 +186,7 @@ class PromptRenderer:
             raise InvalidRequest(
                 "there is no text to continue in the last message", param="continue_final_message"
             )
-        ours = set(self._tokenizer.special_tokens_map) | _OURS
-        wanted = source.variables - ours
+        wanted = self._settable(source)
         if unread := prompt.template_kwargs.keys() - wanted:
             log.debug("chat template variables that the template does not read: %s", sorted(unread))
         try:
@@ -407,7 +410,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     """OpenAI sends the arguments as a JSON string; templates written for transformers want an object.
 
     What is none becomes an empty one, as in vLLM: a call that was cut short must not end the conversation. So does
-    what escapes half a surrogate pair, which no prompt can hold.
+    what escapes half a surrogate pair, which no prompt can hold, and what is nested too deeply to be rendered.
     """
     function = call.get("function")
     if not isinstance(function, dict):
@@ -421,9 +424,10 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
                 json.dumps(arguments, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             arguments = None
+    usable = isinstance(arguments, dict) and depth(arguments) <= MAX_DEPTH
     return {
         **call,
-        "function": {**function, "arguments": arguments if isinstance(arguments, dict) else {}},
+        "function": {**function, "arguments": arguments if usable else {}},
     }
 
 

@@ -146,9 +146,25 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"chat_template\.jinja of the model cannot be read"):
         read_chat_templates(None, tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "chat_template.json").write_text("{")
-    with pytest.raises(ModelLoadError, match=r"chat_template\.json of the model cannot be read"):
-        read_chat_templates(None, tmp_path)
+    for text, reason in (
+        ("{", "line 1 column 2"),
+        ("[]", "it holds no JSON object"),
+        ("[" * 100_000, "it is nested too deeply"),
+        (b"\xff\xff", "codec can't decode"),
+    ):
+        (tmp_path / "chat_template.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(
+            ModelLoadError, match=r"chat_template\.json of the model cannot be read: ."
+        ) as caught:
+            read_chat_templates(None, tmp_path)
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_strict_json_lacks_are_read_as_by_transformers(tmp_path: Path) -> None:
+    numbers = '"model_max_length": Infinity, "a": -Infinity, "b": NaN, "c": 1e999'
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"chat_template": "t", {numbers}}}')
+    assert read_chat_templates(None, tmp_path).chosen(None, False) == "t"
 
 
 def test_what_only_the_tokenizer_knows_is_used(tmp_path: Path) -> None:

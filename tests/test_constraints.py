@@ -56,6 +56,11 @@ def deep(levels: int) -> dict[str, Any]:
             },
             Constraint("json_schema", TEXT),
         ),
+        *(
+            ({"response_format": {"type": "json_object", key: empty}}, Constraint("json_object"))
+            for key in ("schema", "value")
+            for empty in ({}, "{ }")
+        ),
         ({"response_format": {"type": "json_object", "value": SCHEMA}}, Constraint("json_schema", TEXT)),
         ({"response_format": {"type": "json", "value": TEXT}}, Constraint("json_schema", TEXT)),
         (

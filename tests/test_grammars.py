@@ -149,7 +149,11 @@ UNUSABLE = [
     (schema({"$ref": "http://127.0.0.1:9/x"}), "127.0.0.1:9"),
     (schema({"$ref": "file:///etc/passwd"}), "etc/passwd"),
     (schema({"$ref": "#/$defs/none"}), "none"),
-    (schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), ""),
+    (schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), "a $ref may lead back to itself"),
+    (
+        schema({"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}),
+        "no text can satisfy it",
+    ),
     (schema({"type": "integer", "minimum": 4, "maximum": 3}), "minimum"),
     (schema({"type": "integer", "minimum": 2**60 + 1, "maximum": 2**60 + 3}), "minimum"),
     (schema({"type": "integer", "minimum": 10**30}), "1" + "0" * 30),

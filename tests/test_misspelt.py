@@ -61,6 +61,42 @@ MISSPELT: list[tuple[str, dict[str, Any], str, str]] = [
         "chat_template_kwargs.enable_thinkin",
         "chat_template_kwargs.enable_thinking",
     ),
+    *(
+        ("/v1/chat/completions", chat(**{name: 1}), shown, known)
+        for name, shown, known in [
+            ("max-tokens", "max_tokens in that spelling", "max_tokens"),
+            ("max tokens", "max_tokens in that spelling", "max_tokens"),
+            ("max_tokens ", "max_tokens in that spelling", "max_tokens"),
+            ("top-p", "top_p in that spelling", "top_p"),
+            ("TopP", "TopP", "top_p"),
+            ("maxOutputTokens", "maxOutputTokens", "max_tokens"),
+            ("max-output-tokens", "max_output_tokens", "max_tokens"),
+            ("max_tokens_to_sample", "max_tokens_to_sample", "max_tokens"),
+            ("stopSequences", "stopSequences", "stop"),
+            ("stop_sequence", "stop_sequence", "stop"),
+        ]
+    ),
+    (
+        "/v1/chat/completions",
+        chat(
+            **dict.fromkeys(
+                ["mood", "transforms", "plugins", "route", "samplers", "slot_id", "features", "files"], 1
+            ),
+            max_token=5,
+        ),
+        "max_token",
+        "max_tokens",
+    ),
+    *(
+        ("/v1/chat/completions", {"messages": [turn]}, f"messages[0].{name}", f"messages[0].{known}")
+        for turn, name, known in [
+            ({"role": "user", "content": "", "contents": "hi"}, "contents", "content"),
+            ({"role": "user", "content": [], "parts": ["hi"]}, "parts", "content"),
+            ({"role": "assistant", "content": "hi", "toolCalls": []}, "toolCalls", "tool_calls"),
+            ({"role": "assistant", "reasoning": "hm", "text": "hi"}, "text", "content"),
+            ({"role": "tool", "content": "hi", "tool_call_ids": "x"}, "tool_call_ids", "tool_call_id"),
+        ]
+    ),
     ("/v1/completions", {"prompt": "hi", "top_pp": 0.5}, "top_pp", "top_p"),
     ("/invocations", {"prompt": "hi", "sede": 5}, "sede", "seed"),
     ("/invocations", lmi(max_new_token=5), "parameters.max_new_token", "parameters.max_new_tokens"),
@@ -109,6 +145,24 @@ def test_tgis_answers_to_the_lmi_body_tell_it_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("route", "body", "path"),
+    [
+        ("/v1/chat/completions", chat(extra_body={"top_k": 1}), ""),
+        ("/v1/completions", {"prompt": "hi", "extra_body": {"top_k": 1}}, ""),
+        ("/invocations", lmi(extra_body={"top_k": 1}), "parameters."),
+    ],
+)
+def test_a_clients_wrapper_sent_as_it_is_is_told(route: str, body: dict[str, Any], path: str) -> None:
+    told = f"{path}extra_body is not read; put its keys into the body itself"
+    assert answer(body, route).headers["warning"] == f'299 - "{told}"'
+
+
+def test_a_message_that_brings_both_names_means_the_one_that_is_read() -> None:
+    turn = {"role": "user", "content": "hi", "parts": [{"text": "hi"}], "text": "hi"}
+    assert "warning" not in answer({"messages": [turn]}, "/v1/chat/completions").headers
+
+
+@pytest.mark.parametrize(
     "extras",
     [
         # what other servers' clients send
@@ -122,8 +176,6 @@ def test_tgis_answers_to_the_lmi_body_tell_it_too() -> None:
         {"max_token": None},
         # what is no plain name
         {
-            "max tokens": 1,
-            "max-tokens": 1,
             "max_tokens\r\nx-evil: 1": 1,
             'max_tokens"': 1,
             "mаx_tokens": 1,

@@ -102,6 +102,17 @@ def outcome(model: Path, *options: str) -> tuple[list[str], list[str]]:
     return checked, []
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "processor_config.json"])
+def test_infinity_and_nan_are_numbers_as_in_transformers(
+    whole: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    model = shutil.copytree(whole["vision"], tmp_path / "model")
+    content = json.loads((model / name).read_text("utf-8"))
+    content |= {"model_max_length": float("inf"), "lowest": float("-inf"), "unknown": float("nan")}
+    (model / name).write_text(json.dumps(content))
+    assert outcome(model) == ([], [])
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
     ("model", "file"),

@@ -266,7 +266,15 @@ def test_what_real_clients_write_in_messages_and_parts_is_accepted() -> None:
     cached = {"cache_control": {"type": "ephemeral"}}
     url = {"url": CAT, "detail": "original", "format": "image/png"}
     text = {"type": "text", "text": "a", "id": "x", "annotations": [], "image_url": None, **cached}
-    said = {"id": "1", "status": "done", "prefix": False, "images": [], "audio": None, **cached}
+    said = {
+        "id": "1",
+        "status": "done",
+        "prefix": False,
+        "images": [],
+        "audio": None,
+        "image_count": 1,
+        **cached,
+    }
     turns = [{"role": "user", "content": [text, {"type": "image_url", "image_url": url, **cached}], **said}]
     (turn,) = prompt({"messages": turns}).messages
     assert [type(part) for part in turn.parts] == [TextPart, ImagePart]
@@ -403,6 +411,28 @@ def user(*parts: Any) -> dict[str, Any]:
         ),
         (user({"type": "input_image", "image_url": CAT, "detail": 1}), "messages[1].content[0].detail"),
         ({"messages": [{"role": "user", "content": "hi", "images": [CAT]}]}, "messages[0].images"),
+        *(
+            ({"messages": [{"role": "user", "content": "hi", key: value}]}, f"messages[0].{key}")
+            for key, value in [
+                ("image_urls", [CAT]),
+                ("imageUrl", CAT),
+                ("attachments", [{"url": CAT}]),
+                ("experimental_attachments", [{"url": CAT}]),
+                ("video_url", {"url": CAT}),
+                ("input_audio", {"data": "AA"}),
+            ]
+        ),
+        *(
+            (user({"type": "text", "text": "a", key: CAT}), "messages[1].content[0]")
+            for key in ("image", "imageUrl", "images", "image_embeds", "input_image", "picture")
+        ),
+        (user({"text": "a", "image": CAT}), "messages[1].content[0]"),
+        *(
+            ({"messages": [{"role": role, key: "hi"}]}, "messages[0].content")
+            for role in ("system", "user", "assistant")
+            for key in ("contents", "Content", "content ", "text", "parts", "conten")
+        ),
+        ({"messages": [{"role": "user", "content": None, "parts": [{"text": "hi"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": "hi", "prefix": True}]}, "messages[0].prefix"),
         (chat(stream="yes"), "stream"),
         (chat(stream=True, prompt_logprobs=1), "prompt_logprobs"),

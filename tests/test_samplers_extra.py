@@ -896,7 +896,9 @@ class TestVllm:
     def test_none_where_the_engine_drafts(self, tmp_path: Path, by_model: bool) -> None:
         arguments: dict[str, Any] = {"model": str(tmp_path)}
         if by_model:
-            (tmp_path / "config.json").write_text('{"speculators_config": {"algorithm": "eagle3"}}')
+            (tmp_path / "config.json").write_text(
+                '{"speculators_config": {"algorithm": "eagle3"}, "limit": Infinity}'
+            )
         else:
             arguments["speculative_config"] = {"method": "ngram"}
         assert offer(arguments, ()).lacking == "with speculative decoding"

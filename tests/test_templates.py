@@ -438,12 +438,25 @@ def test_values_nested_beyond_reason_are_refused(plain: PreTrainedTokenizerFast)
         renderer.render(ChatPrompt([said("hi")], template_kwargs={"mood": deep}))
 
 
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+def test_variables_are_those_that_a_request_may_set(plain: PreTrainedTokenizerFast) -> None:
+    ours = "{{ messages }}{{ tools }}{{ add_generation_prompt }}{{ bos_token }}{{ eos_token }}"
+    assert plain.special_tokens_map.keys() & {"bos_token", "eos_token"}
+    assert PromptRenderer(plain, ours + "{{ mood }}").variables == {"default": {"mood"}}
+
+
 def test_earlier_calls_nested_beyond_reason_are_refused(plain: PreTrainedTokenizerFast) -> None:
     renderer = PromptRenderer(plain, PARTS, image_token="<image>")
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    called = Message("assistant", [], tool_calls=[{"function": {"name": "f", "arguments": {"a": deep}}}])
+    called = Message("assistant", [], tool_calls=[{"function": {"name": "f", "strict": deep}}])
     with pytest.raises(InvalidRequest, match="cannot render"):
         renderer.render(ChatPrompt([said("hi"), called, said("and?")]))
 
@@ -452,7 +465,8 @@ def test_earlier_calls_nested_beyond_reason_are_refused(plain: PreTrainedTokeniz
     "arguments",
     [
         '{"a": "\\ud800"}', "[" * 100_000, "not JSON", "9" * 5000, '{"a":', "null", "", "[1]", "true", '"a"', "{} {}",
-        None, [], 1, False,
+        None, [], 1, False, '{"a":' * 101 + "1" + "}" * 101, '{"a":' + "[" * 500 + "]" * 500 + "}",
+        nested(500), nested(100_000),
     ],
 )  # fmt: skip
 def test_arguments_that_are_no_object_are_an_empty_one(

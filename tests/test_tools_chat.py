@@ -136,6 +136,26 @@ def test_what_clients_write_beside_a_functions_own_fields_is_taken() -> None:
         assert read(body).constraint is not None
 
 
+def test_a_functions_own_keys_reach_the_template_and_only_near_misses_are_refused() -> None:
+    extras = {
+        "title": "F",
+        "examples": [1],
+        "returns": {"type": "string"},
+        "outputSchema": {},
+        "inputSchema": {},
+    }
+    offered = tool("f", DRAW, **extras)
+    request = read(chat(tools=[{**offered, "id": "t1"}]))
+    assert isinstance(request.prompt, ChatPrompt)
+    assert request.prompt.tools == [offered]
+    for key in ("paramters", "params", "Parameters", "inputSchema", "input_schema", "descripton", "argument"):
+        with pytest.raises(
+            InvalidRequest, match=rf"tools\[0\]\.function has the key '{key}'; did you mean"
+        ) as caught:
+            read(chat(tools=[tool("f", **{key: {}})]))
+        assert caught.value.param == "tools[0].function"
+
+
 def test_the_models_own_choice_needs_the_options_and_says_so() -> None:
     for formats in (AnswerFormats(), answer_formats("hermes"), answer_formats(None, auto=True)):
         for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": None}):

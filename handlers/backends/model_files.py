@@ -20,6 +20,7 @@ from handlers.backends.select import remedy
 from handlers.backends.vllm.options.weights import missing_weights
 from handlers.backends.weight_files import engine_weight_problems, vllm_weight_problems
 from handlers.chat_templates import ChatTemplates, read_chat_templates
+from handlers.model_json import read_object
 from handlers.template_source import TemplateSource
 from properties.configuration import read_model_config
 from properties.names import key_of
@@ -113,14 +114,20 @@ def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:
     contents = {}
     for name in _JSON:
         try:
-            contents[name] = msgspec.json.decode((directory / name).read_bytes(), type=dict[str, Any])
+            strict = name == "tokenizer.json"  # which is large, and read by a library that is strict, too
+            read = _read_strictly if strict else read_object
+            contents[name] = read(directory / name)
         except (FileNotFoundError, IsADirectoryError):
             continue
         except OSError as error:
             _add(found, iter([f"{directory / name} cannot be read: {error.strerror}"]))
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, ValueError):
             _add(found, iter([f"{directory / name} holds no JSON object: it is damaged; fetch it again"]))
     return contents
+
+
+def _read_strictly(file: Path) -> dict[str, Any]:
+    return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
 
 
 def _tokenizer(directory: Path, settings: Settings) -> Iterator[str]:

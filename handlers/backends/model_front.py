@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError, one_line
 from engine.sampling_params import MAX_INTEGER, SamplingParams
@@ -23,6 +21,7 @@ from handlers.backends.model_facts import (
 )
 from handlers.backends.vision_flags import contradictions
 from handlers.chat_templates import read_chat_templates
+from handlers.model_json import read_object
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
@@ -174,13 +173,13 @@ def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[An
 
 def read_generation_config(path: str) -> dict[str, Any]:
     try:
-        return dict(
-            msgspec.json.decode(Path(path, "generation_config.json").read_bytes(), type=dict[str, Any])
-        )
+        return read_object(Path(path, "generation_config.json"))
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ModelLoadError("generation_config.json of the model cannot be read") from error
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"generation_config.json of the model cannot be read: {one_line(error)}"
+        ) from error
 
 
 def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def _response_format(given: object) -> Constraint | None:
     refuse_unknown(fields, {"type", *_NAMED_SCHEMA}, param)
     if fields.get("schema") is None:
         return Constraint("json_object", None, param)
-    return _schema(fields["schema"], f"{param}.schema", param)
+    return _of_object(_schema(fields["schema"], f"{param}.schema", param), kind)
 
 
 def _named_schema(given: object, where: str, param: str) -> Constraint:
@@ -102,7 +102,7 @@ def _typed(given: object, param: str) -> Constraint:
     if kind in ("json", "json_object", "json_schema", "regex"):
         refuse_unknown(fields, {"type", "value"}, param)
     if kind in ("json", "json_object"):
-        return _schema(value, where, param)
+        return _of_object(_schema(value, where, param), kind)
     if kind == "json_schema":
         return _named_schema(value, where, param)
     if kind == "regex":
@@ -176,6 +176,13 @@ def _schema(given: object, where: str, param: str) -> Constraint:
     text = msgspec.json.encode(given).decode()
     _check_size(text, where, param)
     return Constraint("json_schema", text, param)
+
+
+def _of_object(constraint: Constraint, kind: str) -> Constraint:
+    """An empty schema allows every JSON value, but a client that says json_object is promised an object."""
+    if kind == "json_object" and constraint.value == "{}":
+        return Constraint("json_object", None, constraint.param)
+    return constraint
 
 
 def _choice(given: object, where: str, param: str) -> Constraint:

@@ -19,7 +19,7 @@ from handlers.dialects.openai_fields import (
     known_names,
     refuse_unsupported,
 )
-from handlers.dialects.openai_messages import read_messages
+from handlers.dialects.openai_messages import misspelt, read_messages
 from handlers.dialects.openai_reply import ChatWriter
 from handlers.dialects.openai_tools import Tools, read_tools
 from handlers.dialects.sampler_fields import sampler_names
@@ -127,7 +127,7 @@ def read_chat(
 
 
 def _misspelt(body: dict[str, Any], asked: ChatBody, conventions: Conventions) -> list[str]:
-    found = _NAMES.misspelt(body)
+    found = [*_NAMES.misspelt(body), *misspelt(asked.messages)]
     own = conventions.chat_templates
     if asked.chat_template_kwargs and (asked.chat_template is None or asked.chat_template in own):
         variables = KnownNames(frozenset[str]().union(*own.values()))

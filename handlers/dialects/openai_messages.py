@@ -8,6 +8,7 @@ from typing import Any
 from PIL.Image import Image
 
 from handlers.dialects.body import kind_of, refuse_unknown, shown_value
+from handlers.dialects.misspelt import KnownNames
 from handlers.errors import InvalidRequest
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
@@ -25,16 +26,34 @@ _URL_KEYS = frozenset({"url", "detail", "uuid", "format", "media_type", "mime_ty
 _DETAILS = (None, "auto", "low", "high", "original")
 _PART = 'send it as a part of the content: {"type": "image_url", "image_url": {"url": "..."}}'
 _CONTINUE = "send continue_final_message: true with the request"
-_NOT_READ = {
-    "images": _PART,
+_NOT_READ = {"prefix": _CONTINUE, "partial": _CONTINUE}
+"""Keys of messages that other servers obey -> what to send."""
+
+_MEDIA = {
     "image": _PART,
-    "image_url": _PART,
-    "audio": "it takes text and pictures only",
-    "video": "it takes text and pictures only",
-    "prefix": _CONTINUE,
-    "partial": _CONTINUE,
+    "picture": _PART,
+    "attachment": _PART,
+    "audio": "it takes text and images only",
+    "video": "it takes text and images only",
 }
-"""Keys of messages that other servers obey -> what to send. All others that are unknown change nothing."""
+"""What a key of a message or a text part has in its name that brings more than text -> what to send."""
+
+_NAMES = KnownNames(
+    {
+        "role",
+        "content",
+        "name",
+        "tool_calls",
+        "tool_call_id",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "function_call",
+    },
+    _NOT_READ,
+)
+_MOST_MESSAGES = 32
+"""Messages whose names are looked at, the last ones: a client writes all of them alike."""
 
 _ROWS, _GRID = "image_embeds", "image_grid_thw"
 
@@ -61,6 +80,14 @@ def read_messages(messages: list[Any], *, embeddings: bool = False) -> list[Mess
     return read
 
 
+def misspelt(messages: list[Any]) -> list[str]:
+    """As `KnownNames.misspelt`, of messages that were read; a name is told where the one that is meant is not given."""
+    found: list[str] = []
+    for i in range(max(0, len(messages) - _MOST_MESSAGES), len(messages)):
+        found += _NAMES.misspelt(messages[i], f"messages[{i}]", only_missing=True)
+    return found
+
+
 def _message(message: Any, path: str) -> Message:
     if not isinstance(message, dict):
         raise _wrong(path, "an object", message)
@@ -78,6 +105,7 @@ def _message(message: Any, path: str) -> Message:
     for key, instead in _NOT_READ.items():
         if message.get(key):
             raise InvalidRequest(f"{path}.{key} is not read by this server: {instead}", param=f"{path}.{key}")
+    _refuse_media(message, path)
     name, call_id, reasoning = (
         _optional_string(message, key, path) for key in ("name", "tool_call_id", "reasoning")
     )
@@ -87,6 +115,8 @@ def _message(message: Any, path: str) -> Message:
     content = message.get("content")
     if content is None:  # As in a reply of which only reasoning or calls came, and as empty as in vLLM.
         content = message.get("refusal") or []
+        if not content and not calls and reasoning is None:
+            _refuse_instead_of_content(message, path)
     return Message(
         role=role,
         parts=_content(content, f"{path}.content"),
@@ -96,6 +126,27 @@ def _message(message: Any, path: str) -> Message:
         tool_call_id=call_id,
         reasoning=reasoning,
     )
+
+
+def _refuse_media(fields: dict[str, Any], path: str, param: str | None = None) -> None:
+    """param: of the error, where it is not the key's own path."""
+    for key, value in fields.items():
+        if not isinstance(value, str | list | dict | Image) or not value:
+            continue
+        for name, instead in _MEDIA.items():
+            if name in key.lower():
+                where = f"{path}.{ascii(key[:40])[1:-1]}"
+                raise InvalidRequest(f"{where} is not read by this server: {instead}", param=param or where)
+
+
+def _refuse_instead_of_content(message: dict[str, Any], path: str) -> None:
+    """A message that says nothing, but under another name: nobody wants the answer to the empty one."""
+    for name, known in _NAMES.nearest(message):
+        if known == "content" and message[name]:
+            raise InvalidRequest(
+                f"{path}.content is missing; the key {name!r} that the message has is not read by this server",
+                param=f"{path}.content",
+            )
 
 
 def _calls(message: dict[str, Any], path: str) -> list[dict[str, Any]] | None:
@@ -146,9 +197,7 @@ def _part(part: Any, path: str) -> Part:
         raise _wrong(f"{path}.type", "a string", kind)
     if kind in _TEXT_PARTS:
         key = _TEXT_PARTS[kind]
-        for other in ("image_url", _ROWS):
-            if part.get(other):
-                raise InvalidRequest(f"{path} is of type {kind} and has {other}: send two parts", param=path)
+        _refuse_media(part, path, param=path)
         return TextPart(_string(part.get(key), f"{path}.{key}"))
     if kind in _PICTURE_PARTS:
         refuse_unknown(part, _PICTURE_KEYS, path)

@@ -11,6 +11,7 @@ import msgspec
 
 from handlers.dialects.body import refuse_unknown, shown_value
 from handlers.dialects.constraints import MAX_BYTES, MAX_DEPTH, depth
+from handlers.dialects.misspelt import KnownNames
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.parsers.base import AnswerFormats
@@ -21,11 +22,11 @@ MAX_TOOLS = 128
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _MODES = ("none", "auto", "required")
-_TOOL = frozenset({"type", "function", "strict", "defer_loading", "cache_control"})
-_FUNCTION = frozenset(
-    {"name", "description", "parameters", "arguments", "strict", "return", "defer_loading", "cache_control"}
+_TOOL = frozenset({"type", "function", "id", "strict", "defer_loading", "cache_control"})
+_FUNCTION = KnownNames(
+    {"name", "description", "parameters", "arguments", "strict"}, {"return", "defer_loading", "cache_control"}
 )
-"""What clients write there: the first four are read, and all of a function's reach the chat template."""
+"""All keys of a function reach the chat template, those that nobody knows, too: models are trained with some."""
 
 _CHOICE = frozenset({"type", "function", "name", "allowed_tools"})
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -125,7 +126,7 @@ def _choice(given: object, param: str) -> tuple[str | None, list[str] | None]:
     if given.get("type") == "allowed_tools":
         return _allowed(given.get("allowed_tools"), param)
     if isinstance(function := given.get("function"), dict):
-        refuse_unknown(function, _FUNCTION, f"{param}.function", param=param)
+        _refuse_misspelt(function, f"{param}.function", param)
     name = _name_of(given)
     if (given.get("type") or "function") != "function" or name is None:
         raise InvalidRequest(f'{param} is none of "none", "auto", "required" and {correct}', param=param)
@@ -194,7 +195,7 @@ def _function(given: object, path: str) -> dict[str, Any]:
             f"{path}.name {shown}; allowed: 1 to 128 letters, digits, underscores, dots and dashes",
             param=f"{path}.name",
         )
-    refuse_unknown(given, _FUNCTION, path)
+    _refuse_misspelt(given, path, path)
     description = given.get("description")
     if description is not None and not isinstance(description, str):
         raise InvalidRequest(f"{path}.description must be a string", param=f"{path}.description")
@@ -211,6 +212,12 @@ def _function(given: object, path: str) -> dict[str, Any]:
     if depth(function) > MAX_DEPTH:
         raise InvalidRequest(f"{path} is nested too deeply; allowed: {MAX_DEPTH} levels", param=path)
     return function
+
+
+def _refuse_misspelt(function: Mapping[str, Any], path: str, param: str) -> None:
+    for name, known in _FUNCTION.nearest(function):
+        if not function.get(known):
+            raise InvalidRequest(f"{path} has the key {name!r}; did you mean {known!r}?", param=param)
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.backends.vllm.compat import newer_logits_processor
 from handlers.backends.words import spelled
+from handlers.model_json import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -124,7 +125,6 @@ def _would_change_runner() -> bool:
 def _drafts_by_itself(model: Path) -> bool:
     """The model names its own speculative decoding, which vLLM then switches on."""
     try:
-        config = msgspec.json.decode((model / "config.json").read_bytes())
+        return bool(read_object(model / "config.json").get("speculators_config"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and bool(config.get("speculators_config"))
