@@ -282,6 +282,15 @@ class CacheLayout:
         )
 
 
+LLAMA_PLAN = {
+    **{f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")},
+    "layers.*.self_attn.o_proj": "rowwise",
+    **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
+    "layers.*.mlp.down_proj": "rowwise",
+}
+"""A `FamilyModel.tensor_parallel_plan` for decoders with Llama's names, for which transformers has no plan."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttendedChunk:
     """The tokens [start, stop) of a sequence with images, in the step's rows from `row` on; and all its images, in
@@ -294,7 +303,7 @@ class AttendedChunk:
     features: Sequence[Any]
 
 
-class FamilyModel(ABC):
+class FamilyModel:
     """A loaded model. Shapes: T is the number of packed tokens of a step, D the text hidden size.
 
     The defaults are those of a model with a `language_model` inside whose images become rows of its input.
@@ -320,7 +329,7 @@ class FamilyModel(ABC):
         self.model = model
         self.long_rope = LongRope.of(self.decoder)
 
-    @classmethod  # noqa: B027
+    @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         """Raise ModelLoadError for a model of this family that is not served."""
 
@@ -395,10 +404,13 @@ class FamilyModel(ABC):
         """Numbers in each row of `encode`: D, or more where `forward` takes what is beyond D."""
         return int(self.text_config.hidden_size)
 
-    @abstractmethod
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
         """One `EncoderOutput` per image, of the tensors of its `PreparedPicture`: rows [rows, row_size], unless the
         family's own `forward` uses them. Text-only families are never asked."""
+        import torch
+
+        pixels = torch.stack([picture["pixel_values"] for picture in pictures]).to(self.model.dtype)
+        return list(self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
         """[T, D] and positions [T], or [position_axes, T] where there are several, through the decoder -> [T, D].

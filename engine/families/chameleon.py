@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
-from engine.families.pixels import DirectPixels, recipe_of
+from engine.families.base import (
+    LLAMA_PLAN,
+    Family,
+    FamilyModel,
+    Layout,
+    ModelFiles,
+)
+from engine.families.fixed import FixedFacts, FixedPreprocessor
+from engine.families.pixels import recipe_of
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel
 
     from engine.tensor_parallel import Ranks
@@ -31,26 +37,15 @@ _TEMPLATE = (
 )
 """A turn ends with the separator, which the model card's processor writes after the prompt."""
 
-_TP_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
 
-
-class ChameleonFacts(Facts, kw_only=True):
-    num_tokens: int
+class ChameleonFacts(FixedFacts, kw_only=True):
     start_token_id: int
     end_token_id: int
     separator: str
     image_words: list[int]
 
 
-class ChameleonPreprocessor(Preprocessor[ChameleonFacts]):
+class ChameleonPreprocessor(FixedPreprocessor[ChameleonFacts]):
     facts_type = ChameleonFacts
     chat_template = _TEMPLATE
     takes_embeddings = False
@@ -78,17 +73,13 @@ class ChameleonPreprocessor(Preprocessor[ChameleonFacts]):
         token_ids = [facts.start_token_id, *[facts.image_token_id] * facts.num_tokens, facts.end_token_id]
         return Layout(token_ids, [token == facts.image_token_id for token in token_ids])
 
-    def direct(self, image: Image, variant: int = 0) -> Arrays:
-        assert self.facts.recipe is not None
-        return {"pixel_values": DirectPixels(self.facts.recipe)(image)}
-
     def arranged(self, text: str, bos: str) -> str:
         return text + self.facts.separator
 
 
 class ChameleonModel(FamilyModel):
     encode_batch = 1
-    tensor_parallel_plan = _TP_PLAN
+    tensor_parallel_plan = LLAMA_PLAN
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

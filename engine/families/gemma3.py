@@ -11,33 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.base import (
-    Arrays,
-    Facts,
     Family,
     FamilyModel,
-    Layout,
     ModelFiles,
-    Preprocessor,
     Written,
 )
-from engine.families.pixels import DirectPixels, recipe_of
+from engine.families.fixed import FixedFacts, FixedPreprocessor
+from engine.families.pixels import recipe_of
 from engine.families.text import check_text
 
 if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
     from transformers import PretrainedConfig
 
     from engine.messages import Picture
 
 
-class Gemma3Facts(Facts, kw_only=True):
-    num_tokens: int
+class Gemma3Facts(FixedFacts, kw_only=True):
     start_token_id: int
     end_token_id: int
 
 
-class Gemma3Preprocessor(Preprocessor[Gemma3Facts]):
+class Gemma3Preprocessor(FixedPreprocessor[Gemma3Facts]):
     facts_type = Gemma3Facts
 
     @classmethod
@@ -56,13 +50,6 @@ class Gemma3Preprocessor(Preprocessor[Gemma3Facts]):
             end_token_id=int(config.eoi_token_index),
         )
 
-    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        return Layout([self.facts.image_token_id] * self.facts.num_tokens)
-
-    def direct(self, image: Image, variant: int = 0) -> Arrays:
-        assert self.facts.recipe is not None
-        return {"pixel_values": DirectPixels(self.facts.recipe)(image)}
-
     def written(self, tokenizer: Any) -> Written:
         start, image, end = tokenizer.convert_ids_to_tokens(
             [self.facts.start_token_id, self.facts.image_token_id, self.facts.end_token_id]
@@ -77,12 +64,6 @@ class Gemma3Model(FamilyModel):
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         check_text(config.text_config)
-
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        import torch
-
-        pixels = torch.stack([picture["pixel_values"] for picture in pictures])
-        return list(self.model.model.get_image_features(pixels.to(self.model.dtype)).pooler_output)
 
     def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
         runs: list[tuple[int, int]] = []

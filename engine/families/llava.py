@@ -5,43 +5,30 @@ Each image is resized to the tower's one size, and so becomes the same number of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import ModelLoadError
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
-from engine.families.pixels import DirectPixels, recipe_of
+from engine.families.base import Family, FamilyModel, ModelFiles
+from engine.families.fixed import FixedFacts, FixedPreprocessor
+from engine.families.pixels import recipe_of
 from engine.families.text import check_text
 
 if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
     from transformers import PretrainedConfig
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-class LlavaFacts(Facts, kw_only=True):
-    num_tokens: int
-
-
-class LlavaPreprocessor(Preprocessor[LlavaFacts]):
-    facts_type = LlavaFacts
+class LlavaPreprocessor(FixedPreprocessor[FixedFacts]):
+    facts_type = FixedFacts
 
     @classmethod
-    def read(cls, model: ModelFiles) -> LlavaFacts:
-        return LlavaFacts(
+    def read(cls, model: ModelFiles) -> FixedFacts:
+        return FixedFacts(
             image_token_id=int(model.config.image_token_id),
             recipe=recipe_of(model.processor, model.backend),
             num_tokens=num_image_tokens(model.config),
         )
-
-    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        return Layout([self.facts.image_token_id] * self.facts.num_tokens)
-
-    def direct(self, image: Image, variant: int = 0) -> Arrays:
-        assert self.facts.recipe is not None
-        return {"pixel_values": DirectPixels(self.facts.recipe)(image)}
 
 
 class LlavaModel(FamilyModel):
@@ -49,15 +36,6 @@ class LlavaModel(FamilyModel):
     def check(cls, config: PretrainedConfig) -> None:
         num_image_tokens(config)
         check_text(config.text_config)
-
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        import torch
-
-        pixels = torch.stack([picture["pixel_values"] for picture in pictures])
-        features = self.model.model.get_image_features(
-            pixel_values=pixels.to(self.model.dtype), return_dict=True
-        )
-        return list(features.pooler_output)
 
 
 def num_image_tokens(config: PretrainedConfig) -> int:

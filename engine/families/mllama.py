@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.families.base import (
+    LLAMA_PLAN,
     Arrays,
     AttendedChunk,
     CacheLayout,
@@ -37,18 +38,10 @@ if TYPE_CHECKING:
     from engine.messages import Picture
     from engine.tensor_parallel import Ranks
 
-_TP_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.cross_attn.q_proj": "colwise",
-    "layers.*.cross_attn.k_proj": "colwise",
-    "layers.*.cross_attn.v_proj": "colwise",
-    "layers.*.cross_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
+_TP_PLAN = LLAMA_PLAN | {
+    name.replace("self_attn", "cross_attn"): style
+    for name, style in LLAMA_PLAN.items()
+    if "self_attn" in name
 }
 
 _FEW_QUERIES = 8

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
-from engine.families.pixels import DirectPixels, recipe_of
+from engine.families.base import Family, FamilyModel, ModelFiles
+from engine.families.fixed import FixedFacts, FixedPreprocessor
+from engine.families.pixels import recipe_of
 from engine.families.text import check_text
 
 if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
     from transformers import PretrainedConfig
 
     from engine.messages import Picture
@@ -46,30 +45,19 @@ _TEMPLATE = (
 )
 
 
-class PaliGemmaFacts(Facts, kw_only=True):
-    num_tokens: int
-
-
-class PaliGemmaPreprocessor(Preprocessor[PaliGemmaFacts]):
-    facts_type = PaliGemmaFacts
+class PaliGemmaPreprocessor(FixedPreprocessor[FixedFacts]):
+    facts_type = FixedFacts
     chat_template = _TEMPLATE
     adds_special_tokens = False
 
     @classmethod
-    def read(cls, model: ModelFiles) -> PaliGemmaFacts:
+    def read(cls, model: ModelFiles) -> FixedFacts:
         vision = model.config.vision_config
-        return PaliGemmaFacts(
+        return FixedFacts(
             image_token_id=int(model.config.image_token_id),
             recipe=recipe_of(model.processor, model.backend),
             num_tokens=int(vision.image_size // vision.patch_size) ** 2,
         )
-
-    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        return Layout([self.facts.image_token_id] * self.facts.num_tokens)
-
-    def direct(self, image: Image, variant: int = 0) -> Arrays:
-        assert self.facts.recipe is not None
-        return {"pixel_values": DirectPixels(self.facts.recipe)(image)}
 
     def arranged(self, text: str, bos: str) -> str:
         end = text.rfind(_IMAGE) + len(_IMAGE) if _IMAGE in text else 0
@@ -89,12 +77,6 @@ class PaliGemmaModel(FamilyModel):
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
         check_text(config.text_config)
-
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        import torch
-
-        pixels = torch.stack([picture["pixel_values"] for picture in pictures])
-        return list(self.model.model.get_image_features(pixels.to(self.model.dtype)).pooler_output)
 
     def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
         return [(0, len(token_ids))]

@@ -7,10 +7,10 @@ embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from engine.families.base import Family
+from engine.families.base import LLAMA_PLAN, Family
 from engine.families.qwen2_vl import Qwen2VLModel, Qwen2VLPreprocessor
 
 if TYPE_CHECKING:
@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 class Qwen3VLModel(Qwen2VLModel):
-    tensor_parallel_plan: ClassVar[Mapping[str, str] | None] = {
-        **{f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")},
-        "layers.*.self_attn.o_proj": "rowwise",
-        **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
-        "layers.*.mlp.down_proj": "rowwise",
-    }
+    tensor_parallel_plan = LLAMA_PLAN
 
     @property
     def row_size(self) -> int:
