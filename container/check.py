@@ -17,7 +17,7 @@ from engine.machine import Machine, this_machine
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import here
 from handlers.backends.model_files import model_findings
-from handlers.backends.model_front import ModelFront
+from handlers.backends.model_front import IMAGE_SIZES, ModelFront
 from handlers.backends.rolling_plan import plan_engines
 from handlers.backends.select import Choice, choose_for
 from handlers.backends.vision_flags import contradictions, wanted
@@ -69,11 +69,11 @@ def check(
 
 
 def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
-    """What `lmi check --json` prints: errors, warnings, model, backend, memory, handler,
-    formatters, options, extra.
+    """What `lmi check --json` prints: errors, warnings, model, backend, memory, prompts,
+    handler, formatters, options, extra.
 
-    Sizes are in bytes. backend and memory are None where an error, or a model that is not on this machine
-    yet, leaves them unknown.
+    Sizes are in bytes. backend, memory and prompts are None where an error, or a model that is not on this machine
+    yet, leaves them unknown; prompts also with vLLM, which has a processor of its own.
     """
     errors: list[Problem] = []
     directory, final = None, False
@@ -94,7 +94,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     errors = parser_problems(configuration, None if choice is None else choice.backend) + errors
     if choice is not None:
         warnings += configuration.without_effect(choice.backend)
-    memory = None
+    memory = prompts = None
     formatters = find_formatters(configuration, directory)
     if (code := own or formatters) is not None:
         try:
@@ -112,7 +112,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         if choice.backend == "vllm":
             warnings += format_warnings(configuration)
         if not found.errors:
-            memory = _as_the_start_finds(
+            memory, prompts = _as_the_start_finds(
                 configuration, directory, config or {}, choice, machine, errors, warnings
             )
     elif choice is not None and choice.backend == "vllm":
@@ -128,6 +128,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         },
         "backend": None if choice is None else asdict(choice),
         "memory": memory,
+        "prompts": prompts,
         "handler": None if own is None else own.file,
         "formatters": None if formatters is None else formatters.file,
         "options": effective_options(configuration),
@@ -154,26 +155,38 @@ def _as_the_start_finds(
     machine: Machine,
     errors: list[Problem],
     warnings: list[Problem],
-) -> dict[str, Any] | None:
-    """What more than the files tell, asked of the code that a start asks first; the memory estimate."""
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What more than the files tell, asked of the code that a start asks first; the memory estimate, and `prompts`."""
     from container.fit import fit  # brings torch and transformers, which the other reports do without
 
     found = _contradictions(configuration, directory, choice)
+    prompts = None
     if choice.backend == "rolling" and not found and not configuration.settings.trust_remote_code:
         try:
             plan_engines(configuration.settings, str(directory), len(machine.accelerators))
-            ModelFront.load(configuration.settings, str(directory))
+            front = ModelFront.load(configuration.settings, str(directory))
+            prompts = _prompts(front)
+            length = configuration.effective("max_model_len")
+            images = configuration.settings.limit_mm_per_prompt.get("image", 1)
+            if length is not None and (crowded := front.crowded(images, length)) is not None:
+                warnings.append(Problem(crowded, "limit_mm_per_prompt"))
         except (InvalidConfiguration, ModelLoadError) as error:
             found.append(Problem(str(error)))
     errors += found
     if found:
-        return None
+        return None, None
     estimate = fit(configuration, choice.backend, directory, config, machine)
     errors += estimate.errors
     warnings += estimate.warnings
     if choice.backend == "vllm" and not errors:
         errors += refused_options(configuration, directory, machine)
-    return estimate.numbers()
+    return estimate.numbers(), prompts
+
+
+def _prompts(front: ModelFront) -> dict[str, Any]:
+    """Which chat template is used, and the tokens that images of a few sizes take."""
+    images = {f"{width}x{height}": front.image_tokens(width, height) for width, height in IMAGE_SIZES}
+    return {"template": front.template, "image_tokens": None if front.preprocessor is None else images}
 
 
 def _contradictions(configuration: Configuration, directory: Path, choice: Choice) -> list[Problem]:
@@ -250,6 +263,11 @@ def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
     if report["formatters"] is not None:
         lines.append(f"formatters in {report['formatters']}: they change requests or replies")
     lines += [f"memory   {text}" for text in _memory(report["memory"], model)]
+    if report["prompts"] is not None:
+        lines.append(f"chat template: {report['prompts']['template']}")
+        tokens = report["prompts"]["image_tokens"] or {}
+        told = (f"{size}: {count}" for size, count in tokens.items() if count is not None)
+        lines += [f"tokens of an image: {', '.join(told)}"] if tokens else []
     return [*lines, "", *_options(options, report["extra"], everything)]
 
 

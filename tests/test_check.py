@@ -165,6 +165,30 @@ def test_vllm_with_too_few_devices(model: Path) -> None:
     assert "needs 8 devices, but 4 are there" in str(found.errors[0])
 
 
+def test_the_template_and_the_tokens_of_images_are_told(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(model, CPU)["prompts"] == {
+        "template": "chat_template.jinja",
+        "image_tokens": {"336x336": 16, "1344x1344": 16, "1920x1080": 16},
+    }
+    assert main(["check", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "chat template: chat_template.jinja\n" in out
+    assert "tokens of an image: 336x336: 16, 1344x1344: 16, 1920x1080: 16\n" in out
+
+
+def test_images_that_fill_the_context_are_told(model: Path) -> None:
+    assert report(model, CPU, 'limit_mm_per_prompt={"image": 15}')["warnings"] == []
+    (warning,) = report(model, CPU, 'limit_mm_per_prompt={"image": 16}')["warnings"]
+    assert warning.startswith(
+        "16 images (option.limit_mm_per_prompt) of 336x336 pixels take 256 tokens, and the "
+    )
+    assert "context holds 256: such requests are refused" in warning
+    (warning,) = report(model, CPU, 'limit_mm_per_prompt={"image": 9}', "max_model_len=16")["warnings"]
+    assert warning.startswith("an image of 336x336 pixels takes 16 tokens")
+
+
 def test_a_model_that_does_not_fit(model: Path) -> None:
     (error,) = report(model, machine(1, 10_000))["errors"]
     assert "does not fit" in error

@@ -151,3 +151,15 @@ def test_what_cannot_be_loaded_is_said_plainly(model: Path, settings: dict[str, 
     with pytest.raises(ServingError, match=message):
         asyncio.run(scenario())
     assert not [child for child in psutil.Process().children() if "engine.process" in child.cmdline()]
+
+
+def test_images_that_fill_the_context_are_told_at_the_start(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def start() -> None:
+        async with loaded(model, limit_mm_per_prompt={"image": 40}):
+            pass
+
+    with caplog.at_level("WARNING", "handlers.backends.rolling"):
+        asyncio.run(start())
+    assert "40 images (option.limit_mm_per_prompt) of 336x336 pixels take 640 tokens" in caplog.text

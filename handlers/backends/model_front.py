@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import Vocabulary
-from engine.errors import ModelLoadError, one_line
+from engine.errors import ModelLoadError, RequestRejected, one_line
 from engine.sampling_params import MAX_INTEGER, SamplingParams
 from handlers.backends.model_facts import (
     TOKENIZER,
@@ -32,9 +32,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+IMAGE_SIZES = ((336, 336), (1344, 1344), (1920, 1080))
+"""(width, height) of images whose tokens are told to operators."""
+
+_NO_LIMIT = 100
+"""So many images are allowed by who does not want to limit them, as scripts do."""
+
 
 class ModelFront:
-    """What the front knows of the model, without its weights."""
+    """What the front knows of the model, without its weights. template: which chat template is used, for people."""
 
     def __init__(
         self,
@@ -45,7 +51,9 @@ class ModelFront:
         default_sampling: dict[str, float | int],
         vocab_size: int,
         accelerators: int,
+        template: str,
     ) -> None:
+        self.template = template
         self.tokenizer = tokenizer
         self.renderer = renderer
         self.preprocessor = preprocessor
@@ -53,6 +61,29 @@ class ModelFront:
         self.default_sampling = default_sampling
         self.vocab_size = vocab_size
         self.accelerators = accelerators
+
+    def image_tokens(self, width: int, height: int) -> int | None:
+        """Tokens of a prompt that one image of that size takes; None where the model does not take it."""
+        try:
+            layout = None if self.preprocessor is None else self.preprocessor.layout(width, height)
+        except RequestRejected:
+            return None
+        return None if layout is None else len(layout.token_ids)
+
+    def crowded(self, images: int, max_model_len: int) -> str | None:
+        """What to say where that many images of an ordinary size, or one of them, fill the context; else None."""
+        counts = {size: self.image_tokens(*size) or 0 for size in IMAGE_SIZES}
+        (width, height), most = max(counts.items(), key=lambda item: item[1])
+        images = 1 if images >= _NO_LIMIT or most >= max_model_len else images
+        if images * most < max_model_len:
+            return None
+        named, verb = "an image", "takes"
+        if images > 1:
+            named, verb = f"{images} images (option.limit_mm_per_prompt)", "take"
+        return (
+            f"{named} of {width}x{height} pixels {verb} {images * most} tokens, and the context holds {max_model_len}: "
+            "such requests are refused; raise option.max_model_len, or lower the number or the size of images"
+        )
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -134,6 +165,7 @@ class ModelFront:
             read_default_sampling(generation),
             facts.vocab_size,
             facts.accelerators,
+            templates.told(),
         )
 
 

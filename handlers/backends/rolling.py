@@ -143,6 +143,9 @@ class RollingBackend:
             chat_templates=front.renderer.variables,
         )
         self._loaded = True
+        images = self._settings.limit_mm_per_prompt.get("image", 1)
+        if (crowded := front.crowded(images, facts.max_model_len)) is not None:
+            logger.warning("%s", crowded)
         logger.info(
             "embedded engine ready: %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",
             len(self._group.replicas), facts.dtype, facts.attention, facts.max_model_len, facts.num_blocks,
