@@ -26,7 +26,7 @@ from engine.families.base import (
     Preprocessor,
     Written,
 )
-from engine.families.pixels import value_recipe
+from engine.families.pixels import ProcessorBackend, value_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 MOST_ASPECT = 200
 """Longer side to shorter side, at most: the rule of the family's image processor."""
+
+_LIMITS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 ENCODE_PATCHES = 1 << 14
 """Patches encoded in one call at most, unless one image alone has more: one image can have 65,536 of them."""
@@ -82,6 +84,20 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
             max_pixels=most,
             around=(int(config.vision_start_token_id), int(config.vision_end_token_id)),
         )
+
+    @classmethod
+    def from_model(
+        cls, model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
+    ) -> Preprocessor[Qwen2VLFacts]:
+        """Overrides may write the limits as `size`, too, which transformers drops where the file has the old names."""
+        wanted = dict(overrides or {})
+        for edge, value in (wanted.pop("size", None) or {}).items():
+            if edge not in _LIMITS:
+                raise ModelLoadError(
+                    f"mm_processor_kwargs: size has {edge!r}; this model's are {' and '.join(_LIMITS)}, in pixels"
+                )
+            wanted.setdefault(_LIMITS[edge], value)
+        return super().from_model(model_path, wanted, backend)
 
     @property
     def grid_merge(self) -> int:

@@ -298,6 +298,12 @@ def test_limits_on_pixels_that_the_operator_sets_are_obeyed(tmp_path: Path, kind
     unit = 32 if kind == "qwen3_vl" else 28
     limits = {"min_pixels": 16 * unit**2, "max_pixels": 20 * unit**2}
     usual, limited = load_preprocessor(str(path)), load_preprocessor(str(path), limits)
+    sized = {"size": {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}}
+    same = load_preprocessor(str(path), sized)
+    assert same is not None
+    assert (same.facts.min_pixels, same.facts.max_pixels) == (limits["min_pixels"], limits["max_pixels"])
+    with pytest.raises(ModelLoadError, match="size has 'height'"):
+        load_preprocessor(str(path), {"size": {"height": 28, "width": 28}})
     assert usual is not None
     assert limited is not None
     assert limited.fingerprint != usual.fingerprint
