@@ -68,7 +68,11 @@ def _without_libraries(message: str, error: BaseException) -> str:
 
 def _raised_here(error: BaseException) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and Path(frames[-1].f_code.co_filename).is_relative_to(_ROOT)
+    if not frames:
+        return False
+    file = Path(frames[-1].f_code.co_filename)
+    # not in the folder that holds the packages: an environment with the libraries may lie in it
+    return any(file.is_relative_to(_ROOT / package) for package in _PACKAGES)
 
 
 def _is_own(word: str) -> bool:
