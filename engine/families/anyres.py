@@ -48,13 +48,3 @@ def centred(levels: Levels, target: Size) -> Levels:
     """The image in the middle of black; an odd row or column is added at the bottom or the right."""
     over = [wanted - there for wanted, there in zip(target, levels.shape, strict=False)]
     return np.pad(levels, (*((extra // 2, extra - extra // 2) for extra in over), (0, 0)))
-
-
-def cut(levels: Levels, edge: int) -> list[Levels]:
-    """Square tiles in reading order."""
-    height, width = levels.shape[:2]
-    return [
-        levels[top : top + edge, left : left + edge]
-        for top in range(0, height, edge)
-        for left in range(0, width, edge)
-    ]

@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.anyres import Size, best_resolution, centred, cut, fitted, without_padding
+from engine.families.anyres import Size, best_resolution, centred, fitted, without_padding
 from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
 from engine.families.llava import num_image_tokens
 from engine.families.pixels import value_recipe
 from engine.families.text import check_text
+from engine.families.tiles import cut, encode_tiles
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from transformers import PretrainedConfig
-
-TILES_AT_ONCE = 16
-"""Tiles that the vision tower sees in one call: bounds the memory that its activations take."""
 
 
 class LlavaNextFacts(Facts, kw_only=True):
@@ -86,9 +84,9 @@ class LlavaNextPreprocessor(Preprocessor[LlavaNextFacts]):
         height, width = fitted(image.height, image.width, resolution)
         levels = centred(recipe.resized(image, (width, height)), resolution)
         edge = self.facts.tile
-        tiles = [recipe.resized(image, (edge, edge)), *cut(levels, edge)]
+        whole = recipe.values(recipe.resized(image, (edge, edge)))
         return {
-            "pixel_values": np.stack([recipe.values(tile) for tile in tiles]),
+            "pixel_values": np.stack([whole, *cut(recipe, levels, edge, edge)]),
             "image_sizes": np.array([image.height, image.width]),
         }
 
@@ -110,11 +108,9 @@ class LlavaNextModel(FamilyModel):
             )
 
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        import torch
-
-        tiles = torch.cat([picture["pixel_values"] for picture in pictures]).to(self.model.dtype)
-        features = torch.cat([self._features(some) for some in torch.split(tiles, TILES_AT_ONCE)])
-        of_each = torch.split(features, [len(picture["pixel_values"]) for picture in pictures])
+        tiles = [picture["pixel_values"].to(self.model.dtype) for picture in pictures]
+        rows = encode_tiles(self._features, tiles)
+        of_each = [own.view(len(some), -1, own.shape[-1]) for own, some in zip(rows, tiles, strict=True)]
         return self.packed(of_each, [picture["image_sizes"].tolist() for picture in pictures])
 
     def _features(self, tiles: torch.Tensor) -> torch.Tensor:
