@@ -17,7 +17,7 @@ from typing import Any, Literal, TextIO
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-_OURS = ("container", "handlers", "engine", "properties")
+_OURS = ("container", "handlers", "engine", "processes", "properties")
 """The loggers that may say more than `info`; libraries never do."""
 
 _MOST_WAITING = 20_000
