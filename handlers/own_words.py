@@ -18,7 +18,7 @@ from types import CodeType
 from handlers.errors import ServingError, Unavailable
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("container", "engine", "handlers", "properties")
+_PACKAGES = ("container", "engine", "handlers", "processes", "properties")
 _OF_LIBRARIES = frozenset({"expected", "got", "array", "length", "matching", "regex", "json"})
 """Words of msgspec's, whose messages are passed on."""
 
