@@ -42,6 +42,14 @@ def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights |
     return Weights(parameters * width, "shapes in config.json") if parameters else None
 
 
+def shared_output(config: Mapping[str, Any], dtype: str) -> int:
+    """Bytes of the output layer where it is the embedding's: on a CPU the embedded engine keeps a packed copy of it."""
+    text = text_config(config)
+    if not text.get("tie_word_embeddings", config.get("tie_word_embeddings")):
+        return 0
+    return (_number(text, "vocab_size") or 0) * (_number(text, "hidden_size") or 0) * DTYPE_BYTES[dtype]
+
+
 def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
     """Keys and values of one token in all layers: 2 * layers * key/value heads * head size * bytes."""
     text = text_config(config)

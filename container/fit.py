@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from container.estimate import DTYPE_BYTES, cache_bytes_per_token, weights
+from container.estimate import DTYPE_BYTES, cache_bytes_per_token, shared_output, weights
 from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, register
@@ -129,7 +129,8 @@ def fit(
         result.errors.append(Problem(f"the model's weights cannot be read: {error}", "model_id"))
         return result
     if counted is not None:
-        result.weights, result.weights_basis = counted.size, counted.basis
+        copied = 0 if accelerated or backend != "rolling" else shared_output(shapes, dtype)
+        result.weights, result.weights_basis = counted.size + copied, counted.basis
     if accelerated:
         _fit_accelerator(result, configuration, backend)
     else:

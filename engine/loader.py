@@ -16,6 +16,7 @@ from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, kind_of, register, served
 from engine.machine import computes_bfloat16
+from engine.packed_linear import pack
 from engine.tensor_parallel import Ranks
 from engine.weights import weight_files
 
@@ -138,4 +139,6 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
     if ranks is not None:
         loaded.shard(ranks)
     torch.nn.Module.to(loaded.model, device)
+    if device.type == "cpu":
+        pack(loaded.model)
     return loaded

@@ -18,6 +18,7 @@ from engine.encoder_cache import EncoderCache, EncoderOutput
 from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, image_budget
 from engine.messages import EMBEDDINGS, Picture
+from engine.packed_linear import PackedLinear
 from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ class ModelRunner:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(p.nbytes for p in self.model.model.parameters())
+        packed = (m.weight_bytes for m in self.model.model.modules() if isinstance(m, PackedLinear))
+        return sum(packed, sum(p.nbytes for p in self.model.model.parameters()))
 
     def execute(self, command: Command) -> StepLogits | None:
         """What another rank tells this one; only `Run` has a result."""

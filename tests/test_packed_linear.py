@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import packed_linear
+from engine.config import EngineConfig
+from engine.loader import load_model
+from engine.packed_linear import PackedLinear, pack
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.large = torch.nn.Linear(640, 512, bias=True, dtype=dtype)
+        self.small = torch.nn.Linear(512, 64, bias=False, dtype=dtype)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.small(self.large(rows))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_give_the_same_numbers_for_any_number_of_rows(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = Layers(dtype)
+    packed = copy.deepcopy(plain)
+    pack(packed)
+    assert isinstance(packed.large, PackedLinear)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for rows in (1, 2, 3, 16, 17, 64, 300):
+        data = torch.randn(1, rows, 640, dtype=dtype)
+        torch.testing.assert_close(packed(data), plain(data), atol=tolerance, rtol=tolerance)
+
+
+def test_small_layers_stay_as_they_are_and_large_weights_are_held_once() -> None:
+    layers = Layers(torch.float32)
+    pack(layers)
+    assert type(layers.small) is torch.nn.Linear
+    assert [name for name, _ in layers.named_parameters()] == ["large.bias", "small.weight"]
+    assert isinstance(layers.large, PackedLinear)
+    assert layers.large.weight_bytes == 640 * 512 * 4
+
+
+@torch.inference_mode()
+def test_a_hook_of_a_layer_still_runs() -> None:
+    layers = Layers(torch.float32)
+    layers.large.register_forward_hook(lambda _, __, out: out * 0)
+    pack(layers)
+    assert not layers.large(torch.ones(2, 640)).any()
+
+
+def test_a_loaded_model_on_a_cpu_is_packed(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "SMALLEST", 1)
+    loaded = load_model(EngineConfig(model_path=str(tiny_llava), dtype="float32"), torch.device("cpu"))
+    linears = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert linears
+    assert all(isinstance(linear, PackedLinear) for linear in linears)
