@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,8 +196,18 @@ class LiteralEncoder:
         self._text_of = {i: token for token, i in self._id_of.items()}
         self._pattern = re.compile(f"{_MARK}|{control.pattern}")
 
-    def encode(self, rendered: str, hidden: Hidden, *, add_special_tokens: bool) -> LiteralEncoding:
-        """A rendered prompt: its visible control tokens count, its marks stand for literal text."""
+    def encode(
+        self,
+        rendered: str,
+        hidden: Hidden,
+        *,
+        add_special_tokens: bool,
+        require_room: Callable[[int], None] = lambda count: None,
+    ) -> LiteralEncoding:
+        """A rendered prompt: its visible control tokens count, its marks stand for literal text.
+
+        require_room: is told the number of tokens before they are made a list.
+        """
         pieces: list[str] = []
         counted: list[int] = []
         borders = [(0, 0)]
@@ -216,6 +226,7 @@ class LiteralEncoder:
             position = match.end()
         pieces.append(rendered[position:])
         encoding = encode("".join(pieces), self._backend, add_special_tokens)
+        require_room(len(encoding))
         ids, sources = self._with_ids(encoding.ids, encoding.special_tokens_mask, counted)
         return LiteralEncoding(ids, sources, encoding, borders)
 
