@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 _LONGEST_REASON = 300
 _LONGEST_PROMPT = 2**22
 _CHARACTERS_PER_TOKEN = 4
-"""In the longest text that is looked at: a rough mean, and 8 times the context in all."""
+"""In the longest text that is looked at: a rough mean, so that a prompt may have 8 times the context, to be cut."""
+
+_FEWEST_TOKENS = 2**20
+"""That a prompt may have before it is cut."""
 
 _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 """Variables of a template that a request has fields for."""
@@ -352,7 +355,7 @@ class PromptRenderer:
 
     def _require_tokens(self, count: int) -> None:
         """Before they become a list, which is one step for other threads."""
-        if count > (most := self.longest // _CHARACTERS_PER_TOKEN):
+        if count > (most := max(_FEWEST_TOKENS, self.longest // _CHARACTERS_PER_TOKEN)):
             raise InvalidRequest(
                 f"the prompt has {count} tokens, far more than this model's context holds; allowed: at most {most}"
             )

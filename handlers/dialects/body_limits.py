@@ -21,8 +21,11 @@ SLICE_BYTES = 2**18
 MOST_ESCAPES = 2**20
 """Backslashes. A picture of 20 MB has 440,000 where its slashes are escaped, as PHP does."""
 
-MOST_WIDE_BYTES = 2**24
+MOST_WIDE_BYTES = 12 * 2**20
 """Of texts with characters beyond ASCII, or escapes for them: each of their characters may take 4 bytes of memory."""
+
+MOST_ESCAPED_BYTES = 2**25
+"""Of texts with a backslash: they are copied twice, a picture of 20 MB among them."""
 
 MOST_BYTES_OUTSIDE = 2**24
 """Outside of texts: numbers and white space."""
@@ -35,6 +38,7 @@ MOST_KEYS = 2**17
 
 _FEWEST_VALUES, _MOST_VALUES = 2**19, 2**20
 
+_WIDE, _ESCAPED = 1, 2
 _SHIFTS = tuple(np.uint64(1 << n) for n in range(6))
 _LAST_BIT = np.uint64(63)
 _NONE = np.uint64(0)
@@ -43,7 +47,8 @@ _NONE = np.uint64(0)
 @dataclass(slots=True)
 class BodyCount:
     """values: at least as many as the body has, keys not counted. containers: lists and objects. outside: bytes that
-    are in no text. wide: bytes of texts beyond ASCII; of short ones, those between them as well."""
+    are in no text. wide, escaped: bytes of texts beyond ASCII, and of texts with escapes; of short ones, those between
+    them as well."""
 
     values: int = 1
     keys: int = 0
@@ -51,6 +56,12 @@ class BodyCount:
     escapes: int = 0
     outside: int = 0
     wide: int = 0
+    escaped: int = 0
+
+    def add_text(self, size: int, flags: int) -> None:
+        """flags: see `_flags`."""
+        self.wide += size if flags & _WIDE else 0
+        self.escaped += size if flags & _ESCAPED else 0
 
 
 def check_body(body: bytes, context: int) -> None:
@@ -67,6 +78,7 @@ def check_body(body: bytes, context: int) -> None:
             (count.keys, MOST_KEYS, "keys"),
             (count.escapes, MOST_ESCAPES, "escapes (backslashes)"),
             (count.wide, MOST_WIDE_BYTES, "bytes in texts that hold more than ASCII"),
+            (count.escaped, MOST_ESCAPED_BYTES, "bytes in texts that hold escapes (backslashes)"),
             (count.outside, MOST_BYTES_OUTSIDE, "bytes outside of texts (numbers and white space)"),
         ):
             if found > allowed:
@@ -77,7 +89,7 @@ def counted(body: bytes) -> Iterator[BodyCount]:
     """The count after each slice: one object, which grows. Takes memory for one slice."""
     count = BodyCount()
     inside = skips = False  # in a text; behind a backslash that the slice before ended with
-    opened, wide = 0, False  # where the text began, and whether what was seen of it is wide
+    opened, flags = 0, 0  # where the text began, and of what was seen of it
     for at in range(0, len(body), SLICE_BYTES):
         piece = body[at : at + SLICE_BYTES]
         if skips or b"\\" in piece:
@@ -85,30 +97,32 @@ def counted(body: bytes) -> Iterator[BodyCount]:
             count.escapes += escapes
         first, last = piece.find(b'"'), piece.rfind(b'"')
         if inside and first < 0:
-            wide = wide or _is_wide(piece)
+            flags |= _flags(piece)
         else:
             if inside:
-                wide = wide or _is_wide(piece[:first])
-                count.wide += (at + first - opened) if wide else 0
-            count.wide += (last - first) if _is_wide(piece[first:last]) else 0
+                count.add_text(at + first - opened, flags | _flags(piece[:first]))
+            count.add_text(last - first, _flags(piece[first:last]))
             inside = _count_outside(piece, inside, count)
             if inside:
-                opened, wide = at + last + 1, _is_wide(piece[last + 1 :])
+                opened, flags = at + last + 1, _flags(piece[last + 1 :])
         yield count
 
 
 def _without_escapes(piece: bytes, skips: bool) -> tuple[bytes, int, bool]:
-    """The piece with other letters for escaped backslashes and quotes; how many backslashes it has; and whether it ends
-    with one that escapes what follows. skips: its first byte is escaped."""
+    """The piece with another letter for each backslash and quote that is escaped; how many backslashes it had; and
+    whether it ends with one that escapes what follows. skips: its first byte is escaped."""
     escapes = piece.count(b"\\")
     if skips:
         piece = b"_" + piece[1:]
     ends = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
-    return piece.replace(b"\\\\", b"__").replace(b'\\"', b"__"), escapes, ends
+    return piece.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_"), escapes, ends
 
 
-def _is_wide(piece: bytes) -> bool:
-    return not piece.isascii() or (b"\\" in piece and b"\\u" in piece)
+def _flags(piece: bytes) -> int:
+    """What a text holds of which this is a piece, from `_without_escapes`."""
+    if b"\\" not in piece:
+        return 0 if piece.isascii() else _WIDE
+    return _ESCAPED if piece.isascii() and b"\\u" not in piece else _ESCAPED | _WIDE
 
 
 def _count_outside(piece: bytes, inside: bool, count: BodyCount) -> bool:

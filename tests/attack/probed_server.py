@@ -2,12 +2,14 @@
 
 A tick that a long step holds up, on the event loop or in a thread that keeps the interpreter to itself, shows as the
 CPU time of that step; a machine that is busy with other processes does not. The message `{"stalls": true}` is answered
-with the longest since the last such message, in milliseconds.
+with the longest since the last such message, in milliseconds; `{"frozen": true}` with the number of objects that the
+garbage collector does not look at.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from pathlib import Path
@@ -28,10 +30,14 @@ class ProbedBackend(ObedientBackend):
         self._ticks = asyncio.create_task(self._tick())
 
     def _obey(self, request: GenerationRequest) -> Any:
-        if "stalls" not in ordered(request):
+        order = ordered(request)
+        if "frozen" in order:
+            told = gc.get_freeze_count()
+        elif "stalls" in order:
+            told, self._longest = round(self._longest * 1000), 0.0
+        else:
             return super()._obey(request)
-        longest, self._longest = self._longest, 0.0
-        steps: list[Step] = [Delta(0, [1], f"{longest * 1000:.0f}", finish_reason="stop")]
+        steps: list[Step] = [Delta(0, [1], str(told), finish_reason="stop")]
         return steps
 
     async def _tick(self) -> None:

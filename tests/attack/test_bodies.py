@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import http.client
 import json
 import os
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from container import prompt_log
+from handlers import literal_text
 from handlers.dialects import body_limits
 from handlers.dialects.body import read_body
 from handlers.dialects.body_limits import BodyCount, counted
@@ -25,6 +29,8 @@ from handlers.errors import InvalidRequest
 from handlers.images import data_url
 from handlers.images.data_url import decode_data_url
 from handlers.images.problem import PictureProblem
+from handlers.request import ChatPrompt, Message, TextPart, TextPrompt
+from handlers.templates import PromptRenderer
 from tests.scripted_server import ServerProcess
 
 M = 10**6
@@ -39,6 +45,14 @@ def _of_prompt(value: bytes) -> bytes:
 def _of_picture(url: bytes) -> bytes:
     part = b'[{"type":"image_url","image_url":{"url":"' + url + b'"}}]'
     return b'{"messages":[{"role":"user","content":' + part + b"}]}"
+
+
+def _picture(size: int) -> bytes:
+    return b"data:image/png;base64," + base64.b64encode(b"\0" * size)
+
+
+def _with(value: bytes) -> bytes:
+    return b'{"prompt":"a","user":' + value + b"}"
 
 
 HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
@@ -71,6 +85,12 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         "more than ASCII",
     ),
     "UTF-8 that ends badly": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'\xff"'), 400, ""),
+    "a text and one escape": (
+        COMPLETION,
+        lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'\\n"'),
+        400,
+        "texts that hold escapes",
+    ),
     "white space": (COMPLETION, lambda: _of_prompt(b" " * (60 * M) + b'"a"'), 400, "white space"),
     "a number": (COMPLETION, lambda: _of_prompt(b"1" * (10 * M)), 400, "out of range"),
     "a key": (COMPLETION, lambda: b'{"' + b"a" * (10 * M) + b'":1,"prompt":"a"}', 200, ""),
@@ -82,6 +102,42 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
     ),
     "percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (20 * M)), 400, "image 0"),
     "base64 in percent": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"%41" * (20 * M)), 400, ""),
+    "allowed token ids": (COMPLETION, lambda: _of_prompt(b"[" + b"1," * 520_000 + b"1]"), 200, ""),
+    "allowed lists": (COMPLETION, lambda: _with(b"[" + b"[]," * 65_000 + b"1]"), 200, ""),
+    "allowed keys": (
+        COMPLETION,
+        lambda: _with(b"{" + b"".join(b'"k%d":1,' % n for n in range(130_000)) + b'"k":1}'),
+        200,
+        "",
+    ),
+    "allowed escapes": (
+        COMPLETION,
+        lambda: _of_prompt(b'"' + (b"a" * 29 + b"\\/") * 1_040_000 + b'"'),
+        200,
+        "",
+    ),
+    "an allowed text and one smile": (
+        COMPLETION,
+        lambda: _of_prompt(b'"' + b"a" * (12 * M) + "\N{SMILING FACE WITH SMILING EYES}".encode() + b'"'),
+        200,
+        "",
+    ),
+    "many pictures": (
+        CHAT,
+        lambda: (
+            b'{"messages":[{"role":"user","content":['
+            + b",".join([b'{"type":"image_url","image_url":"' + _picture(5 * M) + b'"}'] * 9)
+            + b"]}]}"
+        ),
+        400,
+        "holds 9 pictures",
+    ),
+    "a picture in Markdown": (
+        "/invocations",
+        lambda: b'{"inputs":"![](' + _picture(20 * M) + b')"}',
+        400,
+        "image 0",
+    ),
     "Markdown": ("/invocations", lambda: b'{"inputs":"' + b"![" * (10 * M) + b'"}', 200, ""),
 }
 
@@ -110,7 +166,7 @@ def test_no_body_takes_three_times_its_memory_or_holds_the_event_loop_up(
     assert told in reply, reply[:300]
     assert len(reply) < 2000 or status == 200
     assert grown <= 3 * len(body) + 50 * M
-    assert stall < 100
+    assert stall < 200
 
 
 def _post(server: ServerProcess, route: str, body: bytes) -> tuple[int, str]:
@@ -123,8 +179,16 @@ def _post(server: ServerProcess, route: str, body: bytes) -> tuple[int, str]:
         connection.close()
 
 
+def test_what_was_loaded_is_not_looked_through_for_waste_again(server: ServerProcess) -> None:
+    assert _told(server, "frozen") > 10_000
+
+
 def _longest_stall(server: ServerProcess) -> int:
-    status, reply = _post(server, COMPLETION, json.dumps({"prompt": '{"stalls": true}'}).encode())
+    return _told(server, "stalls")
+
+
+def _told(server: ServerProcess, what: str) -> int:
+    status, reply = _post(server, COMPLETION, json.dumps({"prompt": json.dumps({what: True})}).encode())
     assert status == 200, reply
     return int(json.loads(reply)["choices"][0]["text"])
 
@@ -216,6 +280,107 @@ def test_messages_and_parts_are_bounded_by_the_context() -> None:
     message["content"] = ["a"] * 2049
     with pytest.raises(InvalidRequest, match=r"4098 parts.* at most 4096"):
         read_messages([message] * 2)
+
+
+# Prompts
+
+
+def _chat(*texts: str) -> ChatPrompt:
+    return ChatPrompt([Message("user", [TextPart(text)], True) for text in texts])
+
+
+PROMPTS: dict[str, Callable[[], ChatPrompt | TextPrompt]] = {
+    "half a control token, often": lambda: _chat("<" * M),
+    "control tokens": lambda: _chat("<image>" * 50_000),
+    "words": lambda: _chat("a b " * (M // 4)),
+    "messages": lambda: _chat(*["a"] * 4096),
+    "token ids": lambda: TextPrompt([], token_ids=[5] * (M // 2)),
+    "arguments": lambda: ChatPrompt(
+        [Message("assistant", [], tool_calls=[{"function": {"arguments": json.dumps(["x"] * 200_000)}}])]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def renderer() -> PromptRenderer:
+    tokenizer = AutoTokenizer.from_pretrained("examples/shapes")
+    template = Path("examples/shapes/chat_template.jinja").read_text()
+    rendering = PromptRenderer(tokenizer, template, "auto", "<image>")
+    rendering.longest = 2**22
+    return rendering
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_rendering_a_prompt_in_a_thread_never_stops_the_others_for_long(
+    renderer: PromptRenderer, kind: str
+) -> None:
+    prompt = PROMPTS[kind]()
+    stall = asyncio.run(_stall_beside(renderer.render, prompt))
+    print(f"{kind}: {stall * 1000:.0f} ms of CPU time")
+    assert stall < 0.2
+
+
+async def _stall_beside(work: Callable[..., object], *given: object) -> float:
+    """The most CPU time that the process takes between two ticks of the event loop while a thread works."""
+    longest, last = 0.0, time.process_time()
+    gc.freeze()
+    try:
+        task = asyncio.create_task(asyncio.to_thread(work, *given))
+        while not task.done():
+            await asyncio.sleep(0.001)
+            now = time.process_time()
+            longest, last = max(longest, now - last), now
+        await task
+    finally:
+        gc.unfreeze()
+    return longest
+
+
+@pytest.mark.parametrize(
+    "field", ["tool_calls", "reasoning", "name", "chat_template_kwargs", "tools", "template"]
+)
+def test_all_that_a_template_may_print_counts_towards_the_longest_prompt(
+    renderer: PromptRenderer, field: str
+) -> None:
+    prompt, text = _chat("a"), "a" * (2**22)
+    (message,) = prompt.messages
+    if field == "tool_calls":
+        message.tool_calls = [{"function": {"name": "a", "arguments": {"b": [text]}}}]
+    elif field == "reasoning":
+        message.reasoning = text
+    elif field == "name":
+        message.name = text
+    elif field == "chat_template_kwargs":
+        prompt.template_kwargs = {"documents": [{"text": text}]}
+    elif field == "tools":
+        prompt.tools = [{"type": "function", "function": {"name": "a", "description": text}}]
+    else:
+        prompt.template = text
+    with pytest.raises(InvalidRequest, match=r"the prompt has 419\d{4} characters"):
+        renderer.render(prompt)
+
+
+def test_too_many_tokens_are_refused_before_they_are_listed(
+    renderer: PromptRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.templates._FEWEST_TOKENS", 2**10)
+    with pytest.raises(InvalidRequest, match=r"the prompt has 11000.. tokens.* at most 1048576"):
+        renderer.render(_chat("a" * 1_100_000))
+
+
+@pytest.mark.parametrize("window", [1, 7, 2**17])
+def test_control_tokens_are_hidden_and_restored_across_any_border(
+    renderer: PromptRenderer, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(window)
+    words = ["<image>", "<ima", "ge>", "<", ">", "a", " ", "</s>", "<pad>"]
+    texts = ["".join(draw.choices(words, k=draw.randint(0, 30))) for _ in range(100)]
+    expected = [renderer.render(_chat(text, text)) for text in texts]
+    monkeypatch.setattr(literal_text, "_WINDOW", window)
+    for text, before in zip(texts, expected, strict=True):
+        found = renderer.render(_chat(text, text))
+        assert (found.text, found.token_ids) == (before.text, before.token_ids)
+        assert found.text.count(text) >= 2 * bool(text)
 
 
 # Pictures
