@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import gc
 import http.client
 import json
 import os
@@ -16,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from container import prompt_log
-from handlers import literal_text
 from handlers.dialects import body_limits
 from handlers.dialects.body import read_body
 from handlers.dialects.body_limits import BodyCount, counted
@@ -29,8 +25,6 @@ from handlers.errors import InvalidRequest
 from handlers.images import data_url
 from handlers.images.data_url import decode_data_url
 from handlers.images.problem import PictureProblem
-from handlers.request import ChatPrompt, Message, TextPart, TextPrompt
-from handlers.templates import PromptRenderer
 from tests.scripted_server import ServerProcess
 
 M = 10**6
@@ -280,107 +274,6 @@ def test_messages_and_parts_are_bounded_by_the_context() -> None:
     message["content"] = ["a"] * 2049
     with pytest.raises(InvalidRequest, match=r"4098 parts.* at most 4096"):
         read_messages([message] * 2)
-
-
-# Prompts
-
-
-def _chat(*texts: str) -> ChatPrompt:
-    return ChatPrompt([Message("user", [TextPart(text)], True) for text in texts])
-
-
-PROMPTS: dict[str, Callable[[], ChatPrompt | TextPrompt]] = {
-    "half a control token, often": lambda: _chat("<" * M),
-    "control tokens": lambda: _chat("<image>" * 50_000),
-    "words": lambda: _chat("a b " * (M // 4)),
-    "messages": lambda: _chat(*["a"] * 4096),
-    "token ids": lambda: TextPrompt([], token_ids=[5] * (M // 2)),
-    "arguments": lambda: ChatPrompt(
-        [Message("assistant", [], tool_calls=[{"function": {"arguments": json.dumps(["x"] * 200_000)}}])]
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def renderer() -> PromptRenderer:
-    tokenizer = AutoTokenizer.from_pretrained("examples/shapes")
-    template = Path("examples/shapes/chat_template.jinja").read_text()
-    rendering = PromptRenderer(tokenizer, template, "auto", "<image>")
-    rendering.longest = 2**22
-    return rendering
-
-
-@pytest.mark.parametrize("kind", PROMPTS)
-def test_rendering_a_prompt_in_a_thread_never_stops_the_others_for_long(
-    renderer: PromptRenderer, kind: str
-) -> None:
-    prompt = PROMPTS[kind]()
-    stall = asyncio.run(_stall_beside(renderer.render, prompt))
-    print(f"{kind}: {stall * 1000:.0f} ms of CPU time")
-    assert stall < 0.2
-
-
-async def _stall_beside(work: Callable[..., object], *given: object) -> float:
-    """The most CPU time that the process takes between two ticks of the event loop while a thread works."""
-    longest, last = 0.0, time.process_time()
-    gc.freeze()
-    try:
-        task = asyncio.create_task(asyncio.to_thread(work, *given))
-        while not task.done():
-            await asyncio.sleep(0.001)
-            now = time.process_time()
-            longest, last = max(longest, now - last), now
-        await task
-    finally:
-        gc.unfreeze()
-    return longest
-
-
-@pytest.mark.parametrize(
-    "field", ["tool_calls", "reasoning", "name", "chat_template_kwargs", "tools", "template"]
-)
-def test_all_that_a_template_may_print_counts_towards_the_longest_prompt(
-    renderer: PromptRenderer, field: str
-) -> None:
-    prompt, text = _chat("a"), "a" * (2**22)
-    (message,) = prompt.messages
-    if field == "tool_calls":
-        message.tool_calls = [{"function": {"name": "a", "arguments": {"b": [text]}}}]
-    elif field == "reasoning":
-        message.reasoning = text
-    elif field == "name":
-        message.name = text
-    elif field == "chat_template_kwargs":
-        prompt.template_kwargs = {"documents": [{"text": text}]}
-    elif field == "tools":
-        prompt.tools = [{"type": "function", "function": {"name": "a", "description": text}}]
-    else:
-        prompt.template = text
-    with pytest.raises(InvalidRequest, match=r"the prompt has 419\d{4} characters"):
-        renderer.render(prompt)
-
-
-def test_too_many_tokens_are_refused_before_they_are_listed(
-    renderer: PromptRenderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("handlers.templates._FEWEST_TOKENS", 2**10)
-    with pytest.raises(InvalidRequest, match=r"the prompt has 11000.. tokens.* at most 1048576"):
-        renderer.render(_chat("a" * 1_100_000))
-
-
-@pytest.mark.parametrize("window", [1, 7, 2**17])
-def test_control_tokens_are_hidden_and_restored_across_any_border(
-    renderer: PromptRenderer, window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw = random.Random(window)
-    words = ["<image>", "<ima", "ge>", "<", ">", "a", " ", "</s>", "<pad>"]
-    texts = ["".join(draw.choices(words, k=draw.randint(0, 30))) for _ in range(100)]
-    expected = [renderer.render(_chat(text, text)) for text in texts]
-    monkeypatch.setattr(literal_text, "_WINDOW", window)
-    for text, before in zip(texts, expected, strict=True):
-        found = renderer.render(_chat(text, text))
-        assert (found.text, found.token_ids) == (before.text, before.token_ids)
-        assert found.text.count(text) >= 2 * bool(text)
 
 
 # Pictures
