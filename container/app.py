@@ -19,7 +19,7 @@ from container.keys import Keys
 from container.life import Answers, Life
 from container.metrics import Metrics
 from container.openapi.document import document
-from container.prompt_log import log_answer, log_prompt
+from container.prompt_log import LONG_BYTES, log_answer, log_prompt
 from container.routes import Match, MethodNotAllowed, Route, find
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.dialects.sagemaker import ADAPTER
@@ -172,9 +172,14 @@ class App:
             )
             call.body_read = True
             if self._settings.log_prompts:
-                log_prompt(call.request_id, body)
+                if len(body) > LONG_BYTES:
+                    await asyncio.to_thread(log_prompt, call.request_id, body)
+                else:
+                    log_prompt(call.request_id, body)
+            answering = work(body)
+            del body  # or it would be held until the reply is sent
             await call.exchange.run(
-                self._answer(call, work(body)),
+                self._answer(call, answering),
                 self._headers(call),
                 longest=self._settings.predict_timeout + _GRACE_SECONDS,
                 pause=self._settings.chunked_read_timeout,

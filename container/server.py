@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -127,7 +128,9 @@ class Server:
         logger.info("ready after %.1f s", time.monotonic() - began)
 
     async def _fetch_and_load(self) -> None:
-        threading.Thread(target=own_words, daemon=True).start()  # so that no refused request waits for it
+        words = asyncio.create_task(
+            in_daemon_thread(own_words)
+        )  # or the first refused request would wait for it
         location = self.configuration.model_location
         if location.kind != "directory":
             self.life.reason = "the model is being downloaded"
@@ -154,6 +157,9 @@ class Server:
         await backend.load()
         self._images = self.metrics.pictures = build_images(configuration.settings)
         service = build_service(configuration, backend, self._images, self.metrics, formatters)
+        await words
+        gc.collect()
+        gc.freeze()  # What is loaded stays; each look through it for waste would stop all threads for 0.2 s.
         self.life.serve(backend, service)
 
     def _report(self, failure: BaseException) -> None:

@@ -9,12 +9,12 @@ from typing import Literal
 AdapterAction = Literal["list", "add", "show", "remove", "update"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Incoming:
     """A request as it came over the wire.
 
     route: the matched route's template, e.g. "/invocations" or "/v1/chat/completions".
-    headers: names in lower case. body: whole and within `max_request_size`.
+    headers: names in lower case. body: whole and within `max_request_size`, until it is taken. size: its bytes.
     model: the model named in the path, None where the route names none.
     """
 
@@ -23,6 +23,15 @@ class Incoming:
     headers: Mapping[str, str]
     request_id: str
     model: str | None = None
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.body)
+
+    def take_body(self) -> bytes:
+        """The body, which nobody holds any longer once the caller has read it."""
+        body, self.body = self.body, b""
+        return body
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,11 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 
 _END = chr(0xF8FF)
 _MARK = f"(?P<mark>[\ue000-\ue0ff]{{10}}[0-9]+{_END})"
+_MARKS = re.compile(_MARK)
+_LONGEST_MARK = 32
 
+_WINDOW = 2**17
+"""Characters that are searched in one step: no other thread runs while an expression is sought."""
 
 LONG_TEXT = 10_000
 """Characters of a text that is encoded without stopping all other threads."""
@@ -31,6 +35,19 @@ def encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> Encodin
     if len(text) < LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _matches(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[re.Match[str]]:
+    """As `finditer`, in windows. longest: characters of a match at most; it is never empty."""
+    at = 0
+    while at < len(text):
+        end = at + _WINDOW
+        for match in pattern.finditer(text, at, end + longest):
+            if match.start() >= end:
+                break
+            yield match
+            at = match.end()
+        at = max(at, end)
 
 
 def token_places(encoding: Encoding) -> list[tuple[int, int]]:
@@ -60,7 +77,7 @@ class ControlTokens:
 
         alone: also the whole text where it is the middle of a control token.
         """
-        spans = [match.span() for match in self._whole.finditer(text)]
+        spans = [match.span() for match in _matches(self._whole, text, self._longest + 1)]
         if not self.tokens or not text:
             return spans
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
@@ -123,11 +140,13 @@ class Hidden:
 
     def restore(self, text: str) -> str:
         """What the client and the template wrote together, without marks."""
-        return (
-            re.sub(_MARK, lambda match: self.literals.get(match[0], match[0]), text)
-            if self.literals
-            else text
-        )
+        if not self.literals:
+            return text
+        pieces, position = [], 0
+        for match in _matches(_MARKS, text, _LONGEST_MARK):
+            pieces += [text[position : match.start()], self.literals.get(match[0], match[0])]
+            position = match.end()
+        return "".join([*pieces, text[position:]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +214,25 @@ class LiteralEncoder:
         self._control_ids = set(self._id_of.values()) - _unknown_ids(description["model"], vocabulary)
         self._text_of = {i: token for token, i in self._id_of.items()}
         self._pattern = re.compile(f"{_MARK}|{control.pattern}")
+        self._longest = max(_LONGEST_MARK, *map(len, control.tokens), 0)
 
-    def encode(self, rendered: str, hidden: Hidden, *, add_special_tokens: bool) -> LiteralEncoding:
-        """A rendered prompt: its visible control tokens count, its marks stand for literal text."""
+    def encode(
+        self,
+        rendered: str,
+        hidden: Hidden,
+        *,
+        add_special_tokens: bool,
+        require_room: Callable[[int], None] = lambda count: None,
+    ) -> LiteralEncoding:
+        """A rendered prompt: its visible control tokens count, its marks stand for literal text.
+
+        require_room: is told the number of tokens before they are made a list.
+        """
         pieces: list[str] = []
         counted: list[int] = []
         borders = [(0, 0)]
         position = encoded = seen = 0
-        for match in self._pattern.finditer(rendered):
+        for match in _matches(self._pattern, rendered, self._longest):
             pieces.append(rendered[position : match.start()])
             if match["mark"] is not None:
                 piece = shown = hidden.literals.get(match[0], match[0])
@@ -216,6 +246,7 @@ class LiteralEncoder:
             position = match.end()
         pieces.append(rendered[position:])
         encoding = encode("".join(pieces), self._backend, add_special_tokens)
+        require_room(len(encoding))
         ids, sources = self._with_ids(encoding.ids, encoding.special_tokens_mask, counted)
         return LiteralEncoding(ids, sources, encoding, borders)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.dialects import tgi_headers
 from handlers.dialects.adapters import answer_adapters
 from handlers.dialects.base import JSON, JSON_LINES, Answered, Conventions, Task
-from handlers.dialects.body import read_body
+from handlers.dialects.body import SHORT_BYTES, read_body
 from handlers.dialects.error_replies import style_of
 from handlers.dialects.misspelt import warning
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
@@ -35,10 +36,17 @@ from properties.settings_chat import OutputFormat
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_Work = Callable[[dict[str, Any], Incoming, RequestFacts, float], Awaitable[Reply]]
+_Work = Callable[[dict[str, Any], Incoming, RequestFacts, float, bool], Awaitable[Reply]]
+"""A body, how it came, what is noted of it, when it arrived, and whether it is long."""
 
-LONG_BODY_BYTES = 2**20
-"""A larger body is read in a thread, and a larger reply written in one, so that the others' tokens do not wait."""
+LONG_REPLY_BYTES = 2**20
+"""A larger reply is written in a thread, so that the others' tokens do not wait."""
+
+_MOST_READ_HERE = 4096
+"""Items of a body that is read on the event loop, an object counted as eight: a few milliseconds."""
+
+_PARSER = ThreadPoolExecutor(1, "parse-body")
+"""Parses long bodies, one at a time. While it does, nothing else runs in this process, so two would be no faster."""
 
 _JSON_PER_LOGPROB = 64
 """Bytes: a little less than one takes in a reply."""
@@ -143,23 +151,30 @@ class Service:
         style = style_of(incoming.route, incoming.headers)
         arrival = time.monotonic()
         try:
-            body = await _aside(len(incoming.body), read_body, incoming.body, incoming.headers)
+            long = _is_long(incoming.body)
+            body = await self._parsed(incoming, long)
             style = style_of_body(body, style, incoming.route)
-            return await work(body, incoming, facts, arrival)
+            return await work(body, incoming, facts, arrival, long)
         except (Exception, asyncio.CancelledError) as error:
             reply = refusal(error, facts, style, self._observer)
             facts.total = time.monotonic() - arrival
             return reply
 
+    async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
+        given = (incoming.take_body(), incoming.headers, self._backend.capabilities.max_model_len)
+        if not long:
+            return read_body(*given)
+        return await asyncio.get_running_loop().run_in_executor(_PARSER, read_body, *given)
+
     async def _answer(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
     ) -> Reply:
         if asks_for_session(body, incoming):
             return self._sessions.control(body, incoming.headers)
         self._sessions.check(incoming.headers)
         if self._formatters is not None and self._formatters.reads:
             body = await self._formatters.read(body)
-        task = await _aside(len(incoming.body), self._task, body, incoming)
+        task = await _aside(long, self._task, body, incoming)
         body.clear()
         for request in task.requests:
             request.arrival = arrival
@@ -169,17 +184,17 @@ class Service:
         return await self._run(task, facts)
 
     async def _tokenize(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
     ) -> Reply:
-        reply = await self._tokenization.tokenize(body, self._conventions(), incoming)
+        reply = await self._tokenization.tokenize(body, self._conventions(), incoming, long)
         facts.status, facts.total = reply.status, time.monotonic() - arrival
         reply.facts = facts
         return reply
 
     async def _detokenize(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
     ) -> Reply:
-        reply = await self._tokenization.detokenize(body, incoming)
+        reply = await self._tokenization.detokenize(body, incoming, long)
         facts.status, facts.total = reply.status, time.monotonic() - arrival
         reply.facts = facts
         return reply
@@ -218,7 +233,7 @@ class Service:
             request.priority = priority if self._limits.request_priorities else 0
         pictures = sum(part.characters for request in task.requests for part in request.images())
         for request in task.requests:
-            request.text_bytes = max(0, len(incoming.body) - pictures)
+            request.text_bytes = max(0, incoming.size - pictures)
         return task
 
     def _check_pictures(self, count: int, allowed: bool) -> None:
@@ -246,7 +261,7 @@ class Service:
                 if not task.stream:
                     answered = await run.answers(self._backend)
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
-                    body = await _aside(size, task.writer.whole, answered)
+                    body = await _aside(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
@@ -291,6 +306,11 @@ def _logprobs(answered: Answered) -> int:
     return sum(1 + len(position.top) for positions in lists for position in positions if position is not None)
 
 
-async def _aside(size: int, work: Callable[..., T], *given: Any) -> T:
-    """Work that grows with a body, or a reply, of `size` bytes."""
-    return await asyncio.to_thread(work, *given) if size > LONG_BODY_BYTES else work(*given)
+def _is_long(body: bytes) -> bool:
+    """Whether reading it takes longer than the event loop may be held up."""
+    return len(body) > SHORT_BYTES or 8 * body.count(b"{") + body.count(b",") > _MOST_READ_HERE
+
+
+async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
+    """Long work in a thread."""
+    return await asyncio.to_thread(work, *given) if long else work(*given)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from handlers.chat_templates import ChatTemplates
+from handlers.dialects.body import SHORT_BYTES
+from handlers.dialects.body_limits import check_body
 from handlers.dialects.constraints import MAX_DEPTH, depth
 from handlers.errors import InvalidRequest, ServingError
 from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder, encode, token_places
@@ -24,6 +26,12 @@ log = logging.getLogger(__name__)
 
 _LONGEST_REASON = 300
 _LONGEST_PROMPT = 2**22
+_CHARACTERS_PER_TOKEN = 4
+"""In the longest text that is looked at: a rough mean, so that a prompt may have 8 times the context, to be cut."""
+
+_FEWEST_TOKENS = 2**20
+"""That a prompt may have before it is cut."""
+
 _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 """Variables of a template that a request has fields for."""
 
@@ -133,7 +141,7 @@ class PromptRenderer:
 
         Raises InvalidRequest for what the client can mend.
         """
-        self._require_room(sum(len(part.text) for part in prompt_parts(prompt) if isinstance(part, TextPart)))
+        self._require_room(_characters(prompt))
         if isinstance(prompt, ChatPrompt):
             return self._chat(prompt, spans)
         return self._text(prompt, spans)
@@ -168,9 +176,7 @@ class PromptRenderer:
         hidden = Hidden(self._text_control)
         if prompt.token_ids is not None:
             self._require_room(len(prompt.token_ids), "tokens")
-            return self._counted(
-                str(self._tokenizer.decode(prompt.token_ids)), list(prompt.token_ids), n_images
-            )
+            return self._counted(self._decoded(prompt.token_ids), list(prompt.token_ids), n_images)
         pieces = [
             hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or ""
             for part in prompt.parts
@@ -179,6 +185,11 @@ class PromptRenderer:
         if self._arrange is not None:
             text = self._arrange(text, self._bos or "")
         return self._encoded(text, hidden, n_images, add_special_tokens, spans)
+
+    def _decoded(self, token_ids: list[int]) -> str:
+        """In a batch, because other threads run meanwhile."""
+        (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=False)
+        return str(text)
 
     def _apply(self, template: str, source: TemplateSource, prompt: ChatPrompt, hidden: Hidden) -> str:
         parts = (self._forced_format if self._forced_format != "auto" else source.content_format) == "openai"
@@ -281,9 +292,12 @@ class PromptRenderer:
         self, rendered: str, hidden: Hidden, add_special_tokens: bool, with_spans: bool
     ) -> tuple[list[int], list[tuple[int, int]] | None]:
         if hidden.literals or self._normalised:
-            literal = self._literal.encode(rendered, hidden, add_special_tokens=add_special_tokens)
+            literal = self._literal.encode(
+                rendered, hidden, add_special_tokens=add_special_tokens, require_room=self._require_tokens
+            )
             return literal.ids, literal.spans() if with_spans else None
         encoding = encode(rendered, self._backend, add_special_tokens)
+        self._require_tokens(len(encoding))
         return encoding.ids, token_places(encoding) if with_spans else None
 
     def _ids_apart(
@@ -339,6 +353,13 @@ class PromptRenderer:
                 f"{self.longest}"
             )
 
+    def _require_tokens(self, count: int) -> None:
+        """Before they become a list, which is one step for other threads."""
+        if count > (most := max(_FEWEST_TOKENS, self.longest // _CHARACTERS_PER_TOKEN)):
+            raise InvalidRequest(
+                f"the prompt has {count} tokens, far more than this model's context holds; allowed: at most {most}"
+            )
+
     def _no_template(self) -> InvalidRequest:
         if not (named := self.templates.named):
             return InvalidRequest(
@@ -350,6 +371,26 @@ class PromptRenderer:
             f"({', '.join(sorted(named))}), or set option.chat_template",
             param="chat_template",
         )
+
+
+def _characters(prompt: ChatPrompt | TextPrompt) -> int:
+    """Of all texts that the client sent for the prompt: those of its turns, and what else a template may print."""
+    count = sum(len(part.text) for part in prompt_parts(prompt) if isinstance(part, TextPart))
+    if isinstance(prompt, TextPrompt):
+        return count
+    waiting: list[Any] = [prompt.tools, prompt.template_kwargs, prompt.template]
+    for message in prompt.messages:
+        waiting += (message.name, message.tool_calls, message.tool_call_id, message.reasoning)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value
+            waiting += value.values()
+    return count
 
 
 def _parse(template: str, what: str) -> TemplateSource:
@@ -419,10 +460,12 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         text, arguments = arguments, None
         try:
+            if len(text) > SHORT_BYTES:
+                check_body(text.encode(), 0)
             arguments = json.loads(text)
             if "\\u" in text:
                 json.dumps(arguments, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, InvalidRequest):
             arguments = None
     usable = isinstance(arguments, dict) and depth(arguments) <= MAX_DEPTH
     return {

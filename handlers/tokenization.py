@@ -48,15 +48,17 @@ class Tokenization:
         self._timeout = timeout
         self._long = asyncio.Semaphore(1)
 
-    async def tokenize(self, body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Reply:
-        """Raises ServingError."""
-        if len(incoming.body) <= MOST_TEXT_BYTES:
-            task = read_tokenize(body, conventions, incoming)
-        else:
+    async def tokenize(
+        self, body: dict[str, Any], conventions: Conventions, incoming: Incoming, long: bool
+    ) -> Reply:
+        """long: reading the body takes long. Raises ServingError."""
+        if long:
             task = await asyncio.to_thread(read_tokenize, body, conventions, incoming)
+        else:
+            task = read_tokenize(body, conventions, incoming)
         parts = list(pictures(task.prompt))
         self._check_pictures(len(parts), self._backend.capabilities.images)
-        size = max(0, len(incoming.body) - sum(part.characters for part in parts))
+        size = max(0, incoming.size - sum(part.characters for part in parts))
         if size > MOST_TEXT_BYTES:
             raise InvalidRequest(
                 f"the text is too long to be tokenised at once: {size} bytes; allowed: {MOST_TEXT_BYTES}"
@@ -77,16 +79,18 @@ class Tokenization:
                 for part in parts:
                     part.release()
 
-    async def detokenize(self, body: dict[str, Any], incoming: Incoming) -> Reply:
-        """Raises ServingError."""
-        token_ids = read_detokenize(body)
+    async def detokenize(self, body: dict[str, Any], incoming: Incoming, long: bool) -> Reply:
+        """long: reading the body takes long. Raises ServingError."""
+        token_ids = await asyncio.to_thread(read_detokenize, body) if long else read_detokenize(body)
         with self._admission.admit(1):
             async with _within(self._timeout):
-                if len(incoming.body) <= LONG_TEXT_BYTES:
+                if incoming.size <= LONG_TEXT_BYTES:
                     text = await self._backend.detokenize(token_ids)
                 else:
                     async with self._long:
                         text = await self._backend.detokenize(token_ids)
+        if len(text) > MOST_TEXT_BYTES:
+            return Reply(200, JSON, await asyncio.to_thread(detokenize_reply, text))
         return Reply(200, JSON, detokenize_reply(text))
 
     async def _written(self, task: TokenTask) -> bytes:

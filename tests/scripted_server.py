@@ -41,7 +41,7 @@ class ObedientBackend(ScriptedBackend):
         self.sick = False
 
     def _obey(self, request: GenerationRequest) -> Iterator[Step]:
-        order = _order(request)
+        order = ordered(request)
         self.sick = order.get("sick", self.sick)
         if "digests" in order:
             loaded = [part.loaded for part in request.images()]
@@ -77,7 +77,7 @@ def _steps(order: dict[str, Any]) -> Iterator[Step]:
         yield known.get(order["fail"], RuntimeError(order["fail"]))
 
 
-def _order(request: GenerationRequest) -> dict[str, Any]:
+def ordered(request: GenerationRequest) -> dict[str, Any]:
     prompt = request.prompt
     parts = prompt.messages[-1].parts if isinstance(prompt, ChatPrompt) else prompt.parts
     text = "".join(part.text for part in parts if isinstance(part, TextPart))
@@ -97,15 +97,19 @@ class ServerProcess:
         *arguments: str,
         command: str = "lmi",
         port: int | None = 0,
+        module: str = "tests.scripted_server",
         **environ: str,
     ) -> None:
-        """model: a directory is made where it is not there. port: of `--port`. None: the environment says."""
+        """model: a directory is made where it is not there. port: of `--port`. None: the environment says.
+
+        module: runs the server.
+        """
         if isinstance(model, Path):
             model.mkdir(exist_ok=True)
             (model / "config.json").write_text("{}")
         chosen = (*(() if model is None else (str(model),)), *(() if port is None else ("--port", str(port))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.scripted_server", command, *chosen, *arguments],
+            [sys.executable, "-m", module, command, *chosen, *arguments],
             cwd=HERE.parent.parent,
             env={**os.environ, **environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
@@ -166,6 +170,10 @@ class ServerProcess:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self._process.send_signal(number)

@@ -20,7 +20,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.dialects.base import Conventions
-from handlers.dialects.body import MOST_CONTAINERS, read_body
+from handlers.dialects.body import read_body
 from handlers.dialects.openai_chat import ChatBody, read_chat
 from handlers.dialects.openai_completions import CompletionBody
 from handlers.dialects.openai_fields import FALSE_ONLY, IGNORED, READ_ELSEWHERE, UNSUPPORTED
@@ -515,9 +515,7 @@ def test_no_body_whatever_crashes_the_reader(
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"a": "\\ud800 x"}', "surrogate"),
         (b'{"a": "\\udc00\\ud800"}', "surrogate"),
-        (b'{"messages": [], "messages": []}', "'messages' appears twice"),
-        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "'b' appears twice"),
-        (b"[" * 100_000, "deep"),
+        (b"[" * 50_000, "deep"),
         (b'{"a":' * 5000 + b"1" + b"}" * 5000, "deep"),
     ],
 )
@@ -527,12 +525,8 @@ def test_what_is_no_json_object_is_refused_with_where(data: bytes, where: str) -
     assert where in caught.value.message
 
 
-def test_a_body_of_more_lists_and_objects_than_any_request_has_is_refused() -> None:
-    most = b'{"a": [' + b"[]," * (MOST_CONTAINERS - 3) + b"{}]}"
-    assert len(read_body(most, {})["a"]) == MOST_CONTAINERS - 2
-    for one_more in (b"[[]", b"[{}", b'["["'):
-        with pytest.raises(InvalidRequest, match="more than 1048576 opening brackets"):
-            read_body(most.replace(b"[[]", one_more + b",[]", 1), {})
+def test_of_a_key_that_is_given_twice_the_last_counts() -> None:
+    assert read_body(b'{"a": 1, "b": {"c": 1, "c": 2}, "a": 3}', {}) == {"a": 3, "b": {"c": 2}}
 
 
 @settings(max_examples=300, deadline=None)

@@ -393,10 +393,10 @@ async def test_lists_are_bounded_for_all_answers_together() -> None:
 async def test_text_models_refuse_pictures_and_missing_adapters_are_404() -> None:
     subject = service(ScriptedBackend(said("a"), images=False))
     assert (await subject.answer(incoming(chat(PICTURE)))).status == 400
-    named = incoming(chat(), x_amzn_sagemaker_adapter_identifier="sql")
-    assert (await subject.answer(named)).status == 404
+    adapter = {"x_amzn_sagemaker_adapter_identifier": "sql"}
+    assert (await subject.answer(incoming(chat(), **adapter))).status == 404
     backend = ScriptedBackend(said("a"), adapters=True)
-    assert (await service(backend).answer(named)).status == 200
+    assert (await service(backend).answer(incoming(chat(), **adapter))).status == 200
     assert backend.requests[0].adapter == "sql"
 
 

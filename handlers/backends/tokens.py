@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, pictures not counted, are rendered and tokenised in a thread, not on the event loop."""
 
+MANY_MESSAGES = 64
+"""More are rendered in a thread, too."""
+
 PRIMING_TOKENS = 8
 """Last tokens of a prompt that say how an answer's text begins."""
 
@@ -31,7 +34,10 @@ async def rendered_prompt(
     """A template of the request's own may take long however short its body is."""
     prompt = request.prompt
     trusted = isinstance(prompt, TextPrompt) or prompt.template is None
-    if trusted and request.text_bytes <= LONG_PROMPT_BYTES:
+    short = request.text_bytes <= LONG_PROMPT_BYTES and (
+        isinstance(prompt, TextPrompt) or len(prompt.messages) <= MANY_MESSAGES
+    )
+    if trusted and short:
         return renderer.render(prompt)
     return await asyncio.get_running_loop().run_in_executor(threads, renderer.render, prompt)
 

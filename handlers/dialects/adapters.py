@@ -12,8 +12,8 @@ import msgspec
 
 from handlers.backends.adapters import AdapterInfo, AdapterStore
 from handlers.dialects.base import JSON
-from handlers.dialects.body import convert, read_body
-from handlers.errors import Conflict, InvalidRequest, NotFound
+from handlers.dialects.body import SHORT_BYTES, convert, read_body
+from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from handlers.exchange import AdapterCall, Reply
 
 _ALIAS = "x-amzn-sagemaker-adapter-alias"
@@ -82,6 +82,8 @@ async def answer_adapters(store: AdapterStore | None, call: AdapterCall, taken: 
 def _asked(call: AdapterCall) -> AdapterBody:
     """What the query says wins over the body. Raises InvalidRequest."""
     body: dict[str, Any] = {}
+    if len(call.body) > SHORT_BYTES:
+        raise PayloadTooLarge(f"the body has {len(call.body)} bytes; allowed: at most {SHORT_BYTES}")
     if call.body.strip():
         body = read_body(call.body, {"content-type": JSON})
     asked = convert(body, AdapterBody)

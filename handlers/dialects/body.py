@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from handlers.dialects.body_limits import MOST_WIDE_BYTES, check_body
 from handlers.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 
 T = TypeVar("T")
@@ -22,31 +23,23 @@ _EXACT = 2**53
 
 FORM = "application/x-www-form-urlencoded"
 
-MOST_CONTAINERS = 2**20
-"""Lists and objects in one body. Reading twenty times as many, which 64 MB can hold, would stop the event loop for
-seconds, in whichever thread it is done."""
+SHORT_BYTES = 2**16
+"""A body of no more is parsed without being counted: whatever it holds, that takes a few milliseconds."""
+
+MOST_KEYS = 4096
+"""Of the body itself."""
 
 _JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _PYTHON_TYPE = re.compile(rf"\b(?:{'|'.join(_JSON_TYPES)})\b")
 _EXPECTED = re.compile(r"(?:expected|got) `[^`]*`", re.IGNORECASE)
 
+_MOST_QUOTED = 300
+"""Characters of msgspec's message, at its beginning and at its end."""
+
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
-
-
-class _RepeatedKey(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> None:
-    if len({key for key, _ in pairs}) != len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-
-
-_DUPLICATES = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 class _HugeNumber(ValueError):
@@ -74,23 +67,24 @@ _HUGE = json.JSONDecoder(
 )
 
 
-def read_body(body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
-    """A JSON object, or `{"inputs": text}` for text/plain.
+def read_body(body: bytes, headers: Mapping[str, str], context: int = 0) -> dict[str, Any]:
+    """A JSON object, or `{"inputs": text}` for text/plain. Of a key that is given twice, the last counts.
 
     A JSON object may also come as a form, which is what curl calls all data unless told otherwise.
-    Raises UnsupportedMediaType for any other type, InvalidRequest for what is no strict JSON object in UTF-8:
-    the message says where.
+    context: tokens that the model takes; it bounds what a body may hold (`check_body`).
+    Raises UnsupportedMediaType for any other type, InvalidRequest for what is no strict JSON object in UTF-8, or holds
+    more than a request could use: the message says where, or of what.
     """
     content_type, charset = _content_type(headers.get("content-type", ""))
     is_json = content_type in ("", "application/json") or content_type.endswith("+json")
-    is_json |= content_type == FORM and body.lstrip()[:1] == b"{"
+    is_json |= content_type == FORM and body[:SHORT_BYTES].lstrip()[:1] == b"{"
     if not is_json and content_type != "text/plain":
         raise UnsupportedMediaType(f"content type {content_type[:80]!r}: send application/json or text/plain")
     if charset not in _UTF8:
         raise UnsupportedMediaType(f"charset {charset[:40]!r}: send UTF-8")
     if not body:
         raise MalformedBody("the body is empty")
-    return _object(body) if is_json else {"inputs": _text(body)}
+    return _object(body, context) if is_json else {"inputs": _text(body)}
 
 
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
@@ -106,7 +100,7 @@ def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
                 raise
         return msgspec.convert(_whole(body, _NUMBERS_WITHIN), shape, str_keys=True)
     except msgspec.ValidationError as error:
-        found = _AT.match(str(error))
+        found = _AT.match(_cut(str(error)))
         assert found is not None
         path = ".".join(filter(None, [under, found["path"]]))
         what = _EXPECTED.sub(_in_json_words, found["what"][:1].lower() + found["what"][1:])
@@ -114,6 +108,13 @@ def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
         raise InvalidRequest(
             f"{where}{'a key: ' if found['key'] else ''}{what}", param=path or None
         ) from None
+
+
+def _cut(message: str) -> str:
+    """msgspec quotes what the client sent, whole."""
+    if len(message) <= 2 * _MOST_QUOTED:
+        return message
+    return f"{message[:_MOST_QUOTED]}... {message[-_MOST_QUOTED:]}"
 
 
 def kind_of(value: object) -> str:
@@ -168,34 +169,37 @@ def _content_type(header: str) -> tuple[str, str]:
 
 
 def _text(body: bytes) -> str:
+    if len(body) > MOST_WIDE_BYTES and not body.isascii():
+        raise MalformedBody(
+            f"the body is a text of {len(body)} bytes that holds more than ASCII; allowed: at most {MOST_WIDE_BYTES}"
+        )
     try:
         return body.decode()
     except UnicodeDecodeError as error:
         raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    if len(body) > MOST_CONTAINERS and body.count(b"[") + body.count(b"{") > MOST_CONTAINERS:
-        raise MalformedBody(f"the body has more than {MOST_CONTAINERS} opening brackets and braces")
+def _object(body: bytes, context: int) -> dict[str, Any]:
+    if len(body) > SHORT_BYTES:
+        check_body(body, context)
     try:
         value = msgspec.json.decode(body)
-        _DUPLICATES.decode(body.decode())
     except UnicodeDecodeError:
         _text(body)
         raise MalformedBody("the body is not UTF-8") from None
-    except _RepeatedKey as error:
-        raise MalformedBody(
-            f"the body is no strict JSON: the key {str(error)[:80]!r} appears twice"
-        ) from None
     except RecursionError:
         raise MalformedBody("the body is nested too deeply") from None
-    except msgspec.MsgspecError as error:
-        _refuse_huge_numbers(_text(body))
+    except msgspec.ValidationError as error:  # Of numbers alone: nothing else is asked of the values.
+        if len(body) <= SHORT_BYTES:
+            _refuse_huge_numbers(_text(body))
         raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
-    except ValueError:
-        raise MalformedBody("the body is no valid JSON") from None
+    except msgspec.MsgspecError as error:
+        _text(body)
+        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
     if not isinstance(value, dict):
         raise MalformedBody("the body must be a JSON object")
+    if len(value) > MOST_KEYS:
+        raise MalformedBody(f"the body has {len(value)} keys; allowed: at most {MOST_KEYS}")
     return value
 
 

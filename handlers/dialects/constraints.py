@@ -36,6 +36,9 @@ _WITHOUT_EFFECT = frozenset({"backend", "disable_fallback"})
 
 _OUTPUTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
+MOST_CHOICES = MAX_BYTES // 4
+"""Each is a letter, its quotes and a comma at least."""
+
 _SPACE = r"[ \t\n\r]"
 _WHITESPACE = re.compile(
     r"(?:[ \t\n\r?*+|()\[\]]|\(\?:|\\[nrts ]|\\x(?:20|0[9aAdD])|\{[0-9]{0,3}(?:,[0-9]{0,3})?\})*"
@@ -192,6 +195,10 @@ def _choice(given: object, where: str, param: str) -> Constraint:
         or not all(isinstance(choice, str) and choice for choice in given)
     ):
         raise InvalidRequest(f"{where} must be a list of texts, none of them empty", param=param)
+    if len(given) > MOST_CHOICES:
+        raise InvalidRequest(
+            f"{where} has {len(given)} entries; allowed: at most {MOST_CHOICES}", param=param
+        )
     text = msgspec.json.encode(list(dict.fromkeys(given))).decode()
     _check_size(text, where, param)
     return Constraint("choice", text, param)

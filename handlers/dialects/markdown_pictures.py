@@ -11,6 +11,15 @@ MOST_PICTURES = 1024
 """In one text, whatever `option.limit_mm_per_prompt` says: no prompt holds as many, but a long text could hold
 millions."""
 
+_WINDOW = 2**17
+"""Characters that are searched in one step."""
+
+_LONGEST_START = 1020
+"""Characters that `_START` matches or looks at, at most."""
+
+_LONGEST_WITH_PARENTHESES = 2**14
+"""Characters of a link with parentheses or white space in it; data URLs have none."""
+
 _START = re.compile(r"!\[[^\[\]\n]{0,1000}\]\(\s{0,8}(?=(?i:https?:|data:))")
 
 # ![alternative text](url "title"): only a link that names its scheme is a picture; other Markdown stays text.
@@ -26,14 +35,14 @@ def picture_parts(text: str) -> list[Part]:
     """
     parts: list[Part] = []
     position = searched = close = pictures = 0
-    while (start := _START.search(text, searched)) is not None:
+    while (start := _start(text, searched)) is not None:
         if close < start.end():
             close = text.find(")", start.end())
             if close < 0:
                 break
         url, end = _plain_url(text, start.end(), close), close + 1
         if url is None:
-            match = _PICTURE.match(text, start.start())
+            match = _PICTURE.match(text, start.start(), start.end() + _LONGEST_WITH_PARENTHESES)
             if match is None:
                 searched = start.end()
                 continue
@@ -49,10 +58,22 @@ def picture_parts(text: str) -> list[Part]:
     return parts
 
 
+def _start(text: str, position: int) -> re.Match[str] | None:
+    """The next start of a picture. A search is one step for other threads, so it is made in windows."""
+    for at in range(position, len(text), _WINDOW):
+        # the end is that of a whole start that begins in the window
+        if (start := _START.search(text, at, at + _WINDOW + _LONGEST_START)) is not None:
+            return start
+    return None
+
+
 def _plain_url(text: str, start: int, close: int) -> str | None:
     """The URL up to the next parenthesis, where nothing else stands before it; the pattern is several times slower
     for a picture of a megabyte."""
     if text.find("(", start, close) >= 0:
         return None
-    url = text[start:close]
-    return url if url.split(None, 1) == [url] and url[-1] != ":" else None
+    for at in range(start, close, _WINDOW):
+        piece = text[at : min(at + _WINDOW, close)]
+        if piece.split(None, 1) != [piece]:
+            return None
+    return text[start:close] if start < close and text[close - 1] != ":" else None

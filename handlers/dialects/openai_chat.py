@@ -156,7 +156,9 @@ def _prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> C
     if asked.documents is not None:
         variables.setdefault("documents", asked.documents)
     return ChatPrompt(
-        messages=read_messages(asked.messages, embeddings=conventions.embeddings),
+        messages=read_messages(
+            asked.messages, embeddings=conventions.embeddings, context=conventions.max_model_len
+        ),
         add_generation_prompt=not resume if add is None else add,
         continue_final_message=resume,
         template=template,

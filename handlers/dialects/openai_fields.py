@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, shown
+from handlers.backends.limits import MOST_TOKEN_IDS
 from handlers.dialects.body import refuse_unknown
 from handlers.dialects.constraints import GUIDED
 from handlers.dialects.misspelt import KnownNames
@@ -21,6 +22,8 @@ _Bias = Annotated[float, Meta(ge=-100, le=100)]
 Name = Annotated[str, Meta(max_length=512)]
 _StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
 _Priority = Annotated[int, Meta(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)]
+
+_SIDES = ("left", "right")
 
 _Truncation = Annotated[int, Meta(ge=-1, le=MAX_INTEGER)]
 """-1 for as much as the context has room for."""
@@ -139,6 +142,13 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
     """What would change the answer and is not there is refused; all else that `shape` does not know is dropped."""
     if isinstance(options := body.get("stream_options"), dict):
         refuse_unknown(options, StreamOptions.__struct_fields__, "stream_options")
+    side = body.get("truncation_side")
+    if (
+        isinstance(side, str) and side not in _SIDES
+    ):  # Here because msgspec's message quotes it, however long it is.
+        raise InvalidRequest(
+            f"truncation_side is {side[:40]!r}; allowed: {', '.join(_SIDES)}", param="truncation_side"
+        )
     for name in body.keys() - shape.__struct_fields__:
         if name in UNSUPPORTED and body[name] is not None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
@@ -160,6 +170,10 @@ def known_names(shape: type[CommonBody]) -> KnownNames:
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
     if not bias:
         return None
+    if len(bias) > MOST_TOKEN_IDS:
+        raise InvalidRequest(
+            f"logit_bias names {len(bias)} tokens; allowed: {MOST_TOKEN_IDS}", param="logit_bias"
+        )
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
             raise InvalidRequest(f"logit_bias: {key[:40]!r} is no token id", param="logit_bias")

@@ -55,16 +55,24 @@ _NAMES = KnownNames(
 _MOST_MESSAGES = 32
 """Messages whose names are looked at, the last ones: a client writes all of them alike."""
 
+FEWEST_PARTS = 4096
+"""That a chat may have, messages or parts of their contents, whatever the model's context."""
+
 _ROWS, _GRID = "image_embeds", "image_grid_thw"
 
 
-def read_messages(messages: list[Any], *, embeddings: bool = False) -> list[Message]:
+def read_messages(messages: list[Any], *, embeddings: bool = False, context: int = 0) -> list[Message]:
     """Raises InvalidRequest with the path of what is wrong, as in "messages[1].content[0].image_url.url".
 
-    embeddings: the operator lets clients send them in place of pictures.
+    embeddings: the operator lets clients send them in place of pictures. context: tokens that the model takes, 0 where
+    that is not known; each message, and each part of one, takes one at least.
     """
     if not messages:
         raise InvalidRequest("messages is empty: send at least one", param="messages")
+    _check_number(len(messages), "messages", context)
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    _check_number(parts, "parts in the contents of its messages", context)
     read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     kinds = {type(part) for message in read for part in message.parts}
     if EmbeddingsPart in kinds and not embeddings:
@@ -78,6 +86,14 @@ def read_messages(messages: list[Any], *, embeddings: bool = False) -> list[Mess
             f"{_ROWS}: a request holds pictures or embeddings of pictures, not both", param=_ROWS
         )
     return read
+
+
+def _check_number(count: int, what: str, context: int) -> None:
+    if count > (most := max(FEWEST_PARTS, context)):
+        raise InvalidRequest(
+            f"the request has {count} {what}, more than this model's context has room for; allowed: at most {most}",
+            param="messages",
+        )
 
 
 def misspelt(messages: list[Any]) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from urllib.parse import unquote, unquote_to_bytes
+import string
+from collections.abc import Iterator
+from urllib.parse import unquote
 
+import numpy as np
 import pybase64
 
 from handlers.errors import ImageTooLarge
@@ -11,8 +14,17 @@ from handlers.images.problem import PictureProblem
 
 MAX_HEADER = 1024
 ACCEPTED_TYPES = {"", "image", "application/octet-stream", "binary/octet-stream"}
-DISCARDED = {ord(character): None for character in " \t\r\n\f\v="}
-URL_SAFE = {ord("-"): "+", ord("_"): "/"}
+SLICE = 2**18
+"""Characters of a URL that are decoded in one step."""
+
+_DISCARDED = b" \t\r\n\f\v="
+_STANDARD = bytes.maketrans(b"-_", b"+/")
+"""From the URL-safe alphabet."""
+
+_PERCENT = ord("%")
+_HEX = np.array(
+    [int(chr(code), 16) if chr(code) in string.hexdigits else 255 for code in range(256)], np.uint8
+)
 
 
 def is_data_url(url: str) -> bool:
@@ -23,7 +35,9 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     """The bytes behind a `data:` URL. Run it in a thread: it costs a few milliseconds per megabyte.
 
     The declared type is not trusted (the content decides), yet one that is no picture's is refused. Base64
-    may be wrapped, percent-encoded, URL-safe or without padding. Raises PictureProblem.
+    may be wrapped, percent-encoded, URL-safe or without padding. It is decoded in slices, between which other threads
+    run, and no further than to `max_bytes`: beside the URL, twice the bytes behind it are held at most.
+    Raises PictureProblem.
     """
     comma = url.find(",", 5, 5 + MAX_HEADER)
     if comma < 0:
@@ -32,15 +46,17 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     _check_type(media_type)
     if len(url) - comma > 4 * max_bytes + MAX_HEADER:  # 4: base64 and percent-encoding both, at their worst
         raise _too_large(max_bytes)
-    payload = url[comma + 1 :]
-    data = (
-        _base64(payload) if "base64" in parameters else unquote_to_bytes(payload.encode("utf-8", "replace"))
-    )
-    if not data:
+    decoded = _base64 if "base64" in parameters else _percent
+    pieces: list[bytes] = []
+    size = 0
+    for piece in decoded(url, comma + 1):
+        size += len(piece)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        pieces.append(piece)
+    if not size:
         raise PictureProblem("its data URL is empty")
-    if len(data) > max_bytes:
-        raise _too_large(max_bytes)
-    return data
+    return b"".join(pieces)
 
 
 def _check_type(media_type: str) -> None:
@@ -50,18 +66,52 @@ def _check_type(media_type: str) -> None:
         raise PictureProblem("its data URL does not declare a picture; write data:image/jpeg;base64,...")
 
 
-def _base64(payload: str) -> bytes:
+def _base64(url: str, start: int) -> Iterator[bytes]:
+    rest = b""
+    for coded in _slices(url, start):
+        letters = rest + _unquoted(coded).translate(_STANDARD, _DISCARDED)
+        whole = len(letters) - len(letters) % 4
+        letters, rest = letters[:whole], letters[whole:]
+        yield _decoded(letters)
+    yield _decoded(rest + b"=" * (-len(rest) % 4))
+
+
+def _decoded(letters: bytes) -> bytes:
     try:
-        return pybase64.b64decode(payload, validate=True)
-    except ValueError:
-        pass
-    if "%" in payload:
-        payload = unquote(payload)
-    payload = payload.translate(DISCARDED).translate(URL_SAFE)
-    try:
-        return pybase64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        return pybase64.b64decode(letters, validate=True)
     except ValueError as error:
         raise PictureProblem("its data URL is not valid base64") from error
+
+
+def _percent(url: str, start: int) -> Iterator[bytes]:
+    for coded in _slices(url, start):
+        yield _unquoted(coded)
+
+
+def _slices(url: str, start: int) -> Iterator[bytes]:
+    """Its text from `start` on; none ends within a `%41`."""
+    while start < len(url):
+        end = start + SLICE
+        if end < len(url) and (cut := url.find("%", end - 2, end)) >= 0:
+            end = cut
+        yield url[start:end].encode("utf-8", "replace")
+        start = end
+
+
+def _unquoted(coded: bytes) -> bytes:
+    """As urllib.parse.unquote_to_bytes, which makes an object for each escape."""
+    if b"%" not in coded:
+        return coded
+    letters = np.frombuffer(coded, np.uint8)
+    at = np.flatnonzero(letters[:-2] == _PERCENT)
+    high, low = _HEX[letters[at + 1]], _HEX[letters[at + 2]]
+    escapes = (high | low) < 16
+    at = at[escapes]
+    out = letters.copy()
+    out[at] = (high[escapes] << 4) | low[escapes]
+    kept = np.ones(len(out), bool)
+    kept[at + 1] = kept[at + 2] = False
+    return out[kept].tobytes()
 
 
 def _too_large(max_bytes: int) -> PictureProblem:
