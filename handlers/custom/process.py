@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from engine.environment import child_environment
 from engine.messages import FRAME, MAX_FRAME_BYTES
 from handlers.custom.messages import (
     Answer,
@@ -30,6 +29,7 @@ from handlers.custom.messages import (
     ToHandler,
 )
 from handlers.errors import CustomCodeError, EngineFailed, PayloadTooLarge, ServingError, Unavailable
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 handler_log = logging.getLogger("handlers.custom")
@@ -142,7 +142,7 @@ class HandlerProcess:
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
                     pass_fds=(theirs.fileno(),),
-                    env={**child_environment(), "PYTHONUNBUFFERED": "1"},
+                    env={**child_environment("handler"), "PYTHONUNBUFFERED": "1"},
                     start_new_session=True,
                 )  # fmt: skip
             assert self._process.stdout is not None

@@ -11,11 +11,11 @@ from contextlib import suppress
 import msgspec
 
 from engine.config import Vocabulary
-from engine.environment import child_environment
 from engine.messages import FRAME
 from handlers.errors import InvalidRequest, Overloaded, Unavailable
 from handlers.grammars.messages import Job, Outcome
 from handlers.request import Constraint
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class _Worker:
                 sys.executable, "-P", "-m", "handlers.grammars.worker",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env=child_environment(),
+                env=child_environment("plain"),
                 start_new_session=True,
             )  # fmt: skip
             async with asyncio.timeout(START_SECONDS):
