@@ -27,6 +27,9 @@ MOST_KNOWN = 1024
 MOST_KNOWN_BYTES = 32 << 20
 """Outcomes kept, refusals among them: the ones used last."""
 
+MOST_OUTCOME_BYTES = 64 << 20
+"""Of one reply: far more than a grammar whose source is bounded can have."""
+
 _TOO_SLOW = Outcome(reason="compiling it took longer than", last=True)
 _DIED = Outcome(reason="it is too large or too deeply nested to compile", last=True)
 
@@ -216,6 +219,8 @@ class _Worker:
         assert self._process is not None
         assert self._process.stdout is not None
         (size,) = FRAME.unpack(await self._process.stdout.readexactly(FRAME.size))
+        if size > MOST_OUTCOME_BYTES:
+            raise EOFError
         return await self._process.stdout.readexactly(size)
 
 
