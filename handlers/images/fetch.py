@@ -14,7 +14,7 @@ from functools import cached_property
 
 import httpcore
 
-from handlers.errors import ImageFetchFailed, ImageFetchTimeout, ImageTooLarge, Unavailable
+from handlers.errors import ImageFetchFailed, ImageFetchTimeout, ImageTooLarge, short_of
 from handlers.images.address import AllowedPrivate
 from handlers.images.connect import CheckedBackend, Resolver, checked, resolve
 from handlers.images.encoding import codings_of
@@ -100,9 +100,7 @@ class Fetcher:
             return await self._follow(target, fetch)
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError, RuntimeError) as error:
             if (what := shortage(error)) is not None:
-                raise Unavailable(
-                    f"images cannot be fetched now: the server is short of {what}; try again", retry_after=5
-                ) from error
+                raise short_of(what) from error
             if isinstance(error, RuntimeError):
                 raise
             if isinstance(error, httpcore.ConnectError):
