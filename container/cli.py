@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from container.flags import FlagError, Flags, read_flags
-from container.hidden import hide, revealed
 from handlers.version import VERSION
 
 if TYPE_CHECKING:
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 _OWN = ("-h", "--help", "--json", "--all")
 _FLAGS_HELP = (
     "Every option can be written as a flag of its own: --max-model-len 4096, --limit-mm-per-prompt image=2, "
-    "--chat-template template.jinja, --trust-remote-code, --host 0.0.0.0, --port 8000, --api-key KEY. Keys are better "
-    "given by the environment (SERVING_API_KEY). docs/configuration.md has them all."
+    "--chat-template template.jinja, --trust-remote-code, --host 0.0.0.0, --port 8000, --api-key KEY. Give keys by "
+    "SERVING_API_KEY or serving.properties instead: others see this command line. docs/configuration.md has them all."
 )
 
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
     parser.add_argument("--version", action="version", version=f"lmi-handler {VERSION}")
     if not given or given[0] not in ("serve", "run", "check"):
         parser.parse_args(given or ["--help"])
-    flags = _flags(parser, given[1:], real=argv is None)
+    flags = _flags(parser, given[1:])
     arguments = parser.parse_args([given[0], *flags.rest])
     options = [*arguments.option, *flags.options, *flags.secret]
     if arguments.command == "check":
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
 def serve_main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
     """The `serve` command: `lmi serve`, but on all addresses, as a container must be."""
     parser = _parser()
-    flags = _flags(parser, sys.argv[1:] if argv is None else list(argv), real=argv is None)
+    flags = _flags(parser, sys.argv[1:] if argv is None else list(argv))
     arguments = parser.parse_args(["serve", *flags.rest])
     options = [*arguments.option, *flags.options, *flags.secret]
     return _serve(arguments.model, options, {}, flags.warnings, build)
@@ -86,18 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _flags(parser: argparse.ArgumentParser, arguments: list[str], *, real: bool) -> Flags:
-    """real: the arguments are those of the process, which shows them to everybody on the machine."""
+def _flags(parser: argparse.ArgumentParser, arguments: list[str]) -> Flags:
     from handlers.backends.vllm.options.fields import engine_argument_names
 
     try:
         flags = read_flags(arguments, _OWN, engine_argument_names())
     except FlagError as error:
         parser.error(str(error))
-    if real:
-        if flags.secret:
-            hide(flags, arguments)
-        flags.secret += revealed()
+    if flags.secret:
+        flags.warnings.append(
+            "secrets on the command line can be read by every user of this machine: give api_key and hf_token by "
+            "SERVING_API_KEY and HF_TOKEN, or in serving.properties"
+        )
     return flags
 
 

@@ -41,13 +41,12 @@ class Flags:
     """What came of a command line.
 
     rest: its other arguments, in order. options, secret: "--flag=value" for `properties.sources`; those of
-    `secret` must not be shown. public: the command line without the secret ones. warnings: for people.
+    `secret` must not be shown. warnings: for people.
     """
 
     rest: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
     secret: list[str] = field(default_factory=list)
-    public: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -73,8 +72,6 @@ class _Reader:
         self._named = False
 
     def read(self, own: Collection[str]) -> None:
-        before = list(self.waiting)
-        secret = len(self._found.secret)
         argument = self.waiting.popleft()
         flag, equals, value = argument.partition("=")
         flag = SHORT.get(flag, flag)
@@ -88,8 +85,6 @@ class _Reader:
             self._named |= not argument.startswith("-")
         else:
             self._flag(flag, value if equals else None)
-        if len(self._found.secret) == secret:
-            self._found.public += before[: len(before) - len(self.waiting)]
 
     def finish(self) -> Flags:
         for name, entries in self._entries.items():

@@ -10,6 +10,7 @@ from container.build import build_backend
 from container.configured import configured
 from container.logs import logging_to
 from container.server import BackendBuilder, serve
+from processes.environment import forget_keys
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError
 
@@ -33,6 +34,7 @@ def start(
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 1
+    forget_keys()
     settings = configuration.settings
     with logging_to(form=settings.log_format, level=settings.log_level):
         _announce(configuration)

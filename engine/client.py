@@ -14,7 +14,6 @@ from contextlib import suppress
 import msgspec
 
 from engine.config import EngineConfig
-from engine.environment import child_environment
 from engine.errors import EngineDead, EngineError, EngineStopped, ModelLoadError, RequestRejected
 from engine.messages import (
     FRAME,
@@ -34,6 +33,7 @@ from engine.messages import (
     StepDone,
     ToEngine,
 )
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 engine_log = logging.getLogger("engine.process")
@@ -162,7 +162,7 @@ class EngineClient:
                     stdin=asyncio.subprocess.DEVNULL,
                     stderr=asyncio.subprocess.PIPE,
                     pass_fds=(theirs.fileno(),),
-                    env=child_environment(),
+                    env=child_environment("engine"),
                     start_new_session=True,
                 )  # fmt: skip
             assert self._process.stderr is not None

@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from engine.config import EngineConfig
 from engine.cores import usable_cores
-from engine.environment import child_environment
 from engine.framing import read_frame, write_frame
 from engine.loader import check_ranks, load_model
 from engine.messages import Picture
 from engine.runner import ModelRunner, StepLogits
 from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.tensor_parallel import Ranks
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _spawn(setup: RankSetup) -> socket.socket:
             [sys.executable, "-P", "-m", "engine.process", "--rank", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
-            env=child_environment(),
+            env=child_environment("engine"),
         )
     threading.Thread(
         target=_end_with, args=(process, setup.rank), daemon=True, name=f"rank-{setup.rank}"

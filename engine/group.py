@@ -11,12 +11,9 @@ from engine.client import EngineClient, OutputStream
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.messages import Add, Ready, Stats
+from processes.restarts import Restarts
 
 logger = logging.getLogger(__name__)
-
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
-"""The first restart comes at once; the pause before each further one doubles."""
 
 PING_SECONDS = 2.0
 """Pause between two looks at whether an engine's loop still turns."""
@@ -39,11 +36,11 @@ AFFINITY_KEYS = 4096
 class Replica:
     """One engine process after another under one name."""
 
-    def __init__(self, number: int, config: EngineConfig) -> None:
+    def __init__(self, number: int, config: EngineConfig, retry_threshold: int) -> None:
         self.number = number
         self.config = config
         self.client = EngineClient(config)
-        self.failures = 0
+        self.restarts = Restarts(retry_threshold)
         self.given_up = False
         self.lost = Stats()
         """The counters of the processes that died."""
@@ -93,9 +90,8 @@ class EngineGroup:
         answers; after one more it is given up. loading_seconds: what one restart may take. spawned: a process that
         waits for its configuration, to be the first replica's."""
         self._loading_seconds = loading_seconds
-        self._retry_threshold = retry_threshold
         self._stuck_seconds = stuck_seconds
-        self.replicas = [Replica(number, config) for number, config in enumerate(configs)]
+        self.replicas = [Replica(number, config, retry_threshold) for number, config in enumerate(configs)]
         if spawned is not None:
             spawned.config = configs[0]
             self.replicas[0].client = spawned
@@ -136,6 +132,13 @@ class EngineGroup:
     def given_up(self) -> bool:
         """Every replica died too often; nothing will generate again."""
         return all(replica.given_up for replica in self.replicas)
+
+    @property
+    def why_down(self) -> str:
+        """For health, while no replica runs."""
+        waiting = [replica.restarts for replica in self.replicas if not replica.given_up]
+        short = [restarts for restarts in waiting if restarts.short is not None]
+        return (short or waiting or [self.replicas[0].restarts])[0].reason("the engine")
 
     async def changed(self) -> None:
         """Return when next a replica has died, come back, or been given up."""
@@ -202,7 +205,7 @@ class EngineGroup:
                 await replica.client.stop()
                 code = replica.client.returncode
                 replica.retire()
-                replica.failures = 1 if served else replica.failures + 1
+                replica.restarts.died(served=served)
                 self._announce()
                 logger.error("engine process of replica %d ended with code %s", replica.number, code)
                 if not await self._restart(replica):
@@ -213,8 +216,8 @@ class EngineGroup:
 
     async def _restart(self, replica: Replica) -> bool:
         """Try until it is back, or has failed too often."""
-        while replica.failures <= self._retry_threshold:
-            await asyncio.sleep(_pause(replica.failures))
+        while not replica.restarts.exhausted:
+            await asyncio.sleep(replica.restarts.pause)
             self.restarts += 1
             try:
                 async with asyncio.timeout(self._loading_seconds):
@@ -224,12 +227,13 @@ class EngineGroup:
                     "replica %d did not start again: %s", replica.number, error or type(error).__name__
                 )
                 replica.retire()
-                replica.failures += 1
+                replica.restarts.failed(error)
             else:
+                replica.restarts.succeeded()
                 logger.info("replica %d is back", replica.number)
                 self._announce()
                 return True
-        logger.critical("replica %d is given up after %d failures", replica.number, replica.failures)
+        logger.critical("replica %d is given up after %d failures", replica.number, replica.restarts.failures)
         return False
 
     async def _watch(self, replica: Replica) -> None:
@@ -244,10 +248,3 @@ class EngineGroup:
                 )
                 client.kill()
                 await client.wait_dead()
-
-
-def _pause(failures: int) -> float:
-    """Seconds to wait before the restart after that many failures in a row."""
-    if failures <= 1:
-        return 0.0
-    return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (failures - 2))

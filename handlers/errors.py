@@ -170,6 +170,11 @@ class InvalidConfiguration(ServingError):
     kind = "invalid_configuration"
 
 
+def short_of(what: str) -> Unavailable:
+    """For a request that failed since the server had none left of something (see `processes.shortage`)."""
+    return Unavailable(f"the server is short of {what}; try again", retry_after=5)
+
+
 def raised_at(error: BaseException) -> list[tuple[str, int, str]]:
     """(file name, line, function) of each frame that an exception came through, innermost first.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm.engine import keeper as keeping
 from handlers.backends.vllm.engine import watch as watching
 from handlers.backends.vllm.engine.counters import Counters
 from handlers.backends.vllm.engine.keeper import EngineKeeper
 from handlers.backends.vllm.engine.watch import Patience
+from processes import restarts
 
 
 class ScriptedEngine:
@@ -50,6 +51,7 @@ class House:
         self.built: list[ScriptedEngine] = []
         self.copies = copies
         self.fail = 0
+        self.error: Exception = RuntimeError("no memory")
         self.full = False
         self.refused = 0
         self.process: Any = None
@@ -61,7 +63,7 @@ class House:
     def build(self) -> ScriptedEngine:
         if self.fail:
             self.fail -= 1
-            raise RuntimeError("no memory")
+            raise self.error
         process, self.process = self.process, None
         self.built.append(ScriptedEngine(self.copies, [process] if process else []))
         return self.built[-1]
@@ -78,7 +80,7 @@ class House:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "LOOK_SECONDS", 0.005)
     monkeypatch.setattr(watching, "IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(keeping, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -298,5 +300,22 @@ def test_what_a_start_that_fails_leaves_is_ended_alone() -> None:
         for process in (mine, reader):
             process.kill()
             process.join()
+
+    run(scenario)
+
+
+def test_a_shortage_of_this_machine_is_waited_for_and_not_counted() -> None:
+    async def scenario() -> None:
+        house = House(retry_threshold=1)
+        await house.keeper.start()
+        house.error = OSError(errno.EMFILE, "Too many open files")
+        house.fail = 6
+        house.built[0].errored = True
+        await until(lambda: house.keeper.restarts > 3)
+        health = house.keeper.health()
+        assert (health.ready, health.lost) == (False, False)
+        assert health.reason.endswith("the server is short of file descriptors")
+        await until(lambda: house.keeper.health().ready)
+        await house.keeper.close()
 
     run(scenario)

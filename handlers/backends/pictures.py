@@ -16,8 +16,9 @@ from engine.errors import RequestRejected
 from engine.families.base import GRID, Arrays, PreparedPicture, Preprocessor
 from engine.messages import EMBEDDINGS, TensorData
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.errors import ImageError
+from handlers.errors import ImageError, short_of
 from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings, LoadedImage, PicturePart
+from processes.shortage import shortage
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class PicturePreparer:
         except RequestRejected as error:
             raise ImageError(index, str(error)) from error
         except Exception as error:
+            if (what := shortage(error)) is not None:
+                raise short_of(what) from error
             raise ImageError(index, "the model's processor cannot prepare this picture") from error
 
     async def _prepare(self, loaded: LoadedImage, variant: int) -> ReadyPicture:

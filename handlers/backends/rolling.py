@@ -236,7 +236,7 @@ class RollingBackend:
             return Health(False, "the model is loading")
         alive, total = len(group.responsive), len(group.replicas)
         if alive == 0:
-            reason = "the engine is being restarted"
+            reason = group.why_down
             if group.given_up:
                 reason = "the engine failed too often"
             elif group.alive:

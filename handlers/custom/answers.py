@@ -6,7 +6,11 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from handlers.custom import djl
-from handlers.custom.messages import FromHandler, Head, Part
+from handlers.custom.messages import MOST_PART_BYTES, FromHandler, Head, Part
+
+
+class ReplyTooLarge(Exception):
+    """The message is for the client too."""
 
 
 def answer(number: int, result: Any) -> Iterator[FromHandler]:
@@ -24,7 +28,7 @@ def answer(number: int, result: Any) -> Iterator[FromHandler]:
         if not begun:
             begun = True
             yield head_of_generated(number, item, output)
-        yield Part(number, formatted(item, output))
+        yield part(number, formatted(item, output), "part of its stream")
     if not begun:
         yield head(number, djl.Output(204))
 
@@ -43,7 +47,7 @@ async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
         if not begun:
             begun = True
             yield head_of_generated(number, item, output)
-        yield Part(number, formatted(item, output))
+        yield part(number, formatted(item, output), "part of its stream")
     if not begun:
         yield head(number, djl.Output(204))
 
@@ -51,9 +55,19 @@ async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
 def whole(number: int, output: djl.Output) -> Iterator[FromHandler]:
     if output.content.size() > 1:
         raise TypeError(f"the output holds {output.content.size()} contents; a reply can hold one")
+    parts = [part(number, bytes(value), "reply") for value in output.content.get_values()]
     yield head(number, output)
-    for value in output.content.get_values():
-        yield Part(number, bytes(value))
+    yield from parts
+
+
+def part(number: int, data: bytes, what: str) -> Part:
+    """Raises ReplyTooLarge: it would be held in the server's memory too."""
+    if len(data) > MOST_PART_BYTES:
+        raise ReplyTooLarge(
+            f"a {what} of {len(data)} bytes is larger than {MOST_PART_BYTES} bytes, the most that is sent on; "
+            "stream it in smaller parts"
+        )
+    return Part(number, data)
 
 
 def as_output(result: Any) -> djl.Output:

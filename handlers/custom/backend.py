@@ -18,14 +18,11 @@ from handlers.custom.messages import Start
 from handlers.custom.process import HandlerCall, HandlerProcess
 from handlers.errors import CustomCodeError, NotFound, ServingError, Unavailable
 from handlers.request import GenerationRequest, Prompt
+from processes.restarts import Restarts
 from properties.configuration import Configuration
 from properties.field import Level
 
 logger = logging.getLogger(__name__)
-
-_FIRST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 30.0
-"""The first restart comes at once; the pause before each further one doubles."""
 
 
 class CustomBackend:
@@ -37,7 +34,7 @@ class CustomBackend:
         """retry_threshold: deaths of a process, with no answer between them, that a restart answers."""
         self._start = start
         self._processes = [HandlerProcess(start, self._serve_waiting) for _ in range(processes)]
-        self._retry_threshold = retry_threshold
+        self._tries = [Restarts(retry_threshold) for _ in range(processes)]
         self._waiting: deque[tuple[asyncio.Future[HandlerCall], dict[str, str], bytes]] = deque()
         self._keepers: list[asyncio.Task[None]] = []
         self._restarts = 0
@@ -106,7 +103,8 @@ class CustomBackend:
             return Health(True, "ready")
         if self._lost == len(self._processes):
             return Health(False, "the model's own handler failed too often", lost=True)
-        return Health(False, "the model's own handler is being restarted")
+        tries = next((tries for tries in self._tries if tries.short is not None), self._tries[0])
+        return Health(False, tries.reason("the model's own handler"))
 
     def stats(self) -> BackendStats:
         return BackendStats(
@@ -146,26 +144,28 @@ class CustomBackend:
 
     async def _keep(self, number: int) -> None:
         """Replace a process that dies, until it has died too often without an answer."""
-        failures, pause = 0, 0.0
         while True:
-            process = self._processes[number]
+            process, tries = self._processes[number], self._tries[number]
             await process.died.wait()
             await process.stop()
-            failures = 1 if process.answered else failures + 1
-            if failures > self._retry_threshold:
+            tries.died(served=process.answered)
+            while not tries.exhausted:
+                await asyncio.sleep(tries.pause)
+                self._restarts += 1
+                logger.warning("process %d of the model's own handler ended; it is restarted", number)
+                fresh = HandlerProcess(self._start, self._serve_waiting)
+                try:
+                    await fresh.start()
+                except (CustomCodeError, OSError) as error:
+                    logger.error("%s", error)
+                    tries.failed(error)
+                else:
+                    tries.succeeded()
+                    self._processes[number] = fresh
+                    self._serve_waiting()
+                    break
+            else:
                 break
-            pause = 0.0 if process.answered else pause
-            await asyncio.sleep(pause)
-            pause = min(_LONGEST_PAUSE_SECONDS, max(_FIRST_PAUSE_SECONDS, 2 * pause))
-            self._restarts += 1
-            logger.warning("process %d of the model's own handler ended; it is restarted", number)
-            fresh = HandlerProcess(self._start, self._serve_waiting)
-            try:
-                await fresh.start()
-            except CustomCodeError as error:
-                logger.error("%s", error)
-            self._processes[number] = fresh
-            self._serve_waiting()
         self._lost += 1
         logger.error("process %d of the model's own handler failed too often", number)
         if self._lost == len(self._processes):

@@ -6,6 +6,9 @@ from typing import TypeAlias
 
 import msgspec
 
+MOST_PART_BYTES = 64 << 20
+"""Of a whole reply, or of one part of a stream."""
+
 
 class Start(msgspec.Struct, tag=True):
     """The first frame. directory: the model's, absolute. file: the handler's, in it. function: its name; None for
@@ -71,7 +74,10 @@ class End(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The handler raised. status: 424, or 507 when memory ran out. error: the exception's class."""
+    """The handler raised. status: 424, 507 when memory ran out, or 500 for a reply that is too large.
+
+    error: the exception's class; for a 500 what is wrong with the reply.
+    """
 
     id: int
     status: int

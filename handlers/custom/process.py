@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from engine.environment import child_environment
 from engine.messages import FRAME, MAX_FRAME_BYTES
 from handlers.custom.messages import (
     Answer,
@@ -30,6 +29,7 @@ from handlers.custom.messages import (
     ToHandler,
 )
 from handlers.errors import CustomCodeError, EngineFailed, PayloadTooLarge, ServingError, Unavailable
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 handler_log = logging.getLogger("handlers.custom")
@@ -59,13 +59,15 @@ class HandlerCall:
         self._waiting = 0
 
     async def next(self) -> Answer:
-        """Raises CustomCodeError, OutOfMemory, and EngineFailed when the process ends."""
+        """Raises CustomCodeError, OutOfMemory, and EngineFailed when the process ends or its reply is too large."""
         message = await self._messages.get()
         if isinstance(message, ServingError):
             raise message
         if isinstance(message, Part):
             self._waiting -= len(message.data)
         if isinstance(message, Failed):
+            if message.status == 500:
+                raise EngineFailed(f"the model's own handler failed: {message.error}")
             text = f"the model's own handler failed ({message.error}); the log has more"
             raise OutOfMemory(text) if message.status == 507 else CustomCodeError(text)
         return message
@@ -80,7 +82,9 @@ class HandlerCall:
         if isinstance(message, Part):
             self._waiting += len(message.data)
             if self._waiting > MOST_WAITING:
-                message = PayloadTooLarge("the answer comes faster than it is read")
+                message = EngineFailed(
+                    f"the stream is ended: {MOST_WAITING} bytes of it wait, it comes faster than its client reads it"
+                )
                 self.abandon(0.0)
         self._messages.put_nowait(message)
         if isinstance(message, End | Failed | ServingError):
@@ -142,7 +146,7 @@ class HandlerProcess:
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
                     pass_fds=(theirs.fileno(),),
-                    env={**child_environment(), "PYTHONUNBUFFERED": "1"},
+                    env={**child_environment("handler"), "PYTHONUNBUFFERED": "1"},
                     start_new_session=True,
                 )  # fmt: skip
             assert self._process.stdout is not None
@@ -159,7 +163,11 @@ class HandlerProcess:
         return first
 
     def call(self, properties: dict[str, str], body: bytes) -> HandlerCall:
-        """Begin a call; the process must be `free`."""
+        """Begin a call; the process must be `free`. Raises PayloadTooLarge."""
+        if len(body) > MAX_FRAME_BYTES // 2:
+            raise PayloadTooLarge(
+                f"{len(body)} bytes are more than the model's own handler can be given: {MAX_FRAME_BYTES // 2}"
+            )
         self._last += 1
         call = self._calls[self._last] = HandlerCall(self, self._last)
         self._send(Call(self._last, properties, body))

@@ -24,7 +24,7 @@ import msgspec
 
 from engine.framing import read_frame, write_frame
 from handlers.custom import djl
-from handlers.custom.answers import answer, answer_async
+from handlers.custom.answers import ReplyTooLarge, answer, answer_async
 from handlers.custom.messages import (
     Call,
     Cancel,
@@ -224,8 +224,10 @@ async def _result(value: Any) -> Any:
 
 
 def failed(number: int, error: Exception) -> Failed:
-    """The client is told the exception's class alone; its text and trace go to the log."""
+    """Of an exception of the handler's the client is told the class alone; its text and trace go to the log."""
     logger.error("the handler failed", exc_info=error)
+    if isinstance(error, ReplyTooLarge):
+        return Failed(number, 500, str(error))
     name = type(error).__name__
     return Failed(number, 507 if name in _OUT_OF_MEMORY else 424, name)
 

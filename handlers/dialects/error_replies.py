@@ -20,9 +20,11 @@ from handlers.errors import (
     ServingError,
     Unavailable,
     raised_at,
+    short_of,
 )
 from handlers.exchange import Reply
 from handlers.own_words import own_words_of
+from processes.shortage import shortage
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +122,14 @@ def error_reply(error: ServingError, style: ErrorStyle) -> Reply:
 
 
 def client_error(error: Exception, request_id: str) -> ServingError:
-    """What a client learns of an exception: all of an expected one, of any other only where to look."""
+    """What a client learns of an exception: all of an expected one, of any other only where to look, unless the server
+    was short of something: then that trying again may help."""
     if isinstance(error, ServingError):
         return error
+    if (what := shortage(error)) is not None:
+        short: ServingError = short_of(what)
+        short.__cause__ = error
+        return short
     unexpected = ServingError(f"internal error; the log has more under request id {request_id}")
     unexpected.__cause__ = error
     return unexpected

@@ -11,11 +11,11 @@ from contextlib import suppress
 import msgspec
 
 from engine.config import Vocabulary
-from engine.environment import child_environment
 from engine.messages import FRAME
 from handlers.errors import InvalidRequest, Overloaded, Unavailable
 from handlers.grammars.messages import Job, Outcome
 from handlers.request import Constraint
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ MOST_WAITING = 256
 MOST_KNOWN = 1024
 MOST_KNOWN_BYTES = 32 << 20
 """Outcomes kept, refusals among them: the ones used last."""
+
+MOST_OUTCOME_BYTES = 64 << 20
+"""Of one reply: far more than a grammar whose source is bounded can have."""
 
 _TOO_SLOW = Outcome(reason="compiling it took longer than", last=True)
 _DIED = Outcome(reason="it is too large or too deeply nested to compile", last=True)
@@ -166,7 +169,7 @@ class _Worker:
                 sys.executable, "-P", "-m", "handlers.grammars.worker",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env=child_environment(),
+                env=child_environment("plain"),
                 start_new_session=True,
             )  # fmt: skip
             async with asyncio.timeout(START_SECONDS):
@@ -216,6 +219,8 @@ class _Worker:
         assert self._process is not None
         assert self._process.stdout is not None
         (size,) = FRAME.unpack(await self._process.stdout.readexactly(FRAME.size))
+        if size > MOST_OUTCOME_BYTES:
+            raise EOFError
         return await self._process.stdout.readexactly(size)
 
 

@@ -1,4 +1,4 @@
-"""httpcore's way to the network: a name is resolved once, its addresses checked, and those connected to."""
+"""httpcore's way to the network: connections to addresses that were resolved once and checked."""
 
 # ruff: noqa: ASYNC109 (the timeouts are httpcore's interface)
 
@@ -9,7 +9,6 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
 from typing import Any
 
 import anyio
@@ -33,6 +32,20 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
+def checked(host: str, found: Sequence[str], allowed: AllowedPrivate) -> list[str]:
+    """The addresses of a host that may be connected to. Raises PictureProblem."""
+    for text in found:
+        address = ipaddress.ip_address(text)
+        if not is_public(address) and not allowed.admits(host, address):
+            raise PictureProblem(
+                "its host's address is not public; send the picture as a data: URL, or have the operator "
+                "allow the host with option.image_fetch_allow_private"
+            )
+    if not found:
+        raise PictureProblem("its host name cannot be resolved", ImageFetchFailed)
+    return list(found[:MAX_ADDRESSES])
+
+
 class CheckedBackend(httpcore.AsyncNetworkBackend):
     """The network for one hop of one picture. TLS still verifies the host's name: only the connection is
     pinned.
@@ -41,17 +54,18 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
     also when the fetch is cancelled halfway through a handshake.
     """
 
-    def __init__(
-        self, resolver: Resolver, threads: Executor, allowed: AllowedPrivate, deadline: float
-    ) -> None:
-        """deadline: on the event loop's clock; shared out among a host's addresses."""
-        self._resolver = resolver
-        self._threads = threads
-        self._allowed = allowed
+    def __init__(self, addresses: Sequence[str], deadline: float) -> None:
+        """addresses: the ones to try, checked. deadline: on the event loop's clock; shared out among them."""
+        self._addresses = addresses
         self._deadline = deadline
         self._network = httpcore.AnyIOBackend()
         self._opened: list[httpcore.AsyncNetworkStream] = []
         self.budget = ReadBudget()
+
+    @property
+    def connected(self) -> bool:
+        """Whether an address has accepted the connection."""
+        return bool(self._opened)
 
     async def connect_tcp(
         self,
@@ -61,7 +75,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        addresses = await self._addresses(host, port)
+        addresses = self._addresses
         failure: Exception = httpcore.ConnectError()
         loop = asyncio.get_running_loop()
         for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
@@ -79,23 +93,6 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         with anyio.CancelScope(shield=True):
             for stream in self._opened:
                 await stream.aclose()
-
-    async def _addresses(self, host: str, port: int) -> list[str]:
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.run_in_executor(self._threads, self._resolver, host, port)
-        except (OSError, UnicodeError) as error:
-            raise PictureProblem("its host name cannot be resolved", ImageFetchFailed) from error
-        for text in found:
-            address = ipaddress.ip_address(text)
-            if not is_public(address) and not self._allowed.admits(host, address):
-                raise PictureProblem(
-                    "its host's address is not public; send the picture as a data: URL, or have the operator "
-                    "allow the host with option.image_fetch_allow_private"
-                )
-        if not found:
-            raise PictureProblem("its host name cannot be resolved", ImageFetchFailed)
-        return list(found[:MAX_ADDRESSES])
 
 
 class ReadBudget:

@@ -145,9 +145,10 @@ class ImageLoader:
             if isinstance(part, EmbeddingsPart) and part.given is not None:
                 part.loaded = part.given
         wanted = [(first_index + i, part) for i, part in enumerate(parts) if part.loaded is None]
+        request = object()  # whose images share their part of the fetch places
         try:
             files, failed = await _until_one_fails(
-                [self._in_time(index, deadline, self._obtain, part) for index, part in wanted]
+                [self._in_time(index, deadline, self._obtain, part, request) for index, part in wanted]
             )
             if files:
                 wanted = wanted[: len(files)]
@@ -200,7 +201,7 @@ class ImageLoader:
                 raise
             raise ImageFetchTimeout(index, "it was not ready when the request's time was up") from error
 
-    async def _obtain(self, part: PicturePart) -> _File:
+    async def _obtain(self, part: PicturePart, request: object) -> _File:
         if isinstance(part, EmbeddingsPart):
             embedded = await self._in_thread(read_embeddings, part, self.limits.max_bytes)
             return _Embedded(embedded, b"embeddings %d" % next(self._numbers))
@@ -211,7 +212,7 @@ class ImageLoader:
             url = url.strip()
         if is_data_url(url):
             return await self._in_thread(self._read, url)
-        body = await self._fetcher.fetch(url)
+        body = await self._fetcher.fetch(url, request)
         self.fetched += 1
         self.bytes += sum(map(len, body.pieces))
         return await self._in_thread(self._read, body)

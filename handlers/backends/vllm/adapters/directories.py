@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from handlers.errors import InvalidConfiguration, InvalidRequest, NotFound
+from handlers.errors import InvalidConfiguration, InvalidRequest, NotFound, short_of
+from processes.shortage import shortage
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,9 @@ def adapter_directory(src: str, home: Path, allowed: str) -> Path:
         if not path.is_dir():
             raise NotFound("src: there is no such directory", param="src")
         held = {entry.name for entry in path.iterdir() if entry.is_file()}
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if (what := shortage(error)) is not None:
+            raise short_of(what) from error
         raise InvalidRequest("src: the directory cannot be read", param="src") from None
     if _CONFIG not in held or held.isdisjoint(_WEIGHTS):
         raise InvalidRequest(

@@ -22,7 +22,9 @@ from handlers.errors import (
     NotFound,
     ServingError,
     Unavailable,
+    short_of,
 )
+from processes.shortage import shortage
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +229,8 @@ class VllmAdapters:
             raise
         except Exception as error:
             await self._dropped(engine, adapter)
+            if (what := shortage(error)) is not None:
+                raise short_of(what) from error
             raise InvalidRequest(f"src: {_reason(error, adapter)}", param="src") from error
         if not loaded:
             await self._dropped(engine, adapter)

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 
 from handlers.backends.vllm.engine.processes import Process
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Guard:
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", _SCRIPT, "sh", *(f"{one.pid}:{one.started}" for one in processes)],
                 stdin=subprocess.PIPE,
+                env=child_environment("plain"),
                 start_new_session=True,  # what is typed at a terminal goes to the front alone
             )
         except OSError as error:

@@ -13,12 +13,9 @@ from handlers.backends.vllm.engine.counters import Counters
 from handlers.backends.vllm.engine.guard import Guard
 from handlers.backends.vllm.engine.processes import ProcessTree, children, roots_of, unfinished
 from handlers.backends.vllm.engine.watch import Ask, Patience, Watch, count_copies
+from processes.restarts import Restarts
 
 logger = logging.getLogger(__name__)
-
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
-"""The first restart comes at once; the pause before each further one doubles."""
 
 GUARD_SECONDS = 0.5
 """How often an engine that is being built is looked at for new processes."""
@@ -54,7 +51,6 @@ class EngineKeeper:
         self._warm = warm or ask
         self._prepare = prepare
         self._counters = counters
-        self._retry_threshold = retry_threshold
         self._loading_seconds = loading_seconds
         self._patience = patience or Patience()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
@@ -69,8 +65,8 @@ class EngineKeeper:
         self.in_flight = 0
         self.answered = False
         """Since the engine that serves now came up."""
-        self.failures = 0
         self.restarts = 0
+        self._tries = Restarts(retry_threshold)
         self.given_up = False
 
     async def start(self) -> None:
@@ -82,7 +78,7 @@ class EngineKeeper:
         if self.given_up:
             return Health(False, "the engine failed too often", lost=True)
         if self.engine is None or self.engine.errored:
-            return Health(False, "the engine is being restarted")
+            return Health(False, self._tries.reason("the engine"))
         if self._watch is not None and self._watch.suspect:
             return Health(False, "the engine does not answer")
         return Health(True, "ready")
@@ -168,7 +164,7 @@ class EngineKeeper:
             reason = await self._watch.until_lost()
             lost, self.engine, self._watch = self.engine, None, None
             logger.error("the engine %s", reason)
-            self.failures = 1 if self.answered else self.failures + 1
+            self._tries.died(served=self.answered)
             self.answered = False
             try:
                 _tell(lost)
@@ -183,19 +179,20 @@ class EngineKeeper:
 
     async def _restart(self) -> bool:
         """Try until it is back, or has failed too often."""
-        while self.failures <= self._retry_threshold:
-            await asyncio.sleep(_pause(self.failures))
+        while not self._tries.exhausted:
+            await asyncio.sleep(self._tries.pause)
             self.restarts += 1
             try:
                 async with asyncio.timeout(self._loading_seconds):
                     self.engine = await self._built()
             except Exception as error:
                 logger.error("the engine did not start again: %s", error or type(error).__name__)
-                self.failures += 1
+                self._tries.failed(error)
             else:
+                self._tries.succeeded()
                 logger.info("the engine is back")
                 return True
-        logger.critical("the engine is given up after %d failures", self.failures)
+        logger.critical("the engine is given up after %d failures", self._tries.failures)
         return False
 
 
@@ -224,10 +221,3 @@ def _end(engine: Any, tree: ProcessTree) -> None:
         )
     if engine is not None:
         engine.shutdown(timeout=0)
-
-
-def _pause(failures: int) -> float:
-    """Seconds to wait before the restart after that many failures in a row."""
-    if failures <= 1:
-        return 0.0
-    return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (failures - 2))

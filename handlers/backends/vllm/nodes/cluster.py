@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-from engine.environment import child_environment, die_with_parent
+from engine.environment import die_with_parent
 from handlers.errors import InvalidConfiguration
+from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def _asked(address: str) -> Cluster | None:
         asking = subprocess.run(
             [sys.executable, "-P", "-m", __name__],
             capture_output=True,
-            env=child_environment(),
+            env=child_environment("vllm"),
             preexec_fn=die_with_parent,
             timeout=ASK_SECONDS,
         )

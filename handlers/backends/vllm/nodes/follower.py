@@ -16,6 +16,7 @@ from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.nodes.workers import Workers
 from handlers.errors import InvalidConfiguration, Unavailable
+from processes.restarts import Restarts
 
 if TYPE_CHECKING:
     from handlers.backends.adapters import AdapterStore
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
-
-LONGEST_PAUSE_SECONDS = 30.0
-"""Before the workers are started again; the first time they are at once, then after 0.5 s, 1 s, 2 s ..."""
 
 
 class VllmFollower:
@@ -41,6 +39,7 @@ class VllmFollower:
         self._ready = False
         self._lost = False
         self._restarts = 0
+        self._tries = self._fresh_tries()
 
     @classmethod
     def from_configuration(cls, configuration: Configuration, model_path: Path) -> VllmFollower:
@@ -73,7 +72,9 @@ class VllmFollower:
         if self._lost:
             return Health(False, "the workers of this machine failed too often", lost=True)
         if not self._ready:
-            return Health(False, "the workers of this machine are being started")
+            if self._tries.short is None:
+                return Health(False, "the workers of this machine are being started")
+            return Health(False, self._tries.reason("this machine's part of the engine"))
         return Health(True, "ready")
 
     def stats(self) -> BackendStats:
@@ -119,16 +120,24 @@ class VllmFollower:
             await asyncio.to_thread(self._workers.end)
             self._lost = not await self._restarted()
 
+    def _fresh_tries(self) -> Restarts:
+        """After the end of workers that were part of an engine."""
+        tries = Restarts(self._settings.retry_threshold + 1)
+        tries.died(served=True)
+        return tries
+
     async def _restarted(self) -> bool:
-        for failures in range(self._settings.retry_threshold + 1):
-            if failures:
-                await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 0.25 * 2.0**failures))
+        self._tries = self._fresh_tries()
+        while not self._tries.exhausted:
+            await asyncio.sleep(self._tries.pause)
             self._restarts += 1
             try:
                 await self._start()
-            except InvalidConfiguration as error:
-                logger.error("%s", error)
+            except (InvalidConfiguration, OSError) as error:
+                logger.error("the workers of this machine did not start: %s", error)
+                self._tries.failed(error)
             else:
+                self._tries.succeeded()
                 logger.info("the workers of this machine are back")
                 return True
         return False

@@ -15,8 +15,8 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from engine.environment import child_environment
 from handlers.backends.vllm import compat
+from processes.environment import child_environment
 
 _JOINED = "joined"
 
@@ -31,7 +31,7 @@ class Workers:
                 [sys.executable, "-P", "-m", __name__, str(telling)],
                 stdin=subprocess.PIPE,
                 pass_fds=[telling],
-                env=child_environment(),
+                env=child_environment("vllm"),
                 start_new_session=True,
             )
         finally:

@@ -1,0 +1,265 @@
+"""Who may use the network next: a bounded number of places, shared out so that no host can hold up the others.
+
+A host that does not answer holds each of its places until its time is up. So a host may hold a part of the places only,
+a smaller one after each time-out, and those who wait for a place wait behind their own host's requests, not behind
+another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TypeAlias
+
+MOST_REMEMBERED = 4096
+"""Hosts and addresses whose conduct is remembered: those used last."""
+
+RECOVERY_SECONDS = 30.0
+"""After this long without a time-out, a host's reduced share doubles, and again after as long."""
+
+MOST_PASSED_OVER = 512
+"""Waiting requests that are looked at when a place becomes free. Further ones come first the next time."""
+
+
+@dataclass(slots=True)
+class Conduct:
+    """share: places that one host or address may hold. proven: it has delivered since its last time-out."""
+
+    share: int
+    changed: float
+    proven: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a place is for.
+
+    request: whose image it is. host: with its port. site: what hosts of one owner probably have in common.
+    address: the one that the host was resolved to, with the port; None where it is not known yet.
+    """
+
+    request: Hashable
+    host: Hashable
+    site: Hashable
+    address: Hashable | None = None
+
+
+class Places:
+    """At most `total` claims hold a place at a time. Used on one event loop.
+
+    Of the `total`, a request may hold a quarter; a host or an address at first a quarter, up to half after successes,
+    half as many as before (at least one) after each time-out; all hosts of one site that are not proven a quarter;
+    and all hosts together that are not proven three quarters, so that hosts that deliver always find a place.
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds."""
+        self.total = total
+        self.held = 0
+        self._clock = clock
+        self._quarter = max(1, total // 4)
+        self._most_proven = max(1, total // 2)
+        self._most_unproven = max(1, total - total // 4)
+        self._conduct: OrderedDict[Hashable, Conduct] = OrderedDict()
+        self._requests: Counter[Hashable] = Counter()
+        self._hosts: Counter[Hashable] = Counter()
+        self._addresses: Counter[Hashable] = Counter()
+        self._unproven: Counter[Hashable] = Counter()
+        self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(claims) for queue in self._queues.values() for claims in queue.values())
+
+    def held_by(self, host: Hashable) -> int:
+        return self._hosts[host]
+
+    def share_of(self, host_or_address: Hashable) -> int:
+        """How many places it may hold now."""
+        return self._current(host_or_address).share
+
+    async def take(self, claim: Claim) -> Place:
+        """Waits its turn; cancelled, it leaves nothing behind. Use the place as a context manager."""
+        if claim.host not in self._queues and self._may(claim):
+            return self._granted(claim)
+        waiting = _Waiting(claim)
+        queue = self._queues.setdefault(claim.host, OrderedDict())
+        queue.setdefault(claim.request, deque()).append(waiting)
+        if self._may(claim):
+            self._serve()
+        try:
+            return await waiting.turn
+        except asyncio.CancelledError:
+            if waiting.turn.done() and not waiting.turn.cancelled():
+                waiting.turn.result().release()
+            else:
+                self._leave(waiting)
+            raise
+
+    def delivered(self, claim: Claim) -> None:
+        """It answered well: its host and address may hold more places."""
+        for key in (claim.host, claim.address):
+            if key is not None:
+                conduct = self._current(key)
+                conduct.share = min(self._most_proven, max(conduct.share * 2, self._quarter))
+                conduct.proven = True
+
+    def timed_out(self, claim: Claim, *, connected: bool) -> None:
+        """It did not deliver in time. connected: its address has accepted the connection, so another host's requests
+        to the same address may still be answered."""
+        for key in (claim.host,) if connected else (claim.host, claim.address):
+            if key is not None:
+                conduct = self._current(key)
+                conduct.share = max(1, conduct.share // 2)
+                conduct.changed, conduct.proven = self._clock(), False
+
+    def _may(self, claim: Claim) -> bool:
+        if self.held >= self.total or self._requests[claim.request] >= self._quarter:
+            return False
+        host = self._current(claim.host)
+        if self._hosts[claim.host] >= host.share:
+            return False
+        if claim.address is not None:
+            address = self._current(claim.address)
+            # a proven host shares the address with others that may be none of its doing
+            most = self._most_proven if host.proven and address.proven else address.share
+            if self._addresses[claim.address] >= most:
+                return False
+        return host.proven or (
+            self._unproven[claim.site] < self._quarter and self._unproven.total() < self._most_unproven
+        )
+
+    def _granted(self, claim: Claim) -> Place:
+        unproven = not self._current(claim.host).proven
+        self.held += 1
+        self._count(claim, unproven, 1)
+        return Place(self, claim, unproven)
+
+    def _count(self, claim: Claim, unproven: bool, change: int) -> None:
+        for counter, key, counts in (
+            (self._requests, claim.request, True),
+            (self._hosts, claim.host, True),
+            (self._addresses, claim.address, claim.address is not None),
+            (self._unproven, claim.site, unproven),
+        ):
+            if counts:
+                counter[key] += change
+                if not counter[key]:
+                    del counter[key]
+
+    def _release(self, claim: Claim, unproven: bool) -> None:
+        self.held -= 1
+        self._count(claim, unproven, -1)
+        self._serve()
+
+    def _serve(self) -> None:
+        """Give free places to those who wait: the hosts in turn, and of each host the requests in turn."""
+        looks, granted = MOST_PASSED_OVER, True
+        while granted:
+            granted = False
+            for _ in range(len(self._queues)):
+                if looks <= 0 or self.held >= self.total or not self._queues:
+                    return
+                host, queue = next(iter(self._queues.items()))
+                self._queues.move_to_end(host)
+                looks -= 1
+                for _ in range(len(queue)):
+                    if looks <= 0 or self._hosts[host] >= self._current(host).share:
+                        break
+                    looks -= 1
+                    request, claims = next(iter(queue.items()))
+                    queue.move_to_end(request)
+                    waiting = claims[0]
+                    if waiting.turn.done():  # cancelled just now
+                        self._leave(waiting)
+                    elif self._may(waiting.claim):
+                        self._leave(waiting)
+                        waiting.turn.set_result(self._granted(waiting.claim))
+                        granted = True
+                        break
+
+    def _leave(self, waiting: _Waiting) -> None:
+        """Safe to call twice."""
+        host, request = waiting.claim.host, waiting.claim.request
+        queue = self._queues.get(host, OrderedDict())
+        claims = queue.get(request, deque())
+        with suppress(ValueError):
+            claims.remove(waiting)
+        if not claims:
+            queue.pop(request, None)
+        if not queue:
+            self._queues.pop(host, None)
+
+    def _current(self, key: Hashable) -> Conduct:
+        """With what time has healed."""
+        now = self._clock()
+        conduct = self._conduct.get(key)
+        if conduct is None:
+            conduct = self._conduct[key] = Conduct(self._quarter, now)
+            while len(self._conduct) > MOST_REMEMBERED:
+                self._conduct.popitem(last=False)
+            return conduct
+        self._conduct.move_to_end(key)
+        while conduct.share < self._quarter and now - conduct.changed >= RECOVERY_SECONDS:
+            conduct.share = min(self._quarter, conduct.share * 2)
+            conduct.changed += RECOVERY_SECONDS
+        return conduct
+
+
+def claim_for(request: Hashable, host: str, port: int, address: str | None = None) -> Claim:
+    """For a look-up of the host's name, where there is no address, else for a transfer."""
+    site = site_of(host)
+    if address is None:
+        return Claim(request, site, site)
+    number = ipaddress.ip_address(address)
+    network = int(number) if number.version == 4 else ("/64", int(number) >> 64)
+    return Claim(request, (host, port), site, (network, port))
+
+
+def site_of(host: str) -> str:
+    """The part of a host name that one owner probably has registered; an address is its own.
+
+    Example: "images.example.co.uk" -> "example.co.uk".
+    """
+    labels = host.split(".")
+    if ":" in host or labels[-1].isdigit():
+        return host
+    second_level = len(labels) > 2 and len(labels[-1]) == 2 and len(labels[-2]) <= 3
+    return ".".join(labels[-3 if second_level else -2 :])
+
+
+class Place(AbstractContextManager["Place"]):
+    """Held until `release`."""
+
+    def __init__(self, places: Places, claim: Claim, unproven: bool) -> None:
+        self._places = places
+        self._claim = claim
+        self._unproven = unproven
+        self._held = True
+
+    def release(self) -> None:
+        """Safe to call twice."""
+        if self._held:
+            self._held = False
+            self._places._release(self._claim, self._unproven)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    claim: Claim
+    turn: asyncio.Future[Place] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+_Queue: TypeAlias = "OrderedDict[Hashable, deque[_Waiting]]"
+"""Of one host: request -> what it waits for."""

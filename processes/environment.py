@@ -1,0 +1,87 @@
+"""Which variables a child process of ours is given, and why.
+
+| child | gets |
+|---|---|
+| engine and its ranks | what Python, the devices, the compute libraries and a local model need, by name |
+| grammar compilers, the guard of vLLM's processes | what Python and the system need, by name |
+| the model's own handler | everything but the server's own keys: it is the operator's program and reads what it likes |
+| vLLM, on any machine, and questions to Ray | everything but the server's own keys: vLLM copies the environment to its workers itself, and may read weights with the operator's credentials |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Literal
+
+SERVER_KEYS = frozenset(
+    {
+        "SERVING_API_KEY",
+        "OPTION_API_KEY",
+        "VLLM_API_KEY",
+        "APHRODITE_API_KEY",
+        "SM_VLLM_API_KEY",
+        "SM_SGLANG_API_KEY",
+    }
+)
+"""Every variable that can hold the keys which clients must send. Nobody but the server's own process needs them."""
+
+_SYSTEM = frozenset(
+    {"PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"}
+)
+_SYSTEM_FAMILIES = ("LC_", "LD_", "DYLD_", "PYTHON", "MALLOC_")
+
+_COMPUTE = frozenset({"XDG_CACHE_HOME", "CC", "CXX", "CPATH", "LIBRARY_PATH"})
+"""XDG_CACHE_HOME: of compiled kernels. The others: for the compiler that Triton and torch call."""
+
+_COMPUTE_FAMILIES = (
+    "CUDA_", "NVIDIA_", "CUBLAS_", "CUDNN_", "NCCL_", "GLOO_", "UCX_",
+    "ROCM_", "ROCR_", "HIP_", "HSA_", "MIOPEN_", "RCCL_",
+    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_",
+    "TORCH", "PYTORCH_", "TRITON_", "XFORMERS_", "SAFETENSORS_",
+)  # fmt: skip
+
+_MODEL_FAMILIES = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "RAYON_")
+"""Caches, offline mode and threads of the libraries that read a model's files: from this machine, without a token."""
+
+_CREDENTIALS = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "API_KEY")
+"""In a name of the families above: not given, whatever else it means."""
+
+_BY_NAME: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
+    "engine": (_SYSTEM | _COMPUTE, _SYSTEM_FAMILIES + _COMPUTE_FAMILIES + _MODEL_FAMILIES),
+    "plain": (_SYSTEM, (*_SYSTEM_FAMILIES, "OMP_", "OPENBLAS_", "RAYON_")),
+}
+
+Child = Literal["engine", "plain", "handler", "vllm"]
+
+
+def child_environment(child: Child, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of a child process, with our packages importable: `python -P` keeps the working directory out of
+    the module path.
+
+    environ: what to choose from; default: this process's.
+    """
+    given = os.environ if environ is None else environ
+    if child in _BY_NAME:
+        chosen = {name: value for name, value in given.items() if _needs(child, name)}
+    else:
+        chosen = {name: value for name, value in given.items() if name not in SERVER_KEYS}
+    root = str(Path(__file__).resolve().parent.parent)
+    inherited = given.get("PYTHONPATH")
+    chosen["PYTHONPATH"] = f"{root}{os.pathsep}{inherited}" if inherited else root
+    return chosen
+
+
+def forget_keys(environ: MutableMapping[str, str] | None = None) -> None:
+    """Remove the server's keys from this process's variables, once they are read: libraries that start processes of
+    their own copy these."""
+    for name in SERVER_KEYS:
+        (os.environ if environ is None else environ).pop(name, None)
+
+
+def _needs(child: str, name: str) -> bool:
+    names, families = _BY_NAME[child]
+    if name in names:
+        return True
+    return name.startswith(families) and not any(word in name for word in _CREDENTIALS)

@@ -1,0 +1,68 @@
+"""What a child process sends is bounded, and a message says whose reply was too large."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.messages import FRAME
+from handlers.custom.messages import MOST_PART_BYTES
+from handlers.grammars.compiler import MOST_OUTCOME_BYTES, _Worker
+from tests.live import LiveServer
+
+HANDLER = """
+from djl_python import Output
+
+def handle(inputs):
+    if inputs.is_empty():
+        return None
+    asked = inputs.get_as_json()
+    if asked["do"] == "stream":
+        return Output().add_stream_content(iter([b"a", bytes(asked["bytes"])]), lambda item: item)
+    if asked["do"] == "pid":
+        return str(os.getpid())
+    return bytes(asked["bytes"])
+"""
+
+
+def test_a_handlers_reply_above_the_limit_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(HANDLER)
+    with LiveServer(tmp_path) as server:
+
+        def ask(**body: object) -> httpx.Response:
+            return server.http.post("/invocations", json=body)
+
+        pid = ask(do="pid").text
+        largest = ask(do="whole", bytes=MOST_PART_BYTES)
+        assert (largest.status_code, len(largest.content)) == (200, MOST_PART_BYTES)
+        for size in (MOST_PART_BYTES + 1, 3 * MOST_PART_BYTES):
+            refused = ask(do="whole", bytes=size)
+            assert refused.status_code == 500
+            assert refused.json()["message"] == (
+                f"the model's own handler failed: a reply of {size} bytes is larger than {MOST_PART_BYTES} bytes, the "
+                "most that is sent on; stream it in smaller parts"
+            )
+        streamed = ask(do="stream", bytes=MOST_PART_BYTES + 1).text
+        assert streamed.startswith("a{")
+        assert f"a part of its stream of {MOST_PART_BYTES + 1} bytes is larger than" in streamed
+        assert ask(do="pid").text == pid, "the process lives on"
+
+
+def test_a_grammar_compilers_reply_is_bounded() -> None:
+    """The length comes first: a process gone wrong is not waited for, nor its gigabytes kept."""
+
+    async def main() -> None:
+        worker = _Worker()
+        worker._process = await asyncio.create_subprocess_exec(
+            "head", "-c", str(FRAME.size), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        assert worker._process.stdin is not None
+        worker._process.stdin.write(FRAME.pack(MOST_OUTCOME_BYTES + 1))
+        with pytest.raises(EOFError, match=r"^$"):
+            await worker._receive()
+        await worker.end()
+
+    asyncio.run(main())
