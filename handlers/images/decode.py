@@ -12,13 +12,12 @@ import numpy as np
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin, features
 
 from handlers.errors import ImageTooLarge
-from handlers.images.metadata import jpeg_scans, kind_of, without_metadata
-from handlers.images.problem import PictureProblem
+from handlers.images.metadata import kind_of, without_metadata
+from handlers.images.problem import PictureProblem, too_many_pixels
 
 # The plugins above are imported so that Pillow finds them without importing all of its others.
 PLUGINS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
-MAX_JPEG_SCANS = 100
 
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
@@ -56,7 +55,7 @@ def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> I
     Raises PictureProblem.
     """
     if image.width * image.height > max_pixels:
-        raise _too_many_pixels(max_pixels)
+        raise too_many_pixels(max_pixels)
     if not image.width * image.height:
         raise PictureProblem("it has no pixels")
     try:
@@ -87,15 +86,16 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read; what fails within becomes a PictureProblem."""
     part = "header"
     try:
-        data = without_metadata(data)
+        data = without_metadata(data, max_pixels)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             part = "pixel data"
-            _check_cost(image, data, max_pixels)
+            if image.width * image.height > max_pixels:
+                raise too_many_pixels(max_pixels)
             yield image
     except PictureProblem:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_many_pixels(max_pixels) from error
+        raise too_many_pixels(max_pixels) from error
     except MemoryError as error:
         raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
     except Exception as error:  # Pillow's readers fail in a dozen ways, all of them about the file.
@@ -114,18 +114,6 @@ def prepare_pillow(max_pixels: int) -> None:
 def decoded_bytes(image: Image.Image) -> int:
     """Bytes that Pillow holds for an RGB picture: it pads each pixel to four."""
     return image.width * image.height * 4
-
-
-def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise _too_many_pixels(max_pixels)
-    # Every scan of a progressive JPEG is a pass over all pixels, and an empty one takes but a few bytes.
-    if (
-        image.format in ("JPEG", "MPO")
-        and data.count(b"\xff\xda") > MAX_JPEG_SCANS  # a fast look, which also counts what is no scan
-        and jpeg_scans(data, MAX_JPEG_SCANS) > MAX_JPEG_SCANS
-    ):
-        raise PictureProblem(f"it is a JPEG of more than {MAX_JPEG_SCANS} scans")
 
 
 def _turn(image: Image.Image) -> Image.Image:
@@ -172,7 +160,3 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
     if part != "header" and "truncated" in str(error):
         return f"its {kind} data is truncated: the image is not complete"
     return f"its {kind} {part} is truncated or damaged"
-
-
-def _too_many_pixels(max_pixels: int) -> PictureProblem:
-    return PictureProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)
