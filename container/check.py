@@ -110,7 +110,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         else:
             errors += found.errors
         if choice.backend == "vllm":
-            warnings += format_warnings(configuration)
+            warnings += format_warnings(configuration, directory)
         if not found.errors:
             memory, prompts = _as_the_start_finds(
                 configuration, directory, config or {}, choice, machine, errors, warnings
