@@ -22,6 +22,7 @@ from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
 from tests.engine_driver import Oracle, Prompt
 from tests.exactness import check_random_load
+from tests.families.likeness import check_logprobs
 from tests.families.tiny_fuyu import ANSWER, BOS, SPEAKER, make_fuyu, make_tokenizer
 from tests.test_engine_process import answer, config, running
 
@@ -118,6 +119,10 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
             turn, OfflineParams(temperature=0, max_tokens=9, structured_outputs=digits), use_tqdm=False
         )
         (text,) = llm.chat([{"role": "user", "content": "What is it?"}], greedy, use_tqdm=False)
+        written = output.outputs[0].text
+        stop = next(character for character in written[2:] if character != "\ufffd")
+        until = OfflineParams(temperature=0, max_tokens=10, ignore_eos=True, stop=[stop])
+        (stopped,) = llm.chat(turn, until, use_tqdm=False)
         earlier = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, *turn]
         with pytest.raises(InvalidRequest, match="single user message"):
             llm.chat(earlier, greedy, use_tqdm=False)
@@ -132,3 +137,10 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
     assert SPEAKER not in text.prompt_token_ids
     assert ANSWER not in text.prompt_token_ids
     assert number.outputs[0].text.strip().isdigit()
+    assert stopped.outputs[0].text == written[: written.index(stop)]
+    assert stopped.outputs[0].finish_reason == "stop"
+
+
+def test_log_probabilities_equal_transformers(model: tuple[Path, Oracle]) -> None:
+    path, oracle = model
+    check_logprobs(path, oracle, Prompt([images()[1], BOS, 65, 66, 67, ANSWER]))
