@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import FuyuProcessor
+from transformers import AutoImageProcessor, FuyuProcessor
 
 from engine.client import EngineClient
+from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
@@ -38,9 +39,7 @@ def images() -> list[Image.Image]:
 
 
 def joint(path: Path) -> FuyuProcessor:
-    from transformers import FuyuImageProcessorPil
-
-    return FuyuProcessor(FuyuImageProcessorPil.from_pretrained(path), make_tokenizer())
+    return FuyuProcessor(AutoImageProcessor.from_pretrained(path), make_tokenizer())
 
 
 def patches_of(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
@@ -88,6 +87,17 @@ def test_patches_and_tokens_equal_the_joint_processors(
     text = make_tokenizer()("What is it?", add_special_tokens=False).input_ids
     ids = [*prepared.token_ids, *before[1:], *text, *after]
     assert ids == want["input_ids"][0].tolist()
+
+
+def test_torchvisions_way_takes_one_mean_for_all_channels(model: tuple[Path, Oracle]) -> None:
+    """`option.image_processor_backend=torchvision`: the published processor has one number for the three."""
+    path, oracle = model
+    theirs = load_preprocessor(str(path), None, "torchvision")
+    assert theirs is not None
+    assert oracle.preprocessor is not None
+    image = images()[0]  # not resized
+    want = oracle.preprocessor.prepare(image).tensors["image_patches"]
+    np.testing.assert_allclose(theirs.prepare(image).tensors["image_patches"], want, atol=1e-6)
 
 
 def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
