@@ -110,7 +110,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         else:
             errors += found.errors
         if choice.backend == "vllm":
-            warnings += format_warnings(configuration)
+            warnings += format_warnings(configuration, directory)
         if not found.errors:
             memory, prompts = _as_the_start_finds(
                 configuration, directory, config or {}, choice, machine, errors, warnings
@@ -168,7 +168,8 @@ def _as_the_start_finds(
             prompts = _prompts(front)
             length = configuration.effective("max_model_len")
             images = configuration.settings.limit_mm_per_prompt.get("image", 1)
-            if length is not None and (crowded := front.crowded(images, length)) is not None:
+            pixels = configuration.settings.max_image_pixels
+            if length is not None and (crowded := front.crowded(images, pixels, length)) is not None:
                 warnings.append(Problem(crowded, "limit_mm_per_prompt"))
         except (InvalidConfiguration, ModelLoadError) as error:
             found.append(Problem(str(error)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,6 +257,14 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
         text = (
             f"option.encoder_cache_mb = {asked} ({source.location}) is more than the {memory / 2**30:.2f} GiB of "
             f"{result.device.name}: memory runs out before the cache is full; lower it"
+        )
+        result.warnings.append(Problem(text, "encoder_cache_mb", source))
+    each = (result.image_bytes or 0) // result.devices_per_copy
+    if asked is not None and asked * 2**20 < each:
+        source = configuration.sources["encoder_cache_mb"]
+        text = (
+            f"option.encoder_cache_mb = {asked} ({source.location}) is less than the {math.ceil(each / 2**20)} MiB "
+            "that one image of a running request takes: it is raised to that"
         )
         result.warnings.append(Problem(text, "encoder_cache_mb", source))
 

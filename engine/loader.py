@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -16,6 +18,7 @@ from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, kind_of, register, served
 from engine.machine import computes_bfloat16
+from engine.mistral_weights import CLASSES, are_mistrals, mistral_state_dict
 from engine.packed_linear import pack
 from engine.tensor_parallel import Ranks
 from engine.weights import weight_files
@@ -113,7 +116,7 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
     """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
     quiet_transformers()
     model_config = read_config(config.model_path)
-    weight_files(
+    files = weight_files(
         Path(config.model_path),
         pickled=config.pickled_weights,
         named=getattr(model_config, "transformers_weights", None),
@@ -124,15 +127,21 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
     if ranks is None or ranks.rank == 0:
         level = logging.WARNING if lossy else logging.INFO
         logger.log(level, "computing in %s: %s", str(dtype).removeprefix("torch."), reason)
+    family = _family(model_config).model
     try:
-        loaded = _family(model_config).model.load(
-            config.model_path,
-            model_config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=None if config.pickled_weights else True,
-            weights_only=True,
-        )
+        if are_mistrals(files):
+            loaded = _load_mistrals(family, files, model_config, dtype)
+        else:
+            loaded = family.load(
+                config.model_path,
+                model_config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=None if config.pickled_weights else True,
+                weights_only=True,
+            )
+    except ModelLoadError:
+        raise
     except Exception as error:  # as above; safetensors' own error is no OSError
         raise ModelLoadError(f"the model's weights cannot be loaded: {one_line(error)}") from error
     loaded.model.train(mode=False)
@@ -142,3 +151,22 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
     if device.type == "cpu":
         pack(loaded.model)
     return loaded
+
+
+def _load_mistrals(
+    family: type[FamilyModel], files: Sequence[Path], config: PretrainedConfig, dtype: torch.dtype
+) -> FamilyModel:
+    """From weights in Mistral's own format."""
+    name = CLASSES.get(kind_of(config))
+    if name is None:
+        raise ModelLoadError(
+            f"the model has its weights as {files[0].name}, Mistral's own format, which is not read for model type "
+            f"{config.model_type!r}: serve the model in the Hugging Face format"
+        )
+    weights = mistral_state_dict(files, config)
+    loader = getattr(transformers, name)
+    return family(
+        loader.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation=family.attention(config)
+        )
+    )

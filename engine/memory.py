@@ -87,6 +87,12 @@ def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -
             "encoder_cache_mb = %d is more than the memory of %d MiB, which runs out before the cache is full",
             given >> 20, total >> 20,
         )  # fmt: skip
+    if given is not None and given < image_bytes:
+        logger.warning(
+            "encoder_cache_mb = %d is less than the %d MiB that one image of a running request takes: it is raised to "
+            "that",
+            given >> 20, -(-image_bytes >> 20),
+        )  # fmt: skip
     usual = given if given is not None else ENCODER_CACHE if cuda else CPU_ENCODER_CACHE
     if not image_bytes or given is not None or config.kv_cache_bytes is not None:
         return max(usual, image_bytes), config

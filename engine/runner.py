@@ -62,6 +62,12 @@ class ModelRunner:
         image_bytes = layout.image_values // config.tensor_parallel_degree * self.dtype.itemsize
         images, config = image_budget(config, device, image_bytes)
         self.image_places = images // image_bytes if image_bytes else None
+        if image_bytes:
+            logger.info(
+                "room for %d images of running requests, %.1f MiB each",
+                self.image_places,
+                image_bytes / 2**20,
+            )
         self.encoder_cache = EncoderCache(images)
         self.max_model_len, num_blocks = cache_blocks(config, shape, text)
         self.kernel = kernel(replace(shape, num_blocks=num_blocks))

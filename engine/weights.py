@@ -8,16 +8,18 @@ from pathlib import Path
 from engine.errors import ModelLoadError
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
+_MISTRAL = ("consolidated.safetensors", "consolidated.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def weight_files(folder: Path, *, pickled: bool = False, named: str | None = None) -> list[Path]:
-    """The files that transformers reads, all of them there: in one piece, or as an index names them.
+    """The files to read, all of them there: in one piece, or as an index names them. Those of Mistral's own format are
+    taken where there are no others in safetensors.
 
     pickled: whether they may be PyTorch's own, which are pickles, where there are no safetensors. named: the file or
     index that config.json says (`transformers_weights`). Raises ModelLoadError saying what is missing.
     """
-    names = (named,) if named else (*_SAFE, *_PICKLED)
+    names = (named,) if named else (*_SAFE, *_MISTRAL, *_PICKLED)
     found = next((name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise ModelLoadError(

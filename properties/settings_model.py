@@ -55,8 +55,8 @@ class ModelSettings(BaseModel):
         embedded=("auto", "safetensors", "pt"),
     )
     tokenizer_mode: Word = option(
-        "vLLM's tokeniser implementation, e.g. auto, hf. With mistral, and for a model that has Mistral's own files, "
-        "the model's tokenizer.json is used, which must be there.",
+        "vLLM's tokeniser implementation, e.g. auto, hf. Prompts are tokenised by this server anyway. For a model "
+        "with Mistral's own files it is chosen here: mistral where the weights are in no other format, else hf.",
         default="auto",
         backends=VLLM,
     )

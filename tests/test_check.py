@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.version import VERSION
 from properties.configuration import resolve
+from tests.families.tiny_qwen_vl import make_qwen_vl
 from tests.models import make_tokenizer
 
 GIB = 2**30
@@ -181,12 +183,25 @@ def test_the_template_and_the_tokens_of_images_are_told(
 def test_images_that_fill_the_context_are_told(model: Path) -> None:
     assert report(model, CPU, 'limit_mm_per_prompt={"image": 15}')["warnings"] == []
     (warning,) = report(model, CPU, 'limit_mm_per_prompt={"image": 16}')["warnings"]
-    assert warning.startswith(
-        "16 images (option.limit_mm_per_prompt) of 336x336 pixels take 256 tokens, and the "
-    )
+    assert warning.startswith("16 images (option.limit_mm_per_prompt) take 256 tokens, and the ")
     assert "context holds 256: such requests are refused" in warning
     (warning,) = report(model, CPU, 'limit_mm_per_prompt={"image": 9}', "max_model_len=16")["warnings"]
-    assert warning.startswith("an image of 336x336 pixels takes 16 tokens")
+    assert warning.startswith("an image takes 16 tokens")
+
+
+def test_the_largest_images_that_the_limits_allow_are_the_ones_considered(tmp_path: Path) -> None:
+    """A model with a token for every 28 x 28 pixels, and at most 400."""
+    model = make_qwen_vl(tmp_path / "qwen", most_tokens=400)
+    (warning,) = report(model, CPU, "max_model_len=200")["warnings"]
+    numbers = re.match(
+        r"an image of (\d+)x(\d+) pixels takes (\d+) tokens \(of (\d+)x(\d+), which option\.max_image_pixels",
+        warning,
+    )
+    assert numbers is not None, warning
+    width, height, tokens, widest, tallest = map(int, numbers.groups())
+    assert 200 <= tokens <= width * height / 28**2 * 1.2
+    assert widest * tallest > width * height
+    assert report(model, CPU, "max_model_len=200", "max_image_pixels=100000")["warnings"] == []
 
 
 def test_a_model_that_does_not_fit(model: Path) -> None:

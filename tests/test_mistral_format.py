@@ -1,7 +1,8 @@
-"""Models in Mistral's own format: served where the Hugging Face format is beside it, else refused with what to do."""
+"""Models with files of Mistral's own format: which of them are read, and what is refused with what to do."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 from container.check import describe
 from engine.errors import ModelLoadError
 from engine.machine import Device, Machine
-from handlers.backends.mistral_format import format_problems
 from handlers.backends.model_facts import load_tokenizer
 from handlers.backends.vllm.options.mistral import (
     format_warnings,
@@ -18,6 +18,9 @@ from handlers.backends.vllm.options.mistral import (
     weight_problems,
 )
 from properties.configuration import Configuration, resolve
+from tests.engine_driver import load_engine
+from tests.models import make_text_model
+from tests.tiny_mistral import make_mistral, tekken
 
 SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
 CPU = Machine((), Device("host memory", 16 << 30))
@@ -54,19 +57,46 @@ def test_the_hugging_face_tokenizer_is_taken_where_both_are(both: Path) -> None:
     assert describe(configure(both), CPU)["errors"] == []
 
 
-def test_mistrals_own_tokenizer_alone_is_refused_with_what_to_do(own: Path) -> None:
+def test_a_tokenizer_of_sentencepiece_alone_is_refused_with_what_to_do(own: Path) -> None:
+    (own / "tekken.json").rename(own / "tokenizer.model.v3")
     with pytest.raises(
-        ModelLoadError, match=r"tekken\.json only.*serve the model in the Hugging Face format"
+        ModelLoadError, match=r"tokenizer\.model\.v3 only.*serve the model in the Hugging Face format"
     ):
         load_tokenizer(str(own), trust_remote_code=False)
     (error,) = describe(configure(own), CPU)["errors"]
-    assert "tokenizer as tekken.json only, Mistral's own format, and no tokenizer.json" in error
+    assert "tokenizer as tokenizer.model.v3 only, Mistral's own format, and no tokenizer.json" in error
 
 
-def test_mistrals_own_weights_alone_are_refused(both: Path) -> None:
+def test_a_tekken_tokenizer_alone_is_used(tmp_path: Path) -> None:
+    model = make_text_model(tmp_path / "model", "mistral")
+    (model / "tokenizer.json").unlink()
+    (model / "tekken.json").write_text(json.dumps(tekken(images=False)))
+    found = describe(configure(model, f"download_dir={tmp_path}"), CPU)
+    assert found["errors"] == []
+    tokenizer = load_tokenizer(found["model"]["directory"], trust_remote_code=False)
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" the").input_ids) == ["<s>", "Ġthe"]
+
+
+def test_weights_alone_of_another_kind_of_model_are_refused(both: Path) -> None:
+    """They are read for Mistral's own models."""
     (both / "model.safetensors").unlink()
-    (problem,) = format_problems(both)
-    assert "consolidated*.safetensors only" in str(problem)
+    with pytest.raises(ModelLoadError, match="which is not read for model type 'llava'"):
+        load_engine(both)
+
+
+def test_vllm_reads_weights_alone_as_mistral_has_them(tmp_path: Path) -> None:
+    model = make_mistral(tmp_path / "model")
+    mistrals = {"tokenizer_mode": "mistral", "config_format": "mistral", "load_format": "mistral"}
+    assert replaced_formats(configure(model), model) == mistrals
+    assert replaced_formats(configure(model, "load_format=dummy"), model).keys() == {
+        "tokenizer_mode",
+        "config_format",
+    }
+    assert format_warnings(configure(model, "tokenizer_mode=mistral"), model) == []
+    assert weight_problems(model) == []
+    (model / "params.json").unlink()
+    (problem,) = weight_problems(model)
+    assert "which vLLM reads with params.json, and that is missing" in str(problem)
 
 
 def test_weights_of_both_formats_without_an_index_are_told_for_vllm(both: Path) -> None:
@@ -80,7 +110,13 @@ def test_weights_of_both_formats_without_an_index_are_told_for_vllm(both: Path) 
 def test_a_model_without_config_json_is_told_from_none(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text("{}")
     (error,) = describe(configure(tmp_path), CPU)["errors"]
-    assert error.startswith("the model has params.json and no config.json, which is Mistral's own format")
+    assert error.startswith("params.json of the model: Object missing required field `dim`")
+
+
+def test_code_of_the_models_own_may_read_what_this_server_does_not(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    (tmp_path / "model.py").write_text("def handle(inputs):\n    return inputs\n")
+    assert describe(configure(tmp_path), CPU)["errors"] == []
 
 
 def test_vllm_is_told_to_read_what_this_server_reads(both: Path) -> None:
@@ -95,9 +131,9 @@ def test_vllm_is_told_to_read_what_this_server_reads(both: Path) -> None:
 
 
 def test_options_that_are_replaced_are_said() -> None:
-    told = format_warnings(configure(SHAPES, "tokenizer_mode=mistral", "config_format=mistral"))
+    told = format_warnings(configure(SHAPES, "tokenizer_mode=mistral", "config_format=mistral"), SHAPES)
     assert [str(warning).partition(" is not used")[0] for warning in told] == [
         "option.tokenizer_mode = mistral (--option tokenizer_mode)",
         "option.config_format = mistral (--option config_format)",
     ]
-    assert format_warnings(configure(SHAPES, "tokenizer_mode=hf")) == []
+    assert format_warnings(configure(SHAPES, "tokenizer_mode=hf"), SHAPES) == []

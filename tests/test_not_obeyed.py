@@ -19,6 +19,8 @@ from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.plan import plan_devices
 from properties.configuration import Configuration, resolve
 from properties.settings import Settings
+from tests.engine_driver import load_engine
+from tests.families.tiny_mllama import make_mllama
 from tests.models import make_llava, make_text_model, text_config
 
 GIB = 2**30
@@ -192,6 +194,27 @@ def test_the_engine_says_that_an_encoder_cache_is_too_large(caplog: pytest.LogCa
             EngineConfig(model_path="", encoder_cache_bytes=900_000_000 << 20), torch.device("cpu"), 0
         )
     assert "encoder_cache_mb = 900000000 is more than the memory of" in caplog.text
+
+
+def test_an_encoder_cache_smaller_than_an_image_that_a_request_keeps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_mllama(tmp_path / "mllama")
+    config = json.loads((model / "config.json").read_text())
+    for asked, expected in ((0, True), (1, False)):
+        options = [f"encoder_cache_mb={asked}"]
+        configuration = resolve(model=str(model), environ={}, options=options).with_model_config(config)
+        warned = " ".join(map(str, fit(configuration, "rolling", model, config, CPU).warnings))
+        assert (
+            "encoder_cache_mb = 0 (--option encoder_cache_mb) is less than the 1 MiB" in warned
+        ) == expected
+    with caplog.at_level(logging.INFO):
+        engine = load_engine(model, encoder_cache_bytes=0)
+    assert (
+        "encoder_cache_mb = 0 is less than the 1 MiB that one image of a running request takes" in caplog.text
+    )
+    assert "room for 1 images of running requests, 0.0 MiB each" in caplog.text
+    assert engine.scheduler.image_places == 1
 
 
 def test_a_text_model_has_no_use_for_options_about_images(tmp_path: Path) -> None:

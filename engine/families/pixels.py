@@ -193,7 +193,11 @@ def _fused_value_table(processor: Any) -> npt.NDArray[np.float32]:
     rescales = getattr(processor, "do_rescale", False)
     if getattr(processor, "do_normalize", False):
         full = 1.0 / processor.rescale_factor if rescales else 1.0
-        mean, std = (torch.tensor(list(v)) * full for v in (processor.image_mean, processor.image_std))
+        mean, std = (
+            torch.tensor(np.broadcast_to(value, 3).tolist())
+            * full  # one number is for all channels, as Fuyu has it
+            for value in (processor.image_mean, processor.image_std)
+        )
         values = (values - mean[:, None]) / std[:, None]
     elif rescales:
         values = values * processor.rescale_factor

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from handlers.artefacts.error import ArtefactError
+from handlers.artefacts.mistral import completed, lacks_hub_files
 from properties.location import ModelLocation
 from properties.settings import Settings
 
@@ -18,8 +19,24 @@ logger = logging.getLogger(__name__)
 def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Event) -> Path:
     """The model's directory, after downloading what is not there yet. Blocks: call it in a thread.
 
+    For a model in Mistral's own format, it is one that has what the model lacks of the Hugging Face format.
     cancelled: set it to make the download stop soon. Raises ArtefactError.
     """
+    return _completed(_fetched(location, settings, cancelled), settings)
+
+
+def _completed(directory: Path, settings: Settings) -> Path:
+    if not lacks_hub_files(directory):
+        return directory
+    try:
+        return completed(directory, download_root(settings.download_dir))
+    except ArtefactError:
+        if (directory / "model.py").is_file():  # code of its own may read what this server does not
+            return directory
+        raise
+
+
+def _fetched(location: ModelLocation, settings: Settings, cancelled: threading.Event) -> Path:
     if location.kind == "directory":
         return Path(location.value)
     root = download_root(settings.download_dir)
@@ -44,6 +61,11 @@ def here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool
 
     Downloads nothing. Raises ArtefactError where it is certain that `fetch` will.
     """
+    found, final = _here(location, settings)
+    return (found if found is None else _completed(found, settings)), final
+
+
+def _here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool]:
     if location.kind == "directory":
         return Path(location.value), True
     if location.kind == "s3":

@@ -1,4 +1,4 @@
-"""Models in Mistral's own format: no backend serves them, only the Hugging Face one that many have beside it."""
+"""Models in Mistral's own format: what cannot be served of it, once `handlers.artefacts.mistral` has completed it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ from properties.problem import Problem
 
 
 def format_problems(model_path: Path) -> list[Problem]:
-    """Why a model that has nothing but Mistral's own format cannot be served."""
+    """Why a model in that format cannot be served."""
     if (model_path / "params.json").is_file() and not (model_path / "config.json").is_file():
         return [
             Problem(
-                "the model has params.json and no config.json, which is Mistral's own format: serve the model in the "
-                "Hugging Face format",
+                "the model has params.json and no config.json, which is Mistral's own format and not read here: serve "
+                "the model in the Hugging Face format",
                 "model_id",
             )
         ]
     own = mistral_tokenizer(model_path)
-    problems = []
     if own is not None and not (model_path / "tokenizer.json").is_file():
-        problems.append(Problem(only_mistral(own), "model_id"))
-    weights = [path.name for kind in ("*.safetensors", "*.bin") for path in model_path.glob(kind)]
-    if weights and all(name.startswith("consolidated") for name in weights):
-        problems.append(
-            Problem(
-                "the model has its weights as consolidated*.safetensors only, Mistral's own format: serve the model in "
-                "the Hugging Face format",
-                "model_id",
-            )
-        )
-    return problems
+        return [Problem(only_mistral(own), "model_id")]
+    return []
+
+
+def mistral_weights_alone(model_path: Path) -> bool:
+    """Whether all the weights that a model has are in that format."""
+    names = [path.name for kind in ("*.safetensors", "*.bin") for path in model_path.glob(kind)]
+    return bool(names) and all(name.startswith("consolidated") for name in names)
 
 
 def mistral_tokenizer(model_path: Path) -> str | None:

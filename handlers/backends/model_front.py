@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,12 @@ log = logging.getLogger(__name__)
 
 IMAGE_SIZES = ((336, 336), (1344, 1344), (1920, 1080))
 """(width, height) of images whose tokens are told to operators."""
+
+_SMALLEST = 1 << 12
+"""Pixels of the smallest image that is looked at as one that may fill the context."""
+
+_ASPECTS = 12
+"""Half powers of two between the sides of the widest and tallest images that are looked at: 64:1 and 1:64."""
 
 _NO_LIMIT = 100
 """So many images are allowed by who does not want to limit them, as scripts do."""
@@ -70,19 +77,30 @@ class ModelFront:
             return None
         return None if layout is None else len(layout.token_ids)
 
-    def crowded(self, images: int, max_model_len: int) -> str | None:
-        """What to say where that many images of an ordinary size, or one of them, fill the context; else None."""
-        counts = {size: self.image_tokens(*size) or 0 for size in IMAGE_SIZES}
-        (width, height), most = max(counts.items(), key=lambda item: item[1])
-        images = 1 if images >= _NO_LIMIT or most >= max_model_len else images
-        if images * most < max_model_len:
+    def crowded(self, images: int, max_pixels: int, max_model_len: int) -> str | None:
+        """What to say where that many images, or one of them, can fill the context; else None.
+
+        Of the shapes that `max_pixels` allows, the smallest that does is named, and the one of the most tokens.
+        """
+        counts = {size: self.image_tokens(*size) or 0 for size in _shapes(max_pixels)}
+        most = max(counts, key=lambda size: counts[size])
+        images = 1 if images >= _NO_LIMIT or counts[most] >= max_model_len else images
+        first = next((size for size, count in counts.items() if images * count >= max_model_len), None)
+        if first is None:
             return None
-        named, verb = "an image", "takes"
+        told, verb = "an image", "takes"
         if images > 1:
-            named, verb = f"{images} images (option.limit_mm_per_prompt)", "take"
+            told, verb = f"{images} images (option.limit_mm_per_prompt)", "take"
+        if len({count for count in counts.values() if count}) > 1:
+            told += f" of {first[0]}x{first[1]} pixels"
+        told += f" {verb} {images * counts[first]} tokens"
+        if counts[most] > counts[first]:
+            told += (
+                f" (of {most[0]}x{most[1]}, which option.max_image_pixels allows, {images * counts[most]})"
+            )
         return (
-            f"{named} of {width}x{height} pixels {verb} {images * most} tokens, and the context holds {max_model_len}: "
-            "such requests are refused; raise option.max_model_len, or lower the number or the size of images"
+            f"{told}, and the context holds {max_model_len}: such requests are refused; raise option.max_model_len, or "
+            "lower the number or the size of images"
         )
 
     @property
@@ -167,6 +185,19 @@ class ModelFront:
             facts.accelerators,
             templates.told(),
         )
+
+
+def _shapes(max_pixels: int) -> list[tuple[int, int]]:
+    """(width, height) of images from small ones to those of `max_pixels`, and of those as large, squares first."""
+    areas = [max_pixels]
+    while areas[-1] > _SMALLEST:
+        areas.append(areas[-1] // 2)
+    found = []
+    for area in reversed(areas):
+        for step in sorted(range(-_ASPECTS, _ASPECTS + 1), key=abs):
+            width = max(1, int(math.sqrt(area * 2 ** (step / 2))))
+            found.append((width, max(1, area // width)))
+    return found
 
 
 def vocabulary_of(

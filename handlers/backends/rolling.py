@@ -144,7 +144,8 @@ class RollingBackend:
         )
         self._loaded = True
         images = self._settings.limit_mm_per_prompt.get("image", 1)
-        if (crowded := front.crowded(images, facts.max_model_len)) is not None:
+        pixels = self._settings.max_image_pixels
+        if (crowded := front.crowded(images, pixels, facts.max_model_len)) is not None:
             logger.warning("%s", crowded)
         logger.info(
             "embedded engine ready: %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",

@@ -94,6 +94,10 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
         anything = StructuredOutputsParams(regex="(.|\\n)*")
         hot = OfflineParams(temperature=2, max_tokens=40, seed=1, structured_outputs=anything)
         (free,) = llm.chat(turn, hot, use_tqdm=False)
+        written = output.outputs[0].text
+        stop = next(character for character in written[2:] if character != "\ufffd")
+        until = OfflineParams(temperature=0, max_tokens=10, ignore_eos=True, stop=[stop])
+        (stopped,) = llm.chat(turn, until, use_tqdm=False)
     letter = ord("A") - 33
     for result in (output, completed):
         ids = result.prompt_token_ids
@@ -103,3 +107,5 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
         assert [list(choice.token_ids) for choice in result.outputs] == [want, want]
     assert output.prompt_token_ids == [256, *completed.prompt_token_ids]
     assert not set(free.outputs[0].token_ids) & {*WORDS, 259}
+    assert stopped.outputs[0].text == written[: written.index(stop)]
+    assert stopped.outputs[0].finish_reason == "stop"

@@ -13,15 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import FuyuProcessor
+from transformers import AutoImageProcessor, FuyuProcessor
 
 from engine.client import EngineClient
+from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
 from tests.engine_driver import Oracle, Prompt
 from tests.exactness import check_random_load
+from tests.families.likeness import check_logprobs
 from tests.families.tiny_fuyu import ANSWER, BOS, SPEAKER, make_fuyu, make_tokenizer
 from tests.test_engine_process import answer, config, running
 
@@ -37,9 +39,7 @@ def images() -> list[Image.Image]:
 
 
 def joint(path: Path) -> FuyuProcessor:
-    from transformers import FuyuImageProcessorPil
-
-    return FuyuProcessor(FuyuImageProcessorPil.from_pretrained(path), make_tokenizer())
+    return FuyuProcessor(AutoImageProcessor.from_pretrained(path), make_tokenizer())
 
 
 def patches_of(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
@@ -89,6 +89,17 @@ def test_patches_and_tokens_equal_the_joint_processors(
     assert ids == want["input_ids"][0].tolist()
 
 
+def test_torchvisions_way_takes_one_mean_for_all_channels(model: tuple[Path, Oracle]) -> None:
+    """`option.image_processor_backend=torchvision`: the published processor has one number for the three."""
+    path, oracle = model
+    theirs = load_preprocessor(str(path), None, "torchvision")
+    assert theirs is not None
+    assert oracle.preprocessor is not None
+    image = images()[0]  # not resized
+    want = oracle.preprocessor.prepare(image).tensors["image_patches"]
+    np.testing.assert_allclose(theirs.prepare(image).tensors["image_patches"], want, atol=1e-6)
+
+
 def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     prompts = [Prompt([image, BOS, 65, 66, ANSWER]) for image in images()[:3]]
@@ -118,6 +129,10 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
             turn, OfflineParams(temperature=0, max_tokens=9, structured_outputs=digits), use_tqdm=False
         )
         (text,) = llm.chat([{"role": "user", "content": "What is it?"}], greedy, use_tqdm=False)
+        written = output.outputs[0].text
+        stop = next(character for character in written[2:] if character != "\ufffd")
+        until = OfflineParams(temperature=0, max_tokens=10, ignore_eos=True, stop=[stop])
+        (stopped,) = llm.chat(turn, until, use_tqdm=False)
         earlier = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, *turn]
         with pytest.raises(InvalidRequest, match="single user message"):
             llm.chat(earlier, greedy, use_tqdm=False)
@@ -132,3 +147,10 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
     assert SPEAKER not in text.prompt_token_ids
     assert ANSWER not in text.prompt_token_ids
     assert number.outputs[0].text.strip().isdigit()
+    assert stopped.outputs[0].text == written[: written.index(stop)]
+    assert stopped.outputs[0].finish_reason == "stop"
+
+
+def test_log_probabilities_equal_transformers(model: tuple[Path, Oracle]) -> None:
+    path, oracle = model
+    check_logprobs(path, oracle, Prompt([images()[1], BOS, 65, 66, 67, ANSWER]))

@@ -20,7 +20,12 @@ CHATS = (
 )
 
 
-@pytest.mark.parametrize("make", [make_idefics3, make_internvl])
+def make_smolvlm(path: Path) -> Path:
+    pytest.importorskip("num2words", reason="SmolVLM's joint processor, which vLLM uses, needs it")
+    return make_idefics3(path, "smolvlm")
+
+
+@pytest.mark.parametrize("make", [make_idefics3, make_smolvlm, make_internvl])
 def test_both_backends_answer_alike(make: Callable[[Path], Path], tmp_path: Path) -> None:
     model = make(tmp_path)
     assert answers(model, "rolling") == answers(model, "vllm")

@@ -145,7 +145,7 @@ def engine_arguments(
     )
     logger.info("vLLM computes in %s: %s", *told)
     problems += format_problems(model_path) + weight_problems(model_path)
-    for warning in format_warnings(configuration):
+    for warning in format_warnings(configuration, model_path):
         logger.info("%s", warning)
     arguments |= vllm_load_format(model_path, settings.load_format)
     arguments |= replaced_formats(configuration, model_path)

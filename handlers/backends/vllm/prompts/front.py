@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
+from handlers.backends.mistral_format import mistral_weights_alone
 from handlers.backends.model_front import (
     read_default_sampling,
     read_eos_token_ids,
     read_generation_config,
 )
 from handlers.backends.tokens import TokenTexts
-from handlers.backends.vllm.prompts.places import PicturePlaces, picture_places, placeholder_of
+from handlers.backends.vllm.prompts.places import (
+    PicturePlaces,
+    picture_places,
+    placeholder_of,
+    rows_of_mistral,
+)
 from handlers.chat_templates import read_chat_templates
+from handlers.request import ImagePart, PicturePart
 from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
-    from handlers.request import PicturePart
     from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -52,6 +59,9 @@ class VllmFront:
                 inserts=inserts,
                 printed="\x00".join(templates.all),
             )
+            if mistral_weights_alone(Path(path)):
+                written = rows_of_mistral(engine.renderer.get_mm_processor().info.get_hf_processor())
+                self.places = replace(self.places, written=written)
         try:
             self.renderer = PromptRenderer(
                 tokenizer,
@@ -71,7 +81,12 @@ class VllmFront:
         """A rendered prompt with these pictures as vLLM wants it: see `places`."""
         if self.places is None or not parts:
             return token_ids
-        return self.places.exchanged(token_ids, self.renderer.image_token_id)
+        sizes = [
+            (part.loaded.image.width, part.loaded.image.height)
+            for part in parts
+            if isinstance(part, ImagePart) and part.loaded is not None
+        ]
+        return self.places.exchanged(token_ids, self.renderer.image_token_id, sizes)
 
 
 def generation_defaults(config: Any, path: str) -> dict[str, Any]:
@@ -87,8 +102,9 @@ def _modalities(engine: Any) -> Any:
 
 
 def _image_token_id(config: Any) -> int | None:
-    for name in ("image_token_id", "image_token_index"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
+    for place in (config, getattr(config, "vision_config", None)):  # the latter in Mistral's own format
+        for name in ("image_token_id", "image_token_index"):
+            value = getattr(place, name, None)
+            if isinstance(value, int):
+                return value
     return None

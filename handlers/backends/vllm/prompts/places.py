@@ -23,14 +23,25 @@ class PicturePlaces:
     """token: the one that a rendered prompt has for each picture. placeholder: the text around it.
 
     spelled: the tokens that vLLM wants in its stead for picture number `i` (from 0); None where it wants the token.
+    written: all the tokens of a picture of that width and height, for a model of which vLLM wants them in the prompt.
     """
 
     token: str
     placeholder: str
     spelled: Callable[[int], list[int]] | None = None
+    written: Callable[[int, int], list[int]] | None = None
 
-    def exchanged(self, token_ids: Sequence[int], token_id: int | None) -> list[int]:
-        """A rendered prompt as vLLM wants it."""
+    def exchanged(
+        self, token_ids: Sequence[int], token_id: int | None, sizes: Sequence[tuple[int, int]] = ()
+    ) -> list[int]:
+        """A rendered prompt as vLLM wants it. sizes: (width, height) of its pictures."""
+        if self.written is not None:
+            written, waiting = self.written, iter(sizes)
+            return [
+                each
+                for token in token_ids
+                for each in (written(*next(waiting)) if token == token_id else [token])
+            ]
         if self.spelled is None:
             return list(token_ids)
         made: list[int] = []
@@ -89,6 +100,23 @@ def picture_places(
     token = _stand_in(tokenizer, printed)
     logger.info("pictures are written as %r in this model's prompts", first)
     return PicturePlaces(token, token, lambda number: encoded(placeholder(number + 1) or ""))
+
+
+def rows_of_mistral(processor: Any) -> Callable[[int, int], list[int]] | None:
+    """`PicturePlaces.written` for a model in Mistral's own format, of whose pictures vLLM wants every token in the
+    prompt, as mistral_common writes them. processor: vLLM's for the model; None where it is of another kind."""
+    break_id, end_id = getattr(processor, "image_break_id", None), getattr(processor, "image_end_id", None)
+    pixels: Any = getattr(processor, "image_processor", None)
+    if break_id is None or not hasattr(pixels, "get_number_of_image_patches"):
+        return None
+
+    def written(width: int, height: int) -> list[int]:
+        _, rows, columns = pixels.get_number_of_image_patches(height, width)
+        tokens = [*[processor.image_token_id] * columns, break_id] * rows
+        tokens[-1] = end_id
+        return tokens
+
+    return written
 
 
 def _stand_in(tokenizer: Any, printed: str) -> str:
