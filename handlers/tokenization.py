@@ -62,6 +62,7 @@ class Tokenization:
                 f"the text is too long to be tokenised at once: {size} bytes; allowed: {MOST_TEXT_BYTES}"
             )
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        incoming.parsed()
         with self._admission.admit(1):
             try:
                 async with _within(self._timeout):
@@ -80,6 +81,7 @@ class Tokenization:
     async def detokenize(self, body: dict[str, Any], incoming: Incoming) -> Reply:
         """Raises ServingError."""
         token_ids = read_detokenize(body)
+        incoming.parsed()
         with self._admission.admit(1):
             async with _within(self._timeout):
                 if len(incoming.body) <= LONG_TEXT_BYTES:
