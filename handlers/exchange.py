@@ -9,9 +9,9 @@ from typing import Literal
 AdapterAction = Literal["list", "add", "show", "remove", "update"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Incoming:
-    """A request as it came over the wire.
+    """A request as it came over the wire; whoever has understood its body lets go of it by an empty one.
 
     route: the matched route's template, e.g. "/invocations" or "/v1/chat/completions".
     headers: names in lower case. body: whole and within `max_request_size`.

@@ -172,6 +172,9 @@ class Service:
         if task.misspelt:
             log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
         incoming.parsed()
+        incoming.body = (
+            b""  # Its images live on in the task: they need not be in memory twice while it waits.
+        )
         return await self._run(task, facts)
 
     async def _tokenize(

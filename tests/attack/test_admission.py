@@ -6,8 +6,8 @@ import asyncio
 import json
 import resource
 import socket
-from collections.abc import Iterator, MutableMapping
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Iterator, MutableMapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from container import bodies
+from container import bodies, protocol
 from container.app import App
 from container.bodies import Bodies, Body, BodyTimeout
 from container.life import Life
@@ -109,6 +109,22 @@ def reply_to(server: ServerProcess, sent: bytes) -> bytes:
 
 def status(reply: bytes) -> int:
     return int(reply.split(b" ", 2)[1]) if reply else 0
+
+
+@asynccontextmanager
+async def listening(folder: Path) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
+    """The HTTP server in this process, without a model."""
+    (folder / "config.json").write_text("{}")
+    life = Life()
+    http = HttpServer(App(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
+    listener = bind("127.0.0.1", 0)
+    address = listener.getsockname()
+    serving = asyncio.create_task(http.listen(listener))
+    while not http.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    yield http, address
+    http.should_exit = True
+    await serving
 
 
 def memory(server: ServerProcess) -> int:
@@ -271,6 +287,22 @@ def test_idle_connections_make_room_under_a_small_descriptor_limit(tmp_path: Pat
         assert b"[DONE]" in received(busy)
 
 
+def test_probes_are_answered_where_every_connection_is_busy(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "shapes") as server, ExitStack() as stack:
+        resource.prlimit(server._process.pid, resource.RLIMIT_NOFILE, (128, 128))
+        server.ready()
+        stream = chat(tokens=2, pause=60, stream=True)
+        for _ in range(64):
+            stack.enter_context(connect(server)).sendall(head(len(stream)) + stream)
+        until(server, "lmi_requests_in_flight", 64)
+        for _ in range(20):
+            assert httpx.get(f"{server.url}/ping", timeout=20).status_code == 200
+        reply = reply_to(server, head(len(stream), extra="Connection: close\r\n") + stream)
+        assert status(reply) == 429
+        assert b"too many connections are open" in reply
+        assert metrics(server)["lmi_requests_in_flight"] == 64
+
+
 def test_the_descriptor_limit_is_raised_to_what_is_allowed(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "shapes") as server:
         pid = server._process.pid
@@ -348,26 +380,48 @@ def test_a_turn_of_the_event_loop_takes_in_many_connections(tmp_path: Path) -> N
     """A probe that comes behind a hundred others waits for a few turns, not for a hundred."""
 
     async def check() -> None:
-        (tmp_path / "config.json").write_text("{}")
-        configuration = resolve(model=str(tmp_path), environ={})
-        life = Life()
-        http = HttpServer(App(configuration, life, Metrics(life.stats)))
-        listener = bind("127.0.0.1", 0)
-        serving = asyncio.create_task(http.listen(listener))
-        while not http.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.01)
-        with ExitStack() as stack:
-            for _ in range(96):
-                connection = stack.enter_context(socket.socket())
-                connection.setblocking(False)
-                connection.connect_ex(listener.getsockname())
-            turns = 0
-            while http.room.open < 96:
-                await asyncio.sleep(0)
-                turns += 1
-            assert turns <= 24
-        http.should_exit = True
-        await serving
+        async with listening(tmp_path) as (http, address):
+            with ExitStack() as stack:
+                for _ in range(96):
+                    connection = stack.enter_context(socket.socket())
+                    connection.setblocking(False)
+                    connection.connect_ex(address)
+                turns = 0
+                while http.room.open < 96:
+                    await asyncio.sleep(0)
+                    turns += 1
+                assert turns <= 24
+
+    uvloop.run(check())
+
+
+@pytest.mark.parametrize(
+    ("first", "drip"),
+    [
+        (b"", b"a"),
+        (b"", b"\r\n"),
+        (b"GET /ping HTTP/1.1\r\n", b"a: b\r\n"),
+        (b"GET /ping HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered at once
+        (b"GET /version HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered by the application
+        (b"GET /ping HTTP/1.1\r\n\r\n", b"\r\n"),
+    ],
+)
+def test_what_drips_ends_with_the_time_of_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes, drip: bytes
+) -> None:
+    monkeypatch.setattr(protocol, "_HEAD_SECONDS", 0.2)
+
+    async def check() -> None:
+        async with listening(tmp_path) as (_, address), asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(first)
+            ended = asyncio.create_task(reader.read())
+            while not ended.done():
+                writer.write(drip)
+                await asyncio.wait({ended}, timeout=0.02)
+            with suppress(ConnectionError):
+                await ended
+            writer.close()
 
     uvloop.run(check())
 
