@@ -20,7 +20,7 @@ _KEEP_ALIVE_SECONDS = 620
 
 _UNACKNOWLEDGED_SECONDS = 120
 
-_ACCEPTS = 16
+_ACCEPTS = 32
 """Connections taken in by one turn of the event loop: libuv takes one for each listening descriptor, and then those
 who come in numbers, probes among them, wait as many turns as there are connections before theirs."""
 
@@ -48,7 +48,8 @@ class HttpServer(uvicorn.Server):
         )
 
     async def listen(self, listener: socket.socket) -> None:
-        await self.serve([listener, *(listener.dup() for _ in range(_ACCEPTS - 1))])
+        accepts = min(_ACCEPTS, max(1, self.room.limit // 8))  # Each takes a descriptor itself.
+        await self.serve([listener, *(listener.dup() for _ in range(accepts - 1))])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
