@@ -13,17 +13,20 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
-from container.asgi import ClientGone, Exchange, Receive, Scope, Send, read_body
+from container.asgi import Exchange, Scope, Send, header_lines
+from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
 from container.cors import Cors
 from container.keys import Keys
 from container.life import Answers, Life
 from container.metrics import Metrics
 from container.openapi.document import document
 from container.prompt_log import LONG_BYTES, log_answer, log_prompt
-from container.routes import Match, MethodNotAllowed, Route, find
+from container.refusals import Refusals
+from container.routes import Action, Match, MethodNotAllowed, Route, find
+from handlers.admission import RETRY_AFTER, overloaded
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.dialects.sagemaker import ADAPTER
-from handlers.errors import DeadlineExceeded, NotFound, ServingError, Unavailable
+from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
@@ -38,6 +41,12 @@ _SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _GRACE_SECONDS = 5.0
 """What the handlers may take beyond a request's time to say themselves that it is over."""
+
+Work = Callable[[bytes, Callable[[], None]], Awaitable[Reply]]
+"""What answers a body; the second argument is called once the body has been understood."""
+
+AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
+"""A whole reply and all its headers but the length."""
 
 
 class Unauthorized(ServingError):
@@ -79,6 +88,8 @@ class App:
         self.calls: set[Call] = set()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.bodies = metrics.bodies = Bodies()
+        self._refusals = Refusals()
         self.configure(configuration)
 
     def configure(self, configuration: Configuration) -> None:
@@ -88,6 +99,48 @@ class App:
         self._accepted = accepted_names(configuration)
         self._cors = Cors(configuration.settings.cors_allowed_origin)
         self._keys = Keys(configuration.settings.api_key)
+        self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
+
+    def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
+        """The reply to a request whose head is all that it needs: a probe's, and the refusal of one without a place.
+
+        Answered so, neither waits for anything that runs, and a refusal costs no parsing and no task.
+        crowded: there are more connections than there should be. None for every other request: those are
+        answered by `__call__`.
+        """
+        try:
+            match = find(path, method)
+        except ServingError:
+            return None
+        action = match.route.action
+        if action == "ping" or action == "health":
+            reply = self._ping() if action == "ping" else self._health()
+        else:
+            if action not in _TAKES_BODY or self._life.phase != "serving":
+                return None
+            error = self._refusal(action, declared_size(headers), crowded)
+            if error is None or not self._keys.admit(headers):
+                return None
+            self._metrics.on_error(error.kind)
+            self._refusals.add(error)
+            reply = error_reply(error, style_of(match.route.template, headers))
+        self._metrics.on_http(match.route.template, reply.status)
+        own = self._headers(request_id(headers, self._settings.request_id_header_key), headers)
+        return reply, header_lines(reply, own)
+
+    def on_malformed(self, status: int) -> None:
+        """A connection sent what is no request, and was told so."""
+        self._metrics.on_http("unknown", status)
+
+    def _refusal(self, action: str, declared: int, crowded: bool) -> ServingError | None:
+        """Why a request's body is not read, if there is a reason."""
+        if crowded:
+            return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
+        if action in _TAKES_PLACE and self._service().free <= self.bodies.expected:
+            return overloaded()
+        if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
+            return self.bodies.overloaded()
+        return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -139,52 +192,55 @@ class App:
             case _:
                 named = match.name or parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
-                await self._work(call, self._asked(call, match))
+                await self._work(call, match.route.action, self._asked(call, match))
 
     def _service(self) -> Answers:
         if self._life.phase != "serving" or self._life.service is None:
             raise Unavailable(f"not ready: {self._life.reason}", retry_after=5)
         return self._life.service
 
-    def _asked(self, call: Call, match: Match) -> Callable[[bytes], Awaitable[Reply]]:
+    def _asked(self, call: Call, match: Match) -> Work:
         """What answers a body. Raises Unavailable."""
         service, action = self._service(), match.route.action
         if action == "adapters":
             query = {name: values[0] for name, values in parse_qs(call.query, keep_blank_values=True).items()}
-            return lambda body: service.adapters(
+            return lambda body, _: service.adapters(
                 AdapterCall(match.route.adapters, match.adapter, query, body, call.headers, call.request_id)
             )
         work = {"tokenize": service.tokenize, "detokenize": service.detokenize}.get(action, service.answer)
-        return lambda body: work(
-            Incoming(call.template, body, _named_headers(call), call.request_id, call.model)
+        return lambda body, parsed: work(
+            Incoming(call.template, body, _named_headers(call), call.request_id, call.model, parsed)
         )
 
-    async def _work(self, call: Call, work: Callable[[bytes], Awaitable[Reply]]) -> None:
+    async def _work(self, call: Call, action: Action, work: Work) -> None:
         """What takes a body and the model."""
         self.calls.add(call)
         self.idle.clear()
+        body = Body(
+            self.bodies, call.headers, self._settings.max_request_size, self._settings.predict_timeout
+        )
         try:
-            body = await read_body(
-                call.headers,
-                call.receive,
-                self._settings.max_request_size,
-                longest=self._settings.predict_timeout,
-            )
+            if action in _TAKES_PLACE:
+                self._expect(body)
+            content = await body.read(call.receive)
             call.body_read = True
+            if action in _TAKES_PLACE:
+                self._expect(body)
             if self._settings.log_prompts:
-                if len(body) > LONG_BYTES:
-                    await asyncio.to_thread(log_prompt, call.request_id, body)
+                if len(content) > LONG_BYTES:
+                    await asyncio.to_thread(log_prompt, call.request_id, content)
                 else:
-                    log_prompt(call.request_id, body)
-            answering = work(body)
-            del body  # or it would be held until the reply is sent
+                    log_prompt(call.request_id, content)
+            answering = work(content, body.settle)
+            del content  # or it would be held until the reply is sent
             await call.exchange.run(
                 self._answer(call, answering),
-                self._headers(call),
+                self._headers(call.request_id, call.headers),
                 longest=self._settings.predict_timeout + _GRACE_SECONDS,
                 pause=self._settings.chunked_read_timeout,
             )
         finally:
+            body.release()
             self.calls.discard(call)
             if not self.calls:
                 self.idle.set()
@@ -194,6 +250,14 @@ class App:
             raise Unavailable(
                 "the server stopped before the answer was complete; send it again", retry_after=5
             )
+
+    def _expect(self, body: Body) -> None:
+        """Reserve a place for the answer, unless that is done; lost by a body that takes long. Raises Overloaded."""
+        if body.expected:
+            return
+        if self._service().free <= self.bodies.expected:
+            raise overloaded()
+        body.expect()
 
     async def _answer(self, call: Call, answering: Any) -> Reply:
         reply: Reply = await answering
@@ -263,11 +327,11 @@ class App:
                 return Reply(200, _JSON, _json(model))
         raise NotFound(f"no model {wanted[:200]!r} is served here; GET /v1/models lists the names")
 
-    async def _reply(self, call: Call, reply: Reply, linger: bool = False) -> None:
-        await call.exchange.send(reply, self._headers(call), linger)
+    async def _reply(self, call: Call, reply: Reply, close: bool = False) -> None:
+        await call.exchange.send(reply, self._headers(call.request_id, call.headers), close)
 
-    def _headers(self, call: Call) -> dict[str, str]:
-        headers = {**_UNCACHED, "x-request-id": call.request_id, **self._cors.headers(call.headers)}
+    def _headers(self, request_id: str, asked: Mapping[str, str]) -> dict[str, str]:
+        headers = {**_UNCACHED, "x-request-id": request_id, **self._cors.headers(asked)}
         if self._life.phase == "draining":
             headers["connection"] = "close"
         return headers
@@ -286,7 +350,7 @@ class App:
         reply = error_reply(known, style_of(call.path if call.route is None else call.template, call.headers))
         if isinstance(error, MethodNotAllowed):
             reply.headers["Allow"] = ", ".join(error.allowed)
-        await self._reply(call, reply, linger=not call.body_read and _has_body(call.headers))
+        await self._reply(call, reply, close=not call.body_read and has_body(call.headers))
 
     def _note(self, call: Call) -> None:
         """Count the request and write its line: never its prompt, its answer or its pictures."""
@@ -320,6 +384,8 @@ class App:
         logger.info("request", extra={"facts": line})
 
 
+_TAKES_PLACE = ("answer", "tokenize", "detokenize")
+_TAKES_BODY = (*_TAKES_PLACE, "adapters")
 _LOGGED = ("answer", "tokenize", "detokenize", "adapters")
 
 
@@ -338,7 +404,7 @@ def _named_headers(call: Call) -> dict[str, str]:
     return {ADAPTER: adapter, **call.headers} if adapter else call.headers
 
 
-def _has_body(headers: Mapping[str, str]) -> bool:
+def has_body(headers: Mapping[str, str]) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 

@@ -12,7 +12,10 @@ Phase = Literal["loading", "serving", "draining", "failed"]
 
 
 class Answers(Protocol):
-    """What the server asks of the handlers."""
+    """What the server asks of the handlers. free: answers that they could take in now."""
+
+    @property
+    def free(self) -> int: ...
 
     async def answer(self, incoming: Incoming) -> Reply: ...
 

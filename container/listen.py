@@ -1,79 +1,39 @@
-"""The listening socket and the HTTP protocol on it: uvicorn, with the limits that it leaves open."""
+"""The listening socket and the HTTP server on it: uvicorn."""
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from container.app import App
+from container.connections import Connections, raise_descriptor_limit
+from container.protocol import Protocol
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 620
 """Longer than any load balancer keeps an idle connection (AWS 60 s, Google 600 s): it must close first."""
 
-_HEAD_SECONDS = 30.0
-_HEAD_BYTES = 64 * 1024
 _UNACKNOWLEDGED_SECONDS = 120
 
-
-class Protocol(HttpToolsProtocol):
-    """A request's head must be whole soon after it began, and may not be larger than 64 KiB."""
-
-    _head_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)  # type: ignore[arg-type]
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive, self.timeout_keep_alive_handler
-        )
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        self._head_bytes = 0
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
-        super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        self._stop_timer()
-        super().on_headers_complete()
-
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > _HEAD_BYTES:
-            raise ValueError("the request's head is too large")
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+_ACCEPTS = 32
+"""Connections taken in by one turn of the event loop: libuv takes one for each listening descriptor, and then those
+who come in numbers, probes among them, wait as many turns as there are connections before theirs."""
 
 
 class HttpServer(uvicorn.Server):
     """Serves until `should_exit`; signals are its owner's business."""
 
     def __init__(self, app: App) -> None:
+        self.room = Connections(raise_descriptor_limit())
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=partial(Protocol, application=app, room=self.room),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -86,6 +46,10 @@ class HttpServer(uvicorn.Server):
                 timeout_graceful_shutdown=2,
             )
         )
+
+    async def listen(self, listener: socket.socket) -> None:
+        accepts = min(_ACCEPTS, max(1, self.room.limit // 8))  # Each takes a descriptor itself.
+        await self.serve([listener, *(listener.dup() for _ in range(accepts - 1))])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

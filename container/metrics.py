@@ -18,6 +18,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
+from container.bodies import Bodies
+from container.connections import Connections
 from handlers.backends.base import BackendStats
 from handlers.exchange import RequestFacts
 from handlers.images.loader import ImageLoader
@@ -74,6 +76,8 @@ class Metrics:
         self.errors: Counter[str] = Counter()
         self.http: Counter[tuple[str, str]] = Counter()
         self.pictures: ImageLoader | None = None
+        self.bodies: Bodies | None = None
+        self.connections: Connections | None = None
         self.facts: dict[str, RequestFacts] = {}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -126,6 +130,29 @@ class Metrics:
         yield GaugeMetricFamily(
             "lmi_requests_in_flight", "Requests admitted and not yet answered.", value=self.in_flight
         )
+        for name, meaning, value in (
+            (
+                "lmi_request_bodies_held_bytes",
+                "Bytes of request bodies held, counted from their arrival until their replies end.",
+                0 if self.bodies is None else self.bodies.held,
+            ),
+            (
+                "lmi_request_bodies_arriving",
+                "Request bodies that have not arrived whole.",
+                0 if self.bodies is None else len(self.bodies.reading),
+            ),
+            (
+                "lmi_connections",
+                "Open connections of clients.",
+                0 if self.connections is None else self.connections.open,
+            ),
+            (
+                "lmi_connections_idle",
+                "Of them those without a request, or with an unfinished head.",
+                0 if self.connections is None else len(self.connections.idle),
+            ),
+        ):
+            yield GaugeMetricFamily(name, meaning, value=value)
         yield self.first_token.family(
             "lmi_time_to_first_token_seconds", "From a request's arrival to its first token."
         )

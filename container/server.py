@@ -78,7 +78,8 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         http = HttpServer(self._app)
-        serving = loop.create_task(http.serve(sockets=[self.listener]))
+        self.metrics.connections = http.room
+        serving = loop.create_task(http.listen(self.listener))
         loading = loop.create_task(self._load())
         stopping = loop.create_task(self._stop.wait())
         losing = loop.create_task(self._until_lost())

@@ -16,6 +16,10 @@ class Admission:
         self.capacity = capacity
         self.taken = 0
 
+    @property
+    def free(self) -> int:
+        return self.capacity - self.taken
+
     def admit(self, answers: int) -> Permit:
         """A permit at once, or Overloaded. InvalidRequest for more answers than there are places at all."""
         if answers > self.capacity:
@@ -24,9 +28,13 @@ class Admission:
                 f"{self.capacity} at once (max_rolling_batch_size and job_queue_size)"
             )
         if self.taken + answers > self.capacity:
-            raise Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
+            raise overloaded()
         self.taken += answers
         return Permit(self, answers)
+
+
+def overloaded() -> Overloaded:
+    return Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
 
 
 class Permit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,7 @@ class Incoming:
     route: the matched route's template, e.g. "/invocations" or "/v1/chat/completions".
     headers: names in lower case. body: whole and within `max_request_size`, until it is taken. size: its bytes.
     model: the model named in the path, None where the route names none.
+    parsed: called once the body has been understood, just before the request asks for its places in the queue.
     """
 
     route: str
@@ -23,6 +24,7 @@ class Incoming:
     headers: Mapping[str, str]
     request_id: str
     model: str | None = None
+    parsed: Callable[[], None] = lambda: None
     size: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -120,6 +120,11 @@ class Service:
         """Answers that are generated, waited for, or still read by their client."""
         return self._admission.taken
 
+    @property
+    def free(self) -> int:
+        """Answers that could be taken in now."""
+        return self._admission.free
+
     async def answer(self, incoming: Incoming) -> Reply:
         """A stream is returned with its first token, so that whatever fails before has its own status code."""
         return await self._reply(incoming, self._answer)
@@ -181,6 +186,7 @@ class Service:
         facts.model = task.requests[0].model
         if task.misspelt:
             log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
+        incoming.parsed()
         return await self._run(task, facts)
 
     async def _tokenize(

@@ -64,6 +64,7 @@ class Tokenization:
                 f"the text is too long to be tokenised at once: {size} bytes; allowed: {MOST_TEXT_BYTES}"
             )
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        incoming.parsed()
         with self._admission.admit(1):
             try:
                 async with _within(self._timeout):
@@ -82,6 +83,7 @@ class Tokenization:
     async def detokenize(self, body: dict[str, Any], incoming: Incoming, long: bool) -> Reply:
         """long: reading the body takes long. Raises ServingError."""
         token_ids = await asyncio.to_thread(read_detokenize, body) if long else read_detokenize(body)
+        incoming.parsed()
         with self._admission.admit(1):
             async with _within(self._timeout):
                 if incoming.size <= LONG_TEXT_BYTES:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, SecretStr
 
-from properties.field import VLLM, Level, Variable, server_key
+from properties.field import VLLM, Level, Variable, option, server_key
 from properties.values import Count, Devices, Names, Port, Positive, Seconds
 
 
@@ -78,6 +78,12 @@ class ServerSettings(BaseModel):
             Variable("SAGEMAKER_MAX_PAYLOAD_IN_MB", Level.SAGEMAKER, _megabytes, rank=1),
             Variable("PAYLOAD_LIMIT", Level.TGI),
         ),
+    )
+    request_memory_mb: Positive = option(
+        "Host memory for request bodies, counted while they arrive and until their replies end; one that finds no "
+        "room is answered 429. Never less than max_request_size.",
+        default=512,
+        unit="MiB",
     )
     chunked_read_timeout: Seconds = server_key(
         "Longest pause between two parts of a reply, the first included; then the request is aborted.",

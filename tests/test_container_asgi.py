@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from container import asgi
-from container.asgi import BodyTimeout, Exchange, read_body
-from handlers.errors import PayloadTooLarge
+from container.asgi import Exchange
 from handlers.exchange import Reply
 
 Message = MutableMapping[str, Any]
@@ -142,42 +140,5 @@ def test_an_unexpected_error_of_the_handlers_comes_through() -> None:
         with pytest.raises(RuntimeError, match="oops"):
             await Exchange(wire.receive, wire.send).run(fails(), {}, longest=5, pause=5)
         assert not wire.sent
-
-    run(check())
-
-
-def test_a_body_is_read_up_to_its_limit() -> None:
-    async def check() -> None:
-        parts = iter([(b"ab", True), (b"cd", True), (b"", False)] * 2)
-
-        async def receive() -> Message:
-            body, more = next(parts)
-            return {"type": "http.request", "body": body, "more_body": more}
-
-        assert await read_body({}, receive, 4, longest=60) == b"abcd"
-        with pytest.raises(PayloadTooLarge):
-            await read_body({}, receive, 3, longest=60)
-        with pytest.raises(PayloadTooLarge):
-            await read_body({"content-length": "5"}, receive, 4, longest=60)
-
-    run(check())
-
-
-def test_a_body_that_trickles_in_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def trickle() -> Message:
-        await asyncio.sleep(0.01)
-        return {"type": "http.request", "body": b" ", "more_body": True}
-
-    async def silence() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def check() -> None:
-        async with asyncio.timeout(20):
-            with pytest.raises(BodyTimeout, match="took longer than 0 s"):
-                await read_body({}, trickle, 1 << 20, longest=0.2)
-            monkeypatch.setattr(asgi, "BODY_PAUSE_SECONDS", 0.05)
-            with pytest.raises(BodyTimeout, match="no part of the request's body came"):
-                await read_body({}, silence, 1 << 20, longest=60)
 
     run(check())

@@ -59,6 +59,10 @@ class CustomService:
     def in_flight(self) -> int:
         return self._admission.taken
 
+    @property
+    def free(self) -> int:
+        return self._admission.free
+
     async def answer(self, incoming: Incoming) -> Reply:
         """Never raises but when cancelled, and then everything is given back."""
         facts = RequestFacts(incoming.request_id, incoming.route)
@@ -81,6 +85,7 @@ class CustomService:
         return error_reply(_NO_TOKENS, "tgi")
 
     async def _answer(self, incoming: Incoming, facts: RequestFacts) -> Reply:
+        incoming.parsed()
         permit = self._admission.admit(1)
         visit = Visit(permit, facts, self._observer, self._limits.predict_timeout)
         streams = False

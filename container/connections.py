@@ -1,0 +1,90 @@
+"""The connections of clients: how many there may be, and which one goes where there are too many."""
+
+from __future__ import annotations
+
+import resource
+from typing import Protocol
+
+_MOST = 16_384
+_MOST_DESCRIPTORS = 65_536
+_OWN_DESCRIPTORS = 256
+"""Kept for the engine's pipes, fetches and files; half of all where there are few."""
+
+_MOST_LINGERING = 64
+
+
+class Connection(Protocol):
+    def hang_up(self) -> None:
+        """Close at once."""
+
+
+class Connections:
+    """Those of one server. limit: beyond it, who is idle longest goes for who comes; where nobody is idle, only probes
+    are answered on new ones. `hard_limit`: beyond it, new ones are closed at once.
+
+    open: those not closed or asked to close. idle: without a request, longest first; a head that comes byte by byte
+    does not make its connection busy. lingering: their reply was sent, and what they still send is thrown away.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.hard_limit = limit + max(8, limit // 8)
+        self.open = 0
+        self.idle: dict[Connection, None] = {}
+        self.lingering: dict[Connection, None] = {}
+        self._known: set[Connection] = set()
+
+    @property
+    def crowded(self) -> bool:
+        return self.open > self.limit
+
+    def add(self, connection: Connection) -> None:
+        self._known.add(connection)
+        self.open += 1
+        self.idle[connection] = None
+        if self.open <= self.limit:
+            return
+        oldest = next(iter(self.lingering), None) or next(iter(self.idle))
+        if oldest is not connection or self.open > self.hard_limit:
+            self.remove(oldest)
+            oldest.hang_up()
+
+    def rest(self, connection: Connection) -> None:
+        """It waits for its next request from now on."""
+        if connection in self._known:
+            self.idle.pop(connection, None)
+            self.idle[connection] = None
+
+    def busy(self, connection: Connection) -> None:
+        self.idle.pop(connection, None)
+
+    def linger(self, connection: Connection) -> None:
+        self.idle.pop(connection, None)
+        self.lingering[connection] = None
+        if len(self.lingering) > _MOST_LINGERING:
+            oldest = next(iter(self.lingering))
+            self.remove(oldest)
+            oldest.hang_up()
+
+    def remove(self, connection: Connection) -> None:
+        """Safe to call twice."""
+        self.idle.pop(connection, None)
+        self.lingering.pop(connection, None)
+        if connection in self._known:
+            self._known.discard(connection)
+            self.open -= 1
+
+
+def raise_descriptor_limit() -> int:
+    """Allow this process and its children as many open files as they may have; how many connections that leaves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (ValueError, OSError):
+            pass  # Some sandboxes refuse it; the limit below follows what there is.
+    if soft == resource.RLIM_INFINITY:
+        return _MOST
+    return min(_MOST, soft - min(_OWN_DESCRIPTORS, soft // 2))

@@ -1,0 +1,332 @@
+"""HTTP/1.1 on one connection: uvicorn's protocol, with the limits that it leaves open and replies that need no task."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import urllib.parse
+from typing import TYPE_CHECKING, Any, cast
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from container.connections import Connections
+
+if TYPE_CHECKING:
+    from container.app import App
+
+logger = logging.getLogger(__name__)
+
+_HEAD_SECONDS = 30.0
+_HEAD_BYTES = 64 * 1024
+_MOST_HEADERS = 256
+
+_MOST_PIPELINED = 16
+"""Requests of one connection that wait for an earlier reply."""
+
+_MOST_IN_ONE_READ = 64
+"""Requests: each is parsed on the event loop."""
+
+_PIPELINED_BYTES = 64 * 1024
+"""Of the body of a request that waits so: nobody reads it yet, and it is in no budget."""
+
+_FEW_CHUNKS = 4096
+_CHUNK_BYTES = 32
+"""Of a chunked body beyond the first chunks, on average: each chunk costs a call, however small."""
+
+_FRAMING_BYTES = 64 * 1024
+"""Of chunk sizes, extensions and trailers, beside a quarter of the body."""
+
+_DROPPED_BYTES = 64 * 1024
+"""Of a refused request's body, that are read so that its connection can be kept."""
+
+_LINGER_SECONDS = 2.0
+_LINGER_BYTES = 64 * 2**20
+"""Of all connections together that are closed with a body still arriving. What is not read resets a connection, and a
+client that is reset while it sends may never see the reply."""
+
+_UNREAD_SECONDS = 120.0
+"""How long a client may leave more than a full buffer of a reply unread."""
+
+
+class Wire:
+    """A transport that is closed in a way that lets the client read the reply (see `Protocol.finish`)."""
+
+    __slots__ = ("_protocol", "_transport", "get_extra_info", "pause_reading", "resume_reading", "write")
+
+    def __init__(self, transport: asyncio.Transport, protocol: Protocol) -> None:
+        self._transport = transport
+        self._protocol = protocol
+        self.write = transport.write
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
+        self.get_extra_info = transport.get_extra_info
+
+    def close(self) -> None:
+        self._protocol.finish()
+
+    def is_closing(self) -> bool:
+        return self._protocol.lingers or self._transport.is_closing()
+
+
+class Protocol(HttpToolsProtocol):
+    """Bounds a connection's heads (time, bytes, headers), requests at once, framing of bodies and unread replies."""
+
+    def __init__(self, *, application: App, room: Connections, **given: Any) -> None:
+        super().__init__(**given)
+        self._application = application
+        self._room = room
+        self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None
+        self._left: int | None = None  # bytes to throw away before the connection is closed
+        self._lost = self._deaf = False
+        self._in_head = self._in_body = False
+        self._skipping = False  # the body of a request that has been answered
+        self._head_bytes = self._head_read = self._fields = self._parsed = 0
+        self._chunked = self._began = False
+        self._chunks = self._body_bytes = self._body_read = self._declared = 0
+        self._problem = (400, "Invalid HTTP request received.")
+
+    @property
+    def lingers(self) -> bool:
+        return self._left is not None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._socket = cast(asyncio.Transport, transport)
+        super().connection_made(Wire(self._socket, self))  # type: ignore[arg-type]
+        self._room.add(self)
+        self._start_keep_alive()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._stop_timer()
+        self.resume_writing()
+        self._room.remove(self)
+        if self._running is not None:  # uvicorn tells the newest of pipelined requests alone.
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def hang_up(self) -> None:
+        if self.lingers:
+            self._socket.abort()
+        else:
+            self._socket.close()
+
+    def finish(self) -> None:
+        """Close, but first throw away what the client still sends of a body that it has begun to send.
+
+        At most `_LINGER_BYTES` of all such connections, for `_LINGER_SECONDS`; the oldest of too many goes at once.
+        """
+        if self.lingers:
+            return
+        waiting = self.cycle is not None and self.cycle.waiting_for_100_continue
+        if self._lost or not self._in_body or waiting or self._socket.is_closing():
+            self._socket.close()
+            return
+        share = _LINGER_BYTES // (len(self._room.lingering) + 1)
+        rest = max(1, self._declared - self._body_bytes) if self._declared else share
+        self._left = min(share, rest)
+        self._start_timer(_LINGER_SECONDS, self.hang_up)
+        self.flow.resume_reading()
+        if self._socket.can_write_eof():
+            self._socket.write_eof()
+        self._room.linger(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left <= 0:
+                self.hang_up()
+            return
+        if self._deaf:
+            return
+        self._unset_keepalive_if_required()
+        self._parsed, self._began = 0, False
+        in_body = self._in_body
+        if self._timer is None and self._is_free():
+            self._start_timer(_HEAD_SECONDS, self._socket.abort)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._deaf = True  # What follows is in no protocol that is spoken here.
+            self.cycle.keep_alive = False
+            return
+        except httptools.HttpParserError:
+            self._refuse()
+            return
+        if self._in_head and not self._began:
+            self._head_read += len(data)  # The parser keeps an unfinished header to itself.
+            if self._head_read > _HEAD_BYTES:
+                self._problem = (431, "The request's head is too large.")
+                self._refuse()
+        elif in_body and self._in_body and self._chunked:
+            self._body_read += len(data)
+            if self._body_read - self._body_bytes > _FRAMING_BYTES + self._body_bytes // 4:
+                self._refuse()
+
+    def on_message_begin(self) -> None:
+        self._parsed += 1
+        if (
+            self._parsed > _MOST_IN_ONE_READ
+            or len(self.pipeline) >= _MOST_PIPELINED
+            or self.transport.is_closing()
+        ):
+            raise ValueError("too many requests at once")
+        self._in_head = self._began = True
+        self._head_bytes = self._head_read = self._fields = 0
+        self._chunked = False
+        self._start_timer(_HEAD_SECONDS, self._socket.abort)
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        self._fields += 1
+        if self._fields > _MOST_HEADERS:
+            self._problem = (431, "The request has too many headers.")
+            raise ValueError("too many headers")
+        if self._in_head:  # and no trailer, which may not say what a proxy has not checked
+            if name.lower() == b"transfer-encoding":
+                self._chunked = True
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._in_head, self._in_body = False, True
+        self._chunks = self._body_bytes = self._body_read = self._declared = 0
+        if not self._answered_at_once():
+            self._room.busy(self)
+            super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self._chunked:
+            self._chunks += 1
+            if self._chunks > _FEW_CHUNKS + self._body_bytes // _CHUNK_BYTES:
+                raise ValueError("too many small chunks")
+        if self._skipping:
+            return
+        if self.pipeline and len(self.cycle.body) + len(body) > _PIPELINED_BYTES:
+            raise ValueError("a long body behind an unfinished reply")
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        if self._skipping:
+            self._skipping = False
+            self._stop_timer()
+            self.on_response_complete()
+            return
+        super().on_message_complete()
+        if self._is_free():  # The reply was complete before the body.
+            self._stop_timer()
+            self._start_keep_alive()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.pipeline and not self.transport.is_closing():
+            self._room.rest(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(_UNREAD_SECONDS, self._socket.abort)
+
+    def resume_writing(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        super().resume_writing()
+
+    def _is_free(self) -> bool:
+        """Whether no earlier request of this connection waits for its reply."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.pipeline
+
+    def _answered_at_once(self) -> bool:
+        """Answer what needs nothing but its head, here and now; whether that was done."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers}
+        declared = headers.get("content-length", "0")
+        self._declared = int(declared) if declared.isdecimal() else 0
+        if not self._is_free() or self.flow.write_paused or self.parser.should_upgrade():
+            return False
+        path = httptools.parse_url(self.url).path.decode("ascii")
+        method = self.parser.get_method().decode("ascii")
+        found = self._application.at_once(
+            method, urllib.parse.unquote(path) if "%" in path else path, headers, self._room.crowded
+        )
+        if found is None:
+            return False
+        reply, lines = found
+        keep = (
+            self.parser.get_http_version() != "1.0"
+            and self.parser.should_keep_alive()
+            and not self._chunked
+            and not self.expect_100_continue
+            and self._declared <= _DROPPED_BYTES
+            and not any(name == b"connection" for name, _ in lines)
+        )
+        lines.append((b"content-length", str(len(reply.body)).encode()))
+        if not keep:
+            lines.append((b"connection", b"close"))
+        self._write(reply.status, lines, b"" if method == "HEAD" else reply.body)
+        self._skipping = True
+        if not keep:
+            self._in_body = (self._chunked or self._declared > 0) and not self.expect_100_continue
+            self.finish()
+        elif self._declared:
+            self._start_timer(_HEAD_SECONDS, self._socket.abort)
+        return True
+
+    def _refuse(self) -> None:
+        """Answer what is no HTTP, or too much of it, and close. Another request's reply is not written into."""
+        status, message = self._problem
+        if self.transport.is_closing():
+            return
+        self._application.on_malformed(status)
+        logger.debug("refused what a client sent: %s", message)
+        own = self._is_free() or (self._in_body and not self.pipeline and not self.cycle.response_started)
+        if own and not self._skipping:
+            text = message.encode()
+            lines = [
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"content-length", str(len(text)).encode()),
+                (b"connection", b"close"),
+            ]
+            self._write(status, lines, text)
+        self._socket.close()
+
+    def _write(self, status: int, lines: list[tuple[bytes, bytes]], body: bytes) -> None:
+        content = [STATUS_LINE[status]]
+        for name, value in (*self.server_state.default_headers, *lines):
+            content += (name, b": ", value, b"\r\n")
+        self._socket.write(b"".join((*content, b"\r\n", body)))
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > _HEAD_BYTES:
+            self._problem = (431, "The request's head is too large.")
+            raise ValueError("the request's head is too large")
+
+    def _start_keep_alive(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def _start_timer(self, seconds: float, action: Any) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, action)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
