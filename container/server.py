@@ -22,6 +22,7 @@ from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Backend
 from handlers.build import build_images
+from handlers.custom.backend import CustomBackend
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
@@ -155,6 +156,8 @@ class Server:
         self._images = self.metrics.pictures = build_images(configuration.settings)
         service = build_service(configuration, backend, self._images, self.metrics, formatters)
         self.life.serve(backend, service)
+        if backend.capabilities.images and not isinstance(backend, CustomBackend):
+            self._images.decoders.warm_up()
 
     def _report(self, failure: BaseException) -> None:
         if isinstance(failure, ConfigurationError):

@@ -1,4 +1,7 @@
-"""Encoded bytes to upright RGB pictures, with Pillow, under a cap on pixels. All of it runs in threads."""
+"""Encoded bytes to upright RGB pictures, with Pillow, under a cap on pixels.
+
+Files are decoded in processes of their own (`handlers.images.decoders`), which import this module: it must stay small.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin, features
 
 from handlers.errors import ImageTooLarge
@@ -22,6 +23,8 @@ MAX_JPEG_SCANS = 100
 
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
+
+_ROWS_BYTES = 2**22
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -42,12 +45,17 @@ def decode(data: bytes, max_pixels: int, background: Color = WHITE) -> Image.Ima
     with another picture, so that threads may read it. Raises PictureProblem; nothing is decoded above
     `max_pixels`.
     """
-    with _opened(data, max_pixels) as image:
-        image.load()
-        image = _turn(image)
-        if image.mode == "RGB" and not image.has_transparency_data:
-            return _bare(image)
-        return _flatten(image, background)
+    with opened(data, max_pixels) as image:
+        return flattened(image, background)
+
+
+def flattened(image: Image.Image, background: Color) -> Image.Image:
+    """What `decode` makes of a file that is open. To be called within `opened`."""
+    image.load()
+    image = _turn(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return _bare(image)
+    return _flatten(image, background)
 
 
 def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> Image.Image:
@@ -56,7 +64,7 @@ def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> I
     Raises PictureProblem.
     """
     if image.width * image.height > max_pixels:
-        raise _too_many_pixels(max_pixels)
+        raise too_many_pixels(max_pixels)
     if not image.width * image.height:
         raise PictureProblem("it has no pixels")
     try:
@@ -78,12 +86,12 @@ def _load(image: Image.Image) -> None:
 
 def measure(data: bytes, max_pixels: int) -> int:
     """Bytes that the decoded picture will take, as its header says. Raises PictureProblem."""
-    with _opened(data, max_pixels) as image:
+    with opened(data, max_pixels) as image:
         return decoded_bytes(image)
 
 
 @contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read; what fails within becomes a PictureProblem."""
     part = "header"
     try:
@@ -95,10 +103,12 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except PictureProblem:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_many_pixels(max_pixels) from error
+        raise too_many_pixels(max_pixels) from error
     except MemoryError as error:
-        raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
+        raise _too_much_memory() from error
     except Exception as error:  # Pillow's readers fail in a dozen ways, all of them about the file.
+        if "out of memory" in str(error):
+            raise _too_much_memory() from error
         raise PictureProblem(_damaged(data, part, error)) from error
 
 
@@ -118,7 +128,7 @@ def decoded_bytes(image: Image.Image) -> int:
 
 def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
-        raise _too_many_pixels(max_pixels)
+        raise too_many_pixels(max_pixels)
     # Every scan of a progressive JPEG is a pass over all pixels, and an empty one takes but a few bytes.
     if (
         image.format in ("JPEG", "MPO")
@@ -156,8 +166,15 @@ def _bare(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Modes I and I;16 hold 16-bit grey, which Pillow's own conversion would clip instead of scale."""
-    samples: np.ndarray[Any, Any] = np.asarray(image)
-    return Image.fromarray((samples.clip(0, 65535) >> 8).astype(np.uint8))
+    import numpy as np  # 13 MB, which no other image needs
+
+    flat = Image.new("L", image.size)
+    rows = max(1, _ROWS_BYTES // (image.width * 4))
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        eighths = np.asarray(band).clip(0, 65535) >> 8
+        flat.paste(Image.fromarray(eighths.astype(np.uint8)), (0, top))
+    return flat
 
 
 def _damaged(data: bytes, part: str, error: Exception) -> str:
@@ -174,5 +191,9 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
     return f"its {kind} {part} is truncated or damaged"
 
 
-def _too_many_pixels(max_pixels: int) -> PictureProblem:
+def _too_much_memory() -> PictureProblem:
+    return PictureProblem("decoding it takes more memory than an image of its size may take", ImageTooLarge)
+
+
+def too_many_pixels(max_pixels: int) -> PictureProblem:
     return PictureProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)
