@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from handlers.errors import ImageError, ImageTooLarge
-from handlers.images.decode import FORMATS, MAX_JPEG_SCANS, convert, decode, prepare_pillow
+from handlers.images.decode import FORMATS, convert, decode, prepare_pillow
+from handlers.images.formats.jpeg import MAX_SCANS
 from handlers.images.problem import PictureProblem
 
 LIMIT = 1_000_000
@@ -247,7 +248,7 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     data = encoded(quarters(), "JPEG", progressive=True)
     assert corners(decode(data, LIMIT)) == [RED, GREEN, BLUE, WHITE]
     scan = data.rindex(b"\xff\xda")
-    many = data[:-2] + data[scan:-2] * MAX_JPEG_SCANS + b"\xff\xd9"
+    many = data[:-2] + data[scan:-2] * MAX_SCANS + b"\xff\xd9"
     with pytest.raises(PictureProblem, match="more than 100 scans"):
         decode(many, LIMIT)
 

@@ -13,18 +13,20 @@ from contextlib import contextmanager
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin, features
 
 from handlers.errors import ImageTooLarge
-from handlers.images.metadata import jpeg_scans, kind_of, without_metadata
-from handlers.images.problem import PictureProblem
+from handlers.images.metadata import kind_of, without_metadata
+from handlers.images.problem import PictureProblem, too_many_pixels
 
 # The plugins above are imported so that Pillow finds them without importing all of its others.
 PLUGINS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
-MAX_JPEG_SCANS = 100
 
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 
 _ROWS_BYTES = 2**22
+
+_DECODED_IN_PLACE = ("JPEG", "PNG", "WEBP", "BMP", "AVIF")
+"""Of these, Pillow makes an image only where there is none yet, and of the file's own size."""
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -49,8 +51,14 @@ def decode(data: bytes, max_pixels: int, background: Color = WHITE) -> Image.Ima
         return flattened(image, background)
 
 
-def flattened(image: Image.Image, background: Color) -> Image.Image:
-    """What `decode` makes of a file that is open. To be called within `opened`."""
+def flattened(image: Image.Image, background: Color, canvas: Image.Image | None = None) -> Image.Image:
+    """What `decode` makes of a file that is open. To be called within `opened`.
+
+    canvas: zeros in RGB, of the file's size. Where pixels need no conversion, they are decoded right into it, and the
+    result is on it.
+    """
+    if canvas is not None and image.mode == "RGB" and image.format in _DECODED_IN_PLACE:
+        image.im = canvas.im
     image.load()
     image = _turn(image)
     if image.mode == "RGB" and not image.has_transparency_data:
@@ -95,10 +103,11 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read; what fails within becomes a PictureProblem."""
     part = "header"
     try:
-        data = without_metadata(data)
+        data = without_metadata(data, max_pixels)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             part = "pixel data"
-            _check_cost(image, data, max_pixels)
+            if image.width * image.height > max_pixels:
+                raise too_many_pixels(max_pixels)
             yield image
     except PictureProblem:
         raise
@@ -124,18 +133,6 @@ def prepare_pillow(max_pixels: int) -> None:
 def decoded_bytes(image: Image.Image) -> int:
     """Bytes that Pillow holds for an RGB picture: it pads each pixel to four."""
     return image.width * image.height * 4
-
-
-def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise too_many_pixels(max_pixels)
-    # Every scan of a progressive JPEG is a pass over all pixels, and an empty one takes but a few bytes.
-    if (
-        image.format in ("JPEG", "MPO")
-        and data.count(b"\xff\xda") > MAX_JPEG_SCANS  # a fast look, which also counts what is no scan
-        and jpeg_scans(data, MAX_JPEG_SCANS) > MAX_JPEG_SCANS
-    ):
-        raise PictureProblem(f"it is a JPEG of more than {MAX_JPEG_SCANS} scans")
 
 
 def _turn(image: Image.Image) -> Image.Image:
@@ -193,7 +190,3 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
 
 def _too_much_memory() -> PictureProblem:
     return PictureProblem("decoding it takes more memory than an image of its size may take", ImageTooLarge)
-
-
-def too_many_pixels(max_pixels: int) -> PictureProblem:
-    return PictureProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)

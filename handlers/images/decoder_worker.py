@@ -13,20 +13,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, TypedDict
 
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
-from PIL.Image import Image
 
 from handlers.images.decode import Color, flattened, opened, prepare_pillow
 from handlers.images.problem import PictureProblem
-from handlers.images.shared_pixels import ReusedMemory, write_pixels
+from handlers.images.shared_pixels import OwnMemory, ReusedMemory
 from processes.inside import Parent, data_bytes
 
 PLUGINS = (
@@ -82,15 +79,10 @@ def main() -> None:
             return
         data = bytes(file[0])
         del file
-        own = message[1]
-        write = reused.write if own is None else partial(write_pixels, own)
-        try:
-            with _limited(question, now):
-                answer = _answer(data, write, question["pixel_bytes"], settings)
-        finally:
-            if own is not None:
-                os.close(own)
-        del data
+        memory = reused if message[1] is None else OwnMemory(message[1], question["pixel_bytes"])
+        with _limited(question, now):
+            answer = _answer(data, memory, question["pixel_bytes"], settings)
+        del data, memory
         grown += question["working_bytes"]
         if grown > _KEPT_BYTES:  # which small images have not done, so that it need not be looked up for each
             _give_back_memory()
@@ -117,7 +109,7 @@ def _limited(question: Question, now: int | None) -> Iterator[None]:
 
 
 def _answer(
-    data: bytes, write: Callable[[Image], None], pixel_bytes: int, settings: Settings
+    data: bytes, memory: ReusedMemory | OwnMemory, pixel_bytes: int, settings: Settings
 ) -> dict[str, Any]:
     """`size`: width and height; `decoded`: whether the pixels were written, which those that do not fit are not. Or
     `problem` and `error`: the reason and the name of the class of a PictureProblem."""
@@ -127,8 +119,8 @@ def _answer(
         with opened(data, settings["max_pixels"]) as image:
             if image.width * image.height * 4 > pixel_bytes:
                 return {"size": image.size, "decoded": False}
-            flat = flattened(image, background)
-        write(flat)
+            flat = flattened(image, background, memory.canvas(image.size))
+        memory.write(flat)
         return {"size": flat.size, "decoded": True}
     except PictureProblem as problem:
         return {"problem": problem.reason, "error": problem.error.__name__}

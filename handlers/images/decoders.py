@@ -212,9 +212,8 @@ class DecoderPool:
         """Of a worker that broke off over an image: what that says about the image."""
         self.died += 1
         child = worker.child
-        child.kill()
         self._forget(worker)
-        code = await child.wait()
+        code = await child.stop(END_SECONDS)
         if code == -signal.SIGPROF:
             return PictureProblem(
                 f"it takes too long to decode: more than {seconds:.1f} s of processor time; send it smaller, or "

@@ -20,14 +20,14 @@ from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.decode import WHITE, Color, convert, decoded_bytes, prepare_pillow, too_many_pixels
+from handlers.images.decode import WHITE, Color, convert, decoded_bytes, prepare_pillow
 from handlers.images.decoders import DecoderPool
 from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
 from handlers.images.encoding import without_codings
 from handlers.images.fetch import Body, Fetcher
 from handlers.images.header import Header, read_header
 from handlers.images.memory import PictureMemory
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import PictureProblem, too_many_pixels
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from handlers.errors import ImageError
+from handlers.errors import ImageError, ImageTooLarge
 
 
 class PictureProblem(Exception):
@@ -15,3 +15,7 @@ class PictureProblem(Exception):
         super().__init__(reason)
         self.reason = reason
         self.error = error
+
+
+def too_many_pixels(max_pixels: int) -> PictureProblem:
+    return PictureProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)

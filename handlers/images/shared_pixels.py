@@ -51,6 +51,9 @@ class ReusedMemory:
         self._memory = mmap.mmap(descriptor, REUSED_BYTES)
         os.close(descriptor)
 
+    def canvas(self, size: tuple[int, int]) -> None:
+        """None: the image before is still there, and a decoder may leave pixels out."""
+
     def write(self, image: Image.Image) -> None:
         _image_on(self._memory, image.size).paste(image)
 
@@ -58,12 +61,22 @@ class ReusedMemory:
         return _image_on(self._memory, size).copy()
 
 
-def write_pixels(descriptor: int, image: Image.Image) -> None:
-    """Put an RGB image's pixels there, four bytes each, as Pillow lays them out."""
-    with mmap.mmap(descriptor, image.width * image.height * 4) as memory:
-        canvas = _image_on(memory, image.size)
-        canvas.paste(image)
-        del canvas  # else the memory could not be closed
+class OwnMemory:
+    """For one image, in its decoder; it takes the descriptor."""
+
+    def __init__(self, descriptor: int, length: int) -> None:
+        self._memory = mmap.mmap(descriptor, length)
+        os.close(descriptor)
+        self._canvas: Image.Image | None = None
+
+    def canvas(self, size: tuple[int, int]) -> Image.Image:
+        """Zeros, in RGB: what is decoded into it need not be copied."""
+        self._canvas = _image_on(self._memory, size)
+        return self._canvas
+
+    def write(self, image: Image.Image) -> None:
+        if self._canvas is None or image.im is not self._canvas.im:
+            _image_on(self._memory, image.size).paste(image)
 
 
 def read_pixels(descriptor: int, size: tuple[int, int]) -> Image.Image:

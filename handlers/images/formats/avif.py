@@ -1,0 +1,219 @@
+"""AVIF: boxes within boxes (ISO/IEC 14496-12), items that are images (23008-12) and AV1 data (AOM's AVIF 1.1)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from handlers.images.formats import av1
+from handlers.images.formats.parts import Pieces, check_count, check_pixels, counted
+from handlers.images.problem import PictureProblem, too_many_pixels
+
+MAX_ITEMS = 2**12
+"""Images, tiles and metadata; libavif looks for each among all of them."""
+
+MAX_FRAMES = 2**14
+"""Of a sequence that has no still image; libavif makes an object of each."""
+
+_MAX_ITEM_FRAMES = 8  # an image is coded in up to four layers
+_MAX_REFERENCE_BYTES = 2**16
+_SPARE_PIXELS = 2**22
+
+_Box = tuple[bytes, int, int]
+"""Name, where the content starts, where it ends."""
+
+
+def reduced(data: bytes, max_pixels: int) -> Pieces | None:
+    """The still image alone, where there is one, without EXIF and XMP: AVIF's own boxes say which side is up.
+
+    Nothing moves, since places are written as offsets: what is not wanted gets names that nobody reads. The decoder
+    sets aside what the coded data says, not what the boxes say, so both are checked.
+    """
+    parts = counted("AVIF")
+    change = _Changes(data)
+    moov: _Box | None = None
+    for name, start, end in _boxes(data, 0, len(data), parts):
+        if name == b"ftyp":
+            change.brands(start, end)
+        elif name == b"moov" and moov is None:
+            moov = (name, start, end)
+        elif name == b"meta":
+            inner = {box[0]: box for box in _boxes(data, start + 4, end, parts)}
+            if inner.keys() >= {b"pitm", b"iinf", b"iloc", b"iprp"}:
+                _check_items(data, inner, change, max_pixels, parts)
+                if moov:
+                    change.to[moov[1] - 4] = b"free"
+                return change.pieces()
+    if moov is None:
+        raise ValueError("no image")
+    _check_tracks(data, moov, max_pixels, parts)
+    return None
+
+
+@dataclass(slots=True)
+class _Changes:
+    """to: place -> the four bytes that are put there."""
+
+    data: bytes
+    to: dict[int, bytes] = field(default_factory=dict)
+
+    def brands(self, start: int, end: int) -> None:
+        """No sequence: its brand is the image's."""
+        for at in (start, *range(start + 8, min(end, start + 1024) - 3, 4)):
+            if self.data[at : at + 4] == b"avis":
+                self.to[at] = b"avif"
+
+    def pieces(self) -> Pieces | None:
+        if not self.to:
+            return None
+        copy = bytearray(self.data)
+        for at, name in self.to.items():
+            copy[at : at + 4] = name
+        return [copy]
+
+
+def _boxes(data: bytes, at: int, end: int, parts: Iterator[None]) -> Iterator[_Box]:
+    for _ in parts:
+        if at + 8 > end:
+            return
+        size, name = struct.unpack_from(">L4s", data, at)
+        start = at + 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", data, start)
+            start += 8
+        at = at + size if size else end
+        if at < start:
+            raise ValueError("a box that is smaller than its header")
+        yield name, start, min(at, end)
+
+
+def _check_items(
+    data: bytes, meta: dict[bytes, _Box], change: _Changes, max_pixels: int, parts: Iterator[None]
+) -> None:
+    kinds: dict[int, bytes] = {}
+    _, start, end = meta[b"iinf"]
+    for name, at, stop in _boxes(data, start + (8 if data[start] else 6), end, parts):
+        if name == b"infe" and stop - at >= 12:
+            wide = data[at] > 2
+            number = int.from_bytes(data[at + 4 : at + (8 if wide else 6)], "big")
+            place = at + (10 if wide else 8)
+            kinds[number] = data[place : place + 4]
+            check_count("AVIF", "items", len(kinds), MAX_ITEMS)
+            if kinds[number] in (b"Exif", b"mime"):
+                change.to[place] = b"skip"
+    if b"iref" in meta:
+        _, start, end = meta[b"iref"]
+        check_count("AVIF", "bytes of references", end - start, _MAX_REFERENCE_BYTES)
+    pixels = _check_properties(data, meta, max_pixels, parts)
+    most = 4 * pixels + _SPARE_PIXELS
+    coded = 0
+    for number, content in _contents(data, meta, parts):
+        if kinds.get(number) != b"av01":
+            continue
+        largest, frames = av1.frames(content, parts)
+        check_count("AVIF", "frames in an item", frames, _MAX_ITEM_FRAMES)
+        if largest > max_pixels:
+            raise too_many_pixels(max_pixels)
+        coded += largest
+        check_count("AVIF", f"coded pixels for an image of {pixels}", coded, most)
+
+
+def _check_properties(data: bytes, meta: dict[bytes, _Box], max_pixels: int, parts: Iterator[None]) -> int:
+    """Pixels of the largest image that is spoken of."""
+    largest = associated = 0
+    _, start, end = meta[b"iprp"]
+    for name, at, stop in _boxes(data, start, end, parts):
+        if name == b"ipco":
+            for kind, place, _ in _boxes(data, at, stop, parts):
+                if kind == b"ispe":
+                    width, height = struct.unpack_from(">LL", data, place + 4)
+                    check_pixels(width, height, max_pixels)
+                    largest = max(largest, width * height)
+        elif name == b"ipma":
+            associated += struct.unpack_from(">L", data, at + 4)[0]
+            check_count("AVIF", "items with properties", associated, MAX_ITEMS)
+    return largest
+
+
+def _contents(
+    data: bytes, meta: dict[bytes, _Box], parts: Iterator[None]
+) -> Iterator[tuple[int, memoryview]]:
+    """(number, content) of each item whose place is known."""
+    reader = _Reader(data, *meta[b"iloc"][1:])
+    version = reader.number(1)
+    reader.number(3)
+    sizes, more = reader.number(1), reader.number(1)
+    count = reader.number(2 if version < 2 else 4)
+    check_count("AVIF", "items", count, MAX_ITEMS)
+    view, copied = memoryview(data), 0
+    for _ in range(count):
+        number = reader.number(2 if version < 2 else 4)
+        method = reader.number(2) & 15 if version else 0
+        reader.number(2)
+        base = reader.number(more >> 4)
+        if method == 1 and b"idat" in meta:
+            base += meta[b"idat"][1]
+        pieces = []
+        for _ in range(reader.number(2)):
+            if next(parts, 0) == 0:
+                break
+            if version:
+                reader.number(more & 15)
+            start, length = base + reader.number(sizes >> 4), reader.number(sizes & 15)
+            if start + length > len(data):
+                raise PictureProblem("its AVIF data is truncated: the image is not complete")
+            pieces.append(view[start : start + length])
+        if len(pieces) > 1:
+            copied += sum(map(len, pieces))
+            check_count("AVIF", "bytes in items of several pieces", copied, len(data))
+            yield number, memoryview(b"".join(pieces))
+        elif pieces:
+            yield number, pieces[0]
+
+
+@dataclass(slots=True)
+class _Reader:
+    data: bytes
+    at: int
+    end: int
+
+    def number(self, size: int) -> int:
+        """The next bytes, big-endian."""
+        if self.at + size > self.end:
+            raise ValueError("a box is cut short")
+        self.at += size
+        return int.from_bytes(self.data[self.at - size : self.at], "big")
+
+
+def _check_tracks(data: bytes, moov: _Box, max_pixels: int, parts: Iterator[None]) -> None:
+    """Of each track that has tables of samples: how many there are, and how large the first is."""
+    for table in _within(data, moov, (b"trak", b"mdia", b"minf", b"stbl"), parts):
+        boxes = {box[0]: box for box in _boxes(data, *table[1:], parts)}
+        wide = b"co64" in boxes
+        if not {b"stsz", b"stsc"} <= {*boxes} or not (wide or b"stco" in boxes):
+            raise ValueError("a table of samples is missing")
+        size, count, first_size = struct.unpack_from(">3L", data, boxes[b"stsz"][1] + 4)
+        check_count("AVIF", "frames", count, MAX_FRAMES)
+        place = boxes[b"co64" if wide else b"stco"][1] + 4
+        chunks, first = struct.unpack_from(">LQ" if wide else ">LL", data, place)
+        _, start, end = boxes[b"stsc"]
+        runs = [*struct.iter_unpack(">3L", data[start + 8 : end - (end - start - 8) % 12])]
+        samples = 0
+        for i, (chunk, per_chunk, _) in enumerate(runs):
+            following = runs[i + 1][0] if i + 1 < len(runs) else chunks + 1
+            samples += max(0, following - chunk) * per_chunk
+        check_count("AVIF", "frames", samples, MAX_FRAMES)
+        largest, frames = av1.frames(memoryview(data)[first : first + (size or first_size)], parts)
+        check_count("AVIF", "frames in an item", frames, _MAX_ITEM_FRAMES)
+        if largest > max_pixels:
+            raise too_many_pixels(max_pixels)
+
+
+def _within(data: bytes, box: _Box, path: tuple[bytes, ...], parts: Iterator[None]) -> Iterator[_Box]:
+    if not path:
+        yield box
+        return
+    for inner in _boxes(data, *box[1:], parts):
+        if inner[0] == path[0]:
+            yield from _within(data, inner, path[1:], parts)

@@ -1,0 +1,193 @@
+"""TIFF and BigTIFF: directories of entries that say where and how the pixels are stored (TIFF 6.0)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from handlers.images.formats.parts import MAX_PARTS, Pieces, check_count, check_pixels
+from handlers.images.problem import PictureProblem
+
+MAX_STRIPS = 2**17
+"""Strips or tiles. libtiff takes about 40 bytes and a microsecond for each."""
+
+_FEW_STRIPS = 64
+_FEW_PIECES = 2**12
+"""Where Pillow makes an object of each strip or tile, this many are accepted, and one more for each 64 pixels."""
+
+_MAX_VALUES = 64
+_MAX_PIXEL_BYTES = 32
+_YCBCR = 6
+_MAX_TILE_PIXELS = 2**22
+
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_OFFSETS, _SAMPLES, _ROWS, _SIZES, _PLANAR = 273, 277, 278, 279, 284
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_SIZES = 322, 323, 324, 325
+_PALETTE, _JPEG_TABLES = 320, 347
+
+_PIXELS = {
+    *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, *range(320, 326), 332, 334, 338, 339,
+    347, *range(512, 522), *range(529, 533),
+}  # fmt: skip
+"""Tags that say how pixels are stored, and 274, the orientation (TIFF 6.0, and its technical notes on JPEG)."""
+
+_LONG_VALUES = {_PALETTE: 3 * 2**16, _JPEG_TABLES: 2**16, 519: 2**10, 520: 2**10, 521: 2**10}
+"""Tags whose value may be longer than _MAX_VALUES -> how long; strips and tiles are counted apart."""
+
+_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q"}
+"""The types of whole numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a file writes directories. order: of bytes, for struct."""
+
+    order: str
+    big: bool
+
+    @property
+    def word(self) -> str:
+        return "Q" if self.big else "L"
+
+    @property
+    def entry_bytes(self) -> int:
+        return 20 if self.big else 12
+
+    @property
+    def count(self) -> str:
+        return self.order + ("Q" if self.big else "H")
+
+    def entry(self, tag: int, kind: int, count: int, value: bytes) -> bytes:
+        return struct.pack(self.order + "HH" + self.word, tag, kind, count) + value.ljust(
+            8 if self.big else 4, b"\0"
+        )
+
+
+def reduced(data: bytes, max_pixels: int) -> Pieces | None:
+    """The first directory, written again in its place with fewer entries, of which none is longer than it needs.
+
+    Uncompressed strips, of which Pillow makes an object each, become one.
+    """
+    layout = _Layout("<" if data.startswith(b"II") else ">", data[2:4] in (b"+\0", b"\0+"))
+    (offset,) = struct.unpack_from(layout.order + layout.word, data, 8 if layout.big else 4)
+    (count,) = struct.unpack_from(layout.count, data, offset)
+    if count > MAX_PARTS:
+        raise PictureProblem(f"its TIFF data has more than {MAX_PARTS} parts")
+    start = offset + struct.calcsize(layout.count)
+    entries: dict[int, bytes] = {}
+    for at in range(start, start + count * layout.entry_bytes, layout.entry_bytes):
+        entry = data[at : at + layout.entry_bytes]
+        if len(entry) < layout.entry_bytes:
+            break  # decoders go on with those that are there
+        (tag,) = struct.unpack_from(layout.order + "H", entry)
+        if tag in _PIXELS:
+            entries.setdefault(tag, entry)
+    kept = dict(entries)
+    end = start + len(kept) * layout.entry_bytes + struct.calcsize(layout.order + layout.word)
+    appended = _Directory(data, layout, kept).shorten(max_pixels, max(len(data), end))
+    if len(kept) == count and kept == entries:
+        return None
+    table = b"".join(
+        [
+            struct.pack(layout.count, len(kept)),
+            *(kept[tag] for tag in kept),
+            struct.pack(layout.order + layout.word, 0),
+        ]
+    )
+    view = memoryview(data)
+    return [view[:offset], table, view[offset + len(table) :], appended]
+
+
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    data: bytes
+    layout: _Layout
+    entries: dict[int, bytes]
+
+    def described(self, tag: int) -> tuple[int, int, int]:
+        """(type, number of values, place of the first in the file or in the entry)."""
+        kind, count = struct.unpack_from(self.layout.order + "H" + self.layout.word, self.entries[tag], 2)
+        return kind, count, 12 if self.layout.big else 8
+
+    def values(self, tag: int, most: int) -> Sequence[int]:
+        """The first of them, none where the tag is missing or of a type that is no whole number."""
+        if tag not in self.entries:
+            return ()
+        kind, count, inside = self.described(tag)
+        code = _NUMBERS.get(kind)
+        if code is None:
+            return ()
+        layout = struct.Struct(f"{self.layout.order}{min(count, most)}{code}")
+        entry = self.entries[tag]
+        if count * struct.calcsize("=" + code) <= len(entry) - inside:
+            return layout.unpack_from(entry, inside)
+        (place,) = struct.unpack_from(self.layout.order + self.layout.word, entry, inside)
+        return layout.unpack_from(self.data, place)
+
+    def single(self, tag: int, default: int) -> int:
+        return next(iter(self.values(tag, 1)), default)
+
+    def shorten(self, max_pixels: int, end: int) -> bytes:
+        """What is to be put behind the file, which ends at `end`. Raises PictureProblem."""
+        width, height = self.single(_WIDTH, 0), self.single(_HEIGHT, 0)
+        if min(width, height) < 1:
+            raise ValueError("no size")
+        check_pixels(width, height, max_pixels)
+        tile = self.single(_TILE_WIDTH, 0) * self.single(_TILE_HEIGHT, 0)
+        check_count("TIFF", "pixels in a tile", tile, max(_MAX_TILE_PIXELS, width * height))
+        for tag in self.entries:
+            if tag not in (_OFFSETS, _SIZES, _TILE_OFFSETS, _TILE_SIZES):
+                _, count, _ = self.described(tag)
+                check_count("TIFF", f"values of tag {tag}", count, _LONG_VALUES.get(tag, _MAX_VALUES))
+        planes = self.single(_SAMPLES, 1) if self.single(_PLANAR, 1) == 2 else 1
+        rows = max(1, min(height, self.single(_ROWS, height)))
+        strips = -(-height // rows) * planes
+        across = -(-width // max(1, self.single(_TILE_WIDTH, 1)))
+        tiles = across * -(-height // max(1, self.single(_TILE_HEIGHT, 1))) * planes
+        raw = self.single(_COMPRESSION, 1) == 1
+        joined = raw and planes == 1 and self.single(_PHOTOMETRIC, 0) != _YCBCR
+        few = min(MAX_STRIPS, _FEW_PIECES + width * height // 64)
+        for tag in (_OFFSETS, _SIZES):
+            self._cut(tag, "strips", strips, few if raw and not joined else MAX_STRIPS)
+        for tag in (_TILE_OFFSETS, _TILE_SIZES):
+            self._cut(tag, "tiles", tiles, few if raw else MAX_STRIPS)
+        if joined and strips > _FEW_STRIPS and _OFFSETS in self.entries:
+            return self._join(width, height, rows, strips, end)
+        return b""
+
+    def _cut(self, tag: int, what: str, wanted: int, most: int) -> None:
+        """To one value for each strip or tile that the image has."""
+        if tag not in self.entries:
+            return
+        kind, count, inside = self.described(tag)
+        check_count("TIFF", what, count if kind not in _NUMBERS else min(count, wanted), most)
+        if count > max(wanted, _FEW_STRIPS):
+            value = self.entries[tag][inside:]
+            code = f"{self.layout.order}{wanted}{_NUMBERS.get(kind, 'B')}"
+            if struct.calcsize(code) <= len(value):
+                value = struct.pack(code, *self.values(tag, wanted))
+            self.entries[tag] = self.layout.entry(tag, kind, wanted, value)
+
+    def _join(self, width: int, height: int, rows: int, count: int, end: int) -> bytes:
+        """Makes the strips one: where they are if they follow each other there, else a copy at `end`."""
+        offsets = self.values(_OFFSETS, count)
+        bits = self.values(_BITS, _MAX_VALUES) or (1,)
+        row_bits = width * (sum(bits) if len(bits) > 1 else bits[0] * self.single(_SAMPLES, 1))
+        row_bytes = -(-row_bits // 8)
+        if len(offsets) < count or not 0 < row_bytes <= width * _MAX_PIXEL_BYTES:
+            raise ValueError("strips are missing, or pixels are larger than any decoder reads")
+        strip_bytes, image_bytes = rows * row_bytes, height * row_bytes
+        first, joined = offsets[0], b""
+        if offsets != tuple(range(first, first + count * strip_bytes, strip_bytes)):
+            last_bytes = image_bytes - (count - 1) * strip_bytes
+            if max(*offsets[:-1], offsets[-1] + last_bytes - strip_bytes) + strip_bytes > len(self.data):
+                raise ValueError("strips are cut short")
+            view = memoryview(self.data)
+            joined = b"".join(view[place : place + strip_bytes] for place in offsets)[:image_bytes]
+            first = end
+        for tag, value in ((_OFFSETS, first), (_ROWS, height), (_SIZES, image_bytes)):
+            if tag in self.entries:
+                number = struct.pack(self.layout.order + self.layout.word, value)
+                self.entries[tag] = self.layout.entry(tag, 16 if self.layout.big else 4, 1, number)
+        return joined
