@@ -33,9 +33,13 @@ class EncodedEmbeddings:
         """Run it in a thread. Raises PictureProblem for numbers that are not finite."""
         raw = np.frombuffer(self.tensor.data, _DTYPES[self.tensor.dtype])
         if self.tensor.dtype == "bfloat16":
-            raw = (raw.astype("<u4") << 16).view("<f4")  # it is the upper half of a float32
-        with np.errstate(over="ignore"):
-            rows = raw.astype("<f4").reshape(self.tensor.shape)
+            wide = raw.astype("<u4")
+            wide <<= 16  # it is the upper half of a float32
+            numbers = wide.view("<f4")
+        else:
+            with np.errstate(over="ignore"):
+                numbers = raw.astype("<f4")
+        rows = numbers.reshape(self.tensor.shape)
         largest = float(max(rows.max(), -rows.min()))
         if not np.isfinite(largest):
             raise PictureProblem(f"{_ROWS} holds numbers that are not finite in float32")

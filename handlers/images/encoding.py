@@ -6,6 +6,7 @@ wrong: `base64` or `aws-chunked` on plain bytes, `deflate` on gzip's. So, as eve
 
 from __future__ import annotations
 
+import io
 import re
 import zlib
 
@@ -60,7 +61,7 @@ def without_codings(data: bytes, codings: tuple[str, ...], max_bytes: int) -> by
 
 def _inflated(data: bytes, coding: str, window: int, max_bytes: int) -> bytes:
     view = memoryview(data)
-    pieces: list[bytes] = []
+    whole = io.BytesIO()  # gives its memory away in the end, where a list of pieces would be copied
     at = size = members = 0
     while at < len(view):
         members += 1
@@ -79,7 +80,7 @@ def _inflated(data: bytes, coding: str, window: int, max_bytes: int) -> bytes:
             except zlib.error as error:
                 raise _problem(coding, "but its data is not so encoded, or is damaged") from error
             given, more = stream.unconsumed_tail, len(piece) == room
-            pieces.append(piece)
+            whole.write(piece)
             size += len(piece)
             if size > max_bytes:
                 raise PictureProblem(
@@ -91,7 +92,7 @@ def _inflated(data: bytes, coding: str, window: int, max_bytes: int) -> bytes:
             break  # what follows is padding, if anything
         if members > 64 + at // _MEMBER_BYTES:
             raise _problem(coding, "but in absurdly many small members")
-    return b"".join(pieces)
+    return whole.getvalue()
 
 
 def _has_zlib_header(data: bytes) -> bool:

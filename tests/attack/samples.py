@@ -85,6 +85,7 @@ def small() -> Iterator[tuple[str, bytes]]:
     yield "AVIF", encoded(image, "AVIF", exif=exif.tobytes())
     yield "transparent AVIF", encoded(clear, "AVIF")
     yield "animated AVIF", encoded(image, "AVIF", **_more_frames(image))
+    yield "AVIF sequence alone", tracks_alone(encoded(image, "AVIF", **_more_frames(image)))
     yield "AVIF grid", avif_grid(3, 2)
 
 
@@ -181,3 +182,39 @@ def lzw_zeros(count: int) -> bytes:
         value = sum(int(triple, 2) << 3 * i for i, triple in enumerate(triples))
         packed += value.to_bytes(3, "little")
     return b"\2" + sub_blocks(bytes(packed))
+
+
+@cache
+def deflated_zeros(size: int) -> bytes:
+    """That many, a thousand for each byte, made of one block over and over."""
+    stream = zlib.compressobj(9, wbits=-15)
+    block = stream.compress(bytes(MEGA)) + stream.flush(zlib.Z_FULL_FLUSH)
+    rest = zlib.compressobj(9, wbits=-15)
+    end = rest.compress(bytes(size % MEGA)) + rest.flush()
+    checksum = struct.pack(">HH", size % 65_521, 1)  # Adler-32
+    return b"\x78\xda" + block * (size // MEGA) + end + checksum
+
+
+def progressive(scans: int, side: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    data = encoded(Image.new("L", (side, side)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + b"\xff\xd9"
+
+
+def resized_jpeg(width: int, height: int, **options: Any) -> bytes:
+    """The header says that it is larger than it is."""
+    data = encoded(photo(64, 64), "JPEG", **options)
+    at = frame_header(data)
+    return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
+
+
+def frame_header(data: bytes) -> int:
+    return max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"), data.find(b"\xff\xc9"))
+
+
+def tracks_alone(data: bytes) -> bytes:
+    """An AVIF sequence without the still image that most have."""
+    at = data.index(b"meta")
+    brands = data[:at].replace(b"avif", b"msf1")
+    return brands + b"free" + data[at + 4 :]
