@@ -200,6 +200,17 @@ def _of_pictures(loader: ImageLoader) -> Iterator[Metric]:
         ("lmi_image_fetched_bytes", "Bytes of pictures fetched over HTTP.", loader.bytes),
         ("lmi_images_decoded", "Pictures decoded.", loader.decoded),
         ("lmi_image_cache_hits", "Pictures found decoded already.", loader.cache_hits),
+        ("lmi_image_decoders_started", "Processes that decode images, started.", loader.decoders.started),
+        (
+            "lmi_image_decoders_died",
+            "Of them, ended over an image, which failed with a 4xx.",
+            loader.decoders.died,
+        ),
+        (
+            "lmi_image_decoders_killed",
+            "Of them, killed: nobody waited for their image any more, or they did not run.",
+            loader.decoders.killed,
+        ),
     ):
         yield CounterMetricFamily(name, meaning, value=value)
 

@@ -23,6 +23,7 @@ from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Backend
 from handlers.build import build_images
+from handlers.custom.backend import CustomBackend
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
@@ -162,6 +163,8 @@ class Server:
         gc.collect()
         gc.freeze()  # What is loaded stays; each look through it for waste would stop all threads for 0.2 s.
         self.life.serve(backend, service)
+        if backend.capabilities.images and not isinstance(backend, CustomBackend):
+            self._images.decoders.warm_up()
 
     def _report(self, failure: BaseException) -> None:
         if isinstance(failure, ConfigurationError):

@@ -59,7 +59,8 @@ class VisionSettings(BaseModel):
     )
     image_memory_mb: Positive = option(
         "Host memory for decoded pictures that requests hold, beside those kept; a prompt whose pictures find no "
-        "room waits, and one that needs more than all of it is served alone.",
+        "room waits, and one that needs more than all of it is served alone. Once more as much is what decoding may "
+        "take.",
         default=1024,
         unit="MiB",
     )

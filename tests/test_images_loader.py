@@ -6,8 +6,6 @@ import asyncio
 import base64
 import io
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -151,98 +149,101 @@ def test_the_same_content_is_decoded_once() -> None:
     asyncio.run(main())
 
 
+async def obtained(cache: DecodedCache, name: bytes, side: int = 10) -> bool:
+    """Whether it had to be decoded."""
+
+    async def decode() -> Image.Image:
+        return Image.new("RGB", (side, side))
+
+    return (await cache.obtain(name, decode))[1]
+
+
 def test_the_least_recently_used_picture_leaves_first() -> None:
-    cache = DecodedCache(3 * 10 * 10 * 4)
+    async def main() -> None:
+        cache = DecodedCache(3 * 10 * 10 * 4)
+        assert [await obtained(cache, name) for name in (b"a", b"b", b"c")] == [True] * 3
+        assert not await obtained(cache, b"a")
+        assert await obtained(cache, b"d")
+        assert cache.size == 1200
+        assert [await obtained(cache, name) for name in (b"a", b"c", b"d")] == [False] * 3
+        assert await obtained(cache, b"b")
+        assert await obtained(cache, b"large", side=20)
+        assert not await obtained(cache, b"b")
+        assert cache.size == 1200
 
-    def obtain(name: bytes, side: int = 10) -> bool:
-        return cache.obtain(name, lambda _: Image.new("RGB", (side, side)))[1]
-
-    assert [obtain(name) for name in (b"a", b"b", b"c")] == [True] * 3
-    assert not obtain(b"a")
-    assert obtain(b"d")
-    assert cache.size == 1200
-    assert [obtain(name) for name in (b"a", b"c", b"d")] == [False] * 3
-    assert obtain(b"b")
-    assert obtain(b"large", side=20)
-    assert not obtain(b"b")
-    assert cache.size == 1200
+    asyncio.run(main())
 
 
 def test_without_a_cache_everything_is_decoded() -> None:
-    cache = DecodedCache(0)
-    assert [cache.obtain(b"a", lambda _: Image.new("RGB", (1, 1)))[1] for _ in range(2)] == [True, True]
-    assert cache.size == 0
+    async def main() -> None:
+        cache = DecodedCache(0)
+        assert await obtained(cache, b"a")
+        for _ in range(3):
+            await asyncio.sleep(0)  # what has decoded it lets go of it
+        assert await obtained(cache, b"a")
+        assert cache.size == 0
+
+    asyncio.run(main())
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as threads:
-        yield threads
+def test_a_second_asker_gets_the_first_ones_picture_or_failure_which_is_not_kept() -> None:
+    async def main() -> None:
+        cache, go_on, decoded = DecodedCache(1000), asyncio.Event(), 0
 
+        async def slow() -> Image.Image:
+            nonlocal decoded
+            decoded += 1
+            await go_on.wait()
+            return Image.new("RGB", (1, 1))
 
-def test_a_second_asker_gets_the_first_ones_picture(pool: ThreadPoolExecutor) -> None:
-    cache = DecodedCache(1000)
-    started, go_on = threading.Event(), threading.Event()
+        async def broken() -> Image.Image:
+            await go_on.wait()
+            raise PictureProblem("broken")
 
-    def slow(_: bytes) -> Image.Image:
-        started.set()
-        assert go_on.wait(10)
-        return Image.new("RGB", (1, 1))
-
-    first = pool.submit(cache.obtain, b"a", slow)
-    assert started.wait(10)
-    future, decoded = cache.obtain(b"a", slow)  # returns although the decoding is still under way
-    assert not decoded
-    assert not future.done()
-    go_on.set()
-    assert first.result()[0].result() is future.result()
-
-
-def test_a_failure_is_everybodys_but_not_kept() -> None:
-    cache = DecodedCache(1000)
-
-    def broken(_: bytes) -> Image.Image:
-        raise PictureProblem("broken")
-
-    for _ in range(2):
-        future, decoded = cache.obtain(b"a", broken)
-        assert decoded
-        with pytest.raises(PictureProblem):
-            future.result()
-    assert cache.obtain(b"a", lambda _: Image.new("RGB", (1, 1)))[0].result()
-
-
-def test_cancelling_one_of_two_does_not_disturb_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    started, go_on = threading.Event(), threading.Event()
-
-    def slow(data: bytes, max_pixels: int, background: object) -> Image.Image:
-        started.set()
-        assert go_on.wait(10)
-        return Image.new("RGB", (1, 1))
-
-    monkeypatch.setattr("handlers.images.loader.decode", slow)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-
-    async def main(cancelled: int) -> None:
-        started.clear()
-        go_on.clear()
-        loader = ImageLoader(ImageLimits())
-        loads = [asyncio.create_task(load(loader, data_url()))]
-        await asyncio.to_thread(started.wait)
-        loads.append(asyncio.create_task(load(loader, data_url())))
-        behind = asyncio.create_task(load(loader, BAD_BASE64))
-        with pytest.raises(ImageError):  # in the one idle thread, so after the second load was there
-            await behind
-        loads[cancelled].cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await loads[cancelled]
+        good = [asyncio.create_task(cache.obtain(b"a", slow)) for _ in range(2)]
+        bad = [asyncio.create_task(cache.obtain(b"b", broken)) for _ in range(2)]
+        await asyncio.sleep(0)
         go_on.set()
-        (picture,) = await loads[1 - cancelled]
-        assert (await load(loader, data_url()))[0] is picture
-        await loader.aclose()
+        (first, by_first), (second, by_second) = await asyncio.gather(*good)
+        assert (first, by_first, by_second, decoded) == (second, True, False, 1)
+        failures = await asyncio.gather(*bad, return_exceptions=True)
+        assert [str(failure) for failure in failures] == ["broken"] * 2
+        assert (await cache.obtain(b"b", slow))[1]
 
-    for cancelled in (0, 1):
-        asyncio.run(main(cancelled))
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("leaving", [(0,), (1,), (0, 1)])
+def test_decoding_ends_only_with_the_last_who_waits_for_it(leaving: tuple[int, ...]) -> None:
+    async def main() -> None:
+        cache, go_on, ended = DecodedCache(1000), asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Image.Image:
+            try:
+                await go_on.wait()
+            finally:
+                ended.set()
+            return Image.new("RGB", (1, 1))
+
+        askers = [asyncio.create_task(cache.obtain(b"a", slow)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for number in leaving:
+            askers[number].cancel()
+        done, _ = await asyncio.wait(askers, return_when=asyncio.FIRST_COMPLETED)
+        assert {askers[number] for number in leaving} >= done
+        if len(leaving) == 2:
+            await asyncio.wait_for(ended.wait(), 10)
+            again = asyncio.create_task(cache.obtain(b"a", slow))
+            go_on.set()
+            assert (await again)[1]
+        else:
+            assert not ended.is_set()
+            go_on.set()
+            picture, _ = await askers[1 - leaving[0]]
+            assert (await cache.obtain(b"a", slow))[0] is picture
+
+    asyncio.run(main())
 
 
 def test_a_bad_exception_in_the_operators_list_is_said_at_once() -> None:

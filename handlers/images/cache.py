@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 from PIL.Image import Image
@@ -19,8 +20,14 @@ def digest_of(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
+@dataclass(slots=True, eq=False)
+class _Decoding:
+    task: asyncio.Task[LoadedImage]
+    waiters: int = 0
+
+
 class DecodedCache:
-    """An LRU under `capacity` bytes of decoded pictures; 0 keeps none. Called from decoding threads.
+    """An LRU under `capacity` bytes of decoded pictures; 0 keeps none. Used on one event loop.
 
     What the LRU has dropped is still found while a request holds it.
     """
@@ -30,44 +37,41 @@ class DecodedCache:
         self.size = 0
         self._pictures: OrderedDict[bytes, LoadedImage] = OrderedDict()
         self._alive: WeakValueDictionary[bytes, LoadedImage] = WeakValueDictionary()
-        self._decoding: dict[bytes, Future[LoadedImage]] = {}
-        self._lock = threading.Lock()
+        self._decoding: dict[bytes, _Decoding] = {}
 
-    def obtain(
-        self, data: bytes, decode: Callable[[bytes], Image], digest: bytes | None = None
-    ) -> tuple[Future[LoadedImage], bool]:
-        """digest: of the data, where it is known already. The picture and whether this call decoded it.
+    async def obtain(
+        self, digest: bytes, decode: Callable[[], Coroutine[Any, Any, Image]]
+    ) -> tuple[LoadedImage, bool]:
+        """The picture of that digest, and whether this call had it decoded. Raises what `decode` raises.
 
-        The future is done, unless another thread is decoding the same bytes: then it is that thread's, to be
-        awaited where waiting holds up nobody.
+        Decoding is cancelled when all who wait for it have been.
         """
-        if digest is None:
-            digest = digest_of(data)
-        future: Future[LoadedImage] = Future()
-        with self._lock:
-            if (picture := self._pictures.get(digest)) is not None:
-                self._pictures.move_to_end(digest)
-                future.set_result(picture)
-                return future, False
-            if (picture := self._alive.get(digest)) is not None:
-                future.set_result(picture)
-                return future, False
-            if (running := self._decoding.get(digest)) is not None:
-                return running, False
-            self._decoding[digest] = future
+        if (picture := self._pictures.get(digest)) is not None:
+            self._pictures.move_to_end(digest)
+            return picture, False
+        if (picture := self._alive.get(digest)) is not None:
+            return picture, False
+        running = self._decoding.get(digest)
+        first = running is None
+        if running is None:
+            running = _Decoding(asyncio.create_task(self._decode(digest, decode), name="decode"))
+            self._decoding[digest] = running
+            running.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        running.waiters += 1
         try:
-            picture = LoadedImage(decode(data), digest)
-        except BaseException as error:
-            with self._lock:
-                del self._decoding[digest]
-            future.set_exception(error)
-        else:
-            with self._lock:
-                del self._decoding[digest]
-                self._alive[digest] = picture
-                self._keep(picture)
-            future.set_result(picture)
-        return future, True
+            return await asyncio.shield(running.task), first
+        finally:
+            running.waiters -= 1
+            if not running.waiters:
+                running.task.cancel()
+                if self._decoding.get(digest) is running:
+                    del self._decoding[digest]
+
+    async def _decode(self, digest: bytes, decode: Callable[[], Coroutine[Any, Any, Image]]) -> LoadedImage:
+        picture = LoadedImage(await decode(), digest)
+        self._alive[digest] = picture
+        self._keep(picture)
+        return picture
 
     def _keep(self, picture: LoadedImage) -> None:
         size = decoded_bytes(picture.image)

@@ -1,4 +1,7 @@
-"""Encoded bytes to upright RGB pictures, with Pillow, under a cap on pixels. All of it runs in threads."""
+"""Encoded bytes to upright RGB pictures, with Pillow, under a cap on pixels.
+
+Files are decoded in processes of their own (`handlers.images.decoders`), which import this module: it must stay small.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin, features
 
 from handlers.errors import ImageTooLarge
@@ -21,6 +22,11 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.c
 
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
+
+_ROWS_BYTES = 2**22
+
+_DECODED_IN_PLACE = ("JPEG", "PNG", "WEBP", "BMP", "AVIF")
+"""Of these, Pillow makes an image only where there is none yet, and of the file's own size."""
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -41,12 +47,23 @@ def decode(data: bytes, max_pixels: int, background: Color = WHITE) -> Image.Ima
     with another picture, so that threads may read it. Raises PictureProblem; nothing is decoded above
     `max_pixels`.
     """
-    with _opened(data, max_pixels) as image:
-        image.load()
-        image = _turn(image)
-        if image.mode == "RGB" and not image.has_transparency_data:
-            return _bare(image)
-        return _flatten(image, background)
+    with opened(data, max_pixels) as image:
+        return flattened(image, background)
+
+
+def flattened(image: Image.Image, background: Color, canvas: Image.Image | None = None) -> Image.Image:
+    """What `decode` makes of a file that is open. To be called within `opened`.
+
+    canvas: zeros in RGB, of the file's size. Where pixels need no conversion, they are decoded right into it, and the
+    result is on it.
+    """
+    if canvas is not None and image.mode == "RGB" and image.format in _DECODED_IN_PLACE:
+        image.im = canvas.im
+    image.load()
+    image = _turn(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return _bare(image)
+    return _flatten(image, background)
 
 
 def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> Image.Image:
@@ -77,12 +94,12 @@ def _load(image: Image.Image) -> None:
 
 def measure(data: bytes, max_pixels: int) -> int:
     """Bytes that the decoded picture will take, as its header says. Raises PictureProblem."""
-    with _opened(data, max_pixels) as image:
+    with opened(data, max_pixels) as image:
         return decoded_bytes(image)
 
 
 @contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read; what fails within becomes a PictureProblem."""
     part = "header"
     try:
@@ -97,8 +114,10 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise too_many_pixels(max_pixels) from error
     except MemoryError as error:
-        raise PictureProblem("it needs more memory than there is", ImageTooLarge) from error
+        raise _too_much_memory() from error
     except Exception as error:  # Pillow's readers fail in a dozen ways, all of them about the file.
+        if "out of memory" in str(error):
+            raise _too_much_memory() from error
         raise PictureProblem(_damaged(data, part, error)) from error
 
 
@@ -144,8 +163,15 @@ def _bare(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Modes I and I;16 hold 16-bit grey, which Pillow's own conversion would clip instead of scale."""
-    samples: np.ndarray[Any, Any] = np.asarray(image)
-    return Image.fromarray((samples.clip(0, 65535) >> 8).astype(np.uint8))
+    import numpy as np  # 13 MB, which no other image needs
+
+    flat = Image.new("L", image.size)
+    rows = max(1, _ROWS_BYTES // (image.width * 4))
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        eighths = np.asarray(band).clip(0, 65535) >> 8
+        flat.paste(Image.fromarray(eighths.astype(np.uint8)), (0, top))
+    return flat
 
 
 def _damaged(data: bytes, part: str, error: Exception) -> str:
@@ -160,3 +186,7 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
     if part != "header" and "truncated" in str(error):
         return f"its {kind} data is truncated: the image is not complete"
     return f"its {kind} {part} is truncated or damaged"
+
+
+def _too_much_memory() -> PictureProblem:
+    return PictureProblem("decoding it takes more memory than an image of its size may take", ImageTooLarge)

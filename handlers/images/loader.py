@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from PIL.Image import Image
@@ -21,12 +20,14 @@ from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
 from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.decode import WHITE, Color, convert, decode, decoded_bytes, measure, prepare_pillow
+from handlers.images.decode import WHITE, Color, convert, decoded_bytes, prepare_pillow
+from handlers.images.decoders import DecoderPool
 from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
 from handlers.images.encoding import without_codings
 from handlers.images.fetch import Body, Fetcher
+from handlers.images.header import Header, read_header
 from handlers.images.memory import PictureMemory
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import PictureProblem, too_many_pixels
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
 
 T = TypeVar("T")
@@ -41,7 +42,8 @@ class ImageLimits:
     allowed_domains: exact host names, also of redirects; None for any public host.
     allow_private: hosts, addresses and networks (CIDR) that may be fetched from although they are not public.
     max_concurrent_fetches: of all requests together. cache_bytes: of decoded pictures, four per pixel, that are
-    kept; memory_bytes: of those that requests hold, kept or not. background: shows where they are transparent.
+    kept; memory_bytes: of those that requests hold, kept or not, and once more of what decoders take beside them.
+    background: shows where they are transparent.
     """
 
     fetch_timeout: float = 10.0
@@ -58,11 +60,16 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A picture's file. size: bytes that its pixels will take."""
+    """A picture's file, and what it says about itself."""
 
     data: bytes
     digest: bytes
-    size: int
+    header: Header
+
+    @property
+    def size(self) -> int:
+        """Bytes that its pixels will take."""
+        return self.header.pixels * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,8 @@ _File = _Encoded | _Given | _Embedded
 
 
 class ImageLoader:
-    """Fetches and decodes pictures for all requests of a process; everything costly happens in threads.
+    """Fetches and decodes pictures for all requests of a process; decoding happens in processes of its own, and
+    whatever else is costly in threads.
 
     Embeddings of pictures are read here as well: their memory is the same memory.
 
@@ -125,11 +133,16 @@ class ImageLoader:
             resolver=resolver,
             ssl_context=ssl_context,
         )
-        self._threads = ThreadPoolExecutor(min(8, max(2, usable_cores())), "image-decode")
+        self.decoders = DecoderPool(
+            max_pixels=limits.max_pixels,
+            max_bytes=limits.max_bytes,
+            background=limits.background,
+            memory_bytes=limits.memory_bytes,
+        )
+        self._threads = ThreadPoolExecutor(min(8, max(2, usable_cores())), "image-read")
         self._numbers = itertools.count()
         self._reading = [threading.Lock() for _ in range(64)]
         self._closed = False
-        self._decode = partial(decode, max_pixels=limits.max_pixels, background=limits.background)
 
     async def load(
         self, parts: Sequence[PicturePart], deadline: float | None = None, first_index: int = 0
@@ -165,6 +178,7 @@ class ImageLoader:
         self._closed = True
         self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        await self.decoders.aclose()
 
     async def _decode_all(
         self,
@@ -211,20 +225,28 @@ class ImageLoader:
         if url[:1].isspace() or url[-1:].isspace():
             url = url.strip()
         if is_data_url(url):
-            return await self._in_thread(self._read, url)
+            return await self._encoded(url)
         body = await self._fetcher.fetch(url, request)
         self.fetched += 1
         self.bytes += sum(map(len, body.pieces))
-        return await self._in_thread(self._read, body)
+        return await self._encoded(body)
 
-    def _read(self, source: str | Body) -> _Encoded:
+    async def _encoded(self, source: str | Body) -> _Encoded:
+        data, digest, header = await self._in_thread(self._read, source)
+        if header is None:
+            header = await self.decoders.measure(data)
+        if header.pixels > self.limits.max_pixels:
+            raise too_many_pixels(self.limits.max_pixels)
+        return _Encoded(data, digest, header)
+
+    def _read(self, source: str | Body) -> tuple[bytes, bytes, Header | None]:
         most = self.limits.max_bytes
         data = (
             decode_data_url(source, most)
             if isinstance(source, str)
             else without_codings(b"".join(source.pieces), source.codings, most)
         )
-        return _Encoded(data, digest_of(data), measure(data, self.limits.max_pixels))
+        return data, digest_of(data), read_header(data)
 
     def _convert(self, image: Image) -> LoadedImage:
         # A picture that prompts share is read from its file by the first of them: Pillow has no lock for that.
@@ -239,8 +261,9 @@ class ImageLoader:
             return await self._in_thread(file.encoded.decode)
         if isinstance(file, _Given):
             return await self._in_thread(self._convert, file.image)
-        future, decoded = await self._in_thread(self._cache.obtain, file.data, self._decode, file.digest)
-        picture = future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
+        picture, decoded = await self._cache.obtain(
+            file.digest, lambda: self.decoders.decode(file.data, file.header)
+        )
         self.decoded += decoded
         self.cache_hits += not decoded
         return picture

@@ -1,0 +1,97 @@
+"""What decoding costs: images a second and core, in the pool of decoder processes and by a call in one process.
+
+    python -m bench.decoders
+
+Processor time of all processes together counts, so that other work on the machine matters little. Exits with 1 where
+the pool decodes fewer than 40 images of 336x336 a second and core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+
+import psutil
+
+from bench.pictures import jpegs
+from bench.report import machine
+from handlers.images.decode import WHITE, decode, prepare_pillow
+from handlers.images.decoders import DecoderPool
+from handlers.images.header import read_header
+
+MAX_PIXELS = 89_478_485
+LEAST = 40.0
+SIDES = (336, 1024)
+REPEATS = 3
+
+
+def plain(files: Sequence[bytes]) -> float:
+    """Images for each second of processor time."""
+    begin = time.process_time()
+    for file in files:
+        decode(file, MAX_PIXELS)
+    return len(files) / (time.process_time() - begin)
+
+
+async def pooled(pool: DecoderPool, files: Sequence[bytes]) -> float:
+    """The same, with the time of the front and of its decoders."""
+    before = _processor_time()
+    for start in range(0, len(files), 16):
+        await asyncio.gather(*(_decoded(pool, file) for file in files[start : start + 16]))
+    return len(files) / (_processor_time() - before)
+
+
+async def _decoded(pool: DecoderPool, file: bytes) -> None:
+    header = read_header(file)
+    assert header is not None
+    await pool.decode(file, header)
+
+
+def _processor_time() -> float:
+    """Seconds, in steps of a hundredth for each decoder."""
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return time.process_time() + sum(one.user + one.system for one in times)
+
+
+async def measured(count: int) -> dict[int, tuple[float, float]]:
+    """Side -> medians: plain, pooled."""
+    prepare_pillow(MAX_PIXELS)
+    pool = DecoderPool(max_pixels=MAX_PIXELS, max_bytes=20 << 20, background=WHITE, memory_bytes=1 << 30)
+    rows = {}
+    for side in SIDES:
+        files = list(jpegs(seed=0, count=count, width=side, height=side))
+        await pooled(pool, files)
+        rows[side] = (
+            statistics.median([plain(files) for _ in range(REPEATS)]),
+            statistics.median([await pooled(pool, files) for _ in range(REPEATS)]),
+        )
+    for child in psutil.Process().children():
+        memory = child.memory_full_info()
+        print(
+            f"decoder: {memory.rss / 2**20:.0f} MB resident, {memory.pss / 2**20:.0f} MB of them its share (PSS)"
+        )
+    await pool.aclose()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m bench.decoders",
+    )
+    parser.add_argument("--count", type=int, default=256, help="images of each size (%(default)s)")
+    rows = asyncio.run(measured(parser.parse_args().count))
+    print(machine())
+    print("| JPEG | within one process, images/s/core | decoder pool, images/s/core |\n|---|---|---|")
+    for side, (alone, together) in rows.items():
+        print(f"| {side}x{side} | {alone:.0f} | {together:.0f} |")
+    if rows[SIDES[0]][1] < LEAST:
+        raise SystemExit(f"fewer than {LEAST:g} images of {SIDES[0]} pixels a second and core")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The process in which image files are opened and decoded: `python -m handlers.images.decoder_worker DESCRIPTOR`.
+
+A file may be made to decode for minutes, to fill the memory, or to crash a codec. Threads cannot be stopped then, this
+process can. It limits itself anew for each image: the kernel ends it when the time is up.
+
+Messages in: a `Settings`, with the memory for small images; then for each image a `Question`, with memory of its own
+for a larger one, and the file. Messages out: an empty one when it is ready; then one JSON object for each image (see
+`_answer`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypedDict
+
+from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
+
+from handlers.images.decode import Color, flattened, opened, prepare_pillow
+from handlers.images.problem import PictureProblem
+from handlers.images.shared_pixels import OwnMemory, ReusedMemory
+from processes.inside import Parent, data_bytes
+
+PLUGINS = (
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+)  # imported before the first image comes
+
+SLACK_BYTES = 48 << 20
+"""Beyond what an image is charged for: codecs' tables and rows, Pillow's plugins, Python itself."""
+
+_KEPT_BYTES = 32 << 20
+"""When it has grown by that much, the process ends after its answer."""
+
+
+class Settings(TypedDict):
+    """max_pixels, background: as `decode` takes them."""
+
+    max_pixels: int
+    background: list[int]
+
+
+class Question(TypedDict):
+    """pixel_bytes: that the image's pixels may take, in the memory that came with it or, if none did, in the one for
+    small images; 0 to be told the image's size alone.
+
+    working_bytes, seconds: what decoding may take beside it, and of processor time.
+    """
+
+    pixel_bytes: int
+    working_bytes: int
+    seconds: float
+
+
+def main() -> None:
+    parent = Parent()
+    first = parent.receive()
+    if first is None or first[1] is None:
+        return
+    reused = ReusedMemory(first[1])
+    settings: Settings = json.loads(first[0])
+    prepare_pillow(settings["max_pixels"])
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is in
+    gc.freeze()
+    start = data_bytes()
+    now, grown = start, 0
+    parent.send(b"")
+    while (message := parent.receive()) is not None:
+        question: Question = json.loads(message[0])
+        file = parent.receive()
+        if file is None:
+            return
+        data = bytes(file[0])
+        del file
+        memory = reused if message[1] is None else OwnMemory(message[1], question["pixel_bytes"])
+        with _limited(question, now):
+            answer = _answer(data, memory, question["pixel_bytes"], settings)
+        del data, memory
+        grown += question["working_bytes"]
+        if grown > _KEPT_BYTES:  # which small images have not done, so that it need not be looked up for each
+            _give_back_memory()
+            now, grown = data_bytes(), 0
+        answer["last"] = start is not None and now is not None and now > start + _KEPT_BYTES
+        parent.send(json.dumps(answer).encode())
+        if answer["last"]:
+            return
+
+
+@contextmanager
+def _limited(question: Question, now: int | None) -> Iterator[None]:
+    """now: what counts against RLIMIT_DATA before the image, or a little less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = soft if now is None else now + question["working_bytes"] + SLACK_BYTES
+    try:
+        if hard == resource.RLIM_INFINITY or most <= hard:
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        signal.setitimer(signal.ITIMER_PROF, question["seconds"])
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _answer(
+    data: bytes, memory: ReusedMemory | OwnMemory, pixel_bytes: int, settings: Settings
+) -> dict[str, Any]:
+    """`size`: width and height; `decoded`: whether the pixels were written, which those that do not fit are not. Or
+    `problem` and `error`: the reason and the name of the class of a PictureProblem."""
+    red, green, blue = settings["background"]
+    background: Color = (red, green, blue)
+    try:
+        with opened(data, settings["max_pixels"]) as image:
+            if image.width * image.height * 4 > pixel_bytes:
+                return {"size": image.size, "decoded": False}
+            flat = flattened(image, background, memory.canvas(image.size))
+        memory.write(flat)
+        return {"size": flat.size, "decoded": True}
+    except PictureProblem as problem:
+        return {"problem": problem.reason, "error": problem.error.__name__}
+
+
+def _give_back_memory() -> None:
+    gc.collect()
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+if __name__ == "__main__":
+    main()

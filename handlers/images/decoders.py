@@ -1,0 +1,362 @@
+"""Processes that decode images, so that what a file makes of its decoder can be ended and costs that file alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from PIL import Image
+
+from engine.cores import usable_cores
+from handlers.errors import ImageError, ImageTooLarge, Unavailable
+from handlers.images.decode import Color
+from handlers.images.decoder_worker import SLACK_BYTES, Question, Settings
+from handlers.images.header import Header, unknown_header
+from handlers.images.memory import PictureMemory
+from handlers.images.problem import PictureProblem
+from handlers.images.shared_pixels import REUSED_BYTES, ReusedMemory, new_memory, read_pixels
+from processes.child import Child, Limits, environment
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+decoder_log = logging.getLogger("processes.decoder")
+"""What Pillow and its codecs print: about clients' files, so at the level debug."""
+
+WARM = 2
+"""Decoders that a server starts before any image comes; more start when that many are at work."""
+
+START_SECONDS = 60.0
+END_SECONDS = 2.0
+
+GRACE_SECONDS = 1.0
+"""How long an image that nobody waits for any more may go on, before its decoder is killed: starting another costs more
+than most images."""
+
+CPU_SECONDS, CPU_SECONDS_PER_MEGAPIXEL = 2.0, 0.25
+"""Most processor time for an image: many times what one takes of whatever format, on a slow machine."""
+
+WALL_FACTOR, WALL_SECONDS = 10, 30.0
+"""After that many times the processor time and that many seconds, a decoder does not run at all: it is killed."""
+
+_LONGEST_ANSWER = 2**14
+_OPEN_FILES = 64
+_RESERVE_BYTES = 256 << 20
+"""What a decoder may have beside an image's own memory: Python, Pillow, and the file twice."""
+
+_ERRORS = {error.__name__: error for error in (ImageError, ImageTooLarge)}
+
+
+def most_decoders() -> int:
+    return min(8, max(2, usable_cores()))
+
+
+class DecoderPool:
+    """Used on one event loop. Decoders start when they are first needed, or with `warm_up`.
+
+    started, died, killed: decoders since the beginning; those that ended over an image (which crashed its codec or
+    took too long); those that were killed because nobody waited for their image any more, or because they did not
+    run. memory: what decoders may take, of all images that are being decoded together.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_pixels: int,
+        max_bytes: int,
+        background: Color,
+        memory_bytes: int,
+        most: int | None = None,
+    ) -> None:
+        """max_pixels, max_bytes: of one image. most: decoders."""
+        self.most = most_decoders() if most is None else most
+        self.started = 0
+        self.died = 0
+        self.killed = 0
+        self.memory = PictureMemory(memory_bytes)
+        self._settings: Settings = {"max_pixels": max_pixels, "background": list(background)}
+        self._largest = unknown_header(max_pixels).working_bytes + 2 * max_bytes
+        self._idle: list[_Decoder] = []
+        self._alive: set[_Decoder] = set()
+        self._starting = 0
+        self._waiting: deque[asyncio.Future[_Decoder]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def warm_up(self) -> None:
+        """Start the first decoders in the background."""
+        for _ in range(min(WARM, self.most) - len(self._alive) - self._starting):
+            self._start_another()
+
+    async def measure(self, data: bytes) -> Header:
+        """For a file whose header `read_header` cannot read. Raises PictureProblem and Unavailable."""
+        size, _ = await self._ask(data, None, 2 * len(data), CPU_SECONDS)
+        return unknown_header(size[0] * size[1])
+
+    async def decode(self, data: bytes, header: Header) -> Image.Image:
+        """The pixels, in memory that is freed with the image. Cancelled, it ends the decoder unless that is done soon.
+
+        Raises PictureProblem, also for a file with more pixels than `header` says, and Unavailable where decoders
+        cannot be started or do not run.
+        """
+        seconds = CPU_SECONDS + CPU_SECONDS_PER_MEGAPIXEL * header.pixels / 1e6
+        working = header.working_bytes + 2 * len(data)
+        _, image = await self._ask(data, header.pixels * 4, working, seconds)
+        if image is None:
+            raise PictureProblem("its file gives its size twice, and differently")
+        return image
+
+    async def aclose(self) -> None:
+        """End all decoders; what they are at is lost."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._fail_waiting()
+        workers = [*self._alive]
+        self._alive.clear()
+        self._idle.clear()
+        await asyncio.gather(*(worker.child.stop(END_SECONDS) for worker in workers), *self._tasks)
+
+    async def _ask(
+        self, data: bytes, pixel_bytes: int | None, working_bytes: int, seconds: float
+    ) -> tuple[tuple[int, int], Image.Image | None]:
+        worker = await self._take()
+        try:
+            # Whoever waits here holds up one decoder; those at work end, and never wait for memory.
+            (share,) = await self.memory.take([(b"decoder %d" % worker.child.pid, working_bytes)])
+        except BaseException:
+            self._give(worker)
+            raise
+        question: Question = {
+            "pixel_bytes": pixel_bytes or 0,
+            "working_bytes": working_bytes,
+            "seconds": seconds,
+        }
+        job = self._task(self._work(worker, question, data), "decode-image")
+        job.add_done_callback(lambda _: share.release())
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            if job.cancelled():
+                raise _stopping() from None
+            asyncio.get_running_loop().call_later(GRACE_SECONDS, job.cancel)
+            raise
+
+    async def _work(
+        self, worker: _Decoder, question: Question, data: bytes
+    ) -> tuple[tuple[int, int], Image.Image | None]:
+        """Holds the worker and the memory for the pixels, and sees to both, however it ends."""
+        memory: int | None = None
+        try:
+            try:
+                if question["pixel_bytes"] > REUSED_BYTES:
+                    memory = new_memory(question["pixel_bytes"])
+            except OSError as error:
+                self._give(worker)
+                raise _short_of_memory(error) from error
+            answer = await self._answer(worker, question, memory, data)
+            image: Image.Image | None = None
+            try:
+                if answer.decoded and memory is None:
+                    image = worker.reused.read(answer.size)
+                elif answer.decoded and memory is not None:
+                    taken, memory = memory, None
+                    image = read_pixels(taken, answer.size)
+            except OSError as error:
+                raise _short_of_memory(error) from error
+            finally:
+                if answer.last:
+                    self._end(worker)
+                else:
+                    self._give(worker)
+            if answer.problem is not None:
+                raise PictureProblem(answer.problem, _ERRORS[answer.error])
+            return answer.size, image
+        finally:
+            if memory is not None:
+                os.close(memory)
+
+    async def _answer(self, worker: _Decoder, question: Question, memory: int | None, data: bytes) -> _Answer:
+        """What the worker says. Where that fails, it is replaced."""
+        wall = WALL_SECONDS + WALL_FACTOR * question["seconds"]
+        try:
+            async with asyncio.timeout(wall):
+                await worker.child.send(json.dumps(question).encode(), memory)
+                await worker.child.send(data)
+                answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
+            width, height = answer.size
+            if answer.decoded and not 0 < width * height * 4 <= question["pixel_bytes"]:
+                raise EOFError("the decoder claims pixels that cannot be there")
+        except TimeoutError as error:
+            logger.warning("an image decoder did not answer for %.0f s; it is replaced", wall)
+            self._kill(worker)
+            raise Unavailable("an image could not be decoded in time; try again", retry_after=5) from error
+        except (EOFError, OSError, msgspec.MsgspecError) as error:
+            raise await self._death(worker, question["seconds"]) from error
+        except BaseException:
+            self._kill(worker)
+            raise
+        return answer
+
+    async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem:
+        """Of a worker that broke off over an image: what that says about the image."""
+        self.died += 1
+        child = worker.child
+        self._forget(worker)
+        code = await child.stop(END_SECONDS)
+        if code == -signal.SIGPROF:
+            return PictureProblem(
+                f"it takes too long to decode: more than {seconds:.1f} s of processor time; send it smaller, or "
+                "saved anew"
+            )
+        logger.warning("an image decoder ended with %d; it printed: %s", code, child.last_words or "nothing")
+        return PictureProblem("its decoder failed on it; send the image saved anew, as PNG or JPEG")
+
+    async def _take(self) -> _Decoder:
+        """A worker that nobody else uses: to be given back, ended or killed. Raises Unavailable."""
+        if self._closed:
+            raise _stopping()
+        while self._idle:
+            worker = self._idle.pop()
+            if not worker.child.has_ended():
+                return worker
+            self._end(worker)
+        turn: asyncio.Future[_Decoder] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._start_as_needed()
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._give(turn.result())
+            raise
+
+    def _give(self, worker: _Decoder) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(worker)
+                return
+        self._idle.append(worker)
+
+    def _kill(self, worker: _Decoder) -> None:
+        self.killed += 1
+        worker.child.kill()
+        self._end(worker)
+
+    def _end(self, worker: _Decoder) -> None:
+        self._forget(worker)
+        self._task(worker.child.stop(END_SECONDS), "end-decoder")
+
+    def _forget(self, worker: _Decoder) -> None:
+        """It is no worker any more: if somebody waits for one, another takes its place."""
+        self._alive.discard(worker)
+        self._start_as_needed()
+
+    def _start_as_needed(self) -> None:
+        waiting = sum(not turn.done() for turn in self._waiting)
+        while self._starting < waiting and len(self._alive) + self._starting < self.most and not self._closed:
+            self._start_another()
+
+    def _start_another(self) -> None:
+        self._starting += 1
+        self._task(self._start(), "start-decoder")
+
+    async def _start(self) -> None:
+        try:
+            worker = await self._started()
+        except (EOFError, OSError) as error:  # TimeoutError among them
+            logger.error("an image decoder could not be started: %s", error or type(error).__name__)
+            self._starting -= 1
+            if not self._alive and not self._starting:
+                self._fail_waiting()
+            return
+        except BaseException:
+            self._starting -= 1
+            raise
+        self._starting -= 1
+        self.started += 1
+        self._alive.add(worker)
+        self._give(worker)
+
+    async def _started(self) -> _Decoder:
+        descriptor = new_memory(REUSED_BYTES)
+        reused = ReusedMemory(os.dup(descriptor))
+        try:
+            return _Decoder(await self._ready_child(descriptor), reused)
+        finally:
+            os.close(descriptor)
+
+    async def _ready_child(self, descriptor: int) -> Child:
+        child = await Child.start(
+            "handlers.images.decoder_worker",
+            env=environment(OPENBLAS_NUM_THREADS="1"),
+            logger=decoder_log,
+            level=logging.DEBUG,
+            limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
+        )
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await child.send(json.dumps(self._settings).encode(), descriptor)
+                await child.receive()
+        except BaseException:
+            child.kill()
+            self._task(child.stop(END_SECONDS), "end-decoder")
+            raise
+        return child
+
+    def _fail_waiting(self) -> None:
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_exception(
+                    Unavailable("images cannot be decoded now; the log says why", retry_after=5)
+                )
+        self._waiting.clear()
+
+    def _task(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # those who wait are told; without any, nobody needs to be
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decoder:
+    """A process that is ready, and the memory for its small images."""
+
+    child: Child
+    reused: ReusedMemory
+
+
+class _Answer(msgspec.Struct):
+    """As `decoder_worker` describes it. last: the worker ends now."""
+
+    last: bool
+    size: tuple[int, int] = (0, 0)
+    decoded: bool = False
+    problem: str | None = None
+    error: Literal["ImageError", "ImageTooLarge"] = "ImageError"
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the server is stopping", retry_after=5)
+
+
+def _short_of_memory(error: OSError) -> Unavailable:
+    logger.error("no memory for an image's pixels: %s", error.strerror)
+    return Unavailable("the server has no memory for an image now; try again", retry_after=5)

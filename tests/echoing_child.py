@@ -1,0 +1,59 @@
+"""A child process for `test_child_process.py`: answers each message with what it was asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+from processes.inside import Parent, data_bytes
+
+
+def main() -> None:
+    parent = Parent()
+    while (message := parent.receive()) is not None:
+        body, descriptor = message
+        parent.send(json.dumps(answer(body.decode(), descriptor)).encode())
+
+
+def answer(question: str, descriptor: int | None) -> Any:
+    word, _, rest = question.partition(" ")
+    match word:
+        case "environment":
+            return dict(os.environ)
+        case "limits":
+            kinds = (resource.RLIMIT_DATA, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)
+            return [resource.getrlimit(kind)[0] for kind in kinds]
+        case "allocate":
+            try:
+                return len(bytearray(int(rest)))
+            except MemoryError:
+                return "MemoryError"
+        case "data":
+            return data_bytes()
+        case "write":
+            assert descriptor is not None
+            os.write(descriptor, rest.encode())
+            os.close(descriptor)
+        case "print":
+            number, _, line = rest.partition(" ")
+            for _ in range(int(number)):
+                os.write(2, line.encode() + b"\n")
+        case "print_out":
+            print(rest, flush=True)
+        case "die":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "length":
+            return len(rest)
+        case "flood":
+            sys.stdout.flush()
+            parent_bytes = b"\xff\xff\xff\x7f"
+            os.write(int(sys.argv[-1]), parent_bytes)
+    return None
+
+
+if __name__ == "__main__":
+    main()
