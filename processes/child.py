@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import resource
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from processes.inside import FRAME
-
-_ANY_PYTHON_NEEDS = (
-    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONHOME",
-)  # fmt: skip
 
 _LOG_BURST = 16 * 2**10
 _LOG_BYTES_PER_SECOND = 2 * 2**10
@@ -40,14 +34,6 @@ class Limits:
 
     data_bytes: int | None = None
     open_files: int | None = None
-
-
-def environment(names: Iterable[str] = (), **values: str) -> dict[str, str]:
-    """What any Python needs, the variables named, as they are here, and `values`; with this code importable."""
-    chosen = {name: os.environ[name] for name in (*_ANY_PYTHON_NEEDS, *names) if name in os.environ}
-    root, inherited = str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")
-    chosen["PYTHONPATH"] = root if not inherited else f"{root}{os.pathsep}{inherited}"
-    return {**chosen, **values}
 
 
 class Child:
@@ -75,7 +61,7 @@ class Child:
     ) -> Child:
         """`python -m module DESCRIPTOR`, in a session of its own. Raises OSError; nothing is left running then.
 
-        env: all of it (see `environment`). level: of lines that do not begin with a level's name.
+        env: all of it (see `processes.environment`). level: of lines that do not begin with a level's name.
         """
         ours, theirs = socket.socketpair()
         try:

@@ -3,7 +3,7 @@
 | child | gets |
 |---|---|
 | engine and its ranks | what Python, the devices, the compute libraries and a local model need, by name |
-| grammar compilers, the guard of vLLM's processes | what Python and the system need, by name |
+| grammar compilers, image decoders, the guard of vLLM's processes | what Python and the system need, by name |
 | the model's own handler | everything but the server's own keys: it is the operator's program and reads what it likes |
 | vLLM, on any machine, and questions to Ray | everything but the server's own keys: vLLM copies the environment to its workers itself, and may read weights with the operator's credentials |
 """  # noqa: E501

@@ -16,14 +16,15 @@ from typing import Any
 import psutil
 import pytest
 
-from processes.child import Child, Limits, environment
+from processes.child import Child, Limits
+from processes.environment import child_environment
 
 logger = logging.getLogger("processes.test")
 
 
 def with_child(work: Callable[[Child], Awaitable[None]], **options: Any) -> None:
     async def main() -> None:
-        given = {"env": environment(), "logger": logger} | options
+        given = {"env": child_environment("plain"), "logger": logger} | options
         child = await Child.start("tests.echoing_child", **given)
         try:
             await asyncio.wait_for(work(child), 60)
@@ -39,18 +40,18 @@ async def ask(child: Child, question: str, descriptor: int | None = None) -> Any
     return json.loads(await child.receive())
 
 
-def test_it_gets_the_variables_that_are_named_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_gets_the_variables_it_is_given_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVING_API_KEY", "secret")
-    monkeypatch.setenv("NAMED", "yes")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
 
     async def work(child: Child) -> None:
         found = await ask(child, "environment")
-        assert found["NAMED"] == "yes"
+        assert found["LC_ALL"] == "C.UTF-8"
         assert found["GIVEN"] == "too"
         assert "SERVING_API_KEY" not in found
         assert "secret" not in json.dumps(found)
 
-    with_child(work, env=environment(["NAMED"], GIVEN="too"))
+    with_child(work, env=child_environment("plain") | {"GIVEN": "too"})
 
 
 def test_messages_of_any_size_and_descriptors_arrive() -> None:
@@ -148,9 +149,10 @@ def test_an_absurd_length_is_no_message() -> None:
 def test_it_dies_with_a_parent_that_is_killed_even_when_it_is_stopped() -> None:
     script = """
 import asyncio, logging
-from processes.child import Child, environment
+from processes.child import Child
+from processes.environment import child_environment
 async def main():
-    child = await Child.start("tests.echoing_child", env=environment(), logger=logging.getLogger())
+    child = await Child.start("tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger())
     await child.send(b"limits")
     await child.receive()
     print(child.pid, flush=True)

@@ -23,7 +23,8 @@ from handlers.images.header import Header, unknown_header
 from handlers.images.memory import PictureMemory
 from handlers.images.problem import PictureProblem
 from handlers.images.shared_pixels import REUSED_BYTES, ReusedMemory, new_memory, read_pixels
-from processes.child import Child, Limits, environment
+from processes.child import Child, Limits
+from processes.environment import child_environment
 
 T = TypeVar("T")
 
@@ -300,7 +301,7 @@ class DecoderPool:
     async def _ready_child(self, descriptor: int) -> Child:
         child = await Child.start(
             "handlers.images.decoder_worker",
-            env=environment(OPENBLAS_NUM_THREADS="1"),
+            env=child_environment("plain") | {"OPENBLAS_NUM_THREADS": "1"},
             logger=decoder_log,
             level=logging.DEBUG,
             limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
