@@ -35,15 +35,17 @@ class LiveServer:
         ready: bool = True,
         command: str = "serve",
         flags: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "container.cli"),
         **environ: str,
     ) -> None:
+        """program: what Python runs as `lmi`."""
         named = {option.partition("=")[0] for option in options}
         usual = [option for option in OPTIONS if option.partition("=")[0] not in named]
         arguments = [part for option in (*usual, *options) for part in ("--option", option)]
         self._wait_ready = ready
         self.process = subprocess.Popen(
             [
-                sys.executable, "-P", "-m", "container.cli", command, str(model), "--port", "0", *arguments, *flags,
+                sys.executable, "-P", *program, command, str(model), "--port", "0", *arguments, *flags,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -53,7 +55,7 @@ class LiveServer:
         self._lines: list[str] = []
         self._arrivals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.url = "http://" + self.wait_for(r"listening on (\S+)")
+        self.url = "http://" + self.wait_for(r"listening on ([\w.:\[\]]+)")
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def __enter__(self) -> LiveServer:
