@@ -55,7 +55,7 @@ class LiveServer:
         self._lines: list[str] = []
         self._arrivals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.url = "http://" + self.wait_for(r"listening on ([\w.:\[\]]+)")
+        self.url = "http://" + self.wait_for(r"listening on ([^\s\"]+)")
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def __enter__(self) -> LiveServer:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -140,8 +141,9 @@ def attack_bodies(attack: Attack) -> None:
 def attack_images(attack: Attack, seconds: float) -> None:
     with attack.row("hostile images") as figures:
         all_measured, broken = [], []
-        images = list(corpus.hostile())
-        for name, image in images:
+        count = 0
+        for name, image in corpus.hostile():
+            count += 1
 
             def send(measured: Measured, image: bytes = image) -> None:
                 bodies = [asks(image), asks(image + b"\0", image + b"\1")]
@@ -152,7 +154,7 @@ def attack_images(attack: Attack, seconds: float) -> None:
                 all_measured.append(attack.measured(send))
             except AssertionError as error:
                 broken.append(f"{name}: {error}")
-        figures.append(f"{len(images)} images, {shown(all_measured)}")
+        figures.append(f"{count} images, {shown(all_measured)}")
         assert not broken, broken
     with attack.row("mutated images") as figures:
         statuses: Counter[str] = Counter()
@@ -161,8 +163,8 @@ def attack_images(attack: Attack, seconds: float) -> None:
         while time.monotonic() < end:
             images_of_batch = list(corpus.mutations(attack.chance.randrange(2**32), 250))
 
-            def send_all(measured: Measured, images: list[bytes] = images_of_batch) -> None:
-                bodies = [asks(image) for image in images]
+            def send_all(measured: Measured, images: list[tuple[str, bytes]] = images_of_batch) -> None:
+                bodies = [asks(image) for _, image in images]
                 measured.sent = sum(map(len, bodies))
                 statuses.update(checked(asyncio.run(post(attack.target, bodies, at_once=16))))
 
@@ -368,8 +370,8 @@ def _kind(process: psutil.Process) -> str:
 def soak(attack: Attack, seconds: float) -> None:
     """Good and hostile requests together. Judged by what has grown since its first fifth."""
     target = attack.target
-    bodies = [asks(data) for _, data in corpus.hostile() if len(data) < MB]
-    bodies += [asks(data) for data in corpus.mutations(attack.chance.randrange(2**32), 500)]
+    bodies = [asks(data) for _, data in itertools.islice(corpus.hostile(), 200) if len(data) < MB // 4]
+    bodies += [asks(data) for _, data in corpus.mutations(attack.chance.randrange(2**32), 500)]
     bodies += [
         b"{",
         b"[]",

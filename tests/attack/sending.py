@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.attack.target import KEY, STALL_SECONDS, Bound, Measured, Target
+from tests.attack.target import KEY, STALL_SECONDS, Bound, Measured, Target, data_url
 
 TRIES = 3
 
@@ -63,10 +62,6 @@ def asks(*images: bytes | str, tokens: int = 2) -> bytes:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content = [*parts, {"type": "text", "text": "What is this?"}]
     return json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": tokens}).encode()
-
-
-def data_url(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def head_of(length: int) -> bytes:

@@ -166,7 +166,7 @@ class Target(LiveServer):
         image = Image.new("RGB", (320, 240), "white")
         ImageDraw.Draw(image).ellipse((90, 50, 230, 190), fill=color)
         image.putpixel((0, 0), (255, 255, 255 - next(_NUMBERS) % 16))
-        body = chat_body(image_url(image, form), "What is this an image of?", max_tokens=64)
+        body = chat_body(data_url(encoded(image, form)), "What is this an image of?", max_tokens=64)
         reply = self.http.post("/v1/chat/completions", json=body, timeout=timeout)
         assert reply.status_code == 200, reply.text[:500]
         said = reply.json()["choices"][0]["message"]["content"]
@@ -293,7 +293,11 @@ def peak_of(pid: int) -> int:
     return 0
 
 
-def image_url(image: Image.Image, form: str) -> str:
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def encoded(image: Image.Image, form: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
