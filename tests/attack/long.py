@@ -359,7 +359,23 @@ def attack_processes(attack: Attack) -> None:
                 while target.http.get("/ping").status_code != 200:
                     assert time.monotonic() < end, "it did not come back"
                     time.sleep(0.2)
-                figures.append(f"60 requests under way: {dict(statuses)}; all answered, and it serves again")
+                refused = _until_answered(target, end)
+                figures.append(
+                    f"60 requests under way: {dict(statuses)}; all answered, and it serves again after {refused} more "
+                    "that were refused"
+                )
+
+
+def _until_answered(target: Target, end: float) -> int:
+    """How many questions were not answered before one was: what stands still is found out by those who wait for it."""
+    for refused in range(100):
+        try:
+            target.question()
+            return refused
+        except AssertionError:
+            if time.monotonic() > end:
+                raise
+    raise AssertionError("100 questions were not answered")
 
 
 def _kind(process: psutil.Process) -> str:
