@@ -25,7 +25,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test clients lint format docs bench compare memory install-vllm test-vllm test-machines freeze clean
+.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -95,6 +95,9 @@ compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (a
 
 memory: $(VENV)/installed-dev  ## Watch the memory over 5,000 unique pictures, after 5,000 that fill the caches
 	$(BIN)/python -m bench.memory $(ARGS)
+
+attack: $(VENV)/installed-dev  ## Attack our server for 20 minutes and print what it cost (ARGS="--minutes 3")
+	$(BIN)/python -m tests.attack.long $(ARGS)
 
 install-vllm: $(VLLM)/installed  ## Install vLLM and the project into .venv-vllm: its CPU build where there is no GPU
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from handlers.admission import Admission
 from handlers.backends.base import Backend, TokenizedPrompt
+from handlers.backends.limits import longest_prompt
 from handlers.dialects.base import JSON, Conventions
 from handlers.dialects.misspelt import warning
 from handlers.dialects.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
@@ -20,7 +21,7 @@ from handlers.images.loader import ImageLoader
 from handlers.request import pictures
 
 MOST_TEXT_BYTES = 2**20
-"""Of a body, its pictures not counted, that is turned into tokens."""
+"""Of a body, its pictures not counted, that is turned into tokens; never more than a prompt may have."""
 
 LONG_TEXT_BYTES = 20_000
 """Longer texts are turned into tokens one at a time: the other threads are for those that wait for answers."""
@@ -59,9 +60,10 @@ class Tokenization:
         parts = list(pictures(task.prompt))
         self._check_pictures(len(parts), self._backend.capabilities.images)
         size = max(0, incoming.size - sum(part.characters for part in parts))
-        if size > MOST_TEXT_BYTES:
+        most = min(MOST_TEXT_BYTES, longest_prompt(self._backend.capabilities.max_model_len))
+        if size > most:
             raise InvalidRequest(
-                f"the text is too long to be tokenised at once: {size} bytes; allowed: {MOST_TEXT_BYTES}"
+                f"the text is too long to be tokenised at once: {size} bytes; allowed: {most}"
             )
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         incoming.parsed()

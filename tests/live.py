@@ -35,15 +35,17 @@ class LiveServer:
         ready: bool = True,
         command: str = "serve",
         flags: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "container.cli"),
         **environ: str,
     ) -> None:
+        """program: what Python runs as `lmi`."""
         named = {option.partition("=")[0] for option in options}
         usual = [option for option in OPTIONS if option.partition("=")[0] not in named]
         arguments = [part for option in (*usual, *options) for part in ("--option", option)]
         self._wait_ready = ready
         self.process = subprocess.Popen(
             [
-                sys.executable, "-P", "-m", "container.cli", command, str(model), "--port", "0", *arguments, *flags,
+                sys.executable, "-P", *program, command, str(model), "--port", "0", *arguments, *flags,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

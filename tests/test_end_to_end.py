@@ -143,7 +143,7 @@ def test_a_prompt_beyond_the_context_is_refused_before_a_stream_begins(server: L
     assert "512 tokens" in reply.json()["error"]["message"]
     reply = server.chat("x" * 20, max_tokens=100_000)
     assert reply.status_code == 400
-    text = "x" * (2**20 + 1)
+    text = "x" * (2**17 + 1)
     for path, body in (
         ("/v1/chat/completions", chat_body(text)),
         ("/v1/completions", {"prompt": [text, "x"]}),
@@ -152,7 +152,7 @@ def test_a_prompt_beyond_the_context_is_refused_before_a_stream_begins(server: L
     ):
         reply = server.http.post(path, json=body)
         assert reply.status_code == (422 if path == "/generate_stream" else 400)
-        assert "allowed: at most 1048576" in reply.text
+        assert "allowed: at most 131072" in reply.text
 
 
 def test_n_answers_are_numbered_and_seeded(server: LiveServer) -> None:

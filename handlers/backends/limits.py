@@ -15,7 +15,8 @@ MOST_TOKEN_IDS = 1024
 _CHARACTERS_PER_TOKEN = 32
 """Far more than the tokens of any text have on average."""
 
-_FEWEST = 2**20
+_FEWEST = 2**17
+"""Where the context is short. While it is tokenised, a character takes about 210 bytes."""
 
 
 def longest_prompt(max_model_len: int) -> int:
