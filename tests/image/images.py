@@ -29,7 +29,7 @@ _BASE = "localhost/debian:bookworm-slim"
 _MIRROR = "http://deb.debian.org/debian"
 _TOOLS = ("buildah", "podman", "debootstrap", "unshare")
 _BUILD_SECONDS = 1200
-_LARGEST_CACHE = 8 * 2**30
+_LARGEST_CACHE = 6 * 2**30
 """Bytes. Layers of earlier versions stay, a few megabytes each, or a gigabyte where the dependencies changed."""
 
 
@@ -86,6 +86,8 @@ def remove() -> None:
 
 
 def _bound_the_cache() -> None:
+    """Drop what a build left that was ended by force, and everything where too much has gathered."""
+    _run(["buildah", *_store(), "rm", "--all"])
     listed = _run(["du", "--summarize", "--one-file-system", "--block-size=1", str(CACHE)]).stdout.split()
     if listed and int(listed[0]) > _LARGEST_CACHE:
         _run(podman("rmi", "--all", "--force"))
