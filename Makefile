@@ -20,12 +20,14 @@ VLLM_COMPARED := $(addprefix tests/families/test_, \
 VLLM_TESTS := $(VLLM_COMPARED) tests/vllm_live tests/families/test_qwen_vl_live.py $(addprefix tests/test_, end_to_end.py completions_live.py structured_live.py \
 	tools_chat.py tokenize.py tgi_dialect.py shapes_live.py sagemaker_clients.py clients.py cli_run.py openapi.py \
 	bytes.py embeddings_live.py vllm_sampling.py model_files_live.py)
+CONTAINER_TOOL ?= docker
+TARGET ?= cpu
 GPU := $(shell command -v nvidia-smi)
 # What the pinned set is built around; `make freeze` lets every other version follow.
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines freeze clean
+.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines image test-image remove-test-image freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -118,6 +120,17 @@ test-vllm: $(VLLM)/installed  ## Run the live tests with vLLM behind the server
 
 test-machines: $(VLLM)/installed  ## Run the tests of vLLM on several machines, as root (Ray's after .venv-vllm/bin/pip install ray)
 	LMI_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest -m machines $(or $(ARGS),tests/vllm_live)
+
+image:  ## Build the container image lmi-handler:TARGET (cpu or gpu) with CONTAINER_TOOL (docker)
+	$(CONTAINER_TOOL) build -f docker/Dockerfile --target $(TARGET) -t lmi-handler:$(TARGET) $(ARGS) .
+
+# Building may take as long as the network does; a test that hangs is ended after five minutes.
+test-image: $(VENV)/installed-dev  ## Build the cpu image where there is no registry, and test it (as root, with buildah, podman, debootstrap)
+	$(BIN)/python -m tests.image.images
+	$(BIN)/python -m pytest -m image --timeout=300 --durations=10 $(or $(ARGS),tests/image)
+
+remove-test-image: $(VENV)/installed-dev  ## Remove the image that test-image built, and its cache
+	$(BIN)/python -m tests.image.images --remove
 
 freeze:  ## Resolve every version anew in a clean environment and write constraints.txt
 	rm -rf .venv-freeze

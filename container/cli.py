@@ -16,7 +16,7 @@ from handlers.version import VERSION
 if TYPE_CHECKING:
     from container.server import BackendBuilder
 
-_OWN = ("-h", "--help", "--json", "--all")
+_OWN = ("-h", "--help", "--json", "--all", "--print-config")
 _FLAGS_HELP = (
     "Every option can be written as a flag of its own: --max-model-len 4096, --limit-mm-per-prompt image=2, "
     "--chat-template template.jinja, --trust-remote-code, --host 0.0.0.0, --port 8000, --api-key KEY. Give keys by "
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
     from container.configured import RUN_DEFAULTS, SERVE_DEFAULTS
 
     defaults = RUN_DEFAULTS if arguments.command == "run" else SERVE_DEFAULTS
+    if arguments.print_config:
+        return _print_config(arguments.model, options, defaults)
     return _serve(arguments.model, options, defaults, flags.warnings, build)
 
 
@@ -52,6 +54,8 @@ def serve_main(argv: Sequence[str] | None = None, build: BackendBuilder | None =
     flags = _flags(parser, sys.argv[1:] if argv is None else list(argv))
     arguments = parser.parse_args(["serve", *flags.rest])
     options = [*arguments.option, *flags.options, *flags.secret]
+    if arguments.print_config:
+        return _print_config(arguments.model, options, {})
     return _serve(arguments.model, options, {}, flags.warnings, build)
 
 
@@ -80,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME=VALUE",
             help="set an option, as in serving.properties; may be repeated and wins over other sources",
         )
+    for command in (serve, run):
+        command.add_argument(
+            "--print-config",
+            action="store_true",
+            help="print the serving.properties that reproduces this run, without secrets, and serve nothing",
+        )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--all", action="store_true", help="print the options that have their defaults too")
     return parser
@@ -98,6 +108,19 @@ def _flags(parser: argparse.ArgumentParser, arguments: list[str]) -> Flags:
             "SERVING_API_KEY and HF_TOKEN, or in serving.properties"
         )
     return flags
+
+
+def _print_config(model: str | None, options: Sequence[str], defaults: Mapping[str, str]) -> int:
+    from container.configured import configured
+    from container.print_config import as_properties
+    from properties.problem import ConfigurationError
+
+    try:
+        sys.stdout.write(as_properties(configured(model, options, os.environ, defaults)))
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _serve(

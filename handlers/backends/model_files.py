@@ -18,7 +18,7 @@ from engine.families.registry import family_of, served
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.select import remedy
 from handlers.backends.vllm.options.weights import missing_weights
-from handlers.backends.weight_files import engine_weight_problems, vllm_weight_problems
+from handlers.backends.weight_files import engine_weight_problems, unreadable, vllm_weight_problems
 from handlers.chat_templates import ChatTemplates, read_chat_templates
 from handlers.model_json import read_object
 from handlers.template_source import TemplateSource
@@ -120,7 +120,7 @@ def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:
         except (FileNotFoundError, IsADirectoryError):
             continue
         except OSError as error:
-            _add(found, iter([f"{directory / name} cannot be read: {error.strerror}"]))
+            _add(found, iter([unreadable(directory / name, error)]))
         except (msgspec.MsgspecError, ValueError):
             _add(found, iter([f"{directory / name} holds no JSON object: it is damaged; fetch it again"]))
     return contents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,12 @@ def _indexed(directory: Path, index: str) -> Iterator[str]:
         yield from _damage(directory / name, tensors)
 
 
+def unreadable(path: Path, error: OSError) -> str:
+    """What is wrong with a file that the operating system does not let us read, and what to do where we may not."""
+    remedy = f"; let user {os.getuid()} read it" if isinstance(error, PermissionError) else ""
+    return f"{path} cannot be read: {error.strerror}{remedy}"
+
+
 def _damage(path: Path, wanted: Set[str] = frozenset()) -> Iterator[str]:
     """wanted: tensors that must be in the file."""
     try:
@@ -113,7 +120,7 @@ def _damage(path: Path, wanted: Set[str] = frozenset()) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     except OSError as error:
-        yield f"{path} cannot be read: {error.strerror}"
+        yield unreadable(path, error)
     else:
         if lacking:
             yield f"{path.name} has no tensor {min(lacking)}, which its index names: fetch both again"
