@@ -213,7 +213,9 @@ class ImageLoader:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise ImageFetchTimeout(index, "it was not ready when the request's time was up") from error
+            raise ImageFetchTimeout(
+                index, "it was not ready when the request's time was up (predict_timeout)"
+            ) from error
 
     async def _obtain(self, part: PicturePart, request: object) -> _File:
         if isinstance(part, EmbeddingsPart):

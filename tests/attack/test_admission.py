@@ -80,8 +80,9 @@ def chat(padding: int = 0, **order: Any) -> bytes:
     body = {
         "messages": [{"role": "user", "content": json.dumps(order)}],
         "stream": order.get("stream", False),
+        "metadata": {"padding": "x" * padding},
     }
-    return json.dumps(body).encode() + b" " * padding
+    return json.dumps(body).encode()
 
 
 def head(length: int | None, path: str = "/v1/chat/completions", extra: str = "") -> bytes:
