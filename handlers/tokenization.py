@@ -20,8 +20,8 @@ from handlers.exchange import Incoming, Reply
 from handlers.images.loader import ImageLoader
 from handlers.request import pictures
 
-LEAST_TEXT_BYTES, MOST_TEXT_BYTES = 2**18, 2**20
-"""A text to be tokenised may always have the first, never more than the second, else as much as a prompt."""
+MOST_TEXT_BYTES = 2**20
+"""Of a body, its pictures not counted, that is turned into tokens; never more than a prompt may have."""
 
 LONG_TEXT_BYTES = 20_000
 """Longer texts are turned into tokens one at a time: the other threads are for those that wait for answers."""
@@ -60,8 +60,7 @@ class Tokenization:
         parts = list(pictures(task.prompt))
         self._check_pictures(len(parts), self._backend.capabilities.images)
         size = max(0, incoming.size - sum(part.characters for part in parts))
-        prompt = longest_prompt(self._backend.capabilities.max_model_len)
-        most = min(MOST_TEXT_BYTES, max(LEAST_TEXT_BYTES, prompt))
+        most = min(MOST_TEXT_BYTES, longest_prompt(self._backend.capabilities.max_model_len))
         if size > most:
             raise InvalidRequest(
                 f"the text is too long to be tokenised at once: {size} bytes; allowed: {most}"
