@@ -125,7 +125,7 @@ SGLANG_WITHOUT = {
     "speculative_eagle_topk": _SPECULATION,
     "speculative_num_draft_tokens": _SPECULATION,
     "enable_priority_scheduling": "see option.request_priorities, with which lower numbers come first",
-    "enable_multimodal": "a model that takes pictures is served with them",
+    "enable_multimodal": "a model that takes images is served with them",
     "enable_metrics": "/metrics is always served",
     "is_embedding": "embeddings are not served",
 }

@@ -52,9 +52,9 @@ An empty value counts as absent. Spaces around a value are dropped, except in `o
 same level must agree. true, 1, yes, on, t and y (in any case) are true; false, 0, no, off, f and n are false; `64.0`
 is a whole number.
 
-An unknown name is a warning that tells the nearest known one, and an error with
-`SERVING_STRICT_OPTIONS=true`. A bad value is always an error. All errors are reported together. What is written and
-will not be done, because of the backend, the machine or another option, is a warning at the start and in `lmi check`.
+An unknown name is a warning that suggests the nearest known one, or an error with `SERVING_STRICT_OPTIONS=true`. A bad
+value is always an error. All errors are reported together. A setting that has no effect, because of the backend, the
+machine or another option, is a warning at the start and in `lmi check`.
 
 ## serving.properties
 
@@ -66,7 +66,7 @@ line are dropped); a backslash within a value, as in JSON, must be written twice
 
 The first of: MODEL on the command line (a directory, a hub id or an `s3://` URL; the `serving.properties` of
 a directory may name another model in `option.model_id`), `option.model_id`, `OPTION_MODEL_ID`, `HF_MODEL_ID`,
-and what lies in `/opt/ml/model`. An empty `/opt/ml/model` counts as none. If it holds nothing but one
+and the contents of `/opt/ml/model`. An empty `/opt/ml/model` counts as none. If it holds nothing but one
 directory, that directory is the model.
 
 Where `SM_VLLM_` or `SM_SGLANG_` variables are set, the order is that of AWS's containers: `SM_VLLM_MODEL` or
@@ -79,17 +79,17 @@ name its path.
 
 With the vLLM backend every field of its `AsyncEngineArgs` is an option as well, by its own name: `option.max_logprobs`,
 `option.compilation_config`, `OPTION_ASYNC_SCHEDULING`. Its text is read as vLLM's command line reads it (JSON for an
-object, `a,b` or JSON for a list); `lmi check` tells a bad value, and what is allowed, without loading the model. A
-field that one of the options below sets must agree with it. With another backend it is a warning.
+object, `a,b` or JSON for a list); `lmi check` reports a bad value, and what is allowed, without loading the model. A
+field that one of the options below also sets must agree with that option. With another backend it is a warning.
 
 ## What LMI's settings mean
 
 LMI's recommended `option.async_mode=true`, `option.rolling_batch=disable` and
 `option.entryPoint=djl_python.lmi_vllm.vllm_async_service` mean vLLM's asynchronous engine, which batches by itself.
-The first and the last each make `rolling_batch=disable` mean `auto` here; where vLLM cannot be had, the embedded
-engine serves with full batching, and `lmi check` and the log say why. `rolling_batch=disable` alone serves one request
-at a time; beside a `batch_size` above 1, LMI's dynamic batching, at most so many together. An entry point that names
-one of LMI's handlers comes before a `handle` in the model's `model.py`, as in LMI.
+The first and the last each make `rolling_batch=disable` mean `auto` here; where vLLM is not available, the embedded
+engine serves with full batching, and `lmi check` and the log say why. `rolling_batch=disable` alone serves one
+request at a time; with a `batch_size` above 1, which is LMI's dynamic batching, at most that many together. An entry
+point that names one of LMI's handlers comes before a `handle` in the model's `model.py`, as in LMI.
 
 ## Which type the model computes in
 
@@ -103,19 +103,19 @@ one of LMI's handlers comes before a `handle` in the model's `model.py`, as in L
 | bfloat16 | an accelerator without it | float16 | vLLM's rule |
 | not stated | anywhere | float32 | |
 
-With the vLLM backend it is vLLM's rule everywhere: float32 becomes bfloat16 on a CPU, too, what is stored in
-float16 or bfloat16 stays, and where `config.json` does not state the type, the headers of the safetensors files do.
+With the vLLM backend vLLM's rule holds everywhere: float32 becomes bfloat16 on a CPU too, weights stored in float16 or
+bfloat16 keep their type, and where `config.json` does not state the type, the headers of the safetensors files do.
 `lmi check` and the log say which type it is, and why.
 
 ## AWS's vLLM and SGLang containers
 
 `SM_VLLM_<FLAG>` is that flag of vLLM's command line, by the names of the options below or of vLLM's own:
 `SM_VLLM_MAX_MODEL_LEN=4096`, `SM_VLLM_ENFORCE_EAGER=true`. `false` switches a switch off, and leaves any other flag
-out. Flags of SGLang's that there is an option for are in the table at the end; one that there is none for is a warning.
+out. The table at the end lists the flags of SGLang that have an option here; any other is a warning.
 
 ## In the tables
 
-*Backends*: who honours the option; `rolling` is the embedded engine. *Also*: other names and variables, in
+*Backends*: which backends use the option; `rolling` is the embedded engine. *Also*: other names and variables, in
 the same order of precedence as above.
 """
 

@@ -81,7 +81,7 @@ class ChatSettings(BaseModel):
         default=None,
     )
     reasoning_parser: Word | None = option(
-        "How reasoning is told from the answer: think (where prompt or answer opens a think tag), deepseek_r1 "
+        "How reasoning is separated from the answer: think (where prompt or answer opens a think tag), deepseek_r1 "
         "(also olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss. "
         "Where vLLM serves, also the name of any of its own (granite, kimi_k2, ...), as for tools.",
         default=None,

@@ -26,7 +26,7 @@ def _four(sizes: list[int]) -> list[int]:
 Shape = Annotated[
     list[Annotated[int, Ge(1)]],
     BeforeValidator(lambda value: _four(found) if isinstance(found := _sizes(value), list) else found),
-    Allowed("pictures, channels, height and width, each from 1: 1,3,336,336"),
+    Allowed("images, channels, height and width, each from 1: 1,3,336,336"),
 ]
 
 
@@ -34,12 +34,12 @@ class RetiredSettings(BaseModel):
     """Retired: what the model says itself"""
 
     image_input_type: Literal["pixel_values", "image_features"] | None = option(
-        "What a picture is to the model; only pixel_values is served.", default=None
+        "What an image is to the model; only pixel_values is served.", default=None
     )
-    image_token_id: Count | None = option("The token that stands for a picture in a prompt.", default=None)
-    image_input_shape: Shape | None = option("Shape of the largest prepared picture.", default=None)
+    image_token_id: Count | None = option("The token that stands for an image in a prompt.", default=None)
+    image_input_shape: Shape | None = option("Shape of the largest prepared image.", default=None)
     image_feature_size: Positive | None = option(
-        "Tokens that a picture of image_input_shape takes.", default=None, unit="tokens"
+        "Tokens that an image of image_input_shape takes.", default=None, unit="tokens"
     )
 
 

@@ -111,5 +111,5 @@ class ServerSettings(BaseModel):
         "Least severe lines that are written. Only `debug` shows where in the code a start failed.",
         default="info",
     )
-    log_prompts: bool = server_key("Write prompts and answers to the log. Pictures never are.", default=False)
+    log_prompts: bool = server_key("Write prompts and answers to the log. Images never are.", default=False)
     strict_options: bool = server_key("An unknown option is an error instead of a warning.", default=False)

@@ -56,8 +56,9 @@ def said(server: LiveServer, *command: str | Path, packages: Path | None = None,
 
 
 def listed(version: str) -> str:
-    """A client's version, which must be the one that the page on compatibility names."""
-    assert version in (ROOT / "docs" / "compatibility.md").read_text().partition("## Clients")[2]
+    """A client's version, which must be the one that the page on compatibility and its evidence name."""
+    assert version in (ROOT / "docs" / "compatibility.md").read_text()
+    assert version in (ROOT / "tests" / "evidence.md").read_text().partition("## Clients")[2]
     return version
 
 

@@ -1,4 +1,4 @@
-"""Every row of docs/compatibility.md names the tests that show it, and they are there."""
+"""Every row of tests/evidence.md names the tests that show it; docs/compatibility.md is short; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-PAGE = TESTS.parent / "docs" / "compatibility.md"
+ROOT = TESTS.parent
+EVIDENCE = TESTS / "evidence.md"
+PAGE = ROOT / "docs" / "compatibility.md"
+PAGES = [EVIDENCE, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _NAMED = re.compile(r"(?P<file>(?:\w+/)?test_\w+\.py)(?:::(?P<name>test_\w+))?")
 _QUOTED = re.compile(r"`([^`]+)`")
 _BARE = re.compile(r"`test_\w+`")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
 def rows() -> Iterator[tuple[int, list[str], bool]]:
     """Line number, cells, and whether it is a table's first row."""
     header = True
-    for number, line in enumerate(PAGE.read_text().splitlines(), start=1):
+    for number, line in enumerate(EVIDENCE.read_text().splitlines(), start=1):
         if not line.startswith("|"):
             header = True
             continue
@@ -77,7 +82,39 @@ def test_every_row_names_a_test_that_exists() -> None:
 
 
 def test_what_stands_outside_of_tables_exists_too() -> None:
-    text = PAGE.read_text()
+    text = EVIDENCE.read_text()
     assert not _BARE.findall(text), "a test is named with its file"
     wrong = [wrong_with(match[0]) for match in _NAMED.finditer(text)]
     assert not any(wrong), [problem for problem in wrong if problem]
+
+
+def test_the_page_for_users_is_short_and_shows_where_the_evidence_is() -> None:
+    text = PAGE.read_text()
+    assert len(text.encode()) <= 15_000
+    assert "](../tests/evidence.md)" in text
+    assert not _NAMED.search(text), "tests are named in tests/evidence.md"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub writes them."""
+    headings = re.findall(
+        r"^#+ (.+)$",
+        re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL),
+        re.MULTILINE,
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong: list[str] = []
+    for link in _LINK.findall(_CODE.sub("", page.read_text())):
+        if link.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists():
+            wrong.append(f"{link}: no such file")
+        elif anchor and anchor not in anchors(target):
+            wrong.append(f"{link}: no such heading")
+    assert wrong == []
