@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.container import Container, free_port
 from tests.image.images import SHAPES, CannotBuild, build
+from tests.image.running import Container, free_port
 
 HERE = Path(__file__).parent
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.image.container import Container, free_port, run
 from tests.image.images import SHAPES, podman
+from tests.image.running import Container, free_port, run
 from tests.live import chat_body
 from tests.test_shapes_live import circle, square
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.image.container import Container
+from tests.image.running import Container
 from tests.test_sagemaker_clients import *  # noqa: F403 - its tests are this file's
 
 # It kills a server whose answers are scripted, which the image has not.
