@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 
 from container import prompt_log
+from container.bodies import Bodies, Body
 from handlers.dialects import body_limits
 from handlers.dialects.body import read_body
 from handlers.dialects.body_limits import BodyCount, counted, with_plain_slashes
@@ -199,6 +201,39 @@ def _resident(pid: int, what: str = "VmRSS") -> int:
     found = re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+def test_a_large_body_is_not_joined_on_the_event_loop() -> None:
+    parts = [b"a" * 2**18] * 200
+    size = len(parts) * 2**18
+    bodies = Bodies()
+    bodies.limit = 2 * size
+
+    async def read() -> float:
+        """CPU time of the event loop's thread."""
+        left = iter(range(len(parts)))
+
+        async def receive() -> dict[str, Any]:
+            number = next(left)
+            return {"body": parts[number], "more_body": number < len(parts) - 1, "type": "http.request"}
+
+        body = Body(bodies, {}, size, 60)
+        began = time.thread_time()
+        whole = await body.read(receive)
+        spent = time.thread_time() - began
+        body.release()
+        assert len(whole) == size
+        return spent
+
+    def join() -> float:
+        began = time.thread_time()
+        whole = b"".join(parts)
+        spent = time.thread_time() - began
+        assert len(whole) == size
+        return spent
+
+    assert min(asyncio.run(read()) for _ in range(3)) < min(join() for _ in range(3)) / 2
+    assert bodies.held == 0
 
 
 # Counts
