@@ -28,9 +28,13 @@ from handlers.errors import InvalidRequest, MalformedBody
 from handlers.images import data_url
 from handlers.images.data_url import decode_data_url
 from handlers.images.problem import PictureProblem
+from tests.attack.sending import TRIES
 from tests.scripted_server import ServerProcess
 
 M = 10**6
+MOST_STALL = 0.1
+"""Seconds of CPU time, in the best of `TRIES`."""
+
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
 
@@ -159,18 +163,21 @@ def test_no_body_takes_three_times_its_memory_or_holds_the_event_loop_up(
 ) -> None:
     route, make, status, told = HOSTILE[kind]
     body = make()
-    _longest_stall(server)
-    before = _resident(server.pid)
-    Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the highest size begins anew
-    got, reply = _post(server, route, body)
-    grown = _resident(server.pid, "VmHWM") - before
-    stall = _longest_stall(server)
-    print(f"{kind}: {len(body)} bytes, status {got}, {grown / M:.0f} MB, stall {stall} ms of CPU time")
-    assert got == status, reply[:300]
-    assert told in reply, reply[:300]
-    assert len(reply) < 2000 or status == 200
-    assert grown <= 3 * len(body) + 50 * M
-    assert stall < 200
+    for left in reversed(range(TRIES)):
+        _longest_stall(server)
+        before = _resident(server.pid)
+        Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the highest size begins anew
+        got, reply = _post(server, route, body)
+        grown = _resident(server.pid, "VmHWM") - before
+        stall = _longest_stall(server)
+        print(f"{kind}: {len(body)} bytes, status {got}, {grown / M:.0f} MB, stall {stall} ms of CPU time")
+        assert got == status, reply[:300]
+        assert told in reply, reply[:300]
+        assert len(reply) < 2000 or status == 200
+        assert grown <= 3 * len(body) + 50 * M
+        if stall < MOST_STALL * 1000:
+            return
+        assert left, f"the event loop stopped for {stall} ms of CPU time"
 
 
 def _post(server: ServerProcess, route: str, body: bytes) -> tuple[int, str]:
