@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from handlers.errors import Overloaded, PayloadTooLarge, ServingError
@@ -22,6 +23,12 @@ _PROMPT_SECONDS = 2.0
 
 _PIECE_BYTES = 256 * 1024
 """Small parts are put together, as each object costs more than a few bytes; large ones are not moved again."""
+
+_JOINED_HERE_BYTES = 2**20
+"""Joining a larger body would stop the event loop: for 60 MB, tens of milliseconds."""
+
+_JOINER = ThreadPoolExecutor(1, "join-body")
+"""One at a time, so that of all bodies only one is in memory twice."""
 
 _RETRY_AFTER = 1.0
 
@@ -137,7 +144,7 @@ class Body:
             self._bodies.expected -= 1
 
     async def read(self, receive: Receive) -> bytes:
-        """All of it. Kept in pieces and joined once, so that of all bodies only one at a time is in memory twice.
+        """All of it. Kept in pieces and joined once, a large one in a thread.
 
         Raises ClientGone, BodyTimeout, Overloaded, and PayloadTooLarge as soon as `limit` is passed.
         """
@@ -150,7 +157,11 @@ class Body:
         pieces: list[bytes | bytearray] = []
         try:
             await self._read(receive, pieces)
-            return b"".join(pieces) if len(pieces) > 1 else bytes(pieces[0])
+            if self.size <= _JOINED_HERE_BYTES:
+                return b"".join(pieces)
+            joining = asyncio.get_running_loop().run_in_executor(_JOINER, _joined, pieces)
+            pieces = []  # they are the thread's
+            return await joining
         except asyncio.CancelledError:
             if self._error is None or task is None:
                 raise
@@ -177,13 +188,15 @@ class Body:
                 raise self._too_large()
             self._last = time.monotonic()
             self._bodies.take(self, len(part))
-            if not pieces:
+            if not pieces or len(part) >= _PIECE_BYTES:
                 pieces.append(part)
                 continue
             last = pieces[-1]
-            if isinstance(last, bytes) or len(last) >= _PIECE_BYTES:
+            if isinstance(last, bytes):
                 pieces.append(last := bytearray())
             last += part
+            if len(last) >= _PIECE_BYTES:
+                pieces[-1] = bytes(last)
 
     def release(self) -> None:
         """Safe to call twice."""
@@ -231,6 +244,16 @@ class Body:
         return PayloadTooLarge(
             f"the request's body is larger than the {self._limit} bytes allowed (max_request_size)"
         )
+
+
+def _joined(pieces: list[bytes | bytearray]) -> bytes:
+    """The pieces as one, and none of them left. Python lets other threads run while it joins bytes, but not bytearrays;
+    and between the pieces while they are freed."""
+    pieces[:] = [bytes(piece) for piece in pieces]
+    whole = b"".join(pieces)
+    while pieces:
+        pieces.pop()
+    return whole
 
 
 def declared_size(headers: Mapping[str, str]) -> int:

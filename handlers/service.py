@@ -46,7 +46,8 @@ _MOST_READ_HERE = 4096
 """Items of a body that is read on the event loop, an object counted as eight: a few milliseconds."""
 
 _PARSER = ThreadPoolExecutor(1, "parse-body")
-"""Parses long bodies, one at a time. While it does, nothing else runs in this process, so two would be no faster."""
+"""Parses long bodies, one at a time: only one takes the memory of its parse, and the one call of C in each that lets no
+other thread run does not follow upon another's."""
 
 _JSON_PER_LOGPROB = 64
 """Bytes: a little less than one takes in a reply."""

@@ -84,4 +84,5 @@ def _needs(child: str, name: str) -> bool:
     names, families = _BY_NAME[child]
     if name in names:
         return True
-    return name.startswith(families) and not any(word in name for word in _CREDENTIALS)
+    rest = name.removeprefix("TOKENIZERS_")  # the family whose own name holds such a word
+    return name.startswith(families) and not any(word in rest for word in _CREDENTIALS)

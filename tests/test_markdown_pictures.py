@@ -43,6 +43,9 @@ def test_the_same_pictures_as_by_the_pattern(text: str) -> None:
         "![](data:x) " * 100_000,
         "![" * 1_000_000,
         "![](data:x(a" * 100_000 + ")",
+        "![](data:x(a" * 100_000,
+        '![](data:x "' * 100_000,
+        "![](data:" + "x " * 1_000_000,
     ],
 )
 def test_no_text_takes_more_than_linear_time(text: str) -> None:
@@ -50,6 +53,14 @@ def test_no_text_takes_more_than_linear_time(text: str) -> None:
     with suppress(InvalidRequest):
         picture_parts(text)
     assert time.thread_time() - start < 5
+
+
+@pytest.mark.parametrize("tail", ['"a cat"', ' "a (small) cat"', "", "\n", "\t "])
+def test_a_large_data_url_may_have_a_title_or_white_space_behind_it(tail: str) -> None:
+    for size in (2**14 - 40, 2**14 + 1, 2**17 - 22, 2**17, 2**20):
+        url = "data:image/png;base64," + "A" * size
+        found = picture_parts(f"before ![a]({url} {tail}) after")
+        assert found == [TextPart("before "), ImagePart(url), TextPart(" after")], size
 
 
 def test_no_more_pictures_are_cut_out_than_any_prompt_holds() -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from handlers.dialects.body_limits import MOST_WIDE_BYTES, check_body
+from handlers.dialects.body_limits import MOST_WIDE_BYTES, check_body, with_plain_slashes
 from handlers.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 
 T = TypeVar("T")
@@ -180,10 +180,12 @@ def _text(body: bytes) -> str:
 
 
 def _object(body: bytes, context: int) -> dict[str, Any]:
-    if len(body) > SHORT_BYTES:
-        check_body(body, context)
+    given: bytes | memoryview = body
+    if len(body) > SHORT_BYTES and check_body(body, context).slashes:
+        given = with_plain_slashes(body)
+    moved = given is not body
     try:
-        value = msgspec.json.decode(body)
+        value = msgspec.json.decode(given)
     except UnicodeDecodeError:
         _text(body)
         raise MalformedBody("the body is not UTF-8") from None
@@ -192,10 +194,10 @@ def _object(body: bytes, context: int) -> dict[str, Any]:
     except msgspec.ValidationError as error:  # Of numbers alone: nothing else is asked of the values.
         if len(body) <= SHORT_BYTES:
             _refuse_huge_numbers(_text(body))
-        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
+        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body), moved)}") from None
     except msgspec.MsgspecError as error:
         _text(body)
-        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body))}") from None
+        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body), moved)}") from None
     if not isinstance(value, dict):
         raise MalformedBody("the body must be a JSON object")
     if len(value) > MOST_KEYS:
@@ -213,8 +215,11 @@ def _refuse_huge_numbers(text: str) -> None:
         return
 
 
-def _plain(message: str, size: int) -> str:
+def _plain(message: str, size: int, moved: bool) -> str:
+    """moved: its place in the body is not the one that the client knows."""
     message = message.removeprefix("JSON is malformed: ").partition(" - at ")[0]
     if message == "Input data was truncated":
         return f"it ends too early, or has half a surrogate pair (byte {size})"
+    if moved:
+        message = message.partition(" (byte ")[0]
     return message[:1].lower() + message[1:]

@@ -18,14 +18,11 @@ from handlers.errors import MalformedBody
 SLICE_BYTES = 2**18
 """Looked at in one step."""
 
-MOST_ESCAPES = 2**20
-"""Backslashes. A picture of 20 MB has 440,000 where its slashes are escaped, as PHP does."""
-
 MOST_WIDE_BYTES = 12 * 2**20
 """Of texts with characters beyond ASCII, or escapes for them: each of their characters may take 4 bytes of memory."""
 
 MOST_ESCAPED_BYTES = 2**25
-"""Of texts with a backslash: they are copied twice, a picture of 20 MB among them."""
+"""Of texts with an escape: they are copied twice. An image of 20 MB with line breaks in it is among them."""
 
 MOST_BYTES_OUTSIDE = 2**24
 """Outside of texts: numbers and white space."""
@@ -37,6 +34,7 @@ MOST_KEYS = 2**17
 """Of all objects together."""
 
 _FEWEST_VALUES, _MOST_VALUES = 2**19, 2**20
+_FEWEST_ESCAPES, _MOST_ESCAPES = 2**20, 2**22
 
 _WIDE, _ESCAPED = 1, 2
 _SHIFTS = tuple(np.uint64(1 << n) for n in range(6))
@@ -47,13 +45,15 @@ _NONE = np.uint64(0)
 @dataclass(slots=True)
 class BodyCount:
     """values: at least as many as the body has, keys not counted. containers: lists and objects. outside: bytes that
-    are in no text. wide, escaped: bytes of texts beyond ASCII, and of texts with escapes; of short ones, those between
-    them as well."""
+    are in no text. slashes: `\\/`, as some clients write all slashes, an image's too; undone before the body is parsed.
+    escapes: all other backslashes. wide, escaped: bytes of texts beyond ASCII, and of texts with `escapes`; of short
+    ones, those between them as well."""
 
     values: int = 1
     keys: int = 0
     containers: int = 0
     escapes: int = 0
+    slashes: int = 0
     outside: int = 0
     wide: int = 0
     escaped: int = 0
@@ -64,37 +64,50 @@ class BodyCount:
         self.escaped += size if flags & _ESCAPED else 0
 
 
-def check_body(body: bytes, context: int) -> None:
-    """Raises MalformedBody for more of anything than a request could use, as soon as it is found.
+def check_body(body: bytes, context: int) -> BodyCount:
+    """What the body holds. Raises MalformedBody for more of anything than a request could use, as soon as it is found.
 
-    context: tokens that the model takes, 0 where that is not known. A value may be a token id, and several prompts may
-    come in one body.
+    context: tokens that the model takes, 0 where that is not known. A value may be a token id, several prompts may come
+    in one body, and a client may write each character of a prompt as an escape.
     """
+    count = BodyCount()
     values = min(_MOST_VALUES, max(_FEWEST_VALUES, 4 * context))
+    escapes = min(_MOST_ESCAPES, max(_FEWEST_ESCAPES, 4 * context))
     for count in counted(body):
         for found, allowed, what in (
             (count.values, values, "values (items of lists and objects)"),
             (count.containers, MOST_CONTAINERS, "lists and objects"),
             (count.keys, MOST_KEYS, "keys"),
-            (count.escapes, MOST_ESCAPES, "escapes (backslashes)"),
+            (count.escapes, escapes, "escapes (backslashes)"),
             (count.wide, MOST_WIDE_BYTES, "bytes in texts that hold more than ASCII"),
             (count.escaped, MOST_ESCAPED_BYTES, "bytes in texts that hold escapes (backslashes)"),
             (count.outside, MOST_BYTES_OUTSIDE, "bytes outside of texts (numbers and white space)"),
         ):
             if found > allowed:
                 raise MalformedBody(f"the body has {found} {what} or more; allowed: at most {allowed}")
+    return count
+
+
+def with_plain_slashes(body: bytes) -> memoryview:
+    """The body with `/` for each `\\/`, which means the same in JSON's texts and nothing outside of them."""
+    plain, size = np.empty(len(body), np.uint8), 0
+    for _, piece in _slices(body):
+        short = b"\\\\".join(part.replace(b"\\/", b"/") for part in piece.split(b"\\\\"))
+        plain[size : size + len(short)] = np.frombuffer(short, np.uint8)
+        size += len(short)
+    return plain[:size].data
 
 
 def counted(body: bytes) -> Iterator[BodyCount]:
     """The count after each slice: one object, which grows. Takes memory for one slice."""
     count = BodyCount()
-    inside = skips = False  # in a text; behind a backslash that the slice before ended with
+    inside = False  # in a text
     opened, flags = 0, 0  # where the text began, and of what was seen of it
-    for at in range(0, len(body), SLICE_BYTES):
-        piece = body[at : at + SLICE_BYTES]
-        if skips or b"\\" in piece:
-            piece, escapes, skips = _without_escapes(piece, skips)
+    for at, piece in _slices(body):
+        if b"\\" in piece:
+            piece, escapes, slashes = _without_escapes(piece)
             count.escapes += escapes
+            count.slashes += slashes
         first, last = piece.find(b'"'), piece.rfind(b'"')
         if inside and first < 0:
             flags |= _flags(piece)
@@ -108,14 +121,26 @@ def counted(body: bytes) -> Iterator[BodyCount]:
         yield count
 
 
-def _without_escapes(piece: bytes, skips: bool) -> tuple[bytes, int, bool]:
-    """The piece with another letter for each backslash and quote that is escaped; how many backslashes it had; and
-    whether it ends with one that escapes what follows. skips: its first byte is escaped."""
-    escapes = piece.count(b"\\")
-    if skips:
-        piece = b"_" + piece[1:]
-    ends = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
-    return piece.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_"), escapes, ends
+def _slices(body: bytes) -> Iterator[tuple[int, bytes]]:
+    """Where each begins, and the slice. None ends between a backslash and what it escapes."""
+    at = 0
+    while at < len(body):
+        piece = body[at : at + SLICE_BYTES]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1:
+            piece = body[at : at + SLICE_BYTES + 1]
+        yield at, piece
+        at += len(piece)
+
+
+def _without_escapes(piece: bytes) -> tuple[bytes, int, int]:
+    """The slice with other letters for each backslash and quote that is escaped, and for `\\/`; how many backslashes it
+    had, but for those; and how many of those."""
+    backslashes = piece.count(b"\\")
+    piece = piece.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_")
+    slashes = piece.count(b"\\/")
+    if slashes:
+        piece = piece.replace(b"\\/", b"//")
+    return piece, backslashes - slashes, slashes
 
 
 def _flags(piece: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -13,21 +14,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from container import prompt_log
+from container.bodies import Bodies, Body
 from handlers.dialects import body_limits
 from handlers.dialects.body import read_body
-from handlers.dialects.body_limits import BodyCount, counted
+from handlers.dialects.body_limits import BodyCount, counted, with_plain_slashes
 from handlers.dialects.markdown_pictures import picture_parts
 from handlers.dialects.openai_messages import read_messages
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidRequest, MalformedBody
 from handlers.images import data_url
 from handlers.images.data_url import decode_data_url
 from handlers.images.problem import PictureProblem
+from tests.attack.sending import TRIES
 from tests.scripted_server import ServerProcess
 
 M = 10**6
+MOST_STALL = 0.1
+"""Seconds of CPU time, in the best of `TRIES`."""
+
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
 
@@ -106,7 +113,14 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
     ),
     "allowed escapes": (
         COMPLETION,
-        lambda: _of_prompt(b'"' + (b"a" * 29 + b"\\/") * 1_040_000 + b'"'),
+        lambda: _of_prompt(b'"' + (b"a" * 29 + b"\\n") * 1_040_000 + b'"'),
+        200,
+        "",
+    ),
+    "escaped slashes": (COMPLETION, lambda: _of_prompt(b'"' + b"\\/" * (30 * M) + b'"'), 200, ""),
+    "a text and one escaped slash": (
+        COMPLETION,
+        lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'\\/"'),
         200,
         "",
     ),
@@ -149,18 +163,21 @@ def test_no_body_takes_three_times_its_memory_or_holds_the_event_loop_up(
 ) -> None:
     route, make, status, told = HOSTILE[kind]
     body = make()
-    _longest_stall(server)
-    before = _resident(server.pid)
-    Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the highest size begins anew
-    got, reply = _post(server, route, body)
-    grown = _resident(server.pid, "VmHWM") - before
-    stall = _longest_stall(server)
-    print(f"{kind}: {len(body)} bytes, status {got}, {grown / M:.0f} MB, stall {stall} ms of CPU time")
-    assert got == status, reply[:300]
-    assert told in reply, reply[:300]
-    assert len(reply) < 2000 or status == 200
-    assert grown <= 3 * len(body) + 50 * M
-    assert stall < 200
+    for left in reversed(range(TRIES)):
+        _longest_stall(server)
+        before = _resident(server.pid)
+        Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the highest size begins anew
+        got, reply = _post(server, route, body)
+        grown = _resident(server.pid, "VmHWM") - before
+        stall = _longest_stall(server)
+        print(f"{kind}: {len(body)} bytes, status {got}, {grown / M:.0f} MB, stall {stall} ms of CPU time")
+        assert got == status, reply[:300]
+        assert told in reply, reply[:300]
+        assert len(reply) < 2000 or status == 200
+        assert grown <= 3 * len(body) + 50 * M
+        if stall < MOST_STALL * 1000:
+            return
+        assert left, f"the event loop stopped for {stall} ms of CPU time"
 
 
 def _post(server: ServerProcess, route: str, body: bytes) -> tuple[int, str]:
@@ -193,6 +210,39 @@ def _resident(pid: int, what: str = "VmRSS") -> int:
     return int(found[1]) * 1024
 
 
+def test_a_large_body_is_not_joined_on_the_event_loop() -> None:
+    parts = [b"a" * 2**18] * 200
+    size = len(parts) * 2**18
+    bodies = Bodies()
+    bodies.limit = 2 * size
+
+    async def read() -> float:
+        """CPU time of the event loop's thread."""
+        left = iter(range(len(parts)))
+
+        async def receive() -> dict[str, Any]:
+            number = next(left)
+            return {"body": parts[number], "more_body": number < len(parts) - 1, "type": "http.request"}
+
+        body = Body(bodies, {}, size, 60)
+        began = time.thread_time()
+        whole = await body.read(receive)
+        spent = time.thread_time() - began
+        body.release()
+        assert len(whole) == size
+        return spent
+
+    def join() -> float:
+        began = time.thread_time()
+        whole = b"".join(parts)
+        spent = time.thread_time() - began
+        assert len(whole) == size
+        return spent
+
+    assert min(asyncio.run(read()) for _ in range(3)) < min(join() for _ in range(3)) / 2
+    assert bodies.held == 0
+
+
 # Counts
 
 
@@ -201,7 +251,9 @@ def _counted_slowly(body: bytes) -> BodyCount:
     while at < len(body):
         letter = body[at : at + 1]
         if inside and letter == b"\\":
-            count.escapes += 1 + (body[at + 1 : at + 2] == b"\\")
+            slash = body[at + 1 : at + 2] == b"/"
+            count.slashes += slash
+            count.escapes += 0 if slash else 1 + (body[at + 1 : at + 2] == b"\\")
             at += 1
         elif letter == b'"':
             inside = not inside
@@ -218,16 +270,15 @@ def test_what_a_body_holds_is_counted_across_any_border(size: int, monkeypatch: 
     monkeypatch.setattr(body_limits, "SLICE_BYTES", size)
     draw = random.Random(size)
     for _ in range(500):
-        text = "".join(draw.choices(['"', "\\", ",", "[", "{", ":", "a", "é"], k=draw.randint(0, 300)))
+        text = "".join(draw.choices(['"', "\\", ",", "[", "{", ":", "a", "é", "/"], k=draw.randint(0, 300)))
         value: Any = {"a": text, "b": [text, {",": [1, 2, "\\"]}]}
         body = json.dumps(value, ensure_ascii=draw.random() < 0.5).encode()
+        if draw.random() < 0.5:
+            body = body.replace(b"/", b"\\/")
         found, expected = list(counted(body))[-1], _counted_slowly(body)
-        assert (found.values, found.keys, found.containers, found.escapes) == (
-            expected.values,
-            expected.keys,
-            expected.containers,
-            expected.escapes,
-        )
+        for counter in ("values", "keys", "containers", "escapes", "slashes"):
+            assert getattr(found, counter) == getattr(expected, counter), counter
+        assert json.loads(bytes(with_plain_slashes(body))) == value
 
 
 def test_commas_brackets_and_colons_in_a_text_count_for_nothing() -> None:
@@ -242,6 +293,24 @@ def test_a_large_picture_beside_text_beyond_ascii_is_read() -> None:
     assert read_body(json.dumps({"c": content}).encode(), {})["c"] == content
 
 
+def test_large_images_whose_slashes_are_escaped_are_read() -> None:
+    """As PHP's json_encode writes them: two of 13 MB."""
+    image = "data:image/png;base64," + ("A" * 63 + "/") * 270_000
+    text = json.dumps({"c": [image, image, "\\/"]}).replace("/", "\\/")
+    assert read_body(text.encode(), {})["c"] == [image, image, "\\/"]
+    with pytest.raises(MalformedBody, match=r"no valid JSON: invalid character$"):
+        read_body(text.replace("[", "[\\/", 1).encode(), {})
+
+
+def test_a_prompt_that_fills_a_long_context_may_be_written_in_escapes() -> None:
+    text = "\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 1_200_000
+    assert read_body(json.dumps({"prompt": text}).encode(), {}, 2**20)["prompt"] == text
+    with pytest.raises(MalformedBody, match=r"escapes .* at most 1048576"):
+        read_body(json.dumps({"prompt": text}).encode(), {}, 4096)
+    with pytest.raises(MalformedBody, match=r"escapes .* at most 4194304"):
+        read_body(json.dumps({"prompt": "\n" * 5_000_000}).encode(), {}, 2**24)
+
+
 def test_as_many_token_ids_as_the_context_has_room_for_several_times_are_read() -> None:
     def body(count: int) -> bytes:
         return b'{"prompt":[' + b"1," * (count - 1) + b"1]}"
@@ -253,16 +322,18 @@ def test_as_many_token_ids_as_the_context_has_room_for_several_times_are_read() 
             read_body(body(2**20 + 1), {}, context)
 
 
-def test_a_picture_of_5_mib_is_read_and_checked_in_15_ms_of_cpu_time() -> None:
-    picture = b"data:image/png;base64," + base64.b64encode(os.urandom(5 * 2**20))
-    body = _of_picture(picture)
+def test_an_image_of_5_mib_costs_little_more_than_its_parse() -> None:
+    body = _of_picture(b"data:image/png;base64," + base64.b64encode(os.urandom(5 * 2**20)))
 
-    def once() -> float:
+    def once(work: Callable[[], Any]) -> float:
         began = time.thread_time()
-        read_messages(read_body(body, {})["messages"])
+        work()
         return time.thread_time() - began
 
-    assert min(once() for _ in range(5)) < 0.015
+    parse = min(once(lambda: msgspec.json.decode(body)) for _ in range(5))
+    whole = min(once(lambda: read_messages(read_body(body, {})["messages"])) for _ in range(5))
+    print(f"{whole / parse:.1f} times a parse of {parse * 1000:.1f} ms")
+    assert whole < 10 * parse
 
 
 def test_messages_and_parts_are_bounded_by_the_context() -> None:

@@ -111,6 +111,7 @@ def test_what_an_engine_is_given() -> None:
             "TRITON_CACHE_DIR",
             "HF_HOME",
             "HF_HUB_OFFLINE",
+            "TOKENIZERS_PARALLELISM",
         ],
         "needed",
     )
@@ -119,6 +120,7 @@ def test_what_an_engine_is_given() -> None:
             "HF_TOKEN",
             "HUGGING_FACE_HUB_TOKEN",
             "HF_HUB_TOKEN_SECRET",
+            "TOKENIZERS_TOKEN",
             "AWS_ACCESS_KEY_ID",
             "HTTPS_PROXY",
             "OPTION_HF_TOKEN",

@@ -19,9 +19,13 @@ from handlers.errors import InvalidRequest
 from handlers.own_words import own_words
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt
 from handlers.templates import PromptRenderer
+from tests.attack.sending import TRIES
 from tests.scripted import ScriptedBackend, incoming, said, service
 
 M = 10**6
+MOST_STALL = 0.05
+"""Seconds of CPU time, in the best of `TRIES`."""
+
 
 # Fields
 
@@ -44,9 +48,9 @@ FIELDS: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("kind", FIELDS)
 def test_no_field_however_large_stops_the_others_for_long(kind: str) -> None:
     fields, status = FIELDS[kind]
-    asked = incoming({"messages": [_MESSAGE], **fields})
 
     async def ask() -> tuple[int, float]:
+        asked = incoming({"messages": [_MESSAGE], **fields})
         subject = service(ScriptedBackend(said("a"), structured_outputs=True))
         stall = 0.0
 
@@ -65,15 +69,26 @@ def test_no_field_however_large_stops_the_others_for_long(kind: str) -> None:
         ticks.cancel()
         return reply.status, stall
 
+    def measured() -> float:
+        gc.freeze()
+        try:
+            got, stall = asyncio.run(ask())
+        finally:
+            gc.unfreeze()
+        assert got == status
+        return stall
+
     own_words()  # looked up once, when a server starts
-    gc.freeze()
-    try:
-        got, stall = asyncio.run(ask())
-    finally:
-        gc.unfreeze()
-    print(f"{kind}: {stall * 1000:.0f} ms of CPU time")
-    assert got == status
-    assert stall < 0.2
+    _bounded(kind, measured)
+
+
+def _bounded(kind: str, measured: Callable[[], float]) -> None:
+    for left in reversed(range(TRIES)):
+        stall = measured()
+        print(f"{kind}: {stall * 1000:.0f} ms of CPU time")
+        if stall < MOST_STALL:
+            return
+        assert left, f"the event loop stopped for {stall * 1000:.0f} ms of CPU time"
 
 
 # Prompts
@@ -108,10 +123,7 @@ def renderer() -> PromptRenderer:
 def test_rendering_a_prompt_in_a_thread_never_stops_the_others_for_long(
     renderer: PromptRenderer, kind: str
 ) -> None:
-    prompt = PROMPTS[kind]()
-    stall = asyncio.run(_stall_beside(renderer.render, prompt))
-    print(f"{kind}: {stall * 1000:.0f} ms of CPU time")
-    assert stall < 0.2
+    _bounded(kind, lambda: asyncio.run(_stall_beside(renderer.render, PROMPTS[kind]())))
 
 
 async def _stall_beside(work: Callable[..., object], *given: object) -> float:

@@ -107,7 +107,6 @@ def test_what_is_our_own_shortage() -> None:
     for number in (errno.EMFILE, errno.ENFILE):
         assert shortage(OSError(number, "")) == "file descriptors"
     assert shortage(OSError(errno.ENOSPC, "")) == "disk space"
-    assert shortage(BlockingIOError(errno.EAGAIN, "fork")) == "processes or threads"
     assert shortage(MemoryError()) == "memory"
     assert shortage(RuntimeError("can't start new thread")) == "processes or threads"
     wrapped = ValueError("a library's words")
@@ -120,14 +119,33 @@ def test_what_is_our_own_shortage() -> None:
         assert shortage(other) is None, other
 
 
+def test_a_socket_with_nothing_to_read_is_no_shortage() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError) as nothing:
+            ours.recv(1)
+    assert shortage(nothing.value) is None
+    later = ValueError("raised while that was handled")
+    later.__context__ = nothing.value
+    assert shortage(later) is None
+
+
 def test_a_real_shortage_of_threads_and_of_processes_is_known() -> None:
     """In a process of another user, whose limit counts that user's alone."""
     script = (
-        "import os, resource, subprocess, threading\n"
+        "import asyncio, multiprocessing.popen_spawn_posix, multiprocessing.resource_tracker\n"
+        "import os, resource, subprocess, threading, uvloop\n"
         "from processes.shortage import shortage\n"
+        "async def start_one(): await asyncio.create_subprocess_exec('/bin/true')\n"
+        "loop = uvloop.new_event_loop()\n"
+        "starts = [threading.Thread(target=print).start, lambda: subprocess.Popen(['/bin/true'])]\n"
+        "for way in ('fork', 'spawn'):\n"
+        "    starts.append(multiprocessing.get_context(way).Process(target=print).start)\n"
+        "starts.append(lambda: loop.run_until_complete(start_one()))\n"
         "os.setuid(54321)\n"
         "resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))\n"
-        "for start in (threading.Thread(target=print).start, lambda: subprocess.Popen(['/bin/true'])):\n"
+        "for start in starts:\n"
         "    try:\n"
         "        start()\n"
         "    except Exception as error:\n"
@@ -138,7 +156,7 @@ def test_a_real_shortage_of_threads_and_of_processes_is_known() -> None:
     found = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
-    assert found.stdout.splitlines() == ["processes or threads"] * 2, found.stderr
+    assert found.stdout.splitlines() == ["processes or threads"] * 5, found.stderr
 
 
 def test_restarts_are_counted_but_for_shortages() -> None:
