@@ -210,6 +210,21 @@ def test_what_is_not_read_in_this_format_is_named(
     assert error.startswith("params.json of the model")
 
 
+@pytest.mark.parametrize("version", ["v11", "v13"])
+def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path, version: str) -> None:
+    """Also where the model has a config.json, so that its tokenizer is all that is completed."""
+    alone = make_mistral(tmp_path / "model", images=False, version=version)
+    with_config = make_mistral(tmp_path / "with_config", images=False, version=version)
+    (with_config / "config.json").write_bytes((completed(alone, tmp_path) / "config.json").read_bytes())
+    for model in (alone, with_config):
+        warnings = describe(configure(model, f"download_dir={tmp_path}"), CPU)["warnings"]
+        (warning,) = [
+            text for text in warnings if text.startswith("the model has no chat template, so every chat")
+        ]
+        assert "set option.chat_template" in warning
+        assert "for tekken.json one is known of versions v3 and v7" in warning
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
