@@ -150,6 +150,7 @@ def test_it_is_completed_once_and_again_when_it_has_changed(tmp_path: Path) -> N
     assert completed(model, tmp_path / "root") == first
     assert not lacks_hub_files(first)
     assert (first / "consolidated.safetensors").is_symlink()
+    assert first.stat().st_mode & 0o777 == 0o755, "read by another user's server, which may share the root"
     edit_json(model / "params.json", rope_theta=10000.0)
     second = completed(model, tmp_path / "root")
     assert json.loads((second / "config.json").read_text())["text_config"]["rope_theta"] == 10000.0
