@@ -160,13 +160,14 @@ class EngineClient:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, "-P", "-m", "engine.process", str(theirs.fileno()),
                     stdin=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,  # of libraries alone
+                    stderr=asyncio.subprocess.STDOUT,
                     pass_fds=(theirs.fileno(),),
                     env=child_environment("engine"),
                     start_new_session=True,
                 )  # fmt: skip
-            assert self._process.stderr is not None
-            self._tasks.append(asyncio.create_task(_relay_log(self._process.stderr), name="engine-log"))
+            assert self._process.stdout is not None
+            self._tasks.append(asyncio.create_task(_relay_log(self._process.stdout), name="engine-log"))
             self._reader, self._writer = await asyncio.open_connection(sock=ours)
         except BaseException:
             ours.close()

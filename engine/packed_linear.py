@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from engine.machine import computes_bfloat16
+
 ROWS = 16
 """The number of rows that the weights are packed for; oneDNN packs for 64 the same way, and for one row differently,
 which is slower from two rows on."""
@@ -20,7 +22,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(torch.nn.Linear):
-    """A linear layer of a model that is loaded already: see `pack`. Its `weight` is gone.
+    """A linear layer of a model that is loaded already: see `pack`. Its `weight` is gone, and with it its part of the
+    model's `state_dict`; the model can be neither copied nor loaded into.
 
     weight_bytes: what the packed weights take.
     """
@@ -35,7 +38,12 @@ class PackedLinear(torch.nn.Linear):
 
 
 def packable(weight: torch.Tensor) -> bool:
-    """Whether a layer with these weights, [out_features, in_features], is worth packing."""
+    """Whether a layer with these weights, [out_features, in_features], can be packed here and is worth it.
+
+    In bfloat16 oneDNN needs AVX512BW, AVX-NE-CONVERT or the like, and raises RuntimeError on other CPUs.
+    """
+    if weight.dtype == torch.bfloat16 and not computes_bfloat16("cpu"):
+        return False
     return weight.dtype in _DTYPES and weight.numel() >= SMALLEST
 
 

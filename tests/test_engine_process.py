@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -325,3 +326,24 @@ def test_a_missing_model_is_reported_with_a_reason(tmp_path: Path) -> None:
 
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         asyncio.run(scenario())
+
+
+def test_what_a_library_prints_in_it_is_logged(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """To standard output, too, which is where the server's log goes: a bare line would be none of its form."""
+    caplog.set_level(logging.INFO)
+
+    async def run() -> None:
+        engine = EngineClient()
+        await engine.spawn()
+        try:
+            assert (
+                await engine.ask("tests.echoing_child:printed", b"oneDNN has something to say\n") == b"done"
+            )
+        finally:
+            await engine.stop()
+
+    asyncio.run(run())
+    assert "oneDNN has something to say" in [record.getMessage() for record in caplog.records]
+    assert capfd.readouterr().out == ""

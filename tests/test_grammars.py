@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 from engine.config import Vocabulary
 from engine.guidance import GrammarError, Guidance
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler, _Worker
 from handlers.grammars.source import grammar_of
 from handlers.request import Constraint
+from processes.child import Child
+from processes.environment import child_environment
 from tests.models import VOCAB, make_tokenizer
 
 TOKENIZER = make_tokenizer().backend_tokenizer
@@ -294,17 +296,35 @@ def test_a_broken_tokenizer_is_said_at_once() -> None:
 
 
 def test_a_worker_that_is_ended_within_a_long_reply_holds_nobody_up() -> None:
-    code = "import sys, time; sys.stdout.buffer.write(bytes(2_000_000)); sys.stdout.flush(); time.sleep(60)"
-
     async def run() -> None:
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe)
-        assert process.stdout is not None
-        await process.stdout.readexactly(1)
         worker = _Worker()
-        worker._process, worker._working = process, True
+        child = worker._child = await Child.start(
+            "tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger(__name__)
+        )
+        worker._working = True
+        await child.send(b"reply 20000000")
+        await child._read(1)
         async with asyncio.timeout(10):
             await worker.end()
         assert not worker.alive
+        assert not psutil.pid_exists(child.pid)
 
     asyncio.run(run())
+
+
+def test_what_a_worker_prints_is_logged(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> None:
+        compiler = GrammarCompiler(Vocabulary("{}", 10, 10), 20)
+        try:
+            with pytest.raises(Unavailable):
+                await compiler.compile(Constraint("json_object"))
+        finally:
+            await compiler.close()
+
+    asyncio.run(run())
+    assert not workers()
+    printed = [record.getMessage() for record in caplog.records if record.name == "processes.grammars"]
+    assert any("GrammarError: the tokenizer is of a kind" in line for line in printed), printed
+    assert capfd.readouterr() == ("", "")

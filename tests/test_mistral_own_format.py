@@ -150,6 +150,7 @@ def test_it_is_completed_once_and_again_when_it_has_changed(tmp_path: Path) -> N
     assert completed(model, tmp_path / "root") == first
     assert not lacks_hub_files(first)
     assert (first / "consolidated.safetensors").is_symlink()
+    assert first.stat().st_mode & 0o777 == 0o755, "read by another user's server, which may share the root"
     edit_json(model / "params.json", rope_theta=10000.0)
     second = completed(model, tmp_path / "root")
     assert json.loads((second / "config.json").read_text())["text_config"]["rope_theta"] == 10000.0
@@ -208,6 +209,21 @@ def test_what_is_not_read_in_this_format_is_named(
         completed(model, tmp_path)
     (error,) = describe(configure(model, f"download_dir={tmp_path}"), CPU)["errors"]
     assert error.startswith("params.json of the model")
+
+
+@pytest.mark.parametrize("version", ["v11", "v13"])
+def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path, version: str) -> None:
+    """Also where the model has a config.json, so that its tokenizer is all that is completed."""
+    alone = make_mistral(tmp_path / "model", images=False, version=version)
+    with_config = make_mistral(tmp_path / "with_config", images=False, version=version)
+    (with_config / "config.json").write_bytes((completed(alone, tmp_path) / "config.json").read_bytes())
+    for model in (alone, with_config):
+        warnings = describe(configure(model, f"download_dir={tmp_path}"), CPU)["warnings"]
+        (warning,) = [
+            text for text in warnings if text.startswith("the model has no chat template, so every chat")
+        ]
+        assert "set option.chat_template" in warning
+        assert "for tekken.json one is known of versions v3 and v7" in warning
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,14 @@ def test_a_loaded_model_on_a_cpu_is_packed(tiny_llava: Path, monkeypatch: pytest
     linears = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)]
     assert linears
     assert all(isinstance(linear, PackedLinear) for linear in linears)
+
+
+def test_bfloat16_is_packed_only_where_the_cpu_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN refuses it on a CPU that does not compute in it, which is not the one that this runs on."""
+    monkeypatch.setattr(packed_linear, "computes_bfloat16", lambda device_type: False)
+    layers = Layers(torch.bfloat16)
+    pack(layers)
+    assert type(layers.large) is torch.nn.Linear
+    full = Layers(torch.float32)
+    pack(full)
+    assert isinstance(full.large, PackedLinear)

@@ -53,6 +53,7 @@ def completed(directory: Path, root: Path) -> Path:
             for name, text in made.items():
                 if not (draft / name).exists():
                     (draft / name).write_text(text, encoding="utf-8")
+            draft.chmod(0o755)  # another user's server may share `root`, and would find it unreadable
             draft.rename(place)
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)

@@ -15,6 +15,7 @@ import msgspec
 
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, served
+from handlers.artefacts.mistral import TEKKEN
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.select import remedy
 from handlers.backends.vllm.options.weights import missing_weights
@@ -196,10 +197,13 @@ def _templates(
             other = "" if settings.chat_template is not None else ", or set option.chat_template"
             found.errors.append(Problem(f"{text}; mend it{other}", "chat_template"))
     if not found.errors and not templates.named and used == (None, None):
+        mistrals = (
+            "; for tekken.json one is known of versions v3 and v7" if (directory / TEKKEN).is_file() else ""
+        )
         found.warnings.append(
             Problem(
                 "the model has no chat template, so every chat request will be refused: set option.chat_template to "
-                "one (completions and `inputs` work without)",
+                f"one (completions and `inputs` work without{mistrals})",
                 "chat_template",
             )
         )

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections import OrderedDict
-from contextlib import suppress
 
 import msgspec
 
 from engine.config import Vocabulary
-from engine.messages import FRAME
 from handlers.errors import InvalidRequest, Overloaded, Unavailable
 from handlers.grammars.messages import Job, Outcome
 from handlers.request import Constraint
+from processes.child import Child
 from processes.environment import child_environment
 
 logger = logging.getLogger(__name__)
+worker_log = logging.getLogger("processes.grammars")
+"""Of what the processes print."""
 
 MOST_WORKERS = 2
 MOST_WAITING = 256
@@ -135,6 +135,7 @@ class GrammarCompiler:
             worker = self._idle.pop()
             if worker.alive:
                 return worker
+            self._end(worker)
         return _Worker()
 
     def _end(self, worker: _Worker) -> None:
@@ -153,38 +154,39 @@ class _Worker:
     """One process of `handlers.grammars.worker`."""
 
     def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._working = False
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        """Only to be asked while it has no work."""
+        return self._child is not None and not self._child.has_ended()
 
     async def start(self, vocabulary: Vocabulary) -> None:
         """Does nothing where it is started already. Raises Unavailable."""
-        if self._process is not None:
+        if self._child is not None:
             return
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "handlers.grammars.worker",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
+            self._child = await Child.start(
+                "handlers.grammars.worker",
                 env=child_environment("plain"),
-                start_new_session=True,
-            )  # fmt: skip
+                logger=worker_log,
+                level=logging.WARNING,
+            )
             async with asyncio.timeout(START_SECONDS):
-                await self._send(msgspec.msgpack.encode(vocabulary))
-                await self._receive()
+                await self._child.send(msgspec.msgpack.encode(vocabulary))
+                await self._child.receive()
         except (EOFError, OSError) as error:  # TimeoutError among them
             logger.exception("the process that compiles grammars could not be started")
             raise Unavailable("answers cannot be constrained now; try again", retry_after=5) from error
 
     async def ask(self, job: Job) -> Outcome:
         """Raises EOFError or OSError when the process ends over it."""
+        assert self._child is not None
         self._working = True
         try:
-            await self._send(msgspec.msgpack.encode(job))
-            reply = await self._receive()
+            await self._child.send(msgspec.msgpack.encode(job))
+            reply = await self._child.receive(MOST_OUTCOME_BYTES)
         except (EOFError, OSError):
             self._working = False
             raise
@@ -193,35 +195,11 @@ class _Worker:
 
     async def end(self) -> None:
         """It ends by itself once nothing more can come; one that is at work then, or will not, is killed."""
-        if self._process is None:
+        if self._child is None:
             return
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        if not self._working:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(END_SECONDS):
-                    await self._process.wait()
-        if self.alive:
-            with suppress(ProcessLookupError):
-                self._process.kill()
-            # asyncio waits for the pipe's end too, which it does not see behind a long reply that nobody has read
-            assert self._process.stdout is not None
-            await self._process.stdout.read()
-            await self._process.wait()
-
-    async def _send(self, body: bytes) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(FRAME.pack(len(body)) + body)
-        await self._process.stdin.drain()
-
-    async def _receive(self) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        (size,) = FRAME.unpack(await self._process.stdout.readexactly(FRAME.size))
-        if size > MOST_OUTCOME_BYTES:
-            raise EOFError
-        return await self._process.stdout.readexactly(size)
+        if self._working:
+            self._child.kill()
+        await self._child.stop(END_SECONDS)
 
 
 def _size(job: Job, outcome: Outcome) -> int:

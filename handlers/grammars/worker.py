@@ -3,8 +3,7 @@
 A grammar may be made to compile for minutes, to fill the memory, or to overflow the compiler's stack; none of this can
 be ended inside a process that others need. This one can be killed, and what it has survived, the engine compiles too.
 
-Frames on standard input: the `Vocabulary`, then `Job`s. Frames on standard output: an empty one when it is ready, then
-an `Outcome` for each job.
+It is told the `Vocabulary`, then `Job`s. It sends an empty message when it is ready, then an `Outcome` for each job.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ from __future__ import annotations
 import os
 import random
 import resource
-import sys
 import time
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
 from engine.config import Vocabulary
-from engine.environment import die_with_parent
 from engine.guidance import GrammarError, Guidance
-from engine.messages import FRAME
 from handlers.grammars.messages import Job, Outcome
 from handlers.grammars.source import grammar_of
+from processes.inside import Parent
 
 MEMORY_BYTES = 192 << 20
 """What compiling may take beyond what the process has when it is ready."""
@@ -69,21 +65,20 @@ def _try_out(grammar: str, guidance: Guidance) -> None:
 
 
 def main() -> None:
-    die_with_parent()
-    stream, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    frame = _read(stream)
-    if frame is None:
+    parent = Parent()
+    first = parent.receive()
+    if first is None:
         return
-    guidance = Guidance(msgspec.msgpack.decode(frame, type=Vocabulary), most_compiled=0)
+    guidance = Guidance(msgspec.msgpack.decode(first[0], type=Vocabulary), most_compiled=0)
     compiled(Job("json_object", None, None), guidance)  # so that all threads are there
-    _write(replies, b"")
     _quiet()
     start = _limit_memory()
-    while (frame := _read(stream)) is not None:
-        outcome = compiled(msgspec.msgpack.decode(frame, type=Job), guidance)
+    parent.send(b"")
+    while (message := parent.receive()) is not None:
+        outcome = compiled(msgspec.msgpack.decode(message[0], type=Job), guidance)
         if _memory()[1] > start + KEPT_BYTES:
             outcome = msgspec.structs.replace(outcome, last=True)
-        _write(replies, msgspec.msgpack.encode(outcome))
+        parent.send(msgspec.msgpack.encode(outcome))
         if outcome.last:
             return
 
@@ -115,19 +110,6 @@ def _memory() -> tuple[int, int]:
         return 0, 0
     page = resource.getpagesize()
     return int(sizes[5]) * page, int(sizes[1]) * page
-
-
-def _read(stream: BinaryIO) -> bytes | None:
-    header = stream.read(FRAME.size)
-    if len(header) < FRAME.size:
-        return None
-    (size,) = FRAME.unpack(header)
-    return stream.read(size)
-
-
-def _write(stream: BinaryIO, body: bytes) -> None:
-    stream.write(FRAME.pack(len(body)) + body)
-    stream.flush()
 
 
 if __name__ == "__main__":

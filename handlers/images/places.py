@@ -26,6 +26,44 @@ RECOVERY_SECONDS = 30.0
 MOST_PASSED_OVER = 512
 """Waiting requests that are looked at when a place becomes free. Further ones come first the next time."""
 
+SHARED_SUFFIXES = {
+    "akamaihd.net": 1,
+    "akamaized.net": 1,
+    "aliyuncs.com": 2,  # bucket.oss-region
+    "amazonaws.com": 3,  # bucket.s3.region
+    "appspot.com": 3,  # name.region.r
+    "azureedge.net": 1,
+    "azurefd.net": 2,
+    "azurewebsites.net": 1,
+    "b-cdn.net": 1,
+    "backblazeb2.com": 3,  # bucket.s3.region
+    "blogspot.com": 1,
+    "cdn77.org": 2,
+    "cloudflarestorage.com": 2,  # account.r2
+    "cloudfront.net": 1,
+    "digitaloceanspaces.com": 3,  # bucket.region.cdn
+    "fastly.net": 3,  # name.global.ssl
+    "firebaseapp.com": 1,
+    "fly.dev": 1,
+    "github.io": 1,
+    "gitlab.io": 1,
+    "googleapis.com": 2,  # bucket.storage
+    "herokuapp.com": 1,
+    "myqcloud.com": 3,  # bucket.cos.region
+    "netlify.app": 1,
+    "onrender.com": 1,
+    "pages.dev": 1,
+    "r2.dev": 1,
+    "run.app": 2,
+    "supabase.co": 1,
+    "vercel.app": 1,
+    "web.app": 1,
+    "windows.net": 3,  # account.blob.core
+    "workers.dev": 1,
+}
+"""Suffixes below which anybody may have a name, and how many labels before them tell the owners apart. They are the
+well-known ones of the private part of https://publicsuffix.org/list/; hosts below another one count as one site."""
+
 
 @dataclass(slots=True)
 class Conduct:
@@ -53,9 +91,12 @@ class Claim:
 class Places:
     """At most `total` claims hold a place at a time. Used on one event loop.
 
-    Of the `total`, a request may hold a quarter; a host or an address at first a quarter, up to half after successes,
-    half as many as before (at least one) after each time-out; all hosts of one site that are not proven a quarter;
-    and all hosts together that are not proven three quarters, so that hosts that deliver always find a place.
+    Of the `total`, a request may hold a quarter; a host or an address at first a quarter, up to three quarters after
+    successes, half as many as before (at least one) after each time-out; all hosts of one site three quarters.
+
+    Hosts that are not proven may hold a quarter at one address, a quarter at one site, and three quarters together, so
+    that hosts that deliver always find a place. The last quarter of these three goes only to sites that hold none of
+    them, so that a few sites cannot keep out a host that has yet to deliver its first image.
     """
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,13 +105,17 @@ class Places:
         self.held = 0
         self._clock = clock
         self._quarter = max(1, total // 4)
-        self._most_proven = max(1, total // 2)
-        self._most_unproven = max(1, total - total // 4)
+        self._most = max(1, total - total // 4)
+        self._most_open = max(1, self._most - total // 4)
         self._conduct: OrderedDict[Hashable, Conduct] = OrderedDict()
         self._requests: Counter[Hashable] = Counter()
         self._hosts: Counter[Hashable] = Counter()
         self._addresses: Counter[Hashable] = Counter()
+        self._sites: Counter[Hashable] = Counter()
         self._unproven: Counter[Hashable] = Counter()
+        """Places of hosts that are not proven, by site."""
+        self._unproven_at: Counter[Hashable] = Counter()
+        """The same, by address."""
         self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
 
     @property
@@ -107,7 +152,7 @@ class Places:
         for key in (claim.host, claim.address):
             if key is not None:
                 conduct = self._current(key)
-                conduct.share = min(self._most_proven, max(conduct.share * 2, self._quarter))
+                conduct.share = min(self._most, max(conduct.share * 2, self._quarter))
                 conduct.proven = True
 
     def timed_out(self, claim: Claim, *, connected: bool) -> None:
@@ -123,17 +168,26 @@ class Places:
         if self.held >= self.total or self._requests[claim.request] >= self._quarter:
             return False
         host = self._current(claim.host)
-        if self._hosts[claim.host] >= host.share:
+        if self._hosts[claim.host] >= host.share or self._sites[claim.site] >= self._most:
             return False
+        if not host.proven:
+            return self._may_unproven(claim)
+        if claim.address is None:
+            return True
+        # a proven host shares the address with others that may be none of its doing
+        address = self._current(claim.address)
+        return self._addresses[claim.address] < (self._most if address.proven else address.share)
+
+    def _may_unproven(self, claim: Claim) -> bool:
         if claim.address is not None:
-            address = self._current(claim.address)
-            # a proven host shares the address with others that may be none of its doing
-            most = self._most_proven if host.proven and address.proven else address.share
-            if self._addresses[claim.address] >= most:
+            # what proven hosts hold at the address does not count: a busy one keeps no new one out
+            share = min(self._current(claim.address).share, self._quarter)
+            if self._unproven_at[claim.address] >= share:
                 return False
-        return host.proven or (
-            self._unproven[claim.site] < self._quarter and self._unproven.total() < self._most_unproven
-        )
+        together, of_site = self._unproven.total(), self._unproven[claim.site]
+        if of_site == 0:
+            return together < self._most
+        return of_site < self._quarter and together < self._most_open
 
     def _granted(self, claim: Claim) -> Place:
         unproven = not self._current(claim.host).proven
@@ -146,7 +200,9 @@ class Places:
             (self._requests, claim.request, True),
             (self._hosts, claim.host, True),
             (self._addresses, claim.address, claim.address is not None),
+            (self._sites, claim.site, True),
             (self._unproven, claim.site, unproven),
+            (self._unproven_at, claim.address, unproven and claim.address is not None),
         ):
             if counts:
                 counter[key] += change
@@ -225,11 +281,14 @@ def claim_for(request: Hashable, host: str, port: int, address: str | None = Non
 def site_of(host: str) -> str:
     """The part of a host name that one owner probably has registered; an address is its own.
 
-    Example: "images.example.co.uk" -> "example.co.uk".
+    Example: "images.example.co.uk" -> "example.co.uk", "a.github.io" -> "a.github.io".
     """
     labels = host.split(".")
     if ":" in host or labels[-1].isdigit():
         return host
+    own = SHARED_SUFFIXES.get(".".join(labels[-2:]))
+    if own is not None:
+        return ".".join(labels[-2 - own :])
     second_level = len(labels) > 2 and len(labels[-1]) == 2 and len(labels[-2]) <= 3
     return ".".join(labels[-3 if second_level else -2 :])
 

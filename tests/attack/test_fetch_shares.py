@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 import pytest
 
 from handlers.images.loader import ImageLoader
-from handlers.images.places import MOST_REMEMBERED, RECOVERY_SECONDS, Claim, Places, claim_for, site_of
+from handlers.images.places import MOST_REMEMBERED, RECOVERY_SECONDS, Claim, Place, Places, claim_for, site_of
 from handlers.request import ImagePart
 from tests.test_images_fetch import OK, Host, opened, picture, redirect, silence
 
@@ -86,7 +86,16 @@ def test_a_silent_host_holds_a_quarter_of_the_places(
                 assert transfers.waiting == 192 - QUARTER
             assert transfers.held == transfers.waiting == 0
             assert not transfers._queues
-            assert not any((transfers._requests, transfers._hosts, transfers._addresses, transfers._unproven))
+            assert not any(
+                (
+                    transfers._requests,
+                    transfers._hosts,
+                    transfers._addresses,
+                    transfers._sites,
+                    transfers._unproven,
+                    transfers._unproven_at,
+                )
+            )
 
     asyncio.run(main())
 
@@ -230,7 +239,7 @@ def test_each_time_out_halves_a_share_and_time_or_an_image_restores_it() -> None
     assert places.share_of(claim.address) == QUARTER, "it has answered: another of its hosts may"
     for _ in range(3):
         places.delivered(claim)
-    assert places.share_of(claim.host) == PLACES // 2
+    assert places.share_of(claim.host) == PLACES - QUARTER
 
 
 def test_a_host_that_timed_out_has_fewer_requests_under_way() -> None:
@@ -267,6 +276,125 @@ def test_one_place_is_enough_for_everybody_in_turn() -> None:
     asyncio.run(main())
 
 
+@contextlib.asynccontextmanager
+async def flooding(places: Places, claims: Iterable[Claim]) -> AsyncIterator[int]:
+    """All of them ask, and none gives its place back. Yields how many of them hold one."""
+    before = places.held
+    tasks = [asyncio.create_task(places.take(claim)) for claim in claims]
+    await asyncio.sleep(0)
+    try:
+        yield places.held - before
+    finally:
+        for task in tasks:
+            task.cancel()
+        for done in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(done, Place):
+                done.release()
+        assert places.held == before
+
+
+async def has_a_place(places: Places, claim: Claim) -> bool:
+    task = asyncio.create_task(places.take(claim))
+    await asyncio.sleep(0)
+    if task.done():
+        task.result().release()
+    else:
+        task.cancel()
+    return task.done() and not task.cancelled()
+
+
+async def proven(places: Places, claim: Claim) -> None:
+    for _ in range(3):
+        with await places.take(claim):
+            places.delivered(claim)
+
+
+def flood(number: int, host: str, address: str = "192.0.2.1") -> list[Claim]:
+    return [claim_for(f"{host} {each}", host, 443, address) for each in range(number)]
+
+
+def test_hosts_that_never_delivered_do_not_keep_a_proven_one_from_their_common_address() -> None:
+    async def main() -> None:
+        places = Places(PLACES)
+        good = claim_for("good", "cdn.good.test", 443, "192.0.2.1")
+        await proven(places, good)
+        floods = [claim for site in range(4) for claim in flood(PLACES, f"evil{site}.test")]
+        async with flooding(places, floods) as held:
+            assert held == QUARTER
+            assert await has_a_place(places, good)
+
+    asyncio.run(main())
+
+
+def test_a_busy_proven_host_does_not_keep_a_new_one_from_their_common_address() -> None:
+    async def main() -> None:
+        places = Places(PLACES)
+        await proven(places, claim_for("busy", "busy.test", 443, "192.0.2.1"))
+        async with flooding(places, flood(PLACES, "busy.test")) as held:
+            assert held == PLACES - QUARTER
+            assert await has_a_place(places, claim_for("new", "new.test", 443, "192.0.2.1"))
+
+    asyncio.run(main())
+
+
+def test_hosts_below_a_shared_suffix_do_not_keep_each_other_out() -> None:
+    async def main() -> None:
+        places = Places(PLACES)
+        floods = [
+            claim for d in range(QUARTER) for claim in flood(2, f"d{d}evil.cloudfront.net", f"192.0.2.{d}")
+        ]
+        async with flooding(places, floods):
+            new = claim_for("good", "d1good.cloudfront.net", 443, "198.51.100.1")
+            assert await has_a_place(places, new)
+
+    asyncio.run(main())
+
+
+def test_a_few_sites_do_not_keep_out_a_host_that_has_yet_to_deliver() -> None:
+    """Three sites with a quarter each would hold all that hosts may hold that are not proven."""
+
+    async def main() -> None:
+        places = Places(PLACES)
+        sites = 10
+        floods = [
+            claim for site in range(sites) for claim in flood(PLACES, f"evil{site}.test", f"192.0.2.{site}")
+        ]
+        async with flooding(places, floods) as held:
+            assert held == 2 * QUARTER + sites - 2
+            assert await has_a_place(places, claim_for("good", "good.test", 443, "198.51.100.1"))
+
+    asyncio.run(main())
+
+
+def test_a_site_whose_hosts_have_delivered_leaves_a_quarter_to_others() -> None:
+    async def main() -> None:
+        places = Places(PLACES)
+        names = [f"host{number}.evil.test" for number in range(4)]
+        for number, name in enumerate(names):
+            await proven(places, claim_for("first", name, 443, f"192.0.2.{number}"))
+        floods = [
+            claim for number, name in enumerate(names) for claim in flood(PLACES, name, f"192.0.2.{number}")
+        ]
+        async with flooding(places, floods) as held:
+            assert held == PLACES - QUARTER
+            assert await has_a_place(places, claim_for("good", "good.test", 443, "198.51.100.1"))
+
+    asyncio.run(main())
+
+
+def test_one_host_that_delivers_holds_three_quarters_of_idle_places() -> None:
+    async def main() -> None:
+        places = Places(PLACES)
+        await proven(places, claim_for("first", "bucket.s3.amazonaws.com", 443, "192.0.2.1"))
+        claims = [
+            claim_for(number, "bucket.s3.amazonaws.com", 443, f"192.0.2.{number}") for number in range(100)
+        ]
+        async with flooding(places, claims) as held:
+            assert held == PLACES - QUARTER
+
+    asyncio.run(main())
+
+
 def test_what_is_remembered_of_hosts_is_bounded() -> None:
     async def main() -> None:
         places = Places(PLACES)
@@ -287,6 +415,11 @@ def test_what_is_remembered_of_hosts_is_bounded() -> None:
         ("a.b.example.com", "example.com"),
         ("images.example.co.uk", "example.co.uk"),
         ("example.io", "example.io"),
+        ("d1.cloudfront.net", "d1.cloudfront.net"),
+        ("www.someone.github.io", "someone.github.io"),
+        ("cloudfront.net", "cloudfront.net"),
+        ("bucket.s3.us-west-2.amazonaws.com", "bucket.s3.us-west-2.amazonaws.com"),
+        ("a.bucket.s3.us-west-2.amazonaws.com", "bucket.s3.us-west-2.amazonaws.com"),
         ("localhost", "localhost"),
         ("192.0.2.7", "192.0.2.7"),
         ("2001:db8::7", "2001:db8::7"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 import httpx
 import pytest
 
-from engine.messages import FRAME
 from handlers.custom.messages import MOST_PART_BYTES
 from handlers.grammars.compiler import MOST_OUTCOME_BYTES, _Worker
+from handlers.grammars.messages import Job
+from processes.child import Child
+from processes.environment import child_environment
 from tests.live import LiveServer
 
 HANDLER = """
@@ -56,13 +59,13 @@ def test_a_grammar_compilers_reply_is_bounded() -> None:
 
     async def main() -> None:
         worker = _Worker()
-        worker._process = await asyncio.create_subprocess_exec(
-            "head", "-c", str(FRAME.size), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        child = worker._child = await Child.start(
+            "tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger(__name__)
         )
-        assert worker._process.stdin is not None
-        worker._process.stdin.write(FRAME.pack(MOST_OUTCOME_BYTES + 1))
-        with pytest.raises(EOFError, match=r"^$"):
-            await worker._receive()
+        await child.send(b"flood")
+        with pytest.raises(EOFError, match=f"allowed: {MOST_OUTCOME_BYTES}$"):
+            await worker.ask(Job("regex", "a", None))
         await worker.end()
+        assert not worker.alive
 
     asyncio.run(main())
