@@ -272,6 +272,7 @@ class Protocol(HttpToolsProtocol):
             and not self._chunked
             and not self.expect_100_continue
             and self._declared <= _DROPPED_BYTES
+            and not self._room.crowded
             and not any(name == b"connection" for name, _ in lines)
         )
         lines.append((b"content-length", str(len(reply.body)).encode()))

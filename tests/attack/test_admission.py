@@ -8,6 +8,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import ExitStack, asynccontextmanager, suppress
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ def reply_to(server: ServerProcess, sent: bytes) -> bytes:
         with suppress(ConnectionError):
             connection.sendall(sent)
         return received(connection)
+
+
+def answer(connection: socket.socket) -> int:
+    """The status of one reply with a length, read to its end."""
+    with HTTPResponse(connection) as reply:
+        reply.begin()
+        reply.read()
+        return reply.status
 
 
 def status(reply: bytes) -> int:
@@ -302,6 +311,29 @@ def test_probes_are_answered_where_every_connection_is_busy(tmp_path: Path) -> N
         assert status(reply) == 429
         assert b"too many connections are open" in reply
         assert metrics(server)["lmi_requests_in_flight"] == 64
+
+
+def test_a_server_that_was_crowded_answers_again(tmp_path: Path) -> None:
+    """Clients that kept their connections are answered on them, and so are new ones."""
+    with ServerProcess(tmp_path / "shapes") as server, ExitStack() as stack:
+        resource.prlimit(server._process.pid, resource.RLIMIT_NOFILE, (128, 128))
+        server.ready()
+        content = chat(tokens=1)
+        busy = [stack.enter_context(connect(server)) for _ in range(64)]
+        for connection in busy:
+            connection.sendall(head(len(content)))
+        until(server, "lmi_request_bodies_arriving", 64)
+        more = [stack.enter_context(connect(server)) for _ in range(4)]
+        for connection in more:
+            with suppress(ConnectionError):
+                connection.sendall(PING + b"\r\n")
+        assert answer(more[-1]) == 200
+        for connection in busy:
+            connection.sendall(content)
+            assert answer(connection) == 200
+        busy[-1].sendall(head(len(content)) + content)
+        assert answer(busy[-1]) == 200
+        assert ask(server) == 200
 
 
 def test_the_descriptor_limit_is_raised_to_what_is_allowed(tmp_path: Path) -> None:
