@@ -224,7 +224,10 @@ class Protocol(HttpToolsProtocol):
         if self._skipping:
             self._skipping = False
             self._stop_timer()
-            self.on_response_complete()
+            if self.lingers:  # The body came with its head: there is nothing to wait for.
+                self._socket.close()
+            else:
+                self.on_response_complete()
             return
         super().on_message_complete()
         if self._is_free():  # The reply was complete before the body.

@@ -459,6 +459,16 @@ def test_what_drips_ends_with_the_time_of_a_head(
     uvloop.run(check())
 
 
+def test_a_connection_is_closed_whose_refused_body_came_with_its_head(server: ServerProcess) -> None:
+    until(server, "lmi_connections", 1)
+    with ExitStack() as stack:
+        for _ in range(10):
+            connection = stack.enter_context(connect(server))
+            connection.sendall(PING + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+            assert status(received(connection)) == 200
+        until(server, "lmi_connections", 1)
+
+
 def test_a_long_body_behind_an_unfinished_reply_is_not_kept(server: ServerProcess) -> None:
     first, second = chat(tokens=2, pause=60), chat(200_000)
     assert reply_to(server, head(len(first)) + first + head(len(second)) + second) == b""
