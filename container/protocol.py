@@ -177,7 +177,8 @@ class Protocol(HttpToolsProtocol):
         self._in_head = self._began = True
         self._head_bytes = self._head_read = self._fields = 0
         self._chunked = False
-        self._start_timer(_HEAD_SECONDS, self._socket.abort)
+        if self._is_free():  # or else once the earlier reply has ended: it must not be cut off
+            self._start_timer(_HEAD_SECONDS, self._socket.abort)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -237,6 +238,8 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self.pipeline and not self.transport.is_closing():
+            if self._in_head and self._timer is None:
+                self._start_timer(_HEAD_SECONDS, self._socket.abort)
             self._room.rest(self)
 
     def pause_writing(self) -> None:

@@ -122,11 +122,11 @@ def status(reply: bytes) -> int:
 
 
 @asynccontextmanager
-async def listening(folder: Path) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
+async def listening(folder: Path, kind: type[App] = App) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
     """The HTTP server in this process, without a model."""
     (folder / "config.json").write_text("{}")
     life = Life()
-    http = HttpServer(App(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
+    http = HttpServer(kind(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
     listener = bind("127.0.0.1", 0)
     address = listener.getsockname()
     serving = asyncio.create_task(http.listen(listener))
@@ -454,6 +454,42 @@ def test_what_drips_ends_with_the_time_of_a_head(
                 await asyncio.wait({ended}, timeout=0.02)
             with suppress(ConnectionError):
                 await ended
+            writer.close()
+
+    uvloop.run(check())
+
+
+def test_a_head_that_begins_during_a_reply_does_not_cut_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time starts once the reply has ended."""
+    monkeypatch.setattr(protocol, "_HEAD_SECONDS", 0.0)
+
+    class Streams(App):
+        go: asyncio.Event
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"first", "more_body": True})
+            await Streams.go.wait()
+            await send({"type": "http.response.body", "body": b"last", "more_body": False})
+
+    async def check() -> None:
+        Streams.go = asyncio.Event()
+        async with listening(tmp_path, Streams) as (http, address), asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"first\r\n")
+            (connection,) = http.server_state.connections
+            writer.write(b"G")
+            while not connection._in_head:  # type: ignore[union-attr]
+                await asyncio.sleep(0)
+            for _ in range(10):
+                await asyncio.sleep(0)  # turns in which its time would be up
+            Streams.go.set()
+            assert await reader.readuntil(b"0\r\n\r\n") == b"4\r\nlast\r\n0\r\n\r\n"
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
             writer.close()
 
     uvloop.run(check())
