@@ -83,7 +83,7 @@ class Protocol(HttpToolsProtocol):
         self._lost = self._deaf = False
         self._in_head = self._in_body = False
         self._skipping = False  # the body of a request that has been answered
-        self._head_bytes = self._head_read = self._fields = self._parsed = 0
+        self._head_bytes = self._head_read = self._fields = self._hosts = self._parsed = 0
         self._chunked = self._began = False
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
         self._problem = (400, "Invalid HTTP request received.")
@@ -175,7 +175,7 @@ class Protocol(HttpToolsProtocol):
         ):
             raise ValueError("too many requests at once")
         self._in_head = self._began = True
-        self._head_bytes = self._head_read = self._fields = 0
+        self._head_bytes = self._head_read = self._fields = self._hosts = 0
         self._chunked = False
         if self._is_free():  # or else once the earlier reply has ended: it must not be cut off
             self._start_timer(_HEAD_SECONDS, self._socket.abort)
@@ -194,10 +194,15 @@ class Protocol(HttpToolsProtocol):
         if self._in_head:  # and no trailer, which may not say what a proxy has not checked
             if name.lower() == b"transfer-encoding":
                 self._chunked = True
+            elif name.lower() == b"host":
+                self._hosts += 1
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        if self._hosts > 1 or (self._hosts == 0 and self.parser.get_http_version() == "1.1"):
+            self._problem = (400, "The request must have exactly one Host header (RFC 9112, 3.2).")
+            raise ValueError("no Host header, or several")
         self._in_head, self._in_body = False, True
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
         if not self._answered_at_once():

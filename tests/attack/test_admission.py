@@ -373,6 +373,9 @@ LAST = PING + b"Connection: close\r\n\r\n"
         (b"\x16\x03\x01\x02\x00\x01\x00", (400,)),
         (b"GET http://example.com/ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", (200,)),
         (b"GET /ping HTTP/1.0\r\n\r\n", (200,)),
+        (b"GET /ping HTTP/1.1\r\nConnection: close\r\n\r\n", (400,)),
+        (PING + b"HOST: x\r\nConnection: close\r\n\r\n", (400,)),
+        (b"GET /version HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", (400,)),
         (PING + b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n\r\n" + b"junk" * 100, (200,)),
         (PING + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: x\r\n\r\n", (200,)),
         (b"\r\n" * 1000 + LAST, (200,)),
@@ -434,9 +437,12 @@ def test_a_turn_of_the_event_loop_takes_in_many_connections(tmp_path: Path) -> N
         (b"", b"a"),
         (b"", b"\r\n"),
         (b"GET /ping HTTP/1.1\r\n", b"a: b\r\n"),
-        (b"GET /ping HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered at once
-        (b"GET /version HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered by the application
-        (b"GET /ping HTTP/1.1\r\n\r\n", b"\r\n"),
+        (b"GET /ping HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered at once
+        (
+            b"GET /version HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
+            b"a",
+        ),  # answered by the application
+        (PING + b"\r\n", b"\r\n"),
     ],
 )
 def test_what_drips_ends_with_the_time_of_a_head(
