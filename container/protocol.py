@@ -81,7 +81,7 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._left: int | None = None  # bytes to throw away before the connection is closed
         self._lost = self._deaf = False
-        self._in_head = self._in_body = False
+        self._in_head = self._in_body = self._upgrades = False
         self._skipping = False  # the body of a request that has been answered
         self._head_bytes = self._head_read = self._fields = self._hosts = self._parsed = 0
         self._chunked = self._began = False
@@ -148,7 +148,7 @@ class Protocol(HttpToolsProtocol):
         if self._timer is None and self._is_free():
             self._start_timer(_HEAD_SECONDS, self._socket.abort)
         try:
-            self.parser.feed_data(data)
+            self._feed(data)
         except httptools.HttpParserUpgrade:
             self._deaf = True  # What follows is in no protocol that is spoken here.
             self.cycle.keep_alive = False
@@ -165,6 +165,26 @@ class Protocol(HttpToolsProtocol):
             self._body_read += len(data)
             if self._body_read - self._body_bytes > _FRAMING_BYTES + self._body_bytes // 4:
                 self._refuse()
+
+    def _feed(self, data: bytes) -> None:
+        """Parse, and answer in HTTP/1.1 what asks for an upgrade: the parser skips the body of such a request.
+
+        Its head is therefore parsed once more without the header. Java's HttpClient asks so for HTTP/2.
+        Raises HttpParserUpgrade for CONNECT, and HttpParserError.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._upgrades:
+                    raise
+                self._upgrades = False
+                lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+                lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+                data = b"\r\n".join((*lines, b"", data[upgrade.args[0] :]))
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def on_message_begin(self) -> None:
         self._parsed += 1
@@ -203,6 +223,9 @@ class Protocol(HttpToolsProtocol):
         if self._hosts > 1 or (self._hosts == 0 and self.parser.get_http_version() == "1.1"):
             self._problem = (400, "The request must have exactly one Host header (RFC 9112, 3.2).")
             raise ValueError("no Host header, or several")
+        self._upgrades = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if self._upgrades:
+            return
         self._in_head, self._in_body = False, True
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
         if not self._answered_at_once():
@@ -226,6 +249,8 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:
+            return
         self._in_body = False
         if self._skipping:
             self._skipping = False

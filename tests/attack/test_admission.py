@@ -377,7 +377,7 @@ LAST = PING + b"Connection: close\r\n\r\n"
         (PING + b"HOST: x\r\nConnection: close\r\n\r\n", (400,)),
         (b"GET /version HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", (400,)),
         (PING + b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n\r\n" + b"junk" * 100, (200,)),
-        (PING + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: x\r\n\r\n", (200,)),
+        (PING + b"Upgrade: websocket\r\nConnection: Upgrade, close\r\nSec-WebSocket-Key: x\r\n\r\n", (200,)),
         (b"\r\n" * 1000 + LAST, (200,)),
     ],
 )
@@ -515,6 +515,23 @@ def test_a_long_body_behind_an_unfinished_reply_is_not_kept(server: ServerProces
     first, second = chat(tokens=2, pause=60), chat(200_000)
     assert reply_to(server, head(len(first)) + first + head(len(second)) + second) == b""
     until(server, "lmi_requests_in_flight", 0)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_upgrade_is_ignored_and_its_body_read(server: ServerProcess, chunked: bool) -> None:
+    """As Java's HttpClient asks for HTTP/2 in its first request, here in two of them and in pieces."""
+    content = chat(2 * MIB, tokens=1)
+    upgrade = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    sent = head(None if chunked else len(content), extra=upgrade)
+    sent += b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content) if chunked else content
+    with connect(server) as connection:
+        for size in (len(sent), 50):
+            for start in range(0, 1000, size):
+                connection.sendall(sent[start : start + size])
+            connection.sendall(sent[max(size, 1000) :])
+            assert answer(connection) == 200
+        connection.sendall(LAST.replace(b"close", b"Upgrade, close\r\nUpgrade: h2c"))
+        assert status(received(connection)) == 200
 
 
 def test_a_trailer_is_no_header(server: ServerProcess) -> None:
