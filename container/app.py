@@ -157,6 +157,7 @@ class App:
             await self._respond(call)
         except ClientGone:
             call.exchange.ending = "client_gone"
+            call.exchange.status = call.exchange.status or scope.get("state", {}).get("refused", 0)
         except Exception as error:
             await self._fail(call, error)
         self._note(call)

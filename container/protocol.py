@@ -226,11 +226,12 @@ class Protocol(HttpToolsProtocol):
         self._upgrades = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
         if self._upgrades:
             return
-        self._in_head, self._in_body = False, True
+        self._in_body = True
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
         if not self._answered_at_once():
             self._room.busy(self)
             super().on_headers_complete()
+        self._in_head = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -328,10 +329,17 @@ class Protocol(HttpToolsProtocol):
         status, message = self._problem
         if self.transport.is_closing():
             return
-        self._application.on_malformed(status)
         logger.debug("refused what a client sent: %s", message)
-        own = self._is_free() or (self._in_body and not self.pipeline and not self.cycle.response_started)
-        if own and not self._skipping:
+        if (
+            self._in_body and not self._in_head and not self.pipeline
+        ):  # of a request that the application counts
+            own = not self._skipping and not self.cycle.response_started
+            if own:
+                self.cycle.scope["state"]["refused"] = status
+        else:
+            self._application.on_malformed(status)
+            own = self._is_free()
+        if own:
             text = message.encode()
             lines = [
                 (b"content-type", b"text/plain; charset=utf-8"),

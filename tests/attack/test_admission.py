@@ -534,6 +534,27 @@ def test_an_upgrade_is_ignored_and_its_body_read(server: ServerProcess, chunked:
         assert status(received(connection)) == 200
 
 
+def test_a_request_that_is_refused_amid_its_body_is_counted_once(server: ServerProcess) -> None:
+    def counted() -> dict[tuple[str, str], float]:
+        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=20).text)
+        return {
+            (s.labels["route"], s.labels["status"]): s.value
+            for family in families
+            for s in family.samples
+            if s.name == "lmi_http_requests_total" and s.labels["route"] != "/metrics"
+        }
+
+    before = counted()
+    with connect(server) as connection:
+        connection.sendall(head(None) + b"1\r\na\r\n")
+        until(server, "lmi_request_bodies_arriving", 1)
+        connection.sendall(b"-1\r\n")
+        assert status(received(connection)) == 400
+    until(server, "lmi_request_bodies_arriving", 0)
+    key = ("/v1/chat/completions", "400")
+    assert counted() == before | {key: before.get(key, 0) + 1}
+
+
 def test_a_trailer_is_no_header(server: ServerProcess) -> None:
     content = chat(tokens=1)
     sent = head(None, extra="Connection: close\r\nx-request-id: true-id\r\n")
