@@ -488,7 +488,7 @@ def test_a_head_that_begins_during_a_reply_does_not_cut_it(
             await reader.readuntil(b"first\r\n")
             (connection,) = http.server_state.connections
             writer.write(b"G")
-            while not connection._in_head:  # type: ignore[union-attr]
+            while not connection._in_head:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
                 await asyncio.sleep(0)
             for _ in range(10):
                 await asyncio.sleep(0)  # turns in which its time would be up
@@ -681,5 +681,45 @@ def test_the_body_that_would_hold_most_for_longest_makes_room() -> None:
         for body in (large, done, new):
             body.release()
         assert budget.held == 0
+
+    asyncio.run(check())
+
+
+def test_making_room_costs_the_same_however_many_bodies_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted are the bodies that are asked what they cost, for each part that finds no room."""
+    asked = 0
+    cost = Body.cost
+
+    def counted(body: Body) -> float:
+        nonlocal asked
+        asked += 1
+        return cost(body)
+
+    monkeypatch.setattr(Body, "cost", counted)
+
+    async def check() -> None:
+        many, parts = 4000, 1000
+        budget = Bodies()
+        budget.limit = many * 100
+        never = asyncio.Event()
+        slow = [Body(budget, {"content-length": "100000"}, MIB, 60) for _ in range(many)]
+        reading = [asyncio.create_task(body.read(Arriving(b"a" * 100, then=never.wait()))) for body in slow]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert (budget.held, len(budget.reading)) == (budget.limit, many)
+        assert budget.fits(budget.limit)
+        new = Body(budget, {"content-length": str(100 * parts)}, MIB, 60)
+        assert len(await new.read(Arriving(*[b"b" * 100] * parts))) == 100 * parts
+        assert asked < 30 * parts
+        assert budget.refused == parts
+        new.release()
+        assert budget.fits(budget.limit)
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        for body in slow:
+            body.release()
+        assert (budget.held, budget.reading) == (0, set())
+        assert budget.fits(budget.limit)
 
     asyncio.run(check())
