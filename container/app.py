@@ -42,8 +42,8 @@ _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _GRACE_SECONDS = 5.0
 """What the handlers may take beyond a request's time to say themselves that it is over."""
 
-Work = Callable[[bytes, Callable[[], None]], Awaitable[Reply]]
-"""What answers a body; the second argument is called once the body has been understood."""
+Work = Callable[[bytes, Body], Awaitable[Reply]]
+"""What answers a body, whose content is the first argument."""
 
 AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
 """A whole reply and all its headers but the length."""
@@ -209,8 +209,16 @@ class App:
                 AdapterCall(match.route.adapters, match.adapter, query, body, call.headers, call.request_id)
             )
         work = {"tokenize": service.tokenize, "detokenize": service.detokenize}.get(action, service.answer)
-        return lambda body, parsed: work(
-            Incoming(call.template, body, _named_headers(call), call.request_id, call.model, parsed)
+        return lambda content, body: work(
+            Incoming(
+                call.template,
+                content,
+                _named_headers(call),
+                call.request_id,
+                call.model,
+                body.settle,
+                body.keep,
+            )
         )
 
     async def _work(self, call: Call, action: Action, work: Work) -> None:
@@ -232,7 +240,7 @@ class App:
                     await asyncio.to_thread(log_prompt, call.request_id, content)
                 else:
                     log_prompt(call.request_id, content)
-            answering = work(content, body.settle)
+            answering = work(content, body)
             del content  # or it would be held until the reply is sent
             await call.exchange.run(
                 self._answer(call, answering),

@@ -41,7 +41,8 @@ class BodyTimeout(ServingError):
 
 
 class Bodies:
-    """The bytes of all request bodies that the server holds, from their arrival until their replies have ended.
+    """The bytes of all request bodies that the server holds, from their arrival until their replies have ended; those
+    of images until the engine has them.
 
     limit: bytes, `option.request_memory_mb`; one body of the largest size always fits into an idle server. held: bytes
     now. expected: requests that were let in and have not asked for their places yet. Bytes are counted as they arrive,
@@ -212,6 +213,12 @@ class Body:
             if isinstance(last, bytes) or len(last) >= _PIECE_BYTES:
                 pieces.append(last := bytearray())
             last += part
+
+    def keep(self, size: int) -> None:
+        """Of one that arrived whole, `size` bytes are still held."""
+        if size < self.size:
+            self._bodies.held -= self.size - size
+            self.size = size
 
     def release(self) -> None:
         """Safe to call twice."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
+import random
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator, MutableMapping
@@ -16,6 +19,7 @@ import httpx
 import psutil
 import pytest
 import uvloop
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from container import bodies, protocol
@@ -199,6 +203,25 @@ def test_a_body_is_counted_until_its_reply_has_ended(server: ServerProcess) -> N
         until(server, "lmi_requests_in_flight", 1)
         assert metrics(server)["lmi_request_bodies_held_bytes"] == len(content)
         assert metrics(server)["lmi_request_bodies_arriving"] == 0
+    until(server, "lmi_request_bodies_held_bytes", 0)
+
+
+def test_images_are_held_no_longer_than_until_the_engine_has_them(server: ServerProcess) -> None:
+    """So that long answers about large images do not fill the memory for bodies."""
+    noise = Image.frombytes("RGB", (1500, 1500), random.Random(1).randbytes(1500 * 1500 * 3))
+    noise.save(png := io.BytesIO(), "png", compress_level=0)
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    order = {"type": "text", "text": json.dumps({"tokens": 2, "pause": 60})}
+    parts = [order, {"type": "image_url", "image_url": {"url": url}}]
+    content = json.dumps({"messages": [{"role": "user", "content": parts}], "stream": True}).encode()
+    count = MEMORY_MB * MIB // len(content) + 4
+    before = memory(server)
+    with ExitStack() as stack:
+        for number in range(count):
+            stack.enter_context(connect(server)).sendall(head(len(content)) + content)
+            until(server, "lmi_requests_in_flight", number + 1)
+            until(server, "lmi_request_bodies_held_bytes", (number + 1) * (len(content) - len(url)))
+        assert memory(server) - before < MEMORY_MB * MIB * 3 // 4
     until(server, "lmi_request_bodies_held_bytes", 0)
 
 
