@@ -26,6 +26,7 @@ from container.routes import Action, Match, MethodNotAllowed, Route, find
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.dialects.sagemaker import ADAPTER
+from handlers.dialects.sagemaker import ROUTES as SAGEMAKER_ROUTES
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.model_names import accepted_names, public_names
@@ -39,6 +40,9 @@ _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
 _SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+_SESSION_BYTES = 128
+"""Of a body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
+
 _GRACE_SECONDS = 5.0
 """What the handlers may take beyond a request's time to say themselves that it is over."""
 
@@ -118,7 +122,7 @@ class App:
         else:
             if action not in _TAKES_BODY or self._life.phase != "serving":
                 return None
-            error = self._refusal(action, declared_size(headers), crowded)
+            error = self._refusal(match.route, declared_size(headers), crowded)
             if error is None or not self._keys.admit(headers):
                 return None
             self._metrics.on_error(error.kind)
@@ -132,11 +136,12 @@ class App:
         """A connection sent what is no request, and was told so."""
         self._metrics.on_http("unknown", status)
 
-    def _refusal(self, action: str, declared: int, crowded: bool) -> ServingError | None:
+    def _refusal(self, route: Route, declared: int, crowded: bool) -> ServingError | None:
         """Why a request's body is not read, if there is a reason."""
         if crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
-        if action in _TAKES_PLACE and self._service().free <= self.bodies.expected:
+        full = route.action in _TAKES_PLACE and self._service().free <= self.bodies.expected
+        if full and not self._may_ask_for_session(route, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -229,11 +234,12 @@ class App:
             self.bodies, call.headers, self._settings.max_request_size, self._settings.predict_timeout
         )
         try:
-            if action in _TAKES_PLACE:
+            session = self._may_ask_for_session(call.route, declared_size(call.headers))
+            if action in _TAKES_PLACE and not session:
                 self._expect(body)
             content = await body.read(call.receive)
             call.body_read = True
-            if action in _TAKES_PLACE:
+            if action in _TAKES_PLACE and not (session and b'"requestType"' in content):
                 self._expect(body)
             if self._settings.log_prompts:
                 if len(content) > LONG_BYTES:
@@ -259,6 +265,15 @@ class App:
             raise Unavailable(
                 "the server stopped before the answer was complete; send it again", retry_after=5
             )
+
+    def _may_ask_for_session(self, route: Route | None, declared: int) -> bool:
+        """Whether a body is read before it is refused: opening and closing a session takes no place."""
+        return (
+            route is not None
+            and route.template in SAGEMAKER_ROUTES
+            and 0 < declared <= _SESSION_BYTES
+            and self._settings.enable_stateful_sessions
+        )
 
     def _expect(self, body: Body) -> None:
         """Reserve a place for the answer, unless that is done; lost by a body that takes long. Raises Overloaded."""

@@ -285,6 +285,23 @@ def test_a_refused_client_keeps_its_connection_where_its_body_is_short(small: Se
     until(small, "lmi_requests_in_flight", 0)
 
 
+def test_sessions_are_opened_and_closed_where_no_place_is_free(small: ServerProcess) -> None:
+    running = chat(tokens=2, pause=60)
+    with connect(small) as one, connect(small) as two, httpx.Client(base_url=small.url) as client:
+        for connection in (one, two):
+            connection.sendall(head(len(running)) + running)
+        until(small, "lmi_requests_in_flight", 2)
+        opened = client.post("/invocations", json={"requestType": "NEW_SESSION"})
+        assert opened.status_code == 200
+        name = {
+            "x-amzn-sagemaker-session-id": opened.headers["x-amzn-sagemaker-session-id"].partition(";")[0]
+        }
+        assert client.post("/invocations", json={"requestType": "CLOSE"}, headers=name).status_code == 200
+        for body in ({"inputs": "{}"}, {"inputs": "{}", "requestType": "CLOSE"}):
+            assert client.post("/invocations", json=body).status_code == 429
+    until(small, "lmi_requests_in_flight", 0)
+
+
 def test_bodies_that_arrive_slowly_keep_no_place_from_others(small: ServerProcess) -> None:
     """A place is kept for a body that arrives, but not for longer than 2 s."""
     with connect(small) as one, connect(small) as two:
