@@ -26,6 +26,7 @@ from container.routes import Action, Match, MethodNotAllowed, Route, find
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.dialects.error_replies import client_error, error_reply, style_of
 from handlers.dialects.sagemaker import ADAPTER
+from handlers.dialects.sagemaker import ROUTES as SAGEMAKER_ROUTES
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.model_names import accepted_names, public_names
@@ -39,11 +40,14 @@ _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
 _SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+_SESSION_BYTES = 128
+"""Of a body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
+
 _GRACE_SECONDS = 5.0
 """What the handlers may take beyond a request's time to say themselves that it is over."""
 
-Work = Callable[[bytes, Callable[[], None]], Awaitable[Reply]]
-"""What answers a body; the second argument is called once the body has been understood."""
+Work = Callable[[bytes, Body], Awaitable[Reply]]
+"""What answers a body, whose content is the first argument."""
 
 AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
 """A whole reply and all its headers but the length."""
@@ -118,7 +122,7 @@ class App:
         else:
             if action not in _TAKES_BODY or self._life.phase != "serving":
                 return None
-            error = self._refusal(action, declared_size(headers), crowded)
+            error = self._refusal(match.route, declared_size(headers), crowded)
             if error is None or not self._keys.admit(headers):
                 return None
             self._metrics.on_error(error.kind)
@@ -132,11 +136,12 @@ class App:
         """A connection sent what is no request, and was told so."""
         self._metrics.on_http("unknown", status)
 
-    def _refusal(self, action: str, declared: int, crowded: bool) -> ServingError | None:
+    def _refusal(self, route: Route, declared: int, crowded: bool) -> ServingError | None:
         """Why a request's body is not read, if there is a reason."""
         if crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
-        if action in _TAKES_PLACE and self._service().free <= self.bodies.expected:
+        full = route.action in _TAKES_PLACE and self._service().free <= self.bodies.expected
+        if full and not self._may_ask_for_session(route, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -157,6 +162,7 @@ class App:
             await self._respond(call)
         except ClientGone:
             call.exchange.ending = "client_gone"
+            call.exchange.status = call.exchange.status or scope.get("state", {}).get("refused", 0)
         except Exception as error:
             await self._fail(call, error)
         self._note(call)
@@ -208,8 +214,16 @@ class App:
                 AdapterCall(match.route.adapters, match.adapter, query, body, call.headers, call.request_id)
             )
         work = {"tokenize": service.tokenize, "detokenize": service.detokenize}.get(action, service.answer)
-        return lambda body, parsed: work(
-            Incoming(call.template, body, _named_headers(call), call.request_id, call.model, parsed)
+        return lambda content, body: work(
+            Incoming(
+                call.template,
+                content,
+                _named_headers(call),
+                call.request_id,
+                call.model,
+                body.settle,
+                body.keep,
+            )
         )
 
     async def _work(self, call: Call, action: Action, work: Work) -> None:
@@ -220,18 +234,19 @@ class App:
             self.bodies, call.headers, self._settings.max_request_size, self._settings.predict_timeout
         )
         try:
-            if action in _TAKES_PLACE:
+            session = self._may_ask_for_session(call.route, declared_size(call.headers))
+            if action in _TAKES_PLACE and not session:
                 self._expect(body)
             content = await body.read(call.receive)
             call.body_read = True
-            if action in _TAKES_PLACE:
+            if action in _TAKES_PLACE and not (session and b'"requestType"' in content):
                 self._expect(body)
             if self._settings.log_prompts:
                 if len(content) > LONG_BYTES:
                     await asyncio.to_thread(log_prompt, call.request_id, content)
                 else:
                     log_prompt(call.request_id, content)
-            answering = work(content, body.settle)
+            answering = work(content, body)
             del content  # or it would be held until the reply is sent
             await call.exchange.run(
                 self._answer(call, answering),
@@ -250,6 +265,15 @@ class App:
             raise Unavailable(
                 "the server stopped before the answer was complete; send it again", retry_after=5
             )
+
+    def _may_ask_for_session(self, route: Route | None, declared: int) -> bool:
+        """Whether a body is read before it is refused: opening and closing a session takes no place."""
+        return (
+            route is not None
+            and route.template in SAGEMAKER_ROUTES
+            and 0 < declared <= _SESSION_BYTES
+            and self._settings.enable_stateful_sessions
+        )
 
     def _expect(self, body: Body) -> None:
         """Reserve a place for the answer, unless that is done; lost by a body that takes long. Raises Overloaded."""

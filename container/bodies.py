@@ -21,6 +21,9 @@ _SWEEP_SECONDS = 1.0
 _PROMPT_SECONDS = 2.0
 """How long a body that is still arriving may keep a place for an answer: one that takes longer competes again."""
 
+_PARTS_PER_ORDER = 16
+"""Of all bodies that are read, one in so many may be judged by an order that is up to a second old."""
+
 _PIECE_BYTES = 256 * 1024
 """Small parts are put together, as each object costs more than a few bytes; large ones are not moved again."""
 
@@ -45,7 +48,8 @@ class BodyTimeout(ServingError):
 
 
 class Bodies:
-    """The bytes of all request bodies that the server holds, from their arrival until their replies have ended.
+    """The bytes of all request bodies that the server holds, from their arrival until their replies have ended; those
+    of images until the engine has them.
 
     limit: bytes, `option.request_memory_mb`; one body of the largest size always fits into an idle server. held: bytes
     now. expected: requests that were let in and have not asked for their places yet. Bytes are counted as they arrive,
@@ -58,34 +62,58 @@ class Bodies:
         self.expected = 0
         self.refused = 0
         self.reading: set[Body] = set()
+        self._arriving = 0  # bytes of `reading`
+        self._order: list[Body] = []  # by cost, the costliest last
+        self._uses = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def fits(self, declared: int) -> bool:
         """Whether a body of `declared` bytes can find room beside those that arrived whole."""
         if self.held + declared <= self.limit:
             return True
-        return self.held - sum(body.size for body in self.reading) + declared <= self.limit
+        return self.held - self._arriving + declared <= self.limit
 
     def take(self, body: Body, size: int) -> None:
         """Count bytes of a body that is being read. Raises Overloaded.
 
         Where there is no room, the body goes that would hold the most memory for the longest: its size times the time
         that the rest needs at the pace at which it came lately. So bodies that stopped or drip make room for those
-        that come fast, large ones for small ones, and one that is nearly complete stays.
+        that come fast, large ones for small ones, and one that is nearly complete stays. Raises Overloaded where that
+        is the body itself.
         """
         while self.held + size > self.limit:
-            costliest = max(self.reading, key=Body.cost)
+            if body not in self.reading:  # refused a moment ago
+                raise self.overloaded()
+            costliest = self._costliest()
             if costliest.cost() <= body.cost():
                 raise self.overloaded()
             self.refuse(costliest, self.overloaded())
         self.held += size
+        self._arriving += size if body in self.reading else 0
         body.size += size
+
+    def _costliest(self) -> Body:
+        """Of those that are read. Where there are many, the order of a moment ago serves a sixteenth as many parts:
+        asking each of thousands for every part would hold up everything else."""
+        self._uses += 1
+        while self._order and self._order[-1] not in self.reading:
+            self._order.pop()
+        if not self._order or self._uses > len(self.reading) // _PARTS_PER_ORDER:
+            self._order = sorted(self.reading, key=Body.cost)
+            self._uses = 0
+        return self._order[-1]
 
     def refuse(self, body: Body, error: ServingError) -> None:
         """End the reading of a body that another task awaits."""
-        self.reading.discard(body)
+        self.forget(body)
         body.release()
         body.fail(error)
+
+    def forget(self, body: Body) -> None:
+        """It is read no longer. Safe to call twice."""
+        if body in self.reading:
+            self.reading.remove(body)
+            self._arriving -= body.size
 
     def watch(self, body: Body) -> None:
         self.reading.add(body)
@@ -99,6 +127,7 @@ class Bodies:
             if error is not None:
                 self.refuse(body, error)
         self._timer = None
+        self._order.clear()
         if self.reading:
             self._timer = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
 
@@ -168,7 +197,7 @@ class Body:
             task.uncancel()
         finally:
             self._task = None
-            self._bodies.reading.discard(self)
+            self._bodies.forget(self)
             pieces.clear()  # An error keeps this frame alive.
         error, self._error = self._error, None
         try:
@@ -197,6 +226,12 @@ class Body:
             last += part
             if len(last) >= _PIECE_BYTES:
                 pieces[-1] = bytes(last)
+
+    def keep(self, size: int) -> None:
+        """Of one that arrived whole, `size` bytes are still held."""
+        if size < self.size:
+            self._bodies.held -= self.size - size
+            self.size = size
 
     def release(self) -> None:
         """Safe to call twice."""

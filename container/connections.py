@@ -19,8 +19,8 @@ class Connection(Protocol):
 
 
 class Connections:
-    """Those of one server. limit: beyond it, who is idle longest goes for who comes; where nobody is idle, only probes
-    are answered on new ones. `hard_limit`: beyond it, new ones are closed at once.
+    """Those of one server. limit: beyond it, the one that has been idle longest is closed; as long as none is idle,
+    only probes are answered, on any connection. `hard_limit`: beyond it, new ones are closed at once.
 
     open: those not closed or asked to close. idle: without a request, longest first; a head that comes byte by byte
     does not make its connection busy. lingering: their reply was sent, and what they still send is thrown away.
@@ -42,18 +42,19 @@ class Connections:
         self._known.add(connection)
         self.open += 1
         self.idle[connection] = None
-        if self.open <= self.limit:
-            return
-        oldest = next(iter(self.lingering), None) or next(iter(self.idle))
-        if oldest is not connection or self.open > self.hard_limit:
-            self.remove(oldest)
-            oldest.hang_up()
+        while self.open > self.limit and connection in self._known:
+            oldest = next(iter(self.lingering), None) or next(iter(self.idle))
+            if oldest is connection and self.open <= self.hard_limit:
+                return
+            self._close(oldest)
 
     def rest(self, connection: Connection) -> None:
         """It waits for its next request from now on."""
         if connection in self._known:
             self.idle.pop(connection, None)
             self.idle[connection] = None
+            if self.open > self.limit:
+                self._close(next(iter(self.idle)))
 
     def busy(self, connection: Connection) -> None:
         self.idle.pop(connection, None)
@@ -62,9 +63,7 @@ class Connections:
         self.idle.pop(connection, None)
         self.lingering[connection] = None
         if len(self.lingering) > _MOST_LINGERING:
-            oldest = next(iter(self.lingering))
-            self.remove(oldest)
-            oldest.hang_up()
+            self._close(next(iter(self.lingering)))
 
     def remove(self, connection: Connection) -> None:
         """Safe to call twice."""
@@ -73,6 +72,10 @@ class Connections:
         if connection in self._known:
             self._known.discard(connection)
             self.open -= 1
+
+    def _close(self, connection: Connection) -> None:
+        self.remove(connection)
+        connection.hang_up()
 
 
 def raise_descriptor_limit() -> int:

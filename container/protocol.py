@@ -81,9 +81,9 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._left: int | None = None  # bytes to throw away before the connection is closed
         self._lost = self._deaf = False
-        self._in_head = self._in_body = False
+        self._in_head = self._in_body = self._upgrades = False
         self._skipping = False  # the body of a request that has been answered
-        self._head_bytes = self._head_read = self._fields = self._parsed = 0
+        self._head_bytes = self._head_read = self._fields = self._hosts = self._parsed = 0
         self._chunked = self._began = False
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
         self._problem = (400, "Invalid HTTP request received.")
@@ -148,7 +148,7 @@ class Protocol(HttpToolsProtocol):
         if self._timer is None and self._is_free():
             self._start_timer(_HEAD_SECONDS, self._socket.abort)
         try:
-            self.parser.feed_data(data)
+            self._feed(data)
         except httptools.HttpParserUpgrade:
             self._deaf = True  # What follows is in no protocol that is spoken here.
             self.cycle.keep_alive = False
@@ -166,6 +166,26 @@ class Protocol(HttpToolsProtocol):
             if self._body_read - self._body_bytes > _FRAMING_BYTES + self._body_bytes // 4:
                 self._refuse()
 
+    def _feed(self, data: bytes) -> None:
+        """Parse, and answer in HTTP/1.1 what asks for an upgrade: the parser skips the body of such a request.
+
+        Its head is therefore parsed once more without the header. Java's HttpClient asks so for HTTP/2.
+        Raises HttpParserUpgrade for CONNECT, and HttpParserError.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._upgrades:
+                    raise
+                self._upgrades = False
+                lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+                lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+                data = b"\r\n".join((*lines, b"", data[upgrade.args[0] :]))
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
     def on_message_begin(self) -> None:
         self._parsed += 1
         if (
@@ -175,9 +195,10 @@ class Protocol(HttpToolsProtocol):
         ):
             raise ValueError("too many requests at once")
         self._in_head = self._began = True
-        self._head_bytes = self._head_read = self._fields = 0
+        self._head_bytes = self._head_read = self._fields = self._hosts = 0
         self._chunked = False
-        self._start_timer(_HEAD_SECONDS, self._socket.abort)
+        if self._is_free():  # or else once the earlier reply has ended: it must not be cut off
+            self._start_timer(_HEAD_SECONDS, self._socket.abort)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -193,15 +214,24 @@ class Protocol(HttpToolsProtocol):
         if self._in_head:  # and no trailer, which may not say what a proxy has not checked
             if name.lower() == b"transfer-encoding":
                 self._chunked = True
+            elif name.lower() == b"host":
+                self._hosts += 1
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
-        self._in_head, self._in_body = False, True
+        if self._hosts > 1 or (self._hosts == 0 and self.parser.get_http_version() == "1.1"):
+            self._problem = (400, "The request must have exactly one Host header (RFC 9112, 3.2).")
+            raise ValueError("no Host header, or several")
+        self._upgrades = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if self._upgrades:
+            return
+        self._in_body = True
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
         if not self._answered_at_once():
             self._room.busy(self)
             super().on_headers_complete()
+        self._in_head = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -220,11 +250,16 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:
+            return
         self._in_body = False
         if self._skipping:
             self._skipping = False
             self._stop_timer()
-            self.on_response_complete()
+            if self.lingers:  # The body came with its head: there is nothing to wait for.
+                self._socket.close()
+            else:
+                self.on_response_complete()
             return
         super().on_message_complete()
         if self._is_free():  # The reply was complete before the body.
@@ -234,6 +269,8 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self.pipeline and not self.transport.is_closing():
+            if self._in_head and self._timer is None:
+                self._start_timer(_HEAD_SECONDS, self._socket.abort)
             self._room.rest(self)
 
     def pause_writing(self) -> None:
@@ -272,6 +309,7 @@ class Protocol(HttpToolsProtocol):
             and not self._chunked
             and not self.expect_100_continue
             and self._declared <= _DROPPED_BYTES
+            and not self._room.crowded
             and not any(name == b"connection" for name, _ in lines)
         )
         lines.append((b"content-length", str(len(reply.body)).encode()))
@@ -291,10 +329,17 @@ class Protocol(HttpToolsProtocol):
         status, message = self._problem
         if self.transport.is_closing():
             return
-        self._application.on_malformed(status)
         logger.debug("refused what a client sent: %s", message)
-        own = self._is_free() or (self._in_body and not self.pipeline and not self.cycle.response_started)
-        if own and not self._skipping:
+        if (
+            self._in_body and not self._in_head and not self.pipeline
+        ):  # of a request that the application counts
+            own = not self._skipping and not self.cycle.response_started
+            if own:
+                self.cycle.scope["state"]["refused"] = status
+        else:
+            self._application.on_malformed(status)
+            own = self._is_free()
+        if own:
             text = message.encode()
             lines = [
                 (b"content-type", b"text/plain; charset=utf-8"),

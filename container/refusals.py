@@ -24,13 +24,13 @@ class Refusals:
         """error: with a message of the program's own, as it is logged."""
         self._counts[error.message] += 1
         if self._timer is None:
-            self._tell()
+            self._log()
 
-    def _tell(self) -> None:
+    def _log(self) -> None:
         self._timer = None
         if not self._counts:
             return
         for message, count in self._counts.items():
             logger.warning("refused %d requests before reading their bodies: %s", count, message)
         self._counts.clear()
-        self._timer = asyncio.get_running_loop().call_later(_SECONDS, self._tell)
+        self._timer = asyncio.get_running_loop().call_later(_SECONDS, self._log)

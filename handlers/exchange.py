@@ -17,6 +17,7 @@ class Incoming:
     headers: names in lower case. body: whole and within `max_request_size`, until it is taken. size: its bytes.
     model: the model named in the path, None where the route names none.
     parsed: called once the body has been understood, just before the request asks for its places in the queue.
+    keep: called once the engine has all images, with the bytes of the body that are still held: those of its texts.
     """
 
     route: str
@@ -25,6 +26,7 @@ class Incoming:
     request_id: str
     model: str | None = None
     parsed: Callable[[], None] = lambda: None
+    keep: Callable[[int], None] = lambda _: None
     size: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -67,11 +67,15 @@ class ImagePart:
     loaded: LoadedImage | None = None
     share: Share | None = field(default=None, repr=False)
     given: Image | None = field(default=None, repr=False)
+    characters: int = field(init=False)
+    """That it takes in the request's body."""
 
-    @property
-    def characters(self) -> int:
-        """That it takes in the request's body."""
-        return len(self.url)
+    def __post_init__(self) -> None:
+        self.characters = len(self.url)
+
+    def forget(self) -> None:
+        """Let go of the url, of which a `data:` one holds the whole file: the image cannot be loaded again."""
+        self.url = ""
 
     def release(self) -> None:
         """Let go of the decoded picture and of its memory, as early as nobody needs it; safe to call twice."""
@@ -93,11 +97,15 @@ class EmbeddingsPart:
     loaded: LoadedEmbeddings | None = None
     share: Share | None = field(default=None, repr=False)
     given: LoadedEmbeddings | None = field(default=None, repr=False)
+    characters: int = field(init=False)
+    """That it takes in the request's body."""
 
-    @property
-    def characters(self) -> int:
-        """That it takes in the request's body."""
-        return len(self.rows) + (len(self.grid) if isinstance(self.grid, str) else 0)
+    def __post_init__(self) -> None:
+        self.characters = len(self.rows) + (len(self.grid) if isinstance(self.grid, str) else 0)
+
+    def forget(self) -> None:
+        """Let go of what the client sent: the embeddings cannot be loaded again."""
+        self.rows, self.grid = "", None
 
     def release(self) -> None:
         """Let go of the numbers and of their memory, as early as nobody needs them; safe to call twice."""

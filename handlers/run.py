@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -53,14 +53,16 @@ class Run:
         facts: RequestFacts,
         observer: Observer,
         deadline: float | None,
+        keep: Callable[[int], None],
     ) -> None:
-        """deadline: `time.monotonic()` seconds."""
+        """deadline: `time.monotonic()` seconds. keep: see `Incoming`."""
         self.task = task
         self.facts = facts
         self._images = images
         self._permit = permit
         self._observer = observer
         self._deadline = deadline
+        self._keep = keep
         self._arrival = task.requests[0].arrival
         self._pictures = [list(request.images()) for request in task.requests]
         facts.images = sum(map(len, self._pictures))
@@ -205,7 +207,16 @@ class Run:
         self._generations[number] = generation
         self.facts.prepared = time.monotonic() - self._arrival
         self._running.append(generation)
+        if len(self._generations) == len(self.task.requests):
+            self._forget_images()
         return generation
+
+    def _forget_images(self) -> None:
+        """Nothing is handed to an engine again from now on: what the images were loaded from is not needed."""
+        for parts in self._pictures:
+            for part in parts:
+                part.forget()
+        self._keep(self.task.requests[0].text_bytes)
 
     async def _answer(self, backend: Backend, number: int) -> Answered:
         try:

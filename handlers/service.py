@@ -188,7 +188,7 @@ class Service:
         if task.misspelt:
             log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
         incoming.parsed()
-        return await self._run(task, facts)
+        return await self._run(task, facts, incoming.keep)
 
     async def _tokenize(
         self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
@@ -253,7 +253,7 @@ class Service:
                 f'(option.limit_mm_per_prompt={{"image": {most}}})'
             )
 
-    async def _run(self, task: Task, facts: RequestFacts) -> Reply:
+    async def _run(self, task: Task, facts: RequestFacts, keep: Callable[[int], None]) -> Reply:
         permit = self._admission.admit(sum(request.n for request in task.requests))
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         timeout = self._limits.predict_timeout
@@ -261,7 +261,7 @@ class Service:
         for request in task.requests:
             request.deadline = deadline
         facts.stream = task.stream
-        run = Run(task, permit, self._images, facts, self._observer, deadline)
+        run = Run(task, permit, self._images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None
         try:
             async with run.time_limit():

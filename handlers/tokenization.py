@@ -24,7 +24,7 @@ MOST_TEXT_BYTES = 2**20
 """Of a body, its pictures not counted, that is turned into tokens; never more than a prompt may have."""
 
 LONG_TEXT_BYTES = 20_000
-"""Longer texts are turned into tokens one at a time: the other threads are for those that wait for answers."""
+"""Longer texts are tokenized one at a time, which leaves the other threads to requests for answers."""
 
 
 class Tokenization:

@@ -80,8 +80,8 @@ class ServerSettings(BaseModel):
         ),
     )
     request_memory_mb: Positive = option(
-        "Host memory for request bodies, counted while they arrive and until their replies end; one that finds no "
-        "room is answered 429. Never less than max_request_size.",
+        "Host memory for request bodies, counted from their arrival until their replies end, and of images "
+        "until the engine has them; one that finds no room is answered 429. Never less than max_request_size.",
         default=512,
         unit="MiB",
     )

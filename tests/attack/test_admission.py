@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
+import random
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import ExitStack, asynccontextmanager, suppress
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import httpx
 import psutil
 import pytest
 import uvloop
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from container import bodies, protocol
@@ -108,16 +113,24 @@ def reply_to(server: ServerProcess, sent: bytes) -> bytes:
         return received(connection)
 
 
+def answer(connection: socket.socket) -> int:
+    """The status of one reply with a length, read to its end."""
+    with HTTPResponse(connection) as reply:
+        reply.begin()
+        reply.read()
+        return reply.status
+
+
 def status(reply: bytes) -> int:
     return int(reply.split(b" ", 2)[1]) if reply else 0
 
 
 @asynccontextmanager
-async def listening(folder: Path) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
+async def listening(folder: Path, kind: type[App] = App) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
     """The HTTP server in this process, without a model."""
     (folder / "config.json").write_text("{}")
     life = Life()
-    http = HttpServer(App(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
+    http = HttpServer(kind(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
     listener = bind("127.0.0.1", 0)
     address = listener.getsockname()
     serving = asyncio.create_task(http.listen(listener))
@@ -193,6 +206,25 @@ def test_a_body_is_counted_until_its_reply_has_ended(server: ServerProcess) -> N
     until(server, "lmi_request_bodies_held_bytes", 0)
 
 
+def test_images_are_held_no_longer_than_until_the_engine_has_them(server: ServerProcess) -> None:
+    """So that long answers about large images do not fill the memory for bodies."""
+    noise = Image.frombytes("RGB", (1500, 1500), random.Random(1).randbytes(1500 * 1500 * 3))
+    noise.save(png := io.BytesIO(), "png", compress_level=0)
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    order = {"type": "text", "text": json.dumps({"tokens": 2, "pause": 60})}
+    parts = [order, {"type": "image_url", "image_url": {"url": url}}]
+    content = json.dumps({"messages": [{"role": "user", "content": parts}], "stream": True}).encode()
+    count = MEMORY_MB * MIB // len(content) + 4
+    before = memory(server)
+    with ExitStack() as stack:
+        for number in range(count):
+            stack.enter_context(connect(server)).sendall(head(len(content)) + content)
+            until(server, "lmi_requests_in_flight", number + 1)
+            until(server, "lmi_request_bodies_held_bytes", (number + 1) * (len(content) - len(url)))
+        assert memory(server) - before < MEMORY_MB * MIB * 3 // 4
+    until(server, "lmi_request_bodies_held_bytes", 0)
+
+
 @pytest.mark.parametrize(
     ("path", "shape"),
     [
@@ -253,6 +285,23 @@ def test_a_refused_client_keeps_its_connection_where_its_body_is_short(small: Se
     until(small, "lmi_requests_in_flight", 0)
 
 
+def test_sessions_are_opened_and_closed_where_no_place_is_free(small: ServerProcess) -> None:
+    running = chat(tokens=2, pause=60)
+    with connect(small) as one, connect(small) as two, httpx.Client(base_url=small.url) as client:
+        for connection in (one, two):
+            connection.sendall(head(len(running)) + running)
+        until(small, "lmi_requests_in_flight", 2)
+        opened = client.post("/invocations", json={"requestType": "NEW_SESSION"})
+        assert opened.status_code == 200
+        name = {
+            "x-amzn-sagemaker-session-id": opened.headers["x-amzn-sagemaker-session-id"].partition(";")[0]
+        }
+        assert client.post("/invocations", json={"requestType": "CLOSE"}, headers=name).status_code == 200
+        for body in ({"inputs": "{}"}, {"inputs": "{}", "requestType": "CLOSE"}):
+            assert client.post("/invocations", json=body).status_code == 429
+    until(small, "lmi_requests_in_flight", 0)
+
+
 def test_bodies_that_arrive_slowly_keep_no_place_from_others(small: ServerProcess) -> None:
     """A place is kept for a body that arrives, but not for longer than 2 s."""
     with connect(small) as one, connect(small) as two:
@@ -304,6 +353,29 @@ def test_probes_are_answered_where_every_connection_is_busy(tmp_path: Path) -> N
         assert metrics(server)["lmi_requests_in_flight"] == 64
 
 
+def test_a_server_that_was_crowded_answers_again(tmp_path: Path) -> None:
+    """Clients that kept their connections are answered on them, and so are new ones."""
+    with ServerProcess(tmp_path / "shapes") as server, ExitStack() as stack:
+        resource.prlimit(server._process.pid, resource.RLIMIT_NOFILE, (128, 128))
+        server.ready()
+        content = chat(tokens=1)
+        busy = [stack.enter_context(connect(server)) for _ in range(64)]
+        for connection in busy:
+            connection.sendall(head(len(content)))
+        until(server, "lmi_request_bodies_arriving", 64)
+        more = [stack.enter_context(connect(server)) for _ in range(4)]
+        for connection in more:
+            with suppress(ConnectionError):
+                connection.sendall(PING + b"\r\n")
+        assert answer(more[-1]) == 200
+        for connection in busy:
+            connection.sendall(content)
+            assert answer(connection) == 200
+        busy[-1].sendall(head(len(content)) + content)
+        assert answer(busy[-1]) == 200
+        assert ask(server) == 200
+
+
 def test_the_descriptor_limit_is_raised_to_what_is_allowed(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "shapes") as server:
         pid = server._process.pid
@@ -341,8 +413,11 @@ LAST = PING + b"Connection: close\r\n\r\n"
         (b"\x16\x03\x01\x02\x00\x01\x00", (400,)),
         (b"GET http://example.com/ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", (200,)),
         (b"GET /ping HTTP/1.0\r\n\r\n", (200,)),
+        (b"GET /ping HTTP/1.1\r\nConnection: close\r\n\r\n", (400,)),
+        (PING + b"HOST: x\r\nConnection: close\r\n\r\n", (400,)),
+        (b"GET /version HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", (400,)),
         (PING + b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n\r\n" + b"junk" * 100, (200,)),
-        (PING + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: x\r\n\r\n", (200,)),
+        (PING + b"Upgrade: websocket\r\nConnection: Upgrade, close\r\nSec-WebSocket-Key: x\r\n\r\n", (200,)),
         (b"\r\n" * 1000 + LAST, (200,)),
     ],
 )
@@ -402,9 +477,12 @@ def test_a_turn_of_the_event_loop_takes_in_many_connections(tmp_path: Path) -> N
         (b"", b"a"),
         (b"", b"\r\n"),
         (b"GET /ping HTTP/1.1\r\n", b"a: b\r\n"),
-        (b"GET /ping HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered at once
-        (b"GET /version HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered by the application
-        (b"GET /ping HTTP/1.1\r\n\r\n", b"\r\n"),
+        (b"GET /ping HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n", b"a"),  # answered at once
+        (
+            b"GET /version HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
+            b"a",
+        ),  # answered by the application
+        (PING + b"\r\n", b"\r\n"),
     ],
 )
 def test_what_drips_ends_with_the_time_of_a_head(
@@ -427,10 +505,94 @@ def test_what_drips_ends_with_the_time_of_a_head(
     uvloop.run(check())
 
 
+def test_a_head_that_begins_during_a_reply_does_not_cut_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time starts once the reply has ended."""
+    monkeypatch.setattr(protocol, "_HEAD_SECONDS", 0.0)
+
+    class Streams(App):
+        go: asyncio.Event
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"first", "more_body": True})
+            await Streams.go.wait()
+            await send({"type": "http.response.body", "body": b"last", "more_body": False})
+
+    async def check() -> None:
+        Streams.go = asyncio.Event()
+        async with listening(tmp_path, Streams) as (http, address), asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"first\r\n")
+            (connection,) = http.server_state.connections
+            writer.write(b"G")
+            while not connection._in_head:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
+                await asyncio.sleep(0)
+            for _ in range(10):
+                await asyncio.sleep(0)  # turns in which its time would be up
+            Streams.go.set()
+            assert await reader.readuntil(b"0\r\n\r\n") == b"4\r\nlast\r\n0\r\n\r\n"
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+
+    uvloop.run(check())
+
+
+def test_a_connection_is_closed_whose_refused_body_came_with_its_head(server: ServerProcess) -> None:
+    until(server, "lmi_connections", 1)
+    with ExitStack() as stack:
+        for _ in range(10):
+            connection = stack.enter_context(connect(server))
+            connection.sendall(PING + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+            assert status(received(connection)) == 200
+        until(server, "lmi_connections", 1)
+
+
 def test_a_long_body_behind_an_unfinished_reply_is_not_kept(server: ServerProcess) -> None:
     first, second = chat(tokens=2, pause=60), chat(200_000)
     assert reply_to(server, head(len(first)) + first + head(len(second)) + second) == b""
     until(server, "lmi_requests_in_flight", 0)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_upgrade_is_ignored_and_its_body_read(server: ServerProcess, chunked: bool) -> None:
+    """As Java's HttpClient asks for HTTP/2 in its first request, here in two of them and in pieces."""
+    content = chat(2 * MIB, tokens=1)
+    upgrade = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    sent = head(None if chunked else len(content), extra=upgrade)
+    sent += b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content) if chunked else content
+    with connect(server) as connection:
+        for size in (len(sent), 50):
+            for start in range(0, 1000, size):
+                connection.sendall(sent[start : start + size])
+            connection.sendall(sent[max(size, 1000) :])
+            assert answer(connection) == 200
+        connection.sendall(LAST.replace(b"close", b"Upgrade, close\r\nUpgrade: h2c"))
+        assert status(received(connection)) == 200
+
+
+def test_a_request_that_is_refused_amid_its_body_is_counted_once(server: ServerProcess) -> None:
+    def counted() -> dict[tuple[str, str], float]:
+        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=20).text)
+        return {
+            (s.labels["route"], s.labels["status"]): s.value
+            for family in families
+            for s in family.samples
+            if s.name == "lmi_http_requests_total" and s.labels["route"] != "/metrics"
+        }
+
+    before = counted()
+    with connect(server) as connection:
+        connection.sendall(head(None) + b"1\r\na\r\n")
+        until(server, "lmi_request_bodies_arriving", 1)
+        connection.sendall(b"-1\r\n")
+        assert status(received(connection)) == 400
+    until(server, "lmi_request_bodies_arriving", 0)
+    key = ("/v1/chat/completions", "400")
+    assert counted() == before | {key: before.get(key, 0) + 1}
 
 
 def test_a_trailer_is_no_header(server: ServerProcess) -> None:
@@ -559,5 +721,45 @@ def test_the_body_that_would_hold_most_for_longest_makes_room() -> None:
         for body in (large, done, new):
             body.release()
         assert budget.held == 0
+
+    asyncio.run(check())
+
+
+def test_making_room_costs_the_same_however_many_bodies_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted are the bodies that are asked what they cost, for each part that finds no room."""
+    asked = 0
+    cost = Body.cost
+
+    def counted(body: Body) -> float:
+        nonlocal asked
+        asked += 1
+        return cost(body)
+
+    monkeypatch.setattr(Body, "cost", counted)
+
+    async def check() -> None:
+        many, parts = 4000, 1000
+        budget = Bodies()
+        budget.limit = many * 100
+        never = asyncio.Event()
+        slow = [Body(budget, {"content-length": "100000"}, MIB, 60) for _ in range(many)]
+        reading = [asyncio.create_task(body.read(Arriving(b"a" * 100, then=never.wait()))) for body in slow]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert (budget.held, len(budget.reading)) == (budget.limit, many)
+        assert budget.fits(budget.limit)
+        new = Body(budget, {"content-length": str(100 * parts)}, MIB, 60)
+        assert len(await new.read(Arriving(*[b"b" * 100] * parts))) == 100 * parts
+        assert asked < 30 * parts
+        assert budget.refused == parts
+        new.release()
+        assert budget.fits(budget.limit)
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        for body in slow:
+            body.release()
+        assert (budget.held, budget.reading) == (0, set())
+        assert budget.fits(budget.limit)
 
     asyncio.run(check())
