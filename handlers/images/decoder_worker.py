@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypedDict
 
-from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
 
 from handlers.images.decode import Color, flattened, opened, prepare_pillow
 from handlers.images.problem import PictureProblem
@@ -67,6 +67,7 @@ def main() -> None:
     reused = ReusedMemory(first[1])
     settings: Settings = json.loads(first[0])
     prepare_pillow(settings["max_pixels"])
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # by default one for each core, each with memory of its own
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is in
     gc.freeze()
     start = data_bytes()

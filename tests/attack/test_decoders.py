@@ -233,6 +233,20 @@ def test_processor_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     with_pool(work, most=1)
 
 
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow reads no AVIF")
+def test_a_decoder_has_one_thread_on_a_machine_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    many_cores = "import os\nos.sched_getaffinity = lambda pid: set(range(128))\n"
+    (tmp_path / "sitecustomize.py").write_text(many_cores)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    async def work(pool: DecoderPool) -> None:
+        assert (await decoded(pool, saved(noise(1, 640), "AVIF"))).size == (640, 640)
+
+    with_pool(work, most=1)
+
+
 def test_memory_beyond_what_was_charged_is_refused() -> None:
     large = saved(Image.new("RGBA", (6000, 6000)), "PNG")  # converted in memory of the decoder's own
 
