@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -90,6 +91,7 @@ class DecoderPool:
         self._starting = 0
         self._waiting: deque[asyncio.Future[_Decoder]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._numbers = itertools.count()
         self._closed = False
 
     def warm_up(self) -> None:
@@ -134,7 +136,7 @@ class DecoderPool:
         worker = await self._take()
         try:
             # Whoever waits here holds up one decoder; those at work end, and never wait for memory.
-            (share,) = await self.memory.take([(b"decoder %d" % worker.child.pid, working_bytes)])
+            (share,) = await self.memory.take([(b"image %d" % next(self._numbers), working_bytes)])
         except BaseException:
             self._give(worker)
             raise

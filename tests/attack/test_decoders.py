@@ -282,6 +282,23 @@ def test_decoders_wait_for_memory_and_never_for_each_other() -> None:
     with_pool(work, most=4, memory=1)  # each alone, then
 
 
+def test_each_image_is_charged_also_where_it_gets_a_decoder_at_once() -> None:
+    small, large = saved(noise(1), "PNG"), saved(Image.new("RGB", (3000, 3000)), "PNG")
+    header = read_header(large)
+    assert header is not None
+
+    async def work(pool: DecoderPool) -> None:
+        most = 0
+        tasks = [asyncio.create_task(decoded(pool, file)) for file in (small, large)]
+        while not all(task.done() for task in tasks):
+            most = max(most, pool.memory.used)
+            await asyncio.sleep(0)
+        assert most >= header.working_bytes
+        assert pool.memory.used == 0
+
+    with_pool(work, most=1)
+
+
 def test_a_file_with_more_pixels_than_it_was_charged_for_is_not_decoded() -> None:
     file = saved(noise(1), "PNG")
 
