@@ -49,6 +49,9 @@ CPU_SECONDS, CPU_SECONDS_PER_MEGAPIXEL = 2.0, 0.25
 WALL_FACTOR, WALL_SECONDS = 10, 30.0
 """After that many times the processor time and that many seconds, a decoder does not run at all: it is killed."""
 
+_MOST_PASSES = 64
+"""Images that may go before a large one that waits for memory."""
+
 _LONGEST_ANSWER = 2**14
 _OPEN_FILES = 64
 _RESERVE_BYTES = 256 << 20
@@ -83,7 +86,7 @@ class DecoderPool:
         self.started = 0
         self.died = 0
         self.killed = 0
-        self.memory = PictureMemory(memory_bytes)
+        self.memory = PictureMemory(memory_bytes, _MOST_PASSES)
         self._settings: Settings = {"max_pixels": max_pixels, "background": list(background)}
         self._largest = unknown_header(max_pixels).working_bytes + 2 * max_bytes
         self._idle: list[_Decoder] = []
@@ -133,12 +136,12 @@ class DecoderPool:
     async def _ask(
         self, data: bytes, pixel_bytes: int | None, working_bytes: int, seconds: float
     ) -> tuple[tuple[int, int], Image.Image | None]:
-        worker = await self._take()
+        # Memory before a decoder, so that no decoder waits for memory while others could use it.
+        (share,) = await self.memory.take([(b"image %d" % next(self._numbers), working_bytes)])
         try:
-            # Whoever waits here holds up one decoder; those at work end, and never wait for memory.
-            (share,) = await self.memory.take([(b"image %d" % next(self._numbers), working_bytes)])
+            worker = await self._take()
         except BaseException:
-            self._give(worker)
+            share.release()
             raise
         question: Question = {
             "pixel_bytes": pixel_bytes or 0,

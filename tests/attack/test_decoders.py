@@ -299,6 +299,29 @@ def test_each_image_is_charged_also_where_it_gets_a_decoder_at_once() -> None:
     with_pool(work, most=1)
 
 
+def test_large_images_that_wait_for_memory_hold_up_no_decoder() -> None:
+    large, small = saved(Image.new("RGB", (4000, 4000)), "PNG"), saved(noise(1), "PNG")
+    header = read_header(large)
+    assert header is not None
+
+    async def work(pool: DecoderPool) -> None:
+        pool.warm_up()
+        while len(pool._idle) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        stopped = pool._idle[-1].child.pid
+        os.kill(stopped, signal.SIGSTOP)
+        slow = [asyncio.create_task(decoded(pool, large)) for _ in range(3)]
+        while len(pool._idle) == 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(3):
+            await decoded(pool, small)
+        assert not any(task.done() for task in slow)
+        os.kill(stopped, signal.SIGCONT)
+        assert [image.size for image in await asyncio.gather(*slow)] == [(4000, 4000)] * 3
+
+    with_pool(work, memory=header.working_bytes * 3 // 2)
+
+
 def test_a_file_with_more_pixels_than_it_was_charged_for_is_not_decoded() -> None:
     file = saved(noise(1), "PNG")
 
