@@ -281,7 +281,7 @@ class DecoderPool:
     async def _start(self) -> None:
         try:
             worker = await self._started()
-        except (EOFError, OSError) as error:  # TimeoutError among them
+        except Exception as error:  # whatever it was, those who wait are told
             logger.error("an image decoder could not be started: %s", error or type(error).__name__)
             self._starting -= 1
             if not self._alive and not self._starting:

@@ -344,6 +344,22 @@ def test_decoders_that_cannot_start_are_our_fault(monkeypatch: pytest.MonkeyPatc
     with_pool(work)
 
 
+def test_decoders_for_which_there_is_no_thread_are_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio waits for a child's end in a thread where the kernel gives it no descriptor for the process."""
+
+    def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def work(pool: DecoderPool) -> None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", no_thread)
+        with pytest.raises(Unavailable, match="images cannot be decoded now"):
+            await asyncio.wait_for(decoded(pool, saved(noise(1), "PNG")), 20)
+        monkeypatch.undo()
+        assert (await decoded(pool, saved(noise(1), "PNG"))).size == (64, 64)
+
+    with_pool(work)
+
+
 def test_closing_ends_what_is_at_work() -> None:
     async def main() -> None:
         loader = ImageLoader(ImageLimits())
