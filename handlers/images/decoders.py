@@ -94,6 +94,7 @@ class DecoderPool:
         self._starting = 0
         self._waiting: deque[asyncio.Future[_Decoder]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ending: set[asyncio.Task[int]] = set()
         self._numbers = itertools.count()
         self._closed = False
 
@@ -128,10 +129,10 @@ class DecoderPool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_waiting()
-        workers = [*self._alive]
-        self._alive.clear()
+        for worker in [*self._alive]:
+            self._end(worker)
         self._idle.clear()
-        await asyncio.gather(*(worker.child.stop(END_SECONDS) for worker in workers), *self._tasks)
+        await asyncio.gather(*self._ending)
 
     async def _ask(
         self, data: bytes, pixel_bytes: int | None, working_bytes: int, seconds: float
@@ -218,8 +219,7 @@ class DecoderPool:
         """Of a worker that broke off over an image: what that says about the image."""
         self.died += 1
         child = worker.child
-        self._forget(worker)
-        code = await child.stop(END_SECONDS)
+        code = await asyncio.shield(self._end(worker))
         if code == -signal.SIGPROF:
             return PictureProblem(
                 f"it takes too long to decode: more than {seconds:.1f} s of processor time; send it smaller, or "
@@ -260,14 +260,18 @@ class DecoderPool:
         worker.child.kill()
         self._end(worker)
 
-    def _end(self, worker: _Decoder) -> None:
-        self._forget(worker)
-        self._task(worker.child.stop(END_SECONDS), "end-decoder")
-
-    def _forget(self, worker: _Decoder) -> None:
+    def _end(self, worker: _Decoder) -> asyncio.Task[int]:
         """It is no worker any more: if somebody waits for one, another takes its place."""
         self._alive.discard(worker)
         self._start_as_needed()
+        return self._see_out(worker.child)
+
+    def _see_out(self, child: Child) -> asyncio.Task[int]:
+        """Its exit code. Not cancelled by `aclose`: a child whose end nobody awaits might never come to it."""
+        task = asyncio.create_task(child.stop(END_SECONDS), name="end-decoder")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return task
 
     def _start_as_needed(self) -> None:
         waiting = sum(not turn.done() for turn in self._waiting)
@@ -317,7 +321,7 @@ class DecoderPool:
                 await child.receive()
         except BaseException:
             child.kill()
-            self._task(child.stop(END_SECONDS), "end-decoder")
+            self._see_out(child)
             raise
         return child
 

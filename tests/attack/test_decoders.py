@@ -360,6 +360,21 @@ def test_decoders_for_which_there_is_no_thread_are_our_fault(monkeypatch: pytest
     with_pool(work)
 
 
+def test_closing_ends_a_decoder_that_has_failed_and_does_not_end_by_itself() -> None:
+    async def work(pool: DecoderPool) -> None:
+        task, pid = await at_work_and_stopped(pool, saved(noise(1), "PNG"))
+        (worker,) = pool._alive
+        worker.child._socket.shutdown(socket.SHUT_RDWR)
+        while pool._alive:
+            await asyncio.sleep(0)
+        await pool.aclose()
+        assert not psutil.pid_exists(pid)
+        with pytest.raises(Unavailable, match="stopping"):
+            await task
+
+    with_pool(work, most=1)
+
+
 def test_closing_ends_what_is_at_work() -> None:
     async def main() -> None:
         loader = ImageLoader(ImageLimits())
