@@ -110,6 +110,14 @@ class Child:
             pass
         return True
 
+    def is_stopped(self) -> bool:
+        """By a signal (SIGSTOP), so that it does not run. False where /proc does not tell."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2][:1] in (b"T", b"t")
+        except OSError:
+            return False
+
     async def send(self, body: bytes, descriptor: int | None = None) -> None:
         """Raises OSError when the child is gone. Cancelled halfway, it leaves a child of no further use.
 

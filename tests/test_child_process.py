@@ -130,7 +130,10 @@ def test_it_ends_by_itself_when_the_connection_is_closed_and_is_killed_when_it_c
 
     async def stopped(child: Child) -> None:
         await ask(child, "limits")
+        assert not child.is_stopped()
         os.kill(child.pid, signal.SIGSTOP)
+        while not child.is_stopped():  # noqa: ASYNC110
+            await asyncio.sleep(0)
         assert await child.stop(0.1) == -signal.SIGKILL
 
     with_child(ends)

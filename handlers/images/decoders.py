@@ -52,6 +52,9 @@ WALL_FACTOR, WALL_SECONDS = 10, 30.0
 _MOST_PASSES = 64
 """Images that may go before a large one that waits for memory."""
 
+STOPPED_SECONDS = 1.0
+"""After that time with an image, a decoder that is stopped (SIGSTOP) is killed, and the image goes to another."""
+
 _LONGEST_ANSWER = 2**14
 _OPEN_FILES = 64
 _RESERVE_BYTES = 256 << 20
@@ -68,8 +71,8 @@ class DecoderPool:
     """Used on one event loop. Decoders start when they are first needed, or with `warm_up`.
 
     started, died, killed: decoders since the beginning; those that ended over an image (which crashed its codec or
-    took too long); those that were killed because nobody waited for their image any more, or because they did not
-    run. memory: what decoders may take, of all images that are being decoded together.
+    took too long); those that were killed at work: because nobody waited for their image any more, because they did
+    not run, or by the system. memory: what decoders may take, of all images that are being decoded together.
     """
 
     def __init__(
@@ -111,8 +114,9 @@ class DecoderPool:
     async def decode(self, data: bytes, header: Header) -> Image.Image:
         """The pixels, in memory that is freed with the image. Cancelled, it ends the decoder unless that is done soon.
 
-        Raises PictureProblem, also for a file with more pixels than `header` says, and Unavailable where decoders
-        cannot be started or do not run.
+        An image whose decoder does not run or was killed goes to another, once. Raises PictureProblem, also for a
+        file with more pixels than `header` says, and Unavailable where decoders cannot be started, or the second does
+        not run either.
         """
         seconds = CPU_SECONDS + CPU_SECONDS_PER_MEGAPIXEL * header.pixels / 1e6
         working = header.working_bytes + 2 * len(data)
@@ -139,25 +143,33 @@ class DecoderPool:
     ) -> tuple[tuple[int, int], Image.Image | None]:
         # Memory before a decoder, so that no decoder waits for memory while others could use it.
         (share,) = await self.memory.take([(b"image %d" % next(self._numbers), working_bytes)])
-        try:
-            worker = await self._take()
-        except BaseException:
-            share.release()
-            raise
+        job: asyncio.Task[tuple[tuple[int, int], Image.Image | None]] | None = None
         question: Question = {
             "pixel_bytes": pixel_bytes or 0,
             "working_bytes": working_bytes,
             "seconds": seconds,
         }
-        job = self._task(self._work(worker, question, data), "decode-image")
-        job.add_done_callback(lambda _: share.release())
         try:
-            return await asyncio.shield(job)
-        except asyncio.CancelledError:
-            if job.cancelled():
-                raise _stopping() from None
-            asyncio.get_running_loop().call_later(GRACE_SECONDS, job.cancel)
-            raise
+            for retried in (False, True):
+                worker = await self._take()
+                job = self._task(self._work(worker, question, data), "decode-image")
+                try:
+                    return await asyncio.shield(job)
+                except _DecoderLost:
+                    if retried:
+                        raise
+                    self._end_stopped()
+                except asyncio.CancelledError:
+                    if job.cancelled():
+                        raise _stopping() from None
+                    asyncio.get_running_loop().call_later(GRACE_SECONDS, job.cancel)
+                    raise
+            raise AssertionError("a decoder answers, or fails")
+        finally:
+            if job is None or job.done():
+                share.release()
+            else:
+                job.add_done_callback(lambda _: share.release())
 
     async def _work(
         self, worker: _Decoder, question: Question, data: bytes
@@ -196,6 +208,7 @@ class DecoderPool:
     async def _answer(self, worker: _Decoder, question: Question, memory: int | None, data: bytes) -> _Answer:
         """What the worker says. Where that fails, it is replaced."""
         wall = WALL_SECONDS + WALL_FACTOR * question["seconds"]
+        watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, worker)
         try:
             async with asyncio.timeout(wall):
                 await worker.child.send(json.dumps(question).encode(), memory)
@@ -207,19 +220,29 @@ class DecoderPool:
         except TimeoutError as error:
             logger.warning("an image decoder did not answer for %.0f s; it is replaced", wall)
             self._kill(worker)
-            raise Unavailable("an image could not be decoded in time; try again", retry_after=5) from error
+            raise _DecoderLost("an image could not be decoded in time; try again", retry_after=5) from error
         except (EOFError, OSError, msgspec.MsgspecError) as error:
             raise await self._death(worker, question["seconds"]) from error
         except BaseException:
             self._kill(worker)
             raise
+        finally:
+            watch.cancel()
         return answer
 
-    async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem:
+    async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem | _DecoderLost:
         """Of a worker that broke off over an image: what that says about the image."""
-        self.died += 1
         child = worker.child
         code = await asyncio.shield(self._end(worker))
+        if (
+            code == -signal.SIGKILL
+        ):  # no image does that to its decoder: the system does, short of memory, or somebody
+            self.killed += 1
+            logger.warning("an image decoder was killed at work; it is replaced")
+            return _DecoderLost(
+                "an image could not be decoded: its decoder was killed; try again", retry_after=5
+            )
+        self.died += 1
         if code == -signal.SIGPROF:
             return PictureProblem(
                 f"it takes too long to decode: more than {seconds:.1f} s of processor time; send it smaller, or "
@@ -259,6 +282,11 @@ class DecoderPool:
         self.killed += 1
         worker.child.kill()
         self._end(worker)
+
+    def _end_stopped(self) -> None:
+        for worker in [worker for worker in self._idle if worker.child.is_stopped()]:
+            self._idle.remove(worker)
+            self._kill(worker)
 
     def _end(self, worker: _Decoder) -> asyncio.Task[int]:
         """It is no worker any more: if somebody waits for one, another takes its place."""
@@ -353,6 +381,10 @@ class _Decoder:
     reused: ReusedMemory
 
 
+class _DecoderLost(Unavailable):
+    """It did not run, or was killed: that says nothing about the image."""
+
+
 class _Answer(msgspec.Struct):
     """As `decoder_worker` describes it. last: the worker ends now."""
 
@@ -361,6 +393,11 @@ class _Answer(msgspec.Struct):
     decoded: bool = False
     problem: str | None = None
     error: Literal["ImageError", "ImageTooLarge"] = "ImageError"
+
+
+def _kill_stopped(worker: _Decoder) -> None:
+    if worker.child.is_stopped():
+        worker.child.kill()
 
 
 def _stopping() -> Unavailable:
