@@ -338,7 +338,7 @@ class DecoderPool:
     async def _ready_child(self, descriptor: int) -> Child:
         child = await Child.start(
             "handlers.images.decoder_worker",
-            env=child_environment("plain") | {"OPENBLAS_NUM_THREADS": "1"},
+            env=child_environment("plain"),
             logger=decoder_log,
             level=logging.DEBUG,
             limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),

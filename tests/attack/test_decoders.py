@@ -213,6 +213,20 @@ def test_an_image_of_a_stopped_decoder_goes_to_another_that_runs() -> None:
     with_pool(work)
 
 
+def test_grey_images_of_16_bits_use_up_no_decoder() -> None:
+    samples = random.Random(5).randbytes(1500 * 1500 * 2)
+    image = Image.frombytes("I;16", (1500, 1500), samples)
+    file = saved(image, "PNG", compress_level=1)
+
+    async def work(pool: DecoderPool) -> None:
+        for _ in range(3):
+            grey = (await decoded(pool, file)).getchannel("R")
+            assert grey.tobytes() == samples[1::2]  # the high bytes
+        assert pool.started == 1
+
+    with_pool(work, most=1)
+
+
 def test_an_idle_decoder_that_was_killed_costs_no_image() -> None:
     async def work(pool: DecoderPool) -> None:
         await decoded(pool, saved(noise(0), "PNG"))
