@@ -25,6 +25,9 @@ _LONGEST_LINE = 2**10
 _LAST_WORDS = 400
 
 
+_own_log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Of one child; it may lower them for itself. Enforced on Linux. A child never leaves a core dump.
@@ -80,7 +83,16 @@ class Child:
             ours.close()
             raise
         child = cls(process, ours, logger, level)
-        _limit(process.pid, limits or Limits())
+        try:
+            _limit(process.pid, limits or Limits())
+        except (
+            PermissionError
+        ) as error:  # a sandbox may refuse it, and a child without limits still does its work
+            _own_log.warning("the limits of a child process could not be set: %s", error.strerror)
+        except BaseException:
+            child.kill()
+            await child.wait()
+            raise
         return child
 
     @property

@@ -72,6 +72,7 @@ def main() -> None:
     gc.freeze()
     start = data_bytes()
     now, grown = start, 0
+    limits = _data_limits()
     parent.send(b"")
     while (message := parent.receive()) is not None:
         question: Question = json.loads(message[0])
@@ -81,7 +82,7 @@ def main() -> None:
         data = bytes(file[0])
         del file
         memory = reused if message[1] is None else OwnMemory(message[1], question["pixel_bytes"])
-        with _limited(question, now):
+        with _limited(question, limits, now):
             answer = _answer(data, memory, question["pixel_bytes"], settings)
         del data, memory
         grown += question["working_bytes"]
@@ -94,19 +95,30 @@ def main() -> None:
             return
 
 
-@contextmanager
-def _limited(question: Question, now: int | None) -> Iterator[None]:
-    """now: what counts against RLIMIT_DATA before the image, or a little less."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = soft if now is None else now + question["working_bytes"] + SLACK_BYTES
+def _data_limits() -> tuple[int, int] | None:
+    """None where the system or a sandbox does not let them be set."""
     try:
-        if hard == resource.RLIM_INFINITY or most <= hard:
-            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        limits = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    except (OSError, ValueError):
+        return None
+    return limits
+
+
+@contextmanager
+def _limited(question: Question, limits: tuple[int, int] | None, now: int | None) -> Iterator[None]:
+    """limits: of data, outside of images. now: what counts against them before the image, or a little less."""
+    try:
+        if limits is not None and now is not None:
+            most, hard = now + question["working_bytes"] + SLACK_BYTES, limits[1]
+            if hard == resource.RLIM_INFINITY or most <= hard:
+                resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
         signal.setitimer(signal.ITIMER_PROF, question["seconds"])
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        if limits is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 def _answer(

@@ -6,6 +6,7 @@ The kernel frees it when the last of them lets go or dies; nothing appears in /d
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -29,11 +30,18 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 def new_memory(size: int) -> int:
     """A descriptor of that many bytes. Where memory without a name can be sealed, its size is final: whoever gets the
     descriptor can neither grow it nor take away what another has mapped. Raises OSError."""
-    if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryFile() as file:
-            file.truncate(size)
-            return os.dup(file.fileno())
-    descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (
+        AttributeError,
+        PermissionError,
+        NotImplementedError,
+    ):  # not on this system, or not in this sandbox
+        return _new_file(size)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return _new_file(size)
     try:
         os.ftruncate(descriptor, size)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -42,6 +50,12 @@ def new_memory(size: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _new_file(size: int) -> int:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return os.dup(file.fileno())
 
 
 class ReusedMemory:

@@ -431,6 +431,49 @@ def test_closing_ends_a_decoder_that_has_failed_and_does_not_end_by_itself() -> 
     with_pool(work, most=1)
 
 
+SANDBOX = """
+import ctypes, struct
+def refuse(*numbers):  # these system calls, with EPERM: a BPF program, each instruction of 8 bytes
+    load_number, if_equal, give_back = 0x20, 0x15, 0x06
+    code = struct.pack("HBBI", load_number, 0, 0, 0)
+    for number in numbers:
+        code += struct.pack("HBBI", if_equal, 0, 1, number) + struct.pack("HBBI", give_back, 0, 0, 0x50001)
+    code += struct.pack("HBBI", give_back, 0, 0, 0x7FFF0000)
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # no new privileges
+    return libc.prctl(22, 2, ctypes.byref(Program(len(code) // 8, code)), 0, 0)
+"""
+
+
+@pytest.mark.skipif(
+    os.uname().machine != "x86_64" or sys.platform != "linux", reason="numbers of system calls"
+)
+def test_in_a_sandbox_without_limits_and_without_unnamed_memory_images_are_decoded() -> None:
+    script = f"""{SANDBOX}
+import asyncio, os, sys
+from tests.attack.test_decoders import decoded, noise, saved, with_pool
+if refuse(302, 319):  # prlimit64, memfd_create
+    sys.exit(77)
+try:
+    os.memfd_create("refused")
+    sys.exit(78)
+except PermissionError:
+    pass
+async def work(pool):
+    for side in (64, 700):
+        image = await decoded(pool, saved(noise(1, side), "PNG"))
+        assert image.tobytes() == noise(1, side).tobytes()
+with_pool(work)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150)
+    if ran.returncode == 77:
+        pytest.skip("this kernel or sandbox takes no filter of system calls")
+    assert ran.returncode == 0, ran.stderr
+    assert "could not be set: Operation not permitted" in ran.stderr
+
+
 def test_closing_ends_what_is_at_work() -> None:
     async def main() -> None:
         loader = ImageLoader(ImageLimits())
