@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -18,11 +17,11 @@ from PIL import Image
 from engine.cores import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
 from handlers.images.decode import Color
-from handlers.images.decoder_worker import SLACK_BYTES, Question, Settings
+from handlers.images.decoder_worker import QUESTION, SLACK_BYTES, Question, Settings
 from handlers.images.header import Header, unknown_header
-from handlers.images.memory import PictureMemory
+from handlers.images.memory import PictureMemory, Share
 from handlers.images.problem import PictureProblem
-from handlers.images.shared_pixels import REUSED_BYTES, ReusedMemory, new_memory, read_pixels
+from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
 from processes.child import Child, Limits
 from processes.environment import child_environment
 
@@ -138,48 +137,36 @@ class DecoderPool:
         except BaseException:
             self._give(worker)
             raise
-        question: Question = {
-            "pixel_bytes": pixel_bytes or 0,
-            "working_bytes": working_bytes,
-            "seconds": seconds,
-        }
-        job = self._task(self._work(worker, question, data), "decode-image")
-        job.add_done_callback(lambda _: share.release())
+        question = Question(pixel_bytes or 0, working_bytes, seconds)
         try:
-            return await asyncio.shield(job)
-        except asyncio.CancelledError:
-            if job.cancelled():
-                raise _stopping() from None
-            asyncio.get_running_loop().call_later(GRACE_SECONDS, job.cancel)
-            raise
+            return await self._work(worker, share, question, data)
+        finally:
+            share.release()
 
     async def _work(
-        self, worker: _Decoder, question: Question, data: bytes
+        self, worker: _Decoder, share: Share, question: Question, data: bytes
     ) -> tuple[tuple[int, int], Image.Image | None]:
         """Holds the worker and the memory for the pixels, and sees to both, however it ends."""
         memory: int | None = None
         try:
             try:
-                if question["pixel_bytes"] > REUSED_BYTES:
-                    memory = new_memory(question["pixel_bytes"])
+                if question.pixel_bytes > REUSED_BYTES:
+                    memory = new_memory(question.pixel_bytes)
             except OSError as error:
                 self._give(worker)
                 raise _short_of_memory(error) from error
-            answer = await self._answer(worker, question, memory, data)
+            answer = await self._answer(worker, share, question, memory, data)
             image: Image.Image | None = None
             try:
                 if answer.decoded and memory is None:
-                    image = worker.reused.read(answer.size)
+                    image = worker.reused.copy(answer.size)
                 elif answer.decoded and memory is not None:
                     taken, memory = memory, None
                     image = read_pixels(taken, answer.size)
             except OSError as error:
                 raise _short_of_memory(error) from error
             finally:
-                if answer.last:
-                    self._end(worker)
-                else:
-                    self._give(worker)
+                self._answered(worker, answer)
             if answer.problem is not None:
                 raise PictureProblem(answer.problem, _ERRORS[answer.error])
             return answer.size, image
@@ -187,27 +174,44 @@ class DecoderPool:
             if memory is not None:
                 os.close(memory)
 
-    async def _answer(self, worker: _Decoder, question: Question, memory: int | None, data: bytes) -> _Answer:
-        """What the worker says. Where that fails, it is replaced."""
-        wall = WALL_SECONDS + WALL_FACTOR * question["seconds"]
+    async def _answer(
+        self, worker: _Decoder, share: Share, question: Question, memory: int | None, data: bytes
+    ) -> _Answer:
+        """What the worker says. Where that fails, it is replaced. Cancelled, the share is kept as long as needed."""
+        wall = WALL_SECONDS + WALL_FACTOR * question.seconds
         try:
             async with asyncio.timeout(wall):
-                await worker.child.send(json.dumps(question).encode(), memory)
-                await worker.child.send(data)
-                answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
-            width, height = answer.size
-            if answer.decoded and not 0 < width * height * 4 <= question["pixel_bytes"]:
-                raise EOFError("the decoder claims pixels that cannot be there")
+                worker.child.send(QUESTION.pack(*question), data, descriptor=memory)
+                return await _received(worker, question)
         except TimeoutError as error:
             logger.warning("an image decoder did not answer for %.0f s; it is replaced", wall)
             self._kill(worker)
             raise Unavailable("an image could not be decoded in time; try again", retry_after=5) from error
         except (EOFError, OSError, msgspec.MsgspecError) as error:
-            raise await self._death(worker, question["seconds"]) from error
+            if self._closed:
+                raise _stopping() from error
+            raise await self._death(worker, question.seconds) from error
+        except asyncio.CancelledError:
+            kept = share.handed_over()
+            task = self._task(self._see_out(worker, question), "see-out-image")
+            task.add_done_callback(lambda _: kept.release())
+            raise
         except BaseException:
             self._kill(worker)
             raise
-        return answer
+
+    async def _see_out(self, worker: _Decoder, question: Question) -> None:
+        """When nobody waits for the image any more: its worker goes on to others if it is done soon."""
+        try:
+            async with asyncio.timeout(GRACE_SECONDS):
+                answer = await _received(worker, question)
+        except (EOFError, msgspec.MsgspecError):
+            await self._death(worker, question.seconds)
+        except BaseException:
+            self._kill(worker)
+            raise
+        else:
+            self._answered(worker, answer)
 
     async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem:
         """Of a worker that broke off over an image: what that says about the image."""
@@ -249,6 +253,12 @@ class DecoderPool:
                 turn.set_result(worker)
                 return
         self._idle.append(worker)
+
+    def _answered(self, worker: _Decoder, answer: _Answer) -> None:
+        if answer.last:
+            self._end(worker)
+        else:
+            self._give(worker)
 
     def _kill(self, worker: _Decoder) -> None:
         self.killed += 1
@@ -292,7 +302,7 @@ class DecoderPool:
 
     async def _started(self) -> _Decoder:
         descriptor = new_memory(REUSED_BYTES)
-        reused = ReusedMemory(os.dup(descriptor))
+        reused = PixelMemory(os.dup(descriptor), REUSED_BYTES)
         try:
             return _Decoder(await self._ready_child(descriptor), reused)
         finally:
@@ -308,7 +318,7 @@ class DecoderPool:
         )
         try:
             async with asyncio.timeout(START_SECONDS):
-                await child.send(json.dumps(self._settings).encode(), descriptor)
+                child.send(msgspec.json.encode(self._settings), descriptor=descriptor)
                 await child.receive()
         except BaseException:
             child.kill()
@@ -341,7 +351,7 @@ class _Decoder:
     """A process that is ready, and the memory for its small images."""
 
     child: Child
-    reused: ReusedMemory
+    reused: PixelMemory
 
 
 class _Answer(msgspec.Struct):
@@ -352,6 +362,14 @@ class _Answer(msgspec.Struct):
     decoded: bool = False
     problem: str | None = None
     error: Literal["ImageError", "ImageTooLarge"] = "ImageError"
+
+
+async def _received(worker: _Decoder, question: Question) -> _Answer:
+    answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
+    width, height = answer.size
+    if answer.decoded and not 0 < width * height * 4 <= question.pixel_bytes:
+        raise EOFError("the decoder claims pixels that cannot be there")
+    return answer
 
 
 def _stopping() -> Unavailable:
