@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import os
 import signal
@@ -19,11 +18,11 @@ from PIL import Image
 from engine.cores import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
 from handlers.images.decode import Color
-from handlers.images.decoder_worker import SLACK_BYTES, Question, Settings
+from handlers.images.decoder_worker import QUESTION, SLACK_BYTES, Question, Settings
 from handlers.images.header import Header, unknown_header
-from handlers.images.memory import PictureMemory
+from handlers.images.memory import PictureMemory, Share
 from handlers.images.problem import PictureProblem
-from handlers.images.shared_pixels import REUSED_BYTES, ReusedMemory, new_memory, read_pixels
+from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
 from processes.child import Child, Limits
 from processes.environment import child_environment
 
@@ -143,61 +142,40 @@ class DecoderPool:
     ) -> tuple[tuple[int, int], Image.Image | None]:
         # Memory before a decoder, so that no decoder waits for memory while others could use it.
         (share,) = await self.memory.take([(b"image %d" % next(self._numbers), working_bytes)])
-        job: asyncio.Task[tuple[tuple[int, int], Image.Image | None]] | None = None
-        question: Question = {
-            "pixel_bytes": pixel_bytes or 0,
-            "working_bytes": working_bytes,
-            "seconds": seconds,
-        }
+        question = Question(pixel_bytes or 0, working_bytes, seconds)
         try:
-            for retried in (False, True):
-                worker = await self._take()
-                job = self._task(self._work(worker, question, data), "decode-image")
-                try:
-                    return await asyncio.shield(job)
-                except _DecoderLost:
-                    if retried:
-                        raise
-                    self._end_stopped()
-                except asyncio.CancelledError:
-                    if job.cancelled():
-                        raise _stopping() from None
-                    asyncio.get_running_loop().call_later(GRACE_SECONDS, job.cancel)
-                    raise
-            raise AssertionError("a decoder answers, or fails")
+            try:
+                return await self._work(await self._take(), share, question, data)
+            except _DecoderLost:
+                self._end_stopped()
+                return await self._work(await self._take(), share, question, data)
         finally:
-            if job is None or job.done():
-                share.release()
-            else:
-                job.add_done_callback(lambda _: share.release())
+            share.release()
 
     async def _work(
-        self, worker: _Decoder, question: Question, data: bytes
+        self, worker: _Decoder, share: Share, question: Question, data: bytes
     ) -> tuple[tuple[int, int], Image.Image | None]:
         """Holds the worker and the memory for the pixels, and sees to both, however it ends."""
         memory: int | None = None
         try:
             try:
-                if question["pixel_bytes"] > REUSED_BYTES:
-                    memory = new_memory(question["pixel_bytes"])
+                if question.pixel_bytes > REUSED_BYTES:
+                    memory = new_memory(question.pixel_bytes)
             except OSError as error:
                 self._give(worker)
                 raise _short_of_memory(error) from error
-            answer = await self._answer(worker, question, memory, data)
+            answer = await self._answer(worker, share, question, memory, data)
             image: Image.Image | None = None
             try:
                 if answer.decoded and memory is None:
-                    image = worker.reused.read(answer.size)
+                    image = worker.reused.copy(answer.size)
                 elif answer.decoded and memory is not None:
                     taken, memory = memory, None
                     image = read_pixels(taken, answer.size)
             except OSError as error:
                 raise _short_of_memory(error) from error
             finally:
-                if answer.last:
-                    self._end(worker)
-                else:
-                    self._give(worker)
+                self._answered(worker, answer)
             if answer.problem is not None:
                 raise PictureProblem(answer.problem, _ERRORS[answer.error])
             return answer.size, image
@@ -205,38 +183,53 @@ class DecoderPool:
             if memory is not None:
                 os.close(memory)
 
-    async def _answer(self, worker: _Decoder, question: Question, memory: int | None, data: bytes) -> _Answer:
-        """What the worker says. Where that fails, it is replaced."""
-        wall = WALL_SECONDS + WALL_FACTOR * question["seconds"]
+    async def _answer(
+        self, worker: _Decoder, share: Share, question: Question, memory: int | None, data: bytes
+    ) -> _Answer:
+        """What the worker says. Where that fails, it is replaced. Cancelled, the share is kept as long as needed."""
+        wall = WALL_SECONDS + WALL_FACTOR * question.seconds
         watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, worker)
         try:
             async with asyncio.timeout(wall):
-                await worker.child.send(json.dumps(question).encode(), memory)
-                await worker.child.send(data)
-                answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
-            width, height = answer.size
-            if answer.decoded and not 0 < width * height * 4 <= question["pixel_bytes"]:
-                raise EOFError("the decoder claims pixels that cannot be there")
+                worker.child.send(QUESTION.pack(*question), data, descriptor=memory)
+                return await _received(worker, question)
         except TimeoutError as error:
             logger.warning("an image decoder did not answer for %.0f s; it is replaced", wall)
             self._kill(worker)
             raise _DecoderLost("an image could not be decoded in time; try again", retry_after=5) from error
         except (EOFError, OSError, msgspec.MsgspecError) as error:
-            raise await self._death(worker, question["seconds"]) from error
+            if self._closed:
+                raise _stopping() from error
+            raise await self._death(worker, question.seconds) from error
+        except asyncio.CancelledError:
+            kept = share.handed_over()
+            task = self._task(self._see_out(worker, question), "see-out-image")
+            task.add_done_callback(lambda _: kept.release())
+            raise
         except BaseException:
             self._kill(worker)
             raise
         finally:
             watch.cancel()
-        return answer
+
+    async def _see_out(self, worker: _Decoder, question: Question) -> None:
+        """When nobody waits for the image any more: its worker goes on to others if it is done soon."""
+        try:
+            async with asyncio.timeout(GRACE_SECONDS):
+                answer = await _received(worker, question)
+        except (EOFError, msgspec.MsgspecError):
+            await self._death(worker, question.seconds)
+        except BaseException:
+            self._kill(worker)
+            raise
+        else:
+            self._answered(worker, answer)
 
     async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem | _DecoderLost:
         """Of a worker that broke off over an image: what that says about the image."""
         child = worker.child
         code = await asyncio.shield(self._end(worker))
-        if (
-            code == -signal.SIGKILL
-        ):  # no image does that to its decoder: the system does, short of memory, or somebody
+        if code == -signal.SIGKILL:  # which no image does: the system does, short of memory, or somebody
             self.killed += 1
             logger.warning("an image decoder was killed at work; it is replaced")
             return _DecoderLost(
@@ -278,6 +271,12 @@ class DecoderPool:
                 return
         self._idle.append(worker)
 
+    def _answered(self, worker: _Decoder, answer: _Answer) -> None:
+        if answer.last:
+            self._end(worker)
+        else:
+            self._give(worker)
+
     def _kill(self, worker: _Decoder) -> None:
         self.killed += 1
         worker.child.kill()
@@ -292,9 +291,9 @@ class DecoderPool:
         """It is no worker any more: if somebody waits for one, another takes its place."""
         self._alive.discard(worker)
         self._start_as_needed()
-        return self._see_out(worker.child)
+        return self._stop(worker.child)
 
-    def _see_out(self, child: Child) -> asyncio.Task[int]:
+    def _stop(self, child: Child) -> asyncio.Task[int]:
         """Its exit code. Not cancelled by `aclose`: a child whose end nobody awaits might never come to it."""
         task = asyncio.create_task(child.stop(END_SECONDS), name="end-decoder")
         self._ending.add(task)
@@ -329,7 +328,7 @@ class DecoderPool:
 
     async def _started(self) -> _Decoder:
         descriptor = new_memory(REUSED_BYTES)
-        reused = ReusedMemory(os.dup(descriptor))
+        reused = PixelMemory(os.dup(descriptor), REUSED_BYTES)
         try:
             return _Decoder(await self._ready_child(descriptor), reused)
         finally:
@@ -345,11 +344,11 @@ class DecoderPool:
         )
         try:
             async with asyncio.timeout(START_SECONDS):
-                await child.send(json.dumps(self._settings).encode(), descriptor)
+                child.send(msgspec.json.encode(self._settings), descriptor=descriptor)
                 await child.receive()
         except BaseException:
             child.kill()
-            self._see_out(child)
+            self._stop(child)
             raise
         return child
 
@@ -378,7 +377,7 @@ class _Decoder:
     """A process that is ready, and the memory for its small images."""
 
     child: Child
-    reused: ReusedMemory
+    reused: PixelMemory
 
 
 class _DecoderLost(Unavailable):
@@ -398,6 +397,14 @@ class _Answer(msgspec.Struct):
 def _kill_stopped(worker: _Decoder) -> None:
     if worker.child.is_stopped():
         worker.child.kill()
+
+
+async def _received(worker: _Decoder, question: Question) -> _Answer:
+    answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
+    width, height = answer.size
+    if answer.decoded and not 0 < width * height * 4 <= question.pixel_bytes:
+        raise EOFError("the decoder claims pixels that cannot be there")
+    return answer
 
 
 def _stopping() -> Unavailable:

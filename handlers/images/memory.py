@@ -93,6 +93,12 @@ class Share:
         self._memory: PictureMemory | None = memory
         self._digest = digest
 
+    def handed_over(self) -> Share:
+        """The same hold, which somebody else returns: releasing this one does nothing any more."""
+        assert self._memory is not None
+        memory, self._memory = self._memory, None
+        return Share(memory, self._digest)
+
     def release(self) -> None:
         memory, self._memory = self._memory, None
         if memory is not None:

@@ -28,6 +28,7 @@ from handlers.images.decoders import DecoderPool
 from handlers.images.header import Header, read_header
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.images.problem import PictureProblem
+from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.live import LiveServer, chat_body, data_url
 
@@ -115,7 +116,9 @@ async def at_work_and_stopped(pool: DecoderPool, file: bytes) -> tuple[asyncio.T
 
 def test_many_images_at_once_all_come_out_right() -> None:
     files = {number: saved(noise(number), "PNG") for number in range(200)}
-    files[200] = saved(noise(200, side=700), "PNG")  # in memory of its own
+    files |= {
+        side: saved(noise(side, side), "PNG") for side in (600, 800, 1500)
+    }  # the last in memory of its own
 
     async def work(pool: DecoderPool) -> None:
         images = await asyncio.gather(*(decoded(pool, file) for file in files.values()))
@@ -133,17 +136,43 @@ def test_large_images_are_not_copied_and_their_memory_goes_with_them() -> None:
     async def work(pool: DecoderPool) -> None:
         await decoded(pool, saved(noise(0), "PNG"))
         before, descriptors = mappings(), psutil.Process().num_fds()
-        images = [await decoded(pool, saved(noise(side, side), "PNG")) for side in (600, 700)]
+        images = [await decoded(pool, saved(noise(side, side), "PNG")) for side in (1500, 1600)]
         assert mappings() == before + 2
         assert psutil.Process().num_fds() == descriptors
         changed = images[0]._new(images[0].im)
         images[0].putpixel((0, 0), (1, 2, 3))  # Pillow copies it first
-        assert changed.getpixel((0, 0)) == noise(600, 600).getpixel((0, 0))
+        assert changed.getpixel((0, 0)) == noise(1500, 1500).getpixel((0, 0))
         del changed
         images.clear()
         for _ in range(3):
             await asyncio.sleep(0)  # the event loop lets go of its last result
         assert mappings() == before
+
+    with_pool(work, most=1)
+
+
+def test_memory_that_is_used_again_shows_nothing_of_the_image_before() -> None:
+    memory = PixelMemory(new_memory(REUSED_BYTES), REUSED_BYTES)
+    for side in (64, 800, 1024):
+        assert memory.canvas((side, side)).tobytes() == bytes(side * side * 3)
+        memory.write(noise(side, 1024))
+        assert memory.copy((1024, 1024)).tobytes() == noise(side, 1024).tobytes()
+
+
+def test_an_image_that_nobody_waits_for_leaves_a_decoder_that_is_soon_done_with_it() -> None:
+    large = saved(noise(1, 1300), "PNG")  # 5 MB, more than the socket takes
+
+    async def work(pool: DecoderPool) -> None:
+        task, pid = await at_work_and_stopped(pool, large)
+        waiting = asyncio.create_task(decoded(pool, saved(noise(2), "PNG")))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert pool.memory.used > 0
+        os.kill(pid, signal.SIGCONT)
+        assert (await waiting).tobytes() == noise(2).tobytes()
+        assert (pool.started, pool.died, pool.killed) == (1, 0, 0)
+        assert pool.memory.used == 0
 
     with_pool(work, most=1)
 
