@@ -328,8 +328,8 @@ class DecoderPool:
 
     async def _started(self) -> _Decoder:
         descriptor = new_memory(REUSED_BYTES)
-        reused = PixelMemory(os.dup(descriptor), REUSED_BYTES)
         try:
+            reused = PixelMemory(os.dup(descriptor), REUSED_BYTES)
             return _Decoder(await self._ready_child(descriptor), reused)
         finally:
             os.close(descriptor)

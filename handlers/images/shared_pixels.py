@@ -68,8 +68,10 @@ class PixelMemory:
     """One end's mapping of such memory, for one image after the other; it takes the descriptor."""
 
     def __init__(self, descriptor: int, length: int) -> None:
-        self._memory = mmap.mmap(descriptor, length)
-        os.close(descriptor)
+        try:
+            self._memory = mmap.mmap(descriptor, length)
+        finally:
+            os.close(descriptor)
         self._canvas: Image.Image | None = None
 
     def canvas(self, size: tuple[int, int]) -> Image.Image:

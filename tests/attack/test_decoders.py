@@ -503,6 +503,23 @@ with_pool(work)
     assert "could not be set: Operation not permitted" in ran.stderr
 
 
+def test_a_decoder_that_gets_no_memory_for_pixels_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work(pool: DecoderPool) -> None:
+        await asyncio.sleep(0)
+        before = psutil.Process().num_fds()
+        for _ in range(3):
+            monkeypatch.setattr(decoders, "REUSED_BYTES", 0)  # which cannot be mapped
+            with pytest.raises(Unavailable, match="images cannot be decoded now"):
+                await pool.measure(saved(noise(1), "PNG"))
+        assert psutil.Process().num_fds() == before
+        monkeypatch.undo()
+        assert (await decoded(pool, saved(noise(1), "PNG"))).size == (64, 64)
+
+    with_pool(work)
+
+
 def test_closing_ends_what_is_at_work() -> None:
     async def main() -> None:
         loader = ImageLoader(ImageLimits())
