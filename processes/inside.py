@@ -18,14 +18,20 @@ FRAME = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
 
 
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies, even in the middle of work; elsewhere the closed
+    socket or pipe does it after that work."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Parent:
     """The connection to whoever started this process; blocking, for one thread."""
 
     def __init__(self) -> None:
         """The socket's descriptor is the process's last argument. From here on Linux ends the process when its parent
         dies, even in the middle of work; elsewhere the closed connection does, after that work."""
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to answer
         self._socket = socket.socket(fileno=int(sys.argv[-1]))
 

@@ -20,11 +20,11 @@ import msgspec
 import numpy as np
 
 from engine.config import Vocabulary
-from engine.environment import die_with_parent
 from engine.guidance import GrammarError, Guidance
 from engine.messages import FRAME
 from handlers.grammars.messages import Job, Outcome
 from handlers.grammars.source import grammar_of
+from processes.inside import die_with_parent
 
 MEMORY_BYTES = 192 << 20
 """What compiling may take beyond what the process has when it is ready."""
