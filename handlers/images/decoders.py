@@ -202,7 +202,9 @@ class DecoderPool:
                 raise _stopping() from error
             raise await self._death(worker, question.seconds) from error
         except asyncio.CancelledError:
-            kept = share.handed_over()
+            kept = share.handed_over(
+                question.pixel_bytes
+            )  # for which whoever waited gives up their own share
             task = self._task(self._see_out(worker, question), "see-out-image")
             task.add_done_callback(lambda _: kept.release())
             raise

@@ -93,10 +93,15 @@ class Share:
         self._memory: PictureMemory | None = memory
         self._digest = digest
 
-    def handed_over(self) -> Share:
-        """The same hold, which somebody else returns: releasing this one does nothing any more."""
+    def handed_over(self, more: int = 0) -> Share:
+        """The same hold, which somebody else returns: releasing this one does nothing any more.
+
+        more: bytes that it takes from now on beside, whether there is room for them or not.
+        """
         assert self._memory is not None
         memory, self._memory = self._memory, None
+        memory._held[self._digest].size += more
+        memory.used += more
         return Share(memory, self._digest)
 
     def release(self) -> None:
