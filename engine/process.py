@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine.config import EngineConfig
-from engine.environment import die_with_parent
 from engine.errors import EngineError
 from engine.framing import read_frame, write_frame
 from engine.machine import device_name
@@ -41,6 +40,7 @@ from engine.messages import (
     StepDone,
     ToEngine,
 )
+from processes.inside import die_with_parent
 
 if TYPE_CHECKING:
     from engine.building import Built

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import resource
 import socket
+import struct
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,12 +18,20 @@ from dataclasses import dataclass
 
 from processes.inside import FRAME
 
+_INT = struct.Struct("i")
+
 _LOG_BURST = 16 * 2**10
 _LOG_BYTES_PER_SECOND = 2 * 2**10
 """What one child may add to the log at once, and for each second."""
 
+_SEND_BYTES = 2**20
+"""Of a message, what Linux is asked to take at once, so that sending most need not wait for the child to read."""
+
 _LONGEST_LINE = 2**10
 _LAST_WORDS = 400
+
+
+_own_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,12 @@ class Child:
         """Use `start`."""
         self._process = process
         self._socket = sock
+        self._watched = False
+        self._unsent: list[memoryview] = []
+        self._rights: list[tuple[int, int, bytes]] = []
+        self._message = bytearray()
+        self._most = 0
+        self._waiter: asyncio.Future[bytearray] | None = None
         assert process.stdout is not None
         self._log = _Log(logger, level)
         self._relay = asyncio.create_task(self._log.relay(process.stdout), name="child-log")
@@ -66,6 +81,7 @@ class Child:
         ours, theirs = socket.socketpair()
         try:
             ours.setblocking(False)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
             with theirs:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable, "-P", "-m", module, str(theirs.fileno()),
@@ -80,7 +96,16 @@ class Child:
             ours.close()
             raise
         child = cls(process, ours, logger, level)
-        _limit(process.pid, limits or Limits())
+        try:
+            _limit(process.pid, limits or Limits())
+        except (
+            PermissionError
+        ) as error:  # a sandbox may refuse it, and a child without limits still does its work
+            _own_log.warning("the limits of a child process could not be set: %s", error.strerror)
+        except BaseException:
+            child.kill()
+            await child.wait()
+            raise
         return child
 
     @property
@@ -110,33 +135,43 @@ class Child:
             pass
         return True
 
-    async def send(self, body: bytes, descriptor: int | None = None) -> None:
-        """Raises OSError when the child is gone. Cancelled halfway, it leaves a child of no further use.
+    def is_stopped(self) -> bool:
+        """By a signal (SIGSTOP), so that it does not run. False where /proc does not tell."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2][:1] in (b"T", b"t")
+        except OSError:
+            return False
 
-        descriptor: one that the child gets a copy of.
+    def send(self, *parts: bytes, descriptor: int | None = None) -> None:
+        """One message, of these parts; the event loop sends what the socket has no room for yet. Raises OSError when
+        the child is gone.
+
+        descriptor: one that the child gets a copy of; the caller may close it at once.
         """
-        loop = asyncio.get_running_loop()
-        head = FRAME.pack(len(body))
+        self._unsent = [memoryview(part) for part in (FRAME.pack(sum(map(len, parts))), *parts) if part]
         if descriptor is not None:
-            while True:
-                try:
-                    sent = socket.send_fds(self._socket, [head], [descriptor])
-                    break
-                except BlockingIOError:
-                    await self._writable()
-            head = head[sent:]
-        if len(body) < 2**16:
-            await loop.sock_sendall(self._socket, head + body)
-        else:
-            await loop.sock_sendall(self._socket, head)
-            await loop.sock_sendall(self._socket, body)
+            self._rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(descriptor))]
+        self._write()
+        if self._rights:
+            raise OSError("the child takes no descriptor")
+        if self._unsent:
+            asyncio.get_running_loop().add_writer(self._socket, self._write_on)
 
     async def receive(self, most: int = 2**24) -> bytearray:
-        """The next message. Raises EOFError when the child is gone or claims more than `most` bytes."""
-        (size,) = FRAME.unpack(await self._read(FRAME.size))
-        if size > most:
-            raise EOFError(f"the child announced a message of {size} bytes; allowed: {most}")
-        return await self._read(size)
+        """The next message. Raises EOFError when the child is gone, claims more than `most` bytes, or says more than
+        one message. Cancelled, it may be called again, and loses nothing."""
+        self._most = most
+        if self._waiter is None or self._waiter.cancelled():
+            self._waiter = asyncio.get_running_loop().create_future()
+        self._watch(True)
+        try:
+            message = await self._waiter
+        except EOFError:
+            self._waiter = None
+            raise
+        self._waiter = None
+        return message
 
     def kill(self) -> None:
         if self._process.returncode is None:
@@ -147,6 +182,10 @@ class Child:
         """See it out: its exit code. Its log is complete then."""
         code = await self._process.wait()
         await asyncio.wait({self._relay})
+        self._watch(False)
+        if self._unsent:
+            asyncio.get_running_loop().remove_writer(self._socket)
+            self._unsent = []
         self._socket.close()
         return code
 
@@ -161,31 +200,63 @@ class Child:
             self.kill()
             return await self.wait()
 
-    async def _read(self, size: int) -> bytearray:
-        loop = asyncio.get_running_loop()
-        data = bytearray(size)
-        view, got = memoryview(data), 0
-        while got < size:
+    def _watch(self, on: bool) -> None:
+        """The event loop calls `_readable` when something has come. Left on after a message: the next one is awaited
+        soon, and until then nothing comes."""
+        if on and not self._watched:
+            asyncio.get_running_loop().add_reader(self._socket, self._readable)
+        elif self._watched and not on:
+            asyncio.get_running_loop().remove_reader(self._socket)
+        self._watched = on
+
+    def _readable(self) -> None:
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            self._watch(False)  # it stays in the socket, for `receive` or `has_ended`
+            return
+        try:
+            data = self._socket.recv(2**16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        message = self._message
+        message += data
+        size = FRAME.unpack_from(message)[0] if len(message) >= FRAME.size else 0
+        if not data:
+            waiter.set_exception(EOFError("the child is gone"))
+        elif size > self._most:
+            waiter.set_exception(
+                EOFError(f"the child announced a message of {size} bytes; allowed: {self._most}")
+            )
+        elif len(message) > FRAME.size + size:
+            waiter.set_exception(EOFError("the child said more than one message"))
+        elif len(message) == FRAME.size + size and self._unsent:
+            waiter.set_exception(EOFError("the child answered before it had the whole message"))
+        elif len(message) == FRAME.size + size:
+            self._message = bytearray()
+            waiter.set_result(message[FRAME.size :])
+
+    def _write(self) -> None:
+        """As much as the socket takes."""
+        while self._unsent:
             try:
-                count = await loop.sock_recv_into(self._socket, view[got:])
-            except ConnectionError as error:
-                raise EOFError("the child is gone") from error
-            if count == 0:
-                raise EOFError("the child is gone")
-            got += count
-        return data
+                sent = self._socket.sendmsg(self._unsent, self._rights)
+            except BlockingIOError:
+                return
+            self._rights = []
+            while self._unsent and sent >= len(self._unsent[0]):
+                sent -= len(self._unsent.pop(0))
+            if self._unsent:
+                self._unsent[0] = self._unsent[0][sent:]
 
-    async def _writable(self) -> None:
-        loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-
-        def wake() -> None:
-            loop.remove_writer(self._socket)
-            if not ready.done():
-                ready.set_result(None)
-
-        loop.add_writer(self._socket, wake)
-        await ready
+    def _write_on(self) -> None:
+        try:
+            self._write()
+        except OSError:  # `receive` finds out, too
+            self._unsent = []
+        if not self._unsent:
+            asyncio.get_running_loop().remove_writer(self._socket)
 
 
 def _limit(pid: int, limits: Limits) -> None:

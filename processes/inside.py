@@ -18,18 +18,24 @@ FRAME = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
 
 
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies, even in the middle of work; elsewhere the closed
+    socket or pipe does it after that work."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Parent:
     """The connection to whoever started this process; blocking, for one thread."""
 
     def __init__(self) -> None:
         """The socket's descriptor is the process's last argument. From here on Linux ends the process when its parent
         dies, even in the middle of work; elsewhere the closed connection does, after that work."""
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to answer
         self._socket = socket.socket(fileno=int(sys.argv[-1]))
 
-    def receive(self) -> tuple[bytes | bytearray, int | None] | None:
+    def receive(self) -> tuple[bytes, int | None] | None:
         """A message and the descriptor that came with it, which is the caller's to close. None: the parent is gone."""
         head, descriptors, _, _ = socket.recv_fds(self._socket, FRAME.size, 1)
         rest = self._read(FRAME.size - len(head)) if head else None
@@ -44,14 +50,13 @@ class Parent:
     def send(self, body: bytes) -> None:
         self._socket.sendall(FRAME.pack(len(body)) + body)
 
-    def _read(self, size: int) -> bytearray | None:
-        data = bytearray(size)
-        view, got = memoryview(data), 0
-        while got < size:
-            count = self._socket.recv_into(view[got:])
-            if count == 0:
+    def _read(self, size: int) -> bytes | None:
+        data = b""
+        while len(data) < size:  # once, but for a signal that stopped the process
+            more = self._socket.recv(size - len(data), socket.MSG_WAITALL)
+            if not more:
                 return None
-            got += count
+            data += more
         return data
 
 

@@ -36,7 +36,7 @@ def with_child(work: Callable[[Child], Awaitable[None]], **options: Any) -> None
 
 
 async def ask(child: Child, question: str, descriptor: int | None = None) -> Any:
-    await child.send(question.encode(), descriptor)
+    child.send(question.encode(), descriptor=descriptor)
     return json.loads(await child.receive())
 
 
@@ -100,7 +100,7 @@ def test_what_it_prints_is_logged_line_by_line_within_a_rate(caplog: pytest.LogC
 def test_its_death_is_noticed_and_it_is_reaped() -> None:
     async def work(child: Child) -> None:
         assert not child.has_ended()
-        await child.send(b"die")
+        child.send(b"die")
         with pytest.raises(EOFError):
             await child.receive()
         assert child.has_ended()
@@ -130,16 +130,35 @@ def test_it_ends_by_itself_when_the_connection_is_closed_and_is_killed_when_it_c
 
     async def stopped(child: Child) -> None:
         await ask(child, "limits")
+        assert not child.is_stopped()
         os.kill(child.pid, signal.SIGSTOP)
+        while not child.is_stopped():  # noqa: ASYNC110
+            await asyncio.sleep(0)
         assert await child.stop(0.1) == -signal.SIGKILL
 
     with_child(ends)
     with_child(stopped)
 
 
+def test_an_answer_is_not_lost_with_whoever_waited_for_it() -> None:
+    async def work(child: Child) -> None:
+        os.kill(child.pid, signal.SIGSTOP)
+        child.send(b"length " + b"x" * 2**22)  # more than the socket takes
+        waiting = asyncio.create_task(child.receive())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()
+        os.kill(child.pid, signal.SIGCONT)
+        assert json.loads(await child.receive()) == 2**22
+        assert await ask(child, "length xyz") == 3
+
+    with_child(work)
+
+
 def test_an_absurd_length_is_no_message() -> None:
     async def work(child: Child) -> None:
-        await child.send(b"flood")
+        child.send(b"flood")
         with pytest.raises(EOFError, match="announced a message of 2147483647 bytes"):
             await child.receive()
 
@@ -153,7 +172,7 @@ from processes.child import Child
 from processes.environment import child_environment
 async def main():
     child = await Child.start("tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger())
-    await child.send(b"limits")
+    child.send(b"limits")
     await child.receive()
     print(child.pid, flush=True)
     await asyncio.sleep(1000)

@@ -51,6 +51,26 @@ async def test_turns_come_in_the_order_of_asking() -> None:
 
 
 @run
+async def test_those_that_fit_pass_one_that_does_not_so_many_times() -> None:
+    memory = PictureMemory(10, most_passes=2)
+    (first,) = await taking(memory, ("a", 6))
+    large = taking(memory, ("b", 8))
+    small = [taking(memory, (name, 1)) for name in "cdef"]
+    await settle()
+    assert [task.done() for task in small] == [True, True, False, False]
+    assert not large.done()
+    first.release()
+    await settle()
+    assert large.done()  # 8 of 10, beside the two
+    assert not small[2].done()
+    large.result()[0].release()
+    await settle()
+    assert small[2].done()
+    assert small[3].done()
+    assert memory.used == 4
+
+
+@run
 async def test_more_than_all_of_it_is_had_alone() -> None:
     memory = PictureMemory(10)
     (first,) = await taking(memory, ("a", 1))

@@ -23,7 +23,7 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.c
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 
-_ROWS_BYTES = 2**22
+_HIGH_BYTE = bytes(sample >> 8 for sample in range(2**16))
 
 _DECODED_IN_PLACE = ("JPEG", "PNG", "WEBP", "BMP", "AVIF")
 """Of these, Pillow makes an image only where there is none yet, and of the file's own size."""
@@ -163,14 +163,8 @@ def _bare(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Modes I and I;16 hold 16-bit grey, which Pillow's own conversion would clip instead of scale."""
-    import numpy as np  # 13 MB, which no other image needs
-
-    flat = Image.new("L", image.size)
-    rows = max(1, _ROWS_BYTES // (image.width * 4))
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(image.height, top + rows)))
-        eighths = np.asarray(band).clip(0, 65535) >> 8
-        flat.paste(Image.fromarray(eighths.astype(np.uint8)), (0, top))
+    flat = (image if image.mode == "I" else image.convert("I")).point(_HIGH_BYTE, "L")
+    flat.info.clear()  # what is transparent is given as a sample of 16 bits
     return flat
 
 

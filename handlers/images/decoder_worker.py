@@ -3,9 +3,9 @@
 A file may be made to decode for minutes, to fill the memory, or to crash a codec. Threads cannot be stopped then, this
 process can. It limits itself anew for each image: the kernel ends it when the time is up.
 
-Messages in: a `Settings`, with the memory for small images; then for each image a `Question`, with memory of its own
-for a larger one, and the file. Messages out: an empty one when it is ready; then one JSON object for each image (see
-`_answer`).
+Messages in: a `Settings`, with the memory for small images; then one for each image, of a `Question` and the file, with
+memory of its own for a large image. Messages out: an empty one when it is ready; then one JSON object for each image
+(see `_answer`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import gc
 import json
 import resource
 import signal
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
-from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
 
 from handlers.images.decode import Color, flattened, opened, prepare_pillow
 from handlers.images.problem import PictureProblem
-from handlers.images.shared_pixels import OwnMemory, ReusedMemory
+from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory
 from processes.inside import Parent, data_bytes
 
 PLUGINS = (
@@ -39,6 +40,9 @@ SLACK_BYTES = 48 << 20
 _KEPT_BYTES = 32 << 20
 """When it has grown by that much, the process ends after its answer."""
 
+_M_TRIM_THRESHOLD = -1
+"""From glibc's malloc.h."""
+
 
 class Settings(TypedDict):
     """max_pixels, background: as `decode` takes them."""
@@ -47,7 +51,7 @@ class Settings(TypedDict):
     background: list[int]
 
 
-class Question(TypedDict):
+class Question(NamedTuple):
     """pixel_bytes: that the image's pixels may take, in the memory that came with it or, if none did, in the one for
     small images; 0 to be told the image's size alone.
 
@@ -59,31 +63,36 @@ class Question(TypedDict):
     seconds: float
 
 
+QUESTION = struct.Struct("<QQd")
+"""A `Question` in a message; the file follows."""
+
+
 def main() -> None:
     parent = Parent()
     first = parent.receive()
     if first is None or first[1] is None:
         return
-    reused = ReusedMemory(first[1])
+    reused = PixelMemory(first[1], REUSED_BYTES)
     settings: Settings = json.loads(first[0])
     prepare_pillow(settings["max_pixels"])
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # by default one for each core, each with memory of its own
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is in
+    _keep_memory()
     gc.freeze()
     start = data_bytes()
     now, grown = start, 0
+    limits = _data_limits()
     parent.send(b"")
     while (message := parent.receive()) is not None:
-        question: Question = json.loads(message[0])
-        file = parent.receive()
-        if file is None:
-            return
-        data = bytes(file[0])
-        del file
-        memory = reused if message[1] is None else OwnMemory(message[1], question["pixel_bytes"])
-        with _limited(question, now):
-            answer = _answer(data, memory, question["pixel_bytes"], settings)
+        body, descriptor = message
+        question = Question._make(QUESTION.unpack_from(body))
+        data = body[QUESTION.size :]
+        del body, message
+        memory = reused if descriptor is None else PixelMemory(descriptor, question.pixel_bytes)
+        with _limited(question, limits, now):
+            answer = _answer(data, memory, question.pixel_bytes, settings)
         del data, memory
-        grown += question["working_bytes"]
+        grown += question.working_bytes
         if grown > _KEPT_BYTES:  # which small images have not done, so that it need not be looked up for each
             _give_back_memory()
             now, grown = data_bytes(), 0
@@ -93,24 +102,33 @@ def main() -> None:
             return
 
 
-@contextmanager
-def _limited(question: Question, now: int | None) -> Iterator[None]:
-    """now: what counts against RLIMIT_DATA before the image, or a little less."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = soft if now is None else now + question["working_bytes"] + SLACK_BYTES
+def _data_limits() -> tuple[int, int] | None:
+    """None where the system or a sandbox does not let them be set."""
     try:
-        if hard == resource.RLIM_INFINITY or most <= hard:
-            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-        signal.setitimer(signal.ITIMER_PROF, question["seconds"])
+        limits = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    except (OSError, ValueError):
+        return None
+    return limits
+
+
+@contextmanager
+def _limited(question: Question, limits: tuple[int, int] | None, now: int | None) -> Iterator[None]:
+    """limits: of data, outside of images. now: what counts against them before the image, or a little less."""
+    try:
+        if limits is not None and now is not None:
+            most, hard = now + question.working_bytes + SLACK_BYTES, limits[1]
+            if hard == resource.RLIM_INFINITY or most <= hard:
+                resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        signal.setitimer(signal.ITIMER_PROF, question.seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        if limits is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-def _answer(
-    data: bytes, memory: ReusedMemory | OwnMemory, pixel_bytes: int, settings: Settings
-) -> dict[str, Any]:
+def _answer(data: bytes, memory: PixelMemory, pixel_bytes: int, settings: Settings) -> dict[str, Any]:
     """`size`: width and height; `decoded`: whether the pixels were written, which those that do not fit are not. Or
     `problem` and `error`: the reason and the name of the class of a PictureProblem."""
     red, green, blue = settings["background"]
@@ -124,6 +142,12 @@ def _answer(
         return {"size": flat.size, "decoded": True}
     except PictureProblem as problem:
         return {"problem": problem.reason, "error": problem.error.__name__}
+
+
+def _keep_memory() -> None:
+    """From one image to the next, instead of giving it back and getting new pages: `_give_back_memory` bounds it."""
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _give_back_memory() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import logging
 import os
 import signal
@@ -18,11 +18,11 @@ from PIL import Image
 from engine.cores import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
 from handlers.images.decode import Color
-from handlers.images.decoder_worker import SLACK_BYTES, Question, Settings
+from handlers.images.decoder_worker import QUESTION, SLACK_BYTES, Question, Settings
 from handlers.images.header import Header, unknown_header
-from handlers.images.memory import PictureMemory
+from handlers.images.memory import PictureMemory, Share
 from handlers.images.problem import PictureProblem
-from handlers.images.shared_pixels import REUSED_BYTES, ReusedMemory, new_memory, read_pixels
+from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
 from processes.child import Child, Limits
 from processes.environment import child_environment
 
@@ -48,6 +48,12 @@ CPU_SECONDS, CPU_SECONDS_PER_MEGAPIXEL = 2.0, 0.25
 WALL_FACTOR, WALL_SECONDS = 10, 30.0
 """After that many times the processor time and that many seconds, a decoder does not run at all: it is killed."""
 
+_MOST_PASSES = 64
+"""Images that may go before a large one that waits for memory."""
+
+STOPPED_SECONDS = 1.0
+"""After that time with an image, a decoder that is stopped (SIGSTOP) is killed, and the image goes to another."""
+
 _LONGEST_ANSWER = 2**14
 _OPEN_FILES = 64
 _RESERVE_BYTES = 256 << 20
@@ -64,8 +70,8 @@ class DecoderPool:
     """Used on one event loop. Decoders start when they are first needed, or with `warm_up`.
 
     started, died, killed: decoders since the beginning; those that ended over an image (which crashed its codec or
-    took too long); those that were killed because nobody waited for their image any more, or because they did not
-    run. memory: what decoders may take, of all images that are being decoded together.
+    took too long); those that were killed at work: because nobody waited for their image any more, because they did
+    not run, or by the system. memory: what decoders may take, of all images that are being decoded together.
     """
 
     def __init__(
@@ -82,7 +88,7 @@ class DecoderPool:
         self.started = 0
         self.died = 0
         self.killed = 0
-        self.memory = PictureMemory(memory_bytes)
+        self.memory = PictureMemory(memory_bytes, _MOST_PASSES)
         self._settings: Settings = {"max_pixels": max_pixels, "background": list(background)}
         self._largest = unknown_header(max_pixels).working_bytes + 2 * max_bytes
         self._idle: list[_Decoder] = []
@@ -90,6 +96,8 @@ class DecoderPool:
         self._starting = 0
         self._waiting: deque[asyncio.Future[_Decoder]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ending: set[asyncio.Task[int]] = set()
+        self._numbers = itertools.count()
         self._closed = False
 
     def warm_up(self) -> None:
@@ -105,8 +113,9 @@ class DecoderPool:
     async def decode(self, data: bytes, header: Header) -> Image.Image:
         """The pixels, in memory that is freed with the image. Cancelled, it ends the decoder unless that is done soon.
 
-        Raises PictureProblem, also for a file with more pixels than `header` says, and Unavailable where decoders
-        cannot be started or do not run.
+        An image whose decoder does not run or was killed goes to another, once. Raises PictureProblem, also for a
+        file with more pixels than `header` says, and Unavailable where decoders cannot be started, or the second does
+        not run either.
         """
         seconds = CPU_SECONDS + CPU_SECONDS_PER_MEGAPIXEL * header.pixels / 1e6
         working = header.working_bytes + 2 * len(data)
@@ -123,63 +132,50 @@ class DecoderPool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_waiting()
-        workers = [*self._alive]
-        self._alive.clear()
+        for worker in [*self._alive]:
+            self._end(worker)
         self._idle.clear()
-        await asyncio.gather(*(worker.child.stop(END_SECONDS) for worker in workers), *self._tasks)
+        await asyncio.gather(*self._ending)
 
     async def _ask(
         self, data: bytes, pixel_bytes: int | None, working_bytes: int, seconds: float
     ) -> tuple[tuple[int, int], Image.Image | None]:
-        worker = await self._take()
+        # Memory before a decoder, so that no decoder waits for memory while others could use it.
+        (share,) = await self.memory.take([(b"image %d" % next(self._numbers), working_bytes)])
+        question = Question(pixel_bytes or 0, working_bytes, seconds)
         try:
-            # Whoever waits here holds up one decoder; those at work end, and never wait for memory.
-            (share,) = await self.memory.take([(b"decoder %d" % worker.child.pid, working_bytes)])
-        except BaseException:
-            self._give(worker)
-            raise
-        question: Question = {
-            "pixel_bytes": pixel_bytes or 0,
-            "working_bytes": working_bytes,
-            "seconds": seconds,
-        }
-        job = self._task(self._work(worker, question, data), "decode-image")
-        job.add_done_callback(lambda _: share.release())
-        try:
-            return await asyncio.shield(job)
-        except asyncio.CancelledError:
-            if job.cancelled():
-                raise _stopping() from None
-            asyncio.get_running_loop().call_later(GRACE_SECONDS, job.cancel)
-            raise
+            try:
+                return await self._work(await self._take(), share, question, data)
+            except _DecoderLost:
+                self._end_stopped()
+                return await self._work(await self._take(), share, question, data)
+        finally:
+            share.release()
 
     async def _work(
-        self, worker: _Decoder, question: Question, data: bytes
+        self, worker: _Decoder, share: Share, question: Question, data: bytes
     ) -> tuple[tuple[int, int], Image.Image | None]:
         """Holds the worker and the memory for the pixels, and sees to both, however it ends."""
         memory: int | None = None
         try:
             try:
-                if question["pixel_bytes"] > REUSED_BYTES:
-                    memory = new_memory(question["pixel_bytes"])
+                if question.pixel_bytes > REUSED_BYTES:
+                    memory = new_memory(question.pixel_bytes)
             except OSError as error:
                 self._give(worker)
                 raise _short_of_memory(error) from error
-            answer = await self._answer(worker, question, memory, data)
+            answer = await self._answer(worker, share, question, memory, data)
             image: Image.Image | None = None
             try:
                 if answer.decoded and memory is None:
-                    image = worker.reused.read(answer.size)
+                    image = worker.reused.copy(answer.size)
                 elif answer.decoded and memory is not None:
                     taken, memory = memory, None
                     image = read_pixels(taken, answer.size)
             except OSError as error:
                 raise _short_of_memory(error) from error
             finally:
-                if answer.last:
-                    self._end(worker)
-                else:
-                    self._give(worker)
+                self._answered(worker, answer)
             if answer.problem is not None:
                 raise PictureProblem(answer.problem, _ERRORS[answer.error])
             return answer.size, image
@@ -187,34 +183,61 @@ class DecoderPool:
             if memory is not None:
                 os.close(memory)
 
-    async def _answer(self, worker: _Decoder, question: Question, memory: int | None, data: bytes) -> _Answer:
-        """What the worker says. Where that fails, it is replaced."""
-        wall = WALL_SECONDS + WALL_FACTOR * question["seconds"]
+    async def _answer(
+        self, worker: _Decoder, share: Share, question: Question, memory: int | None, data: bytes
+    ) -> _Answer:
+        """What the worker says. Where that fails, it is replaced. Cancelled, the share is kept as long as needed."""
+        wall = WALL_SECONDS + WALL_FACTOR * question.seconds
+        watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, worker)
         try:
             async with asyncio.timeout(wall):
-                await worker.child.send(json.dumps(question).encode(), memory)
-                await worker.child.send(data)
-                answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
-            width, height = answer.size
-            if answer.decoded and not 0 < width * height * 4 <= question["pixel_bytes"]:
-                raise EOFError("the decoder claims pixels that cannot be there")
+                worker.child.send(QUESTION.pack(*question), data, descriptor=memory)
+                return await _received(worker, question)
         except TimeoutError as error:
             logger.warning("an image decoder did not answer for %.0f s; it is replaced", wall)
             self._kill(worker)
-            raise Unavailable("an image could not be decoded in time; try again", retry_after=5) from error
+            raise _DecoderLost("an image could not be decoded in time; try again", retry_after=5) from error
         except (EOFError, OSError, msgspec.MsgspecError) as error:
-            raise await self._death(worker, question["seconds"]) from error
+            if self._closed:
+                raise _stopping() from error
+            raise await self._death(worker, question.seconds) from error
+        except asyncio.CancelledError:
+            kept = share.handed_over(
+                question.pixel_bytes
+            )  # for which whoever waited gives up their own share
+            task = self._task(self._see_out(worker, question), "see-out-image")
+            task.add_done_callback(lambda _: kept.release())
+            raise
         except BaseException:
             self._kill(worker)
             raise
-        return answer
+        finally:
+            watch.cancel()
 
-    async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem:
+    async def _see_out(self, worker: _Decoder, question: Question) -> None:
+        """When nobody waits for the image any more: its worker goes on to others if it is done soon."""
+        try:
+            async with asyncio.timeout(GRACE_SECONDS):
+                answer = await _received(worker, question)
+        except (EOFError, msgspec.MsgspecError):
+            await self._death(worker, question.seconds)
+        except BaseException:
+            self._kill(worker)
+            raise
+        else:
+            self._answered(worker, answer)
+
+    async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem | _DecoderLost:
         """Of a worker that broke off over an image: what that says about the image."""
-        self.died += 1
         child = worker.child
-        self._forget(worker)
-        code = await child.stop(END_SECONDS)
+        code = await asyncio.shield(self._end(worker))
+        if code == -signal.SIGKILL:  # which no image does: the system does, short of memory, or somebody
+            self.killed += 1
+            logger.warning("an image decoder was killed at work; it is replaced")
+            return _DecoderLost(
+                "an image could not be decoded: its decoder was killed; try again", retry_after=5
+            )
+        self.died += 1
         if code == -signal.SIGPROF:
             return PictureProblem(
                 f"it takes too long to decode: more than {seconds:.1f} s of processor time; send it smaller, or "
@@ -250,19 +273,34 @@ class DecoderPool:
                 return
         self._idle.append(worker)
 
+    def _answered(self, worker: _Decoder, answer: _Answer) -> None:
+        if answer.last:
+            self._end(worker)
+        else:
+            self._give(worker)
+
     def _kill(self, worker: _Decoder) -> None:
         self.killed += 1
         worker.child.kill()
         self._end(worker)
 
-    def _end(self, worker: _Decoder) -> None:
-        self._forget(worker)
-        self._task(worker.child.stop(END_SECONDS), "end-decoder")
+    def _end_stopped(self) -> None:
+        for worker in [worker for worker in self._idle if worker.child.is_stopped()]:
+            self._idle.remove(worker)
+            self._kill(worker)
 
-    def _forget(self, worker: _Decoder) -> None:
+    def _end(self, worker: _Decoder) -> asyncio.Task[int]:
         """It is no worker any more: if somebody waits for one, another takes its place."""
         self._alive.discard(worker)
         self._start_as_needed()
+        return self._stop(worker.child)
+
+    def _stop(self, child: Child) -> asyncio.Task[int]:
+        """Its exit code. Not cancelled by `aclose`: a child whose end nobody awaits might never come to it."""
+        task = asyncio.create_task(child.stop(END_SECONDS), name="end-decoder")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return task
 
     def _start_as_needed(self) -> None:
         waiting = sum(not turn.done() for turn in self._waiting)
@@ -276,7 +314,7 @@ class DecoderPool:
     async def _start(self) -> None:
         try:
             worker = await self._started()
-        except (EOFError, OSError) as error:  # TimeoutError among them
+        except Exception as error:  # whatever it was, those who wait are told
             logger.error("an image decoder could not be started: %s", error or type(error).__name__)
             self._starting -= 1
             if not self._alive and not self._starting:
@@ -292,8 +330,8 @@ class DecoderPool:
 
     async def _started(self) -> _Decoder:
         descriptor = new_memory(REUSED_BYTES)
-        reused = ReusedMemory(os.dup(descriptor))
         try:
+            reused = PixelMemory(os.dup(descriptor), REUSED_BYTES)
             return _Decoder(await self._ready_child(descriptor), reused)
         finally:
             os.close(descriptor)
@@ -301,18 +339,18 @@ class DecoderPool:
     async def _ready_child(self, descriptor: int) -> Child:
         child = await Child.start(
             "handlers.images.decoder_worker",
-            env=child_environment("plain") | {"OPENBLAS_NUM_THREADS": "1"},
+            env=child_environment("plain"),
             logger=decoder_log,
             level=logging.DEBUG,
             limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
         )
         try:
             async with asyncio.timeout(START_SECONDS):
-                await child.send(json.dumps(self._settings).encode(), descriptor)
+                child.send(msgspec.json.encode(self._settings), descriptor=descriptor)
                 await child.receive()
         except BaseException:
             child.kill()
-            self._task(child.stop(END_SECONDS), "end-decoder")
+            self._stop(child)
             raise
         return child
 
@@ -341,7 +379,11 @@ class _Decoder:
     """A process that is ready, and the memory for its small images."""
 
     child: Child
-    reused: ReusedMemory
+    reused: PixelMemory
+
+
+class _DecoderLost(Unavailable):
+    """It did not run, or was killed: that says nothing about the image."""
 
 
 class _Answer(msgspec.Struct):
@@ -352,6 +394,19 @@ class _Answer(msgspec.Struct):
     decoded: bool = False
     problem: str | None = None
     error: Literal["ImageError", "ImageTooLarge"] = "ImageError"
+
+
+def _kill_stopped(worker: _Decoder) -> None:
+    if worker.child.is_stopped():
+        worker.child.kill()
+
+
+async def _received(worker: _Decoder, question: Question) -> _Answer:
+    answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
+    width, height = answer.size
+    if answer.decoded and not 0 < width * height * 4 <= question.pixel_bytes:
+        raise EOFError("the decoder claims pixels that cannot be there")
+    return answer
 
 
 def _stopping() -> Unavailable:

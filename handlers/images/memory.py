@@ -1,4 +1,4 @@
-"""Host memory for decoded pictures that requests hold: a budget in bytes, handed out in the order of asking."""
+"""Host memory for decoded pictures: a budget in bytes, handed out in the order of asking or nearly so."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class PictureMemory:
     wants more than there is gets it when nobody else holds any. Pictures of the same content are one.
     """
 
-    def __init__(self, capacity: int) -> None:
-        """capacity: bytes."""
+    def __init__(self, capacity: int, most_passes: int = 0) -> None:
+        """capacity: bytes. most_passes: of those that fit, how many may go before one that waits and does not fit."""
         self.capacity = capacity
+        self._most_passes = most_passes
         self.used = 0
         self._held: dict[bytes, _Held] = {}
         self._queue: deque[_Waiting] = deque()
@@ -31,6 +32,7 @@ class PictureMemory:
             return self._grant(pictures)
         waiting = _Waiting(pictures)
         self._queue.append(waiting)
+        self._serve()
         try:
             return await waiting.turn
         except asyncio.CancelledError:
@@ -57,9 +59,21 @@ class PictureMemory:
 
     def _serve(self) -> None:
         while self._queue and self._fits(self._queue[0].pictures):
-            waiting = self._queue.popleft()
-            if not waiting.turn.cancelled():
-                waiting.turn.set_result(self._grant(waiting.pictures))
+            self._let_in(self._queue.popleft())
+        if not self._queue or self._queue[0].passes >= self._most_passes:
+            return
+        first = self._queue[0]
+        for waiting in [*self._queue][1:]:
+            if self._fits(waiting.pictures):
+                self._queue.remove(waiting)
+                self._let_in(waiting)
+                first.passes += 1
+                if first.passes >= self._most_passes:
+                    return
+
+    def _let_in(self, waiting: _Waiting) -> None:
+        if not waiting.turn.cancelled():
+            waiting.turn.set_result(self._grant(waiting.pictures))
 
     def _give_back(self, digest: bytes) -> None:
         held = self._held[digest]
@@ -79,6 +93,17 @@ class Share:
         self._memory: PictureMemory | None = memory
         self._digest = digest
 
+    def handed_over(self, more: int = 0) -> Share:
+        """The same hold, which somebody else returns: releasing this one does nothing any more.
+
+        more: bytes that it takes from now on beside, whether there is room for them or not.
+        """
+        assert self._memory is not None
+        memory, self._memory = self._memory, None
+        memory._held[self._digest].size += more
+        memory.used += more
+        return Share(memory, self._digest)
+
     def release(self) -> None:
         memory, self._memory = self._memory, None
         if memory is not None:
@@ -93,7 +118,10 @@ class _Held:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
+    """passes: of others that came later and went first."""
+
     pictures: Sequence[Wanted]
+    passes: int = 0
     turn: asyncio.Future[list[Share]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )

@@ -6,17 +6,24 @@ The kernel frees it when the last of them lets go or dies; nothing appears in /d
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import tempfile
 import weakref
+from contextlib import suppress
 
 from PIL import Image, _imaging
 
-REUSED_BYTES = 2**20
-"""Of the memory that each decoder has for small images, one after the other: they are copied from it, since a copy
-costs less than new pages, and a process may have no more than 65,530 mappings."""
+REUSED_BYTES = 2**23
+"""Of the memory that each decoder has for images up to full HD, one after the other. They are copied from it: that
+costs a tenth of what new shared pages do, and a process may have no more than 65,530 mappings. Copying a larger image
+would hold up the event loop."""
+
+_HUGE_PAGE = 2**21
+"""From that size on, memory of its own for a copy, in huge pages where the kernel has them: they are new in a tenth of
+the time."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -29,11 +36,18 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 def new_memory(size: int) -> int:
     """A descriptor of that many bytes. Where memory without a name can be sealed, its size is final: whoever gets the
     descriptor can neither grow it nor take away what another has mapped. Raises OSError."""
-    if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryFile() as file:
-            file.truncate(size)
-            return os.dup(file.fileno())
-    descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (
+        AttributeError,
+        PermissionError,
+        NotImplementedError,
+    ):  # not on this system, or not in this sandbox
+        return _new_file(size)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return _new_file(size)
     try:
         os.ftruncate(descriptor, size)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -44,39 +58,47 @@ def new_memory(size: int) -> int:
     return descriptor
 
 
-class ReusedMemory:
-    """For one decoder's small images. Both ends make one of the same descriptor, and it takes the descriptor."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._memory = mmap.mmap(descriptor, REUSED_BYTES)
-        os.close(descriptor)
-
-    def canvas(self, size: tuple[int, int]) -> None:
-        """None: the image before is still there, and a decoder may leave pixels out."""
-
-    def write(self, image: Image.Image) -> None:
-        _image_on(self._memory, image.size).paste(image)
-
-    def read(self, size: tuple[int, int]) -> Image.Image:
-        return _image_on(self._memory, size).copy()
+def _new_file(size: int) -> int:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return os.dup(file.fileno())
 
 
-class OwnMemory:
-    """For one image, in its decoder; it takes the descriptor."""
+class PixelMemory:
+    """One end's mapping of such memory, for one image after the other; it takes the descriptor."""
 
     def __init__(self, descriptor: int, length: int) -> None:
-        self._memory = mmap.mmap(descriptor, length)
-        os.close(descriptor)
+        try:
+            self._memory = mmap.mmap(descriptor, length)
+        finally:
+            os.close(descriptor)
         self._canvas: Image.Image | None = None
 
     def canvas(self, size: tuple[int, int]) -> Image.Image:
         """Zeros, in RGB: what is decoded into it need not be copied."""
+        fresh = self._canvas is None
         self._canvas = _image_on(self._memory, size)
+        if not fresh:  # the image before is still there, and a decoder may leave pixels out
+            self._canvas.im.paste((0, 0, 0, 0), (0, 0, *size))
         return self._canvas
 
     def write(self, image: Image.Image) -> None:
         if self._canvas is None or image.im is not self._canvas.im:
             _image_on(self._memory, image.size).paste(image)
+
+    def copy(self, size: tuple[int, int]) -> Image.Image:
+        """The RGB image there. Raises OSError."""
+        image = _image_on(self._memory, size)
+        length = size[0] * size[1] * 4
+        if length < _HUGE_PAGE:
+            return image.copy()
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):  # not on this system, or not in this kernel
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        copy = _image_on(memory, size)
+        copy.paste(image)
+        copy.readonly = 1  # Pillow copies it before it changes it
+        return copy
 
 
 def read_pixels(descriptor: int, size: tuple[int, int]) -> Image.Image:

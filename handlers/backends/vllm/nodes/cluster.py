@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-from engine.environment import die_with_parent
 from handlers.errors import InvalidConfiguration
 from processes.environment import child_environment
+from processes.inside import die_with_parent
 
 logger = logging.getLogger(__name__)
 
