@@ -162,4 +162,4 @@ def test_images_that_fill_the_context_are_told_at_the_start(
 
     with caplog.at_level("WARNING", "handlers.backends.rolling"):
         asyncio.run(start())
-    assert "40 images (option.limit_mm_per_prompt) of 336x336 pixels take 640 tokens" in caplog.text
+    assert "40 images (option.limit_mm_per_prompt) take 640 tokens" in caplog.text

@@ -174,7 +174,7 @@ class _Worker:
                 level=logging.WARNING,
             )
             async with asyncio.timeout(START_SECONDS):
-                await self._child.send(msgspec.msgpack.encode(vocabulary))
+                self._child.send(msgspec.msgpack.encode(vocabulary))
                 await self._child.receive()
         except (EOFError, OSError) as error:  # TimeoutError among them
             logger.exception("the process that compiles grammars could not be started")
@@ -185,7 +185,7 @@ class _Worker:
         assert self._child is not None
         self._working = True
         try:
-            await self._child.send(msgspec.msgpack.encode(job))
+            self._child.send(msgspec.msgpack.encode(job))
             reply = await self._child.receive(MOST_OUTCOME_BYTES)
         except (EOFError, OSError):
             self._working = False
