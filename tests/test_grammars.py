@@ -302,8 +302,11 @@ def test_a_worker_that_is_ended_within_a_long_reply_holds_nobody_up() -> None:
             "tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger(__name__)
         )
         worker._working = True
-        await child.send(b"reply 20000000")
-        await child._read(1)
+        child.send(b"reply 20000000")
+        receiving = asyncio.create_task(child.receive(2**25))
+        while not child._message:  # its first part
+            await asyncio.sleep(0)
+        receiving.cancel()
         async with asyncio.timeout(10):
             await worker.end()
         assert not worker.alive

@@ -62,7 +62,7 @@ def test_a_grammar_compilers_reply_is_bounded() -> None:
         child = worker._child = await Child.start(
             "tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger(__name__)
         )
-        await child.send(b"flood")
+        child.send(b"flood")
         with pytest.raises(EOFError, match=f"allowed: {MOST_OUTCOME_BYTES}$"):
             await worker.ask(Job("regex", "a", None))
         await worker.end()
