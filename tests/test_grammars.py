@@ -304,7 +304,7 @@ def test_a_worker_that_is_ended_within_a_long_reply_holds_nobody_up() -> None:
         worker._working = True
         child.send(b"reply 20000000")
         receiving = asyncio.create_task(child.receive(2**25))
-        while not child._message:  # its first part
+        while not child._message:  # noqa: ASYNC110  the first part of the reply
             await asyncio.sleep(0)
         receiving.cancel()
         async with asyncio.timeout(10):
