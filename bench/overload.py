@@ -156,7 +156,11 @@ def front_seconds(port: int) -> float:
 
 def _request(body: int, tokens: int) -> bytes:
     """body: bytes of JSON; what is beyond the question is white space."""
-    question = {"messages": [{"role": "user", "content": "What do you see?"}], "max_tokens": tokens}
+    question = {
+        "messages": [{"role": "user", "content": "What do you see?"}],
+        "max_tokens": tokens,
+        "ignore_eos": True,
+    }
     content = msgspec.json.encode(question).ljust(body)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {HOST}\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(content)}\r\nconnection: close\r\n\r\n".encode() + content
@@ -195,7 +199,7 @@ def main() -> None:
     parser.add_argument("--times", default="1.5,10", metavar="N,..", help="of the capacity (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each (%(default)s)")
     parser.add_argument("--body", type=int, default=0, help="bytes of a request's body, or as it is")
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer at most (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer (%(default)s)")
     parser.add_argument("--places", type=int, default=32, help="answers under way at most (%(default)s)")
     parser.add_argument("--generators", type=int, default=2, help="processes that send (%(default)s)")
     arguments = parser.parse_args()
