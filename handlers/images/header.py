@@ -36,7 +36,7 @@ def read_header(data: bytes) -> Header | None:
         return None
     try:
         found = _SIZES[kind](data)
-    except (IndexError, struct.error):
+    except (IndexError, ValueError, OverflowError, struct.error):  # an offset may have 64 bits
         return None
     if found is None or found[0] * found[1] <= 0:
         return None

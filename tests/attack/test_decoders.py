@@ -30,6 +30,7 @@ from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.images.problem import PictureProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
+from tests.attack import corpus
 from tests.live import LiveServer, chat_body, data_url
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
@@ -765,3 +766,20 @@ def test_a_refusal_for_pixels_needs_no_decoder() -> None:
         await loader.aclose()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("offset", [0, 2**31, 2**63, 2**64 - 1])
+def test_a_header_that_points_far_away_is_the_files_fault(offset: int) -> None:
+    big_tiff = b"II+\0\x08\0\0\0" + offset.to_bytes(8, "little") + b"\0" * 64
+    assert read_header(big_tiff) is None
+
+    async def work(pool: DecoderPool) -> None:
+        with pytest.raises(PictureProblem):
+            await decoded(pool, big_tiff)
+
+    with_pool(work)
+
+
+def test_a_cheap_look_at_mutated_headers_never_fails() -> None:
+    for _, data in corpus.mutations(2310045037, 2000):
+        read_header(data)
