@@ -10,7 +10,7 @@ import random
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator, MutableMapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,17 @@ def until(server: ServerProcess, name: str, value: float) -> None:
         if metrics(server)[name] == value:
             return
     raise AssertionError(f"{name} is {metrics(server)[name]}, not {value}")
+
+
+@contextmanager
+def full(server: ServerProcess) -> Iterator[int]:
+    """Both places of `small` are taken. Yields the size of a body that holds one; the clients leave at the end."""
+    running = chat(tokens=2, pause=60)
+    with connect(server) as one, connect(server) as two:
+        for connection in (one, two):
+            connection.sendall(head(len(running)) + running)
+        until(server, "lmi_requests_in_flight", 2)
+        yield len(running)
 
 
 def chat(padding: int = 0, **order: Any) -> bytes:
@@ -236,12 +247,8 @@ def test_images_are_held_no_longer_than_until_the_engine_has_them(server: Server
 def test_a_full_server_refuses_by_the_head_alone(
     small: ServerProcess, path: str, shape: dict[str, set[str] | None]
 ) -> None:
-    running = chat(tokens=2, pause=60)
     before = refused(small)
-    with connect(small) as one, connect(small) as two:
-        for connection in (one, two):
-            connection.sendall(head(len(running)) + running)
-        until(small, "lmi_requests_in_flight", 2)
+    with full(small) as size:
         extra = "Origin: https://app.example\r\nx-request-id: mine-1\r\n"
         reply = reply_to(small, head(50 * MIB, path, extra))  # and no body
         assert status(reply) == 429
@@ -260,7 +267,7 @@ def test_a_full_server_refuses_by_the_head_alone(
         assert status(reply_to(small, head(None, path))) == 429
         # The rest of what its sender began to send is thrown away until the reply has been read.
         assert status(reply_to(small, head(2 * MIB, path) + b" " * 2 * MIB)) == 429
-        assert metrics(small)["lmi_request_bodies_held_bytes"] == 2 * len(running)
+        assert metrics(small)["lmi_request_bodies_held_bytes"] == 2 * size
         assert refused(small) - before == 3
         for probe in ("/ping", "/health", "/metrics"):
             assert httpx.get(small.url + probe, timeout=20).status_code == 200
@@ -270,11 +277,7 @@ def test_a_full_server_refuses_by_the_head_alone(
 
 
 def test_a_refused_client_keeps_its_connection_where_its_body_is_short(small: ServerProcess) -> None:
-    running = chat(tokens=2, pause=60)
-    with connect(small) as one, connect(small) as two, httpx.Client(base_url=small.url) as client:
-        for connection in (one, two):
-            connection.sendall(head(len(running)) + running)
-        until(small, "lmi_requests_in_flight", 2)
+    with full(small), httpx.Client(base_url=small.url) as client:
         ports = set()
         for _ in range(5):
             reply = client.post("/v1/chat/completions", content=chat(tokens=1))
@@ -286,11 +289,7 @@ def test_a_refused_client_keeps_its_connection_where_its_body_is_short(small: Se
 
 
 def test_sessions_are_opened_and_closed_where_no_place_is_free(small: ServerProcess) -> None:
-    running = chat(tokens=2, pause=60)
-    with connect(small) as one, connect(small) as two, httpx.Client(base_url=small.url) as client:
-        for connection in (one, two):
-            connection.sendall(head(len(running)) + running)
-        until(small, "lmi_requests_in_flight", 2)
+    with full(small), httpx.Client(base_url=small.url) as client:
         opened = client.post("/invocations", json={"requestType": "NEW_SESSION"})
         assert opened.status_code == 200
         name = {

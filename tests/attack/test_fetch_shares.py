@@ -44,6 +44,18 @@ def named() -> contextlib.AbstractAsyncContextManager[ImageLoader]:
 
 
 @contextlib.asynccontextmanager
+async def spread(host: Host, addresses: dict[str, str]) -> AsyncIterator[ImageLoader]:
+    """The host listens at the address of each of these names; every other name leads to this machine."""
+    servers = [await asyncio.start_server(host.handle, address, host.port) for address in addresses.values()]
+    try:
+        async with loading(resolver=lambda name, port: [addresses.get(name, "127.0.0.1")]) as loader:
+            yield loader
+    finally:
+        for server in servers:
+            server.close()
+
+
+@contextlib.asynccontextmanager
 async def asking(loader: ImageLoader, urls: Iterable[str]) -> AsyncIterator[list[asyncio.Task[None]]]:
     """A request for each URL, under way."""
     tasks = [asyncio.create_task(loader.load([ImagePart(url)])) for url in urls]
@@ -119,19 +131,16 @@ def test_many_names_of_one_site_share_its_places_whatever_their_addresses() -> N
     addresses = {f"silent{number}.attacker.test": f"127.1.0.{number + 1}" for number in range(100)}
 
     async def main() -> None:
-        async with Host(silence).open() as stuck, Host(picture()).open() as good:
-            servers = [
-                await asyncio.start_server(stuck.handle, address, stuck.port)
-                for address in addresses.values()
-            ]
-            async with loading(resolver=lambda host, port: [addresses.get(host, "127.0.0.1")]) as loader:
-                names = [f"http://{name}:{stuck.port}/" for name in addresses]
-                async with asking(loader, names):
-                    await until(lambda: loader._fetcher.transfers.waiting == 100 - QUARTER)
-                    await fetched(loader, f"http://good.test:{good.port}/")
-                    await until(lambda: len(stuck.requests) == QUARTER)
-            for server in servers:
-                server.close()
+        async with (
+            Host(silence).open() as stuck,
+            Host(picture()).open() as good,
+            spread(stuck, addresses) as loader,
+        ):
+            names = [f"http://{name}:{stuck.port}/" for name in addresses]
+            async with asking(loader, names):
+                await until(lambda: loader._fetcher.transfers.waiting == 100 - QUARTER)
+                await fetched(loader, f"http://good.test:{good.port}/")
+                await until(lambda: len(stuck.requests) == QUARTER)
 
     asyncio.run(main())
 
@@ -141,21 +150,18 @@ def test_hosts_that_never_delivered_leave_a_quarter_to_those_that_have() -> None
     addresses = {f"attacker{number}.test": f"127.2.0.{number + 1}" for number in range(200)}
 
     async def main() -> None:
-        async with Host(silence).open() as stuck, Host(picture()).open() as good:
-            servers = [
-                await asyncio.start_server(stuck.handle, address, stuck.port)
-                for address in addresses.values()
-            ]
-            async with loading(resolver=lambda host, port: [addresses.get(host, "127.0.0.1")]) as loader:
-                await fetched(loader, f"http://good.test:{good.port}/")
-                names = [f"http://{name}:{stuck.port}/" for name in addresses]
-                async with asking(loader, names):
-                    await until(lambda: len(stuck.requests) == PLACES - QUARTER)
-                    for _ in range(3):
-                        await fetched(loader, f"http://good.test:{good.port}/")
-                    assert len(stuck.requests) == PLACES - QUARTER
-            for server in servers:
-                server.close()
+        async with (
+            Host(silence).open() as stuck,
+            Host(picture()).open() as good,
+            spread(stuck, addresses) as loader,
+        ):
+            await fetched(loader, f"http://good.test:{good.port}/")
+            names = [f"http://{name}:{stuck.port}/" for name in addresses]
+            async with asking(loader, names):
+                await until(lambda: len(stuck.requests) == PLACES - QUARTER)
+                for _ in range(3):
+                    await fetched(loader, f"http://good.test:{good.port}/")
+                assert len(stuck.requests) == PLACES - QUARTER
 
     asyncio.run(main())
 
