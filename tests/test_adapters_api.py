@@ -16,9 +16,9 @@ import schemathesis
 from container.routes import every
 from handlers.backends.adapters import AdapterInfo
 from handlers.backends.vllm.adapters.store import VllmAdapters, adapter_slots
-from handlers.dialects.adapters import answer_adapters
 from handlers.errors import EngineFailed, InvalidRequest, NotFound, ServingError, Unavailable
 from handlers.exchange import AdapterCall
+from handlers.protocols.adapters import answer_adapters
 from tests.scripted_adapters import LoraEngine, make_adapter, scripted_adapters
 from tests.scripted_server import ServerProcess
 

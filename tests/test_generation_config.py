@@ -15,11 +15,11 @@ from handlers.backends.limits import checked_sampling, checked_tokens
 from handlers.backends.model_front import ModelFront, read_default_sampling
 from handlers.backends.vllm.prompts.sampling import usual_sampling
 from handlers.backends.vllm.samplers.carried import Samplers
-from handlers.dialects.base import Conventions, Task
-from handlers.dialects.lmi import read_lmi
-from handlers.dialects.openai_chat import read_chat
-from handlers.dialects.openai_completions import read_completion
-from handlers.dialects.tgi import read_tgi
+from handlers.protocols.base import Conventions, Task
+from handlers.protocols.lmi.requests import read_lmi
+from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.completions import read_completion
+from handlers.protocols.tgi.generate import read_tgi
 from properties.settings import Settings
 from tests.models import make_text_model
 from tests.scripted import chat

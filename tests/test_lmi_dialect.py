@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
-from handlers.dialects.base import MAX_PROMPTS, Conventions, Task
-from handlers.dialects.lmi import read_lmi
-from handlers.dialects.markdown_pictures import picture_parts
 from handlers.errors import InvalidRequest
 from handlers.exchange import Reply
+from handlers.protocols.base import MAX_PROMPTS, Conventions, Task
+from handlers.protocols.lmi.requests import read_lmi
+from handlers.protocols.markdown_pictures import picture_parts
 from handlers.request import GenerationRequest, ImagePart, TextPart, TextPrompt
 from tests.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
@@ -131,7 +131,7 @@ def test_every_parameter_reaches_the_engine() -> None:
 
 
 def test_unknown_and_harmless_parameters_are_accepted(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "handlers.dialects.lmi_parameters")
+    caplog.set_level(logging.DEBUG, "handlers.protocols.lmi.parameters")
     harmless = {"watermark": True, "length_penalty": 2, "early_stopping": True, "num_beams": 1}
     assert sampling(best_of=1, n=1, whatever=[1], details=None, **harmless) == sampling()
     assert caplog.messages == ["unknown parameter ignored: whatever"]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.dialects.markdown_pictures import MOST_PICTURES, picture_parts
 from handlers.errors import InvalidRequest
+from handlers.protocols.markdown_pictures import MOST_PICTURES, picture_parts
 from handlers.request import ImagePart, Part, TextPart
 
 _PLAIN = re.compile(

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.dialects.misspelt import KnownNames, warning
-from handlers.dialects.openai_chat import ChatBody
-from handlers.dialects.openai_fields import known_names
 from handlers.exchange import Reply
+from handlers.protocols.misspelt import KnownNames, warning
+from handlers.protocols.openai.chat import ChatBody
+from handlers.protocols.openai.fields import known_names
 from tests.scripted import ScriptedBackend, chat, everything, incoming, said, service
 
 LONGEST = 512

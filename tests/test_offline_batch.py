@@ -9,9 +9,9 @@ import pytest
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, Generation, Health
-from handlers.dialects.base import Answered
 from handlers.errors import EngineFailed, InvalidRequest, ServingError, Unavailable
 from handlers.offline.batch import Batch, Outcome
+from handlers.protocols.base import Answered
 from handlers.request import GenerationRequest, TextPart, TextPrompt
 from tests.scripted import Pictures, ScriptedBackend, Step, said
 

@@ -19,12 +19,12 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
-from handlers.dialects.base import Conventions
-from handlers.dialects.body import read_body
-from handlers.dialects.openai_chat import ChatBody, read_chat
-from handlers.dialects.openai_completions import CompletionBody
-from handlers.dialects.openai_fields import FALSE_ONLY, IGNORED, READ_ELSEWHERE, UNSUPPORTED
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
+from handlers.protocols.base import Conventions
+from handlers.protocols.body import read_body
+from handlers.protocols.openai.chat import ChatBody, read_chat
+from handlers.protocols.openai.completions import CompletionBody
+from handlers.protocols.openai.fields import FALSE_ONLY, IGNORED, READ_ELSEWHERE, UNSUPPORTED
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, TextPart
 from tests.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 

@@ -12,10 +12,10 @@ from openai.types import Completion
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
-from handlers.dialects.base import MAX_PROMPTS, Conventions, Task
-from handlers.dialects.openai_chat import read_chat
-from handlers.dialects.openai_completions import read_completion
 from handlers.errors import EngineFailed, InvalidRequest
+from handlers.protocols.base import MAX_PROMPTS, Conventions, Task
+from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.completions import read_completion
 from handlers.request import Constraint, GenerationRequest, ImagePart, TextPart, TextPrompt
 from tests.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 

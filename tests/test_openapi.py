@@ -21,9 +21,9 @@ from schemathesis.checks import CHECKS, load_all_checks
 
 from container.openapi.document import document
 from container.routes import every
-from handlers.dialects.openai_chat import ChatBody
-from handlers.dialects.openai_completions import CompletionBody
-from handlers.dialects.tgi import Parameters as TgiParameters
+from handlers.protocols.openai.chat import ChatBody
+from handlers.protocols.openai.completions import CompletionBody
+from handlers.protocols.tgi.generate import Parameters as TgiParameters
 from tests.live import LiveServer
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes"

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.dialects.openai_messages import read_messages
 from handlers.errors import ImageError, InvalidRequest
 from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.protocols.openai.messages import read_messages
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 from tests.saved_tensors import bomb, encoded, part, repacked, saved, with_pickle
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
-from handlers.dialects.openai_chat import ChatWriter
 from handlers.errors import EngineFailed, ImageFetchFailed, InvalidRequest, PicturesLost, Unavailable
 from handlers.exchange import Reply
+from handlers.protocols.openai.chat import ChatWriter
 from handlers.request import GenerationRequest
 from handlers.service import ServiceLimits
 from tests.scripted import (

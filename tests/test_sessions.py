@@ -15,8 +15,8 @@ import pytest
 
 from handlers.errors import InvalidRequest, Overloaded
 from handlers.exchange import Reply
+from handlers.protocols.lmi.sessions import Sessions
 from handlers.service import Service
-from handlers.sessions import Sessions
 from tests.scripted import ScriptedBackend, chat, incoming, said, service
 
 OPEN = {"requestType": "NEW_SESSION"}
@@ -121,7 +121,7 @@ def test_a_body_with_a_prompt_is_answered_whatever_its_request_type() -> None:
 
 
 def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.sessions.MOST_SESSIONS", 2)
+    monkeypatch.setattr("handlers.protocols.lmi.sessions.MOST_SESSIONS", 2)
     clock = Clock()
     sessions = Sessions(clock=clock)
     for _ in range(2):

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 
 from engine.sampling_params import MAX_SEED, SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
-from handlers.dialects.base import Conventions, Task
-from handlers.dialects.tgi import read_tgi
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
 from handlers.exchange import Reply
+from handlers.protocols.base import Conventions, Task
+from handlers.protocols.tgi.generate import read_tgi
 from handlers.request import ImagePart, TextPart, TextPrompt
 from tests.live import LiveServer, data_url
 from tests.scripted import Pictures, ScriptedBackend, Step, everything, incoming, said, service, token

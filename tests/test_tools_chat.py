@@ -19,11 +19,11 @@ from container.check import describe
 from engine.machine import Device, Machine
 from handlers.backends.base import Delta
 from handlers.build import build_backend
-from handlers.dialects.base import Conventions
-from handlers.dialects.openai_chat import read_chat
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
+from handlers.protocols.base import Conventions
+from handlers.protocols.openai.chat import read_chat
 from handlers.request import ChatPrompt, GenerationRequest
 from handlers.templates import PromptRenderer
 from properties.configuration import resolve

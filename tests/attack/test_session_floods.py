@@ -11,9 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from handlers import sessions
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.sessions import MOST_SESSIONS, Sessions
+from handlers.protocols.lmi import sessions
+from handlers.protocols.lmi.sessions import MOST_SESSIONS, Sessions
 from tests.scripted_server import ServerProcess
 
 ID = "x-amzn-sagemaker-session-id"
