@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats
-from handlers.templates import PromptRenderer
+from handlers.prompts.renderer import PromptRenderer
 from tests.scripted import said
 from tests.test_templates import byte_level, wrapped
 from tests.test_tools_chat import TOOLS, added_up, events, read, tool, whole

@@ -13,7 +13,7 @@ import pytest
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta
-from handlers.backends.rolling import RollingBackend
+from handlers.backends.rolling.backend import RollingBackend
 from handlers.errors import InvalidRequest, ServingError
 from handlers.request import (
     ChatPrompt,
@@ -160,6 +160,6 @@ def test_images_that_fill_the_context_are_told_at_the_start(
         async with loaded(model, limit_mm_per_prompt={"image": 40}):
             pass
 
-    with caplog.at_level("WARNING", "handlers.backends.rolling"):
+    with caplog.at_level("WARNING", "handlers.backends.rolling.backend"):
         asyncio.run(start())
     assert "40 images (option.limit_mm_per_prompt) take 640 tokens" in caplog.text

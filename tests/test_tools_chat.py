@@ -22,10 +22,10 @@ from handlers.build import build_backend
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
+from handlers.prompts.renderer import PromptRenderer
 from handlers.protocols.base import Conventions
 from handlers.protocols.openai.chat import read_chat
 from handlers.request import ChatPrompt, GenerationRequest
-from handlers.templates import PromptRenderer
 from properties.configuration import resolve
 from properties.problem import ConfigurationError
 from tests.backend import VLLM

@@ -34,8 +34,8 @@ from engine.messages import EMBEDDINGS, TensorData
 from engine.sampling_params import SamplingParams
 from handlers import LLM
 from handlers import SamplingParams as OfflineParams
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, Constraint, ImagePart, Message, TextPart
-from handlers.templates import PromptRenderer
 from tests.engine_driver import EOS, Oracle, Prompt, load_engine, run_all
 from tests.exactness import check_logprobs, check_random_load, image_of, prompts_with
 from tests.families.tiny_phi3_v import LIMIT, MOST, TEMPLATE, TILE, VISION, begin_with_bos, make_phi3_v
