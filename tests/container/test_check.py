@@ -21,8 +21,7 @@ from container.cli import main
 from container.estimate import cache_bytes_per_token, weights
 from container.fit import fit
 from engine.families.registry import served
-from engine.machine import Device, Machine
-from engine.memory import host_memory
+from engine.machine import Device, Machine, host_memory
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.version import VERSION

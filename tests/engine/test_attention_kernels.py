@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine.attention.varlen
-from engine.attention.cpu import CpuKernel
-from engine.attention.gather import GatherKernel
+from engine.attention.gather import CpuKernel, GatherKernel
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 from engine.attention.reference import ReferenceKernel
 from engine.attention.select import AUTO, choose_kernel, trial

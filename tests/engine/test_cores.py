@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from engine.cores import usable_cores
 from engine.executor import threads_for
+from engine.machine import usable_cores
 
 
 @pytest.mark.parametrize(

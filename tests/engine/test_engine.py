@@ -13,8 +13,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.logprobs import Logprobs
-from engine.messages import Add
+from engine.messages import Add, Logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_state import SamplingState
 from tests.support.engine_driver import (

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from engine.building import Built, GuideBuilder
 from engine.config import Vocabulary
 from engine.engine import Engine
-from engine.guidance import MOST_STEPS, GrammarError, Guidance
+from engine.guidance import MOST_STEPS, Built, GrammarError, Guidance, GuideBuilder
 from engine.logits import keep_only, unpacked
 from engine.messages import Add
 from engine.sampling_params import SamplingParams

@@ -23,7 +23,7 @@ from transformers import (
 
 from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick, uniform
 from engine.logits import TokenCounts
-from engine.logprobs import Logprobs
+from engine.messages import Logprobs
 from engine.sampler import Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
 from engine.sampling_state import SamplingState
