@@ -29,7 +29,7 @@ from handlers.protocols.body_limits import BodyCount, counted, with_plain_slashe
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.openai.messages import read_messages
 from tests.attack.sending import TRIES
-from tests.scripted_server import ServerProcess
+from tests.support.scripted_server import ServerProcess
 
 M = 10**6
 MOST_STALL = 0.1
