@@ -12,10 +12,16 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, processors
 
-import handlers.backends.model_facts as facts_module
+import handlers.backends.rolling.model_facts as facts_module
 from engine.client import EngineClient
 from engine.errors import ModelLoadError
-from handlers.backends.model_facts import TOKENIZER, ModelQuestion, ask_engine, load_tokenizer, model_facts
+from handlers.backends.rolling.model_facts import (
+    TOKENIZER,
+    ModelQuestion,
+    ask_engine,
+    load_tokenizer,
+    model_facts,
+)
 from tests.support.models import make_llava
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +32,7 @@ HEAVY = ["torch"] if find_spec("torchvision") else []
 
 _LOAD = """
 import json, sys
-from handlers.backends.model_front import ModelFront
+from handlers.backends.rolling.model_front import ModelFront
 from properties.settings import Settings
 front = ModelFront.load(Settings(), sys.argv[1])
 from PIL import Image
@@ -136,7 +142,7 @@ def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path)
 _START = """
 import asyncio, json, sys
 from pathlib import Path
-from handlers.backends.rolling import RollingBackend
+from handlers.backends.rolling.backend import RollingBackend
 from properties.settings import Settings
 spawned = []
 sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)

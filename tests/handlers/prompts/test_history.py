@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats
-from handlers.templates import PromptRenderer
+from handlers.prompts.renderer import PromptRenderer
 from tests.handlers.prompts.test_templates import byte_level, wrapped
 from tests.handlers.protocols.test_tools_chat import TOOLS, added_up, events, read, tool, whole
 from tests.support.scripted import said
