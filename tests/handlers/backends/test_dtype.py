@@ -12,7 +12,7 @@ from container.check import check, describe
 from container.fit import fit
 from engine.loader import resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
-from handlers.backends.vllm.options.precision import served_dtype, stored_dtype
+from handlers.backends.vllm.options.checkpoint import served_dtype, stored_dtype
 from properties.configuration import resolve
 from tests.support.models import make_text_model
 

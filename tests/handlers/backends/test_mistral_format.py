@@ -12,7 +12,7 @@ from container.check import describe
 from engine.errors import ModelLoadError
 from engine.machine import Device, Machine
 from handlers.backends.rolling.model_facts import load_tokenizer
-from handlers.backends.vllm.options.mistral import (
+from handlers.backends.vllm.options.checkpoint import (
     format_warnings,
     replaced_formats,
     weight_problems,
