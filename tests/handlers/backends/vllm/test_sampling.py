@@ -15,12 +15,12 @@ import pytest
 
 from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.compat import RunnerRoom
-from handlers.backends.vllm.prompts import room as rooms
+from handlers.backends.vllm.compat import RunnerLimits
+from handlers.backends.vllm.prompts import runner_limits
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm
 from handlers.errors import InvalidRequest
 
-ROOM = RunnerRoom(allowed_token_ids=4, logit_bias=3, stop_token_ids=5, bad_words=2, bad_word_tokens=6)
+LIMITS = RunnerLimits(allowed_token_ids=4, logit_bias=3, stop_token_ids=5, bad_word_tokens=6)
 
 
 @dataclass
@@ -89,7 +89,7 @@ def checked(made: Theirs, eos: Sequence[int] = (), newer: bool = True) -> None:
 
     async def check() -> None:
         with ThreadPoolExecutor(1) as threads:
-            await rooms.check_room(VLLM, engine, made, eos, threads)
+            await runner_limits.check_runner_limits(VLLM, engine, made, eos, threads)
 
     asyncio.run(check())
 
@@ -119,20 +119,15 @@ def checked(made: Theirs, eos: Sequence[int] = (), newer: bool = True) -> None:
         ),
         (
             {"bad_words": ("abc", "def")},
-            {"bad_words": ("a", "b", "c")},
-            "bad_words holds 3 words; allowed: 2",
-        ),
-        (
-            {"bad_words": ("abc", "def")},
             {"bad_words": ("abc", "defg")},
             "bad_words are 7 tokens, as they begin a text and after a space; allowed: 6 in all",
         ),
     ],
 )
-def test_what_the_newer_runner_has_no_room_for_is_refused(
+def test_what_is_too_long_for_the_newer_runner_is_refused(
     monkeypatch: pytest.MonkeyPatch, fits: dict[str, Any], too_much: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(compat, "_newer_runner_room", lambda: ROOM)
+    monkeypatch.setattr(compat, "newer_runner_limits", lambda: LIMITS)
     checked(asked(**fits), (8, 9))
     with pytest.raises(InvalidRequest) as caught:
         checked(asked(**too_much), (8, 9))
@@ -141,17 +136,11 @@ def test_what_the_newer_runner_has_no_room_for_is_refused(
     checked(asked(**too_much), (8, 9), newer=False)
 
 
-def test_a_vllm_that_does_not_tell_its_runner_may_have_the_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "_newer_runner_room", lambda: ROOM)
-    assert compat.runner_room(SimpleNamespace()) == ROOM
-    assert compat.runner_room(SimpleNamespace(use_v2_model_runner=False)) is None
-
-
 def test_most_requests_are_not_looked_at_closely() -> None:
     engine = SimpleNamespace()
     with ThreadPoolExecutor(1) as threads:
         made = asked(seed=3, stop_token_ids=tuple(range(1000)))
-        asyncio.run(rooms.check_room(VLLM, engine, made, (), threads))
+        asyncio.run(runner_limits.check_runner_limits(VLLM, engine, made, (), threads))
 
 
 class Taking(SimpleNamespace):
@@ -193,24 +182,24 @@ class TestVllmsOwn:
     @pytest.mark.parametrize("name", ["allowed_token_ids", "logit_bias", "stop_token_ids"])
     def test_ids(self, name: str) -> None:
         states = Taking("logit_bias", "LogitBiasState")
-        room = compat._newer_runner_room()
+        limits = compat.newer_runner_limits()
 
         def params(count: int) -> Any:
             ids = tuple(range(count))
             value = dict.fromkeys(ids, 1.0) if name == "logit_bias" else ids
             return to_vllm(compat.load(), SamplingParams(min_tokens=1, **{name: value}), 1)
 
-        most = getattr(room, name)
+        most = getattr(limits, name)
         states(params(most))
-        rooms.check_ids(room, params(most), ())
+        runner_limits.check_ids(limits, params(most), ())
         with pytest.raises(ValueError, match="Too many"):
             states(params(most + 1))
         with pytest.raises(InvalidRequest, match=f"^{name} "):
-            rooms.check_ids(room, params(most + 1), ())
+            runner_limits.check_ids(limits, params(most + 1), ())
 
     def test_words(self) -> None:
         states = Taking("bad_words", "BadWordsState")
-        room = compat._newer_runner_room()
+        limits = compat.newer_runner_limits()
         letters = SimpleNamespace(
             encode=lambda text, add_special_tokens: [ord(letter) for letter in text], max_token_id=300
         )
@@ -224,13 +213,21 @@ class TestVllmsOwn:
             made.update_from_tokenizer(letters)
             return made
 
-        most = room.bad_word_tokens
+        most = limits.bad_word_tokens
         states(spelled(most))
-        rooms.check_bad_words(compat.load(), room, params(most), letters)
+        runner_limits.check_bad_words(compat.load(), limits, params(most), letters)
         with pytest.raises(ValueError, match="Too many"):
             states(spelled(most + 1))
         with pytest.raises(InvalidRequest, match=f"^bad_words are {most + 1} tokens"):
-            rooms.check_bad_words(compat.load(), room, params(most + 1), letters)
+            runner_limits.check_bad_words(compat.load(), limits, params(most + 1), letters)
+
+    def test_vllm_counts_the_words_itself(self) -> None:
+        pytest.importorskip("vllm")
+        letters = SimpleNamespace(encode=lambda text, add_special_tokens: [1], max_token_id=300)
+        made = to_vllm(compat.load(), SamplingParams(bad_words=tuple(map(str, range(200)))), 1)
+        with pytest.raises(InvalidRequest, match="Too many bad words") as caught:
+            runner_limits.check_bad_words(compat.load(), compat.newer_runner_limits(), made, letters)
+        assert caught.value.param == "bad_words"
 
 
 class TestPromptLogprobs:
