@@ -28,9 +28,8 @@ from handlers.backends.model_front import ModelFront
 from properties.configuration import resolve
 from properties.settings import Settings
 from tests.support.live import LiveServer, message
+from tests.support.shapes import PICTURES, ROOT, SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
-PICTURES = SHAPES / "pictures"
 OWN = ("--json", "--help", "-h")
 
 
@@ -277,7 +276,7 @@ def test_the_command_of_vllms_old_page_with_another_programs_name(
 
 
 def test_the_table_of_the_offline_page_is_true() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "offline.md").read_text()
+    page = (ROOT / "docs" / "offline.md").read_text()
     rows = re.findall(r"^\| `(--[^`]+)` \| ([^|]+) \|$", page, re.MULTILINE)
     assert {row.split()[0] for row in PAGE.strip().splitlines()} < {flag.split()[0] for flag, _ in rows}
     for flag, here in rows:

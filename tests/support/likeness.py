@@ -30,10 +30,10 @@ from handlers.request import (
     Message,
     TextPart,
 )
-from tests.engine.test_process import answer, config, running
-from tests.handlers.backends.test_model_facts import learned
-from tests.handlers.backends.test_rolling import loaded, tokens
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer, config, running
+from tests.support.model_front import learned
+from tests.support.rolling import loaded, tokens
 
 
 @st.composite

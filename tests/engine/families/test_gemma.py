@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,22 +19,16 @@ from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
 from handlers.request import ChatPrompt, ImagePart, Message, TextPart
 from handlers.templates import PromptRenderer
-from tests.engine.test_process import answer, config, running
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with, small_images
-from tests.support.tiny_gemma import END, GEMMA3_TEMPLATE, SOFT, START, make_gemma3, make_paligemma
+from tests.support.tiny_gemma import END, GEMMA3_TEMPLATE, SOFT, START, inputs, make_gemma3, make_paligemma
 
 MODELS = {
     "gemma3": make_gemma3,
     "paligemma": make_paligemma,
     "paligemma2": lambda path: make_paligemma(path, second=True),
 }
-
-
-def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    """token_type_ids: Gemma 3 wants to know which tokens are images, PaliGemma which are the prompt's."""
-    pixels = processor(images, return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixels, "token_type_ids": (ids == SOFT).long()}
 
 
 class PrefixOracle(Oracle):

@@ -36,14 +36,14 @@ from handlers import LLM
 from handlers import SamplingParams as OfflineParams
 from handlers.request import ChatPrompt, Constraint, ImagePart, Message, TextPart
 from handlers.templates import PromptRenderer
-from tests.container.test_check import CPU, report
-from tests.engine.test_process import answer as answered
-from tests.engine.test_process import config, running
-from tests.handlers.backends.test_model_facts import HEAVY, learned
-from tests.handlers.backends.test_rolling import answer, loaded, request, tokens
+from tests.support.checked import CPU, report
 from tests.support.engine_driver import EOS, Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer as answered
+from tests.support.engine_process import config, running
 from tests.support.exactness import check_logprobs, check_random_load, image_of, prompts_with
+from tests.support.model_front import HEAVY, learned
 from tests.support.models import make_text_model, make_tokenizer
+from tests.support.rolling import answer, loaded, request, tokens
 from tests.support.tiny_phi3_v import LIMIT, MOST, TEMPLATE, TILE, VISION, begin_with_bos, make_phi3_v
 
 IMAGE = 264

@@ -41,11 +41,11 @@ from handlers.request import (
     TextPart,
 )
 from properties.settings import Settings
-from tests.handlers.backends.test_model_facts import learned
-from tests.handlers.backends.test_rolling import answer, loaded, tokens
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.exactness import PromptMaker, check_random_load
-from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, make_qwen_vl
+from tests.support.model_front import learned
+from tests.support.rolling import answer, loaded, tokens
+from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, inputs, make_qwen_vl
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 SIZES = ((1, 1), (30, 900), (900, 30), (60, 41), (129, 77), (200, 200), (28, 28), (3, 100))
@@ -58,10 +58,6 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 IMAGES = [noise(*size) for size in SIZES] + [Image.new("RGB", (90, 60)), noise(60, 41, seed=1)]
-
-
-def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    return {**processor(images, return_tensors="pt"), "mm_token_type_ids": (ids == IMAGE).int()}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -193,7 +189,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     )
 
     async def scenario() -> list[int]:
-        from tests.engine.test_process import answer, running
+        from tests.support.engine_process import answer, running
 
         async with running(EngineClient(engine_config)) as client:
             return await answer(client, add)
