@@ -24,7 +24,7 @@ from container.cli import main
 from container.flags import FlagError, read_flags
 from container.keys import Keys
 from engine.errors import ModelLoadError
-from handlers.backends.model_front import ModelFront
+from handlers.backends.rolling.model_front import ModelFront
 from properties.configuration import resolve
 from properties.settings import Settings
 from tests.support.live import LiveServer, message

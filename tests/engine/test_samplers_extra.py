@@ -35,8 +35,8 @@ from handlers.backends.vllm.samplers.carried import (
     offer,
     with_breakers,
 )
-from handlers.backends.words import DRY_BREAKERS, spelled
 from handlers.errors import InvalidRequest
+from handlers.prompts.limits import DRY_BREAKERS, spelled
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
 from tests.support.models import make_llava, make_tokenizer

@@ -16,7 +16,7 @@ HEAVY = ["torch"] if find_spec("torchvision") else []
 
 _LOAD = """
 import json, sys
-from handlers.backends.model_front import ModelFront
+from handlers.backends.rolling.model_front import ModelFront
 from properties.settings import Settings
 front = ModelFront.load(Settings(), sys.argv[1])
 from PIL import Image

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta
-from handlers.backends.rolling import RollingBackend
+from handlers.backends.rolling.backend import RollingBackend
 from handlers.request import (
     ChatPrompt,
     GenerationRequest,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.model_facts import load_tokenizer
+from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
 from handlers.backends.vllm.backend import VllmBackend

@@ -17,8 +17,8 @@ from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, ImagePart, Message, TextPart
-from handlers.templates import PromptRenderer
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with, small_images

@@ -34,8 +34,8 @@ from engine.messages import EMBEDDINGS, TensorData
 from engine.sampling_params import SamplingParams
 from handlers import LLM
 from handlers import SamplingParams as OfflineParams
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, Constraint, ImagePart, Message, TextPart
-from handlers.templates import PromptRenderer
 from tests.support.checked import CPU, report
 from tests.support.engine_driver import EOS, Oracle, Prompt, load_engine, run_all
 from tests.support.engine_process import answer as answered

@@ -18,7 +18,7 @@ from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.pictures import PicturePreparer
+from handlers.backends.rolling.images import PicturePreparer
 from handlers.errors import ImageError
 from handlers.request import (
     ChatPrompt,

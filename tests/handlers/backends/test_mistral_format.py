@@ -10,7 +10,7 @@ import pytest
 
 from container.check import describe
 from engine.errors import ModelLoadError
-from handlers.backends.model_facts import load_tokenizer
+from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.options.mistral import (
     format_warnings,
     replaced_formats,

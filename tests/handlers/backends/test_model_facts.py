@@ -9,12 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, processors
 
-import handlers.backends.model_facts as facts_module
+import handlers.backends.rolling.model_facts as facts_module
 from engine.client import EngineClient
 from engine.errors import ModelLoadError
-from handlers.backends.model_facts import TOKENIZER, ModelQuestion, ask_engine, load_tokenizer, model_facts
+from handlers.backends.rolling.model_facts import (
+    TOKENIZER,
+    ModelQuestion,
+    ask_engine,
+    load_tokenizer,
+    model_facts,
+)
 from tests.support.model_front import _LOAD, HEAVY, ROOT, learned
 from tests.support.models import make_llava
 from tests.support.shapes import SHAPES
@@ -23,7 +30,6 @@ from tests.support.shapes import SHAPES
 def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
     """The test's own process has torch, and asks the auto classes itself: the two ways must agree."""
     import torch  # noqa: F401
-    from PIL import Image
     from transformers import AutoTokenizer
 
     from engine.loader import load_preprocessor
@@ -108,7 +114,7 @@ def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path)
 _START = """
 import asyncio, json, sys
 from pathlib import Path
-from handlers.backends.rolling import RollingBackend
+from handlers.backends.rolling.backend import RollingBackend
 from properties.settings import Settings
 spawned = []
 sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats
-from handlers.templates import PromptRenderer
+from handlers.prompts.renderer import PromptRenderer
 from tests.support.scripted import said
 from tests.support.tokenizers import byte_level, wrapped
 from tests.support.tools import TOOLS, added_up, events, read, tool, whole

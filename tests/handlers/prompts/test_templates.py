@@ -19,9 +19,9 @@ from tokenizers import (
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from handlers.errors import InvalidRequest
+from handlers.prompts.chat_templates import TemplateSource
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, ImagePart, Message, Part, TextPart, TextPrompt
-from handlers.template_source import TemplateSource
-from handlers.templates import PromptRenderer
 from tests.support.tokenizers import SPECIAL, byte_level, trained, wrapped
 
 PARTS = (
@@ -485,7 +485,7 @@ def test_what_no_context_has_room_for_is_refused_before_it_is_encoded(
     renderer = PromptRenderer(plain, "{{ mood }}" + PARTS)
     assert renderer.render(prompt).token_ids
     renderer.longest = 100
-    monkeypatch.setattr("handlers.templates.encode", lambda *_: pytest.fail("it was encoded"))
+    monkeypatch.setattr("handlers.prompts.renderer.encode", lambda *_: pytest.fail("it was encoded"))
     with pytest.raises(InvalidRequest, match=r"has 1\d\d (characters|tokens).*at most 100"):
         renderer.render(prompt)
 

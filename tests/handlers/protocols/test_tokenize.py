@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.base import TokenizedPrompt
 from handlers.exchange import Reply
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import Prompt, TextPart, TextPrompt
-from handlers.templates import PromptRenderer
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import Pictures, ScriptedBackend, everything, incoming, service

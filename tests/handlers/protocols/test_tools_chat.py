@@ -21,8 +21,8 @@ from handlers.build import build_backend
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt
-from handlers.templates import PromptRenderer
 from properties.configuration import resolve
 from properties.problem import ConfigurationError
 from tests.support.backend import VLLM

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError, RequestRejected, one_line
 from engine.sampling_params import MAX_INTEGER, SamplingParams
-from handlers.backends.model_facts import (
+from handlers.backends.rolling.model_facts import (
     TOKENIZER,
     FactsFinder,
     ModelFacts,
@@ -21,9 +21,9 @@ from handlers.backends.model_facts import (
     model_facts,
 )
 from handlers.backends.vision_flags import contradictions
-from handlers.chat_templates import read_chat_templates
 from handlers.model_json import read_object
-from handlers.templates import PromptRenderer
+from handlers.prompts.chat_templates import read_chat_templates
+from handlers.prompts.renderer import PromptRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

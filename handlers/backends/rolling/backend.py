@@ -29,19 +29,26 @@ from handlers.backends.base import (
     compute_type,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt, require_known
-from handlers.backends.model_facts import ModelFacts, ModelQuestion, ask_engine
-from handlers.backends.model_front import ModelFront
-from handlers.backends.pictures import PicturePreparer, ReadyPicture
-from handlers.backends.rolling_plan import plan_engines, unused_devices
+from handlers.backends.rolling.images import PicturePreparer, ReadyPicture
+from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
+from handlers.backends.rolling.model_front import ModelFront
+from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.tokens import TokenTexts, detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.unused import unused_by_text
-from handlers.backends.words import MANY_CHARACTERS, count_characters, spelled
-from handlers.detokenizer import Detokenizer
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
+from handlers.prompts.detokenizer import Detokenizer
+from handlers.prompts.limits import (
+    MANY_CHARACTERS,
+    checked_sampling,
+    checked_tokens,
+    count_characters,
+    longest_prompt,
+    require_known,
+    spelled,
+)
+from handlers.prompts.renderer import RenderedPrompt
 from handlers.request import GenerationRequest, Prompt, pictures
-from handlers.templates import RenderedPrompt
 
 if TYPE_CHECKING:
     from properties.configuration import Configuration
