@@ -17,12 +17,12 @@ from container.openapi.document import document
 from container.routes import Action, Match, MethodNotAllowed, Route, find
 from container.state import Answers, ServerState, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
-from handlers.dialects.error_replies import client_error, error_reply, style_of
-from handlers.dialects.sagemaker import ROUTES as SAGEMAKER_ROUTES
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import AdapterCall, Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
+from handlers.protocols.error_replies import client_error, error_reply, style_of
+from handlers.protocols.lmi.sagemaker import ROUTES as SAGEMAKER_ROUTES
 from handlers.version import VERSION
 from properties.configuration import Configuration
 

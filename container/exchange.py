@@ -16,8 +16,8 @@ from urllib.parse import parse_qs
 
 from container.bodies import Receive
 from container.routes import Route
-from handlers.dialects.sagemaker import ADAPTER
 from handlers.exchange import Reply, RequestFacts
+from handlers.protocols.lmi.sagemaker import ADAPTER
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

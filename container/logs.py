@@ -18,9 +18,9 @@ from typing import Any, Literal, TextIO
 
 import msgspec
 
-from handlers.dialects.body_limits import check_body
 from handlers.errors import ServingError
 from handlers.exchange import Reply
+from handlers.protocols.body_limits import check_body
 
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
