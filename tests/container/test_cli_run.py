@@ -20,9 +20,9 @@ import httpx
 import openai
 import pytest
 
+from container.access import Keys
 from container.cli import main
 from container.flags import FlagError, read_flags
-from container.keys import Keys
 from engine.errors import ModelLoadError
 from handlers.backends.rolling.model_front import ModelFront
 from properties.configuration import resolve
@@ -205,12 +205,12 @@ def test_a_key_counts_wherever_it_is_written(tmp_path: Path, name: str) -> None:
 
 SHOW = """
 import sys
-import container.start
+import container.server
 def show(configuration, build):
     settings = configuration.settings
     sys.stderr.write(f"{{settings.host}} {{settings.port}}")
     return 0
-container.start.serve = show
+container.server.serve = show
 from container.cli import {main}
 raise SystemExit({main}())
 """
