@@ -18,6 +18,7 @@ from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
+from handlers.prompts.limits import check_totals
 from handlers.protocols.adapters import answer_adapters
 from handlers.protocols.base import JSON, JSON_LINES, Answered, Conventions, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
@@ -30,7 +31,6 @@ from handlers.protocols.tgi.info import tgi_info
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
 from handlers.tokenization import Tokenization
-from handlers.totals import check_totals
 from properties.settings_chat import OutputFormat
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from handlers.backends.model_facts import load_tokenizer
+from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.errors import InvalidRequest, ServingError
 from handlers.offline.batch import Outcome
 from handlers.offline.core import Core

@@ -14,7 +14,7 @@ import pytest
 from handlers.errors import InvalidRequest, Overloaded
 from handlers.protocols.lmi import sessions
 from handlers.protocols.lmi.sessions import MOST_SESSIONS, Sessions
-from tests.scripted_server import ServerProcess
+from tests.support.scripted_server import ServerProcess
 
 ID = "x-amzn-sagemaker-session-id"
 OPEN = {"requestType": "NEW_SESSION"}
