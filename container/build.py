@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from container.life import Answers
+from container.state import Answers
 from handlers import build
 from handlers.backends.base import Backend
 from handlers.custom.backend import CustomBackend

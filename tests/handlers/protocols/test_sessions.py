@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from handlers.exchange import Reply
 from handlers.protocols.lmi.sessions import Sessions
 from handlers.service import Service
 from tests.support.scripted import ScriptedBackend, chat, incoming, said, service
+from tests.support.shapes import ROOT
 
 OPEN = {"requestType": "NEW_SESSION"}
 CLOSE = {"requestType": "CLOSE"}
@@ -136,5 +136,4 @@ def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_start_needs_no_store_for_sessions() -> None:
     code = "import sys, container.app, container.build, container.server; assert 'boto3' not in sys.modules"
-    root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
