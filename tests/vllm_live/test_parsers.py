@@ -31,8 +31,8 @@ from handlers.parsers.base import (
 from handlers.parsers.reasoning import ReasoningThenCalls
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
-from tests.live.test_shapes import SHAPES
 from tests.support.live import LiveServer
+from tests.support.shapes import SHAPES
 
 TOOLS: list[dict[str, Any]] = [
     {
