@@ -1,6 +1,6 @@
 """Lists that vLLM's front takes and that are too long for its newer model runner, where they would end the engine.
 
-Still so in 0.32, but for the number of bad words, which its front counts now.
+So in 0.32 still. The number of bad words is counted by its front.
 """
 
 from __future__ import annotations
