@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from handlers.errors import NotFound, ServingError
-from handlers.exchange import AdapterAction
 
 Action = Literal[
     "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize",
@@ -38,14 +37,13 @@ class MethodNotAllowed(ServingError):
 class Route:
     """template: what logs, metrics and the handlers call it, never what the client typed.
 
-    open: answered without the server's key, as the platform asks it. adapters: what is done to adapters there.
+    open: answered without the server's key, as the platform asks it.
     """
 
     template: str
     action: Action
     methods: tuple[str, ...] = ("POST",)
     open: bool = False
-    adapters: AdapterAction = "list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +67,13 @@ INVOKE = Route("/models/{model}/invoke", "answer")
 
 _ADAPTERS = (
     Route("/adapters", "adapters", READ),
-    Route("/adapters", "adapters", adapters="add"),
+    Route("/adapters", "adapters"),
 )
 _ADAPTER = (
-    Route("/adapters/{adapter}", "adapters", READ, adapters="show"),
-    Route("/adapters/{adapter}", "adapters", ("DELETE",), adapters="remove"),
+    Route("/adapters/{adapter}", "adapters", READ),
+    Route("/adapters/{adapter}", "adapters", ("DELETE",)),
 )
-_UPDATE = (Route("/adapters/{adapter}/update", "adapters", adapters="update"),)
+_UPDATE = (Route("/adapters/{adapter}/update", "adapters"),)
 
 ROUTES: dict[str, tuple[Route, ...]] = {
     "/ping": (PING,),
