@@ -176,7 +176,7 @@ class Server:
         if formatters is not None:
             await formatters.load()
         await backend.load()
-        self._images = self.metrics.pictures = build_images(configuration.settings)
+        self._images = self.metrics.images = build_images(configuration.settings)
         service = build_service(configuration, backend, self._images, self.metrics, formatters)
         await words
         gc.collect()
