@@ -21,8 +21,9 @@ from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError
 from handlers.exchange import AdapterCall, Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
-from handlers.protocols.error_replies import client_error, error_reply, style_of
-from handlers.protocols.lmi.sagemaker import ROUTES as SAGEMAKER_ROUTES
+from handlers.protocols.errors import client_error, error_reply
+from handlers.protocols.lmi.requests import INVOKE_ROUTES
+from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
 
@@ -97,7 +98,7 @@ class App:
                 return None
             self._metrics.on_error(error.kind)
             self._refusals.add(error)
-            reply = error_reply(error, style_of(match.route.template, headers))
+            reply = error_reply(error, error_format(match.route.template, headers))
         self._metrics.on_http(match.route.template, reply.status)
         own = self._headers(request_id(headers, self._settings.request_id_header_key), headers)
         return reply, header_lines(reply, own)
@@ -240,7 +241,7 @@ class App:
         """Whether the body must be read before a refusal: opening and closing a session takes no place."""
         return (
             route is not None
-            and route.template in SAGEMAKER_ROUTES
+            and route.template in INVOKE_ROUTES
             and 0 < declared <= _SESSION_BYTES
             and self._settings.enable_stateful_sessions
         )
@@ -296,7 +297,9 @@ class App:
             )
         if call.exchange.status != 0:
             return
-        reply = error_reply(known, style_of(call.path if call.route is None else call.template, call.headers))
+        reply = error_reply(
+            known, error_format(call.path if call.route is None else call.template, call.headers)
+        )
         if isinstance(error, MethodNotAllowed):
             reply.headers["Allow"] = ", ".join(error.allowed)
         await self._reply(call, reply, close=not call.body_read and has_body(call.headers))

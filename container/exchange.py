@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 from container.bodies import Receive
 from container.routes import Route
 from handlers.exchange import Reply, RequestFacts
-from handlers.protocols.lmi.sagemaker import ADAPTER
+from handlers.protocols.lmi.routes import ADAPTER
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

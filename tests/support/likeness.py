@@ -63,7 +63,7 @@ def check_front(path: Path) -> None:
     assert preprocessor is not None
     assert preprocessor.to_bytes() is not None
     found = learned(path)
-    assert found["heavy"] == (["torch"] if preprocessor.facts.recipe.with_torch else [])
+    assert found["heavy"] == (["torch"] if preprocessor.metadata.recipe.with_torch else [])
     prepared = preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
     assert found["tokens"] == len(prepared.token_ids)
     assert found["pixels"] == float(prepared.tensors["pixel_values"].sum())

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.client import EngineClient
-from engine.families.gemma3 import Gemma3Facts, Gemma3Preprocessor
+from engine.families.gemma3 import Gemma3Metadata, Gemma3Preprocessor
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
@@ -158,10 +158,10 @@ def test_the_line_breaks_around_an_image_are_tokenised_with_the_text(tmp_path: P
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     start, soft, end = tokenizer.convert_tokens_to_ids(names[3:])
-    facts = Gemma3Facts(
+    metadata = Gemma3Metadata(
         image_token_id=soft, recipe=None, num_tokens=1, start_token_id=start, end_token_id=end
     )
-    written = Gemma3Preprocessor(facts).written(tokenizer)
+    written = Gemma3Preprocessor(metadata).written(tokenizer)
     for content_format in ("openai", "string"):
         renderer = PromptRenderer(
             tokenizer, GEMMA3_TEMPLATE, content_format, "<image_soft_token>",

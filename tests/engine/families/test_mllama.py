@@ -55,7 +55,7 @@ def test_tokens_equal_generate_for_random_loads(model: tuple[Path, Oracle], seed
 def test_requests_wait_for_places_of_images_and_text_passes_them(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     engine = load_engine(path, encoder_cache_bytes=2 * 34816)
-    assert engine.scheduler.image_places == 2
+    assert engine.scheduler.image_slots == 2
     some = images()
     prompts = [Prompt([*range(40, 50), some[n], some[n + 1], *range(60, 70)]) for n in (0, 2, 4)]
     prompts.append(Prompt([*range(40, 60)]))

@@ -230,7 +230,7 @@ def pixels(request: pytest.FixtureRequest, model: Path) -> Phi3VPreprocessor:
 def test_pixels_and_tiles_equal_the_checkpoints_own(pixels: Phi3VPreprocessor, size: tuple[int, int]) -> None:
     image = image_of(*size, seed=sum(size))
     got = pixels.prepare(image)
-    want, (down, across) = prepared(image, pixels.facts.most)
+    want, (down, across) = prepared(image, pixels.metadata.most)
     assert got.tensors["grid"].tolist() == [down, across]
     np.testing.assert_array_equal(got.tensors["pixel_values"][1:], want[1:].numpy())
     # torch adds up in another order on some machines
@@ -418,7 +418,7 @@ def test_the_snippet_of_vllms_page(model: Path, oracle: Reference) -> None:
             {"img_processor": {"layer_idx": -5}},
             "layer_idx of this Phi-3 Vision is -5, but its tower has 3 layers",
         ),
-        ({"vision_config": {"image_size": 30}}, "no even number of patches"),
+        ({"vision_config": {"image_size": 30}}, "not an even number of patches"),
     ],
 )
 def test_what_is_not_served_is_said_before_loading(

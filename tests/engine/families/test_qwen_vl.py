@@ -251,7 +251,7 @@ def test_pixels_and_counts_equal_the_processors(
     prepared: tuple[Any, Any], size: tuple[int, int], seed: int
 ) -> None:
     ours, theirs = prepared
-    assert ours.facts.recipe is not None
+    assert ours.metadata.recipe is not None
     image = noise(*size, seed=seed)
     want = theirs(images=image, return_tensors="np")
     got = ours.prepare(image)
@@ -297,7 +297,10 @@ def test_limits_on_pixels_that_the_operator_sets_are_obeyed(tmp_path: Path, kind
     sized = {"size": {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}}
     same = load_preprocessor(str(path), sized)
     assert same is not None
-    assert (same.facts.min_pixels, same.facts.max_pixels) == (limits["min_pixels"], limits["max_pixels"])
+    assert (same.metadata.min_pixels, same.metadata.max_pixels) == (
+        limits["min_pixels"],
+        limits["max_pixels"],
+    )
     with pytest.raises(ModelLoadError, match="size has 'height'"):
         load_preprocessor(str(path), {"size": {"height": 28, "width": 28}})
     assert usual is not None
@@ -463,8 +466,8 @@ def test_penalties_count_the_tokens_of_images(model: tuple[Path, Oracle]) -> Non
 
 def test_positions_come_from_the_grid_alone() -> None:
     """Two images of six tokens each, 2x3 and 6x1: by hand."""
-    facts: Any = type("Facts", (), {"merge": 2})
-    preprocessor = Qwen2VLPreprocessor(facts)
+    metadata: Any = type("Metadata", (), {"merge": 2})
+    preprocessor = Qwen2VLPreprocessor(metadata)
     grids = [np.array([1, 4, 6]), np.array([1, 12, 2])]
     pictures = [
         Picture(b"", offset, 6, {GRID: TensorData.pack(grid)})
