@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming
+from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.protocols.api import Api
 from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.errors import OPENAI_ERRORS
 from handlers.request import Prompt, TextPrompt
+
+if TYPE_CHECKING:
+    from handlers.service import Service
 
 MOST_TOKENS = 2**20
 """That may be turned into text at once."""
@@ -77,6 +83,26 @@ class SimpleToken(msgspec.Struct):
     stop: int
 
 
+class ChatTokens(msgspec.Struct, forbid_unknown_fields=True):
+    """TGI's. templated_text: what the chat template made of the messages."""
+
+    tokenize_response: list[SimpleToken]
+    templated_text: str
+
+
+class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's. token_strs: null unless they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(msgspec.Struct, forbid_unknown_fields=True):
+    prompt: str
+
+
 def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> TokenTask:
     """`inputs` is TGI's word, `prompt` and `messages` are vLLM's. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
@@ -109,13 +135,38 @@ def read_detokenize(body: dict[str, Any]) -> list[int]:
 
 
 def detokenize_reply(text: str) -> bytes:
-    return _encode({"prompt": text})
+    return _encode(Detokenized(text))
 
 
 def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
     """With the prompt that the same body would be answered for."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     return read_chat(asked, conventions, request_id=incoming.request_id)
+
+
+async def _tokenize(service: Service, incoming: Incoming) -> Reply:
+    async def work(
+        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
+    ) -> Reply:
+        reply = await service.tokenization.tokenize(body, service.conventions(), incoming, long)
+        return _noted(reply, facts, arrival)
+
+    return await service.reply(incoming, work)
+
+
+async def _detokenize(service: Service, incoming: Incoming) -> Reply:
+    async def work(
+        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
+    ) -> Reply:
+        return _noted(await service.tokenization.detokenize(body, incoming, long), facts, arrival)
+
+    return await service.reply(incoming, work)
+
+
+def _noted(reply: Reply, facts: RequestFacts, arrival: float) -> Reply:
+    facts.status, facts.total = reply.status, time.monotonic() - arrival
+    reply.facts = facts
+    return reply
 
 
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:
@@ -142,13 +193,15 @@ def _simple_tokens(found: TokenizedPrompt) -> list[SimpleToken]:
 
 def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[TokenizedPrompt], bytes]:
     def write(found: TokenizedPrompt) -> bytes:
-        return _encode(
-            {
-                "count": len(found.token_ids),
-                "max_model_len": conventions.max_model_len,
-                "tokens": found.token_ids,
-                "token_strs": found.pieces if pieces else None,
-            }
-        )
+        strings = list(found.pieces) if pieces else None
+        return _encode(TokenCounts(len(found.token_ids), conventions.max_model_len, found.token_ids, strings))
 
     return write
+
+
+TOKENS = Api(
+    OPENAI_ERRORS,
+    claims=lambda route, headers, keys: False,
+    reads=lambda keys, route: None,
+    calls={"tokenize": _tokenize, "detokenize": _detokenize},
+)

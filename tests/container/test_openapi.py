@@ -22,7 +22,7 @@ from container.openapi.document import document
 from container.routes import every
 from handlers.protocols.openai.chat import ChatBody
 from handlers.protocols.openai.completions import CompletionBody
-from handlers.protocols.tgi.generate import Parameters as TgiParameters
+from handlers.protocols.tgi.requests import TgiParameters
 from tests.support.live import LiveServer
 from tests.support.shapes import SHAPES
 

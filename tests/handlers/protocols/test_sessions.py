@@ -32,7 +32,7 @@ class Clock:
 
 
 def serving(**options: Any) -> Service:
-    return service(ScriptedBackend(said("a")), sessions=Sessions(**options))
+    return service(ScriptedBackend(said("a")), gates=[Sessions(**options)])
 
 
 def send(server: Service, body: Any, session: str | None = None, route: str = "/invocations") -> Reply:
@@ -123,15 +123,15 @@ def test_a_body_with_a_prompt_is_answered_whatever_its_request_type() -> None:
 def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handlers.protocols.lmi.sessions.MOST_SESSIONS", 2)
     clock = Clock()
-    sessions = Sessions(clock=clock)
+    sessions, call = Sessions(clock=clock), incoming(OPEN, "/invocations")
     for _ in range(2):
-        sessions.control(OPEN, {})
+        sessions.answer(OPEN, call)
     with pytest.raises(Overloaded):
-        sessions.control(OPEN, {})
+        sessions.answer(OPEN, call)
     clock.now += 1200
-    sessions.control(OPEN, {})
+    sessions.answer(OPEN, call)
     with pytest.raises(InvalidRequest):
-        sessions.check({"x-amzn-sagemaker-session-id": "gone"})
+        sessions.answer(chat(), incoming(chat(), x_amzn_sagemaker_session_id="gone"))
 
 
 def test_a_start_needs_no_store_for_sessions() -> None:
