@@ -154,6 +154,8 @@ def test_the_option_reaches_the_engine_or_is_said_to_have_no_effect(
 
 
 def test_vllm_is_told_a_word_that_reads_the_files_there_are(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
     def told(load_format: str) -> dict[str, str]:
         return replaced_formats(configure(tmp_path, f"load_format={load_format}"), tmp_path)
 

@@ -56,9 +56,9 @@ def test_min_tokens_without_an_end_stays_a_length() -> None:
     assert asked(min_tokens=3).min_tokens == 3
 
 
-def check(made: Any) -> None:
+def check(config: VllmConfig, made: Any) -> None:
     """For a model with two ends of its own."""
-    engine = SimpleNamespace(vllm_config=VllmConfig(), get_tokenizer=lambda: LETTERS)
+    engine = SimpleNamespace(vllm_config=config, get_tokenizer=lambda: LETTERS)
     with ThreadPoolExecutor(1) as threads:
         asyncio.run(runner_limits.check_runner_limits(load(), engine, made, (8, 9), threads))
 
@@ -97,14 +97,15 @@ def test_what_is_too_long_for_the_newer_runner_is_refused(
     monkeypatch: pytest.MonkeyPatch, fits: dict[str, Any], too_much: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(compat, "newer_runner_limits", lambda: LIMITS)
+    config = VllmConfig()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    check(asked(**fits))
+    check(config, asked(**fits))
     with pytest.raises(InvalidRequest) as caught:
-        check(asked(**too_much))
+        check(config, asked(**too_much))
     assert str(caught.value) == message
     assert caught.value.param == message.split()[0]
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    check(asked(**too_much))
+    check(config, asked(**too_much))
 
 
 class Taking(SimpleNamespace):

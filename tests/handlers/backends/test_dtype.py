@@ -36,7 +36,7 @@ from tests.support.models import make_text_model
             "cuda",
             True,
             torch.bfloat16,
-            "half of that here; option.dtype=float32 keeps it",
+            "16-bit type here; option.dtype=float32 keeps it",
         ),
         ("float32", "cuda", False, torch.float16, "as with vLLM"),
         ("float16", "cuda", True, torch.float16, "as the model is stored"),

@@ -52,7 +52,7 @@ def test_a_vllm_of_another_version_is_not_driven(tmp_path: Path, monkeypatch: py
     choice = choose("auto", LLAVA, 1)
     assert choice.backend == "rolling"
     assert "vLLM 0.27.1" in choice.reason
-    with pytest.raises(ConfigurationError, match=r"install vllm>=0\.28,<0\.34"):
+    with pytest.raises(ConfigurationError, match=r"install vllm>=0\.32,<0\.34"):
         choose("vllm", LLAVA, 1)
 
 

@@ -131,7 +131,7 @@ def served_dtype(name: str, stored: str | None, *, bfloat16: bool) -> tuple[str,
         return name, "option.dtype says so"
     half = "bfloat16" if bfloat16 else "float16"
     if stored is None:
-        return half, "config.json names no type, and the weights none or several"
+        return half, "config.json does not name a type, and the weights none or several"
     if stored == "float32":
         return half, f"vLLM serves what is stored in float32 in {half}; option.dtype=float32 keeps it"
     if stored == "bfloat16" and not bfloat16:
