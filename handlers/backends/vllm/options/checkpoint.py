@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from handlers.backends.mistral_format import mistral_tokenizer, mistral_weights_alone
 from handlers.backends.weight_files import INDEX, read_header, safetensors_files
+from properties.model import model_dtype
 from properties.names import PREFIX
 from properties.problem import Problem
-from properties.recommend import model_dtype
 
 if TYPE_CHECKING:
     from properties.configuration import Configuration

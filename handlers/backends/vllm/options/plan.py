@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from handlers.backends.unused import unused_on
 from handlers.backends.vllm.nodes.cluster import running_cluster
 from handlers.errors import InvalidConfiguration
+from properties.model import text_config
 from properties.problem import Problem
-from properties.recommend import text_config
 
 if TYPE_CHECKING:
     from properties.settings import Settings
