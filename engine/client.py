@@ -1,11 +1,9 @@
-"""The front's end of one engine process: start it, talk to it, notice at once when it is gone."""
+"""One engine process as the front end sees it: start it, talk to it, notice at once when it is gone."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -14,10 +12,8 @@ from contextlib import suppress
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import EngineDead, EngineError, EngineStopped, ModelLoadError, RequestRejected
+from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
 from engine.messages import (
-    FRAME,
-    MAX_FRAME_BYTES,
     Abort,
     Add,
     Answer,
@@ -28,19 +24,26 @@ from engine.messages import (
     Ping,
     Pong,
     Ready,
-    Shutdown,
     Stats,
     StepDone,
     ToEngine,
 )
-from processes.environment import child_environment
+from processes.child import Child, Connection, Log
+from processes.inside import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 engine_log = logging.getLogger("engine.process")
-"""What the engine processes write to their standard error."""
+"""What the engine processes print."""
 
 SHUTDOWN_SECONDS = 3.0
 """How long an engine that was asked to stop may take before it is killed."""
+
+PING_SECONDS = 2.0
+"""Pause between two looks at whether an engine's loop still turns."""
+
+STUCK_SECONDS = 120.0
+"""An engine whose loop has not turned for this long is killed and restarted. A step is one turn, so this must be
+longer than the longest step."""
 
 
 class OutputStream:
@@ -80,115 +83,106 @@ class OutputStream:
             self._waiter.set_result(None)
 
 
-class EngineClient:
-    """One engine process from start to death; it is not started twice."""
+class EngineProcess:
+    """An engine process without a model: it imports what it needs, which takes seconds, and answers questions."""
 
-    def __init__(self, config: EngineConfig | None = None) -> None:
-        """config: needed at last for `start`."""
-        self.config = config
-        self.ready: Ready | None = None
+    def __init__(self, child: Child, connection: Connection) -> None:
+        """Use `spawn`."""
+        self._child = child
+        self._connection = connection
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+
+    @classmethod
+    async def spawn(cls) -> EngineProcess:
+        """Raises OSError; nothing is left running then."""
+        child = await Child.start("engine.process", "engine", Log(engine_log))
+        try:
+            return cls(child, await child.connect())
+        except BaseException:
+            await child.stop(0)
+            raise
+
+    async def ask(self, function: str, question: bytes) -> bytes:
+        """What the function, "module:name", returns in the process.
+
+        Raises EngineDead where the process ends instead.
+        """
+        _send(self._connection, msgspec.msgpack.encode(Ask(function, question)))
+        message = await self._receive()
+        if not isinstance(message, Answer):
+            raise EngineDead("the engine process ended while it was asked about the model")
+        return message.answer
+
+    async def load(self, config: EngineConfig, stuck_seconds: float = STUCK_SECONDS) -> EngineClient:
+        """Return when the model has answered a first request of its own. Not to be used afterwards.
+
+        Raises ModelLoadError with the engine's reason, and EngineDead when the process ends without giving one.
+        Nothing is left running then.
+        """
+        try:
+            _send(self._connection, msgspec.msgpack.encode(config))
+            first = await self._receive()
+            if isinstance(first, Ready):
+                return EngineClient(self._child, self._connection, first, stuck_seconds)
+            if isinstance(first, LoadFailed):
+                raise ModelLoadError(first.message)
+            raise EngineDead("the engine process ended while it was loading the model; its log lines say why")
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Never raises; safe to call twice."""
+        self._child.kill()
+        await self._child.wait()
+
+    async def _receive(self) -> FromEngine | None:
+        frame = await self._connection.receive()
+        return None if frame is None else self._decoder.decode(frame)
+
+
+class EngineClient:
+    """An engine process with its model, until its death (see `processes.supervisor.Supervised`)."""
+
+    def __init__(self, child: Child, connection: Connection, ready: Ready, stuck_seconds: float) -> None:
+        """Use `start`, or `EngineProcess.load`."""
+        self.ready = ready
         self.stats = Stats()
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self.answered = False
+        """Its last word; of one that has died, the counters alone."""
+        self.served = False
         """Whether any request has had a token from this process."""
+        self._child = child
+        self._connection = connection
+        self._stuck_seconds = stuck_seconds
         self._streams: dict[int, OutputStream] = {}
         self._asked: float | None = None
         self._pongs: dict[int, asyncio.Future[None]] = {}
         self._next_id = 0
         self._died = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._encoder = msgspec.msgpack.Encoder()
+        self._receiving = asyncio.create_task(self._receive(), name="engine-receive")
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> EngineClient:
+        """Raises OSError when no process can be started, and what `EngineProcess.load` raises."""
+        return await (await EngineProcess.spawn()).load(config)
 
     @property
     def alive(self) -> bool:
-        return self.ready is not None and not self._died.is_set()
+        return not self._died.is_set()
 
     @property
     def num_requests(self) -> int:
         return len(self._streams)
 
     @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+    def pid(self) -> int:
+        return self._child.pid
 
     @property
     def silent_for(self) -> float:
         """Seconds since a sign of life was asked for that has not come; 0 when none is due."""
         return 0.0 if self._asked is None else time.monotonic() - self._asked
-
-    async def spawn(self) -> None:
-        """Start the process ahead of `start`: it imports what it needs, which takes seconds, and waits.
-
-        Raises OSError; nothing is left running then.
-        """
-        try:
-            await self._spawn()
-        except BaseException:
-            await self.stop()
-            raise
-
-    async def ask(self, function: str, question: bytes) -> bytes:
-        """What the function, "module:name", says in the process, which is spawned and not started yet.
-
-        Raises EngineDead where the process ends instead.
-        """
-        assert self._reader is not None
-        self._write(self._encoder.encode(Ask(function, question)))
-        message = await _read(self._reader, msgspec.msgpack.Decoder(FromEngine))
-        if not isinstance(message, Answer):
-            raise EngineDead("the engine process ended while it was asked about the model")
-        return message.answer
-
-    async def start(self) -> Ready:
-        """Spawn the process, unless that is done, and wait until the model has answered a first request of its own.
-
-        Raises ModelLoadError with the engine's reason, EngineDead when the process ends without giving one, and
-        OSError when it cannot be started. Nothing is left running then.
-        """
-        try:
-            return await self._start()
-        except BaseException:
-            await self.stop()
-            raise
-
-    async def _spawn(self) -> None:
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-P", "-m", "engine.process", str(theirs.fileno()),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,  # of libraries alone
-                    stderr=asyncio.subprocess.STDOUT,
-                    pass_fds=(theirs.fileno(),),
-                    env=child_environment("engine"),
-                    start_new_session=True,
-                )  # fmt: skip
-            assert self._process.stdout is not None
-            self._tasks.append(asyncio.create_task(_relay_log(self._process.stdout), name="engine-log"))
-            self._reader, self._writer = await asyncio.open_connection(sock=ours)
-        except BaseException:
-            ours.close()
-            raise
-
-    async def _start(self) -> Ready:
-        assert self.config is not None
-        if self._process is None:
-            await self._spawn()
-        reader = self._reader
-        assert reader is not None
-        self._write(msgspec.msgpack.encode(self.config))
-        decoder = msgspec.msgpack.Decoder(FromEngine)
-        first = await _read(reader, decoder)
-        if isinstance(first, Ready):
-            self.ready = first
-            self._tasks.append(asyncio.create_task(self._receive(reader, decoder), name="engine-receive"))
-            return first
-        if isinstance(first, LoadFailed):
-            raise ModelLoadError(first.message)
-        raise EngineDead("the engine process ended while it was loading the model; its log lines say why")
 
     def submit(self, add: Add, stream: OutputStream) -> range:
         """Hand over a request under ids of this client's choosing, which are returned: one for each answer.
@@ -204,7 +198,7 @@ class EngineClient:
             raise RequestRejected("a number in the request is out of range") from error
         if len(body) > MAX_FRAME_BYTES:
             raise RequestRejected("the request's pictures are too large together")
-        self._write(body)
+        _send(self._connection, body)
         self._next_id += len(add.seeds)
         self._streams.update(dict.fromkeys(add.answer_ids, stream))
         return add.answer_ids
@@ -236,57 +230,47 @@ class EngineClient:
         """Return once nothing more will come from the process."""
         await self._died.wait()
 
+    async def lost(self) -> str:
+        """Return when the process has ended; one whose loop has stopped turning is killed."""
+        number, stuck = 0, self._stuck_seconds
+        reason = ""
+        while self.alive:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(PING_SECONDS, stuck)):
+                    await self._died.wait()
+            number += 1
+            if self.alive and not await self.ping(number, stuck) and self.alive:
+                reason = f"has not answered for {stuck:.0f} s: killed"
+                self.kill()
+                await self._died.wait()
+        return reason or f"ended with code {await self._child.stop(SHUTDOWN_SECONDS)}"
+
     @property
     def returncode(self) -> int | None:
         """The process's exit code, negative for a signal; None while it runs."""
-        return self._process.returncode if self._process is not None else None
+        return self._child.returncode
 
     def kill(self) -> None:
         """End the process at once; the requests it holds fail with EngineDead."""
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        self._child.kill()
 
     async def stop(self) -> None:
         """Ask the process to end, kill it when it does not. Never raises."""
-        if self._process is None:
-            return
-        if self.alive:
-            with suppress(EngineDead):
-                self._send(Shutdown())
-        elif self.ready is None:
-            self.kill()
         self._bury(EngineStopped("the engine was stopped"))
-        await self._reap()
-        if self._tasks:
-            _, unfinished = await asyncio.wait(self._tasks, timeout=1.0)
-            for task in unfinished:
-                task.cancel()
-        if self._writer is not None:
-            self._writer.close()
+        await self._child.stop(SHUTDOWN_SECONDS)
+        await asyncio.wait({self._receiving}, timeout=1.0)
+        self._receiving.cancel()
 
-    async def _receive(
-        self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromEngine]
-    ) -> None:
-        assert self._process is not None
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
-            while (message := await _read(reader, decoder)) is not None:
-                self._handle(message)
+            while (frame := await self._connection.receive()) is not None:
+                self._handle(decoder.decode(frame))
         except Exception:
             logger.exception("what the engine process sent cannot be used; it is killed")
             self.kill()
         finally:
             self._bury(EngineDead("the engine process ended while it held this request"))
-        await self._reap()
-
-    async def _reap(self) -> None:
-        """See the process out: its socket is closed, so it should be gone in a moment."""
-        assert self._process is not None
-        try:
-            async with asyncio.timeout(SHUTDOWN_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
-            self.kill()
-            await self._process.wait()
 
     def _handle(self, message: FromEngine) -> None:
         if isinstance(message, StepDone):
@@ -301,7 +285,7 @@ class EngineClient:
                 )
                 if stream is not None:
                     stream.put(output)
-                    self.answered = self.answered or bool(output.token_ids)
+                    self.served = self.served or bool(output.token_ids)
         elif isinstance(message, Pong):
             self.stats = message.stats
             self._asked = None
@@ -315,6 +299,14 @@ class EngineClient:
             return
         self._died.set()
         self._asked = None
+        self.stats = Stats(
+            prefix_queries=self.stats.prefix_queries,
+            prefix_hits=self.stats.prefix_hits,
+            encoder_queries=self.stats.encoder_queries,
+            encoder_hits=self.stats.encoder_hits,
+            preemptions=self.stats.preemptions,
+            steps=self.stats.steps,
+        )
         for stream in self._streams.values():
             stream.fail(error)
         self._streams.clear()
@@ -323,44 +315,11 @@ class EngineClient:
                 pong.set_exception(error)
 
     def _send(self, message: ToEngine) -> None:
-        self._write(self._encoder.encode(message))
-
-    def _write(self, body: bytes) -> None:
-        assert self._writer is not None
-        try:
-            self._writer.writelines((FRAME.pack(len(body)), body))
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # uvloop raises RuntimeError for a transport that has just closed
-            raise EngineDead("the engine process is going away") from error
+        _send(self._connection, self._encoder.encode(message))
 
 
-async def _relay_log(lines: asyncio.StreamReader) -> None:
-    """Put what the engine's processes say into this process's log, in its form."""
-    while True:
-        try:
-            line = await lines.readuntil(b"\n")
-        except asyncio.IncompleteReadError as error:
-            line = error.partial
-            if not line:
-                return
-        except asyncio.LimitOverrunError as error:
-            line = await lines.readexactly(error.consumed)
-        text = line.decode(errors="replace").rstrip()
-        level, _, message = text.partition(" ")
-        known = logging.getLevelNamesMapping().get(level)
-        engine_log.log(known or logging.INFO, "%s", message if known else text)
-
-
-async def _read(
-    reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromEngine]
-) -> FromEngine | None:
-    """The next message; None once the engine has closed its end."""
+def _send(connection: Connection, body: bytes) -> None:
     try:
-        (size,) = FRAME.unpack(await reader.readexactly(FRAME.size))
-        if size > MAX_FRAME_BYTES:
-            raise EngineError(f"a frame of {size} bytes came; allowed: {MAX_FRAME_BYTES}")
-        return decoder.decode(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+        connection.send(body)
+    except OSError as error:
+        raise EngineDead("the engine process is going away") from error

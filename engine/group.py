@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from engine.client import EngineClient, OutputStream
+from engine.client import STUCK_SECONDS, EngineClient, EngineProcess, OutputStream
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.messages import Add, Ready, Stats
-from processes.restarts import Restarts
-
-logger = logging.getLogger(__name__)
-
-PING_SECONDS = 2.0
-"""Pause between two looks at whether an engine's loop still turns."""
+from processes.supervisor import Supervisor, why_down
 
 SUSPECT_SECONDS = 10.0
 """An engine whose loop has not turned for this long gets no new requests while others are well."""
-
-STUCK_SECONDS = 120.0
-"""An engine whose loop has not turned for this long is killed and restarted. A step is one turn, so this must be
-longer than the longest step."""
 
 AFFINITY_SLACK = 4
 """How many more requests than the least loaded replica one may hold and still be preferred for what it has
@@ -36,27 +26,51 @@ AFFINITY_KEYS = 4096
 class Replica:
     """One engine process after another under one name."""
 
-    def __init__(self, number: int, config: EngineConfig, retry_threshold: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        config: EngineConfig,
+        spawned: EngineProcess | None,
+        *,
+        retry_threshold: int,
+        loading_seconds: float,
+        stuck_seconds: float,
+        changed: Callable[[], None],
+    ) -> None:
         self.number = number
-        self.config = config
-        self.client = EngineClient(config)
-        self.restarts = Restarts(retry_threshold)
-        self.given_up = False
-        self.lost = Stats()
-        """The counters of the processes that died."""
+        self.supervisor = Supervisor(
+            f"replica {number}",
+            self._start,
+            retry_threshold=retry_threshold,
+            start_seconds=loading_seconds,
+            changed=changed,
+        )
+        self._config = config
+        self._spawned = spawned
+        self._stuck_seconds = stuck_seconds
+        self._client: EngineClient | None = None
+        self._past = Stats()
+        """The counters of the processes before this one."""
 
-    def retire(self) -> None:
-        """Note the counters of the process that died, and make a place for the next one."""
-        for name in (
-            "prefix_queries",
-            "prefix_hits",
-            "encoder_queries",
-            "encoder_hits",
-            "preemptions",
-            "steps",
-        ):
-            setattr(self.lost, name, getattr(self.lost, name) + getattr(self.client.stats, name))
-        self.client = EngineClient(self.config)
+    @property
+    def client(self) -> EngineClient:
+        """Of the process that runs, or of the last one that did."""
+        assert self._client is not None, "start() has not returned"
+        return self._client
+
+    @property
+    def alive(self) -> bool:
+        return self._client is not None and self._client.alive
+
+    @property
+    def stats(self) -> Stats:
+        return self._past if self._client is None else _sum([self._past, self._client.stats])
+
+    async def _start(self) -> EngineClient:
+        process, self._spawned = self._spawned, None
+        client = await (process or await EngineProcess.spawn()).load(self._config, self._stuck_seconds)
+        self._past, self._client = self.stats, client
+        return client
 
 
 class Ticket:
@@ -75,53 +89,77 @@ class Ticket:
 
 
 class EngineGroup:
-    """Starts the replicas, keeps them running, and hands out requests."""
+    """Keeps the replicas running, and hands out requests."""
 
     def __init__(
         self,
+        configs: Sequence[EngineConfig],
+        spawned: EngineProcess | None,
+        retry_threshold: int,
+        loading_seconds: float,
+        stuck_seconds: float,
+    ) -> None:
+        """Use `start`."""
+        self.replicas = [
+            Replica(
+                number,
+                config,
+                None if number else spawned,
+                retry_threshold=retry_threshold,
+                loading_seconds=loading_seconds,
+                stuck_seconds=stuck_seconds,
+                changed=self._announce,
+            )
+            for number, config in enumerate(configs)
+        ]
+        self._change = asyncio.Event()
+        self._places: OrderedDict[bytes, int] = OrderedDict()
+
+    @classmethod
+    async def start(
+        cls,
         configs: Sequence[EngineConfig],
         *,
         retry_threshold: int = 3,
         loading_seconds: float = 1800.0,
         stuck_seconds: float = STUCK_SECONDS,
-        spawned: EngineClient | None = None,
-    ) -> None:
-        """retry_threshold: failures of a replica, with no answered request between them, that a restart
-        answers; after one more it is given up. loading_seconds: what one restart may take. spawned: a process that
-        waits for its configuration, to be the first replica's."""
-        self._loading_seconds = loading_seconds
-        self._stuck_seconds = stuck_seconds
-        self.replicas = [Replica(number, config, retry_threshold) for number, config in enumerate(configs)]
-        if spawned is not None:
-            spawned.config = configs[0]
-            self.replicas[0].client = spawned
-        self.restarts = 0
-        self.facts: Ready | None = None
-        """What the first replica that came up said of itself."""
-        self._change = asyncio.Event()
-        self._places: OrderedDict[bytes, int] = OrderedDict()
-        self._keepers: list[asyncio.Task[None]] = []
-        self._closing = False
+        spawned: EngineProcess | None = None,
+    ) -> EngineGroup:
+        """All replicas: the first one, then the others together. Raises what `EngineClient.start` raises.
 
-    async def start(self) -> Ready:
-        """All replicas, one after the other up to the first, then together. Raises EngineError when one fails."""
-        first, *others = self.replicas
-        self.facts = await first.client.start()
-        results = await asyncio.gather(*(r.client.start() for r in others), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                await self.close()
-                raise result
-        self._keepers = [
-            asyncio.create_task(work(replica))
-            for replica in self.replicas
-            for work in (self._keep, self._watch)
-        ]
-        return self.facts
+        Args:
+            configs: one for each replica.
+            retry_threshold: failures of a replica, with no answered request between them, that a restart follows;
+                after one more it is given up.
+            loading_seconds: what one restart may take.
+            stuck_seconds: a replica whose loop has not turned for this long is killed.
+            spawned: a process that waits for its configuration, to be the first replica's.
+        """
+        group = cls(configs, spawned, retry_threshold, loading_seconds, stuck_seconds)
+        try:
+            first, *others = (replica.supervisor for replica in group.replicas)
+            await first.start()
+            results = await asyncio.gather(*(other.start() for other in others), return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+        except BaseException:
+            await group.close()
+            raise
+        return group
+
+    @property
+    def ready(self) -> Ready:
+        """What the first replica said of itself."""
+        return self.replicas[0].client.ready
+
+    @property
+    def restarts(self) -> int:
+        return sum(replica.supervisor.restarts for replica in self.replicas)
 
     @property
     def alive(self) -> list[Replica]:
-        return [replica for replica in self.replicas if replica.client.alive]
+        return [replica for replica in self.replicas if replica.alive]
 
     @property
     def responsive(self) -> list[Replica]:
@@ -131,14 +169,12 @@ class EngineGroup:
     @property
     def given_up(self) -> bool:
         """Every replica died too often; nothing will generate again."""
-        return all(replica.given_up for replica in self.replicas)
+        return all(replica.supervisor.given_up for replica in self.replicas)
 
     @property
     def why_down(self) -> str:
         """For health, while no replica runs."""
-        waiting = [replica.restarts for replica in self.replicas if not replica.given_up]
-        short = [restarts for restarts in waiting if restarts.short is not None]
-        return (short or waiting or [self.replicas[0].restarts])[0].reason("the engine")
+        return why_down([replica.supervisor for replica in self.replicas], "the engine")
 
     async def changed(self) -> None:
         """Return when next a replica has died, come back, or been given up."""
@@ -162,21 +198,11 @@ class EngineGroup:
 
     def stats(self) -> Stats:
         """Summed over the replicas; counters include the processes that died."""
-        total = Stats()
-        for replica in self.replicas:
-            parts = [replica.lost, replica.client.stats] if replica.client.alive else [replica.lost]
-            for part in parts:
-                for name in Stats.__struct_fields__:
-                    setattr(total, name, getattr(total, name) + getattr(part, name))
-        return total
+        return _sum(replica.stats for replica in self.replicas)
 
     async def close(self) -> None:
         """End all processes. Never raises."""
-        self._closing = True
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        await asyncio.gather(*(replica.client.stop() for replica in self.replicas), return_exceptions=True)
+        await asyncio.gather(*(replica.supervisor.close() for replica in self.replicas))
 
     def _choose(self, keys: Sequence[bytes]) -> Replica:
         alive = self.responsive or self.alive
@@ -196,55 +222,10 @@ class EngineGroup:
         self._change.set()
         self._change = asyncio.Event()
 
-    async def _keep(self, replica: Replica) -> None:
-        """Restart the replica's process whenever it dies, until it dies too often."""
-        try:
-            while not self._closing:
-                await replica.client.wait_dead()
-                served = replica.client.answered
-                await replica.client.stop()
-                code = replica.client.returncode
-                replica.retire()
-                replica.restarts.died(served=served)
-                self._announce()
-                logger.error("engine process of replica %d ended with code %s", replica.number, code)
-                if not await self._restart(replica):
-                    return
-        finally:
-            replica.given_up = True
-            self._announce()
 
-    async def _restart(self, replica: Replica) -> bool:
-        """Try until it is back, or has failed too often."""
-        while not replica.restarts.exhausted:
-            await asyncio.sleep(replica.restarts.pause)
-            self.restarts += 1
-            try:
-                async with asyncio.timeout(self._loading_seconds):
-                    await replica.client.start()
-            except Exception as error:
-                logger.error(
-                    "replica %d did not start again: %s", replica.number, error or type(error).__name__
-                )
-                replica.retire()
-                replica.restarts.failed(error)
-            else:
-                replica.restarts.succeeded()
-                logger.info("replica %d is back", replica.number)
-                self._announce()
-                return True
-        logger.critical("replica %d is given up after %d failures", replica.number, replica.restarts.failures)
-        return False
-
-    async def _watch(self, replica: Replica) -> None:
-        """Kill the replica's process when its loop has stopped turning; `_keep` does the rest."""
-        number = 0
-        while not self._closing:
-            await asyncio.sleep(min(PING_SECONDS, self._stuck_seconds))
-            client, number = replica.client, number + 1
-            if client.alive and not await client.ping(number, self._stuck_seconds) and client.alive:
-                logger.error(
-                    "replica %d has not answered for %.0f s: killed", replica.number, self._stuck_seconds
-                )
-                client.kill()
-                await client.wait_dead()
+def _sum(parts: Iterable[Stats]) -> Stats:
+    total = Stats()
+    for part in parts:
+        for name in Stats.__struct_fields__:
+            setattr(total, name, getattr(total, name) + getattr(part, name))
+    return total

@@ -1,4 +1,4 @@
-"""The words that the front and an engine process say to each other: msgpack, each preceded by its length.
+"""The messages between the front end and an engine process, in msgpack.
 
 One direction is `Opening`, until the engine is configured, and then `ToEngine`; the other is `FromEngine`. Nothing else
 crosses the socket.
@@ -6,7 +6,6 @@ crosses the socket.
 
 from __future__ import annotations
 
-import struct
 from typing import Literal
 
 import msgspec
@@ -16,11 +15,6 @@ import numpy.typing as npt
 from engine.config import EngineConfig
 from engine.logprobs import Logprobs
 from engine.sampling_params import SamplingParams
-
-FRAME = struct.Struct("<I")
-"""The length prefix: four bytes, little endian."""
-
-MAX_FRAME_BYTES = 1 << 30
 
 EMBEDDINGS = "image_embeds"
 """The name under which a picture brings what the encoder would make of it."""
@@ -120,11 +114,7 @@ class Ping(msgspec.Struct, tag=True):
     number: int
 
 
-class Shutdown(msgspec.Struct, tag=True):
-    pass
-
-
-ToEngine = Add | Abort | Ping | Shutdown
+ToEngine = Add | Abort | Ping
 
 
 class Answer(msgspec.Struct, tag=True):

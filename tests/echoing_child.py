@@ -14,7 +14,7 @@ from processes.inside import Parent, data_bytes
 
 def main() -> None:
     parent = Parent()
-    while (message := parent.receive()) is not None:
+    while (message := parent.receive_with_descriptor()) is not None:
         body, descriptor = message
         parent.send(json.dumps(answer(body.decode(), descriptor)).encode())
 

@@ -16,16 +16,22 @@ from typing import Any
 import psutil
 import pytest
 
-from processes.child import Child, Limits
-from processes.environment import child_environment
+from processes.child import Child, Limits, Log
 
 logger = logging.getLogger("processes.test")
 
 
-def with_child(work: Callable[[Child], Awaitable[None]], **options: Any) -> None:
+def with_child(
+    work: Callable[[Child], Awaitable[None]],
+    *,
+    level: int = logging.INFO,
+    bounded: bool = True,
+    **options: Any,
+) -> None:
     async def main() -> None:
-        given = {"env": child_environment("plain"), "logger": logger} | options
-        child = await Child.start("tests.echoing_child", **given)
+        child = await Child.start(
+            "tests.echoing_child", "plain", Log(logger, level, bounded=bounded), **options
+        )
         try:
             await asyncio.wait_for(work(child), 60)
         finally:
@@ -51,7 +57,7 @@ def test_it_gets_the_variables_it_is_given_and_no_others(monkeypatch: pytest.Mon
         assert "SERVING_API_KEY" not in found
         assert "secret" not in json.dumps(found)
 
-    with_child(work, env=child_environment("plain") | {"GIVEN": "too"})
+    with_child(work, variables={"GIVEN": "too"})
 
 
 def test_messages_of_any_size_and_descriptors_arrive() -> None:
@@ -168,10 +174,9 @@ def test_an_absurd_length_is_no_message() -> None:
 def test_it_dies_with_a_parent_that_is_killed_even_when_it_is_stopped() -> None:
     script = """
 import asyncio, logging
-from processes.child import Child
-from processes.environment import child_environment
+from processes.child import Child, Log
 async def main():
-    child = await Child.start("tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger())
+    child = await Child.start("tests.echoing_child", "plain", Log(logging.getLogger()))
     child.send(b"limits")
     await child.receive()
     print(child.pid, flush=True)

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 import handlers.backends.model_facts as facts_module
-from engine.client import EngineClient
+from engine.client import EngineProcess
 from engine.errors import ModelLoadError
 from handlers.backends.model_facts import TOKENIZER, ModelQuestion, ask_engine, load_tokenizer, model_facts
 from tests.models import make_llava
@@ -168,11 +168,10 @@ def test_an_engine_that_ends_or_is_late_when_asked_is_an_error(
     monkeypatch.setattr(facts_module, "_AUTO_CLASSES", "never imported")
 
     async def asked(seconds: float | None, *, kill: bool) -> None:
-        engine = EngineClient()
+        engine = await EngineProcess.spawn()
         try:
-            await engine.spawn()
             if kill:
-                engine.kill()
+                await engine.stop()
             await ask_engine(engine, question, tmp_path, seconds)
         finally:
             await engine.stop()

@@ -69,13 +69,13 @@ def main() -> None:
     first = parent.receive()
     if first is None:
         return
-    guidance = Guidance(msgspec.msgpack.decode(first[0], type=Vocabulary), most_compiled=0)
+    guidance = Guidance(msgspec.msgpack.decode(first, type=Vocabulary), most_compiled=0)
     compiled(Job("json_object", None, None), guidance)  # so that all threads are there
     _quiet()
     start = _limit_memory()
     parent.send(b"")
     while (message := parent.receive()) is not None:
-        outcome = compiled(msgspec.msgpack.decode(message[0], type=Job), guidance)
+        outcome = compiled(msgspec.msgpack.decode(message, type=Job), guidance)
         if _memory()[1] > start + KEPT_BYTES:
             outcome = msgspec.structs.replace(outcome, last=True)
         parent.send(msgspec.msgpack.encode(outcome))
