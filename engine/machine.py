@@ -1,15 +1,22 @@
-"""What this machine can hold: its accelerators, or its host memory within the container's limit."""
+"""Resources of this machine within the container's limits: accelerators, host memory and processor cores."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from engine.memory import host_memory
+_MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or the host itself. memory: bytes in all."""
+    """An accelerator, or the host itself.
+
+    Attributes:
+        name: Name given by the manufacturer, or "host memory".
+        memory: Total memory in bytes.
+    """
 
     name: str
     memory: int
@@ -17,20 +24,27 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """accelerators: empty on a CPU. host: the host memory that this process may use."""
+    """Memory of a machine.
+
+    Attributes:
+        accelerators: The accelerators; empty where the model runs on a CPU.
+        host: Host memory that this process may use.
+    """
 
     accelerators: tuple[Device, ...]
     host: Device
 
 
 def this_machine() -> Machine:
-    """Look at the machine; imports torch where it is installed, to count accelerators."""
+    """Inspect the machine. Imports torch, where it is installed, to count accelerators."""
     return Machine(_accelerators(), Device("host memory", host_memory()))
 
 
 def computes_bfloat16(device_type: str) -> bool:
-    """Whether this machine's "cpu" or "cuda" computes in bfloat16 at full speed; an accelerator that is not on this
-    machine is taken to."""
+    """Tell whether this machine's "cpu" or "cuda" device computes in bfloat16 at full speed.
+
+    An accelerator that is not present on this machine is assumed to do so.
+    """
     import torch
 
     if device_type == "cpu":
@@ -39,12 +53,35 @@ def computes_bfloat16(device_type: str) -> bool:
 
 
 def device_name(device: str) -> str:
-    """What the maker calls a device of torch's; "cpu" is called just that."""
+    """Return the manufacturer's name of a torch device; "cpu" stays "cpu"."""
     if device == "cpu":
         return device
     import torch
 
     return str(torch.cuda.get_device_name(device))
+
+
+def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the physical memory in bytes, or the control group's limit (version 2 or 1) where it is lower."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in _MEMORY_LIMITS:
+        try:
+            limit = (cgroup / name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Count the cores of the affinity mask, or fewer where the control group's quota (version 2 or 1) allows fewer.
+
+    A container with two processors on a machine with 64 sees all 64, and is throttled if it uses them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(cgroup)
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def _accelerators() -> tuple[Device, ...]:
@@ -56,3 +93,18 @@ def _accelerators() -> tuple[Device, ...]:
         return ()
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return tuple(Device(properties.name, properties.total_memory) for properties in found)
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Return the quota in cores, or None where there is no limit."""
+    try:
+        limit, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if not limit.isdigit() or not period.isdigit() or int(period) == 0:
+        return None
+    return int(limit) / int(period)

@@ -1,23 +1,92 @@
-"""Which files of a directory hold a model's weights."""
+"""Finds the weight files of a model, and reads those in Mistral's own format (`consolidated*.safetensors`).
+
+Mistral's rotary embedding rotates adjacent numbers of a head together, transformers' the first half with the
+second. Therefore the rows of the query and key projections are reordered, in the decoder and in the vision
+tower. Names and layout are those of transformers' own conversion script (convert_pixtral_weights_to_hf.py),
+and of its Mistral 3 counterpart.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _MISTRAL = ("consolidated.safetensors", "consolidated.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
+PREFIX = "consolidated"
+
+_DECODER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_TOWER = {
+    "attention.wq": "attention.q_proj",
+    "attention.wk": "attention.k_proj",
+    "attention.wv": "attention.v_proj",
+    "attention.wo": "attention.o_proj",
+    "feed_forward.w1": "feed_forward.gate_proj",
+    "feed_forward.w2": "feed_forward.down_proj",
+    "feed_forward.w3": "feed_forward.up_proj",
+    "attention_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+_ENDS = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BESIDE = {
+    "vision_encoder.patch_conv.weight": "vision_tower.patch_conv.weight",
+    "vision_encoder.ln_pre.weight": "vision_tower.ln_pre.weight",
+    "vision_language_adapter.w_in.": "multi_modal_projector.linear_1.",
+    "vision_language_adapter.w_out.": "multi_modal_projector.linear_2.",
+    "pre_mm_projector_norm.weight": "multi_modal_projector.norm.weight",
+    "patch_merger.merging_layer.weight": "multi_modal_projector.patch_merger.merging_layer.weight",
+}
+_LAYER = re.compile(r"(vision_encoder\.transformer\.)?layers\.(\d+)\.(.+)\.weight")
+
+MISTRAL_CLASSES = {
+    "mistral": "MistralForCausalLM",
+    "llava/pixtral": "LlavaForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+}
+"""Kind of a model whose weights can be read from Mistral's format -> transformers' class."""
+
 
 def weight_files(folder: Path, *, pickled: bool = False, named: str | None = None) -> list[Path]:
-    """The files to read, all of them there: in one piece, or as an index names them. Those of Mistral's own format are
-    taken where there are no others in safetensors.
+    """List the weight files of a model, as one file or as an index names them.
 
-    pickled: whether they may be PyTorch's own, which are pickles, where there are no safetensors. named: the file or
-    index that config.json says (`transformers_weights`). Raises ModelLoadError saying what is missing.
+    Files in Mistral's own format are used if there are no other safetensors files.
+
+    Args:
+        folder: Directory of the model.
+        pickled: Whether PyTorch's own files, which are pickles, may be used if there are no safetensors
+            files.
+        named: File or index named by config.json (`transformers_weights`).
+
+    Returns:
+        Paths of existing files.
+
+    Raises:
+        ModelLoadError: Files are missing or not allowed; the message says which.
     """
     names = (named,) if named else (*_SAFE, *_MISTRAL, *_PICKLED)
     found = next((name for name in names if (folder / name).is_file()), None)
@@ -43,3 +112,98 @@ def _shards(index: Path) -> list[str]:
         return sorted(str(name) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelLoadError(f"{index.name} of the model cannot be read: it holds no weight_map") from error
+
+
+def are_mistrals(files: Sequence[Path]) -> bool:
+    """Tell whether a model's weight files are in Mistral's own format."""
+    return bool(files) and all(file.name.startswith(PREFIX) for file in files)
+
+
+def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[str, Any]:
+    """Build a `state_dict` for transformers' `from_pretrained`; each tensor is read when it is accessed.
+
+    Raises:
+        ModelLoadError: Names a tensor that does not belong to such a model, or one that is missing.
+    """
+    from safetensors import safe_open
+
+    text = config.get_text_config()
+    heads = {"q": text.num_attention_heads, "k": text.num_key_value_heads}
+    vision = getattr(config, "vision_config", None)
+    found: dict[str, Any] = {}
+    for file in files:
+        tensors: Any = safe_open(file, "pt")
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            target = _renamed(name, in_llava=vision is not None)
+            if target is None:
+                raise ModelLoadError(
+                    f"{file.name} holds {name!r}, which is not a tensor of such a model in Mistral's format: serve the "
+                    "model in the Hugging Face format"
+                )
+            stored: Any = tensors.get_slice(name)
+            if rotated := re.search(r"attn\.([qk])_proj\.weight$", target):
+                stored = _Reordered(stored, heads[rotated[1]])
+            elif vision is not None and re.search(r"attention\.[qk]_proj\.weight$", target):
+                stored = _Reordered(stored, vision.num_attention_heads)
+            found[target] = stored
+    if missing := sorted(_expected(config) - found.keys()):
+        raise ModelLoadError(
+            f"{files[0].name} lacks {missing[0]} (transformers' name): fetch the model again"
+        )
+    return found
+
+
+def _expected(config: PretrainedConfig) -> set[str]:
+    """The names of tensors that transformers would initialise at random if they were missing."""
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    decoder = "" if vision is None else "language_model."
+    names = {decoder + name for name in _ENDS.values()}
+    if config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False):
+        names.discard(f"{decoder}lm_head.weight")
+    for layer in range(text.num_hidden_layers):
+        names |= {f"{decoder}model.layers.{layer}.{part}.weight" for part in _DECODER.values()}
+    if vision is not None:
+        names |= {"vision_tower.patch_conv.weight", "vision_tower.ln_pre.weight"}
+        names |= {f"multi_modal_projector.linear_{number}.weight" for number in (1, 2)}
+        for layer in range(vision.num_hidden_layers):
+            names |= {f"vision_tower.transformer.layers.{layer}.{part}.weight" for part in _TOWER.values()}
+    return names
+
+
+def _renamed(name: str, *, in_llava: bool) -> str | None:
+    """Return transformers' name of a tensor; None if it has none."""
+    decoder = "language_model." if in_llava else ""
+    if name in _ENDS:
+        return decoder + _ENDS[name]
+    if (layer := _LAYER.fullmatch(name)) is not None:
+        tower, number, part = layer.groups()
+        table = _TOWER if tower else _DECODER
+        if part not in table or (tower and not in_llava):
+            return None
+        place = "vision_tower.transformer" if tower else f"{decoder}model"
+        return f"{place}.layers.{number}.{table[part]}.weight"
+    for prefix, ours in _BESIDE.items():
+        if in_llava and name.startswith(prefix):
+            return ours + name.removeprefix(prefix)
+    return None
+
+
+class _Reordered:
+    """A slice of a safetensors file for query or key weights [heads x head_dim, D], reordered when it is read."""
+
+    def __init__(self, stored: Any, heads: int) -> None:
+        self._stored = stored
+        self._heads = heads
+
+    def get_dtype(self) -> str:
+        return str(self._stored.get_dtype())
+
+    def get_shape(self) -> list[int]:
+        return list(self._stored.get_shape())
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        weight: torch.Tensor = self._stored[...]
+        rows, columns = weight.shape
+        pairs = weight.view(self._heads, rows // self._heads // 2, 2, columns)
+        reordered: torch.Tensor = pairs.transpose(1, 2).reshape(rows, columns)[index]
+        return reordered

@@ -13,7 +13,7 @@ from handlers.custom.messages import MOST_PART_BYTES
 from handlers.grammars.compiler import MOST_OUTCOME_BYTES, _Worker
 from handlers.grammars.messages import Job
 from processes.child import Child, Log
-from tests.live import LiveServer
+from tests.support.live import LiveServer
 
 HANDLER = """
 from djl_python import Output
@@ -59,7 +59,7 @@ def test_a_grammar_compilers_reply_is_bounded() -> None:
     async def main() -> None:
         worker = _Worker()
         child = worker._child = await Child.start(
-            "tests.echoing_child", "plain", Log(logging.getLogger(__name__))
+            "tests.support.echoing_child", "plain", Log(logging.getLogger(__name__))
         )
         child.send(b"flood")
         with pytest.raises(EOFError, match=f"allowed: {MOST_OUTCOME_BYTES}$"):

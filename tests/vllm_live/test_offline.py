@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.scripts import run_script
-from tests.test_offline_old_pages import tower_features
-from tests.test_shapes_live import PICTURES, SHAPES
+from tests.support.scripts import run_script
+from tests.support.shapes import PICTURES, SHAPES, tower_features
 
 SCRIPT = """
 import sys

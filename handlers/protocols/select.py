@@ -1,0 +1,48 @@
+"""Which API answers a request: each one says itself what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from handlers.errors import InvalidRequest
+from handlers.exchange import Incoming
+from handlers.protocols.api import Gate
+from handlers.protocols.base import Conventions, Task
+from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.lmi.routes import LMI
+from handlers.protocols.openai.api import OPENAI
+from handlers.protocols.tgi.routes import TGI
+from properties.settings import Settings
+
+APIS = (TGI, OPENAI, LMI)
+"""The first one that claims a request has it."""
+
+_ADAPTERS = tuple(api.adapter for api in APIS if api.adapter is not None)
+_HEADERS = {route: headers for api in APIS for route, headers in api.headers.items()}
+_FRAMES = {route: frame for api in APIS for route, frame in api.frames.items()}
+
+
+def read_task(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
+    """Raises InvalidRequest naming the field at fault."""
+    route = incoming.route
+    read = next((found for api in APIS if (found := api.reads(body.keys(), route)) is not None), None)
+    if read is None:
+        raise InvalidRequest("the body has neither messages, prompt nor inputs", param="messages")
+    adapter = next((name for find in _ADAPTERS if (name := find(incoming)) is not None), None)
+    if (frame := _FRAMES.get(route)) is None:
+        task = read(body, conventions, incoming, adapter)
+    else:
+        task = frame(read, body, conventions, incoming, adapter)
+    task.route_headers = _HEADERS.get(route)
+    return task
+
+
+def error_format(route: str, headers: Mapping[str, str], keys: Collection[str] = ()) -> ErrorFormat:
+    """How errors of a request look. keys: those of its body, as soon as they are known."""
+    return next(api.errors for api in APIS if api.claims(route, headers, keys))
+
+
+def gates(settings: Settings) -> tuple[Gate, ...]:
+    """The gates of a server, one for each API that has one."""
+    return tuple(api.gate(settings) for api in APIS if api.gate is not None)
