@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from engine.client import EngineClient, OutputStream
 from engine.config import EngineConfig
 from engine.messages import Add, Output
+from handlers.backends.rolling.client import EngineClient, OutputStream
 
 
 def config(path: Path, **settings: object) -> EngineConfig:

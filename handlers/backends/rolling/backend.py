@@ -10,9 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.client import STUCK_SECONDS, EngineProcess
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
-from engine.group import EngineGroup, Ticket
 from engine.machine import usable_cores
 from engine.messages import Add, Logprobs, Output, Picture, TensorData
 from engine.sampling_params import SamplingParams
@@ -29,6 +27,8 @@ from handlers.backends.base import (
     compute_type,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
+from handlers.backends.rolling.client import STUCK_SECONDS, EngineProcess
+from handlers.backends.rolling.group import EngineGroup, Ticket
 from handlers.backends.rolling.images import PicturePreparer, ReadyPicture
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.rolling.model_front import ModelFront

@@ -16,10 +16,10 @@ from typing import Any
 
 import msgspec
 
-from engine.client import EngineProcess
 from engine.errors import EngineDead, ModelLoadError, one_line
 from engine.families.pixels import ProcessorBackend
 from handlers.backends.mistral_format import mistral_tokenizer, only_mistral
+from handlers.backends.rolling.client import EngineProcess
 
 TOKENIZER = "tokenizer"
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"

@@ -13,8 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, processors
 
 import handlers.backends.rolling.model_facts as facts_module
-from engine.client import EngineProcess
 from engine.errors import ModelLoadError
+from handlers.backends.rolling.client import EngineProcess
 from handlers.backends.rolling.model_facts import (
     TOKENIZER,
     ModelQuestion,

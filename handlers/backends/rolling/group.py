@@ -6,10 +6,10 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from engine.client import STUCK_SECONDS, EngineClient, EngineProcess, OutputStream
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.messages import Add, Ready, Stats
+from handlers.backends.rolling.client import STUCK_SECONDS, EngineClient, EngineProcess, OutputStream
 from processes.supervisor import Supervisor, why_down
 
 SUSPECT_SECONDS = 10.0
