@@ -88,8 +88,17 @@ class Parent(Frames):
 
 def data_bytes() -> int | None:
     """What counts against RLIMIT_DATA: private writable memory. None where /proc does not tell."""
+    return _pages(5)
+
+
+def resident_bytes() -> int | None:
+    """None where /proc does not tell."""
+    return _pages(1)
+
+
+def _pages(column: int) -> int | None:
     try:
         with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[5]) * os.sysconf("SC_PAGESIZE")
+            return int(file.read().split()[column]) * os.sysconf("SC_PAGESIZE")
     except (OSError, IndexError):
         return None

@@ -20,7 +20,7 @@ from engine.config import Vocabulary
 from engine.guidance import GrammarError, Guidance
 from handlers.grammars.messages import Job, Outcome
 from handlers.grammars.source import grammar_of
-from processes.inside import Parent
+from processes.inside import Parent, data_bytes, resident_bytes
 
 MEMORY_BYTES = 192 << 20
 """What compiling may take beyond what the process has when it is ready."""
@@ -72,11 +72,12 @@ def main() -> None:
     guidance = Guidance(msgspec.msgpack.decode(first, type=Vocabulary), most_compiled=0)
     compiled(Job("json_object", None, None), guidance)  # so that all threads are there
     _quiet()
-    start = _limit_memory()
+    _limit_memory()
+    start = resident_bytes() or 0
     parent.send(b"")
     while (message := parent.receive()) is not None:
         outcome = compiled(msgspec.msgpack.decode(message, type=Job), guidance)
-        if _memory()[1] > start + KEPT_BYTES:
+        if (resident_bytes() or 0) > start + KEPT_BYTES:
             outcome = msgspec.structs.replace(outcome, last=True)
         parent.send(msgspec.msgpack.encode(outcome))
         if outcome.last:
@@ -90,26 +91,12 @@ def _quiet() -> None:
     os.dup2(nowhere, 2)
 
 
-def _limit_memory() -> int:
-    """Returns the bytes that are resident now."""
+def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    data, resident = _memory()
-    if data:
+    if data := data_bytes():
         # not the address space, of which the allocator reserves far more for each thread than it uses
         limit = data + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    return resident
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes (private and writable, resident); zeros where there is no /proc."""
-    try:
-        with open("/proc/self/statm") as file:
-            sizes = file.read().split()
-    except OSError:
-        return 0, 0
-    page = resource.getpagesize()
-    return int(sizes[5]) * page, int(sizes[1]) * page
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_an_engine_that_ends_or_is_late_when_asked_is_an_error(
         engine = await EngineProcess.spawn()
         try:
             if kill:
-                await engine.stop()
+                engine._child.kill()
             await ask_engine(engine, question, tmp_path, seconds)
         finally:
             await engine.stop()

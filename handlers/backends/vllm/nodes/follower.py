@@ -43,8 +43,8 @@ class VllmFollower:
         supervisor = Supervisor(
             "this machine's part of the engine",
             lambda: Workers.start(arguments, self._settings.model_loading_timeout),
-            retry_threshold=self._settings.retry_threshold
-            + 1,  # their end with an engine is no failure of theirs
+            # One more: that they ended with an engine is not a failure of theirs.
+            retry_threshold=self._settings.retry_threshold + 1,
         )
         await supervisor.start()
         self._supervisor = supervisor
