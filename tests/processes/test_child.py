@@ -192,3 +192,40 @@ asyncio.run(main())
     parent.stdout.close()
     psutil.wait_procs([child], timeout=30)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_messages_go_both_ways_at_any_time_over_a_connection() -> None:
+    async def work(child: Child) -> None:
+        connection = await child.connect()
+        sizes = (0, 1, 2**16 - 7, 2**22)
+        for size in sizes:
+            connection.send(b"length " + b"x" * size)
+        assert [json.loads(await connection.receive() or b"") for _ in sizes] == list(sizes)
+        assert await child.stop(30) == 0
+        assert await connection.receive() is None
+        with pytest.raises(OSError, match="closed"):
+            connection.send(b"more")
+
+    with_child(work)
+
+
+def test_what_it_has_started_ends_with_it() -> None:
+    async def work(child: Child) -> None:
+        below = psutil.Process(await ask(child, "start"))
+        assert await child.stop(30) == 0
+        psutil.wait_procs([below], timeout=30)
+        assert not below.is_running() or below.status() == psutil.STATUS_ZOMBIE
+
+    with_child(work)
+
+
+def test_the_log_of_one_that_is_not_bounded_is_whole(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(child: Child) -> None:
+        await ask(child, "print 20000 a line of a handler")
+        await ask(child, "print 1 " + "x" * 10_000)
+        await child.stop(10)
+
+    caplog.set_level(logging.INFO)
+    with_child(work, bounded=False)
+    said = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    assert said == ["a line of a handler"] * 20_000 + ["x" * 10_000]
