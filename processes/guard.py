@@ -10,10 +10,14 @@ import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import psutil
 
 from processes.inside import Parent
+
+if TYPE_CHECKING:
+    from processes.child import Child
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +26,13 @@ class Guard:
     """Kills the processes that it was last told of when this process is gone, even if that was killed itself."""
 
     def __init__(self) -> None:
-        from processes.child import Child, Log  # not in the guard's own process, which stays small
-
-        self._start = lambda: Child.start("processes.guard", "plain", Log(logger, logging.WARNING))
         self._child: Child | None = None
         self._told: list[int] = []
 
     async def protect(self, processes: Iterable[psutil.Process]) -> None:
         """Guard these and no others from now on. Where no guard can be started, the log says so."""
+        from processes.child import Child, Log  # not in the guard's own process, which stays small
+
         pids = [process.pid for process in processes]
         child = self._child
         if pids == self._told and (not pids or (child is not None and not child.has_ended())):
@@ -37,7 +40,9 @@ class Guard:
         try:
             if child is None or child.has_ended():
                 await self.close()
-                child = self._child = await self._start()
+                child = self._child = await Child.start(
+                    "processes.guard", "plain", Log(logger, logging.WARNING)
+                )
             child.send(json.dumps(pids).encode())
             self._told = pids
         except OSError as error:
