@@ -15,9 +15,8 @@ from container.openapi import openai_shapes
 from container.openapi.table import TEXTS, Text
 from container.routes import Route, every
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, RANGES
-from handlers.protocols.base import JSON, JSON_LINES, MAX_PROMPTS
+from handlers.protocols.base import JSON, JSON_LINES, MAX_ANSWERS, MAX_PROMPTS
 from handlers.protocols.lmi import parameters as lmi_parameters
-from handlers.protocols.openai.fields import MAX_ANSWERS
 from handlers.protocols.tgi import generate as tgi
 from handlers.version import VERSION
 

@@ -10,8 +10,7 @@ from container.openapi import lmi_shapes, openai_shapes, server_shapes, tgi_shap
 from handlers.protocols import adapters, tokens
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.lmi.requests import LmiBody
-from handlers.protocols.openai.chat import ChatBody
-from handlers.protocols.openai.completions import CompletionBody
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi import generate as tgi
 
 SSE = "text/event-stream"

@@ -23,6 +23,12 @@ JSON_LINES = "application/jsonlines"
 MAX_PROMPTS = 1024
 """Most prompts in one body."""
 
+MAX_ANSWERS = 128
+"""Most answers to one prompt (`n`): OpenAI's limit."""
+
+_LEAST_LOGPROB = -9999.0
+"""OpenAI's number for "impossible"; JSON has no infinity."""
+
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
@@ -164,3 +170,8 @@ def in_the_clients_words(error: InvalidRequest, names: Mapping[str, str]) -> Inv
     error.message = re.sub(rf"\b{re.escape(name)}\b", lambda _: names[name], error.message)
     error.param, error.args = names[name], (error.message,)
     return error
+
+
+def finite(logprob: float) -> float:
+    """Returns a log probability that JSON can hold."""
+    return logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB

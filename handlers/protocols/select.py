@@ -11,8 +11,7 @@ from handlers.protocols.error_replies import ErrorStyle
 from handlers.protocols.json_lines import JsonLines
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.lmi.sagemaker import ROUTES, accept_of, adapter_of, wants_lines
-from handlers.protocols.openai.chat import read_chat
-from handlers.protocols.openai.completions import read_completion
+from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi import generate as tgi
 
 _SCHEMAS = frozenset({"messages", "prompt", "inputs"})

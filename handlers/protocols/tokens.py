@@ -17,7 +17,7 @@ from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.requests import read_chat
 from handlers.request import Prompt, TextPrompt
 
 MOST_TOKENS = 2**20

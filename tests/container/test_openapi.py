@@ -21,8 +21,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 
 from container.openapi.document import document
 from container.routes import every
-from handlers.protocols.openai.chat import ChatBody
-from handlers.protocols.openai.completions import CompletionBody
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.generate import Parameters as TgiParameters
 from tests.support.live import LiveServer
 

@@ -14,11 +14,10 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.base import TokenCount, TokenId, sampling_params
+from handlers.protocols.base import MAX_ANSWERS, TokenCount, TokenId, sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import GUIDED, read_constraint
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.fields import MAX_ANSWERS
 from handlers.protocols.sampler_fields import SamplerFields, sampler_values
 from handlers.request import Constraint
 

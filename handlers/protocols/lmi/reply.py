@@ -8,9 +8,8 @@ import msgspec
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered
+from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, finite
 from handlers.protocols.error_replies import lmi_error
-from handlers.protocols.openai.reply import finite
 
 _encode = msgspec.json.Encoder().encode
 

@@ -26,7 +26,7 @@ from handlers.protocols.lmi.sagemaker import wants_lines
 from handlers.protocols.lmi.tgi_compat import tgi_writer
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.completions_reply import CompletionWriter
+from handlers.protocols.openai.writers import CompletionWriter
 from handlers.request import GenerationRequest, TextPrompt
 
 log = logging.getLogger(__name__)

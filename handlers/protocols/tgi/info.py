@@ -6,8 +6,7 @@ import msgspec
 
 from engine.sampling_params import MAX_STOP_STRINGS
 from handlers.backends.base import Capabilities
-from handlers.protocols.base import MAX_PROMPTS
-from handlers.protocols.openai.fields import MAX_ANSWERS
+from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS
 from handlers.version import VERSION
 
 

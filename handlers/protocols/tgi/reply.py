@@ -9,10 +9,9 @@ import msgspec
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import Answer, Answered
+from handlers.protocols.base import Answer, Answered, finite
 from handlers.protocols.error_replies import tgi_error
 from handlers.protocols.lmi.reply import finish_reason
-from handlers.protocols.openai.reply import finite
 
 _encode = msgspec.json.Encoder().encode
 

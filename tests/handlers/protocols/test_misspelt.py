@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from handlers.exchange import Reply
 from handlers.protocols.misspelt import KnownNames, warning
-from handlers.protocols.openai.chat import ChatBody
-from handlers.protocols.openai.fields import known_names
+from handlers.protocols.openai.requests import ChatBody, known_names
 from tests.support.scripted import ScriptedBackend, chat, everything, incoming, said, service
 
 LONGEST = 512

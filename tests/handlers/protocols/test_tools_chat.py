@@ -23,7 +23,7 @@ from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
 from handlers.protocols.base import Conventions
-from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.requests import read_chat
 from handlers.request import ChatPrompt, GenerationRequest
 from handlers.templates import PromptRenderer
 from properties.configuration import resolve
