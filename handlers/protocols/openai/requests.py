@@ -18,10 +18,18 @@ from handlers.protocols.constraints import GUIDED, read_constraint
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.answers import answer_form
-from handlers.protocols.openai.messages import misspelt, read_messages
+from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
 from handlers.protocols.openai.tools import Tools, read_tools
 from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
-from handlers.protocols.sampler_fields import SamplerFields, sampler_names, sampler_values
+from handlers.protocols.routes import described, reference
+from handlers.protocols.sampler_fields import (
+    ChoiceCount,
+    LogprobsCount,
+    MaxTokens,
+    SamplerFields,
+    sampler_names,
+    sampler_values,
+)
 from handlers.request import ChatPrompt, GenerationRequest, TextPart, TextPrompt
 
 log = logging.getLogger(__name__)
@@ -90,6 +98,9 @@ FALSE_ONLY = ("use_beam_search", "watermarking")
 _Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, "minItems": 1}
+
+
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -101,7 +112,7 @@ class CommonBody(SamplerFields, kw_only=True):
 
     model: Name | None = None
     logit_bias: dict[str, _Bias] | None = None
-    n: int | None = None
+    n: ChoiceCount | None = None
     stop: str | _StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -121,10 +132,18 @@ class CommonBody(SamplerFields, kw_only=True):
 class ChatBody(CommonBody, kw_only=True):
     """A chat. The fields of the first block are OpenAI's, the others vLLM's."""
 
-    messages: list[Any]
+    messages: Annotated[
+        list[Any],
+        described(
+            RequestMessage,
+            AssistantMessage,
+            items={"anyOf": [reference(RequestMessage), reference(AssistantMessage)]},
+            minItems=1,
+        ),
+    ]
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
+    top_logprobs: LogprobsCount | None = None
+    max_completion_tokens: MaxTokens | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
@@ -146,8 +165,18 @@ class ChatBody(CommonBody, kw_only=True):
 class CompletionBody(CommonBody, kw_only=True):
     """A text completion."""
 
-    prompt: str | list[str | TokenId | list[TokenId]]
-    best_of: int | None = None
+    prompt: Annotated[
+        str | list[str | TokenId | list[TokenId]],
+        described(
+            anyOf=[
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+                _TOKENS,
+                {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MAX_PROMPTS},
+            ]
+        ),
+    ]
+    best_of: ChoiceCount | None = None
     echo: bool | None = None
     logprobs: _Logprobs | None = None
     suffix: str | None = None
