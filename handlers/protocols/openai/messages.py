@@ -120,9 +120,7 @@ class RequestMessage(Struct):
                 {"type": "string"},
                 {
                     "type": "array",
-                    "items": {
-                        "anyOf": [*(reference(part) for part in _CONTENT), {"type": "string"}]
-                    },
+                    "items": {"anyOf": [*(reference(part) for part in _CONTENT), {"type": "string"}]},
                 },
             ],
         ),

@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, MAX_STOP_STRINGS, shown
-from handlers.backends.limits import MOST_TOKEN_IDS
 from handlers.errors import InvalidRequest
+from handlers.prompts.limits import MOST_TOKEN_IDS
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, Conventions, Task, TokenId, sampling_params
 from handlers.protocols.body import convert, refuse_unknown
 from handlers.protocols.constraints import GUIDED, read_constraint

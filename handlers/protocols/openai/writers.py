@@ -12,8 +12,8 @@ from msgspec import UNSET, Struct, UnsetType
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
 from handlers.protocols.base import SSE, Answer, Answered, finite
-from handlers.protocols.error_replies import openai_error
 from handlers.protocols.openai.answers import ParsedAnswers, first_deltas
+from handlers.protocols.openai.errors import openai_error
 from handlers.protocols.openai.replies import (
     ChatChoice,
     ChatCompletion,
