@@ -15,9 +15,9 @@ from typing import Any, Literal
 from urllib.parse import parse_qs
 
 from container.bodies import Receive
-from container.routes import Route
 from handlers.exchange import Reply, RequestFacts
 from handlers.protocols.lmi.routes import ADAPTER
+from handlers.protocols.routes import Route
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

@@ -38,8 +38,8 @@ class Route:
         query: Parameter of the query -> what it means.
         replies: Structs of the reply, or lists of them.
         events: Content type of a stream -> the structs of its events or lines.
-        errors: Structs of a refusal.
-        not_ready: Structs of the reply with 503, where it is not one of `errors`.
+        errors: Structs of a refusal, beside those that every route may answer with.
+        not_ready: Structs of the reply with 503, where they are not those of `errors`.
         codes: Statuses of errors, where they are not those of every route with such a body.
     """
 
@@ -71,6 +71,11 @@ def described(*parts: type[Struct], **schema: Any) -> Meta:
     parts: structs that the schema names with `reference`. schema: keywords of JSON Schema.
     """
     return Meta(extra_json_schema=schema, extra={"parts": parts} if parts else None)
+
+
+def described_as(part: type[Struct]) -> Meta:
+    """Returns what `/openapi.json` says of an object, or null, that is read as a struct of its own afterwards."""
+    return described(part, anyOf=[reference(part), {"type": "null"}])
 
 
 def reference(part: type[Struct]) -> dict[str, str]:

@@ -15,9 +15,12 @@ from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming
 from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
+from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.requests import read_chat
+from handlers.protocols.openai.replies import OpenAIError
+from handlers.protocols.openai.requests import ChatBody, read_chat
+from handlers.protocols.routes import Route
 from handlers.request import Prompt, TextPrompt
 
 MOST_TOKENS = 2**20
@@ -166,3 +169,30 @@ def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[Tok
         return _encode(TokenCounts(len(found.token_ids), conventions.max_model_len, found.token_ids, strings))
 
     return write
+
+
+ROUTES = (
+    Route(
+        "/chat_tokenize",
+        "tokenize",
+        "Tokens of a chat (TGI)",
+        bodies=(ChatBody,),
+        replies=(ChatTokens,),
+    ),
+    Route(
+        "/tokenize",
+        "tokenize",
+        "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
+        bodies=(InputsToTokens, PromptToTokens, ChatBody),
+        replies=(list[SimpleToken], TokenCounts),
+        errors=(OpenAIError, LmiError),
+    ),
+    Route(
+        "/detokenize",
+        "detokenize",
+        "Text of tokens (vLLM)",
+        bodies=(TokensToText,),
+        replies=(Detokenized,),
+        errors=(OpenAIError, LmiError),
+    ),
+)

@@ -11,9 +11,22 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from handlers.backends.base import PositionLogprobs, PromptStats, TokenLogprob
+from handlers.errors import ServingError
 from handlers.protocols.base import finite
+from handlers.protocols.errors import ErrorFormat
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
+
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    424: "model_code_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
 
 
 class PromptTokensDetails(Struct, forbid_unknown_fields=True):
@@ -255,6 +268,15 @@ class OpenAIError(Struct, forbid_unknown_fields=True):
     """A refusal, or the last event of a stream that broke."""
 
     error: OpenAIErrorFields
+
+    @classmethod
+    def of(cls, error: ServingError) -> OpenAIError:
+        """Returns what is written of an error."""
+        kind = _ERROR_TYPES.get(error.status, "invalid_request_error")
+        return cls(OpenAIErrorFields(error.message, kind, error.param, error.kind))
+
+
+OPENAI_ERRORS = ErrorFormat(OpenAIError.of)
 
 
 def prompt_position(position: PositionLogprobs | None, top: int | None = None) -> PromptPosition:

@@ -13,7 +13,6 @@ from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLo
 from handlers.errors import ServingError
 from handlers.protocols.base import SSE, Answer, Answered, finite
 from handlers.protocols.openai.answers import ParsedAnswers, first_deltas
-from handlers.protocols.openai.errors import openai_error
 from handlers.protocols.openai.replies import (
     ChatChoice,
     ChatCompletion,
@@ -26,6 +25,7 @@ from handlers.protocols.openai.replies import (
     CompletionChoice,
     CompletionLogprobs,
     FinishReason,
+    OpenAIError,
     Usage,
     prompt_position,
     token_text,
@@ -57,7 +57,7 @@ class _OpenAIWriter:
         """Choice that has begun -> what stands before and after the text of its plain chunks."""
 
     def failed(self, error: ServingError) -> bytes:
-        return _event(openai_error(error))
+        return _event(OpenAIError.of(error))
 
     def _usage(self, stats: PromptStats, completion_tokens: int) -> Usage | UnsetType | None:
         """What a chunk shows before the end."""

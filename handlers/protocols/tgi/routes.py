@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -11,10 +12,14 @@ from msgspec import Struct
 from engine.sampling_params import MAX_STOP_STRINGS
 from handlers.backends.base import Capabilities
 from handlers.exchange import Incoming, RequestFacts
+from handlers.protocols import tokens
 from handlers.protocols.api import Api, Reader
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, Conventions, Task
-from handlers.protocols.tgi.replies import TGI_ERRORS
-from handlers.protocols.tgi.requests import GENERATE_ROUTES, read_tgi
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
+from handlers.protocols.routes import READ, SSE_TYPE, Route
+from handlers.protocols.tgi.replies import TGI_ERRORS, TgiError, TgiEvent, TgiReply
+from handlers.protocols.tgi.requests import GENERATE_ROUTES, TgiBody, read_tgi
 from handlers.request import GenerationRequest, TextPart, prompt_parts
 from handlers.version import VERSION
 
@@ -150,4 +155,27 @@ def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming, ad
     return read_tgi(body, conventions, request_id=incoming.request_id, route=incoming.route, adapter=adapter)
 
 
-TGI = Api(TGI_ERRORS, _claims, _reads, headers=dict.fromkeys(_HEADER_ROUTES, compute_headers))
+_ANSWER = Route(
+    "/generate",
+    "answer",
+    "Generate text (TGI)",
+    bodies=(TgiBody, ChatBody, CompletionBody),
+    replies=(TgiReply, list[TgiReply], ChatCompletion, Completion),
+    events={SSE_TYPE: (TgiEvent, ChatCompletionChunk, Completion)},
+    errors=(TgiError,),
+)
+_INFO = Route(
+    "/info", "info", "What is served, and its limits (TGI)", methods=READ, replies=(Info,), errors=(TgiError,)
+)
+
+ROUTES = (
+    _ANSWER,
+    replace(_ANSWER, path="/generate_stream", template="/generate_stream"),
+    replace(_ANSWER, path="/", template="/"),
+    # Hugging Face's Python client also asks for text at the address that it was given for chat.
+    replace(_ANSWER, path="/v1", template="/"),
+    _INFO,
+    *tokens.ROUTES,
+)
+
+TGI = Api(TGI_ERRORS, _claims, _reads, ROUTES, headers=dict.fromkeys(_HEADER_ROUTES, compute_headers))
