@@ -51,53 +51,22 @@ _SIDES = ("left", "right")
 _Truncation = Annotated[int, Meta(ge=-1, le=MAX_INTEGER)]
 """-1 for as much as the context has room for."""
 
-IGNORED = frozenset(
-    {
-        "user",
-        "store",
-        "metadata",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
-        "verbosity",
-        "prediction",
-        "spaces_between_special_tokens",
-        "guided_decoding_backend",
-        "length_penalty",
-        "early_stopping",
-        "session_id",
-        "stream_interval",
-        "return_token_offsets",
-        "return_mm_kwargs",
-        "mm_payload",
-        "routed_experts_prompt_start",
-    }
-)
+IGNORED = frozenset({
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prompt_cache_options", "verbosity", "prediction",
+    "spaces_between_special_tokens", "guided_decoding_backend", "length_penalty", "early_stopping",
+    "session_id", "stream_interval", "return_token_offsets", "return_mm_kwargs", "mm_payload",
+    "routed_experts_prompt_start",
+})  # fmt: skip
 READ_ELSEWHERE = frozenset({*GUIDED, "guided_whitespace_pattern"})
-UNSUPPORTED = frozenset(
-    {
-        "audio",
-        "web_search_options",
-        "moderation",
-        "mm_processor_kwargs",
-        "media_io_kwargs",
-        "cache_salt",
-        "prompt_embeds",
-        "kv_transfer_params",
-        "ec_transfer_params",
-        "logprob_token_ids",
-        "logits_processors",
-        "vllm_xargs",
-        "thinking_token_budget",
-        "repetition_detection",
-    }
-)
+UNSUPPORTED = frozenset({
+    "audio", "web_search_options", "moderation", "mm_processor_kwargs", "media_io_kwargs", "cache_salt",
+    "prompt_embeds", "kv_transfer_params", "ec_transfer_params", "logprob_token_ids", "logits_processors",
+    "vllm_xargs", "thinking_token_budget", "repetition_detection",
+})  # fmt: skip
 FALSE_ONLY = ("use_beam_search", "watermarking")
+
 _Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-
-
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, "minItems": 1}
 
 
