@@ -33,13 +33,13 @@ logger = logging.getLogger("container.request")
 _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
 _SESSION_BYTES = 128
-"""Of a body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
+"""Largest body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
 
 _GRACE_SECONDS = 5.0
-"""What the handlers may take beyond a request's time to say themselves that it is over."""
+"""What the handlers may take beyond a request's time, to answer themselves that it is over."""
 
 Work = Callable[[bytes, Body], Awaitable[Reply]]
-"""What answers a body, whose content is the first argument."""
+"""Answers a body; its content is the first argument."""
 
 AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
 """A whole reply and all its headers but the length."""
@@ -51,7 +51,13 @@ class Unauthorized(ServingError):
 
 
 class App:
-    """An ASGI application. `calls` are the requests for answers that run now; `idle` is set while there is none."""
+    """The ASGI application.
+
+    Attributes:
+        calls: The requests with a body that are being answered.
+        idle: Set while there are none.
+        bodies: The memory of their bodies.
+    """
 
     def __init__(self, configuration: Configuration, state: ServerState, metrics: Metrics) -> None:
         self._state = state
@@ -64,7 +70,7 @@ class App:
         self.configure(configuration)
 
     def configure(self, configuration: Configuration) -> None:
-        """Take a configuration over; a model may bring one of its own when it arrives."""
+        """Apply a configuration. Called again if the model brings one of its own."""
         self._settings = configuration.settings
         self._names = public_names(configuration)
         self._accepted = accepted_names(configuration)
@@ -73,11 +79,10 @@ class App:
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
     def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
-        """The reply to a request whose head is all that it needs: a probe's, and the refusal of one without a place.
+        """The reply to a request that needs nothing but its head: a probe, or a request that is refused.
 
-        Answered so, neither waits for anything that runs, and a refusal costs no parsing and no task.
-        crowded: there are more connections than there should be. None for every other request: those are
-        answered by `__call__`.
+        Neither waits for anything that runs, and a refusal costs no parsing and no task. Returns None for every other
+        request; `__call__` answers those. crowded: there are more connections than there should be.
         """
         try:
             match = find(path, method)
@@ -100,11 +105,11 @@ class App:
         return reply, header_lines(reply, own)
 
     def on_malformed(self, status: int) -> None:
-        """A connection sent what is no request, and was told so."""
+        """Count input that was not a request and was answered with `status`."""
         self._metrics.on_http("unknown", status)
 
     def _refusal(self, route: Route, declared: int, crowded: bool) -> ServingError | None:
-        """Why a request's body is not read, if there is a reason."""
+        """The reason not to read a request's body, if there is one."""
         if crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
         full = route.action in _TAKES_PLACE and self._service().free <= self.bodies.expected
@@ -173,7 +178,7 @@ class App:
         return self._state.service
 
     def _asked(self, call: Call, match: Match) -> Work:
-        """What answers a body. Raises Unavailable."""
+        """The function that answers the request's body. Raises Unavailable."""
         service, action = self._service(), match.route.action
         if action == "adapters":
             query = {name: values[0] for name, values in parse_qs(call.query, keep_blank_values=True).items()}
@@ -194,7 +199,7 @@ class App:
         )
 
     async def _work(self, call: Call, action: Action, work: Work) -> None:
-        """What takes a body and the model."""
+        """Answer a request that has a body and needs the model."""
         self.calls.add(call)
         self.idle.clear()
         body = Body(
@@ -234,7 +239,7 @@ class App:
             )
 
     def _may_ask_for_session(self, route: Route | None, declared: int) -> bool:
-        """Whether a body is read before it is refused: opening and closing a session takes no place."""
+        """Whether the body must be read before a refusal: opening and closing a session takes no place."""
         return (
             route is not None
             and route.template in INVOKE_ROUTES
@@ -243,7 +248,7 @@ class App:
         )
 
     def _expect(self, body: Body) -> None:
-        """Reserve a place for the answer, unless that is done; lost by a body that takes long. Raises Overloaded."""
+        """Reserve a place for the answer, unless one is reserved; a slow body loses it. Raises Overloaded."""
         if body.expected:
             return
         if self._service().free <= self.bodies.expected:
@@ -283,7 +288,7 @@ class App:
         return headers
 
     async def _fail(self, call: Call, error: Exception) -> None:
-        """Answer an error that no handler turned into a reply; a reply that has begun can only be cut off."""
+        """Answer an error that no handler turned into a reply. A reply that has begun can only be cut off."""
         known = client_error(error, call.request_id)
         call.error, call.reason = known.kind, own_words_of(known)
         self._metrics.on_error(known.kind)
@@ -306,11 +311,10 @@ class App:
         facts = self._metrics.facts.pop(call.request_id, None) or call.facts
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
-        if call.route is not None and call.route.action not in _LOGGED and status != 401:
+        if call.route is not None and call.route.action not in _TAKES_BODY and status != 401:
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
 
 
 _TAKES_PLACE = ("answer", "tokenize", "detokenize")
 _TAKES_BODY = (*_TAKES_PLACE, "adapters")
-_LOGGED = ("answer", "tokenize", "detokenize", "adapters")

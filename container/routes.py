@@ -1,4 +1,4 @@
-"""Which request goes where: the routes of every API and the server's own, by path and method.
+"""The table of routes: those of every API and the server's own, by path and method.
 
 Clients build paths of their own from the address that they are given: what they make of one that ends in `/v1`,
 `/invocations` or `/generate`, and a slash too many, finds the route that they mean.
@@ -48,7 +48,7 @@ class Version(Struct, forbid_unknown_fields=True):
 
 
 class MethodNotAllowed(ServingError):
-    """route: one that the path has. allowed: the methods that it has."""
+    """route: the first one of the path. allowed: the methods of all of them."""
 
     status = 405
     kind = "method_not_allowed"
@@ -61,7 +61,7 @@ class MethodNotAllowed(ServingError):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """name: the model named in the path, "" for none. adapter: likewise."""
+    """A route, and the names of a model and of an adapter in the path; "" if there are none."""
 
     route: Route
     name: str = ""
@@ -95,7 +95,7 @@ ROUTES = (
 """Every route; of those that share a path, each has methods of its own."""
 
 _APPENDED = {route.path: route for route in ROUTES if route.appended}
-"""What Hugging Face's clients append to whatever address they are given."""
+"""Paths that Hugging Face's clients append to whatever address they are given."""
 
 _NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
 _SLASHES = re.compile(r"//+")
@@ -121,7 +121,7 @@ _PLAIN, _NAMED = _by_path()
 
 
 def find(path: str, method: str) -> Match:
-    """Raises NotFound, and MethodNotAllowed for a path that has routes for other methods only."""
+    """The route of a request. Raises NotFound, and MethodNotAllowed if the path has routes for other methods only."""
     found, names = _at(_SLASHES.sub("/", path).rstrip("/") or "/")
     if not found:
         raise NotFound(
