@@ -15,7 +15,7 @@ from msgspec import Struct
 from handlers.errors import NotFound, ServingError
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
-from handlers.protocols.routes import READ, Route
+from handlers.protocols.routes import READ, Action, Route
 from handlers.protocols.select import ROUTES as API_ROUTES
 
 
@@ -68,8 +68,8 @@ class Match:
     adapter: str = ""
 
 
-def _own(path: str, *given: Any, methods: tuple[str, ...] = READ, **more: Any) -> Route:
-    return Route(path, *given, methods=methods, errors=(OpenAIError, LmiError), **more)
+def _own(path: str, action: Action, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
+    return Route(path, action, summary, methods=methods, errors=(OpenAIError, LmiError), **more)
 
 
 _HEALTH: dict[str, Any] = {"open": True, "replies": (Health,), "not_ready": (Unhealthy,)}

@@ -105,26 +105,18 @@ class TextContent(Struct):
     text: str
 
 
-_CONTENT = (TextContent, ImageContent, EmbeddingsContent)
+_PARTS = (TextContent, ImageContent, EmbeddingsContent)
+_LIST_OF_PARTS = {
+    "type": "array",
+    "items": {"anyOf": [*(reference(part) for part in _PARTS), {"type": "string"}]},
+}
 
 
 class RequestMessage(Struct):
     """One turn. Roles are those that the model's chat template knows: system, user, assistant, tool, …"""
 
     role: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
-    content: Annotated[
-        str | list[Any],
-        described(
-            *_CONTENT,
-            anyOf=[
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": {"anyOf": [*(reference(part) for part in _CONTENT), {"type": "string"}]},
-                },
-            ],
-        ),
-    ]
+    content: Annotated[str | list[Any], described(*_PARTS, anyOf=[{"type": "string"}, _LIST_OF_PARTS])]
     name: str | None = None
     tool_call_id: str | None = None
 
