@@ -55,6 +55,12 @@ class _OpenAIWriter:
         self._continuous_usage = continuous_usage
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """Choice that has begun -> what stands before and after the text of its plain chunks."""
+        self._start = _event(self._reply([], UNSET)).removesuffix(b"]}\n\n")
+        """The beginning of every chunk, up to its choice."""
+
+    def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Struct:
+        """A chunk, whose last fields are these two."""
+        raise NotImplementedError
 
     def failed(self, error: ServingError) -> bytes:
         return _event(OpenAIError.of(error))
@@ -65,14 +71,21 @@ class _OpenAIWriter:
             return Usage.of(stats, completion_tokens)
         return None if self._include_usage else UNSET
 
+    def _chunk_of(self, choice: Struct, usage: Usage | UnsetType | None) -> bytes:
+        """The event of `_reply` with one choice. All that chunks have in common is encoded once."""
+        line = self._start + _encode(choice)
+        return line + (b"]}\n\n" if usage is UNSET else b'],"usage":' + _encode(usage) + b"}\n\n")
+
+    def _remember(self, index: int, plain: Struct) -> None:
+        """plain: a chunk's choice with `_TEXT` for its text."""
+        before, _, after = self._chunk_of(plain, None if self._include_usage else UNSET).rpartition(
+            _ENCODED_TEXT
+        )
+        self._around[index] = before, after
+
 
 def _event(data: Any) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
-
-
-def _around_text(chunk: Struct) -> tuple[bytes, bytes]:
-    before, _, after = _event(chunk).rpartition(_ENCODED_TEXT)
-    return before, after
 
 
 def _finish(answer: Delta | Answer) -> FinishReason | None:
@@ -145,7 +158,7 @@ class ChatWriter(_OpenAIWriter):
     def end(self, stats: PromptStats) -> bytes:
         if not self._include_usage:
             return _DONE
-        return _event(self._reply_chunk([], Usage.of(stats, self._completion_tokens))) + _DONE
+        return _event(self._reply([], Usage.of(stats, self._completion_tokens))) + _DONE
 
     def _choice(self, index: int, answer: Answer, stats: PromptStats) -> ChatChoice:
         if self._parsed is None:
@@ -167,10 +180,7 @@ class ChatWriter(_OpenAIWriter):
 
     def _begin(self, index: int) -> bool:
         """Whether the stream begins with this choice."""
-        choice = ChunkChoice(index, ChatDelta(content=_TEXT), None, None)
-        self._around[index] = _around_text(
-            self._reply_chunk([choice], None if self._include_usage else UNSET)
-        )
+        self._remember(index, ChunkChoice(index, ChatDelta(content=_TEXT), None, None))
         return len(self._around) == 1
 
     def _parsed_chunks(self, delta: Delta, parsed: ParsedAnswers, stats: PromptStats) -> bytes:
@@ -210,19 +220,15 @@ class ChatWriter(_OpenAIWriter):
             UNSET if finish is None else delta.stop_reason,
             delta.token_ids if self._token_ids else UNSET,
         )
-        about = self._about_prompt(stats) if first else (UNSET, UNSET)
-        return _event(self._reply_chunk([choice], self._usage(stats, self._completion_tokens), *about))
+        usage = self._usage(stats, self._completion_tokens)
+        if not first:
+            return self._chunk_of(choice, usage)
+        reply = self._reply([choice], usage)
+        reply.prompt_token_ids, reply.prompt_text = self._about_prompt(stats)
+        return _event(reply)
 
-    def _reply_chunk(
-        self,
-        choices: list[ChunkChoice],
-        usage: Usage | UnsetType | None,
-        prompt_token_ids: list[int] | UnsetType = UNSET,
-        prompt_text: str | UnsetType = UNSET,
-    ) -> ChatCompletionChunk:
-        return ChatCompletionChunk(
-            *self._head, "chat.completion.chunk", choices, prompt_token_ids, prompt_text, usage
-        )
+    def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> ChatCompletionChunk:
+        return ChatCompletionChunk(*self._head, "chat.completion.chunk", choices, usage=usage)
 
     def _logprobs(self, positions: list[PositionLogprobs] | None) -> ChatLogprobs | None:
         return (
@@ -296,7 +302,7 @@ class CompletionWriter(_OpenAIWriter):
         if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
             return b""
         usage = self._usage(stats, self._completion_tokens[index])
-        return _event(self._reply([self._choice(index, delta)], usage))
+        return self._chunk_of(self._choice(index, delta), usage)
 
     def end(self, stats: PromptStats) -> bytes:
         if not self._include_usage:
@@ -305,15 +311,14 @@ class CompletionWriter(_OpenAIWriter):
 
     def _first(self, delta: Delta, stats: PromptStats) -> bytes:
         index = delta.index
-        plain = CompletionChoice(index, _TEXT, None, None)
-        self._around[index] = _around_text(self._reply([plain], None if self._include_usage else UNSET))
+        self._remember(index, CompletionChoice(index, _TEXT, None, None))
         if self._echo_only:
             delta = Delta(index, [], "", finish_reason="length")
         self._completion_tokens[index] = len(delta.token_ids)
         usage = self._usage(stats, self._completion_tokens[index])
-        return _event(self._reply([self._choice(index, delta, stats)], usage))
+        return self._chunk_of(self._choice(index, delta, stats), usage)
 
-    def _reply(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+    def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Completion:
         return Completion(*self._head, "text_completion", choices, usage)
 
     def _choice(

@@ -25,8 +25,9 @@ def answer(body: Any, route: str, **options: Any) -> Reply:
     async def ask() -> Reply:
         templates = {"default": {"messages", "enable_thinking"}, "tool_use": {"tools", "documents"}}
         served = service(ScriptedBackend(said("a", "b"), chat_templates=templates), **options)
-        work = served.tokenize if route.endswith("tokenize") else served.answer
-        reply = await work(incoming(body, route))
+        asked = incoming(body, route)
+        tokens = route.endswith("tokenize")
+        reply = await (served.call("tokenize", asked) if tokens else served.answer(asked))
         reply.body = await everything(reply)
         return reply
 
