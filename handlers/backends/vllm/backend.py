@@ -31,8 +31,8 @@ from handlers.backends.vllm.answers.generation import VllmGeneration
 from handlers.backends.vllm.answers.parsers import vllm_parsers
 from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.engine.counters import Counters, series
-from handlers.backends.vllm.engine.keeper import EngineKeeper
 from handlers.backends.vllm.engine.probes import Probes
+from handlers.backends.vllm.engine.supervisor import EngineSupervisor
 from handlers.backends.vllm.engine.watch import Patience
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.constraints import Constraints
@@ -65,7 +65,7 @@ class VllmBackend:
         self._settings = configuration.settings
         self._path = model_path
         self._counters = Counters()
-        self._keeper: EngineKeeper | None = None
+        self._keeper: EngineSupervisor | None = None
         self._constraints: Constraints | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
@@ -84,7 +84,7 @@ class VllmBackend:
         self._inputs = Inputs(self._vllm)
         probes = Probes(self._vllm, self._inputs, self._numbers)
         read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
-        self._keeper = keeper = EngineKeeper(
+        self._keeper = keeper = EngineSupervisor(
             lambda: builder.build(tokenizer, self._counters),
             probes.ask,
             self._counters,
