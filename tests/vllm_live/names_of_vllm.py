@@ -8,13 +8,14 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logprobs import Logprob
 from vllm.multimodal.inputs import MultiModalKwargsItem, PlaceholderRange
+from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.reasoning import ReasoningParserManager
@@ -23,6 +24,7 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.coordinator import DPCoordinator
 from vllm.v1.engine.core_client import BackgroundResources, MPClient
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -128,7 +130,10 @@ assert len(parameters(vllm.AsyncLLM.add_lora)) == len(parameters(vllm.AsyncLLM.r
 assert parameters(vllm.AsyncLLM.pin_lora) == ["self", "lora_id"]
 has(LoRAConfig, "max_loras")
 assert isinstance(inspect.getattr_static(vllm.AsyncLLM, "errored"), property)
-has(vllm.AsyncLLM, "reset_mm_cache renderer model_config vllm_config engine_core output_processor dead_error")
+has(
+    vllm.AsyncLLM,
+    "reset_mm_cache renderer model_config vllm_config engine_core output_processor output_handler dead_error",
+)
 assert parameters(OutputProcessor.propagate_error) == ["self", "e"]
 has(MPClient, "resources")
 has(BackgroundResources, "engine_manager coordinator")
@@ -159,6 +164,8 @@ has(BaseProcessingInfo, "supported_mm_limits data_parser")
 has(PlaceholderRange, "offset length get_num_embeds")
 has(ModelConfig, "get_inputs_embeds_size")
 has(vllm.AsyncLLM, "input_processor")
+has(InputProcessor, "mm_encoder_cache_size")
+assert isinstance(MultiModalDataParser.embedding_fields, Mapping)
 has(MultiModalKwargsItem, "get_data")
 
 # The limits of its newer model runner.

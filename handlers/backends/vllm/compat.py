@@ -5,7 +5,9 @@ Nothing is imported before `load`: `lmi check` and a server with the embedded en
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
@@ -15,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from handlers.errors import InvalidConfiguration
+
+logger = logging.getLogger(__name__)
 
 OLDEST, BEFORE = (0, 32), (0, 34)
 """The supported range: from the first version, below the second."""
@@ -206,6 +210,82 @@ def newer_runner_limits() -> RunnerLimits:
         bias.MAX_NUM_STOP_TOKEN_IDS,
         _find("vllm.envs", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS"),
     )
+
+
+ENGINE_PROCESSES = ("EngineCore", "DP_Coordinator")
+"""In the names, as multiprocessing knows them, of what vLLM's front end starts."""
+
+
+def engine_process_ids(engine: Any) -> list[int]:
+    """Ids of what vLLM's front end has started for this `AsyncLLM`; none where Ray has started all."""
+    resources = engine.engine_core.resources
+    processes = list(getattr(resources.engine_manager, "processes", ()))
+    if resources.coordinator is not None:
+        processes.append(resources.coordinator.proc)
+    return [process.pid for process in processes if process.pid]
+
+
+def fail_requests(engine: Any) -> None:
+    """Tell all requests of an `AsyncLLM` that it is dead: by itself it does when it has seen its processes end."""
+    engine.output_processor.propagate_error(engine.dead_error)
+
+
+def expect_the_end(engine: Any) -> None:
+    """Have an `AsyncLLM` not take the death of its processes for a failure, and log it as one."""
+    if engine.output_handler is not None:
+        engine.output_handler.cancel()
+    engine.engine_core.resources.engine_dead = True
+
+
+class ImageProcessing:
+    """How an engine prepares images. Only for a model that takes some, or other media."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._info = engine.renderer.get_mm_processor().info
+
+    @property
+    def takes_images(self) -> bool:
+        return "image" in self._info.supported_mm_limits
+
+    @property
+    def hf_processor(self) -> Any:
+        """transformers' processor of the model, or vLLM's stand-in for one."""
+        return self._info.get_hf_processor()
+
+    @property
+    def embedding_fields(self) -> frozenset[str]:
+        """What the model takes in place of an image: its embeddings, and what it has to know beside them."""
+        return frozenset(self._info.data_parser.embedding_fields.get("image", ()))
+
+    @property
+    def most_rows(self) -> int:
+        """Encoder rows that one image may have; 0 where there is no such limit."""
+        return int(self._engine.input_processor.mm_encoder_cache_size)
+
+
+def image_placeholder(vllm: Vllm, config: Any) -> tuple[Callable[[int], str | None], bool]:
+    """(what vLLM writes for image number `i`, whether the model's processor inserts images itself).
+
+    config: vLLM's ModelConfig.
+    """
+    try:
+        cls = vllm.get_model_cls(config)
+    except (ValueError, ImportError) as error:
+        logger.debug("the model's class cannot be asked for a placeholder: %s", error)
+        return (lambda number: None), False
+
+    def placeholder(number: int) -> str | None:
+        try:
+            text = cls.get_placeholder_str("image", number)
+        except (AttributeError, ValueError, NotImplementedError) as error:
+            logger.debug("vLLM names no placeholder: %s", error)
+            return None
+        return None if text is None else str(text)
+
+    # A processor that inserts is the only kind whose module knows how to.
+    inserts = placeholder(1) is None and hasattr(sys.modules.get(cls.__module__), "PromptInsertion")
+    return placeholder, inserts
 
 
 def multiproc_executor() -> Any:

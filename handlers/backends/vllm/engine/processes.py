@@ -15,14 +15,12 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-POLL_SECONDS = 0.02
+from handlers.backends.vllm.compat import ENGINE_PROCESSES
 
-_NAMES = ("EngineCore", "DP_Coordinator")
-"""In the names, as multiprocessing knows them, of what vLLM's front end starts."""
+POLL_SECONDS = 0.02
 
 _SHARED = "/dev/shm/"
 _PYTHONS = "psm_"
@@ -102,24 +100,15 @@ def _gone(process: psutil.Process) -> bool:
         return False
 
 
-def roots_of(engine: Any) -> list[int]:
-    """Ids of what vLLM's front end has started for this `AsyncLLM`; none where Ray has started all."""
-    resources = engine.engine_core.resources
-    processes = list(getattr(resources.engine_manager, "processes", ()))
-    if (coordinator := getattr(resources, "coordinator", None)) is not None:
-        processes.append(coordinator.proc)
-    return [process.pid for process in processes if process.pid]
-
-
 def unfinished(before: Collection[int]) -> list[int]:
-    """The same for an engine that is being built or whose start has failed: it cannot be asked.
+    """Ids of what vLLM's front end has started for an engine that is being built or whose start has failed.
 
     before: the ids of this process's children when the start began, see `children`.
     """
     return [
         child.pid
         for child in multiprocessing.active_children()
-        if child.pid and child.pid not in before and any(name in child.name for name in _NAMES)
+        if child.pid and child.pid not in before and any(name in child.name for name in ENGINE_PROCESSES)
     ]
 
 

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from handlers.backends.base import Health
+from handlers.backends.vllm.compat import engine_process_ids, expect_the_end, fail_requests
 from handlers.backends.vllm.engine.counters import Counters
-from handlers.backends.vllm.engine.processes import ProcessTree, children, roots_of, unfinished
+from handlers.backends.vllm.engine.processes import ProcessTree, children, unfinished
 from handlers.backends.vllm.engine.watch import Ask, Patience, Watch, count_copies
 from processes.guard import Guard
 from processes.supervisor import Supervisor
@@ -101,7 +102,7 @@ class EngineSupervisor:
         engine = tree = None
         try:
             engine = await self._built(before)
-            tree = ProcessTree(roots_of(engine))
+            tree = ProcessTree(engine_process_ids(engine))
             await self._guard.protect(tree.members)
             # vLLM's profiling leaves dummy pictures in the cache.
             await engine.reset_mm_cache()
@@ -132,7 +133,8 @@ class EngineSupervisor:
     async def end(self, engine: Any, tree: ProcessTree) -> None:
         """End the processes of an engine, or of one that was not ready yet, and free what the front end holds of it."""
         try:
-            _expect_the_end(engine)
+            if engine is not None:
+                expect_the_end(engine)
             await asyncio.get_running_loop().run_in_executor(self._threads, _end, engine, tree)
         finally:
             await self._guard.protect([])
@@ -166,17 +168,8 @@ class _Running:
         self._fail_requests()  # who came in between
 
     def _fail_requests(self) -> None:
-        processor = getattr(self.engine, "output_processor", None)
-        if self._lost and processor is not None:
-            processor.propagate_error(self.engine.dead_error)
-
-
-def _expect_the_end(engine: Any) -> None:
-    """Else vLLM's front end takes the death of its engine for a failure, and logs it as one."""
-    if (handler := getattr(engine, "output_handler", None)) is not None:
-        handler.cancel()
-    if (resources := getattr(getattr(engine, "engine_core", None), "resources", None)) is not None:
-        resources.engine_dead = True
+        if self._lost:
+            fail_requests(self.engine)
 
 
 def _end(engine: Any, tree: ProcessTree) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from handlers.backends.embeddings import EmbeddingsWanted
+from handlers.backends.vllm.compat import ImageProcessing
 from handlers.backends.vllm.prompts.rendered import placeholders, prepared
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 
@@ -22,17 +23,17 @@ def embeddings_wanted(engine: Any) -> EmbeddingsWanted | None:
     config = engine.model_config
     vision = getattr(config.hf_config, "vision_config", None)
     merge = getattr(vision, "spatial_merge_size", None)
-    also = _metadata(engine, {GRID} if merge else set())
+    processing = ImageProcessing(engine)
+    also = processing.embedding_fields - {ROWS}
     if also - {GRID}:
         logger.warning("embeddings of pictures are refused: this model wants %s with them", ", ".join(also))
         return None
     # Some models' encoders feed several layers of the language model; a row then holds what each of them gets.
     layers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
     longest = int(config.max_model_len) - 1
-    cache = int(getattr(engine.input_processor, "mm_encoder_cache_size", 0) or longest)
     return EmbeddingsWanted(
         hidden_size=int(config.get_inputs_embeds_size()) * layers,
-        most_tokens=min(longest, cache),
+        most_tokens=min(longest, processing.most_rows or longest),
         dtype=str(config.dtype).removeprefix("torch."),
         merge=int(merge or 1) if GRID in also else None,
     )
@@ -66,10 +67,3 @@ def misplaced(prompt: Any, hidden_size: int) -> str | None:
         if item is not None and (rows is None or rows.numel() != place.get_num_embeds() * hidden_size):
             return "the model's processor gives these embeddings another number of tokens than they have rows"
     return None
-
-
-def _metadata(engine: Any, usual: set[str]) -> set[str]:
-    """What the model wants to know beside the rows. usual: for versions of vLLM that do not tell."""
-    parser = getattr(engine.renderer.get_mm_processor().info, "data_parser", None)
-    told = getattr(parser, "embedding_fields", None)
-    return usual if told is None else set(told.get("image", ())) - {ROWS}

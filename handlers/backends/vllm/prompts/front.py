@@ -20,10 +20,10 @@ from handlers.backends.rolling.model_front import (
     read_generation_config,
 )
 from handlers.backends.tokens import TokenTexts
+from handlers.backends.vllm.compat import ImageProcessing, image_placeholder
 from handlers.backends.vllm.prompts.places import (
     PicturePlaces,
     picture_places,
-    placeholder_of,
     rows_of_mistral,
 )
 from handlers.prompts.chat_templates import read_chat_templates
@@ -45,12 +45,12 @@ class VllmFront:
         config = engine.model_config
         text_config = config.hf_text_config
         self.tokenizer = tokenizer
-        self.images = bool(config.is_multimodal_model) and "image" in _modalities(engine)
+        self.images = bool(config.is_multimodal_model) and ImageProcessing(engine).takes_images
         templates = read_chat_templates(settings.chat_template, Path(path), tokenizer.chat_template)
         logger.info("chat template: %s", templates.told())
         self.places: PicturePlaces | None = None
         if self.images:
-            placeholder, inserts = placeholder_of(vllm, config)
+            placeholder, inserts = image_placeholder(vllm, config)
             self.places = picture_places(
                 tokenizer,
                 placeholder,
@@ -60,7 +60,7 @@ class VllmFront:
                 printed="\x00".join(templates.all),
             )
             if mistral_weights_alone(Path(path)):
-                written = rows_of_mistral(engine.renderer.get_mm_processor().info.get_hf_processor())
+                written = rows_of_mistral(ImageProcessing(engine).hf_processor)
                 self.places = replace(self.places, written=written)
         try:
             self.renderer = PromptRenderer(
@@ -95,10 +95,6 @@ def generation_defaults(config: Any, path: str) -> dict[str, Any]:
     own = {} if source == "vllm" else read_generation_config(path if source == "auto" else source)
     own.update(config.override_generation_config)
     return own
-
-
-def _modalities(engine: Any) -> Any:
-    return engine.renderer.get_mm_processor().info.supported_mm_limits
 
 
 def _image_token_id(config: Any) -> int | None:

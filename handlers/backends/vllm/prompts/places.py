@@ -7,13 +7,11 @@ none at all, that one is a stand-in, which is exchanged before vLLM places the p
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ModelLoadError
-from handlers.backends.vllm.compat import Vllm
 
 logger = logging.getLogger(__name__)
 
@@ -129,24 +127,3 @@ def _stand_in(tokenizer: Any, printed: str) -> str:
     raise ModelLoadError(
         "no token can stand for a picture in this model's prompts: set option.image_placeholder_token"
     )
-
-
-def placeholder_of(vllm: Vllm, config: Any) -> tuple[Callable[[int], str | None], bool]:
-    """(what vLLM writes for picture number `i`, whether the model's processor inserts pictures itself)."""
-    try:
-        cls = vllm.get_model_cls(config)
-    except (ValueError, ImportError) as error:
-        logger.debug("the model's class cannot be asked for a placeholder: %s", error)
-        return (lambda number: None), False
-
-    def placeholder(number: int) -> str | None:
-        try:
-            text = cls.get_placeholder_str("image", number)
-        except (AttributeError, ValueError, NotImplementedError) as error:
-            logger.debug("vLLM names no placeholder: %s", error)
-            return None
-        return None if text is None else str(text)
-
-    # A processor that inserts is the only kind whose module knows how to.
-    inserts = placeholder(1) is None and hasattr(sys.modules.get(cls.__module__), "PromptInsertion")
-    return placeholder, inserts

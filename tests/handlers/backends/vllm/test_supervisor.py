@@ -32,7 +32,10 @@ class ScriptedEngine:
         self.output_processor = SimpleNamespace(propagate_error=self.told.append)
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=copies))
         manager = SimpleNamespace(processes=processes or [])
-        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+        self.engine_core = SimpleNamespace(
+            resources=SimpleNamespace(engine_manager=manager, coordinator=None)
+        )
+        self.output_handler = None
 
     async def reset_mm_cache(self) -> None:
         pass
