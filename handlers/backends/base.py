@@ -1,18 +1,27 @@
-"""The seam between requests and whatever generates: one small protocol, one file per backend.
+"""What an engine must do (tokens in, tokens out), what each backend must do, and what a request gets from them.
 
-A backend turns a `GenerationRequest`, whose pictures are already loaded, into a `Generation`: a stream of
-`Delta`s. It raises `handlers.errors.ServingError` (and only that) for everything a client can be told.
+`handlers.pipeline` stands between the two: it makes tokens of a `GenerationRequest` and `Delta`s of an engine's
+tokens, for every engine. All of them raise `handlers.errors.ServingError`, and only that, for what clients can be told.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence, Set
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from engine.config import Vocabulary
+from engine.logprobs import Logprobs
+from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
-from handlers.request import GenerationRequest, Prompt
+from handlers.request import Constraint, PicturePart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from handlers.prompts.renderer import PromptRenderer
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: end-of-sequence, a stop id or a stop string (see `stop_reason`); length: max_tokens or the context's end."""
@@ -90,17 +99,6 @@ def total(stats: Sequence[PromptStats]) -> PromptStats:
         cached_tokens=sum(one.cached_tokens for one in stats),
         queued=max((one.queued for one in stats), default=0.0),
     )
-
-
-class Generation(Protocol):
-    """One admitted request. Iterate to the end or call `aclose`, which aborts what is still running."""
-
-    stats: PromptStats
-
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
-
-    async def aclose(self) -> None:
-        """Abort within one engine step. Safe to call twice and after the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,32 +193,15 @@ def compute_type(device: str, count: int) -> str:
     return device if device == "cpu" else f"{count}-{device.lower().replace(' ', '-')}"
 
 
-class Backend(Protocol):
-    """A loaded (or loading) model. `load` is called once; all methods run on the server's event loop."""
+class Lifecycle(Protocol):
+    """Whatever answers requests, from its load to its close. `load` is called once; all runs on the event loop."""
 
     async def load(self) -> None:
-        """Return when the model can generate. Raises `ServingError` with what to do when it cannot be loaded."""
+        """Return when it can answer. Raises `ServingError` with what to do when it cannot be loaded."""
 
     @property
     def capabilities(self) -> Capabilities:
         """Valid once `load` has returned."""
-
-    @property
-    def adapters(self) -> AdapterStore | None:
-        """What changes adapters while it serves, once `load` has returned; None where none can be changed."""
-
-    async def generate(self, request: GenerationRequest) -> Generation:
-        """Template, tokenise, check lengths and admit. Everything a client did wrong is raised here, before
-        any reply has begun."""
-
-    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """What `generate` would have the model read; the prompt's pictures are loaded, and let go of here.
-
-        Raises InvalidRequest. Its length is not checked.
-        """
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included. Raises InvalidRequest for an id outside the vocabulary."""
 
     def health(self) -> Health: ...
 
@@ -228,3 +209,113 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Abort what runs and release everything. Never raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptModel:
+    """What the pipeline must know of an engine's model to make tokens of prompts and text of tokens.
+
+    vocab_size: of the model's logits. threads: where long prompts are rendered. vocabulary: for compiling constraints;
+    None where the engine compiles them by itself. json_whitespace: what `Constraint.whitespace_pattern` is where a
+    request says nothing of it. spells_words: the engine makes tokens of `SamplingParams.bad_words` itself.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    renderer: PromptRenderer
+    vocab_size: int
+    threads: Executor
+    vocabulary: Vocabulary | None
+    json_whitespace: str | None = None
+    spells_words: bool = False
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """What an engine is to generate from a prepared prompt.
+
+    params: checked; max_tokens is final once the prompt is prepared. n: choices. constraint: holds for each of them;
+    grammar: the same as llguidance reads it, None where there is none or the engine compiles constraints by itself.
+    adapter, model: names that a request may choose an adapter by.
+    """
+
+    request_id: str
+    params: SamplingParams
+    n: int = 1
+    constraint: Constraint | None = None
+    grammar: str | None = None
+    adapter: str | None = None
+    model: str | None = None
+    priority: int = 0
+
+
+class PreparedPrompt(Protocol):
+    """A prompt as the engine takes it.
+
+    token_ids: with all tokens of the images. images: (offset, length) of each in them, in order.
+    """
+
+    token_ids: list[int]
+    images: Sequence[tuple[int, int]]
+
+    def discard(self) -> None:
+        """Give back what it holds: it is not handed to `Engine.generate`."""
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """What a step added to choice `index`.
+
+    finish: why the choice has ended, None while it goes on. stop_token: the stop id that ended it.
+    by_token: its last token ended it, the model's end-of-sequence or a stop id. queued: seconds that the request waited
+    for its first step. prompt_logprobs: once, an entry for each token of the prompt; the first is None.
+    """
+
+    index: int
+    token_ids: list[int]
+    finish: FinishReason | None = None
+    logprobs: list[Logprobs] | None = None
+    stop_token: int | None = None
+    by_token: bool = False
+    cached_tokens: int = 0
+    queued: float = 0.0
+    prompt_logprobs: list[Logprobs | None] | None = None
+
+
+class TokenStream(Protocol):
+    """The tokens of one request. Iterate to the end or call `aclose`. Raises ServingError."""
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
+
+    def abort(self, index: int) -> None:
+        """No more is wanted of a choice; what still comes of it is not read."""
+
+    async def aclose(self) -> None:
+        """Abort what still runs, within one engine step. Safe to call twice and after the end."""
+
+
+Prepared = TypeVar("Prepared", bound=PreparedPrompt)
+
+
+class Engine(Lifecycle, Protocol[Prepared]):
+    """Token ids and images in, token ids out."""
+
+    @property
+    def model(self) -> PromptModel:
+        """Valid once `load` has returned."""
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """What changes adapters while it serves, once `load` has returned; None where none can be changed."""
+
+    async def prepare(
+        self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
+    ) -> Prepared:
+        """Put the images in the place of their tokens; the loaded images are released here.
+
+        token_ids: of the rendered prompt, with one image token for each image. request: what is to be generated, which
+        is refused before its images cost anything; None where only tokens are wanted.
+        Raises InvalidRequest (ImageError for an image) and Unavailable.
+        """
+
+    async def generate(self, prompt: Prepared, request: EngineRequest) -> TokenStream:
+        """Return when the engine has taken the request. The prompt is the engine's from then on."""

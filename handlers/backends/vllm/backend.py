@@ -1,33 +1,29 @@
-"""vLLM as a backend: prompts become its inputs here, its outputs become deltas in `generation`."""
+"""vLLM as an engine of the pipeline: its processes, and how prompts reach them."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from engine.errors import EngineError
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
+    EngineRequest,
     Health,
-    PromptStats,
-    TokenizedPrompt,
+    PromptModel,
     compute_type,
 )
 from handlers.backends.rolling.model_facts import load_tokenizer
-from handlers.backends.tokens import detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.vllm.adapters.store import LoadedAdapter, VllmAdapters
-from handlers.backends.vllm.answers.generation import VllmGeneration
 from handlers.backends.vllm.answers.parsers import vllm_parsers
 from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.engine.counters import Counters, series
@@ -35,21 +31,18 @@ from handlers.backends.vllm.engine.keeper import EngineKeeper
 from handlers.backends.vllm.engine.probes import Probes
 from handlers.backends.vllm.engine.watch import Patience
 from handlers.backends.vllm.failures import failed
-from handlers.backends.vllm.prompts.constraints import Constraints
+from handlers.backends.vllm.prompts.constraints import constraint_vocabulary, in_vllms_words
 from handlers.backends.vllm.prompts.front import VllmFront
 from handlers.backends.vllm.prompts.inputs import Inputs
 from handlers.backends.vllm.prompts.rendered import placeholders, take_back
 from handlers.backends.vllm.prompts.room import check_room
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm, usual_sampling
-from handlers.backends.vllm.samplers.carried import with_breakers
+from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import InvalidRequest, Overloaded, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
-from handlers.prompts.limits import checked_sampling, checked_tokens, longest_prompt
-from handlers.request import pictures
 
 if TYPE_CHECKING:
-    from engine.sampling_params import SamplingParams
-    from handlers.request import Constraint, GenerationRequest, Prompt
+    from handlers.request import Constraint, PicturePart
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -57,8 +50,8 @@ logger = logging.getLogger(__name__)
 _THREADS = 2
 
 
-class VllmBackend:
-    """See `handlers.backends.base.Backend`."""
+class VllmEngine:
+    """See `handlers.backends.base.Engine`."""
 
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
         self._configuration = configuration
@@ -66,18 +59,14 @@ class VllmBackend:
         self._path = model_path
         self._counters = Counters()
         self._keeper: EngineKeeper | None = None
-        self._constraints: Constraints | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
-        self._open: set[VllmGeneration] = set()
+        self._open: set[VllmStream] = set()
         self._numbers = itertools.count()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
 
-    @classmethod
-    def from_configuration(cls, configuration: Configuration, model_path: Path) -> VllmBackend:
-        return cls(configuration, model_path)
-
     async def load(self) -> None:
+        """See `Lifecycle`."""
         loop = asyncio.get_running_loop()
         builder = await loop.run_in_executor(self._threads, EngineBuilder, self._configuration, self._path)
         self._vllm, self._samplers = builder.vllm, builder.samplers
@@ -89,7 +78,7 @@ class VllmBackend:
             probes.ask,
             self._counters,
             warm=probes.warm,
-            prepare=self._prepare,
+            prepare=self._give_adapters,
             retry_threshold=self._settings.retry_threshold,
             loading_seconds=self._settings.model_loading_timeout,
             patience=Patience(
@@ -115,7 +104,8 @@ class VllmBackend:
                 else None,
             )
             await keeper.start()
-            self._front = await loop.run_in_executor(
+            config = keeper.engine.vllm_config
+            self._front = front = await loop.run_in_executor(
                 self._threads,
                 VllmFront,
                 self._settings,
@@ -124,39 +114,37 @@ class VllmBackend:
                 self._vllm,
                 keeper.engine,
             )
-            self._constraints = await loop.run_in_executor(
-                self._threads,
-                Constraints,
-                keeper.engine.vllm_config.structured_outputs_config,
-                tokenizer,
-                self._front.eos_token_ids,
-                self._front.vocab_size,
-                self._settings.guided_decoding_timeout,
+            vocabulary = await loop.run_in_executor(
+                self._threads, constraint_vocabulary, config.structured_outputs_config, front
             )
-            if self._settings.enable_mm_embeds and self._front.images:
-                await probes.try_embeddings(keeper.engine, self._front)
+            if self._settings.enable_mm_embeds and front.images:
+                await probes.try_embeddings(keeper.engine, front)
         except EngineError as error:
             await keeper.close()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         except BaseException:
             await keeper.close()
             raise
-        config = keeper.engine.vllm_config
         if parsers is not None:
             parsers.model_config = config.model_config
-        self._front.renderer.longest = longest_prompt(int(config.model_config.max_model_len))
+        self._model = PromptModel(
+            front.tokenizer,
+            front.renderer,
+            front.vocab_size,
+            self._threads,
+            vocabulary,
+            json_whitespace="" if config.structured_outputs_config.disable_any_whitespace else None,
+            spells_words=True,
+        )
         parallel, accelerators = config.parallel_config, builder.machine.accelerators
         self._blocks = int(config.cache_config.num_gpu_blocks or 0)  # of all copies
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._capabilities = Capabilities(
             max_model_len=int(config.model_config.max_model_len),
-            images=self._front.images,
-            default_sampling=usual_sampling(self._front.default_sampling, self._samplers),
+            images=front.images,
+            default_sampling=usual_sampling(front.default_sampling, self._samplers),
             adapters=self._settings.enable_lora,
             structured_outputs=True,
-            image_placeholder=self._front.renderer.placeholder,
-            special_token_ids=frozenset(self._front.tokenizer.all_special_ids),
-            special_tokens=skipped_tokens(self._front.tokenizer),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device_type="cuda" if accelerators else "cpu",
             compute_type=compute_type(
@@ -165,7 +153,6 @@ class VllmBackend:
             ),
             cache_tokens=self._blocks * int(config.cache_config.block_size),
             prompt_threads=_THREADS,
-            chat_templates=self._front.renderer.variables,
             formats=formats,
         )
         self._loaded = True
@@ -180,141 +167,96 @@ class VllmBackend:
 
     @property
     def capabilities(self) -> Capabilities:
+        """See `Lifecycle`."""
         assert self._capabilities is not None, "load() has not returned"
         return self._capabilities
 
     @property
+    def model(self) -> PromptModel:
+        """See `Engine`."""
+        return self._model
+
+    @property
     def adapters(self) -> AdapterStore | None:
+        """See `Engine`."""
         return self._adapters if self._settings.enable_lora else None
 
-    async def generate(self, request: GenerationRequest) -> VllmGeneration:
+    async def prepare(
+        self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
+    ) -> VllmPrompt:
+        """See `Engine`."""
         engine = self._engine()
-        adapter = self._adapters.taken(request.adapter, request.model)
+        theirs, adapter = None, None
+        if request is not None:
+            adapter = self._adapters.taken(request.adapter, request.model)
         try:
-            generation, prompt = await self._admitted(engine, request, adapter)
+            if request is not None:
+                theirs = self._parameters(request)
+                await check_room(self._vllm, engine, theirs, self._front.eos_token_ids, self._threads)
+            prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
         except BaseException:
             if adapter is not None:
                 adapter.give_back()
             raise
-        self._open.add(generation)
-        assert self._keeper is not None
+        return VllmPrompt(engine, prompt, theirs, adapter)
+
+    def _parameters(self, request: EngineRequest) -> Any:
+        constraint = request.constraint
+        if constraint is not None and request.grammar is not None:
+            constraint = in_vllms_words(constraint, request.grammar)
+        return to_vllm(self._vllm, request.params, request.n, constraint, self._samplers)
+
+    async def generate(self, prompt: VllmPrompt, request: EngineRequest) -> VllmStream:
+        """See `Engine`."""
+        engine, theirs, most = prompt.engine, prompt.parameters, request.params.max_tokens
+        assert self._keeper is not None, "load() has not returned"
+        try:
+            check_prompt_logprobs(request.params, len(prompt.token_ids), request.n)
+        except InvalidRequest:
+            prompt.discard()
+            raise
+        if most is not None and most != theirs.max_tokens:
+            theirs.max_tokens, theirs.min_tokens = most, min(theirs.min_tokens, most)
+        stream = VllmStream(
+            engine.generate(
+                prompt.prompt,
+                theirs,
+                f"{request.request_id}-{next(self._numbers)}",
+                lora_request=None if prompt.adapter is None else prompt.adapter.request,
+                priority=request.priority,
+            ),
+            request.params,
+            images=bool(prompt.images),
+            constrained=request.constraint is not None,
+            eos_token_ids=self._front.eos_token_ids,
+            failure=partial(self._failure, engine, request.constraint),
+            ended=partial(self._forget, adapter=prompt.adapter),
+        )
+        self._open.add(stream)
         self._keeper.in_flight = len(self._open)
         try:
-            await generation.start()
+            await stream.start()
         except (InvalidRequest, Overloaded):
-            # The engine never got the pictures that vLLM's front noted as sent.
-            take_back(engine, prompt)
+            # The engine never got the images that vLLM's front noted as sent.
+            take_back(engine, prompt.prompt)
             raise
         self._keeper.answered = True
-        return generation
-
-    async def _admitted(
-        self, engine: Any, request: GenerationRequest, adapter: LoadedAdapter | None
-    ) -> tuple[VllmGeneration, Any]:
-        """Not started yet, and vLLM's input."""
-        longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
-        assert self._constraints is not None, "load() has not returned"
-        constraint = await self._constraints.checked(request.constraint)
-        parts = list(request.images())
-        rendered = await rendered_prompt(self._front.renderer, request, self._threads)
-        token_ids = rendered.token_ids
-        if not parts:
-            token_ids = checked_tokens(request, token_ids, longest, vocab_size)
-        # What is refused in any case is refused before its pictures cost anything; that it is too long with them is
-        # said when it is known how long.
-        early = dataclasses.replace(request, max_tokens_is_default=True) if parts else request
-        params = await self._spelled(checked_sampling(early, len(token_ids), longest, vocab_size))
-        copies = request.n if params.greedy else 1
-        answers = request.n // copies
-        theirs = to_vllm(self._vllm, params, answers, constraint, request.names, self._samplers)
-        await check_room(self._vllm, engine, theirs, self._front.eos_token_ids, self._threads)
-        prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
-        ids: list[int] = list(prompt["prompt_token_ids"])
-        try:
-            most = params.max_tokens
-            if parts:
-                most = checked_sampling(request, len(ids), longest, vocab_size).max_tokens
-            check_prompt_logprobs(params, len(ids), answers)
-        except ServingError:
-            take_back(engine, prompt)
-            raise
-        if most != params.max_tokens:
-            params = msgspec.structs.replace(params, max_tokens=most)
-            theirs.max_tokens, theirs.min_tokens = most, min(theirs.min_tokens, most)
-        stats = PromptStats(
-            prompt_tokens=len(ids),
-            image_tokens=sum(int(place.length) for place in placeholders(prompt)),
-            prompt_token_ids=ids,
-            prompt_text=rendered.text,
-        )
-        outputs = engine.generate(
-            prompt,
-            theirs,
-            f"{request.request_id}-{next(self._numbers)}",
-            lora_request=None if adapter is None else adapter.request,
-            priority=request.priority,
-        )
-        generation = VllmGeneration(
-            outputs,
-            stats,
-            params,
-            texts=self._front.token_texts.answers(request, params, ids, answers),
-            copies=copies,
-            eos_token_ids=self._front.eos_token_ids,
-            token_text=self._front.token_texts,
-            constrained=constraint is not None,
-            failure=partial(self._failure, engine, request.constraint),
-            ended=partial(self._forget, adapter=adapter),
-        )
-        return generation, prompt
-
-    async def _spelled(self, params: SamplingParams) -> SamplingParams:
-        """With DRY's breakers as token ids. In a thread: there may be a thousand long ones."""
-        if params.dry_multiplier <= 0.0:
-            return params
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, with_breakers, params, self._front.tokenizer
-        )
-
-    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        front, loop = self._front, asyncio.get_running_loop()
-        rendered = await loop.run_in_executor(
-            self._threads, partial(front.renderer.render, prompt, spans=True)
-        )
-        expanded: list[list[int]] = []
-        parts = list(pictures(prompt))
-        if parts:
-            keeper = self._keeper
-            engine = None if keeper is None else keeper.engine
-            if engine is None:
-                raise Unavailable("the engine is being restarted; try again", retry_after=5)
-            token_ids = front.exchanged(rendered.token_ids, parts)
-            placed = await self._inputs.placed(engine, token_ids, parts)
-            take_back(engine, placed)
-            ids = list(placed["prompt_token_ids"])
-            places = sorted(placeholders(placed), key=lambda place: int(place.offset))
-            expanded = [ids[place.offset : place.offset + place.length] for place in places]
-        return await loop.run_in_executor(
-            self._threads, tokenized, rendered, front.tokenizer, front.renderer.image_token_id, expanded
-        )
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, detokenized, token_ids, self._front.tokenizer
-        )
+        return stream
 
     def health(self) -> Health:
+        """See `Lifecycle`."""
         if self._keeper is None or not self._loaded:
             return Health(False, "the model is loading")
         return self._keeper.health()
 
     def stats(self) -> BackendStats:
+        """See `Lifecycle`."""
         keeper, counters = self._keeper, self._counters
         if keeper is None or not self._loaded:
             return BackendStats()
         # vLLM is silent once the last request is gone, so its last word on what runs is not the latest.
         usage = list(counters.cache_usage.values()) if self._open else []
-        running = sum(generation.started for generation in self._open)
+        running = sum(stream.started for stream in self._open)
         return BackendStats(
             running=running,
             waiting=len(self._open) - running,
@@ -332,11 +274,10 @@ class VllmBackend:
         )
 
     async def close(self) -> None:
+        """See `Lifecycle`."""
         if self._loaded:
             self._adapters.close()
         self._loaded = False
-        if self._constraints is not None:
-            await self._constraints.close()
         if self._keeper is not None:
             await self._keeper.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -351,14 +292,14 @@ class VllmBackend:
             raise Unavailable(f"the engine {reason}", retry_after=5)
         return keeper.engine
 
-    async def _prepare(self, engine: Any) -> None:
-        """Give a new engine what the one before it had."""
+    async def _give_adapters(self, engine: Any) -> None:
+        """Give a new engine those that the one before it had."""
         await self._adapters.load(engine, again=self._loaded)
 
-    def _forget(self, generation: VllmGeneration, adapter: LoadedAdapter | None) -> None:
+    def _forget(self, stream: VllmStream, adapter: LoadedAdapter | None) -> None:
         if adapter is not None:
             adapter.give_back()
-        self._open.discard(generation)
+        self._open.discard(stream)
         if self._keeper is not None:
             self._keeper.in_flight = len(self._open)
 
@@ -370,3 +311,28 @@ class VllmBackend:
         param = None if constraint is None else constraint.param
         # Where vLLM's output loop has failed, what it failed with is told before an output, too.
         return failed(self._vllm, error, param, accepted=begun or engine.errored)
+
+
+@dataclass(slots=True)
+class VllmPrompt:
+    """See `handlers.backends.base.PreparedPrompt`.
+
+    engine: that it was rendered for. prompt: vLLM's input. parameters: vLLM's; None where only tokens are wanted.
+    """
+
+    engine: Any
+    prompt: Any
+    parameters: Any
+    adapter: LoadedAdapter | None
+    token_ids: list[int] = field(init=False)
+    images: list[tuple[int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt["prompt_token_ids"])
+        self.images = sorted((int(place.offset), int(place.length)) for place in placeholders(self.prompt))
+
+    def discard(self) -> None:
+        """Give back the adapter, and say that the images were not sent."""
+        take_back(self.engine, self.prompt)
+        if self.adapter is not None:
+            self.adapter.give_back()
