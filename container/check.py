@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from container.configured import SERVE_DEFAULTS, configured, unreadable
+from container.config import SERVE_DEFAULTS, configured, unreadable
 from engine.errors import ModelLoadError
 from engine.machine import Machine, this_machine
 from handlers.artefacts.error import ArtefactError

@@ -29,7 +29,7 @@ from handlers.offline.prompts import (
     read_conversation,
     read_prompt,
 )
-from handlers.protocols.error_replies import client_error
+from handlers.protocols.errors import client_error
 from handlers.request import GenerationRequest, Prompt, TextPart, TextPrompt
 
 logger = logging.getLogger(__name__)

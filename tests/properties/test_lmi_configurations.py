@@ -13,8 +13,8 @@ from handlers.custom.find import find_handler
 from properties.configuration import Configuration, ConfigurationError, resolve
 from properties.lmi_handlers import HANDLERS
 from tests.support.live import LiveServer
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
 ASYNC = "djl_python.lmi_vllm.vllm_async_service"
 LMCACHE = 'option.kv_transfer_config={"kv_connector":"LMCacheConnectorV1", "kv_role":"kv_both"}'

@@ -34,9 +34,9 @@ from handlers.parsers.base import (
 from handlers.parsers.reasoning import ReasoningThenCalls
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
-from tests.live.test_shapes import SHAPES
+from tests.support.backend import OLDER
 from tests.support.live import LiveServer
-from tests.vllm_live.test_compat import OLDER
+from tests.support.shapes import SHAPES
 
 TOOLS: list[dict[str, Any]] = [
     {

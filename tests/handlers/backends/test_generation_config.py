@@ -19,7 +19,7 @@ from handlers.protocols.base import Conventions, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.openai.chat import read_chat
 from handlers.protocols.openai.completions import read_completion
-from handlers.protocols.tgi.generate import read_tgi
+from handlers.protocols.tgi.requests import read_tgi
 from properties.settings import Settings
 from tests.support.models import make_text_model
 from tests.support.scripted import chat

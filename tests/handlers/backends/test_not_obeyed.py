@@ -213,8 +213,8 @@ def test_an_encoder_cache_smaller_than_an_image_that_a_request_keeps(
     assert (
         "encoder_cache_mb = 0 is less than the 1 MiB that one image of a running request takes" in caplog.text
     )
-    assert "room for 1 images of running requests, 0.0 MiB each" in caplog.text
-    assert engine.scheduler.image_places == 1
+    assert "memory for 1 images of running requests, 0.0 MiB each" in caplog.text
+    assert engine.scheduler.image_slots == 1
 
 
 def test_a_text_model_has_no_use_for_options_about_images(tmp_path: Path) -> None:

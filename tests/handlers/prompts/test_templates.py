@@ -11,11 +11,9 @@ from PIL import Image
 from tokenizers import (
     AddedToken,
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
-    processors,
     trainers,
 )
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -24,8 +22,7 @@ from handlers.errors import InvalidRequest
 from handlers.prompts.chat_templates import TemplateSource
 from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, ImagePart, Message, Part, TextPart, TextPrompt
-
-SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>", "[INST]", "<end_of_turn>"]
+from tests.support.tokenizers import SPECIAL, byte_level, trained, wrapped
 
 PARTS = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -44,13 +41,6 @@ BOTH = PARTS.replace(
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}",
 ).replace("{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>")
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return trained(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
 def sentencepiece_like() -> Tokenizer:
@@ -73,26 +63,6 @@ def whole_words() -> Tokenizer:
     trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", *SPECIAL])
     tokenizer.train_from_iterator(["a b c d e what is this < > i m g"], trainer)
     return tokenizer
-
-
-def trained(tokenizer: Tokenizer, special: list[str] = SPECIAL, **options: Any) -> Tokenizer:
-    corpus = ["what is in this picture? <image> im age start end user assistant | [ ] a b c"] * 3
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False, **options)
-    tokenizer.train_from_iterator(corpus, trainer)
-    return tokenizer
-
-
-def wrapped(backend: Tokenizer, *, add_bos: bool = False) -> PreTrainedTokenizerFast:
-    if add_bos:
-        bos = ("<s>", backend.token_to_id("<s>"))
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
 
 
 def rstripping() -> Tokenizer:

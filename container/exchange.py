@@ -1,4 +1,4 @@
-"""One HTTP exchange over ASGI: send a reply, notice a client that leaves.
+"""One HTTP exchange over ASGI: the request, its reply, and the watch for a client that leaves.
 
 Written on ASGI itself: the framework's streaming response costs a task group and several coroutines a chunk.
 """
@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import parse_qs
 
 from container.bodies import Receive
-from handlers.exchange import Reply
+from container.routes import Route
+from handlers.exchange import Reply, RequestFacts
+from handlers.protocols.lmi.routes import ADAPTER
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
+_SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
+_TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 Ending = Literal["client_gone", "overdue", "stalled", "shutdown"]
 """Why a request was cancelled: its client left; its time was over; no part of its reply could be sent for too
@@ -132,3 +139,70 @@ class Exchange:
             if now >= quiet_until:
                 return self.stop("stalled")
             await asyncio.sleep(min(end, quiet_until) - now)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request on its way. route: None where there is none."""
+
+    method: str
+    path: str
+    query: str
+    headers: dict[str, str]
+    receive: Receive
+    exchange: Exchange
+    request_id: str
+    route: Route | None = None
+    model: str | None = None
+    body_read: bool = False
+    facts: RequestFacts | None = None
+    error: str | None = None
+    reason: str | None = None
+    arrival: float = field(default_factory=time.monotonic)
+
+    @property
+    def template(self) -> str:
+        return "unknown" if self.route is None else self.route.template
+
+    def headers_with_adapter(self) -> dict[str, str]:
+        """The headers, with the adapter that the query names where no header names one."""
+        adapter = parse_qs(self.query).get("adapter", [""])[0] if self.query else ""
+        return {ADAPTER: adapter, **self.headers} if adapter else self.headers
+
+    def line(self, status: int, facts: RequestFacts | None) -> dict[str, Any]:
+        """The request's line of the log: never its prompt, its answer or its images."""
+        line: dict[str, Any] = {
+            "request_id": self.request_id,
+            "method": self.method,
+            "route": self.template,
+            "status": status,
+        }
+        if facts is not None:
+            line |= {
+                "stream": facts.stream,
+                "prompt_tokens": facts.prompt_tokens,
+                "completion_tokens": facts.completion_tokens,
+                "cached_tokens": facts.cached_tokens,
+                "images": facts.images,
+                "image_tokens": facts.image_tokens,
+                "ttft_ms": None if facts.first_token is None else round(facts.first_token * 1000, 1),
+                "finish_reason": facts.finish_reason,
+            }
+        line["total_ms"] = round((time.monotonic() - self.arrival) * 1000, 1)
+        line["error"] = self.error or (facts.error if facts is not None else None)
+        line["reason"] = self.reason or (facts.reason if facts is not None else None)
+        line["ended"] = self.exchange.ending
+        return line
+
+
+def request_id(headers: Mapping[str, str], configured: str | None) -> str:
+    """The caller's own id where it is a harmless token, else a new one."""
+    for name in [configured.lower()] if configured else [_SAGEMAKER_ID, "x-request-id"]:
+        value = headers.get(name, "")
+        if _TOKEN.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def has_body(headers: Mapping[str, str]) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"

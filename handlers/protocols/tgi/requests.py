@@ -7,34 +7,30 @@ limits are wider, the wording has our number.
 from __future__ import annotations
 
 import logging
-import secrets
 from typing import Any
 
 import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.base import Conventions, Task, sampling_params
+from handlers.protocols.base import MAX_ANSWERS, Conventions, Task, sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.fields import MAX_ANSWERS
-from handlers.protocols.tgi.reply import TgiWriter
+from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import GenerationRequest, TextPrompt
 
 log = logging.getLogger(__name__)
 
-ROUTES = frozenset({"/", "/generate", "/generate_stream"})
+GENERATE_ROUTES = frozenset({"/", "/generate", "/generate_stream"})
 
 _LARGEST_SEED = 2**64 - 1
-_DRAWN_BITS = 53
-"""Of a seed that the client did not choose: what a JavaScript number holds, as the reply tells it."""
 
 _NAMES = {"max_tokens": "max_new_tokens", "logprobs": "top_n_tokens"}
 
 
-class Parameters(msgspec.Struct):
+class TgiParameters(msgspec.Struct):
     """TGI's parameters; null counts as not given. `stop_sequences` is what TGI's clients used to call `stop`."""
 
     adapter_id: str | None = None
@@ -82,9 +78,9 @@ class TgiBody(msgspec.Struct):
     model: str | None = None
 
 
-_PARAMETER_NAMES = KnownNames(Parameters.__struct_fields__)
+_PARAMETER_NAMES = KnownNames(TgiParameters.__struct_fields__)
 _BODY_NAMES = KnownNames(
-    TgiBody.__struct_fields__, inside={name: f"parameters.{name}" for name in Parameters.__struct_fields__}
+    TgiBody.__struct_fields__, inside={name: f"parameters.{name}" for name in TgiParameters.__struct_fields__}
 )
 
 
@@ -98,7 +94,7 @@ def read_tgi(
 ) -> Task:
     """Raises InvalidRequest in TGI's words.
 
-    route: one of `ROUTES`, which decides on streaming and on whether the reply is a list.
+    route: one of `GENERATE_ROUTES`, which decides on streaming and on whether the reply is a list.
     adapter: named in a header; it wins over the body's `adapter_id`.
     """
     asked = convert(body, TgiBody)
@@ -107,7 +103,7 @@ def read_tgi(
     stream = route == "/generate_stream" or (route == "/" and bool(asked.stream))
     # Without any parameters TGI draws; with an empty object it does not.
     given = {"do_sample": True} if asked.parameters is None else asked.parameters
-    parameters = read_parameters(given, stream=stream)
+    parameters = _read_parameters(given, stream=stream)
     if not asked.inputs:
         raise InvalidRequest("`inputs` cannot be empty", param="inputs")
     _check_truncate(parameters.truncate, conventions.max_model_len)
@@ -141,10 +137,10 @@ def read_tgi(
     return Task([request], writer, misspelt)
 
 
-def read_parameters(given: dict[str, Any], *, stream: bool) -> Parameters:
+def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:
     """Raises InvalidRequest in TGI's words, in the order in which TGI checks."""
-    asked = convert(given, Parameters, under="parameters")
-    for name in given.keys() - Parameters.__struct_fields__:
+    asked = convert(given, TgiParameters, under="parameters")
+    for name in given.keys() - TgiParameters.__struct_fields__:
         log.debug("unknown parameter ignored: %.80s", name)
     _check_best_of(asked, stream)
     for name in ("temperature", "repetition_penalty", "top_k", "max_new_tokens"):
@@ -179,7 +175,7 @@ def read_parameters(given: dict[str, Any], *, stream: bool) -> Parameters:
     return asked
 
 
-def _check_best_of(asked: Parameters, stream: bool) -> None:
+def _check_best_of(asked: TgiParameters, stream: bool) -> None:
     best_of = asked.best_of
     if best_of is None or best_of == 1:
         return
@@ -204,15 +200,14 @@ def _check_truncate(truncate: int | None, context: int) -> None:
         )
 
 
-def _seeds(asked: Parameters, answers: int) -> list[int | None]:
+def _seeds(asked: TgiParameters, answers: int) -> list[int | None]:
     """What the reply says of each answer: nothing where none was drawn from."""
     if not asked.samples:
         return [None] * answers
-    first = secrets.randbits(_DRAWN_BITS) if asked.seed is None else asked.seed
-    return [first + number for number in range(answers)]
+    return shown_seeds(asked.seed, answers)
 
 
-def _sampling(asked: Parameters, seeds: list[int | None], *, shows_tokens: bool) -> SamplingParams:
+def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bool) -> SamplingParams:
     """TGI knows no defaults of the model's own, and keeps a stop string in the text."""
     seed = seeds[0]
     stops = asked.stops

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from handlers.exchange import Reply
 from handlers.protocols.lmi.sessions import Sessions
 from handlers.service import Service
 from tests.support.scripted import ScriptedBackend, chat, incoming, said, service
+from tests.support.shapes import ROOT
 
 OPEN = {"requestType": "NEW_SESSION"}
 CLOSE = {"requestType": "CLOSE"}
@@ -32,7 +32,7 @@ class Clock:
 
 
 def serving(**options: Any) -> Service:
-    return service(ScriptedBackend(said("a")), sessions=Sessions(**options))
+    return service(ScriptedBackend(said("a")), gates=[Sessions(**options)])
 
 
 def send(server: Service, body: Any, session: str | None = None, route: str = "/invocations") -> Reply:
@@ -123,18 +123,17 @@ def test_a_body_with_a_prompt_is_answered_whatever_its_request_type() -> None:
 def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handlers.protocols.lmi.sessions.MOST_SESSIONS", 2)
     clock = Clock()
-    sessions = Sessions(clock=clock)
+    sessions, call = Sessions(clock=clock), incoming(OPEN, "/invocations")
     for _ in range(2):
-        sessions.control(OPEN, {})
+        sessions.answer(OPEN, call)
     with pytest.raises(Overloaded):
-        sessions.control(OPEN, {})
+        sessions.answer(OPEN, call)
     clock.now += 1200
-    sessions.control(OPEN, {})
+    sessions.answer(OPEN, call)
     with pytest.raises(InvalidRequest):
-        sessions.check({"x-amzn-sagemaker-session-id": "gone"})
+        sessions.answer(chat(), incoming(chat(), x_amzn_sagemaker_session_id="gone"))
 
 
 def test_a_start_needs_no_store_for_sessions() -> None:
     code = "import sys, container.app, container.build, container.server; assert 'boto3' not in sys.modules"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
