@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from handlers.backends.base import Backend, BackendStats, Health
+from handlers.backends.base import BackendStats, Health, Lifecycle
 from handlers.errors import NotFound
 from handlers.exchange import AdapterCall, Incoming, Reply
 
@@ -36,17 +36,23 @@ class Answers(Protocol):
 class ServerState:
     """The one changing fact that every route looks at.
 
-    reason: safe to show to a client. backend and service: None until the model can generate. created: Unix seconds.
+    reason: safe to show to a client. backend and service: None until the model can generate; the service also where
+    this machine holds a part of the model for another one, which answers requests. created: Unix seconds.
     """
 
     phase: Phase = "loading"
     reason: str = "the model is loading"
-    backend: Backend | None = None
+    backend: Lifecycle | None = None
     service: Answers | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def serve(self, backend: Backend, service: Answers) -> None:
+    def serve(self, backend: Lifecycle, service: Answers | None) -> None:
+        """Begin to answer requests, or to say who does."""
         self.phase, self.reason = "serving", "ready"
+        if service is None:
+            self.reason = (
+                "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
+            )
         self.backend, self.service = backend, service
 
     def drain(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.logprobs import Logprobs
+from engine.messages import Logprobs
 from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
@@ -45,7 +45,7 @@ from handlers.prompts.limits import (
     spelled,
 )
 from handlers.prompts.renderer import RenderedPrompt
-from handlers.request import ChatPrompt, GenerationRequest, Prompt, TextPrompt, pictures
+from handlers.request import ChatPrompt, Constraint, GenerationRequest, Prompt, TextPrompt, pictures
 
 T = TypeVar("T")
 
@@ -109,11 +109,7 @@ class Pipeline:
         if not self._loaded:
             raise Unavailable("the model is still loading", retry_after=5)
         model, longest = self._model, self._capabilities.max_model_len
-        constraint, grammar = request.constraint, None
-        if constraint is not None and self._compiler is not None:
-            if constraint.whitespace_pattern is None:
-                constraint = dataclasses.replace(constraint, whitespace_pattern=model.json_whitespace)
-            grammar = await self._compiler.compile(constraint)
+        constraint, grammar = await self.compiled(request.constraint)
         rendered = await self._rendered(request)
         token_ids, parts = rendered.token_ids, list(request.images())
         if parts:
@@ -151,9 +147,20 @@ class Pipeline:
             prompt_token_ids=prompt.token_ids,
             prompt_text=rendered.text,
         )
-        texts = self._texts(request, params, prompt.token_ids, asked.n)
+        texts = texts_of(request, params, prompt.token_ids, asked.n, self._token_texts)
         stream = await self._engine.generate(prompt, asked)
         return Generation(stream, stats, params, texts, copies, self._token_texts)
+
+    async def compiled(self, constraint: Constraint | None) -> tuple[Constraint | None, str | None]:
+        """The constraint as it is meant here, and its grammar; None where the engine compiles it by itself.
+
+        Raises what `GrammarCompiler.compile` does.
+        """
+        if constraint is None or self._compiler is None:
+            return constraint, None
+        if constraint.whitespace_pattern is None:
+            constraint = dataclasses.replace(constraint, whitespace_pattern=self._model.json_whitespace)
+        return constraint, await self._compiler.compile(constraint)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         """What `generate` would have the model read; the prompt's images are loaded, and released here.
@@ -201,19 +208,6 @@ class Pipeline:
         model = self._model
         work = partial(spelled, params, model.tokenizer, words=not model.spells_words)
         return work() if count_characters(params) <= MANY_CHARACTERS else await self._aside(work)
-
-    def _texts(
-        self, request: GenerationRequest, params: SamplingParams, token_ids: Sequence[int], count: int
-    ) -> list[Detokenizer]:
-        """What makes the text of each of `count` choices. token_ids: the prompt's."""
-        # The answer to a chat begins a text of its own; that to a text goes on with it. A constrained one shows all
-        # that its grammar was told of, so also a space that it begins with.
-        anew = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
-        anew = anew and request.constraint is None
-        return [
-            self._token_texts.detokenizer(params, prime=token_ids[-PRIMING_TOKENS:], anew=anew)
-            for _ in range(count)
-        ]
 
     async def _aside(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._model.threads, work, *given)
@@ -310,6 +304,22 @@ class Generation:
             for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
         )
         return PositionLogprobs(chosen, tuple(top))
+
+
+def texts_of(
+    request: GenerationRequest,
+    params: SamplingParams,
+    token_ids: Sequence[int],
+    count: int,
+    token_texts: TokenTexts,
+) -> list[Detokenizer]:
+    """What makes the text of each of `count` choices. token_ids: the prompt's."""
+    # The answer to a chat begins a text of its own; that to a text goes on with it. A constrained one shows all that
+    # its grammar was told of, so also a space that it begins with.
+    anew = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
+    anew = anew and request.constraint is None
+    prime = token_ids[-PRIMING_TOKENS:]
+    return [token_texts.detokenizer(params, prime=prime, anew=anew) for _ in range(count)]
 
 
 def _tokenized(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from engine.config import Vocabulary
-from engine.logprobs import Logprobs
+from engine.messages import Logprobs
 from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
@@ -203,6 +203,10 @@ class Lifecycle(Protocol):
     def capabilities(self) -> Capabilities:
         """Valid once `load` has returned."""
 
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """What changes adapters while it serves, once `load` has returned; None where none can be changed."""
+
     def health(self) -> Health: ...
 
     def stats(self) -> BackendStats: ...
@@ -302,10 +306,6 @@ class Engine(Lifecycle, Protocol[Prepared]):
     @property
     def model(self) -> PromptModel:
         """Valid once `load` has returned."""
-
-    @property
-    def adapters(self) -> AdapterStore | None:
-        """What changes adapters while it serves, once `load` has returned; None where none can be changed."""
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.client import EngineClient
-from engine.cores import usable_cores
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import STUCK_SECONDS, EngineGroup, Ticket
+from engine.machine import usable_cores
 from engine.messages import Add, Output, Picture, TensorData
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
@@ -36,7 +36,7 @@ from handlers.errors import EngineFailed, InvalidRequest, Unavailable
 from handlers.request import PicturePart
 
 if TYPE_CHECKING:
-    from properties.settings import Settings
+    from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class RollingEngine:
 
     adapters: AdapterStore | None = None
 
-    def __init__(self, settings: Settings, model_path: Path) -> None:
-        self._settings = settings
+    def __init__(self, configuration: Configuration, model_path: Path) -> None:
+        self._settings = configuration.settings
         self._path = str(model_path)
         self._threads = max(2, min(8, usable_cores()))
         self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="prepare")

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import NO_TOKEN_LEFT
-from engine.logprobs import Logprobs
+from engine.messages import Logprobs
 from handlers.backends.base import FinishReason, TokenOutput
 from handlers.errors import EngineFailed, InvalidRequest, PicturesLost, ServingError
 

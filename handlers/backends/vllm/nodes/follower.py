@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.nodes.workers import Workers
-from handlers.errors import InvalidConfiguration, Unavailable
+from handlers.errors import InvalidConfiguration
 from processes.restarts import Restarts
 
 if TYPE_CHECKING:
     from handlers.backends.adapters import AdapterStore
-    from handlers.backends.base import Generation, TokenizedPrompt
-    from handlers.request import GenerationRequest, Prompt
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
 
 
 class VllmFollower:
-    """See `handlers.backends.base.Backend`: ready while its workers are part of an engine; answers nothing itself."""
+    """See `handlers.backends.base.Lifecycle`: ready while its workers are part of an engine; answers nothing itself."""
 
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
         self._configuration = configuration
@@ -40,10 +37,6 @@ class VllmFollower:
         self._lost = False
         self._restarts = 0
         self._tries = self._fresh_tries()
-
-    @classmethod
-    def from_configuration(cls, configuration: Configuration, model_path: Path) -> VllmFollower:
-        return cls(configuration, model_path)
 
     async def load(self) -> None:
         # The first machine's: parts of one engine that disagreed about samplers or adapters would drift apart.
@@ -58,15 +51,6 @@ class VllmFollower:
     @property
     def adapters(self) -> AdapterStore | None:
         return None
-
-    async def generate(self, request: GenerationRequest) -> Generation:
-        _elsewhere()
-
-    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        _elsewhere()
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        _elsewhere()
 
     def health(self) -> Health:
         if self._lost:
@@ -141,9 +125,3 @@ class VllmFollower:
                 logger.info("the workers of this machine are back")
                 return True
         return False
-
-
-def _elsewhere() -> NoReturn:
-    raise Unavailable(
-        "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
-    )
