@@ -245,8 +245,6 @@ class Generation:
                 await self._note(output)
                 for delta in self._deltas(output):
                     yield delta
-                if not self._open:
-                    return
         finally:
             await self._stream.aclose()
 

@@ -6,9 +6,10 @@ tokens, for every engine. All of them raise `handlers.errors.ServingError`, and 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from engine.config import Vocabulary
@@ -17,11 +18,16 @@ from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
 from handlers.request import Constraint, PicturePart
+from properties.problem import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from engine.machine import Machine
+    from handlers.backends.model_files import Findings
     from handlers.prompts.renderer import PromptRenderer
+    from properties.configuration import Configuration
+    from properties.settings import Settings
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: end-of-sequence, a stop id or a stop string (see `stop_reason`); length: max_tokens or the context's end."""
@@ -139,20 +145,21 @@ class BackendStats:
 class Capabilities:
     """What requests may ask of this backend.
 
-    default_sampling: fields of `SamplingParams` that the model's generation_config.json sets, for requests that
-    do not name them.
-    image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
-    is not known. special_token_ids: tokens that are no text, such as the ends of turns. special_tokens: texts of
-    all tokens that `skip_special_tokens` skips.
-    dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one copy of the model,
-    as "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all copies together; 0 where that is
-    not known. prompt_threads: how many prompts are prepared at the same time. chat_templates: names that
-    requests may choose the model's own templates by, each with the variables that it reads. formats: how answers are
-    read, where the options name parsers of the backend's own; None where they name ours.
+    embeddings: in place of images, where the model takes these. default_sampling: fields of `SamplingParams` that the
+    model's generation_config.json sets, for requests that do not name them.
+    image_placeholder: what stands for an image in a prompt in the model's own format, as text; None where that is not
+    known. special_token_ids: tokens that are not text, such as the ends of turns. special_tokens: texts of all tokens
+    that `skip_special_tokens` skips.
+    dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one replica, as
+    "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all replicas together; 0 where that is
+    not known. prompt_threads: how many prompts are prepared at the same time. chat_templates: names that requests may
+    choose the model's own templates by, each with the variables that it reads. formats: how answers are read, where the
+    options name parsers of the backend's own; None where they name ours.
     """
 
     max_model_len: int
     images: bool
+    embeddings: bool = False
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
     adapters: bool = False
     structured_outputs: bool = False
@@ -319,3 +326,112 @@ class Engine(Lifecycle, Protocol[Prepared]):
 
     async def generate(self, prompt: Prepared, request: EngineRequest) -> TokenStream:
         """Return when the engine has taken the request. The prompt is the engine's from then on."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a backend says of a model that it would serve on this machine.
+
+    shapes: config.json, completed. token_bytes: keys and values of one token; None where the shapes tell them.
+    image_bytes: kept for each image of a running request. beside_weights: bytes of what is held beside the weights.
+    takes_all: the cache is as large as it was asked to be, whatever can fill it.
+    """
+
+    dtype: str
+    dtype_reason: str
+    shapes: Mapping[str, Any]
+    token_bytes: int | None = None
+    image_bytes: int | None = None
+    beside_weights: int = 0
+    takes_all: bool = False
+    errors: Sequence[Problem] = ()
+    warnings: Sequence[Problem] = ()
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """copies: replicas that are started, each on `per_copy` devices of the `available` ones on `machines` machines."""
+
+    copies: int
+    per_copy: int
+    available: int
+    machines: int = 1
+    warnings: Sequence[Problem] = ()
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What `lmi check` says of prompts. template: which chat template is used, for people; None where nobody was asked.
+
+    image_tokens: size, as "336x336", -> tokens of such an image, None for a size that the model does not take; the
+    whole is None for a model without images.
+    """
+
+    template: str | None = None
+    image_tokens: Mapping[str, int | None] | None = None
+    errors: Sequence[Problem] = ()
+    warnings: Sequence[Problem] = ()
+
+
+class Backend(Protocol):
+    """A backend before anything is loaded: what it says of a model and a machine, and what makes its engine.
+
+    Where nothing else is said, neither torch nor transformers nor the engine is imported.
+    """
+
+    @property
+    def tool_parsers(self) -> Set[str]:
+        """Names of parsers of its own."""
+
+    @property
+    def reasoning_parsers(self) -> Set[str]:
+        """Names of parsers of its own."""
+
+    takes_engine_arguments: bool
+    """Options that are not ours reach its engine by their own names, and are judged there."""
+
+    def build(self, configuration: Configuration, model_path: Path) -> Engine[Any]:
+        """The engine, not yet loaded. Slow: imports what it needs. Raises ServingError."""
+
+    def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
+        """What runs here where another machine answers requests, not yet loaded; None where this one does."""
+
+    def examine(
+        self,
+        found: Findings,
+        configuration: Configuration,
+        directory: Path,
+        config: Mapping[str, Any],
+        contents: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Add what is wrong with a model, as this backend serves it. contents: of the JSON files that are whole."""
+
+    def weight_problems(
+        self, settings: Settings, directory: Path, config: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Why the weights cannot be loaded, as far as their headers tell."""
+
+    def chat_template(self, config: Mapping[str, Any]) -> object:
+        """The template of the model's family, for a model whose files have none; None where there is none."""
+
+    def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
+        """Replicas and their devices. shapes: see `Needs`. Raises InvalidConfiguration for too few devices."""
+
+    def estimate(
+        self, configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine
+    ) -> Needs:
+        """What the model needs of memory. May import torch and transformers."""
+
+    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
+        """What is served otherwise than the options say, because of the format that the model is in."""
+
+    def refused_options(
+        self, configuration: Configuration, directory: Path | None, machine: Machine
+    ) -> list[Problem]:
+        """What the engine itself refuses before it loads a model; directory: None where there is none yet.
+
+        May import the engine.
+        """
+
+    def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
+        """What the start would find out about prompts and images. Slow: may ask a process for it."""

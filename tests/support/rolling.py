@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta
-from handlers.backends.rolling.backend import RollingEngine
+from handlers.backends.rolling.engine import RollingEngine
 from handlers.pipeline import Pipeline
 from handlers.request import (
     ChatPrompt,

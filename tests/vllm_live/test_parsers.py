@@ -16,7 +16,7 @@ import pytest
 from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
-from handlers.backends.vllm.backend import VllmEngine
+from handlers.backends.vllm.async_engine import VllmEngine
 from handlers.build import build_backend
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import (

@@ -23,20 +23,23 @@ class VllmStream:
         outputs: AsyncGenerator[Any, None],
         params: SamplingParams,
         *,
+        choices: int,
         images: bool,
         constrained: bool,
         eos_token_ids: Sequence[int],
         failure: Callable[[Exception, bool], ServingError],
         ended: Callable[[VllmStream], None],
     ) -> None:
-        """outputs: vLLM's, each holding what is new. images: the prompt has some. constrained: by a grammar.
+        """outputs: vLLM's, each holding what is new. choices: that it makes. images: the prompt has some.
 
+        constrained: by a grammar.
         failure: what a client is told of vLLM's exception, and whether an output came before it.
         ended: called once, when nothing runs any more.
         """
         self.started = False
         self._outputs = outputs
         self._params = params
+        self._open = set(range(choices))
         self._images = images
         self._constrained = constrained
         self._eos = frozenset(eos_token_ids) - frozenset(params.stop_token_ids)
@@ -73,11 +76,14 @@ class VllmStream:
                     ids, count = output.prompt_token_ids, self._params.prompt_logprobs or 0
                     entries = await asyncio.to_thread(_read_all, ids, output.prompt_logprobs, count)
                 for completion in output.outputs:
-                    if completion.token_ids or completion.finish_reason:
+                    if completion.index in self._open and (completion.token_ids or completion.finish_reason):
                         made = self._read(completion)
                         made.cached_tokens, made.prompt_logprobs = int(output.num_cached_tokens or 0), entries
                         yield made
                 if output.finished:
+                    return
+                if not self._open:
+                    await self._outputs.aclose()
                     return
                 output = await anext(self._outputs)
         except (ServingError, GeneratorExit):
@@ -90,10 +96,13 @@ class VllmStream:
             self._end()
 
     def abort(self, index: int) -> None:
-        """vLLM ends by itself a choice whose stop string it finds, too, and the others go on."""
+        """See `TokenStream`. vLLM goes on with a choice until it finds the stop string itself, or none is open."""
+        self._open.discard(index)
 
     async def aclose(self) -> None:
         """See `TokenStream`."""
+        if self._ended is None:
+            return
         try:
             await self._outputs.aclose()
         except RuntimeError:
@@ -119,6 +128,7 @@ class VllmStream:
             logprobs = _read_all(token_ids, logprobs, self._params.logprobs or 0)
         finish: FinishReason | None = None
         if reason is not None:
+            self._open.discard(completion.index)
             finish = reason if reason in ("length", "abort") else "stop"
         by_text = isinstance(stop_reason, str)
         return TokenOutput(

@@ -78,6 +78,7 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
         stream = VllmStream(
             given(),
             sampling,
+            choices=n,
             images=False,
             constrained=False,
             eos_token_ids=[END],

@@ -115,7 +115,7 @@ _START = """
 import asyncio, json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from handlers.backends.rolling.backend import RollingEngine
+from handlers.backends.rolling.engine import RollingEngine
 from properties.settings import Settings
 spawned = []
 sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)

@@ -64,7 +64,7 @@ def plan_devices(
     else:
         plan = _on_this_machine(settings, accelerators, heads)
         ranks = plan.tensor * plan.pipeline
-        plan.warnings.extend(unused_on(settings, "vllm", plan.available, plan.data, ranks))
+        plan.warnings.extend(unused_on(settings, plan.available, plan.data, ranks))
     if heads is not None:
         _tell_of_heads(plan, settings, heads)
     return plan

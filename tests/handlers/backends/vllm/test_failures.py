@@ -11,7 +11,7 @@ import pytest
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import EngineRequest
-from handlers.backends.vllm.backend import VllmEngine, VllmPrompt
+from handlers.backends.vllm.async_engine import VllmEngine, VllmPrompt
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.inputs import Inputs
 from handlers.backends.vllm.stream import VllmStream
@@ -92,12 +92,14 @@ class Outputs:
 def stream(
     outputs: Outputs,
     *,
+    n: int = 1,
     images: bool = True,
     constrained: bool = False,
 ) -> VllmStream:
     return VllmStream(
         outputs.given(),
         SamplingParams(temperature=1.0),
+        choices=n,
         images=images,
         constrained=constrained,
         eos_token_ids=[0],
@@ -117,7 +119,7 @@ def test_a_picture_that_one_of_several_answers_misses_is_lost_for_all(constraine
 
     async def scenario() -> None:
         outputs = Outputs(output(0, reason="error"), output(1, reason="error", last=True))
-        made = stream(outputs, constrained=constrained)
+        made = stream(outputs, n=2, constrained=constrained)
         with pytest.raises(PicturesLost):
             await made.start()
         assert outputs.aborted, "the other answer does not go on"
