@@ -16,8 +16,8 @@ from handlers.backends.unused import unused_by_text
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.weight_files import engine_weight_problems
 from handlers.errors import InvalidConfiguration
+from properties.model import context_length, model_dtype
 from properties.problem import Problem
-from properties.recommend import context_length, model_dtype
 
 if TYPE_CHECKING:
     from engine.machine import Machine

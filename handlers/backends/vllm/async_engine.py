@@ -27,18 +27,18 @@ from handlers.backends.vllm.adapters.store import LoadedAdapter, VllmAdapters
 from handlers.backends.vllm.answers.parsers import vllm_parsers
 from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.engine.counters import Counters, series
-from handlers.backends.vllm.engine.keeper import EngineKeeper
 from handlers.backends.vllm.engine.probes import Probes
+from handlers.backends.vllm.engine.supervisor import EngineSupervisor
 from handlers.backends.vllm.engine.watch import Patience
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.constraints import constraint_vocabulary, in_vllms_words
 from handlers.backends.vllm.prompts.front import VllmFront
 from handlers.backends.vllm.prompts.inputs import Inputs
-from handlers.backends.vllm.prompts.rendered import placeholders, take_back
-from handlers.backends.vllm.prompts.room import check_room
+from handlers.backends.vllm.prompts.rendered import placeholders
+from handlers.backends.vllm.prompts.runner_limits import check_runner_limits
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm, usual_sampling
 from handlers.backends.vllm.stream import VllmStream
-from handlers.errors import InvalidRequest, Overloaded, ServingError, Unavailable
+from handlers.errors import InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class VllmEngine:
         self._settings = configuration.settings
         self._path = model_path
         self._counters = Counters()
-        self._keeper: EngineKeeper | None = None
+        self._keeper: EngineSupervisor | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
         self._open: set[VllmStream] = set()
@@ -73,7 +73,7 @@ class VllmEngine:
         self._inputs = Inputs(self._vllm)
         probes = Probes(self._vllm, self._inputs, self._numbers)
         read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
-        self._keeper = keeper = EngineKeeper(
+        self._keeper = keeper = EngineSupervisor(
             lambda: builder.build(tokenizer, self._counters),
             probes.ask,
             self._counters,
@@ -193,7 +193,9 @@ class VllmEngine:
         try:
             if request is not None:
                 theirs = self._parameters(request)
-                await check_room(self._vllm, engine, theirs, self._front.eos_token_ids, self._threads)
+                await check_runner_limits(
+                    self._vllm, engine, theirs, self._front.eos_token_ids, self._threads
+                )
             prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
         except BaseException:
             if adapter is not None:
@@ -236,12 +238,7 @@ class VllmEngine:
         )
         self._open.add(stream)
         self._keeper.in_flight = len(self._open)
-        try:
-            await stream.start()
-        except (InvalidRequest, Overloaded):
-            # The engine never got the images that vLLM's front noted as sent.
-            take_back(engine, prompt.prompt)
-            raise
+        await stream.start()
         self._keeper.answered = True
         return stream
 
@@ -334,7 +331,6 @@ class VllmPrompt:
         self.images = sorted((int(place.offset), int(place.length)) for place in placeholders(self.prompt))
 
     def discard(self) -> None:
-        """Give back the adapter, and say that the images were not sent."""
-        take_back(self.engine, self.prompt)
+        """Give back the adapter."""
         if self.adapter is not None:
             self.adapter.give_back()

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 from handlers.backends.base import DevicePlan, Needs, PromptFacts
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.options import mistral
+from handlers.backends.vllm.options import checkpoint
+from handlers.backends.vllm.options.checkpoint import missing_weights, served_dtype, stored_dtype
 from handlers.backends.vllm.options.fields import reasoning_parser_names, tool_parser_names
-from handlers.backends.vllm.options.heads import heads_of
-from handlers.backends.vllm.options.plan import follows, plan_devices
-from handlers.backends.vllm.options.weights import missing_weights
+from handlers.backends.vllm.options.plan import follows, heads_of, plan_devices
 from handlers.backends.weight_files import vllm_weight_problems
 from handlers.errors import InvalidConfiguration
+from properties.model import context_length
 from properties.problem import Problem
-from properties.recommend import context_length
 
 if TYPE_CHECKING:
     from engine.machine import Machine
@@ -105,7 +104,6 @@ class VllmBackend:
         """See `Backend`. Imports torch and transformers."""
         from engine.machine import computes_bfloat16
         from handlers.backends.estimate import completed
-        from handlers.backends.vllm.options.precision import served_dtype, stored_dtype
 
         settings, device = configuration.settings, "cuda" if machine.accelerators else "cpu"
         bfloat16 = not machine.accelerators or computes_bfloat16(device)
@@ -117,7 +115,7 @@ class VllmBackend:
 
     def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
         """See `Backend`."""
-        return mistral.format_warnings(configuration, directory)
+        return checkpoint.format_warnings(configuration, directory)
 
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine

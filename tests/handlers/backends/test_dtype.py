@@ -13,7 +13,7 @@ from engine.loader import resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from handlers.backends.fit import fit
 from handlers.backends.select import backend_of
-from handlers.backends.vllm.options.precision import served_dtype, stored_dtype
+from handlers.backends.vllm.options.checkpoint import served_dtype, stored_dtype
 from properties.configuration import resolve
 from tests.support.models import make_text_model
 
@@ -37,7 +37,7 @@ from tests.support.models import make_text_model
             "cuda",
             True,
             torch.bfloat16,
-            "half of that here; option.dtype=float32 keeps it",
+            "16-bit type here; option.dtype=float32 keeps it",
         ),
         ("float32", "cuda", False, torch.float16, "as with vLLM"),
         ("float16", "cuda", True, torch.float16, "as the model is stored"),
