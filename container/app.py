@@ -16,14 +16,14 @@ from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
 from container.openapi import document
 from container.routes import Match, MethodNotAllowed, find
-from container.state import Answers, ServerState, json_reply
+from container.state import Answers, ServerState, Version, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
+from handlers.protocols.api import Action, Route
 from handlers.protocols.errors import client_error, error_reply
-from handlers.protocols.routes import Action, Route
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
@@ -159,7 +159,7 @@ class App:
             case "models":
                 await self._reply(call, self._state.models(self._names, match.name))
             case "version":
-                await self._reply(call, json_reply({"version": VERSION}))
+                await self._reply(call, json_reply(Version(VERSION)))
             case "openapi":
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
             case "info":

@@ -14,7 +14,7 @@ from msgspec import Meta
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import Api
+from handlers.protocols.api import Api, Route
 from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
 from handlers.protocols.lmi.replies import LmiError
@@ -22,7 +22,6 @@ from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
-from handlers.protocols.routes import Route
 from handlers.request import Prompt, TextPrompt
 
 if TYPE_CHECKING:

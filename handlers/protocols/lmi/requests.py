@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
+from handlers.protocols.api import described_as
 from handlers.protocols.base import (
     MAX_ANSWERS,
     MAX_PROMPTS,
@@ -30,7 +31,6 @@ from handlers.protocols.lmi.replies import JsonLines, LmiTgiWriter, LmiWriter
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.writers import CompletionWriter
-from handlers.protocols.routes import described_as
 from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import Constraint, GenerationRequest, TextPrompt

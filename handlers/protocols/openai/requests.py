@@ -12,6 +12,7 @@ from msgspec import Meta
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, MAX_STOP_STRINGS, shown
 from handlers.errors import InvalidRequest
 from handlers.prompts.limits import MOST_TOKEN_IDS
+from handlers.protocols.api import described, reference
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, Conventions, Task, TokenId, sampling_params
 from handlers.protocols.body import convert, refuse_unknown
 from handlers.protocols.constraints import GUIDED, read_constraint
@@ -21,7 +22,6 @@ from handlers.protocols.openai.answers import answer_form
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
 from handlers.protocols.openai.tools import Tools, read_tools
 from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
-from handlers.protocols.routes import described, reference
 from handlers.protocols.sampler_fields import (
     ChoiceCount,
     LogprobsCount,

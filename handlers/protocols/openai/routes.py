@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from handlers.exchange import Incoming
-from handlers.protocols.api import Api, Reader
+from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
 from handlers.protocols.base import Conventions, Task
 from handlers.protocols.openai.replies import (
     OPENAI_ERRORS,
@@ -18,7 +18,6 @@ from handlers.protocols.openai.replies import (
     OpenAIError,
 )
 from handlers.protocols.openai.requests import ChatBody, CompletionBody, read_chat, read_completion
-from handlers.protocols.routes import READ, SSE_TYPE, Route
 
 _ERRORS = (OpenAIError,)
 

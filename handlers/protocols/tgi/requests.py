@@ -13,12 +13,12 @@ import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
+from handlers.protocols.api import described_as
 from handlers.protocols.base import MAX_ANSWERS, Conventions, Task, sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.routes import described_as
 from handlers.protocols.sampler_fields import (
     ChoiceCount,
     Fraction,

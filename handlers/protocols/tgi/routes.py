@@ -11,11 +11,10 @@ from msgspec import Struct
 
 from engine.sampling_params import MAX_STOP_STRINGS
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import Api, Reader
+from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
 from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Conventions, Task
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
-from handlers.protocols.routes import READ, SSE_TYPE, Route
 from handlers.protocols.tgi.replies import TGI_ERRORS, TgiEvent, TgiReply
 from handlers.protocols.tgi.requests import GENERATE_ROUTES, TgiBody, read_tgi
 from handlers.request import GenerationRequest, TextPart, prompt_parts
