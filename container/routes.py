@@ -12,7 +12,7 @@ from typing import Any
 
 from container.state import Healthy, Ping, Unhealthy, Version
 from handlers.errors import NotFound, ServingError
-from handlers.protocols.api import READ, Action, Route
+from handlers.protocols.api import READ, Route
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
 from handlers.protocols.select import ROUTES as API_ROUTES
@@ -39,8 +39,8 @@ class Match:
     adapter: str = ""
 
 
-def _own(path: str, action: Action, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
-    return Route(path, action, summary, methods=methods, errors=(OpenAIError, LmiError), **more)
+def _own(path: str, action: str, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
+    return Route(path, action, summary, methods=methods, light=True, errors=(OpenAIError, LmiError), **more)
 
 
 _HEALTH: dict[str, Any] = {"open": True, "replies": (Healthy,), "not_ready": (Unhealthy,)}

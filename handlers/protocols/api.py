@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Meta, Struct
 
@@ -15,11 +15,6 @@ from properties.settings import Settings
 
 if TYPE_CHECKING:
     from handlers.service import Service
-
-Action = Literal[
-    "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize",
-    "adapters",
-]  # fmt: skip
 
 READ = ("GET", "HEAD")
 SSE_TYPE = "text/event-stream"
@@ -32,10 +27,12 @@ class Route:
 
     Attributes:
         path: `{name}` stands for a model's name, `{adapter}` for an adapter's.
-        action: What answers it.
+        action: What answers it: "answer" for the model, a name in an API's `calls`, or one of the server's own.
         summary: One line for the document.
         methods: The HTTP methods that it answers.
         template: What logs, metrics and handlers call the route; the path itself unless several paths share one name.
+        light: Answered from the head of the request, unlimited and without a line in the log, as monitoring asks it.
+        queued: Takes a place in the queue.
         open: Answered without the server's key, as the platform asks it.
         appended: Also answered where a client appends the path to that of any route that answers.
         bodies: Structs of the request's body.
@@ -49,10 +46,12 @@ class Route:
     """
 
     path: str
-    action: Action
+    action: str
     summary: str
     methods: tuple[str, ...] = ("POST",)
     template: str = ""
+    light: bool = False
+    queued: bool = False
     open: bool = False
     appended: bool = False
     bodies: Sequence[type] = ()

@@ -94,6 +94,7 @@ _ANSWER = Route(
     "/invocations",
     "answer",
     "Answer a body of any API, which its keys tell: messages, prompt, inputs or requestType",
+    queued=True,
     bodies=(ChatBody, CompletionBody, LmiBody, SessionBody),
     plain_text=True,
     replies=(ChatCompletion, Completion, LmiReply, list[LmiReply], SessionReply),

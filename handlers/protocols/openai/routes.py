@@ -22,12 +22,21 @@ from handlers.protocols.openai.requests import ChatBody, CompletionBody, read_ch
 _ERRORS = (OpenAIError,)
 
 ROUTES = (
-    Route("/v1/models", "models", "The served models", methods=READ, replies=(Models,), errors=_ERRORS),
+    Route(
+        "/v1/models",
+        "models",
+        "The served models",
+        methods=READ,
+        light=True,
+        replies=(Models,),
+        errors=_ERRORS,
+    ),
     Route(
         "/v1/models/{name}",
         "models",
         "One served model",
         methods=READ,
+        light=True,
         template="/v1/models",
         replies=(Model,),
         errors=_ERRORS,
@@ -36,6 +45,7 @@ ROUTES = (
         "/v1/chat/completions",
         "answer",
         "Chat completion (OpenAI)",
+        queued=True,
         appended=True,
         bodies=(ChatBody,),
         replies=(ChatCompletion,),
@@ -46,6 +56,7 @@ ROUTES = (
         "/v1/completions",
         "answer",
         "Text completion (OpenAI); images stand in the prompt as `![](url)`",
+        queued=True,
         appended=True,
         bodies=(CompletionBody,),
         replies=(Completion,),

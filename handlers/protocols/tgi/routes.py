@@ -156,6 +156,7 @@ _ANSWER = Route(
     "/generate",
     "answer",
     "Generate text (TGI)",
+    queued=True,
     bodies=(TgiBody, ChatBody, CompletionBody),
     replies=(TgiReply, list[TgiReply], ChatCompletion, Completion),
     events={SSE_TYPE: (TgiEvent, ChatCompletionChunk, Completion)},
@@ -167,7 +168,7 @@ ROUTES = (
     replace(_ANSWER, path="/", template="/"),
     # Hugging Face's Python client also asks for text at the address that it was given for chat.
     replace(_ANSWER, path="/v1", template="/"),
-    Route("/info", "info", "What is served, and its limits (TGI)", methods=READ, replies=(Info,)),
+    Route("/info", "info", "What is served, and its limits (TGI)", methods=READ, light=True, replies=(Info,)),
 )
 
 TGI = Api(
