@@ -25,7 +25,7 @@ _PIECES = (
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from(_PIECES), max_size=14).map("".join))
-def test_the_same_pictures_as_by_the_pattern(text: str) -> None:
+def test_the_same_images_as_by_the_pattern(text: str) -> None:
     expected: list[Part] = []
     for number, piece in enumerate(_PLAIN.split(text)):
         if number % 2:
@@ -63,7 +63,7 @@ def test_a_large_data_url_may_have_a_title_or_white_space_behind_it(tail: str) -
         assert found == [TextPart("before "), ImagePart(url), TextPart(" after")], size
 
 
-def test_no_more_pictures_are_cut_out_than_any_prompt_holds() -> None:
+def test_no_more_images_are_cut_out_than_any_prompt_holds() -> None:
     assert len(image_parts("![](http:a)" * MOST_IMAGES)) == MOST_IMAGES
-    with pytest.raises(InvalidRequest, match="more than 1024 pictures"):
+    with pytest.raises(InvalidRequest, match="more than 1024 images"):
         image_parts("x ![](http:a)" * (MOST_IMAGES + 1))
