@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -13,16 +14,16 @@ from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
 from container.exchange import Call, Exchange, Scope, Send, has_body, header_lines, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
-from container.openapi.document import document
-from container.routes import Action, Match, MethodNotAllowed, Route, find
+from container.openapi import document
+from container.routes import Match, MethodNotAllowed, find
 from container.state import Answers, ServerState, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
-from handlers.exchange import AdapterCall, Incoming, Reply
+from handlers.exchange import Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
 from handlers.protocols.errors import client_error, error_reply
-from handlers.protocols.lmi.requests import INVOKE_ROUTES
+from handlers.protocols.routes import Action, Route
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
@@ -31,9 +32,6 @@ logger = logging.getLogger("container.request")
 
 _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
-_SESSION_BYTES = 128
-"""Largest body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
-
 _GRACE_SECONDS = 5.0
 """What the handlers may take beyond a request's time, to answer themselves that it is over."""
 
@@ -112,7 +110,7 @@ class App:
         if crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
         full = route.action in _TAKES_PLACE and self._service().free <= self.bodies.expected
-        if full and not self._may_ask_for_session(route, declared):
+        if full and not self._service().takes_no_place(route.template, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -165,7 +163,8 @@ class App:
             case "openapi":
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
             case "info":
-                await self._reply(call, self._service().info())
+                incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
+                await self._reply(call, await self._service().call("info", incoming))
             case _:
                 named = match.name or parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
@@ -179,21 +178,19 @@ class App:
     def _asked(self, call: Call, match: Match) -> Work:
         """The function that answers the request's body. Raises Unavailable."""
         service, action = self._service(), match.route.action
-        if action == "adapters":
-            query = {name: values[0] for name, values in parse_qs(call.query, keep_blank_values=True).items()}
-            return lambda body, _: service.adapters(
-                AdapterCall(match.route.adapters, match.adapter, query, body, call.headers, call.request_id)
-            )
-        work = {"tokenize": service.tokenize, "detokenize": service.detokenize}.get(action, service.answer)
+        work = service.answer if action == "answer" else partial(service.call, action)
         return lambda content, body: work(
             Incoming(
                 call.template,
                 content,
-                call.headers_with_adapter(),
+                call.headers,
                 call.request_id,
                 call.model,
                 body.settle,
                 body.keep,
+                method=call.method,
+                query=call.parameters(),
+                adapter=match.adapter,
             )
         )
 
@@ -205,12 +202,12 @@ class App:
             self.bodies, call.headers, self._settings.max_request_size, self._settings.predict_timeout
         )
         try:
-            session = self._may_ask_for_session(call.route, declared_size(call.headers))
-            if action in _TAKES_PLACE and not session:
+            placeless, size = self._service().takes_no_place, declared_size(call.headers)
+            if action in _TAKES_PLACE and not placeless(call.template, size):
                 self._expect(body)
             content = await body.read(call.receive)
             call.body_read = True
-            if action in _TAKES_PLACE and not (session and b'"requestType"' in content):
+            if action in _TAKES_PLACE and not placeless(call.template, size, content):
                 self._expect(body)
             if self._settings.log_prompts:
                 if len(content) > LONG_BYTES:
@@ -236,15 +233,6 @@ class App:
             raise Unavailable(
                 "the server stopped before the answer was complete; send it again", retry_after=5
             )
-
-    def _may_ask_for_session(self, route: Route | None, declared: int) -> bool:
-        """Whether the body must be read before a refusal: opening and closing a session takes no place."""
-        return (
-            route is not None
-            and route.template in INVOKE_ROUTES
-            and 0 < declared <= _SESSION_BYTES
-            and self._settings.enable_stateful_sessions
-        )
 
     def _expect(self, body: Body) -> None:
         """Reserve a place for the answer, unless one is reserved; a slow body loses it. Raises Overloaded."""

@@ -17,15 +17,14 @@ from typing import Any, Literal
 from urllib.parse import parse_qs
 
 from container.bodies import Receive
-from container.routes import Route
 from handlers.exchange import Reply, RequestFacts
-from handlers.protocols.lmi.routes import ADAPTER
+from handlers.protocols.routes import Route
+from handlers.protocols.select import REQUEST_ID_HEADERS
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 Ending = Literal["client_gone", "overdue", "stalled", "shutdown"]
@@ -173,10 +172,10 @@ class Call:
     def template(self) -> str:
         return "unknown" if self.route is None else self.route.template
 
-    def headers_with_adapter(self) -> dict[str, str]:
-        """The headers, and the adapter that the query names if no header names one."""
-        adapter = parse_qs(self.query).get("adapter", [""])[0] if self.query else ""
-        return {ADAPTER: adapter, **self.headers} if adapter else self.headers
+    def parameters(self) -> dict[str, str]:
+        """The first value of each parameter of the query."""
+        given = parse_qs(self.query, keep_blank_values=True) if self.query else {}
+        return {name: values[0] for name, values in given.items()}
 
     def line(self, status: int, facts: RequestFacts | None) -> dict[str, Any]:
         """The facts of the request's log line: never its prompt, its answer or its images."""
@@ -206,7 +205,7 @@ class Call:
 
 def request_id(headers: Mapping[str, str], configured: str | None) -> str:
     """The caller's own id if it is a harmless token, else a new one."""
-    for name in [configured.lower()] if configured else [_SAGEMAKER_ID, "x-request-id"]:
+    for name in [configured.lower()] if configured else REQUEST_ID_HEADERS:
         value = headers.get(name, "")
         if _TOKEN.fullmatch(value):
             return value

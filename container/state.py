@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from handlers.backends.base import Backend, BackendStats, Health
 from handlers.errors import NotFound
-from handlers.exchange import AdapterCall, Incoming, Reply
+from handlers.exchange import Incoming, Reply
 
 Phase = Literal["loading", "serving", "draining", "failed"]
 
@@ -23,13 +23,9 @@ class Answers(Protocol):
 
     async def answer(self, incoming: Incoming) -> Reply: ...
 
-    async def tokenize(self, incoming: Incoming) -> Reply: ...
+    async def call(self, action: str, incoming: Incoming) -> Reply: ...
 
-    async def detokenize(self, incoming: Incoming) -> Reply: ...
-
-    async def adapters(self, call: AdapterCall) -> Reply: ...
-
-    def info(self) -> Reply: ...
+    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool: ...
 
 
 @dataclass(slots=True)

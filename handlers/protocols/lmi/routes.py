@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from handlers.exchange import Incoming
 from handlers.protocols.api import Api, Reader
-from handlers.protocols.base import Conventions, Task
-from handlers.protocols.lmi.replies import LMI_ERRORS, JsonLines
-from handlers.protocols.lmi.requests import INVOKE_ROUTES, read_lmi, wants_lines
-from handlers.protocols.lmi.sessions import Sessions
+from handlers.protocols.base import JSON_LINES, Conventions, Task
+from handlers.protocols.lmi import adapters
+from handlers.protocols.lmi.replies import (
+    LMI_ERRORS,
+    JsonLines,
+    LmiBrokenLine,
+    LmiError,
+    LmiLine,
+    LmiReply,
+)
+from handlers.protocols.lmi.requests import INVOKE_ROUTES, LmiBody, read_lmi, wants_lines
+from handlers.protocols.lmi.sessions import SessionBody, SessionReply, Sessions
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
+from handlers.protocols.routes import SSE_TYPE, Route
 
 _PREFIX = "x-amzn-sagemaker-"
-ADAPTER = f"{_PREFIX}adapter-identifier"
+_ADAPTER = f"{_PREFIX}adapter-identifier"
 _ATTRIBUTES = f"{_PREFIX}custom-attributes"
 _MOST_ATTRIBUTES = 1024
 """Characters of the header: SageMaker's own limit."""
@@ -28,17 +40,20 @@ def accept_of(headers: Mapping[str, str]) -> str:
 
 
 def adapter_of(incoming: Incoming) -> str | None:
-    """The adapter that SageMaker's header, or a custom attribute of that name, asks for."""
-    if name := incoming.headers.get(ADAPTER):
-        return name
-    return attributes_of(incoming.headers).get(ADAPTER) or None
+    """The adapter that SageMaker's header, the query or a custom attribute asks for."""
+    return request_properties(incoming).get(_ADAPTER) or None
 
 
-def attributes_of(headers: Mapping[str, str]) -> dict[str, str]:
-    """The custom attributes of the form `name=value;name=value`, as LMI reads them: names in lower case."""
-    text = headers.get(_ATTRIBUTES, "")[:_MOST_ATTRIBUTES]
+def request_properties(incoming: Incoming) -> dict[str, str]:
+    """The headers and, where no header has their name, the adapter of the query and the custom attributes.
+
+    Attributes have the form `name=value;name=value`; their names are read in lower case, as LMI does.
+    """
+    text = incoming.headers.get(_ATTRIBUTES, "")[:_MOST_ATTRIBUTES]
     pairs = (part.partition("=") for part in text.split(";") if "=" in part)
-    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+    attributes = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    queried = {_ADAPTER: incoming.query["adapter"]} if incoming.query.get("adapter") else {}
+    return {**attributes, **queried, **incoming.headers}
 
 
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
@@ -75,12 +90,34 @@ def _framed(
     return task
 
 
+_EVENTS = (ChatCompletionChunk, Completion, LmiLine, LmiBrokenLine)
+_ANSWER = Route(
+    "/invocations",
+    "answer",
+    "Answer a body of any API, which its keys tell: messages, prompt, inputs or requestType",
+    bodies=(ChatBody, CompletionBody, LmiBody, SessionBody),
+    plain_text=True,
+    replies=(ChatCompletion, Completion, LmiReply, list[LmiReply], SessionReply),
+    events={SSE_TYPE: _EVENTS, JSON_LINES: _EVENTS},
+    errors=(OpenAIError, LmiError),
+)
+
+ROUTES = (
+    *adapters.ROUTES,
+    _ANSWER,
+    replace(_ANSWER, path="/models/{name}/invoke", template="/models/{model}/invoke"),
+    replace(_ANSWER, path="/predictions/{name}", template="/predictions/{model}"),
+)
+
 LMI = Api(
     LMI_ERRORS,
     _claims,
     _reads,
+    ROUTES,
     frames=dict.fromkeys(INVOKE_ROUTES, _framed),
     adapter=adapter_of,
+    calls={"adapters": adapters.answer_adapters},
+    request_id=f"{_PREFIX}inference-id",
     gate=lambda settings: Sessions(
         enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration
     ),

@@ -1,0 +1,212 @@
+"""The adapters API as LMI has it: what a call asks for, and how it is answered.
+
+Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker's own container libraries do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from handlers.backends.adapters import AdapterInfo, AdapterStore
+from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
+from handlers.exchange import Incoming, Reply
+from handlers.protocols.base import JSON
+from handlers.protocols.body import SHORT_BYTES, convert, read_body
+from handlers.protocols.lmi.replies import LmiError
+from handlers.protocols.routes import READ, Route
+
+if TYPE_CHECKING:
+    from handlers.service import Service
+
+_ALIAS = "x-amzn-sagemaker-adapter-alias"
+_LONGEST_ALIAS = 128
+MOST_LISTED = 100
+"""Adapters in one page: LMI's limit."""
+
+
+class AdapterBody(msgspec.Struct):
+    """What adds or updates an adapter. preload: accepted; adapters are loaded before the answer in any case."""
+
+    name: str | None = None
+    src: str | None = None
+    preload: bool | None = None
+    pin: bool | None = None
+
+
+class Adapter(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    src: str
+    preload: bool
+    pin: bool
+
+
+class AdapterList(msgspec.Struct, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+    adapters: list[Adapter]
+    next_page_token: str | None = None
+
+
+class AdapterStatus(msgspec.Struct, forbid_unknown_fields=True):
+    status: str
+
+
+async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
+    """Lists, shows, adds, updates or removes adapters, as the route and the method say. Raises ServingError."""
+    store = service.backend.adapters
+    if store is None:
+        raise InvalidRequest(
+            "LoRA is not enabled. Adapters need the vLLM backend (option.rolling_batch=vllm) with "
+            "option.enable_lora=true"
+        )
+    if incoming.method in READ:
+        return _reply(
+            _one(store, incoming.adapter) if incoming.adapter else _page(store.infos(), incoming.query)
+        )
+    if incoming.method == "DELETE":
+        await store.remove(incoming.adapter)
+        return _status(incoming, incoming.adapter, "unregistered")
+    asked = _asked(incoming)
+    if incoming.adapter:
+        if asked.name not in (None, incoming.adapter):
+            raise InvalidRequest("name: an adapter cannot be renamed; leave it out", param="name")
+        await store.update(incoming.adapter, asked.src, pin=asked.pin)
+        return _status(incoming, incoming.adapter, "updated")
+    if not asked.name or not asked.src:
+        missing = "src" if asked.name else "name"
+        raise InvalidRequest(f"Parameter {missing} is required.", param=missing)
+    if asked.name in service.names:
+        raise Conflict(f"{asked.name!r} is the model's own name; choose another", param="name")
+    await store.add(asked.name, asked.src, pin=bool(asked.pin))
+    return _status(incoming, asked.name, "registered")
+
+
+def _asked(incoming: Incoming) -> AdapterBody:
+    """What the query says wins over the body. Raises InvalidRequest."""
+    body: dict[str, Any] = {}
+    if len(incoming.body) > SHORT_BYTES:
+        raise PayloadTooLarge(f"the body has {len(incoming.body)} bytes; allowed: at most {SHORT_BYTES}")
+    if incoming.body.strip():
+        body = read_body(incoming.body, {"content-type": JSON})
+    asked = convert(body, AdapterBody)
+    asked.name = incoming.query.get("name", asked.name)
+    asked.src = incoming.query.get("src", asked.src)
+    for name in ("preload", "pin"):
+        if name in incoming.query:
+            setattr(asked, name, _flag(name, incoming.query[name]))
+    return asked
+
+
+def _flag(name: str, text: str) -> bool:
+    known = {"true": True, "false": False, "1": True, "0": False}
+    if text.lower() not in known:
+        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: true, false", param=name)
+    return known[text.lower()]
+
+
+def _one(store: AdapterStore, name: str) -> Adapter:
+    for info in store.infos():
+        if info.name == name:
+            return _shown(info)
+    raise NotFound(f"there is no adapter {name[:80]!r}", param="adapters")
+
+
+def _page(infos: Collection[AdapterInfo], query: Mapping[str, str]) -> AdapterList:
+    first = _count(query, "next_page_token", 0)
+    most = _count(query, "limit", MOST_LISTED) or MOST_LISTED
+    last = first + min(most, MOST_LISTED)
+    shown = [_shown(info) for info in list(infos)[first:last]]
+    return AdapterList(shown, str(last) if last < len(infos) else None)
+
+
+def _count(query: Mapping[str, str], name: str, default: int) -> int:
+    text = query.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: a whole number", param=name)
+    return int(text)
+
+
+def _shown(info: AdapterInfo) -> Adapter:
+    return Adapter(info.name, info.src, True, info.pin)
+
+
+def _status(incoming: Incoming, name: str, done: str) -> Reply:
+    alias = incoming.headers.get(_ALIAS, "")[:_LONGEST_ALIAS]
+    return _reply(AdapterStatus(f"Adapter {alias or name} {done}"))
+
+
+def _reply(body: msgspec.Struct) -> Reply:
+    return Reply(200, JSON, msgspec.json.encode(body) + b"\n")
+
+
+_PLACE = {
+    "src": "The adapter's directory; wins over the body.",
+    "pin": "Kept and shown: `true` or `false`.",
+    "preload": "Adapters are loaded before the answer in any case.",
+}
+
+
+def _routes(prefix: str) -> tuple[Route, ...]:
+    """Below a prefix, which logs and metrics do not show."""
+    every, one, update = "/adapters", "/adapters/{adapter}", "/adapters/{adapter}/update"
+    return (
+        Route(
+            prefix + every,
+            "adapters",
+            "The adapters that requests may name (LMI)",
+            methods=READ,
+            template=every,
+            replies=(AdapterList,),
+            query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
+            errors=(LmiError,),
+            codes=(400, 404),
+        ),
+        Route(
+            prefix + every,
+            "adapters",
+            "Load an adapter, named in the query or in the body (LMI)",
+            template=every,
+            bodies=(AdapterBody,),
+            replies=(AdapterStatus,),
+            query={"name": "What requests call it; wins over the body.", **_PLACE},
+            errors=(LmiError,),
+            codes=(400, 404, 408, 409, 413, 507),
+        ),
+        Route(
+            prefix + update,
+            "adapters",
+            "Load an adapter again, from another directory if one is given (LMI)",
+            template=update,
+            bodies=(AdapterBody,),
+            replies=(AdapterStatus,),
+            query=_PLACE,
+            errors=(LmiError,),
+            codes=(400, 404, 408, 409, 413, 507),
+        ),
+        Route(
+            prefix + one,
+            "adapters",
+            "One adapter (LMI)",
+            methods=READ,
+            template=one,
+            replies=(Adapter,),
+            errors=(LmiError,),
+            codes=(400, 404),
+        ),
+        Route(
+            prefix + one,
+            "adapters",
+            "Unload an adapter; answered when its last request has ended (LMI)",
+            methods=("DELETE",),
+            template=one,
+            replies=(AdapterStatus,),
+            errors=(LmiError,),
+            codes=(400, 404, 408),
+        ),
+    )
+
+
+ROUTES = (*_routes(""), *_routes("/models/{name}"))
