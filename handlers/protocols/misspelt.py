@@ -127,7 +127,7 @@ def _sentence(path: str, name: str, known: str) -> str:
 
 
 def warning(misspelt: Sequence[str]) -> dict[str, str]:
-    """Returns the warning header of a reply, if one is due (RFC 7234, 5.5: 299 is "miscellaneous persistent warning")."""
+    """The warning header of a reply, if one is due (RFC 7234, 5.5: 299 is "miscellaneous persistent warning")."""
     if not misspelt:
         return {}
     return {"warning": ", ".join(f'299 - "{sentence}"' for sentence in misspelt[:_MOST_WARNINGS])}
