@@ -14,7 +14,7 @@ import javaproperties
 from handlers.backends.vllm.options.fields import SECRET, engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import Level
-from properties.names import FACTS, PREFIX, key_of
+from properties.names import OPTIONS, PREFIX, key_of
 from properties.problem import DEFAULT, ConfigurationError, Problem
 
 SERVE_DEFAULTS = {"host": "127.0.0.1"}
@@ -64,7 +64,7 @@ def as_properties(configuration: Configuration) -> str:
     for name, source in configuration.sources.items():
         if source.level >= Level.RECOMMENDED:
             continue
-        if FACTS[name].secret:
+        if OPTIONS[name].secret:
             lines.append(f"# {key_of(name)}: left out, as a secret; it comes from {source.location}")
         else:
             lines.append(_line(key_of(name), _text(_value(configuration, name))))

@@ -27,8 +27,8 @@ from handlers.backends.vllm.options.precision import stored_dtype
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName
+from properties.model import context_length, model_dtype
 from properties.problem import Problem
-from properties.recommend import context_length, model_dtype
 from properties.settings import Settings
 
 

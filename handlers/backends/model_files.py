@@ -23,9 +23,9 @@ from handlers.backends.weight_files import engine_weight_problems, unreadable, v
 from handlers.model_json import read_object
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource, read_chat_templates
 from properties.configuration import read_model_config
+from properties.model import context_length
 from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
-from properties.recommend import context_length
 
 if TYPE_CHECKING:
     from properties.configuration import Configuration

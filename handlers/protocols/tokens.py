@@ -17,10 +17,12 @@ from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.api import Api
 from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
+from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.chat import read_chat
-from handlers.protocols.openai.errors import OPENAI_ERRORS
+from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
+from handlers.protocols.openai.requests import ChatBody, read_chat
+from handlers.protocols.routes import Route
 from handlers.request import Prompt, TextPrompt
 
 if TYPE_CHECKING:
@@ -206,9 +208,36 @@ def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[Tok
     return write
 
 
+ROUTES = (
+    Route(
+        "/chat_tokenize",
+        "tokenize",
+        "Tokens of a chat (TGI)",
+        bodies=(ChatBody,),
+        replies=(ChatTokens,),
+    ),
+    Route(
+        "/tokenize",
+        "tokenize",
+        "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
+        bodies=(InputsToTokens, PromptToTokens, ChatBody),
+        replies=(list[SimpleToken], TokenCounts),
+        errors=(OpenAIError, LmiError),
+    ),
+    Route(
+        "/detokenize",
+        "detokenize",
+        "Text of tokens (vLLM)",
+        bodies=(TokensToText,),
+        replies=(Detokenized,),
+        errors=(OpenAIError, LmiError),
+    ),
+)
+
 TOKENS = Api(
     OPENAI_ERRORS,
     claims=lambda route, headers, keys: False,
     reads=lambda keys, route: None,
+    routes=ROUTES,
     calls={"tokenize": _tokenize, "detokenize": _detokenize},
 )

@@ -15,7 +15,8 @@ from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import JSON
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
-from handlers.protocols.routes import READ
+from handlers.protocols.lmi.replies import LmiError
+from handlers.protocols.routes import READ, Route
 
 if TYPE_CHECKING:
     from handlers.service import Service
@@ -145,3 +146,73 @@ def _status(incoming: Incoming, name: str, done: str) -> Reply:
 
 def _reply(body: msgspec.Struct) -> Reply:
     return Reply(200, JSON, msgspec.json.encode(body) + b"\n")
+
+
+_PLACE = {
+    "src": "The adapter's directory; wins over the body.",
+    "pin": "Kept and shown: `true` or `false`.",
+    "preload": "Adapters are loaded before the answer in any case.",
+}
+
+
+def _routes(prefix: str) -> tuple[Route, ...]:
+    """Below a prefix, which logs and metrics do not show."""
+    every, one, update = "/adapters", "/adapters/{adapter}", "/adapters/{adapter}/update"
+    return (
+        Route(
+            prefix + every,
+            "adapters",
+            "The adapters that requests may name (LMI)",
+            methods=READ,
+            template=every,
+            replies=(AdapterList,),
+            query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
+            errors=(LmiError,),
+            codes=(400, 404),
+        ),
+        Route(
+            prefix + every,
+            "adapters",
+            "Load an adapter, named in the query or in the body (LMI)",
+            template=every,
+            bodies=(AdapterBody,),
+            replies=(AdapterStatus,),
+            query={"name": "What requests call it; wins over the body.", **_PLACE},
+            errors=(LmiError,),
+            codes=(400, 404, 408, 409, 413, 507),
+        ),
+        Route(
+            prefix + update,
+            "adapters",
+            "Load an adapter again, from another directory if one is given (LMI)",
+            template=update,
+            bodies=(AdapterBody,),
+            replies=(AdapterStatus,),
+            query=_PLACE,
+            errors=(LmiError,),
+            codes=(400, 404, 408, 409, 413, 507),
+        ),
+        Route(
+            prefix + one,
+            "adapters",
+            "One adapter (LMI)",
+            methods=READ,
+            template=one,
+            replies=(Adapter,),
+            errors=(LmiError,),
+            codes=(400, 404),
+        ),
+        Route(
+            prefix + one,
+            "adapters",
+            "Unload an adapter; answered when its last request has ended (LMI)",
+            methods=("DELETE",),
+            template=one,
+            replies=(AdapterStatus,),
+            errors=(LmiError,),
+            codes=(400, 404, 408),
+        ),
+    )
+
+
+ROUTES = (*_routes(""), *_routes("/models/{name}"))

@@ -17,8 +17,7 @@ from handlers.backends.vllm.samplers.carried import Samplers
 from handlers.prompts.limits import checked_sampling, checked_tokens
 from handlers.protocols.base import Conventions, Task
 from handlers.protocols.lmi.requests import read_lmi
-from handlers.protocols.openai.chat import read_chat
-from handlers.protocols.openai.completions import read_completion
+from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi.requests import read_tgi
 from properties.settings import Settings
 from tests.support.models import make_text_model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from properties.recommend import text_config
+from properties.model import text_config
 
 _SHARED_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "pixtral"})
 """Vision towers that vLLM shares by as many devices as the language model; in some others it copes with any number."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.backends.weight_files import read_header, safetensors_files
-from properties.recommend import model_dtype
+from properties.model import model_dtype
 
 _HEADERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

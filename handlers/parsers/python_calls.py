@@ -1,4 +1,4 @@
-"""One call written as Python, f(a=1, b="x"), while it comes: its arguments are turned into JSON on the way."""
+"""Calls written in Python, as Llama 3.2 and 4 and ToolACE write them: [f(a=1), g(b="x")]."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from handlers.parsers.json_scanner import MAX_DEPTH, skip_space
-from handlers.parsers.writing import Pieces
+from handlers.parsers.machine import Machine, Pieces, possible_beginning
 
 _LONGEST_WORD = 1000
-"""Characters of a name, a constant or a number."""
+"""Greatest number of characters of a name, a constant or a number."""
 
 _WORD = re.compile(r"[\w.]*")
 _DIGITS = re.compile(r"[\w.+-]*")
@@ -36,7 +36,14 @@ _BRACKETS = {"[": ("]", "]"), "(": (")", "]"), "{": ("}", "}")}
 
 @dataclass(slots=True)
 class _Open:
-    """A bracket: what closes it in Python and in JSON, how many values it holds, and whether a comma came last."""
+    """An open bracket.
+
+    Attributes:
+        closing: What closes it in Python.
+        json_closing: What closes it in JSON.
+        count: Number of its values.
+        comma: Whether a comma came last.
+    """
 
     closing: str
     json_closing: str
@@ -45,10 +52,10 @@ class _Open:
 
 
 class PythonCall:
-    """Reads one call of keyword arguments that are literals and writes it into `pieces`.
+    """Reads one call with literal keyword arguments, f(a=1, b="x"), and writes it into `pieces` as JSON.
 
-    Strings are quoted once, without a prefix; lists, tuples and dicts with strings as keys may hold each other.
-    Anything else is no call: `broken` is set then.
+    Strings have one pair of quotes and no prefix; lists, tuples and dicts with strings as keys may be nested.
+    Anything else is not a call: `broken` is set then.
     """
 
     def __init__(self, pieces: Pieces, names: Container[str]) -> None:
@@ -67,8 +74,12 @@ class PythonCall:
         self._hex_length = 0
 
     def feed(self, text: str, at: int) -> int:
-        """The position after what belongs to the call; where it breaks, that of what does not fit. Not to be
-        called after the end."""
+        """Read more text; not to be called after the end.
+
+        Returns:
+            The position after the part that belongs to the call; if the call breaks, that of the first
+                invalid character.
+        """
         while at < len(text) and not self.done and not self.broken:
             if self._expects == "text":
                 at = self._in_text(text, at)
@@ -151,7 +162,7 @@ class PythonCall:
         return -1
 
     def _begin_value(self, character: str, at: int) -> int:
-        """The first character of a value, or of a key."""
+        """Process the first character of a value, or of a key."""
         if self._expects != "value":
             self._next()
         if character in "\"'":
@@ -174,7 +185,7 @@ class PythonCall:
         return -1
 
     def _next(self) -> None:
-        """One more value in the innermost bracket."""
+        """Count one more value in the innermost bracket."""
         opened = self._open[-1]
         if opened.count:
             self._write(", ")
@@ -206,7 +217,7 @@ class PythonCall:
         return at + 1
 
     def _escape(self, text: str, at: int) -> int:
-        """The character after a backslash; Python keeps both where they mean nothing together."""
+        """Process the character after a backslash; Python keeps both if together they have no meaning."""
         character = text[at]
         self._expects = "text"
         if character in _HEX_ESCAPES:
@@ -247,7 +258,7 @@ def _escaped(text: str) -> str:
 
 
 def _number(word: str) -> str | None:
-    """As JSON; None where it is no number."""
+    """Return a number as JSON; None if it is not a number."""
     if _INTEGER.fullmatch(word):
         return str(int(word))
     if _HEX.fullmatch(word):
@@ -255,3 +266,103 @@ def _number(word: str) -> str | None:
     if _FLOAT.fullmatch(word) and math.isfinite(value := float(word)):
         return json.dumps(value)
     return None
+
+
+START, END = "<|python_start|>", "<|python_end|>"
+
+
+class PythonicParser(Machine):
+    """Reads lists of calls.
+
+    A list is looked for at the beginning of the completion, and anywhere after Llama 4's mark. Its calls must
+    be of known functions: nothing else distinguishes them from other text in brackets.
+    """
+
+    def __init__(self, pieces: Pieces, names: Container[str]) -> None:
+        super().__init__(pieces, self._blank)
+        self._names = names
+        self._call = PythonCall(pieces, names)
+
+    def _blank(self, text: str, at: int) -> int:
+        if (end := skip_space(text, at)) > at:
+            self._pieces.content(text[at:end])
+            return end
+        self._state = self._list if text[at] == "[" else self._text
+        return at
+
+    def _text(self, text: str, at: int) -> int | None:
+        found = text.find(START, at)
+        if found < 0:
+            end = possible_beginning(text, at, START)
+            self._pieces.content(text[at:end])
+            return end if end > at else None
+        self._pieces.content(text[at:found])
+        self._pieces.source(START)
+        self._state = self._list
+        return found + len(START)
+
+    def _list(self, text: str, at: int) -> int:
+        """Expect the bracket; white space may precede it after the mark."""
+        if (end := skip_space(text, at)) > at:
+            return self._took(text, at, end)
+        if text[at] != "[":
+            return self._failed(at)
+        self._state = self._begin
+        return self._took(text, at, at + 1)
+
+    def _begin(self, text: str, at: int) -> int:
+        if (end := skip_space(text, at)) > at:
+            return self._took(text, at, end)
+        self._call = PythonCall(self._pieces, self._names)
+        self._state = self._in_call
+        return at
+
+    def _in_call(self, text: str, at: int) -> int:
+        end = self._call.feed(text, at)
+        self._took(text, at, end)
+        if self._call.done:
+            self._pieces.call_ended()
+            self._state = self._between
+        elif self._call.broken:
+            self._failed(end)
+        return end
+
+    def _between(self, text: str, at: int) -> int:
+        if (end := skip_space(text, at)) > at:
+            self._pieces.content(text[at:end])
+            return end
+        if text[at] == ",":
+            self._state = self._begin
+            return self._took(text, at, at + 1)
+        self._state = self._text
+        if text[at] != "]":
+            return at
+        self._pieces.mark_ended()
+        self._state = self._closing
+        return at + 1
+
+    def _closing(self, text: str, at: int) -> int | None:
+        """Handle what follows the list, which may be Llama 4's second mark."""
+        if (end := skip_space(text, at)) > at:
+            self._pieces.content(text[at:end])
+            return end
+        if END.startswith(text[at : at + len(END)]) and len(text) - at < len(END):
+            return None
+        self._state = self._text
+        if not text.startswith(END, at):
+            return at
+        self._pieces.mark_ended()
+        return at + len(END)
+
+    def _took(self, text: str, at: int, end: int) -> int:
+        self._pieces.source(text[at:end])
+        return end
+
+    def _failed(self, at: int) -> int:
+        self._pieces.no_call()
+        self._state = self._text
+        return at
+
+    def _cut_short(self, held: str) -> None:
+        if self._state != self._closing:
+            super()._cut_short(held)
