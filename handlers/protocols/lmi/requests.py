@@ -48,7 +48,7 @@ _Candidates = Annotated[int, Meta(ge=0, le=20)]
 
 
 class LmiParameters(SamplerFields, kw_only=True):
-    """What LMI documents, and how its runtimes call the same things (`stop`, `max_tokens`, `logprobs`)."""
+    """The parameters that LMI documents, and the names of its runtimes for them (`stop`, `max_tokens`, `logprobs`)."""
 
     max_new_tokens: MaxTokens | None = None
     min_new_tokens: int | None = None
