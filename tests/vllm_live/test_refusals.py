@@ -1,4 +1,4 @@
-"""What becomes of requests that vLLM refuses, fails on or loses the pictures of; no vLLM is needed."""
+"""What becomes of requests that vLLM refuses, fails on or loses the images of: with its own errors and outputs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from vllm.config import ModelConfig
+from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.exceptions import EngineGenerateError
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.vllm.async_engine import VllmEngine
+from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.inputs import Inputs
 from handlers.backends.vllm.stream import VllmStream
@@ -25,36 +30,13 @@ from handlers.errors import (
     Unavailable,
 )
 from handlers.request import ImagePart
-from tests.support.models import make_tokenizer
+from tests.support.shapes import SHAPES
 
-TOKENIZER = make_tokenizer()
-
-
-class ClientError(Exception):
-    pass
+VLLM = load()
 
 
-class BusyError(Exception):
-    pass
-
-
-class EngineDeadError(Exception):
-    pass
-
-
-class EngineGenerateError(Exception):
-    pass
-
-
-VLLM: Any = SimpleNamespace(
-    EngineDeadError=EngineDeadError,
-    EngineGenerateError=EngineGenerateError,
-    VLLMClientError=ClientError,
-    GracefulHTTPError=BusyError,
-    refusals=(ClientError, ValueError, TypeError, OverflowError),
-    TokenizeParams=lambda **_: None,
-    parse_model_prompt=lambda config, prompt: prompt,
-)
+def refusal() -> VLLMValidationError:
+    return VLLMValidationError("inside: too many", parameter="top_k", value=3)
 
 
 def wrapped(cause: Exception) -> EngineGenerateError:
@@ -64,21 +46,22 @@ def wrapped(cause: Exception) -> EngineGenerateError:
     return error
 
 
-def output(index: int, *token_ids: int, reason: str | None = None, last: bool = False) -> SimpleNamespace:
-    completion = SimpleNamespace(
-        index=index, token_ids=list(token_ids), logprobs=None, finish_reason=reason, stop_reason=None
-    )
-    return SimpleNamespace(outputs=[completion], finished=last, num_cached_tokens=0, prompt_logprobs=None)
+REFUSALS = [refusal(), QueueOverflowError(), MaxQueuedTokensError(), wrapped(ValueError("inside: too many"))]
+
+
+def output(index: int, *token_ids: int, reason: str | None = None, last: bool = False) -> RequestOutput:
+    completion = CompletionOutput(index, "", list(token_ids), None, None, finish_reason=reason)
+    return RequestOutput("r", None, [1, 2], None, [completion], finished=last)
 
 
 class Outputs:
     """Scripted ones, of which some are exceptions; `aborted` once nobody wants more."""
 
-    def __init__(self, *told: SimpleNamespace | Exception) -> None:
+    def __init__(self, *told: RequestOutput | Exception) -> None:
         self._told = told
         self.aborted = False
 
-    async def given(self) -> AsyncGenerator[SimpleNamespace, None]:
+    async def given(self) -> AsyncGenerator[RequestOutput, None]:
         try:
             for one in self._told:
                 if isinstance(one, Exception):
@@ -139,17 +122,23 @@ def test_a_failure_after_a_token_or_without_pictures_is_no_lost_picture() -> Non
         assert type(raised.value) is EngineFailed
 
 
-@pytest.mark.parametrize("error", [ClientError("inside"), BusyError("inside"), wrapped(ValueError("inside"))])
+@pytest.mark.parametrize("error", REFUSALS)
 def test_what_vllm_raises_after_an_output_is_no_refusal(error: Exception) -> None:
     with pytest.raises(ServingError) as first:
         asyncio.run(whole(stream(Outputs(error))))
     assert isinstance(first.value, InvalidRequest | Overloaded)
+    assert "value=" not in first.value.message
+    if isinstance(error, VLLMValidationError):
+        assert (first.value.param, first.value.message) == (
+            "top_k",
+            "the engine refuses this request: inside: too many",
+        )
     with pytest.raises(EngineFailed) as later:
         asyncio.run(whole(stream(Outputs(output(0, 5), error))))
     assert "inside" not in later.value.message
 
 
-@pytest.mark.parametrize("error", [ClientError("too many"), BusyError(), wrapped(ValueError("too many"))])
+@pytest.mark.parametrize("error", REFUSALS)
 def test_a_failure_of_vllms_own_loop_is_not_the_requests_fault(error: Exception) -> None:
     """It is handed to all requests as it is, those that wait for their first output included."""
     backend: Any = VllmEngine(SimpleNamespace(settings=None), None)  # type: ignore[arg-type]
@@ -169,7 +158,9 @@ def test_a_renderer_that_was_shut_down_under_a_request_is_not_its_fault(pictures
         raise RuntimeError("cannot schedule new futures after shutdown")
 
     engine = SimpleNamespace(
-        errored=lost, model_config=None, renderer=SimpleNamespace(render_cmpl_async=render)
+        errored=lost,
+        model_config=ModelConfig(model=str(SHAPES)),
+        renderer=SimpleNamespace(render_cmpl_async=render),
     )
     parts = [ImagePart("", cast(Any, SimpleNamespace(digest=b"1", image=None))) for _ in range(pictures)]
     with pytest.raises(ServingError) as raised:
