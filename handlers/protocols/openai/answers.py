@@ -221,7 +221,7 @@ class ParsedAnswers:
                 return None
 
     def _reason(self, finish: str | None, called: bool) -> FinishReason | None:
-        return self._called if called and finish == "stop" else cast(FinishReason | None, finish)
+        return self._called if called and finish == "stop" else cast("FinishReason | None", finish)
 
 
 class _Streamed:
