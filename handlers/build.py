@@ -11,7 +11,8 @@ from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.options.plan import follows
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
 from handlers.parsers.names import parser_problems
 from properties.configuration import Configuration, read_model_config
 from properties.field import BackendName

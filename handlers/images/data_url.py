@@ -9,8 +9,7 @@ from urllib.parse import unquote
 import numpy as np
 import pybase64
 
-from handlers.errors import ImageTooLarge
-from handlers.images.problem import ImageProblem
+from handlers.images.problem import ImageProblem, too_many_bytes
 
 MAX_HEADER = 1024
 ACCEPTED_TYPES = {"", "image", "application/octet-stream", "binary/octet-stream"}
@@ -49,14 +48,14 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     media_type, *parameters = (field.strip().lower() for field in unquote(url[5:comma]).split(";"))
     _check_type(media_type)
     if len(url) - comma > 4 * max_bytes + MAX_HEADER:  # 4: base64 and percent-encoding both, at their worst
-        raise _too_large(max_bytes)
+        raise too_many_bytes(max_bytes)
     decoded = _base64 if "base64" in parameters else _percent
     pieces: list[bytes] = []
     size = 0
     for piece in decoded(url, comma + 1):
         size += len(piece)
         if size > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_many_bytes(max_bytes)
         pieces.append(piece)
     if not size:
         raise ImageProblem("its data URL is empty")
@@ -116,7 +115,3 @@ def _unquoted(coded: bytes) -> bytes:
     kept = np.ones(len(out), bool)
     kept[at + 1] = kept[at + 2] = False
     return out[kept].tobytes()
-
-
-def _too_large(max_bytes: int) -> ImageProblem:
-    return ImageProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pybase64
 
-from handlers.errors import ImageTooLarge
-from handlers.images.problem import ImageProblem
+from handlers.images.problem import ImageProblem, too_many_bytes
 from handlers.images.tensor_file import BadTensorFile, SavedTensor, read_tensor
 from handlers.request import EmbeddingsPart, Grid, LoadedEmbeddings
 
@@ -66,7 +65,7 @@ def read_embeddings(part: EmbeddingsPart, max_bytes: int) -> EncodedEmbeddings:
         ImageProblem: The files cannot be used.
     """
     if part.characters > 4 * (max_bytes // 3 + 2):
-        raise _too_large(max_bytes)
+        raise too_many_bytes(max_bytes)
     file = _decoded(part.rows, _ROWS)
     tensor = _tensor(file, _ROWS, tuple(_DTYPES))
     shape = tensor.shape
@@ -82,14 +81,14 @@ def read_embeddings(part: EmbeddingsPart, max_bytes: int) -> EncodedEmbeddings:
     if isinstance(part.grid, str):
         grid_file = _decoded(part.grid, _GRID)
         if len(file) + len(grid_file) > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_many_bytes(max_bytes)
         digest.update(hashlib.sha256(grid_file).digest())
         grid = _grid(_tensor(grid_file, _GRID, _INTEGERS))
     elif part.grid is not None:
         grid = part.grid
         digest.update(b"%d %d %d" % grid)
     if len(file) > max_bytes:
-        raise _too_large(max_bytes)
+        raise too_many_bytes(max_bytes)
     return EncodedEmbeddings(SavedTensor(tensor.dtype, shape, tensor.data), grid, digest.digest())
 
 
@@ -115,7 +114,3 @@ def _grid(tensor: SavedTensor) -> Grid:
     if min(frames, rows, columns) < 1:
         raise ImageProblem(f"{_GRID} is {[frames, rows, columns]}; wanted: numbers from 1")
     return frames, rows, columns
-
-
-def _too_large(max_bytes: int) -> ImageProblem:
-    return ImageProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)

@@ -329,5 +329,5 @@ def test_what_a_worker_prints_is_logged(
     asyncio.run(run())
     assert not workers()
     printed = [record.getMessage() for record in caplog.records if record.name == "processes.grammars"]
-    assert any("GrammarError: the tokenizer is of a kind" in line for line in printed), printed
+    assert any("GrammarError: this tokenizer does not support" in line for line in printed), printed
     assert capfd.readouterr() == ("", "")
