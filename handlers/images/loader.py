@@ -17,17 +17,15 @@ from PIL.Image import Image
 
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
-from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
-from handlers.images.data_url import decode_data_url, is_data_url
 from handlers.images.decode import convert, decoded_bytes, prepare_pillow
 from handlers.images.decoders import DecoderPool
 from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
-from handlers.images.encoding import without_codings
+from handlers.images.encoding import decode_data_url, is_data_url, without_codings
 from handlers.images.fetch import Body, Fetcher
 from handlers.images.image_file import Header, read_header
 from handlers.images.limits import ImageLimits
-from handlers.images.memory import ImageMemory
+from handlers.images.memory import DecodedCache, ImageMemory, digest_of
 from handlers.images.problem import ImageProblem, too_many_pixels
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
 

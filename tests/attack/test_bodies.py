@@ -21,7 +21,7 @@ from container import logs
 from container.bodies import Bodies, Body
 from handlers.errors import InvalidRequest, MalformedBody
 from handlers.images import data_url
-from handlers.images.data_url import decode_data_url
+from handlers.images.encoding import decode_data_url
 from handlers.images.problem import ImageProblem
 from handlers.protocols import body_limits
 from handlers.protocols.body import read_body

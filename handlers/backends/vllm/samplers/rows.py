@@ -10,9 +10,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.sampler import Sampler
+from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import SamplingParams
-from engine.sampling_state import SamplingState
 from engine.warping import Warping
 from handlers.backends.vllm.samplers.carried import KEY, Carried
 
