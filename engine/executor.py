@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -18,14 +17,14 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineConfig
-from engine.framing import read_frame, write_frame
 from engine.loader import check_ranks, load_model
 from engine.machine import usable_cores
 from engine.messages import Picture
 from engine.runner import ModelRunner, StepLogits
 from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.tensor_parallel import Ranks
-from processes.environment import child_environment
+from processes.environment import child_command, child_environment
+from processes.inside import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Executor:
     others; the front end restarts all of them.
     """
 
-    def __init__(self, runner: ModelRunner, others: Sequence[socket.socket] = ()) -> None:
+    def __init__(self, runner: ModelRunner, others: Sequence[Frames] = ()) -> None:
         self.runner = runner
         self._others = others
         self._encoder = msgspec.msgpack.Encoder()
@@ -98,7 +97,7 @@ class Executor:
         if self._others:
             body = self._encoder.encode(command)
             for other in self._others:
-                write_frame(other, body)
+                other.send(body)
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
@@ -129,9 +128,9 @@ def load_rank(setup: RankSetup) -> ModelRunner:
     return runner
 
 
-def follow(sock: socket.socket) -> None:
+def follow(first: Frames) -> None:
     """Run a rank other than 0: execute the commands of rank 0 until it ends."""
-    frame = read_frame(sock)
+    frame = first.receive()
     if frame is None:
         return
     setup = msgspec.msgpack.decode(frame, type=RankSetup)
@@ -139,7 +138,7 @@ def follow(sock: socket.socket) -> None:
     runner = load_rank(setup)
     torch.set_num_threads(threads_for(setup.config, runner.weight_bytes))
     decoder = msgspec.msgpack.Decoder(Command)
-    while (frame := read_frame(sock)) is not None:
+    while (frame := first.receive()) is not None:
         runner.execute(decoder.decode(frame))
 
 
@@ -169,11 +168,11 @@ def threads_for(config: EngineConfig, weight_bytes: int | None = None) -> int:
     return max(1, int(cores / config.tensor_parallel_degree))
 
 
-def _spawn(setup: RankSetup) -> socket.socket:
+def _spawn(setup: RankSetup) -> Frames:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engine.process", "--rank", str(theirs.fileno())],
+            child_command("engine.process", "--rank", str(theirs.fileno())),
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
             env=child_environment("engine"),
@@ -181,8 +180,9 @@ def _spawn(setup: RankSetup) -> socket.socket:
     threading.Thread(
         target=_end_with, args=(process, setup.rank), daemon=True, name=f"rank-{setup.rank}"
     ).start()
-    write_frame(ours, msgspec.msgpack.encode(setup))
-    return ours
+    rank = Frames(ours)
+    rank.send(msgspec.msgpack.encode(setup))
+    return rank
 
 
 def _end_with(process: subprocess.Popen[bytes], rank: int) -> None:

@@ -12,8 +12,7 @@ from engine.config import Vocabulary
 from handlers.errors import InvalidRequest, Overloaded, Unavailable
 from handlers.grammars.messages import Job, Outcome
 from handlers.request import Constraint
-from processes.child import Child
-from processes.environment import child_environment
+from processes.child import Child, Log
 
 logger = logging.getLogger(__name__)
 worker_log = logging.getLogger("processes.grammars")
@@ -179,10 +178,7 @@ class _Worker:
             return
         try:
             self._child = await Child.start(
-                "handlers.grammars.worker",
-                env=child_environment("plain"),
-                logger=worker_log,
-                level=logging.WARNING,
+                "handlers.grammars.worker", "plain", Log(worker_log, logging.WARNING, bounded=True)
             )
             async with asyncio.timeout(START_SECONDS):
                 self._child.send(msgspec.msgpack.encode(vocabulary))

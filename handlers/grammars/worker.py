@@ -22,7 +22,7 @@ from engine.config import Vocabulary
 from engine.guidance import GrammarError, Guidance
 from handlers.grammars.messages import Job, Outcome
 from handlers.grammars.source import grammar_of
-from processes.inside import Parent
+from processes.inside import Parent, data_bytes, resident_bytes
 
 MEMORY_BYTES = 192 << 20
 """Memory for compiling, beyond that of the process when it is ready."""
@@ -72,14 +72,15 @@ def main() -> None:
     first = parent.receive()
     if first is None:
         return
-    guidance = Guidance(msgspec.msgpack.decode(first[0], type=Vocabulary), most_compiled=0)
+    guidance = Guidance(msgspec.msgpack.decode(first, type=Vocabulary), most_compiled=0)
     compiled(Job("json_object", None, None), guidance)  # starts all threads
     _quiet()
-    start = _limit_memory()
+    _limit_memory()
+    start = resident_bytes() or 0
     parent.send(b"")
     while (message := parent.receive()) is not None:
-        outcome = compiled(msgspec.msgpack.decode(message[0], type=Job), guidance)
-        if _memory()[1] > start + KEPT_BYTES:
+        outcome = compiled(msgspec.msgpack.decode(message, type=Job), guidance)
+        if (resident_bytes() or 0) > start + KEPT_BYTES:
             outcome = msgspec.structs.replace(outcome, last=True)
         parent.send(msgspec.msgpack.encode(outcome))
         if outcome.last:
@@ -93,26 +94,12 @@ def _quiet() -> None:
     os.dup2(nowhere, 2)
 
 
-def _limit_memory() -> int:
-    """Limit the memory, and return the bytes that are resident now."""
+def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    data, resident = _memory()
-    if data:
-        # Not the address space: the allocator reserves far more of it for each thread than it uses.
+    if data := data_bytes():
+        # not the address space, of which the allocator reserves far more for each thread than it uses
         limit = data + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    return resident
-
-
-def _memory() -> tuple[int, int]:
-    """Return the bytes that are private and writable, and those that are resident; zeros without /proc."""
-    try:
-        with open("/proc/self/statm") as file:
-            sizes = file.read().split()
-    except OSError:
-        return 0, 0
-    page = resource.getpagesize()
-    return int(sizes[5]) * page, int(sizes[1]) * page
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, processors
 
 import handlers.backends.rolling.model_facts as facts_module
-from engine.client import EngineClient
 from engine.errors import ModelLoadError
+from handlers.backends.rolling.client import EngineProcess
 from handlers.backends.rolling.model_facts import (
     TOKENIZER,
     ModelQuestion,
@@ -114,13 +114,14 @@ def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path)
 _START = """
 import asyncio, json, sys
 from pathlib import Path
-from handlers.backends.rolling.backend import RollingBackend
+from types import SimpleNamespace
+from handlers.backends.rolling.engine import RollingEngine
 from properties.settings import Settings
 spawned = []
 sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)
 
 async def main():
-    backend = RollingBackend.from_settings(Settings(kv_cache_memory_mb=8), Path(sys.argv[1]))
+    backend = RollingEngine(SimpleNamespace(settings=Settings(kv_cache_memory_mb=8)), Path(sys.argv[1]))
     try:
         await backend.load()
     finally:
@@ -146,11 +147,10 @@ def test_an_engine_that_ends_or_is_late_when_asked_is_an_error(
     monkeypatch.setattr(facts_module, "_AUTO_CLASSES", "never imported")
 
     async def asked(seconds: float | None, *, kill: bool) -> None:
-        engine = EngineClient()
+        engine = await EngineProcess.spawn()
         try:
-            await engine.spawn()
             if kill:
-                engine.kill()
+                engine._child.kill()
             await ask_engine(engine, question, tmp_path, seconds)
         finally:
             await engine.stop()

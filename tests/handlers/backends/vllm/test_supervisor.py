@@ -14,9 +14,9 @@ import pytest
 
 from handlers.backends.vllm.engine import watch as watching
 from handlers.backends.vllm.engine.counters import Counters
-from handlers.backends.vllm.engine.keeper import EngineKeeper
+from handlers.backends.vllm.engine.supervisor import EngineSupervisor
 from handlers.backends.vllm.engine.watch import Patience
-from processes import restarts
+from processes import supervisor
 
 
 class ScriptedEngine:
@@ -58,7 +58,7 @@ class House:
         """What the next engine is."""
         self.counters = Counters()
         patience = Patience(suspect=0.04, stuck=stuck)
-        self.keeper = EngineKeeper(self.build, self.ask, self.counters, patience=patience, **options)
+        self.keeper = EngineSupervisor(self.build, self.ask, self.counters, patience=patience, **options)
 
     def build(self) -> ScriptedEngine:
         if self.fail:
@@ -80,7 +80,7 @@ class House:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "LOOK_SECONDS", 0.005)
     monkeypatch.setattr(watching, "IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(restarts, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -289,7 +289,7 @@ def test_what_a_start_that_fails_leaves_is_ended_alone() -> None:
         async def ask(engine: Any, copy: int) -> None:
             pass
 
-        keeper = EngineKeeper(build, ask, Counters())
+        keeper = EngineSupervisor(build, ask, Counters())
         with pytest.raises(RuntimeError, match="no memory"):
             await keeper.start()
         engine, reader = started
