@@ -37,8 +37,8 @@ class InvalidRequest(ServingError):
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Call the field at fault as the client does. names: a field of `SamplingParams` -> the client's name."""
-        if self.param in names:
-            self.param = names[self.param]
+        if self.param is not None:
+            self.param = names.get(self.param, self.param)
 
 
 class InvalidParameter(InvalidRequest):

@@ -137,13 +137,15 @@ def count_characters(params: SamplingParams) -> int:
     return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
 
 
-def spelled(params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> SamplingParams:
-    """The same with ids instead of the words; itself where there are none.
+def spelled(
+    params: SamplingParams, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
+) -> SamplingParams:
+    """The same with ids instead of the words; itself where there are none. words: bad_words, too.
 
     A bad word is followed as it is tokenised at a text's beginning and after a space (as vLLM does), a breaker by
     the last token that it ends with inside a text (as DRY's author does). Raises InvalidRequest.
     """
-    if params.bad_words:
+    if params.bad_words and words:
         runs = dict.fromkeys(params.bad_words_token_ids)
         for word in params.bad_words:
             for spelling in (word.lstrip(), f" {word.lstrip()}"):

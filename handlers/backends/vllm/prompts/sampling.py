@@ -19,7 +19,7 @@ from handlers.backends.vllm.samplers.extra_args import (
     some_seed,
     wanted,
 )
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
@@ -63,18 +63,17 @@ def to_vllm(
     params: SamplingParams,
     n: int,
     constraint: Constraint | None = None,
-    names: Mapping[str, str] | None = None,
     samplers: Samplers = HAS_ALL,
 ) -> Any:
     """vLLM's SamplingParams, in which every output is what is new.
 
-    params: checked already, DRY's breakers spelled. n: answers that the engine makes. names: the client's names of
-    fields. samplers: what the engine has of those that vLLM does not have.
+    params: checked already, DRY's breakers spelled. n: choices that the engine makes. samplers: what the engine has of
+    those that vLLM does not have.
     Raises InvalidRequest for a sampler that the engine does not have.
     """
     ours = wanted(params)
     if ours:
-        _check(params, names or {}, samplers)
+        _check(params, samplers)
     fields: dict[str, Any] = {name: getattr(params, name) for name in SAME}
     if params.greedy:
         # vLLM counts a seed as state to keep; a greedy answer needs none.
@@ -113,7 +112,7 @@ def usual_sampling(defaults: Mapping[str, float | int], samplers: Samplers) -> d
     return {name: value for name, value in defaults.items() if name in (*SAME, *TRANSLATED)}
 
 
-def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers) -> None:
+def _check(params: SamplingParams, samplers: Samplers) -> None:
     """Raise InvalidRequest unless the engine has the samplers that these parameters ask for."""
     if samplers.lacking is None and not (samplers.reports_choice and params.logprobs is not None):
         return
@@ -124,19 +123,18 @@ def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers)
         if name not in (*SAME, *TRANSLATED)
         and wanted(replace(_PLAIN, temperature=temperature, **{name: getattr(params, name)}))
     )
-    field = next(asked, "temperature")
-    name = names.get(field, field)
-    what = f"temperature {params.temperature:g}, above {HOTTEST:g}," if field == "temperature" else name
+    name = next(asked, "temperature")
+    value = f"{params.temperature:g}, above {HOTTEST:g}, " if name == "temperature" else ""
     if samplers.lacking is not None:
-        raise InvalidRequest(
-            f"{what} is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
+        raise InvalidParameter(
+            name,
+            f"{value}is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
             "option.rolling_batch=rolling",
-            param=name,
         )
-    raise InvalidRequest(
-        f"{what} and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
+    raise InvalidParameter(
+        name,
+        f"{value}and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
         "let the operator choose raw_logprobs",
-        param=name,
     )
 
 
@@ -172,9 +170,9 @@ def check_prompt_logprobs(params: SamplingParams, prompt_tokens: int, answers: i
         return
     most = MOST_PROMPT_LOGPROBS // (SLOWER_WITH_STOPS if params.stop else 1)
     if (count + 1) * prompt_tokens * answers > most:
-        raise InvalidRequest(
-            f"prompt_logprobs is {count}, for a prompt of {prompt_tokens} tokens"
+        raise InvalidParameter(
+            "prompt_logprobs",
+            f"is {count}, for a prompt of {prompt_tokens} tokens"
             f"{f' and {answers} answers' if answers > 1 else ''}; allowed: {most} probabilities in all"
             f"{' where there are stop strings' if params.stop else ''}",
-            param="prompt_logprobs",
         )
