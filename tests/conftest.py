@@ -17,6 +17,26 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests stay together where several processes share them (pytest-xdist).
+
+    A file's tests share its models and servers, some files share a server, and attacks are measured one at a time.
+    """
+    shared = {"shapes_server", "tiny_server"}
+    groups: dict[str, str] = {}
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        used = shared.intersection(getattr(item, "fixturenames", ()))
+        if file.startswith("tests/attack/"):
+            groups[file] = "attack"
+        elif used:
+            groups[file] = min(used)
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(groups.get(file, file)))
+
+
 @pytest.fixture(scope="session")
 def shapes_server() -> Iterator[LiveServer]:
     """The model in the repository behind one server for all suites that need no options of their own."""
