@@ -244,12 +244,12 @@ def start(
     environ: Mapping[str, str],
     defaults: Mapping[str, str],
     warnings: Sequence[str] = (),
-    build: BackendBuilder = build_backend,
+    build: BackendBuilder | None = None,
 ) -> int:
     """Read the configuration, set up the log, and serve to the end; the process's exit status.
 
     defaults: option -> value where no source of the configuration says. warnings: about the command line.
-    build: makes the backend.
+    build: makes the backend; None is the one that the options choose.
     """
     try:
         configuration = configured(model, options, environ, defaults)
@@ -262,7 +262,7 @@ def start(
         _announce(configuration)
         for warning in warnings:
             logger.warning("%s", warning)
-        return serve(configuration, build)
+        return serve(configuration, build or build_backend)
 
 
 def _announce(configuration: Configuration) -> None:

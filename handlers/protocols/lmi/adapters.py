@@ -1,4 +1,4 @@
-"""The adapters API as LMI has it: what a call asks for, and how it is answered.
+"""The adapters API as LMI has it.
 
 Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker's own container libraries do.
 """
@@ -13,10 +13,10 @@ import msgspec
 from handlers.backends.adapters import AdapterInfo, AdapterStore
 from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from handlers.exchange import Incoming, Reply
+from handlers.protocols.api import READ, Route
 from handlers.protocols.base import JSON
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
 from handlers.protocols.lmi.replies import LmiError
-from handlers.protocols.routes import READ, Route
 
 if TYPE_CHECKING:
     from handlers.service import Service
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 _ALIAS = "x-amzn-sagemaker-adapter-alias"
 _LONGEST_ALIAS = 128
 MOST_LISTED = 100
-"""Adapters in one page: LMI's limit."""
+"""Most adapters in one page: LMI's limit."""
 
 
 class AdapterBody(msgspec.Struct):
-    """What adds or updates an adapter. preload: accepted; adapters are loaded before the answer in any case."""
+    """Adds or updates an adapter. preload: has no effect: adapters are always loaded before the answer."""
 
     name: str | None = None
     src: str | None = None
@@ -37,6 +37,8 @@ class AdapterBody(msgspec.Struct):
 
 
 class Adapter(msgspec.Struct, forbid_unknown_fields=True):
+    """One adapter, as it is shown."""
+
     name: str
     src: str
     preload: bool
@@ -44,11 +46,15 @@ class Adapter(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class AdapterList(msgspec.Struct, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+    """A page of adapters. next_page_token: only if there are more."""
+
     adapters: list[Adapter]
     next_page_token: str | None = None
 
 
 class AdapterStatus(msgspec.Struct, forbid_unknown_fields=True):
+    """Says what has been done."""
+
     status: str
 
 
@@ -83,7 +89,7 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
 
 
 def _asked(incoming: Incoming) -> AdapterBody:
-    """What the query says wins over the body. Raises InvalidRequest."""
+    """Reads query and body; the query wins. Raises InvalidRequest."""
     body: dict[str, Any] = {}
     if len(incoming.body) > SHORT_BYTES:
         raise PayloadTooLarge(f"the body has {len(incoming.body)} bytes; allowed: at most {SHORT_BYTES}")
