@@ -55,7 +55,7 @@ serve: $(VENV)/installed-base  ## Serve the small model in examples/shapes on PO
 	$(BIN)/lmi serve examples/shapes --port $(PORT)
 
 test: $(VENV)/installed-dev clients  ## Run the whole test suite, in WORKERS processes (2), or what ARGS says in one
-	$(BIN)/python -m pytest --durations=15 $(or $(ARGS),-n $(WORKERS) --dist loadgroup)
+	$(BIN)/python -m pytest --durations=15 $(or $(ARGS),-n $(WORKERS))
 
 # Other people's clients that the tests ask with, each where it is in nobody's way. One that cannot be installed
 # here is no reason to stop: its tests are skipped and say so.

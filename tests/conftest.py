@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,24 +18,21 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests stay together where several processes share them (pytest-xdist).
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share the files among the processes of pytest-xdist: a file's tests share its models and servers.
 
-    A file's tests share its models and servers, some files share a server, and attacks are measured one at a time.
+    Live tests share servers, too, and attacks are measured one at a time.
     """
-    shared = {"shapes_server", "tiny_server"}
-    groups: dict[str, str] = {}
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        used = shared.intersection(getattr(item, "fixturenames", ()))
-        if file.startswith("tests/attack/"):
-            groups[file] = "attack"
-        elif used:
-            groups[file] = min(used)
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(groups.get(file, file)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            together = (folder for folder in ("tests/attack/", "tests/live/") if file.startswith(folder))
+            return next(together, file)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
