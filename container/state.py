@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import msgspec
 from msgspec import UNSET, Struct
 
-from handlers.backends.base import Backend, BackendStats, Health
+from handlers.backends.base import BackendStats, Health, Lifecycle
 from handlers.errors import NotFound
 from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import JSON
@@ -68,18 +68,23 @@ class ServerState:
         phase: Where the process is.
         reason: Why it is not serving; safe to show to a client.
         backend: None until the model can generate.
-        service: Likewise.
+        service: Likewise; None for good where this machine holds a part of the model for another one, which answers.
         created: When the process started, in Unix seconds.
     """
 
     phase: Phase = "loading"
     reason: str = "the model is loading"
-    backend: Backend | None = None
+    backend: Lifecycle | None = None
     service: Answers | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def serve(self, backend: Backend, service: Answers) -> None:
+    def serve(self, backend: Lifecycle, service: Answers | None) -> None:
+        """Begin to answer requests, or to say who does."""
         self.phase, self.reason = "serving", "ready"
+        if service is None:
+            self.reason = (
+                "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
+            )
         self.backend, self.service = backend, service
 
     def drain(self) -> None:
