@@ -17,6 +17,7 @@ from handlers.dialects import tgi_headers
 from handlers.dialects.adapters import answer_adapters
 from handlers.dialects.base import JSON, JSON_LINES, Answered, Conventions, Task
 from handlers.dialects.body import SHORT_BYTES, read_body
+from handlers.dialects.body_limits import MOST_TEXT_BYTES
 from handlers.dialects.error_replies import style_of
 from handlers.dialects.misspelt import warning
 from handlers.dialects.select import asks_for_session, read_task, style_of_body
@@ -63,7 +64,7 @@ class ServiceLimits:
     predict_timeout: seconds from a request's arrival to the end of its answer; None for any time.
     limit_mm_per_prompt: most items of a modality in one prompt. keep_alive: seconds of silence in a stream of
     server-sent events after which a comment is sent; None for never. chunked_read_timeout: longest that a stream
-    with more than enough waiting is not read.
+    with more than enough waiting is not read. max_image_bytes: largest file of an image.
     """
 
     job_queue_size: int = 1000
@@ -75,6 +76,7 @@ class ServiceLimits:
     request_priorities: bool = False
     trust_request_chat_template: bool = False
     enable_mm_embeds: bool = False
+    max_image_bytes: int = 20 * 2**20
 
 
 class Service:
@@ -167,7 +169,9 @@ class Service:
             return reply
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
-        given = (incoming.take_body(), incoming.headers, self._backend.capabilities.max_model_len)
+        longest_text = max(MOST_TEXT_BYTES, 4 * self._limits.max_image_bytes // 3 + SHORT_BYTES)  # in base64
+        context = self._backend.capabilities.max_model_len
+        given = (incoming.take_body(), incoming.headers, context, longest_text)
         if not long:
             return read_body(*given)
         return await asyncio.get_running_loop().run_in_executor(_PARSER, read_body, *given)

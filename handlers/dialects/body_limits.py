@@ -18,6 +18,10 @@ from handlers.errors import MalformedBody
 SLICE_BYTES = 2**18
 """Looked at in one step."""
 
+MOST_TEXT_BYTES = 2**25
+"""Of one text: more than any model's context, and an image of 24 MB in base64. A parser makes a text in one piece, and
+no other thread runs meanwhile: for a longer one, for more than 50 ms on a slow machine."""
+
 MOST_WIDE_BYTES = 12 * 2**20
 """Of texts with characters beyond ASCII, or escapes for them: each of their characters may take 4 bytes of memory."""
 
@@ -47,7 +51,7 @@ class BodyCount:
     """values: at least as many as the body has, keys not counted. containers: lists and objects. outside: bytes that
     are in no text. slashes: `\\/`, as some clients write all slashes, an image's too; undone before the body is parsed.
     escapes: all other backslashes. wide, escaped: bytes of texts beyond ASCII, and of texts with `escapes`; of short
-    ones, those between them as well."""
+    ones, those between them as well. longest: bytes of the longest text; of short ones, of several."""
 
     values: int = 1
     keys: int = 0
@@ -57,18 +61,20 @@ class BodyCount:
     outside: int = 0
     wide: int = 0
     escaped: int = 0
+    longest: int = 0
 
     def add_text(self, size: int, flags: int) -> None:
         """flags: see `_flags`."""
+        self.longest = max(self.longest, size)
         self.wide += size if flags & _WIDE else 0
         self.escaped += size if flags & _ESCAPED else 0
 
 
-def check_body(body: bytes, context: int) -> BodyCount:
+def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -> BodyCount:
     """What the body holds. Raises MalformedBody for more of anything than a request could use, as soon as it is found.
 
     context: tokens that the model takes, 0 where that is not known. A value may be a token id, several prompts may come
-    in one body, and a client may write each character of a prompt as an escape.
+    in one body, and a client may write each character of a prompt as an escape. longest_text: in bytes.
     """
     count = BodyCount()
     values = min(_MOST_VALUES, max(_FEWEST_VALUES, 4 * context))
@@ -79,6 +85,7 @@ def check_body(body: bytes, context: int) -> BodyCount:
             (count.containers, MOST_CONTAINERS, "lists and objects"),
             (count.keys, MOST_KEYS, "keys"),
             (count.escapes, escapes, "escapes (backslashes)"),
+            (count.longest, longest_text, "bytes in one text"),
             (count.wide, MOST_WIDE_BYTES, "bytes in texts that hold more than ASCII"),
             (count.escaped, MOST_ESCAPED_BYTES, "bytes in texts that hold escapes (backslashes)"),
             (count.outside, MOST_BYTES_OUTSIDE, "bytes outside of texts (numbers and white space)"),
@@ -118,6 +125,8 @@ def counted(body: bytes) -> Iterator[BodyCount]:
             inside = _count_outside(piece, inside, count)
             if inside:
                 opened, flags = at + last + 1, _flags(piece[last + 1 :])
+        if inside:
+            count.longest = max(count.longest, at + len(piece) - opened)
         yield count
 
 
