@@ -11,15 +11,15 @@ VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check --quie
 VLLM_OLDER := 0.28.0
 VLLM_TESTED := 0.32.*
 # What only an environment with torchvision, mistral_common or vLLM can compare with: half a minute of processor time.
-VLLM_COMPARED := $(addprefix tests/families/test_, \
+VLLM_COMPARED := $(addprefix tests/engine/families/test_, \
 	$(addsuffix .py::test_expansion_equals_the_joint_processors, llava_next llava_onevision pixtral) \
 	$(addsuffix .py::test_prompts_equal_the_joint_processors, idefics3 internvl qwen_vl) \
 	fuyu.py::test_patches_and_tokens_equal_the_joint_processors \
 	phi3_v.py::test_vllm_puts_the_rows_of_tiles_together_alike) \
-	tests/test_mistral_own_format.py::test_chats_are_written_as_mistral_common_writes_them
-VLLM_TESTS := $(VLLM_COMPARED) tests/vllm_live tests/families/test_qwen_vl_live.py $(addprefix tests/test_, end_to_end.py completions_live.py structured_live.py \
-	tools_chat.py tokenize.py tgi_dialect.py shapes_live.py sagemaker_clients.py clients.py cli_run.py openapi.py \
-	bytes.py embeddings_live.py vllm_sampling.py model_files_live.py)
+	tests/handlers/artefacts/test_mistral_own_format.py::test_chats_are_written_as_mistral_common_writes_them
+VLLM_TESTS := $(VLLM_COMPARED) tests/vllm_live tests/live tests/container/test_cli_run.py tests/container/test_openapi.py \
+	tests/handlers/backends/vllm/test_sampling.py \
+	$(addprefix tests/handlers/protocols/test_, tgi.py tokenize.py tools_chat.py)
 CONTAINER_TOOL ?= docker
 TARGET ?= cpu
 GPU := $(shell command -v nvidia-smi)

@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 
 from engine.sampling_params import SamplingParams
-from tests.engine_driver import Oracle, Prompt, load_engine, run_all
-from tests.families import (
+from tests.engine.families import (
     test_fuyu,
     test_gemma,
     test_internvl,
@@ -34,16 +33,17 @@ from tests.families import (
     test_pixtral,
     test_qwen_vl,
 )
-from tests.families.tiny_chameleon import make_chameleon
-from tests.families.tiny_fuyu import make_fuyu
-from tests.families.tiny_gemma import make_gemma3, make_paligemma
-from tests.families.tiny_llava_next import make_llava_next
-from tests.families.tiny_llava_onevision import make_llava_onevision
-from tests.families.tiny_mllama import make_mllama
-from tests.families.tiny_pixtral import make_pixtral
-from tests.families.tiny_qwen_vl import make_qwen_vl
-from tests.families.tiny_tiles import make_idefics3, make_internvl
-from tests.models import make_llava
+from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.models import make_llava
+from tests.support.tiny_chameleon import make_chameleon
+from tests.support.tiny_fuyu import make_fuyu
+from tests.support.tiny_gemma import make_gemma3, make_paligemma
+from tests.support.tiny_llava_next import make_llava_next
+from tests.support.tiny_llava_onevision import make_llava_onevision
+from tests.support.tiny_mllama import make_mllama
+from tests.support.tiny_pixtral import make_pixtral
+from tests.support.tiny_qwen_vl import make_qwen_vl
+from tests.support.tiny_tiles import make_idefics3, make_internvl
 
 STREAMS, REQUESTS = 16, 48
 SHORTEST, LONGEST = 8, 120

@@ -21,10 +21,10 @@ import msgspec
 
 from bench.pictures import jpegs
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
-from handlers.dialects.base import Answer, Answered, Conventions, Task
-from handlers.dialects.body import read_body
-from handlers.dialects.select import read_task
 from handlers.exchange import Incoming
+from handlers.protocols.base import Answer, Answered, Conventions, Task
+from handlers.protocols.body import read_body
+from handlers.protocols.select import read_task
 
 TOKENS = 200
 WORDS = (" The", " small", " round", " shape", " is", " ré", "d", ",", "\n", ' "so')

@@ -24,13 +24,13 @@ from container.prompt_log import LONG_BYTES, log_answer, log_prompt
 from container.refusals import Refusals
 from container.routes import Action, Match, MethodNotAllowed, Route, find
 from handlers.admission import RETRY_AFTER, overloaded
-from handlers.dialects.error_replies import client_error, error_reply, style_of
-from handlers.dialects.sagemaker import ADAPTER
-from handlers.dialects.sagemaker import ROUTES as SAGEMAKER_ROUTES
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
+from handlers.protocols.error_replies import client_error, error_reply, style_of
+from handlers.protocols.lmi.sagemaker import ADAPTER
+from handlers.protocols.lmi.sagemaker import ROUTES as SAGEMAKER_ROUTES
 from handlers.version import VERSION
 from properties.configuration import Configuration
 

@@ -16,8 +16,8 @@ from handlers.images.loader import ImageLoader
 from handlers.model_names import accepted_names, public_names
 from handlers.observer import Observer
 from handlers.parsers.select import answer_formats
+from handlers.protocols.lmi.sessions import Sessions
 from handlers.service import Service, ServiceLimits
-from handlers.sessions import Sessions
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)

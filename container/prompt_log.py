@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from handlers.dialects.body_limits import check_body
 from handlers.errors import ServingError
 from handlers.exchange import Reply
+from handlers.protocols.body_limits import check_body
 
 logger = logging.getLogger("container.prompts")
 

@@ -8,20 +8,17 @@ import math
 import torch
 
 from engine.block_pool import BlockPool
-from engine.building import Built
 from engine.config import EngineConfig, Vocabulary
 from engine.errors import NO_TOKEN_LEFT, EngineError, ModelLoadError
 from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
-from engine.guidance import GrammarError, Guidance, Guide
+from engine.guidance import Built, GrammarError, Guidance, Guide
 from engine.logits import INVALID
-from engine.logprobs import Logprobs
-from engine.messages import Add, FinishReason, Output, Picture, Stats
+from engine.messages import Add, FinishReason, Logprobs, Output, Picture, Stats
 from engine.runner import StepLogits
 from engine.sampler import Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Chunk, Scheduler
+from engine.scheduler import Chunk, ChunkInput, Scheduler
 from engine.sequence import Sequence
-from engine.step_input import ChunkInput
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineConfig
-from engine.cores import usable_cores
 from engine.framing import read_frame, write_frame
 from engine.loader import check_ranks, load_model
+from engine.machine import usable_cores
 from engine.messages import Picture
 from engine.runner import ModelRunner, StepLogits
-from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
+from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.tensor_parallel import Ranks
 from processes.environment import child_environment
 

@@ -7,8 +7,11 @@ model's own tokenizer, so that every token that may be chosen continues a text t
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +19,8 @@ import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.config import Vocabulary
-from engine.cores import usable_cores
+from engine.machine import usable_cores
+from engine.messages import Add
 
 if TYPE_CHECKING:
     from engine.sampling_state import SamplingState
@@ -43,6 +47,9 @@ MOST_COMPILED = 32
 MOST_STEPS = 2000
 """Taken with what was compiled once; then it is compiled anew. Its copies share the states that their texts lead to,
 which `LIMITS` bounds: without this, a grammar would be of no use to anybody once some answers had filled them up."""
+
+STACK_BYTES = 64 << 20
+"""For grammars nested so deeply that they just compiled on the usual stack of the process that checked them."""
 
 MOST_REASON_CHARACTERS = 300
 _NO_TEXT = ("NoExtension", "NoExtensionBias")
@@ -168,6 +175,64 @@ class Guidance:
                 if others.any():
                     mask = others
             state.grammar_mask = mask
+
+
+@dataclass(slots=True)
+class Built:
+    """A request whose grammar is compiled, or cannot be: `reason` says why. Its aborted answers are listed."""
+
+    add: Add
+    guides: list[Guide]
+    reason: str | None
+    aborted: set[int]
+
+
+class GuideBuilder:
+    """Requests in, `Built` ones out, in the same order. All methods belong to the engine's own thread."""
+
+    def __init__(self, guidance: Guidance | None, done: Callable[[Built], None]) -> None:
+        """done: called in the building thread; what it is given is then to be `take`n."""
+        self._guidance = guidance
+        self._done = done
+        self._inbox: queue.SimpleQueue[Built] = queue.SimpleQueue()
+        self._waiting: dict[int, Built] = {}
+        self._thread: threading.Thread | None = None
+
+    def start(self, add: Add) -> None:
+        built = Built(add, [], None, set())
+        self._waiting[add.request_id] = built
+        if self._thread is None:
+            before = threading.stack_size(STACK_BYTES)
+            self._thread = threading.Thread(target=self._run, daemon=True, name="grammars")
+            self._thread.start()
+            threading.stack_size(before)
+        self._inbox.put(built)
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Remember that these answers, where they belong to a request that waits here, are not wanted."""
+        for request_id in request_ids:
+            for built in self._waiting.values():
+                if request_id in built.add.answer_ids:
+                    built.aborted.add(request_id)
+
+    def take(self, built: Built) -> None:
+        """The request waits no more."""
+        del self._waiting[built.add.request_id]
+
+    def _run(self) -> None:
+        while True:
+            built = self._inbox.get()
+            try:
+                if self._guidance is None:
+                    raise GrammarError("this model's answers cannot be constrained")
+                if len(built.aborted) < len(built.add.seeds):
+                    built.guides = self._guidance.build(built.add.grammar or "", len(built.add.seeds))
+            except GrammarError as error:
+                built.reason = str(error)
+            except BaseException:  # a panic in Rust is no Exception, and this thread must go on
+                logger.exception("a grammar could not be compiled")
+                built.reason = "the grammar cannot be compiled"
+            self._done(built)
 
 
 def _remove(words: Words, token_ids: Sequence[int]) -> None:

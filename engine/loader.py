@@ -18,10 +18,9 @@ from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, kind_of, register, served
 from engine.machine import computes_bfloat16
-from engine.mistral_weights import CLASSES, are_mistrals, mistral_state_dict
 from engine.packed_linear import pack
 from engine.tensor_parallel import Ranks
-from engine.weights import weight_files
+from engine.weights import CLASSES, are_mistrals, mistral_state_dict, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 
 import msgspec
 import torch
@@ -14,6 +12,7 @@ from transformers import PretrainedConfig
 from engine.attention.kernel import CacheShape
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
+from engine.machine import host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +29,6 @@ ENCODER_CACHE = 256 << 20
 CPU_ENCODER_CACHE = 32 << 20
 """Bytes for encoder outputs where the configuration names none; on a CPU it is memory that images themselves and the
 key/value cache want too."""
-
-_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 CUDA_RESERVE = 1 << 30
 """Bytes left free for activations beside the cache on an accelerator."""
@@ -100,19 +97,6 @@ def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -
     requests = config.max_num_seqs if cuda else min(config.max_num_seqs, CPU_REQUESTS)
     images = max(usual, image_bytes, min(budget // 2, requests * image_bytes))
     return images, msgspec.structs.replace(config, kv_cache_bytes=max(0, budget - images))
-
-
-def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes: physical memory, or the control group's limit (version 2 or 1) where that is lower."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in _CGROUP_LIMITS:
-        try:
-            limit = (cgroup / name).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            total = min(total, int(limit))
-    return total
 
 
 def _default_budget(config: EngineConfig, device: torch.device) -> int:

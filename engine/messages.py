@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import EngineConfig
-from engine.logprobs import Logprobs
 from engine.sampling_params import SamplingParams
 
 FRAME = struct.Struct("<I")
@@ -152,6 +151,18 @@ class Ready(msgspec.Struct, tag=True):
 
 class LoadFailed(msgspec.Struct, tag=True):
     message: str
+
+
+class Logprobs(msgspec.Struct, array_like=True):
+    """What the model thought at one position, before any processor.
+
+    Entry 0 is the chosen token, then come the k best, best first; the chosen token is repeated there if it is
+    among them. A rank is 1 + the number of tokens that are strictly more probable.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
 
 
 class Output(msgspec.Struct, array_like=True):

@@ -43,7 +43,7 @@ from engine.messages import (
 from processes.inside import die_with_parent
 
 if TYPE_CHECKING:
-    from engine.building import Built
+    from engine.guidance import Built
 
 logger = logging.getLogger("engine.process")
 
@@ -86,9 +86,9 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     """Load the model, say so, and step until the front says stop or is gone."""
     import torch
 
-    from engine.building import Built, GuideBuilder
     from engine.engine import Engine
     from engine.executor import threads_for
+    from engine.guidance import Built, GuideBuilder
 
     torch.set_num_threads(threads_for(config))
     try:

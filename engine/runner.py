@@ -19,7 +19,7 @@ from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, image_budget
 from engine.messages import EMBEDDINGS, Picture
 from engine.packed_linear import PackedLinear
-from engine.step_input import ChunkInput, Command, Encode, Run, Scrub, Trim
+from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 
 logger = logging.getLogger(__name__)
 

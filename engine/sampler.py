@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.distribution import keep_likeliest, keep_typical, masses, pick
 from engine.logits import Edits, best, keep_only
-from engine.logprobs import Logprobs
+from engine.messages import Logprobs
 from engine.sampling_state import SamplingState
 from engine.warping import surprises, warp
 

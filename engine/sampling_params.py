@@ -80,7 +80,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
     their usual tokens go; the backend turns them into bad_words_token_ids, runs of ids whose last one is masked
     where the answer ends with the others.
 
-    The last block is Aphrodite's; for the formulas see `engine.warpers`, `engine.warping` (mirostat) and
+    The last block is Aphrodite's; for the formulas see `engine.warping`, `engine.warping` (mirostat) and
     `engine.repetition` (DRY, n-grams). eta_cutoff and epsilon_cutoff are in units of 1e-4. dry_sequence_breakers:
     texts over which no repetition is followed, which the backend turns into dry_sequence_breaker_ids; None is
     DRY's own list. dry_range: how many last tokens DRY looks at. sampler_priority: all of SAMPLERS, by name or

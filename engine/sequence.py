@@ -11,8 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.logprobs import Logprobs
-from engine.messages import Add, Picture
+from engine.messages import Add, Logprobs, Picture
 from engine.sampling_state import SamplingState
 
 if TYPE_CHECKING:

@@ -1,15 +1,23 @@
-"""Which of `engine.warpers` a request asks for, in which order, and what Mirostat remembers of it."""
+"""Which of `engine.warping` a request asks for, in which order, and what Mirostat remembers of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.distribution import masses, mix64, uniform
+from engine.distribution import (
+    SMALLEST_TEMPERATURE,
+    falling,
+    keep_typical,
+    lowest_kept,
+    masses,
+    mix64,
+    uniform,
+)
 from engine.sampling_params import FIRST_SAMPLERS, SamplingParams, sampler_order
-from engine.warpers import WARPERS, skewed
 
 _OTHER_STREAM = 0xD1B54A32D192ED03
 """Sets XTC's random numbers apart from those of the draw."""
@@ -151,3 +159,164 @@ def _order(params: SamplingParams) -> tuple[str, ...]:
         order.remove("TEMPERATURE")
         order.insert(order.index("XTC") + 1, "TEMPERATURE")
     return (*order, "MIROSTAT")
+
+
+class Own(Protocol):
+    """The parameters of the rows, by name."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
+def temper(scores: Tensor, own: Own) -> Tensor:
+    """Temperature; with dynatemp_min or dynatemp_max, dynamic temperature (kalomaze): between the two by the
+    entropy, as a part of the greatest possible one, to the power of dynatemp_exponent."""
+    low, high = own["dynatemp_min"], own["dynatemp_max"]
+    mass = scores.exp()
+    possible = (scores > -torch.inf).sum(-1, keepdim=True).double().log()
+    part = (_entropy(scores, mass) / possible).nan_to_num(0.0).clamp(0.0, 1.0)
+    dynamic = low + (high - low) * part ** own["dynatemp_exponent"]
+    temperature = torch.where((low > 0.0) | (high > 0.0), dynamic, own["temperature"])
+    return scores / temperature.clamp_min(SMALLEST_TEMPERATURE).float()
+
+
+def top_nsigma(scores: Tensor, own: Own) -> Tensor:
+    """Keep the logits within nsigma standard deviations of the best (Tang et al. 2024, top-nσ)."""
+    there = scores > -torch.inf
+    count = there.sum(-1, keepdim=True).double()
+    wide = torch.where(there, scores, 0.0).double()
+    mean = wide.sum(-1, keepdim=True) / count
+    squares = torch.where(there, (wide - mean) ** 2, 0.0).sum(-1, keepdim=True)
+    sigma = (squares / (count - 1.0).clamp_min(1.0)).sqrt()
+    return _cut(scores, scores >= (-own["nsigma"] * sigma).float())
+
+
+def top_k_top_p(scores: Tensor, own: Own) -> Tensor:
+    """Top-k, then nucleus sampling (Holtzman et al. 2020)."""
+    mass = scores.exp()
+    top_k = own["top_k"].long()
+    top_k = torch.where(top_k > 0, top_k, mass.shape[-1]).clamp_max(mass.shape[-1])
+    return _cut(scores, mass >= lowest_kept(mass, top_k, own["top_p"]))
+
+
+def top_a(scores: Tensor, own: Own) -> Tensor:
+    """Keep what is at least top_a times the square of the best probability (BlinkDL, RWKV-LM)."""
+    mass = scores.exp()
+    least = own["top_a"] / mass.sum(-1, keepdim=True, dtype=torch.float64)
+    return _cut(scores, mass >= least.clamp_max(1.0).float())
+
+
+def min_p(scores: Tensor, own: Own) -> Tensor:
+    """Keep what is at least min_p times the best probability (Nguyen et al. 2024)."""
+    return _cut(scores, scores.exp() >= own["min_p"].float())
+
+
+def tail_free(scores: Tensor, own: Own) -> Tensor:
+    """Cut the tail off where the sorted probabilities' curvature is used up (Phénix and Egan 2019)."""
+    mass = scores.exp()
+    if mass.shape[-1] < 3:
+        return scores
+    ordered = falling(mass, mass.shape[-1]).double()
+    curvature = ordered.diff().diff().abs()
+    reached = (curvature / curvature.sum(-1, keepdim=True)).cumsum(-1)
+    last = (reached <= own["tfs"]).sum(-1, keepdim=True)
+    last = torch.where(reached.isnan().any(-1, keepdim=True), mass.shape[-1] - 1, last)
+    return _cut(scores, mass >= ordered.gather(-1, last).float())
+
+
+def eta(scores: Tensor, own: Own) -> Tensor:
+    """Keep what is at least min(eta, sqrt(eta) exp(-entropy)) (Hewitt et al. 2022); eta = eta_cutoff * 1e-4."""
+    cutoff = own["eta_cutoff"] * 1e-4
+    mass = scores.exp()
+    return _above(scores, mass, torch.minimum(cutoff, cutoff.sqrt() * (-_entropy(scores, mass)).exp()))
+
+
+def epsilon(scores: Tensor, own: Own) -> Tensor:
+    """Keep what is at least epsilon_cutoff * 1e-4 (Hewitt et al. 2022)."""
+    return _above(scores, scores.exp(), own["epsilon_cutoff"] * 1e-4)
+
+
+def typical(scores: Tensor, own: Own) -> Tensor:
+    """Locally typical sampling (Meister et al. 2022)."""
+    return _anew(_cut(scores, keep_typical(scores.exp(), own["typical_p"]) > 0.0))
+
+
+def smooth(scores: Tensor, own: Own) -> Tensor:
+    """Quadratic sampling (kalomaze): x, a logit minus the best, becomes -k x² + s x³ with
+    k = factor (3 - curve) / 2 and s = factor (curve - 1) / 2."""
+    factor, curve = own["smoothing_factor"], own["smoothing_curve"]
+    k, s = (factor * (3.0 - curve) / 2.0).float(), (factor * (curve - 1.0) / 2.0).float()
+    x = scores.clamp_min(-1e4)
+    bent = x * x * (s * x - k)
+    bent = torch.where(scores.isneginf(), -torch.inf, bent)
+    return _anew(bent)
+
+
+def exclude_top(scores: Tensor, own: Own) -> Tensor:
+    """XTC (p-e-w, text-generation-webui pull request 6335): with xtc_probability, of the tokens that reach
+    xtc_threshold remove all but the least probable. `xtc_number` is the position's own, in [0, 1)."""
+    mass = scores.exp()
+    least = own["xtc_threshold"] * mass.sum(-1, keepdim=True, dtype=torch.float64)
+    choices = (mass >= least.float()) & (scores > -torch.inf)
+    lowest = torch.where(choices, mass, torch.inf).amin(-1, keepdim=True)
+    happens = own["xtc_number"] < own["xtc_probability"]
+    return _anew(_cut(scores, ~happens | ~choices | (mass <= lowest)))
+
+
+def cap_surprise(scores: Tensor, own: Own) -> Tensor:
+    """Mirostat 2 (Basu et al. 2021): keep what surprises by at most mu bits."""
+    mass = scores.exp()
+    total = mass.sum(-1, keepdim=True, dtype=torch.float64)
+    return _cut(scores, (mass >= (total * torch.exp2(-own["mu"])).clamp_max(1.0)))
+
+
+def skewed(mass: Tensor, skew: Tensor) -> Tensor:
+    """The mass [S, V] whose cumulative distribution, the likeliest token first, is the old one to the power of
+    exp(skew) (turboderp, exllamav2): a skew above 0 favours unlikely tokens. skew: [S, 1] float64; 0 changes
+    nothing."""
+    if mass.device.type == "cpu":  # numpy's sort is tens of times faster than torch's
+        order = torch.from_numpy((-mass.detach().numpy()).argsort(-1))
+    else:
+        order = mass.argsort(dim=-1, descending=True)
+    reached = mass.gather(-1, order).double().cumsum(-1)
+    reached = (reached / reached[:, -1:]) ** skew.exp()
+    bent = reached.diff(prepend=torch.zeros_like(reached[:, :1])).float()
+    return torch.where(skew == 0.0, mass, torch.zeros_like(mass).scatter_(-1, order, bent))
+
+
+WARPERS: Mapping[str, Callable[[Tensor, Own], Tensor]] = {
+    "TEMPERATURE": temper,
+    "TOP_NSIGMA": top_nsigma,
+    "TOP_P_TOP_K": top_k_top_p,
+    "TOP_A": top_a,
+    "MIN_P": min_p,
+    "TFS": tail_free,
+    "ETA_CUTOFF": eta,
+    "EPSILON_CUTOFF": epsilon,
+    "TYPICAL_P": typical,
+    "QUADRATIC": smooth,
+    "XTC": exclude_top,
+    "MIROSTAT": cap_surprise,
+}
+"""By their names in `sampler_priority` and in the order in which they come without one, Mirostat always last."""
+
+
+def _cut(scores: Tensor, kept: Tensor) -> Tensor:
+    return scores.masked_fill(~kept, -torch.inf)
+
+
+def _anew(scores: Tensor) -> Tensor:
+    """Let the best token that is left have 0 again."""
+    return scores - scores.amax(-1, keepdim=True)
+
+
+def _above(scores: Tensor, mass: Tensor, least: Tensor) -> Tensor:
+    """Keep the probabilities from `least` [S, 1] on, and the best."""
+    total = mass.sum(-1, keepdim=True, dtype=torch.float64)
+    return _cut(scores, mass >= (least * total).clamp_max(1.0).float())
+
+
+def _entropy(scores: Tensor, mass: Tensor) -> Tensor:
+    """Of each row in nats, [S, 1] float64: log Z minus the mean score."""
+    total = mass.sum(-1, keepdim=True, dtype=torch.float64)
+    weighed = torch.where(mass > 0.0, mass * scores, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+    return total.log() - weighed / total

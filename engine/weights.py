@@ -3,13 +3,66 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _MISTRAL = ("consolidated.safetensors", "consolidated.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+PREFIX = "consolidated"
+
+_DECODER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_TOWER = {
+    "attention.wq": "attention.q_proj",
+    "attention.wk": "attention.k_proj",
+    "attention.wv": "attention.v_proj",
+    "attention.wo": "attention.o_proj",
+    "feed_forward.w1": "feed_forward.gate_proj",
+    "feed_forward.w2": "feed_forward.down_proj",
+    "feed_forward.w3": "feed_forward.up_proj",
+    "attention_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+_ENDS = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BESIDE = {
+    "vision_encoder.patch_conv.weight": "vision_tower.patch_conv.weight",
+    "vision_encoder.ln_pre.weight": "vision_tower.ln_pre.weight",
+    "vision_language_adapter.w_in.": "multi_modal_projector.linear_1.",
+    "vision_language_adapter.w_out.": "multi_modal_projector.linear_2.",
+    "pre_mm_projector_norm.weight": "multi_modal_projector.norm.weight",
+    "patch_merger.merging_layer.weight": "multi_modal_projector.patch_merger.merging_layer.weight",
+}
+_LAYER = re.compile(r"(vision_encoder\.transformer\.)?layers\.(\d+)\.(.+)\.weight")
+
+CLASSES = {
+    "mistral": "MistralForCausalLM",
+    "llava/pixtral": "LlavaForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+}
+"""Kind of model whose weights can be read from this format -> transformers' class."""
 
 
 def weight_files(folder: Path, *, pickled: bool = False, named: str | None = None) -> list[Path]:
@@ -43,3 +96,98 @@ def _shards(index: Path) -> list[str]:
         return sorted(str(name) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelLoadError(f"{index.name} of the model cannot be read: it holds no weight_map") from error
+
+
+def are_mistrals(files: Sequence[Path]) -> bool:
+    """Whether a model's weight files are in this format."""
+    return bool(files) and all(file.name.startswith(PREFIX) for file in files)
+
+
+def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[str, Any]:
+    """A `state_dict` for transformers' `from_pretrained`; each tensor is read when it is taken.
+
+    Raises ModelLoadError naming a tensor that such a model has no place for, or one that is missing.
+    """
+    from safetensors import safe_open
+
+    text = config.get_text_config()
+    heads = {"q": text.num_attention_heads, "k": text.num_key_value_heads}
+    vision = getattr(config, "vision_config", None)
+    found: dict[str, Any] = {}
+    for file in files:
+        tensors: Any = safe_open(file, "pt")
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            target = _renamed(name, in_llava=vision is not None)
+            if target is None:
+                raise ModelLoadError(
+                    f"{file.name} holds {name!r}, which is no tensor of such a model in Mistral's format: serve the "
+                    "model in the Hugging Face format"
+                )
+            stored: Any = tensors.get_slice(name)
+            if rotated := re.search(r"attn\.([qk])_proj\.weight$", target):
+                stored = _Reordered(stored, heads[rotated[1]])
+            elif vision is not None and re.search(r"attention\.[qk]_proj\.weight$", target):
+                stored = _Reordered(stored, vision.num_attention_heads)
+            found[target] = stored
+    if missing := sorted(_expected(config) - found.keys()):
+        raise ModelLoadError(
+            f"{files[0].name} lacks {missing[0]} (transformers' name): fetch the model again"
+        )
+    return found
+
+
+def _expected(config: PretrainedConfig) -> set[str]:
+    """The names of tensors that transformers would make up by chance where they are missing."""
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    decoder = "" if vision is None else "language_model."
+    names = {decoder + name for name in _ENDS.values()}
+    if config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False):
+        names.discard(f"{decoder}lm_head.weight")
+    for layer in range(text.num_hidden_layers):
+        names |= {f"{decoder}model.layers.{layer}.{part}.weight" for part in _DECODER.values()}
+    if vision is not None:
+        names |= {"vision_tower.patch_conv.weight", "vision_tower.ln_pre.weight"}
+        names |= {f"multi_modal_projector.linear_{number}.weight" for number in (1, 2)}
+        for layer in range(vision.num_hidden_layers):
+            names |= {f"vision_tower.transformer.layers.{layer}.{part}.weight" for part in _TOWER.values()}
+    return names
+
+
+def _renamed(name: str, *, in_llava: bool) -> str | None:
+    """transformers' name of a tensor; None where there is none."""
+    decoder = "language_model." if in_llava else ""
+    if name in _ENDS:
+        return decoder + _ENDS[name]
+    if (layer := _LAYER.fullmatch(name)) is not None:
+        tower, number, part = layer.groups()
+        table = _TOWER if tower else _DECODER
+        if part not in table or (tower and not in_llava):
+            return None
+        place = "vision_tower.transformer" if tower else f"{decoder}model"
+        return f"{place}.layers.{number}.{table[part]}.weight"
+    for prefix, ours in _BESIDE.items():
+        if in_llava and name.startswith(prefix):
+            return ours + name.removeprefix(prefix)
+    return None
+
+
+class _Reordered:
+    """A slice of a safetensors file that stands for the query or key weights [heads x head_dim, D], reordered when they
+    are read."""
+
+    def __init__(self, stored: Any, heads: int) -> None:
+        self._stored = stored
+        self._heads = heads
+
+    def get_dtype(self) -> str:
+        return str(self._stored.get_dtype())
+
+    def get_shape(self) -> list[int]:
+        return list(self._stored.get_shape())
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        weight: torch.Tensor = self._stored[...]
+        rows, columns = weight.shape
+        pairs = weight.view(self._heads, rows // self._heads // 2, 2, columns)
+        reordered: torch.Tensor = pairs.transpose(1, 2).reshape(rows, columns)[index]
+        return reordered

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 from handlers.admission import Permit
 from handlers.backends.base import Backend, Delta, Generation, PromptStats, total
-from handlers.dialects.base import Answer, Answered, Task, in_the_clients_words
-from handlers.dialects.error_replies import ErrorStyle, client_error, error_reply, log_error
 from handlers.errors import (
     DeadlineExceeded,
     EngineFailed,
@@ -25,6 +23,8 @@ from handlers.exchange import Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
 from handlers.own_words import own_words_of
+from handlers.protocols.base import Answer, Answered, Task, in_the_clients_words
+from handlers.protocols.error_replies import ErrorStyle, client_error, error_reply, log_error
 from handlers.request import GenerationRequest, PicturePart
 
 log = logging.getLogger(__name__)

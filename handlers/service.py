@@ -13,23 +13,23 @@ from typing import Any, TypeVar
 from handlers.admission import Admission
 from handlers.backends.base import Backend
 from handlers.custom.formatters import FormattedStream, Formatters
-from handlers.dialects import tgi_headers
-from handlers.dialects.adapters import answer_adapters
-from handlers.dialects.base import JSON, JSON_LINES, Answered, Conventions, Task
-from handlers.dialects.body import SHORT_BYTES, read_body
-from handlers.dialects.body_limits import MOST_TEXT_BYTES
-from handlers.dialects.error_replies import style_of
-from handlers.dialects.misspelt import warning
-from handlers.dialects.select import asks_for_session, read_task, style_of_body
-from handlers.dialects.tgi_info import tgi_info
 from handlers.errors import InvalidRequest, NotFound
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
+from handlers.protocols.adapters import answer_adapters
+from handlers.protocols.base import JSON, JSON_LINES, Answered, Conventions, Task
+from handlers.protocols.body import SHORT_BYTES, read_body
+from handlers.protocols.body_limits import MOST_TEXT_BYTES
+from handlers.protocols.error_replies import style_of
+from handlers.protocols.lmi.sessions import Sessions
+from handlers.protocols.misspelt import warning
+from handlers.protocols.select import asks_for_session, read_task, style_of_body
+from handlers.protocols.tgi import headers as tgi_headers
+from handlers.protocols.tgi.info import tgi_info
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
-from handlers.sessions import Sessions
 from handlers.tokenization import Tokenization
 from handlers.totals import check_totals
 from properties.settings_chat import OutputFormat

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from handlers.chat_templates import ChatTemplates
-from handlers.dialects.body import SHORT_BYTES
-from handlers.dialects.body_limits import check_body
-from handlers.dialects.constraints import MAX_DEPTH, depth
 from handlers.errors import InvalidRequest, ServingError
 from handlers.literal_text import ControlTokens, Hidden, LiteralEncoder, encode, token_places
+from handlers.protocols.body import SHORT_BYTES
+from handlers.protocols.body_limits import check_body
+from handlers.protocols.constraints import MAX_DEPTH, depth
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, pictures, prompt_parts
 from handlers.template_source import TemplateSource
 

@@ -12,12 +12,12 @@ from typing import Any
 from handlers.admission import Admission
 from handlers.backends.base import Backend, TokenizedPrompt
 from handlers.backends.limits import longest_prompt
-from handlers.dialects.base import JSON, Conventions
-from handlers.dialects.misspelt import warning
-from handlers.dialects.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.exchange import Incoming, Reply
 from handlers.images.loader import ImageLoader
+from handlers.protocols.base import JSON, Conventions
+from handlers.protocols.misspelt import warning
+from handlers.protocols.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
 from handlers.request import pictures
 
 MOST_TEXT_BYTES = 2**20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live import LiveServer
+from tests.support.live import LiveServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,7 +27,7 @@ def shapes_server() -> Iterator[LiveServer]:
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Imports torch, which reads the variables above when it is imported.
-    from tests.models import make_llava
+    from tests.support.models import make_llava
 
     return make_llava(tmp_path_factory.mktemp("models") / "tiny")
 

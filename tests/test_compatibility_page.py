@@ -16,7 +16,7 @@ EVIDENCE = TESTS / "evidence.md"
 PAGE = ROOT / "docs" / "compatibility.md"
 PAGES = [EVIDENCE, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-_NAMED = re.compile(r"(?P<file>(?:\w+/)?test_\w+\.py)(?:::(?P<name>test_\w+))?")
+_NAMED = re.compile(r"(?P<file>(?:\w+/)*test_\w+\.py)(?:::(?P<name>test_\w+))?")
 _QUOTED = re.compile(r"`([^`]+)`")
 _BARE = re.compile(r"`test_\w+`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")

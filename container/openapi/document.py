@@ -15,15 +15,16 @@ from container.openapi import openai_shapes
 from container.openapi.table import TEXTS, Text
 from container.routes import Route, every
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, RANGES
-from handlers.dialects import lmi_parameters, tgi
-from handlers.dialects.base import JSON, JSON_LINES, MAX_PROMPTS
-from handlers.dialects.openai_fields import MAX_ANSWERS
+from handlers.protocols.base import JSON, JSON_LINES, MAX_PROMPTS
+from handlers.protocols.lmi import parameters as lmi_parameters
+from handlers.protocols.openai.fields import MAX_ANSWERS
+from handlers.protocols.tgi import generate as tgi
 from handlers.version import VERSION
 
 _REF = "#/components/schemas/{name}"
 _RENAMED = {
-    "handlers.dialects.lmi_parameters.Parameters": "LmiParameters",
-    "handlers.dialects.tgi.Parameters": "TgiParameters",
+    "handlers.protocols.lmi.parameters.Parameters": "LmiParameters",
+    "handlers.protocols.tgi.generate.Parameters": "TgiParameters",
 }
 
 _STATUSES = {

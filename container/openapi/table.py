@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from container.openapi import lmi_shapes, openai_shapes, server_shapes, tgi_shapes
-from handlers.dialects import adapters, tgi, tokens
-from handlers.dialects.base import JSON_LINES
-from handlers.dialects.lmi import LmiBody
-from handlers.dialects.openai_chat import ChatBody
-from handlers.dialects.openai_completions import CompletionBody
+from handlers.protocols import adapters, tokens
+from handlers.protocols.base import JSON_LINES
+from handlers.protocols.lmi.requests import LmiBody
+from handlers.protocols.openai.chat import ChatBody
+from handlers.protocols.openai.completions import CompletionBody
+from handlers.protocols.tgi import generate as tgi
 
 SSE = "text/event-stream"
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from handlers.dialects.tokens import SimpleToken
+from handlers.protocols.tokens import SimpleToken
 
 
 class TgiToken(Struct, forbid_unknown_fields=True):

@@ -281,6 +281,16 @@ class GatherKernel(AttentionKernel):
         return _DecodeGroup(rows, blocks, contexts, len(tables[0]), {})
 
 
+class CpuKernel(GatherKernel):
+    """What `GatherKernel` does, under the name that tells an operator where it runs."""
+
+    name: ClassVar[str] = "cpu"
+
+    @classmethod
+    def unsupported(cls, shape: CacheShape) -> str | None:
+        return None if shape.device.type == "cpu" else f"it runs on a CPU only, not on {shape.device.type}"
+
+
 def padded_tables(step: PackedStep, members: list[int]) -> list[list[int]]:
     """The blocks that those sequences use, each row filled up with the sequence's own last block."""
     used = [-(-step.context_lens[i] // step.block_size) for i in members]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from engine.messages import Picture
-    from engine.step_input import PicturePlace
+    from engine.scheduler import PicturePlace
     from engine.tensor_parallel import Ranks
 
 Arrays = dict[str, npt.NDArray[np.generic]]

@@ -2,7 +2,7 @@
 
 The files of the Hugging Face format that such a model lacks are written from its own into a directory that also links
 to all that the model has; everything else in this server reads that directory. The weights are not copied: the
-embedded engine converts them while it loads them (`engine.mistral_weights`), and vLLM reads them itself.
+embedded engine converts them while it loads them (`engine.weights`), and vLLM reads them itself.
 """
 
 from __future__ import annotations

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.client import EngineClient
-from engine.cores import usable_cores
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.group import STUCK_SECONDS, EngineGroup, Ticket
-from engine.logprobs import Logprobs
-from engine.messages import Add, Output, Picture, TensorData
+from engine.machine import usable_cores
+from engine.messages import Add, Logprobs, Output, Picture, TensorData
 from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (

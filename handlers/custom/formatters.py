@@ -10,8 +10,8 @@ import msgspec
 
 from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import Part
-from handlers.dialects.error_replies import lmi_error, log_error
 from handlers.errors import CustomCodeError, DeadlineExceeded, ServingError
+from handlers.protocols.error_replies import lmi_error, log_error
 
 _MOST_SECONDS = 60.0
 """For one call of a formatter; then its process is replaced."""

@@ -13,13 +13,13 @@ from handlers.admission import Admission, Permit
 from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import End, Head, Part
 from handlers.custom.process import HandlerCall
-from handlers.dialects.base import JSON_LINES
-from handlers.dialects.error_replies import error_reply, lmi_error, log_error, style_of
-from handlers.dialects.sagemaker import attributes_of
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
 from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
 from handlers.own_words import own_words_of
+from handlers.protocols.base import JSON_LINES
+from handlers.protocols.error_replies import error_reply, lmi_error, log_error, style_of
+from handlers.protocols.lmi.sagemaker import attributes_of
 from handlers.run import refusal
 from handlers.service import ServiceLimits
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from PIL import Image
 
-from engine.cores import usable_cores
+from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
 from handlers.images.decode import Color
 from handlers.images.decoder_worker import QUESTION, SLACK_BYTES, Question, Settings

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
-from engine.cores import usable_cores
+from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver

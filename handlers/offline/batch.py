@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from handlers.backends.base import Backend
-from handlers.dialects.base import Answer, Answered
-from handlers.dialects.error_replies import client_error
 from handlers.errors import EngineFailed, ServingError, Unavailable
 from handlers.images.loader import ImageLoader
+from handlers.protocols.base import Answer, Answered
+from handlers.protocols.error_replies import client_error
 from handlers.request import GenerationRequest
 
 Outcome = Answered | ServingError

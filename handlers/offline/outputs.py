@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from handlers.backends.base import FinishReason, PositionLogprobs, PromptStats
-from handlers.dialects.base import Answer
 from handlers.errors import ServingError
+from handlers.protocols.base import Answer
 
 
 @dataclass(frozen=True, slots=True)

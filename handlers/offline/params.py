@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.sampling_params import SamplingParams as EngineParams
-from handlers.dialects.base import sampling_params
-from handlers.dialects.body import convert
-from handlers.dialects.constraints import read_constraint
 from handlers.errors import InvalidRequest
+from handlers.protocols.base import sampling_params
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import read_constraint
 from handlers.request import Constraint
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

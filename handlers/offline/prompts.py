@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from engine.sampling_params import MAX_INTEGER
-from handlers.dialects.openai_messages import read_messages
 from handlers.errors import InvalidRequest
 from handlers.offline.multimodal import PromptImages
+from handlers.protocols.openai.messages import read_messages
 from handlers.request import ChatPrompt, Part, PicturePart, Prompt, TextPart, TextPrompt
 
 _WRITTEN = (

@@ -37,7 +37,7 @@ from tests.attack.hosts import Host, private_urls, redirect, reply
 from tests.attack.payloads import payloads
 from tests.attack.sending import asks, head_of, post
 from tests.attack.target import EVIL, GOOD, KEY, MB, Bound, Measured, Target
-from tests.live import chat_body
+from tests.support.live import chat_body
 
 ALLOWED = {200, 400, 404, 408, 413, 415, 422, 429, 503}
 SPARE_CORES = 4

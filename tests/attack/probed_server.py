@@ -17,8 +17,8 @@ from typing import Any
 
 from handlers.backends.base import Delta
 from handlers.request import GenerationRequest
-from tests.scripted import Step
-from tests.scripted_server import ObedientBackend, ordered
+from tests.support.scripted import Step
+from tests.support.scripted_server import ObedientBackend, ordered
 
 
 class ProbedBackend(ObedientBackend):

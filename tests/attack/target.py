@@ -18,7 +18,7 @@ import psutil
 from PIL import Image, ImageDraw
 
 from tests.attack.probe import Readings, Stalls
-from tests.live import LiveServer, chat_body
+from tests.support.live import LiveServer, chat_body
 
 SHAPES = Path(__file__).parent.parent.parent / "examples" / "shapes"
 PROBE = Path(__file__).parent / "probe.py"

@@ -15,10 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.backend import VLLM
-from tests.live import LiveServer
-from tests.scripted_adapters import make_adapter
-from tests.scripted_server import ServerProcess
+from tests.support.backend import VLLM
+from tests.support.live import LiveServer
+from tests.support.scripted_adapters import make_adapter
+from tests.support.scripted_server import ServerProcess
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

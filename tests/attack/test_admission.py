@@ -30,7 +30,7 @@ from container.listen import HttpServer, bind
 from container.metrics import Metrics
 from handlers.errors import Overloaded, PayloadTooLarge
 from properties.configuration import resolve
-from tests.scripted_server import ServerProcess
+from tests.support.scripted_server import ServerProcess
 
 MIB = 2**20
 MEMORY_MB = 128

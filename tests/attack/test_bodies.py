@@ -19,17 +19,17 @@ import pytest
 
 from container import prompt_log
 from container.bodies import Bodies, Body
-from handlers.dialects import body_limits
-from handlers.dialects.body import read_body
-from handlers.dialects.body_limits import BodyCount, counted, with_plain_slashes
-from handlers.dialects.markdown_pictures import picture_parts
-from handlers.dialects.openai_messages import read_messages
 from handlers.errors import InvalidRequest, MalformedBody
 from handlers.images import data_url
 from handlers.images.data_url import decode_data_url
 from handlers.images.problem import PictureProblem
+from handlers.protocols import body_limits
+from handlers.protocols.body import read_body
+from handlers.protocols.body_limits import BodyCount, counted, with_plain_slashes
+from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.openai.messages import read_messages
 from tests.attack.sending import TRIES
-from tests.scripted_server import ServerProcess
+from tests.support.scripted_server import ServerProcess
 
 M = 10**6
 MOST_STALL = 0.05

@@ -31,7 +31,7 @@ from handlers.images.problem import PictureProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.attack import corpus
-from tests.live import LiveServer, chat_body, data_url
+from tests.support.live import LiveServer, chat_body, data_url
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 MAX_PIXELS = 89_478_485

@@ -9,8 +9,8 @@ import pytest
 
 from processes.environment import SERVER_KEYS, child_environment, forget_keys
 from properties.configuration import resolve
-from tests.backend import VLLM
-from tests.live import LiveServer, chat_body
+from tests.support.backend import VLLM
+from tests.support.live import LiveServer, chat_body
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 KEY = "sk-the-clients-key"

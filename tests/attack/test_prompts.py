@@ -20,7 +20,7 @@ from handlers.own_words import own_words
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt
 from handlers.templates import PromptRenderer
 from tests.attack.sending import TRIES
-from tests.scripted import ScriptedBackend, incoming, said, service
+from tests.support.scripted import ScriptedBackend, incoming, said, service
 
 M = 10**6
 MOST_STALL = 0.05

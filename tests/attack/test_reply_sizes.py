@@ -14,7 +14,7 @@ from handlers.grammars.compiler import MOST_OUTCOME_BYTES, _Worker
 from handlers.grammars.messages import Job
 from processes.child import Child
 from processes.environment import child_environment
-from tests.live import LiveServer
+from tests.support.live import LiveServer
 
 HANDLER = """
 from djl_python import Output
@@ -60,7 +60,7 @@ def test_a_grammar_compilers_reply_is_bounded() -> None:
     async def main() -> None:
         worker = _Worker()
         child = worker._child = await Child.start(
-            "tests.echoing_child", env=child_environment("plain"), logger=logging.getLogger(__name__)
+            "tests.support.echoing_child", env=child_environment("plain"), logger=logging.getLogger(__name__)
         )
         child.send(b"flood")
         with pytest.raises(EOFError, match=f"allowed: {MOST_OUTCOME_BYTES}$"):

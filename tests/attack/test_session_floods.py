@@ -11,10 +11,10 @@ import httpx
 import psutil
 import pytest
 
-from handlers import sessions
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.sessions import MOST_SESSIONS, Sessions
-from tests.scripted_server import ServerProcess
+from handlers.protocols.lmi import sessions
+from handlers.protocols.lmi.sessions import MOST_SESSIONS, Sessions
+from tests.support.scripted_server import ServerProcess
 
 ID = "x-amzn-sagemaker-session-id"
 OPEN = {"requestType": "NEW_SESSION"}

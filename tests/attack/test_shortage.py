@@ -19,8 +19,8 @@ from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import Start
 from processes.restarts import LONGEST_PAUSE_SECONDS, LONGEST_WAIT_SECONDS, Restarts
 from processes.shortage import shortage
-from tests.backend import BACK
-from tests.live import LiveServer, chat_body
+from tests.support.backend import BACK
+from tests.support.live import LiveServer, chat_body
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 

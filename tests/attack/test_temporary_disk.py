@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.backend import BACK, VLLM
-from tests.live import LiveServer, chat_body, data_url
+from tests.support.backend import BACK, VLLM
+from tests.support.live import LiveServer, chat_body, data_url
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 

@@ -13,7 +13,7 @@ import pytest
 from tests.attack.payloads import CHAT
 from tests.attack.sending import bounded, post, refused_or_answered
 from tests.attack.target import KEY, MB, SLACK, Measured, Target
-from tests.live import chat_body
+from tests.support.live import chat_body
 
 
 def test_names_that_clients_choose_are_no_labels(target: Target) -> None:

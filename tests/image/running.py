@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from tests.image.images import podman, run_options
-from tests.live import chat_body
+from tests.support.live import chat_body
 
 _READY_SECONDS = 120.0
 _STOP_SECONDS = 60.0

@@ -15,8 +15,8 @@ import pytest
 
 from tests.image.images import SHAPES, podman
 from tests.image.running import Container, free_port, run
-from tests.live import chat_body
-from tests.test_shapes_live import circle, square
+from tests.live.test_shapes import circle, square
+from tests.support.live import chat_body
 
 WHAT = "What is this an image of?"
 OFFLINE = ("--network=none", "--read-only", "--tmpfs=/tmp:rw,size=64m,mode=1777")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.image.running import Container
-from tests.test_sagemaker_clients import *  # noqa: F403 - its tests are this file's
+from tests.live.test_sagemaker_clients import *  # noqa: F403 - its tests are this file's
 
 # It kills a server whose answers are scripted, which the image has not.
 del test_what_happens_to_a_stream_after_its_first_token  # noqa: F821

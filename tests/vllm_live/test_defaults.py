@@ -11,7 +11,7 @@ from vllm.config import ModelConfig
 
 from handlers.backends.model_front import read_default_sampling
 from handlers.backends.vllm.prompts.front import generation_defaults
-from tests.models import make_text_model
+from tests.support.models import make_text_model
 
 FIELDS: dict[str, Any] = {
     "temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.05, "presence_penalty": 0.5,

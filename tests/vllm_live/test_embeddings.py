@@ -1,12 +1,12 @@
 """Embeddings for a model of vLLM's that dies of wrong ones: told at the start. Those that are served are in
-tests/families/test_qwen_vl_live.py."""
+tests/live/test_qwen_vl.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.families.tiny_qwen_vl import make_qwen_vl
-from tests.scripts import run_script
+from tests.support.scripts import run_script
+from tests.support.tiny_qwen_vl import make_qwen_vl
 
 SCRIPT = """
 import asyncio, os, sys

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.families.likeness import noise
-from tests.families.tiny_llava_next import make_llava_next
-from tests.families.tiny_llava_onevision import make_llava_onevision
-from tests.families.tiny_pixtral import make_pixtral
-from tests.live import LiveServer, message
+from tests.support.likeness import noise
+from tests.support.live import LiveServer, message
+from tests.support.tiny_llava_next import make_llava_next
+from tests.support.tiny_llava_onevision import make_llava_onevision
+from tests.support.tiny_pixtral import make_pixtral
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "llava_next": make_llava_next,

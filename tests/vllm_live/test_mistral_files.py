@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.families.likeness import noise
-from tests.live import LiveServer, chat_body, message
-from tests.test_shapes_live import SHAPES, circle
-from tests.tiny_mistral import UNIT, make_mistral
+from tests.live.test_shapes import SHAPES, circle
+from tests.support.likeness import noise
+from tests.support.live import LiveServer, chat_body, message
+from tests.support.tiny_mistral import UNIT, make_mistral
 
 
 def test_it_is_served_with_the_hugging_face_files(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from engine.machine import this_machine
-from tests.backend import BACK
-from tests.live import LiveServer
-from tests.models import make_llava
+from tests.support.backend import BACK
+from tests.support.live import LiveServer
+from tests.support.models import make_llava
 from tests.vllm_live.machines import LINK, Machines, until
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.scripts import run_script
-from tests.test_offline_old_pages import tower_features
-from tests.test_shapes_live import PICTURES, SHAPES
+from tests.handlers.offline.test_old_pages import tower_features
+from tests.live.test_shapes import PICTURES, SHAPES
+from tests.support.scripts import run_script
 
 SCRIPT = """
 import sys

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.live import LiveServer, message
+from tests.support.live import LiveServer, message
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 OPTIONS = ("dtype=float32", 'limit_mm_per_prompt={"image": 4}')

@@ -34,8 +34,8 @@ from handlers.parsers.base import (
 from handlers.parsers.reasoning import ReasoningThenCalls
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
-from tests.live import LiveServer
-from tests.test_shapes_live import SHAPES
+from tests.live.test_shapes import SHAPES
+from tests.support.live import LiveServer
 from tests.vllm_live.test_compat import OLDER
 
 TOOLS: list[dict[str, Any]] = [

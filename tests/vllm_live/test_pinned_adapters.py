@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.test_shapes_live import SHAPES
+from tests.live.test_shapes import SHAPES
 from tests.vllm_live.trained_adapter import train_adapter
 
 ROOT = Path(__file__).parent.parent.parent

@@ -21,7 +21,7 @@ from handlers.backends.vllm import compat
 from handlers.backends.vllm.prompts.sampling import to_vllm
 from handlers.backends.vllm.samplers import rows as processor_rows
 from handlers.backends.vllm.samplers.carried import KEY, PROCESSOR, wanted
-from tests.test_samplers_extra import EOS, KINDS, random_logits
+from tests.engine.test_samplers_extra import EOS, KINDS, random_logits
 
 VOCABULARY = 300
 MOST = 64

@@ -25,9 +25,9 @@ from engine.machine import this_machine
 from handlers.backends.vllm.nodes import cluster
 from handlers.backends.vllm.nodes.cluster import Cluster, running_cluster
 from handlers.errors import InvalidConfiguration
-from tests.backend import BACK
-from tests.live import LiveServer
-from tests.models import make_llava
+from tests.support.backend import BACK
+from tests.support.live import LiveServer
+from tests.support.models import make_llava
 from tests.vllm_live import ray_on_cpu
 from tests.vllm_live.machines import LINK, Machines, until
 

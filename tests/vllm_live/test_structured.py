@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.live import LiveServer
-from tests.test_shapes_live import SHAPES, circle, square
+from tests.live.test_shapes import SHAPES, circle, square
+from tests.support.live import LiveServer
 
 WHAT = "What is this an image of?"
 SCHEMA = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.exactness import image_of
-from tests.families.tiny_tiles import make_idefics3, make_internvl
-from tests.live import LiveServer, message
+from tests.support.exactness import image_of
+from tests.support.live import LiveServer, message
+from tests.support.tiny_tiles import make_idefics3, make_internvl
 
 CHATS = (
     [message(image_of(60, 40), "what?")],

@@ -13,8 +13,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.live import LiveServer, chat_body
-from tests.test_shapes_live import SHAPES
+from tests.live.test_shapes import SHAPES
+from tests.support.live import LiveServer, chat_body
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,132 @@
+"""The adapters API as LMI has it: what a call asks for, and how it is answered.
+
+Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker's own container libraries do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+
+from handlers.backends.adapters import AdapterInfo, AdapterStore
+from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
+from handlers.exchange import AdapterCall, Reply
+from handlers.protocols.base import JSON
+from handlers.protocols.body import SHORT_BYTES, convert, read_body
+
+_ALIAS = "x-amzn-sagemaker-adapter-alias"
+_LONGEST_ALIAS = 128
+MOST_LISTED = 100
+"""Adapters in one page: LMI's limit."""
+
+
+class AdapterBody(msgspec.Struct):
+    """What adds or updates an adapter. preload: accepted; adapters are loaded before the answer in any case."""
+
+    name: str | None = None
+    src: str | None = None
+    preload: bool | None = None
+    pin: bool | None = None
+
+
+class Adapter(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    src: str
+    preload: bool
+    pin: bool
+
+
+class AdapterList(msgspec.Struct, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+    adapters: list[Adapter]
+    next_page_token: str | None = None
+
+
+class AdapterStatus(msgspec.Struct, forbid_unknown_fields=True):
+    status: str
+
+
+async def answer_adapters(store: AdapterStore | None, call: AdapterCall, taken: Collection[str]) -> Reply:
+    """taken: names that no adapter may have. Raises ServingError."""
+    if store is None:
+        raise InvalidRequest(
+            "LoRA is not enabled. Adapters need the vLLM backend (option.rolling_batch=vllm) with "
+            "option.enable_lora=true"
+        )
+    if call.action == "list":
+        return _reply(_page(store.infos(), call.query))
+    if call.action == "show":
+        for info in store.infos():
+            if info.name == call.name:
+                return _reply(_shown(info))
+        raise NotFound(f"there is no adapter {call.name[:80]!r}", param="adapters")
+    if call.action == "remove":
+        await store.remove(call.name)
+        return _status(call, call.name, "unregistered")
+    asked = _asked(call)
+    if call.action == "update":
+        if asked.name not in (None, call.name):
+            raise InvalidRequest("name: an adapter cannot be renamed; leave it out", param="name")
+        await store.update(call.name, asked.src, pin=asked.pin)
+        return _status(call, call.name, "updated")
+    if not asked.name or not asked.src:
+        missing = "src" if asked.name else "name"
+        raise InvalidRequest(f"Parameter {missing} is required.", param=missing)
+    if asked.name in taken:
+        raise Conflict(f"{asked.name!r} is the model's own name; choose another", param="name")
+    await store.add(asked.name, asked.src, pin=bool(asked.pin))
+    return _status(call, asked.name, "registered")
+
+
+def _asked(call: AdapterCall) -> AdapterBody:
+    """What the query says wins over the body. Raises InvalidRequest."""
+    body: dict[str, Any] = {}
+    if len(call.body) > SHORT_BYTES:
+        raise PayloadTooLarge(f"the body has {len(call.body)} bytes; allowed: at most {SHORT_BYTES}")
+    if call.body.strip():
+        body = read_body(call.body, {"content-type": JSON})
+    asked = convert(body, AdapterBody)
+    asked.name = call.query.get("name", asked.name)
+    asked.src = call.query.get("src", asked.src)
+    for name in ("preload", "pin"):
+        if name in call.query:
+            setattr(asked, name, _flag(name, call.query[name]))
+    return asked
+
+
+def _flag(name: str, text: str) -> bool:
+    known = {"true": True, "false": False, "1": True, "0": False}
+    if text.lower() not in known:
+        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: true, false", param=name)
+    return known[text.lower()]
+
+
+def _page(infos: Collection[AdapterInfo], query: Mapping[str, str]) -> AdapterList:
+    first = _count(query, "next_page_token", 0)
+    most = _count(query, "limit", MOST_LISTED) or MOST_LISTED
+    last = first + min(most, MOST_LISTED)
+    shown = [_shown(info) for info in list(infos)[first:last]]
+    return AdapterList(shown, str(last) if last < len(infos) else None)
+
+
+def _count(query: Mapping[str, str], name: str, default: int) -> int:
+    text = query.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: a whole number", param=name)
+    return int(text)
+
+
+def _shown(info: AdapterInfo) -> Adapter:
+    return Adapter(info.name, info.src, True, info.pin)
+
+
+def _status(call: AdapterCall, name: str, done: str) -> Reply:
+    alias = call.headers.get(_ALIAS, "")[:_LONGEST_ALIAS]
+    return _reply(AdapterStatus(f"Adapter {alias or name} {done}"))
+
+
+def _reply(body: msgspec.Struct) -> Reply:
+    return Reply(200, JSON, msgspec.json.encode(body) + b"\n")

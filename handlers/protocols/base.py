@@ -1,0 +1,166 @@
+"""What a dialect is: a function that reads a body into a `Task`, and the writer that this task carries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
+
+from msgspec import Meta
+
+from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
+from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
+from handlers.errors import InvalidRequest, ServingError
+from handlers.parsers.base import AnswerFormats
+from handlers.request import GenerationRequest
+from properties.settings_chat import OutputFormat
+
+SSE = "text/event-stream; charset=utf-8"
+JSON = "application/json"
+JSON_LINES = "application/jsonlines"
+
+MAX_PROMPTS = 1024
+"""Most prompts in one body."""
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
+
+
+@dataclass(frozen=True, slots=True)
+class Conventions:
+    """What holds for every request of a server.
+
+    model_name: shown in replies to requests that name no model. sampling: the model's own defaults
+    (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
+    trust_chat_templates: requests may bring a template of their own. chat_templates: names of the model's own, of
+    which any request may choose one, with the variables that each reads. max_model_len, special_token_ids: the model's.
+    special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
+    custom_output: replies go through the user's output formatter, which knows OpenAI's shapes.
+    embeddings: the operator lets clients send them in place of pictures.
+    """
+
+    model_name: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    output_formatter: OutputFormat | None = None
+    tgi_compat: bool = False
+    trust_chat_templates: bool = False
+    max_model_len: int = 0
+    special_token_ids: Set[int] = frozenset()
+    special_tokens: Set[str] = frozenset()
+    formats: AnswerFormats = field(default_factory=AnswerFormats)
+    custom_output: bool = False
+    embeddings: bool = False
+    chat_templates: Mapping[str, Set[str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole answer: the sum of its deltas. pieces: what each token added to the text."""
+
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    eos: bool = False
+
+    def add(self, delta: Delta) -> None:
+        if delta.token_ids or not self.pieces:
+            self.pieces += delta.pieces
+        else:
+            self.pieces[-1] += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason, self.eos = delta.finish_reason, delta.stop_reason, delta.eos
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+@dataclass(slots=True)
+class Answered:
+    """One prompt and its n answers."""
+
+    stats: PromptStats
+    answers: list[Answer]
+
+
+class Writer(Protocol):
+    """Writes one task's reply, whole or in chunks that are already framed.
+
+    keep_alive: what may be sent while nothing happens; empty where the framing knows no such thing.
+    """
+
+    @property
+    def stream_type(self) -> str:
+        """Content type of a streamed reply; a whole one is JSON."""
+
+    @property
+    def keep_alive(self) -> bytes: ...
+
+    def whole(self, answered: list[Answered]) -> bytes: ...
+
+    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
+        """Empty when the delta shows nothing."""
+
+    def end(self, stats: PromptStats) -> bytes: ...
+
+    def failed(self, error: ServingError) -> bytes:
+        """The last thing in a stream that broke after its first chunk."""
+
+
+@dataclass(slots=True)
+class Task:
+    """What a body asks for. Several requests are several prompts, answered together and in order.
+
+    misspelt: of names in the body that nobody reads, what is told (`handlers.protocols.misspelt`).
+    """
+
+    requests: list[GenerationRequest]
+    writer: Writer
+    misspelt: Sequence[str] = ()
+
+    @property
+    def stream(self) -> bool:
+        return self.requests[0].stream
+
+
+def sampling_params(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> SamplingParams:
+    """The client's values over the model's defaults; None counts as not given.
+
+    names: what the client calls a field where that is not its name here. The seed -1 is none, as in vLLM; another
+    negative one, which OpenAI allows, stands for the seed 2^63 above it. Raises InvalidRequest.
+    """
+    names = names or {}
+    known = SamplingParams.__struct_fields__
+    values = {name: value for name, value in defaults.items() if name in known and value is not None}
+    values.update((name, value) for name, value in given.items() if value is not None)
+    if (seed := values.get("seed")) is not None:
+        if not -MAX_SEED - 1 <= seed <= MAX_SEED:
+            shown = names.get("seed", "seed")
+            raise InvalidRequest(f"{shown} must be a whole number from -2^63 to 2^63-1", param=shown)
+        values["seed"] = None if seed == -1 else seed & MAX_SEED
+    sampling = SamplingParams(**values)
+    try:
+        sampling.validate()
+    except ValueError as error:
+        field_name, _, rest = str(error).partition(" ")
+        shown = names.get(field_name, field_name)
+        raise InvalidRequest(f"{shown} {rest}", param=shown) from error
+    return sampling
+
+
+def in_the_clients_words(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """The error with its field called as the client calls it (see `GenerationRequest.names`)."""
+    name = error.param
+    if name is None or name not in names:
+        return error
+    error.message = re.sub(rf"\b{re.escape(name)}\b", lambda _: names[name], error.message)
+    error.param, error.args = names[name], (error.message,)
+    return error

@@ -1,0 +1,97 @@
+"""Stateful sessions, as SageMaker's sticky routing asks containers to open, know and close them.
+
+A session is a name that SageMaker sends to the same instance again, where the prefixes and pictures of earlier turns
+are still cached. Nothing else is kept of it.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from handlers.errors import InvalidRequest, Overloaded
+from handlers.exchange import Reply
+from handlers.protocols.base import JSON
+from handlers.protocols.body import shown_value
+
+MOST_SESSIONS = 100_000
+"""Open at a time."""
+
+_ID = "x-amzn-sagemaker-session-id"
+_NEW = "NEW_SESSION"
+_CLOSE = "CLOSE"
+
+
+class Sessions:
+    """The open sessions of this server, in the order in which they end: each lasts equally long."""
+
+    def __init__(
+        self, *, enabled: bool = True, expiration: float = 1200.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        """expiration: seconds from a session's opening to its end, used or not. clock: seconds since 1970."""
+        self._enabled = enabled
+        self._expiration = expiration
+        self._clock = clock
+        self._ends: dict[str, float] = {}
+
+    def control(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Reply:
+        """Open or close a session, as `requestType` says.
+
+        headers: names in lower case. Raises InvalidRequest, and Overloaded when too many are open.
+        """
+        asked = body["requestType"]
+        if asked not in (_NEW, _CLOSE):
+            raise InvalidRequest(
+                f"requestType is {shown_value(asked)}; allowed: {_NEW!r}, {_CLOSE!r}", param="requestType"
+            )
+        self._require_enabled()
+        return self._open() if asked == _NEW else self._close(headers.get(_ID, ""))
+
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Raises InvalidRequest for a request that names a session that is not open."""
+        if named := headers.get(_ID):
+            self._require_enabled()
+            self._find(named)
+
+    def _open(self) -> Reply:
+        self._forget_ended()
+        if len(self._ends) >= MOST_SESSIONS:
+            raise Overloaded("too many sessions are open: close some, or try again later", retry_after=60)
+        name, end = str(uuid.uuid4()), self._clock() + self._expiration
+        self._ends[name] = end
+        expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end))
+        value = f"{name}; Expires={expires}"
+        # SageMaker's guide names the first header, its own container standard the second.
+        headers = {"X-Amzn-SageMaker-Session-Id": value, "X-Amzn-SageMaker-New-Session-Id": value}
+        return _result(f"Session {name} created", headers)
+
+    def _close(self, name: str) -> Reply:
+        if not name:
+            raise InvalidRequest("name the session to close in the header X-Amzn-SageMaker-Session-Id")
+        self._find(name)
+        del self._ends[name]
+        return _result(f"Session {name} closed", {"X-Amzn-SageMaker-Closed-Session-Id": name})
+
+    def _find(self, name: str) -> None:
+        self._forget_ended()
+        if name == _NEW:
+            raise InvalidRequest(f'to open a session send {{"requestType": "{_NEW}"}}', param="requestType")
+        if name not in self._ends:
+            raise InvalidRequest(f"session not found, or expired: {name[:80]}")
+
+    def _forget_ended(self) -> None:
+        now = self._clock()
+        while self._ends and self._ends[first := next(iter(self._ends))] <= now:
+            del self._ends[first]
+
+    def _require_enabled(self) -> None:
+        if not self._enabled:
+            raise InvalidRequest("this server keeps no sessions (option.enable_stateful_sessions)")
+
+
+def _result(text: str, headers: dict[str, str]) -> Reply:
+    return Reply(200, JSON, msgspec.json.encode({"result": text}), headers=headers)

@@ -1,0 +1,154 @@
+"""Tokens for their own sake: TGI's `/tokenize` and `/chat_tokenize`, vLLM's `/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from handlers.backends.base import TokenizedPrompt
+from handlers.errors import InvalidRequest
+from handlers.exchange import Incoming
+from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
+from handlers.protocols.body import convert
+from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.misspelt import KnownNames
+from handlers.protocols.openai.chat import read_chat
+from handlers.request import Prompt, TextPrompt
+
+MOST_TOKENS = 2**20
+"""That may be turned into text at once."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTask:
+    """keep: only this many of the last tokens are asked for; None for all of them. write: the reply's body.
+
+    misspelt: as of `Task`.
+    """
+
+    prompt: Prompt
+    write: Callable[[TokenizedPrompt], bytes]
+    keep: int | None = None
+    misspelt: Sequence[str] = ()
+
+
+class TokenParameters(msgspec.Struct):
+    truncate: TokenCount | None = None
+
+
+class InputsToTokens(msgspec.Struct):
+    inputs: str
+    parameters: TokenParameters | None = None
+
+
+class PromptToTokens(msgspec.Struct):
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+_PROMPT_NAMES = KnownNames({*PromptToTokens.__struct_fields__}, {"model"})
+
+
+class _VllmChat(msgspec.Struct):
+    """What `/tokenize` asks of messages beyond what a chat does; vLLM adds no special tokens to a chat's."""
+
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokensToText(msgspec.Struct):
+    tokens: Annotated[list[TokenId], Meta(max_length=MOST_TOKENS)]
+
+
+class SimpleToken(msgspec.Struct):
+    """TGI's. start, stop: in bytes of UTF-8; 0 and 0 for a token that was added to the text."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> TokenTask:
+    """`inputs` is TGI's word, `prompt` and `messages` are vLLM's. Raises InvalidRequest naming the field."""
+    if incoming.route == "/chat_tokenize":
+        asked_chat = _chat(body, conventions, incoming)
+        return TokenTask(asked_chat.requests[0].prompt, _chat_tokens, misspelt=asked_chat.misspelt)
+    if "inputs" in body:
+        asked = convert(body, InputsToTokens)
+        keep = None if asked.parameters is None else asked.parameters.truncate
+        return TokenTask(TextPrompt(picture_parts(asked.inputs)), _tgi_tokens, keep)
+    if "messages" in body:
+        also = convert(body, _VllmChat)
+        chat = {name: value for name, value in body.items() if name not in _VllmChat.__struct_fields__}
+        if also.add_special_tokens:
+            chat["add_special_tokens"] = True
+        asked_chat = _chat(chat, conventions, incoming)
+        write = _vllm_tokens(conventions, also.return_token_strs)
+        return TokenTask(asked_chat.requests[0].prompt, write, misspelt=asked_chat.misspelt)
+    if "prompt" in body:
+        text = convert(body, PromptToTokens)
+        add = True if text.add_special_tokens is None else text.add_special_tokens
+        prompt = TextPrompt(picture_parts(text.prompt), add_special_tokens=add)
+        write = _vllm_tokens(conventions, text.return_token_strs)
+        return TokenTask(prompt, write, misspelt=_PROMPT_NAMES.misspelt(body))
+    raise InvalidRequest("the body has neither inputs, prompt nor messages", param="prompt")
+
+
+def read_detokenize(body: dict[str, Any]) -> list[int]:
+    """Raises InvalidRequest naming the field."""
+    return convert(body, TokensToText).tokens
+
+
+def detokenize_reply(text: str) -> bytes:
+    return _encode({"prompt": text})
+
+
+def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
+    """With the prompt that the same body would be answered for."""
+    asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    return read_chat(asked, conventions, request_id=incoming.request_id)
+
+
+def _tgi_tokens(found: TokenizedPrompt) -> bytes:
+    """In pieces: other threads run between them."""
+    tokens = _simple_tokens(found)
+    pieces = [_encode(tokens[at : at + 4096])[1:-1] for at in range(0, len(tokens), 4096)]
+    return b"[" + b",".join(pieces) + b"]"
+
+
+def _chat_tokens(found: TokenizedPrompt) -> bytes:
+    text = _encode(found.text)
+    return b'{"tokenize_response":' + _tgi_tokens(found) + b',"templated_text":' + text + b"}"
+
+
+def _simple_tokens(found: TokenizedPrompt) -> list[SimpleToken]:
+    at = None if found.text.isascii() else [0, *accumulate(len(c.encode()) for c in found.text)]
+    return [
+        SimpleToken(
+            token_id, found.text[start:stop], *((start, stop) if at is None else (at[start], at[stop]))
+        )
+        for token_id, (start, stop) in zip(found.token_ids, found.spans, strict=True)
+    ]
+
+
+def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[TokenizedPrompt], bytes]:
+    def write(found: TokenizedPrompt) -> bytes:
+        return _encode(
+            {
+                "count": len(found.token_ids),
+                "max_model_len": conventions.max_model_len,
+                "tokens": found.token_ids,
+                "token_strs": found.pieces if pieces else None,
+            }
+        )
+
+    return write

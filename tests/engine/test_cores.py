@@ -1,0 +1,54 @@
+"""Threads follow the container's quota, not the machine's size."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.executor import threads_for
+from engine.machine import usable_cores
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "nonsense"}, None),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_the_quota_bounds_the_cores(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == (len(os.sched_getaffinity(0)) if limit is None else limit)
+
+
+def test_threads_are_shared_by_replicas_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("engine.executor.usable_cores", lambda: 17)
+    assert threads_for(EngineConfig(model_path="")) == 16
+    assert threads_for(EngineConfig(model_path="", cpu_share=0.5, devices=("cpu", "cpu"))) == 4
+    assert threads_for(EngineConfig(model_path="", cpu_share=0.01)) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_for(EngineConfig(model_path="")) == 3
+
+
+def test_a_small_model_takes_no_more_threads_than_its_weights_keep_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("engine.executor.usable_cores", lambda: 9)
+    one = EngineConfig(model_path="")
+    assert threads_for(one, 4 << 20) == 1
+    assert threads_for(one, 200 << 20) == 3
+    assert threads_for(one, 8 << 30) == 8
+    assert threads_for(EngineConfig(model_path="", devices=("cpu", "cpu")), 200 << 20) == 3
+    assert threads_for(EngineConfig(model_path="", threads=5), 4 << 20) == 5

@@ -1,0 +1,350 @@
+"""The engine as it runs in production: its own processes, started, spoken to, split over ranks, and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.client import EngineClient, OutputStream
+from engine.config import EngineConfig
+from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
+from engine.group import EngineGroup
+from engine.messages import Add, Output
+from engine.sampling_params import SamplingParams
+from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
+from tests.support.models import make_llava
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture(scope="module")
+def oracle(llava: Path) -> Oracle:
+    return Oracle(llava)
+
+
+Kept = tuple[asyncio.Runner, EngineClient]
+"""An engine that several tests share, and the loop that its client lives in."""
+
+
+@contextmanager
+def kept(config: EngineConfig) -> Iterator[Kept]:
+    with asyncio.Runner() as runner:
+        client = EngineClient(config)
+        try:
+            runner.run(client.start())
+            yield runner, client
+        finally:
+            runner.run(client.stop())
+
+
+@pytest.fixture(scope="module")
+def one_rank(llava: Path) -> Iterator[Kept]:
+    with kept(config(llava)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(llava: Path) -> Iterator[Kept]:
+    with kept(config(llava, devices=("cpu", "cpu"))) as found:
+        yield found
+
+
+def config(path: Path, **settings: object) -> EngineConfig:
+    defaults = {"dtype": "float32", "kv_cache_bytes": 4 << 20, "threads": 1}
+    return EngineConfig(model_path=str(path), **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
+    try:
+        await client.start()
+        yield client
+    finally:
+        await client.stop()
+
+
+@asynccontextmanager
+async def running_group(configs: Sequence[EngineConfig], **settings: float) -> AsyncIterator[EngineGroup]:
+    group = EngineGroup(configs, **settings)  # type: ignore[arg-type]
+    try:
+        await group.start()
+        yield group
+    finally:
+        await group.close()
+
+
+def endless(tokens: int = 400) -> Add:
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    return Add(0, [5, 6, 7], params, [0], EOS)
+
+
+async def finish(stream: OutputStream) -> list[Output]:
+    outputs: list[Output] = []
+    while not outputs or outputs[-1].finish is None:
+        outputs += await stream.get()
+    return outputs
+
+
+async def answer(client: EngineClient, add: Add) -> list[int]:
+    stream = OutputStream()
+    client.submit(add, stream)
+    return [token for output in await finish(stream) for token in output.token_ids]
+
+
+async def fails(stream: OutputStream) -> None:
+    """Read on until the stream fails with EngineDead."""
+    for _ in range(10_000):
+        try:
+            await stream.get()
+        except EngineDead:
+            return
+    pytest.fail("the stream did not fail")
+
+
+PROMPTS = [
+    Prompt([1, 2, 3]),
+    Prompt([9, random_image(1), 4, 5]),
+    Prompt([random_image(2), 7, random_image(1), 8]),
+]
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+def test_tokens_are_right_whatever_the_number_of_ranks(
+    request: pytest.FixtureRequest, oracle: Oracle, ranks: str
+) -> None:
+    runner, client = request.getfixturevalue(ranks)
+
+    async def scenario() -> list[list[int]]:
+        params = SamplingParams(temperature=0.0, max_tokens=20)
+        adds = [prompt.add(oracle.preprocessor, params) for prompt in PROMPTS * 3]
+        return list(await asyncio.gather(*(answer(client, add) for add in adds)))
+
+    got = runner.run(scenario())
+    want = [oracle.generate(prompt, 20) for prompt in PROMPTS]
+    assert got == want * 3
+
+
+def test_a_degree_that_does_not_divide_the_heads_is_refused(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running(EngineClient(config(llava, devices=("cpu",) * 4))):
+            pytest.fail("four ranks cannot share two key/value heads")
+
+    with pytest.raises(ModelLoadError, match="does not divide the model's num_key_value_heads 2"):
+        asyncio.run(scenario())
+
+
+def test_killing_one_rank_ends_the_group_and_fails_its_requests(two_ranks: Kept) -> None:
+    """The last that asks this engine."""
+    runner, client = two_ranks
+
+    async def scenario() -> None:
+        stream = OutputStream()
+        client.submit(endless(), stream)
+        await stream.get()
+        assert client.pid is not None
+        (rank,) = psutil.Process(client.pid).children()
+        rank.kill()
+        async with asyncio.timeout(10):
+            await fails(stream)
+            await client.wait_dead()
+
+    runner.run(scenario())
+
+
+def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava)]) as group:
+            ticket = group.submit(endless())
+            await ticket.stream.get()
+            pid = group.replicas[0].client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(2):
+                await fails(ticket.stream)
+            assert not group.alive
+            with pytest.raises(EngineDead):
+                group.submit(endless())
+            async with asyncio.timeout(60):
+                while not group.alive:
+                    await group.changed()
+            assert group.replicas[0].client.pid != pid
+            assert group.restarts == 1
+            again = group.submit(endless(5))
+            assert len(await finish(again.stream)) == 5
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava)], stuck_seconds=1.0) as group:
+            ticket = group.submit(endless())
+            await ticket.stream.get()
+            pid = group.replicas[0].client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            async with asyncio.timeout(60):
+                await fails(ticket.stream)
+                while group.restarts == 0 or not group.alive:
+                    await group.changed()
+            again = group.submit(endless(3))
+            assert len(await finish(again.stream)) == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.group.PING_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        async with running_group([config(llava)], retry_threshold=1) as group:
+            async with asyncio.timeout(90):
+                for _ in range(2):
+                    while not group.alive:
+                        await group.changed()
+                    assert await group.replicas[0].client.ping(10**6, 5.0)
+                    group.replicas[0].client.kill()
+                    while group.alive:
+                        await group.changed()
+                while not group.given_up:
+                    await group.changed()
+            assert group.restarts == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_restart_that_the_machine_refuses_is_tried_again(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava)]) as group:
+            real, refused = asyncio.create_subprocess_exec, []
+
+            async def refuse_once(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+                if not refused:
+                    refused.append(True)
+                    raise OSError(12, "Cannot allocate memory")
+                return await real(*args, **kwargs)
+
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse_once)
+            group.replicas[0].client.kill()
+            async with asyncio.timeout(60):
+                while group.restarts < 2 or not group.alive:
+                    await group.changed()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_cannot_be_sent_leaves_nothing_behind(one_rank: Kept) -> None:
+    runner, client = one_rank
+    add = endless(3)
+    add.seeds = [1, 2**64]
+    with pytest.raises(RequestRejected):
+        client.submit(add, OutputStream())
+    assert client.num_requests == 0
+    assert len(runner.run(answer(client, endless(3)))) == 3
+
+
+def test_an_aborted_request_leaves_the_engine_within_a_step(one_rank: Kept) -> None:
+    runner, client = one_rank
+
+    async def scenario() -> None:
+        stream = OutputStream()
+        (request_id,) = client.submit(endless(), stream)
+        await stream.get()
+        client.abort([request_id])
+        assert await client.ping(1, 5.0)
+        assert client.stats.running == 0
+        assert client.stats.blocks_used == 0
+
+    runner.run(scenario())
+
+
+def test_an_orderly_stop_is_told_apart_from_a_crash(one_rank: Kept) -> None:
+    """The last that asks this engine."""
+    runner, client = one_rank
+
+    async def scenario() -> None:
+        stream = OutputStream()
+        client.submit(endless(), stream)
+        await client.stop()
+        with pytest.raises(EngineStopped):
+            await stream.get()
+
+    runner.run(scenario())
+
+
+def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> None:
+    async def scenario() -> None:
+        async with running_group([config(llava), config(llava)]) as group:
+            tickets = [group.submit(endless(30)) for _ in range(8)]
+            held = [replica.client.num_requests for replica in group.replicas]
+            assert held == [4, 4]
+            await asyncio.gather(*(finish(ticket.stream) for ticket in tickets))
+            first = group.submit(endless(3), [b"picture"])
+            await finish(first.stream)
+            second = group.submit(endless(3), [b"picture"])
+            await finish(second.stream)
+            assert first.client is second.client
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
+    async def scenario() -> int:
+        client = EngineClient(config(llava))
+        await client.start()
+        client.submit(endless(), OutputStream())
+        assert client._writer is not None
+        client._writer.close()
+        async with asyncio.timeout(10):
+            await client.wait_dead()
+            await client.stop()
+        assert client.returncode is not None
+        return client.returncode
+
+    assert asyncio.run(scenario()) == 0
+
+
+def test_a_missing_model_is_reported_with_a_reason(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        await EngineClient(config(tmp_path)).start()
+
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        asyncio.run(scenario())
+
+
+def test_what_a_library_prints_in_it_is_logged(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """To standard output, too, which is where the server's log goes: a bare line would be none of its form."""
+    caplog.set_level(logging.INFO)
+
+    async def run() -> None:
+        engine = EngineClient()
+        await engine.spawn()
+        try:
+            assert (
+                await engine.ask("tests.support.echoing_child:printed", b"oneDNN has something to say\n")
+                == b"done"
+            )
+        finally:
+            await engine.stop()
+
+    asyncio.run(run())
+    assert "oneDNN has something to say" in [record.getMessage() for record in caplog.records]
+    assert capfd.readouterr().out == ""

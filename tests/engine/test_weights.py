@@ -1,0 +1,160 @@
+"""Weights are read from safetensors; from pickles only where the operator allows it, and nothing in one is ever run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.config import EngineConfig
+from engine.errors import ModelLoadError
+from engine.loader import load_model
+from engine.weights import weight_files
+from handlers.backends.model_front import ModelFront
+from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.vllm.options.weights import vllm_load_format
+from handlers.errors import ImageError
+from tests.handlers.backends.test_mistral_format import configure
+from tests.handlers.images.test_embeddings import loaded as uploaded
+from tests.support.models import make_llava
+from tests.support.saved_tensors import Planted, part, saved
+
+CPU = torch.device("cpu")
+BIN, SAFE = "pytorch_model.bin", "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture
+def model(llava: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(llava, tmp_path / "model")
+
+
+def pickled(model: Path, **more: object) -> None:
+    """Its weights as PyTorch's own file alone."""
+    torch.save({**load_file(model / SAFE), **more}, model / BIN)
+    (model / SAFE).unlink()
+
+
+def loaded(model: Path, **options: Any) -> dict[str, torch.Tensor]:
+    return load_model(EngineConfig(model_path=str(model), dtype="float32", **options), CPU).model.state_dict()
+
+
+def test_a_planted_pickle_is_refused_unread_and_never_run(model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    pickled(model, planted=Planted(trace))
+    with pytest.raises(ModelLoadError, match=r"not in safetensors but in pytorch_model\.bin.*load_format=pt"):
+        loaded(model)
+    with pytest.raises(ModelLoadError, match="weights cannot be loaded"):
+        loaded(model, pickled_weights=True)
+    assert not trace.exists()
+    torch.load(model / BIN, weights_only=False)
+    assert trace.exists()
+
+
+def test_an_operator_may_allow_pickles_which_load_as_safetensors_do(model: Path) -> None:
+    wanted = loaded(model)
+    pickled(model)
+    found = loaded(model, pickled_weights=True)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_pickles_of_every_name_beside_a_model_are_left_alone(model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    for name in (
+        BIN, "model.pt", "consolidated.00.pth", "training_args.bin", "optimizer.pt", "adapter_model.bin",
+        "tokenizer.pkl", "tokenizer.bin", "vocab.bin", "preprocessor.bin", "processor.pkl", "generation_config.bin",
+        "flax_model.msgpack",
+    ):  # fmt: skip
+        torch.save(Planted(trace), model / name)
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"planted": BIN}}))
+    ModelFront.load(configure(model).settings, str(model))
+    for allowed in (False, True):
+        assert loaded(model, pickled_weights=allowed)
+    assert not trace.exists()
+
+
+def test_a_planted_upload_in_place_of_an_image_is_refused_and_never_run(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    for planted in (Planted(trace), {"image_embeds": torch.ones(2, 16), "planted": Planted(trace)}):
+        with pytest.raises(ImageError, match="image_embeds"):
+            uploaded(part(saved(planted)))
+    assert not trace.exists()
+
+
+def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
+    def put(name: str, *shards: str) -> None:
+        (tmp_path / name).write_text(json.dumps({"weight_map": dict(enumerate(shards))}))
+
+    def names(**options: Any) -> list[str]:
+        return [file.name for file in weight_files(tmp_path, **options)]
+
+    def refusal(**options: Any) -> str:
+        with pytest.raises(ModelLoadError) as caught:
+            weight_files(tmp_path, **options)
+        return str(caught.value)
+
+    assert refusal().startswith(
+        "the model's directory holds no weights: there is neither model.safetensors nor"
+    )
+    put("pytorch_model.bin.index.json", "a.bin", "b.bin")
+    assert refusal() == refusal(pickled=True)
+    assert refusal().startswith("pytorch_model.bin.index.json names a.bin, which is missing")
+    for name in ("a.bin", "b.bin"):
+        put(name)
+    assert "in a.bin, which is a pickle" in refusal()
+    assert names(pickled=True) == ["a.bin", "b.bin"]
+    put("model.safetensors.index.json", "b.safetensors", "a.safetensors", "a.safetensors")
+    put("b.safetensors")
+    assert refusal(pickled=True).startswith(
+        "model.safetensors.index.json names a.safetensors, which is missing"
+    )
+    put("a.safetensors")
+    assert names() == names(pickled=True) == ["a.safetensors", "b.safetensors"]
+    put(SAFE)
+    assert names() == names(pickled=True) == [SAFE]
+    put("adapter_model.bin")
+    assert "in adapter_model.bin, which is a pickle" in refusal(named="adapter_model.bin")
+    assert names(named="model.safetensors.index.json") == ["a.safetensors", "b.safetensors"]
+    for content in ("{}", "[]", "?", '{"weight_map": 1}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        assert "cannot be read" in refusal(named="model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("written", "allowed", "obeyed"),
+    [
+        ("auto", False, True),
+        ("safetensors", False, True),
+        ("pt", True, True),
+        ("PT", True, True),
+        ("dummy", False, False),
+    ],
+)
+def test_the_option_reaches_the_engine_or_is_said_to_have_no_effect(
+    llava: Path, written: str, allowed: bool, obeyed: bool
+) -> None:
+    configuration = configure(llava, f"load_format={written}")
+    (plan,) = plan_engines(configuration.settings, str(llava), 0)
+    assert plan.pickled_weights is allowed
+    told = [str(problem) for problem in configuration.unhonoured("rolling")]
+    assert told == ([] if obeyed else [
+        "option.load_format (--option load_format) has no effect with the rolling backend; honoured by: vllm"
+    ])  # fmt: skip
+    assert not configuration.unhonoured("vllm")
+
+
+def test_vllm_is_told_a_word_that_reads_the_files_there_are(tmp_path: Path) -> None:
+    assert vllm_load_format(tmp_path, "pt") == {"load_format": "auto"}
+    assert vllm_load_format(tmp_path, "auto") == vllm_load_format(tmp_path, "dummy") == {}
+    (tmp_path / "model.pt").touch()
+    assert vllm_load_format(tmp_path, "pt") == {}

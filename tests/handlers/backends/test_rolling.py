@@ -1,0 +1,165 @@
+"""The embedded engine behind the backend seam: prompts in, deltas out, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.sampling_params import SamplingParams
+from handlers.backends.base import Delta
+from handlers.backends.rolling import RollingBackend
+from handlers.errors import InvalidRequest, ServingError
+from handlers.request import (
+    ChatPrompt,
+    GenerationRequest,
+    ImagePart,
+    LoadedImage,
+    Message,
+    TextPart,
+    TextPrompt,
+)
+from properties.settings import Settings
+from tests.support.engine_driver import random_image
+from tests.support.models import CHAT_TEMPLATE, make_llava
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@asynccontextmanager
+async def loaded(model: Path, **settings: Any) -> AsyncIterator[RollingBackend]:
+    backend = RollingBackend.from_settings(Settings(**{"dtype": "float32", **settings}), model)
+    try:
+        await backend.load()
+        yield backend
+    finally:
+        await backend.close()
+
+
+def request(*content: str | int, sampling: dict[str, Any] | None = None, **fields: Any) -> GenerationRequest:
+    """A chat turn: strings are text, numbers are pictures by seed."""
+    parts = [
+        TextPart(item)
+        if isinstance(item, str)
+        else ImagePart("data:", LoadedImage(random_image(item), item.to_bytes(4, "little")))
+        for item in content
+    ]
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
+    return GenerationRequest("id", ChatPrompt([Message("user", parts)]), params, **fields)
+
+
+async def answer(backend: RollingBackend, asked: GenerationRequest) -> list[Delta]:
+    return [delta async for delta in await backend.generate(asked)]
+
+
+def tokens(deltas: list[Delta], index: int = 0) -> list[int]:
+    return [token for delta in deltas if delta.index == index for token in delta.token_ids]
+
+
+def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
+    async def scenario() -> None:
+        async with loaded(model) as backend:
+            assert backend.health().ready
+            asked = request("look ", 1, " there")
+            plain = await answer(backend, asked)
+            assert len(tokens(plain)) == 12
+            assert plain[-1].finish_reason == "length"
+            (picture,) = asked.images()
+            assert picture.loaded is None, "the decoded picture is let go of once it is prepared"
+
+            several = await answer(backend, request("look ", 1, " there", n=3))
+            assert [tokens(several, index) for index in range(3)] == [tokens(plain)] * 3
+
+            seeded = {"temperature": 1.0, "seed": 7}
+            first = await answer(backend, request("draw", sampling=seeded, n=2))
+            again = await answer(backend, request("draw", sampling={**seeded, "seed": 8}))
+            assert tokens(first, 0) != tokens(first, 1)
+            assert tokens(first, 1) == tokens(again), "the second answer's seed is the next number"
+
+            generation = await backend.generate(
+                request("abc", sampling={"prompt_logprobs": 1, "logprobs": 0})
+            )
+            deltas = [delta async for delta in generation]
+            assert generation.stats.prompt_logprobs is not None
+            assert len(generation.stats.prompt_logprobs) == generation.stats.prompt_tokens
+            assert generation.stats.prompt_logprobs[0] is None
+            assert deltas[0].logprobs is not None
+            assert deltas[0].logprobs[0].chosen.token_id == deltas[0].token_ids[0]
+
+            nothing = TextPrompt([TextPart("")], add_special_tokens=False)
+            for refused, message in (
+                (request("x" * 600), "512 tokens"),
+                (request("x", sampling={"max_tokens": 600}), "ask for at most"),
+                (request("x", sampling={"logit_bias": {10**6: 1.0}}), "not in the vocabulary"),
+                (request("x", sampling={"stop_token_ids": (2**31,)}), "not in the vocabulary"),
+                (request("x", sampling={"stop_token_ids": tuple(range(200)) * 6}), "allowed: 1024"),
+                (
+                    GenerationRequest("id", nothing, SamplingParams()),
+                    "empty",
+                ),
+            ):
+                with pytest.raises(InvalidRequest, match=message):
+                    await backend.generate(refused)
+            shortened = request("x" * 500, sampling={"max_tokens": 30}, max_tokens_is_default=True)
+            assert (await answer(backend, shortened))[-1].finish_reason == "length"
+
+            stopped = await backend.generate(request("abc", sampling={"max_tokens": 400}))
+            async for _ in stopped:
+                break
+            await stopped.aclose()
+            await stopped.aclose()
+            assert len(tokens(await answer(backend, request("look ", 1, " there")))) == 12
+            assert backend.stats().encoder_cache_hits >= 1
+
+    asyncio.run(scenario())
+
+
+def test_the_placeholder_can_be_another_token_than_the_processors(model: Path) -> None:
+    async def scenario() -> None:
+        async with loaded(model) as backend:
+            want = tokens(await answer(backend, request("look ", 1)))
+        template = CHAT_TEMPLATE.replace("<image>", "<pad>")
+        async with loaded(model, chat_template=template, image_placeholder_token="<pad>") as backend:
+            assert tokens(await answer(backend, request("look ", 1))) == want
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_placeholder_token": "two tokens"}, "must be one"),
+        ({"chat_template": "missing.jinja"}, "neither a template nor a readable file"),
+        ({"chat_template": "{% if %}"}, "error in line 1"),
+        ({"max_model_len": 100_000}, "more than the model's own 512 positions"),
+        ({"tensor_parallel_degree": 3}, "does not divide"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_plainly(model: Path, settings: dict[str, Any], message: str) -> None:
+    async def scenario() -> None:
+        async with loaded(model, **settings):
+            pytest.fail("it was loaded")
+
+    with pytest.raises(ServingError, match=message):
+        asyncio.run(scenario())
+    assert not [child for child in psutil.Process().children() if "engine.process" in child.cmdline()]
+
+
+def test_images_that_fill_the_context_are_told_at_the_start(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def start() -> None:
+        async with loaded(model, limit_mm_per_prompt={"image": 40}):
+            pass
+
+    with caplog.at_level("WARNING", "handlers.backends.rolling"):
+        asyncio.run(start())
+    assert "40 images (option.limit_mm_per_prompt) take 640 tokens" in caplog.text

@@ -1,0 +1,69 @@
+"""Pictures in Markdown are found the fast way as one plain pattern would find them."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handlers.errors import InvalidRequest
+from handlers.protocols.markdown_pictures import MOST_PICTURES, picture_parts
+from handlers.request import ImagePart, Part, TextPart
+
+_PLAIN = re.compile(
+    r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)'
+)
+_PIECES = (
+    "![", "](", ")", "(", "data:", "http:", "https:", "HTTPS:", " ", "\n", '"', "a", "![](", "![x](data:", "x)",
+    ' "t"', "[", "]", "\x1c", "é", "![](https:", "![](http:)", "!", "![](data:,x)",
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(_PIECES), max_size=14).map("".join))
+def test_the_same_pictures_as_by_the_pattern(text: str) -> None:
+    expected: list[Part] = []
+    for number, piece in enumerate(_PLAIN.split(text)):
+        if number % 2:
+            expected.append(ImagePart(piece))
+        elif piece:
+            expected.append(TextPart(piece))
+    assert picture_parts(text) == (expected or [TextPart("")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![](data:x " * 200_000,
+        "![](data:" * 200_000 + ")",
+        "![](data:x) " * 100_000,
+        "![" * 1_000_000,
+        "![](data:x(a" * 100_000 + ")",
+        "![](data:x(a" * 100_000,
+        '![](data:x "' * 100_000,
+        "![](data:" + "x " * 1_000_000,
+    ],
+)
+def test_no_text_takes_more_than_linear_time(text: str) -> None:
+    start = time.thread_time()
+    with suppress(InvalidRequest):
+        picture_parts(text)
+    assert time.thread_time() - start < 5
+
+
+@pytest.mark.parametrize("tail", ['"a cat"', ' "a (small) cat"', "", "\n", "\t "])
+def test_a_large_data_url_may_have_a_title_or_white_space_behind_it(tail: str) -> None:
+    for size in (2**14 - 40, 2**14 + 1, 2**17 - 22, 2**17, 2**20):
+        url = "data:image/png;base64," + "A" * size
+        found = picture_parts(f"before ![a]({url} {tail}) after")
+        assert found == [TextPart("before "), ImagePart(url), TextPart(" after")], size
+
+
+def test_no_more_pictures_are_cut_out_than_any_prompt_holds() -> None:
+    assert len(picture_parts("![](http:a)" * MOST_PICTURES)) == MOST_PICTURES
+    with pytest.raises(InvalidRequest, match="more than 1024 pictures"):
+        picture_parts("x ![](http:a)" * (MOST_PICTURES + 1))

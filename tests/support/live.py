@@ -1,0 +1,152 @@
+"""The real server as a user starts it: `lmi serve`, in a process of its own, on a free loopback port."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import psutil
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.backend import ENGINE_PROCESS, OPTIONS, READY_SECONDS, STOP_SECONDS
+
+
+class LiveServer:
+    """Use as a context manager; entering returns once the model can answer (or at once with ready=False)."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        *options: str,
+        ready: bool = True,
+        command: str = "serve",
+        flags: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "container.cli"),
+        **environ: str,
+    ) -> None:
+        """program: what Python runs as `lmi`."""
+        named = {option.partition("=")[0] for option in options}
+        usual = [option for option in OPTIONS if option.partition("=")[0] not in named]
+        arguments = [part for option in (*usual, *options) for part in ("--option", option)]
+        self._wait_ready = ready
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-P", *program, command, str(model), "--port", "0", *arguments, *flags,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **environ},
+        )  # fmt: skip
+        self._lines: list[str] = []
+        self._arrivals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.url = "http://" + self.wait_for(r"listening on ([^\s\"]+)")
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def __enter__(self) -> LiveServer:
+        try:
+            if self._wait_ready:
+                self.wait_for(r"ready after")
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    @property
+    def engines(self) -> list[psutil.Process]:
+        """The engine processes, one per replica."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if any(ENGINE_PROCESS in part for part in child.cmdline())]
+
+    def wait_for(self, pattern: str, seconds: float = READY_SECONDS) -> str:
+        """The first group of the first log line, from now on, that matches."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._arrivals.get(timeout=max(0.01, end - time.monotonic()))
+            except queue.Empty:
+                self.kill()
+                raise AssertionError(f"{pattern!r} did not come:\n{self.log}") from None
+            if line is None:
+                raise AssertionError(f"the server ended before {pattern!r}:\n{self.log}")
+            match = re.search(pattern, line)
+            if match:
+                return match[1] if match.groups() else match[0]
+
+    def chat(self, *content: str | Image.Image, **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json=chat_body(*content, **fields))
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample without labels, by name."""
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        return {s.name: s.value for family in families for s in family.samples if not s.labels}
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float = STOP_SECONDS) -> int:
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        """End it, its engines included, whatever its state."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+            self._arrivals.put(line)
+        self._arrivals.put(None)
+
+
+def data_url(image: Image.Image, form: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def message(*content: str | Image.Image, role: str = "user") -> dict[str, Any]:
+    """A turn: strings starting with http(s) and pictures are picture parts, other strings are text."""
+    parts: list[dict[str, Any]] = []
+    for item in content:
+        if isinstance(item, Image.Image):
+            item = data_url(item)
+        if item.startswith(("data:", "http:", "https:", "file:")):
+            parts.append({"type": "image_url", "image_url": {"url": item}})
+        else:
+            parts.append({"type": "text", "text": item})
+    return {"role": role, "content": parts}
+
+
+def chat_body(*content: str | Image.Image, **fields: Any) -> dict[str, Any]:
+    return {"messages": [message(*content)], "temperature": 0, "max_tokens": 16, **fields}
