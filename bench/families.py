@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 
 from engine.sampling_params import SamplingParams
-from tests.engine.families import (
-    test_fuyu,
-    test_gemma,
-    test_internvl,
-    test_llava_onevision,
-    test_mllama,
-    test_pixtral,
-    test_qwen_vl,
+from tests.support import (
+    tiny_fuyu,
+    tiny_gemma,
+    tiny_llava_onevision,
+    tiny_mllama,
+    tiny_pixtral,
+    tiny_qwen_vl,
+    tiny_tiles,
 )
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.models import make_llava
@@ -54,18 +54,18 @@ Inputs = Callable[[Any, list[Image.Image], torch.Tensor], dict[str, Any]]
 FAMILIES: dict[str, tuple[Callable[[Path], Path], Inputs | None]] = {
     "llava": (make_llava, None),
     "chameleon": (make_chameleon, None),
-    "fuyu": (make_fuyu, test_fuyu.patches_of),
-    "gemma3": (make_gemma3, test_gemma.inputs),
+    "fuyu": (make_fuyu, tiny_fuyu.patches_of),
+    "gemma3": (make_gemma3, tiny_gemma.inputs),
     "idefics3": (make_idefics3, None),
-    "internvl": (make_internvl, test_internvl.inputs),
+    "internvl": (make_internvl, tiny_tiles.inputs),
     "llava_next": (make_llava_next, None),
-    "llava_onevision": (make_llava_onevision, test_llava_onevision.inputs),
-    "mllama": (make_mllama, test_mllama.inputs),
-    "paligemma": (make_paligemma, test_gemma.inputs),
-    "pixtral": (make_pixtral, test_pixtral.inputs),
-    "qwen2_vl": (make_qwen_vl, test_qwen_vl.inputs),
-    "qwen2_5_vl": (lambda path: make_qwen_vl(path, "qwen2_5_vl"), test_qwen_vl.inputs),
-    "qwen3_vl": (lambda path: make_qwen_vl(path, "qwen3_vl"), test_qwen_vl.inputs),
+    "llava_onevision": (make_llava_onevision, tiny_llava_onevision.inputs),
+    "mllama": (make_mllama, tiny_mllama.inputs),
+    "paligemma": (make_paligemma, tiny_gemma.inputs),
+    "pixtral": (make_pixtral, tiny_pixtral.inputs),
+    "qwen2_vl": (make_qwen_vl, tiny_qwen_vl.inputs),
+    "qwen2_5_vl": (lambda path: make_qwen_vl(path, "qwen2_5_vl"), tiny_qwen_vl.inputs),
+    "qwen3_vl": (lambda path: make_qwen_vl(path, "qwen3_vl"), tiny_qwen_vl.inputs),
     "smolvlm": (lambda path: make_idefics3(path, "smolvlm"), None),
 }
 """Phi-3 Vision is not among them: transformers has no `generate` for it."""

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
-import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
-from container.asgi import Exchange, Scope, Send, header_lines
+from container.access import Cors, Keys
 from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
-from container.cors import Cors
-from container.keys import Keys
-from container.life import Answers, Life
+from container.exchange import Call, Exchange, Scope, Send, has_body, header_lines, request_id
+from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
 from container.openapi.document import document
-from container.prompt_log import LONG_BYTES, log_answer, log_prompt
-from container.refusals import Refusals
 from container.routes import Action, Match, MethodNotAllowed, Route, find
+from container.state import Answers, ServerState, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
-from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
+from handlers.exchange import AdapterCall, Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
-from handlers.protocols.error_replies import client_error, error_reply, style_of
-from handlers.protocols.lmi.sagemaker import ADAPTER
-from handlers.protocols.lmi.sagemaker import ROUTES as SAGEMAKER_ROUTES
+from handlers.protocols.errors import client_error, error_reply
+from handlers.protocols.lmi.requests import INVOKE_ROUTES
+from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
 
@@ -38,8 +31,6 @@ logger = logging.getLogger("container.request")
 
 _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
-_SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
-_TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _SESSION_BYTES = 128
 """Of a body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
 
@@ -58,37 +49,12 @@ class Unauthorized(ServingError):
     kind = "authentication_failed"
 
 
-@dataclass(slots=True, eq=False)
-class Call:
-    """One request on its way. route: None where there is none."""
-
-    method: str
-    path: str
-    query: str
-    headers: dict[str, str]
-    receive: Receive
-    exchange: Exchange
-    request_id: str
-    route: Route | None = None
-    model: str | None = None
-    body_read: bool = False
-    facts: RequestFacts | None = None
-    error: str | None = None
-    reason: str | None = None
-    arrival: float = field(default_factory=time.monotonic)
-
-    @property
-    def template(self) -> str:
-        return "unknown" if self.route is None else self.route.template
-
-
 class App:
     """An ASGI application. `calls` are the requests for answers that run now; `idle` is set while there is none."""
 
-    def __init__(self, configuration: Configuration, life: Life, metrics: Metrics) -> None:
-        self._life = life
+    def __init__(self, configuration: Configuration, state: ServerState, metrics: Metrics) -> None:
+        self._state = state
         self._metrics = metrics
-        self._created = int(time.time())
         self.calls: set[Call] = set()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -118,16 +84,16 @@ class App:
             return None
         action = match.route.action
         if action == "ping" or action == "health":
-            reply = self._ping() if action == "ping" else self._health()
+            reply = self._state.ping() if action == "ping" else self._state.health_page()
         else:
-            if action not in _TAKES_BODY or self._life.phase != "serving":
+            if action not in _TAKES_BODY or self._state.phase != "serving":
                 return None
             error = self._refusal(match.route, declared_size(headers), crowded)
             if error is None or not self._keys.admit(headers):
                 return None
             self._metrics.on_error(error.kind)
             self._refusals.add(error)
-            reply = error_reply(error, style_of(match.route.template, headers))
+            reply = error_reply(error, error_format(match.route.template, headers))
         self._metrics.on_http(match.route.template, reply.status)
         own = self._headers(request_id(headers, self._settings.request_id_header_key), headers)
         return reply, header_lines(reply, own)
@@ -182,15 +148,15 @@ class App:
             self._authorize(call)
         match match.route.action:
             case "ping":
-                await self._reply(call, self._ping())
+                await self._reply(call, self._state.ping())
             case "health":
-                await self._reply(call, self._health())
+                await self._reply(call, self._state.health_page())
             case "metrics":
                 await self._reply(call, self._metrics_page(call))
             case "models":
-                await self._reply(call, self._models(match.name))
+                await self._reply(call, self._state.models(self._names, match.name))
             case "version":
-                await self._reply(call, Reply(200, _JSON, _json({"version": VERSION})))
+                await self._reply(call, json_reply({"version": VERSION}))
             case "openapi":
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
             case "info":
@@ -201,9 +167,9 @@ class App:
                 await self._work(call, match.route.action, self._asked(call, match))
 
     def _service(self) -> Answers:
-        if self._life.phase != "serving" or self._life.service is None:
-            raise Unavailable(f"not ready: {self._life.reason}", retry_after=5)
-        return self._life.service
+        if self._state.phase != "serving" or self._state.service is None:
+            raise Unavailable(f"not ready: {self._state.reason}", retry_after=5)
+        return self._state.service
 
     def _asked(self, call: Call, match: Match) -> Work:
         """What answers a body. Raises Unavailable."""
@@ -218,7 +184,7 @@ class App:
             Incoming(
                 call.template,
                 content,
-                _named_headers(call),
+                call.headers_with_adapter(),
                 call.request_id,
                 call.model,
                 body.settle,
@@ -270,7 +236,7 @@ class App:
         """Whether a body is read before it is refused: opening and closing a session takes no place."""
         return (
             route is not None
-            and route.template in SAGEMAKER_ROUTES
+            and route.template in INVOKE_ROUTES
             and 0 < declared <= _SESSION_BYTES
             and self._settings.enable_stateful_sessions
         )
@@ -301,62 +267,17 @@ class App:
         if not self._keys.admit(call.headers):
             raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
 
-    def _ping(self) -> Reply:
-        health = self._life.health()
-        body = {"status": self._life.status_word(), "reason": health.reason}
-        return Reply(200 if health.ready else 503, _JSON, _json(body))
-
-    def _health(self) -> Reply:
-        """`error` and `error_type` are TGI's."""
-        health = self._life.health()
-        if health.ready:
-            return Reply(200, _JSON, _json({"status": "ok"}))
-        body = {
-            "error": "unhealthy",
-            "error_type": "healthcheck",
-            "status": "unavailable",
-            "reason": health.reason,
-        }
-        return Reply(503, _JSON, _json(body))
-
     def _metrics_page(self, call: Call) -> Reply:
         names = parse_qs(call.query).get("name[]", [])
         body, content_type = self._metrics.export(call.headers.get("accept", ""), names)
         return Reply(200, content_type, body)
-
-    def _models(self, wanted: str) -> Reply:
-        backend = self._life.backend
-        longest = 0 if backend is None else backend.capabilities.max_model_len
-        length = {"max_model_len": longest} if longest else {}
-        store = None if backend is None else backend.adapters
-        named: list[tuple[str, dict[str, str]]] = [(name, {}) for name in self._names]
-        for info in () if store is None else store.infos():
-            named.append((info.name, {"parent": self._names[0]}))
-        models = [
-            {
-                "id": name,
-                "object": "model",
-                "created": self._created,
-                "owned_by": "lmi",
-                "root": name,
-                **parent,
-                **length,
-            }
-            for name, parent in named
-        ]
-        if not wanted:
-            return Reply(200, _JSON, _json({"object": "list", "data": models}))
-        for model in models:
-            if model["id"] == wanted:
-                return Reply(200, _JSON, _json(model))
-        raise NotFound(f"no model {wanted[:200]!r} is served here; GET /v1/models lists the names")
 
     async def _reply(self, call: Call, reply: Reply, close: bool = False) -> None:
         await call.exchange.send(reply, self._headers(call.request_id, call.headers), close)
 
     def _headers(self, request_id: str, asked: Mapping[str, str]) -> dict[str, str]:
         headers = {**_UNCACHED, "x-request-id": request_id, **self._cors.headers(asked)}
-        if self._life.phase == "draining":
+        if self._state.phase == "draining":
             headers["connection"] = "close"
         return headers
 
@@ -371,66 +292,24 @@ class App:
             )
         if call.exchange.status != 0:
             return
-        reply = error_reply(known, style_of(call.path if call.route is None else call.template, call.headers))
+        reply = error_reply(
+            known, error_format(call.path if call.route is None else call.template, call.headers)
+        )
         if isinstance(error, MethodNotAllowed):
             reply.headers["Allow"] = ", ".join(error.allowed)
         await self._reply(call, reply, close=not call.body_read and has_body(call.headers))
 
     def _note(self, call: Call) -> None:
-        """Count the request and write its line: never its prompt, its answer or its pictures."""
+        """Count the request and write its line: never its prompt, its answer or its images."""
         exchange = call.exchange
         facts = self._metrics.facts.pop(call.request_id, None) or call.facts
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
         if call.route is not None and call.route.action not in _LOGGED and status != 401:
             return
-        line: dict[str, Any] = {
-            "request_id": call.request_id,
-            "method": call.method,
-            "route": call.template,
-            "status": status,
-        }
-        if facts is not None:
-            line |= {
-                "stream": facts.stream,
-                "prompt_tokens": facts.prompt_tokens,
-                "completion_tokens": facts.completion_tokens,
-                "cached_tokens": facts.cached_tokens,
-                "images": facts.images,
-                "image_tokens": facts.image_tokens,
-                "ttft_ms": None if facts.first_token is None else round(facts.first_token * 1000, 1),
-                "finish_reason": facts.finish_reason,
-            }
-        line["total_ms"] = round((time.monotonic() - call.arrival) * 1000, 1)
-        line["error"] = call.error or (facts.error if facts is not None else None)
-        line["reason"] = call.reason or (facts.reason if facts is not None else None)
-        line["ended"] = exchange.ending
-        logger.info("request", extra={"facts": line})
+        logger.info("request", extra={"facts": call.line(status, facts)})
 
 
 _TAKES_PLACE = ("answer", "tokenize", "detokenize")
 _TAKES_BODY = (*_TAKES_PLACE, "adapters")
 _LOGGED = ("answer", "tokenize", "detokenize", "adapters")
-
-
-def request_id(headers: Mapping[str, str], configured: str | None) -> str:
-    """The caller's own id where it is a harmless token, else a new one."""
-    for name in [configured.lower()] if configured else [_SAGEMAKER_ID, "x-request-id"]:
-        value = headers.get(name, "")
-        if _TOKEN.fullmatch(value):
-            return value
-    return uuid.uuid4().hex
-
-
-def _named_headers(call: Call) -> dict[str, str]:
-    """The headers, with the adapter that the query names where no header names one."""
-    adapter = parse_qs(call.query).get("adapter", [""])[0] if call.query else ""
-    return {ADAPTER: adapter, **call.headers} if adapter else call.headers
-
-
-def has_body(headers: Mapping[str, str]) -> bool:
-    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-
-
-def _json(body: object) -> bytes:
-    return json.dumps(body).encode() + b"\n"

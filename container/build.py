@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from container.life import Answers
+from container.state import Answers
 from handlers import build
 from handlers.backends.base import Backend
 from handlers.custom.backend import CustomBackend
@@ -16,7 +16,7 @@ from handlers.images.loader import ImageLoader
 from handlers.model_names import accepted_names, public_names
 from handlers.observer import Observer
 from handlers.parsers.select import answer_formats
-from handlers.protocols.lmi.sessions import Sessions
+from handlers.protocols.select import gates
 from handlers.service import Service, ServiceLimits
 from properties.configuration import Configuration
 
@@ -97,7 +97,7 @@ def build_service(
         or answer_formats(
             settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
         ),
-        sessions=Sessions(enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration),
+        gates=gates(settings),
         formatters=formatters,
         observer=observer,
     )

@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from container.configured import SERVE_DEFAULTS, configured, unreadable
+from container.config import SERVE_DEFAULTS, configured, unreadable
 from engine.errors import ModelLoadError
 from engine.machine import Machine, this_machine
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import here
 from handlers.backends.model_files import model_findings
-from handlers.backends.model_front import IMAGE_SIZES, ModelFront
-from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.rolling.model_front import IMAGE_SIZES, ModelFront
+from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.select import Choice, choose_for
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.options.arguments import refused_options

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
         for warning in flags.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         return run_check(arguments.model, options, arguments.json, os.environ, everything=arguments.all)
-    from container.configured import RUN_DEFAULTS, SERVE_DEFAULTS
+    from container.config import RUN_DEFAULTS, SERVE_DEFAULTS
 
     defaults = RUN_DEFAULTS if arguments.command == "run" else SERVE_DEFAULTS
     if arguments.print_config:
@@ -111,8 +111,7 @@ def _flags(parser: argparse.ArgumentParser, arguments: list[str]) -> Flags:
 
 
 def _print_config(model: str | None, options: Sequence[str], defaults: Mapping[str, str]) -> int:
-    from container.configured import configured
-    from container.print_config import as_properties
+    from container.config import as_properties, configured
     from properties.problem import ConfigurationError
 
     try:
@@ -134,9 +133,10 @@ def _serve(
     # As process 1 of a container we would not even be killed by a signal that nobody handles.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: os._exit(0))
-    from container.start import start
+    from container.server import start
 
-    status = start(model, options, os.environ, defaults, warnings, build)
+    given = {} if build is None else {"build": build}
+    status = start(model, options, os.environ, defaults, warnings, **given)
     sys.stdout.flush()
     sys.stderr.flush()
     threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]

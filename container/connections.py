@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 from typing import Protocol
 
@@ -14,8 +15,36 @@ _MOST_LINGERING = 64
 
 
 class Connection(Protocol):
+    """lingers: what the client still sends is thrown away."""
+
+    @property
+    def lingers(self) -> bool: ...
+
     def hang_up(self) -> None:
         """Close at once."""
+
+    def finish(self) -> None:
+        """Close once the client can have read the reply."""
+
+
+class Wire:
+    """A transport that is closed in a way that lets the client read the reply (see `container.protocol`)."""
+
+    __slots__ = ("_connection", "_transport", "get_extra_info", "pause_reading", "resume_reading", "write")
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport = transport
+        self._connection = connection
+        self.write = transport.write
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
+        self.get_extra_info = transport.get_extra_info
+
+    def close(self) -> None:
+        self._connection.finish()
+
+    def is_closing(self) -> bool:
+        return self._connection.lingers or self._transport.is_closing()
 
 
 class Connections:

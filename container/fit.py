@@ -18,7 +18,7 @@ from engine.loader import read_config, resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.model_files import too_long
-from handlers.backends.rolling_plan import plan_engines, unused_devices
+from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.heads import Heads, heads_of
 from handlers.backends.vllm.options.plan import plan_devices

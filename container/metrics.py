@@ -1,21 +1,15 @@
 """What Prometheus reads: counts kept in plain numbers on the event loop, exported when someone asks.
 
-Implements `handlers.observer.Observer`. A token costs one bisection and two additions: no lock, no label.
+Implements `handlers.observer.Observer`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
 from container.bodies import Bodies
@@ -29,29 +23,6 @@ _GAP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240, 480)
 
 
-class Histogram:
-    """Counts per bucket; `bounds` are the buckets' inclusive upper ends in seconds, ascending."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds, seconds)] += 1
-        self.total += seconds
-
-    def family(self, name: str, meaning: str) -> HistogramMetricFamily:
-        buckets: list[tuple[str, float]] = []
-        running = 0
-        for bound, count in zip((*map(str, map(float, self.bounds)), "+Inf"), self.counts, strict=True):
-            running += count
-            buckets.append((bound, running))
-        return HistogramMetricFamily(name, meaning, buckets=buckets, sum_value=self.total)
-
-
 class Metrics:
     """The server's counters since its start, and a registry of its own that exports them."""
 
@@ -61,11 +32,13 @@ class Metrics:
         `facts` holds those of finished requests by request id until the request's log line has been written.
         """
         self._stats = stats
-        self.first_token = Histogram(_TTFT)
-        self.token_gap = Histogram(_GAP)
-        self.duration = Histogram(_WHOLE)
-        self.on_token_gap = self.token_gap.observe
-        self.on_first_token = self.first_token.observe
+        first_token, token_gap, self._duration = self._histograms = (
+            _histogram("time_to_first_token", "From a request's arrival to its first token.", _TTFT),
+            _histogram("inter_token_latency", "Between two steps of one request that brought tokens.", _GAP),
+            _histogram("request_duration", "From a request's arrival to its end.", _WHOLE),
+        )
+        self.on_first_token = first_token.observe
+        self.on_token_gap = token_gap.observe
         self.in_flight = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -96,7 +69,7 @@ class Metrics:
         self.images += facts.images
         self.finished["error" if facts.error else facts.finish_reason or "abort"] += 1
         if facts.total is not None:
-            self.duration.observe(facts.total)
+            self._duration.observe(facts.total)
 
     def on_error(self, kind: str) -> None:
         self.errors[kind] += 1
@@ -153,13 +126,10 @@ class Metrics:
             ),
         ):
             yield GaugeMetricFamily(name, meaning, value=value)
-        yield self.first_token.family(
-            "lmi_time_to_first_token_seconds", "From a request's arrival to its first token."
-        )
-        yield self.token_gap.family(
-            "lmi_inter_token_latency_seconds", "Between two steps of one request that brought tokens."
-        )
-        yield self.duration.family("lmi_request_duration_seconds", "From a request's arrival to its end.")
+        for histogram in self._histograms:
+            for family in histogram.collect():
+                family.samples = [one for one in family.samples if not one.name.endswith("_created")]
+                yield family
         for name, meaning, value in (
             (
                 "lmi_prompt_tokens",
@@ -192,6 +162,11 @@ class Metrics:
         for labels, count in self.http.items():
             http.add_metric(labels, count)
         yield http
+
+
+def _histogram(name: str, meaning: str, bounds: Sequence[float]) -> Histogram:
+    """bounds: the buckets' inclusive upper ends in seconds, ascending."""
+    return Histogram(f"lmi_{name}_seconds", meaning, buckets=bounds, registry=None)
 
 
 def _of_pictures(loader: ImageLoader) -> Iterator[Metric]:

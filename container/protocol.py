@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import urllib.parse
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from container.connections import Connections
+from container.connections import Connections, Wire
 
 if TYPE_CHECKING:
     from container.app import App
@@ -49,33 +49,13 @@ _UNREAD_SECONDS = 120.0
 """How long a client may leave more than a full buffer of a reply unread."""
 
 
-class Wire:
-    """A transport that is closed in a way that lets the client read the reply (see `Protocol.finish`)."""
-
-    __slots__ = ("_protocol", "_transport", "get_extra_info", "pause_reading", "resume_reading", "write")
-
-    def __init__(self, transport: asyncio.Transport, protocol: Protocol) -> None:
-        self._transport = transport
-        self._protocol = protocol
-        self.write = transport.write
-        self.pause_reading = transport.pause_reading
-        self.resume_reading = transport.resume_reading
-        self.get_extra_info = transport.get_extra_info
-
-    def close(self) -> None:
-        self._protocol.finish()
-
-    def is_closing(self) -> bool:
-        return self._protocol.lingers or self._transport.is_closing()
-
-
 class Protocol(HttpToolsProtocol):
     """Bounds a connection's heads (time, bytes, headers), requests at once, framing of bodies and unread replies."""
 
-    def __init__(self, *, application: App, room: Connections, **given: Any) -> None:
+    def __init__(self, *, application: App, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
         self._application = application
-        self._room = room
+        self._connections = connections
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
@@ -95,14 +75,14 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)
         super().connection_made(Wire(self._socket, self))  # type: ignore[arg-type]
-        self._room.add(self)
+        self._connections.add(self)
         self._start_keep_alive()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._stop_timer()
         self.resume_writing()
-        self._room.remove(self)
+        self._connections.remove(self)
         if self._running is not None:  # uvicorn tells the newest of pipelined requests alone.
             self._running.disconnected = True
             self._running.message_event.set()
@@ -125,14 +105,14 @@ class Protocol(HttpToolsProtocol):
         if self._lost or not self._in_body or waiting or self._socket.is_closing():
             self._socket.close()
             return
-        share = _LINGER_BYTES // (len(self._room.lingering) + 1)
+        share = _LINGER_BYTES // (len(self._connections.lingering) + 1)
         rest = max(1, self._declared - self._body_bytes) if self._declared else share
         self._left = min(share, rest)
         self._start_timer(_LINGER_SECONDS, self.hang_up)
         self.flow.resume_reading()
         if self._socket.can_write_eof():
             self._socket.write_eof()
-        self._room.linger(self)
+        self._connections.linger(self)
 
     def data_received(self, data: bytes) -> None:
         if self._left is not None:
@@ -229,7 +209,7 @@ class Protocol(HttpToolsProtocol):
         self._in_body = True
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
         if not self._answered_at_once():
-            self._room.busy(self)
+            self._connections.busy(self)
             super().on_headers_complete()
         self._in_head = False
 
@@ -271,7 +251,7 @@ class Protocol(HttpToolsProtocol):
         if not self.pipeline and not self.transport.is_closing():
             if self._in_head and self._timer is None:
                 self._start_timer(_HEAD_SECONDS, self._socket.abort)
-            self._room.rest(self)
+            self._connections.rest(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -295,11 +275,9 @@ class Protocol(HttpToolsProtocol):
         self._declared = int(declared) if declared.isdecimal() else 0
         if not self._is_free() or self.flow.write_paused or self.parser.should_upgrade():
             return False
-        path = httptools.parse_url(self.url).path.decode("ascii")
+        path = unquote(httptools.parse_url(self.url).path.decode("ascii"))
         method = self.parser.get_method().decode("ascii")
-        found = self._application.at_once(
-            method, urllib.parse.unquote(path) if "%" in path else path, headers, self._room.crowded
-        )
+        found = self._application.at_once(method, path, headers, self._connections.crowded)
         if found is None:
             return False
         reply, lines = found
@@ -309,13 +287,12 @@ class Protocol(HttpToolsProtocol):
             and not self._chunked
             and not self.expect_100_continue
             and self._declared <= _DROPPED_BYTES
-            and not self._room.crowded
+            and not self._connections.crowded
             and not any(name == b"connection" for name, _ in lines)
         )
-        lines.append((b"content-length", str(len(reply.body)).encode()))
         if not keep:
             lines.append((b"connection", b"close"))
-        self._write(reply.status, lines, b"" if method == "HEAD" else reply.body)
+        self._write(reply.status, lines, reply.body, whole=method != "HEAD")
         self._skipping = True
         if not keep:
             self._in_body = (self._chunked or self._declared > 0) and not self.expect_100_continue
@@ -330,9 +307,7 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         logger.debug("refused what a client sent: %s", message)
-        if (
-            self._in_body and not self._in_head and not self.pipeline
-        ):  # of a request that the application counts
+        if self._in_body and not self._in_head and not self.pipeline:  # The application counts the request.
             own = not self._skipping and not self.cycle.response_started
             if own:
                 self.cycle.scope["state"]["refused"] = status
@@ -340,20 +315,16 @@ class Protocol(HttpToolsProtocol):
             self._application.on_malformed(status)
             own = self._is_free()
         if own:
-            text = message.encode()
-            lines = [
-                (b"content-type", b"text/plain; charset=utf-8"),
-                (b"content-length", str(len(text)).encode()),
-                (b"connection", b"close"),
-            ]
-            self._write(status, lines, text)
+            lines = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+            self._write(status, lines, message.encode())
         self._socket.close()
 
-    def _write(self, status: int, lines: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def _write(self, status: int, lines: list[tuple[bytes, bytes]], body: bytes, whole: bool = True) -> None:
         content = [STATUS_LINE[status]]
-        for name, value in (*self.server_state.default_headers, *lines):
+        length = (b"content-length", b"%d" % len(body))
+        for name, value in (*self.server_state.default_headers, *lines, length):
             content += (name, b": ", value, b"\r\n")
-        self._socket.write(b"".join((*content, b"\r\n", body)))
+        self._socket.write(b"".join((*content, b"\r\n", body if whole else b"")))
 
     def _count(self, size: int) -> None:
         self._head_bytes += size

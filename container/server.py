@@ -1,4 +1,4 @@
-"""The process from start to stop: bind, fetch, load, serve, drain, exit."""
+"""The process from start to stop: configure, bind, fetch, load, serve, drain, exit."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import gc
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import uvicorn
+
 from container.app import App
 from container.build import build_backend, build_formatters, build_service
-from container.configured import unreadable
-from container.life import Life
-from container.listen import HttpServer, address_of, bind
+from container.config import configured, unreadable
+from container.connections import Connections, raise_descriptor_limit
+from container.logs import logging_to
 from container.metrics import Metrics
+from container.protocol import Protocol
+from container.state import ServerState
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Backend
@@ -28,6 +36,7 @@ from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
 from handlers.own_words import own_words
+from processes.environment import forget_keys
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError
 
@@ -47,6 +56,16 @@ _TELL_SECONDS = 0.2
 _LOOK_SECONDS = 0.5
 """Pause between two looks at whether the backend is lost."""
 
+_BACKLOG = 2048
+_KEEP_ALIVE_SECONDS = 620
+"""Longer than any load balancer keeps an idle connection (AWS 60 s, Google 600 s): it must close first."""
+
+_UNACKNOWLEDGED_SECONDS = 120
+
+_ACCEPTS = 32
+"""Connections taken in by one turn of the event loop: libuv takes one for each listening descriptor, and then those
+who come in numbers, probes among them, wait as many turns as there are connections before theirs."""
+
 
 class LoadFailed(Exception):
     """The model cannot be served; the message says why and what to do."""
@@ -62,8 +81,8 @@ class Server:
     def __init__(self, configuration: Configuration, build: BackendBuilder = build_backend) -> None:
         """build: called in a thread when the model's files are there. Raises OSError when the port is taken."""
         self.configuration = configuration
-        self.life = Life()
-        self.metrics = Metrics(self.life.stats)
+        self.state = ServerState()
+        self.metrics = Metrics(self.state.stats)
         self.listener = bind(configuration.settings.host, configuration.settings.port)
         self._build = build
         self._images: ImageLoader | None = None
@@ -71,7 +90,7 @@ class Server:
         self._formatters: Formatters | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
-        self._app = App(configuration, self.life, self.metrics)
+        self._app = App(configuration, self.state, self.metrics)
 
     async def run(self) -> int:
         """Serve until a signal or a failure; the process's exit status."""
@@ -79,7 +98,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         http = HttpServer(self._app)
-        self.metrics.connections = http.room
+        self.metrics.connections = http.connections
         serving = loop.create_task(http.listen(self.listener))
         loading = loop.create_task(self._load())
         stopping = loop.create_task(self._stop.wait())
@@ -92,7 +111,7 @@ class Server:
         if failure is None and serving.done():
             failure = serving.exception() or RuntimeError("the HTTP server ended by itself")
         if failure is None and losing.done():
-            failure = EngineLost(self.life.health().reason)
+            failure = EngineLost(self.state.health().reason)
         losing.cancel()
         if failure is not None:
             self._report(failure)
@@ -113,7 +132,7 @@ class Server:
 
     async def _until_lost(self) -> None:
         """Return when the backend will never generate again."""
-        while not self.life.health().lost:  # noqa: ASYNC110 - health is asked, it does not call
+        while not self.state.health().lost:  # noqa: ASYNC110 - health is asked, it does not call
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _load(self) -> None:
@@ -135,7 +154,7 @@ class Server:
         )  # or the first refused request would wait for it
         location = self.configuration.model_location
         if location.kind != "directory":
-            self.life.reason = "the model is being downloaded"
+            self.state.reason = "the model is being downloaded"
             logger.info("fetching %s", location.value)
         try:
             directory = await in_daemon_thread(
@@ -143,7 +162,7 @@ class Server:
             )
         except ArtefactError as error:
             raise LoadFailed(str(error)) from error
-        self.life.reason = "the model is loading"
+        self.state.reason = "the model is loading"
         configuration = self.configuration.with_model_directory(directory)
         for problem in configuration.warnings:
             if problem not in self.configuration.warnings:
@@ -162,7 +181,7 @@ class Server:
         await words
         gc.collect()
         gc.freeze()  # What is loaded stays; each look through it for waste would stop all threads for 0.2 s.
-        self.life.serve(backend, service)
+        self.state.serve(backend, service)
         if backend.capabilities.images and not isinstance(backend, CustomBackend):
             self._images.decoders.warm_up()
 
@@ -179,14 +198,14 @@ class Server:
         if failure.__cause__ is not None:
             logger.debug("it was caused by", exc_info=failure.__cause__)
         reason = str(failure) if isinstance(failure, EngineLost) else "the model could not be loaded"
-        self.life.fail(f"{reason}; the log says why")
+        self.state.fail(f"{reason}; the log says why")
 
     async def _shut_down(
         self, http: HttpServer, serving: asyncio.Task[None], loading: asyncio.Task[None]
     ) -> None:
         """Refuse what is new, finish what runs, abort the rest; within drain_timeout in all."""
-        if self.life.phase != "failed":
-            self.life.drain()
+        if self.state.phase != "failed":
+            self.state.drain()
         self._fetch_cancelled.set()
         loading.cancel()
         await asyncio.wait({loading}, timeout=_CLOSE_SECONDS)
@@ -217,6 +236,40 @@ class Server:
                 await self._app.idle.wait()
         except TimeoutError:
             return
+
+
+def start(
+    model: str | None,
+    options: Sequence[str],
+    environ: Mapping[str, str],
+    defaults: Mapping[str, str],
+    warnings: Sequence[str] = (),
+    build: BackendBuilder = build_backend,
+) -> int:
+    """Read the configuration, set up the log, and serve to the end; the process's exit status.
+
+    defaults: option -> value where no source of the configuration says. warnings: about the command line.
+    build: makes the backend.
+    """
+    try:
+        configuration = configured(model, options, environ, defaults)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    forget_keys()
+    settings = configuration.settings
+    with logging_to(form=settings.log_format, level=settings.log_level):
+        _announce(configuration)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        return serve(configuration, build)
+
+
+def _announce(configuration: Configuration) -> None:
+    location = configuration.model_location
+    logger.info("model %s (%s)", location.value, location.kind)
+    for problem in configuration.warnings:
+        logger.warning("%s", problem)
 
 
 def serve(configuration: Configuration, build: BackendBuilder = build_backend) -> int:
@@ -263,3 +316,61 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True, name="load").start()
     return await done
+
+
+class HttpServer(uvicorn.Server):
+    """Serves until `should_exit`; signals are its owner's business."""
+
+    def __init__(self, app: App) -> None:
+        self.connections = Connections(raise_descriptor_limit())
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=partial(Protocol, application=app, connections=self.connections),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=2,
+            )
+        )
+
+    async def listen(self, listener: socket.socket) -> None:
+        accepts = min(_ACCEPTS, max(1, self.connections.limit // 8))  # Each takes a descriptor itself.
+        await self.serve([listener, *(listener.dup() for _ in range(accepts - 1))])
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; a port of 0 takes any free one. Raises OSError."""
+    infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = infos[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = _UNACKNOWLEDGED_SECONDS * 1000
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """`host:port`, for people."""
+    name: tuple[Any, ...] = listener.getsockname()
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

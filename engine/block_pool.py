@@ -1,4 +1,4 @@
-"""The paged key/value cache's bookkeeping: which blocks are free, who shares one, which prefix one holds."""
+"""Bookkeeping of the paged key/value cache: which blocks are free, shared, or hold a known prefix."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LONG_ROOT = b"\1" * 16
 class BlockPool:
     """Hands out blocks of `block_size` tokens with reference counts.
 
-    A full block is registered under a hash of its whole prefix: parent hash, token ids and the digests of
-    pictures inside (all pictures share one placeholder id, so the ids alone would confuse them). When its
-    last user lets go it joins the free list but stays findable until it is handed out again; the list is in
-    order of release, so what was used longest ago is forgotten first.
+    A full block is registered under a hash of its whole prefix: the parent's hash, the token ids, and the
+    digests of images inside, because all images share one placeholder id. When its last user releases it, it
+    joins the free list but can be found until it is handed out again. The list is in order of release, so the
+    block that was used longest ago is forgotten first.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
@@ -47,11 +47,15 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """How many more blocks the sequence needs to hold its first `num_tokens` tokens."""
+        """Return how many more blocks the sequence needs to hold its first `num_tokens` tokens."""
         return self.blocks_for(num_tokens) - len(sequence.block_table)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to hold `num_tokens` tokens; False, and nothing done, when too few are free."""
+        """Extend the block table to hold `num_tokens` tokens.
+
+        Returns:
+            False if too few blocks are free; then nothing has changed.
+        """
         missing = self.missing(sequence, num_tokens)
         if missing > len(self._free):
             return False
@@ -60,7 +64,7 @@ class BlockPool:
         return True
 
     def release(self, sequence: Sequence) -> None:
-        """Drop the sequence's hold on all its blocks; the tail joins the free list first, to be reused first."""
+        """Release all blocks of the sequence; the last ones join the free list first, to be reused first."""
         for block in reversed(sequence.block_table):
             self._references[block] -= 1
             assert self._references[block] >= 0
@@ -72,7 +76,7 @@ class BlockPool:
         sequence.num_registered_blocks = 0
 
     def reuse_prefix(self, sequence: Sequence) -> int:
-        """Give an empty sequence the longest prefix that is cached; returns its length in tokens.
+        """Give an empty sequence the longest cached prefix, and return its length in tokens.
 
         At least the last token is left to compute, because its logits are needed.
         """
@@ -95,13 +99,13 @@ class BlockPool:
         return len(found) * self.block_size
 
     def count(self, sequence: Sequence) -> None:
-        """Note what an admitted sequence looked for and found."""
+        """Count how many tokens an admitted sequence looked up, and how many were cached."""
         if self.prefix_caching:
             self.queries += sequence.num_tokens
             self.hits += sequence.num_computed
 
     def register(self, sequence: Sequence) -> None:
-        """Make the sequence's blocks that are full and computed findable."""
+        """Make the full and computed blocks of the sequence findable."""
         full = sequence.num_computed // self.block_size
         if not self.prefix_caching or full <= sequence.num_registered_blocks:
             return
@@ -114,7 +118,7 @@ class BlockPool:
         sequence.num_registered_blocks = full
 
     def discard(self, sequence: Sequence) -> list[int]:
-        """Make sure that nobody will find what the sequence saw; returns the blocks that it alone holds."""
+        """Make the sequence's blocks impossible to find, and return those that only it holds."""
         for block in sequence.block_table:
             block_hash = self._hash_of[block]
             if block_hash is not None:
@@ -132,7 +136,7 @@ class BlockPool:
         return block
 
     def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
-        """The chain of hashes of the first `count` blocks, remembered on the sequence."""
+        """Return the chained hashes of the first `count` blocks; they are kept on the sequence."""
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) < count:
             start = len(hashes) * size

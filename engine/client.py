@@ -206,8 +206,8 @@ class EngineClient:
             raise RequestRejected("the request's pictures are too large together")
         self._write(body)
         self._next_id += len(add.seeds)
-        self._streams.update(dict.fromkeys(add.answer_ids, stream))
-        return add.answer_ids
+        self._streams.update(dict.fromkeys(add.choice_ids, stream))
+        return add.choice_ids
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """The engine forgets the requests before its next step. Fine for finished ones, never raises."""

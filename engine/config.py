@@ -1,4 +1,4 @@
-"""What an engine process needs to know before it starts; plain data, so that it travels to a spawned process."""
+"""Configuration of an engine process: plain data that can be sent to a spawned process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """What constrained answers must know of the tokens.
+    """What the engine must know about tokens to constrain its output.
 
-    tokenizer: the fast tokenizer as JSON text. tokens: how many it has, added ones included.
-    size: columns of the logits. eos_token_ids: what ends an answer.
-    forbidden: never chosen under a grammar, as pictures' placeholders are not.
+    Attributes:
+        tokenizer: The fast tokenizer as JSON text.
+        tokens: Number of tokens of the tokenizer, added tokens included.
+        size: Number of columns of the logits.
+        eos_token_ids: Tokens that end a completion.
+        forbidden: Tokens that are never chosen under a grammar, such as image placeholders.
     """
 
     tokenizer: str
@@ -25,23 +28,27 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
-    """Settings of one engine (one replica, which is one device or one tensor-parallel group).
+    """Settings of one engine: one replica, which is one device or one tensor-parallel group.
 
-    model_path: a local directory in the hub's format.
-    dtype: "auto" follows config.json, and falls back to float32 where the device is slow in that type.
-    device: a torch device string ("cpu", "cuda:0"); with tensor parallelism rank r uses `devices[r]`.
-    max_model_len: tokens of prompt and answer together; None follows config.json.
-    max_num_seqs: requests that share a step at most.
-    max_num_batched_tokens: the token budget of one step; None chooses by device.
-    block_size: tokens per key/value block; None lets the attention kernel choose.
-    kv_cache_bytes: memory for keys and values per device; None chooses by device.
-    cpu_share: the part of a CPU's memory and cores that this engine may count on (1 / replicas).
-    encoder_cache_bytes: memory for vision-encoder outputs per device; None chooses by device and model.
-    threads: intra-op threads per process on a CPU; None chooses from the cores and the number of processes.
-    attention: the kernel by name, or "auto".
-    pickled_weights: whether PyTorch's own files, which are pickles, may be read where there are no safetensors; what is
-    in them is never run.
-    vocabulary: for answers that must match a grammar; None where there are none.
+    Attributes:
+        model_path: Local directory in the hub's format.
+        dtype: "auto" follows config.json, and falls back to float32 where the device is slow in that type.
+        devices: One torch device string ("cpu", "cuda:0") for each tensor-parallel rank.
+        max_model_len: Greatest number of tokens of prompt and completion together; None follows config.json.
+        max_num_seqs: Greatest number of requests in a step.
+        max_num_batched_tokens: Token budget of one step; None chooses by device.
+        block_size: Tokens per key/value block; None lets the attention kernel choose.
+        kv_cache_bytes: Bytes for keys and values per device; None chooses by device.
+        cpu_share: Part of a CPU's memory and cores that this engine may use (1 / replicas).
+        gpu_memory_utilization: Part of an accelerator's memory that this engine may use.
+        encoder_cache_bytes: Bytes for vision-encoder outputs per device; None chooses by device and model.
+        enable_prefix_caching: Whether requests share the blocks of a common prefix.
+        pickled_weights: Whether PyTorch's own files, which are pickles, may be read where there are no
+            safetensors. Code in them is never executed.
+        threads: Intra-op threads per process on a CPU; None chooses from the cores and the number of
+            processes.
+        attention: Name of the attention kernel, or "auto".
+        vocabulary: Needed to constrain output by grammars; None where no request may ask for it.
     """
 
     model_path: str

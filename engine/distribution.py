@@ -1,9 +1,9 @@
 """From scores to a drawn token: temperature, filters of the distribution, and the draw.
 
-`mass` is [S, V] float32: each row's probabilities up to a factor, the best token's being 1. A filter sets the
-mass of what it removes to 0. It does so by a threshold, so that tokens of equal probability stay or go
-together; but for such ties (where transformers' top-p drops an arbitrary one) each filter keeps what the
-warper of the same name in transformers keeps.
+`mass` is [S, V] float32: the probabilities of a row up to a factor, scaled so that the best token has 1. A
+filter sets the mass of what it removes to 0. It compares with a threshold, so that tokens of equal
+probability are kept or removed together. Apart from such ties (where transformers' top-p drops an arbitrary
+token) each filter keeps what the warper of the same name in transformers keeps.
 """
 
 from __future__ import annotations
@@ -22,19 +22,28 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 def masses(scores: Tensor, temperature: Tensor) -> Tensor:
-    """exp of the scores [S, V] over temperature [S, 1], scaled to a best of 1: no temperature overflows.
+    """Compute exp(scores / temperature), scaled to a maximum of 1, so that no temperature overflows.
 
-    A row with a NaN or +inf, or of -inf alone, becomes one with a NaN.
+    A row with a NaN or +inf, or with nothing but -inf, becomes one with a NaN.
+
+    Args:
+        scores: [S, V].
+        temperature: [S, 1].
     """
     shifted = scores.float() - scores.amax(-1, keepdim=True)
     return shifted.div_(temperature.clamp_min(SMALLEST_TEMPERATURE).float()).exp_()
 
 
 def keep_likeliest(mass: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, ordered: bool) -> Tensor:
-    """top_k, then top_p (Holtzman et al. 2020), then min_p (Nguyen et al. 2024), parameters [S, 1] float64.
+    """Apply top_k, then top_p (Holtzman et al. 2020), then min_p (Nguyen et al. 2024).
 
-    top_k: from 1 to V, V is all. top_p: 1 is all. min_p: 0 is all; it compares with the best token, so it may
-    be taken with the others in one cut. ordered: False if no row asks for top_k or top_p, saving the sort.
+    Args:
+        mass: [S, V].
+        top_k: [S, 1] float64 from 1 to V; V keeps all.
+        top_p: [S, 1] float64; 1 keeps all.
+        min_p: [S, 1] float64; 0 keeps all. It compares with the best token, so it shares the cut of the
+            others.
+        ordered: False if no row asks for top_k or top_p, which saves the sort.
     """
     lowest = min_p.float()
     if ordered:
@@ -43,15 +52,20 @@ def keep_likeliest(mass: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *,
 
 
 def lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The least mass [S, 1] float32 that survives top-k, from 1 to V [S, 1] int64, and top-p, [S, 1] float64."""
+    """Return the smallest mass [S, 1] float32 that survives top-k and top-p.
+
+    Args:
+        mass: [S, V].
+        top_k: [S, 1] int64 from 1 to V.
+        top_p: [S, 1] float64.
+    """
     return _lowest_kept(mass, top_k, top_p, _PREFIX if mass.device.type == "cpu" else mass.shape[-1])
 
 
 def _lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """The same.
+    """Look at the `width` likeliest tokens only, and at more of them for the rows whose cut lies deeper.
 
-    Looks at the `width` likeliest tokens only, and again at more of them for the rows whose cut lies deeper.
-    Asking whether there are such rows costs nothing on a CPU; elsewhere `width` must be V.
+    Asking whether there are such rows costs nothing on a CPU; on other devices `width` must be V.
     """
     vocab_size = mass.shape[-1]
     width = width if 2 * width < vocab_size else vocab_size
@@ -76,7 +90,7 @@ def _lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tens
 
 
 def falling(mass: Tensor, width: int) -> Tensor:
-    """The `width` greatest of each row in falling order."""
+    """Return the `width` greatest values of each row in falling order."""
     if mass.device.type != "cpu":
         return mass.sort(-1, descending=True).values[:, :width]
     array = mass.detach().numpy()  # numpy's partition and sort are tens of times faster than torch's
@@ -86,9 +100,11 @@ def falling(mass: Tensor, width: int) -> Tensor:
 
 
 def keep_typical(mass: Tensor, typical_p: Tensor) -> Tensor:
-    """The tokens whose surprise is nearest the row's entropy (Meister et al. 2022).
+    """Keep the tokens whose surprise is nearest to the row's entropy (Meister et al. 2022).
 
-    typical_p: [S, 1] float64 below 1, the probability to keep.
+    Args:
+        mass: [S, V].
+        typical_p: [S, 1] float64 below 1, the probability to keep.
     """
     probs = mass / mass.sum(-1, keepdim=True)
     logprobs = probs.log()
@@ -104,10 +120,16 @@ def keep_typical(mass: Tensor, typical_p: Tensor) -> Tensor:
 
 
 def pick(mass: Tensor, uniform: Tensor) -> Tensor:
-    """The token [S] at which the cumulative distribution in id order first exceeds `uniform` [S, 1] float64.
+    """Draw the token at which the cumulative distribution, in the order of ids, first exceeds `uniform`.
 
-    Sums run in float64 over blocks of ids and then inside one block. A token of no mass is never picked.
-    INVALID where a row has a NaN.
+    Sums run in float64 over blocks of ids and then inside one block. A token without mass is never drawn.
+
+    Args:
+        mass: [S, V].
+        uniform: [S, 1] float64 in [0, 1).
+
+    Returns:
+        Tokens [S]; INVALID where a row has a NaN.
     """
     rows, vocab_size = mass.shape
     if vocab_size % _BLOCK:
@@ -130,7 +152,7 @@ def _first_above(reached: Tensor, goal: Tensor) -> Tensor:
 
 
 def mix64(value: int) -> int:
-    """splitmix64's output function (Steele, Lea and Flood 2014): a bijection of 64-bit numbers."""
+    """Apply splitmix64's output function (Steele, Lea and Flood 2014), a bijection of 64-bit numbers."""
     value &= _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -138,5 +160,5 @@ def mix64(value: int) -> int:
 
 
 def uniform(key: int, counter: int) -> float:
-    """Element `counter` of splitmix64's sequence from `key`: a number in [0, 1) of 53 bits."""
+    """Return element `counter` of splitmix64's sequence for `key`: a number in [0, 1) with 53 bits."""
     return (mix64(key + (counter + 1) * _GOLDEN_GAMMA) >> 11) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Vision-encoder outputs by digest: a picture is encoded once, however many requests show it."""
+"""Cache of vision-encoder outputs by digest: an image is encoded once, however many requests contain it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class EncoderOutput(Protocol):
-    """A tensor, [rows, hidden], or what a family's own forward wants."""
+    """A tensor [rows, hidden], or any other object that a family's own `forward` accepts."""
 
     @property
     def nbytes(self) -> int: ...
@@ -17,9 +17,9 @@ class EncoderOutput(Protocol):
 
 
 class EncoderCache:
-    """An LRU of encoder outputs under a memory budget in bytes.
+    """An LRU cache of encoder outputs with a budget in bytes.
 
-    What the current step needs is never evicted by it: `trim` runs after the step, and keeps the newest.
+    It may exceed the budget during a step, whose images must all be present; `trim` runs after the step.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -41,7 +41,7 @@ class EncoderCache:
         return self._used
 
     def count(self, *, hit: bool) -> None:
-        """Note that a request's picture was looked up for the first time."""
+        """Count the first lookup of a request's image."""
         self.queries += 1
         self.hits += hit
 
@@ -51,7 +51,7 @@ class EncoderCache:
         self._used += features.nbytes
 
     def trim(self, keep: Collection[bytes] = ()) -> None:
-        """keep: digests that stay in any case."""
+        """Drop the oldest outputs until the cache is within its budget, except the digests in `keep`."""
         for digest in list(self._features):
             if self._used <= self._budget:
                 return

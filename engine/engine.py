@@ -25,19 +25,23 @@ logger = logging.getLogger(__name__)
 INTERNAL_ERROR = "the engine failed on this request"
 
 ENCODE_PER_STEP = 32
-"""Pictures encoded in one step at most."""
+"""Greatest number of images that a step encodes."""
 
 PROMPT_ROWS = 256
-"""Positions whose prompt log probabilities are computed at a time."""
+"""Number of positions whose prompt log probabilities are computed at a time."""
 
 MOST_LOST_STEPS = 8
-"""Steps in a row that fail for every request, each alone, before the process is taken for broken."""
+"""Number of consecutive steps that fail for every request, each alone, before the process is considered
+broken."""
 
 WARM_UP_TOKENS = 32
 
 
 class Engine:
-    """Add requests, call `step` while `has_work`; each step gives the outputs of all requests that got a token."""
+    """Schedules, runs and samples. Add requests, and call `step` while `has_work`.
+
+    Each step returns the outputs of all completions that got a token.
+    """
 
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
         self.executor = executor
@@ -50,7 +54,7 @@ class Engine:
             self.pool,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(budget, config.max_num_seqs),
-            image_places=runner.image_places,
+            image_slots=runner.image_slots,
         )
         self.sampler = Sampler(runner.vocab_size, runner.device)
         self.guidance = _load_guidance(config.vocabulary)
@@ -61,7 +65,11 @@ class Engine:
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
-        """Load the model on all of `config.devices`. Raises ModelLoadError."""
+        """Load the model on all of `config.devices`.
+
+        Raises:
+            ModelLoadError: The model cannot be loaded.
+        """
         if config.tensor_parallel_degree > 1:
             return cls(config, ParallelExecutor(config))
         return cls(config, LocalExecutor(load_runner(config)))
@@ -71,9 +79,14 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, add: Add, guides: list[Guide] | None = None) -> list[Output]:
-        """Queue a request. What is returned are its outputs when it is refused at once; else nothing.
+        """Queue a request.
 
-        guides: from `Guidance.build`, one for each answer of a request with a grammar.
+        Args:
+            add: The request.
+            guides: From `Guidance.build`, one for each completion of a request with a grammar.
+
+        Returns:
+            The outputs of a request that is refused at once; otherwise nothing.
         """
         assert len(guides or ()) == (0 if add.grammar is None else len(add.seeds))
         longest, count = self.runner.max_model_len, len(add.token_ids)
@@ -81,12 +94,12 @@ class Engine:
             return _refusal(add, f"the prompt has {count} tokens; allowed: 1 to {longest - 1}")
         if min(add.token_ids) < 0 or (not add.pictures and max(add.token_ids) >= self.runner.vocab_size):
             return _refusal(add, "the prompt holds a token id outside the vocabulary")
-        places = self.runner.image_places
-        if places is not None and (images := len({picture.digest for picture in add.pictures})) > places:
+        slots = self.runner.image_slots
+        if slots is not None and (images := len({picture.digest for picture in add.pictures})) > slots:
             reason = (
-                f"the request has {images} different images; this server's memory holds {places} at a time"
+                f"the request has {images} different images; this server's memory holds {slots} at a time"
             )
-            return [_invalid(request_id, reason) for request_id in add.answer_ids]
+            return [_invalid(request_id, reason) for request_id in add.choice_ids]
         try:
             sequences = Sequence.from_message(
                 add,
@@ -110,8 +123,8 @@ class Engine:
         return []
 
     def add_built(self, built: Built) -> list[Output]:
-        """`add` for a request whose grammar has been compiled meanwhile, or could not be."""
-        wanted = [request_id for request_id in built.add.answer_ids if request_id not in built.aborted]
+        """Add a request whose grammar has been compiled, or refuse it if that failed."""
+        wanted = [request_id for request_id in built.add.choice_ids if request_id not in built.aborted]
         if built.reason is not None:
             return [_invalid(request_id, built.reason) for request_id in wanted]
         if not wanted:
@@ -122,7 +135,11 @@ class Engine:
         return outputs
 
     def warm_up(self) -> None:
-        """Answer a first request, so that "ready" means that it can. Raises ModelLoadError."""
+        """Complete a first request, so that "ready" means that the model can generate.
+
+        Raises:
+            ModelLoadError: The model cannot generate.
+        """
         length = min(WARM_UP_TOKENS, self.runner.max_model_len - 2)
         params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         outputs = self.add(Add(-1, [0] * max(1, length), params, [0], ()))
@@ -136,13 +153,13 @@ class Engine:
         self.pool.queries = self.pool.hits = self._steps = 0
 
     def abort(self, request_id: int) -> None:
-        """Forget the request; unknown ids (finished a moment ago) are fine."""
+        """Forget the request; unknown ids, such as of a request that has just finished, are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
 
     def step(self) -> list[Output]:
-        """Run the model once. A request that makes it fail is answered with an error; the others go on."""
+        """Run the model once. A request that makes it fail gets an error; the others continue."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -171,7 +188,7 @@ class Engine:
         )
 
     def _encode_pictures(self, chunks: list[Chunk], outputs: list[Output]) -> list[Chunk]:
-        """Make sure that every picture the chunks touch is encoded; drop the chunks of those that cannot be."""
+        """Encode the images that the chunks touch, and drop the chunks whose images cannot be encoded."""
         cache = self.runner.encoder_cache
         missing: dict[bytes, Picture] = {}
         for chunk in chunks:
@@ -180,15 +197,15 @@ class Engine:
                     missing[picture.digest] = picture
         if not missing:
             return chunks
-        # those beyond the limit are encoded in the next step, so that a turn of the loop stays bounded; one chunk's
-        # are always encoded together, since a small cache would forget the first before the last had come
+        # Images beyond the limit are encoded in the next step, which bounds the duration of this one. Those of one
+        # chunk are always encoded together, since a small cache would drop the first before the last is encoded.
         first = next(count for chunk in chunks if (count := self._count_missing(chunk)))
         some = list(missing.values())[: max(ENCODE_PER_STEP, first)]
         try:
             self.executor.encode(some)
         except Exception as error:
             self._reraise_if_fatal(error)
-            logger.exception("encoding %d pictures together failed; encoding them one by one", len(some))
+            logger.exception("encoding %d images together failed; encoding them one by one", len(some))
             for picture in some:
                 self._encode_alone(picture)
         failed = {picture.digest for picture in some if picture.digest not in cache}
@@ -196,13 +213,13 @@ class Engine:
         for chunk in chunks:
             digests = {p.digest for p in chunk.sequence.pictures_for(chunk.start, chunk.stop)}
             if digests & failed:
-                self._fail(chunk.sequence, "a picture of this request could not be encoded", outputs)
+                self._fail(chunk.sequence, "an image of this request could not be encoded", outputs)
             elif all(digest in cache for digest in digests):
                 kept.append(chunk)
         return kept
 
     def _count_missing(self, chunk: Chunk) -> int:
-        """How many different pictures of the chunk are not encoded."""
+        """Count the chunk's distinct images that are not encoded."""
         pictures = chunk.sequence.pictures_for(chunk.start, chunk.stop)
         return len({p.digest for p in pictures if p.digest not in self.runner.encoder_cache})
 
@@ -213,12 +230,12 @@ class Engine:
             self.executor.encode([picture])
         except Exception as error:
             self._reraise_if_fatal(error)
-            logger.exception("a picture could not be encoded")
+            logger.exception("an image could not be encoded")
 
     def _run(self, chunks: list[Chunk], outputs: list[Output]) -> list[tuple[list[Chunk], StepLogits]]:
-        """All chunks together; where that fails, each alone, so that only the culprit's request is lost.
+        """Run all chunks together; if that fails, each alone, so that only the request at fault is lost.
 
-        Running a chunk twice is harmless: it writes the same keys and values to the same places.
+        Running a chunk twice is harmless: it writes the same keys and values to the same positions.
         """
         if not chunks:
             return []
@@ -244,13 +261,16 @@ class Engine:
         return done
 
     def _reraise_if_fatal(self, error: Exception) -> None:
-        """An accelerator that has failed once fails for ever in this process, and ranks that differ in what they
-        have done cannot go on: then the process must end and be started anew."""
+        """Re-raise an error that leaves this process unusable, so that it ends and is restarted.
+
+        After one failure of an accelerator everything fails in this process, and ranks that have executed
+        different commands cannot continue.
+        """
         if isinstance(error, torch.AcceleratorError) or not self.executor.isolates_failures:
             raise error
 
     def _advance(self, chunks: list[Chunk], logits: StepLogits, outputs: list[Output]) -> None:
-        """Note what is computed, and sample."""
+        """Record what is computed, and sample."""
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.stop
             self.pool.register(chunk.sequence)
@@ -281,8 +301,11 @@ class Engine:
     def _append(
         self, sequence: Sequence, token_id: int, logprob: Logprobs | None, outputs: list[Output]
     ) -> None:
-        """The token is the answer's next one. Where a grammar then leaves nothing but the end, the end of sequence
-        follows at once, without asking the model (unless its log probability is wanted)."""
+        """Append a token to the completion.
+
+        If the grammar then allows nothing but the end, the end-of-sequence token follows at once, without
+        running the model (unless its log probability is requested).
+        """
         guide = sequence.guide
         if guide is not None:
             guide.accept(token_id)
@@ -310,7 +333,7 @@ class Engine:
             self.scheduler.restart(sequence)
 
     def _constrain(self, sequences: list[Sequence]) -> None:
-        """Set what the sampler may choose from, for all of them that have a grammar together."""
+        """Set what the sampler may choose from, for all sequences that have a grammar."""
         constrained = [(s.guide, s.sampling) for s in sequences if s.guide is not None]
         if not constrained:
             return
@@ -318,7 +341,7 @@ class Engine:
         guides, states = zip(*constrained, strict=True)
         try:
             self.guidance.constrain(guides, states)
-        except BaseException as error:  # a panic in Rust is no Exception
+        except BaseException as error:  # a panic in Rust is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             logger.exception("what the grammars of %d answers allow could not be computed", len(guides))
@@ -328,7 +351,7 @@ class Engine:
     def _sample(
         self, sequences: list[Sequence], logits: torch.Tensor
     ) -> list[tuple[Sequence, int, Logprobs | None]]:
-        """All rows together; where that fails, each alone, and the culprit's token is below INVALID."""
+        """Sample all rows together; if that fails, each alone, with a token below INVALID for the sequence at fault."""
         try:
             token_ids, logprobs = self.sampler.sample(logits, [s.sampling for s in sequences])
         except Exception as error:
@@ -349,9 +372,10 @@ class Engine:
         return sequence, token_ids[0], logprobs[0]
 
     def _note_prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> None:
-        """Position p's logits tell of token p + 1; recomputing after a preemption must not add any twice.
+        """Record log probabilities of the prompt; recomputing after a preemption does not add any twice.
 
-        hidden: [chunk length, D]. A picture's placeholder may lie outside the vocabulary: its probability is 0.
+        The logits of position p belong to token p + 1. `hidden` is [chunk length, D]. An image's placeholder
+        may lie outside the vocabulary; its probability is 0.
         """
         sequence = chunk.sequence
         noted, count = sequence.prompt_logprobs, sequence.sampling.params.prompt_logprobs
@@ -391,9 +415,10 @@ def _load_guidance(vocabulary: Vocabulary | None) -> Guidance | None:
 
 
 def _finish(sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
-    """Whether the newest token ends the answer: (reason, the stop id that did it).
+    """Return why the newest token ends the completion, and the stop token that caused it.
 
-    An answer whose grammar leaves nothing but the end is whole, though no end of sequence may come after it.
+    A completion whose grammar allows nothing but the end is whole, even if end-of-sequence must not follow
+    it.
     """
     params = sequence.sampling.params
     if sequence.num_output_tokens >= params.min_tokens:
@@ -415,4 +440,4 @@ def _invalid(request_id: int, reason: str) -> Output:
 
 
 def _refusal(add: Add, message: str) -> list[Output]:
-    return [Output(request_id, [], finish="error", error=message) for request_id in add.answer_ids]
+    return [Output(request_id, [], finish="error", error=message) for request_id in add.choice_ids]

@@ -1,4 +1,4 @@
-"""Who runs a step: this process alone, or together with the processes of the other tensor-parallel ranks."""
+"""Runs a step: in this process alone, or together with the processes of the other tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -30,11 +30,18 @@ from processes.environment import child_environment
 logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other, loading included. A rank that dies is noticed at once, without this."""
+"""How long ranks wait for each other, loading included. A rank that dies is noticed at once, without this
+limit."""
 
 
 class RankSetup(msgspec.Struct):
-    """The first frame to a rank's process: what it serves, and where the ranks meet."""
+    """First message to the process of a rank.
+
+    Attributes:
+        config: Settings of the engine.
+        rank: Number of the rank.
+        meeting: File through which the ranks find each other.
+    """
 
     config: EngineConfig
     rank: int
@@ -42,11 +49,12 @@ class RankSetup(msgspec.Struct):
 
 
 class Executor(ABC):
-    """What the engine asks of the model; see `ModelRunner` for the meanings."""
+    """Operations of the model that the engine needs; see `ModelRunner` for their meanings."""
 
     runner: ModelRunner
     isolates_failures: bool
-    """A failed call has left the executor usable, so the engine may go on with the other requests."""
+    """Whether the executor is still usable after a failed call, so that the engine may continue with other
+    requests."""
 
     @abstractmethod
     def run(self, chunks: list[ChunkInput]) -> StepLogits: ...
@@ -62,6 +70,8 @@ class Executor(ABC):
 
 
 class LocalExecutor(Executor):
+    """Runs the model in this process."""
+
     isolates_failures = True
 
     def __init__(self, runner: ModelRunner) -> None:
@@ -81,10 +91,10 @@ class LocalExecutor(Executor):
 
 
 class ParallelExecutor(Executor):
-    """Rank 0, which starts the others and tells each of them every command before it follows it itself.
+    """Rank 0: it starts the others, and sends each command to them before executing it itself.
 
-    Ranks that differ in what they have done cannot be brought back together, so a failure ends the process
-    (and with it the others); the front starts them all anew.
+    Ranks that have executed different commands cannot be synchronised again, so a failure ends the process,
+    and with it the others; the front end restarts all of them.
     """
 
     isolates_failures = False
@@ -122,13 +132,17 @@ class ParallelExecutor(Executor):
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
-    """The whole model on the one device."""
+    """Load the whole model on one device."""
     device = torch.device(config.devices[0])
     return ModelRunner(config, load_model(config, device), device)
 
 
 def load_rank(setup: RankSetup) -> ModelRunner:
-    """This rank's part of the model; returns when all ranks have theirs. Raises ModelLoadError."""
+    """Load this rank's part of the model; return when all ranks have theirs.
+
+    Raises:
+        ModelLoadError: The model cannot be loaded.
+    """
     config, size = setup.config, setup.config.tensor_parallel_degree
     device = torch.device(config.devices[setup.rank])
     if device.type == "cuda":
@@ -146,7 +160,7 @@ def load_rank(setup: RankSetup) -> ModelRunner:
 
 
 def follow(sock: socket.socket) -> None:
-    """The life of a rank other than 0: do what rank 0 does, until it is gone."""
+    """Run a rank other than 0: execute the commands of rank 0 until it ends."""
     frame = read_frame(sock)
     if frame is None:
         return
@@ -160,13 +174,20 @@ def follow(sock: socket.socket) -> None:
 
 
 BYTES_PER_THREAD = 64 << 20
-"""Weights for which another thread is worth it in a step: with less to read than to wait for each other, a team is
-slower than one, and many times slower beside a front that keeps the cores busy with pictures."""
+"""Weights for which another thread pays in a step. With less to read, a team of threads is slower than one,
+and many times slower beside a front end that keeps the cores busy with images."""
 
 
 def threads_for(config: EngineConfig, weight_bytes: int | None = None) -> int:
-    """The configured number; else OMP_NUM_THREADS where it is set; else this engine's part of the cores, one of them
-    left to the front, and no more than so many weights (of this rank; None: not known yet) keep busy."""
+    """Choose the number of threads of a process.
+
+    That is the configured number; else OMP_NUM_THREADS, where it is set; else this engine's part of the
+    cores, without one for the front end, and no more than the weights keep busy.
+
+    Args:
+        config: Settings of the engine.
+        weight_bytes: Bytes of this rank's weights; None if they are not known yet.
+    """
     if config.threads:
         return config.threads
     wished = os.environ.get("OMP_NUM_THREADS", "")
@@ -195,7 +216,7 @@ def _spawn(setup: RankSetup) -> socket.socket:
 
 
 def _end_with(process: subprocess.Popen[bytes], rank: int) -> None:
-    """A missing rank would leave the others waiting inside a sum: end this process, so that all are restarted."""
+    """End this process with the rank, so that all are restarted: the others would wait for it for ever."""
     code = process.wait()
     logger.critical("rank %d ended with code %s; ending the whole group", rank, code)
     os._exit(1)

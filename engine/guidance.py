@@ -1,7 +1,7 @@
-"""Answers that match a grammar: which tokens may come next, for all constrained answers of a step in one call.
+"""Output that matches a grammar: computes which tokens may come next, for all such completions of a step at once.
 
-A grammar is llguidance's: Lark, or JSON that holds JSON schemas or expressions. It is compiled against the
-model's own tokenizer, so that every token that may be chosen continues a text that the grammar allows.
+A grammar is llguidance's: Lark, or JSON that holds JSON schemas or regular expressions. It is compiled
+against the model's own tokenizer, so every token that may be chosen continues a text that the grammar allows.
 """
 
 from __future__ import annotations
@@ -39,21 +39,25 @@ LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""Bound what a grammar may cost: to compile, in one step, and in memory."""
+"""Limits on the cost of a grammar: to compile, in one step, and in memory."""
 
 MOST_COMPILED = 32
-"""Grammars kept compiled, the ones used last."""
+"""Number of most recently used grammars that are kept compiled."""
 
 MOST_STEPS = 2000
-"""Taken with what was compiled once; then it is compiled anew. Its copies share the states that their texts lead to,
-which `LIMITS` bounds: without this, a grammar would be of no use to anybody once some answers had filled them up."""
+"""Number of steps after which a grammar is compiled again.
+
+All guides of a grammar share the states that their texts lead to, which `LIMITS` bounds. Otherwise a grammar
+would become unusable once some completions had filled them up.
+"""
 
 STACK_BYTES = 64 << 20
-"""For grammars nested so deeply that they just compiled on the usual stack of the process that checked them."""
+"""Stack of the compiling thread, for grammars so deep that they just compiled on the usual stack of the
+process that checked them."""
 
 MOST_REASON_CHARACTERS = 300
 _NO_TEXT = ("NoExtension", "NoExtensionBias")
-"""What llguidance says instead of a sentence where a grammar allows nothing."""
+"""llguidance's messages where a grammar allows nothing."""
 
 
 class GrammarError(Exception):
@@ -61,7 +65,12 @@ class GrammarError(Exception):
 
 
 class _Compiled:
-    """A grammar as it was before any text. steps: how many its copies have taken together."""
+    """A compiled grammar before any text.
+
+    Attributes:
+        matcher: llguidance's matcher, which is only copied.
+        steps: Number of steps that its copies have taken together.
+    """
 
     __slots__ = ("matcher", "steps")
 
@@ -71,9 +80,11 @@ class _Compiled:
 
 
 class Guide:
-    """Where one answer stands in its grammar; it advances with the answer and never goes back.
+    """Position of one completion in its grammar; it only advances.
 
-    reason: why the answer cannot go on, None while it can.
+    Attributes:
+        matcher: llguidance's matcher.
+        reason: Why the completion cannot continue; None while it can.
     """
 
     __slots__ = ("_origin", "matcher", "reason")
@@ -85,29 +96,36 @@ class Guide:
 
     @property
     def ended(self) -> bool:
-        """The answer is whole and nothing can follow it."""
+        """Whether the completion is whole and nothing can follow it."""
         return self.reason is None and self.matcher.is_stopped()
 
     def accept(self, token_id: int) -> None:
-        """The token was chosen; sets `reason` if the grammar does not allow it."""
+        """Advance by the chosen token, or set `reason` if the grammar does not allow it."""
         if not self.ended and self.reason is None and not self.matcher.consume_token(token_id):
             self.fail(_reason(self.matcher))
 
     def step(self) -> None:
-        """What may come next is asked for."""
+        """Count a step, in which the allowed tokens are computed."""
         self._origin.steps += 1
 
     def fail(self, reason: str) -> None:
-        """The answer cannot go on. Another one with this grammar may, but not with what this one has filled up."""
+        """End the completion, and have the grammar compiled again for others.
+
+        Another completion with this grammar may succeed, but not with the states that this one has filled up.
+        """
         self.reason = reason
         self._origin.steps = MOST_STEPS
 
 
 class Guidance:
-    """Compiles grammars for one vocabulary and says what they allow. Only `build` may run in another thread."""
+    """Compiles grammars for one vocabulary and computes what they allow. Only `build` may run in another thread."""
 
     def __init__(self, vocabulary: Vocabulary, *, most_compiled: int = MOST_COMPILED) -> None:
-        """Raises GrammarError for a tokenizer whose tokens cannot be told as bytes."""
+        """Prepare the tokenizer.
+
+        Raises:
+            GrammarError: The tokenizer's tokens cannot be represented as bytes.
+        """
         self._most_compiled = most_compiled
         try:
             self._tokenizer = LLTokenizer(
@@ -115,10 +133,10 @@ class Guidance:
                 n_vocab=max(vocabulary.size, vocabulary.tokens),
                 eos_token=list(vocabulary.eos_token_ids) or None,
             )
-        except BaseException as error:  # a panic in Rust is no Exception
+        except BaseException as error:  # a panic in Rust is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise GrammarError(f"the tokenizer is of a kind that cannot be constrained: {error}") from error
+            raise GrammarError(f"this tokenizer does not support constrained output: {error}") from error
         self._num_words = (self._tokenizer.vocab_size + 31) // 32
         self.eos_token_ids = tuple(self._tokenizer.eos_tokens)
         self._permitted = np.full(self._num_words, 0xFFFFFFFF, np.uint32)
@@ -127,7 +145,11 @@ class Guidance:
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
 
     def build(self, grammar: str, count: int) -> list[Guide]:
-        """Guides for `count` answers. Raises GrammarError."""
+        """Create guides for `count` completions.
+
+        Raises:
+            GrammarError: The grammar cannot be compiled.
+        """
         first = self._compiled.get(grammar)
         if first is None or first.steps >= MOST_STEPS:
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
@@ -140,8 +162,11 @@ class Guidance:
         return [Guide(first) for _ in range(count)]
 
     def fill(self, guides: Sequence[Guide]) -> Words:
-        """The tokens that may come next, [len(guides), words]: none for a guide whose `reason` is set, which this
-        does where the grammar has become too complex or allows no token that may be used."""
+        """Compute the tokens that may come next, [len(guides), words].
+
+        A guide with a `reason` gets none. This sets `reason` where the grammar has become too complex, or
+        allows no token that may be used.
+        """
         masks = np.zeros((len(guides), self._num_words), np.uint32)
         going = [(guide.matcher, row) for row, guide in enumerate(guides) if guide.reason is None]
         if going:
@@ -154,24 +179,25 @@ class Guidance:
             if guide.matcher.is_error():
                 guide.fail(_reason(guide.matcher))
             elif not mask.any():
-                guide.reason = "the grammar leads to a place from which this model's tokens do not go on"
+                guide.reason = "the grammar leads to a state that none of this model's tokens can continue"
             else:
                 continue
             mask[:] = 0
         return masks
 
     def constrain(self, guides: Sequence[Guide], states: Sequence[SamplingState]) -> None:
-        """Give each state the tokens among which the sampler is to choose; none where `reason` is set.
+        """Give each state the mask from which the sampler chooses; it is empty where the guide's `reason` is set.
 
-        While an answer is shorter than min_tokens, or with ignore_eos, it ends only where the grammar does.
+        While a completion is shorter than min_tokens, or with ignore_eos, it ends only where the grammar
+        does.
         """
         for mask, state in zip(self.fill(guides), states, strict=True):
-            enders: list[int] = state.enders.tolist() if state.too_short else []
+            ending_ids: list[int] = state.ending_ids.tolist() if state.too_short else []
             if state.too_short or state.params.ignore_eos:
-                enders += self.eos_token_ids
-            if enders:
+                ending_ids += self.eos_token_ids
+            if ending_ids:
                 others = mask.copy()
-                _remove(others, enders)
+                _remove(others, ending_ids)
                 if others.any():
                     mask = others
             state.grammar_mask = mask
@@ -179,7 +205,14 @@ class Guidance:
 
 @dataclass(slots=True)
 class Built:
-    """A request whose grammar is compiled, or cannot be: `reason` says why. Its aborted answers are listed."""
+    """A request whose grammar has been compiled, or has failed to compile.
+
+    Attributes:
+        add: The request.
+        guides: One for each completion; empty where compiling failed.
+        reason: Why the grammar cannot be used; None where it can.
+        aborted: Ids of completions that are no longer wanted.
+    """
 
     add: Add
     guides: list[Guide]
@@ -188,10 +221,19 @@ class Built:
 
 
 class GuideBuilder:
-    """Requests in, `Built` ones out, in the same order. All methods belong to the engine's own thread."""
+    """Compiles grammars in a thread while the steps of other requests continue.
+
+    Requests come out as `Built`, in the order in which they were started. All methods are called by the
+    engine's own thread.
+    """
 
     def __init__(self, guidance: Guidance | None, done: Callable[[Built], None]) -> None:
-        """done: called in the building thread; what it is given is then to be `take`n."""
+        """Create a builder; its thread starts with the first request.
+
+        Args:
+            guidance: None where output cannot be constrained.
+            done: Called in the compiling thread; its argument must then be passed to `take`.
+        """
         self._guidance = guidance
         self._done = done
         self._inbox: queue.SimpleQueue[Built] = queue.SimpleQueue()
@@ -209,14 +251,14 @@ class GuideBuilder:
         self._inbox.put(built)
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """Remember that these answers, where they belong to a request that waits here, are not wanted."""
+        """Mark these completions as unwanted, if they belong to a request that is waiting here."""
         for request_id in request_ids:
             for built in self._waiting.values():
-                if request_id in built.add.answer_ids:
+                if request_id in built.add.choice_ids:
                     built.aborted.add(request_id)
 
     def take(self, built: Built) -> None:
-        """The request waits no more."""
+        """Remove the request from those that are waiting."""
         del self._waiting[built.add.request_id]
 
     def _run(self) -> None:
@@ -229,7 +271,7 @@ class GuideBuilder:
                     built.guides = self._guidance.build(built.add.grammar or "", len(built.add.seeds))
             except GrammarError as error:
                 built.reason = str(error)
-            except BaseException:  # a panic in Rust is no Exception, and this thread must go on
+            except BaseException:  # a panic in Rust is not an Exception, and this thread must continue
                 logger.exception("a grammar could not be compiled")
                 built.reason = "the grammar cannot be compiled"
             self._done(built)
@@ -241,7 +283,7 @@ def _remove(words: Words, token_ids: Sequence[int]) -> None:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """llguidance's message, on one line."""
+    """Return llguidance's message on one line."""
     text = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
     if text in _NO_TEXT:
         return "no text can satisfy it: in a schema, a $ref may lead back to itself"

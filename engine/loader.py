@@ -1,4 +1,4 @@
-"""From a directory in the hub's format to a `FamilyModel` on its device, and nothing that needs weights to know it."""
+"""Loads a model from a directory in the hub's format, and answers what can be known without its weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.families.registry import family_of, kind_of, register, served
 from engine.machine import computes_bfloat16
 from engine.packed_linear import pack
 from engine.tensor_parallel import Ranks
-from engine.weights import CLASSES, are_mistrals, mistral_state_dict, weight_files
+from engine.weights import MISTRAL_CLASSES, are_mistrals, mistral_state_dict, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def read_config(model_path: str) -> PretrainedConfig:
-    """Raises ModelLoadError for a directory without a config.json that transformers understands, and for a
-    model that this engine does not serve."""
+    """Read config.json.
+
+    Raises:
+        ModelLoadError: transformers does not understand the directory's config.json, or this engine does not
+            serve such a model.
+    """
     try:
         stored, _ = PretrainedConfig.get_config_dict(model_path)
         register(str(stored.get("model_type")))
@@ -41,14 +45,18 @@ def read_config(model_path: str) -> PretrainedConfig:
 
 
 def quiet_transformers() -> None:
-    """Its progress bars and its advice to install torchvision are of no use in a server's log."""
+    """Silence transformers' progress bars and its advice to install torchvision, useless in a server's log."""
     library: Any = transformers_logging
     library.disable_progress_bar()
     library.set_verbosity_error()
 
 
 def _family(config: PretrainedConfig) -> Family:
-    """Raises ModelLoadError, naming what is served, for a model type that has no family."""
+    """Find the family of a model.
+
+    Raises:
+        ModelLoadError: The model type has no family; the message names those that have one.
+    """
     family = family_of(kind_of(config))
     if family is None:
         raise ModelLoadError(
@@ -60,9 +68,18 @@ def _family(config: PretrainedConfig) -> Family:
 def load_preprocessor(
     model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
 ) -> Preprocessor[Any] | None:
-    """The front's half of the family; None for a text-only model. Loads no weights.
+    """Load the front end's half of the family, without weights.
 
-    Raises ModelLoadError where the model's image processor cannot work with this backend.
+    Args:
+        model_path: Directory of the model.
+        overrides: Replacements for fields of the processor's configuration.
+        backend: Image processor to use.
+
+    Returns:
+        The preprocessor; None for a text-only model.
+
+    Raises:
+        ModelLoadError: The model's image processor does not support this backend.
     """
     quiet_transformers()
     kind = _family(read_config(model_path)).preprocessor
@@ -70,7 +87,13 @@ def load_preprocessor(
 
 
 class Precision(NamedTuple):
-    """The type that a model computes in, and why, for people. lossy: it holds fewer digits than what is stored."""
+    """Type in which a model computes.
+
+    Attributes:
+        dtype: The type.
+        reason: Why it was chosen, for the log.
+        lossy: Whether it has fewer digits than the stored weights.
+    """
 
     dtype: torch.dtype
     reason: str
@@ -78,11 +101,17 @@ class Precision(NamedTuple):
 
 
 def resolve_dtype(config: PretrainedConfig, name: str, device_type: str, *, bfloat16: bool) -> Precision:
-    """The type to compute in.
+    """Choose the type in which a model computes.
 
-    "auto" follows config.json where the device computes in it at full speed. A CPU that does not takes float32, which
-    loses nothing. On an accelerator the rule is vLLM's (`_resolve_auto_dtype`): float32 becomes bfloat16, or float16
-    where the device has no bfloat16. bfloat16: whether this device computes in it.
+    "auto" follows config.json if the device computes in that type at full speed. A CPU that does not uses
+    float32, which loses nothing. On an accelerator the rule is vLLM's (`_resolve_auto_dtype`): float32
+    becomes bfloat16, or float16 if the device does not support bfloat16.
+
+    Args:
+        config: Configuration of the model.
+        name: "auto", or the name of a type.
+        device_type: "cpu" or "cuda".
+        bfloat16: Whether the device computes in bfloat16.
     """
     if name != "auto":
         return Precision(DTYPES[name], "option.dtype says so")
@@ -90,13 +119,16 @@ def resolve_dtype(config: PretrainedConfig, name: str, device_type: str, *, bflo
     dtype = stored if isinstance(stored, torch.dtype) else DTYPES.get(str(stored).removeprefix("torch."))
     half = torch.bfloat16 if bfloat16 else torch.float16
     if dtype is None:
-        return Precision(torch.float32, "config.json names no type")
-    told = str(dtype).removeprefix("torch.")
+        return Precision(torch.float32, "config.json does not name a type")
+    stored_in = str(dtype).removeprefix("torch.")
     if device_type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not bfloat16)):
-        why = f"the model is stored in {told}, in which this CPU does not compute fast; float32 holds the same numbers"
+        why = (
+            f"the model is stored in {stored_in}, in which this CPU does not compute fast; "
+            "float32 holds the same numbers"
+        )
         return Precision(torch.float32, why)
     if device_type == "cuda" and dtype == torch.float32:
-        why = "the model is stored in float32; as with vLLM it takes half of that here; option.dtype=float32 keeps it"
+        why = "the model is stored in float32; as with vLLM it uses a 16-bit type here; option.dtype=float32 keeps it"
         return Precision(half, why, lossy=True)
     if device_type == "cuda" and dtype == torch.bfloat16 and not bfloat16:
         return Precision(
@@ -106,13 +138,21 @@ def resolve_dtype(config: PretrainedConfig, name: str, device_type: str, *, bflo
 
 
 def check_ranks(model_path: str, size: int) -> None:
-    """Raise ModelLoadError where that many tensor-parallel ranks cannot share the model."""
+    """Check that tensor-parallel ranks can share the model.
+
+    Raises:
+        ModelLoadError: The model cannot be divided among `size` ranks.
+    """
     config = read_config(model_path)
     _family(config).model.check_ranks(config, size)
 
 
 def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> FamilyModel:
-    """Load the weights, and keep this rank's part of them where the model is shared by several ranks."""
+    """Load the weights, or this rank's part of them if several ranks share the model.
+
+    Raises:
+        ModelLoadError: The model cannot be loaded.
+    """
     quiet_transformers()
     model_config = read_config(config.model_path)
     files = weight_files(
@@ -141,7 +181,7 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
             )
     except ModelLoadError:
         raise
-    except Exception as error:  # as above; safetensors' own error is no OSError
+    except Exception as error:  # as above; safetensors' own error is not an OSError
         raise ModelLoadError(f"the model's weights cannot be loaded: {one_line(error)}") from error
     loaded.model.train(mode=False)
     if ranks is not None:
@@ -155,8 +195,8 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
 def _load_mistrals(
     family: type[FamilyModel], files: Sequence[Path], config: PretrainedConfig, dtype: torch.dtype
 ) -> FamilyModel:
-    """From weights in Mistral's own format."""
-    name = CLASSES.get(kind_of(config))
+    """Load weights in Mistral's own format."""
+    name = MISTRAL_CLASSES.get(kind_of(config))
     if name is None:
         raise ModelLoadError(
             f"the model has its weights as {files[0].name}, Mistral's own format, which is not read for model type "

@@ -1,4 +1,4 @@
-"""Rows of logits: changes to single logits, and the best of each row."""
+"""Rows of logits: changes to single logits, and the best token of each row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 INVALID = -1
-"""Stands for the token of a row that has none: its best score is NaN or infinite."""
+"""Token of a row that has none, because its best score is NaN or infinite."""
 
 _AMOUNTS = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
 )
+"""For each byte of a mask, 0 for the bits that are set and -inf for the others. Bit 0 comes first."""
 _AMOUNTS = _AMOUNTS.astype(np.float32)
 """Of each byte of a mask: 0 for the bits that are set, -inf for the others. Bit 0 comes first."""
 
@@ -23,7 +24,7 @@ Weights = npt.NDArray[np.float32]
 
 
 class TokenCounts:
-    """How often each token id occurred: two parallel arrays that grow by what is new."""
+    """Counts of token ids: two parallel arrays, updated with new tokens only."""
 
     __slots__ = ("_counts", "_followed", "_ids", "_slots")
 
@@ -42,23 +43,22 @@ class TokenCounts:
         return self._counts[: len(self._slots)]
 
     def follow(self, growing: list[int]) -> None:
-        """Count what was appended to this list since the last call."""
+        """Count the tokens appended to this list since the last call."""
         for token_id in growing[self._followed :]:
             slot = self._slots.setdefault(token_id, len(self._slots))
             if slot == len(self._ids):
-                room = max(64, slot)
-                self._ids = np.concatenate((self._ids, np.zeros(room, np.int64)))
-                self._counts = np.concatenate((self._counts, np.zeros(room, np.float32)))
+                growth = max(64, slot)
+                self._ids = np.concatenate((self._ids, np.zeros(growth, np.int64)))
+                self._counts = np.concatenate((self._counts, np.zeros(growth, np.float32)))
             self._ids[slot] = token_id
             self._counts[slot] += 1.0
         self._followed = len(growing)
 
 
-class Edits:
-    """One kind of change to single logits, gathered row by row on the host, applied with one indexed write.
+class LogitsEdits:
+    """Changes of one kind to single logits, collected row by row on the host and applied in one indexed write.
 
-    Within a row an id may occur once. Ids outside the vocabulary (where picture placeholders may lie) are
-    left out.
+    An id may occur only once in a row. Ids outside the vocabulary, as image placeholders may be, are ignored.
     """
 
     def __init__(self) -> None:
@@ -75,18 +75,18 @@ class Edits:
         self._values.append(values)
 
     def penalise_repetition(self, scores: Tensor) -> None:
-        """Divide positive logits [S, V], multiply the others (Keskar et al. 2019, CTRL, section 4.1)."""
+        """Divide positive logits [S, V] and multiply the others (Keskar et al. 2019, CTRL, section 4.1)."""
         flat, where, penalty = self._on(scores)
         old = flat.index_select(0, where)
         flat.scatter_(0, where, torch.where(old < 0, old * penalty, old / penalty))
 
     def shift(self, scores: Tensor) -> None:
-        """Add the values. -inf masks; what was NaN or +inf then is NaN, so that the row is seen to be bad."""
+        """Add the values; -inf masks. NaN and +inf become NaN, so that the row is recognised as invalid."""
         flat, where, amount = self._on(scores)
         flat.scatter_(0, where, flat.index_select(0, where) + amount)
 
     def mask_others(self, scores: Tensor) -> None:
-        """Of the rows that were added, mask all but their tokens, as `shift` would."""
+        """In the rows that were added, mask all tokens but those that were added, as `shift` would."""
         flat, where, _ = self._on(scores)
         rows = torch.tensor(self._rows, dtype=torch.int64).to(scores.device, non_blocking=True)
         best = scores.index_select(0, rows).amax(-1)
@@ -115,9 +115,12 @@ class Edits:
 
 
 def keep_only(scores: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:
-    """Mask all but a set of tokens in some rows of the scores [S, V], as `Edits.shift` would.
+    """Mask all but a set of tokens in some rows, as `LogitsEdits.shift` would.
 
-    masks: [len(rows), words]; bit t % 32 of word t // 32 keeps token t.
+    Args:
+        scores: [S, V], changed in place.
+        rows: Rows to mask.
+        masks: [len(rows), words]; bit t % 32 of word t // 32 keeps token t.
     """
     vocab_size = scores.shape[-1]
     if scores.device.type == "cpu":  # several times faster than anything in torch
@@ -133,13 +136,13 @@ def keep_only(scores: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]
 
 
 def unpacked(words: Tensor, size: int) -> Tensor:
-    """The bits of 32-bit words [S, W] as booleans [S, size], on the words' own device."""
+    """Unpack the bits of 32-bit words [S, W] to booleans [S, size], on the words' own device."""
     places = torch.arange(32, dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) >> places) & 1).flatten(1)[:, :size].bool()
 
 
 def best(scores: Tensor) -> Tensor:
-    """The lowest id of the highest score of each row, [S] int64; INVALID where that score is not finite."""
+    """Return the lowest id of the highest score of each row, [S] int64; INVALID where that score is not finite."""
     if scores.device.type == "cpu":  # numpy's is several times faster than torch's
         ids = torch.from_numpy(scores.detach().float().numpy().argmax(-1))
         values = scores.gather(-1, ids.unsqueeze(-1)).squeeze(-1)

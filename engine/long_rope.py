@@ -1,7 +1,8 @@
-"""Rotary frequencies that depend on how long a request is: LongRoPE's, of Phi-3 (Ding et al. 2024).
+"""Rotary frequencies that depend on the length of a request: LongRoPE of Phi-3 (Ding et al. 2024).
 
-Up to the model's original length a request has one set of frequencies, beyond it another, for all its tokens.
-transformers chooses by the largest position of the whole row, which in a packed row is another request's.
+Up to the model's original length a request uses one set of frequencies for all its tokens, beyond it another.
+transformers chooses by the largest position of the whole row, which in a packed row belongs to another
+request.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class LongRope(torch.nn.Module):
-    """Takes the place of a decoder's `rotary_emb`.
+    """Replacement for a decoder's `rotary_emb`.
 
-    limit: the most tokens of a request that has the short set. is_long [tokens]: set before each step.
+    Attributes:
+        frequencies: [2, rotary dim / 2]: short and long.
+        limit: Greatest number of tokens of a request that uses the short set.
+        is_long: [tokens], set before each step.
     """
 
     frequencies: torch.Tensor
@@ -33,7 +37,7 @@ class LongRope(torch.nn.Module):
 
     @classmethod
     def of(cls, decoder: torch.nn.Module) -> LongRope | None:
-        """Put into the decoder's place for it; None where the frequencies are always the same."""
+        """Install one in the decoder; None if its frequencies are always the same."""
         own = getattr(decoder, "rotary_emb", None)
         if own is None or getattr(own, "rope_type", None) != "longrope":
             return None
@@ -41,7 +45,15 @@ class LongRope(torch.nn.Module):
         return made
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: of the dtype that is wanted. position_ids [1, tokens] -> cosines and sines [1, tokens, rotary dim]."""
+        """Compute cosines and sines.
+
+        Args:
+            x: Any tensor of the requested type.
+            position_ids: [1, tokens].
+
+        Returns:
+            Cosines and sines, [1, tokens, rotary dim] each.
+        """
         angles = position_ids[..., None].float() * self.frequencies[self.is_long.long()]
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling

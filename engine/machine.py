@@ -1,4 +1,4 @@
-"""What this machine can hold: its accelerators, or its host memory within the container's limit."""
+"""Resources of this machine within the container's limits: accelerators, host memory and processor cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ _MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or the host itself. memory: bytes in all."""
+    """An accelerator, or the host itself.
+
+    Attributes:
+        name: Name given by the manufacturer, or "host memory".
+        memory: Total memory in bytes.
+    """
 
     name: str
     memory: int
@@ -19,20 +24,27 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """accelerators: empty on a CPU. host: the host memory that this process may use."""
+    """Memory of a machine.
+
+    Attributes:
+        accelerators: The accelerators; empty where the model runs on a CPU.
+        host: Host memory that this process may use.
+    """
 
     accelerators: tuple[Device, ...]
     host: Device
 
 
 def this_machine() -> Machine:
-    """Look at the machine; imports torch where it is installed, to count accelerators."""
+    """Inspect the machine. Imports torch, where it is installed, to count accelerators."""
     return Machine(_accelerators(), Device("host memory", host_memory()))
 
 
 def computes_bfloat16(device_type: str) -> bool:
-    """Whether this machine's "cpu" or "cuda" computes in bfloat16 at full speed; an accelerator that is not on this
-    machine is taken to."""
+    """Tell whether this machine's "cpu" or "cuda" device computes in bfloat16 at full speed.
+
+    An accelerator that is not present on this machine is assumed to do so.
+    """
     import torch
 
     if device_type == "cpu":
@@ -41,7 +53,7 @@ def computes_bfloat16(device_type: str) -> bool:
 
 
 def device_name(device: str) -> str:
-    """What the maker calls a device of torch's; "cpu" is called just that."""
+    """Return the manufacturer's name of a torch device; "cpu" stays "cpu"."""
     if device == "cpu":
         return device
     import torch
@@ -50,7 +62,7 @@ def device_name(device: str) -> str:
 
 
 def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes: physical memory, or the control group's limit (version 2 or 1) where that is lower."""
+    """Return the physical memory in bytes, or the control group's limit (version 2 or 1) where it is lower."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for name in _MEMORY_LIMITS:
         try:
@@ -63,8 +75,10 @@ def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The cores of the affinity mask, or fewer where the control group's quota (version 2 or 1) allows fewer:
-    a container with two processors on a machine of 64 sees all 64, and is throttled if it uses them."""
+    """Count the cores of the affinity mask, or fewer where the control group's quota (version 2 or 1) allows fewer.
+
+    A container with two processors on a machine with 64 sees all 64, and is throttled if it uses them.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return cores if quota is None else max(1, min(cores, int(quota)))
@@ -82,7 +96,7 @@ def _accelerators() -> tuple[Device, ...]:
 
 
 def _quota(cgroup: Path) -> float | None:
-    """Cores' worth of time per period; None for no limit."""
+    """Return the quota in cores, or None where there is no limit."""
     try:
         limit, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):

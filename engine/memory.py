@@ -1,4 +1,4 @@
-"""How many blocks the key/value cache gets, and how long a request may be."""
+"""Sizes the key/value cache and the encoder cache, and derives how long a request may be."""
 
 from __future__ import annotations
 
@@ -17,27 +17,41 @@ from engine.machine import host_memory
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_LEN = 4096
-"""Where config.json names no length."""
+"""Used where config.json names no length."""
 
 CPU_SHARE = 0.25
 CPU_MOST = 4 << 30
 CPU_REQUESTS = 16
-"""On a CPU the cache takes this share of the machine's memory, never more than this many bytes, and no more than
-this many requests of the longest length fill: memory that is shared with everything else on the machine."""
+"""Limits of the cache on a CPU, whose memory is shared with everything else on the machine.
+
+The cache takes this share of the memory, at most this many bytes, and at most what this many requests of the
+greatest length fill.
+"""
 
 ENCODER_CACHE = 256 << 20
 CPU_ENCODER_CACHE = 32 << 20
-"""Bytes for encoder outputs where the configuration names none; on a CPU it is memory that images themselves and the
-key/value cache want too."""
+"""Bytes for encoder outputs where the configuration names none.
+
+The CPU's value is lower because images and the key/value cache compete for the same memory.
+"""
 
 CUDA_RESERVE = 1 << 30
 """Bytes left free for activations beside the cache on an accelerator."""
 
 
 def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig) -> tuple[int, int]:
-    """(max_model_len in tokens, number of blocks).
+    """Compute the longest request and the number of key/value blocks.
 
-    Raises ModelLoadError when a length that was asked for does not fit.
+    Args:
+        config: Settings of the engine.
+        shape: Shape of the cache; its `num_blocks` is ignored.
+        text: Configuration of the language model.
+
+    Returns:
+        `max_model_len` in tokens, and the number of blocks.
+
+    Raises:
+        ModelLoadError: A length that was asked for does not fit.
     """
     declared = int(getattr(text, "max_position_embeddings", None) or DEFAULT_MODEL_LEN)
     if config.max_model_len is not None and config.max_model_len > declared:
@@ -55,26 +69,35 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
     num_blocks = min(affordable, useful)
     if config.kv_cache_bytes is not None and useful < affordable:
         logger.warning(
-            "the key/value cache takes %d of the %d MiB of kv_cache_memory_mb: %d requests of %d tokens fill no more",
+            "the key/value cache uses %d of the %d MiB of kv_cache_memory_mb: %d requests of %d tokens fill no more",
             useful * shape.bytes_per_block >> 20, budget >> 20, requests, wanted,
         )  # fmt: skip
-    room = num_blocks * shape.block_size
-    if num_blocks < 1 or (config.max_model_len is not None and room < config.max_model_len):
+    capacity = num_blocks * shape.block_size
+    if num_blocks < 1 or (config.max_model_len is not None and capacity < config.max_model_len):
         raise ModelLoadError(
-            f"the key/value cache of {budget >> 20} MiB holds {max(room, 0)} tokens, fewer than one request of "
+            f"the key/value cache of {budget >> 20} MiB holds {max(capacity, 0)} tokens, fewer than one request of "
             f"max_model_len {wanted}; lower max_model_len or give the cache more memory "
             "(kv_cache_memory_mb, gpu_memory_utilization)"
         )
-    if room < wanted:
-        logger.warning("max_model_len lowered from %d to %d: the key/value cache holds no more", wanted, room)
-    return min(wanted, room), num_blocks
+    if capacity < wanted:
+        logger.warning(
+            "max_model_len lowered from %d to %d: the key/value cache holds no more", wanted, capacity
+        )
+    return min(wanted, capacity), num_blocks
 
 
 def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -> tuple[int, EngineConfig]:
-    """Bytes for encoder outputs, and the configuration with what the key/value cache has left.
+    """Divide the memory between encoder outputs and the key/value cache.
 
-    image_bytes: of each image of a running request, for models whose tokens attend to them; else 0. Unless
-    `encoder_cache_bytes` says how much, these images take up to half of the key/value cache's memory.
+    Args:
+        config: Settings of the engine.
+        device: Device that holds both caches.
+        image_bytes: Bytes of each image of a running request, for models whose tokens attend to images; else
+            0. Unless `encoder_cache_bytes` is set, these images take up to half of the key/value cache's
+            memory.
+
+    Returns:
+        Bytes for encoder outputs, and the configuration with what is left for the key/value cache.
     """
     given = config.encoder_cache_bytes
     cuda = device.type == "cuda"
@@ -100,7 +123,7 @@ def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -
 
 
 def _default_budget(config: EngineConfig, device: torch.device) -> int:
-    """The least of all ranks', whose caches must stay alike."""
+    """Return the smallest budget of all ranks, because their caches must have the same size."""
     budget = _own_budget(config, device)
     if config.tensor_parallel_degree > 1:
         least = torch.tensor(budget, device=device)

@@ -1,7 +1,7 @@
-"""The words that the front and an engine process say to each other: msgpack, each preceded by its length.
+"""Messages between the front end and an engine process: msgpack, each preceded by its length.
 
-One direction is `Opening`, until the engine is configured, and then `ToEngine`; the other is `FromEngine`. Nothing else
-crosses the socket.
+The front end sends `Opening` until the engine is configured, and then `ToEngine`; the engine sends
+`FromEngine`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
 
 FRAME = struct.Struct("<I")
-"""The length prefix: four bytes, little endian."""
+"""Length prefix of a message: four bytes, little endian."""
 
 MAX_FRAME_BYTES = 1 << 30
 
 EMBEDDINGS = "image_embeds"
-"""The name under which a picture brings what the encoder would make of it."""
+"""Name of the tensor of an image that is sent as the encoder's output instead of as pixels."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TensorData(msgspec.Struct, array_like=True):
-    """An array on the wire: numpy's dtype name, shape and C-order bytes."""
+    """An array in a message: numpy's dtype name, the shape, and the bytes in C order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,19 +44,22 @@ class TensorData(msgspec.Struct, array_like=True):
         )
 
     def unpack(self) -> npt.NDArray[np.generic]:
-        """A writable array that owns its memory."""
+        """Return a writable array that owns its memory."""
         return np.frombuffer(bytearray(self.data), dtype=np.dtype(self.dtype)).reshape(self.shape)
 
 
 class Picture(msgspec.Struct, array_like=True):
-    """One picture of a prompt.
+    """One image of a prompt.
 
-    digest: identifies the pixels *and* how they were prepared; it keys the encoder cache and enters the hash
-        of every key/value block that holds one of the picture's tokens.
-    offset, length: where its tokens stand in the prompt.
-    is_embed: which of these `length` tokens take one of the encoder's output rows, in order; None means all
-        (some families put row ends and break tokens between the rows).
-    tensors: the arguments of the family's encoder; or its output itself, [rows, D], as `EMBEDDINGS` alone.
+    Attributes:
+        digest: Identifies the pixels and how they were prepared. It is the key of the encoder cache, and part
+            of the hash of every key/value block that holds one of the image's tokens.
+        offset: Index of the image's first token in the prompt.
+        length: Number of the image's tokens.
+        tensors: Arguments of the family's encoder, or only the encoder's output, [rows, D], named
+            `EMBEDDINGS`.
+        is_embed: Which of the `length` tokens take one of the encoder's output rows, in order; None means
+            all. Some families put row ends and break tokens between the rows.
     """
 
     digest: bytes
@@ -71,10 +74,14 @@ class Picture(msgspec.Struct, array_like=True):
 
 
 class Ask(msgspec.Struct, tag=True):
-    """A question before the configuration, which may depend on the answer.
+    """A question sent before the configuration, which may depend on the answer.
 
-    function: "module:name", of bytes to bytes. It is the front's own; the engine lends it a process that has already
-    imported torch and transformers.
+    The function belongs to the front end; the engine only lends it a process that has already imported torch
+    and transformers.
+
+    Attributes:
+        function: "module:name" of a function from bytes to bytes.
+        question: Its argument.
     """
 
     function: str
@@ -82,15 +89,24 @@ class Ask(msgspec.Struct, tag=True):
 
 
 Opening = Ask | EngineConfig
-"""What comes before the model is loaded: questions, and one configuration at their end."""
+"""Messages before the model is loaded: any number of questions, then one configuration."""
 
 
 class Add(msgspec.Struct, tag=True):
-    """A new request: one prompt and its answers, numbered `request_id`, `request_id + 1`, …, one for each seed.
+    """A new request: one prompt and one completion for each seed.
 
-    The ids are chosen by the front and unique per engine process. Prompt log probabilities come with the first
-    answer alone. grammar: what each answer must match (see `engine.guidance`); None for free text.
-    positions, position_delta: see `engine.families.base.Preprocessor.positions`; the array is of int64.
+    Attributes:
+        request_id: Id of the first completion; the others follow it. The front end chooses ids, unique per
+            engine process.
+        token_ids: The prompt.
+        params: Sampling parameters. Prompt log probabilities come with the first completion only.
+        seeds: One seed for each completion.
+        eos_token_ids: Tokens that end a completion.
+        pictures: Images of the prompt, in order.
+        priority: Requests with lower values run first.
+        grammar: What each completion must match (see `engine.guidance`); None for free text.
+        positions: Positions of the prompt, int64; see `engine.families.base.Preprocessor.positions`.
+        position_delta: See `engine.families.base.Preprocessor.positions`.
     """
 
     request_id: int
@@ -105,36 +121,49 @@ class Add(msgspec.Struct, tag=True):
     position_delta: int = 0
 
     @property
-    def answer_ids(self) -> range:
+    def choice_ids(self) -> range:
         return range(self.request_id, self.request_id + len(self.seeds))
 
 
 class Abort(msgspec.Struct, tag=True):
+    """The front end no longer wants these completions."""
+
     request_ids: list[int]
 
 
 class Ping(msgspec.Struct, tag=True):
-    """Answered between two steps: proof that the loop turns."""
+    """A request for a `Pong`, answered between two steps: it shows that the main loop is running."""
 
     number: int
 
 
 class Shutdown(msgspec.Struct, tag=True):
-    pass
+    """A request to end the process."""
 
 
 ToEngine = Add | Abort | Ping | Shutdown
 
 
 class Answer(msgspec.Struct, tag=True):
+    """The answer to an `Ask`."""
+
     answer: bytes
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The model is loaded and has answered a first request of its own.
+    """The model is loaded and has completed a first request of its own.
 
-    constrains: grammars can be obeyed. device: the name of the accelerator, or "cpu". row_size: see
-    `engine.families.base.FamilyModel`.
+    Attributes:
+        max_model_len: Greatest number of tokens of a request.
+        max_num_seqs: Greatest number of requests in a step.
+        num_blocks: Number of key/value blocks.
+        block_size: Tokens per block.
+        dtype: Name of the type in which the model computes.
+        attention: Name of the attention kernel.
+        weight_bytes: Bytes of the weights of the first rank.
+        constrains: Whether output can be constrained by grammars.
+        device: Name of the accelerator, or "cpu".
+        row_size: See `engine.families.base.FamilyModel`.
     """
 
     max_model_len: int
@@ -150,14 +179,16 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class LoadFailed(msgspec.Struct, tag=True):
+    """The model cannot be loaded; the engine process ends."""
+
     message: str
 
 
 class Logprobs(msgspec.Struct, array_like=True):
-    """What the model thought at one position, before any processor.
+    """Log probabilities of the model at one position, before any logits processor.
 
-    Entry 0 is the chosen token, then come the k best, best first; the chosen token is repeated there if it is
-    among them. A rank is 1 + the number of tokens that are strictly more probable.
+    Entry 0 is the chosen token. The k best follow, best first; the chosen token is repeated there if it is
+    among them. A rank is 1 plus the number of tokens that are strictly more probable.
     """
 
     token_ids: list[int]
@@ -166,12 +197,19 @@ class Logprobs(msgspec.Struct, array_like=True):
 
 
 class Output(msgspec.Struct, array_like=True):
-    """What one step gave one request.
+    """What one step added to one completion.
 
-    cached_tokens and prompt_logprobs come with the first output. `error` is set with finish "error".
-    stop_token: the stop id that ended the answer, None for end-of-sequence.
-    invalid: with an error, that the request itself is at fault and `error` may be shown to its client.
-    queued: seconds that the request waited for its first step.
+    Attributes:
+        request_id: Id of the completion.
+        token_ids: New tokens.
+        finish: Why the completion ended; None while it continues.
+        logprobs: One entry for each new token, where the request asks for them.
+        stop_token: The stop token that ended the completion; None if it was end-of-sequence.
+        cached_tokens: Prompt tokens found in the prefix cache; sent with the first output.
+        prompt_logprobs: Log probabilities of the prompt; sent with the first output.
+        error: Message, where `finish` is "error".
+        invalid: The request itself is at fault, and `error` may be shown to its client.
+        queued: Seconds that the request waited for its first step.
     """
 
     request_id: int
@@ -187,7 +225,7 @@ class Output(msgspec.Struct, array_like=True):
 
 
 class Stats(msgspec.Struct, array_like=True):
-    """Gauges now, counters since the process started."""
+    """Gauges with their current values, and counters since the process started."""
 
     running: int = 0
     waiting: int = 0
@@ -202,11 +240,15 @@ class Stats(msgspec.Struct, array_like=True):
 
 
 class StepDone(msgspec.Struct, tag=True):
+    """The outputs of one step, and the state of the engine after it."""
+
     outputs: list[Output]
     stats: Stats
 
 
 class Pong(msgspec.Struct, tag=True):
+    """The answer to a `Ping`."""
+
     number: int
     stats: Stats
 

@@ -1,8 +1,8 @@
 """Linear layers on a CPU, with weights stored in the order in which oneDNN multiplies.
 
-`torch.nn.functional.linear` brings the weights into that order anew in each call. For the few rows of a decode step
-this costs as much as the product itself: packed once, 4 to 16 rows take 0.4 to 0.6 of the time on AVX512, and about
-0.8 in float32 on AVX2.
+`torch.nn.functional.linear` reorders the weights in each call. For the few rows of a decode step this costs
+as much as the product itself: with packed weights, 4 to 16 rows take 0.4 to 0.6 of the time on AVX512, and
+about 0.8 in float32 on AVX2.
 """
 
 from __future__ import annotations
@@ -12,35 +12,38 @@ import torch
 from engine.machine import computes_bfloat16
 
 ROWS = 16
-"""The number of rows that the weights are packed for; oneDNN packs for 64 the same way, and for one row differently,
-which is slower from two rows on."""
+"""Number of rows for which the weights are packed. oneDNN packs for 64 in the same way; for one row it packs
+differently, which is slower from two rows on."""
 
 SMALLEST = 1 << 18
-"""Weights in a layer for which packing pays: a call of a packed layer itself costs 10 us more."""
+"""Smallest number of weights in a layer for which packing pays: a call of a packed layer costs 10 us more."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(torch.nn.Linear):
-    """A linear layer of a model that is loaded already: see `pack`. Its `weight` is gone, and with it its part of the
-    model's `state_dict`; the model can be neither copied nor loaded into.
+    """A packed linear layer of a loaded model (see `pack`).
 
-    weight_bytes: what the packed weights take.
+    It has no `weight`, and no part in the model's `state_dict`; the model can neither be copied nor loaded
+    into.
+
+    Attributes:
+        weight_bytes: Bytes of the packed weights.
     """
 
     weight_bytes: int
     _packed: torch.Tensor
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [..., in_features] -> [..., out_features]."""
+        """Map rows [..., in_features] to [..., out_features]."""
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
         return out
 
 
 def packable(weight: torch.Tensor) -> bool:
-    """Whether a layer with these weights, [out_features, in_features], can be packed here and is worth it.
+    """Tell whether a layer with these weights, [out_features, in_features], can be packed here, and whether it pays.
 
-    In bfloat16 oneDNN needs AVX512BW, AVX-NE-CONVERT or the like, and raises RuntimeError on other CPUs.
+    In bfloat16 oneDNN needs AVX512BW, AVX-NE-CONVERT or similar, and raises RuntimeError on other CPUs.
     """
     if weight.dtype == torch.bfloat16 and not computes_bfloat16("cpu"):
         return False
@@ -48,10 +51,10 @@ def packable(weight: torch.Tensor) -> bool:
 
 
 def pack(model: torch.nn.Module) -> None:
-    """Pack the large linear layers of a model on a CPU, one after the other, so that few are held twice at a time.
+    """Pack the large linear layers of a model on a CPU, one after the other, to limit the memory for both forms.
 
-    A layer stays the same object, since forward hooks may hang on it (tensor parallelism has some). One that shares its
-    weights with the embedding has a copy of its own afterwards.
+    A layer stays the same object, because forward hooks may be attached to it (tensor parallelism uses some).
+    A layer that shares its weights with the embedding has its own copy afterwards.
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return

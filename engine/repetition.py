@@ -1,7 +1,8 @@
-"""What must not be said again: n-gram blocking, DRY and unwanted words, followed token by token.
+"""Rules against repetition, followed token by token: n-gram blocking, DRY and unwanted words.
 
-All look at the text so far, prompt and answer. A step costs time linear in its length, whatever it says: how far
-the text's end matches each earlier place is kept from step to step and extended by one token.
+All of them look at the text so far, prompt and completion. A step costs time linear in its length, whatever
+the text is: how far the end of the text matches each earlier position is kept from step to step and extended
+by one token.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from engine.logits import Ids, TokenCounts, Weights
 from engine.sampling_params import MAX_MATCH, SamplingParams
 
 _HIGHEST_PENALTY = 1e30
-"""Of DRY, which grows exponentially: more than any logit, less than float32 holds."""
+"""Limit of DRY's penalty, which grows exponentially: more than any logit, less than float32 can hold."""
 
 _NOTHING = np.empty(0, np.int64)
 
 
 class SuffixMatches:
-    """How many tokens before each place of a growing text equal those before its end.
+    """How many tokens before each position of a growing text equal those before its end.
 
-    `_lengths[d]`, for d from 1, is the largest k <= most such that the text's last k tokens also stand d places
-    earlier. A breaker equals nothing, not even itself.
+    `_lengths[d]`, for d from 1, is the largest k <= `most` such that the last k tokens of the text also stand
+    d positions earlier. A breaker equals nothing, not even itself.
     """
 
     __slots__ = ("_breakers", "_count", "_lengths", "_most", "_tokens")
@@ -50,9 +51,9 @@ class SuffixMatches:
     def append(self, token: int) -> None:
         count = self._count
         if count == len(self._tokens):
-            room = max(64, count)
-            self._tokens = np.concatenate((self._tokens, np.zeros(room, np.int64)))
-            self._lengths = np.concatenate((self._lengths, np.zeros(room, np.uint8)))
+            growth = max(64, count)
+            self._tokens = np.concatenate((self._tokens, np.zeros(growth, np.int64)))
+            self._lengths = np.concatenate((self._lengths, np.zeros(growth, np.uint8)))
         lengths = self._lengths[1 : count + 1]
         if token in self._breakers:
             lengths[:] = 0
@@ -64,9 +65,14 @@ class SuffixMatches:
         self._count = count + 1
 
     def continuations(self, least: int, within: int) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """What followed each earlier place that matches the end by at least `least` (from 1), and by how much.
+        """Return what followed each earlier position that matches the end, and the length of each match.
 
-        within: only the last so many tokens count, for places and for matches. Token ids may repeat.
+        Args:
+            least: Smallest length of a match, from 1.
+            within: Only this many last tokens count, for positions and for matches.
+
+        Returns:
+            Token ids, which may repeat, and lengths.
         """
         count = self._count
         reach = min(count, within)
@@ -78,7 +84,7 @@ class SuffixMatches:
 
 
 class Repetition:
-    """The rules of one request against saying things again. Lives with its sequence; see `SamplingState`."""
+    """One request's rules against repetition; it lives as long as its sequence (see `SamplingState`)."""
 
     __slots__ = (
         "_base", "_breakers", "_dry", "_dry_least", "_dry_range", "_followed", "_multiplier", "_ngram_size",
@@ -108,16 +114,19 @@ class Repetition:
 
     @classmethod
     def of(cls, params: SamplingParams, prompt_token_ids: Sequence[int]) -> Repetition | None:
-        """None where the request has no such rules."""
+        """Return the rules of a request, or None where it has none."""
         if params.dry_multiplier > 0.0 or params.no_repeat_ngram_size > 0 or params.bad_words_token_ids:
             return cls(params, prompt_token_ids)
         return None
 
     def penalties(self, output: list[int]) -> tuple[Ids, Weights] | None:
-        """DRY (p-e-w, text-generation-webui pull request 5677): what to take from the logits of which tokens.
+        """Compute DRY (p-e-w, text-generation-webui pull request 5677).
 
-        A token that would make a repetition of n tokens longer costs multiplier * base^(n - allowed_length), from
+        A token that would extend a repetition of n tokens costs multiplier * base^(n - allowed_length), from
         n = allowed_length on; of several such repetitions the longest counts.
+
+        Returns:
+            Token ids and what to subtract from their logits; None where nothing is to be subtracted.
         """
         if self._multiplier <= 0.0:
             return None
@@ -138,7 +147,10 @@ class Repetition:
         return token_ids, np.minimum(amounts, _HIGHEST_PENALTY).astype(np.float32)
 
     def banned(self, output: list[int]) -> Ids:
-        """The tokens that would repeat an n-gram (Paulus et al. 2017) or finish an unwanted word; each once."""
+        """Return the tokens that would repeat an n-gram or complete an unwanted word, each once.
+
+        For n-gram blocking see Paulus et al. 2017.
+        """
         found = [self._single_words, self._blocked(output)]
         for length in self._word_lengths:
             if length > len(output):
@@ -161,7 +173,7 @@ class Repetition:
         return self._ngrams.continuations(size - 1, count)[0]
 
     def _follow(self, output: list[int]) -> None:
-        """Take in what was appended to the answer since the last call."""
+        """Process the tokens appended to the completion since the last call."""
         if self._followed < 0:
             text = [*self._prompt, *output]
             if self._multiplier > 0.0:

@@ -1,4 +1,4 @@
-"""One step on the device: pack the chunks into one row, run the model once, give the rows that were asked for."""
+"""Runs one step on the device: packs the chunks into one row, runs the model once, and picks the requested rows."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class StepLogits:
-    """samples [number of chunks that sample, V], in the chunks' order; prompts: the hidden states [chunk length, D]
-    of each chunk that wants the log probabilities of its prompt (its logits at once could be gigabytes)."""
+    """Result of a step.
+
+    Attributes:
+        samples: [number of chunks that sample, V], in the chunks' order.
+        prompts: Hidden states [chunk length, D] of each chunk that needs the log probabilities of its prompt.
+            All of its logits at once could take gigabytes.
+    """
 
     samples: torch.Tensor
     prompts: dict[int, torch.Tensor]
@@ -61,11 +66,11 @@ class ModelRunner:
         self.block_size = shape.block_size
         image_bytes = layout.image_values // config.tensor_parallel_degree * self.dtype.itemsize
         images, config = image_budget(config, device, image_bytes)
-        self.image_places = images // image_bytes if image_bytes else None
+        self.image_slots = images // image_bytes if image_bytes else None
         if image_bytes:
             logger.info(
-                "room for %d images of running requests, %.1f MiB each",
-                self.image_places,
+                "memory for %d images of running requests, %.1f MiB each",
+                self.image_slots,
                 image_bytes / 2**20,
             )
         self.encoder_cache = EncoderCache(images)
@@ -82,7 +87,7 @@ class ModelRunner:
         return sum(packed, sum(p.nbytes for p in self.model.model.parameters()))
 
     def execute(self, command: Command) -> StepLogits | None:
-        """What another rank tells this one; only `Run` has a result."""
+        """Execute a command of rank 0; only `Run` has a result."""
         if isinstance(command, Run):
             return self.run(command.chunks)
         if isinstance(command, Encode):
@@ -95,8 +100,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def encode(self, pictures: Items[Picture]) -> None:
-        """Run the vision encoder and keep the outputs. Pictures must differ in digest and not be cached; those that
-        bring its output are kept as they are."""
+        """Run the vision encoder and keep its outputs; embeddings sent by the client are kept as they are.
+
+        The images must differ in digest and must not be cached.
+        """
         batch = self.model.encode_batch
         for start in range(0, len(pictures), batch):
             some = pictures[start : start + batch]
@@ -107,7 +114,7 @@ class ModelRunner:
             raw = [picture for picture in some if EMBEDDINGS not in picture.tensors]
             if raw:
                 for picture, features in zip(raw, self._encoded(raw), strict=True):
-                    # a copy, so that keeping one does not keep the whole batch
+                    # A copy, so that keeping one image's output does not keep the whole batch.
                     self.encoder_cache.put(picture.digest, features.clone())
 
     def _encoded(self, pictures: Items[Picture]) -> list[EncoderOutput]:
@@ -120,7 +127,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Items[ChunkInput]) -> StepLogits:
-        """Compute the chunks' keys and values, and the logits of those that sample or show prompt logprobs."""
+        """Compute the chunks' keys and values, and the logits of those that sample or need prompt log probabilities."""
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         step, token_ids, positions = self._pack([chunks[i] for i in order])
         embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
@@ -166,8 +173,8 @@ class ModelRunner:
     def _padding(self, rows: int) -> int:
         """How many rows to add, so that few different numbers of rows occur.
 
-        On a CPU oneDNN builds and keeps a program for every shape of a 16-bit matrix product, half a megabyte and
-        a millisecond each.
+        On a CPU oneDNN builds and keeps a program for every shape of a 16-bit matrix product, half a megabyte
+        and a millisecond each.
         """
         if self.device.type != "cpu" or self.dtype == torch.float32 or rows == 0:
             return 0
@@ -175,7 +182,10 @@ class ModelRunner:
         return -rows % unit if rows > 4 else 0
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
-        """The chunks of one token come first: most steps have no others, and are filled without a loop in numpy."""
+        """Pack the chunks; those of one token come first.
+
+        Most steps have no others, and are filled without a loop over numpy calls.
+        """
         size = self.block_size
         lengths = [chunk.length for chunk in chunks]
         starts = [0, *accumulate(lengths)]
@@ -212,9 +222,11 @@ class ModelRunner:
     def _merge_pictures(
         self, embeddings: torch.Tensor, chunk: ChunkInput, at: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Overwrite the rows of picture tokens: the chunk's first row is row `at` of `embeddings`.
+        """Overwrite the rows of image tokens; the chunk's first row is row `at` of `embeddings`.
 
-        Returns where they are and what their features hold beyond an embedding, for families with larger rows.
+        Returns:
+            For families whose rows are longer than an embedding, the indices of the rows and what lies beyond
+                the embedding.
         """
         beyond = []
         width = embeddings.shape[1]

@@ -1,10 +1,11 @@
-"""The next token of each request in a step, chosen for all rows at once.
+"""Chooses the next token of each request in a step, for all rows at once.
 
-A row's logits go through, in this order: DRY, repetition penalty, presence and frequency penalties, logit bias,
-the masks (allowed tokens, repeated n-grams, unwanted words, min_tokens, the grammar); then argmax where temperature
-is 0, else temperature, top_k, top_p, min_p, typical_p (the order of transformers' `generate`) and the draw. Requests
-with other samplers, or another order, take `engine.warping` instead. The draw depends on the request's seed and on
-how many tokens it has, on nothing else: not on the batch, on preemption or on how the prompt was cut.
+The logits of a row are processed in this order: DRY, repetition penalty, presence and frequency penalties,
+logit bias, masks (allowed tokens, repeated n-grams, unwanted words, min_tokens, the grammar). Where
+temperature is 0, argmax follows; otherwise temperature, top_k, top_p, min_p, typical_p (the order of
+transformers' `generate`) and the draw. Requests with other samplers, or another order, use `engine.warping`
+instead. The draw depends only on the request's seed and its number of tokens: not on the batch, on
+preemption, or on how the prompt was cut.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.distribution import keep_likeliest, keep_typical, masses, pick
-from engine.logits import Edits, best, keep_only
+from engine.logits import LogitsEdits, best, keep_only
 from engine.messages import Logprobs
 from engine.sampling_state import SamplingState
 from engine.warping import surprises, warp
@@ -26,7 +27,7 @@ _PROMPT_LOGPROBS_ELEMENTS = 1 << 24
 
 
 class Sampler:
-    """Chooses tokens for logits of one vocabulary on one device; keeps nothing between steps."""
+    """Chooses tokens for logits of one vocabulary on one device; it keeps no state between steps."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -35,12 +36,16 @@ class Sampler:
     def sample(
         self, logits: Tensor, states: Sequence[SamplingState]
     ) -> tuple[list[int], list[Logprobs | None]]:
-        """The next token of each row, and its logprobs where asked for.
+        """Choose the next token of each row, and compute log probabilities where they are asked for.
 
-        logits: [B, V], float32, bfloat16 or float16; not changed. One state per row.
+        Args:
+            logits: [B, V] in float32, bfloat16 or float16; not changed.
+            states: One state for each row.
 
-        A row that has no token (NaN or +inf among its logits, or all of them -inf) gets -1 and no logprobs,
-        which the engine turns into that request's error; the other rows are not affected.
+        Returns:
+            The tokens and the log probabilities of all rows. A row without a valid token (NaN or +inf among
+                its logits, or all of them -inf) gets -1 and no log probabilities, which the engine turns into
+                an error of that request; the other rows are not affected.
         """
         assert logits.shape == (len(states), self._vocab_size)
         if all(state.plain for state in states):
@@ -63,7 +68,7 @@ class Sampler:
         return chosen, logprobs
 
     def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """Tokens [B] int64: plain, edited greedy and drawn rows each take only the work they need."""
+        """Tokens [B] int64; plain, edited, drawn and warped rows each take only the work they need."""
         groups: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
         for row, state in enumerate(states):
             if state.params.greedy:
@@ -89,9 +94,15 @@ class Sampler:
         return tokens
 
     def _edit(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """Float32 scores [S, V] after penalties, bias and min_tokens mask; `logits` if none is wanted."""
-        dry, repetition, penalties, bias, mask = Edits(), Edits(), Edits(), Edits(), Edits()
-        allowed = Edits()
+        """Float32 scores [S, V] after penalties, bias and masks; `logits` itself if there are none."""
+        dry, repetition, penalties, bias, mask = (
+            LogitsEdits(),
+            LogitsEdits(),
+            LogitsEdits(),
+            LogitsEdits(),
+            LogitsEdits(),
+        )
+        allowed = LogitsEdits()
         grammars: dict[int, npt.NDArray[np.uint32]] = {}
         for row, state in enumerate(states):
             if not state.edited:
@@ -102,11 +113,11 @@ class Sampler:
                 if penalised is not None:
                     dry.add(row, penalised[0], -penalised[1])
             if params.repetition_penalty != 1.0:
-                repetition.add(row, state.seen.ids, params.repetition_penalty)
+                repetition.add(row, state.all_counts.ids, params.repetition_penalty)
             if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-                written = state.written
-                amount = params.presence_penalty + params.frequency_penalty * written.counts
-                penalties.add(row, written.ids, -amount)
+                counts = state.output_counts
+                amount = params.presence_penalty + params.frequency_penalty * counts.counts
+                penalties.add(row, counts.ids, -amount)
             if state.bias is not None:
                 bias.add(row, *state.bias)
             if state.allowed is not None:
@@ -115,7 +126,7 @@ class Sampler:
             if state.grammar_mask is not None:
                 grammars[row] = state.grammar_mask
             elif state.too_short:
-                banned = state.enders if banned is None else np.union1d(banned, state.enders)
+                banned = state.ending_ids if banned is None else np.union1d(banned, state.ending_ids)
             if banned is not None:
                 mask.add(row, banned, -np.inf)
         if not (dry or repetition or penalties or bias or allowed or mask or grammars):
@@ -135,7 +146,7 @@ class Sampler:
         return scores
 
     def _draw(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """Tokens [S] int64 drawn from each row's filtered distribution."""
+        """Tokens [S] int64 drawn from the filtered distribution of each row."""
         host = [(*state.filters, state.uniform) for state in states]
         parameters = self._send(torch.tensor(host, dtype=torch.float64))
         temperature, top_k, top_p, min_p, typical_p, uniform = parameters.unsqueeze(-1).unbind(1)
@@ -154,7 +165,7 @@ class Sampler:
         return pick(mass, uniform)
 
     def _draw_warped(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """Tokens [S] int64 drawn after the samplers of `engine.warping`, one row of values for each."""
+        """Tokens [S] int64 drawn after the samplers of `engine.warping`."""
         warpings = [state.warping for state in states if state.warping is not None]
         host = [
             (*w.values(len(s.output_token_ids)), s.uniform) for w, s in zip(warpings, states, strict=True)
@@ -171,14 +182,17 @@ class Sampler:
         return self._send(torch.tensor(rows, dtype=torch.int64))
 
     def _send(self, host: Tensor) -> Tensor:
-        """To the device without waiting for it: the one wait of a step is for its tokens."""
+        """Copy to the device without waiting: a step waits only once, for its tokens."""
         return host.to(self._device, non_blocking=True)
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[Logprobs]:
-    """The logprobs of each prompt token given those before it, with the k best beside it.
+    """Compute the log probability of each prompt token given those before it.
 
-    logits: [T, V]; next_token_ids: the T tokens that follow those positions.
+    Args:
+        logits: [T, V], one row for each position.
+        next_token_ids: The T tokens that follow those positions.
+        k: Number of best tokens to report beside each token.
     """
     assert len(logits) == len(next_token_ids)
     chosen = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device)
@@ -191,7 +205,7 @@ def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> li
 
 
 def _select(table: Tensor, rows: Tensor) -> Tensor:
-    """Those rows, in rising order; the table itself if they are all of it."""
+    """Those rows, in rising order; the table itself where that is all of it."""
     return table if len(rows) == len(table) else table[rows]
 
 
@@ -202,8 +216,8 @@ def _replace(table: Tensor, rows: Tensor, new: Tensor) -> Tensor:
 def _pack_logprobs(logits: Tensor, chosen: Tensor, k: int) -> Tensor:
     """[A, 3 * (1 + min(k, V))] float64: token ids, logprobs and ranks of the chosen token and the k best.
 
-    Logprobs are log_softmax in float32. Among equals the lowest id comes first; where the chosen token ties
-    with the k-th best it is preferred to it.
+    Logprobs are log_softmax in float32. Among equals the lowest id comes first; a chosen token that ties with
+    the k-th best takes its place.
     """
     logits = logits.float()
     own = chosen.clamp_min(0).unsqueeze(-1)

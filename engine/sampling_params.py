@@ -1,4 +1,4 @@
-"""How the next token is chosen, and when to stop: one value per request, shared by every room above."""
+"""Sampling and stopping rules of a request, used by the handlers and the engine."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from collections.abc import Sequence
 import msgspec
 
 MAX_LOGPROBS = 20
-"""Most alternatives that a request may ask for per position (OpenAI's limit for `top_logprobs`)."""
+"""Greatest number of alternatives per position that a request may ask for (OpenAI's limit for `top_logprobs`)."""
 
 MAX_INTEGER = 2**31 - 1
-"""Largest count or token id: every array that holds one has room for it."""
+"""Greatest count or token id; every array that holds one can represent it."""
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
-"""Per stop string: so much text may be held back while the string is undecided."""
+"""Limit for each stop string: as much text may be held back while a match is undecided."""
 
 MAX_ALLOWED_TOKEN_IDS = 1 << 20
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 1 << 14
-"""Of all unwanted words together: each step may have to compare them with the answer."""
+"""Limit for all unwanted words together, because each step may compare all of them with the completion."""
 
 MAX_BREAKERS = 1024
 MAX_MATCH = 254
-"""Longest repetition that is told from a longer one (`engine.repetition`)."""
+"""Greatest length of a repetition that is measured; longer ones count as this long (`engine.repetition`)."""
 
 SAMPLERS = (
     "TOP_P_TOP_K", "TOP_A", "MIN_P", "TFS", "TYPICAL_P", "TEMPERATURE", "PENALTIES", "DRY", "NO_REPEAT_NGRAM",
     "TOP_NSIGMA", "ETA_CUTOFF", "EPSILON_CUTOFF", "QUADRATIC", "XTC",
 )  # fmt: skip
-"""What `sampler_priority` puts in order; a sampler's number is its place here (Aphrodite's and KoboldCpp's)."""
+"""Samplers that `sampler_priority` puts in order; their indices here are Aphrodite's and KoboldCpp's numbers."""
 
 FIRST_SAMPLERS = frozenset({"PENALTIES", "DRY", "NO_REPEAT_NGRAM"})
-"""Those that change single logits: they always come before the others."""
+"""Samplers that change single logits; they always come before the others."""
 
 RANGES: dict[str, tuple[float, float, str]] = {
     "top_a": (0.0, 100.0, "from 0 to 100"),
@@ -57,34 +57,38 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "no_repeat_ngram_size": (0, MAX_MATCH, f"from 0 (off) to {MAX_MATCH}"),
     "skew": (-10.0, 10.0, "from -10 to 10"),
 }
-"""Field -> least, greatest, and the two in words."""
+"""Field -> smallest value, greatest value, and a description of the range."""
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     """Sampling and stopping rules of one request.
 
-    Built by a dialect, which has already answered a client's bad value with a 4xx; `validate` is the
-    engine's own last word. `temperature == 0` is greedy and ignores top_k, top_p, min_p, typical_p and seed.
+    A protocol has already answered a client's bad value with a 4xx; `validate` is the engine's own check.
+    `temperature == 0` is greedy and ignores top_k, top_p, min_p, typical_p and seed. The fields from `top_a`
+    on are Aphrodite's; for their formulas see `engine.warping` and `engine.repetition` (DRY, n-grams).
 
-    max_tokens: most tokens to generate; None means "up to the context's end".
-    min_tokens: end-of-sequence, stop ids and stop strings are not honoured before this many tokens.
-    top_k: 0 or -1 means all.
-    logprobs: None for none, 0 for the chosen token alone, k for k alternatives beside it.
-    prompt_logprobs: the same for the prompt's positions (the first position has none).
-    stop: strings that end the answer; not part of the text unless include_stop_str_in_output.
-    stop_token_ids: ids that end the answer, beside the model's own end-of-sequence ids.
-    seed: makes the draw reproducible, whatever else shares the batch; from 0 to MAX_SEED.
-    repetition_penalty: over prompt and answer (Keskar et al. 2019, CTRL); 1.0 is none.
-    presence_penalty, frequency_penalty: over the answer alone, as OpenAI documents them.
-    allowed_token_ids: only these can be chosen. bad_words: texts that the answer must not contain, as far as
-    their usual tokens go; the backend turns them into bad_words_token_ids, runs of ids whose last one is masked
-    where the answer ends with the others.
-
-    The last block is Aphrodite's; for the formulas see `engine.warping`, `engine.warping` (mirostat) and
-    `engine.repetition` (DRY, n-grams). eta_cutoff and epsilon_cutoff are in units of 1e-4. dry_sequence_breakers:
-    texts over which no repetition is followed, which the backend turns into dry_sequence_breaker_ids; None is
-    DRY's own list. dry_range: how many last tokens DRY looks at. sampler_priority: all of SAMPLERS, by name or
-    number, in the order in which they are applied.
+    Attributes:
+        max_tokens: Greatest number of tokens to generate; None means up to the end of the context.
+        min_tokens: End-of-sequence, stop ids and stop strings are ignored before this many tokens.
+        top_k: 0 or -1 means all.
+        repetition_penalty: Applies to prompt and completion (Keskar et al. 2019, CTRL); 1.0 means none.
+        presence_penalty: Applies to the completion only, as OpenAI documents it.
+        frequency_penalty: Applies to the completion only, as OpenAI documents it.
+        seed: Makes the draw reproducible, whatever else is in the batch; from 0 to MAX_SEED.
+        stop: Strings that end the completion; not part of the text unless include_stop_str_in_output.
+        stop_token_ids: Ids that end the completion, in addition to the model's end-of-sequence ids.
+        logprobs: None for none, 0 for the chosen token alone, k for k alternatives beside it.
+        prompt_logprobs: The same for the prompt's positions (the first position has none).
+        allowed_token_ids: The only tokens that can be chosen; None means all.
+        bad_words: Texts that the completion must not contain, as far as their usual tokens go.
+        bad_words_token_ids: Made of bad_words before the request reaches the engine: sequences of ids whose
+            last id is masked where the completion ends with the others.
+        eta_cutoff: In units of 1e-4.
+        epsilon_cutoff: In units of 1e-4.
+        dry_range: Number of last tokens that DRY considers.
+        dry_sequence_breakers: Texts that end a repetition; None means DRY's own list.
+        dry_sequence_breaker_ids: Made of dry_sequence_breakers before the request reaches the engine.
+        sampler_priority: All of SAMPLERS, by name or number, in the order in which they are applied.
     """
 
     max_tokens: int | None = None
@@ -141,7 +145,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
         return self.temperature == 0.0
 
     def validate(self) -> None:
-        """Raise ValueError naming the first field that is out of range, its value and what is allowed."""
+        """Check all fields.
+
+        Raises:
+            ValueError: Names the first field that is out of range, its value, and what is allowed.
+        """
         _require(
             self.max_tokens is None or 1 <= self.max_tokens <= MAX_INTEGER,
             "max_tokens",
@@ -217,7 +225,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
 
 
 def sampler_order(priority: Sequence[int | str]) -> tuple[str, ...]:
-    """The names of `sampler_priority`. Raises ValueError unless each sampler is there once, the first ones first."""
+    """Return the names of the samplers in `sampler_priority`.
+
+    Raises:
+        ValueError: Unless each sampler occurs once, and `FIRST_SAMPLERS` come first.
+    """
     names = []
     for item in priority[: len(SAMPLERS) + 1]:
         known = 0 <= item < len(SAMPLERS) if isinstance(item, int) else item.upper() in SAMPLERS
@@ -257,7 +269,7 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
 
 
 def shown(value: object) -> str:
-    """A number for a message: one of hundreds of digits is described instead."""
+    """Format a value for a message; a number of hundreds of digits is only described."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"
     return repr(value)

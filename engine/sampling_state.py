@@ -1,4 +1,4 @@
-"""What sampling knows of one sequence, from its first token to its last."""
+"""State of sampling for one sequence, from its first token to its last."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from engine.warping import Warping
 
 @dataclass(slots=True, eq=False)
 class SamplingState:
-    """What sampling knows of one sequence; lives as long as the sequence and survives preemption.
+    """State of sampling for one sequence; it lives as long as the sequence and survives preemption.
 
-    prompt_token_ids: shared with the sequence, not copied.
-    output_token_ids: shared; the engine appends to it after each step and never removes.
-    seed: params.seed or the engine's own; differs between the answers of one request.
-    plain: needs nothing beyond the argmax of its logits, at any step.
-    penalised: has penalties, a bias or masks of its own.
-    filters: temperature, top_k, top_p, min_p, typical_p.
-    enders: the tokens that would end the answer, masked while it is shorter than min_tokens.
-    allowed: the only tokens that can be chosen; None for all.
-    constrained: the answer must match a grammar; grammar_mask: the tokens with which it may go on, set anew for each
-    step, min_tokens already seen to (see `engine.guidance`).
-    repetition, warping: what rarer samplers keep; None where the request uses none of them.
+    Attributes:
+        params: Sampling parameters of the request.
+        prompt_token_ids: The prompt; shared with the sequence, not copied.
+        output_token_ids: The completion; shared with the engine, which appends to it after each step and
+            never removes.
+        eos_token_ids: Tokens that end the completion.
+        seed: `params.seed` or the engine's own; the completions of one request have different seeds.
+        constrained: The completion must match a grammar.
+        grammar_mask: Tokens that the grammar allows next, set before each step. It already respects
+            min_tokens (see `engine.guidance`).
+        plain: Only the argmax of the logits is needed, at every step.
+        penalised: The request has penalties, a bias or masks of its own.
+        filters: temperature, top_k, top_p, min_p and typical_p.
+        bias: Token ids and the values to add to their logits; None without a bias.
+        ending_ids: Tokens that would end the completion; they are masked while it is shorter than min_tokens.
+        allowed: The only tokens that can be chosen; None means all.
+        repetition: State of the rules against repetition; None where the request has none.
+        warping: State of the rarer samplers; None where the request uses none.
     """
 
     params: SamplingParams
@@ -44,13 +51,13 @@ class SamplingState:
     penalised: bool = field(init=False, repr=False)
     filters: tuple[float, int, float, float, float] = field(init=False, repr=False)
     bias: tuple[Ids, Weights] | None = field(init=False, repr=False, default=None)
-    enders: Ids = field(init=False, repr=False)
+    ending_ids: Ids = field(init=False, repr=False)
     allowed: Ids | None = field(init=False, repr=False, default=None)
     repetition: Repetition | None = field(init=False, repr=False)
     warping: Warping | None = field(init=False, repr=False)
     _key: int = field(init=False, repr=False)
-    _seen: TokenCounts | None = field(init=False, repr=False, default=None)
-    _written: TokenCounts | None = field(init=False, repr=False, default=None)
+    _all_counts: TokenCounts | None = field(init=False, repr=False, default=None)
+    _output_counts: TokenCounts | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         params = self.params
@@ -80,37 +87,37 @@ class SamplingState:
             and params.logprobs is None
         )
         self.filters = (params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
-        enders = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
-        self.enders = np.array(sorted(enders), np.int64)
+        ending_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
+        self.ending_ids = np.array(sorted(ending_ids), np.int64)
         self._key = mix64(self.seed)
 
     @property
     def too_short(self) -> bool:
-        """The answer may not end yet."""
+        """Whether the completion may not end yet."""
         return len(self.output_token_ids) < self.params.min_tokens
 
     @property
     def edited(self) -> bool:
-        """This step's logits want penalties, a bias or a mask."""
+        """Whether the logits of this step need penalties, a bias or a mask."""
         return self.penalised or self.too_short or self.constrained
 
     @property
     def uniform(self) -> float:
-        """This position's number in [0, 1)."""
+        """The random number in [0, 1) of this position."""
         return uniform_of(self._key, len(self.output_token_ids))
 
     @property
-    def seen(self) -> TokenCounts:
-        """The tokens of prompt and answer."""
-        if self._seen is None:
-            self._seen = TokenCounts(self.prompt_token_ids)
-        self._seen.follow(self.output_token_ids)
-        return self._seen
+    def all_counts(self) -> TokenCounts:
+        """Counts of the tokens of prompt and completion."""
+        if self._all_counts is None:
+            self._all_counts = TokenCounts(self.prompt_token_ids)
+        self._all_counts.follow(self.output_token_ids)
+        return self._all_counts
 
     @property
-    def written(self) -> TokenCounts:
-        """The tokens of the answer."""
-        if self._written is None:
-            self._written = TokenCounts()
-        self._written.follow(self.output_token_ids)
-        return self._written
+    def output_counts(self) -> TokenCounts:
+        """Counts of the tokens of the completion."""
+        if self._output_counts is None:
+            self._output_counts = TokenCounts()
+        self._output_counts.follow(self.output_token_ids)
+        return self._output_counts

@@ -1,4 +1,4 @@
-"""Who computes how many tokens in the next step: one budget, no phases, decodes first."""
+"""Chooses how many tokens of which sequence the next step computes: one budget, no phases, decodes first."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """The chunk reaches the newest token, so its last position's logits choose the next one."""
+        """Whether the chunk reaches the newest token, so that its last logits choose the next one."""
         return self.stop == self.sequence.num_tokens
 
 
 class Scheduler:
-    """Keeps the waiting and the running sequences and cuts each step's batch from them.
+    """Keeps the waiting and running sequences, and cuts the batch of each step from them.
 
-    Each running sequence wants its uncomputed tokens computed. Those that want one (decodes) are served
-    before those that want more, so a long prompt never delays an answer that is being streamed; what is left
-    of the token budget goes to prompts, running ones first, then waiting ones in order of rank. When blocks
-    run out the running sequence of the last rank loses its own and goes back to the front of the queue: its
-    tokens are computed again later (much of them often still findable as a cached prefix).
+    Sequences with one uncomputed token (decodes) come before those with more, so a long prompt never delays a
+    completion that is being streamed. The rest of the token budget goes to prompts: running ones first, then
+    waiting ones in order of rank. When blocks run out, the running sequence of the last rank loses its blocks
+    and returns to the queue; its tokens are computed again later, although many of them can often still be
+    found as a cached prefix.
     """
 
     def __init__(
@@ -47,14 +47,22 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        image_places: int | None = None,
+        image_slots: int | None = None,
     ) -> None:
-        """image_places: how many images all running sequences together may hold; None where they hold none."""
+        """Create a scheduler without sequences.
+
+        Args:
+            pool: Key/value blocks.
+            max_num_seqs: Greatest number of running sequences.
+            max_num_batched_tokens: Token budget of a step; at least `max_num_seqs`.
+            image_slots: Number of images that all running sequences may hold together; None where there is no
+                limit.
+        """
         assert max_num_batched_tokens >= max_num_seqs, "the budget must hold one token for every sequence"
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.image_places = image_places
+        self.image_slots = image_slots
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -67,7 +75,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=lambda s: s.rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not, and give its blocks back."""
+        """Forget a sequence, finished or not, and release its blocks."""
         sequence.finished = True
         if sequence in self.running:
             self.running.remove(sequence)
@@ -76,7 +84,7 @@ class Scheduler:
         self.pool.release(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """Cut the next batch. Empty only when there is no work."""
+        """Cut the next batch; it is empty only when there is no work."""
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
         preempted: set[int] = set()
@@ -88,7 +96,7 @@ class Scheduler:
             length = self._chunk_length(sequence, budget, chunks)
             if length == 0:
                 continue
-            if self._make_room(sequence, sequence.num_computed + length, chunks, preempted):
+            if self._allocate(sequence, sequence.num_computed + length, chunks, preempted):
                 chunks.append(Chunk(sequence, sequence.num_computed, length))
                 budget = max(0, budget - length)
         budget = self.max_num_batched_tokens - sum(chunk.length for chunk in chunks)
@@ -97,14 +105,14 @@ class Scheduler:
         return chunks
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Start waiting sequences while there are tokens, places and blocks for them."""
+        """Start waiting sequences while there are tokens, image slots and blocks for them."""
         blocked = False
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 return
             if self.pool.prefix_caching and sequence.waits_for_leader:
                 continue
-            if sequence.pictures and (blocked or not self._places_images(sequence)):
+            if sequence.pictures and (blocked or not self._images_fit(sequence)):
                 # those without images need not wait for places, those with images keep their order
                 blocked = True
                 continue
@@ -125,9 +133,9 @@ class Scheduler:
             budget -= length
 
     def _chunk_length(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        """How many tokens of the sequence the step computes: within the budget, and never a part of a span alone.
+        """How many tokens of the sequence the step computes: within the budget, and never part of a span.
 
-        A span that the budget cannot hold waits for a step without another prompt, and then goes beyond the budget.
+        A span that exceeds the budget waits for a step without another prompt, and then exceeds it.
         """
         start = sequence.num_computed
         stop = sequence.uncut(start, start + min(sequence.num_uncomputed, budget))
@@ -135,23 +143,26 @@ class Scheduler:
             stop = min(sequence.span_end(start), sequence.num_tokens)
         return stop - start
 
-    def _places_images(self, sequence: Sequence) -> bool:
-        """Whether the sequence's images can be held beside those of the running ones."""
-        if self.image_places is None:
+    def _images_fit(self, sequence: Sequence) -> bool:
+        """Whether the sequence's images can be held beside those of the running sequences."""
+        if self.image_slots is None:
             return True
         held = {picture.digest for other in (*self.running, sequence) for picture in other.pictures}
-        return len(held) <= self.image_places
+        return len(held) <= self.image_slots
 
     def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks are there, and one more for each running sequence, so that admitting does not cause preempting."""
+        """Whether there are enough blocks.
+
+        One more is kept for each running sequence, so that admission does not cause preemption.
+        """
         reserve = len(self.running)
         missing = self.pool.missing(sequence, num_tokens)
         return missing + reserve <= self.pool.num_free or (reserve == 0 and missing <= self.pool.num_free)
 
-    def _make_room(
+    def _allocate(
         self, sequence: Sequence, num_tokens: int, chunks: list[Chunk], preempted: set[int]
     ) -> bool:
-        """Allocate for `sequence`, preempting from the last rank up; False when it was itself preempted."""
+        """Allocate for `sequence`, preempting from the last rank up; False if it was preempted itself."""
         while not self.pool.allocate(sequence, num_tokens):
             victim = max(self.running, key=lambda s: s.rank)
             self._preempt(victim)
@@ -162,7 +173,7 @@ class Scheduler:
         return True
 
     def restart(self, sequence: Sequence) -> None:
-        """Have a running sequence computed again, from its first token on."""
+        """Have a running sequence computed again from its first token."""
         self.running.remove(sequence)
         self.pool.release(sequence)
         sequence.num_computed = 0
@@ -175,7 +186,7 @@ class Scheduler:
 
 
 class PicturePlace(msgspec.Struct, array_like=True):
-    """Where a picture's tokens stand in its prompt (see `Picture`), without its pixels."""
+    """Position of an image's tokens in its prompt (see `Picture`), without its pixels."""
 
     digest: bytes
     offset: int
@@ -188,12 +199,19 @@ class PicturePlace(msgspec.Struct, array_like=True):
 
 
 class ChunkInput(msgspec.Struct, array_like=True):
-    """The tokens [start, start + len(token_ids)) of one sequence.
+    """A `Chunk` as plain data, in the form in which every rank receives it: the tokens [start, start + len(token_ids)).
 
-    samples: the logits of the last token are wanted. prompt_logits: those of all its tokens are.
-    pictures: those that the chunk needs. spans: runs of the sequence that have a token in the chunk and are seen both
-        ways.
-    positions, position_delta: see `Sequence.positions_within`. is_long: see `Sequence`.
+    Attributes:
+        token_ids: The tokens.
+        start: Index of the first token in its sequence.
+        block_table: Blocks of the sequence.
+        samples: Whether the logits of the last token are needed.
+        prompt_logits: Whether the logits of all tokens are needed.
+        pictures: Images that the chunk needs.
+        spans: Spans of the sequence with bidirectional attention that have a token in the chunk.
+        position_delta: See `Sequence.positions_within`.
+        positions: See `Sequence.positions_within`.
+        is_long: See `Sequence`.
     """
 
     token_ids: list[int]
@@ -239,20 +257,28 @@ class ChunkInput(msgspec.Struct, array_like=True):
 
 
 class Encode(msgspec.Struct, tag=True):
+    """Encode these images, and keep the outputs."""
+
     pictures: list[Picture]
 
 
 class Run(msgspec.Struct, tag=True):
+    """Compute these chunks."""
+
     chunks: list[ChunkInput]
 
 
 class Trim(msgspec.Struct, tag=True):
+    """Bring the encoder cache back within its budget, but keep these digests."""
+
     keep: list[bytes]
 
 
 class Scrub(msgspec.Struct, tag=True):
+    """Zero these blocks."""
+
     blocks: list[int]
 
 
 Command = Encode | Run | Trim | Scrub
-"""What a rank can be told. All ranks are told the same, in the same order, so their caches stay alike."""
+"""Commands to a rank. All ranks execute the same commands in the same order, so their caches stay identical."""

@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, how far they are computed, and the blocks that hold them."""
+"""One completion inside the engine: its tokens, how many of them are computed, and the blocks that hold them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request's facts; what can be derived from them is a property.
+    """State of one completion; what can be derived from it is a property.
 
-    `num_computed` chases `num_tokens`: the keys and values of that many tokens are in the cache. There is no
-    prefill or decode phase; whoever has one token left to compute is decoding.
+    `num_computed` catches up with `num_tokens`: the keys and values of that many tokens are in the cache.
+    There is no prefill or decode phase; a sequence with one token left to compute is decoding.
 
-    leader: the first answer to the same prompt, whose blocks this one waits for instead of computing them too.
-    arrived: by the clock of `time.monotonic`. queued: seconds from then to the first step that had a place for it.
-    guide: where the answer stands in its grammar; None for free text. Like the tokens, it survives preemption.
-    prefix_salt, attends_images, spans: see `engine.families.base.FamilyModel`.
-    long_after: a sequence of more tokens `is_long`: the model has other rotary frequencies for it, so all of its keys
-        are computed again when it becomes so. None where there is but one set.
-    positions, position_delta: see `engine.families.base.Preprocessor.positions`.
+    Attributes:
+        leader: The first completion of the same prompt. This one waits for its blocks instead of computing
+            them as well.
+        guide: Position of the completion in its grammar; None for free text. Like the tokens, it survives
+            preemption.
+        prefix_salt: See `engine.families.base.FamilyModel`.
+        attends_images: See `engine.families.base.FamilyModel`.
+        spans: See `engine.families.base.FamilyModel`.
+        long_after: A sequence with more tokens `is_long`: the model uses other rotary frequencies for it, so
+            all of its keys are computed again when it grows past this length. None where there is only one
+            set of frequencies.
+        positions: See `engine.families.base.Preprocessor.positions`.
+        position_delta: See `engine.families.base.Preprocessor.positions`.
+        arrived: Time of arrival by `time.monotonic`.
+        queued: Seconds from then to the first step that included it.
     """
 
     request_id: int
@@ -76,11 +84,22 @@ class Sequence:
         spans: Guides[tuple[int, int]] = (),
         long_after: int | None = None,
     ) -> list[Sequence]:
-        """One sequence for each answer. Raises whatever hostile parameters make the sampler's state raise.
+        """Create one sequence for each completion of a request.
 
-        guides: one for each answer of a request with a grammar.
+        Args:
+            add: The request.
+            max_model_len: Greatest number of tokens of a sequence.
+            order: Order of arrival of the first completion.
+            guides: One for each completion, if the request has a grammar.
+            prefix_salt: See `Sequence`.
+            attends_images: See `Sequence`.
+            spans: See `Sequence`.
+            long_after: See `Sequence`.
+
+        Raises:
+            ValueError, OverflowError or TypeError: The sampling parameters are out of range.
         """
-        room = max_model_len - len(add.token_ids)
+        longest = max_model_len - len(add.token_ids)
         wanted = add.params.max_tokens
         stop_token_ids, eos_token_ids = frozenset(add.params.stop_token_ids), frozenset(add.eos_token_ids)
         positions: Any = None if add.positions is None else add.positions.unpack()
@@ -101,7 +120,7 @@ class Sequence:
                         seed=seed,
                         constrained=bool(guides),
                     ),
-                    max_tokens=room if wanted is None else min(wanted, room),
+                    max_tokens=longest if wanted is None else min(wanted, longest),
                     priority=add.priority,
                     order=order + number,
                     prompt_logprobs=[] if params.prompt_logprobs is not None else None,
@@ -133,7 +152,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """The prompt is in the cache and exactly the newest token is not."""
+        """Whether only the newest token is not in the cache yet."""
         return self.num_output_tokens > 0 and self.num_uncomputed == 1
 
     @property
@@ -142,13 +161,13 @@ class Sequence:
 
     @property
     def waits_for_leader(self) -> bool:
-        """The prompt is being computed for another answer; in a moment it can be shared."""
+        """Whether the prompt is being computed for another completion, and can soon be shared."""
         leader = self.leader
         return leader is not None and not leader.finished and leader.num_computed < leader.num_prompt_tokens
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Who goes first: lower priority values, then earlier arrivals."""
+        """Order of service: lower priority values first, then earlier arrivals."""
         return (self.priority, self.order)
 
     def append(self, token_id: int) -> None:
@@ -156,22 +175,24 @@ class Sequence:
         self.sampling.output_token_ids.append(token_id)
 
     def uncut(self, start: int, stop: int) -> int:
-        """The last place up to `stop` where a chunk from `start` may end: not inside a span."""
+        """Return the last position up to `stop` where a chunk from `start` may end: not inside a span."""
         for first, last in self.spans:
             if first < stop < last:
                 return max(start, first)
         return stop
 
     def span_end(self, start: int) -> int:
-        """The end of the span that `start` lies in."""
+        """Return the end of the span that contains `start`."""
         return next(last for first, last in self.spans if first <= start < last)
 
     def spans_within(self, start: int, stop: int) -> list[tuple[int, int]]:
         return [span for span in self.spans if span[0] < stop and span[1] > start]
 
     def positions_within(self, start: int, stop: int) -> npt.NDArray[np.int64] | None:
-        """[axes, stop - start] where the prompt's positions are a table and the span begins in it; else None, and each
-        token's position is its index plus `position_delta`."""
+        """Return the positions [axes, stop - start], if the prompt has a table of positions that contains `start`.
+
+        Otherwise None: the position of each token is its index plus `position_delta`.
+        """
         if self.positions is None or start >= self.positions.shape[1]:
             return None
         known = self.positions[:, start:stop]
@@ -179,9 +200,9 @@ class Sequence:
         return np.concatenate([known, np.broadcast_to(behind, (len(known), len(behind)))], axis=1)
 
     def pictures_for(self, start: int, stop: int) -> list[Picture]:
-        """The pictures whose encoder outputs the computation of the tokens [start, stop) needs."""
+        """Return the images whose encoder outputs are needed to compute the tokens [start, stop)."""
         return self.pictures if self.attends_images else self.pictures_within(start, stop)
 
     def pictures_within(self, start: int, stop: int) -> list[Picture]:
-        """The pictures that have a token in [start, stop)."""
+        """Return the images that have a token in [start, stop)."""
         return [p for p in self.pictures if p.offset < stop and p.end > start]

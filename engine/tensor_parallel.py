@@ -1,6 +1,6 @@
-"""Tensor parallelism: each rank keeps a part of every large matrix and the partial results are summed.
+"""Tensor parallelism: each rank keeps a part of every large matrix, and the partial results are summed.
 
-Which matrix is cut which way is transformers' own `base_model_tp_plan` (Shoeybi et al. 2019, Megatron-LM: columns
+transformers' own `base_model_tp_plan` says how each matrix is cut (Shoeybi et al. 2019, Megatron-LM: columns
 of the first matrix of a pair, rows of the second, one sum after it).
 """
 
@@ -20,22 +20,35 @@ from engine.errors import ModelLoadError
 
 _FUSED = "colwise_gather_output"
 _STYLES = ("colwise", "rowwise", _FUSED, "rowwise_split_input")
-"""The last two are transformers' for projections that are several matrices in one (Phi-3), whose parts it gathers on
-all ranks. Here each of the matrices is cut by itself, as if it stood alone."""
+"""Ways of cutting a matrix.
+
+The last two are transformers' for projections that are several matrices in one (Phi-3), whose parts it
+gathers on all ranks. Here each of these matrices is cut on its own.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process's place among those that share the model."""
+    """The rank of this process, and the number of ranks that share the model."""
 
     rank: int
     size: int
 
 
 def read_plan(config: PretrainedConfig, size: int, own: Mapping[str, str] | None = None) -> Mapping[str, str]:
-    """Module name -> how it is cut. own: of a family for which transformers has none.
+    """Read how the model's matrices are cut.
 
-    Raises ModelLoadError when the model has no plan, or its heads or widths cannot be divided by the number of ranks.
+    Args:
+        config: Configuration of the language model.
+        size: Number of ranks.
+        own: The family's plan, where transformers has none.
+
+    Returns:
+        Module name -> way of cutting.
+
+    Raises:
+        ModelLoadError: The model has no plan, or its heads or widths are not divisible by the number of
+            ranks.
     """
     plan: Mapping[str, str] = own or getattr(config, "base_model_tp_plan", None) or {}
     if not plan:
@@ -52,7 +65,11 @@ def read_plan(config: PretrainedConfig, size: int, own: Mapping[str, str] | None
 def shard(
     decoder: torch.nn.Module, config: PretrainedConfig, ranks: Ranks, own: Mapping[str, str] | None = None
 ) -> None:
-    """Cut the decoder's matrices down to this rank's part, in place. Raises ModelLoadError as `read_plan`."""
+    """Cut the decoder's matrices down to this rank's part, in place.
+
+    Raises:
+        ModelLoadError: As `read_plan`, or a module cannot be cut as the plan says.
+    """
     plan = read_plan(config, ranks.size, own)
     for name, module in decoder.named_modules():
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
@@ -80,7 +97,7 @@ def _cut(module: torch.nn.Linear, ranks: Ranks, dim: int) -> None:
 
 
 def _cut_fused(parent: Any, module: torch.nn.Linear, ranks: Ranks) -> None:
-    """Queries, keys and values in one, or gate and up. An attention layer is told of its own number of heads."""
+    """Cut queries, keys and values in one matrix, or gate and up; an attention layer then has fewer heads."""
     if module is getattr(parent, "qkv_proj", None):
         config = copy(parent.config)
         heads, kv_heads = config.num_attention_heads, parent.num_key_value_heads

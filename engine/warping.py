@@ -1,4 +1,11 @@
-"""Which of `engine.warping` a request asks for, in which order, and what Mirostat remembers of it."""
+"""Samplers that reshape a distribution, each as published, and the order in which a request applies them.
+
+`scores` is [S, V] float32, the logits of a row minus their maximum: the best token has 0, a removed one -inf.
+`own` holds the parameters of the rows by the names of SamplingParams, [S, 1] float64. Each sampler returns
+new scores, and treats rows independently. A sampler removes tokens by a threshold, so that tokens of equal
+probability are kept or removed together, and never removes the best token (only typical sampling and XTC
+may).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +27,7 @@ from engine.distribution import (
 from engine.sampling_params import FIRST_SAMPLERS, SamplingParams, sampler_order
 
 _OTHER_STREAM = 0xD1B54A32D192ED03
-"""Sets XTC's random numbers apart from those of the draw."""
+"""Separates XTC's random numbers from those of the draw."""
 
 _OWN = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "top_a", "tfs", "eta_cutoff", "epsilon_cutoff",
@@ -31,9 +38,13 @@ _COLUMN = {name: place for place, name in enumerate((*_OWN, "xtc_number", "mu"))
 
 
 class Warping:
-    """One request's samplers; lives with its sequence, see `SamplingState`.
+    """The samplers of one request; it lives as long as its sequence (see `SamplingState`).
 
-    order: names in WARPERS, as they are applied; those in `used` do something.
+    Attributes:
+        order: Names in WARPERS, in the order in which they are applied.
+        used: Those of them that have an effect.
+        mirostat: Whether Mirostat is used.
+        skewed: Whether skew is used.
     """
 
     __slots__ = (
@@ -63,8 +74,11 @@ class Warping:
 
     @classmethod
     def of(cls, params: SamplingParams, seed: int) -> Warping | None:
-        """None for a request that samples only by temperature, top_k, top_p, min_p and typical_p in this order,
-        which the sampler does faster by itself, and for a greedy one."""
+        """Return the samplers of a request, or None where `Sampler` can do without them.
+
+        That is a greedy request, and one that samples only by temperature, top_k, top_p, min_p and typical_p
+        in this order, which the sampler does faster by itself.
+        """
         if params.greedy:
             return None
         plain = {"TEMPERATURE", "TOP_P_TOP_K", "MIN_P", "TYPICAL_P"}
@@ -75,13 +89,16 @@ class Warping:
         return None
 
     def values(self, position: int) -> tuple[float, ...]:
-        """The parameters for token number `position` of the answer, in the order of `_COLUMN`."""
+        """Return the parameters for token number `position` of the completion, in the order of `_COLUMN`."""
         if position == self._position + 1:
             self._mu, self._position = self._next_mu, position
         return (*self._own, uniform(self._key, position), self._mu)
 
     def chose(self, surprise: float) -> None:
-        """Mirostat learns how many bits the newest token surprised by; once more for one token changes nothing."""
+        """Update Mirostat with the surprise of the newest token in bits.
+
+        Calling it twice for one token changes nothing.
+        """
         self._next_mu = self._mu - self._eta * (surprise - self._tau)
 
 
@@ -98,10 +115,16 @@ class _Columns:
 
 
 def warp(scores: Tensor, warpings: Sequence[Warping], values: Tensor) -> Tensor:
-    """Each row's mass, as `engine.distribution` has it, after its samplers.
+    """Apply each row's samplers.
 
-    scores: [S, V] float32, after penalties and masks. values: [S, columns] float64 on the same device, a row of
-    `Warping.values` each. A row with a NaN or +inf, or of -inf alone, becomes one with a NaN.
+    Args:
+        scores: [S, V] float32, after penalties and masks.
+        warpings: The samplers of each row.
+        values: [S, columns] float64 on the same device, one row of `Warping.values` for each.
+
+    Returns:
+        The mass of each row, as in `engine.distribution`. A row with a NaN or +inf, or with nothing but -inf,
+            becomes one with a NaN.
     """
     own = _Columns(values)
     best = scores.amax(-1, keepdim=True)
@@ -126,13 +149,13 @@ def warp(scores: Tensor, warpings: Sequence[Warping], values: Tensor) -> Tensor:
 
 
 def surprises(mass: Tensor, tokens: Tensor) -> Tensor:
-    """Of the drawn tokens [S], in bits: what Mirostat learns from."""
+    """Return the surprise of the drawn tokens [S] in bits, from which Mirostat learns."""
     drawn = mass.gather(-1, tokens.clamp_min(0).unsqueeze(-1)).double()
     return (mass.sum(-1, keepdim=True, dtype=torch.float64).log2() - drawn.log2()).squeeze(-1)
 
 
 def _used(params: SamplingParams) -> frozenset[str]:
-    """The warpers that do something, the temperature among them."""
+    """The samplers that have an effect; temperature is always among them."""
     asked = {
         "TEMPERATURE": True,
         "TOP_NSIGMA": params.nsigma > 0.0,
@@ -161,15 +184,18 @@ def _order(params: SamplingParams) -> tuple[str, ...]:
     return (*order, "MIROSTAT")
 
 
-class Own(Protocol):
-    """The parameters of the rows, by name."""
+class RowParameters(Protocol):
+    """Parameters of the rows, by name."""
 
     def __getitem__(self, name: str) -> Tensor: ...
 
 
-def temper(scores: Tensor, own: Own) -> Tensor:
-    """Temperature; with dynatemp_min or dynatemp_max, dynamic temperature (kalomaze): between the two by the
-    entropy, as a part of the greatest possible one, to the power of dynatemp_exponent."""
+def temperature(scores: Tensor, own: RowParameters) -> Tensor:
+    """Apply temperature, or dynamic temperature (kalomaze) with dynatemp_min or dynatemp_max.
+
+    Dynamic temperature lies between the two bounds, by the entropy as a part of the greatest possible one, to
+    the power of dynatemp_exponent.
+    """
     low, high = own["dynatemp_min"], own["dynatemp_max"]
     mass = scores.exp()
     possible = (scores > -torch.inf).sum(-1, keepdim=True).double().log()
@@ -179,7 +205,7 @@ def temper(scores: Tensor, own: Own) -> Tensor:
     return scores / temperature.clamp_min(SMALLEST_TEMPERATURE).float()
 
 
-def top_nsigma(scores: Tensor, own: Own) -> Tensor:
+def top_nsigma(scores: Tensor, own: RowParameters) -> Tensor:
     """Keep the logits within nsigma standard deviations of the best (Tang et al. 2024, top-nσ)."""
     there = scores > -torch.inf
     count = there.sum(-1, keepdim=True).double()
@@ -190,7 +216,7 @@ def top_nsigma(scores: Tensor, own: Own) -> Tensor:
     return _cut(scores, scores >= (-own["nsigma"] * sigma).float())
 
 
-def top_k_top_p(scores: Tensor, own: Own) -> Tensor:
+def top_k_top_p(scores: Tensor, own: RowParameters) -> Tensor:
     """Top-k, then nucleus sampling (Holtzman et al. 2020)."""
     mass = scores.exp()
     top_k = own["top_k"].long()
@@ -198,20 +224,20 @@ def top_k_top_p(scores: Tensor, own: Own) -> Tensor:
     return _cut(scores, mass >= lowest_kept(mass, top_k, own["top_p"]))
 
 
-def top_a(scores: Tensor, own: Own) -> Tensor:
-    """Keep what is at least top_a times the square of the best probability (BlinkDL, RWKV-LM)."""
+def top_a(scores: Tensor, own: RowParameters) -> Tensor:
+    """Keep tokens with at least top_a times the square of the best probability (BlinkDL, RWKV-LM)."""
     mass = scores.exp()
     least = own["top_a"] / mass.sum(-1, keepdim=True, dtype=torch.float64)
     return _cut(scores, mass >= least.clamp_max(1.0).float())
 
 
-def min_p(scores: Tensor, own: Own) -> Tensor:
-    """Keep what is at least min_p times the best probability (Nguyen et al. 2024)."""
+def min_p(scores: Tensor, own: RowParameters) -> Tensor:
+    """Keep tokens with at least min_p times the best probability (Nguyen et al. 2024)."""
     return _cut(scores, scores.exp() >= own["min_p"].float())
 
 
-def tail_free(scores: Tensor, own: Own) -> Tensor:
-    """Cut the tail off where the sorted probabilities' curvature is used up (Phénix and Egan 2019)."""
+def tail_free(scores: Tensor, own: RowParameters) -> Tensor:
+    """Cut off the tail where the curvature of the sorted probabilities is used up (Phénix and Egan 2019)."""
     mass = scores.exp()
     if mass.shape[-1] < 3:
         return scores
@@ -223,56 +249,72 @@ def tail_free(scores: Tensor, own: Own) -> Tensor:
     return _cut(scores, mass >= ordered.gather(-1, last).float())
 
 
-def eta(scores: Tensor, own: Own) -> Tensor:
-    """Keep what is at least min(eta, sqrt(eta) exp(-entropy)) (Hewitt et al. 2022); eta = eta_cutoff * 1e-4."""
+def eta(scores: Tensor, own: RowParameters) -> Tensor:
+    """Keep probabilities of at least min(eta, sqrt(eta) exp(-entropy)) (Hewitt et al. 2022).
+
+    eta is eta_cutoff * 1e-4.
+    """
     cutoff = own["eta_cutoff"] * 1e-4
     mass = scores.exp()
     return _above(scores, mass, torch.minimum(cutoff, cutoff.sqrt() * (-_entropy(scores, mass)).exp()))
 
 
-def epsilon(scores: Tensor, own: Own) -> Tensor:
-    """Keep what is at least epsilon_cutoff * 1e-4 (Hewitt et al. 2022)."""
+def epsilon(scores: Tensor, own: RowParameters) -> Tensor:
+    """Keep probabilities of at least epsilon_cutoff * 1e-4 (Hewitt et al. 2022)."""
     return _above(scores, scores.exp(), own["epsilon_cutoff"] * 1e-4)
 
 
-def typical(scores: Tensor, own: Own) -> Tensor:
+def typical(scores: Tensor, own: RowParameters) -> Tensor:
     """Locally typical sampling (Meister et al. 2022)."""
-    return _anew(_cut(scores, keep_typical(scores.exp(), own["typical_p"]) > 0.0))
+    return _rescaled(_cut(scores, keep_typical(scores.exp(), own["typical_p"]) > 0.0))
 
 
-def smooth(scores: Tensor, own: Own) -> Tensor:
-    """Quadratic sampling (kalomaze): x, a logit minus the best, becomes -k x² + s x³ with
-    k = factor (3 - curve) / 2 and s = factor (curve - 1) / 2."""
+def quadratic(scores: Tensor, own: RowParameters) -> Tensor:
+    """Apply quadratic sampling (kalomaze).
+
+    x, a logit minus the best, becomes -k x² + s x³ with k = factor (3 - curve) / 2 and s = factor (curve - 1)
+    / 2.
+    """
     factor, curve = own["smoothing_factor"], own["smoothing_curve"]
     k, s = (factor * (3.0 - curve) / 2.0).float(), (factor * (curve - 1.0) / 2.0).float()
     x = scores.clamp_min(-1e4)
     bent = x * x * (s * x - k)
     bent = torch.where(scores.isneginf(), -torch.inf, bent)
-    return _anew(bent)
+    return _rescaled(bent)
 
 
-def exclude_top(scores: Tensor, own: Own) -> Tensor:
-    """XTC (p-e-w, text-generation-webui pull request 6335): with xtc_probability, of the tokens that reach
-    xtc_threshold remove all but the least probable. `xtc_number` is the position's own, in [0, 1)."""
+def xtc(scores: Tensor, own: RowParameters) -> Tensor:
+    """Apply XTC (p-e-w, text-generation-webui pull request 6335).
+
+    With xtc_probability, of the tokens that reach xtc_threshold all but the least probable are removed.
+    `xtc_number` is the random number of the position, in [0, 1).
+    """
     mass = scores.exp()
     least = own["xtc_threshold"] * mass.sum(-1, keepdim=True, dtype=torch.float64)
     choices = (mass >= least.float()) & (scores > -torch.inf)
     lowest = torch.where(choices, mass, torch.inf).amin(-1, keepdim=True)
     happens = own["xtc_number"] < own["xtc_probability"]
-    return _anew(_cut(scores, ~happens | ~choices | (mass <= lowest)))
+    return _rescaled(_cut(scores, ~happens | ~choices | (mass <= lowest)))
 
 
-def cap_surprise(scores: Tensor, own: Own) -> Tensor:
-    """Mirostat 2 (Basu et al. 2021): keep what surprises by at most mu bits."""
+def mirostat(scores: Tensor, own: RowParameters) -> Tensor:
+    """Keep tokens with a surprise of at most mu bits (Mirostat 2, Basu et al. 2021)."""
     mass = scores.exp()
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     return _cut(scores, (mass >= (total * torch.exp2(-own["mu"])).clamp_max(1.0)))
 
 
 def skewed(mass: Tensor, skew: Tensor) -> Tensor:
-    """The mass [S, V] whose cumulative distribution, the likeliest token first, is the old one to the power of
-    exp(skew) (turboderp, exllamav2): a skew above 0 favours unlikely tokens. skew: [S, 1] float64; 0 changes
-    nothing."""
+    """Skew a distribution (turboderp, exllamav2).
+
+    Args:
+        mass: [S, V].
+        skew: [S, 1] float64. Above 0 it favours unlikely tokens; 0 changes nothing.
+
+    Returns:
+        The mass whose cumulative distribution, the likeliest token first, is the old one to the power of
+            exp(skew).
+    """
     if mass.device.type == "cpu":  # numpy's sort is tens of times faster than torch's
         order = torch.from_numpy((-mass.detach().numpy()).argsort(-1))
     else:
@@ -283,8 +325,8 @@ def skewed(mass: Tensor, skew: Tensor) -> Tensor:
     return torch.where(skew == 0.0, mass, torch.zeros_like(mass).scatter_(-1, order, bent))
 
 
-WARPERS: Mapping[str, Callable[[Tensor, Own], Tensor]] = {
-    "TEMPERATURE": temper,
+WARPERS: Mapping[str, Callable[[Tensor, RowParameters], Tensor]] = {
+    "TEMPERATURE": temperature,
     "TOP_NSIGMA": top_nsigma,
     "TOP_P_TOP_K": top_k_top_p,
     "TOP_A": top_a,
@@ -293,30 +335,30 @@ WARPERS: Mapping[str, Callable[[Tensor, Own], Tensor]] = {
     "ETA_CUTOFF": eta,
     "EPSILON_CUTOFF": epsilon,
     "TYPICAL_P": typical,
-    "QUADRATIC": smooth,
-    "XTC": exclude_top,
-    "MIROSTAT": cap_surprise,
+    "QUADRATIC": quadratic,
+    "XTC": xtc,
+    "MIROSTAT": mirostat,
 }
-"""By their names in `sampler_priority` and in the order in which they come without one, Mirostat always last."""
+"""Samplers by their names in `sampler_priority`, in their default order; Mirostat always comes last."""
 
 
 def _cut(scores: Tensor, kept: Tensor) -> Tensor:
     return scores.masked_fill(~kept, -torch.inf)
 
 
-def _anew(scores: Tensor) -> Tensor:
-    """Let the best token that is left have 0 again."""
+def _rescaled(scores: Tensor) -> Tensor:
+    """Shift the scores so that the best remaining token has 0."""
     return scores - scores.amax(-1, keepdim=True)
 
 
 def _above(scores: Tensor, mass: Tensor, least: Tensor) -> Tensor:
-    """Keep the probabilities from `least` [S, 1] on, and the best."""
+    """Keep the best token and probabilities of at least `least` [S, 1]."""
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     return _cut(scores, mass >= (least * total).clamp_max(1.0).float())
 
 
 def _entropy(scores: Tensor, mass: Tensor) -> Tensor:
-    """Of each row in nats, [S, 1] float64: log Z minus the mean score."""
+    """The entropy of each row in nats, [S, 1] float64: log Z minus the mean score."""
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     weighed = torch.where(mass > 0.0, mass * scores, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
     return total.log() - weighed / total

@@ -1,4 +1,10 @@
-"""Which files of a directory hold a model's weights."""
+"""Finds the weight files of a model, and reads those in Mistral's own format (`consolidated*.safetensors`).
+
+Mistral's rotary embedding rotates adjacent numbers of a head together, transformers' the first half with the
+second. Therefore the rows of the query and key projections are reordered, in the decoder and in the vision
+tower. Names and layout are those of transformers' own conversion script (convert_pixtral_weights_to_hf.py),
+and of its Mistral 3 counterpart.
+"""
 
 from __future__ import annotations
 
@@ -57,20 +63,30 @@ _BESIDE = {
 }
 _LAYER = re.compile(r"(vision_encoder\.transformer\.)?layers\.(\d+)\.(.+)\.weight")
 
-CLASSES = {
+MISTRAL_CLASSES = {
     "mistral": "MistralForCausalLM",
     "llava/pixtral": "LlavaForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
 }
-"""Kind of model whose weights can be read from this format -> transformers' class."""
+"""Kind of a model whose weights can be read from Mistral's format -> transformers' class."""
 
 
 def weight_files(folder: Path, *, pickled: bool = False, named: str | None = None) -> list[Path]:
-    """The files to read, all of them there: in one piece, or as an index names them. Those of Mistral's own format are
-    taken where there are no others in safetensors.
+    """List the weight files of a model, as one file or as an index names them.
 
-    pickled: whether they may be PyTorch's own, which are pickles, where there are no safetensors. named: the file or
-    index that config.json says (`transformers_weights`). Raises ModelLoadError saying what is missing.
+    Files in Mistral's own format are used if there are no other safetensors files.
+
+    Args:
+        folder: Directory of the model.
+        pickled: Whether PyTorch's own files, which are pickles, may be used if there are no safetensors
+            files.
+        named: File or index named by config.json (`transformers_weights`).
+
+    Returns:
+        Paths of existing files.
+
+    Raises:
+        ModelLoadError: Files are missing or not allowed; the message says which.
     """
     names = (named,) if named else (*_SAFE, *_MISTRAL, *_PICKLED)
     found = next((name for name in names if (folder / name).is_file()), None)
@@ -99,14 +115,15 @@ def _shards(index: Path) -> list[str]:
 
 
 def are_mistrals(files: Sequence[Path]) -> bool:
-    """Whether a model's weight files are in this format."""
+    """Tell whether a model's weight files are in Mistral's own format."""
     return bool(files) and all(file.name.startswith(PREFIX) for file in files)
 
 
 def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[str, Any]:
-    """A `state_dict` for transformers' `from_pretrained`; each tensor is read when it is taken.
+    """Build a `state_dict` for transformers' `from_pretrained`; each tensor is read when it is accessed.
 
-    Raises ModelLoadError naming a tensor that such a model has no place for, or one that is missing.
+    Raises:
+        ModelLoadError: Names a tensor that does not belong to such a model, or one that is missing.
     """
     from safetensors import safe_open
 
@@ -120,7 +137,7 @@ def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[
             target = _renamed(name, in_llava=vision is not None)
             if target is None:
                 raise ModelLoadError(
-                    f"{file.name} holds {name!r}, which is no tensor of such a model in Mistral's format: serve the "
+                    f"{file.name} holds {name!r}, which is not a tensor of such a model in Mistral's format: serve the "
                     "model in the Hugging Face format"
                 )
             stored: Any = tensors.get_slice(name)
@@ -137,7 +154,7 @@ def mistral_state_dict(files: Sequence[Path], config: PretrainedConfig) -> dict[
 
 
 def _expected(config: PretrainedConfig) -> set[str]:
-    """The names of tensors that transformers would make up by chance where they are missing."""
+    """The names of tensors that transformers would initialise at random if they were missing."""
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
     decoder = "" if vision is None else "language_model."
     names = {decoder + name for name in _ENDS.values()}
@@ -154,7 +171,7 @@ def _expected(config: PretrainedConfig) -> set[str]:
 
 
 def _renamed(name: str, *, in_llava: bool) -> str | None:
-    """transformers' name of a tensor; None where there is none."""
+    """Return transformers' name of a tensor; None if it has none."""
     decoder = "language_model." if in_llava else ""
     if name in _ENDS:
         return decoder + _ENDS[name]
@@ -172,8 +189,7 @@ def _renamed(name: str, *, in_llava: bool) -> str | None:
 
 
 class _Reordered:
-    """A slice of a safetensors file that stands for the query or key weights [heads x head_dim, D], reordered when they
-    are read."""
+    """A slice of a safetensors file for query or key weights [heads x head_dim, D], reordered when it is read."""
 
     def __init__(self, stored: Any, heads: int) -> None:
         self._stored = stored

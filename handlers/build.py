@@ -22,7 +22,7 @@ from properties.settings import Settings
 logger = logging.getLogger(__name__)
 
 _BACKENDS: dict[BackendName, tuple[str, str]] = {
-    "rolling": ("handlers.backends.rolling", "RollingBackend"),
+    "rolling": ("handlers.backends.rolling.backend", "RollingBackend"),
     "vllm": ("handlers.backends.vllm.backend", "VllmBackend"),
 }
 """Module and class of each, imported only when it is the one that serves."""

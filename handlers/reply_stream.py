@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from handlers.backends.base import Delta
 from handlers.errors import DeadlineExceeded
 from handlers.observer import Observer
-from handlers.protocols.error_replies import log_error
+from handlers.protocols.errors import log_error
 from handlers.run import Run, is_cancelled
 
 MOST_WAITING = 2**20

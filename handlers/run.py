@@ -24,7 +24,7 @@ from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
 from handlers.own_words import own_words_of
 from handlers.protocols.base import Answer, Answered, Task, in_the_clients_words
-from handlers.protocols.error_replies import ErrorStyle, client_error, error_reply, log_error
+from handlers.protocols.errors import ErrorFormat, client_error, error_reply, log_error
 from handlers.request import GenerationRequest, PicturePart
 
 log = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ def is_cancelled() -> bool:
 
 
 def refusal(
-    error: Exception | asyncio.CancelledError, facts: RequestFacts, style: ErrorStyle, observer: Observer
+    error: Exception | asyncio.CancelledError, facts: RequestFacts, written: ErrorFormat, observer: Observer
 ) -> Reply:
     """The reply to a request that failed before its reply began; logged, counted and noted in its facts.
 
@@ -299,7 +299,7 @@ def refusal(
         known = client_error(error, facts.request_id)
     log_error(known, facts.request_id)
     observer.on_error(known.kind)
-    reply = error_reply(known, style)
+    reply = error_reply(known, written)
     facts.status, facts.error, facts.reason = reply.status, known.kind, own_words_of(known)
     reply.facts = facts
     return reply

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,20 +18,17 @@ from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
+from handlers.prompts.limits import check_totals
 from handlers.protocols.adapters import answer_adapters
+from handlers.protocols.api import Gate
 from handlers.protocols.base import JSON, JSON_LINES, Answered, Conventions, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
-from handlers.protocols.error_replies import style_of
-from handlers.protocols.lmi.sessions import Sessions
-from handlers.protocols.misspelt import warning
-from handlers.protocols.select import asks_for_session, read_task, style_of_body
-from handlers.protocols.tgi import headers as tgi_headers
-from handlers.protocols.tgi.info import tgi_info
+from handlers.protocols.select import error_format, read_task
+from handlers.protocols.tgi.routes import tgi_info
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
 from handlers.tokenization import Tokenization
-from handlers.totals import check_totals
 from properties.settings_chat import OutputFormat
 
 log = logging.getLogger(__name__)
@@ -93,14 +90,14 @@ class Service:
         output_formatter: OutputFormat | None = None,
         tgi_compat: bool = False,
         formats: AnswerFormats | None = None,
-        sessions: Sessions | None = None,
+        gates: Sequence[Gate] = (),
         formatters: Formatters | None = None,
         observer: Observer | None = None,
     ) -> None:
         """model_name: shown to clients that name none. other_names: what they may call the model as well.
 
-        output_formatter, tgi_compat: the options. formats: how answers are read. formatters: the user's, around each
-        request.
+        output_formatter, tgi_compat: the options. formats: how answers are read. gates: those of the APIs.
+        formatters: the user's, around each request.
         """
         self._backend = backend
         self._images = images
@@ -110,7 +107,7 @@ class Service:
         self._output_formatter = output_formatter
         self._tgi_compat = tgi_compat
         self._formats = formats if formats is not None else AnswerFormats()
-        self._sessions = sessions if sessions is not None else Sessions()
+        self._gates = gates
         self._formatters = formatters
         self._observer: Observer = observer if observer is not None else Unobserved()
         self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
@@ -156,15 +153,15 @@ class Service:
     async def _reply(self, incoming: Incoming, work: _Work) -> Reply:
         """Never raises but when cancelled, and then everything is given back."""
         facts = RequestFacts(incoming.request_id, incoming.route)
-        style = style_of(incoming.route, incoming.headers)
+        written = error_format(incoming.route, incoming.headers)
         arrival = time.monotonic()
         try:
             long = _is_long(incoming.body)
             body = await self._parsed(incoming, long)
-            style = style_of_body(body, style, incoming.route)
+            written = error_format(incoming.route, incoming.headers, body.keys())
             return await work(body, incoming, facts, arrival, long)
         except (Exception, asyncio.CancelledError) as error:
-            reply = refusal(error, facts, style, self._observer)
+            reply = refusal(error, facts, written, self._observer)
             facts.total = time.monotonic() - arrival
             return reply
 
@@ -179,9 +176,9 @@ class Service:
     async def _answer(
         self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
     ) -> Reply:
-        if asks_for_session(body, incoming):
-            return self._sessions.control(body, incoming.headers)
-        self._sessions.check(incoming.headers)
+        for gate in self._gates:
+            if (reply := gate.answer(body, incoming)) is not None:
+                return reply
         if self._formatters is not None and self._formatters.reads:
             body = await self._formatters.read(body)
         task = await _aside(long, self._task, body, incoming)
@@ -298,16 +295,12 @@ class Service:
         finally:
             if stream is None:
                 await run.close()
-        named, compute_type = facts.route in tgi_headers.ROUTES, self._backend.capabilities.compute_type
+        headers = task.headers(self._backend.capabilities.compute_type, facts)
         if stream is not None:
-            headers = warning(task.misspelt)
-            headers |= tgi_headers.of_stream(task.requests, compute_type) if named else {}
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)
                 return Reply(200, JSON_LINES, chunks=events, headers=headers, facts=facts)
             return Reply(200, task.writer.stream_type, chunks=stream, headers=headers, facts=facts)
-        headers = warning(task.misspelt)
-        headers |= tgi_headers.of_whole(task.requests, compute_type, facts) if named else {}
         return Reply(200, JSON, body, headers=headers, facts=facts)
 
 

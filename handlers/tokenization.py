@@ -11,10 +11,10 @@ from typing import Any
 
 from handlers.admission import Admission
 from handlers.backends.base import Backend, TokenizedPrompt
-from handlers.backends.limits import longest_prompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.exchange import Incoming, Reply
 from handlers.images.loader import ImageLoader
+from handlers.prompts.limits import longest_prompt
 from handlers.protocols.base import JSON, Conventions
 from handlers.protocols.misspelt import warning
 from handlers.protocols.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize

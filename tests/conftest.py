@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.live import LiveServer
+from tests.support.shapes import SHAPES
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 @pytest.fixture(scope="session")
 def shapes_server() -> Iterator[LiveServer]:
     """The model in the repository behind one server for all suites that need no options of their own."""
-    shapes = Path(__file__).parent.parent / "examples" / "shapes"
+    shapes = SHAPES
     with LiveServer(shapes, 'limit_mm_per_prompt={"image": 4}') as live:
         yield live
 

@@ -16,17 +16,12 @@ from container.openapi.table import TEXTS, Text
 from container.routes import Route, every
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, RANGES
 from handlers.protocols.base import JSON, JSON_LINES, MAX_PROMPTS
-from handlers.protocols.lmi import parameters as lmi_parameters
+from handlers.protocols.lmi.requests import LmiParameters
 from handlers.protocols.openai.fields import MAX_ANSWERS
-from handlers.protocols.tgi import generate as tgi
+from handlers.protocols.tgi.requests import TgiParameters
 from handlers.version import VERSION
 
 _REF = "#/components/schemas/{name}"
-_RENAMED = {
-    "handlers.protocols.lmi.parameters.Parameters": "LmiParameters",
-    "handlers.protocols.tgi.generate.Parameters": "TgiParameters",
-}
-
 _STATUSES = {
     400: "The body is no valid request; the message names the field.",
     401: "The server's key is missing or wrong.",
@@ -103,7 +98,7 @@ def document() -> bytes:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
-    return _renamed(msgspec.json.encode(body)) + b"\n"
+    return msgspec.json.encode(body) + b"\n"
 
 
 def _operation(path: str, route: Route, method: str) -> dict[str, Any]:
@@ -199,8 +194,8 @@ def _any_of(types: Sequence[Any]) -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     """Every Struct that some route names, and those that readers take apart by themselves."""
     inner = (
-        lmi_parameters.Parameters,
-        tgi.Parameters,
+        LmiParameters,
+        TgiParameters,
         openai_shapes.Message,
         openai_shapes.AssistantMessage,
         openai_shapes.TextPart,
@@ -236,23 +231,14 @@ def _schemas() -> dict[str, Any]:
         "items": {"anyOf": [_ref("Message"), _ref("AssistantMessage")]},
         "minItems": 1,
     }
-    for body in ("ChatBody", "CompletionBody", *_RENAMED):
+    for body in ("ChatBody", "CompletionBody", "LmiParameters", "TgiParameters"):
         for name, bounds in _BOUNDS.items():
             if name in schemas[body]["properties"]:
                 schemas[body]["properties"][name]["anyOf"][0] |= bounds
-    for name, parameters in (("LmiBody", lmi_parameters.Parameters), ("TgiBody", tgi.Parameters)):
-        schemas[name]["properties"]["parameters"] = {
-            "anyOf": [_ref(f"{parameters.__module__}.Parameters"), {"type": "null"}]
-        }
+    for name, parameters in (("LmiBody", "LmiParameters"), ("TgiBody", "TgiParameters")):
+        schemas[name]["properties"]["parameters"] = {"anyOf": [_ref(parameters), {"type": "null"}]}
     return schemas
 
 
 def _ref(name: str) -> dict[str, str]:
     return {"$ref": _REF.format(name=name)}
-
-
-def _renamed(document: bytes) -> bytes:
-    """Shorter names for Structs that share theirs."""
-    for name, shown in _RENAMED.items():
-        document = document.replace(name.encode(), shown.encode())
-    return document

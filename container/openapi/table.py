@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from container.openapi import lmi_shapes, openai_shapes, server_shapes, tgi_shapes
+from container.openapi import openai_shapes, server_shapes
 from handlers.protocols import adapters, tokens
 from handlers.protocols.base import JSON_LINES
+from handlers.protocols.lmi.replies import LmiBrokenLine, LmiError, LmiLine, LmiReply
 from handlers.protocols.lmi.requests import LmiBody
+from handlers.protocols.lmi.sessions import SessionBody, SessionReply
 from handlers.protocols.openai.chat import ChatBody
 from handlers.protocols.openai.completions import CompletionBody
-from handlers.protocols.tgi import generate as tgi
+from handlers.protocols.tgi.replies import TgiError, TgiEvent, TgiReply
+from handlers.protocols.tgi.requests import TgiBody
+from handlers.protocols.tgi.routes import Info
 
 SSE = "text/event-stream"
 
@@ -30,14 +34,14 @@ class Text:
     bodies: Sequence[type] = ()
     replies: Sequence[Any] = ()
     events: dict[str, Sequence[type]] = field(default_factory=dict)
-    errors: Sequence[type] = (openai_shapes.OpenAIError, lmi_shapes.LmiError, tgi_shapes.TgiError)
+    errors: Sequence[type] = (openai_shapes.OpenAIError, LmiError, TgiError)
     not_ready: Sequence[type] = ()
     plain_text: bool = False
     query: dict[str, str] = field(default_factory=dict)
     codes: Sequence[int] = ()
 
 
-_OPENAI_ERRORS = (openai_shapes.OpenAIError, tgi_shapes.TgiError)
+_OPENAI_ERRORS = (openai_shapes.OpenAIError, TgiError)
 _CHAT = Text(
     "Chat completion (OpenAI)",
     (ChatBody,),
@@ -47,26 +51,26 @@ _CHAT = Text(
 )
 _ANY = Text(
     "Answer a body of any dialect, told by its keys: messages, prompt, inputs or requestType",
-    (ChatBody, CompletionBody, LmiBody, lmi_shapes.SessionBody),
+    (ChatBody, CompletionBody, LmiBody, SessionBody),
     (
         openai_shapes.ChatCompletion,
         openai_shapes.Completion,
-        lmi_shapes.LmiReply,
-        list[lmi_shapes.LmiReply],
-        lmi_shapes.SessionReply,
+        LmiReply,
+        list[LmiReply],
+        SessionReply,
     ),
     {
-        SSE: (openai_shapes.ChatCompletionChunk, openai_shapes.Completion, lmi_shapes.LmiLine),
-        JSON_LINES: (openai_shapes.ChatCompletionChunk, openai_shapes.Completion, lmi_shapes.LmiLine),
+        SSE: (openai_shapes.ChatCompletionChunk, openai_shapes.Completion, LmiLine, LmiBrokenLine),
+        JSON_LINES: (openai_shapes.ChatCompletionChunk, openai_shapes.Completion, LmiLine, LmiBrokenLine),
     },
     plain_text=True,
 )
 _TGI = Text(
     "Generate text (TGI)",
-    (tgi.TgiBody, ChatBody, CompletionBody),
-    (tgi_shapes.TgiReply, list[tgi_shapes.TgiReply], openai_shapes.ChatCompletion, openai_shapes.Completion),
-    {SSE: (tgi_shapes.TgiEvent, openai_shapes.ChatCompletionChunk, openai_shapes.Completion)},
-    (tgi_shapes.TgiError,),
+    (TgiBody, ChatBody, CompletionBody),
+    (TgiReply, list[TgiReply], openai_shapes.ChatCompletion, openai_shapes.Completion),
+    {SSE: (TgiEvent, openai_shapes.ChatCompletionChunk, openai_shapes.Completion)},
+    (TgiError,),
 )
 
 _PLACE = {
@@ -74,7 +78,7 @@ _PLACE = {
     "pin": "Kept and shown: `true` or `false`.",
     "preload": "Adapters are loaded before the answer in any case.",
 }
-_LMI_ERRORS = (lmi_shapes.LmiError, tgi_shapes.TgiError)
+_LMI_ERRORS = (LmiError, TgiError)
 
 TEXTS: dict[str, Text] = {
     "GET /adapters": Text(
@@ -137,16 +141,12 @@ TEXTS: dict[str, Text] = {
     "/v1": _TGI,
     "/generate": _TGI,
     "/generate_stream": _TGI,
-    "/info": Text(
-        "What is served, and its limits (TGI)", replies=(tgi_shapes.Info,), errors=(tgi_shapes.TgiError,)
-    ),
+    "/info": Text("What is served, and its limits (TGI)", replies=(Info,), errors=(TgiError,)),
     "/tokenize": Text(
         "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
         (tokens.InputsToTokens, tokens.PromptToTokens, ChatBody),
-        (list[tokens.SimpleToken], tgi_shapes.TokenCounts),
+        (list[tokens.SimpleToken], tokens.TokenCounts),
     ),
-    "/chat_tokenize": Text(
-        "Tokens of a chat (TGI)", (ChatBody,), (tgi_shapes.ChatTokens,), errors=(tgi_shapes.TgiError,)
-    ),
-    "/detokenize": Text("Text of tokens (vLLM)", (tokens.TokensToText,), (tgi_shapes.Detokenized,)),
+    "/chat_tokenize": Text("Tokens of a chat (TGI)", (ChatBody,), (tokens.ChatTokens,), errors=(TgiError,)),
+    "/detokenize": Text("Text of tokens (vLLM)", (tokens.TokensToText,), (tokens.Detokenized,)),
 }

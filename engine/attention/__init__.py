@@ -1,0 +1,1 @@
+"""Paged attention: the kernels, and how transformers' modelling code reaches them."""

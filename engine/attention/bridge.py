@@ -1,4 +1,4 @@
-"""How transformers' modelling code reaches our kernel: one function registered in its `AttentionInterface`."""
+"""Connects transformers' modelling code to our kernels, by a function registered in its `AttentionInterface`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import AttentionInterface
 from engine.attention.kernel import AttentionKernel
 
 IMPLEMENTATION = "rolling"
-"""The name for `attn_implementation`. transformers builds no mask for an implementation it does not know, which
-is what a packed row needs."""
+"""Name for `attn_implementation`. transformers builds no mask for an implementation that it does not know,
+which is what a packed row needs."""
 
 
 def rolling_attention(
@@ -28,10 +28,22 @@ def rolling_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, tokens, head_dim]; key, value [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim].
+    """Call the kernel for a layer; `kernel` and `tokens` are arguments of the model's `forward`, which passes them on.
 
-    Only the first `tokens` are real, the others are padding. `kernel` and `tokens` arrive as keyword arguments of
-    the model's own forward, which hands them down unchanged.
+    Args:
+        module: The attention layer.
+        query: [1, heads, tokens, head_dim].
+        key: [1, kv_heads, tokens, head_dim].
+        value: [1, kv_heads, tokens, head_dim].
+        attention_mask: Ignored.
+        kernel: Kernel to call.
+        tokens: Number of real tokens; the others are padding.
+        scaling: Factor for the scores.
+        sliding_window: Length of the window in tokens.
+        softcap: Limit of the scores.
+
+    Returns:
+        [1, tokens, heads, head_dim], and None.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     out = kernel.attend(

@@ -1,8 +1,8 @@
-"""Paged attention in plain torch, on any device: the blocks are gathered, then batched matmuls serve the
-one-token queries and `scaled_dot_product_attention` the chunks.
+"""Paged attention in plain torch, on any device.
 
-On a CPU `scaled_dot_product_attention` is several times slower than two plain batched matmuls when every query
-is one token, so decodes do not use it (`bench/attention.py` measures both).
+The blocks are gathered. Then batched matmuls compute the one-token queries, and
+`scaled_dot_product_attention` the chunks. On a CPU the latter is several times slower than two plain batched
+matmuls when every query is one token, so decodes do not use it (`bench/attention.py` measures both).
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 
 _CAPPED_QUERIES = 64
-"""Queries whose capped scores are computed at a time."""
+"""Number of queries whose capped scores are computed at a time."""
 
 
 @dataclass(slots=True)
 class _DecodeGroup:
     """Decodes of similar context length, gathered together: padding at most doubles their work.
 
-    rows [n]: their places in the packed row; None when they are all decodes, in order.
-    blocks [n * width]: block tables, padded with each sequence's own last block.
+    Attributes:
+        rows: [n]: their indices in the packed row; None if the group holds all decodes, in order.
+        blocks: [n * width]: block tables, padded with each sequence's own last block.
+        contexts: Context length of each decode.
+        width: Blocks per decode.
+        bias: Masks by window; see `GatherKernel._decode_bias`.
     """
 
     rows: torch.Tensor | None
@@ -47,8 +51,10 @@ class _Chunk:
 
 
 class GatherKernel(AttentionKernel):
-    """Cache layout: [layers, kv_heads, blocks, block_size * head_dim], so that a gather of blocks is already
-    the [kv_heads, batch, context, head_dim] that the batched matmul wants."""
+    """Cache layout: [layers, kv_heads, blocks, block_size * head_dim].
+
+    A gather of blocks is thus already the [kv_heads, batch, context, head_dim] that the batched matmul needs.
+    """
 
     name: ClassVar[str] = "torch"
 
@@ -115,7 +121,7 @@ class GatherKernel(AttentionKernel):
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """query [decodes, heads, head_dim] -> the same shape."""
+        """Compute queries [decodes, heads, head_dim]; the result has the same shape."""
         if len(self._groups) == 1 and self._groups[0].rows is None:
             return self._decode(layer, self._groups[0], query, scale, window, softcap)
         out = torch.empty_like(query)
@@ -132,7 +138,7 @@ class GatherKernel(AttentionKernel):
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """query [n, heads, head_dim] -> the same shape."""
+        """Compute queries [n, heads, head_dim] of a group; the result has the same shape."""
         count, heads, dim = query.shape
         kv_heads = self.shape.kv_heads
         batch = kv_heads * count
@@ -140,7 +146,7 @@ class GatherKernel(AttentionKernel):
             self._gather(cache, group.blocks).view(batch, -1, dim) for cache in self._layers[layer][:2]
         )
         grouped = query.view(count, kv_heads, heads // kv_heads, dim).transpose(0, 1)
-        # A power of two is taken out of the scale beforehand: exact, and it keeps float16 scores finite.
+        # A power of two is taken out of the scale beforehand, which is exact and keeps float16 scores finite.
         power = 2.0 ** math.floor(math.log2(scale))
         scores = torch.bmm(grouped.reshape(batch, -1, dim) * power, keys.transpose(1, 2)).float()
         if scale != power:
@@ -155,7 +161,7 @@ class GatherKernel(AttentionKernel):
         return out.view(kv_heads, count, heads // kv_heads, dim).transpose(0, 1).reshape(count, heads, dim)
 
     def _decode_bias(self, group: _DecodeGroup, window: int | None) -> torch.Tensor | None:
-        """[n, 1, padded context]: 0 where the one query may look, -inf elsewhere; the same for all layers."""
+        """[n, 1, padded context]: 0 where the query may look, -inf elsewhere; the same for all layers."""
         if window is not None and window >= max(group.contexts):
             window = None
         if window not in group.bias:
@@ -183,7 +189,10 @@ class GatherKernel(AttentionKernel):
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """query [queries, heads, dim]; keys, values [kv_heads, queries, dim] of this step -> [queries, heads, dim]."""
+        """Compute a chunk's queries [queries, heads, dim].
+
+        `keys` and `values` are those of this step, [kv_heads, queries, dim].
+        """
         if chunk.blocks is not None:
             keys, values = (
                 self._gather(cache, chunk.blocks)[:, : chunk.context] for cache in self._layers[layer][:2]
@@ -214,7 +223,7 @@ class GatherKernel(AttentionKernel):
         window: int | None,
         softcap: float,
     ) -> torch.Tensor:
-        """keys, values [heads, context, dim]; a part of the queries at a time, which bounds the scores' memory."""
+        """Compute some queries at a time, which bounds the memory of the scores; keys, values [heads, context, dim]."""
         assert self._step is not None
         hidden = self._step.hidden(chunk.index, window, self.shape.device)
         out = torch.empty_like(query)
@@ -282,7 +291,7 @@ class GatherKernel(AttentionKernel):
 
 
 class CpuKernel(GatherKernel):
-    """What `GatherKernel` does, under the name that tells an operator where it runs."""
+    """`GatherKernel` under the name that an operator sees on a CPU."""
 
     name: ClassVar[str] = "cpu"
 
@@ -292,7 +301,7 @@ class CpuKernel(GatherKernel):
 
 
 def padded_tables(step: PackedStep, members: list[int]) -> list[list[int]]:
-    """The blocks that those sequences use, each row filled up with the sequence's own last block."""
+    """Return the blocks of those sequences; each row is padded with the sequence's own last block."""
     used = [-(-step.context_lens[i] // step.block_size) for i in members]
     width = max(used)
     rows = []

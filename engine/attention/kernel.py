@@ -1,4 +1,4 @@
-"""What an attention kernel is, and what it must know about a step."""
+"""The interface of an attention kernel, and its input for a step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """The size of one device's paged key/value cache, all layers together.
+    """Shape of one device's paged key/value cache, for all layers.
 
-    special: the model has spans that are seen both ways, or caps attention scores.
+    Attributes:
+        num_layers: Layers with a cache.
+        num_blocks: Number of blocks.
+        block_size: Tokens per block.
+        kv_heads: Heads of keys and values on this device.
+        head_dim: Size of a head.
+        dtype: Type of keys and values.
+        device: Device of the cache.
+        special: Whether the model has spans with bidirectional attention, or caps attention scores.
     """
 
     num_layers: int
@@ -28,23 +36,26 @@ class CacheShape:
 
     @property
     def bytes_per_block(self) -> int:
-        """Keys and values of all layers."""
+        """Bytes of a block's keys and values in all layers."""
         per_token = 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
         return per_token * self.block_size
 
 
 @dataclass(slots=True)
 class PackedStep:
-    """The tokens of all sequences of a step, packed into one row, one-token queries first.
+    """The tokens of all sequences of a step, packed into one row, sequences with one token first.
 
-    Sequence i owns the query tokens [query_starts[i], query_starts[i + 1]) and sees context_lens[i] tokens, its
-    own new ones included; their keys and values lie in the blocks block_tables[i].
-
-    slots [tokens]: where each packed token's key and value are written (block * block_size + place in it).
-    num_decodes: how many leading sequences have exactly one query token.
-    spans: for each sequence, runs [start, stop) of its positions whose tokens see each other both ways; a run that has
-        query tokens lies within the context. Empty where no sequence has any.
-    spans_pass_windows: within a run a sliding window hides nothing.
+    Attributes:
+        query_starts: Sequence i owns the query tokens [query_starts[i], query_starts[i + 1]).
+        context_lens: Number of tokens that each sequence attends to, its new ones included.
+        block_tables: Blocks of each sequence, which hold its keys and values.
+        slots: [tokens]: where the key and value of each packed token are written (block * block_size +
+            offset).
+        num_decodes: Number of leading sequences with exactly one query token.
+        block_size: Tokens per block.
+        spans: For each sequence, runs [start, stop) of positions with bidirectional attention; a run that has
+            query tokens lies within the context. Empty if no sequence has any.
+        spans_pass_windows: Whether a sliding window hides nothing within a run.
     """
 
     query_starts: list[int]
@@ -57,7 +68,7 @@ class PackedStep:
     spans_pass_windows: bool = False
 
     def hidden(self, index: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """[query tokens, context] of booleans: what sequence `index`'s queries may not see."""
+        """Return a mask [query tokens, context] of what the queries of sequence `index` may not see."""
         context = self.context_lens[index]
         position = torch.arange(context - self.query_length(index), context, device=device)[:, None]
         key = torch.arange(context, device=device)[None, :]
@@ -84,13 +95,16 @@ class PackedStep:
 
 
 class AttentionKernel(ABC):
-    """Owns the paged cache in the layout that it likes, writes each step's keys and values, attends over them.
+    """Owns the paged cache in its own layout, writes each step's keys and values, and attends over them.
 
-    One step is `begin(step)`, then `attend` once per layer. A query sees the positions up to its own, and no
-    further back than `window` of them where a window is given; and the rest of a span that it lies in (see
-    `PackedStep.spans`). softcap: scores become softcap * tanh(score / softcap).
+    A step is `begin(step)`, followed by `attend` once per layer. A query sees the positions up to its own
+    (only the last `window` of them if a window is given), and the rest of a span that contains it (see
+    `PackedStep.spans`).
 
-    block_multiple: the cache's block size must be a multiple of this. special: see `CacheShape`.
+    Attributes:
+        name: Name in the configuration and the log.
+        block_multiple: The cache's block size must be a multiple of this.
+        special: Whether the kernel supports models with `CacheShape.special`.
     """
 
     name: ClassVar[str]
@@ -102,16 +116,16 @@ class AttentionKernel(ABC):
 
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
-        """Why this kernel cannot serve such a cache here; None where it can."""
+        """Return why this kernel cannot serve such a cache here; None if it can."""
         if shape.special and not cls.special:
-            return "it knows no spans that are seen both ways and no score caps, which the model has"
+            return "it supports neither bidirectional spans nor score caps, and the model has them"
         if shape.block_size % cls.block_multiple:
             return f"its block size must be a multiple of {cls.block_multiple}, not {shape.block_size}"
         return None
 
     @abstractmethod
     def begin(self, step: PackedStep) -> None:
-        """Do the work that all layers share (index tensors, groups)."""
+        """Do the work shared by all layers, such as building index tensors."""
 
     @abstractmethod
     def attend(
@@ -125,9 +139,21 @@ class AttentionKernel(ABC):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] of the begun step, in
-        packed order -> [tokens, heads, head_dim]."""
+        """Write the keys and values of a layer, and compute its attention.
+
+        Args:
+            layer: Index of the layer.
+            query: [tokens, heads, head_dim] of the current step, in packed order.
+            key: [tokens, kv_heads, head_dim].
+            value: [tokens, kv_heads, head_dim].
+            scale: Factor for the scores.
+            window: Length of the sliding window in tokens; None without one.
+            softcap: If given, scores become softcap * tanh(score / softcap).
+
+        Returns:
+            [tokens, heads, head_dim].
+        """
 
     @abstractmethod
     def scrub(self, blocks: list[int]) -> None:
-        """Zero the blocks: what a request with NaN left there must not reach the next owner's padding."""
+        """Zero the blocks, so that NaN left there by a request does not reach the padding of the next owner."""

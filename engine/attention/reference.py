@@ -1,4 +1,4 @@
-"""Attention as the formula says it, one sequence at a time in float32: what the other kernels are tested against."""
+"""Attention by its formula, one sequence at a time in float32; the other kernels are tested against it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 
 
 class ReferenceKernel(AttentionKernel):
-    """Cache layout: [layers, slots, kv_heads, head_dim], keys and values apart."""
+    """Cache layout: [layers, slots, kv_heads, head_dim], with keys and values in separate tensors."""
 
     name = "reference"
 

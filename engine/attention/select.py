@@ -1,4 +1,4 @@
-"""Which attention kernel runs on which device."""
+"""Chooses the attention kernel of a device."""
 
 from __future__ import annotations
 
@@ -24,22 +24,31 @@ AUTO: dict[str, tuple[type[AttentionKernel], ...]] = {
     "cpu": (CpuKernel,),
     "cuda": (VarlenKernel, XformersKernel, GatherKernel),
 }
-"""By device type, the best first; the last is plain torch and needs no trial."""
+"""Kernels by device type, the best first; the last is plain torch and needs no trial."""
 
 DEFAULT_BLOCK_SIZE = 16
 
 TOLERANCE = 0.05
-"""How far a kernel's trial may lie from the reference: values of unit size, and what 16-bit types round."""
+"""Greatest difference between a kernel's trial and the reference, for values around 1 and the rounding of
+16-bit types."""
 
 
 def choose_kernel(
     name: str, shape: CacheShape, block_size: int | None, *, query_heads: int
 ) -> tuple[type[AttentionKernel], CacheShape]:
-    """The kernel of that name, or for "auto" the device's best that works, and `shape` with its block size.
+    """Choose the kernel of that name, or with "auto" the best that works on the device.
 
-    block_size: None lets the kernel choose.
-    query_heads: query heads of this rank, which the trial uses.
-    Raises ModelLoadError for an unknown name, and for a kernel that was asked for but does not work here.
+    Args:
+        name: Name of a kernel, or "auto".
+        shape: Shape of the cache, without its block size.
+        block_size: Tokens per block; None lets the kernel choose.
+        query_heads: Query heads of this rank, for the trial.
+
+    Returns:
+        The kernel, and `shape` with its block size.
+
+    Raises:
+        ModelLoadError: The name is unknown, or the kernel does not work here.
     """
     if name != "auto" and name not in KERNELS:
         raise ModelLoadError(
@@ -62,9 +71,12 @@ def choose_kernel(
 
 @torch.inference_mode()
 def trial(kernel: type[AttentionKernel], shape: CacheShape, query_heads: int) -> str | None:
-    """Ask the kernel for two small steps and compare with the reference: why it cannot be used, or None.
+    """Run two small steps and compare the kernel with the reference.
 
-    What the installed FlashAttention and Triton accept is documented nowhere that a program can ask.
+    What the installed FlashAttention and Triton support is not documented in a form that a program can query.
+
+    Returns:
+        Why the kernel cannot be used; None if it can.
     """
     size = shape.block_size
     small = replace(shape, num_layers=1, num_blocks=4)

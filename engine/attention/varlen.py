@@ -1,4 +1,4 @@
-"""Paged attention through torch's own FlashAttention: one `varlen_attn` call per layer for the whole packed row."""
+"""Paged attention with torch's own FlashAttention: one `varlen_attn` call per layer for the whole packed row."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_HEAD_DIM = 256
 
 
 class VarlenKernel(AttentionKernel):
-    """Cache layout: [layers, blocks, block_size, kv_heads, head_dim], as FlashAttention's paged mode wants it.
+    """Cache layout: [layers, blocks, block_size, kv_heads, head_dim], as FlashAttention's paged mode needs it.
 
-    FlashAttention 2 (what torch carries) demands pages whose size is a multiple of 256 and head sizes that are
-    multiples of 8 up to 256; see `mha_varlen_fwd` in torch's `flash_attn/flash_api.cpp`.
+    FlashAttention 2 (included in torch) requires pages whose size is a multiple of 256 and head sizes that
+    are multiples of 8 up to 256; see `mha_varlen_fwd` in torch's `flash_attn/flash_api.cpp`.
     """
 
     name: ClassVar[str] = "varlen"
@@ -37,15 +37,15 @@ class VarlenKernel(AttentionKernel):
         if shape.device.type != "cuda":
             return f"it runs on CUDA only, not on {shape.device.type}"
         if shape.dtype not in (torch.bfloat16, torch.float16):
-            return f"it knows bfloat16 and float16 only, not {str(shape.dtype).removeprefix('torch.')}"
+            return f"it supports bfloat16 and float16 only, not {str(shape.dtype).removeprefix('torch.')}"
         if torch.cuda.get_device_capability(shape.device) < (8, 0):
             return "FlashAttention needs compute capability 8.0"
         if shape.head_dim % 8 or shape.head_dim > MAX_HEAD_DIM:
-            return f"head size {shape.head_dim} is no multiple of 8 up to {MAX_HEAD_DIM}"
+            return f"head size {shape.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
         return super().unsupported(shape)
 
     def begin(self, step: PackedStep) -> None:
-        """All index tensors travel to the device as one, without waiting for it."""
+        """Send all index tensors to the device in one copy, without waiting for it."""
         self._step = step
         count = step.num_sequences
         tables = padded_tables(step, list(range(count)))
@@ -60,7 +60,7 @@ class VarlenKernel(AttentionKernel):
         self._query_starts, key_starts_index = index[: count + 1], index[count + 1 : 2 * count + 2]
         self._context_lens = index[2 * count + 2 : 3 * count + 2]
         self._block_table = index[3 * count + 2 :].view(count, -1)
-        # FlashAttention 2 wants the keys' starts although pages make them meaningless; 3 refuses them beside pages.
+        # FlashAttention 2 requires the keys' starts although pages make them meaningless; 3 rejects them with pages.
         self._key_starts = key_starts_index if current_flash_attention_impl() is None else None
         self._max_query = max(step.query_length(i) for i in range(count))
         self._max_context = max(step.context_lens)
@@ -105,10 +105,10 @@ class VarlenKernel(AttentionKernel):
         self._values[:, index] = 0
 
     def _window_size(self, window: int | None) -> tuple[int, int]:
-        """How far a query looks left and right of itself, -1 without bound.
+        """How far a query looks left and right of itself; -1 means no limit.
 
-        FlashAttention aligns a sequence's last query with its last key, so when every query is the last there
-        is nothing to its right, and saying so lets it pack the query heads that share a key head.
+        FlashAttention aligns a sequence's last query with its last key. If every query is the last one, there
+        is nothing to its right; saying so lets FlashAttention pack the query heads that share a key head.
         """
         right = -1 if self._max_query == 1 else 0
         if window is None or window >= self._max_context:

@@ -1,4 +1,4 @@
-"""One-token queries through xformers' paged split-k Triton kernel, everything else as `GatherKernel` does it."""
+"""One-token queries with xformers' paged split-k Triton kernel; everything else as in `GatherKernel`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 
 
 class XformersKernel(GatherKernel):
-    """The Triton kernel reads the blocks in place of a gathered copy. It takes queries of one length and knows no
-    paged sliding window and no score cap, so chunks, and layers where these matter, are gathered.
+    """Reads the blocks in place instead of gathering a copy of them.
 
-    On a CPU it runs through Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
+    The Triton kernel needs queries of equal length and supports neither a paged sliding window nor a score
+    cap, so chunks, and layers where these matter, are gathered. On a CPU it runs in Triton's interpreter
+    (`TRITON_INTERPRET=1`), for tests.
     """
 
     name: ClassVar[str] = "xformers"
@@ -39,7 +40,7 @@ class XformersKernel(GatherKernel):
             return f"head size {shape.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
         if shape.device.type == "cuda":
             if shape.dtype not in (torch.bfloat16, torch.float16):
-                return f"it knows bfloat16 and float16 only, not {str(shape.dtype).removeprefix('torch.')}"
+                return f"it supports bfloat16 and float16 only, not {str(shape.dtype).removeprefix('torch.')}"
             if torch.cuda.get_device_capability(shape.device) < (8, 0):
                 return "its Triton kernel needs compute capability 8.0"
         return super().unsupported(shape)
@@ -90,13 +91,14 @@ class XformersKernel(GatherKernel):
 
 @cache
 def _xformers() -> SimpleNamespace:
-    """What we use of xformers, imported when first asked for: it is an optional dependency.
+    """Import what is used of xformers, an optional dependency.
 
-    Raises ImportError where xformers or Triton is missing.
+    Raises:
+        ImportError: xformers or Triton is missing.
     """
     if _interpreted():
         os.environ.setdefault("XFORMERS_ENABLE_TRITON", "1")
-    import triton  # noqa: F401  # xformers would go on without it, and fail later
+    import triton  # noqa: F401  # without it xformers would fail only later
     from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
     from xformers.ops.fmha.common import Inputs
     from xformers.ops.fmha.triton_splitk import FwOp

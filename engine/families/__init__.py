@@ -1,0 +1,1 @@
+"""Model families, one file each, with what the front end and the engine need of a family."""

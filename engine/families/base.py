@@ -1,9 +1,9 @@
-"""A model family in two halves: `Preprocessor` for the front, `FamilyModel` for the engine.
+"""A model family in two halves: `Preprocessor` for the front end, `FamilyModel` for the engine.
 
-The front's half turns an image into arrays and prompt tokens, without weights. transformers' own processors import
-torch and half of transformers, several hundred megabytes, so what a preprocessor learns from them is plain data
-(`Facts`), and another process goes on with that alone. A family's file therefore imports neither torch nor
-transformers at its top.
+The front end's half turns an image into arrays and prompt tokens, without weights. transformers' own
+processors import torch and half of transformers, several hundred megabytes. Therefore what a preprocessor
+learns from them is plain data (`Metadata`), which is all that another process needs. For the same reason a
+family's file imports neither torch nor transformers at its top.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ModelLoadError
-from engine.families.pixels import ProcessorBackend, Recipe, processor_options
+from engine.families.pixels import DirectPixels, ProcessorBackend, Recipe, processor_options
 
 if TYPE_CHECKING:
     import torch
@@ -36,17 +36,20 @@ if TYPE_CHECKING:
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 GRID = "image_grid_thw"
-"""The name under which an image brings its frames, and the rows and columns of its patches."""
+"""Name of the tensor with an image's number of frames, and the rows and columns of its patches."""
 
 _PROBES = ((40, 64), (129, 77), (301, 300))
-"""Sizes (width, height) of the images that the two ways are compared on: upscaled, odd, downscaled."""
+"""Sizes (width, height) of the images on which our preparation is compared with transformers': upscaled, odd,
+downscaled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What stands in the prompt for an image instead of its one image token.
+    """What replaces an image's single image token in the prompt.
 
-    is_embed: which of the tokens take an encoder row, in order; None means all.
+    Attributes:
+        token_ids: The image's tokens.
+        is_embed: Which of the tokens take an encoder row, in order; None means all.
     """
 
     token_ids: list[int]
@@ -54,11 +57,15 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """placeholder: the text that stands for an image when the prompt is tokenised, image token and all around it.
-    printed: what the chat template prints instead, to be replaced by it; None where it prints the placeholder.
-    texts_apart: the texts around images are tokenised apart, each as a prompt of its own. The placeholder is then the
-    image token alone.
+class PlaceholderText:
+    """How an image is written in a rendered prompt.
+
+    Attributes:
+        placeholder: Text of an image when the prompt is tokenised: the image token and everything around it.
+        printed: Text that the chat template prints instead, and which the placeholder replaces; None where
+            the template prints the placeholder.
+        texts_apart: Whether the texts around images are tokenised separately, each as a prompt of its own.
+            The placeholder is then the image token alone.
     """
 
     placeholder: str
@@ -68,7 +75,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class PreparedPicture:
-    """An image as its model wants it: its layout, and the arguments of the family's `encode`."""
+    """An image prepared for its model: its layout, and the arguments of the family's `encode`."""
 
     token_ids: list[int]
     tensors: Arrays
@@ -77,9 +84,13 @@ class PreparedPicture:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a family may ask of a model's directory, read by transformers.
+    """What a family may read of a model's directory.
 
-    processor: the image processor. backend: whose arithmetic it is to have, "torchvision" or "pil".
+    Attributes:
+        path: The directory.
+        config: The configuration as transformers reads it.
+        processor: transformers' image processor.
+        backend: Library whose arithmetic the processor has to use, "torchvision" or "pil".
     """
 
     path: str
@@ -91,16 +102,18 @@ class ModelFiles:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        # Where mistral_common is installed, transformers would take Mistral's own tokenizer, which is no fast one.
+        # With mistral_common installed, transformers would use Mistral's own tokenizer, which is not a fast one.
         return AutoTokenizer.from_pretrained(self.path, mistral_format=False)
 
 
-class Facts(msgspec.Struct, kw_only=True):
+class Metadata(msgspec.Struct, kw_only=True):
     """All that a preprocessor needs, as plain data. Families add fields.
 
-    image_token_id: the one token that stands for an image in a rendered prompt.
-    recipe: how pixels are made without transformers; None where its own processor has to do it.
-    fingerprint: changes whenever the same image would be prepared differently; enters the image's digest.
+    Attributes:
+        image_token_id: The token that stands for an image in a rendered prompt.
+        recipe: How pixels are made without transformers; None where transformers' own processor is needed.
+        fingerprint: Changes whenever the same image would be prepared differently; part of the image's
+            digest.
     """
 
     image_token_id: int
@@ -108,23 +121,28 @@ class Facts(msgspec.Struct, kw_only=True):
     fingerprint: bytes = b""
 
 
-F = TypeVar("F", bound=Facts)
+F = TypeVar("F", bound=Metadata)
 
 
 class Preprocessor(ABC, Generic[F]):
     """Turns upright RGB images into arrays. `prepare` is called from several threads at once.
 
-    What happens to an image may depend on the rest of the prompt: `variant` numbers the ways, of which there are
-    `num_variants`.
+    The preparation of an image may depend on the rest of the prompt: `variant` numbers the `num_variants`
+    ways.
 
-    facts_type: the family's `Facts`. tensor_names: the arrays of `transformers`' processor that the engine wants.
-    chat_template: the one of the model's card, for families whose checkpoints have none.
-    adds_special_tokens: the tokenizer adds its own to a prompt that does not begin with one, as in most processors.
-    max_images: how many a prompt can hold; None where only its length limits them.
-    takes_embeddings: clients may send rows in place of an image, each of which becomes one image token.
+    Attributes:
+        metadata_type: The family's `Metadata`.
+        tensor_names: Arrays of transformers' processor that the engine needs.
+        chat_template: The template of the model's card, for families whose checkpoints have none.
+        takes_embeddings: Whether clients may send rows in place of an image; each becomes one image token.
+        adds_special_tokens: Whether the tokenizer adds its own to a prompt that does not begin with one, as
+            in most processors.
+        max_images: Greatest number of images in a prompt; None where only its length limits them.
+        probes: Sizes (width, height) of the images on which `direct` is compared with `reference`.
+        num_variants: Number of ways of preparing an image.
     """
 
-    facts_type: ClassVar[type[Facts]]
+    metadata_type: ClassVar[type[Metadata]]
     tensor_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
     chat_template: ClassVar[str | None] = None
     takes_embeddings: ClassVar[bool] = True
@@ -133,19 +151,31 @@ class Preprocessor(ABC, Generic[F]):
     probes: ClassVar[tuple[tuple[int, int], ...]] = _PROBES
     num_variants: ClassVar[int] = 1
 
-    def __init__(self, facts: F, processor: Any = None) -> None:
-        """processor: transformers', needed where `facts.recipe` is None."""
-        self.facts = facts
+    def __init__(self, metadata: F, processor: Any = None) -> None:
+        """Create a preprocessor.
+
+        Args:
+            metadata: What `read` found.
+            processor: transformers' image processor, needed where `metadata.recipe` is None.
+        """
+        self.metadata = metadata
         self._processor = processor
 
     @classmethod
     def from_model(
         cls, model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
     ) -> Preprocessor[F]:
-        """Slow: asks transformers. overrides: of the image processor's own settings.
+        """Read the model's directory with transformers, which is slow.
 
-        The direct way to the pixels is compared with transformers' on a few images and used where both are equal.
-        Raises ModelLoadError where the processor cannot work with this backend.
+        Our own preparation is compared with transformers' on a few images, and used if the results are equal.
+
+        Args:
+            model_path: Directory of the model.
+            overrides: Replacements for settings of the image processor.
+            backend: Library whose arithmetic is used.
+
+        Raises:
+            ModelLoadError: The processor does not support this backend, or the family cannot serve the model.
         """
         from transformers import AutoConfig, AutoImageProcessor
 
@@ -154,92 +184,109 @@ class Preprocessor(ABC, Generic[F]):
         processor = load(model_path, **{**processor_options(backend), **(overrides or {})})
         native = getattr(processor, "backend", "pil")
         wanted = native if backend == "auto" else backend
-        facts = cls.read(ModelFiles(model_path, config, processor, wanted))
-        made = cls(facts, processor)
+        metadata = cls.read(ModelFiles(model_path, config, processor, wanted))
+        made = cls(metadata, processor)
         if wanted != native:
-            if facts.recipe is None:
+            if metadata.recipe is None:
                 raise ModelLoadError(
                     "the model's image processor needs torchvision itself; install torchvision"
                 )
-        elif facts.recipe is not None and not made._direct_is_exact():
-            facts.recipe = None
+        elif metadata.recipe is not None and not made._direct_is_exact():
+            metadata.recipe = None
         settings = json.dumps([wanted, processor.to_dict()], sort_keys=True, default=str).encode()
-        known = settings + msgspec.msgpack.encode(facts)
-        facts.fingerprint = hashlib.blake2b(known, digest_size=8).digest()
+        known = settings + msgspec.msgpack.encode(metadata)
+        metadata.fingerprint = hashlib.blake2b(known, digest_size=8).digest()
         return made
 
     @classmethod
     @abstractmethod
     def read(cls, model: ModelFiles) -> F:
-        """What the family wants to know of a model. Raises ModelLoadError for one that it cannot serve."""
+        """Read the family's metadata.
+
+        Raises:
+            ModelLoadError: The family cannot serve this model.
+        """
 
     @classmethod
-    def from_bytes(cls, facts: bytes) -> Preprocessor[F]:
-        return cls(msgspec.msgpack.decode(facts, type=cls.facts_type))  # type: ignore[arg-type]
+    def from_bytes(cls, metadata: bytes) -> Preprocessor[F]:
+        return cls(msgspec.msgpack.decode(metadata, type=cls.metadata_type))  # type: ignore[arg-type]
 
     def to_bytes(self) -> bytes | None:
-        """For `from_bytes` in another process; None where that would need transformers' processor."""
-        return None if self.facts.recipe is None else msgspec.msgpack.encode(self.facts)
+        """Encode for `from_bytes` in another process; None if that would need transformers' processor."""
+        return None if self.metadata.recipe is None else msgspec.msgpack.encode(self.metadata)
 
     @property
     def image_token_id(self) -> int:
-        return self.facts.image_token_id
+        return self.metadata.image_token_id
 
     @property
     def forbidden_token_ids(self) -> Sequence[int]:
-        """Tokens that no answer may hold, whatever its grammar allows."""
-        return [self.facts.image_token_id]
+        """Tokens that a completion may never contain, whatever its grammar allows."""
+        return [self.metadata.image_token_id]
 
     @property
     def fingerprint(self) -> bytes:
-        return self.facts.fingerprint
+        return self.metadata.fingerprint
 
     @property
     def grid_merge(self) -> int | None:
-        """Patches along each side of the square that becomes one token, where `positions` asks for an image's grid of
-        patches (its tensor `GRID`); None where it does not."""
+        """Patches along each side of the square that becomes one token; None where `positions` does not need the grid.
+
+        The grid is the image's tensor `GRID`.
+        """
         return None
 
     @abstractmethod
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        """What an image of that size becomes in the prompt. Raises RequestRejected for one that cannot be prepared."""
+        """Return what an image of that size becomes in the prompt.
+
+        Raises:
+            RequestRejected: The image cannot be prepared.
+        """
 
     def around(self, num_images: int) -> tuple[list[int], list[int]]:
-        """Tokens before and after those of a prompt's text, for families whose images do not stand in the text: nothing
-        is then written for them there, and the tokenizer adds nothing by itself. The first one is the image token."""
+        """Return tokens before and after those of a prompt's text, for families whose images are not part of the text.
+
+        Then nothing is written for images in the text, and the tokenizer adds no tokens. The first token
+        returned is the image token.
+        """
         return [], []
 
     def arranged(self, text: str, bos: str) -> str:
-        """A prompt that is not a chat, with its placeholders, as the family's processor completes it."""
+        """Complete a prompt that is not a chat, with its placeholders, as the family's processor does."""
         return text
 
-    def written(self, tokenizer: PreTrainedTokenizerFast) -> Written | None:
-        """How an image is written in a rendered prompt, where that is more than the image token."""
+    def written(self, tokenizer: PreTrainedTokenizerFast) -> PlaceholderText | None:
+        """Return how an image is written in a rendered prompt, if that is more than the image token."""
         return None
 
     @abstractmethod
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        """The arrays by `facts.recipe`."""
+        """Make the arrays by `metadata.recipe`."""
 
     def reference(self, image: Image, variant: int = 0) -> Arrays:
-        """The same arrays by transformers' image processor."""
+        """Make the same arrays with transformers' image processor."""
         out = self._processor(images=image, return_tensors="np")
         return {name: np.asarray(out[name][0]) for name in self.tensor_names}
 
     def variant(self, num_images: int) -> int:
-        """The way in which the images of a prompt with that many are prepared."""
+        """Return the way in which images are prepared for a prompt with `num_images` of them."""
         return 0
 
     def prepare(self, image: Image, variant: int = 0) -> PreparedPicture:
         layout = self.layout(image.width, image.height, variant)
-        tensors = (self.reference if self.facts.recipe is None else self.direct)(image, variant)
+        tensors = (self.reference if self.metadata.recipe is None else self.direct)(image, variant)
         return PreparedPicture(layout.token_ids, tensors, layout.is_embed)
 
     def positions(
         self, num_tokens: int, pictures: Sequence[Picture]
     ) -> tuple[npt.NDArray[np.int64] | None, int]:
-        """The positions of a prompt's tokens [axes, num_tokens], None for 0, 1, 2, … on every axis; and what is added
-        to the index of a token behind the prompt (without an array: of any token)."""
+        """Compute the positions of a prompt's tokens.
+
+        Returns:
+            Positions [axes, num_tokens], or None for 0, 1, 2, … on every axis; and what is added to the index
+                of a token after the prompt (without an array: of any token).
+        """
         return None, 0
 
     def _direct_is_exact(self) -> bool:
@@ -254,11 +301,40 @@ class Preprocessor(ABC, Generic[F]):
         return True
 
 
+class FixedMetadata(Metadata, kw_only=True):
+    """Metadata of a `FixedPreprocessor`.
+
+    Attributes:
+        num_tokens: Tokens of every image.
+    """
+
+    num_tokens: int
+
+
+FF = TypeVar("FF", bound=FixedMetadata)
+
+
+class FixedPreprocessor(Preprocessor[FF]):
+    """Preprocessor of families in which every image becomes the same number of tokens, whatever its size."""
+
+    def layout(self, width: int, height: int, variant: int = 0) -> Layout:
+        return Layout([self.metadata.image_token_id] * self.metadata.num_tokens)
+
+    def direct(self, image: Image, variant: int = 0) -> Arrays:
+        assert self.metadata.recipe is not None
+        return {"pixel_values": DirectPixels(self.metadata.recipe)(image)}
+
+
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
     """What the key/value cache holds for a token: num_layers x 2 x kv_heads x head_dim values.
 
-    image_values: how many values are kept for each image of a running request, beside its tokens.
+    Attributes:
+        num_layers: Layers with a cache.
+        query_heads: Heads of queries.
+        kv_heads: Heads of keys and values.
+        head_dim: Size of a head.
+        image_values: Values kept for each image of a running request, in addition to its tokens.
     """
 
     num_layers: int
@@ -288,13 +364,20 @@ LLAMA_PLAN = {
     **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
     "layers.*.mlp.down_proj": "rowwise",
 }
-"""A `FamilyModel.tensor_parallel_plan` for decoders with Llama's names, for which transformers has no plan."""
+"""`FamilyModel.tensor_parallel_plan` for decoders with Llama's names for which transformers has no plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttendedChunk:
-    """The tokens [start, stop) of a sequence with images, in the step's rows from `row` on; and all its images, in
-    order, with their encoder outputs."""
+    """A chunk of a sequence with images, for a family whose tokens attend to images.
+
+    Attributes:
+        row: Row of its first token in the step.
+        start: Index of its first token in the sequence.
+        stop: Index after its last token.
+        pictures: All images of the sequence, in order.
+        features: Their encoder outputs.
+    """
 
     row: int
     start: int
@@ -304,16 +387,21 @@ class AttendedChunk:
 
 
 class FamilyModel:
-    """A loaded model. Shapes: T is the number of packed tokens of a step, D the text hidden size.
+    """A loaded model. In shapes, T is the number of packed tokens of a step, and D the text hidden size.
 
-    The defaults are those of a model with a `language_model` inside whose images become rows of its input.
+    The defaults are those of a model that contains a `language_model`, and whose images become rows of its
+    input.
 
-    auto_class: transformers' class that loads the weights. position_axes: 1, or as many as the rotary embedding takes.
-    attends_images: the decoder's tokens attend to images, whose encoder outputs must be there in every step of a
-        request; otherwise the outputs replace embeddings.
-    spans_pass_windows: a sliding window hides nothing within a span (see `spans`).
-    encode_batch: images encoded in one call at most, which bounds the memory that the tower's activations take.
-    tensor_parallel_plan: how ranks share the decoder (see `engine.tensor_parallel`), where transformers does not say.
+    Attributes:
+        auto_class: transformers' class that loads the weights.
+        position_axes: Number of axes of positions that the rotary embedding uses.
+        attends_images: Whether the decoder's tokens attend to images, whose encoder outputs are then needed
+            in every step of a request. Otherwise the outputs replace embeddings.
+        spans_pass_windows: Whether a sliding window hides nothing within a span (see `spans`).
+        encode_batch: Greatest number of images encoded in one call, which bounds the memory of the tower's
+            activations.
+        tensor_parallel_plan: How ranks share the decoder (see `engine.tensor_parallel`), where transformers
+            does not define it.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
@@ -331,11 +419,15 @@ class FamilyModel:
 
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
-        """Raise ModelLoadError for a model of this family that is not served."""
+        """Check that this model of the family can be served.
+
+        Raises:
+            ModelLoadError: It cannot.
+        """
 
     @classmethod
     def load(cls, model_path: str, config: PretrainedConfig, **options: Any) -> FamilyModel:
-        """options: of transformers' `from_pretrained`."""
+        """Load the weights; `options` are passed to transformers' `from_pretrained`."""
         import transformers
 
         loader = getattr(transformers, cls.auto_class)
@@ -344,7 +436,7 @@ class FamilyModel:
 
     @classmethod
     def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:
-        """Our attention for the decoder, PyTorch's for the vision tower."""
+        """Choose our attention for the decoder, and PyTorch's for the vision tower."""
         from engine.attention.bridge import IMPLEMENTATION
 
         if "text_config" not in config.sub_configs:
@@ -353,7 +445,11 @@ class FamilyModel:
 
     @classmethod
     def check_ranks(cls, config: PretrainedConfig, size: int) -> None:
-        """Raise ModelLoadError where that many ranks cannot share the model."""
+        """Check that `size` ranks can share the model.
+
+        Raises:
+            ModelLoadError: They cannot.
+        """
         from engine.tensor_parallel import read_plan
 
         read_plan(config.get_text_config(), size, cls.tensor_parallel_plan)
@@ -375,16 +471,16 @@ class FamilyModel:
 
     @property
     def special_attention(self) -> bool:
-        """The kernel has to know spans, or caps of attention scores."""
+        """Whether the kernel must support spans, or caps of attention scores."""
         return bool(getattr(self.text_config, "attn_logit_softcapping", None))
 
     def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
-        """Runs [start, stop) of a prompt whose tokens see each other both ways. They are computed in one step."""
+        """Return runs [start, stop) of a prompt with bidirectional attention. Each is computed in one step."""
         return []
 
     @property
     def decoder(self) -> torch.nn.Module:
-        """The language model without its head: takes `inputs_embeds`, gives `last_hidden_state`."""
+        """The language model without its head; it maps `inputs_embeds` to `last_hidden_state`."""
         decoder: torch.nn.Module = self.model.model.language_model
         return decoder
 
@@ -394,30 +490,44 @@ class FamilyModel:
         return head
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[T] -> [T, D]; a placeholder's row is overwritten afterwards, so any row will do for it."""
+        """Map tokens [T] to [T, D]. The row of a placeholder is overwritten later, so any row will do."""
         table = self.decoder.get_input_embeddings()  # type: ignore[operator]
         embedded: torch.Tensor = table(token_ids.clamp(max=table.num_embeddings - 1))
         return embedded
 
     @property
     def row_size(self) -> int:
-        """Numbers in each row of `encode`: D, or more where `forward` takes what is beyond D."""
+        """Length of each row of `encode`: D, or more where `forward` takes what is beyond D."""
         return int(self.text_config.hidden_size)
 
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
-        """One `EncoderOutput` per image, of the tensors of its `PreparedPicture`: rows [rows, row_size], unless the
-        family's own `forward` uses them. Text-only families are never asked."""
+        """Encode images; text-only families are never asked to.
+
+        Args:
+            pictures: Tensors of each image's `PreparedPicture`.
+
+        Returns:
+            One `EncoderOutput` per image: rows [rows, row_size], unless the family's own `forward` uses
+                another form.
+        """
         import torch
 
         pixels = torch.stack([picture["pixel_values"] for picture in pictures]).to(self.model.dtype)
         return list(self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
-        """[T, D] and positions [T], or [position_axes, T] where there are several, through the decoder -> [T, D].
+        """Run the decoder.
 
-        kernel: to be handed down to the attention layers, but for `attended`, which only a family that attends images
-        is given; and `beyond`, for a family with a larger `row_size` than D in steps that show images: where their rows
-        stand in the step [rows], ascending, and what they hold beyond D [rows, row_size - D].
+        Args:
+            embeddings: [T, D].
+            positions: [T], or [position_axes, T] if there are several axes.
+            **kernel: Arguments for the attention layers. In addition a family that attends to images gets
+                `attended`; and a family whose `row_size` exceeds D gets `beyond` in steps with images: the
+                indices of their rows in the step [rows], ascending, and what they hold beyond D [rows,
+                row_size - D].
+
+        Returns:
+            Hidden states [T, D].
         """
         out = self.decoder(
             inputs_embeds=embeddings.unsqueeze(0),
@@ -429,22 +539,27 @@ class FamilyModel:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, D] -> [rows, vocabulary]."""
+        """Map hidden states [rows, D] to logits [rows, vocabulary]."""
         logits: torch.Tensor = self.head(hidden)
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
-        """What the keys and values of a prompt's first token depend on, besides that token: enters the hash of all its
-        blocks, so that prompts share a prefix only where this is equal."""
+        """Return what the first token's keys and values depend on, besides that token.
+
+        It becomes part of the hash of all blocks, so prompts share a prefix only where it is equal.
+        """
         return b""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Both halves; a text-only family has no preprocessor.
+    """Both halves of a family; a text-only family has no preprocessor.
 
-    register: makes its config.json known to transformers, where that has no class for it.
+    Attributes:
+        model: The engine's half.
+        preprocessor: The front end's half.
+        register: Makes the family's config.json known to transformers, if transformers has no class for it.
     """
 
     model: type[FamilyModel]

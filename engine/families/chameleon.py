@@ -1,6 +1,7 @@
 """Chameleon: an image becomes discrete codes, and each code a word of the vocabulary.
 
-The decoder is the model itself. It could also write image words, which nobody can show: they are never chosen.
+The decoder is the model itself. It could also generate image words, which cannot be shown to a client: they
+are never chosen.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from engine.families.base import (
     LLAMA_PLAN,
     Family,
     FamilyModel,
+    FixedMetadata,
+    FixedPreprocessor,
     Layout,
     ModelFiles,
 )
-from engine.families.fixed import FixedFacts, FixedPreprocessor
 from engine.families.pixels import recipe_of
 
 if TYPE_CHECKING:
@@ -35,26 +37,26 @@ _TEMPLATE = (
     "{{ sep_token }}"
     "{%- endfor -%}"
 )
-"""A turn ends with the separator, which the model card's processor writes after the prompt."""
+"""A turn ends with the separator, which the model card's processor adds after the prompt."""
 
 
-class ChameleonFacts(FixedFacts, kw_only=True):
+class ChameleonMetadata(FixedMetadata, kw_only=True):
     start_token_id: int
     end_token_id: int
     separator: str
     image_words: list[int]
 
 
-class ChameleonPreprocessor(FixedPreprocessor[ChameleonFacts]):
-    facts_type = ChameleonFacts
+class ChameleonPreprocessor(FixedPreprocessor[ChameleonMetadata]):
+    metadata_type = ChameleonMetadata
     chat_template = _TEMPLATE
     takes_embeddings = False
 
     @classmethod
-    def read(cls, model: ModelFiles) -> ChameleonFacts:
+    def read(cls, model: ModelFiles) -> ChameleonMetadata:
         words, codes = model.config.vocabulary_map, model.config.vq_config
         edge = codes.resolution // 2 ** (len(codes.channel_multiplier) - 1)
-        return ChameleonFacts(
+        return ChameleonMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=recipe_of(model.processor, model.backend),
             num_tokens=edge**2,
@@ -66,15 +68,19 @@ class ChameleonPreprocessor(FixedPreprocessor[ChameleonFacts]):
 
     @property
     def forbidden_token_ids(self) -> Sequence[int]:
-        return [self.facts.image_token_id, *self.facts.image_words]
+        return [self.metadata.image_token_id, *self.metadata.image_words]
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        facts = self.facts
-        token_ids = [facts.start_token_id, *[facts.image_token_id] * facts.num_tokens, facts.end_token_id]
-        return Layout(token_ids, [token == facts.image_token_id for token in token_ids])
+        metadata = self.metadata
+        token_ids = [
+            metadata.start_token_id,
+            *[metadata.image_token_id] * metadata.num_tokens,
+            metadata.end_token_id,
+        ]
+        return Layout(token_ids, [token == metadata.image_token_id for token in token_ids])
 
     def arranged(self, text: str, bos: str) -> str:
-        return text + self.facts.separator
+        return text + self.metadata.separator
 
 
 class ChameleonModel(FamilyModel):
@@ -83,7 +89,7 @@ class ChameleonModel(FamilyModel):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        # Which code is nearest should not depend on how coarsely the model computes.
+        # The nearest code should not depend on the precision in which the model computes.
         model.model.vqmodel.float()
         self._image_words = model.model.vocabulary_mapping.image_tokens
 

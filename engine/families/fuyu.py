@@ -1,7 +1,8 @@
-"""Fuyu: no vision tower; each patch of an image is one linear layer away from a row of the prompt.
+"""Fuyu: no vision tower; a linear layer maps each patch of an image to a row of the prompt.
 
-The image comes first, its rows of patches each ended by a line-break token; then the beginning of the sequence, the
-text and the token after which the answer begins. Image and text are tokenised apart. A prompt holds one image.
+The image comes first, with a line-break token after each row of patches; then the beginning-of-sequence
+token, the text and the token after which the completion begins. Image and text are tokenised separately. A
+prompt may contain one image.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.base import Arrays, Family, FamilyModel, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.pixels import value_recipe
 
 if TYPE_CHECKING:
@@ -43,8 +44,17 @@ _TP_PLAN = {
 }
 
 
-class FuyuFacts(Facts, kw_only=True):
-    """most: the largest (height, width) of an image. patch: (height, width). padding: the 8-bit level around it."""
+class FuyuMetadata(Metadata, kw_only=True):
+    """Metadata of a Fuyu model.
+
+    Attributes:
+        most: Greatest (height, width) of an image.
+        patch: (height, width) of a patch.
+        padding: 8-bit level of the padding around an image.
+        line_break_id: Token after each row of patches.
+        bos_token_id: Beginning-of-sequence token.
+        answer_token_id: Token after which the completion begins.
+    """
 
     most: tuple[int, int]
     patch: tuple[int, int]
@@ -54,8 +64,8 @@ class FuyuFacts(Facts, kw_only=True):
     answer_token_id: int
 
 
-class FuyuPreprocessor(Preprocessor[FuyuFacts]):
-    facts_type = FuyuFacts
+class FuyuPreprocessor(Preprocessor[FuyuMetadata]):
+    metadata_type = FuyuMetadata
     tensor_names = ("image_patches",)
     chat_template = _TEMPLATE
     takes_embeddings = False
@@ -63,7 +73,7 @@ class FuyuPreprocessor(Preprocessor[FuyuFacts]):
     probes = ((40, 64), (129, 77), (2000, 50), (50, 1200))
 
     @classmethod
-    def read(cls, model: ModelFiles) -> FuyuFacts:
+    def read(cls, model: ModelFiles) -> FuyuMetadata:
         processor = model.processor
         most, patch = (
             (int(size["height"]), int(size["width"])) for size in (processor.size, processor.patch_size)
@@ -77,7 +87,7 @@ class FuyuPreprocessor(Preprocessor[FuyuFacts]):
             raise ModelLoadError(
                 f"the tokenizer of a Fuyu has {_LINE_BREAK}, {_BOS} and {_ANSWER}; this one has not"
             )
-        return FuyuFacts(
+        return FuyuMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=value_recipe(processor, model.backend),
             most=most,
@@ -89,23 +99,23 @@ class FuyuPreprocessor(Preprocessor[FuyuFacts]):
         )
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        facts = self.facts
+        metadata = self.metadata
         rows, columns = self._grid(*self._resized(width, height))
-        token_ids = ([facts.image_token_id] * columns + [facts.line_break_id]) * rows
-        return Layout(token_ids, [token == facts.image_token_id for token in token_ids])
+        token_ids = ([metadata.image_token_id] * columns + [metadata.line_break_id]) * rows
+        return Layout(token_ids, [token == metadata.image_token_id for token in token_ids])
 
     def around(self, num_images: int) -> tuple[list[int], list[int]]:
         if not num_images:
             return [], []
-        return [self.facts.image_token_id, self.facts.bos_token_id], [self.facts.answer_token_id]
+        return [self.metadata.image_token_id, self.metadata.bos_token_id], [self.metadata.answer_token_id]
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.facts.recipe
+        recipe = self.metadata.recipe
         assert recipe is not None
         width, height = self._resized(*image.size)
         rows, columns = self._grid(width, height)
-        tall, wide = rows * self.facts.patch[0], columns * self.facts.patch[1]
-        levels = np.full((tall, wide, 3), self.facts.padding, dtype=np.uint8)
+        tall, wide = rows * self.metadata.patch[0], columns * self.metadata.patch[1]
+        levels = np.full((tall, wide, 3), self.metadata.padding, dtype=np.uint8)
         resized = (
             np.asarray(image) if image.size == (width, height) else recipe.resized(image, (width, height))
         )
@@ -115,28 +125,30 @@ class FuyuPreprocessor(Preprocessor[FuyuFacts]):
     def reference(self, image: Image, variant: int = 0) -> Arrays:
         (pixels,) = self._processor(images=[[image]], return_tensors="np")["images"][0]
         rows, columns = self._grid(*self._resized(*image.size))
-        inside = np.asarray(pixels)[:, : rows * self.facts.patch[0], : columns * self.facts.patch[1]]
+        inside = np.asarray(pixels)[:, : rows * self.metadata.patch[0], : columns * self.metadata.patch[1]]
         return {"image_patches": self._patches(inside)}
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        most_height, most_width = self.facts.most
+        most_height, most_width = self.metadata.most
         if width <= most_width and height <= most_height:
             return width, height
         scale = min(most_height / height, most_width / width)
-        # one pixel wide at least: transformers fails on narrower ones
+        # At least one pixel wide, since transformers fails on narrower images.
         return max(1, int(width * scale)), max(1, int(height * scale))
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """(rows, columns) of patches that hold a pixel."""
         rows, columns = (
             min(math.ceil(edge / patch), most // patch)
-            for edge, patch, most in zip((height, width), self.facts.patch, self.facts.most, strict=True)
+            for edge, patch, most in zip(
+                (height, width), self.metadata.patch, self.metadata.most, strict=True
+            )
         )
         return rows, columns
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """[3, height, width] -> [patches, patch height * patch width * 3]."""
-        tall, wide = self.facts.patch
+        tall, wide = self.metadata.patch
         channels, height, width = pixels.shape
         cut = pixels.reshape(channels, height // tall, tall, width // wide, wide)
         return np.ascontiguousarray(cut.transpose(1, 3, 2, 4, 0).reshape(-1, tall * wide * channels))

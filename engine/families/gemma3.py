@@ -1,7 +1,7 @@
-"""Gemma 3: a SigLIP tower whose rows are pooled, and a decoder in which an image's tokens see each other both ways.
+"""Gemma 3: a SigLIP tower with pooled rows, and a decoder with bidirectional attention within an image.
 
-A template prints the start token alone; the prompt then has two line breaks, the start token, the image's tokens, the
-end token and two line breaks, which are tokenised together with the text around them.
+A template prints the start token alone. The prompt then has two line breaks, the start token, the image's
+tokens, the end token and two line breaks, which are tokenised together with the text around them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from engine.errors import ModelLoadError
 from engine.families.base import (
     Family,
     FamilyModel,
+    FixedMetadata,
+    FixedPreprocessor,
     ModelFiles,
-    Written,
+    PlaceholderText,
 )
-from engine.families.fixed import FixedFacts, FixedPreprocessor
 from engine.families.pixels import recipe_of
 from engine.families.text import check_text
 
@@ -26,23 +27,23 @@ if TYPE_CHECKING:
     from engine.messages import Picture
 
 
-class Gemma3Facts(FixedFacts, kw_only=True):
+class Gemma3Metadata(FixedMetadata, kw_only=True):
     start_token_id: int
     end_token_id: int
 
 
-class Gemma3Preprocessor(FixedPreprocessor[Gemma3Facts]):
-    facts_type = Gemma3Facts
+class Gemma3Preprocessor(FixedPreprocessor[Gemma3Metadata]):
+    metadata_type = Gemma3Metadata
 
     @classmethod
-    def read(cls, model: ModelFiles) -> Gemma3Facts:
+    def read(cls, model: ModelFiles) -> Gemma3Metadata:
         if getattr(model.processor, "do_pan_and_scan", None):
             raise ModelLoadError(
                 "do_pan_and_scan, which adds crops of an image to the prompt, is not supported by the embedded engine; "
                 "set it to false in preprocessor_config.json or option.mm_processor_kwargs"
             )
         config = model.config
-        return Gemma3Facts(
+        return Gemma3Metadata(
             image_token_id=int(config.image_token_id),
             recipe=recipe_of(model.processor, model.backend),
             num_tokens=int(config.mm_tokens_per_image),
@@ -50,11 +51,11 @@ class Gemma3Preprocessor(FixedPreprocessor[Gemma3Facts]):
             end_token_id=int(config.eoi_token_index),
         )
 
-    def written(self, tokenizer: Any) -> Written:
+    def written(self, tokenizer: Any) -> PlaceholderText:
         start, image, end = tokenizer.convert_ids_to_tokens(
-            [self.facts.start_token_id, self.facts.image_token_id, self.facts.end_token_id]
+            [self.metadata.start_token_id, self.metadata.image_token_id, self.metadata.end_token_id]
         )
-        return Written(f"\n\n{start}{image}{end}\n\n", printed=start)
+        return PlaceholderText(f"\n\n{start}{image}{end}\n\n", printed=start)
 
 
 class Gemma3Model(FamilyModel):

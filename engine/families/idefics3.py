@@ -1,7 +1,7 @@
 """Idefics3 and SmolVLM: a SigLIP tower that sees tiles, a connector that merges patches, and a Llama decoder.
 
-An image is resized to multiples of a tile and cut; the tiles are followed by the whole image, shrunk to one tile. In
-the prompt each tile has a tag that names its place.
+An image is resized to multiples of a tile and cut; the whole image, shrunk to one tile, follows. In the
+prompt a tag before each tile names its position.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.base import Arrays, Family, FamilyModel, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.pixels import value_recipe
 from engine.families.text import check_text
 from engine.families.tiles import cut, encode_tiles
@@ -29,12 +29,19 @@ LONGEST_EDGE = 4096
 AROUND, GLOBAL, TAG = "<fake_token_around_image>", "<global-img>", "<row_{}_col_{}>"
 
 
-class Idefics3Facts(Facts, kw_only=True):
-    """tile: its edge in pixels. longest: what the longest edge becomes before images are cut, None where they keep
-    their size. splits: whether they are cut at all. rows: of the encoder, for each tile.
+class Idefics3Metadata(Metadata, kw_only=True):
+    """Metadata of an Idefics3 model.
 
-    before: tokens in front of the image's, for the tile at [row][column] and for the whole image. line: after each row
-    of tiles but the last. last_line: after that. after: behind the image.
+    Attributes:
+        tile: Edge of a tile in pixels.
+        longest: Longest edge of an image before it is cut; None where images keep their size.
+        splits: Whether images are cut.
+        rows: Rows of the encoder for each tile.
+        before: Tokens before the image tokens of the tile at [row][column].
+        before_global: Tokens before the image tokens of the whole image.
+        line: Tokens after each row of tiles but the last.
+        last_line: Tokens after the last row of tiles.
+        after: Tokens after the image.
     """
 
     tile: int
@@ -48,13 +55,13 @@ class Idefics3Facts(Facts, kw_only=True):
     after: list[int]
 
 
-class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
-    facts_type = Idefics3Facts
+class Idefics3Preprocessor(Preprocessor[Idefics3Metadata]):
+    metadata_type = Idefics3Metadata
     takes_embeddings = False
     probes = ((40, 64), (129, 77), (1000, 30), (30, 900))
 
     @classmethod
-    def read(cls, model: ModelFiles) -> Idefics3Facts:
+    def read(cls, model: ModelFiles) -> Idefics3Metadata:
         processor = model.processor
         tile = int(processor.max_image_size["longest_edge"])
         longest = _longest_edge(processor)
@@ -64,7 +71,7 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
             encoded = model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
             return [int(token) for token in encoded.ids]
 
-        return Idefics3Facts(
+        return Idefics3Metadata(
             image_token_id=int(model.config.image_token_id),
             recipe=value_recipe(processor, model.backend),
             tile=tile,
@@ -82,29 +89,29 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
         )
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        facts = self.facts
+        metadata = self.metadata
         token_ids: list[int] = []
         is_embed: list[bool] = []
 
         def add(before: list[int], image: bool = True) -> None:
-            rows = facts.rows if image else 0
-            token_ids.extend([*before, *[facts.image_token_id] * rows])
+            rows = metadata.rows if image else 0
+            token_ids.extend([*before, *[metadata.image_token_id] * rows])
             is_embed.extend([False] * len(before) + [True] * rows)
 
         rows, columns = self._grid(width, height)
         for row in range(rows):
             for column in range(columns):
-                add(facts.before[row][column])
-            add(facts.line if row + 1 < rows else facts.last_line, image=False)
-        add(facts.before_global)
-        add(facts.after, image=False)
+                add(metadata.before[row][column])
+            add(metadata.line if row + 1 < rows else metadata.last_line, image=False)
+        add(metadata.before_global)
+        add(metadata.after, image=False)
         return Layout(token_ids, is_embed)
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
         from PIL.Image import fromarray
 
-        facts = self.facts
-        recipe = facts.recipe
+        metadata = self.metadata
+        recipe = metadata.recipe
         assert recipe is not None
         rows, columns = self._grid(*image.size)
         size = self._resized(*image.size)
@@ -112,18 +119,18 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
             image = fromarray(recipe.resized(image, size))
         tiles = []
         if rows:
-            levels = recipe.resized(image, (columns * facts.tile, rows * facts.tile))
-            tiles = cut(recipe, levels, facts.tile, facts.tile)
+            levels = recipe.resized(image, (columns * metadata.tile, rows * metadata.tile))
+            tiles = cut(recipe, levels, metadata.tile, metadata.tile)
             image = fromarray(levels)
-        tiles.append(recipe.values(recipe.resized(image, (facts.tile, facts.tile))))
+        tiles.append(recipe.values(recipe.resized(image, (metadata.tile, metadata.tile))))
         return {"pixel_values": np.stack(tiles)}
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """(rows, columns) of tiles; (0, 0) where the image is not cut."""
-        if not self.facts.splits:
+        if not self.metadata.splits:
             return 0, 0
         width, height = self._resized(width, height)
-        tile, aspect = self.facts.tile, width / height
+        tile, aspect = self.metadata.tile, width / height
         if width >= height:
             columns = math.ceil(width / tile)
             rows = math.ceil(int(columns * tile / aspect) / tile)
@@ -133,8 +140,8 @@ class Idefics3Preprocessor(Preprocessor[Idefics3Facts]):
         return (rows, columns) if rows > 1 or columns > 1 else (0, 0)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) with the longest edge as the processor wants it and the other one even."""
-        longest = self.facts.longest
+        """(width, height) with the longest edge as the processor requires it, and the other one even."""
+        longest = self.metadata.longest
         if longest is None:
             return width, height
         aspect = width / height
@@ -166,8 +173,11 @@ class Idefics3Model(FamilyModel):
         return decoder
 
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """Every tile has its rows. transformers takes tiles of zeros for padding and leaves them out; where nothing is
-        normalised, a black tile is such a tile."""
+        """Encode all tiles.
+
+        transformers takes tiles of zeros for padding and drops them; without normalisation a black tile is
+        such a tile.
+        """
         tower, connector = self.model.model.vision_model, self.model.model.connector
 
         def features(tiles: torch.Tensor) -> torch.Tensor:
@@ -178,7 +188,11 @@ class Idefics3Model(FamilyModel):
 
 
 def rows_per_tile(config: PretrainedConfig, tile: int) -> int:
-    """Raises ModelLoadError where the connector cannot merge a tile's patches."""
+    """Count the rows of the encoder for a tile.
+
+    Raises:
+        ModelLoadError: The connector cannot merge a tile's patches.
+    """
     patches, merged = tile // config.vision_config.patch_size, config.scale_factor
     if patches % merged:
         raise ModelLoadError(

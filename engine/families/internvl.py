@@ -1,6 +1,7 @@
 """InternVL in transformers' own format: a vision tower that sees tiles, a projector, and a text decoder.
 
-An image is resized to the grid of tiles whose aspect is nearest to its own, cut, and followed by a thumbnail of itself.
+An image is resized to the grid of tiles whose aspect is nearest to its own and cut; a thumbnail of it
+follows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.base import Arrays, Family, FamilyModel, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.pixels import ProcessorBackend, value_recipe
 from engine.families.text import check_text
 from engine.families.tiles import cut, encode_tiles
@@ -22,9 +23,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class InternVLFacts(Facts, kw_only=True):
-    """tile: (width, height). fewest, most: tiles of an image without its thumbnail, 1 where images are not cut.
-    rows: of the encoder, for each tile. start, end: the tokens around an image's.
+class InternVLMetadata(Metadata, kw_only=True):
+    """Metadata of an InternVL model.
+
+    Attributes:
+        tile: (width, height) of a tile.
+        fewest: Smallest number of tiles of an image, without its thumbnail; 1 where images are not cut.
+        most: Greatest number of tiles of an image, without its thumbnail; 1 where images are not cut.
+        rows: Rows of the encoder for each tile.
+        start: Token before an image's tokens.
+        end: Token after an image's tokens.
     """
 
     tile: tuple[int, int]
@@ -35,24 +43,26 @@ class InternVLFacts(Facts, kw_only=True):
     end: int
 
 
-class InternVLPreprocessor(Preprocessor[InternVLFacts]):
-    facts_type = InternVLFacts
+class InternVLPreprocessor(Preprocessor[InternVLMetadata]):
+    metadata_type = InternVLMetadata
     takes_embeddings = False
     probes = ((40, 64), (129, 77), (1000, 30), (30, 900))
 
     @classmethod
     def from_model(
         cls, model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
-    ) -> Preprocessor[InternVLFacts]:
-        """Images are cut unless an override says otherwise: so transformers' joint processor has it, whatever stands in
-        the image processor's file."""
+    ) -> Preprocessor[InternVLMetadata]:
+        """Cut images unless an override says otherwise.
+
+        transformers' joint processor does so, whatever the image processor's file says.
+        """
         return super().from_model(model_path, {"crop_to_patches": True, **(overrides or {})}, backend)
 
     @classmethod
-    def read(cls, model: ModelFiles) -> InternVLFacts:
+    def read(cls, model: ModelFiles) -> InternVLMetadata:
         processor, tokenizer = model.processor, model.tokenizer
         cuts = bool(processor.crop_to_patches)
-        return InternVLFacts(
+        return InternVLMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=value_recipe(processor, model.backend),
             tile=_tile(processor, model.config),
@@ -64,23 +74,24 @@ class InternVLPreprocessor(Preprocessor[InternVLFacts]):
         )
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        facts = self.facts
+        metadata = self.metadata
         columns, rows = self._grid(width, height)
         tiles = columns * rows + (columns * rows > 1)
-        count = tiles * facts.rows
+        count = tiles * metadata.rows
         return Layout(
-            [facts.start, *[facts.image_token_id] * count, facts.end], [False, *[True] * count, False]
+            [metadata.start, *[metadata.image_token_id] * count, metadata.end],
+            [False, *[True] * count, False],
         )
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        facts = self.facts
-        recipe = facts.recipe
+        metadata = self.metadata
+        recipe = metadata.recipe
         assert recipe is not None
-        width, height = facts.tile
+        width, height = metadata.tile
         columns, rows = self._grid(*image.size)
         tiles = cut(recipe, recipe.resized(image, (columns * width, rows * height)), height, width)
         if len(tiles) > 1:
-            tiles.append(recipe.values(recipe.resized(image, facts.tile)))
+            tiles.append(recipe.values(recipe.resized(image, metadata.tile)))
         return {"pixel_values": np.stack(tiles)}
 
     def reference(self, image: Image, variant: int = 0) -> Arrays:
@@ -89,14 +100,17 @@ class InternVLPreprocessor(Preprocessor[InternVLFacts]):
         }
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """(columns, rows) of the nearest aspect: the smallest such grid, or the largest that it fills half."""
-        facts = self.facts
-        edges = range(1, facts.most + 1)
-        grids = [(c, r) for c in edges for r in edges if facts.fewest <= c * r <= facts.most]
+        """(columns, rows) of the nearest aspect.
+
+        It is the smallest such grid, or the largest that the image fills to half.
+        """
+        metadata = self.metadata
+        edges = range(1, metadata.most + 1)
+        grids = [(c, r) for c in edges for r in edges if metadata.fewest <= c * r <= metadata.most]
         best, nearest = (1, 1), float("inf")
         for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
             distance = abs(width / height - columns / rows)
-            fills_half = width * height > 0.5 * facts.tile[0] * facts.tile[1] * columns * rows
+            fills_half = width * height > 0.5 * metadata.tile[0] * metadata.tile[1] * columns * rows
             if distance < nearest or (distance == nearest and fills_half):
                 best, nearest = (columns, rows), distance
         return best
@@ -122,7 +136,7 @@ class InternVLModel(FamilyModel):
 
 
 def rows_per_tile(config: PretrainedConfig) -> int:
-    """How many rows the projector gives for one tile of the tower's size."""
+    """Count the rows that the projector gives for one tile of the tower's size."""
     vision = config.vision_config
     down, across = (
         int(image // patch * config.downsample_ratio)
@@ -132,7 +146,11 @@ def rows_per_tile(config: PretrainedConfig) -> int:
 
 
 def _tile(processor: Any, config: PretrainedConfig) -> tuple[int, int]:
-    """Raises ModelLoadError where the processor's tiles are not as the tower has them."""
+    """Return (width, height) of a tile.
+
+    Raises:
+        ModelLoadError: The processor's tiles do not have the size that the tower takes.
+    """
     if not processor.do_resize:
         raise ModelLoadError("its image processor has do_resize off; images of any size are not supported")
     size = {key: edge for key, edge in dict(processor.size).items() if edge}
@@ -145,7 +163,7 @@ def _tile(processor: Any, config: PretrainedConfig) -> tuple[int, int]:
 
 
 def _token_id(tokenizer: Any, name: str, text: str) -> int:
-    """The tokenizer's own name for the token, or the text that InternVL's tokenizers have for it."""
+    """Look up a token by the tokenizer's own name for it, or by its text in InternVL's tokenizers."""
     token_id = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name, None) or text)
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise ModelLoadError(f"its tokenizer has no {name} ({text})")

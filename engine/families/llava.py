@@ -1,6 +1,6 @@
 """Llava 1.5: a CLIP or SigLIP tower, a two-layer projector, and a Llama, Mistral or Qwen2 decoder.
 
-Each image is resized to the tower's one size, and so becomes the same number of tokens.
+Each image is resized to the tower's size, and so becomes the same number of tokens.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.errors import ModelLoadError
-from engine.families.base import Family, FamilyModel, ModelFiles
-from engine.families.fixed import FixedFacts, FixedPreprocessor
+from engine.families.base import Family, FamilyModel, FixedMetadata, FixedPreprocessor, ModelFiles
 from engine.families.pixels import recipe_of
 from engine.families.text import check_text
 
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-class LlavaPreprocessor(FixedPreprocessor[FixedFacts]):
-    facts_type = FixedFacts
+class LlavaPreprocessor(FixedPreprocessor[FixedMetadata]):
+    metadata_type = FixedMetadata
 
     @classmethod
-    def read(cls, model: ModelFiles) -> FixedFacts:
-        return FixedFacts(
+    def read(cls, model: ModelFiles) -> FixedMetadata:
+        return FixedMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=recipe_of(model.processor, model.backend),
             num_tokens=num_image_tokens(model.config),
@@ -39,7 +38,7 @@ class LlavaModel(FamilyModel):
 
 
 def num_image_tokens(config: PretrainedConfig) -> int:
-    """How many rows the tower gives for one image: its patches, and CLIP's class token unless it is cut off."""
+    """Count the rows of the tower for an image: its patches, and CLIP's class token unless it is cut off."""
     vision = config.vision_config
     if vision.model_type not in TOWERS:
         raise ModelLoadError(

@@ -1,7 +1,7 @@
-"""Llava-Next (Llava 1.6): a Llava whose images are seen twice, whole and as a grid of tiles of the tower's size.
+"""Llava-Next (Llava 1.6): a Llava that sees an image twice, whole and as a grid of tiles of the tower's size.
 
-The grid is the one of `image_grid_pinpoints` that suits the image's size best; what its features show of the padding is
-dropped, and a learned row ends each line of the rest.
+The grid is the one of `image_grid_pinpoints` that suits the image's size best. Features that show padding are
+dropped, and a learned row ends each line of the others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.anyres import Size, best_resolution, centred, fitted, without_padding
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.base import Arrays, Family, FamilyModel, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.llava import num_image_tokens
 from engine.families.pixels import value_recipe
 from engine.families.text import check_text
-from engine.families.tiles import cut, encode_tiles
+from engine.families.tiles import Size, best_resolution, centred, cut, encode_tiles, fitted, without_padding
 
 if TYPE_CHECKING:
     import torch
@@ -25,21 +24,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class LlavaNextFacts(Facts, kw_only=True):
-    """tile: edge of a tile in pixels. patches: the same in features. resolutions: (height, width) of the grids."""
+class LlavaNextMetadata(Metadata, kw_only=True):
+    """Metadata of a Llava-Next model.
+
+    Attributes:
+        tile: Edge of a tile in pixels.
+        patches: Edge of a tile in features.
+        resolutions: (height, width) of the grids.
+    """
 
     tile: int
     patches: int
     resolutions: list[Size]
 
 
-class LlavaNextPreprocessor(Preprocessor[LlavaNextFacts]):
-    facts_type: ClassVar[type[Facts]] = LlavaNextFacts
+class LlavaNextPreprocessor(Preprocessor[LlavaNextMetadata]):
+    metadata_type: ClassVar[type[Metadata]] = LlavaNextMetadata
     tensor_names = ("pixel_values", "image_sizes")
     probes = ((40, 64), (700, 300), (129, 1111), (601, 600))
 
     @classmethod
-    def read(cls, model: ModelFiles) -> LlavaNextFacts:
+    def read(cls, model: ModelFiles) -> LlavaNextMetadata:
         vision = model.config.vision_config
         resolutions = _resolutions(model.config)
         if [tuple(size) for size in model.processor.image_grid_pinpoints] != resolutions:
@@ -58,7 +63,7 @@ class LlavaNextPreprocessor(Preprocessor[LlavaNextFacts]):
                 f"the image processor makes tiles of {', '.join(map(str, sorted(edges)))} pixels, but the vision "
                 f"tower takes {vision.image_size}: make them equal"
             )
-        return LlavaNextFacts(
+        return LlavaNextMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=value_recipe(model.processor, model.backend),
             tile=int(vision.image_size),
@@ -68,22 +73,22 @@ class LlavaNextPreprocessor(Preprocessor[LlavaNextFacts]):
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         rows, columns = self.grid(width, height)
-        whole = self.facts.patches**2
-        return Layout([self.facts.image_token_id] * (whole + rows * (columns + 1)))
+        whole = self.metadata.patches**2
+        return Layout([self.metadata.image_token_id] * (whole + rows * (columns + 1)))
 
     def grid(self, width: int, height: int) -> Size:
-        """Rows and columns of features that the tiles give."""
-        resolution = best_resolution(height, width, self.facts.resolutions)
-        rows, columns = (edge // self.facts.tile * self.facts.patches for edge in resolution)
+        """Return the rows and columns of features of the tiles."""
+        resolution = best_resolution(height, width, self.metadata.resolutions)
+        rows, columns = (edge // self.metadata.tile * self.metadata.patches for edge in resolution)
         return without_padding(height, width, (rows, columns))
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.facts.recipe
+        recipe = self.metadata.recipe
         assert recipe is not None
-        resolution = best_resolution(image.height, image.width, self.facts.resolutions)
+        resolution = best_resolution(image.height, image.width, self.metadata.resolutions)
         height, width = fitted(image.height, image.width, resolution)
         levels = centred(recipe.resized(image, (width, height)), resolution)
-        edge = self.facts.tile
+        edge = self.metadata.tile
         whole = recipe.values(recipe.resized(image, (edge, edge)))
         return {
             "pixel_values": np.stack([whole, *cut(recipe, levels, edge, edge)]),
@@ -114,7 +119,7 @@ class LlavaNextModel(FamilyModel):
         return self.packed(of_each, [picture["image_sizes"].tolist() for picture in pictures])
 
     def _features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """[tiles, 3, height, width] -> [tiles, features, D]"""
+        """[tiles, 3, height, width] -> [tiles, features, D]."""
         import torch
 
         config, model = self.model.config, self.model.model
@@ -127,7 +132,12 @@ class LlavaNextModel(FamilyModel):
         return features
 
     def packed(self, features: Sequence[torch.Tensor], sizes: list[list[int]]) -> list[torch.Tensor]:
-        """Features of each image's tiles, and its (height, width) -> its rows, lines ended."""
+        """Arrange the features of each image's tiles as rows, and end each line.
+
+        Args:
+            features: Features of each image's tiles.
+            sizes: (height, width) of each image.
+        """
         model: Any = self.model.model
         strategy = self.model.config.vision_feature_select_strategy
         rows, _ = model.pack_image_features(features, sizes, strategy, image_newline=model.image_newline)

@@ -1,5 +1,7 @@
-"""Llava-OneVision: as Llava-Next, with a SigLIP tower and many more grids, whose features are shrunk where they are too
-many. In a prompt with several images each is seen once, whole, on a square of the mean colour.
+"""Llava-OneVision: as Llava-Next, with a SigLIP tower and many more grids.
+
+The features of a large grid are shrunk. In a prompt with several images each image is used once, whole, on a
+square of the mean colour.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.anyres import Size
 from engine.families.base import Arrays, Family, Layout, ModelFiles
-from engine.families.llava_next import LlavaNextFacts, LlavaNextModel, LlavaNextPreprocessor
+from engine.families.llava_next import LlavaNextMetadata, LlavaNextModel, LlavaNextPreprocessor
+from engine.families.tiles import Size
 
 if TYPE_CHECKING:
     import torch
@@ -22,32 +24,37 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SEVERAL = 1
-"""The variant of images that share their prompt with others."""
+"""Variant of images that share their prompt with others."""
 
 SHRINKS_ABOVE = 1.1
 
 
-class LlavaOnevisionFacts(LlavaNextFacts, kw_only=True):
-    """most_tiles: worth of features that an image's grid may have. mean: the colour, of 255."""
+class LlavaOnevisionMetadata(LlavaNextMetadata, kw_only=True):
+    """Metadata of a Llava-OneVision model.
+
+    Attributes:
+        most_tiles: Features of an image's grid are limited to those of this many tiles.
+        mean: Mean colour, from 0 to 255 for each channel.
+    """
 
     most_tiles: int
     mean: list[int]
 
 
 class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):
-    facts_type = LlavaOnevisionFacts
-    facts: LlavaOnevisionFacts
+    metadata_type = LlavaOnevisionMetadata
+    metadata: LlavaOnevisionMetadata
     num_variants = 2
 
     @classmethod
-    def read(cls, model: ModelFiles) -> LlavaOnevisionFacts:
-        facts = super().read(model)
-        return LlavaOnevisionFacts(
-            image_token_id=facts.image_token_id,
-            recipe=facts.recipe,
-            tile=facts.tile,
-            patches=facts.patches,
-            resolutions=facts.resolutions,
+    def read(cls, model: ModelFiles) -> LlavaOnevisionMetadata:
+        metadata = super().read(model)
+        return LlavaOnevisionMetadata(
+            image_token_id=metadata.image_token_id,
+            recipe=metadata.recipe,
+            tile=metadata.tile,
+            patches=metadata.patches,
+            resolutions=metadata.resolutions,
             most_tiles=_most_tiles(model.config),
             mean=[int(channel * 255) for channel in model.processor.image_mean],
         )
@@ -57,12 +64,12 @@ class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         if variant == SEVERAL:
-            return Layout([self.facts.image_token_id] * (self.facts.patches**2 + 1))
+            return Layout([self.metadata.image_token_id] * (self.metadata.patches**2 + 1))
         return super().layout(width, height)
 
     def grid(self, width: int, height: int) -> Size:
         rows, columns = super().grid(width, height)
-        ratio = math.sqrt(rows * columns / (self.facts.most_tiles * self.facts.patches**2))
+        ratio = math.sqrt(rows * columns / (self.metadata.most_tiles * self.metadata.patches**2))
         if ratio > SHRINKS_ABOVE:
             return int(rows // ratio), int(columns // ratio)
         return rows, columns
@@ -72,25 +79,27 @@ class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):
             return super().direct(image)
         from PIL import Image as images
 
-        recipe = self.facts.recipe
+        recipe = self.metadata.recipe
         assert recipe is not None
-        square = images.new("RGB", (max(image.size),) * 2, tuple(self.facts.mean))
+        square = images.new("RGB", (max(image.size),) * 2, tuple(self.metadata.mean))
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         return {
-            "pixel_values": recipe.values(recipe.resized(square, (self.facts.tile, self.facts.tile)))[None],
+            "pixel_values": recipe.values(recipe.resized(square, (self.metadata.tile, self.metadata.tile)))[
+                None
+            ],
             "image_sizes": np.array([image.height, image.width]),
         }
 
     def reference(self, image: Image, variant: int = 0) -> Arrays:
         if variant != SEVERAL:
             return super().reference(image)
-        # the image twice is a prompt with several
+        # Passing the image twice makes a prompt with several images.
         out = self._processor(images=[[image, image]], return_tensors="np")
         return {name: np.asarray(out[name][0]) for name in self.tensor_names}
 
 
 class LlavaOnevisionModel(LlavaNextModel):
-    # the pixels of one are up to 37 tiles, of 1.7 MB each
+    # One image has up to 37 tiles of 1.7 MB each.
     encode_batch = 4
 
     @classmethod

@@ -1,10 +1,10 @@
 """Llama 3.2 Vision: images are not rows of the prompt; some of the decoder's layers attend to them.
 
-Each image is cut into up to four tiles. What the cross-attention layers need of it, their keys and values, is computed
-once and kept as the image's encoder output, so a step only looks it up. An image token sees its image, and so do the
-tokens after it up to the next image; images that follow each other directly are seen together. Tokens before the
-first image see *all* rows of all images, also those of tiles that are padding, but skip the layer's MLP: that is how
-transformers treats a row whose mask is empty, and what the model was trained with.
+Each image is cut into up to four tiles. The keys and values that the cross-attention layers need are computed
+once and kept as the image's encoder output, so a step only looks them up. An image token sees its image, and
+so do the tokens after it up to the next image; adjacent images are seen together. Tokens before the first
+image see all rows of all images, also those of padding tiles, but skip the layer's MLP: transformers treats a
+row with an empty mask in this way, and the model was trained with it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from engine.families.base import (
     Arrays,
     AttendedChunk,
     CacheLayout,
-    Facts,
     Family,
     FamilyModel,
     Layout,
+    Metadata,
     ModelFiles,
     Preprocessor,
 )
@@ -45,25 +45,25 @@ _TP_PLAN = LLAMA_PLAN | {
 }
 
 _FEW_QUERIES = 8
-"""Up to here two batched matrix products are faster than `scaled_dot_product_attention` on a CPU."""
+"""Up to this number two batched matrix products are faster than `scaled_dot_product_attention` on a CPU."""
 
 
-class MllamaFacts(Facts, kw_only=True):
+class MllamaMetadata(Metadata, kw_only=True):
     image_token: str
     tile_size: int
     max_tiles: int
 
 
-class MllamaPreprocessor(Preprocessor[MllamaFacts]):
-    facts_type = MllamaFacts
+class MllamaPreprocessor(Preprocessor[MllamaMetadata]):
+    metadata_type = MllamaMetadata
     tensor_names = ("pixel_values", "aspect_ratio_ids")
     takes_embeddings = False
     adds_special_tokens = False
     probes = ((40, 64), (129, 77), (301, 300), (500, 17), (17, 500))
 
     @classmethod
-    def read(cls, model: ModelFiles) -> MllamaFacts:
-        return MllamaFacts(
+    def read(cls, model: ModelFiles) -> MllamaMetadata:
+        return MllamaMetadata(
             image_token_id=int(model.config.image_token_id),
             image_token=str(model.tokenizer.convert_ids_to_tokens(int(model.config.image_token_id))),
             recipe=value_recipe(model.processor, model.backend),
@@ -72,23 +72,23 @@ class MllamaPreprocessor(Preprocessor[MllamaFacts]):
         )
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        return Layout([self.facts.image_token_id], [False])
+        return Layout([self.metadata.image_token_id], [False])
 
     def arranged(self, text: str, bos: str) -> str:
-        """The beginning of the sequence comes behind leading images."""
+        """Put the beginning-of-sequence token after leading images."""
         if bos in text:
             return text
         rest = text
-        while rest.startswith(self.facts.image_token):
-            rest = rest.removeprefix(self.facts.image_token)
+        while rest.startswith(self.metadata.image_token):
+            rest = rest.removeprefix(self.metadata.image_token)
         return text[: len(text) - len(rest)] + bos + rest
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.facts.recipe
+        recipe = self.metadata.recipe
         assert recipe is not None
         rows, columns = self._grid(image.width, image.height)
         levels = self._canvas(image, rows, columns, recipe)
-        size = self.facts.tile_size
+        size = self.metadata.tile_size
         tiles = recipe.values(levels).reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
         return {
             "pixel_values": tiles.reshape(rows * columns, 3, size, size),
@@ -105,20 +105,20 @@ class MllamaPreprocessor(Preprocessor[MllamaFacts]):
 
     def _grids(self) -> list[tuple[int, int]]:
         """(rows, columns) of tiles, in the order of the aspect ratio ids."""
-        most = self.facts.max_tiles
+        most = self.metadata.max_tiles
         return [(r, c) for r in range(1, most + 1) for c in range(1, most + 1) if r * c <= most]
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """The grid that enlarges the image least, or shrinks it least where all shrink it; the smaller of equals."""
-        size = self.facts.tile_size
+        """The grid that enlarges the image least, or shrinks it least where all shrink it; of equals the smaller."""
+        size = self.metadata.tile_size
         scales = [(min(r * size / height, c * size / width), (r, c)) for r, c in self._grids()]
         larger = [scale for scale, _ in scales if scale >= 1]
         wanted = min(larger) if larger else max(scale for scale, _ in scales)
         return min((grid for scale, grid in scales if scale == wanted), key=lambda grid: grid[0] * grid[1])
 
     def _canvas(self, image: Image, rows: int, columns: int, recipe: Recipe) -> np.ndarray:
-        """The image as large as fits the grid, in its upper left corner; the rest is black."""
-        size = self.facts.tile_size
+        """The image as large as the grid allows, in its upper left corner; the rest is black."""
+        size = self.metadata.tile_size
         width, height = (
             min(max(edge, size), most * size) for edge, most in ((image.width, columns), (image.height, rows))
         )
@@ -136,8 +136,9 @@ class MllamaPreprocessor(Preprocessor[MllamaFacts]):
 class CrossStates:
     """What the cross-attention layers see of an image.
 
-    states: [cross-attention layers, 2 (keys, values), kv_heads, rows, head_dim]. visible: the first rows, those of its
-    real tiles; the others are padding.
+    Attributes:
+        states: [cross-attention layers, 2 (keys, values), kv_heads, rows, head_dim].
+        visible: Number of leading rows that belong to real tiles; the others are padding.
     """
 
     states: torch.Tensor
@@ -153,7 +154,11 @@ class CrossStates:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Rows [start, stop) of the attending rows, which see the same keys. blind: they come before the first image."""
+    """Rows [start, stop) of the attending rows, which see the same keys.
+
+    Attributes:
+        blind: Whether they come before the first image.
+    """
 
     start: int
     stop: int
@@ -168,7 +173,7 @@ class MllamaModel(FamilyModel):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        # The key/value cache has layers for self-attention alone; transformers counts all.
+        # The key/value cache has layers for self-attention only; transformers counts all of them.
         attention = (layer.self_attn for layer in self._layers if hasattr(layer, "self_attn"))
         for number, module in enumerate(attention):
             module.layer_idx = number
@@ -260,7 +265,7 @@ class MllamaModel(FamilyModel):
     def _cross(
         self, layer: Any, number: int, hidden: torch.Tensor, segments: Sequence[_Segment]
     ) -> torch.Tensor:
-        """hidden [attending rows, D] through the cross-attention layer of that number."""
+        """Run hidden states [attending rows, D] through cross-attention layer number `number`."""
         attention = layer.cross_attn
         query = attention.q_proj(layer.input_layernorm(hidden))
         query = attention.q_norm(query.view(len(hidden), -1, attention.head_dim))
@@ -277,14 +282,14 @@ class MllamaModel(FamilyModel):
         return mixed
 
     def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
-        """Tokens before the first image see all images."""
+        """Return the digests of all images, if tokens before the first image see them."""
         if not pictures or pictures[0].offset == 0:
             return b""
         return b"".join(picture.digest for picture in pictures)
 
 
 def _segments(attended: Sequence[AttendedChunk]) -> tuple[list[_Segment], list[int]]:
-    """What the rows of a step that have images see, and these rows' places in the step."""
+    """Return what the rows of a step with images see, and the indices of these rows in the step."""
     segments: list[_Segment] = []
     places: list[int] = []
     for chunk in attended:
@@ -309,7 +314,7 @@ def _segments(attended: Sequence[AttendedChunk]) -> tuple[list[_Segment], list[i
 def _attend(
     query: torch.Tensor, seen: Sequence[tuple[CrossStates, int]], layer: int, scale: float
 ) -> torch.Tensor:
-    """query [queries, heads, head_dim] over the first rows of each image -> the same shape."""
+    """Attend queries [queries, heads, head_dim] to the first rows of each image; the result has the same shape."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

@@ -1,7 +1,8 @@
 """PaliGemma 1 and 2: a SigLIP tower, one linear layer, and a Gemma or Gemma 2 decoder.
 
-The whole prompt is seen both ways, the answer causally; positions begin at 1. The prompt is the images, the beginning
-of the sequence, the text and a line break. A model answers one message about one image or several.
+Attention is bidirectional within the prompt, and causal in the completion; positions begin at 1. The prompt
+consists of the images, the beginning-of-sequence token, the text and a line break. A model answers one
+message about one or several images.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engine.families.base import Family, FamilyModel, ModelFiles
-from engine.families.fixed import FixedFacts, FixedPreprocessor
+from engine.families.base import Family, FamilyModel, FixedMetadata, FixedPreprocessor, ModelFiles
 from engine.families.pixels import recipe_of
 from engine.families.text import check_text
 
@@ -45,15 +45,15 @@ _TEMPLATE = (
 )
 
 
-class PaliGemmaPreprocessor(FixedPreprocessor[FixedFacts]):
-    facts_type = FixedFacts
+class PaliGemmaPreprocessor(FixedPreprocessor[FixedMetadata]):
+    metadata_type = FixedMetadata
     chat_template = _TEMPLATE
     adds_special_tokens = False
 
     @classmethod
-    def read(cls, model: ModelFiles) -> FixedFacts:
+    def read(cls, model: ModelFiles) -> FixedMetadata:
         vision = model.config.vision_config
-        return FixedFacts(
+        return FixedMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=recipe_of(model.processor, model.backend),
             num_tokens=int(vision.image_size // vision.patch_size) ** 2,
@@ -82,7 +82,7 @@ class PaliGemmaModel(FamilyModel):
         return [(0, len(token_ids))]
 
     def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
-        """The first token sees the whole prompt, so only equal prompts share anything."""
+        """Return a digest of the prompt: its first token sees all of it, so only equal prompts share a prefix."""
         digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
         for picture in pictures:
             digest.update(picture.digest)

@@ -1,9 +1,10 @@
 """Phi-3 Vision and Phi-3.5 Vision: a CLIP tower that sees tiles, and a Phi-3 decoder.
 
-transformers has no class for it and the checkpoints bring their own code, which is not run: the model is assembled here
-from transformers' CLIP and Phi-3. An image fills as many tiles of one size as its aspect allows; it is resized to their
-whole width (or height, if it is upright), padded with white, and cut. Four patches become one row, each line of rows
-ends with a learnt separator, and the whole image, shrunk to one tile, comes last.
+transformers has no class for it, and the checkpoints contain their own code, which is not run: the model is
+assembled here from transformers' CLIP and Phi-3. An image fills as many tiles of one size as its aspect
+allows: it is resized to their whole width (or height, if it is upright), padded with white, and cut. Four
+patches become one row, a learned separator ends each line of rows, and the whole image, shrunk to one tile,
+comes last.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from PIL.Image import Resampling, Transpose
 from engine.errors import ModelLoadError
 from engine.families.base import (
     Arrays,
-    Facts,
     Family,
     FamilyModel,
     Layout,
+    Metadata,
     ModelFiles,
+    PlaceholderText,
     Preprocessor,
-    Written,
 )
 from engine.families.pixels import Pixels, ProcessorBackend, Recipe
 from engine.families.tiles import encode_tiles
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IMAGE_TOKEN = "<|image|>"
-"""One of the tokenizer's own that no text has; the checkpoint's processor writes negative numbers instead."""
+"""A token of the tokenizer that occurs in no text; the checkpoint's processor writes negative numbers
+instead."""
 
 _CLIP = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
@@ -51,23 +53,31 @@ _BILINEAR, _TRANSPOSE = Resampling.BILINEAR, Transpose.TRANSPOSE
 _WHITE = 255
 
 
-class Phi3VFacts(Facts, kw_only=True):
-    """tile: its edge in pixels. most: tiles of an image beside the whole one. lines: of rows in a tile, and rows in
-    such a line."""
+class Phi3VMetadata(Metadata, kw_only=True):
+    """Metadata of a Phi-3 Vision model.
+
+    Attributes:
+        tile: Edge of a tile in pixels.
+        most: Greatest number of tiles of an image, without the whole image.
+        lines: Lines of rows in a tile, and rows in such a line.
+    """
 
     tile: int
     most: int
     lines: int
 
 
-class Phi3VPreprocessor(Preprocessor[Phi3VFacts]):
-    facts_type = Phi3VFacts
+class Phi3VPreprocessor(Preprocessor[Phi3VMetadata]):
+    metadata_type = Phi3VMetadata
 
     @classmethod
     def from_model(
         cls, model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
-    ) -> Preprocessor[Phi3VFacts]:
-        """backend: makes no difference, as the checkpoint's processor resizes with Pillow in any case."""
+    ) -> Preprocessor[Phi3VMetadata]:
+        """Read the model's directory.
+
+        `backend` is ignored, since the checkpoint's processor always resizes with Pillow.
+        """
         from transformers import AutoConfig
 
         register()
@@ -75,24 +85,24 @@ class Phi3VPreprocessor(Preprocessor[Phi3VFacts]):
             stored = json.loads(Path(model_path, "preprocessor_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelLoadError("preprocessor_config.json of the model cannot be read") from error
-        facts = cls.read(
+        metadata = cls.read(
             ModelFiles(
                 model_path, AutoConfig.from_pretrained(model_path), {**stored, **(overrides or {})}, "pil"
             )
         )
-        facts.fingerprint = hashlib.blake2b(msgspec.msgpack.encode(facts), digest_size=8).digest()
-        return cls(facts)
+        metadata.fingerprint = hashlib.blake2b(msgspec.msgpack.encode(metadata), digest_size=8).digest()
+        return cls(metadata)
 
     @classmethod
-    def read(cls, model: ModelFiles) -> Phi3VFacts:
-        """model.processor: what preprocessor_config.json holds."""
+    def read(cls, model: ModelFiles) -> Phi3VMetadata:
+        """Read the family's metadata; `model.processor` is the content of preprocessor_config.json."""
         vision, vocabulary = model.config.vision_config, model.tokenizer.get_vocab()
         if IMAGE_TOKEN not in vocabulary:
             raise ModelLoadError(f"its tokenizer has no {IMAGE_TOKEN}")
         most = model.processor.get("num_crops", 1)
         if not isinstance(most, int) or most < 1:
             raise ModelLoadError(f"num_crops of its image processor is {most!r}; it must be 1 or more")
-        return Phi3VFacts(
+        return Phi3VMetadata(
             image_token_id=vocabulary[IMAGE_TOKEN],
             recipe=Recipe({}, None, _BILINEAR, False, _value_table(model.processor).tobytes()),
             tile=int(vision.image_size),
@@ -101,21 +111,23 @@ class Phi3VPreprocessor(Preprocessor[Phi3VFacts]):
         )
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
-        lines, (down, across) = self.facts.lines, self._grid(width, height)
+        lines, (down, across) = self.metadata.lines, self._grid(width, height)
         count = down * lines * (across * lines + 1) + 1 + lines * (lines + 1)
-        return Layout([self.facts.image_token_id] * count)
+        return Layout([self.metadata.image_token_id] * count)
 
-    def written(self, tokenizer: Any) -> Written:
-        """The checkpoint's processor tokenises the texts between images apart, so each begins as a prompt does."""
-        return Written(IMAGE_TOKEN, texts_apart=True)
+    def written(self, tokenizer: Any) -> PlaceholderText:
+        """Tokenise the texts between images separately, as the checkpoint's processor does."""
+        return PlaceholderText(IMAGE_TOKEN, texts_apart=True)
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        facts = self.facts
-        recipe, tile = facts.recipe, facts.tile
+        metadata = self.metadata
+        recipe, tile = metadata.recipe, metadata.tile
         assert recipe is not None
         down, across = self._grid(*image.size)
         width, height = self._resized(*image.size)
-        if width < height:  # Pillow rounds between its two passes, and the reference resizes images that lie
+        if (
+            width < height
+        ):  # Pillow rounds between its two passes, and the reference turns upright images first
             levels = recipe.resized(image.transpose(_TRANSPOSE), (height, width)).transpose(1, 0, 2)
         else:
             levels = recipe.resized(image, (width, height))
@@ -132,7 +144,7 @@ class Phi3VPreprocessor(Preprocessor[Phi3VFacts]):
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """(down, across) in tiles."""
-        tile = self.facts.tile
+        tile = self.metadata.tile
         width, height = self._resized(width, height)
         return -(-height // tile), -(-width // tile)
 
@@ -141,24 +153,26 @@ class Phi3VPreprocessor(Preprocessor[Phi3VFacts]):
         longer, shorter = max(width, height), min(width, height)
         aspect = longer / shorter
         along = 1
-        while (along + 1) * math.ceil((along + 1) / aspect) <= self.facts.most:
+        while (along + 1) * math.ceil((along + 1) / aspect) <= self.metadata.most:
             along += 1
-        longer = along * self.facts.tile
+        longer = along * self.metadata.tile
         shorter = max(int(longer / aspect), 1)
         return (longer, shorter) if width >= height else (shorter, longer)
 
 
 def _value_table(settings: dict[str, Any]) -> npt.NDArray[np.float32]:
-    """[3, 256]: what each 8-bit level becomes."""
+    """[3, 256]: the value of each 8-bit level."""
     mean, std = (np.asarray(settings.get(name) or _CLIP[name], np.float32)[:, None] for name in _CLIP)
     table: npt.NDArray[np.float32] = (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(table)
 
 
 def _shrunk(pixels: Pixels, axis: int, size: int) -> Pixels:
-    """An axis shrunk by a whole factor as torch's bicubic `interpolate` does it, which does not smooth: the middle
-    pixel of each run of an odd length, and of an even one the four in its middle, added up in torch's order, each
-    product with one rounding."""
+    """Shrink an axis by a whole factor, as torch's bicubic `interpolate` does, which does not smooth.
+
+    Of each run of pixels, an odd one is reduced to its middle pixel, and an even one to the four in its
+    middle, added in torch's order and rounding each product once.
+    """
     length = pixels.shape[axis]
     factor = length // size
     first = np.arange(size) * factor + (factor - 1) // 2
@@ -174,7 +188,8 @@ def _shrunk(pixels: Pixels, axis: int, size: int) -> Pixels:
 
 
 _HALF_WAY = ((0, 0.59375), (-1, -0.09375), (1, 0.59375), (2, -0.09375))
-"""Pixels and their weights in the cubic convolution (Keys 1981, a = -0.75) half-way between the first and the next."""
+"""Pixels and their weights in the cubic convolution (Keys 1981, a = -0.75) half-way between the first and the
+next."""
 
 
 class Phi3VModel(FamilyModel):
@@ -184,7 +199,7 @@ class Phi3VModel(FamilyModel):
         super().__init__(model)
         vision: Any = self.decoder.vision_embed_tokens
         self.vision = vision
-        # what comes after the layer whose output is wanted is neither computed nor kept
+        # Layers after the one whose output is used are neither computed nor kept.
         encoder = vision.img_processor.encoder
         last = model.config.img_processor.get("layer_idx", -2) % (len(encoder.layers) + 1)
         encoder.layers = encoder.layers[:last]
@@ -210,7 +225,7 @@ class Phi3VModel(FamilyModel):
             )
         if vision.image_size % (2 * vision.patch_size):
             raise ModelLoadError(
-                f"its tiles of {vision.image_size} pixels are no even number of patches of {vision.patch_size}"
+                f"its tiles of {vision.image_size} pixels are not an even number of patches of {vision.patch_size}"
             )
 
     @classmethod
@@ -250,18 +265,20 @@ HUB_NAMES = {
     r"^model\.vision_embed_tokens\.img_processor\.vision_model\.": "model.vision_embed_tokens.img_processor.",
     r"^model\.vision_embed_tokens\.wte\.": "model.embed_tokens.",
 }
-"""What the weights are called, and what they are called here."""
+"""Names of weights in the checkpoints -> names of weights here."""
 
 
 @cache
 def classes() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The configuration and the model, made of transformers' classes when they are first wanted."""
+    """Build the configuration's and the model's class from those of transformers, when they are first needed."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
     class Phi3VConfig(Phi3Config):  # type: ignore[no-untyped-call]
-        """img_processor, embd_layer: as in the checkpoints. vision_config: CLIP ViT-L/14 of 336 pixels where
-        config.json has none, as in all that are published."""
+        """Phi3Config with `img_processor` and `embd_layer` as in the checkpoints.
+
+        `vision_config` is CLIP ViT-L/14 with 336 pixels if config.json has none, as in all published models.
+        """
 
         model_type = "phi3_v"
         sub_configs: ClassVar[dict[str, Any]] = {"vision_config": CLIPVisionConfig}
@@ -277,7 +294,7 @@ def classes() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
             self.embd_layer = self.embd_layer or {}
             scaling = kwargs.get("rope_scaling") or {}
             if scaling.get("type") == "su":
-                # an older name, for which Phi3Config leaves the original length out
+                # An older name, for which Phi3Config does not set the original length.
                 kwargs["rope_scaling"] = {**scaling, "type": "longrope"}
             super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
@@ -295,7 +312,7 @@ def classes() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
             )
 
         def forward(self, patches: torch.Tensor, down: int, across: int) -> torch.Tensor:
-            """[1 + down x across, patches, C], the whole image first -> [rows, D]."""
+            """Map [1 + down x across, patches, C], the whole image first, to [rows, D]."""
             lines = math.isqrt(patches.shape[1]) // 2
             merged = patches.view(-1, lines, 2, lines, 2, patches.shape[-1]).transpose(2, 3).flatten(3)
             tiles = (

@@ -1,9 +1,10 @@
-"""The usual picture preparation (resize, crop, rescale, normalise), without the detours that cost most of it.
+"""The usual preparation of an image (resize, crop, rescale, normalise), without the steps that cost most of the time.
 
-transformers has each image processor twice: with torchvision it resizes with torch, without it with Pillow, and for a
-photograph a few values in a thousand then differ, by one level of 255. Both turn an image into an array and back, or
-copy it, more often than they must. `DirectPixels` takes the same steps with the same resize and gives the same
-numbers; `Preprocessor.from_model` checks that against the processor and uses the processor where anything differs.
+transformers has two versions of each image processor: with torchvision it resizes with torch, without it with
+Pillow. For a photograph a few values in a thousand then differ by one level of 255. Both convert an image to
+an array and back, or copy it, more often than necessary. `DirectPixels` performs the same steps with the same
+resize and gives the same numbers; `Preprocessor.from_model` compares the two, and uses the processor if
+anything differs.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy.typing as npt
 from PIL import Image
 
 ProcessorBackend = Literal["auto", "torchvision", "pil"]
-"""Whose arithmetic: `auto` is transformers' own choice on this machine, torchvision where that is installed."""
+"""Library whose arithmetic is used. `auto` is transformers' own choice on this machine: torchvision if it is
+installed."""
 
 Pixels = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.uint8]
 Resize = Callable[[Image.Image, tuple[int, int], Image.Resampling], Levels]
-"""(picture, (width, height), filter) -> [height, width, 3]"""
+"""(image, (width, height), filter) -> [height, width, 3]"""
 
 _TORCH_MODES = {
     Image.Resampling.BICUBIC: "bicubic",
@@ -39,18 +41,23 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 
 def processor_options(backend: ProcessorBackend) -> dict[str, Any]:
-    """What to tell transformers' `AutoImageProcessor.from_pretrained` for this backend."""
+    """Return the arguments of transformers' `AutoImageProcessor.from_pretrained` for this backend."""
     if backend == "auto" or (backend == "torchvision" and find_spec("torchvision") is None):
         return {}
     return {"backend": backend}
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """What the direct way does to a picture: all that another process needs for it. Families that resize in a way of
-    their own leave size and crop out.
+    """How to make pixels without transformers: all that another process needs.
 
-    size: as in the processor. crop: (height, width). resample: one of Pillow's filters.
-    with_torch: resize as torchvision does. table: float32 [3, 256], what each 8-bit level becomes in each channel.
+    Families with their own way of resizing leave out size and crop.
+
+    Attributes:
+        size: As in the processor.
+        crop: (height, width); None without a crop.
+        resample: One of Pillow's filters.
+        with_torch: Whether to resize as torchvision does.
+        table: float32 [3, 256]: the value of each 8-bit level in each channel.
     """
 
     size: dict[str, int]
@@ -64,12 +71,12 @@ class Recipe(msgspec.Struct, frozen=True):
         return Image.Resampling(self.resample)
 
     def resized(self, image: Image.Image, size: tuple[int, int]) -> Levels:
-        """size: (width, height)."""
+        """Resize to `size`, (width, height)."""
         resize: Resize = resize_with_torch if self.with_torch else resize_with_pillow
         return resize(image, size, self.filter)
 
     def values(self, levels: Levels) -> Pixels:
-        """[height, width, 3] -> [3, height, width]."""
+        """Map levels [height, width, 3] to values [3, height, width]."""
         table = np.frombuffer(self.table, np.float32).reshape(3, 256)
         out = np.empty((3, *levels.shape[:2]), dtype=np.float32)
         for channel in range(3):
@@ -78,7 +85,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
 
 def recipe_of(processor: Any, backend: str) -> Recipe | None:
-    """The direct way for this processor, or None where it has a step that is not known here."""
+    """Return the recipe of this processor; None if it has a step that is unknown here."""
     size = {key: int(edge) for key, edge in dict(getattr(processor, "size", None) or {}).items() if edge}
     if not getattr(processor, "do_resize", False) or getattr(processor, "do_pad", False):
         return None
@@ -97,7 +104,7 @@ def value_recipe(
     size: dict[str, int] | None = None,
     crop: tuple[int, int] | None = None,
 ) -> Recipe | None:
-    """How this processor resizes and what it makes of 8-bit levels; None where its resize is not known here."""
+    """Return how this processor resizes and maps 8-bit levels; None if its way of resizing is unknown here."""
     resample = Image.Resampling(int(processor.resample))
     if backend != "torchvision":
         return Recipe(size or {}, crop, int(resample), False, _value_table(processor).tobytes())
@@ -107,7 +114,7 @@ def value_recipe(
 
 
 class DirectPixels:
-    """Callable: an RGB picture -> float32 [3, height, width], by a recipe. Thread-safe."""
+    """Converts an RGB image to float32 [3, height, width] by a recipe. Thread-safe."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -116,13 +123,13 @@ class DirectPixels:
         recipe = self._recipe
         levels = recipe.resized(image, self._target(*image.size))
         if recipe.crop is not None:
-            # Where a picture smaller than the crop gets an odd number of black columns or rows, torchvision has the
+            # If an image smaller than the crop gets an odd number of black columns or rows, torchvision puts the
             # smaller half first.
             levels = _center_crop(levels, *recipe.crop, pads_evenly=recipe.with_torch)
         return recipe.values(levels)
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing; `shortest_edge` keeps the aspect and cuts fractions off."""
+        """(width, height) after resizing; `shortest_edge` keeps the aspect and truncates fractions."""
         size = self._recipe.size
         if "height" in size:
             return size["width"], size["height"]
@@ -133,11 +140,12 @@ class DirectPixels:
 
 
 def resize_with_pillow(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Levels:
+    """Resize as Pillow does."""
     return np.asarray(image.resize(size, resample))
 
 
 def resize_with_torch(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Levels:
-    """As torchvision resizes: several times faster than Pillow."""
+    """Resize as torchvision does, several times faster than Pillow."""
     import torch
 
     levels = np.asarray(image)
@@ -155,7 +163,7 @@ def resize_with_torch(image: Image.Image, size: tuple[int, int], resample: Image
 
 
 def _resizes_bytes(resample: Image.Resampling) -> bool:
-    """Whether torchvision leaves bytes to torch on this machine; on others it converts to float and back."""
+    """Whether torchvision passes bytes to torch on this machine; on others it converts to float and back."""
     import torch
 
     if resample == Image.Resampling.LANCZOS:
@@ -165,7 +173,7 @@ def _resizes_bytes(resample: Image.Resampling) -> bool:
 
 
 def _torch_has_lanczos() -> bool:
-    """Older versions of torch have not, and transformers then takes another filter."""
+    """Older versions of torch do not have it, and transformers then uses another filter."""
     try:
         resize_with_torch(Image.new("RGB", (4, 4)), (2, 2), Image.Resampling.LANCZOS)
     except (NotImplementedError, ValueError):
@@ -174,8 +182,7 @@ def _torch_has_lanczos() -> bool:
 
 
 def _value_table(processor: Any) -> npt.NDArray[np.float32]:
-    """[3, 256]: what each 8-bit level becomes. There are only 256 of them, so the arithmetic is done once,
-    by the processor's own methods."""
+    """[3, 256]: the value of each 8-bit level, computed once by the processor's own methods."""
     levels = np.repeat(np.arange(256, dtype=np.uint8)[None, None, :], 3, axis=0)
     values = levels.astype(np.float32)
     if getattr(processor, "do_rescale", False):
@@ -186,7 +193,7 @@ def _value_table(processor: Any) -> npt.NDArray[np.float32]:
 
 
 def _fused_value_table(processor: Any) -> npt.NDArray[np.float32]:
-    """The same in torchvision's way, where rescaling and normalising are one step: (level - 255 mean) / (255 std)."""
+    """The same table for torchvision, which rescales and normalises in one step: (level - 255 mean) / (255 std)."""
     import torch
 
     values = torch.arange(256, dtype=torch.float32).repeat(3, 1)
@@ -195,7 +202,7 @@ def _fused_value_table(processor: Any) -> npt.NDArray[np.float32]:
         full = 1.0 / processor.rescale_factor if rescales else 1.0
         mean, std = (
             torch.tensor(np.broadcast_to(value, 3).tolist())
-            * full  # one number is for all channels, as Fuyu has it
+            * full  # a single number applies to all channels, as in Fuyu
             for value in (processor.image_mean, processor.image_std)
         )
         values = (values - mean[:, None]) / std[:, None]
@@ -205,7 +212,7 @@ def _fused_value_table(processor: Any) -> npt.NDArray[np.float32]:
 
 
 def _center_crop(levels: Levels, height: int, width: int, *, pads_evenly: bool) -> Levels:
-    """The middle of the picture; where it is too small, black is added around it."""
+    """Crop the middle of the image; if the image is too small, black is added around it."""
     over = (levels.shape[0] - height, levels.shape[1] - width)
     top, left = (-(-extra // 2) if pads_evenly and extra < 0 else extra // 2 for extra in over)
     if min(over) < 0:

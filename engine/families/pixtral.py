@@ -1,7 +1,7 @@
 """Models with a Pixtral tower: Pixtral (a Llava with that tower) and Mistral 3.
 
-Images keep their aspect: each becomes as many rows of features as it has, with a token of its own after each row.
-Mistral 3 merges squares of features into one.
+Images keep their aspect. Each becomes rows of features, and a special token ends each row. Mistral 3 merges
+squares of features into one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError, RequestRejected
-from engine.families.anyres import Size
-from engine.families.base import Arrays, Facts, Family, FamilyModel, Layout, ModelFiles, Preprocessor
+from engine.families.base import Arrays, Family, FamilyModel, Layout, Metadata, ModelFiles, Preprocessor
 from engine.families.pixels import value_recipe
 from engine.families.text import check_text
+from engine.families.tiles import Size
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class PixtralFacts(Facts, kw_only=True):
-    """longest: (height, width) that no image exceeds. unit: edge, in pixels, of what becomes one token."""
+class PixtralMetadata(Metadata, kw_only=True):
+    """Metadata of a model with a Pixtral tower.
+
+    Attributes:
+        break_token_id: Token after each row but the last.
+        end_token_id: Token after the last row.
+        longest: Greatest (height, width) of an image.
+        unit: Edge, in pixels, of the square that becomes one token.
+    """
 
     break_token_id: int
     end_token_id: int
@@ -35,19 +42,19 @@ class PixtralFacts(Facts, kw_only=True):
     unit: int
 
 
-class PixtralPreprocessor(Preprocessor[PixtralFacts]):
-    facts_type = PixtralFacts
+class PixtralPreprocessor(Preprocessor[PixtralMetadata]):
+    metadata_type = PixtralMetadata
     tensor_names = ("pixel_values", "image_sizes")
     probes = ((40, 64), (129, 77), (1301, 300), (301, 1700))
-    # there is no telling where rows end that come without their image
+    # Without the image it is unknown where rows end.
     takes_embeddings = False
 
     @classmethod
-    def read(cls, model: ModelFiles) -> PixtralFacts:
+    def read(cls, model: ModelFiles) -> PixtralMetadata:
         size = {key: int(edge) for key, edge in dict(model.processor.size).items() if edge}
         longest = size.get("longest_edge", 0)
         break_token_id, end_token_id = _row_tokens(model)
-        return PixtralFacts(
+        return PixtralMetadata(
             image_token_id=int(model.config.image_token_id),
             recipe=value_recipe(model.processor, model.backend),
             break_token_id=break_token_id,
@@ -58,46 +65,50 @@ class PixtralPreprocessor(Preprocessor[PixtralFacts]):
 
     @property
     def forbidden_token_ids(self) -> Sequence[int]:
-        return [self.facts.image_token_id, self.facts.break_token_id, self.facts.end_token_id]
+        return [self.metadata.image_token_id, self.metadata.break_token_id, self.metadata.end_token_id]
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         rows, columns = self._grid(width, height)
-        facts = self.facts
-        ids = ([facts.image_token_id] * columns + [facts.break_token_id]) * rows
-        ids[-1] = facts.end_token_id
+        metadata = self.metadata
+        ids = ([metadata.image_token_id] * columns + [metadata.break_token_id]) * rows
+        ids[-1] = metadata.end_token_id
         return Layout(ids, ([True] * columns + [False]) * rows)
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.facts.recipe
+        recipe = self.metadata.recipe
         assert recipe is not None
-        height, width = (tokens * self.facts.unit for tokens in self._grid(*image.size))
+        height, width = (tokens * self.metadata.unit for tokens in self._grid(*image.size))
         return {
             "pixel_values": recipe.values(recipe.resized(image, (width, height))),
             "image_sizes": np.array([height, width]),
         }
 
     def reference(self, image: Image, variant: int = 0) -> Arrays:
-        # whole tokens: what the joint processor tells the image processor, whatever that one's own patch_size is
-        out = self._processor(images=image, patch_size=self.facts.unit, return_tensors="np")
+        # As in the joint processor, patch_size is that of a whole token, not the image processor's own.
+        out = self._processor(images=image, patch_size=self.metadata.unit, return_tensors="np")
         return {name: np.asarray(out[name][0]) for name in self.tensor_names}
 
     def _grid(self, width: int, height: int) -> Size:
-        """Rows and columns of tokens. Raises RequestRejected for an image of which nothing would be left.
+        """Rows and columns of tokens.
 
-        An image that is too large is shrunk, another one is not enlarged but for what its
-        last row and column lack; the roundings are those of transformers' `get_resize_output_image_size`."""
-        ratio = max(height / self.facts.longest[0], width / self.facts.longest[1])
+        An image that is too large is shrunk. Others are only enlarged to complete their last row and column.
+        Rounding is that of transformers' `get_resize_output_image_size`.
+
+        Raises:
+            RequestRejected: Nothing would be left of the image.
+        """
+        ratio = max(height / self.metadata.longest[0], width / self.metadata.longest[1])
         if ratio > 1:
             height, width = math.floor(height / ratio), math.floor(width / ratio)
         if min(height, width) < 1:
             raise RequestRejected(
-                "the picture is too thin: shrunk to what the model takes, less than one pixel of it is left"
+                "the image is too thin: shrunk to the size that the model takes, less than one pixel of it is left"
             )
-        return (height - 1) // self.facts.unit + 1, (width - 1) // self.facts.unit + 1
+        return (height - 1) // self.metadata.unit + 1, (width - 1) // self.metadata.unit + 1
 
 
 class PixtralModel(FamilyModel):
-    # the tower's attention takes memory by the square of all features that it sees at once
+    # The memory of the tower's attention grows with the square of the number of features.
     encode_batch = 1
 
     @classmethod
@@ -106,7 +117,7 @@ class PixtralModel(FamilyModel):
         if getattr(config, "vision_feature_select_strategy", "full") != "full":
             raise ModelLoadError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} of config.json would drop a "
-                "feature of each image, for a Pixtral tower has no class token; set 'full'"
+                "feature of each image, because a Pixtral tower has no class token; set 'full'"
             )
 
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
@@ -128,7 +139,11 @@ def _unit(config: PretrainedConfig) -> int:
 
 
 def _row_tokens(model: ModelFiles) -> tuple[int, int]:
-    """The tokens behind a row and behind the last. Raises ModelLoadError where the tokenizer has none."""
+    """Return the token after a row, and the one after the last row.
+
+    Raises:
+        ModelLoadError: The tokenizer has no such token.
+    """
     file = Path(model.path, "processor_config.json")
     named: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
     names = named.get("image_break_token", "[IMG_BREAK]"), named.get("image_end_token", "[IMG_END]")

@@ -1,8 +1,9 @@
 """Qwen2-VL and Qwen2.5-VL: images of any size, positions on three axes.
 
-An image is resized, aspect kept, to whole squares of patches, and each square of `merge` x `merge` patches becomes one
-token. A token of text has the same position on all axes (frame, row, column); those of an image differ by row and
-column, and what follows it goes on behind the longer of its sides, so most positions are smaller than the index.
+An image is resized, aspect kept, to whole squares of patches, and each square of `merge` x `merge` patches
+becomes one token. A text token has the same position on all axes (frame, row, column); those of an image
+differ by row and column. Positions continue after the longer of the image's sides, so most positions are
+smaller than the index.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from engine.errors import ModelLoadError, RequestRejected
 from engine.families.base import (
     GRID,
     Arrays,
-    Facts,
     Family,
     FamilyModel,
     Layout,
+    Metadata,
     ModelFiles,
+    PlaceholderText,
     Preprocessor,
-    Written,
 )
 from engine.families.pixels import ProcessorBackend, value_recipe
 
@@ -36,18 +37,25 @@ if TYPE_CHECKING:
     from engine.messages import Picture
 
 MOST_ASPECT = 200
-"""Longer side to shorter side, at most: the rule of the family's image processor."""
+"""Greatest ratio of the longer to the shorter side, as in the family's image processor."""
 
 _LIMITS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 ENCODE_PATCHES = 1 << 14
-"""Patches encoded in one call at most, unless one image alone has more: one image can have 65,536 of them."""
+"""Greatest number of patches encoded in one call, unless a single image has more: one image can have 65,536."""
 
 
-class Qwen2VLFacts(Facts, kw_only=True):
-    """patch: pixels along the side of a patch. merge: patches along the side of a token. frames: of a patch, all the
-    same for an image. min_pixels, max_pixels: of an image after resizing. around: the tokens before and behind an
-    image."""
+class Qwen2VLMetadata(Metadata, kw_only=True):
+    """Metadata of a Qwen2-VL model.
+
+    Attributes:
+        patch: Pixels along the side of a patch.
+        merge: Patches along the side of a token.
+        frames: Frames of a patch, which are identical for an image.
+        min_pixels: Smallest number of pixels of an image after resizing.
+        max_pixels: Greatest number of pixels of an image after resizing.
+        around: Tokens before and after an image.
+    """
 
     patch: int
     merge: int
@@ -57,14 +65,14 @@ class Qwen2VLFacts(Facts, kw_only=True):
     around: tuple[int, int]
 
 
-class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
-    """`pixel_values` are [patches, channels x pixels]: one frame of each patch, since the others are the same."""
+class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
+    """`pixel_values` are [patches, channels x pixels]: one frame of each patch, since the others are identical."""
 
-    facts_type = Qwen2VLFacts
+    metadata_type = Qwen2VLMetadata
     probes = ((40, 64), (129, 77), (1500, 50), (1, 30), (301, 300))
 
     @classmethod
-    def read(cls, model: ModelFiles) -> Qwen2VLFacts:
+    def read(cls, model: ModelFiles) -> Qwen2VLMetadata:
         config, processor = model.config, model.processor
         least, most = (int(processor.size[edge] or 0) for edge in ("shortest_edge", "longest_edge"))
         if not 0 < least <= most:
@@ -74,7 +82,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
             )
         if not processor.do_resize:
             raise ModelLoadError("the image processor of this family must resize: remove do_resize=false")
-        return Qwen2VLFacts(
+        return Qwen2VLMetadata(
             image_token_id=int(config.image_token_id),
             recipe=value_recipe(processor, model.backend),
             patch=int(processor.patch_size),
@@ -88,7 +96,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
     @classmethod
     def from_model(
         cls, model_path: str, overrides: dict[str, Any] | None = None, backend: ProcessorBackend = "auto"
-    ) -> Preprocessor[Qwen2VLFacts]:
+    ) -> Preprocessor[Qwen2VLMetadata]:
         """Overrides may write the limits as `size`, too, which transformers drops where the file has the old names."""
         wanted = dict(overrides or {})
         for edge, value in (wanted.pop("size", None) or {}).items():
@@ -101,40 +109,46 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
 
     @property
     def grid_merge(self) -> int:
-        return self.facts.merge
+        return self.metadata.merge
 
-    def written(self, tokenizer: PreTrainedTokenizerFast) -> Written:
-        ids = (self.facts.around[0], self.image_token_id, self.facts.around[1])
-        return Written("".join(str(tokenizer.convert_ids_to_tokens(token)) for token in ids))
+    def written(self, tokenizer: PreTrainedTokenizerFast) -> PlaceholderText:
+        ids = (self.metadata.around[0], self.image_token_id, self.metadata.around[1])
+        return PlaceholderText("".join(str(tokenizer.convert_ids_to_tokens(token)) for token in ids))
 
     def layout(self, width: int, height: int, variant: int = 0) -> Layout:
         size = self.target(width, height)
-        squares = size[0] * size[1] // (self.facts.patch * self.facts.merge) ** 2
+        squares = size[0] * size[1] // (self.metadata.patch * self.metadata.merge) ** 2
         return Layout([self.image_token_id] * squares)
 
     def target(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing: multiples of a token's side, as close to the image's own size and aspect as
-        the limits on pixels allow. Raises RequestRejected for an image that is too long."""
+        """Return (width, height) after resizing.
+
+        Both are multiples of a token's side, as close to the image's own size and aspect as the limits on
+        pixels allow.
+
+        Raises:
+            RequestRejected: The image is too long.
+        """
         if max(width, height) > MOST_ASPECT * min(width, height):
             raise RequestRejected(
                 f"it is {width}x{height} pixels; this model takes images whose longer side is at most {MOST_ASPECT} "
                 "times the shorter"
             )
-        unit = self.facts.patch * self.facts.merge
+        unit = self.metadata.patch * self.metadata.merge
         columns, rows = round(width / unit), round(height / unit)
-        if columns * rows * unit**2 > self.facts.max_pixels:
-            shrink = math.sqrt(width * height / self.facts.max_pixels)
+        if columns * rows * unit**2 > self.metadata.max_pixels:
+            shrink = math.sqrt(width * height / self.metadata.max_pixels)
             columns, rows = (max(1, math.floor(side / shrink / unit)) for side in (width, height))
-        elif columns * rows * unit**2 < self.facts.min_pixels:
-            grow = math.sqrt(self.facts.min_pixels / (width * height))
+        elif columns * rows * unit**2 < self.metadata.min_pixels:
+            grow = math.sqrt(self.metadata.min_pixels / (width * height))
             columns, rows = (math.ceil(side * grow / unit) for side in (width, height))
         return columns * unit, rows * unit
 
     def direct(self, image: Image, variant: int = 0) -> Arrays:
-        recipe = self.facts.recipe
+        recipe = self.metadata.recipe
         assert recipe is not None
         pixels = recipe.values(recipe.resized(image, self.target(*image.size)))
-        patch, merge = self.facts.patch, self.facts.merge
+        patch, merge = self.metadata.patch, self.metadata.merge
         rows, columns = (side // patch for side in pixels.shape[1:])
         # [channel, row of squares, row in it, y, column of squares, column in it, x]
         split = pixels.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
@@ -144,7 +158,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
     def reference(self, image: Image, variant: int = 0) -> Arrays:
         out = self._processor(images=image, return_tensors="np")
         patches = np.asarray(out["pixel_values"])
-        frames = patches.reshape(len(patches), 3, self.facts.frames, self.facts.patch**2)
+        frames = patches.reshape(len(patches), 3, self.metadata.frames, self.metadata.patch**2)
         return {"pixel_values": frames[:, :, 0].reshape(len(patches), -1), GRID: np.asarray(out[GRID][0])}
 
     def positions(
@@ -157,7 +171,7 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLFacts]):
         for picture in pictures:
             positions[:, at : picture.offset] = np.arange(behind, behind + picture.offset - at)
             behind += picture.offset - at
-            _, rows, columns = (int(side) // self.facts.merge for side in picture.tensors[GRID].unpack())
+            _, rows, columns = (int(side) // self.metadata.merge for side in picture.tensors[GRID].unpack())
             own = positions[:, picture.offset : picture.end]
             own[0] = behind
             own[1] = behind + np.repeat(np.arange(rows), columns)
@@ -187,13 +201,13 @@ class Qwen2VLModel(FamilyModel):
         return rows
 
     def rows(self, features: Any) -> Sequence[torch.Tensor]:
-        """One [rows, row_size] per image, of what the vision tower gives."""
+        """Make one [rows, row_size] per image from the output of the vision tower."""
         rows: Sequence[torch.Tensor] = features.pooler_output
         return rows
 
 
 def _bounded(pictures: Sequence[dict[str, torch.Tensor]]) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """In groups of at most ENCODE_PATCHES patches together, or of one image."""
+    """Group images so that a group has at most ENCODE_PATCHES patches, or one image."""
     group: list[dict[str, torch.Tensor]] = []
     patches = 0
     for picture in pictures:

@@ -1,8 +1,8 @@
 """Qwen3-VL: Qwen2-VL's images and positions, and DeepStack.
 
-Some layers of the vision tower each give rows of their own, which are added to the hidden states of an image's tokens
-behind the first layers of the decoder (Meng et al. 2024, DeepStack). They travel in an image's rows, behind its
-embedding.
+Some layers of the vision tower each give rows of their own, which are added to the hidden states of an
+image's tokens after the first layers of the decoder (Meng et al. 2024, DeepStack). They are part of an
+image's rows, after its embedding.
 """
 
 from __future__ import annotations

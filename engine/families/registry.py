@@ -1,4 +1,4 @@
-"""Which family serves a model. A new family is a file in this folder and a line here."""
+"""Finds the family that serves a model. A new family is a file in this folder and a line here."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _VISION = {
     "qwen3_vl": "qwen3_vl",
     "smolvlm": "idefics3",
 }
-"""What kind of model it is -> the family's file."""
+"""Kind of model -> the family's file."""
 
 
 def kind_of(config: PretrainedConfig) -> str:
-    """The model_type of config.json, with that of the vision tower where the family depends on it."""
+    """Return config.json's model_type, with that of the vision tower where the family depends on it."""
     kind = f"{config.model_type}/{getattr(getattr(config, 'vision_config', None), 'model_type', None)}"
     return kind if kind in _VISION else str(config.model_type)
 
 
 def family_of(kind: str) -> Family | None:
-    """None for a model that is not served. Imports neither torch nor transformers."""
+    """Return the family; None for a model that is not served. Imports neither torch nor transformers."""
     module = "text" if kind in TEXT_TYPES else _VISION.get(kind)
     if module is None:
         return None
@@ -49,13 +49,13 @@ def family_of(kind: str) -> Family | None:
 
 
 def register(model_type: str) -> None:
-    """Make a family known to transformers' `AutoConfig` where that has no class for it."""
+    """Make a family known to transformers' `AutoConfig`, if transformers has no class for it."""
     family = family_of(model_type)
     if family is not None and family.register is not None:
         family.register()
 
 
 def served() -> str:
-    """For messages: the model types that are served."""
+    """List the model types that are served, for messages."""
     vision = sorted({kind.partition("/")[0] for kind in _VISION})
     return f"{', '.join(vision)} and the text models {', '.join(TEXT_TYPES)}"

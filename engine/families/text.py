@@ -1,4 +1,4 @@
-"""Text-only decoders whose layers transformers routes through its attention interface."""
+"""Text-only decoders whose layers use transformers' attention interface."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ class TextModel(FamilyModel):
         return self.model.config
 
     def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        raise ValueError("this model takes no pictures")
+        raise ValueError("this model does not take images")
 
 
 def check_text(config: PretrainedConfig) -> None:
-    """Raise ModelLoadError for the decoder of a vision model that is not served."""
+    """Check that the decoder of a vision model is served.
+
+    Raises:
+        ModelLoadError: It is not.
+    """
     if config.model_type not in TEXT_TYPES:
         raise ModelLoadError(
             f"its decoder is of type {config.model_type!r}, which the embedded engine does not serve; it serves "

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from handlers.artefacts.error import ArtefactError
-from handlers.artefacts.transfer import STREAMS, Cancelled, S3Object, Transfer
+from handlers.artefacts.transfer import ATTEMPTS, STREAMS, Cancelled, S3Object, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _client() -> Any:
             connect_timeout=10,
             read_timeout=30,
             max_pool_connections=STREAMS,
-            retries={"mode": "standard", "max_attempts": 3},
+            retries={"mode": "standard", "max_attempts": ATTEMPTS},
         ),
     )
 
@@ -157,12 +157,13 @@ def _translated(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         code = _code(error)
+        changed = "an object changed while it was fetched; start again"
         known = {
             "NoSuchBucket": f"there is no bucket {bucket!r}; check the name",
             "404": "there is no such object; check the bucket and the key",
             "NoSuchKey": "an object went away while it was fetched; start again",
-            "412": "an object changed while it was fetched; start again",
-            "PreconditionFailed": "an object changed while it was fetched; start again",
+            "412": changed,
+            "PreconditionFailed": changed,
         }
         denied = (
             "access is denied; the role needs s3:ListBucket on the bucket and s3:GetObject on its objects"
@@ -174,6 +175,8 @@ def _translated(url: str) -> Iterator[None]:
             told = known[code]
         elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
             told = f"{denied} ({code})"
+        elif type(error).__name__ == "S3DownloadFailedError":  # by its entity tag
+            told = changed
         elif type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             told = no_one
         else:

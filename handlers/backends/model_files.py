@@ -20,9 +20,8 @@ from handlers.backends.mistral_format import format_problems
 from handlers.backends.select import remedy
 from handlers.backends.vllm.options.weights import missing_weights
 from handlers.backends.weight_files import engine_weight_problems, unreadable, vllm_weight_problems
-from handlers.chat_templates import ChatTemplates, read_chat_templates
 from handlers.model_json import read_object
-from handlers.template_source import TemplateSource
+from handlers.prompts.chat_templates import ChatTemplates, TemplateSource, read_chat_templates
 from properties.configuration import read_model_config
 from properties.names import key_of
 from properties.problem import ConfigurationError, Problem

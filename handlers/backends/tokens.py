@@ -8,10 +8,10 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from handlers.backends.base import TokenizedPrompt
-from handlers.detokenizer import Detokenizer
 from handlers.errors import InvalidRequest
+from handlers.prompts.detokenizer import Detokenizer
+from handlers.prompts.renderer import PromptRenderer, RenderedPrompt
 from handlers.request import ChatPrompt, GenerationRequest, TextPrompt
-from handlers.templates import PromptRenderer, RenderedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,7 +11,8 @@ import msgspec
 from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import Part
 from handlers.errors import CustomCodeError, DeadlineExceeded, ServingError
-from handlers.protocols.error_replies import lmi_error, log_error
+from handlers.protocols.errors import log_error
+from handlers.protocols.lmi.replies import lmi_error
 
 _MOST_SECONDS = 60.0
 """For one call of a formatter; then its process is replaced."""

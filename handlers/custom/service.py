@@ -18,8 +18,11 @@ from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
 from handlers.own_words import own_words_of
 from handlers.protocols.base import JSON_LINES
-from handlers.protocols.error_replies import error_reply, lmi_error, log_error, style_of
-from handlers.protocols.lmi.sagemaker import attributes_of
+from handlers.protocols.errors import error_reply, log_error
+from handlers.protocols.lmi.replies import lmi_error
+from handlers.protocols.lmi.routes import attributes_of
+from handlers.protocols.select import error_format
+from handlers.protocols.tgi.replies import TGI_ERRORS
 from handlers.run import refusal
 from handlers.service import ServiceLimits
 
@@ -69,20 +72,20 @@ class CustomService:
         try:
             return await self._answer(incoming, facts)
         except (Exception, asyncio.CancelledError) as error:
-            style = style_of(incoming.route, incoming.headers)
-            return refusal(error, facts, style, self._observer)
+            written = error_format(incoming.route, incoming.headers)
+            return refusal(error, facts, written, self._observer)
 
     async def tokenize(self, incoming: Incoming) -> Reply:
-        return error_reply(_NO_TOKENS, style_of(incoming.route, incoming.headers))
+        return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
 
     async def detokenize(self, incoming: Incoming) -> Reply:
-        return error_reply(_NO_TOKENS, style_of(incoming.route, incoming.headers))
+        return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
 
     async def adapters(self, call: AdapterCall) -> Reply:
         raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
 
     def info(self) -> Reply:
-        return error_reply(_NO_TOKENS, "tgi")
+        return error_reply(_NO_TOKENS, TGI_ERRORS)
 
     async def _answer(self, incoming: Incoming, facts: RequestFacts) -> Reply:
         incoming.parsed()

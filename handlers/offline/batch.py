@@ -10,7 +10,7 @@ from handlers.backends.base import Backend
 from handlers.errors import EngineFailed, ServingError, Unavailable
 from handlers.images.loader import ImageLoader
 from handlers.protocols.base import Answer, Answered
-from handlers.protocols.error_replies import client_error
+from handlers.protocols.errors import client_error
 from handlers.request import GenerationRequest
 
 Outcome = Answered | ServingError

@@ -1,9 +1,9 @@
-"""What a dialect is: a function that reads a body into a `Task`, and the writer that this task carries."""
+"""What an API is made of: a function that reads a body into a `Task`, and the writer that this task carries."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -12,7 +12,9 @@ from msgspec import Meta
 from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError
+from handlers.exchange import RequestFacts
 from handlers.parsers.base import AnswerFormats
+from handlers.protocols.misspelt import warning
 from handlers.request import GenerationRequest
 from properties.settings_chat import OutputFormat
 
@@ -22,6 +24,12 @@ JSON_LINES = "application/jsonlines"
 
 MAX_PROMPTS = 1024
 """Most prompts in one body."""
+
+MAX_ANSWERS = 128
+"""Most answers to one prompt (`n`): OpenAI's limit."""
+
+_LEAST_LOGPROB = -9999.0
+"""OpenAI's number for "impossible"; JSON has no infinity."""
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
@@ -113,20 +121,37 @@ class Writer(Protocol):
         """The last thing in a stream that broke after its first chunk."""
 
 
+ReplyHeaders = Callable[[Sequence[GenerationRequest], str, RequestFacts], dict[str, str]]
+"""What an API says of a reply in headers: of its requests, the kind of device they ran on, and what is known of them.
+
+For a stream, they are sent with the first token. A whole reply's facts are complete.
+"""
+
+
 @dataclass(slots=True)
 class Task:
     """What a body asks for. Several requests are several prompts, answered together and in order.
 
-    misspelt: of names in the body that nobody reads, what is told (`handlers.protocols.misspelt`).
+    Attributes:
+        misspelt: A sentence for each name in the body that nobody reads (`handlers.protocols.misspelt`).
+        route_headers: What its route adds to the headers of the reply.
     """
 
     requests: list[GenerationRequest]
     writer: Writer
     misspelt: Sequence[str] = ()
+    route_headers: ReplyHeaders | None = None
 
     @property
     def stream(self) -> bool:
         return self.requests[0].stream
+
+    def headers(self, compute_type: str, facts: RequestFacts) -> dict[str, str]:
+        """Returns the headers of its reply. compute_type: the device's name, empty where it is not known."""
+        own = warning(self.misspelt)
+        if self.route_headers is None:
+            return own
+        return own | self.route_headers(self.requests, compute_type, facts)
 
 
 def sampling_params(
@@ -164,3 +189,8 @@ def in_the_clients_words(error: InvalidRequest, names: Mapping[str, str]) -> Inv
     error.message = re.sub(rf"\b{re.escape(name)}\b", lambda _: names[name], error.message)
     error.param, error.args = names[name], (error.message,)
     return error
+
+
+def finite(logprob: float) -> float:
+    """Returns a log probability that JSON can hold."""
+    return logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB

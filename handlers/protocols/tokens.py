@@ -77,6 +77,26 @@ class SimpleToken(msgspec.Struct):
     stop: int
 
 
+class ChatTokens(msgspec.Struct, forbid_unknown_fields=True):
+    """TGI's. templated_text: what the chat template made of the messages."""
+
+    tokenize_response: list[SimpleToken]
+    templated_text: str
+
+
+class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's. token_strs: null unless they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(msgspec.Struct, forbid_unknown_fields=True):
+    prompt: str
+
+
 def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> TokenTask:
     """`inputs` is TGI's word, `prompt` and `messages` are vLLM's. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
@@ -109,7 +129,7 @@ def read_detokenize(body: dict[str, Any]) -> list[int]:
 
 
 def detokenize_reply(text: str) -> bytes:
-    return _encode({"prompt": text})
+    return _encode(Detokenized(text))
 
 
 def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
@@ -142,13 +162,7 @@ def _simple_tokens(found: TokenizedPrompt) -> list[SimpleToken]:
 
 def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[TokenizedPrompt], bytes]:
     def write(found: TokenizedPrompt) -> bytes:
-        return _encode(
-            {
-                "count": len(found.token_ids),
-                "max_model_len": conventions.max_model_len,
-                "tokens": found.token_ids,
-                "token_strs": found.pieces if pieces else None,
-            }
-        )
+        strings = list(found.pieces) if pieces else None
+        return _encode(TokenCounts(len(found.token_ids), conventions.max_model_len, found.token_ids, strings))
 
     return write

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 
 from tests.attack.probe import Readings, Stalls
 from tests.support.live import LiveServer, chat_body
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parent.parent.parent / "examples" / "shapes"
 PROBE = Path(__file__).parent / "probe.py"
 MB = 2**20
 KEY = "attack-key-5f1c2b"

@@ -19,8 +19,8 @@ from tests.support.backend import VLLM
 from tests.support.live import LiveServer
 from tests.support.scripted_adapters import make_adapter
 from tests.support.scripted_server import ServerProcess
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

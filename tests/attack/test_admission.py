@@ -25,9 +25,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from container import bodies, protocol
 from container.app import App
 from container.bodies import Bodies, Body, BodyTimeout
-from container.life import Life
-from container.listen import HttpServer, bind
 from container.metrics import Metrics
+from container.server import HttpServer, bind
+from container.state import ServerState
 from handlers.errors import Overloaded, PayloadTooLarge
 from properties.configuration import resolve
 from tests.support.scripted_server import ServerProcess
@@ -140,7 +140,7 @@ def status(reply: bytes) -> int:
 async def listening(folder: Path, kind: type[App] = App) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
     """The HTTP server in this process, without a model."""
     (folder / "config.json").write_text("{}")
-    life = Life()
+    life = ServerState()
     http = HttpServer(kind(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
     listener = bind("127.0.0.1", 0)
     address = listener.getsockname()
@@ -462,7 +462,7 @@ def test_a_turn_of_the_event_loop_takes_in_many_connections(tmp_path: Path) -> N
                     connection.setblocking(False)
                     connection.connect_ex(address)
                 turns = 0
-                while http.room.open < 96:
+                while http.connections.open < 96:
                     await asyncio.sleep(0)
                     turns += 1
                 assert turns <= 24

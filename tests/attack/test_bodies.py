@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from container import prompt_log
+from container import logs
 from container.bodies import Bodies, Body
 from handlers.errors import InvalidRequest, MalformedBody
 from handlers.images import data_url
@@ -388,10 +388,10 @@ def test_a_long_body_is_logged_without_its_links_and_with_what_stands_behind_the
 ) -> None:
     caplog.set_level("INFO", "container.prompts")
     body = b'{"inputs":"![](data:image/png;base64,' + b"A" * (3 * M) + b') what?","n":[1]}'
-    prompt_log.log_prompt("id", body)
-    prompt_log.log_prompt("id", b'{"inputs":"' + b"a " * M + b'"}')
-    prompt_log.log_prompt("id", b"{" + b'"a":[' * 900 + b"]" * 900)
-    prompt_log.log_prompt("id", b'{"a":[' + b"[]," * M + b"1]}")
+    logs.log_prompt("id", body)
+    logs.log_prompt("id", b'{"inputs":"' + b"a " * M + b'"}')
+    logs.log_prompt("id", b"{" + b'"a":[' * 900 + b"]" * 900)
+    logs.log_prompt("id", b'{"a":[' + b"[]," * M + b"1]}")
     shown = [record.facts["body"] for record in caplog.records]  # type: ignore[attr-defined]
     assert shown[0] == '{"inputs": "![]([link]) what?", "n": [1]}'
     assert len(shown[1]) == 32_768
@@ -401,9 +401,9 @@ def test_a_long_body_is_logged_without_its_links_and_with_what_stands_behind_the
 
 @pytest.mark.parametrize("window", [16, 40, 2**16])
 def test_links_are_blotted_out_across_any_border(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_log, "_WINDOW", window)
+    monkeypatch.setattr(logs, "_WINDOW", window)
     draw = random.Random(window)
     words = ["data:", "http://x", "https:", "s3:", "a", "b c", ")", "'", " ", "dat"]
     for _ in range(500):
         text = "".join(draw.choices(words, k=draw.randint(0, 40)))
-        assert prompt_log._Blotter().blotted(text) == prompt_log._LINK.sub("[link]", text)
+        assert logs._Blotter().blotted(text) == logs._LINK.sub("[link]", text)

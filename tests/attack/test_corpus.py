@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -23,6 +22,7 @@ from handlers.images.problem import PictureProblem
 from tests.attack.corpus import GENERATORS, good, hostile, mutations, small
 from tests.attack.decoder import MAX_PIXELS
 from tests.attack.samples import encoded, photo
+from tests.support.shapes import ROOT
 
 WORKING_BYTES = {"JPEG": 24, "PNG": 18, "WEBP": 28, "GIF": 14, "BMP": 14, "TIFF": 18, "AVIF": 30, None: 0}
 """Format -> bytes per pixel that decoding takes at its peak, beside those of the answer. The first is that of a
@@ -60,7 +60,7 @@ def costs(images: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Cost]]:
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [sys.executable, "-m", "tests.attack.decoder"],
-            cwd=Path(__file__).parent.parent.parent,
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -32,8 +32,8 @@ from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.attack import corpus
 from tests.support.live import LiveServer, chat_body, data_url
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 MAX_PIXELS = 89_478_485
 
 

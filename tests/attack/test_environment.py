@@ -11,8 +11,8 @@ from processes.environment import SERVER_KEYS, child_environment, forget_keys
 from properties.configuration import resolve
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer, chat_body
+from tests.support.shapes import ROOT, SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 KEY = "sk-the-clients-key"
 OPERATORS = {
     "AWS_SECRET_ACCESS_KEY": "the-operators-cloud",
@@ -86,7 +86,7 @@ def test_every_variable_with_a_key_is_read_and_forgotten(name: str) -> None:
 
 def test_there_is_no_further_variable_with_a_key() -> None:
     """Of those that the documentation of options and of other containers names."""
-    docs = Path(__file__).parents[2] / "docs"
+    docs = ROOT / "docs"
     named = {
         word.strip("`|,.()")
         for page in ("configuration.md", "deploy.md", "security.md")

@@ -12,7 +12,7 @@ import pytest
 from handlers.images.loader import ImageLoader
 from handlers.images.places import MOST_REMEMBERED, RECOVERY_SECONDS, Claim, Place, Places, claim_for, site_of
 from handlers.request import ImagePart
-from tests.handlers.images.test_fetch import OK, Host, opened, picture, redirect, silence
+from tests.support.image_host import OK, Host, opened, picture, redirect, silence
 
 PLACES = 64
 QUARTER = PLACES // 4

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from handlers import literal_text
 from handlers.errors import InvalidRequest
 from handlers.own_words import own_words
+from handlers.prompts import special_tokens
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt
-from handlers.templates import PromptRenderer
 from tests.attack.sending import TRIES
 from tests.support.scripted import ScriptedBackend, incoming, said, service
 
@@ -169,7 +169,7 @@ def test_all_that_a_template_may_print_counts_towards_the_longest_prompt(
 def test_too_many_tokens_are_refused_before_they_are_listed(
     renderer: PromptRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handlers.templates._FEWEST_TOKENS", 2**10)
+    monkeypatch.setattr("handlers.prompts.renderer._FEWEST_TOKENS", 2**10)
     with pytest.raises(InvalidRequest, match=r"the prompt has 11000.. tokens.* at most 1048576"):
         renderer.render(_chat("a" * 1_100_000))
 
@@ -182,7 +182,7 @@ def test_control_tokens_are_hidden_and_restored_across_any_border(
     words = ["<image>", "<ima", "ge>", "<", ">", "a", " ", "</s>", "<pad>"]
     texts = ["".join(draw.choices(words, k=draw.randint(0, 30))) for _ in range(100)]
     expected = [renderer.render(_chat(text, text)) for text in texts]
-    monkeypatch.setattr(literal_text, "_WINDOW", window)
+    monkeypatch.setattr(special_tokens, "_WINDOW", window)
     for text, before in zip(texts, expected, strict=True):
         found = renderer.render(_chat(text, text))
         assert (found.text, found.token_ids) == (before.text, before.token_ids)

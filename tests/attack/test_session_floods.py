@@ -14,10 +14,12 @@ import pytest
 from handlers.errors import InvalidRequest, Overloaded
 from handlers.protocols.lmi import sessions
 from handlers.protocols.lmi.sessions import MOST_SESSIONS, Sessions
+from tests.support.scripted import incoming
 from tests.support.scripted_server import ServerProcess
 
 ID = "x-amzn-sagemaker-session-id"
 OPEN = {"requestType": "NEW_SESSION"}
+CALL = incoming(OPEN, "/invocations")
 FLOOD = 3000
 
 
@@ -92,17 +94,21 @@ def test_the_number_is_bounded_and_time_makes_room() -> None:
     kept = Sessions(expiration=100, clock=lambda: now[0])
     for number in range(MOST_SESSIONS):
         now[0] = number / MOST_SESSIONS
-        kept.control(OPEN, {})
+        kept.answer(OPEN, CALL)
     with pytest.raises(Overloaded) as refused:
-        kept.control(OPEN, {})
+        kept.answer(OPEN, CALL)
     assert refused.value.status == 429
     assert refused.value.retry_after
     (first,) = list(kept._ends)[:1]
     now[0] = 100.0
     with pytest.raises(InvalidRequest, match="expired"):
-        kept.check({ID: first})
-    assert kept.control(OPEN, {}).status == 200, "the first has ended"
+        kept.answer({}, incoming({}, **{ID: first}))
+    reply = kept.answer(OPEN, CALL)
+    assert reply is not None
+    assert reply.status == 200, "the first has ended"
     now[0] = 300.0
-    assert json.loads(kept.control(OPEN, {}).body)["result"].endswith("created")
+    reply = kept.answer(OPEN, CALL)
+    assert reply is not None
+    assert json.loads(reply.body)["result"].endswith("created")
     assert len(kept._ends) == 1, "those that ended are forgotten"
     assert sessions.MOST_SESSIONS == 100_000

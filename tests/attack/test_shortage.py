@@ -21,8 +21,7 @@ from processes.restarts import LONGEST_PAUSE_SECONDS, LONGEST_WAIT_SECONDS, Rest
 from processes.shortage import shortage
 from tests.support.backend import BACK
 from tests.support.live import LiveServer, chat_body
-
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
+from tests.support.shapes import ROOT, SHAPES
 
 
 @contextmanager
@@ -153,9 +152,7 @@ def test_a_real_shortage_of_threads_and_of_processes_is_known() -> None:
     )
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout.splitlines() == ["processes or threads"] * 5, found.stderr
 
 

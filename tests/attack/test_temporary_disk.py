@@ -15,8 +15,7 @@ from PIL import Image
 
 from tests.support.backend import BACK, VLLM
 from tests.support.live import LiveServer, chat_body, data_url
-
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
+from tests.support.shapes import SHAPES
 
 pytestmark = pytest.mark.skipif(VLLM, reason="where our own code writes does not depend on the engine")
 

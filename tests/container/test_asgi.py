@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from container.asgi import Exchange
+from container.exchange import Exchange
 from handlers.exchange import Reply
 
 Message = MutableMapping[str, Any]

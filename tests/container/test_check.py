@@ -26,11 +26,10 @@ from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.version import VERSION
 from properties.configuration import resolve
+from tests.support.checked import CPU, GIB, report
 from tests.support.models import make_tokenizer
 from tests.support.tiny_qwen_vl import make_qwen_vl
 
-GIB = 2**30
-CPU = Machine((), Device("host memory", 8 * GIB))
 CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
@@ -73,11 +72,6 @@ def model(tmp_path: Path) -> Path:
     make_tokenizer().save_pretrained(tmp_path)
     CLIPImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     return tmp_path
-
-
-def report(model: Path, on: Machine, *options: str, **environ: str) -> dict[str, Any]:
-    environ = {"OPTION_DTYPE": "bf16", "OPTION_ROLLING_BATCH": "rolling", **environ}
-    return describe(resolve(model=str(model), environ=environ, options=options), on)
 
 
 def test_weights_are_counted_from_headers_in_the_served_type(model: Path) -> None:

@@ -11,9 +11,8 @@ from jsonschema import Draft202012Validator
 
 from container.check import run_check
 from properties.problem import MASK
+from tests.support.shapes import ROOT, SHAPES
 
-ROOT = Path(__file__).parents[2]
-SHAPES = str(ROOT / "examples" / "shapes")
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "check.schema.json").read_text())
 
 
@@ -33,7 +32,7 @@ def test_the_schema_is_one() -> None:
 
 
 def test_a_model_that_can_be_served_has_every_part(capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = report(capsys, SHAPES, "api_key=secret", "unheard_of=1", "max_logprobs=5")
+    status, found = report(capsys, str(SHAPES), "api_key=secret", "unheard_of=1", "max_logprobs=5")
     assert status == 0
     assert found.keys() == SCHEMA["properties"].keys()
     assert found["memory"].keys() == SCHEMA["properties"]["memory"]["properties"].keys()
@@ -44,9 +43,9 @@ def test_a_model_that_can_be_served_has_every_part(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        (SHAPES, ("dtype=float99",)),
-        (SHAPES, ("rolling_batch=vllm",)),
-        (SHAPES, ("tensor_parallel_degree=3",)),
+        (str(SHAPES), ("dtype=float99",)),
+        (str(SHAPES), ("rolling_batch=vllm",)),
+        (str(SHAPES), ("tensor_parallel_degree=3",)),
         ("org/not-here", ()),
         ("s3://bucket/prefix/", ()),
         (None, ()),

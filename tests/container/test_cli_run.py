@@ -20,17 +20,16 @@ import httpx
 import openai
 import pytest
 
+from container.access import Keys
 from container.cli import main
 from container.flags import FlagError, read_flags
-from container.keys import Keys
 from engine.errors import ModelLoadError
-from handlers.backends.model_front import ModelFront
+from handlers.backends.rolling.model_front import ModelFront
 from properties.configuration import resolve
 from properties.settings import Settings
 from tests.support.live import LiveServer, message
+from tests.support.shapes import PICTURES, ROOT, SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
-PICTURES = SHAPES / "pictures"
 OWN = ("--json", "--help", "-h")
 
 
@@ -206,12 +205,12 @@ def test_a_key_counts_wherever_it_is_written(tmp_path: Path, name: str) -> None:
 
 SHOW = """
 import sys
-import container.start
+import container.server
 def show(configuration, build):
     settings = configuration.settings
     sys.stderr.write(f"{{settings.host}} {{settings.port}}")
     return 0
-container.start.serve = show
+container.server.serve = show
 from container.cli import {main}
 raise SystemExit({main}())
 """
@@ -277,7 +276,7 @@ def test_the_command_of_vllms_old_page_with_another_programs_name(
 
 
 def test_the_table_of_the_offline_page_is_true() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "offline.md").read_text()
+    page = (ROOT / "docs" / "offline.md").read_text()
     rows = re.findall(r"^\| `(--[^`]+)` \| ([^|]+) \|$", page, re.MULTILINE)
     assert {row.split()[0] for row in PAGE.strip().splitlines()} < {flag.split()[0] for flag, _ in rows}
     for flag, here in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,10 +22,10 @@ from container.openapi.document import document
 from container.routes import every
 from handlers.protocols.openai.chat import ChatBody
 from handlers.protocols.openai.completions import CompletionBody
-from handlers.protocols.tgi.generate import Parameters as TgiParameters
+from handlers.protocols.tgi.requests import TgiParameters
 from tests.support.live import LiveServer
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 EXAMPLES = 6
 """Requests for each operation and kind of body."""
 

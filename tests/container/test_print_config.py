@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from container.cli import main
-from container.configured import SERVE_DEFAULTS, configured
+from container.config import SERVE_DEFAULTS, configured
 
 GIVEN = (
     "dtype=fp16",

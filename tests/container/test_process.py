@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.scripted_server import HERE, ServerProcess
+from tests.support.scripted_server import ServerProcess
+from tests.support.shapes import ROOT, SHAPES
 
 
 def order(**fields: object) -> dict[str, object]:
@@ -155,7 +156,7 @@ UNSERVED = {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
 def test_a_users_mistake_is_one_line(
     tmp_path: Path, change: dict[str, bytes], options: list[str], told: str
 ) -> None:
-    shutil.copytree(HERE.parent.parent / "examples" / "shapes", tmp_path / "m")
+    shutil.copytree(SHAPES, tmp_path / "m")
     for name, content in change.items():
         (tmp_path / "m" / name).write_bytes(content)
     model = [] if any(option.startswith("model_id") for option in options) else [str(tmp_path / "m")]
@@ -255,7 +256,7 @@ def test_a_model_py_that_is_not_used_is_told(tmp_path: Path) -> None:
     code = "from djl_python import Input\n\n@init_handler\ndef init(inputs): pass\n\ndef model_fn(folder): pass\n"
     (tmp_path / "model.py").write_text(code)
     command = [sys.executable, "-m", "container", "serve", str(tmp_path), "--port", "0"]
-    found = subprocess.run(command, cwd=HERE.parent.parent, check=False, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert found.returncode == 1, "its config.json says nothing"
     assert (
         "model.py of the model is not used: it defines neither handle nor a formatter"
@@ -272,15 +273,13 @@ def test_a_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
 
 def test_help_needs_no_torch() -> None:
     code = "import sys, container.cli as c; sys.argv[1:] = ['--help']; sys.modules['torch'] = None; c.main()"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE.parent.parent, check=True, capture_output=True, text=True
-    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert "serve" in found.stdout
 
 
 def test_check_is_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "container", "check", str(tmp_path), "--json", "--option", "dtype=int3"]
-    found = subprocess.run(command, cwd=HERE.parent.parent, check=False, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert found.returncode == 1
     assert "option.dtype = 'int3'" in json.loads(found.stdout)["errors"][0]
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from container.cors import Cors
+from container.access import Cors
 from container.routes import MethodNotAllowed, every, find
 from handlers.errors import NotFound
 from tests.support.scripted_server import ServerProcess

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.live.test_shapes import circle
 from tests.support.live import LiveServer
+from tests.support.shapes import ROOT, circle
 
-DOCKER = Path(__file__).parents[2] / "docker"
+DOCKER = ROOT / "docker"
 _METRIC = re.compile(r"\b((?:lmi|process)_\w+)")
 
 

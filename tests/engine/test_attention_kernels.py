@@ -224,7 +224,7 @@ def test_what_a_token_of_a_span_sees(pass_windows: bool, seen: set[int]) -> None
 
 def test_varlen_is_not_chosen_for_spans_and_caps() -> None:
     shape = CacheShape(1, 1, 256, 1, 64, torch.bfloat16, torch.device("cuda"), special=True)
-    assert "seen both ways" in str(AttentionKernel.unsupported.__func__(VarlenKernel, shape))  # type: ignore[attr-defined]
+    assert "bidirectional spans" in str(AttentionKernel.unsupported.__func__(VarlenKernel, shape))  # type: ignore[attr-defined]
     assert AttentionKernel.unsupported.__func__(GatherKernel, shape) is None  # type: ignore[attr-defined]
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from engine.client import EngineClient
 from engine.sampling_params import SamplingParams
-from tests.engine.test_process import answer, config, running
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer, config, running
 from tests.support.exactness import PromptMaker, check_random_load
 from tests.support.models import make_text_model
 

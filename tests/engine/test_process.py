@@ -18,9 +18,10 @@ from engine.client import EngineClient, OutputStream
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
 from engine.group import EngineGroup
-from engine.messages import Add, Output
+from engine.messages import Add
 from engine.sampling_params import SamplingParams
 from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
+from tests.support.engine_process import answer, config, finish, running
 from tests.support.models import make_llava
 
 
@@ -61,20 +62,6 @@ def two_ranks(llava: Path) -> Iterator[Kept]:
         yield found
 
 
-def config(path: Path, **settings: object) -> EngineConfig:
-    defaults = {"dtype": "float32", "kv_cache_bytes": 4 << 20, "threads": 1}
-    return EngineConfig(model_path=str(path), **{**defaults, **settings})  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
-    try:
-        await client.start()
-        yield client
-    finally:
-        await client.stop()
-
-
 @asynccontextmanager
 async def running_group(configs: Sequence[EngineConfig], **settings: float) -> AsyncIterator[EngineGroup]:
     group = EngineGroup(configs, **settings)  # type: ignore[arg-type]
@@ -88,19 +75,6 @@ async def running_group(configs: Sequence[EngineConfig], **settings: float) -> A
 def endless(tokens: int = 400) -> Add:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     return Add(0, [5, 6, 7], params, [0], EOS)
-
-
-async def finish(stream: OutputStream) -> list[Output]:
-    outputs: list[Output] = []
-    while not outputs or outputs[-1].finish is None:
-        outputs += await stream.get()
-    return outputs
-
-
-async def answer(client: EngineClient, add: Add) -> list[int]:
-    stream = OutputStream()
-    client.submit(add, stream)
-    return [token for output in await finish(stream) for token in output.token_ids]
 
 
 async def fails(stream: OutputStream) -> None:

@@ -15,12 +15,12 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.loader import load_model
 from engine.weights import weight_files
-from handlers.backends.model_front import ModelFront
-from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.rolling.model_front import ModelFront
+from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.vllm.options.weights import vllm_load_format
 from handlers.errors import ImageError
-from tests.handlers.backends.test_mistral_format import configure
-from tests.handlers.images.test_embeddings import loaded as uploaded
+from tests.support.checked import configure
+from tests.support.embeddings import loaded as uploaded
 from tests.support.models import make_llava
 from tests.support.saved_tensors import Planted, part, saved
 

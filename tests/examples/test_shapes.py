@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes"
+from tests.support.shapes import SHAPES
+
 sys.path.insert(0, str(SHAPES))
 
-import questions  # noqa: E402
-import tokenizer  # noqa: E402
-import world  # noqa: E402
+import questions
+import tokenizer
+import world
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

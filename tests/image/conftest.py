@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.images import SHAPES, CannotBuild, build
+from tests.image.images import CannotBuild, build
 from tests.image.running import Container, free_port
+from tests.support.shapes import SHAPES
 
 HERE = Path(__file__).parent
 

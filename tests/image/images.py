@@ -20,8 +20,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SHAPES = ROOT / "examples" / "shapes"
+from tests.support.shapes import ROOT
+
 CACHE = Path(os.environ.get("LMI_IMAGE_CACHE") or "~/.cache/lmi-image").expanduser()
 IMAGE = "localhost/lmi-handler:cpu"
 

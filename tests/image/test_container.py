@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.image.images import SHAPES, podman
+from tests.image.images import podman
 from tests.image.running import Container, free_port, run
-from tests.live.test_shapes import circle, square
 from tests.support.live import chat_body
+from tests.support.shapes import SHAPES, circle, square
 
 WHAT = "What is this an image of?"
 OFFLINE = ("--network=none", "--read-only", "--tmpfs=/tmp:rw,size=64m,mode=1777")

@@ -17,13 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.live.test_shapes import circle
 from tests.support.live import LiveServer, data_url
+from tests.support.shapes import PICTURES, ROOT, SHAPES, circle
 
-ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / "tests" / "clients"
-SHAPES = ROOT / "examples" / "shapes"
-PICTURES = SHAPES / "pictures"
 RED_CIRCLE = {"shapes": [{"color": "red", "shape": "circle"}]}
 
 

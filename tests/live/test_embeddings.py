@@ -8,18 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
-from tests.handlers.images.test_embeddings import Shell
-from tests.live.test_shapes import SHAPES, circle, square
+from tests.support.embeddings import WHAT, Shell, answer, body, post
 from tests.support.live import LiveServer, chat_body, data_url
-from tests.support.saved_tensors import bomb, part, saved
-
-WHAT = "What is this an image of?"
+from tests.support.saved_tensors import bomb, saved
+from tests.support.shapes import SHAPES, circle, square
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +39,6 @@ def features(image: Image.Image) -> torch.Tensor:
         rows = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
     found: torch.Tensor = rows.clone()
     return found
-
-
-def body(*things: Any, text: str = WHAT, **fields: Any) -> dict[str, Any]:
-    content = [part(thing) for thing in things] + [{"type": "text", "text": text}]
-    return {
-        "messages": [{"role": "user", "content": content}],
-        "temperature": 0,
-        "max_tokens": 32,
-        **fields,
-    }
-
-
-def post(server: LiveServer, asked: dict[str, Any], route: str = "/v1/chat/completions") -> httpx.Response:
-    return server.http.post(route, json=asked)
-
-
-def answer(server: LiveServer, asked: dict[str, Any]) -> str:
-    reply = post(server, asked)
-    assert reply.status_code == 200, reply.text
-    return str(reply.json()["choices"][0]["message"]["content"])
 
 
 @pytest.mark.parametrize("image", [circle("red"), square("blue"), circle("green", "black")])

@@ -23,10 +23,10 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from tests.handlers.images.test_decode import png
 from tests.support.backend import BACK, VLLM
 from tests.support.engine_driver import Oracle, Prompt, random_image
-from tests.support.live import LiveServer, chat_body, data_url
+from tests.support.image_files import png
+from tests.support.live import LiveServer, chat_body, data_url, running, until_idle
 
 FLOAT32 = "dtype=float32"
 
@@ -194,17 +194,6 @@ def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> N
         finally:
             stop.set()
     assert sorted(latencies)[-3] < statistics.median(answers) / 2, (latencies, answers)
-
-
-def running(server: LiveServer) -> float:
-    metrics = server.metrics()
-    return metrics["lmi_requests_running"] + metrics["lmi_requests_in_flight"]
-
-
-def until_idle(server: LiveServer, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while running(server) > 0:
-        assert time.monotonic() < end, f"still running after {seconds} s"
 
 
 def test_a_client_that_goes_away_frees_the_engine_before_its_answer_ends(server: LiveServer) -> None:

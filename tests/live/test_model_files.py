@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.handlers.protocols.test_tools_chat import SHAPES, tool
 from tests.support.live import LiveServer
+from tests.support.shapes import SHAPES
+from tests.support.tools import tool
 
 NOW = tool("now", {"type": "object", "properties": {"zone": {"type": "string"}}})
 

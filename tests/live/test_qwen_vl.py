@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from tests.live.test_embeddings import answer, body, post
+from tests.support.embeddings import answer, body, post
 from tests.support.live import LiveServer, chat_body, message
 from tests.support.saved_tensors import encoded
 from tests.support.tiny_qwen_vl import FAMILIES, HIDDEN, IMAGE, make_qwen_vl

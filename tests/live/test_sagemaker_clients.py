@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EventStreamError
 
-from tests.live.test_shapes import circle, square
 from tests.support.live import LiveServer, data_url, message
 from tests.support.sagemaker_front import ENDPOINT, KEYS, REGION, SageMakerFront
 from tests.support.scripted_server import ServerProcess
+from tests.support.shapes import circle, square
 
 CIRCLE, SQUARE = circle("red"), square("blue")
 WHAT = "What is this an image of?"

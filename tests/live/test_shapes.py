@@ -12,12 +12,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from tests.support.live import LiveServer, data_url, message
-
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
-PICTURES = SHAPES / "pictures"
+from tests.support.shapes import PICTURES, SHAPES, circle, square
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +26,6 @@ def server(shapes_server: LiveServer) -> LiveServer:
 @pytest.fixture(scope="module")
 def client(server: LiveServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
-
-
-def circle(color: str, background: str = "white", size: tuple[int, int] = (320, 240)) -> Image.Image:
-    image = Image.new("RGB", size, background)
-    width, height = size
-    radius = min(size) * 0.3
-    box = (width / 2 - radius, height / 2 - radius, width / 2 + radius, height / 2 + radius)
-    ImageDraw.Draw(image).ellipse(box, fill=color)
-    return image
-
-
-def square(color: str, background: str = "white") -> Image.Image:
-    image = Image.new("RGB", (200, 200), background)
-    ImageDraw.Draw(image).rectangle((60, 60, 140, 140), fill=color)
-    return image
 
 
 def ask(client: openai.OpenAI, *content: str | Image.Image, history: list[dict] | None = None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -16,8 +15,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from tests.support.live import LiveServer, chat_body, data_url
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 COLORS = ["red", "green", "blue", "yellow", "orange", "purple", "black", "white"]
 KINDS = ["circle", "square", "triangle", "star", "cross"]
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from engine.machine import computes_bfloat16
-from handlers.backends.rolling_plan import plan_engines
+from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.select import choose_for
 from handlers.custom.find import find_handler
 from properties.configuration import Configuration, ConfigurationError, resolve
 from properties.lmi_handlers import HANDLERS
 from tests.support.live import LiveServer
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
 ASYNC = "djl_python.lmi_vllm.vllm_async_service"
 LMCACHE = 'option.kv_transfer_config={"kv_connector":"LMCacheConnectorV1", "kv_role":"kv_both"}'

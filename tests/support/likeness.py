@@ -30,10 +30,10 @@ from handlers.request import (
     Message,
     TextPart,
 )
-from tests.engine.test_process import answer, config, running
-from tests.handlers.backends.test_model_facts import learned
-from tests.handlers.backends.test_rolling import loaded, tokens
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer, config, running
+from tests.support.model_front import learned
+from tests.support.rolling import loaded, tokens
 
 
 @st.composite
@@ -63,7 +63,7 @@ def check_front(path: Path) -> None:
     assert preprocessor is not None
     assert preprocessor.to_bytes() is not None
     found = learned(path)
-    assert found["heavy"] == (["torch"] if preprocessor.facts.recipe.with_torch else [])
+    assert found["heavy"] == (["torch"] if preprocessor.metadata.recipe.with_torch else [])
     prepared = preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
     assert found["tokens"] == len(prepared.token_ids)
     assert found["pixels"] == float(prepared.tensors["pixel_values"].sum())

@@ -150,3 +150,14 @@ def message(*content: str | Image.Image, role: str = "user") -> dict[str, Any]:
 
 def chat_body(*content: str | Image.Image, **fields: Any) -> dict[str, Any]:
     return {"messages": [message(*content)], "temperature": 0, "max_tokens": 16, **fields}
+
+
+def running(server: LiveServer) -> float:
+    metrics = server.metrics()
+    return metrics["lmi_requests_running"] + metrics["lmi_requests_in_flight"]
+
+
+def until_idle(server: LiveServer, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while running(server) > 0:
+        assert time.monotonic() < end, f"still running after {seconds} s"

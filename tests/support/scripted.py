@@ -171,7 +171,7 @@ class Watched:
 def service(backend: ScriptedBackend, pictures: Pictures | None = None, **options: Any) -> Service:
     own = {
         name: options.pop(name)
-        for name in ("observer", "output_formatter", "tgi_compat", "formats", "sessions")
+        for name in ("observer", "output_formatter", "tgi_compat", "formats", "gates")
         if name in options
     }
     limits = ServiceLimits(**options)

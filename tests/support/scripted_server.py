@@ -28,8 +28,7 @@ from handlers.errors import EngineFailed, Unavailable
 from handlers.request import ChatPrompt, GenerationRequest, TextPart
 from tests.support.scripted import ScriptedBackend, Step
 from tests.support.scripted_adapters import scripted_adapters
-
-HERE = Path(__file__).resolve()
+from tests.support.shapes import ROOT
 
 
 class ObedientBackend(ScriptedBackend):
@@ -110,7 +109,7 @@ class ServerProcess:
         chosen = (*(() if model is None else (str(model),)), *(() if port is None else ("--port", str(port))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, command, *chosen, *arguments],
-            cwd=HERE.parents[2],
+            cwd=ROOT,
             env={**os.environ, **environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

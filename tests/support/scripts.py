@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.shapes import ROOT
 
 
 def run_script(folder: Path, text: str, *arguments: object) -> str:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import FuyuConfig, FuyuForCausalLM, FuyuImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    FuyuConfig,
+    FuyuForCausalLM,
+    FuyuImageProcessorPil,
+    FuyuProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from tests.support.models import VOCAB, write_generation_config
 
@@ -55,3 +63,10 @@ def make_fuyu(path: Path, *, seed: int = 0) -> Path:
     ).save_pretrained(path)
     write_generation_config(path)
     return path
+
+
+def patches_of(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
+    """As transformers' joint processor cuts them."""
+    both = FuyuProcessor(processor, make_tokenizer())
+    patches = [both(text="a", images=[image])["image_patches"].reshape(-1, 300) for image in images]
+    return {"image_patches": torch.cat(patches)[None]}

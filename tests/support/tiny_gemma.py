@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
     Gemma3Config,
@@ -93,3 +94,9 @@ def _save(model: PreTrainedModel, path: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(path)
     write_generation_config(path)
+
+
+def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
+    """token_type_ids: Gemma 3 wants to know which tokens are images, PaliGemma which are the prompt's."""
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, "token_type_ids": (ids == SOFT).long()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -63,3 +65,8 @@ def make_llava_onevision(path: Path, *, seed: int = 0, most_tiles: int = 5) -> P
         vision_aspect_ratio=f"anyres_max_{most_tiles}",
     )
     return path
+
+
+def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
+    """Of one prompt: transformers tells the images of a prompt by the nested list."""
+    return dict(processor([images], return_tensors="pt"))

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessorPil
+from PIL import Image
+from transformers import (
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaImageProcessorPil,
+)
 
 from tests.support.models import VOCAB, make_tokenizer, write_generation_config
 
@@ -55,3 +60,16 @@ def make_mllama(path: Path, *, seed: int = 0, **text: Any) -> Path:
     MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=4).save_pretrained(path)
     write_generation_config(path)
     return path
+
+
+def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
+    """As transformers' joint processor makes them, which finds the image tokens in the ids."""
+    from transformers.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )
+
+    out = dict(processor([images], return_tensors="pt"))
+    spans = get_cross_attention_token_mask(ids[0].tolist(), VOCAB)
+    mask = convert_sparse_cross_attention_mask_to_dense([spans], out.pop("num_tiles"), 4, ids.shape[1])
+    return {**out, "cross_attention_mask": torch.from_numpy(mask)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
     LlavaConfig,
@@ -77,3 +78,7 @@ def make_pixtral(path: Path, *, merge: int = 1, seed: int = 0) -> Path:
         spatial_merge_size=merge,
     )
     return path
+
+
+def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
+    return dict(processor(images, patch_size=UNIT, return_tensors="pt"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -120,3 +121,7 @@ def _write_processor_files(
     (path / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 256, "eos_token_id": [257, 263], "pad_token_id": 258})
     )
+
+
+def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
+    return {**processor(images, return_tensors="pt"), "mm_token_type_ids": (ids == IMAGE).int()}

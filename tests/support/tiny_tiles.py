@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     GenerationConfig,
     GotOcr2ImageProcessor,
@@ -118,3 +119,7 @@ def _write_processor(path: Path, settings: dict[str, Any]) -> None:
     preprocessor = path / "preprocessor_config.json"
     known = json.loads(preprocessor.read_text()) | {"processor_class": settings["processor_class"]}
     preprocessor.write_text(json.dumps(known))
+
+
+def inputs(processor: Any, images: list[Image.Image], _: Any) -> dict[str, Any]:
+    return {"pixel_values": processor(images, crop_to_patches=True, return_tensors="pt")["pixel_values"]}

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.live.test_shapes import SHAPES, circle
 from tests.support.live import LiveServer, chat_body
+from tests.support.shapes import SHAPES, circle
 
 WHAT = "What is this an image of?"
 RIGHT = "a red circle"

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.live.test_shapes import SHAPES, circle
 from tests.support.backend import BACK
 from tests.support.live import LiveServer, chat_body
 from tests.support.saved_tensors import Planted
+from tests.support.shapes import SHAPES, circle
 from tests.vllm_live.trained_adapter import train_adapter
 
 WHAT = "What is this an image of?"

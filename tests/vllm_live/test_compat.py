@@ -13,9 +13,7 @@ from handlers.backends.vllm import compat
 from handlers.backends.vllm.options.fields import architectures
 from handlers.backends.vllm.options.tested import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.errors import InvalidConfiguration
-
-OLDER = Path(sys.prefix, "older")
-"""Where `make install-vllm` puts an older version beside the one that serves."""
+from tests.support.backend import OLDER
 
 OTHERS = [OLDER, *map(Path, filter(None, os.environ.get("LMI_TEST_VLLM", "").split(os.pathsep)))]
 """LMI_TEST_VLLM names more: unpacked wheels, whose shared libraries are not needed."""

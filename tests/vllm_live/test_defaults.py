@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.config import ModelConfig
 
-from handlers.backends.model_front import read_default_sampling
+from handlers.backends.rolling.model_front import read_default_sampling
 from handlers.backends.vllm.prompts.front import generation_defaults
 from tests.support.models import make_text_model
 

@@ -12,12 +12,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.live.test_end_to_end import until_idle
-from tests.live.test_shapes import SHAPES, circle
 from tests.support.backend import BACK
-from tests.support.live import LiveServer, chat_body
+from tests.support.live import LiveServer, chat_body, until_idle
 from tests.support.models import VLLM_SIZE, make_text_model
 from tests.support.scripts import run_script
+from tests.support.shapes import SHAPES, circle
 
 WHAT = "What is this an image of?"
 LONG = {"max_tokens": 3000, "ignore_eos": True}

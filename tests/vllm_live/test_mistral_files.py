@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.live.test_shapes import SHAPES, circle
 from tests.support.likeness import noise
 from tests.support.live import LiveServer, chat_body, message
+from tests.support.shapes import SHAPES, circle
 from tests.support.tiny_mistral import UNIT, make_mistral
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.handlers.offline.test_old_pages import tower_features
-from tests.live.test_shapes import PICTURES, SHAPES
 from tests.support.scripts import run_script
+from tests.support.shapes import PICTURES, SHAPES, tower_features
 
 SCRIPT = """
 import sys

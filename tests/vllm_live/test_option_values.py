@@ -16,8 +16,8 @@ from handlers.backends.vllm.options.fields import engine_argument_names
 from properties.configuration import resolve
 from properties.legacy import IGNORED
 from properties.problem import ConfigurationError
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 CPU = Machine((), Device("host memory", 16 << 30))
 
 

@@ -20,8 +20,8 @@ from handlers.backends.vllm.options.fields import engine_argument_names
 from handlers.backends.vllm.options.precision import served_dtype
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 CPU = Machine((), Device("host memory", 16 << 30))
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
 
 from tests.support.live import LiveServer, message
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
 OPTIONS = ("dtype=float32", 'limit_mm_per_prompt={"image": 4}')
 QUESTIONS = (
     "What is this an image of?",

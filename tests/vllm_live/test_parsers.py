@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.model_facts import load_tokenizer
+from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
 from handlers.backends.vllm.backend import VllmBackend
@@ -34,9 +34,9 @@ from handlers.parsers.base import (
 from handlers.parsers.reasoning import ReasoningThenCalls
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
-from tests.live.test_shapes import SHAPES
+from tests.support.backend import OLDER
 from tests.support.live import LiveServer
-from tests.vllm_live.test_compat import OLDER
+from tests.support.shapes import SHAPES
 
 TOOLS: list[dict[str, Any]] = [
     {

@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.live.test_shapes import SHAPES
+from tests.support.shapes import ROOT, SHAPES
 from tests.vllm_live.trained_adapter import train_adapter
-
-ROOT = Path(__file__).parent.parent.parent
 
 SCRIPT = """
 import asyncio, json, os, sys

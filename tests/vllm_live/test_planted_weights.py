@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from handlers import LLM, SamplingParams
 from handlers.errors import InvalidRequest, ServingError
-from tests.live.test_shapes import SHAPES
 from tests.support.saved_tensors import Planted
+from tests.support.shapes import SHAPES
 
 OPTIONS = {
     "rolling_batch": "vllm",

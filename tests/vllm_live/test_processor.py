@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,8 @@ from handlers.backends.vllm import compat
 from handlers.backends.vllm.prompts.sampling import to_vllm
 from handlers.backends.vllm.samplers import rows as processor_rows
 from handlers.backends.vllm.samplers.carried import KEY, PROCESSOR, wanted
-from tests.engine.test_samplers_extra import EOS, KINDS, random_logits
+from tests.support.sampling import EOS, KINDS, random_logits
+from tests.support.shapes import ROOT
 
 VOCABULARY = 300
 MOST = 64
@@ -328,9 +328,7 @@ def test_what_is_loaded_into_the_engines_process_is_light() -> None:
         f"import {PROCESSOR.partition(':')[0]};"
         "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
-    found = subprocess.run(
-        [sys.executable, "-P", "-c", look], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    found = subprocess.run([sys.executable, "-P", "-c", look], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr[-2000:]
     assert set(eval(found.stdout.splitlines()[-1])) <= {"engine", "handlers", "vllm"}
 

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.live.test_shapes import SHAPES, circle, square
 from tests.support.live import LiveServer, chat_body
+from tests.support.shapes import SHAPES, circle, square
 
 WHAT = "What is this an image of?"
 LONG: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}

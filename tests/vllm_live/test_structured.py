@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.live.test_shapes import SHAPES, circle, square
 from tests.support.live import LiveServer
+from tests.support.shapes import SHAPES, circle, square
 
 WHAT = "What is this an image of?"
 SCHEMA = {

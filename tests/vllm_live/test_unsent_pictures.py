@@ -13,8 +13,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.live.test_shapes import SHAPES
 from tests.support.live import LiveServer, chat_body
+from tests.support.shapes import SHAPES
 
 
 @pytest.fixture(scope="module")

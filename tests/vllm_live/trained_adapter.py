@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from tests.live.test_shapes import SHAPES, circle, square
+from tests.support.shapes import SHAPES, circle, square
 
 RANK = 8
 STEPS = 30

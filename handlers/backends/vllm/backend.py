@@ -24,8 +24,7 @@ from handlers.backends.base import (
     TokenizedPrompt,
     compute_type,
 )
-from handlers.backends.limits import checked_sampling, checked_tokens, longest_prompt
-from handlers.backends.model_facts import load_tokenizer
+from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.tokens import detokenized, rendered_prompt, skipped_tokens, tokenized
 from handlers.backends.vllm.adapters.store import LoadedAdapter, VllmAdapters
 from handlers.backends.vllm.answers.generation import VllmGeneration
@@ -45,6 +44,7 @@ from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vl
 from handlers.backends.vllm.samplers.carried import with_breakers
 from handlers.errors import InvalidRequest, Overloaded, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
+from handlers.prompts.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.request import pictures
 
 if TYPE_CHECKING:

@@ -1,35 +1,91 @@
-"""The LMI body: `inputs`, `parameters`, `stream`. From the body to a `Task`."""
+"""The LMI body: `inputs`, `parameters`, `stream`. From the body to a `Task`.
+
+Names, defaults and bounds are those of the LMI input and output schema (djl-serving's documentation).
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.base import MAX_PROMPTS, Conventions, Task
-from handlers.protocols.body import convert
-from handlers.protocols.json_lines import JsonLines
-from handlers.protocols.lmi.parameters import (
-    NAMES,
-    PARAMETER_NAMES,
-    READ,
-    Parameters,
-    constraint_of,
-    read_parameters,
-    read_sampling,
+from handlers.protocols.base import (
+    MAX_ANSWERS,
+    MAX_PROMPTS,
+    Conventions,
+    Task,
+    TokenCount,
+    TokenId,
+    sampling_params,
 )
-from handlers.protocols.lmi.reply import LmiWriter
-from handlers.protocols.lmi.sagemaker import wants_lines
-from handlers.protocols.lmi.tgi_compat import tgi_writer
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import GUIDED, read_constraint
+from handlers.protocols.lmi.replies import JsonLines, LmiTgiWriter, LmiWriter
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.completions_reply import CompletionWriter
-from handlers.request import GenerationRequest, TextPrompt
+from handlers.protocols.sampler_fields import SamplerFields, sampler_values
+from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
+from handlers.request import Constraint, GenerationRequest, TextPrompt
 
 log = logging.getLogger(__name__)
+
+INVOKE_ROUTES = frozenset({"/invocations", "/predictions/{model}", "/models/{model}/invoke"})
+"""The routes on which LMI takes every schema."""
+
+DEFAULT_NEW_TOKENS = 30
+
+_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
+_Bias = Annotated[float, Meta(ge=-100, le=100)]
+_Candidates = Annotated[int, Meta(ge=0, le=20)]
+
+
+class LmiParameters(SamplerFields, kw_only=True):
+    """What LMI documents, and how its runtimes call the same things (`stop`, `max_tokens`, `logprobs`)."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    do_sample: bool | None = None
+    stop_sequences: str | _StopStrings | None = None
+    stop: str | _StopStrings | None = None
+    ignore_eos_token: bool | None = None
+    logit_bias: dict[TokenId, _Bias] | None = None
+    return_full_text: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    top_n_tokens: _Candidates | None = None
+    logprobs: _Candidates | bool | None = None
+    truncate: TokenCount | None = None
+    n: int | None = None
+    best_of: int | None = None
+
+    @property
+    def top_tokens(self) -> int:
+        """Candidates to show at each position."""
+        return self.top_n_tokens or int(self.logprobs or 0)
+
+    @property
+    def prefill(self) -> bool:
+        """Whether the prompt's own tokens are shown."""
+        return bool(
+            self.details and (self.decoder_input_details or self.prompt_logprobs not in (None, False))
+        )
+
+    @property
+    def answers(self) -> int:
+        """How many to generate: as many as are returned, or more to choose the best from."""
+        return max(self.n or 1, self.best_of or 1)
+
+    @property
+    def returned(self) -> int:
+        """How many to return; `best_of` alone returns all, the best first."""
+        return self.answers if self.n is None else self.n
 
 
 class LmiBody(msgspec.Struct):
@@ -40,7 +96,25 @@ class LmiBody(msgspec.Struct):
     model: str | None = None
 
 
-_NAMES = KnownNames(LmiBody.__struct_fields__, inside=READ)
+_SHOWN = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "logprobs": "top_n_tokens"}
+_FIELDS: Mapping[str, str] = {
+    name: f"parameters.{_SHOWN.get(name, name)}" for name in SamplingParams.__struct_fields__
+} | {"stop": "parameters.stop_sequences"}
+"""A field of SamplingParams -> what the client calls it."""
+
+_WITHOUT_EFFECT = frozenset(
+    {"watermark", "length_penalty", "early_stopping", "num_beams", "spaces_between_special_tokens"}
+)
+_CONSTRAINTS = frozenset(
+    {*GUIDED, "guided_whitespace_pattern", "grammar", "response_format", "structured_outputs"}
+)
+_KNOWN = _CONSTRAINTS | {*LmiParameters.__struct_fields__, *_WITHOUT_EFFECT}
+_PARAMETER_NAMES = KnownNames(_CONSTRAINTS | {*LmiParameters.__struct_fields__}, _WITHOUT_EFFECT)
+_READ = {name: f"parameters.{name}" for name in (*LmiParameters.__struct_fields__, *_CONSTRAINTS)}
+"""A parameter -> its path in a body."""
+
+
+_BODY_NAMES = KnownNames(LmiBody.__struct_fields__, inside=_READ)
 
 
 def read_lmi(
@@ -59,7 +133,7 @@ def read_lmi(
     for name in body.keys() - LmiBody.__struct_fields__:
         log.debug("unknown field ignored: %.80s", name)
     given = asked.parameters or {}
-    parameters = read_parameters(given)
+    parameters = _read_parameters(given)
     if conventions.tgi_compat and parameters.details is None:
         parameters.details = True
     many = isinstance(asked.inputs, list)
@@ -69,14 +143,14 @@ def read_lmi(
     stream = _streams(asked.stream, len(prompts), parameters, conventions)
     adapters = _adapters(asked.adapters, adapter, len(prompts))
     details = bool(parameters.details)
-    sampling = read_sampling(
+    sampling = _read_sampling(
         parameters,
         conventions.sampling,
         shows_tokens=stream or details,
         shows_prompt=parameters.prefill and not stream,
     )
-    constraint = constraint_of(given)
-    misspelt = [*_NAMES.misspelt(body), *PARAMETER_NAMES.misspelt(given, "parameters")]
+    constraint = _constraint_of(given)
+    misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
     requests = [
         GenerationRequest(
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
@@ -89,7 +163,7 @@ def read_lmi(
             truncate_prompt_tokens=parameters.truncate,
             max_tokens_is_default=parameters.max_new_tokens is None and parameters.max_tokens is None,
             constraint=constraint,
-            names=NAMES,
+            names=_FIELDS,
         )
         for i, text in enumerate(prompts)
     ]
@@ -102,7 +176,7 @@ def read_lmi(
         )
         return Task(requests, completion, misspelt)
     if conventions.tgi_compat:
-        events = tgi_writer(prompts, requests, parameters, conventions)
+        events = _tgi_writer(prompts, requests, parameters, conventions)
         return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt)
     writer = LmiWriter(
         prompts,
@@ -118,7 +192,7 @@ def read_lmi(
     return Task(requests, writer, misspelt)
 
 
-def _streams(asked: bool | None, prompts: int, parameters: Parameters, conventions: Conventions) -> bool:
+def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, conventions: Conventions) -> bool:
     """What the client says; else what the operator's formatter does with a request that can be streamed."""
     single = prompts == 1 and parameters.answers == 1
     if asked is None:
@@ -147,3 +221,112 @@ def _wants_sse(accept: str, conventions: Conventions) -> bool:
     if "text/event-stream" in accept:
         return True
     return conventions.output_formatter == "sse" and not wants_lines(accept)
+
+
+def wants_lines(accept: str) -> bool:
+    """Whether an `Accept` header, in lower case, asks for JSON lines."""
+    return "jsonlines" in accept and "text/event-stream" not in accept
+
+
+def _tgi_writer(
+    prompts: list[str], requests: list[GenerationRequest], parameters: LmiParameters, conventions: Conventions
+) -> LmiTgiWriter:
+    """The writer of a task; a request that draws without a seed gets one, because the reply shows it."""
+    writers = []
+    for prompt, request in zip(prompts, requests, strict=True):
+        seeds: list[int | None] = [None] * request.n
+        if not request.sampling.greedy:
+            seeds = shown_seeds(request.sampling.seed, request.n)
+            request.sampling = msgspec.structs.replace(request.sampling, seed=seeds[0])
+        writers.append(
+            TgiWriter(
+                prompt,
+                details=bool(parameters.details),
+                prefill=request.sampling.prompt_logprobs is not None,
+                full_text=bool(parameters.return_full_text),
+                top_tokens=parameters.top_tokens,
+                seeds=seeds,
+                special_token_ids=conventions.special_token_ids,
+            )
+        )
+    return LmiTgiWriter(writers)
+
+
+def _read_parameters(given: dict[str, Any]) -> LmiParameters:
+    """Raises InvalidRequest naming the parameter."""
+    if given.get("num_beams") not in (None, 1):
+        raise InvalidRequest(
+            "parameters.num_beams: there is no beam search; best_of chooses the best of several answers",
+            param="parameters.num_beams",
+        )
+    parameters = convert(given, LmiParameters, under="parameters")
+    for name in ("n", "best_of"):
+        count = getattr(parameters, name)
+        if count is not None and not 1 <= count <= MAX_ANSWERS:
+            raise InvalidRequest(
+                f"parameters.{name} is {shown(count)}; allowed: from 1 to {MAX_ANSWERS}",
+                param=f"parameters.{name}",
+            )
+    if parameters.n is not None and parameters.best_of is not None and parameters.n > parameters.best_of:
+        raise InvalidRequest(
+            f"parameters.n is {parameters.n}, more than parameters.best_of ({parameters.best_of})",
+            param="parameters.n",
+        )
+    for name in given.keys() - _KNOWN:
+        log.debug("unknown parameter ignored: %.80s", name)
+    return parameters
+
+
+def _read_sampling(
+    parameters: LmiParameters, defaults: Mapping[str, Any], *, shows_tokens: bool, shows_prompt: bool
+) -> SamplingParams:
+    """Greedy unless asked otherwise, and 30 tokens, whatever the model's own defaults say. Engine names work, too.
+
+    shows_tokens, shows_prompt: whether the reply holds the answer's and the prompt's tokens with their
+    probabilities. Raises InvalidRequest.
+    """
+    stop = [*_strings(parameters.stop_sequences), *_strings(parameters.stop)]
+    if "" in stop:
+        raise InvalidRequest(
+            "parameters.stop_sequences: an empty string cannot end an answer",
+            param="parameters.stop_sequences",
+        )
+    asked = sampler_values(parameters) | {
+        "temperature": parameters.temperature if _samples(parameters) else 0.0,
+        "stop": tuple(stop) if stop else None,
+        "logit_bias": parameters.logit_bias,
+        "ignore_eos": parameters.ignore_eos_token or parameters.ignore_eos,
+        "logprobs": parameters.top_tokens if shows_tokens else 0 if parameters.answers > 1 else None,
+        "prompt_logprobs": 0 if shows_prompt else None,
+    }
+    if parameters.max_new_tokens is not None:
+        asked["max_tokens"] = parameters.max_new_tokens
+    if parameters.min_new_tokens is not None:
+        asked["min_tokens"] = parameters.min_new_tokens
+    return sampling_params(asked, {**defaults, "max_tokens": DEFAULT_NEW_TOKENS}, _FIELDS)
+
+
+def _constraint_of(given: dict[str, Any]) -> Constraint | None:
+    """What the answer must look like, in any of the words that LMI's backends take. Raises InvalidRequest."""
+    if not _CONSTRAINTS & given.keys():
+        return None
+    try:
+        constraint = read_constraint(
+            response_format=given.get("response_format"),
+            structured_outputs=given.get("structured_outputs"),
+            guided=given,
+            grammar=given.get("grammar"),
+        )
+    except InvalidRequest as error:
+        param = None if error.param is None else f"parameters.{error.param}"
+        raise InvalidRequest(f"parameters.{error.message}", param=param) from error
+    return constraint and replace(constraint, param=f"parameters.{constraint.param}")
+
+
+def _samples(parameters: LmiParameters) -> bool:
+    """LMI is greedy unless `do_sample` says otherwise or, without it, a temperature is given."""
+    return parameters.temperature is not None if parameters.do_sample is None else parameters.do_sample
+
+
+def _strings(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []

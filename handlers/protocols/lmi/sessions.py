@@ -9,14 +9,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from msgspec import Struct
 
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.exchange import Reply
+from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import JSON
 from handlers.protocols.body import shown_value
+from handlers.protocols.lmi.requests import INVOKE_ROUTES
 
 MOST_SESSIONS = 100_000
 """Open at a time."""
@@ -24,6 +26,20 @@ MOST_SESSIONS = 100_000
 _ID = "x-amzn-sagemaker-session-id"
 _NEW = "NEW_SESSION"
 _CLOSE = "CLOSE"
+_SCHEMAS = frozenset({"messages", "prompt", "inputs"})
+"""Keys of bodies that ask for an answer."""
+
+
+class SessionBody(Struct):
+    """Opens or closes a session."""
+
+    requestType: Literal["NEW_SESSION", "CLOSE"]
+
+
+class SessionReply(Struct, forbid_unknown_fields=True):
+    """Says what has been done."""
+
+    result: str
 
 
 class Sessions:
@@ -38,24 +54,28 @@ class Sessions:
         self._clock = clock
         self._ends: dict[str, float] = {}
 
-    def control(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Reply:
-        """Open or close a session, as `requestType` says.
+    def answer(self, body: Mapping[str, Any], incoming: Incoming) -> Reply | None:
+        """Returns the reply to a body that opens or closes a session; None for all others.
 
-        headers: names in lower case. Raises InvalidRequest, and Overloaded when too many are open.
+        Raises:
+            InvalidRequest: The body, or the session that a header names, is not valid.
+            Overloaded: Too many sessions are open.
         """
-        asked = body["requestType"]
+        named = incoming.headers.get(_ID, "")
+        if incoming.route in INVOKE_ROUTES and "requestType" in body and not _SCHEMAS & body.keys():
+            return self._control(body["requestType"], named)
+        if named:
+            self._require_enabled()
+            self._find(named)
+        return None
+
+    def _control(self, asked: object, named: str) -> Reply:
         if asked not in (_NEW, _CLOSE):
             raise InvalidRequest(
                 f"requestType is {shown_value(asked)}; allowed: {_NEW!r}, {_CLOSE!r}", param="requestType"
             )
         self._require_enabled()
-        return self._open() if asked == _NEW else self._close(headers.get(_ID, ""))
-
-    def check(self, headers: Mapping[str, str]) -> None:
-        """Raises InvalidRequest for a request that names a session that is not open."""
-        if named := headers.get(_ID):
-            self._require_enabled()
-            self._find(named)
+        return self._open() if asked == _NEW else self._close(named)
 
     def _open(self) -> Reply:
         self._forget_ended()
@@ -94,4 +114,4 @@ class Sessions:
 
 
 def _result(text: str, headers: dict[str, str]) -> Reply:
-    return Reply(200, JSON, msgspec.json.encode({"result": text}), headers=headers)
+    return Reply(200, JSON, msgspec.json.encode(SessionReply(text)), headers=headers)

@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_STOP_STRINGS, shown
-from handlers.backends.limits import MOST_TOKEN_IDS
 from handlers.errors import InvalidRequest
+from handlers.prompts.limits import MOST_TOKEN_IDS
 from handlers.protocols.body import refuse_unknown
 from handlers.protocols.constraints import GUIDED
 from handlers.protocols.misspelt import KnownNames

@@ -10,7 +10,7 @@ import msgspec
 from handlers.backends.base import PromptStats
 from handlers.errors import ServingError
 from handlers.protocols.base import SSE
-from handlers.protocols.error_replies import openai_error
+from handlers.protocols.openai.errors import openai_error
 from handlers.version import FINGERPRINT
 
 encode = msgspec.json.Encoder().encode

@@ -13,8 +13,8 @@ from engine.client import EngineClient
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
-from tests.engine.test_process import answer, config, running
 from tests.support.engine_driver import Oracle, Prompt, load_engine, random_image, run_all
+from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with
 from tests.support.tiny_chameleon import CODES, END, FIRST_WORD, SEPARATOR, START, make_chameleon
 

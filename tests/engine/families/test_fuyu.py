@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,11 +19,11 @@ from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
-from tests.engine.test_process import answer, config, running
 from tests.support.engine_driver import Oracle, Prompt
+from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load
 from tests.support.likeness import check_logprobs
-from tests.support.tiny_fuyu import ANSWER, BOS, SPEAKER, make_fuyu, make_tokenizer
+from tests.support.tiny_fuyu import ANSWER, BOS, SPEAKER, make_fuyu, make_tokenizer, patches_of
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -40,13 +38,6 @@ def images() -> list[Image.Image]:
 
 def joint(path: Path) -> FuyuProcessor:
     return FuyuProcessor(AutoImageProcessor.from_pretrained(path), make_tokenizer())
-
-
-def patches_of(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    """As transformers' joint processor cuts them."""
-    both = FuyuProcessor(processor, make_tokenizer())
-    patches = [both(text="a", images=[image])["image_patches"].reshape(-1, 300) for image in images]
-    return {"image_patches": torch.cat(patches)[None]}
 
 
 @pytest.fixture(scope="module")

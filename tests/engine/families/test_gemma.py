@@ -8,34 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.client import EngineClient
-from engine.families.gemma3 import Gemma3Facts, Gemma3Preprocessor
+from engine.families.gemma3 import Gemma3Metadata, Gemma3Preprocessor
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, ImagePart, Message, TextPart
-from handlers.templates import PromptRenderer
-from tests.engine.test_process import answer, config, running
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with, small_images
-from tests.support.tiny_gemma import END, GEMMA3_TEMPLATE, SOFT, START, make_gemma3, make_paligemma
+from tests.support.tiny_gemma import END, GEMMA3_TEMPLATE, SOFT, START, inputs, make_gemma3, make_paligemma
 
 MODELS = {
     "gemma3": make_gemma3,
     "paligemma": make_paligemma,
     "paligemma2": lambda path: make_paligemma(path, second=True),
 }
-
-
-def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    """token_type_ids: Gemma 3 wants to know which tokens are images, PaliGemma which are the prompt's."""
-    pixels = processor(images, return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixels, "token_type_ids": (ids == SOFT).long()}
 
 
 class PrefixOracle(Oracle):
@@ -165,10 +158,10 @@ def test_the_line_breaks_around_an_image_are_tokenised_with_the_text(tmp_path: P
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     start, soft, end = tokenizer.convert_tokens_to_ids(names[3:])
-    facts = Gemma3Facts(
+    metadata = Gemma3Metadata(
         image_token_id=soft, recipe=None, num_tokens=1, start_token_id=start, end_token_id=end
     )
-    written = Gemma3Preprocessor(facts).written(tokenizer)
+    written = Gemma3Preprocessor(metadata).written(tokenizer)
     for content_format in ("openai", "string"):
         renderer = PromptRenderer(
             tokenizer, GEMMA3_TEMPLATE, content_format, "<image_soft_token>",

@@ -25,12 +25,12 @@ from engine.families.tiles import TILES_AT_ONCE, encode_tiles
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers.request import Constraint
-from tests.engine.test_process import answer as answered
-from tests.engine.test_process import running
-from tests.handlers.backends.test_model_facts import learned
-from tests.handlers.backends.test_rolling import answer, loaded, request, tokens
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer as answered
+from tests.support.engine_process import running
 from tests.support.exactness import check_logprobs, check_random_load, expanded, image_of, prompts_with
+from tests.support.model_front import learned
+from tests.support.rolling import answer, loaded, request, tokens
 from tests.support.tiny_tiles import ROWS, TILE, make_idefics3
 
 SIZES = ((30, 40), (120, 4), (4, 120), (1, 1), (90, 60), (200, 190))

@@ -23,13 +23,13 @@ from engine.families.internvl import InternVLPreprocessor
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers.request import Constraint
-from tests.engine.test_process import answer as answered
-from tests.engine.test_process import running
-from tests.handlers.backends.test_model_facts import learned
-from tests.handlers.backends.test_rolling import answer, loaded, request, tokens
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer as answered
+from tests.support.engine_process import running
 from tests.support.exactness import check_logprobs, check_random_load, expanded, image_of, prompts_with
-from tests.support.tiny_tiles import ROWS, make_internvl
+from tests.support.model_front import learned
+from tests.support.rolling import answer, loaded, request, tokens
+from tests.support.tiny_tiles import ROWS, inputs, make_internvl
 
 SIZES = ((30, 40), (120, 4), (4, 120), (1, 1), (90, 60), (200, 190))
 BLACK = Image.new("RGB", (40, 60))
@@ -40,10 +40,6 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 @pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_internvl(tmp_path_factory.mktemp("models") / request.param, request.param)
-
-
-def inputs(processor: Any, images: list[Image.Image], _: Any) -> dict[str, Any]:
-    return {"pixel_values": processor(images, crop_to_patches=True, return_tensors="pt")["pixel_values"]}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,14 +29,9 @@ from tests.support.likeness import (
     sizes,
     text,
 )
-from tests.support.tiny_llava_onevision import TEMPLATE, make_llava_onevision
+from tests.support.tiny_llava_onevision import TEMPLATE, inputs, make_llava_onevision
 
 LENGTH = 320
-
-
-def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    """Of one prompt: transformers tells the images of a prompt by the nested list."""
-    return dict(processor([images], return_tensors="pt"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +21,14 @@ from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.pictures import PicturePreparer
+from handlers.backends.rolling.images import PicturePreparer
 from handlers.errors import ImageError
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
-from tests.engine.test_process import answer, config, running
 from tests.support.engine_driver import Oracle, Prompt, Result, collect, load_engine, run_all
+from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with
 from tests.support.models import VOCAB
-from tests.support.tiny_mllama import make_mllama
+from tests.support.tiny_mllama import inputs, make_mllama
 
 SIZES = ((20, 20), (60, 20), (20, 90), (200, 7), (7, 200), (57, 57))
 
@@ -38,19 +37,6 @@ def images() -> list[Image.Image]:
     random = np.random.default_rng(0)
     drawn = [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in SIZES]
     return [Image.fromarray(pixels) for pixels in drawn] + [Image.new("RGB", (30, 30))]
-
-
-def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    """As transformers' joint processor makes them, which finds the image tokens in the ids."""
-    from transformers.models.mllama.processing_mllama import (
-        convert_sparse_cross_attention_mask_to_dense,
-        get_cross_attention_token_mask,
-    )
-
-    out = dict(processor([images], return_tensors="pt"))
-    spans = get_cross_attention_token_mask(ids[0].tolist(), VOCAB)
-    mask = convert_sparse_cross_attention_mask_to_dense([spans], out.pop("num_tiles"), 4, ids.shape[1])
-    return {**out, "cross_attention_mask": torch.from_numpy(mask)}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +55,7 @@ def test_tokens_equal_generate_for_random_loads(model: tuple[Path, Oracle], seed
 def test_requests_wait_for_places_of_images_and_text_passes_them(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
     engine = load_engine(path, encoder_cache_bytes=2 * 34816)
-    assert engine.scheduler.image_places == 2
+    assert engine.scheduler.image_slots == 2
     some = images()
     prompts = [Prompt([*range(40, 50), some[n], some[n + 1], *range(60, 70)]) for n in (0, 2, 4)]
     prompts.append(Prompt([*range(40, 60)]))

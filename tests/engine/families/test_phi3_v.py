@@ -34,16 +34,16 @@ from engine.messages import EMBEDDINGS, TensorData
 from engine.sampling_params import SamplingParams
 from handlers import LLM
 from handlers import SamplingParams as OfflineParams
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, Constraint, ImagePart, Message, TextPart
-from handlers.templates import PromptRenderer
-from tests.container.test_check import CPU, report
-from tests.engine.test_process import answer as answered
-from tests.engine.test_process import config, running
-from tests.handlers.backends.test_model_facts import HEAVY, learned
-from tests.handlers.backends.test_rolling import answer, loaded, request, tokens
+from tests.support.checked import CPU, report
 from tests.support.engine_driver import EOS, Oracle, Prompt, load_engine, run_all
+from tests.support.engine_process import answer as answered
+from tests.support.engine_process import config, running
 from tests.support.exactness import check_logprobs, check_random_load, image_of, prompts_with
+from tests.support.model_front import HEAVY, learned
 from tests.support.models import make_text_model, make_tokenizer
+from tests.support.rolling import answer, loaded, request, tokens
 from tests.support.tiny_phi3_v import LIMIT, MOST, TEMPLATE, TILE, VISION, begin_with_bos, make_phi3_v
 
 IMAGE = 264
@@ -230,7 +230,7 @@ def pixels(request: pytest.FixtureRequest, model: Path) -> Phi3VPreprocessor:
 def test_pixels_and_tiles_equal_the_checkpoints_own(pixels: Phi3VPreprocessor, size: tuple[int, int]) -> None:
     image = image_of(*size, seed=sum(size))
     got = pixels.prepare(image)
-    want, (down, across) = prepared(image, pixels.facts.most)
+    want, (down, across) = prepared(image, pixels.metadata.most)
     assert got.tensors["grid"].tolist() == [down, across]
     np.testing.assert_array_equal(got.tensors["pixel_values"][1:], want[1:].numpy())
     # torch adds up in another order on some machines
@@ -418,7 +418,7 @@ def test_the_snippet_of_vllms_page(model: Path, oracle: Reference) -> None:
             {"img_processor": {"layer_idx": -5}},
             "layer_idx of this Phi-3 Vision is -5, but its tower has 3 layers",
         ),
-        ({"vision_config": {"image_size": 30}}, "no even number of patches"),
+        ({"vision_config": {"image_size": 30}}, "not an even number of patches"),
     ],
 )
 def test_what_is_not_served_is_said_before_loading(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +18,7 @@ from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.pictures import PicturePreparer
+from handlers.backends.rolling.images import PicturePreparer
 from handlers.errors import ImageError
 from handlers.request import (
     ChatPrompt,
@@ -30,7 +29,6 @@ from handlers.request import (
     LoadedImage,
     Message,
 )
-from tests.handlers.backends.test_rolling import loaded
 from tests.support.engine_driver import Oracle, Prompt
 from tests.support.exactness import check_random_load, prompts_with
 from tests.support.likeness import (
@@ -46,13 +44,10 @@ from tests.support.likeness import (
     sizes,
     text,
 )
-from tests.support.tiny_pixtral import IMG, IMG_BREAK, IMG_END, LONGEST, TEMPLATE, UNIT, make_pixtral
+from tests.support.rolling import loaded
+from tests.support.tiny_pixtral import IMG, IMG_BREAK, IMG_END, LONGEST, TEMPLATE, UNIT, inputs, make_pixtral
 
 LENGTH = 400
-
-
-def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    return dict(processor(images, patch_size=UNIT, return_tensors="pt"))
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["pixtral", "mistral3"])

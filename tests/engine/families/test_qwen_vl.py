@@ -41,11 +41,11 @@ from handlers.request import (
     TextPart,
 )
 from properties.settings import Settings
-from tests.handlers.backends.test_model_facts import learned
-from tests.handlers.backends.test_rolling import answer, loaded, tokens
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.exactness import PromptMaker, check_random_load
-from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, make_qwen_vl
+from tests.support.model_front import learned
+from tests.support.rolling import answer, loaded, tokens
+from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, inputs, make_qwen_vl
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 SIZES = ((1, 1), (30, 900), (900, 30), (60, 41), (129, 77), (200, 200), (28, 28), (3, 100))
@@ -58,10 +58,6 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 IMAGES = [noise(*size) for size in SIZES] + [Image.new("RGB", (90, 60)), noise(60, 41, seed=1)]
-
-
-def inputs(processor: Any, images: list[Image.Image], ids: torch.Tensor) -> dict[str, Any]:
-    return {**processor(images, return_tensors="pt"), "mm_token_type_ids": (ids == IMAGE).int()}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -193,7 +189,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     )
 
     async def scenario() -> list[int]:
-        from tests.engine.test_process import answer, running
+        from tests.support.engine_process import answer, running
 
         async with running(EngineClient(engine_config)) as client:
             return await answer(client, add)
@@ -255,7 +251,7 @@ def test_pixels_and_counts_equal_the_processors(
     prepared: tuple[Any, Any], size: tuple[int, int], seed: int
 ) -> None:
     ours, theirs = prepared
-    assert ours.facts.recipe is not None
+    assert ours.metadata.recipe is not None
     image = noise(*size, seed=seed)
     want = theirs(images=image, return_tensors="np")
     got = ours.prepare(image)
@@ -301,7 +297,10 @@ def test_limits_on_pixels_that_the_operator_sets_are_obeyed(tmp_path: Path, kind
     sized = {"size": {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}}
     same = load_preprocessor(str(path), sized)
     assert same is not None
-    assert (same.facts.min_pixels, same.facts.max_pixels) == (limits["min_pixels"], limits["max_pixels"])
+    assert (same.metadata.min_pixels, same.metadata.max_pixels) == (
+        limits["min_pixels"],
+        limits["max_pixels"],
+    )
     with pytest.raises(ModelLoadError, match="size has 'height'"):
         load_preprocessor(str(path), {"size": {"height": 28, "width": 28}})
     assert usual is not None
@@ -467,8 +466,8 @@ def test_penalties_count_the_tokens_of_images(model: tuple[Path, Oracle]) -> Non
 
 def test_positions_come_from_the_grid_alone() -> None:
     """Two images of six tokens each, 2x3 and 6x1: by hand."""
-    facts: Any = type("Facts", (), {"merge": 2})
-    preprocessor = Qwen2VLPreprocessor(facts)
+    metadata: Any = type("Metadata", (), {"merge": 2})
+    preprocessor = Qwen2VLPreprocessor(metadata)
     grids = [np.array([1, 4, 6]), np.array([1, 12, 2])]
     pictures = [
         Picture(b"", offset, 6, {GRID: TensorData.pack(grid)})

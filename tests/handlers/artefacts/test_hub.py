@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from handlers.artefacts.hub import wanted
+from tests.support.shapes import ROOT
 
 COMMIT = "a" * 40
 FILES = {
@@ -99,7 +100,7 @@ for name in names:
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(home / "root"), str(offline), str(code), *names],
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
         env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,

@@ -19,12 +19,12 @@ from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.mistral import completed, lacks_hub_files
 from handlers.artefacts.mistral_template import chat_template
 from handlers.artefacts.tekken import read_tekken, tokenizer_files
-from tests.engine.families.test_pixtral import inputs
-from tests.handlers.backends.test_mistral_format import CPU, configure
+from tests.support.checked import CPU, configure
 from tests.support.engine_driver import Oracle, Prompt, load_engine
 from tests.support.exactness import PromptMaker, check_random_load, prompts_with
 from tests.support.likeness import check_chat, edit_json, noise
 from tests.support.tiny_mistral import IMG, LONGEST, SPECIAL, UNIT, make_mistral, params, tekken, weights
+from tests.support.tiny_pixtral import inputs
 
 KINDS: dict[str, dict[str, Any]] = {
     "pixtral": {},

@@ -48,7 +48,7 @@ from tests.support.models import make_text_model
             torch.float16,
             "stored in bfloat16, in which this accelerator does not compute",
         ),
-        (None, "cuda", True, torch.float32, "config.json names no type"),
+        (None, "cuda", True, torch.float32, "config.json does not name a type"),
     ],
 )
 def test_auto(stored: str | None, device: str, bfloat16: bool, expected: torch.dtype, reason: str) -> None:
@@ -72,7 +72,7 @@ def test_what_is_asked_for_is_done(name: str, device: str) -> None:
         ("auto", "float32", False, "float16", "vLLM serves what is stored in float32 in float16"),
         ("auto", "float16", True, "float16", "as the model is stored"),
         ("auto", "bfloat16", False, "float16", "this accelerator does not compute"),
-        ("auto", None, True, "bfloat16", "config.json names no type"),
+        ("auto", None, True, "bfloat16", "config.json does not name a type"),
         ("float32", "bfloat16", True, "float32", "option.dtype says so"),
     ],
 )

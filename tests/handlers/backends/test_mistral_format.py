@@ -10,20 +10,17 @@ import pytest
 
 from container.check import describe
 from engine.errors import ModelLoadError
-from engine.machine import Device, Machine
-from handlers.backends.model_facts import load_tokenizer
+from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.options.mistral import (
     format_warnings,
     replaced_formats,
     weight_problems,
 )
-from properties.configuration import Configuration, resolve
+from tests.support.checked import CPU, configure
 from tests.support.engine_driver import load_engine
 from tests.support.models import make_text_model
+from tests.support.shapes import SHAPES
 from tests.support.tiny_mistral import make_mistral, tekken
-
-SHAPES = Path(__file__).parents[3] / "examples" / "shapes"
-CPU = Machine((), Device("host memory", 16 << 30))
 
 
 @pytest.fixture
@@ -42,10 +39,6 @@ def own(both: Path) -> Path:
     """The same without a tokenizer of the Hugging Face format."""
     (both / "tokenizer.json").unlink()
     return both
-
-
-def configure(model: Path, *options: str) -> Configuration:
-    return resolve(model=str(model), environ={}, options=["rolling_batch=rolling", *options])
 
 
 def test_the_hugging_face_tokenizer_is_taken_where_both_are(both: Path) -> None:

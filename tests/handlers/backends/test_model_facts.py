@@ -6,52 +6,30 @@ import asyncio
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, processors
 
-import handlers.backends.model_facts as facts_module
+import handlers.backends.rolling.model_facts as facts_module
 from engine.client import EngineClient
 from engine.errors import ModelLoadError
-from handlers.backends.model_facts import TOKENIZER, ModelQuestion, ask_engine, load_tokenizer, model_facts
+from handlers.backends.rolling.model_facts import (
+    TOKENIZER,
+    ModelQuestion,
+    ask_engine,
+    load_tokenizer,
+    model_facts,
+)
+from tests.support.model_front import _LOAD, HEAVY, ROOT, learned
 from tests.support.models import make_llava
-
-ROOT = Path(__file__).resolve().parents[3]
-SHAPES = ROOT / "examples" / "shapes"
-
-HEAVY = ["torch"] if find_spec("torchvision") else []
-"""What the front imports: where torchvision is installed, pictures are resized with torch."""
-
-_LOAD = """
-import json, sys
-from handlers.backends.model_front import ModelFront
-from properties.settings import Settings
-front = ModelFront.load(Settings(), sys.argv[1])
-from PIL import Image
-picture = front.preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
-print(json.dumps({
-    "heavy": sorted({"torch", "transformers.modeling_utils"} & sys.modules.keys()),
-    "eos": front.eos_token_ids, "vocabulary": front.vocab_size, "ids": front.tokenizer("a red circle").input_ids,
-    "kind": type(front.tokenizer).__name__, "tokens": len(picture.token_ids),
-    "pixels": float(picture.tensors["pixel_values"].sum()), "fingerprint": front.preprocessor.fingerprint.hex(),
-}))
-"""
-
-
-def learned(model: Path) -> dict[str, object]:
-    done = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(model)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+from tests.support.shapes import SHAPES
 
 
 def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
     """The test's own process has torch, and asks the auto classes itself: the two ways must agree."""
     import torch  # noqa: F401
-    from PIL import Image
     from transformers import AutoTokenizer
 
     from engine.loader import load_preprocessor
@@ -136,7 +114,7 @@ def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path)
 _START = """
 import asyncio, json, sys
 from pathlib import Path
-from handlers.backends.rolling import RollingBackend
+from handlers.backends.rolling.backend import RollingBackend
 from properties.settings import Settings
 spawned = []
 sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)

@@ -14,7 +14,7 @@ from engine.attention.kernel import CacheShape
 from engine.config import EngineConfig
 from engine.machine import Device, Machine
 from engine.memory import cache_blocks, image_budget
-from handlers.backends.rolling_plan import plan_engines, unused_devices
+from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.plan import plan_devices
 from properties.configuration import Configuration, resolve
@@ -213,8 +213,8 @@ def test_an_encoder_cache_smaller_than_an_image_that_a_request_keeps(
     assert (
         "encoder_cache_mb = 0 is less than the 1 MiB that one image of a running request takes" in caplog.text
     )
-    assert "room for 1 images of running requests, 0.0 MiB each" in caplog.text
-    assert engine.scheduler.image_places == 1
+    assert "memory for 1 images of running requests, 0.0 MiB each" in caplog.text
+    assert engine.scheduler.image_slots == 1
 
 
 def test_a_text_model_has_no_use_for_options_about_images(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +10,19 @@ import psutil
 import pytest
 
 from engine.sampling_params import SamplingParams
-from handlers.backends.base import Delta
-from handlers.backends.rolling import RollingBackend
 from handlers.errors import InvalidRequest, ServingError
 from handlers.request import (
-    ChatPrompt,
     GenerationRequest,
-    ImagePart,
-    LoadedImage,
-    Message,
     TextPart,
     TextPrompt,
 )
-from properties.settings import Settings
-from tests.support.engine_driver import random_image
 from tests.support.models import CHAT_TEMPLATE, make_llava
+from tests.support.rolling import answer, loaded, request, tokens
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llava(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@asynccontextmanager
-async def loaded(model: Path, **settings: Any) -> AsyncIterator[RollingBackend]:
-    backend = RollingBackend.from_settings(Settings(**{"dtype": "float32", **settings}), model)
-    try:
-        await backend.load()
-        yield backend
-    finally:
-        await backend.close()
-
-
-def request(*content: str | int, sampling: dict[str, Any] | None = None, **fields: Any) -> GenerationRequest:
-    """A chat turn: strings are text, numbers are pictures by seed."""
-    parts = [
-        TextPart(item)
-        if isinstance(item, str)
-        else ImagePart("data:", LoadedImage(random_image(item), item.to_bytes(4, "little")))
-        for item in content
-    ]
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
-    return GenerationRequest("id", ChatPrompt([Message("user", parts)]), params, **fields)
-
-
-async def answer(backend: RollingBackend, asked: GenerationRequest) -> list[Delta]:
-    return [delta async for delta in await backend.generate(asked)]
-
-
-def tokens(deltas: list[Delta], index: int = 0) -> list[int]:
-    return [token for delta in deltas if delta.index == index for token in delta.token_ids]
 
 
 def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
@@ -160,6 +121,6 @@ def test_images_that_fill_the_context_are_told_at_the_start(
         async with loaded(model, limit_mm_per_prompt={"image": 40}):
             pass
 
-    with caplog.at_level("WARNING", "handlers.backends.rolling"):
+    with caplog.at_level("WARNING", "handlers.backends.rolling.backend"):
         asyncio.run(start())
     assert "40 images (option.limit_mm_per_prompt) take 640 tokens" in caplog.text

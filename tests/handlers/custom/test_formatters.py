@@ -13,8 +13,8 @@ import pytest
 from handlers.custom import djl
 from handlers.custom.messages import Start
 from handlers.custom.worker import formatting
-from tests.live.test_shapes import SHAPES
 from tests.support.scripted_server import ServerProcess
+from tests.support.shapes import SHAPES
 
 CODE = """
 from djl_python.input_parser import input_formatter

@@ -19,6 +19,7 @@ from handlers.errors import ImageError, ImageTooLarge
 from handlers.images.decode import FORMATS, convert, decode, prepare_pillow
 from handlers.images.formats.jpeg import MAX_SCANS
 from handlers.images.problem import PictureProblem
+from tests.support.image_files import png
 
 LIMIT = 1_000_000
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -46,19 +47,6 @@ def corners(image: Image.Image) -> list[tuple[int, ...]]:
     near, far = image.width // 4, image.width * 3 // 4
     pixels = [image.getpixel(place) for place in [(near, near), (far, near), (near, far), (far, far)]]
     return [tuple(255 * (value > 127) for value in pixel) for pixel in pixels if isinstance(pixel, tuple)]
-
-
-def png(width: int, height: int, body: bytes = b"", depth: int = 8, colour: int = 2) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(body))
-        + chunk(b"IEND", b"")
-    )
 
 
 @pytest.mark.parametrize("kind", FORMATS)

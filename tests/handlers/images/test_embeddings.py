@@ -22,39 +22,11 @@ from handlers.errors import ImageError, InvalidRequest
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.protocols.openai.messages import read_messages
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
+from tests.support.embeddings import WANTED, Shell, loaded, messages
 from tests.support.saved_tensors import bomb, encoded, part, repacked, saved, with_pickle
 
 ROWS = torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
-WANTED = EmbeddingsWanted(hidden_size=16, most_tokens=64, dtype="float32")
 QWEN = EmbeddingsWanted(hidden_size=16, most_tokens=64, dtype="float32", merge=2)
-
-
-def messages(*parts: dict[str, Any]) -> list[Any]:
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
-
-
-def loaded(
-    *parts: dict[str, Any], wanted: EmbeddingsWanted = WANTED, **limits: Any
-) -> list[LoadedEmbeddings]:
-    """The way of a request's parts to a backend."""
-
-    async def load() -> list[LoadedEmbeddings]:
-        (turn,) = read_messages(messages(*parts), embeddings=True)
-        read = [item for item in turn.parts if isinstance(item, EmbeddingsPart)]
-        assert len(read) == len(parts)
-        loader = ImageLoader(ImageLimits(**limits))
-        try:
-            await loader.load(read)
-            found = wanted.checked(read)
-            assert loader.memory.used == sum(one.rows.nbytes for one in found)
-            for item in read:
-                item.release()
-            assert loader.memory.used == 0
-            return found
-        finally:
-            await loader.aclose()
-
-    return asyncio.run(load())
 
 
 def refused(thing: Any, wanted: EmbeddingsWanted = WANTED, **limits: Any) -> str:
@@ -123,11 +95,6 @@ def test_a_grid_is_read_as_a_tensor_and_as_numbers() -> None:
     found = loaded(*given, wanted=QWEN)
     assert [one.grid for one in found] == [(1, 4, 6)] * 4 + [(1, 6, 4)]
     assert len({one.digest for one in found[2:]}) == 2
-
-
-class Shell:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, ("raise SystemExit('the pickle was run')",)
 
 
 def billion_laughs() -> bytes:

@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import gc
 import gzip
-import io
 import ipaddress
 import os
 import socket
@@ -16,24 +15,25 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 import uvloop
-from PIL import Image
 
 from handlers.errors import ImageError, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
-from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.request import ImagePart
-
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-_buffer = io.BytesIO()
-Image.new("RGB", (40, 30), "red").save(_buffer, "PNG")
-PICTURE = _buffer.getvalue()
-OK = b"HTTP/1.1 200 OK\r\n"
-LOOPBACK = ("127.0.0.0/8",)
+from tests.support.image_host import (
+    OK,
+    PICTURE,
+    Host,
+    Serve,
+    opened,
+    picture,
+    redirect,
+    replying,
+    silence,
+)
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -54,63 +54,6 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], 
         return result
 
     return go
-
-
-class Host:
-    """An HTTP server that answers every request by `serve`; `requests` holds the heads it was sent."""
-
-    def __init__(self, serve: Serve) -> None:
-        self.serve = serve
-        self.requests: list[str] = []
-        self.port = 0
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.tasks.add(asyncio.current_task())  # type: ignore[arg-type]
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode())
-            await self.serve(reader, writer)
-        writer.close()
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            await writer.wait_closed()
-
-    async def idle(self) -> None:
-        """Returns when every connection has ended at this side too."""
-        async with asyncio.timeout(1):
-            await asyncio.gather(*self.tasks)
-
-    @contextlib.asynccontextmanager
-    async def open(self, context: ssl.SSLContext | None = None) -> AsyncIterator[Host]:
-        server = await asyncio.start_server(self.handle, "127.0.0.1", 0, ssl=context)
-        self.port = server.sockets[0].getsockname()[1]
-        try:
-            yield self
-        finally:
-            server.close()
-            for task in self.tasks:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-
-def replying(*pieces: bytes) -> Serve:
-    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
-
-    return serve
-
-
-def picture(data: bytes = PICTURE) -> Serve:
-    return replying(OK + b"Content-Length: %d\r\n\r\n" % len(data), data)
-
-
-def redirect(location: str, status: int = 302) -> Serve:
-    return replying(f"HTTP/1.1 {status} Moved\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
 
 
 def flood(head: bytes, piece: bytes) -> Serve:
@@ -136,12 +79,6 @@ async def load(url: str, **limits: Any) -> ImagePart:
     assert part.loaded is not None
     assert part.loaded.image.size == (40, 30)
     return part
-
-
-def opened(**limits: Any) -> ImageLoader:
-    given = {name: limits.pop(name) for name in ("resolver", "ssl_context") if name in limits}
-    defaults: dict[str, Any] = {"allow_private": LOOPBACK, "fetch_timeout": 5.0}
-    return ImageLoader(ImageLimits(**defaults | limits), **given)
 
 
 async def refused(url: str, **limits: Any) -> ImageError:
@@ -530,10 +467,6 @@ def test_nobody_listens(run: Run) -> None:
         assert error.message == "image 0: its host cannot be reached"
 
     run(main())
-
-
-async def silence(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-    await reader.read()
 
 
 def dripping(head: bytes) -> Serve:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import threading
 from typing import Any
 
@@ -16,16 +14,9 @@ from handlers.images.cache import DecodedCache
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.images.problem import PictureProblem
 from handlers.request import ImagePart, LoadedImage
-
-
-def data_url(colour: str = "red", side: int = 16) -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
+from tests.support.image_files import BAD, data_url
 
 BAD_BASE64 = "data:image/png;base64,!"
-BAD = "data:image/png;base64,AAAA"
 
 
 async def load(loader: ImageLoader, *urls: str, **options: Any) -> list[LoadedImage]:

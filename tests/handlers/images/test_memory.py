@@ -14,7 +14,7 @@ from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.images.memory import PictureMemory, Share
 from handlers.request import ImagePart
-from tests.handlers.images.test_loader import BAD, data_url
+from tests.support.image_files import BAD, data_url
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -27,12 +27,10 @@ from handlers.offline.multimodal import ImageTokens, PromptImages
 from handlers.offline.prompts import read_prompt
 from handlers.request import ImagePart, TextPart
 from properties.problem import ConfigurationError
-from tests.handlers.artefacts.test_s3 import BUCKET, endpoint, s3  # noqa: F401
 from tests.support.live import data_url
+from tests.support.s3 import BUCKET
+from tests.support.shapes import PICTURES, ROOT, SHAPES
 
-ROOT = Path(__file__).parents[3]
-SHAPES = ROOT / "examples" / "shapes"
-PICTURES = SHAPES / "pictures"
 WHAT = "What is the content of this image?"
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
 
@@ -412,7 +410,7 @@ def test_unknown_and_bad_arguments_say_what_was_meant() -> None:
 
 def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(
     caplog: pytest.LogCaptureFixture,
-    s3: Any,  # noqa: F811
+    s3: Any,
     tmp_path: Path,
 ) -> None:
     """With a model from S3; and its processes end with the object."""

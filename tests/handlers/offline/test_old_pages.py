@@ -14,7 +14,6 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlavaConfig,
@@ -27,16 +26,12 @@ from handlers.errors import ImageError, InvalidRequest
 from handlers.offline.multimodal import ImageTokens, PromptImages, prompts_with_data
 from handlers.offline.prompts import read_prompt
 from handlers.request import EmbeddingsPart, ImagePart, TextPart
-from tests.live.test_shapes import PICTURES, SHAPES
 from tests.support.models import text_config
+from tests.support.shapes import SHAPES, picture, tower_features, tower_pixels
 
 QUESTION = "\nUSER: What is the content of this image?\nASSISTANT:"
 PROMPT = "<image>" * 64 + QUESTION
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
-
-
-def picture(name: str) -> Image.Image:
-    return Image.open(PICTURES / f"{name}.png")
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +44,6 @@ def llm() -> Iterator[LLM]:
         image_feature_size=64,
     ) as made:
         yield made
-
-
-def tower_pixels(name: str) -> torch.Tensor:
-    """What the model's processor makes of an image: [1, 3, 96, 96]."""
-    processor: Any = AutoImageProcessor.from_pretrained(SHAPES, backend="pil")
-    tensor: torch.Tensor = processor(picture(name).convert("RGB"), return_tensors="pt")["pixel_values"]
-    return tensor
-
-
-def tower_features(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the vision tower makes of it, [1, 64, 160], and what the projector makes of that, [1, 64, 128]."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(SHAPES, dtype=torch.float32).model
-    with torch.inference_mode():
-        seen = model.vision_tower(tower_pixels(name), output_hidden_states=True).hidden_states[-1][:, 1:]
-        return seen, model.multi_modal_projector(seen)
 
 
 @pytest.fixture(scope="module")

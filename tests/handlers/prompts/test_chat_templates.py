@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from engine.errors import ModelLoadError
-from handlers.backends.model_front import ModelFront
-from handlers.chat_templates import ChatTemplates, read_chat_templates
+from handlers.backends.rolling.model_front import ModelFront
 from handlers.errors import InvalidRequest
+from handlers.prompts.chat_templates import ChatTemplates, read_chat_templates
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, Message, TextPart
-from handlers.templates import PromptRenderer
 from properties.settings import Settings
-from tests.handlers.prompts.test_templates import byte_level, wrapped
 from tests.support.models import make_text_model
+from tests.support.tokenizers import byte_level, wrapped
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 NAMED = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]

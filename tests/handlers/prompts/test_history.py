@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats
-from handlers.templates import PromptRenderer
-from tests.handlers.prompts.test_templates import byte_level, wrapped
-from tests.handlers.protocols.test_tools_chat import TOOLS, added_up, events, read, tool, whole
+from handlers.prompts.renderer import PromptRenderer
 from tests.support.scripted import said
+from tests.support.tokenizers import byte_level, wrapped
+from tests.support.tools import TOOLS, added_up, events, read, tool, whole
 
 CALLS = """
 {%- for call in message.tool_calls or [] %}[call {{ call.function.name }}

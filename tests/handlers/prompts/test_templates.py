@@ -11,21 +11,18 @@ from PIL import Image
 from tokenizers import (
     AddedToken,
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
-    processors,
     trainers,
 )
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from handlers.errors import InvalidRequest
+from handlers.prompts.chat_templates import TemplateSource
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ChatPrompt, ImagePart, Message, Part, TextPart, TextPrompt
-from handlers.template_source import TemplateSource
-from handlers.templates import PromptRenderer
-
-SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>", "[INST]", "<end_of_turn>"]
+from tests.support.tokenizers import SPECIAL, byte_level, trained, wrapped
 
 PARTS = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -44,13 +41,6 @@ BOTH = PARTS.replace(
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}",
 ).replace("{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>")
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return trained(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
 def sentencepiece_like() -> Tokenizer:
@@ -73,26 +63,6 @@ def whole_words() -> Tokenizer:
     trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", *SPECIAL])
     tokenizer.train_from_iterator(["a b c d e what is this < > i m g"], trainer)
     return tokenizer
-
-
-def trained(tokenizer: Tokenizer, special: list[str] = SPECIAL, **options: Any) -> Tokenizer:
-    corpus = ["what is in this picture? <image> im age start end user assistant | [ ] a b c"] * 3
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False, **options)
-    tokenizer.train_from_iterator(corpus, trainer)
-    return tokenizer
-
-
-def wrapped(backend: Tokenizer, *, add_bos: bool = False) -> PreTrainedTokenizerFast:
-    if add_bos:
-        bos = ("<s>", backend.token_to_id("<s>"))
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
 
 
 def rstripping() -> Tokenizer:
@@ -515,7 +485,7 @@ def test_what_no_context_has_room_for_is_refused_before_it_is_encoded(
     renderer = PromptRenderer(plain, "{{ mood }}" + PARTS)
     assert renderer.render(prompt).token_ids
     renderer.longest = 100
-    monkeypatch.setattr("handlers.templates.encode", lambda *_: pytest.fail("it was encoded"))
+    monkeypatch.setattr("handlers.prompts.renderer.encode", lambda *_: pytest.fail("it was encoded"))
     with pytest.raises(InvalidRequest, match=r"has 1\d\d (characters|tokens).*at most 100"):
         renderer.render(prompt)
 

@@ -15,7 +15,7 @@ from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
 from handlers.exchange import Reply
 from handlers.protocols.base import Conventions, Task
-from handlers.protocols.tgi.generate import read_tgi
+from handlers.protocols.tgi.requests import read_tgi
 from handlers.request import ImagePart, TextPart, TextPrompt
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import Pictures, ScriptedBackend, Step, everything, incoming, said, service, token

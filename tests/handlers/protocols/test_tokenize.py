@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.base import TokenizedPrompt
 from handlers.exchange import Reply
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import Prompt, TextPart, TextPrompt
-from handlers.templates import PromptRenderer
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import Pictures, ScriptedBackend, everything, incoming, service
+from tests.support.shapes import SHAPES
 
-SHAPES = Path(__file__).parents[3] / "examples" / "shapes"
 TOKENIZER = Tokenizer.from_file(str(SHAPES / "tokenizer.json"))
 PICTURE_TOKENS = 64
 TEXTS = [

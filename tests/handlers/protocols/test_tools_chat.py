@@ -13,7 +13,6 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from container.check import describe
 from engine.machine import Device, Machine
@@ -22,49 +21,20 @@ from handlers.build import build_backend
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
-from handlers.protocols.base import Conventions
-from handlers.protocols.openai.chat import read_chat
-from handlers.request import ChatPrompt, GenerationRequest
-from handlers.templates import PromptRenderer
+from handlers.prompts.renderer import PromptRenderer
+from handlers.request import ChatPrompt
 from properties.configuration import resolve
 from properties.problem import ConfigurationError
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer
 from tests.support.models import make_tokenizer
-from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service
+from tests.support.scripted import ScriptedBackend, Step, chat, incoming, said, service
 from tests.support.scripted_server import ServerProcess
+from tests.support.shapes import SHAPES
+from tests.support.tools import DRAW, HERMES, TOOLS, added_up, answered, events, read, tool, whole
 
-SHAPES = Path(__file__).parents[3] / "examples" / "shapes"
-
-
-def tool(name: str, parameters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    function = {"name": name, **({} if parameters is None else {"parameters": parameters}), **more}
-    return {"type": "function", "function": function}
-
-
-DRAW = {
-    "type": "object",
-    "properties": {
-        "color": {"enum": ["red", "light blue"]},
-        "count": {"type": "integer", "minimum": 0, "maximum": 9},
-        "at": {"$ref": "#/$defs/point"},
-        "inside": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
-    },
-    "required": ["color", "count", "at"],
-    "additionalProperties": False,
-    "$defs": {
-        "point": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 2}
-    },
-}  # fmt: skip
 POINT = {**DRAW, "$defs": {"point": {"enum": ["here", "there"]}}, "$id": "https://example.org/x"}
-TOOLS = [tool("draw", DRAW, description="Draws."), tool("now")]
-HERMES = answer_formats("hermes", auto=True)
 CALL = '<tool_call>{"name": "draw", "arguments": {"color": "red"}}</tool_call>'
-
-
-def read(body: dict[str, Any], formats: AnswerFormats = HERMES, **conventions: Any) -> GenerationRequest:
-    task = read_chat(body, Conventions("shapes", formats=formats, **conventions), request_id="r")
-    return task.requests[0]
 
 
 # What is asked for.
@@ -264,66 +234,6 @@ def test_a_parser_that_does_not_exist_is_an_error_before_anything_is_loaded(tmp_
 
 def letters(text: str) -> list[Step]:
     return said(*text)
-
-
-def answered(
-    steps: list[Step], formats: AnswerFormats, body: dict[str, Any], *route: str, **headers: str
-) -> tuple[int, bytes]:
-    async def run() -> tuple[int, bytes]:
-        backend = ScriptedBackend(steps, structured_outputs=True)
-        reply = await service(backend, formats=formats).answer(incoming(body, *route, **headers))
-        return reply.status, await everything(reply)
-
-    return asyncio.run(run())
-
-
-def whole(steps: list[Step], formats: AnswerFormats = HERMES, **fields: Any) -> ChatCompletion:
-    status, reply = answered(steps, formats, chat(**fields))
-    assert status == 200, reply
-    completion = ChatCompletion.model_validate_json(reply, strict=True)
-    assert completion.usage is not None
-    assert completion.usage.completion_tokens == sum(isinstance(step, Delta) for step in steps)
-    return completion
-
-
-def events(steps: list[Step], formats: AnswerFormats = HERMES, **fields: Any) -> list[dict[str, Any]]:
-    status, reply = answered(steps, formats, chat(stream=True, **fields))
-    assert status == 200, reply
-    *lines, done = reply.decode().strip().split("\n\n")
-    assert done == "data: [DONE]"
-    found = [json.loads(line.removeprefix("data: ")) for line in lines]
-    for event in found:
-        ChatCompletionChunk.model_validate(event, strict=False)
-    return found
-
-
-def added_up(found: list[dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
-    """What a client makes of a stream's deltas: the message and the finish reason."""
-    message: dict[str, Any] = {}
-    reasons = []
-    for event in found:
-        for choice in event["choices"]:
-            reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
-            for key, value in choice["delta"].items():
-                if key == "tool_calls":
-                    calls = message.setdefault(key, [])
-                    for part in value:
-                        if part["index"] == len(calls):
-                            assert set(part) == {"index", "id", "type", "function"}
-                            assert part["function"]["arguments"] == ""
-                            calls.append({**part, "function": dict(part["function"])})
-                        else:
-                            calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
-                elif key == "function_call":
-                    call = message.setdefault(key, {"arguments": ""})
-                    call["arguments"] += value["arguments"]
-                    call |= {"name": value["name"]} if "name" in value else {}
-                elif value is None or key == "role":
-                    message.setdefault(key, value)
-                else:
-                    message[key] = (message.get(key) or "") + value
-    assert len(reasons) == 1
-    return message, reasons[0]
 
 
 def without_ids(message: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from handlers.errors import EngineFailed, InvalidRequest, PicturesLost, ServingE
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
-    from handlers.detokenizer import Detokenizer
+    from handlers.prompts.detokenizer import Detokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Stands for a probability of zero, which JSON has no logarithm for; vLLM's own value."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from handlers.backends.model_front import vocabulary_of
+from handlers.backends.rolling.model_front import vocabulary_of
 from handlers.grammars.compiler import GrammarCompiler
 
 if TYPE_CHECKING:

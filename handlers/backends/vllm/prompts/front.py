@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from handlers.backends.mistral_format import mistral_weights_alone
-from handlers.backends.model_front import (
+from handlers.backends.rolling.model_front import (
     read_default_sampling,
     read_eos_token_ids,
     read_generation_config,
@@ -26,9 +26,9 @@ from handlers.backends.vllm.prompts.places import (
     placeholder_of,
     rows_of_mistral,
 )
-from handlers.chat_templates import read_chat_templates
+from handlers.prompts.chat_templates import read_chat_templates
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ImagePart, PicturePart
-from handlers.templates import PromptRenderer
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm

@@ -20,8 +20,8 @@ from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.backends.vllm.compat import newer_logits_processor
-from handlers.backends.words import spelled
 from handlers.model_json import read_object
+from handlers.prompts.limits import spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

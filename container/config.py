@@ -1,0 +1,89 @@
+"""The configuration as a command makes it, with its own defaults, and as `--print-config` prints it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import javaproperties
+
+from handlers.backends.vllm.options.fields import SECRET, engine_argument_names
+from properties.configuration import Configuration, resolve
+from properties.field import Level
+from properties.names import FACTS, PREFIX, key_of
+from properties.problem import DEFAULT, ConfigurationError, Problem
+
+SERVE_DEFAULTS = {"host": "127.0.0.1"}
+RUN_DEFAULTS = {"host": "127.0.0.1", "port": "2242"}
+"""Of `lmi serve` and `lmi run`: option -> value; the latter's is Aphrodite's port."""
+
+
+def configured(
+    model: str | None, options: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, str]
+) -> Configuration:
+    """As `resolve`; defaults: option -> value where no source says. Raises ConfigurationError, also for what the
+    operating system does not let us read."""
+
+    def resolved(options: Sequence[str]) -> Configuration:
+        try:
+            return resolve(
+                model=model, environ=environ, options=options, backend_options=engine_argument_names()
+            )
+        except OSError as error:
+            raise ConfigurationError([unreadable(error)]) from error
+
+    found = resolved(options)
+    unsaid = [name for name in defaults if found.sources[name].level is Level.DEFAULT]
+    if unsaid:
+        found = resolved([*options, *(f"{name}={defaults[name]}" for name in unsaid)])
+        found = replace(found, sources=found.sources | dict.fromkeys(unsaid, DEFAULT))
+    return found
+
+
+def unreadable(error: OSError) -> Problem:
+    """A file that cannot be had, as a problem."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return Problem(
+        f"{where}{error.strerror or error}; let user {os.getuid()} read the model's directory", "model_id"
+    )
+
+
+def as_properties(configuration: Configuration) -> str:
+    """Every option that somebody set, in Java's properties syntax. Secrets, and options that nobody knows, which may
+    be secrets misspelt, are named in comments and left out."""
+    lines = []
+    for name, source in configuration.sources.items():
+        if source.level >= Level.RECOMMENDED:
+            continue
+        if FACTS[name].secret:
+            lines.append(f"# {key_of(name)}: left out, as a secret; it comes from {source.location}")
+        else:
+            lines.append(_line(key_of(name), _text(_value(configuration, name))))
+    for name, item in configuration.extra.items():
+        if name in configuration.backend_options - SECRET:
+            lines.append(_line(PREFIX + name, str(item.value)))
+        else:
+            lines.append(f"# {PREFIX}{name}: left out: it is not known, or a secret")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _value(configuration: Configuration, name: str) -> Any:
+    location = configuration.model_location
+    if name == "model_id" and location.kind == "directory":
+        return str(Path(location.value).resolve())
+    return getattr(configuration.settings, name)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _line(key: str, value: str) -> str:
+    # Java's writer would escape what is not ASCII; the reader takes UTF-8.
+    return javaproperties.join_key_value(key, value, ensure_ascii=False)

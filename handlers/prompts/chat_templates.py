@@ -1,0 +1,282 @@
+"""The chat templates of a model: its files that hold them, which one a request gets, and what their source says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import msgspec
+from jinja2 import meta, nodes
+
+from engine.errors import ModelLoadError, one_line
+from handlers.model_json import read_object
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""The names that transformers chooses by."""
+
+
+class Template(NamedTuple):
+    """text: Jinja source. origin: the file or option that it is from, for people."""
+
+    text: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplates:
+    """named: all of them, for who chooses one. default: for requests without tools; with_tools: for those with.
+
+    Both are None where the model has no template for that.
+    """
+
+    named: Mapping[str, Template] = field(default_factory=dict)
+    default: Template | None = None
+    with_tools: Template | None = None
+
+    @classmethod
+    def only(cls, text: str, origin: str = "") -> ChatTemplates:
+        template = Template(text, origin)
+        return cls({DEFAULT: template}, template, template)
+
+    def chosen(self, asked: str | None, tools: bool) -> str | None:
+        """The source for a request. asked: a name, or a source of its own; None for what the model has."""
+        if asked is not None:
+            return self.named[asked].text if asked in self.named else asked
+        template = self.with_tools if tools else self.default
+        return None if template is None else template.text
+
+    @property
+    def all(self) -> dict[str, str]:
+        """Each source once, with what to call it."""
+        found = {template.text: f"the chat template {name!r}" for name, template in self.named.items()}
+        usual = (self.default, self.with_tools)
+        return found | {template.text: "the chat template" for template in usual if template is not None}
+
+    def told(self) -> str:
+        """Which is used, for people: "chat_template.jinja; with tools tool_use of tokenizer_config.json"."""
+        if self.default is None and self.with_tools is None:
+            return f"none by default, of {', '.join(sorted(self.named))}" if self.named else "none"
+        told = "none without tools" if self.default is None else self._told(self.default)
+        if self.with_tools is not None and self.with_tools != self.default:
+            told += f"; with tools {self._told(self.with_tools)}"
+        return told
+
+    def _told(self, template: Template) -> str:
+        names = [name for name, other in self.named.items() if other == template]
+        return f"{names[0]} of {template.origin}" if len(self.named) > 1 and names else template.origin
+
+
+class _Entry(msgspec.Struct):
+    name: str
+    template: str
+
+
+def read_chat_templates(setting: str | None, path: Path, otherwise: object = None) -> ChatTemplates:
+    """The templates that a model in `path` is served with; reads a few small files.
+
+    setting: `option.chat_template`, which is the name of one of the model's, a file (absolute, or in the model's
+    directory), or a template's text; the last two are used in place of all of the model's own.
+    otherwise: what the code for its tokenizer or family has, for a model whose files show none.
+    Raises ModelLoadError for a setting that is none of these and for files that cannot be read.
+    """
+    if setting is not None and ("{" in setting or "\n" in setting):
+        return ChatTemplates.only(setting, "option.chat_template")
+    own = _of_model(path, otherwise)
+    if setting is None:
+        return own
+    if setting in own.named:
+        return ChatTemplates(own.named, own.named[setting], own.named[setting])
+    try:
+        return ChatTemplates.only(Path(path, setting).read_text(encoding="utf-8"), "option.chat_template")
+    except (OSError, ValueError) as error:
+        names = f" (the model has {', '.join(sorted(own.named))})" if own.named else ""
+        raise ModelLoadError(
+            f"option.chat_template {setting!r} is neither a template nor a readable file, nor the name of one of "
+            f"the model's templates{names}"
+        ) from error
+
+
+def _of_model(path: Path, otherwise: object) -> ChatTemplates:
+    """As transformers finds them, and as vLLM chooses between those of a processor and those of its tokenizer.
+
+    Without tools the processor's default wins over the tokenizer's, as pictures need it; with tools the tokenizer's
+    templates come first, as a processor chooses none by that.
+    """
+    tokenizer = _tokenizers(path) or _named(otherwise, "the code for the model")
+    processor = _processors(path) if _has_processor(path) or not tokenizer else {}
+    named = {**processor, **tokenizer}
+    default = processor.get(DEFAULT, tokenizer.get(DEFAULT))
+    with_tools = tokenizer.get(TOOL_USE, tokenizer.get(DEFAULT)) or processor.get(TOOL_USE, default)
+    if default is not None:
+        named[DEFAULT] = default
+    return ChatTemplates(named, default, with_tools)
+
+
+def _has_processor(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+
+def _tokenizers(path: Path) -> dict[str, Template]:
+    """Files of their own win over the entry in tokenizer_config.json."""
+    return _files(path) or _entry(path, "tokenizer_config.json")
+
+
+def _processors(path: Path) -> dict[str, Template]:
+    """The entry in processor_config.json wins over files, and the older chat_template.json over the newer files."""
+    own = _entry(path, "processor_config.json")
+    return own or {**_files(path), **_entry(path, "chat_template.json")}
+
+
+def _files(path: Path) -> dict[str, Template]:
+    found: dict[str, Template] = {}
+    one = path / "chat_template.jinja"
+    if one.is_file():
+        found[DEFAULT] = Template(_text(one), one.name)
+    folder = path / "additional_chat_templates"
+    for file in sorted(folder.glob("*.jinja")):
+        found[file.name.removesuffix(".jinja")] = Template(_text(file), f"{folder.name}/{file.name}")
+    return found
+
+
+def _entry(path: Path, name: str) -> dict[str, Template]:
+    file = path / name
+    if not file.is_file():
+        return {}
+    try:
+        entries = read_object(file)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{name} of the model cannot be read: {one_line(error)}") from error
+    return _named(entries.get("chat_template"), name)
+
+
+def _named(given: object, origin: str) -> dict[str, Template]:
+    try:
+        found = msgspec.convert(given, str | dict[str, str] | list[_Entry] | None)
+    except msgspec.ValidationError as error:
+        raise ModelLoadError(
+            f"the chat_template of {origin} is neither a text nor a list of names and templates"
+        ) from error
+    if isinstance(found, list):
+        found = {one.name: one.template for one in found}
+    texts = {DEFAULT: found} if isinstance(found, str) else found or {}
+    return {name: Template(text, origin) for name, text in texts.items()}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{file.name} of the model cannot be read: is it UTF-8?") from error
+
+
+ContentFormat = Literal["string", "openai"]
+
+_PART_FILTERS = frozenset({"selectattr", "rejectattr", "map"})
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, transformers' own block: parsed here only to look inside."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class has it as a plain set
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSource:
+    """Facts about one template.
+
+    content_format: "openai" where the template loops over a message's content, else "string".
+    accepts_strings: the template asks somewhere whether a value `is string`, so a bare string is safe.
+    variables: names that it reads from outside and that are no Jinja globals.
+    printed: the text that it prints itself; searched: strings that it compares, splits or filters by.
+    """
+
+    content_format: ContentFormat
+    accepts_strings: bool
+    variables: frozenset[str]
+    printed: str
+    searched: str
+
+    @classmethod
+    def parse(cls, source: str) -> TemplateSource:
+        """Raises jinja2.TemplateSyntaxError."""
+        tree = _ENVIRONMENT.parse(source)
+        outside = meta.find_undeclared_variables(tree) - set(_ENVIRONMENT.globals)
+        return cls(
+            content_format="openai" if _loops_over_content(tree) else "string",
+            accepts_strings=any(test.name == "string" for test in tree.find_all(nodes.Test)),
+            variables=frozenset(outside - {"raise_exception", "strftime_now"}),
+            printed="\x00".join([data.data for data in tree.find_all(nodes.TemplateData)] + _strings(tree)),
+            searched="\x00".join(
+                s
+                for kind in (nodes.Compare, nodes.Call, nodes.Filter)
+                for n in tree.find_all(kind)
+                for s in _strings(n)
+            ),
+        )
+
+
+def _loops_over_content(tree: nodes.Template) -> bool:
+    """Whether a `for` or a filter over parts walks a message's content: directly, renamed or in a macro.
+
+    The rule is vLLM's (`renderers/hf.py`), so that a template means the same here and there.
+    """
+    names = _content_names(tree)
+    walked = [loop.iter for loop in tree.find_all(nodes.For)]
+    walked += [f.node for f in tree.find_all(nodes.Filter) if f.name in _PART_FILTERS and f.node is not None]
+    return any(_is_content(expression, names) for expression in walked)
+
+
+def _content_names(tree: nodes.Template) -> set[str]:
+    names: set[str] = set()
+    macros = {macro.name: [arg.name for arg in macro.args] for macro in tree.find_all(nodes.Macro)}
+    while True:
+        before = len(names)
+        for assign in tree.find_all(nodes.Assign):
+            if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
+                names.add(assign.target.name)
+        for call in tree.find_all(nodes.Call):
+            if not isinstance(call.node, nodes.Name) or call.node.name not in macros:
+                continue
+            parameters = macros[call.node.name]
+            names.update(p for p, a in zip(parameters, call.args, strict=False) if _is_content(a, names))
+            names.update(k.key for k in call.kwargs if k.key in parameters and _is_content(k.value, names))
+        if len(names) == before:
+            return names
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    match node:
+        case nodes.Name():
+            return node.name in names
+        case nodes.Getattr():
+            return node.attr == "content"
+        case nodes.Getitem():
+            if isinstance(node.arg, nodes.Const):
+                return bool(node.arg.value == "content")
+            return isinstance(node.arg, nodes.Slice) and _is_content(node.node, names)
+        case nodes.Filter() | nodes.Test():
+            return _is_content(node.node, names)
+        case nodes.CondExpr():
+            return _is_content(node.expr1, names) or _is_content(node.expr2, names)
+        case nodes.Or() | nodes.And():
+            return _is_content(node.left, names) or _is_content(node.right, names)
+    return False
+
+
+def _strings(node: nodes.Node) -> list[str]:
+    return [const.value for const in node.find_all(nodes.Const) if isinstance(const.value, str)]

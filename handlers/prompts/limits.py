@@ -1,0 +1,189 @@
+"""What a request may ask of the engine: its prompt's length, token ids, and words that samplers follow by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
+from handlers.errors import ContextExceeded, InvalidRequest
+from handlers.request import GenerationRequest, TextPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MOST_TOKEN_IDS = 1024
+"""Tokens that logit_bias or stop_token_ids may name."""
+
+MOST_ALLOWED_TOKENS = 2**20
+"""Some vocabularies are 260,000 tokens; a million hold the others up for about half a second."""
+
+MOST_BAD_WORDS = 2**14
+"""Spelled with a space and without, these take about as long."""
+
+DRY_BREAKERS = ("\n", ":", '"', "*")
+"""DRY's own sequence breakers, for requests that name none."""
+
+MANY_CHARACTERS = 2000
+"""Of words: more are tokenised in a thread, not on the event loop."""
+
+_CHARACTERS_PER_TOKEN = 32
+"""Far more than the tokens of any text have on average."""
+
+_FEWEST = 2**17
+"""Where the context is short. While it is tokenised, a character takes about 210 bytes."""
+
+
+def longest_prompt(max_model_len: int) -> int:
+    """Characters of a prompt, or token ids of a client's own, beyond which nothing is done with it.
+
+    A body of 60 MB would take a thread a minute and the process 8 GB to be turned into tokens, all to be told that
+    they are too many.
+    """
+    return max(_FEWEST, _CHARACTERS_PER_TOKEN * max_model_len)
+
+
+def require_known(request: GenerationRequest, vocab_size: int, image_token_id: int | None = None) -> None:
+    """Raises InvalidRequest for token ids of the client's own that the model does not know.
+
+    image_token_id: may lie outside the vocabulary.
+    """
+    prompt = request.prompt
+    if not isinstance(prompt, TextPrompt) or prompt.token_ids is None:
+        return
+    bad = next((t for t in prompt.token_ids if not 0 <= t < vocab_size and t != image_token_id), None)
+    if bad is not None:
+        raise InvalidRequest(
+            f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}",
+            param="prompt",
+        )
+
+
+def checked_tokens(
+    request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
+) -> list[int]:
+    """The tokens of a prompt without pictures, cut as the request says. Raises as `require_known`.
+
+    What is longer than the context is refused by who counts its tokens (`checked_sampling`), whatever they are.
+    """
+    if request.truncate_prompt_tokens is None and len(token_ids) >= max_model_len:
+        return token_ids
+    require_known(request, vocab_size)
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return token_ids
+    if most == -1:
+        most = max_model_len - (request.sampling.max_tokens or 1)
+        # A default leaves the prompt half of the context at least.
+        most = max(1, most, max_model_len // 2 if request.max_tokens_is_default else 1)
+    return token_ids[:most] if request.truncation_side == "right" else token_ids[-most:]
+
+
+def checked_sampling(
+    request: GenerationRequest, used: int, max_model_len: int, vocab_size: int
+) -> SamplingParams:
+    """The sampling parameters to use. used: tokens of the prompt, pictures included.
+
+    Raises InvalidRequest for what an engine would have to refuse.
+    """
+    params = request.sampling
+    wanted = params.max_tokens
+    if used == 0:
+        raise InvalidRequest("the prompt is empty")
+    if used >= max_model_len:
+        raise ContextExceeded(
+            f"the prompt has {used} tokens, pictures included; this model's context is {max_model_len} tokens, "
+            "the answer included: shorten the prompt or send fewer pictures",
+            prompt_tokens=used,
+            max_tokens=None,
+            context=max_model_len,
+        )
+    if wanted is not None and used + wanted > max_model_len:
+        if not request.max_tokens_is_default:
+            name = request.names.get("max_tokens", "max_tokens")
+            raise ContextExceeded(
+                f"the prompt has {used} tokens and {name} is {wanted}, together more than this model's context "
+                f"of {max_model_len} tokens: ask for at most {max_model_len - used}",
+                prompt_tokens=used,
+                max_tokens=wanted,
+                context=max_model_len,
+                param=name,
+            )
+        params = msgspec.structs.replace(params, max_tokens=max_model_len - used)
+    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+        if len(ids) > MOST_TOKEN_IDS:
+            raise InvalidRequest(f"{name} names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}", param=name)
+        if (bad := next((t for t in ids if not 0 <= t < vocab_size), None)) is not None:
+            raise InvalidRequest(
+                f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
+            )
+    for name, ids in (
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("bad_words_token_ids", tuple(token for run in params.bad_words_token_ids for token in run)),
+        ("dry_sequence_breaker_ids", params.dry_sequence_breaker_ids),
+    ):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            bad = max(ids) if min(ids) >= 0 else min(ids)
+            raise InvalidRequest(
+                f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
+            )
+    try:
+        params.validate()
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    return params
+
+
+def check_totals(requests: Sequence[GenerationRequest]) -> None:
+    """requests: of one body. Raises InvalidRequest."""
+    answers = sum(request.n for request in requests)
+    sampling = requests[0].sampling
+    allowed = sampling.allowed_token_ids or ()
+    for name, size, times, of, most in (
+        ("allowed_token_ids", len(allowed), answers, "answers", MOST_ALLOWED_TOKENS),
+        ("bad_words", len(sampling.bad_words), len(requests), "prompts", MOST_BAD_WORDS),
+    ):
+        if size * times > most:
+            raise InvalidRequest(
+                f"{name} has {size} entries, for {times} {of}; allowed: {most} for all of them together",
+                param=name,
+            )
+
+
+def count_characters(params: SamplingParams) -> int:
+    return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
+
+
+def spelled(params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> SamplingParams:
+    """The same with ids instead of the words; itself where there are none.
+
+    A bad word is followed as it is tokenised at a text's beginning and after a space (as vLLM does), a breaker by
+    the last token that it ends with inside a text (as DRY's author does). Raises InvalidRequest.
+    """
+    if params.bad_words:
+        runs = dict.fromkeys(params.bad_words_token_ids)
+        for word in params.bad_words:
+            for spelling in (word.lstrip(), f" {word.lstrip()}"):
+                if run := tuple(_encode(tokenizer, spelling)):
+                    runs[run] = None
+        if (total := sum(map(len, runs))) > MAX_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"bad_words are {total} tokens, as they begin a text and after a space; allowed: "
+                f"{MAX_BAD_WORD_TOKENS} in all",
+                param="bad_words",
+            )
+        params = msgspec.structs.replace(params, bad_words=(), bad_words_token_ids=tuple(runs))
+    texts = params.dry_sequence_breakers
+    if params.dry_multiplier > 0.0 and (texts or (texts is None and not params.dry_sequence_breaker_ids)):
+        ends = [_encode(tokenizer, f"a{text}")[-1:] for text in (DRY_BREAKERS if texts is None else texts)]
+        ids = {*params.dry_sequence_breaker_ids, *(token for end in ends for token in end)}
+        params = msgspec.structs.replace(
+            params, dry_sequence_breakers=None, dry_sequence_breaker_ids=tuple(sorted(ids))
+        )
+    return params
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)

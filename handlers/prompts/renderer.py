@@ -1,0 +1,478 @@
+"""From turns, text and pictures to token ids: the model's chat template, with client text kept literal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+
+from handlers.errors import InvalidRequest, ServingError
+from handlers.prompts.chat_templates import ChatTemplates, TemplateSource
+from handlers.prompts.special_tokens import ControlTokens, Hidden, LiteralEncoder, encode, token_places
+from handlers.protocols.body import SHORT_BYTES
+from handlers.protocols.body_limits import check_body
+from handlers.protocols.constraints import MAX_DEPTH, depth
+from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, pictures, prompt_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+_LONGEST_REASON = 300
+_LONGEST_PROMPT = 2**22
+_CHARACTERS_PER_TOKEN = 4
+"""In the longest text that is looked at: a rough mean, so that a prompt may have 8 times the context, to be cut."""
+
+_FEWEST_TOKENS = 2**20
+"""That a prompt may have before it is cut."""
+
+_OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+"""Variables of a template that a request has fields for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """token_ids hold exactly one image-token id per picture, in reading order; `text` is for people.
+
+    spans: where each token stands in `text`, (start, stop) in characters, (0, 0) for one that the tokenizer added by
+    itself; None where they were not asked for, or the client sent ids.
+    """
+
+    text: str
+    token_ids: list[int]
+    n_images: int
+    spans: list[tuple[int, int]] | None = None
+
+
+class PromptRenderer:
+    """Renders prompts for one model. Pure and CPU-bound: long prompts belong in a worker thread.
+
+    tokenizer: a fast tokenizer that nobody else asks to truncate or to pad.
+    chat_template: the model's templates, or the source of its only one; None where it has none (chat prompts are
+        then refused).
+    content_format: what a template wants as a message's content; "auto" looks into its source.
+    image_token: the one token that stands for a picture; None for a model that sees none.
+    placeholder: what is written where the template does not write a picture itself, `image_token` unless the
+        family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
+    printed: what the template prints for an image where that is not the placeholder, which then takes its place
+        before the prompt is tokenised (Gemma 3 prints "<start_of_image>").
+    texts_apart: what stands before, between and after images is tokenised apart, each as a prompt of its own (Phi-3
+        Vision).
+    adds_special_tokens, arrange, around, max_images: see `engine.families.base.Preprocessor` (`arranged`).
+
+    Raises ValueError when these do not fit together.
+
+    longest: characters of a prompt, or tokens that the client sent, which are looked at at all. Encoding takes some
+    hundred bytes of memory and a microsecond for each; whoever knows the model's context sets it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        chat_template: ChatTemplates | str | None,
+        content_format: Literal["auto", "string", "openai"] = "auto",
+        image_token: str | None = None,
+        *,
+        placeholder: str | None = None,
+        printed: str | None = None,
+        texts_apart: bool = False,
+        adds_special_tokens: bool = True,
+        arrange: Callable[[str, str], str] | None = None,
+        around: Callable[[int], tuple[list[int], list[int]]] | None = None,
+        max_images: int | None = None,
+    ) -> None:
+        self.longest = _LONGEST_PROMPT
+        self._adds_special_tokens = adds_special_tokens
+        self._arrange = arrange
+        self._around = around
+        self._max_images = max_images
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._forced_format = content_format
+        if isinstance(chat_template, str):
+            chat_template = ChatTemplates.only(chat_template)
+        self.templates = ChatTemplates() if chat_template is None else chat_template
+        self._sources = {text: _parse(text, what) for text, what in self.templates.all.items()}
+        self._bos = tokenizer.bos_token
+        apart = around is not None and bool(around(1)[0])
+        self.image_token_id: int | None = None
+        if image_token is not None:
+            self.image_token_id = around(1)[0][0] if around and apart else _single_id(tokenizer, image_token)
+        whole = image_token if placeholder is None else placeholder
+        self.placeholder = whole if printed is None else printed
+        if apart:
+            self.placeholder = ""
+        self._texts_apart = texts_apart
+        self._substitute = None if printed is None or whole is None else (printed, whole)
+        if image_token is not None and (whole or "").count(image_token) != 1:
+            raise ValueError(
+                f"the placeholder {placeholder!r} must hold the image token {image_token!r} once"
+            )
+
+        images = [token for token in (image_token, printed) if token is not None]
+        control = ControlTokens(_control_tokens(tokenizer, images, self._sources.values()))
+        self._chat_control = control
+        self._text_control = ControlTokens(images)
+        self._literal = LiteralEncoder(self._backend, control)
+        self._normalised = self._backend.normalizer is not None and any(
+            token.normalized and token.content in set(control.tokens)
+            for token in tokenizer.added_tokens_decoder.values()
+        )
+
+    @property
+    def variables(self) -> dict[str, frozenset[str]]:
+        """Those that each of the model's templates reads and a request may set, by its name."""
+        named = self.templates.named
+        return {name: self._settable(self._sources[template.text]) for name, template in named.items()}
+
+    def _settable(self, source: TemplateSource) -> frozenset[str]:
+        return source.variables - _OURS - self._tokenizer.special_tokens_map.keys()
+
+    def render(self, prompt: ChatPrompt | TextPrompt, *, spans: bool = False) -> RenderedPrompt:
+        """Text and ids of a prompt. spans: with the place of each token in the text.
+
+        Raises InvalidRequest for what the client can mend.
+        """
+        self._require_room(_characters(prompt))
+        if isinstance(prompt, ChatPrompt):
+            return self._chat(prompt, spans)
+        return self._text(prompt, spans)
+
+    def _chat(self, prompt: ChatPrompt, spans: bool) -> RenderedPrompt:
+        template = self.templates.chosen(prompt.template, bool(prompt.tools))
+        if template is None:
+            raise self._no_template()
+        source = self._sources.get(template)
+        if source is None:
+            try:
+                source = _parse(template, "the chat template")
+            except ValueError as error:
+                raise InvalidRequest(str(error), param="chat_template") from error
+        n_images = sum(1 for _ in pictures(prompt))
+        self._require_pictures(n_images)
+        hidden = Hidden(self._chat_control)
+        rendered = self._apply(template, source, prompt, hidden)
+        # A processor's rule: what starts with BOS has all its special tokens, anything else gets them added.
+        # A tokenizer alone (a model without pictures) adds none to a rendered template.
+        starts_with_bos = bool(self._bos) and rendered.startswith(self._bos)
+        add_special_tokens = (
+            self.image_token_id is not None and self._adds_special_tokens and not starts_with_bos
+        )
+        if prompt.add_special_tokens is not None:
+            add_special_tokens = prompt.add_special_tokens
+        return self._encoded(rendered, hidden, n_images, add_special_tokens, spans)
+
+    def _text(self, prompt: TextPrompt, spans: bool) -> RenderedPrompt:
+        n_images = sum(1 for _ in pictures(prompt))
+        self._require_pictures(n_images)
+        hidden = Hidden(self._text_control)
+        if prompt.token_ids is not None:
+            self._require_room(len(prompt.token_ids), "tokens")
+            return self._counted(self._decoded(prompt.token_ids), list(prompt.token_ids), n_images)
+        pieces = [
+            hidden.text(part.text) if isinstance(part, TextPart) else self.placeholder or ""
+            for part in prompt.parts
+        ]
+        text, add_special_tokens = "".join(pieces), prompt.add_special_tokens and self._adds_special_tokens
+        if self._arrange is not None:
+            text = self._arrange(text, self._bos or "")
+        return self._encoded(text, hidden, n_images, add_special_tokens, spans)
+
+    def _decoded(self, token_ids: list[int]) -> str:
+        """In a batch, because other threads run meanwhile."""
+        (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=False)
+        return str(text)
+
+    def _apply(self, template: str, source: TemplateSource, prompt: ChatPrompt, hidden: Hidden) -> str:
+        parts = (self._forced_format if self._forced_format != "auto" else source.content_format) == "openai"
+        if prompt.continue_final_message and not _ends_with_text(prompt):
+            raise InvalidRequest(
+                "there is no text to continue in the last message", param="continue_final_message"
+            )
+        wanted = self._settable(source)
+        if unread := prompt.template_kwargs.keys() - wanted:
+            log.debug("chat template variables that the template does not read: %s", sorted(unread))
+        try:
+            messages = [
+                self._message(message, hidden, parts, source.accepts_strings) for message in prompt.messages
+            ]
+            rendered = self._tokenizer.apply_chat_template(
+                messages,
+                tools=hidden.value(prompt.tools) if prompt.tools else None,
+                chat_template=template,
+                add_generation_prompt=prompt.add_generation_prompt,
+                continue_final_message=prompt.continue_final_message,
+                tokenize=False,
+                **{
+                    name: hidden.value(value)
+                    for name, value in prompt.template_kwargs.items()
+                    if name in wanted
+                },
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                _reason("the chat template refuses the messages", error), param="messages"
+            ) from error
+        except ValueError as error:
+            if not prompt.continue_final_message:
+                raise InvalidRequest(
+                    "the chat template cannot render these messages", param="messages"
+                ) from error
+            raise InvalidRequest(
+                "the chat template does not end with the last message's text, so it cannot be continued",
+                param="continue_final_message",
+            ) from error
+        except Exception as error:
+            raise InvalidRequest(
+                "the chat template cannot render these messages", param="messages"
+            ) from error
+        return str(rendered)
+
+    def _message(self, message: Message, hidden: Hidden, parts: bool, strings: bool) -> dict[str, Any]:
+        turn: dict[str, Any] = {"role": message.role}
+        if not parts:
+            turn["content"] = "\n".join(
+                hidden.text(part.text, alone=True) if isinstance(part, TextPart) else self.placeholder or ""
+                for part in message.parts
+            )
+        elif message.role == "tool" and all(isinstance(part, TextPart) for part in message.parts):
+            texts = [hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)]
+            turn["content"] = _Result("\n".join(texts))
+        elif strings and _is_plain(message):
+            turn["content"] = "".join(
+                hidden.text(p.text, alone=True) for p in message.parts if isinstance(p, TextPart)
+            )
+        else:
+            turn["content"] = [
+                {"type": "text", "text": hidden.text(part.text, alone=True)}
+                if isinstance(part, TextPart)
+                else {"type": "image"}
+                for part in message.parts
+            ]
+        if message.name is not None:
+            turn["name"] = hidden.text(message.name, alone=True)
+        if message.tool_calls is not None:
+            turn["tool_calls"] = [hidden.value(_with_parsed_arguments(call)) for call in message.tool_calls]
+        if message.reasoning is not None:
+            turn["reasoning"] = turn["reasoning_content"] = hidden.text(message.reasoning, alone=True)
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = hidden.text(message.tool_call_id)
+        return turn
+
+    def _encoded(
+        self, rendered: str, hidden: Hidden, n_images: int, add_special_tokens: bool, with_spans: bool
+    ) -> RenderedPrompt:
+        if self._substitute is not None:
+            rendered = rendered.replace(*self._substitute)
+        self._require_room(len(rendered))
+        before, after = ([], []) if self._around is None else self._around(n_images)
+        add_special_tokens = add_special_tokens and not before
+        if self._texts_apart and self.placeholder is not None:
+            ids, spans = self._ids_apart(
+                rendered.split(self.placeholder), hidden, add_special_tokens, with_spans
+            )
+        else:
+            ids, spans = self._ids(rendered, hidden, add_special_tokens, with_spans)
+        if len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id:
+            ids, spans = ids[1:], spans and spans[1:]
+        if before:
+            ids = [*before, *ids, *after]
+            spans = spans and [*[(0, 0)] * len(before), *spans, *[(0, 0)] * len(after)]
+        return self._counted(hidden.restore(rendered), ids, n_images, spans)
+
+    def _ids(
+        self, rendered: str, hidden: Hidden, add_special_tokens: bool, with_spans: bool
+    ) -> tuple[list[int], list[tuple[int, int]] | None]:
+        if hidden.literals or self._normalised:
+            literal = self._literal.encode(
+                rendered, hidden, add_special_tokens=add_special_tokens, require_room=self._require_tokens
+            )
+            return literal.ids, literal.spans() if with_spans else None
+        encoding = encode(rendered, self._backend, add_special_tokens)
+        self._require_tokens(len(encoding))
+        return encoding.ids, token_places(encoding) if with_spans else None
+
+    def _ids_apart(
+        self, texts: list[str], hidden: Hidden, add_special_tokens: bool, with_spans: bool
+    ) -> tuple[list[int], list[tuple[int, int]] | None]:
+        """Of texts with an image between each and the next."""
+        image, image_id = self.placeholder, self.image_token_id
+        assert image is not None
+        assert image_id is not None
+        ids, spans = self._ids(texts[0], hidden, add_special_tokens, with_spans)
+        seen = len(hidden.restore(texts[0]))
+        for text in texts[1:]:
+            more, places = self._ids(text, hidden, add_special_tokens, with_spans)
+            ids = [*ids, image_id, *more]
+            before, seen = seen, seen + len(image)
+            if spans is not None and places is not None:
+                shifted = [(start + seen, stop + seen) if stop else (0, 0) for start, stop in places]
+                spans = [*spans, (before, seen), *shifted]
+            seen += len(hidden.restore(text))
+        return ids, spans
+
+    def _counted(
+        self, text: str, ids: list[int], n_images: int, spans: list[tuple[int, int]] | None = None
+    ) -> RenderedPrompt:
+        placeholders = ids.count(self.image_token_id) if self.image_token_id is not None else n_images
+        if placeholders < n_images:
+            raise InvalidRequest(
+                f"the request has {n_images} pictures, but the chat template prints {placeholders} of them: "
+                "put pictures into user messages",
+                param="messages",
+            )
+        if placeholders > n_images:
+            if n_images == 0:
+                raise InvalidRequest(
+                    "the prompt holds placeholders of pictures, but the request has no picture"
+                )
+            raise ServingError("the model's chat template shows more pictures than the request has")
+        return RenderedPrompt(text, ids, n_images, spans)
+
+    def _require_pictures(self, n_images: int) -> None:
+        if n_images and self.image_token_id is None:
+            raise InvalidRequest("this model does not take pictures", param="messages")
+        if self._max_images is not None and n_images > self._max_images:
+            raise InvalidRequest(
+                f"the request has {n_images} images, but a prompt of this model holds at most {self._max_images}",
+                param="messages",
+            )
+
+    def _require_room(self, length: int, unit: str = "characters") -> None:
+        if length > self.longest:
+            raise InvalidRequest(
+                f"the prompt has {length} {unit}, far more than this model's context holds; allowed: at most "
+                f"{self.longest}"
+            )
+
+    def _require_tokens(self, count: int) -> None:
+        """Before they become a list, which is one step for other threads."""
+        if count > (most := max(_FEWEST_TOKENS, self.longest // _CHARACTERS_PER_TOKEN)):
+            raise InvalidRequest(
+                f"the prompt has {count} tokens, far more than this model's context holds; allowed: at most {most}"
+            )
+
+    def _no_template(self) -> InvalidRequest:
+        if not (named := self.templates.named):
+            return InvalidRequest(
+                "this model has no chat template: set option.chat_template, or send a prompt as `inputs`",
+                param="messages",
+            )
+        return InvalidRequest(
+            f"this model has several chat templates and none of them is its default: name one in chat_template "
+            f"({', '.join(sorted(named))}), or set option.chat_template",
+            param="chat_template",
+        )
+
+
+def _characters(prompt: ChatPrompt | TextPrompt) -> int:
+    """Of all texts that the client sent for the prompt: those of its turns, and what else a template may print."""
+    count = sum(len(part.text) for part in prompt_parts(prompt) if isinstance(part, TextPart))
+    if isinstance(prompt, TextPrompt):
+        return count
+    waiting: list[Any] = [prompt.tools, prompt.template_kwargs, prompt.template]
+    for message in prompt.messages:
+        waiting += (message.name, message.tool_calls, message.tool_call_id, message.reasoning)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value
+            waiting += value.values()
+    return count
+
+
+def _parse(template: str, what: str) -> TemplateSource:
+    try:
+        return TemplateSource.parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{what} has an error in line {error.lineno}: {error.message}") from error
+
+
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerFast, images: Sequence[str], sources: Collection[TemplateSource]
+) -> set[str]:
+    """Special tokens, the picture's, and added tokens that only the templates are meant to print.
+
+    The last are turn markers that a conversion did not flag as special. Tokens that a template searches the
+    messages for ("</think>") are mark-up that clients may well send, and runs of white space are text.
+    """
+    printed, searched = "\x00".join(s.printed for s in sources), "\x00".join(s.searched for s in sources)
+    control = {token for token in tokenizer.all_special_tokens if token}
+    for token in tokenizer.added_tokens_decoder.values():
+        text = token.content
+        marker = text in printed and text not in searched
+        if token.special or (marker and len(text.strip(" \t\r\n▁")) > 1):
+            control.add(text)
+    control.update(images)
+    return control & set(tokenizer.get_vocab())
+
+
+def _single_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    ids = tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise ValueError(f"the image token {token!r} is {len(ids)} tokens in this tokenizer; it must be one")
+    return int(ids[0])
+
+
+class _Result(str):
+    """What a tool answered: a string, as templates want it, and its one part for those that loop over parts only."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([{"type": "text", "text": str(self)}])
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether a template that knows strings gets one: the client sent one, or a lone system text."""
+    if message.text_only or not message.parts:
+        return True
+    lone_text = len(message.parts) == 1 and isinstance(message.parts[0], TextPart)
+    return lone_text and message.role in ("system", "developer")
+
+
+def _ends_with_text(prompt: ChatPrompt) -> bool:
+    return bool(prompt.messages) and any(isinstance(part, TextPart) for part in prompt.messages[-1].parts)
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI sends the arguments as a JSON string; templates written for transformers want an object.
+
+    What is none becomes an empty one, as in vLLM: a call that was cut short must not end the conversation. So does
+    what escapes half a surrogate pair, which no prompt can hold, and what is nested too deeply to be rendered.
+    """
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments", function.get("parameters"))  # TGI takes both names
+    if isinstance(arguments, str):
+        text, arguments = arguments, None
+        try:
+            if len(text) > SHORT_BYTES:
+                check_body(text.encode(), 0)
+            arguments = json.loads(text)
+            if "\\u" in text:
+                json.dumps(arguments, ensure_ascii=False).encode()
+        except (ValueError, RecursionError, InvalidRequest):
+            arguments = None
+    usable = isinstance(arguments, dict) and depth(arguments) <= MAX_DEPTH
+    return {
+        **call,
+        "function": {**function, "arguments": arguments if usable else {}},
+    }
+
+
+def _reason(what: str, error: jinja2.TemplateError) -> str:
+    reason = " ".join((error.message or "").split())
+    return f"{what}: {reason[:_LONGEST_REASON]}" if reason else what

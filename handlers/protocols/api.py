@@ -1,0 +1,53 @@
+"""What each API tells the common part of itself; `select.py` lists the APIs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from handlers.exchange import Incoming, Reply
+from handlers.protocols.base import Conventions, ReplyHeaders, Task
+from handlers.protocols.errors import ErrorFormat
+from properties.settings import Settings
+
+Reader = Callable[[dict[str, Any], Conventions, Incoming, str | None], Task]
+"""Makes a task of a body, for the adapter that the request's head names. Raises InvalidRequest naming the field."""
+
+Frame = Callable[[Reader, dict[str, Any], Conventions, Incoming, str | None], Task]
+"""Reads a body with its API's own reader and changes how the reply is framed."""
+
+
+class Gate(Protocol):
+    """Sees every request for an answer before it is read."""
+
+    def answer(self, body: Mapping[str, Any], incoming: Incoming) -> Reply | None:
+        """Returns the reply to a body that does not ask the model; None for all others.
+
+        Raises:
+            ServingError: The request cannot be answered.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One API.
+
+    Attributes:
+        errors: How it writes errors.
+        claims: Whether it writes the errors of a request, by the route's template, the headers (names in lower case)
+            and the keys of the body, which are empty before the body has been read.
+        reads: What reads a body with these keys on a route; None where it is another API's.
+        headers: Route -> what it adds to the headers of replies there, whichever API has read the body.
+        frames: Route -> how replies are framed there, whichever API has read the body.
+        adapter: The adapter that a request's head names.
+        gate: Makes the gate of a server.
+    """
+
+    errors: ErrorFormat
+    claims: Callable[[str, Mapping[str, str], Collection[str]], bool]
+    reads: Callable[[Collection[str], str], Reader | None]
+    headers: Mapping[str, ReplyHeaders] = field(default_factory=dict)
+    frames: Mapping[str, Frame] = field(default_factory=dict)
+    adapter: Callable[[Incoming], str | None] | None = None
+    gate: Callable[[Settings], Gate] | None = None

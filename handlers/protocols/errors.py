@@ -1,0 +1,77 @@
+"""What clients and the log learn of errors; each API writes them in a format of its own."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+import msgspec
+
+from handlers.errors import Overloaded, ServingError, raised_at, short_of
+from handlers.exchange import Reply
+from handlers.own_words import own_words_of
+from handlers.protocols.base import JSON
+from processes.shortage import shortage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFormat:
+    """How one API writes errors.
+
+    Attributes:
+        body: Makes of an error what is encoded as JSON.
+        status: The HTTP status of its reply, where that is not the error's own.
+    """
+
+    body: Callable[[ServingError], object]
+    status: Callable[[ServingError], int] = attrgetter("status")
+
+
+def error_reply(error: ServingError, written: ErrorFormat) -> Reply:
+    """Returns the reply to a request that failed before its reply began."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return Reply(written.status(error), JSON, msgspec.json.encode(written.body(error)), headers=headers)
+
+
+def client_error(error: Exception, request_id: str) -> ServingError:
+    """What a client learns of an exception: all of an expected one, of any other only where to look, unless the server
+    was short of something: then that trying again may help."""
+    if isinstance(error, ServingError):
+        return error
+    if (what := shortage(error)) is not None:
+        short: ServingError = short_of(what)
+        short.__cause__ = error
+        return short
+    unexpected = ServingError(f"internal error; the log has more under request id {request_id}")
+    unexpected.__cause__ = error
+    return unexpected
+
+
+def log_error(error: ServingError, request_id: str) -> None:
+    """What the client was told, in the program's own words; for a failure that is not the client's the stack trace that
+    it does not see, else where it comes from, without messages of other exceptions, which may quote what the client
+    sent. Overload is not traced: it comes in thousands."""
+    told, reason = (request_id, error.kind, error.status), own_words_of(error)
+    if isinstance(error, Overloaded):
+        log.info("request %s: %s (%d): %s", *told, reason)
+    elif error.status >= 500 or error.status == 424:
+        log.error("request %s: %s (%d): %s", *told, reason, exc_info=error)
+    else:
+        log.info("request %s: %s (%d) at %s: %s", *told, _places(error), reason)
+
+
+_MOST_PLACES = 6
+
+
+def _places(error: BaseException) -> str:
+    """Where the first cause of an exception comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return ", ".join(f"{file}:{line} {function}" for file, line, function in raised_at(error)[:_MOST_PLACES])

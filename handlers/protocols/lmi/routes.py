@@ -1,0 +1,87 @@
+"""LMI's routes, which SageMaker calls: what its headers say, and how a stream is framed there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from handlers.exchange import Incoming
+from handlers.protocols.api import Api, Reader
+from handlers.protocols.base import Conventions, Task
+from handlers.protocols.lmi.replies import LMI_ERRORS, JsonLines
+from handlers.protocols.lmi.requests import INVOKE_ROUTES, read_lmi, wants_lines
+from handlers.protocols.lmi.sessions import Sessions
+
+_PREFIX = "x-amzn-sagemaker-"
+ADAPTER = f"{_PREFIX}adapter-identifier"
+_ATTRIBUTES = f"{_PREFIX}custom-attributes"
+_MOST_ATTRIBUTES = 1024
+"""Characters of the header: SageMaker's own limit."""
+
+
+def accept_of(headers: Mapping[str, str]) -> str:
+    """The media types that the client asks for, in lower case; empty where it does not say.
+
+    headers: names in lower case. Asynchronous and streamed invocations may bring it under SageMaker's own name.
+    """
+    return (headers.get("accept") or headers.get(f"{_PREFIX}accept") or "").lower()
+
+
+def adapter_of(incoming: Incoming) -> str | None:
+    """The adapter that SageMaker's header, or a custom attribute of that name, asks for."""
+    if name := incoming.headers.get(ADAPTER):
+        return name
+    return attributes_of(incoming.headers).get(ADAPTER) or None
+
+
+def attributes_of(headers: Mapping[str, str]) -> dict[str, str]:
+    """The custom attributes of the form `name=value;name=value`, as LMI reads them: names in lower case."""
+    text = headers.get(_ATTRIBUTES, "")[:_MOST_ATTRIBUTES]
+    pairs = (part.partition("=") for part in text.split(";") if "=" in part)
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
+    return True
+
+
+def _reads(keys: Collection[str], route: str) -> Reader | None:
+    return _read if "inputs" in keys else None
+
+
+def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
+    accept = accept_of(incoming.headers)
+    return read_lmi(body, conventions, request_id=incoming.request_id, adapter=adapter, accept=accept)
+
+
+def _framed(
+    read: Reader,
+    body: dict[str, Any],
+    conventions: Conventions,
+    incoming: Incoming,
+    adapter: str | None,
+) -> Task:
+    """Whether and how other APIs' bodies are streamed here, by `option.output_formatter` and the `Accept` header."""
+    if "inputs" in body:
+        return read(body, conventions, incoming, adapter)
+    formatter = conventions.output_formatter
+    if body.get("stream") is None and formatter in ("jsonlines_chat", "sse_chat"):
+        body = {**body, "stream": True}
+    task = read(body, conventions, incoming, adapter)
+    accept = accept_of(incoming.headers)
+    lines = formatter == "jsonlines_chat" and "text/event-stream" not in accept
+    if task.stream and (lines or wants_lines(accept)) and not conventions.custom_output:
+        task.writer = JsonLines(task.writer)
+    return task
+
+
+LMI = Api(
+    LMI_ERRORS,
+    _claims,
+    _reads,
+    frames=dict.fromkeys(INVOKE_ROUTES, _framed),
+    adapter=adapter_of,
+    gate=lambda settings: Sessions(
+        enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration
+    ),
+)

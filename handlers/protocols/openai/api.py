@@ -1,0 +1,43 @@
+"""What OpenAI's API reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from handlers.exchange import Incoming
+from handlers.protocols.api import Api, Reader
+from handlers.protocols.base import Conventions, Task
+from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.completions import read_completion
+from handlers.protocols.openai.errors import OPENAI_ERRORS
+
+_OTHER_ROUTES = frozenset({"/tokenize", "/detokenize", "/version"})
+"""Routes of vLLM's, which answers errors as OpenAI does."""
+
+
+def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
+    if "messages" in keys or "inputs" in keys:
+        return "messages" in keys
+    return "prompt" in keys or route.startswith("/v1/") or route in _OTHER_ROUTES
+
+
+def _reads(keys: Collection[str], route: str) -> Reader | None:
+    if route == "/v1/completions":
+        return _completion
+    if "messages" in keys:
+        return _chat
+    return _completion if "prompt" in keys and "inputs" not in keys else None
+
+
+def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
+    return read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
+
+
+def _completion(
+    body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None
+) -> Task:
+    return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
+
+
+OPENAI = Api(OPENAI_ERRORS, _claims, _reads)

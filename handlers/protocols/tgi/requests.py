@@ -1,0 +1,228 @@
+"""The body of Text Generation Inference (TGI): `inputs`, `parameters`, `stream`. From the body to a `Task`.
+
+Names, defaults and the wording of what is wrong are those of TGI's router, on whose texts clients match; where our
+limits are wider, the wording has our number.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+
+from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams, shown
+from handlers.errors import InvalidRequest
+from handlers.protocols.base import MAX_ANSWERS, Conventions, Task, sampling_params
+from handlers.protocols.body import convert
+from handlers.protocols.constraints import read_constraint
+from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.misspelt import KnownNames
+from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
+from handlers.request import GenerationRequest, TextPrompt
+
+log = logging.getLogger(__name__)
+
+GENERATE_ROUTES = frozenset({"/", "/generate", "/generate_stream"})
+
+_LARGEST_SEED = 2**64 - 1
+
+_NAMES = {"max_tokens": "max_new_tokens", "logprobs": "top_n_tokens"}
+
+
+class TgiParameters(msgspec.Struct):
+    """TGI's parameters; null counts as not given. `stop_sequences` is what TGI's clients used to call `stop`."""
+
+    adapter_id: str | None = None
+    best_of: int | None = None
+    decoder_input_details: bool | None = None
+    details: bool | None = None
+    do_sample: bool | None = None
+    frequency_penalty: float | None = None
+    grammar: dict[str, Any] | None = None
+    max_new_tokens: int | None = None
+    repetition_penalty: float | None = None
+    return_full_text: bool | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_sequences: str | list[str] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_n_tokens: int | None = None
+    top_p: float | None = None
+    truncate: int | None = None
+    typical_p: float | None = None
+    watermark: bool | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn: asked for, or implied by any value that would change how they are."""
+        return bool(
+            self.do_sample
+            or self.temperature not in (None, 1.0)
+            or self.top_k
+            or self.top_p not in (None, 1.0)
+            or self.typical_p not in (None, 1.0)
+        )
+
+    @property
+    def stops(self) -> list[str]:
+        named = (self.stop, self.stop_sequences)
+        return [text for one in named for text in ([one] if isinstance(one, str) else one or ())]
+
+
+class TgiBody(msgspec.Struct):
+    inputs: str
+    parameters: dict[str, Any] | None = None
+    stream: bool | None = None
+    model: str | None = None
+
+
+_PARAMETER_NAMES = KnownNames(TgiParameters.__struct_fields__)
+_BODY_NAMES = KnownNames(
+    TgiBody.__struct_fields__, inside={name: f"parameters.{name}" for name in TgiParameters.__struct_fields__}
+)
+
+
+def read_tgi(
+    body: dict[str, Any],
+    conventions: Conventions,
+    *,
+    request_id: str,
+    route: str,
+    adapter: str | None = None,
+) -> Task:
+    """Raises InvalidRequest in TGI's words.
+
+    route: one of `GENERATE_ROUTES`, which decides on streaming and on whether the reply is a list.
+    adapter: named in a header; it wins over the body's `adapter_id`.
+    """
+    asked = convert(body, TgiBody)
+    for name in body.keys() - TgiBody.__struct_fields__:
+        log.debug("unknown field ignored: %.80s", name)
+    stream = route == "/generate_stream" or (route == "/" and bool(asked.stream))
+    # Without any parameters TGI draws; with an empty object it does not.
+    given = {"do_sample": True} if asked.parameters is None else asked.parameters
+    parameters = _read_parameters(given, stream=stream)
+    if not asked.inputs:
+        raise InvalidRequest("`inputs` cannot be empty", param="inputs")
+    _check_truncate(parameters.truncate, conventions.max_model_len)
+    answers = parameters.best_of or 1
+    seeds = _seeds(parameters, answers)
+    details = bool(parameters.details or parameters.decoder_input_details)
+    request = GenerationRequest(
+        request_id=request_id,
+        prompt=TextPrompt(picture_parts(asked.inputs)),
+        sampling=_sampling(parameters, seeds, shows_tokens=stream or details or answers > 1),
+        n=answers,
+        stream=stream,
+        model=asked.model,
+        adapter=adapter if adapter is not None else parameters.adapter_id or None,
+        truncate_prompt_tokens=parameters.truncate,
+        max_tokens_is_default=parameters.max_new_tokens is None,
+        constraint=read_constraint(grammar=parameters.grammar),
+        names=_NAMES,
+    )
+    writer = TgiWriter(
+        asked.inputs,
+        array=route == "/",
+        details=details,
+        prefill=bool(parameters.decoder_input_details),
+        full_text=bool(parameters.return_full_text),
+        top_tokens=parameters.top_n_tokens or 0,
+        seeds=seeds,
+        special_token_ids=conventions.special_token_ids,
+    )
+    misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
+    return Task([request], writer, misspelt)
+
+
+def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:
+    """Raises InvalidRequest in TGI's words, in the order in which TGI checks."""
+    asked = convert(given, TgiParameters, under="parameters")
+    for name in given.keys() - TgiParameters.__struct_fields__:
+        log.debug("unknown parameter ignored: %.80s", name)
+    _check_best_of(asked, stream)
+    for name in ("temperature", "repetition_penalty", "top_k", "max_new_tokens"):
+        value = getattr(asked, name)
+        if value is not None and value <= 0:
+            raise InvalidRequest(f"`{name}` must be strictly positive", param=name)
+    if asked.frequency_penalty is not None and not -2.0 <= asked.frequency_penalty <= 2.0:
+        raise InvalidRequest("`frequency_penalty` must be >= -2.0 and <= 2.0", param="frequency_penalty")
+    for name in ("top_p", "typical_p"):
+        value = getattr(asked, name)
+        if value is not None and not 0.0 < value <= 1.0:
+            raise InvalidRequest(f"`{name}` must be > 0.0 and <= 1.0", param=name)
+    if len(asked.stops) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            f"`stop` supports up to {MAX_STOP_STRINGS} stop sequences. Given: {len(asked.stops)}",
+            param="stop",
+        )
+    if "" in asked.stops:
+        raise InvalidRequest("`stop`: an empty string cannot end an answer", param="stop")
+    top = asked.top_n_tokens
+    if top is not None and not 0 <= top <= MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"`top_n_tokens` must be >= 0 and <= {MAX_LOGPROBS}. Given: {shown(top)}", param="top_n_tokens"
+        )
+    if asked.seed is not None and not 0 <= asked.seed <= _LARGEST_SEED:
+        raise InvalidRequest("`seed` must be >= 0 and < 2^64", param="seed")
+    if stream and asked.decoder_input_details:
+        raise InvalidRequest(
+            "`decoder_input_details` == true is not supported when streaming tokens",
+            param="decoder_input_details",
+        )
+    return asked
+
+
+def _check_best_of(asked: TgiParameters, stream: bool) -> None:
+    best_of = asked.best_of
+    if best_of is None or best_of == 1:
+        return
+    if not 1 <= best_of <= MAX_ANSWERS:
+        problem = f"`best_of` must be > 0 and <= {MAX_ANSWERS}. Given: {shown(best_of)}"
+    elif not asked.samples:
+        problem = "you must use sampling when `best_of` is > 1"
+    elif asked.seed is not None:
+        problem = "`seed` must not be set when `best_of` > 1"
+    elif stream:
+        problem = "`best_of` != 1 is not supported when streaming tokens"
+    else:
+        return
+    raise InvalidRequest(problem, param="best_of")
+
+
+def _check_truncate(truncate: int | None, context: int) -> None:
+    if truncate is not None and not 0 < truncate <= context:
+        raise InvalidRequest(
+            f"`truncate` must be strictly positive and less than {context}. Given: {shown(truncate)}",
+            param="truncate",
+        )
+
+
+def _seeds(asked: TgiParameters, answers: int) -> list[int | None]:
+    """What the reply says of each answer: nothing where none was drawn from."""
+    if not asked.samples:
+        return [None] * answers
+    return shown_seeds(asked.seed, answers)
+
+
+def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bool) -> SamplingParams:
+    """TGI knows no defaults of the model's own, and keeps a stop string in the text."""
+    seed = seeds[0]
+    stops = asked.stops
+    values = {
+        "max_tokens": asked.max_new_tokens,
+        "temperature": (asked.temperature or 1.0) if asked.samples else 0.0,
+        "top_k": asked.top_k,
+        "top_p": asked.top_p,
+        "typical_p": asked.typical_p,
+        "repetition_penalty": asked.repetition_penalty,
+        "frequency_penalty": asked.frequency_penalty,
+        "seed": None if seed is None else seed & MAX_SEED,
+        "stop": tuple(stops) if stops else None,
+        "include_stop_str_in_output": True if stops else None,
+        "logprobs": (asked.top_n_tokens or 0) if shows_tokens else None,
+        "prompt_logprobs": 0 if asked.decoder_input_details else None,
+    }
+    return sampling_params(values, {}, _NAMES)

@@ -1,0 +1,38 @@
+"""An engine in a process of its own, asked through its client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from engine.client import EngineClient, OutputStream
+from engine.config import EngineConfig
+from engine.messages import Add, Output
+
+
+def config(path: Path, **settings: object) -> EngineConfig:
+    defaults = {"dtype": "float32", "kv_cache_bytes": 4 << 20, "threads": 1}
+    return EngineConfig(model_path=str(path), **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
+    try:
+        await client.start()
+        yield client
+    finally:
+        await client.stop()
+
+
+async def finish(stream: OutputStream) -> list[Output]:
+    outputs: list[Output] = []
+    while not outputs or outputs[-1].finish is None:
+        outputs += await stream.get()
+    return outputs
+
+
+async def answer(client: EngineClient, add: Add) -> list[int]:
+    stream = OutputStream()
+    client.submit(add, stream)
+    return [token for output in await finish(stream) for token in output.token_ids]

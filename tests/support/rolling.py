@@ -1,0 +1,52 @@
+"""The embedded engine behind its backend, asked as a protocol asks it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from engine.sampling_params import SamplingParams
+from handlers.backends.base import Delta
+from handlers.backends.rolling.backend import RollingBackend
+from handlers.request import (
+    ChatPrompt,
+    GenerationRequest,
+    ImagePart,
+    LoadedImage,
+    Message,
+    TextPart,
+)
+from properties.settings import Settings
+from tests.support.engine_driver import random_image
+
+
+@asynccontextmanager
+async def loaded(model: Path, **settings: Any) -> AsyncIterator[RollingBackend]:
+    backend = RollingBackend.from_settings(Settings(**{"dtype": "float32", **settings}), model)
+    try:
+        await backend.load()
+        yield backend
+    finally:
+        await backend.close()
+
+
+def request(*content: str | int, sampling: dict[str, Any] | None = None, **fields: Any) -> GenerationRequest:
+    """A chat turn: strings are text, numbers are pictures by seed."""
+    parts = [
+        TextPart(item)
+        if isinstance(item, str)
+        else ImagePart("data:", LoadedImage(random_image(item), item.to_bytes(4, "little")))
+        for item in content
+    ]
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
+    return GenerationRequest("id", ChatPrompt([Message("user", parts)]), params, **fields)
+
+
+async def answer(backend: RollingBackend, asked: GenerationRequest) -> list[Delta]:
+    return [delta async for delta in await backend.generate(asked)]
+
+
+def tokens(deltas: list[Delta], index: int = 0) -> list[int]:
+    return [token for delta in deltas if delta.index == index for token in delta.token_ids]
