@@ -74,11 +74,13 @@ tests/clients/js/node_modules/installed: tests/clients/js/package-lock.json
 		--fetch-retries 1 --fetch-retry-mintimeout 1000 --fetch-retry-maxtimeout 1000 && touch $@ || \
 		echo "JavaScript clients: not installed, their tests will be skipped" >&2
 
-lint: $(VENV)/installed-dev  ## Check style, types, import directions and generated pages
+# Fields of structs and of settings are read by name, so that vulture, which sees no use of them, is asked about the rest.
+lint: $(VENV)/installed-dev  ## Check style, types, import directions, dead code and generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	! $(BIN)/vulture | grep -vE 'unused (variable|attribute) .*\(60%'
 	$(BIN)/python -m properties.document --check
 
 format: $(VENV)/installed-dev  ## Format the sources and fix what ruff can fix

@@ -23,7 +23,7 @@ from bench.pictures import jpegs
 from bench.report import machine
 from handlers.images.decode import WHITE, decode, prepare_pillow
 from handlers.images.decoders import DecoderPool
-from handlers.images.header import read_header
+from handlers.images.image_file import read_header
 
 MAX_PIXELS = 89_478_485
 LEAST = 40.0

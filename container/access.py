@@ -14,11 +14,11 @@ METHODS = "GET, POST, OPTIONS"
 _DAY = "86400"
 _NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:\s*,\s*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
 _MOST = 2000
-"""Characters of the header names that a page may ask for at once."""
+"""Characters of all header names in one preflight request."""
 
 
 class Keys:
-    """One key, or several as a JSON list of texts; None opens the server to all."""
+    """The keys that open the server: one, or several as a JSON list of strings; with None it is open to everybody."""
 
     def __init__(self, secret: SecretStr | None) -> None:
         texts = [] if secret is None else _several(secret.get_secret_value())
@@ -54,15 +54,18 @@ def _digest(key: bytes) -> bytes:
 
 
 class Cors:
-    """origins: as browsers send them, "https://app.example"; "*" for any. Keys are sent by the page itself, so that
-    no page can borrow another's."""
+    """The web pages that may call the server.
+
+    Origins are written as browsers send them, "https://app.example", or "*" for any page. Credentials that a browser
+    adds by itself are never allowed, so one page cannot use another's key.
+    """
 
     def __init__(self, origins: Sequence[str]) -> None:
         self._any = "*" in origins
         self._origins = frozenset(origins)
 
     def headers(self, asked: Mapping[str, str]) -> dict[str, str]:
-        """Of any reply. asked: the request's headers, names in lower case."""
+        """The CORS headers of any reply. asked: the request's headers, names in lower case."""
         if not self._origins:
             return {}
         origin = asked.get("origin")
@@ -73,7 +76,7 @@ class Cors:
         return {**shown, "access-control-allow-origin": allowed, "access-control-expose-headers": "*"}
 
     def preflight(self, method: str, asked: Mapping[str, str]) -> dict[str, str] | None:
-        """What a browser is told that asks before it sends; None for any other request."""
+        """The headers that answer a browser's preflight request; None for any other request."""
         if method != "OPTIONS" or "access-control-request-method" not in asked or not self._origins:
             return None
         names = asked.get("access-control-request-headers", "")

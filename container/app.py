@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -18,11 +19,10 @@ from container.routes import Action, Match, MethodNotAllowed, Route, find
 from container.state import Answers, ServerState, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
-from handlers.exchange import AdapterCall, Incoming, Reply
+from handlers.exchange import Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
 from handlers.protocols.errors import client_error, error_reply
-from handlers.protocols.lmi.requests import INVOKE_ROUTES
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
@@ -31,14 +31,11 @@ logger = logging.getLogger("container.request")
 
 _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
-_SESSION_BYTES = 128
-"""Of a body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
-
 _GRACE_SECONDS = 5.0
-"""What the handlers may take beyond a request's time to say themselves that it is over."""
+"""What the handlers may take beyond a request's time, to answer themselves that it is over."""
 
 Work = Callable[[bytes, Body], Awaitable[Reply]]
-"""What answers a body, whose content is the first argument."""
+"""Answers a body; its content is the first argument."""
 
 AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
 """A whole reply and all its headers but the length."""
@@ -50,7 +47,13 @@ class Unauthorized(ServingError):
 
 
 class App:
-    """An ASGI application. `calls` are the requests for answers that run now; `idle` is set while there is none."""
+    """The ASGI application.
+
+    Attributes:
+        calls: The requests with a body that are being answered.
+        idle: Set while there are none.
+        bodies: The memory of their bodies.
+    """
 
     def __init__(self, configuration: Configuration, state: ServerState, metrics: Metrics) -> None:
         self._state = state
@@ -63,7 +66,7 @@ class App:
         self.configure(configuration)
 
     def configure(self, configuration: Configuration) -> None:
-        """Take a configuration over; a model may bring one of its own when it arrives."""
+        """Apply a configuration. Called again if the model brings one of its own."""
         self._settings = configuration.settings
         self._names = public_names(configuration)
         self._accepted = accepted_names(configuration)
@@ -72,11 +75,10 @@ class App:
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
     def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
-        """The reply to a request whose head is all that it needs: a probe's, and the refusal of one without a place.
+        """The reply to a request that needs nothing but its head: a probe, or a request that is refused.
 
-        Answered so, neither waits for anything that runs, and a refusal costs no parsing and no task.
-        crowded: there are more connections than there should be. None for every other request: those are
-        answered by `__call__`.
+        Neither waits for anything that runs, and a refusal costs no parsing and no task. Returns None for every other
+        request; `__call__` answers those. crowded: there are more connections than there should be.
         """
         try:
             match = find(path, method)
@@ -99,15 +101,15 @@ class App:
         return reply, header_lines(reply, own)
 
     def on_malformed(self, status: int) -> None:
-        """A connection sent what is no request, and was told so."""
+        """Count input that was not a request and was answered with `status`."""
         self._metrics.on_http("unknown", status)
 
     def _refusal(self, route: Route, declared: int, crowded: bool) -> ServingError | None:
-        """Why a request's body is not read, if there is a reason."""
+        """The reason not to read a request's body, if there is one."""
         if crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
         full = route.action in _TAKES_PLACE and self._service().free <= self.bodies.expected
-        if full and not self._may_ask_for_session(route, declared):
+        if full and not self._service().takes_no_place(route.template, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -160,7 +162,8 @@ class App:
             case "openapi":
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
             case "info":
-                await self._reply(call, self._service().info())
+                incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
+                await self._reply(call, await self._service().call("info", incoming))
             case _:
                 named = match.name or parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
@@ -172,40 +175,38 @@ class App:
         return self._state.service
 
     def _asked(self, call: Call, match: Match) -> Work:
-        """What answers a body. Raises Unavailable."""
+        """The function that answers the request's body. Raises Unavailable."""
         service, action = self._service(), match.route.action
-        if action == "adapters":
-            query = {name: values[0] for name, values in parse_qs(call.query, keep_blank_values=True).items()}
-            return lambda body, _: service.adapters(
-                AdapterCall(match.route.adapters, match.adapter, query, body, call.headers, call.request_id)
-            )
-        work = {"tokenize": service.tokenize, "detokenize": service.detokenize}.get(action, service.answer)
+        work = service.answer if action == "answer" else partial(service.call, action)
         return lambda content, body: work(
             Incoming(
                 call.template,
                 content,
-                call.headers_with_adapter(),
+                call.headers,
                 call.request_id,
                 call.model,
                 body.settle,
                 body.keep,
+                method=call.method,
+                query=call.parameters(),
+                adapter=match.adapter,
             )
         )
 
     async def _work(self, call: Call, action: Action, work: Work) -> None:
-        """What takes a body and the model."""
+        """Answer a request that has a body and needs the model."""
         self.calls.add(call)
         self.idle.clear()
         body = Body(
             self.bodies, call.headers, self._settings.max_request_size, self._settings.predict_timeout
         )
         try:
-            session = self._may_ask_for_session(call.route, declared_size(call.headers))
-            if action in _TAKES_PLACE and not session:
+            placeless, size = self._service().takes_no_place, declared_size(call.headers)
+            if action in _TAKES_PLACE and not placeless(call.template, size):
                 self._expect(body)
             content = await body.read(call.receive)
             call.body_read = True
-            if action in _TAKES_PLACE and not (session and b'"requestType"' in content):
+            if action in _TAKES_PLACE and not placeless(call.template, size, content):
                 self._expect(body)
             if self._settings.log_prompts:
                 if len(content) > LONG_BYTES:
@@ -232,17 +233,8 @@ class App:
                 "the server stopped before the answer was complete; send it again", retry_after=5
             )
 
-    def _may_ask_for_session(self, route: Route | None, declared: int) -> bool:
-        """Whether a body is read before it is refused: opening and closing a session takes no place."""
-        return (
-            route is not None
-            and route.template in INVOKE_ROUTES
-            and 0 < declared <= _SESSION_BYTES
-            and self._settings.enable_stateful_sessions
-        )
-
     def _expect(self, body: Body) -> None:
-        """Reserve a place for the answer, unless that is done; lost by a body that takes long. Raises Overloaded."""
+        """Reserve a place for the answer, unless one is reserved; a slow body loses it. Raises Overloaded."""
         if body.expected:
             return
         if self._service().free <= self.bodies.expected:
@@ -282,7 +274,7 @@ class App:
         return headers
 
     async def _fail(self, call: Call, error: Exception) -> None:
-        """Answer an error that no handler turned into a reply; a reply that has begun can only be cut off."""
+        """Answer an error that no handler turned into a reply. A reply that has begun can only be cut off."""
         known = client_error(error, call.request_id)
         call.error, call.reason = known.kind, own_words_of(known)
         self._metrics.on_error(known.kind)
@@ -305,11 +297,10 @@ class App:
         facts = self._metrics.facts.pop(call.request_id, None) or call.facts
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
-        if call.route is not None and call.route.action not in _LOGGED and status != 401:
+        if call.route is not None and call.route.action not in _TAKES_BODY and status != 401:
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
 
 
 _TAKES_PLACE = ("answer", "tokenize", "detokenize")
 _TAKES_BODY = (*_TAKES_PLACE, "adapters")
-_LOGGED = ("answer", "tokenize", "detokenize", "adapters")

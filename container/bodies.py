@@ -1,4 +1,4 @@
-"""Request bodies on their way in: how many bytes of them the server holds, and which are not waited for."""
+"""Request bodies while they arrive: how much memory they may take, and which ones are given up."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from handlers.errors import Overloaded, PayloadTooLarge, ServingError
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 FLOOR_BYTES = 1024
-"""A second, averaged over `FLOOR_SECONDS`: slower than any mobile network that works."""
+"""The slowest rate of a body, per second and averaged over `FLOOR_SECONDS`: any working mobile network is faster."""
 
 FLOOR_SECONDS = 30.0
 
 _SWEEP_SECONDS = 1.0
 _PROMPT_SECONDS = 2.0
-"""How long a body that is still arriving may keep a place for an answer: one that takes longer competes again."""
+"""How long a body that is still arriving may reserve a place for its answer; a slower one competes again."""
 
 _PARTS_PER_ORDER = 16
-"""Of all bodies that are read, one in so many may be judged by an order that is up to a second old."""
+"""The bodies are sorted by cost again after one use of their order for every 16 of them."""
 
 _PIECE_BYTES = 256 * 1024
-"""Small parts are put together, as each object costs more than a few bytes; large ones are not moved again."""
+"""Parts smaller than this are joined as they arrive, since each object costs memory; larger ones are not copied."""
 
 _JOINED_HERE_BYTES = 2**20
-"""Joining a larger body would stop the event loop: for 60 MB, tens of milliseconds."""
+"""A larger body is joined in a thread: 60 MB would block the event loop for tens of milliseconds."""
 
 _JOINER = ThreadPoolExecutor(1, "join-body")
-"""One at a time, so that of all bodies only one is in memory twice."""
+"""One thread, so that only one body at a time is in memory twice."""
 
 _RETRY_AFTER = 1.0
 
@@ -48,12 +48,18 @@ class BodyTimeout(ServingError):
 
 
 class Bodies:
-    """The bytes of all request bodies that the server holds, from their arrival until their replies have ended; those
-    of images until the engine has them.
+    """The memory of all request bodies, from their arrival until their replies have ended (images: until the engine
+    has them).
 
-    limit: bytes, `option.request_memory_mb`; one body of the largest size always fits into an idle server. held: bytes
-    now. expected: requests that were let in and have not asked for their places yet. Bytes are counted as they arrive,
-    never as they are declared: who declares much and sends nothing takes nothing from the others.
+    Bytes are counted as they arrive, never as they are declared: a client that declares much and sends nothing takes
+    nothing from the others.
+
+    Attributes:
+        limit: Bytes that may be held, `option.request_memory_mb`; one body of the largest size always fits.
+        held: Bytes that are held now.
+        expected: Requests that were let in and have not taken their places in the queue yet.
+        refused: Requests that were refused for lack of memory.
+        reading: Bodies that have not arrived whole.
     """
 
     def __init__(self) -> None:
@@ -68,18 +74,20 @@ class Bodies:
         self._timer: asyncio.TimerHandle | None = None
 
     def fits(self, declared: int) -> bool:
-        """Whether a body of `declared` bytes can find room beside those that arrived whole."""
+        """Whether a body of `declared` bytes fits beside those that arrived whole."""
         if self.held + declared <= self.limit:
             return True
         return self.held - self._arriving + declared <= self.limit
 
     def take(self, body: Body, size: int) -> None:
-        """Count bytes of a body that is being read. Raises Overloaded.
+        """Count bytes of a body that is being read.
 
-        Where there is no room, the body goes that would hold the most memory for the longest: its size times the time
-        that the rest needs at the pace at which it came lately. So bodies that stopped or drip make room for those
-        that come fast, large ones for small ones, and one that is nearly complete stays. Raises Overloaded where that
-        is the body itself.
+        When memory is short, the body is refused that would hold the most of it for the longest: its size times the
+        time that its rest needs at its recent pace. So stalled bodies yield to fast ones and large ones to small ones,
+        and a body that is nearly complete stays.
+
+        Raises:
+            Overloaded: This body itself is the costliest, or was refused a moment ago.
         """
         while self.held + size > self.limit:
             if body not in self.reading:  # refused a moment ago
@@ -93,8 +101,8 @@ class Bodies:
         body.size += size
 
     def _costliest(self) -> Body:
-        """Of those that are read. Where there are many, the order of a moment ago serves a sixteenth as many parts:
-        asking each of thousands for every part would hold up everything else."""
+        """The body with the highest cost. Its order is reused for a while (see `_PARTS_PER_ORDER`): computing the cost
+        of thousands of bodies for every part would block the event loop."""
         self._uses += 1
         while self._order and self._order[-1] not in self.reading:
             self._order.pop()
@@ -104,13 +112,13 @@ class Bodies:
         return self._order[-1]
 
     def refuse(self, body: Body, error: ServingError) -> None:
-        """End the reading of a body that another task awaits."""
+        """Stop reading a body that another task awaits; that task raises the error."""
         self.forget(body)
         body.release()
         body.fail(error)
 
     def forget(self, body: Body) -> None:
-        """It is read no longer. Safe to call twice."""
+        """Note that the body is no longer read. Safe to call twice."""
         if body in self.reading:
             self.reading.remove(body)
             self._arriving -= body.size
@@ -132,7 +140,7 @@ class Bodies:
             self._timer = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
 
     def overloaded(self) -> Overloaded:
-        """The refusal, counted."""
+        """Count a refusal and return its error."""
         self.refused += 1
         return Overloaded(
             "the server holds as many bytes of requests as it may (option.request_memory_mb): try again later",
@@ -141,10 +149,10 @@ class Bodies:
 
 
 class Body:
-    """One request's body. size: bytes of it that are held. `release` it when nobody holds its content any more."""
+    """One request's body; call `release` when nobody holds its content any more. size: bytes of it that are held."""
 
     def __init__(self, bodies: Bodies, headers: Mapping[str, str], limit: int, longest: float) -> None:
-        """limit: most bytes. longest: seconds that reading may take."""
+        """limit: largest size in bytes. longest: seconds that reading may take."""
         self.size = 0
         self._bodies = bodies
         self._limit = limit
@@ -158,7 +166,7 @@ class Body:
         self._expected = False
 
     def expect(self) -> None:
-        """Keep a place for its answer in mind until `settle`."""
+        """Reserve a place for its answer until `settle`."""
         if not self._expected:
             self._expected = True
             self._bodies.expected += 1
@@ -173,9 +181,13 @@ class Body:
             self._bodies.expected -= 1
 
     async def read(self, receive: Receive) -> bytes:
-        """All of it. Kept in pieces and joined once, a large one in a thread.
+        """Read the whole body. It is kept in pieces and joined once, a large one in a thread.
 
-        Raises ClientGone, BodyTimeout, Overloaded, and PayloadTooLarge as soon as `limit` is passed.
+        Raises:
+            ClientGone: The client closed the connection.
+            BodyTimeout: The body arrives too slowly or takes too long.
+            Overloaded: There is no memory for it.
+            PayloadTooLarge: It is larger than the limit; raised as soon as that is known.
         """
         if self._declared > self._limit:
             raise self._too_large()
@@ -228,13 +240,13 @@ class Body:
                 pieces[-1] = bytes(last)
 
     def keep(self, size: int) -> None:
-        """Of one that arrived whole, `size` bytes are still held."""
+        """Note that only `size` bytes of a complete body are still held."""
         if size < self.size:
             self._bodies.held -= self.size - size
             self.size = size
 
     def release(self) -> None:
-        """Safe to call twice."""
+        """Give its memory and its place back. Safe to call twice."""
         self.settle()
         self._bodies.held -= self.size
         self.size = 0
@@ -245,9 +257,8 @@ class Body:
             self._task.cancel()
 
     def cost(self) -> float:
-        """Byte seconds that it may still hold: its rest at its pace, and once more as long as it has been silent.
-
-        A body without a length counts as half complete.
+        """Byte seconds that it is expected to hold: its size times the time for its rest, plus the time since it last
+        sent anything. A body without a declared length counts as half complete.
         """
         now = time.monotonic()
         rest = self._declared - self.size if self._declared else self.size
@@ -256,7 +267,7 @@ class Body:
         return self.size * (max(rest, 1) / max(pace, 1.0) + now - self._last)
 
     def look(self, now: float) -> BodyTimeout | None:
-        """Once a second: note its pace, and say whether it is too slow."""
+        """Note its pace; called once a second. Returns an error if the body is too slow."""
         self._pace = (self._pace + self.size - self._at_sweep) / 2
         self._at_sweep = self.size
         if now - self._began > _PROMPT_SECONDS:
@@ -282,8 +293,8 @@ class Body:
 
 
 def _joined(pieces: list[bytes | bytearray]) -> bytes:
-    """The pieces as one, and none of them left. Python lets other threads run while it joins bytes, but not bytearrays;
-    and between the pieces while they are freed."""
+    """Join the pieces and free them. Other threads can run while bytes are joined, but not while bytearrays are, and
+    between two pieces that are freed."""
     pieces[:] = [bytes(piece) for piece in pieces]
     whole = b"".join(pieces)
     while pieces:
@@ -292,6 +303,6 @@ def _joined(pieces: list[bytes | bytearray]) -> bytes:
 
 
 def declared_size(headers: Mapping[str, str]) -> int:
-    """Content-Length, 0 where there is none."""
+    """The value of Content-Length; 0 if there is none."""
     declared = headers.get("content-length", "")
     return int(declared) if declared.isdecimal() else 0

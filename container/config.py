@@ -19,14 +19,17 @@ from properties.problem import DEFAULT, ConfigurationError, Problem
 
 SERVE_DEFAULTS = {"host": "127.0.0.1"}
 RUN_DEFAULTS = {"host": "127.0.0.1", "port": "2242"}
-"""Of `lmi serve` and `lmi run`: option -> value; the latter's is Aphrodite's port."""
+"""Defaults of `lmi serve` and `lmi run`, option -> value. Port 2242 is Aphrodite's."""
 
 
 def configured(
     model: str | None, options: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, str]
 ) -> Configuration:
-    """As `resolve`; defaults: option -> value where no source says. Raises ConfigurationError, also for what the
-    operating system does not let us read."""
+    """Resolve the configuration. defaults: option -> value, for options that no source sets.
+
+    Raises:
+        ConfigurationError: An option is wrong, or a file cannot be read.
+    """
 
     def resolved(options: Sequence[str]) -> Configuration:
         try:
@@ -45,7 +48,7 @@ def configured(
 
 
 def unreadable(error: OSError) -> Problem:
-    """A file that cannot be had, as a problem."""
+    """The problem that describes a file which cannot be read."""
     where = f"{error.filename}: " if error.filename is not None else ""
     return Problem(
         f"{where}{error.strerror or error}; let user {os.getuid()} read the model's directory", "model_id"
@@ -53,8 +56,10 @@ def unreadable(error: OSError) -> Problem:
 
 
 def as_properties(configuration: Configuration) -> str:
-    """Every option that somebody set, in Java's properties syntax. Secrets, and options that nobody knows, which may
-    be secrets misspelt, are named in comments and left out."""
+    """Every option that was set, in Java's properties syntax.
+
+    Secrets are left out and named in comments, and so are unknown options, which may be misspelt secrets.
+    """
     lines = []
     for name, source in configuration.sources.items():
         if source.level >= Level.RECOMMENDED:
@@ -85,5 +90,5 @@ def _text(value: Any) -> str:
 
 
 def _line(key: str, value: str) -> str:
-    # Java's writer would escape what is not ASCII; the reader takes UTF-8.
+    # Java's writer escapes all but ASCII; our reader takes UTF-8.
     return javaproperties.join_key_value(key, value, ensure_ascii=False)

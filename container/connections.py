@@ -1,4 +1,4 @@
-"""The connections of clients: how many there may be, and which one goes where there are too many."""
+"""The clients' connections: how many may be open, and which one is closed when there are too many."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Protocol
 _MOST = 16_384
 _MOST_DESCRIPTORS = 65_536
 _OWN_DESCRIPTORS = 256
-"""Kept for the engine's pipes, fetches and files; half of all where there are few."""
+"""Descriptors kept for the engine's pipes, fetches and files; half of all if the process has few."""
 
 _MOST_LINGERING = 64
 
 
 class Connection(Protocol):
-    """lingers: what the client still sends is thrown away."""
+    """What the limits need to know of a connection.
+
+    Attributes:
+        lingers: The reply was sent, and what the client still sends is discarded.
+    """
 
     @property
     def lingers(self) -> bool: ...
@@ -24,11 +28,11 @@ class Connection(Protocol):
         """Close at once."""
 
     def finish(self) -> None:
-        """Close once the client can have read the reply."""
+        """Close after the client has had time to read the reply."""
 
 
 class Wire:
-    """A transport that is closed in a way that lets the client read the reply (see `container.protocol`)."""
+    """A transport whose `close` lets the client read the reply first (see `Protocol.finish`)."""
 
     __slots__ = ("_connection", "_transport", "get_extra_info", "pause_reading", "resume_reading", "write")
 
@@ -48,11 +52,15 @@ class Wire:
 
 
 class Connections:
-    """Those of one server. limit: beyond it, the one that has been idle longest is closed; as long as none is idle,
-    only probes are answered, on any connection. `hard_limit`: beyond it, new ones are closed at once.
+    """The open connections of one server.
 
-    open: those not closed or asked to close. idle: without a request, longest first; a head that comes byte by byte
-    does not make its connection busy. lingering: their reply was sent, and what they still send is thrown away.
+    Beyond `limit`, the connection that has been idle longest is closed. While none is idle, only probes are answered.
+    Beyond `hard_limit`, new connections are closed at once.
+
+    Attributes:
+        open: How many are open and not asked to close.
+        idle: Those without a request, longest idle first; a head that arrives byte by byte does not make one busy.
+        lingering: Those whose reply was sent and whose remaining input is discarded.
     """
 
     def __init__(self, limit: int) -> None:
@@ -78,7 +86,7 @@ class Connections:
             self._close(oldest)
 
     def rest(self, connection: Connection) -> None:
-        """It waits for its next request from now on."""
+        """Note that the connection waits for its next request from now on."""
         if connection in self._known:
             self.idle.pop(connection, None)
             self.idle[connection] = None
@@ -95,7 +103,7 @@ class Connections:
             self._close(next(iter(self.lingering)))
 
     def remove(self, connection: Connection) -> None:
-        """Safe to call twice."""
+        """Forget the connection. Safe to call twice."""
         self.idle.pop(connection, None)
         self.lingering.pop(connection, None)
         if connection in self._known:
@@ -108,7 +116,7 @@ class Connections:
 
 
 def raise_descriptor_limit() -> int:
-    """Allow this process and its children as many open files as they may have; how many connections that leaves."""
+    """Raise the limit of open files as far as allowed, for children too; returns how many connections that leaves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -17,22 +17,21 @@ from urllib.parse import parse_qs
 from container.bodies import Receive
 from container.routes import Route
 from handlers.exchange import Reply, RequestFacts
-from handlers.protocols.lmi.routes import ADAPTER
+from handlers.protocols.select import REQUEST_ID_HEADERS
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SAGEMAKER_ID = "x-amzn-sagemaker-inference-id"
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 Ending = Literal["client_gone", "overdue", "stalled", "shutdown"]
-"""Why a request was cancelled: its client left; its time was over; no part of its reply could be sent for too
-long; the server stopped."""
+"""Why a request was cancelled: its client left, its time was over, no part of its reply could be sent for too long, or
+the server stopped."""
 
 
 def header_lines(reply: Reply, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """The reply's headers and further ones, without characters that could end a line."""
+    """The reply's headers and `headers`, without characters that could end a line."""
     lines = [(b"content-type", reply.content_type.encode("latin-1", "replace"))]
     for name, value in (*headers.items(), *reply.headers.items()):
         lines.append((name.lower().encode("ascii"), _CONTROL.sub("", value).encode("latin-1", "replace")))
@@ -40,9 +39,11 @@ def header_lines(reply: Reply, headers: Mapping[str, str]) -> list[tuple[bytes, 
 
 
 class Exchange:
-    """The reply's side of one request, and the watch over it.
+    """Sends the reply to one request, and cancels the work on it when nobody can receive it any more.
 
-    status: of the reply once it has begun, 0 before. ending: why the request was cancelled, if it was.
+    Attributes:
+        status: The reply's status once it has begun, 0 before.
+        ending: Why the request was cancelled, if it was.
     """
 
     __slots__ = ("_closing", "_last", "_receive", "_send", "_task", "ending", "status")
@@ -59,11 +60,16 @@ class Exchange:
     async def run(
         self, work: Awaitable[Reply], headers: Mapping[str, str], *, longest: float, pause: float
     ) -> None:
-        """Await a reply and send it; call it once, with the request's body read.
+        """Await a reply and send it; call it once, after the request's body has been read.
 
-        longest: seconds for all of it. pause: seconds between two parts of a streamed reply.
-        Work and reply are cancelled at once when the client leaves or one of these is over; then this returns
-        with `ending` set. Raises what the work raises.
+        Work and reply are cancelled at once when the client leaves or a time is over; then this returns with `ending`
+        set. Raises what the work raises.
+
+        Args:
+            work: Makes the reply.
+            headers: Sent beside the reply's own.
+            longest: Seconds for all of it.
+            pause: Seconds between two parts of a streamed reply.
         """
         loop = asyncio.get_running_loop()
         self._task = task = asyncio.current_task()
@@ -81,13 +87,13 @@ class Exchange:
             clock.cancel()
 
     def stop(self, ending: Ending) -> None:
-        """Cancel what runs, unless the reply is complete."""
+        """Cancel the work, unless the reply is complete."""
         if self._task is not None and self.ending is None:
             self.ending = ending
             self._task.cancel()
 
     async def send(self, reply: Reply, headers: Mapping[str, str], close: bool = False) -> None:
-        """Send a reply. close: the connection with it, as the request's body was not read."""
+        """Send a reply. close: also close the connection, since the request's body was not read."""
         if reply.chunks is not None:
             try:
                 await self._send_stream(reply, reply.chunks, headers)
@@ -143,7 +149,7 @@ class Exchange:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request on its way. route: None where there is none."""
+    """One request while it is answered. route: None if no route matches."""
 
     method: str
     path: str
@@ -164,13 +170,13 @@ class Call:
     def template(self) -> str:
         return "unknown" if self.route is None else self.route.template
 
-    def headers_with_adapter(self) -> dict[str, str]:
-        """The headers, with the adapter that the query names where no header names one."""
-        adapter = parse_qs(self.query).get("adapter", [""])[0] if self.query else ""
-        return {ADAPTER: adapter, **self.headers} if adapter else self.headers
+    def parameters(self) -> dict[str, str]:
+        """The first value of each parameter of the query."""
+        given = parse_qs(self.query, keep_blank_values=True) if self.query else {}
+        return {name: values[0] for name, values in given.items()}
 
     def line(self, status: int, facts: RequestFacts | None) -> dict[str, Any]:
-        """The request's line of the log: never its prompt, its answer or its images."""
+        """The facts of the request's log line: never its prompt, its answer or its images."""
         line: dict[str, Any] = {
             "request_id": self.request_id,
             "method": self.method,
@@ -196,8 +202,8 @@ class Call:
 
 
 def request_id(headers: Mapping[str, str], configured: str | None) -> str:
-    """The caller's own id where it is a harmless token, else a new one."""
-    for name in [configured.lower()] if configured else [_SAGEMAKER_ID, "x-request-id"]:
+    """The caller's own id if it is a harmless token, else a new one."""
+    for name in [configured.lower()] if configured else REQUEST_ID_HEADERS:
         value = headers.get(name, "")
         if _TOKEN.fullmatch(value):
             return value

@@ -1,4 +1,4 @@
-"""Log lines on standard output, as text or JSON: one event a line, whatever a client wrote into it."""
+"""The log on standard output, as text or JSON: one event a line, whatever a client wrote into it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _OURS = ("container", "handlers", "engine", "processes", "properties")
-"""The loggers that may say more than `info`; libraries never do."""
+"""The loggers that follow the chosen level; libraries never log below `info`."""
 
 _MOST_WAITING = 20_000
-"""Lines that may wait for a slow reader of the output; more are dropped rather than stop the server."""
+"""Lines that may wait for a slow reader of the output; further ones are dropped, so that the server never waits."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
@@ -38,10 +38,10 @@ _requests = logging.getLogger("container.request")
 _prompts = logging.getLogger("container.prompts")
 
 _REFUSALS_SECONDS = 1.0
-"""Between two lines that speak for all requests refused meanwhile."""
+"""Between two lines, each of which counts the requests refused since the last one."""
 
 LONG_BYTES = 2**16
-"""A longer body is read for the log in a thread."""
+"""A longer body is prepared for the log in a thread."""
 
 _SHOWN = 32_768
 """Characters of a body, and bytes of an answer, that are logged."""
@@ -49,10 +49,10 @@ _SHOWN = 32_768
 _LINK = re.compile(r"(?:data|https?|s3):[^\s)\"'<>]+", re.IGNORECASE)
 _LINK_END = re.compile(r"[\s)\"'<>]")
 _SCHEME = 8
-"""Characters: more than any start of a link has."""
+"""More characters than the start of any link has."""
 
 _WINDOW = 2**16
-"""Characters that are searched in one step."""
+"""Characters that are searched for a link in one step."""
 
 
 def one_line(text: str) -> str:
@@ -105,7 +105,7 @@ class JsonFormatter(_Formatter):
 
 
 class _Queue(QueueHandler):
-    """Hands records over as they are: the other end is a thread of this process."""
+    """Passes records on unchanged, since they are written by a thread of this process."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
@@ -121,8 +121,11 @@ class _Queue(QueueHandler):
 def logging_to(
     stream: TextIO | None = None, form: LogFormat = "text", level: LogLevel = "info"
 ) -> Iterator[None]:
-    """Send the whole program's log to a stream (standard output) from a thread of its own, so that a slow
-    reader of the log never holds up the event loop. What waits is written before the context is left."""
+    """Write the whole program's log to a stream (standard output) while the context is open.
+
+    A thread writes it, so that a slow reader of the log never blocks the event loop. Lines that still wait are written
+    before the context is left.
+    """
     lowest = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
@@ -148,7 +151,7 @@ def logging_to(
 
 
 def _no_broken_promise(record: logging.LogRecord) -> bool:
-    """Not uvicorn's complaint about a reply that we cut off; our own line says why."""
+    """Drop uvicorn's complaint about a reply that we cut off; our own line says why."""
     return "without completing response" not in record.getMessage()
 
 
@@ -158,14 +161,14 @@ def _text(value: object) -> str:
 
 
 class Refusals:
-    """Requests that were refused by their heads, since the last log line about them."""
+    """Requests refused before their bodies were read. There may be thousands: one line a second counts them."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, error: ServingError) -> None:
-        """error: with a message of the program's own, as it is logged."""
+        """Count a refusal. error: its message is logged, so it must hold nothing of the client's."""
         self._counts[error.message] += 1
         if self._timer is None:
             self._log()
@@ -181,7 +184,7 @@ class Refusals:
 
 
 def log_prompt(request_id: str, body: bytes) -> None:
-    """A request's body; links, which may be pictures, are blotted out. What is not JSON is not shown.
+    """Log a request's body without its links, which may be images. A body that is not JSON is not shown.
 
     Takes no longer than to read the body as JSON, and the memory of that: what is beyond the first characters, which
     alone are shown, is not looked at.
@@ -196,7 +199,7 @@ def log_prompt(request_id: str, body: bytes) -> None:
 
 
 def log_answer(request_id: str, reply: Reply) -> None:
-    """A reply's body; that of a stream when it ends."""
+    """Log a reply's body; a stream's when it ends."""
     if reply.chunks is None:
         _log_answer(request_id, reply.body)
     else:
@@ -222,7 +225,7 @@ def _log_answer(request_id: str, body: bytes) -> None:
 
 
 class _Blotter:
-    """Copies a JSON value without links, until there are as many characters as are shown."""
+    """Copies a JSON value without its links, up to as many characters as are shown."""
 
     def __init__(self) -> None:
         self._left = _SHOWN

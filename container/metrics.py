@@ -1,14 +1,14 @@
-"""What Prometheus reads: counts kept in plain numbers on the event loop, exported when someone asks.
+"""What Prometheus reads: the server's own metrics, counted as things happen, and the backend's, asked at each export.
 
 Implements `handlers.observer.Observer`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
@@ -24,59 +24,89 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240,
 
 
 class Metrics:
-    """The server's counters since its start, and a registry of its own that exports them."""
+    """The server's metrics since its start, and a registry of its own that exports them.
+
+    Attributes:
+        bodies, connections, images: Asked at each export, where they are set.
+        facts: Those of finished requests by request id, until the request's log line has been written.
+    """
 
     def __init__(self, stats: Callable[[], BackendStats | None]) -> None:
-        """stats: asked at each export; None while there is no backend.
-
-        `facts` holds those of finished requests by request id until the request's log line has been written.
-        """
+        """stats: asked at each export; None while there is no backend."""
         self._stats = stats
-        first_token, token_gap, self._duration = self._histograms = (
-            _histogram("time_to_first_token", "From a request's arrival to its first token.", _TTFT),
-            _histogram("inter_token_latency", "Between two steps of one request that brought tokens.", _GAP),
-            _histogram("request_duration", "From a request's arrival to its end.", _WHOLE),
+        self.bodies: Bodies | None = None
+        self.connections: Connections | None = None
+        self.images: ImageLoader | None = None
+        self.facts: dict[str, RequestFacts] = {}
+        self._own = CollectorRegistry()
+        gauge, counter = partial(Gauge, registry=self._own), partial(Counter, registry=self._own)
+        histogram = partial(Histogram, registry=self._own)
+        self._in_flight = gauge("lmi_requests_in_flight", "Requests admitted and not yet answered.")
+        gauge(
+            "lmi_request_bodies_held_bytes",
+            "Bytes of request bodies held, counted from their arrival until their replies end.",
+        ).set_function(lambda: self.bodies.held if self.bodies else 0)
+        gauge("lmi_request_bodies_arriving", "Request bodies that have not arrived whole.").set_function(
+            lambda: len(self.bodies.reading) if self.bodies else 0
+        )
+        gauge("lmi_connections", "Open connections of clients.").set_function(
+            lambda: self.connections.open if self.connections else 0
+        )
+        gauge(
+            "lmi_connections_idle", "Of them those without a request, or with an unfinished head."
+        ).set_function(lambda: len(self.connections.idle) if self.connections else 0)
+        first_token = histogram(
+            "lmi_time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=_TTFT
+        )
+        token_gap = histogram(
+            "lmi_inter_token_latency_seconds",
+            "Between two steps of one request that brought tokens.",
+            buckets=_GAP,
         )
         self.on_first_token = first_token.observe
         self.on_token_gap = token_gap.observe
-        self.in_flight = 0
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.image_tokens = 0
-        self.generation_tokens = 0
-        self.images = 0
-        self.finished: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.http: Counter[tuple[str, str]] = Counter()
-        self.pictures: ImageLoader | None = None
-        self.bodies: Bodies | None = None
-        self.connections: Connections | None = None
-        self.facts: dict[str, RequestFacts] = {}
-        self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(self)
-        ProcessCollector(registry=self.registry)
+        self._duration = histogram(
+            "lmi_request_duration_seconds", "From a request's arrival to its end.", buckets=_WHOLE
+        )
+        self._prompt_tokens = counter(
+            "lmi_prompt_tokens", "Tokens of prompts, placeholders of images included."
+        )
+        self._cached_tokens = counter("lmi_prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
+        self._image_tokens = counter("lmi_image_tokens", "Placeholder tokens of images.")
+        self._generation_tokens = counter("lmi_generation_tokens", "Tokens generated.")
+        self._images = counter("lmi_images", "Images in requests.")
+        self._finished = counter(
+            "lmi_requests_finished", "Requests ended: stop, length, abort or error.", ["reason"]
+        )
+        self._errors = counter("lmi_errors", "Errors answered, by kind.", ["kind"])
+        self._http = counter(
+            "lmi_http_requests", "Requests by route and status; 499: the client left.", ["route", "status"]
+        )
+        self._exported = CollectorRegistry()
+        self._exported.register(self)
+        ProcessCollector(registry=self._exported)
 
     def on_admitted(self) -> None:
-        self.in_flight += 1
+        self._in_flight.inc()
 
     def on_finished(self, facts: RequestFacts) -> None:
         self.facts[facts.request_id] = facts
-        self.in_flight -= 1
-        self.prompt_tokens += facts.prompt_tokens
-        self.cached_tokens += facts.cached_tokens
-        self.image_tokens += facts.image_tokens
-        self.generation_tokens += facts.completion_tokens
-        self.images += facts.images
-        self.finished["error" if facts.error else facts.finish_reason or "abort"] += 1
+        self._in_flight.dec()
+        self._prompt_tokens.inc(facts.prompt_tokens)
+        self._cached_tokens.inc(facts.cached_tokens)
+        self._image_tokens.inc(facts.image_tokens)
+        self._generation_tokens.inc(facts.completion_tokens)
+        self._images.inc(facts.images)
+        self._finished.labels("error" if facts.error else facts.finish_reason or "abort").inc()
         if facts.total is not None:
             self._duration.observe(facts.total)
 
     def on_error(self, kind: str) -> None:
-        self.errors[kind] += 1
+        self._errors.labels(kind).inc()
 
     def on_http(self, route: str, status: int) -> None:
         """A request to a route was answered; status 499 is a client that left before."""
-        self.http[route, str(status)] += 1
+        self._http.labels(route, status).inc()
 
     def export(self, accept: str, names: Sequence[str] = ()) -> tuple[bytes, str]:
         """The exposition and its content type, in the format that an Accept header prefers.
@@ -84,127 +114,58 @@ class Metrics:
         names: only these series, e.g. "lmi_requests_running"; all when empty.
         """
         encode, content_type = choose_encoder(accept)
-        registry = self.registry.restricted_registry(names) if names else self.registry
+        registry = self._exported.restricted_registry(names) if names else self._exported
         return encode(registry), content_type
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
-        yield from self._own()
+        yield from self._server()
         stats = self._stats()
         if stats is not None:
             yield from _of_backend(stats)
             yield from stats.series
 
     def describe(self) -> Iterator[Metric]:
-        yield from self._own()
+        """Called by the registry, for the names."""
+        yield from self._server()
         yield from _of_backend(BackendStats())
 
-    def _own(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily(
-            "lmi_requests_in_flight", "Requests admitted and not yet answered.", value=self.in_flight
-        )
-        for name, meaning, value in (
-            (
-                "lmi_request_bodies_held_bytes",
-                "Bytes of request bodies held, counted from their arrival until their replies end.",
-                0 if self.bodies is None else self.bodies.held,
-            ),
-            (
-                "lmi_request_bodies_arriving",
-                "Request bodies that have not arrived whole.",
-                0 if self.bodies is None else len(self.bodies.reading),
-            ),
-            (
-                "lmi_connections",
-                "Open connections of clients.",
-                0 if self.connections is None else self.connections.open,
-            ),
-            (
-                "lmi_connections_idle",
-                "Of them those without a request, or with an unfinished head.",
-                0 if self.connections is None else len(self.connections.idle),
-            ),
-        ):
-            yield GaugeMetricFamily(name, meaning, value=value)
-        for histogram in self._histograms:
-            for family in histogram.collect():
-                family.samples = [one for one in family.samples if not one.name.endswith("_created")]
-                yield family
-        for name, meaning, value in (
-            (
-                "lmi_prompt_tokens",
-                "Tokens of prompts, placeholders of pictures included.",
-                self.prompt_tokens,
-            ),
-            ("lmi_prompt_tokens_cached", "Prompt tokens found in the prefix cache.", self.cached_tokens),
-            ("lmi_image_tokens", "Placeholder tokens of pictures.", self.image_tokens),
-            ("lmi_generation_tokens", "Tokens generated.", self.generation_tokens),
-            ("lmi_images", "Pictures in requests.", self.images),
-        ):
-            yield CounterMetricFamily(name, meaning, value=value)
-        if self.pictures is not None:
-            yield from _of_pictures(self.pictures)
-        finished = CounterMetricFamily(
-            "lmi_requests_finished", "Requests ended: stop, length, abort or error.", labels=["reason"]
-        )
-        for reason, count in self.finished.items():
-            finished.add_metric([reason], count)
-        yield finished
-        errors = CounterMetricFamily("lmi_errors", "Errors answered, by kind.", labels=["kind"])
-        for kind, count in self.errors.items():
-            errors.add_metric([kind], count)
-        yield errors
-        http = CounterMetricFamily(
-            "lmi_http_requests",
-            "Requests by route and status; 499: the client left.",
-            labels=["route", "status"],
-        )
-        for labels, count in self.http.items():
-            http.add_metric(labels, count)
-        yield http
+    def _server(self) -> Iterator[Metric]:
+        for family in self._own.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+        if self.images is not None:
+            yield from _of_images(self.images)
 
 
-def _histogram(name: str, meaning: str, bounds: Sequence[float]) -> Histogram:
-    """bounds: the buckets' inclusive upper ends in seconds, ascending."""
-    return Histogram(f"lmi_{name}_seconds", meaning, buckets=bounds, registry=None)
-
-
-def _of_pictures(loader: ImageLoader) -> Iterator[Metric]:
-    for name, meaning, value in (
-        ("lmi_images_fetched", "Pictures fetched over HTTP.", loader.fetched),
-        ("lmi_image_fetched_bytes", "Bytes of pictures fetched over HTTP.", loader.bytes),
-        ("lmi_images_decoded", "Pictures decoded.", loader.decoded),
-        ("lmi_image_cache_hits", "Pictures found decoded already.", loader.cache_hits),
-        ("lmi_image_decoders_started", "Processes that decode images, started.", loader.decoders.started),
-        (
-            "lmi_image_decoders_died",
-            "Of them, ended over an image, which failed with a 4xx.",
-            loader.decoders.died,
-        ),
+def _of_images(loader: ImageLoader) -> Iterator[Metric]:
+    decoders = loader.decoders
+    yield from _counters(
+        ("lmi_images_fetched", "Images fetched over HTTP.", loader.fetched),
+        ("lmi_image_fetched_bytes", "Bytes of images fetched over HTTP.", loader.bytes),
+        ("lmi_images_decoded", "Images decoded.", loader.decoded),
+        ("lmi_image_cache_hits", "Images found decoded already.", loader.cache_hits),
+        ("lmi_image_decoders_started", "Processes that decode images, started.", decoders.started),
+        ("lmi_image_decoders_died", "Of them, ended over an image, which failed with a 4xx.", decoders.died),
         (
             "lmi_image_decoders_killed",
             "Of them, killed: nobody waited for their image any more, or they did not run.",
-            loader.decoders.killed,
+            decoders.killed,
         ),
-    ):
-        yield CounterMetricFamily(name, meaning, value=value)
+    )
 
 
 def _of_backend(stats: BackendStats) -> Iterator[Metric]:
-    blocks = stats.kv_blocks_total
+    usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
     for name, meaning, value in (
         ("lmi_requests_running", "Requests in the rolling batch.", stats.running),
         ("lmi_requests_waiting", "Requests in the queue.", stats.waiting),
-        (
-            "lmi_kv_cache_usage_ratio",
-            "Part of the key/value cache in use.",
-            stats.kv_blocks_used / blocks if blocks else 0.0,
-        ),
-        ("lmi_replicas", "Copies of the model.", stats.replicas),
-        ("lmi_replicas_ready", "Copies of the model that can generate.", stats.replicas_ready),
+        ("lmi_kv_cache_usage_ratio", "Part of the key/value cache in use.", usage),
+        ("lmi_replicas", "Replicas of the model.", stats.replicas),
+        ("lmi_replicas_ready", "Replicas of the model that can generate.", stats.replicas_ready),
     ):
         yield GaugeMetricFamily(name, meaning, value=value)
-    for name, meaning, value in (
+    yield from _counters(
         (
             "lmi_prefix_cache_queries",
             "Prompt tokens looked up in the prefix cache.",
@@ -213,11 +174,15 @@ def _of_backend(stats: BackendStats) -> Iterator[Metric]:
         ("lmi_prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
         (
             "lmi_encoder_cache_queries",
-            "Pictures looked up in the vision encoder's cache (with vLLM, in that of prepared pictures).",
+            "Images looked up in the vision encoder's cache (with vLLM, in that of prepared images).",
             stats.encoder_cache_queries,
         ),
-        ("lmi_encoder_cache_hits", "Pictures found there.", stats.encoder_cache_hits),
+        ("lmi_encoder_cache_hits", "Images found there.", stats.encoder_cache_hits),
         ("lmi_preemptions", "Requests put back into the queue for want of memory.", stats.preemptions),
-        ("lmi_engine_restarts", "Engine processes started anew.", stats.engine_restarts),
-    ):
+        ("lmi_engine_restarts", "Engine processes that were restarted.", stats.engine_restarts),
+    )
+
+
+def _counters(*counts: tuple[str, str, float]) -> Iterator[Metric]:
+    for name, meaning, value in counts:
         yield CounterMetricFamily(name, meaning, value=value)

@@ -22,28 +22,28 @@ _HEAD_BYTES = 64 * 1024
 _MOST_HEADERS = 256
 
 _MOST_PIPELINED = 16
-"""Requests of one connection that wait for an earlier reply."""
+"""Requests of one connection that may wait for an earlier reply."""
 
 _MOST_IN_ONE_READ = 64
-"""Requests: each is parsed on the event loop."""
+"""Requests parsed from one read, since parsing blocks the event loop."""
 
 _PIPELINED_BYTES = 64 * 1024
-"""Of the body of a request that waits so: nobody reads it yet, and it is in no budget."""
+"""Body of a request that waits for an earlier reply: nobody reads it yet, and it is in no budget."""
 
 _FEW_CHUNKS = 4096
 _CHUNK_BYTES = 32
-"""Of a chunked body beyond the first chunks, on average: each chunk costs a call, however small."""
+"""Average size of chunks after the first `_FEW_CHUNKS`: each costs a call, however small it is."""
 
 _FRAMING_BYTES = 64 * 1024
-"""Of chunk sizes, extensions and trailers, beside a quarter of the body."""
+"""Chunk sizes, extensions and trailers, in addition to a quarter of the body."""
 
 _DROPPED_BYTES = 64 * 1024
-"""Of a refused request's body, that are read so that its connection can be kept."""
+"""Size of a refused request's body that is read and discarded so that the connection can be kept."""
 
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 64 * 2**20
-"""Of all connections together that are closed with a body still arriving. What is not read resets a connection, and a
-client that is reset while it sends may never see the reply."""
+"""Discarded of all bodies together that are still arriving when their connections are closed. Closing a socket with
+unread input resets the connection, and a client that is reset while it sends may never see the reply."""
 
 _UNREAD_SECONDS = 120.0
 """How long a client may leave more than a full buffer of a reply unread."""
@@ -95,9 +95,9 @@ class Protocol(HttpToolsProtocol):
             self._socket.close()
 
     def finish(self) -> None:
-        """Close, but first throw away what the client still sends of a body that it has begun to send.
+        """Close, but first discard what the client still sends of a body that it has begun to send.
 
-        At most `_LINGER_BYTES` of all such connections, for `_LINGER_SECONDS`; the oldest of too many goes at once.
+        Limited to `_LINGER_BYTES` for all such connections and to `_LINGER_SECONDS`; the oldest of too many is closed.
         """
         if self.lingers:
             return
@@ -147,9 +147,9 @@ class Protocol(HttpToolsProtocol):
                 self._refuse()
 
     def _feed(self, data: bytes) -> None:
-        """Parse, and answer in HTTP/1.1 what asks for an upgrade: the parser skips the body of such a request.
+        """Parse input, and answer requests for an upgrade in HTTP/1.1. Java's HttpClient sends them to get HTTP/2.
 
-        Its head is therefore parsed once more without the header. Java's HttpClient asks so for HTTP/2.
+        The parser skips the body of such a request, so its head is parsed once more without the header.
         Raises HttpParserUpgrade for CONNECT, and HttpParserError.
         """
         while True:
@@ -269,7 +269,7 @@ class Protocol(HttpToolsProtocol):
         return (self.cycle is None or self.cycle.response_complete) and not self.pipeline
 
     def _answered_at_once(self) -> bool:
-        """Answer what needs nothing but its head, here and now; whether that was done."""
+        """Answer a request that needs nothing but its head; False if it needs more."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers}
         declared = headers.get("content-length", "0")
         self._declared = int(declared) if declared.isdecimal() else 0
@@ -302,7 +302,7 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _refuse(self) -> None:
-        """Answer what is no HTTP, or too much of it, and close. Another request's reply is not written into."""
+        """Answer input that is not HTTP or exceeds a limit, and close. Never writes into another request's reply."""
         status, message = self._problem
         if self.transport.is_closing():
             return

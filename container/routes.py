@@ -1,4 +1,4 @@
-"""Which request goes where: the table of routes, by path and method.
+"""The table of routes, by path and method.
 
 Clients build paths of their own from the address that they are given: what they make of one that ends in `/v1`,
 `/invocations` or `/generate`, and a slash too many, finds the route that they mean.
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from handlers.errors import NotFound, ServingError
-from handlers.exchange import AdapterAction
 
 Action = Literal[
     "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize",
@@ -23,7 +22,7 @@ READ = ("GET", "HEAD")
 
 
 class MethodNotAllowed(ServingError):
-    """route: one that the path has. allowed: the methods that it has."""
+    """route: the first one of the path. allowed: the methods of all of them."""
 
     status = 405
     kind = "method_not_allowed"
@@ -36,21 +35,24 @@ class MethodNotAllowed(ServingError):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """template: what logs, metrics and the handlers call it, never what the client typed.
+    """One route.
 
-    open: answered without the server's key, as the platform asks it. adapters: what is done to adapters there.
+    Attributes:
+        template: What logs, metrics and the handlers call it, never what the client typed.
+        action: What answers it.
+        methods: The HTTP methods that it answers.
+        open: Answered without the server's key, which the platform does not have.
     """
 
     template: str
     action: Action
     methods: tuple[str, ...] = ("POST",)
     open: bool = False
-    adapters: AdapterAction = "list"
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """name: the model named in the path, "" for none. adapter: likewise."""
+    """A route, and the names of a model and of an adapter in the path; "" if there are none."""
 
     route: Route
     name: str = ""
@@ -69,13 +71,13 @@ INVOKE = Route("/models/{model}/invoke", "answer")
 
 _ADAPTERS = (
     Route("/adapters", "adapters", READ),
-    Route("/adapters", "adapters", adapters="add"),
+    Route("/adapters", "adapters"),
 )
 _ADAPTER = (
-    Route("/adapters/{adapter}", "adapters", READ, adapters="show"),
-    Route("/adapters/{adapter}", "adapters", ("DELETE",), adapters="remove"),
+    Route("/adapters/{adapter}", "adapters", READ),
+    Route("/adapters/{adapter}", "adapters", ("DELETE",)),
 )
-_UPDATE = (Route("/adapters/{adapter}/update", "adapters", adapters="update"),)
+_UPDATE = (Route("/adapters/{adapter}/update", "adapters"),)
 
 ROUTES: dict[str, tuple[Route, ...]] = {
     "/ping": (PING,),
@@ -103,7 +105,7 @@ ROUTES: dict[str, tuple[Route, ...]] = {
     "/tokenize": (Route("/tokenize", "tokenize"),),
     "/detokenize": (Route("/detokenize", "detokenize"),),
 }
-"""Path -> the routes there, told apart by their methods."""
+"""Path -> its routes, which differ in their methods."""
 
 _NAMED: tuple[tuple[re.Pattern[str], tuple[Route, ...]], ...] = (
     (re.compile(r"/v1/models/(?P<name>.+)"), (MODELS,)),
@@ -117,7 +119,7 @@ _NAMED: tuple[tuple[re.Pattern[str], tuple[Route, ...]], ...] = (
 )
 _GROUP = re.compile(r"\(\?P<(\w+)>[^)]+\)")
 _APPENDED = {CHAT.template: CHAT, COMPLETIONS.template: COMPLETIONS}
-"""What Hugging Face's clients append to whatever address they are given."""
+"""Paths that Hugging Face's clients append to whatever address they are given."""
 
 _SLASHES = re.compile(r"//+")
 
@@ -133,7 +135,7 @@ def every() -> Iterator[tuple[str, Route]]:
 
 
 def find(path: str, method: str) -> Match:
-    """Raises NotFound, and MethodNotAllowed for a path that has routes for other methods only."""
+    """The route of a request. Raises NotFound, and MethodNotAllowed if the path has routes for other methods only."""
     found, names = _at(_SLASHES.sub("/", path).rstrip("/") or "/")
     if not found:
         raise NotFound(

@@ -49,12 +49,12 @@ _LAST_SECONDS = 4.0
 """Kept back from drain_timeout for closing: the platform kills the process at its end."""
 
 _CLOSE_SECONDS = 3.0
-"""Of it for the backend."""
+"""The part of it that the backend may take."""
 
 _TELL_SECONDS = 0.2
 
 _LOOK_SECONDS = 0.5
-"""Pause between two looks at whether the backend is lost."""
+"""Pause between two checks whether the backend is lost."""
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 620
@@ -63,8 +63,8 @@ _KEEP_ALIVE_SECONDS = 620
 _UNACKNOWLEDGED_SECONDS = 120
 
 _ACCEPTS = 32
-"""Connections taken in by one turn of the event loop: libuv takes one for each listening descriptor, and then those
-who come in numbers, probes among them, wait as many turns as there are connections before theirs."""
+"""Connections accepted in one turn of the event loop. libuv accepts one for each listening descriptor, so with a single
+descriptor a probe behind many new connections would wait for as many turns."""
 
 
 class LoadFailed(Exception):
@@ -76,10 +76,10 @@ class EngineLost(Exception):
 
 
 class Server:
-    """One model, one port, one life."""
+    """One model on one port, from its start to its end."""
 
     def __init__(self, configuration: Configuration, build: BackendBuilder = build_backend) -> None:
-        """build: called in a thread when the model's files are there. Raises OSError when the port is taken."""
+        """build: called in a thread once the model's files are there. Raises OSError if the port is taken."""
         self.configuration = configuration
         self.state = ServerState()
         self.metrics = Metrics(self.state.stats)
@@ -176,7 +176,7 @@ class Server:
         if formatters is not None:
             await formatters.load()
         await backend.load()
-        self._images = self.metrics.pictures = build_images(configuration.settings)
+        self._images = self.metrics.images = build_images(configuration.settings)
         service = build_service(configuration, backend, self._images, self.metrics, formatters)
         await words
         gc.collect()
@@ -203,7 +203,7 @@ class Server:
     async def _shut_down(
         self, http: HttpServer, serving: asyncio.Task[None], loading: asyncio.Task[None]
     ) -> None:
-        """Refuse what is new, finish what runs, abort the rest; within drain_timeout in all."""
+        """Refuse new requests, finish running ones, and abort the rest, all within drain_timeout."""
         if self.state.phase != "failed":
             self.state.drain()
         self._fetch_cancelled.set()
@@ -223,7 +223,7 @@ class Server:
         logger.info("stopped")
 
     async def _close_backend(self) -> None:
-        """Closing tells the requests that still run; they get a moment to tell their clients."""
+        """Close the backend, which fails the requests that still run; they get a moment to answer their clients."""
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if self._backend is not None:
@@ -319,7 +319,7 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 
 
 class HttpServer(uvicorn.Server):
-    """Serves until `should_exit`; signals are its owner's business."""
+    """Uvicorn with our protocol; serves until `should_exit`. Its owner handles signals."""
 
     def __init__(self, app: App) -> None:
         self.connections = Connections(raise_descriptor_limit())
@@ -370,7 +370,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """`host:port`, for people."""
+    """`host:port`, as it is logged."""
     name: tuple[Any, ...] = listener.getsockname()
     host, port = name[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

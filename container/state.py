@@ -1,4 +1,4 @@
-"""Where the process stands between start and stop, whether it can answer, and what it says of both."""
+"""Where the process is between start and stop, whether it can answer, and the replies that say so."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from typing import Literal, Protocol
 
 from handlers.backends.base import Backend, BackendStats, Health
 from handlers.errors import NotFound
-from handlers.exchange import AdapterCall, Incoming, Reply
+from handlers.exchange import Incoming, Reply
 
 Phase = Literal["loading", "serving", "draining", "failed"]
 
 
 class Answers(Protocol):
-    """What the server asks of the handlers. free: answers that they could take in now."""
+    """What the server asks of the handlers. free: how many more answers they can accept now."""
 
     @property
     def free(self) -> int: ...
 
     async def answer(self, incoming: Incoming) -> Reply: ...
 
-    async def tokenize(self, incoming: Incoming) -> Reply: ...
+    async def call(self, action: str, incoming: Incoming) -> Reply: ...
 
-    async def detokenize(self, incoming: Incoming) -> Reply: ...
-
-    async def adapters(self, call: AdapterCall) -> Reply: ...
-
-    def info(self) -> Reply: ...
+    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool: ...
 
 
 @dataclass(slots=True)
 class ServerState:
-    """The one changing fact that every route looks at.
+    """The state that every route looks at.
 
-    reason: safe to show to a client. backend and service: None until the model can generate. created: Unix seconds.
+    Attributes:
+        phase: Where the process is.
+        reason: Why it is not serving; safe to show to a client.
+        backend: None until the model can generate.
+        service: Likewise.
+        created: When the process started, in Unix seconds.
     """
 
     phase: Phase = "loading"
@@ -56,7 +57,7 @@ class ServerState:
         self.phase, self.reason = "failed", reason
 
     def health(self) -> Health:
-        """Whether a request can be answered now; waits for nothing."""
+        """Whether a request can be answered now. Returns at once."""
         if self.phase != "serving" or self.backend is None:
             return Health(ready=False, reason=self.reason)
         return self.backend.health()

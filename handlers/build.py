@@ -11,7 +11,6 @@ from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.options.plan import follows
-from handlers.images.decode import WHITE, Color
 from handlers.images.loader import ImageLimits, ImageLoader
 from handlers.parsers.names import parser_problems
 from properties.configuration import Configuration, read_model_config
@@ -67,25 +66,4 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
 
 
 def build_images(settings: Settings) -> ImageLoader:
-    domains = settings.allowed_media_domains
-    return ImageLoader(
-        ImageLimits(
-            fetch_timeout=settings.image_fetch_timeout,
-            max_bytes=settings.max_image_bytes,
-            max_pixels=settings.max_image_pixels,
-            max_redirects=settings.image_fetch_max_redirects,
-            allowed_domains=None if domains is None else tuple(domains),
-            allow_private=tuple(settings.image_fetch_allow_private),
-            cache_bytes=settings.image_cache_mb * 2**20,
-            memory_bytes=settings.image_memory_mb * 2**20,
-            background=_background(settings),
-        )
-    )
-
-
-def _background(settings: Settings) -> Color:
-    given = (settings.media_io_kwargs or {}).get("image", {}).get("rgba_background_color")
-    if given is None:
-        return WHITE
-    red, green, blue = given
-    return red, green, blue
+    return ImageLoader(ImageLimits.of(settings))

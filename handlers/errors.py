@@ -120,11 +120,6 @@ class Conflict(ServingError):
     kind = "conflict"
 
 
-class Unprocessable(ServingError):
-    status = 422
-    kind = "unprocessable"
-
-
 class CustomCodeError(ServingError):
     """The user's own model.py raised."""
 

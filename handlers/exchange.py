@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-AdapterAction = Literal["list", "add", "show", "remove", "update"]
 
 
 @dataclass(slots=True)
@@ -18,6 +15,7 @@ class Incoming:
     model: the model named in the path, None where the route names none.
     parsed: called once the body has been understood, just before the request asks for its places in the queue.
     keep: called once the engine has all images, with the bytes of the body that are still held: those of its texts.
+    query: the first value of each parameter. adapter: the adapter named in the path, "" where the route names none.
     """
 
     route: str
@@ -27,6 +25,9 @@ class Incoming:
     model: str | None = None
     parsed: Callable[[], None] = lambda: None
     keep: Callable[[int], None] = lambda _: None
+    method: str = "POST"
+    query: Mapping[str, str] = field(default_factory=dict)
+    adapter: str = ""
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,21 +37,6 @@ class Incoming:
         """The body, which nobody holds any longer once the caller has read it."""
         body, self.body = self.body, b""
         return body
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterCall:
-    """A call of the adapters API. name: the adapter that the path names, "" for none. query: the first value of each.
-
-    headers: names in lower case.
-    """
-
-    action: AdapterAction
-    name: str
-    query: Mapping[str, str]
-    body: bytes
-    headers: Mapping[str, str]
-    request_id: str
 
 
 @dataclass(slots=True)

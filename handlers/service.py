@@ -14,18 +14,16 @@ from handlers.admission import Admission
 from handlers.backends.base import Backend
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidRequest, NotFound
-from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
+from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
 from handlers.prompts.limits import check_totals
-from handlers.protocols.adapters import answer_adapters
 from handlers.protocols.api import Gate
 from handlers.protocols.base import JSON, JSON_LINES, Answered, Conventions, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
-from handlers.protocols.select import error_format, read_task
-from handlers.protocols.tgi.routes import tgi_info
+from handlers.protocols.select import CALLS, error_format, read_task
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
 from handlers.tokenization import Tokenization
@@ -34,7 +32,7 @@ from properties.settings_chat import OutputFormat
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_Work = Callable[[dict[str, Any], Incoming, RequestFacts, float, bool], Awaitable[Reply]]
+Work = Callable[[dict[str, Any], Incoming, RequestFacts, float, bool], Awaitable[Reply]]
 """A body, how it came, what is noted of it, when it arrived, and whether it is long."""
 
 LONG_REPLY_BYTES = 2**20
@@ -77,7 +75,7 @@ class ServiceLimits:
 
 
 class Service:
-    """Answers requests in every dialect with one backend."""
+    """Answers requests of every API with one backend."""
 
     def __init__(
         self,
@@ -99,59 +97,49 @@ class Service:
         output_formatter, tgi_compat: the options. formats: how answers are read. gates: those of the APIs.
         formatters: the user's, around each request.
         """
-        self._backend = backend
+        self.backend = backend
         self._images = images
-        self._limits = limits
-        self._model_name = model_name
-        self._names = frozenset((model_name, *other_names))
+        self.limits = limits
+        self.model_name = model_name
+        self.names = frozenset((model_name, *other_names))
         self._output_formatter = output_formatter
         self._tgi_compat = tgi_compat
         self._formats = formats if formats is not None else AnswerFormats()
         self._gates = gates
         self._formatters = formatters
         self._observer: Observer = observer if observer is not None else Unobserved()
-        self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
-        self._tokenization = Tokenization(
-            backend, images, self._admission, self._check_pictures, limits.predict_timeout
+        self.admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
+        self.tokenization = Tokenization(
+            backend, images, self.admission, self._check_pictures, limits.predict_timeout
         )
 
     @property
     def in_flight(self) -> int:
         """Answers that are generated, waited for, or still read by their client."""
-        return self._admission.taken
+        return self.admission.taken
 
     @property
     def free(self) -> int:
         """Answers that could be taken in now."""
-        return self._admission.free
+        return self.admission.free
 
     async def answer(self, incoming: Incoming) -> Reply:
         """A stream is returned with its first token, so that whatever fails before has its own status code."""
-        return await self._reply(incoming, self._answer)
+        return await self.reply(incoming, self._answer)
 
-    async def tokenize(self, incoming: Incoming) -> Reply:
-        return await self._reply(incoming, self._tokenize)
+    async def call(self, action: str, incoming: Incoming) -> Reply:
+        """Answer what is not asked of the model's text. action: one of `handlers.protocols.select.CALLS`."""
+        return await CALLS[action](self, incoming)
 
-    async def detokenize(self, incoming: Incoming) -> Reply:
-        return await self._reply(incoming, self._detokenize)
+    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+        """Whether a body of this size, or this very body, may be answered without the model."""
+        return any(gate.may_answer(route, size, content) for gate in self._gates)
 
-    async def adapters(self, call: AdapterCall) -> Reply:
-        """Raises ServingError."""
-        return await answer_adapters(self._backend.adapters, call, self._names)
+    async def reply(self, incoming: Incoming, work: Work) -> Reply:
+        """The reply of some work to a body, or the refusal.
 
-    def info(self) -> Reply:
-        """What is served, in TGI's words."""
-        limits = self._limits
-        body = tgi_info(
-            self._model_name,
-            self._backend.capabilities,
-            concurrent_requests=self._admission.capacity,
-            batch_size=limits.max_rolling_batch_size,
-        )
-        return Reply(200, JSON, body)
-
-    async def _reply(self, incoming: Incoming, work: _Work) -> Reply:
-        """Never raises but when cancelled, and then everything is given back."""
+        Never raises but when cancelled, and then everything is given back.
+        """
         facts = RequestFacts(incoming.request_id, incoming.route)
         written = error_format(incoming.route, incoming.headers)
         arrival = time.monotonic()
@@ -167,7 +155,7 @@ class Service:
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
         longest_text = max(MOST_TEXT_BYTES, 4 * self._limits.max_image_bytes // 3 + SHORT_BYTES)  # in base64
-        context = self._backend.capabilities.max_model_len
+        context = self.backend.capabilities.max_model_len
         given = (incoming.take_body(), incoming.headers, context, longest_text)
         if not long:
             return read_body(*given)
@@ -191,42 +179,27 @@ class Service:
         incoming.parsed()
         return await self._run(task, facts, incoming.keep)
 
-    async def _tokenize(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
-    ) -> Reply:
-        reply = await self._tokenization.tokenize(body, self._conventions(), incoming, long)
-        facts.status, facts.total = reply.status, time.monotonic() - arrival
-        reply.facts = facts
-        return reply
-
-    async def _detokenize(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
-    ) -> Reply:
-        reply = await self._tokenization.detokenize(body, incoming, long)
-        facts.status, facts.total = reply.status, time.monotonic() - arrival
-        reply.facts = facts
-        return reply
-
-    def _conventions(self) -> Conventions:
-        capabilities = self._backend.capabilities
+    def conventions(self) -> Conventions:
+        """What holds for every request of this server."""
+        capabilities = self.backend.capabilities
         return Conventions(
-            self._model_name,
+            self.model_name,
             capabilities.default_sampling,
             self._output_formatter,
             self._tgi_compat,
-            self._limits.trust_request_chat_template,
+            self.limits.trust_request_chat_template,
             capabilities.max_model_len,
             capabilities.special_token_ids,
             capabilities.special_tokens,
             self._formats,
             custom_output=self._formatters is not None and self._formatters.writes,
-            embeddings=self._limits.enable_mm_embeds,
+            embeddings=self.limits.enable_mm_embeds,
             chat_templates=capabilities.chat_templates,
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
-        capabilities = self._backend.capabilities
-        task = read_task(body, self._conventions(), incoming)
+        capabilities = self.backend.capabilities
+        task = read_task(body, self.conventions(), incoming)
         check_totals(task.requests)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:
@@ -238,7 +211,7 @@ class Service:
                 )
             self._check_pictures(sum(1 for _ in request.images()), capabilities.images)
             priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
-            request.priority = priority if self._limits.request_priorities else 0
+            request.priority = priority if self.limits.request_priorities else 0
         pictures = sum(part.characters for request in task.requests for part in request.images())
         for request in task.requests:
             request.text_bytes = max(0, incoming.size - pictures)
@@ -247,7 +220,7 @@ class Service:
     def _check_pictures(self, count: int, allowed: bool) -> None:
         if count and not allowed:
             raise InvalidRequest("this model does not take pictures")
-        most = self._limits.limit_mm_per_prompt.get("image", 1)
+        most = self.limits.limit_mm_per_prompt.get("image", 1)
         if count > most:
             raise InvalidRequest(
                 f"the prompt holds {count} pictures; this server takes at most {most} "
@@ -255,9 +228,9 @@ class Service:
             )
 
     async def _run(self, task: Task, facts: RequestFacts, keep: Callable[[int], None]) -> Reply:
-        permit = self._admission.admit(sum(request.n for request in task.requests))
+        permit = self.admission.admit(sum(request.n for request in task.requests))
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
-        timeout = self._limits.predict_timeout
+        timeout = self.limits.predict_timeout
         deadline = None if timeout is None else task.requests[0].arrival + timeout
         for request in task.requests:
             request.deadline = deadline
@@ -267,21 +240,21 @@ class Service:
         try:
             async with run.time_limit():
                 if not task.stream:
-                    answered = await run.answers(self._backend)
+                    answered = await run.answers(self.backend)
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
                     body = await _aside(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
-                    deltas = run.deltas(self._backend)
+                    deltas = run.deltas(self.backend)
                     first = await anext(deltas)
                     stream = ReplyStream(
                         run,
                         first,
                         deltas,
                         self._observer,
-                        keep_alive=self._limits.keep_alive,
-                        read_timeout=self._limits.chunked_read_timeout,
+                        keep_alive=self.limits.keep_alive,
+                        read_timeout=self.limits.chunked_read_timeout,
                     )
             facts.status = 200
         except (Exception, asyncio.CancelledError) as error:
@@ -295,7 +268,7 @@ class Service:
         finally:
             if stream is None:
                 await run.close()
-        headers = task.headers(self._backend.capabilities.compute_type, facts)
+        headers = task.headers(self.backend.capabilities.compute_type, facts)
         if stream is not None:
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)

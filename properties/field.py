@@ -13,8 +13,6 @@ BackendName = Literal["rolling", "vllm"]
 BOTH: tuple[BackendName, ...] = ("rolling", "vllm")
 VLLM: tuple[BackendName, ...] = ("vllm",)
 ROLLING: tuple[BackendName, ...] = ("rolling",)
-NOT_YET: tuple[BackendName, ...] = ()
-"""Understood, so that a configuration made for LMI is read whole, but without effect in this version."""
 
 
 class Level(IntEnum):

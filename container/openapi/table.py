@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from container.openapi import openai_shapes, server_shapes
-from handlers.protocols import adapters, tokens
+from handlers.protocols import tokens
 from handlers.protocols.base import JSON_LINES
+from handlers.protocols.lmi import adapters
 from handlers.protocols.lmi.replies import LmiBrokenLine, LmiError, LmiLine, LmiReply
 from handlers.protocols.lmi.requests import LmiBody
 from handlers.protocols.lmi.sessions import SessionBody, SessionReply

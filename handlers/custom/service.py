@@ -14,15 +14,14 @@ from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import End, Head, Part
 from handlers.custom.process import HandlerCall
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.exchange import AdapterCall, Incoming, Reply, RequestFacts
+from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
 from handlers.own_words import own_words_of
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error
 from handlers.protocols.lmi.replies import lmi_error
-from handlers.protocols.lmi.routes import attributes_of
+from handlers.protocols.lmi.routes import request_properties
 from handlers.protocols.select import error_format
-from handlers.protocols.tgi.replies import TGI_ERRORS
 from handlers.run import refusal
 from handlers.service import ServiceLimits
 
@@ -75,17 +74,14 @@ class CustomService:
             written = error_format(incoming.route, incoming.headers)
             return refusal(error, facts, written, self._observer)
 
-    async def tokenize(self, incoming: Incoming) -> Reply:
+    async def call(self, action: str, incoming: Incoming) -> Reply:
+        """Refuse what only an engine could answer."""
+        if action == "adapters":
+            raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
         return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
 
-    async def detokenize(self, incoming: Incoming) -> Reply:
-        return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
-
-    async def adapters(self, call: AdapterCall) -> Reply:
-        raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
-
-    def info(self) -> Reply:
-        return error_reply(_NO_TOKENS, TGI_ERRORS)
+    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+        return False
 
     async def _answer(self, incoming: Incoming, facts: RequestFacts) -> Reply:
         incoming.parsed()
@@ -220,8 +216,9 @@ _NO_TOKENS = NotFound("the model's own handler answers here; it has no tokens to
 
 def _properties(incoming: Incoming) -> dict[str, str]:
     """Headers and, beside them, the custom attributes; none that is a secret between client and server."""
-    told = {name: value for name, value in incoming.headers.items() if name not in _NOT_PASSED_ON}
-    told = {**attributes_of(incoming.headers), **told, "requestId": incoming.request_id}
+    given = request_properties(incoming)
+    told = {name: value for name, value in given.items() if name not in _NOT_PASSED_ON}
+    told["requestId"] = incoming.request_id
     if incoming.model is not None:
         told["model_name"] = incoming.model
     return told

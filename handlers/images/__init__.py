@@ -1,1 +1,1 @@
-"""A request's pictures: fetched from hostile places or decoded from data URLs, and kept by content."""
+"""Images of requests: fetched from hosts that may be hostile or decoded from data URLs, and cached by content."""

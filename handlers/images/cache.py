@@ -1,4 +1,4 @@
-"""Decoded pictures by the digest of their encoded bytes, each decoded once however many ask."""
+"""Cache of decoded images by the digest of their encoded bytes; each is decoded once for all requests."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from handlers.request import LoadedImage
 
 
 def digest_of(data: bytes) -> bytes:
+    """Hash the encoded bytes of an image."""
     return hashlib.sha256(data).digest()
 
 
@@ -27,30 +28,30 @@ class _Decoding:
 
 
 class DecodedCache:
-    """An LRU under `capacity` bytes of decoded pictures; 0 keeps none. Used on one event loop.
+    """An LRU cache of decoded images, limited to `capacity` bytes; 0 disables it. Used on one event loop.
 
-    What the LRU has dropped is still found while a request holds it.
+    An image that the LRU has dropped can still be found while a request holds it.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.size = 0
-        self._pictures: OrderedDict[bytes, LoadedImage] = OrderedDict()
+        self._kept: OrderedDict[bytes, LoadedImage] = OrderedDict()
         self._alive: WeakValueDictionary[bytes, LoadedImage] = WeakValueDictionary()
         self._decoding: dict[bytes, _Decoding] = {}
 
     async def obtain(
         self, digest: bytes, decode: Callable[[], Coroutine[Any, Any, Image]]
     ) -> tuple[LoadedImage, bool]:
-        """The picture of that digest, and whether this call had it decoded. Raises what `decode` raises.
+        """Return the image of that digest, and whether this call decoded it.
 
-        Decoding is cancelled when all who wait for it have been.
+        Raises what `decode` raises. Decoding is cancelled when all who wait for it have been cancelled.
         """
-        if (picture := self._pictures.get(digest)) is not None:
-            self._pictures.move_to_end(digest)
-            return picture, False
-        if (picture := self._alive.get(digest)) is not None:
-            return picture, False
+        if (loaded := self._kept.get(digest)) is not None:
+            self._kept.move_to_end(digest)
+            return loaded, False
+        if (loaded := self._alive.get(digest)) is not None:
+            return loaded, False
         running = self._decoding.get(digest)
         first = running is None
         if running is None:
@@ -68,17 +69,17 @@ class DecodedCache:
                     del self._decoding[digest]
 
     async def _decode(self, digest: bytes, decode: Callable[[], Coroutine[Any, Any, Image]]) -> LoadedImage:
-        picture = LoadedImage(await decode(), digest)
-        self._alive[digest] = picture
-        self._keep(picture)
-        return picture
+        loaded = LoadedImage(await decode(), digest)
+        self._alive[digest] = loaded
+        self._keep(loaded)
+        return loaded
 
-    def _keep(self, picture: LoadedImage) -> None:
-        size = decoded_bytes(picture.image)
+    def _keep(self, loaded: LoadedImage) -> None:
+        size = decoded_bytes(loaded.image)
         if size > self.capacity:
             return
-        self._pictures[picture.digest] = picture
+        self._kept[loaded.digest] = loaded
         self.size += size
         while self.size > self.capacity:
-            _, oldest = self._pictures.popitem(last=False)
+            _, oldest = self._kept.popitem(last=False)
             self.size -= decoded_bytes(oldest.image)

@@ -1,4 +1,4 @@
-"""httpcore's way to the network: connections to addresses that were resolved once and checked."""
+"""Connects httpcore to addresses that were resolved once and checked."""
 
 # ruff: noqa: ASYNC109 (the timeouts are httpcore's interface)
 
@@ -9,14 +9,15 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 import anyio
 import httpcore
 
 from handlers.errors import ImageFetchFailed, ImageTooLarge
-from handlers.images.address import AllowedPrivate, is_public
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
+from handlers.images.target import canonical_host
 
 Resolver = Callable[[str, int], Sequence[str]]
 
@@ -25,37 +26,103 @@ HEAD_BYTES = 32 * 1024
 HEAD_READ = 2 * 1024
 BODY_READ = 64 * 1024
 
+IPAddress = IPv4Address | IPv6Address
+
+GLOBAL_UNICAST = IPv6Network("2000::/3")  # all that IANA has assigned; RFC 4291, section 2.4
+NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+DOCUMENTATION = IPv6Network("3fff::/20")  # RFC 9637, newer than this Python's tables
+V4_NOT_PUBLIC = (
+    IPv4Network("192.0.0.0/24"),  # protocol assignments, RFC 6890; Python knows only parts of it
+    IPv4Network("192.88.99.0/24"),  # 6to4 relays, RFC 7526
+    IPv4Network("168.63.129.16/32"),  # Azure's host agent: metadata behind a global address
+)
+
+
+def is_public(address: IPAddress) -> bool:
+    """Tell whether an address is globally reachable unicast; an IPv4 address inside an IPv6 address is what counts."""
+    if isinstance(address, IPv4Address):
+        return (
+            address.is_global
+            and not address.is_multicast
+            and not address.is_reserved
+            and not any(address in network for network in V4_NOT_PUBLIC)
+        )
+    if address.scope_id is not None:
+        return False
+    carried = _carried(address)
+    if carried is not None:
+        return is_public(carried)
+    return address in GLOBAL_UNICAST and address.is_global and address not in DOCUMENTATION
+
+
+def _carried(address: IPv6Address) -> IPv4Address | None:
+    """Return the IPv4 address that packets end up at. Teredo is missing because `is_global` denies all of it."""
+    if address in NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+class AllowedPrivate:
+    """The operator's exceptions: host names, addresses and networks (`option.image_fetch_allow_private`)."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        """Parse the entries. Raises ValueError for one that is neither a host name nor an address or a network."""
+        self.hosts: set[str] = set()
+        self.networks: list[IPv4Network | IPv6Network] = []
+        for entry in entries:
+            try:
+                self.networks.append(ipaddress.ip_network(entry.strip("[]"), strict=False))
+            except ValueError:
+                self.hosts.add(canonical_host(entry))
+
+    def admits(self, host: str, address: IPAddress) -> bool:
+        """Tell whether `host`, as the URL spells it, may be fetched from `address` although it is not public."""
+        if host in self.hosts:
+            return True
+        candidates = [address]
+        if isinstance(address, IPv6Address) and (carried := _carried(address)) is not None:
+            candidates.append(carried)
+        return any(candidate in network for candidate in candidates for network in self.networks)
+
 
 def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host, in the order in which the system would try them. Blocks; raises OSError."""
+    """Return the addresses of a host in the order in which the system would try them. Blocks; raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def checked(host: str, found: Sequence[str], allowed: AllowedPrivate) -> list[str]:
-    """The addresses of a host that may be connected to. Raises PictureProblem."""
+    """Return the addresses of a host that may be connected to.
+
+    Raises:
+        ImageProblem: An address is not public, or there is none.
+    """
     for text in found:
         address = ipaddress.ip_address(text)
         if not is_public(address) and not allowed.admits(host, address):
-            raise PictureProblem(
-                "its host's address is not public; send the picture as a data: URL, or have the operator "
+            raise ImageProblem(
+                "its host's address is not public; send the image as a data: URL, or have the operator "
                 "allow the host with option.image_fetch_allow_private"
             )
     if not found:
-        raise PictureProblem("its host name cannot be resolved", ImageFetchFailed)
+        raise ImageProblem("its host name cannot be resolved", ImageFetchFailed)
     return list(found[:MAX_ADDRESSES])
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """The network for one hop of one picture. TLS still verifies the host's name: only the connection is
-    pinned.
+    """The network for one request of an image. TLS still verifies the host's name: only the connection is pinned.
 
-    Timeouts are not its business (one deadline covers the fetch), sockets are: `close` leaves none behind,
-    also when the fetch is cancelled halfway through a handshake.
+    It has no timeouts of its own, because one deadline covers the fetch. `close` leaves no socket open, even
+    if the fetch is cancelled during a handshake.
     """
 
     def __init__(self, addresses: Sequence[str], deadline: float) -> None:
-        """addresses: the ones to try, checked. deadline: on the event loop's clock; shared out among them."""
+        """Create a backend without connections.
+
+        Args:
+            addresses: Checked addresses, tried in order.
+            deadline: In seconds of the event loop's clock; the time is divided among the addresses.
+        """
         self._addresses = addresses
         self._deadline = deadline
         self._network = httpcore.AnyIOBackend()
@@ -96,20 +163,22 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
 
 
 class ReadBudget:
-    """Bytes that may still be read. Until the reply's head is complete, in small portions: a flood of interim
-    replies is parsed without a pause, and so must not come in one piece.
+    """Number of bytes that may still be read.
+
+    Until the reply's header is complete, they are read in small portions: a flood of interim replies is
+    parsed without a pause, and so must not arrive in one piece.
     """
 
     def __init__(self) -> None:
         self.left = HEAD_BYTES
         self.portion = HEAD_READ
-        self.problem = PictureProblem("its host sent too large a reply header", ImageFetchFailed)
+        self.problem = ImageProblem("its host sent too large a reply header", ImageFetchFailed)
 
     def begin_body(self, max_bytes: int) -> None:
-        """Chunk framing may cost a quarter on top of the body."""
+        """Allow the body; chunk framing may add a quarter to it."""
         self.left = max_bytes + max_bytes // 4 + HEAD_BYTES
         self.portion = BODY_READ
-        self.problem = PictureProblem(
+        self.problem = ImageProblem(
             f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge
         )
 
@@ -120,6 +189,8 @@ class ReadBudget:
 
 
 class BudgetedStream(httpcore.AsyncNetworkStream):
+    """A stream whose reads are charged to a `ReadBudget`."""
+
     def __init__(self, stream: httpcore.AsyncNetworkStream, budget: ReadBudget) -> None:
         self._stream = stream
         self._budget = budget

@@ -1,4 +1,4 @@
-"""`data:` URLs (RFC 2397), in every spelling that clients are seen to send."""
+"""`data:` URLs (RFC 2397), in every spelling that clients have been seen to send."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 import pybase64
 
 from handlers.errors import ImageTooLarge
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 
 MAX_HEADER = 1024
 ACCEPTED_TYPES = {"", "image", "application/octet-stream", "binary/octet-stream"}
 SLICE = 2**18
-"""Characters of a URL that are decoded in one step."""
+"""Number of characters of a URL that are decoded in one step."""
 
 _DISCARDED = b" \t\r\n\f\v="
 _STANDARD = bytes.maketrans(b"-_", b"+/")
-"""From the URL-safe alphabet."""
+"""Translates the URL-safe alphabet to the standard one."""
 
 _PERCENT = ord("%")
 _HEX = np.array(
@@ -28,20 +28,24 @@ _HEX = np.array(
 
 
 def is_data_url(url: str) -> bool:
+    """Tell whether a URL is a `data:` URL."""
     return url[:5].lower() == "data:"
 
 
 def decode_data_url(url: str, max_bytes: int) -> bytes:
-    """The bytes behind a `data:` URL. Run it in a thread: it costs a few milliseconds per megabyte.
+    """Decode a `data:` URL. Run it in a thread: it costs a few milliseconds per megabyte.
 
-    The declared type is not trusted (the content decides), yet one that is no picture's is refused. Base64
-    may be wrapped, percent-encoded, URL-safe or without padding. It is decoded in slices, between which other threads
-    run, and no further than to `max_bytes`: beside the URL, twice the bytes behind it are held at most.
-    Raises PictureProblem.
+    The declared type is not trusted (the content decides), but a type that is not an image's is refused.
+    Base64 may be wrapped, percent-encoded, URL-safe or without padding. It is decoded in slices, between
+    which other threads run, and no further than `max_bytes`: in addition to the URL at most twice the decoded
+    bytes are held.
+
+    Raises:
+        ImageProblem: The URL cannot be decoded, or holds too much.
     """
     comma = url.find(",", 5, 5 + MAX_HEADER)
     if comma < 0:
-        raise PictureProblem("its data URL has no comma; write data:image/jpeg;base64,...")
+        raise ImageProblem("its data URL has no comma; write data:image/jpeg;base64,...")
     media_type, *parameters = (field.strip().lower() for field in unquote(url[5:comma]).split(";"))
     _check_type(media_type)
     if len(url) - comma > 4 * max_bytes + MAX_HEADER:  # 4: base64 and percent-encoding both, at their worst
@@ -55,15 +59,15 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
             raise _too_large(max_bytes)
         pieces.append(piece)
     if not size:
-        raise PictureProblem("its data URL is empty")
+        raise ImageProblem("its data URL is empty")
     return b"".join(pieces)
 
 
 def _check_type(media_type: str) -> None:
     if media_type.startswith("image/svg"):
-        raise PictureProblem("SVG pictures are not supported; send PNG, JPEG or WebP")
+        raise ImageProblem("SVG images are not supported; send PNG, JPEG or WebP")
     if not media_type.startswith("image/") and media_type not in ACCEPTED_TYPES:
-        raise PictureProblem("its data URL does not declare a picture; write data:image/jpeg;base64,...")
+        raise ImageProblem("its data URL does not declare an image; write data:image/jpeg;base64,...")
 
 
 def _base64(url: str, start: int) -> Iterator[bytes]:
@@ -80,7 +84,7 @@ def _decoded(letters: bytes) -> bytes:
     try:
         return pybase64.b64decode(letters, validate=True)
     except ValueError as error:
-        raise PictureProblem("its data URL is not valid base64") from error
+        raise ImageProblem("its data URL is not valid base64") from error
 
 
 def _percent(url: str, start: int) -> Iterator[bytes]:
@@ -89,7 +93,7 @@ def _percent(url: str, start: int) -> Iterator[bytes]:
 
 
 def _slices(url: str, start: int) -> Iterator[bytes]:
-    """Its text from `start` on; none ends within a `%41`."""
+    """Yield the text from `start` on; no slice ends within a `%41`."""
     while start < len(url):
         end = start + SLICE
         if end < len(url) and (cut := url.find("%", end - 2, end)) >= 0:
@@ -99,7 +103,7 @@ def _slices(url: str, start: int) -> Iterator[bytes]:
 
 
 def _unquoted(coded: bytes) -> bytes:
-    """As urllib.parse.unquote_to_bytes, which makes an object for each escape."""
+    """Unquote like urllib.parse.unquote_to_bytes, but without an object for each escape."""
     if b"%" not in coded:
         return coded
     letters = np.frombuffer(coded, np.uint8)
@@ -114,5 +118,5 @@ def _unquoted(coded: bytes) -> bytes:
     return out[kept].tobytes()
 
 
-def _too_large(max_bytes: int) -> PictureProblem:
-    return PictureProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)
+def _too_large(max_bytes: int) -> ImageProblem:
+    return ImageProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)

@@ -1,11 +1,11 @@
-"""The process in which image files are opened and decoded: `python -m handlers.images.decoder_worker DESCRIPTOR`.
+"""The process that opens and decodes image files: `python -m handlers.images.decoder_worker DESCRIPTOR`.
 
-A file may be made to decode for minutes, to fill the memory, or to crash a codec. Threads cannot be stopped then, this
-process can. It limits itself anew for each image: the kernel ends it when the time is up.
+A file may be made to decode for minutes, to fill the memory, or to crash a codec. Threads could not be
+stopped then, but this process can. It sets its limits for each image: the kernel ends it when the time is up.
 
-Messages in: a `Settings`, with the memory for small images; then one for each image, of a `Question` and the file, with
-memory of its own for a large image. Messages out: an empty one when it is ready; then one JSON object for each image
-(see `_answer`).
+It receives `Settings`, with the memory for small images; then for each image a `Question` and the file, with
+separate memory for a large image. It sends an empty message when it is ready, and one JSON object for each
+image (see `_answer`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypedDict
 from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
 
 from handlers.images.decode import Color, flattened, opened, prepare_pillow
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory
 from processes.inside import Parent, data_bytes
 
@@ -35,27 +35,30 @@ PLUGINS = (
 )  # imported before the first image comes
 
 SLACK_BYTES = 48 << 20
-"""Beyond what an image is charged for: codecs' tables and rows, Pillow's plugins, Python itself."""
+"""Memory beyond what an image is charged for: codecs' tables and rows, Pillow's plugins, Python itself."""
 
 _KEPT_BYTES = 32 << 20
-"""When it has grown by that much, the process ends after its answer."""
+"""When the process has grown by that much, it ends after its answer."""
 
 _M_TRIM_THRESHOLD = -1
 """From glibc's malloc.h."""
 
 
 class Settings(TypedDict):
-    """max_pixels, background: as `decode` takes them."""
+    """Arguments of `decode` that are the same for all images."""
 
     max_pixels: int
     background: list[int]
 
 
 class Question(NamedTuple):
-    """pixel_bytes: that the image's pixels may take, in the memory that came with it or, if none did, in the one for
-    small images; 0 to be told the image's size alone.
+    """Limits for one image.
 
-    working_bytes, seconds: what decoding may take beside it, and of processor time.
+    Attributes:
+        pixel_bytes: Memory for the image's pixels, which came with the question, or is the one for small
+            images; 0 to ask for the image's size only.
+        working_bytes: Memory that decoding may use in addition.
+        seconds: Processor time that decoding may use.
     """
 
     pixel_bytes: int
@@ -68,6 +71,7 @@ QUESTION = struct.Struct("<QQd")
 
 
 def main() -> None:
+    """Decode images until the parent closes the connection."""
     parent = Parent()
     first = parent.receive()
     if first is None or first[1] is None:
@@ -93,7 +97,7 @@ def main() -> None:
             answer = _answer(data, memory, question.pixel_bytes, settings)
         del data, memory
         grown += question.working_bytes
-        if grown > _KEPT_BYTES:  # which small images have not done, so that it need not be looked up for each
+        if grown > _KEPT_BYTES:  # small images do not reach it, so the look-up is rare
             _give_back_memory()
             now, grown = data_bytes(), 0
         answer["last"] = start is not None and now is not None and now > start + _KEPT_BYTES
@@ -103,7 +107,7 @@ def main() -> None:
 
 
 def _data_limits() -> tuple[int, int] | None:
-    """None where the system or a sandbox does not let them be set."""
+    """Return the current limits; None where the system or a sandbox does not allow changing them."""
     try:
         limits = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, limits)
@@ -129,8 +133,12 @@ def _limited(question: Question, limits: tuple[int, int] | None, now: int | None
 
 
 def _answer(data: bytes, memory: PixelMemory, pixel_bytes: int, settings: Settings) -> dict[str, Any]:
-    """`size`: width and height; `decoded`: whether the pixels were written, which those that do not fit are not. Or
-    `problem` and `error`: the reason and the name of the class of a PictureProblem."""
+    """Decode an image and describe the result.
+
+    Returns:
+        `size`, width and height, and `decoded`, whether the pixels were written, which they are not if they
+            do not fit. Or `problem` and `error`, the reason and the name of the class of an ImageProblem.
+    """
     red, green, blue = settings["background"]
     background: Color = (red, green, blue)
     try:
@@ -140,12 +148,12 @@ def _answer(data: bytes, memory: PixelMemory, pixel_bytes: int, settings: Settin
             flat = flattened(image, background, memory.canvas(image.size))
         memory.write(flat)
         return {"size": flat.size, "decoded": True}
-    except PictureProblem as problem:
+    except ImageProblem as problem:
         return {"problem": problem.reason, "error": problem.error.__name__}
 
 
 def _keep_memory() -> None:
-    """From one image to the next, instead of giving it back and getting new pages: `_give_back_memory` bounds it."""
+    """Keep freed memory for the next image instead of returning it; `_give_back_memory` bounds it."""
     with suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 

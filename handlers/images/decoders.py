@@ -1,4 +1,4 @@
-"""Processes that decode images, so that what a file makes of its decoder can be ended and costs that file alone."""
+"""Processes that decode images. One that a file crashes or blocks can be ended, which costs only that file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
 from handlers.images.decode import Color
 from handlers.images.decoder_worker import QUESTION, SLACK_BYTES, Question, Settings
-from handlers.images.header import Header, unknown_header
-from handlers.images.memory import PictureMemory, Share
-from handlers.images.problem import PictureProblem
+from handlers.images.image_file import Header, unknown_header
+from handlers.images.memory import ImageMemory, Share
+from handlers.images.problem import ImageProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
 from processes.child import Child, Limits
 from processes.environment import child_environment
@@ -30,48 +30,53 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 decoder_log = logging.getLogger("processes.decoder")
-"""What Pillow and its codecs print: about clients' files, so at the level debug."""
+"""Output of Pillow and its codecs. It concerns clients' files, so it is logged at the level debug."""
 
 WARM = 2
-"""Decoders that a server starts before any image comes; more start when that many are at work."""
+"""Number of decoders started before the first image; more start when these are busy."""
 
 START_SECONDS = 60.0
 END_SECONDS = 2.0
 
 GRACE_SECONDS = 1.0
-"""How long an image that nobody waits for any more may go on, before its decoder is killed: starting another costs more
+"""How long decoding of an abandoned image may continue before its decoder is killed. Starting another one costs more
 than most images."""
 
 CPU_SECONDS, CPU_SECONDS_PER_MEGAPIXEL = 2.0, 0.25
-"""Most processor time for an image: many times what one takes of whatever format, on a slow machine."""
+"""Greatest processor time for an image: many times what any format needs on a slow machine."""
 
 WALL_FACTOR, WALL_SECONDS = 10, 30.0
-"""After that many times the processor time and that many seconds, a decoder does not run at all: it is killed."""
+"""A decoder that has not answered after this many seconds, plus this many times the processor time, is not running at
+all: it is killed."""
 
 _MOST_PASSES = 64
-"""Images that may go before a large one that waits for memory."""
+"""Number of images that may overtake a large one that waits for memory."""
 
 STOPPED_SECONDS = 1.0
-"""After that time with an image, a decoder that is stopped (SIGSTOP) is killed, and the image goes to another."""
+"""After that time with an image, a decoder that is stopped (SIGSTOP) is killed, and another one gets the image."""
 
 _LONGEST_ANSWER = 2**14
 _OPEN_FILES = 64
 _RESERVE_BYTES = 256 << 20
-"""What a decoder may have beside an image's own memory: Python, Pillow, and the file twice."""
+"""Memory of a decoder in addition to an image's own: Python, Pillow, and the file twice."""
 
 _ERRORS = {error.__name__: error for error in (ImageError, ImageTooLarge)}
 
 
 def most_decoders() -> int:
+    """Return the number of decoders for this machine."""
     return min(8, max(2, usable_cores()))
 
 
 class DecoderPool:
-    """Used on one event loop. Decoders start when they are first needed, or with `warm_up`.
+    """Decodes images in processes, which start when they are first needed, or with `warm_up`. Used on one event loop.
 
-    started, died, killed: decoders since the beginning; those that ended over an image (which crashed its codec or
-    took too long); those that were killed at work: because nobody waited for their image any more, because they did
-    not run, or by the system. memory: what decoders may take, of all images that are being decoded together.
+    Attributes:
+        started: Number of decoders started.
+        died: Number of decoders that ended over an image, because it crashed its codec or took too long.
+        killed: Number of decoders killed while decoding: because nobody waited for their image any more,
+            because they did not run, or by the system.
+        memory: Memory that decoders may use for all images being decoded.
     """
 
     def __init__(
@@ -83,12 +88,20 @@ class DecoderPool:
         memory_bytes: int,
         most: int | None = None,
     ) -> None:
-        """max_pixels, max_bytes: of one image. most: decoders."""
+        """Create a pool without decoders.
+
+        Args:
+            max_pixels: Greatest width times height of an image.
+            max_bytes: Greatest size of a file.
+            background: Colour that shows where an image is transparent.
+            memory_bytes: Memory of all decoders.
+            most: Greatest number of decoders.
+        """
         self.most = most_decoders() if most is None else most
         self.started = 0
         self.died = 0
         self.killed = 0
-        self.memory = PictureMemory(memory_bytes, _MOST_PASSES)
+        self.memory = ImageMemory(memory_bytes, _MOST_PASSES)
         self._settings: Settings = {"max_pixels": max_pixels, "background": list(background)}
         self._largest = unknown_header(max_pixels).working_bytes + 2 * max_bytes
         self._idle: list[_Decoder] = []
@@ -106,26 +119,34 @@ class DecoderPool:
             self._start_another()
 
     async def measure(self, data: bytes) -> Header:
-        """For a file whose header `read_header` cannot read. Raises PictureProblem and Unavailable."""
+        """Measure an image whose header `read_header` cannot read.
+
+        Raises:
+            ImageProblem: The file cannot be used.
+            Unavailable: No decoder can be started.
+        """
         size, _ = await self._ask(data, None, 2 * len(data), CPU_SECONDS)
         return unknown_header(size[0] * size[1])
 
     async def decode(self, data: bytes, header: Header) -> Image.Image:
-        """The pixels, in memory that is freed with the image. Cancelled, it ends the decoder unless that is done soon.
+        """Decode an image into memory that is freed with it.
 
-        An image whose decoder does not run or was killed goes to another, once. Raises PictureProblem, also for a
-        file with more pixels than `header` says, and Unavailable where decoders cannot be started, or the second does
-        not run either.
+        Cancelled, it ends the decoder unless that finishes soon. An image whose decoder does not run or was
+        killed goes to another one, once.
+
+        Raises:
+            ImageProblem: The file cannot be used, or has more pixels than `header` says.
+            Unavailable: No decoder can be started, or the second one does not run either.
         """
         seconds = CPU_SECONDS + CPU_SECONDS_PER_MEGAPIXEL * header.pixels / 1e6
         working = header.working_bytes + 2 * len(data)
         _, image = await self._ask(data, header.pixels * 4, working, seconds)
         if image is None:
-            raise PictureProblem("its file gives its size twice, and differently")
+            raise ImageProblem("its file gives its size twice, and the two sizes differ")
         return image
 
     async def aclose(self) -> None:
-        """End all decoders; what they are at is lost."""
+        """End all decoders; their work is lost."""
         self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -155,7 +176,7 @@ class DecoderPool:
     async def _work(
         self, worker: _Decoder, share: Share, question: Question, data: bytes
     ) -> tuple[tuple[int, int], Image.Image | None]:
-        """Holds the worker and the memory for the pixels, and sees to both, however it ends."""
+        """Own the decoder and the memory for the pixels, and release both, however it ends."""
         memory: int | None = None
         try:
             try:
@@ -177,7 +198,7 @@ class DecoderPool:
             finally:
                 self._answered(worker, answer)
             if answer.problem is not None:
-                raise PictureProblem(answer.problem, _ERRORS[answer.error])
+                raise ImageProblem(answer.problem, _ERRORS[answer.error])
             return answer.size, image
         finally:
             if memory is not None:
@@ -186,7 +207,10 @@ class DecoderPool:
     async def _answer(
         self, worker: _Decoder, share: Share, question: Question, memory: int | None, data: bytes
     ) -> _Answer:
-        """What the worker says. Where that fails, it is replaced. Cancelled, the share is kept as long as needed."""
+        """Return the decoder's answer; a decoder that fails is replaced.
+
+        Cancelled, the share is kept as long as needed.
+        """
         wall = WALL_SECONDS + WALL_FACTOR * question.seconds
         watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, worker)
         try:
@@ -202,9 +226,8 @@ class DecoderPool:
                 raise _stopping() from error
             raise await self._death(worker, question.seconds) from error
         except asyncio.CancelledError:
-            kept = share.handed_over(
-                question.pixel_bytes
-            )  # for which whoever waited gives up their own share
+            # The caller gives up its share for the pixels, which must therefore be counted here.
+            kept = share.handed_over(question.pixel_bytes)
             task = self._task(self._see_out(worker, question), "see-out-image")
             task.add_done_callback(lambda _: kept.release())
             raise
@@ -215,7 +238,7 @@ class DecoderPool:
             watch.cancel()
 
     async def _see_out(self, worker: _Decoder, question: Question) -> None:
-        """When nobody waits for the image any more: its worker goes on to others if it is done soon."""
+        """Wait briefly for an abandoned image; a decoder that finishes soon can be used for others."""
         try:
             async with asyncio.timeout(GRACE_SECONDS):
                 answer = await _received(worker, question)
@@ -227,11 +250,13 @@ class DecoderPool:
         else:
             self._answered(worker, answer)
 
-    async def _death(self, worker: _Decoder, seconds: float) -> PictureProblem | _DecoderLost:
-        """Of a worker that broke off over an image: what that says about the image."""
+    async def _death(self, worker: _Decoder, seconds: float) -> ImageProblem | _DecoderLost:
+        """Return what the end of a decoder says about its image."""
         child = worker.child
         code = await asyncio.shield(self._end(worker))
-        if code == -signal.SIGKILL:  # which no image does: the system does, short of memory, or somebody
+        if (
+            code == -signal.SIGKILL
+        ):  # not caused by an image, but by the system, short of memory, or by somebody
             self.killed += 1
             logger.warning("an image decoder was killed at work; it is replaced")
             return _DecoderLost(
@@ -239,15 +264,15 @@ class DecoderPool:
             )
         self.died += 1
         if code == -signal.SIGPROF:
-            return PictureProblem(
+            return ImageProblem(
                 f"it takes too long to decode: more than {seconds:.1f} s of processor time; send it smaller, or "
-                "saved anew"
+                "save it again"
             )
         logger.warning("an image decoder ended with %d; it printed: %s", code, child.last_words or "nothing")
-        return PictureProblem("its decoder failed on it; send the image saved anew, as PNG or JPEG")
+        return ImageProblem("its decoder failed on it; save the image again, as PNG or JPEG")
 
     async def _take(self) -> _Decoder:
-        """A worker that nobody else uses: to be given back, ended or killed. Raises Unavailable."""
+        """Take a decoder that nobody else uses; it must be given back, ended or killed. Raises Unavailable."""
         if self._closed:
             raise _stopping()
         while self._idle:
@@ -290,13 +315,13 @@ class DecoderPool:
             self._kill(worker)
 
     def _end(self, worker: _Decoder) -> asyncio.Task[int]:
-        """It is no worker any more: if somebody waits for one, another takes its place."""
+        """Remove the decoder; if somebody waits for one, another takes its place."""
         self._alive.discard(worker)
         self._start_as_needed()
         return self._stop(worker.child)
 
     def _stop(self, child: Child) -> asyncio.Task[int]:
-        """Its exit code. Not cancelled by `aclose`: a child whose end nobody awaits might never come to it."""
+        """End a child and return its exit code. `aclose` waits for this task instead of cancelling it."""
         task = asyncio.create_task(child.stop(END_SECONDS), name="end-decoder")
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -314,7 +339,7 @@ class DecoderPool:
     async def _start(self) -> None:
         try:
             worker = await self._started()
-        except Exception as error:  # whatever it was, those who wait are told
+        except Exception as error:  # whatever it was, those who wait get an error
             logger.error("an image decoder could not be started: %s", error or type(error).__name__)
             self._starting -= 1
             if not self._alive and not self._starting:
@@ -371,7 +396,7 @@ class DecoderPool:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # those who wait are told; without any, nobody needs to be
+            task.exception()  # retrieved, so that it is not logged; those who wait get it anyway
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -383,11 +408,15 @@ class _Decoder:
 
 
 class _DecoderLost(Unavailable):
-    """It did not run, or was killed: that says nothing about the image."""
+    """The decoder did not run or was killed, which says nothing about the image."""
 
 
 class _Answer(msgspec.Struct):
-    """As `decoder_worker` describes it. last: the worker ends now."""
+    """An answer of `decoder_worker`; see there.
+
+    Attributes:
+        last: The decoder ends now.
+    """
 
     last: bool
     size: tuple[int, int] = (0, 0)

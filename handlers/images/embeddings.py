@@ -1,4 +1,4 @@
-"""Embeddings in place of pictures: from base64 to numbers, without torch and without running what the file says."""
+"""Embeddings in place of images: from base64 to numbers, without torch and without executing what the file says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pybase64
 
 from handlers.errors import ImageTooLarge
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from handlers.images.tensor_file import BadTensorFile, SavedTensor, read_tensor
 from handlers.request import EmbeddingsPart, Grid, LoadedEmbeddings
 
@@ -18,7 +18,7 @@ _ROWS, _GRID = "image_embeds", "image_grid_thw"
 
 @dataclass(frozen=True, slots=True)
 class EncodedEmbeddings:
-    """What a part holds, looked at and not yet converted. size: bytes that its numbers will take."""
+    """Embeddings that have been checked but not converted."""
 
     tensor: SavedTensor
     grid: Grid | None
@@ -26,11 +26,16 @@ class EncodedEmbeddings:
 
     @property
     def size(self) -> int:
+        """Bytes of the numbers in float32."""
         tokens, hidden = self.tensor.shape
         return tokens * hidden * 4
 
     def decode(self) -> LoadedEmbeddings:
-        """Run it in a thread. Raises PictureProblem for numbers that are not finite."""
+        """Convert to float32. Run it in a thread.
+
+        Raises:
+            ImageProblem: Some numbers are not finite.
+        """
         raw = np.frombuffer(self.tensor.data, _DTYPES[self.tensor.dtype])
         if self.tensor.dtype == "bfloat16":
             wide = raw.astype("<u4")
@@ -42,7 +47,7 @@ class EncodedEmbeddings:
         rows = numbers.reshape(self.tensor.shape)
         largest = float(max(rows.max(), -rows.min()))
         if not np.isfinite(largest):
-            raise PictureProblem(f"{_ROWS} holds numbers that are not finite in float32")
+            raise ImageProblem(f"{_ROWS} holds numbers that are not finite in float32")
         return LoadedEmbeddings(rows, largest, self.grid, self.digest)
 
 
@@ -51,9 +56,14 @@ _INTEGERS = ("int32", "int64")
 
 
 def read_embeddings(part: EmbeddingsPart, max_bytes: int) -> EncodedEmbeddings:
-    """Run it in a thread: it costs a few milliseconds per megabyte.
+    """Read the files of a part. Run it in a thread: it costs a few milliseconds per megabyte.
 
-    max_bytes: of the files together. Raises PictureProblem.
+    Args:
+        part: The part of the request.
+        max_bytes: Greatest size of the files together.
+
+    Raises:
+        ImageProblem: The files cannot be used.
     """
     if part.characters > 4 * (max_bytes // 3 + 2):
         raise _too_large(max_bytes)
@@ -63,8 +73,8 @@ def read_embeddings(part: EmbeddingsPart, max_bytes: int) -> EncodedEmbeddings:
     if len(shape) == 3 and shape[0] == 1:
         shape = shape[1:]
     if len(shape) != 2:
-        raise PictureProblem(
-            f"{_ROWS} has the shape {list(shape)}; wanted: [tokens, hidden size], one part for each picture"
+        raise ImageProblem(
+            f"{_ROWS} has the shape {list(shape)}; wanted: [tokens, hidden size], one part for each image"
         )
     digest = hashlib.sha256(b"embeddings ")
     digest.update(hashlib.sha256(file).digest())
@@ -87,25 +97,25 @@ def _decoded(text: str, name: str) -> bytes:
     try:
         return pybase64.b64decode(text, validate=True)
     except ValueError as error:
-        raise PictureProblem(f"{name} is not valid base64") from error
+        raise ImageProblem(f"{name} is not valid base64") from error
 
 
 def _tensor(file: bytes, name: str, dtypes: tuple[str, ...]) -> SavedTensor:
     try:
         return read_tensor(file, dtypes)
     except BadTensorFile as error:
-        raise PictureProblem(f"{name}: {error}") from error
+        raise ImageProblem(f"{name}: {error}") from error
 
 
 def _grid(tensor: SavedTensor) -> Grid:
-    """[3] or [1, 3] whole numbers, each at least one."""
+    """Read [3] or [1, 3] integers, each at least one."""
     if tensor.shape not in ((3,), (1, 3)):
-        raise PictureProblem(f"{_GRID} has the shape {list(tensor.shape)}; wanted: [3]")
+        raise ImageProblem(f"{_GRID} has the shape {list(tensor.shape)}; wanted: [3]")
     frames, rows, columns = np.frombuffer(tensor.data, "<i4" if tensor.dtype == "int32" else "<i8").tolist()
     if min(frames, rows, columns) < 1:
-        raise PictureProblem(f"{_GRID} is {[frames, rows, columns]}; wanted: numbers from 1")
+        raise ImageProblem(f"{_GRID} is {[frames, rows, columns]}; wanted: numbers from 1")
     return frames, rows, columns
 
 
-def _too_large(max_bytes: int) -> PictureProblem:
-    return PictureProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)
+def _too_large(max_bytes: int) -> ImageProblem:
+    return ImageProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)

@@ -1,7 +1,8 @@
-"""Bodies that their host sent compressed: HTTP's content codings, undone under a cap on bytes.
+"""Undoes HTTP's content codings of an image, within a limit in bytes.
 
-Object stores send the header that was stored with an object, whatever the request asked for, and often the header is
-wrong: `base64` or `aws-chunked` on plain bytes, `deflate` on gzip's. So, as everywhere, what the bytes are decides.
+Object stores send the header that was stored with an object, whatever the request asked for, and often the
+header is wrong: `base64` or `aws-chunked` for plain bytes, `deflate` for gzip's. So the bytes decide, as
+everywhere.
 """
 
 from __future__ import annotations
@@ -11,33 +12,36 @@ import re
 import zlib
 
 from handlers.errors import ImageFetchFailed, ImageTooLarge
-from handlers.images.metadata import kind_of
-from handlers.images.problem import PictureProblem
+from handlers.images.image_file import kind_of
+from handlers.images.problem import ImageProblem
 
 MAX_CODINGS = 4
 _DECODED = {"gzip", "deflate"}
 _STEP = 2**18
-_MEMBER_BYTES = 1024  # of a gzip file with many members, on average: more of them would only cost time
+_MEMBER_BYTES = 1024  # smallest average member of a gzip file; smaller ones would only cost time
 
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
 def codings_of(header: bytes) -> tuple[str, ...]:
-    """The codings that a `Content-Encoding` header names, in the order in which they were applied."""
+    """Return the codings in a `Content-Encoding` header, in the order in which they were applied."""
     names = (name.strip().lower() for name in header.decode("latin-1").split(","))
     return tuple(name.removeprefix("x-") for name in names if name not in ("", "identity"))
 
 
 def without_codings(data: bytes, codings: tuple[str, ...], max_bytes: int) -> bytes:
-    """The image behind the codings (RFC 9110, section 8.4.1). Run it in a thread.
+    """Undo the codings of an image (RFC 9110, section 8.4.1). Run it in a thread.
 
-    gzip and deflate, the latter with zlib's header as it should be or without. What begins like gzip is decoded even
-    where the header does not say so. No step makes more than `max_bytes`. Raises PictureProblem.
+    gzip and deflate are supported, the latter with or without zlib's header. What begins like gzip is decoded
+    even if the header does not say so. No step produces more than `max_bytes`.
+
+    Raises:
+        ImageProblem: The data cannot be decoded.
     """
     left = list(codings)
     for _ in range(MAX_CODINGS):
         if not data or kind_of(data):
-            break  # the header says more than was done
+            break  # the header names codings that were not applied
         if len(codings) > MAX_CODINGS:
             raise _problem(codings[0], f"and {len(codings) - 1} more on top of it, which is refused")
         gzipped, has_zlib_header = data.startswith(b"\x1f\x8b"), _has_zlib_header(data)
@@ -61,29 +65,29 @@ def without_codings(data: bytes, codings: tuple[str, ...], max_bytes: int) -> by
 
 def _inflated(data: bytes, coding: str, window: int, max_bytes: int) -> bytes:
     view = memoryview(data)
-    whole = io.BytesIO()  # gives its memory away in the end, where a list of pieces would be copied
+    whole = io.BytesIO()  # hands over its memory in the end; a list of pieces would be copied
     at = size = members = 0
     while at < len(view):
         members += 1
         stream = zlib.decompressobj(window)
         given: bytes | memoryview = b""
-        more = False  # whether zlib may hold back output for which there was no room
+        more = False  # whether zlib may hold back output that exceeded the limit
         while not stream.eof:
             if not given and not more:
                 if at == len(view):
                     raise _problem(coding, "but its data ends too early")
                 given = view[at : at + _STEP]
                 at += len(given)
-            room = min(_STEP, max_bytes + 1 - size)
+            limit = min(_STEP, max_bytes + 1 - size)
             try:
-                piece = stream.decompress(given, room)
+                piece = stream.decompress(given, limit)
             except zlib.error as error:
-                raise _problem(coding, "but its data is not so encoded, or is damaged") from error
-            given, more = stream.unconsumed_tail, len(piece) == room
+                raise _problem(coding, "but its data is not encoded in this way, or is damaged") from error
+            given, more = stream.unconsumed_tail, len(piece) == limit
             whole.write(piece)
             size += len(piece)
             if size > max_bytes:
-                raise PictureProblem(
+                raise ImageProblem(
                     f"it has more than {max_bytes} bytes when decompressed (option.max_image_bytes)",
                     ImageTooLarge,
                 )
@@ -96,12 +100,12 @@ def _inflated(data: bytes, coding: str, window: int, max_bytes: int) -> bytes:
 
 
 def _has_zlib_header(data: bytes) -> bool:
-    """RFC 1950: method 8, and a check sum over the first two bytes. Servers are known to leave the header out."""
+    """RFC 1950: method 8, and a checksum over the first two bytes. Some servers leave the header out."""
     return len(data) >= 2 and data[0] & 0x0F == 8 and int.from_bytes(data[:2], "big") % 31 == 0
 
 
-def _problem(coding: str, what: str) -> PictureProblem:
+def _problem(coding: str, what: str) -> ImageProblem:
     if not coding:
-        return PictureProblem(f"it begins like a gzip file, {what}", ImageFetchFailed)
+        return ImageProblem(f"it begins like a gzip file, {what}", ImageFetchFailed)
     name = coding if re.fullmatch("[a-z0-9_-]{1,20}", coding) else "of an unknown name"
-    return PictureProblem(f"its host sent it with the Content-Encoding {name}, {what}", ImageFetchFailed)
+    return ImageProblem(f"its host sent it with the Content-Encoding {name}, {what}", ImageFetchFailed)

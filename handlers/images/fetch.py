@@ -1,4 +1,4 @@
-"""Pictures over HTTP from hosts that may mean harm: one deadline, a cap on bytes, every hop checked."""
+"""Fetches images over HTTP from hosts that may be hostile: one deadline, a limit on bytes, every redirect checked."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from functools import cached_property
 import httpcore
 
 from handlers.errors import ImageFetchFailed, ImageFetchTimeout, ImageTooLarge, short_of
-from handlers.images.address import AllowedPrivate
-from handlers.images.connect import CheckedBackend, Resolver, checked, resolve
+from handlers.images.connect import AllowedPrivate, CheckedBackend, Resolver, checked, resolve
 from handlers.images.encoding import codings_of
-from handlers.images.places import Place, Places, claim_for
-from handlers.images.problem import PictureProblem
+from handlers.images.fetch_slots import FetchSlot, FetchSlots, claim_for
+from handlers.images.problem import ImageProblem
 from handlers.images.target import Target, canonical_host, parse_target
 from processes.shortage import shortage
 
@@ -34,7 +33,12 @@ MOST_LOOK_UPS = 32  # of host names at a time, each in a thread
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """codings: that its host says it has put around the image, first to last."""
+    """A reply's body.
+
+    Attributes:
+        pieces: The bytes, in the pieces that were received.
+        codings: Codings that the host claims to have applied to the image, first to last.
+    """
 
     pieces: list[bytes]
     codings: tuple[str, ...]
@@ -42,19 +46,24 @@ class Body:
 
 @dataclass(slots=True)
 class _Fetch:
-    """One image under way. left: seconds that it may still take, while it does not wait for a place."""
+    """An image being fetched.
+
+    Attributes:
+        request: The request that it belongs to.
+        left: Remaining seconds, while it does not wait for a slot.
+    """
 
     request: Hashable
     left: float
 
 
 class Fetcher:
-    """Fetches pictures, at most `max_concurrent` at a time, shared among their hosts as `Places` says.
+    """Fetches images, at most `max_concurrent` at a time, shared among their hosts by `FetchSlots`.
 
-    Names are looked up in threads, which cannot be stopped: they are places of their own, shared in the same way, and
-    held until the thread is done, so that name servers that do not answer hold up nobody else's look-ups.
-    Each hop has a connection of its own: nothing that one picture's host sent can reach another's request.
-    There are no cookies, credentials or proxies, and no compression is asked for.
+    Names are looked up in threads, which cannot be stopped: they have slots of their own, shared in the same
+    way and held until the thread is done, so that name servers that do not answer do not block look-ups of
+    other names. Each request has its own connection: nothing that one image's host sent can reach another's
+    request. There are no cookies, credentials or proxies, and compression is not requested.
     """
 
     def __init__(
@@ -69,14 +78,24 @@ class Fetcher:
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """timeout: seconds for one picture from the name's resolution to the last byte, over all redirects;
-        waiting for a place does not count.
+        """Create a fetcher.
+
+        Args:
+            timeout: Seconds for one image from resolving the name to the last byte, over all redirects;
+                waiting for a slot does not count.
+            max_bytes: Greatest size of an image.
+            max_redirects: Greatest number of redirects for an image.
+            max_concurrent: Greatest number of transfers at a time.
+            allowed_domains: Exact host names; None for any.
+            allow_private: See `AllowedPrivate`.
+            resolver: Replaces the system's name resolution.
+            ssl_context: Replaces the system's certificate authorities.
         """
         self._timeout = timeout
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
-        self.transfers = Places(max_concurrent)
-        self.look_ups = Places(min(MOST_LOOK_UPS, max_concurrent))
+        self.transfers = FetchSlots(max_concurrent)
+        self.look_ups = FetchSlots(min(MOST_LOOK_UPS, max_concurrent))
         self._domains = None if allowed_domains is None else set(map(canonical_host, allowed_domains))
         self._allow_private = AllowedPrivate(allow_private)
         self._resolver = resolver or resolve
@@ -89,10 +108,16 @@ class Fetcher:
         return self._given_ssl_context or httpcore.default_ssl_context()
 
     async def fetch(self, url: str, request: Hashable | None = None) -> Body:
-        """What is behind `url`. Raises PictureProblem, and Unavailable where this process is short of descriptors or
-        threads. Cancelled, it closes its socket.
+        """Fetch an image. Cancelled, it closes its socket.
 
-        request: whose images share a part of the places; None for a request of its own.
+        Args:
+            url: The image's URL.
+            request: The request that the image belongs to, whose images share its slots; None for a request
+                of its own.
+
+        Raises:
+            ImageProblem: The image cannot be fetched.
+            Unavailable: This process is short of descriptors or threads.
         """
         target = self._checked(parse_target(url))
         fetch = _Fetch(object() if request is None else request, self._timeout)
@@ -104,8 +129,8 @@ class Fetcher:
             if isinstance(error, RuntimeError):
                 raise
             if isinstance(error, httpcore.ConnectError):
-                raise PictureProblem(_unreachable(error), ImageFetchFailed) from error
-            raise PictureProblem(
+                raise ImageProblem(_unreachable(error), ImageFetchFailed) from error
+            raise ImageProblem(
                 "its host broke off the transfer or does not speak proper HTTP", ImageFetchFailed
             ) from error
 
@@ -114,7 +139,7 @@ class Fetcher:
 
     def _checked(self, target: Target) -> Target:
         if self._domains is not None and target.host not in self._domains:
-            raise PictureProblem("its host is not one of option.allowed_media_domains")
+            raise ImageProblem("its host is not one of option.allowed_media_domains")
         return target
 
     async def _follow(self, target: Target, fetch: _Fetch) -> Body:
@@ -125,19 +150,19 @@ class Fetcher:
             try:
                 target = self._checked(target.follow(reply))
                 reply = await self._hop(target, fetch)
-            except PictureProblem as problem:
+            except ImageProblem as problem:
                 if problem.error is ImageFetchTimeout:
-                    raise  # of all hops together
-                raise PictureProblem(f"after a redirect, {problem.reason}", problem.error) from problem
+                    raise  # the time is that of all hops together
+                raise ImageProblem(f"after a redirect, {problem.reason}", problem.error) from problem
         if isinstance(reply, Body):
             return reply
-        raise PictureProblem(
+        raise ImageProblem(
             f"its host redirects more than {self._max_redirects} times (option.image_fetch_max_redirects)",
             ImageFetchFailed,
         )
 
     async def _hop(self, target: Target, fetch: _Fetch) -> Body | str:
-        """One request: the body, or where it redirects to."""
+        """Send one request; return the body, or the location that it redirects to."""
         found = await self._look_up(target, fetch)
         addresses = checked(target.host, found, self._allow_private)
         claim = claim_for(fetch.request, target.host, target.port, addresses[0])
@@ -146,13 +171,13 @@ class Fetcher:
             try:
                 async with self._in_time(fetch):
                     reply = await self._ask(target, network)
-            except (PictureProblem, httpcore.TimeoutException) as error:
-                if isinstance(error, PictureProblem) and error.error is not ImageFetchTimeout:
+            except (ImageProblem, httpcore.TimeoutException) as error:
+                if isinstance(error, ImageProblem) and error.error is not ImageFetchTimeout:
                     raise
                 self.transfers.timed_out(claim, connected=network.connected)
-                if isinstance(error, PictureProblem):
+                if isinstance(error, ImageProblem):
                     raise
-                raise PictureProblem("its host cannot be reached", ImageFetchFailed) from error
+                raise ImageProblem("its host cannot be reached", ImageFetchFailed) from error
             finally:
                 await network.close()
             self.transfers.delivered(claim)
@@ -162,29 +187,29 @@ class Fetcher:
         with suppress(ValueError):
             return [str(ipaddress.ip_address(target.host))]
         claim = claim_for(fetch.request, target.host, target.port)
-        place = await self.look_ups.take(claim)
+        slot = await self.look_ups.take(claim)
         try:
             looking = self._threads.submit(self._resolver, target.host, target.port)
         except BaseException:
-            place.release()
+            slot.release()
             raise
-        _release_after(looking, place)
+        _release_after(looking, slot)
         try:
             async with self._in_time(fetch):
                 found = await asyncio.wrap_future(looking)
-        except PictureProblem:
+        except ImageProblem:
             self.look_ups.timed_out(claim, connected=False)
             raise
         except (OSError, UnicodeError) as error:
             if shortage(error) is not None:
                 raise
-            raise PictureProblem("its host name cannot be resolved", ImageFetchFailed) from error
+            raise ImageProblem("its host name cannot be resolved", ImageFetchFailed) from error
         self.look_ups.delivered(claim)
         return found
 
     @asynccontextmanager
     async def _in_time(self, fetch: _Fetch) -> AsyncIterator[None]:
-        """Spend the fetch's time. Raises PictureProblem when none is left."""
+        """Spend the fetch's time. Raises ImageProblem when none is left."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         limit = asyncio.timeout(fetch.left)
@@ -194,7 +219,7 @@ class Fetcher:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise PictureProblem(
+            raise ImageProblem(
                 f"it did not arrive within {self._timeout:g} seconds (option.image_fetch_timeout)",
                 ImageFetchTimeout,
             ) from error
@@ -224,9 +249,7 @@ class Fetcher:
             if response.status in REDIRECTS and b"location" in fields:
                 return fields[b"location"].decode("utf-8", "replace")
             if response.status != 200:
-                raise PictureProblem(
-                    f"its host answered with HTTP status {response.status}", ImageFetchFailed
-                )
+                raise ImageProblem(f"its host answered with HTTP status {response.status}", ImageFetchFailed)
             network.budget.begin_body(self._max_bytes)
             pieces = await self._pieces(response, fields.get(b"content-length", b"0"))
             encoding = b",".join(
@@ -246,23 +269,23 @@ class Fetcher:
             pieces.append(piece)
             if len(pieces) % BREATH == 0:
                 if self._max_bytes - left < (len(pieces) - BREATH) * LEAST_PIECE:
-                    raise PictureProblem("its host sends it in absurdly small pieces", ImageFetchFailed)
+                    raise ImageProblem("its host sends it in absurdly small pieces", ImageFetchFailed)
                 await asyncio.sleep(0)
         return pieces
 
-    def _too_large(self) -> PictureProblem:
-        return PictureProblem(
+    def _too_large(self) -> ImageProblem:
+        return ImageProblem(
             f"it has more than {self._max_bytes} bytes (option.max_image_bytes)", ImageTooLarge
         )
 
 
-def _release_after(looking: Future[Sequence[str]], place: Place) -> None:
-    """Give the place back when the thread has ended, which may be long after its caller was cancelled."""
+def _release_after(looking: Future[Sequence[str]], slot: FetchSlot) -> None:
+    """Release the slot when the thread has ended, which may be long after its caller was cancelled."""
     loop = asyncio.get_running_loop()
 
     def release(_: Future[Sequence[str]]) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(place.release)
+            loop.call_soon_threadsafe(slot.release)
 
     looking.add_done_callback(release)
 

@@ -1,4 +1,4 @@
-"""From the URLs in a request to decoded pictures."""
+"""From the URLs in a request to decoded images."""
 
 from __future__ import annotations
 
@@ -25,42 +25,69 @@ from handlers.images.decoders import DecoderPool
 from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
 from handlers.images.encoding import without_codings
 from handlers.images.fetch import Body, Fetcher
-from handlers.images.header import Header, read_header
-from handlers.images.memory import PictureMemory
-from handlers.images.problem import PictureProblem, too_many_pixels
+from handlers.images.image_file import Header, read_header
+from handlers.images.memory import ImageMemory
+from handlers.images.problem import ImageProblem, too_many_pixels
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
+from properties.settings_vision import VisionSettings
 
 T = TypeVar("T")
 
 
+_DEFAULTS = VisionSettings()
+
+
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one picture may cost, and where it may come from.
+    """What one image may cost, and where it may come from. The defaults are those of the options.
 
-    fetch_timeout: seconds for one picture, from resolving its host's name to its last byte, over all
-    redirects. max_bytes: of the encoded picture. max_pixels: width times height.
-    allowed_domains: exact host names, also of redirects; None for any public host.
-    allow_private: hosts, addresses and networks (CIDR) that may be fetched from although they are not public.
-    max_concurrent_fetches: of all requests together. cache_bytes: of decoded pictures, four per pixel, that are
-    kept; memory_bytes: of those that requests hold, kept or not, and once more of what decoders take beside them.
-    background: shows where they are transparent.
+    Attributes:
+        fetch_timeout: Seconds for one image, from resolving its host's name to its last byte, over all redirects.
+        max_bytes: Greatest size of the encoded image.
+        max_pixels: Greatest width times height.
+        max_redirects: Greatest number of redirects for one image.
+        allowed_domains: Exact host names, also of redirects; None for any public host.
+        allow_private: Hosts, addresses and networks (CIDR) that may be fetched from although they are not public.
+        max_concurrent_fetches: Greatest number of fetches of all requests together.
+        cache_bytes: Size of the cache of decoded images, which take four bytes per pixel.
+        memory_bytes: Memory for the decoded images of requests, cached or not, and the same again for what decoders
+            use in addition.
+        background: Colour that shows where an image is transparent.
     """
 
-    fetch_timeout: float = 10.0
-    max_bytes: int = 20 * 2**20
-    max_pixels: int = 89_478_485
-    max_redirects: int = 3
+    fetch_timeout: float = _DEFAULTS.image_fetch_timeout
+    max_bytes: int = _DEFAULTS.max_image_bytes
+    max_pixels: int = _DEFAULTS.max_image_pixels
+    max_redirects: int = _DEFAULTS.image_fetch_max_redirects
     allowed_domains: tuple[str, ...] | None = None
     allow_private: tuple[str, ...] = ()
     max_concurrent_fetches: int = 64
-    cache_bytes: int = 256 * 2**20
-    memory_bytes: int = 1024 * 2**20
+    cache_bytes: int = _DEFAULTS.image_cache_mb * 2**20
+    memory_bytes: int = _DEFAULTS.image_memory_mb * 2**20
     background: Color = WHITE
+
+    @classmethod
+    def of(cls, settings: VisionSettings) -> ImageLimits:
+        """Read the limits from the user's configuration."""
+        domains = settings.allowed_media_domains
+        background = (settings.media_io_kwargs or {}).get("image", {}).get("rgba_background_color", WHITE)
+        red, green, blue = background
+        return cls(
+            fetch_timeout=settings.image_fetch_timeout,
+            max_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_image_pixels,
+            max_redirects=settings.image_fetch_max_redirects,
+            allowed_domains=None if domains is None else tuple(domains),
+            allow_private=tuple(settings.image_fetch_allow_private),
+            cache_bytes=settings.image_cache_mb * 2**20,
+            memory_bytes=settings.image_memory_mb * 2**20,
+            background=(red, green, blue),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A picture's file, and what it says about itself."""
+    """An image's file, and what it says about itself."""
 
     data: bytes
     digest: bytes
@@ -68,13 +95,17 @@ class _Encoded:
 
     @property
     def size(self) -> int:
-        """Bytes that its pixels will take."""
+        """Bytes of its decoded pixels."""
         return self.header.pixels * 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """A picture that the caller had already. digest: of nothing, but no other picture's."""
+    """An image object that the caller passed.
+
+    Attributes:
+        digest: A unique placeholder; the content is not hashed.
+    """
 
     image: Image
     digest: bytes
@@ -83,7 +114,11 @@ class _Given:
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    """Embeddings. digest: of nothing, since each request that holds the same has numbers of its own."""
+    """Embeddings.
+
+    Attributes:
+        digest: A unique placeholder, since each request has its own copy of the numbers.
+    """
 
     encoded: EncodedEmbeddings
     digest: bytes
@@ -97,14 +132,17 @@ _File = _Encoded | _Given | _Embedded
 
 
 class ImageLoader:
-    """Fetches and decodes pictures for all requests of a process; decoding happens in processes of its own, and
-    whatever else is costly in threads.
+    """Fetches and decodes images for all requests of a process.
 
-    Embeddings of pictures are read here as well: their memory is the same memory.
+    Decoding runs in separate processes, and other costly work in threads. Embeddings of images are read here
+    as well, because they share the memory budget.
 
-    fetched, bytes: pictures that came over HTTP and their sizes together. decoded: pictures decoded,
-    wherever they came from. cache_hits: pictures that did not have to be, because one with the same content
-    was there or under way.
+    Attributes:
+        fetched: Number of images fetched over HTTP.
+        bytes: Sum of their sizes.
+        decoded: Number of images decoded, whatever their source.
+        cache_hits: Number of images that did not have to be decoded, because one with the same content was
+            cached or being decoded.
     """
 
     def __init__(
@@ -114,14 +152,20 @@ class ImageLoader:
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """resolver and ssl_context replace the system's name resolution and certificate authorities."""
+        """Create a loader.
+
+        Args:
+            limits: Limits of each image.
+            resolver: Replaces the system's name resolution.
+            ssl_context: Replaces the system's certificate authorities.
+        """
         prepare_pillow(limits.max_pixels)
         self.limits = limits
         self.fetched = 0
         self.bytes = 0
         self.decoded = 0
         self.cache_hits = 0
-        self.memory = PictureMemory(limits.memory_bytes)
+        self.memory = ImageMemory(limits.memory_bytes)
         self._cache = DecodedCache(limits.cache_bytes)
         self._fetcher = Fetcher(
             timeout=limits.fetch_timeout,
@@ -147,18 +191,25 @@ class ImageLoader:
     async def load(
         self, parts: Sequence[PicturePart], deadline: float | None = None, first_index: int = 0
     ) -> None:
-        """Sets `loaded` of every part of one prompt, all at the same time; whoever called must `release` each.
+        """Set `loaded` of every part of one prompt, all at the same time; the caller must `release` each part.
 
-        Nothing is decoded before the memory budget has room for all of them (see `PictureMemory`).
-        deadline: `time.monotonic()` seconds. first_index: of the first part, in error messages. Raises the
-        ImageError of the lowest index that fails (those before it are waited for) and abandons the others.
-        Cancelled or failed, it leaves no socket open and no part loaded that was not before.
+        Nothing is decoded before the memory budget allows all of them (see `ImageMemory`). If one fails, the
+        images before it are waited for and the others are abandoned. Cancelled or failed, it leaves no socket
+        open, and no part loaded that was not loaded before.
+
+        Args:
+            parts: Images of the prompt.
+            deadline: In seconds of `time.monotonic()`.
+            first_index: Number of the first part in error messages.
+
+        Raises:
+            ImageError: Of the first image that fails.
         """
         for part in parts:
             if isinstance(part, EmbeddingsPart) and part.given is not None:
                 part.loaded = part.given
         wanted = [(first_index + i, part) for i, part in enumerate(parts) if part.loaded is None]
-        request = object()  # whose images share their part of the fetch places
+        request = object()  # its images share the fetch slots of one request
         try:
             files, failed = await _until_one_fails(
                 [self._in_time(index, deadline, self._obtain, part, request) for index, part in wanted]
@@ -174,7 +225,7 @@ class ImageLoader:
             raise
 
     async def aclose(self) -> None:
-        """Accepts no more pictures; threads finish what they are at. Cancel the loads under way first."""
+        """Accept no more images; threads finish what they have begun. Cancel the loads under way first."""
         self._closed = True
         self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -208,7 +259,7 @@ class ImageLoader:
         try:
             async with limit:
                 return await work(*given)
-        except PictureProblem as problem:
+        except ImageProblem as problem:
             raise problem.error(index, problem.reason) from problem
         except TimeoutError as error:
             if not limit.expired():
@@ -251,7 +302,7 @@ class ImageLoader:
         return data, digest_of(data), read_header(data)
 
     def _convert(self, image: Image) -> LoadedImage:
-        # A picture that prompts share is read from its file by the first of them: Pillow has no lock for that.
+        # An image that several prompts share is read from its file by the first: Pillow has no lock for that.
         with self._reading[id(image) % len(self._reading)]:
             flat = convert(image, self.limits.max_pixels, self.limits.background)
         digest = hashlib.sha256(b"RGB %d %d " % flat.size)
@@ -286,7 +337,11 @@ def _give(part: PicturePart, loaded: LoadedImage | LoadedEmbeddings) -> None:
 
 
 async def _until_one_fails(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[list[T], ImageError | None]:
-    """All at the same time: the results before the first that fails, and its error; the others are cancelled."""
+    """Run all at the same time.
+
+    Returns:
+        The results before the first that fails, and its error; the others are cancelled.
+    """
     tasks = [asyncio.create_task(one) for one in work]
     done: list[T] = []
     try:

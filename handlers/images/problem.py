@@ -1,14 +1,18 @@
-"""Why one picture cannot be used, before it is known which of a request's pictures it is."""
+"""Why an image cannot be used, before it is known which of a request's images it is."""
 
 from __future__ import annotations
 
 from handlers.errors import ImageError, ImageTooLarge
 
 
-class PictureProblem(Exception):
-    """`reason` is for the client and finishes "image 3: ..."; `error` is what it becomes.
+class ImageProblem(Exception):
+    """The reason why an image cannot be used.
 
-    It never holds the URL, an address or what a library said: those stay in `__cause__`.
+    It never contains the URL, an address or a library's message: those stay in `__cause__`.
+
+    Attributes:
+        reason: For the client; it completes a message that begins "image 3: ".
+        error: Class of the error that is made of it.
     """
 
     def __init__(self, reason: str, error: type[ImageError] = ImageError) -> None:
@@ -17,5 +21,6 @@ class PictureProblem(Exception):
         self.error = error
 
 
-def too_many_pixels(max_pixels: int) -> PictureProblem:
-    return PictureProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)
+def too_many_pixels(max_pixels: int) -> ImageProblem:
+    """Describe an image with more pixels than allowed."""
+    return ImageProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)

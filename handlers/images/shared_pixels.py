@@ -1,6 +1,6 @@
-"""Pixels that a decoder process writes and the front reads, in memory that both map and that has no name.
+"""Pixels that a decoder writes and the front end reads, in anonymous memory that both map.
 
-The kernel frees it when the last of them lets go or dies; nothing appears in /dev/shm.
+The kernel frees it when the last of them unmaps it or dies; nothing appears in /dev/shm.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from contextlib import suppress
 from PIL import Image, _imaging
 
 REUSED_BYTES = 2**23
-"""Of the memory that each decoder has for images up to full HD, one after the other. They are copied from it: that
-costs a tenth of what new shared pages do, and a process may have no more than 65,530 mappings. Copying a larger image
-would hold up the event loop."""
+"""Size of the memory that each decoder uses for images up to full HD, one after the other.
+
+They are copied from it: that costs a tenth of what new shared pages cost, and a process may have at most
+65,530 mappings. Copying a larger image would block the event loop for too long.
+"""
 
 _HUGE_PAGE = 2**21
-"""From that size on, memory of its own for a copy, in huge pages where the kernel has them: they are new in a tenth of
-the time."""
+"""From this size on, a copy gets a mapping of its own, in huge pages if the kernel has them, which are
+allocated in a tenth of the time."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -34,8 +36,11 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def new_memory(size: int) -> int:
-    """A descriptor of that many bytes. Where memory without a name can be sealed, its size is final: whoever gets the
-    descriptor can neither grow it nor take away what another has mapped. Raises OSError."""
+    """Create memory of that many bytes and return its descriptor. Raises OSError.
+
+    Where anonymous memory can be sealed, its size is final: whoever receives the descriptor can neither grow
+    it nor remove what another process has mapped.
+    """
     try:
         descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except AttributeError:  # not on this system
@@ -61,7 +66,7 @@ def _new_file(size: int) -> int:
 
 
 class PixelMemory:
-    """One end's mapping of such memory, for one image after the other; it takes the descriptor."""
+    """One side's mapping of such memory, for one image after the other; it takes over the descriptor."""
 
     def __init__(self, descriptor: int, length: int) -> None:
         try:
@@ -71,10 +76,10 @@ class PixelMemory:
         self._canvas: Image.Image | None = None
 
     def canvas(self, size: tuple[int, int]) -> Image.Image:
-        """Zeros, in RGB: what is decoded into it need not be copied."""
+        """Return an RGB image of zeros; what is decoded into it need not be copied."""
         fresh = self._canvas is None
         self._canvas = _image_on(self._memory, size)
-        if not fresh:  # the image before is still there, and a decoder may leave pixels out
+        if not fresh:  # the previous image is still there, and a decoder may leave pixels out
             self._canvas.im.paste((0, 0, 0, 0), (0, 0, *size))
         return self._canvas
 
@@ -83,7 +88,7 @@ class PixelMemory:
             _image_on(self._memory, image.size).paste(image)
 
     def copy(self, size: tuple[int, int]) -> Image.Image:
-        """The RGB image there. Raises OSError."""
+        """Copy the RGB image. Raises OSError."""
         image = _image_on(self._memory, size)
         length = size[0] * size[1] * 4
         if length < _HUGE_PAGE:
@@ -98,10 +103,10 @@ class PixelMemory:
 
 
 def read_pixels(descriptor: int, size: tuple[int, int]) -> Image.Image:
-    """The RGB image there, not copied; takes the descriptor. Raises OSError."""
+    """Return the RGB image without copying it; takes over the descriptor. Raises OSError."""
     length = size[0] * size[1] * 4
     try:
-        # not Python's own mapping, which keeps the descriptor open; private, so that nobody could change it by mistake
+        # Python's own mapping would keep the descriptor open. Private, so that it cannot be changed by mistake.
         address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, 0)
         if address is None or address == ctypes.c_void_p(-1).value:
             number = ctypes.get_errno()
@@ -116,6 +121,10 @@ def read_pixels(descriptor: int, size: tuple[int, int]) -> Image.Image:
 
 
 def _image_on(memory: object, size: tuple[int, int]) -> Image.Image:
-    """Pillow's `frombuffer` does the same for modes that files have; RGB of four bytes is only its own."""
+    """Make an image of memory.
+
+    Pillow's `frombuffer` does the same for modes that files have; RGB of four bytes is only internal to
+    Pillow.
+    """
     pixels = _imaging.map_buffer(memory, size, "raw", 0, ("RGB", 0, 1))
     return Image.Image()._new(pixels)

@@ -1,4 +1,4 @@
-"""Picture URLs taken apart once: what is checked here is, byte for byte, what is asked for."""
+"""Parses image URLs once: what is checked here is, byte for byte, what is requested."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
 from handlers.errors import ImageFetchFailed
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 
 MAX_URL_CHARACTERS = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -22,7 +22,14 @@ KEPT_IN_QUERY = KEPT_IN_PATH + "?"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One hop's destination. `host` is lower-case ASCII without a final dot or an IPv6 literal's brackets."""
+    """Destination of one request.
+
+    Attributes:
+        scheme: "http" or "https".
+        host: Lower-case ASCII, without a final dot and without the brackets of an IPv6 literal.
+        port: Port of the host.
+        path: Path and query.
+    """
 
     scheme: str
     host: str
@@ -36,27 +43,34 @@ class Target:
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
     def follow(self, location: str) -> Target:
-        """Where a redirect answered by this target leads, never from https to http. Raises PictureProblem."""
+        """Return the target of a redirect, which may not lead from https to http.
+
+        Raises:
+            ImageProblem: The location cannot be followed.
+        """
         try:
             target = parse_target(urljoin(f"{self.scheme}://{self.authority}{self.path}", location))
         except ValueError as error:
-            raise PictureProblem("its URL is malformed", ImageFetchFailed) from error
-        except PictureProblem as problem:
-            raise PictureProblem(problem.reason, ImageFetchFailed) from problem
+            raise ImageProblem("its URL is malformed", ImageFetchFailed) from error
+        except ImageProblem as problem:
+            raise ImageProblem(problem.reason, ImageFetchFailed) from problem
         if self.scheme == "https" and target.scheme == "http":
-            raise PictureProblem("it would leave https for http, which is refused", ImageFetchFailed)
+            raise ImageProblem("it would leave https for http, which is refused", ImageFetchFailed)
         return target
 
 
 def parse_target(url: str) -> Target:
-    """Reads an `http:` or `https:` URL. Any port is accepted, the fragment is dropped, spaces and other
-    characters that may not stand in a path are percent-encoded.
+    """Parse an `http:` or `https:` URL.
 
-    Raises PictureProblem for other schemes, user names and passwords, and malformed authorities.
+    Any port is accepted, the fragment is dropped, and spaces and other characters that are not allowed in a
+    path are percent-encoded.
+
+    Raises:
+        ImageProblem: The URL has another scheme, a user name or password, or a malformed authority.
     """
     check_scheme(url)
     if len(url) > MAX_URL_CHARACTERS:
-        raise PictureProblem(f"its URL is longer than {MAX_URL_CHARACTERS} characters")
+        raise ImageProblem(f"its URL is longer than {MAX_URL_CHARACTERS} characters")
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -64,34 +78,39 @@ def parse_target(url: str) -> Target:
         if parts.query:
             path += "?" + quote(parts.query, safe=KEPT_IN_QUERY)
     except ValueError as error:
-        raise PictureProblem("its URL is malformed") from error
+        raise ImageProblem("its URL is malformed") from error
     if "@" in parts.netloc:
-        raise PictureProblem("its URL holds a user name or password, which is refused")
+        raise ImageProblem("its URL holds a user name or password, which is refused")
     if port == 0:
-        raise PictureProblem("its URL names port 0")
+        raise ImageProblem("its URL names port 0")
     return Target(parts.scheme, _host(parts.hostname), port or DEFAULT_PORTS[parts.scheme], path)
 
 
 def check_scheme(url: str) -> None:
-    """Raises PictureProblem, with what to send instead, unless the URL starts with `http:` or `https:`."""
+    """Check that the URL starts with `http:` or `https:`.
+
+    Raises:
+        ImageProblem: It does not; the message says what to send instead.
+    """
     scheme = SCHEME.match(url[:32])
     if scheme is not None and scheme[1].lower() in DEFAULT_PORTS:
         return
     if not url:
-        raise PictureProblem("its URL is empty")
+        raise ImageProblem("its URL is empty")
     if scheme is not None:
-        raise PictureProblem(f"{scheme[1].lower()}: URLs are refused; send an http:, https: or data: URL")
+        raise ImageProblem(f"{scheme[1].lower()}: URLs are refused; send an http:, https: or data: URL")
     if BASE64.match(url[:256]):
-        raise PictureProblem(
+        raise ImageProblem(
             "its URL has no scheme; if it is base64, write data:image/jpeg;base64, in front of it"
         )
-    raise PictureProblem("its URL has no scheme; send an http:, https: or data: URL")
+    raise ImageProblem("its URL has no scheme; send an http:, https: or data: URL")
 
 
 def canonical_host(name: str) -> str:
-    """A host as `Target.host` has it: IDNA, lower case, no final dot; IPv6 compressed, without brackets.
+    """Return a host in the form of `Target.host`: IDNA, lower case, no final dot; IPv6 compressed, without brackets.
 
-    Raises ValueError.
+    Raises:
+        ValueError: It is not a host name.
     """
     if ":" in name:
         return str(ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]")))
@@ -104,10 +123,10 @@ def canonical_host(name: str) -> str:
 
 def _host(name: str | None) -> str:
     if not name:
-        raise PictureProblem("its URL names no host")
+        raise ImageProblem("its URL names no host")
     if "%" in name:
-        raise PictureProblem("its URL's host has a percent sign, which is refused")
+        raise ImageProblem("its URL's host has a percent sign, which is refused")
     try:
         return canonical_host(name)
     except ValueError as error:
-        raise PictureProblem("its URL's host name is malformed") from error
+        raise ImageProblem("its URL's host name is malformed") from error

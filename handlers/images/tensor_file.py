@@ -1,9 +1,10 @@
-"""A tensor in the file that `torch.save` writes, read without torch and without doing what the file says.
+"""Reads a tensor from a file of `torch.save`, without torch and without executing what the file says.
 
-Such a file is an uncompressed zip archive: `data.pkl` is a pickle that says how the tensor is rebuilt, `data/0` holds
-its values. The pickle is not run: only the few instructions that describe one dense tensor are followed, and what they
-name is never looked up. The archive is read by its directory alone, within bounds, and never unpacked. The format is
-described in PyTorch's notes on serialization (https://docs.pytorch.org/docs/stable/notes/serialization.html).
+Such a file is an uncompressed zip archive: `data.pkl` is a pickle that describes how the tensor is rebuilt,
+and `data/0` holds its values. The pickle is not executed: only the few instructions that describe one dense
+tensor are followed, and the names in it are never looked up. The archive is read by its directory only,
+within bounds, and never unpacked. The format is described in PyTorch's notes on serialization
+(https://docs.pytorch.org/docs/stable/notes/serialization.html).
 """
 
 from __future__ import annotations
@@ -34,18 +35,24 @@ _STORAGES = {
     "IntStorage": ("int32", 4),
     "LongStorage": ("int64", 8),
 }
-"""torch's name for a run of numbers -> numpy's for one, and its bytes."""
+"""torch's name for a storage -> numpy's name for an element, and its size in bytes."""
 
 _SAVE_ANEW = "send what torch.save writes for one dense tensor"
 
 
 class BadTensorFile(ValueError):
-    """Why the file is of no use: for the client, without what the file holds but for names in it."""
+    """The file cannot be used. The message is for the client; of the file's content it contains only names."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """dtype: by torch's name. data: the values in C order, a view of the file."""
+    """A tensor in a file.
+
+    Attributes:
+        dtype: torch's name.
+        shape: Size of each dimension.
+        data: Values in C order, a view of the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,14 +60,19 @@ class SavedTensor:
 
 
 def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
-    """The one tensor in a file. Copies nothing; costs what one look at each of its bytes does.
+    """Read the one tensor in a file, without copying; the cost is one pass over its bytes.
 
-    allowed: dtypes, of float16, bfloat16, float32, float64, int32 and int64. Raises BadTensorFile.
+    Args:
+        file: Content of the file.
+        allowed: Allowed types, of float16, bfloat16, float32, float64, int32 and int64.
+
+    Raises:
+        BadTensorFile: The file does not hold exactly one dense tensor of an allowed type.
     """
     entries = dict(_entries(memoryview(file)))
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise BadTensorFile(f"it holds no saved tensor; {_SAVE_ANEW}")
+        raise BadTensorFile(f"it does not hold a saved tensor; {_SAVE_ANEW}")
     root = pickles[0].removesuffix("data.pkl")
     order = entries.get(f"{root}byteorder")
     if order is not None and bytes(order.content[:16]) != b"little":
@@ -81,7 +93,7 @@ def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
         raise BadTensorFile(f"its tensor is empty: {list(view.shape)}")
     if _strides(view.shape) != _of_long_dimensions(view.shape, view.strides):
         raise BadTensorFile(
-            f"its tensor is no plain array: strides {list(view.strides)} for {list(view.shape)}; save "
+            f"its tensor is not contiguous: strides {list(view.strides)} for {list(view.shape)}; save "
             "tensor.contiguous()"
         )
     if start + count > view.storage.count:
@@ -91,7 +103,12 @@ def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """content: a view, so that entries which overlap cost nothing."""
+    """An entry of the archive.
+
+    Attributes:
+        content: A view, so that overlapping entries cost nothing.
+        crc: The checksum in the directory.
+    """
 
     content: memoryview
     crc: int
@@ -103,7 +120,7 @@ class _Entry:
 
 
 def _entries(file: memoryview) -> Iterator[tuple[str, _Entry]]:
-    """(name, entry) of each that the directory names."""
+    """Yield (name, entry) for each entry of the directory."""
     end = len(file) - _DIRECTORY_END.size
     if end < 0 or bytes(file[:4]) != b"PK\3\4" or bytes(file[end : end + 4]) != b"PK\5\6":
         raise BadTensorFile(f"it is not a file of torch.save, or is cut short; {_SAVE_ANEW}")
@@ -138,7 +155,7 @@ def _content(file: memoryview, offset: int, size: int) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """Something that the pickle would look up. It is not looked up here, and may be no text at all."""
+    """A name that the pickle would look up. It is not looked up here, and may not even be text."""
 
     module: Any
     name: Any
@@ -161,7 +178,7 @@ class _View:
 
 _MARK = object()
 _HOOKS = object()
-"""The empty OrderedDict that every tensor comes with."""
+"""The empty OrderedDict that accompanies every tensor."""
 
 
 def _view(pickled: bytes) -> _View:
@@ -169,7 +186,7 @@ def _view(pickled: bytes) -> _View:
         found = _followed(pickled)
     except BadTensorFile:
         raise
-    except Exception as error:  # pickletools and a stack that runs empty raise many kinds
+    except Exception as error:  # pickletools and an empty stack raise many kinds of errors
         raise BadTensorFile(f"its pickle is damaged; {_SAVE_ANEW}") from error
     if not isinstance(found, _View):
         raise BadTensorFile(f"it holds no tensor, or more than one; {_SAVE_ANEW}")
@@ -177,11 +194,11 @@ def _view(pickled: bytes) -> _View:
 
 
 def _followed(pickled: bytes) -> Any:
-    """What is on top of the stack at the end of a pickle that only describes a tensor."""
+    """Return the top of the stack at the end of a pickle that only describes a tensor."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    for opcode, told, _ in pickletools.genops(pickled):
-        name, argument = opcode.name, cast(Any, told)
+    for opcode, operand, _ in pickletools.genops(pickled):
+        name, argument = opcode.name, cast(Any, operand)
         if name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _WRITTEN_OUT:
@@ -225,8 +242,8 @@ _WRITTEN_OUT = {
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _storage(told: Any) -> _Storage:
-    match told:
+def _storage(reference: Any) -> _Storage:
+    match reference:
         case ("storage", _Name(str(), str(kind)), str(key), str(), int(count)):
             return _Storage(kind, key, _whole(count))
     raise BadTensorFile(f"it holds more than a tensor; {_SAVE_ANEW}")
@@ -255,7 +272,7 @@ def _whole(number: Any) -> int:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a plain array, in C order; dimensions of one have none."""
+    """Return the strides of a contiguous array, without dimensions of size one."""
     steps = [*accumulate(reversed(shape[1:]), lambda step, size: step * size, initial=1)][::-1]
     return _of_long_dimensions(shape, tuple(steps[: len(shape)]))
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import Conventions, ReplyHeaders, Task
 from handlers.protocols.errors import ErrorFormat
 from properties.settings import Settings
 
+if TYPE_CHECKING:
+    from handlers.service import Service
+
 Reader = Callable[[dict[str, Any], Conventions, Incoming, str | None], Task]
 """Makes a task of a body, for the adapter that the request's head names. Raises InvalidRequest naming the field."""
 
 Frame = Callable[[Reader, dict[str, Any], Conventions, Incoming, str | None], Task]
 """Reads a body with its API's own reader and changes how the reply is framed."""
+
+
+Call = Callable[["Service", Incoming], Awaitable[Reply]]
+"""Answers a request with what the service knows. Raises ServingError."""
 
 
 class Gate(Protocol):
@@ -27,6 +34,9 @@ class Gate(Protocol):
         Raises:
             ServingError: The request cannot be answered.
         """
+
+    def may_answer(self, route: str, size: int, content: bytes | None = None) -> bool:
+        """Whether `answer` may have a reply to a body of this size, or to this very body: such take no place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,8 @@ class Api:
         headers: Route -> what it adds to the headers of replies there, whichever API has read the body.
         frames: Route -> how replies are framed there, whichever API has read the body.
         adapter: The adapter that a request's head names.
+        calls: Name of an action, as routes have it -> what answers it, where that is not a text of the model's.
+        request_id: The header in which the caller names the request.
         gate: Makes the gate of a server.
     """
 
@@ -50,4 +62,6 @@ class Api:
     headers: Mapping[str, ReplyHeaders] = field(default_factory=dict)
     frames: Mapping[str, Frame] = field(default_factory=dict)
     adapter: Callable[[Incoming], str | None] | None = None
+    calls: Mapping[str, Call] = field(default_factory=dict)
+    request_id: str = ""
     gate: Callable[[Settings], Gate] | None = None

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from handlers.exchange import AdapterAction
-
 Action = Literal[
     "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize",
     "adapters",
@@ -29,7 +27,6 @@ class Route:
         template: What logs, metrics and handlers call the route; the path itself unless several paths share one name.
         open: Answered without the server's key, as the platform asks it.
         appended: Also answered where a client appends the path to that of any route that answers.
-        adapters: What is done to adapters there.
         bodies: Structs of the request's body.
         plain_text: The body may be a prompt alone.
         query: Parameter of the query -> what it means.
@@ -47,7 +44,6 @@ class Route:
     template: str = ""
     open: bool = False
     appended: bool = False
-    adapters: AdapterAction = "list"
     bodies: Sequence[type] = ()
     plain_text: bool = False
     query: Mapping[str, str] = field(default_factory=dict)

@@ -13,10 +13,17 @@ from handlers.protocols.errors import ErrorFormat
 from handlers.protocols.lmi.routes import LMI
 from handlers.protocols.openai.api import OPENAI
 from handlers.protocols.tgi.routes import TGI
+from handlers.protocols.tokens import TOKENS
 from properties.settings import Settings
 
-APIS = (TGI, OPENAI, LMI)
+APIS = (TGI, OPENAI, LMI, TOKENS)
 """The first one that claims a request has it."""
+
+REQUEST_ID_HEADERS = (*(api.request_id for api in APIS if api.request_id), "x-request-id")
+"""The headers in which a caller may name a request, the one that wins first."""
+
+CALLS = {name: call for api in APIS for name, call in api.calls.items()}
+"""Action of a route -> what answers it."""
 
 _ADAPTERS = tuple(api.adapter for api in APIS if api.adapter is not None)
 _HEADERS = {route: headers for api in APIS for route, headers in api.headers.items()}

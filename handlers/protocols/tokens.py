@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming
+from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.protocols.api import Api
 from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.chat import read_chat
+from handlers.protocols.openai.errors import OPENAI_ERRORS
 from handlers.request import Prompt, TextPrompt
+
+if TYPE_CHECKING:
+    from handlers.service import Service
 
 MOST_TOKENS = 2**20
 """That may be turned into text at once."""
@@ -138,6 +144,31 @@ def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) ->
     return read_chat(asked, conventions, request_id=incoming.request_id)
 
 
+async def _tokenize(service: Service, incoming: Incoming) -> Reply:
+    async def work(
+        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
+    ) -> Reply:
+        reply = await service.tokenization.tokenize(body, service.conventions(), incoming, long)
+        return _noted(reply, facts, arrival)
+
+    return await service.reply(incoming, work)
+
+
+async def _detokenize(service: Service, incoming: Incoming) -> Reply:
+    async def work(
+        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
+    ) -> Reply:
+        return _noted(await service.tokenization.detokenize(body, incoming, long), facts, arrival)
+
+    return await service.reply(incoming, work)
+
+
+def _noted(reply: Reply, facts: RequestFacts, arrival: float) -> Reply:
+    facts.status, facts.total = reply.status, time.monotonic() - arrival
+    reply.facts = facts
+    return reply
+
+
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:
     """In pieces: other threads run between them."""
     tokens = _simple_tokens(found)
@@ -166,3 +197,11 @@ def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[Tok
         return _encode(TokenCounts(len(found.token_ids), conventions.max_model_len, found.token_ids, strings))
 
     return write
+
+
+TOKENS = Api(
+    OPENAI_ERRORS,
+    claims=lambda route, headers, keys: False,
+    reads=lambda keys, route: None,
+    calls={"tokenize": _tokenize, "detokenize": _detokenize},
+)

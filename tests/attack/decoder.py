@@ -18,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from handlers.images.decode import decode, measure, prepare_pillow
-from handlers.images.metadata import kind_of
-from handlers.images.problem import PictureProblem
+from handlers.images.image_file import kind_of
+from handlers.images.problem import ImageProblem
 
 MAX_PIXELS = 89_478_485
 _LIBC = ctypes.CDLL(None)
@@ -58,14 +58,14 @@ def _cost_of(data: bytes) -> dict[str, Any]:
     pixels, outcome = 0, "decoded"
     try:
         pixels = measure(data, MAX_PIXELS) // 4
-    except PictureProblem as problem:
+    except ImageProblem as problem:
         outcome = problem.reason
     header = time.process_time() - start
     try:
         image = decode(data, MAX_PIXELS)
         assert image.mode == "RGB"
         assert image.width * image.height == pixels
-    except PictureProblem as problem:
+    except ImageProblem as problem:
         outcome = problem.reason
     except Exception as error:
         outcome = f"raised {error!r}"

@@ -22,7 +22,7 @@ from container.bodies import Bodies, Body
 from handlers.errors import InvalidRequest, MalformedBody
 from handlers.images import data_url
 from handlers.images.data_url import decode_data_url
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from handlers.protocols import body_limits
 from handlers.protocols.body import read_body
 from handlers.protocols.body_limits import BodyCount, counted, with_plain_slashes
@@ -365,9 +365,9 @@ def test_a_long_url_is_decoded_with_twice_its_pictures_memory_at_most(
             found = decode_data_url(f"data:;base64,{text}", 4 * M)
             assert data.startswith(found)
             assert size <= 5 or found == data
-    with pytest.raises(PictureProblem, match="more than 1000 bytes"):
+    with pytest.raises(ImageProblem, match="more than 1000 bytes"):
         decode_data_url("data:," + "%41" * 1001, 1000)
-    with pytest.raises(PictureProblem, match="more than 1000 bytes"):
+    with pytest.raises(ImageProblem, match="more than 1000 bytes"):
         decode_data_url("data:;base64," + "QUFB" * 334, 1000)
 
 

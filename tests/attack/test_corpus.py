@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from handlers.images.decode import convert, decode
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from tests.attack.corpus import GENERATORS, good, hostile, mutations, small
 from tests.attack.decoder import MAX_PIXELS
 from tests.attack.samples import encoded, photo
@@ -144,7 +144,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_names_the_number_and_the_limit(name: str) -> None:
-    with pytest.raises(PictureProblem, match=REFUSED[name]):
+    with pytest.raises(ImageProblem, match=REFUSED[name]):
         decode(GENERATORS[name](), MAX_PIXELS)
 
 

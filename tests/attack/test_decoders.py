@@ -25,9 +25,9 @@ from handlers.errors import ImageTooLarge, Unavailable
 from handlers.images import decoders
 from handlers.images.decode import FORMATS, decode
 from handlers.images.decoders import DecoderPool
-from handlers.images.header import Header, read_header
+from handlers.images.image_file import Header, read_header
 from handlers.images.loader import ImageLimits, ImageLoader
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.attack import corpus
@@ -221,7 +221,7 @@ def test_a_decoder_that_crashes_fails_its_image_alone() -> None:
         waiting = asyncio.create_task(decoded(pool, saved(noise(2), "PNG")))
         os.kill(pid, signal.SIGSEGV)
         os.kill(pid, signal.SIGCONT)
-        with pytest.raises(PictureProblem, match="its decoder failed on it"):
+        with pytest.raises(ImageProblem, match="its decoder failed on it"):
             await task
         assert (await waiting).size == (64, 64)
         assert (await decoded(pool, file)).size == (64, 64)
@@ -311,7 +311,7 @@ def test_processor_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def work(pool: DecoderPool) -> None:
         with pytest.raises(
-            PictureProblem, match=r"takes too long to decode: more than 0\.0 s of processor time"
+            ImageProblem, match=r"takes too long to decode: more than 0\.0 s of processor time"
         ):
             await decoded(pool, large)
         monkeypatch.undo()
@@ -340,7 +340,7 @@ def test_memory_beyond_what_was_charged_is_refused() -> None:
 
     async def work(pool: DecoderPool) -> None:
         with pytest.raises(
-            PictureProblem, match="takes more memory than an image of its size may take"
+            ImageProblem, match="takes more memory than an image of its size may take"
         ) as caught:
             await pool.decode(large, Header(6000 * 6000, 1 << 20))
         assert caught.value.error is ImageTooLarge
@@ -414,7 +414,7 @@ def test_a_file_with_more_pixels_than_it_was_charged_for_is_not_decoded() -> Non
     file = saved(noise(1), "PNG")
 
     async def work(pool: DecoderPool) -> None:
-        with pytest.raises(PictureProblem, match="gives its size twice"):
+        with pytest.raises(ImageProblem, match="gives its size twice"):
             await pool.decode(file, Header(64 * 63, 1 << 20))
 
     with_pool(work)
@@ -774,7 +774,7 @@ def test_a_header_that_points_far_away_is_the_files_fault(offset: int) -> None:
     assert read_header(big_tiff) is None
 
     async def work(pool: DecoderPool) -> None:
-        with pytest.raises(PictureProblem):
+        with pytest.raises(ImageProblem):
             await decoded(pool, big_tiff)
 
     with_pool(work)

@@ -16,7 +16,7 @@ import pytest
 
 from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
 from handlers.images.encoding import without_codings
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from handlers.images.tensor_file import BadTensorFile, SavedTensor, read_tensor
 from handlers.request import EmbeddingsPart
 
@@ -31,7 +31,7 @@ def traced(work: Callable[[], object]) -> tuple[object, int, float]:
     start = time.process_time()
     try:
         result: object = work()
-    except (PictureProblem, BadTensorFile) as refusal:
+    except (ImageProblem, BadTensorFile) as refusal:
         result = refusal
     finally:
         seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
@@ -72,7 +72,7 @@ def test_undoing_a_coding_takes_no_more_than_its_result_may(name: str) -> None:
     make, layers = BODIES[name]
     body = make()
     result, peak, seconds = traced(lambda: without_codings(body, ("gzip",) * layers, LIMIT))
-    assert isinstance(result, bytes | PictureProblem)
+    assert isinstance(result, bytes | ImageProblem)
     # One layer, and the one that is made of it.
     assert peak < (2 if layers > 1 else 1.2) * LIMIT + SLACK
     assert seconds < 2
@@ -132,6 +132,6 @@ def test_making_numbers_of_embeddings_takes_what_they_are_charged_for(dtype: str
 def test_embeddings_in_base64_are_refused_by_their_length() -> None:
     part = EmbeddingsPart(rows=base64.b64encode(bytes(3 * MEGA)).decode())
     result, peak, _ = traced(lambda: read_embeddings(part, MEGA))
-    assert isinstance(result, PictureProblem)
+    assert isinstance(result, ImageProblem)
     assert "more than 1048576 bytes" in result.reason
     assert peak < SLACK

@@ -9,8 +9,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import pytest
 
+from handlers.images.fetch_slots import (
+    MOST_REMEMBERED,
+    RECOVERY_SECONDS,
+    Claim,
+    FetchSlot,
+    FetchSlots,
+    claim_for,
+    site_of,
+)
 from handlers.images.loader import ImageLoader
-from handlers.images.places import MOST_REMEMBERED, RECOVERY_SECONDS, Claim, Place, Places, claim_for, site_of
 from handlers.request import ImagePart
 from tests.support.image_host import OK, Host, opened, picture, redirect, silence
 
@@ -228,7 +236,7 @@ def test_a_silent_name_server_holds_up_its_own_names_only() -> None:
 
 def test_each_time_out_halves_a_share_and_time_or_an_image_restores_it() -> None:
     now = [0.0]
-    places = Places(PLACES, clock=lambda: now[0])
+    places = FetchSlots(PLACES, clock=lambda: now[0])
     claim = claim_for("request", "slow.test", 80, "192.0.2.1")
     shares = []
     for _ in range(6):
@@ -264,7 +272,7 @@ def test_a_host_that_timed_out_has_fewer_requests_under_way() -> None:
 def test_one_place_is_enough_for_everybody_in_turn() -> None:
     async def main() -> None:
         order: list[str] = []
-        places = Places(1)
+        places = FetchSlots(1)
 
         async def visit(host: str, request: str) -> None:
             with await places.take(Claim(request, host, host)):
@@ -283,7 +291,7 @@ def test_one_place_is_enough_for_everybody_in_turn() -> None:
 
 
 @contextlib.asynccontextmanager
-async def flooding(places: Places, claims: Iterable[Claim]) -> AsyncIterator[int]:
+async def flooding(places: FetchSlots, claims: Iterable[Claim]) -> AsyncIterator[int]:
     """All of them ask, and none gives its place back. Yields how many of them hold one."""
     before = places.held
     tasks = [asyncio.create_task(places.take(claim)) for claim in claims]
@@ -294,12 +302,12 @@ async def flooding(places: Places, claims: Iterable[Claim]) -> AsyncIterator[int
         for task in tasks:
             task.cancel()
         for done in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(done, Place):
+            if isinstance(done, FetchSlot):
                 done.release()
         assert places.held == before
 
 
-async def has_a_place(places: Places, claim: Claim) -> bool:
+async def has_a_place(places: FetchSlots, claim: Claim) -> bool:
     task = asyncio.create_task(places.take(claim))
     await asyncio.sleep(0)
     if task.done():
@@ -309,7 +317,7 @@ async def has_a_place(places: Places, claim: Claim) -> bool:
     return task.done() and not task.cancelled()
 
 
-async def proven(places: Places, claim: Claim) -> None:
+async def proven(places: FetchSlots, claim: Claim) -> None:
     for _ in range(3):
         with await places.take(claim):
             places.delivered(claim)
@@ -321,7 +329,7 @@ def flood(number: int, host: str, address: str = "192.0.2.1") -> list[Claim]:
 
 def test_hosts_that_never_delivered_do_not_keep_a_proven_one_from_their_common_address() -> None:
     async def main() -> None:
-        places = Places(PLACES)
+        places = FetchSlots(PLACES)
         good = claim_for("good", "cdn.good.test", 443, "192.0.2.1")
         await proven(places, good)
         floods = [claim for site in range(4) for claim in flood(PLACES, f"evil{site}.test")]
@@ -334,7 +342,7 @@ def test_hosts_that_never_delivered_do_not_keep_a_proven_one_from_their_common_a
 
 def test_a_busy_proven_host_does_not_keep_a_new_one_from_their_common_address() -> None:
     async def main() -> None:
-        places = Places(PLACES)
+        places = FetchSlots(PLACES)
         await proven(places, claim_for("busy", "busy.test", 443, "192.0.2.1"))
         async with flooding(places, flood(PLACES, "busy.test")) as held:
             assert held == PLACES - QUARTER
@@ -345,7 +353,7 @@ def test_a_busy_proven_host_does_not_keep_a_new_one_from_their_common_address() 
 
 def test_hosts_below_a_shared_suffix_do_not_keep_each_other_out() -> None:
     async def main() -> None:
-        places = Places(PLACES)
+        places = FetchSlots(PLACES)
         floods = [
             claim for d in range(QUARTER) for claim in flood(2, f"d{d}evil.cloudfront.net", f"192.0.2.{d}")
         ]
@@ -360,7 +368,7 @@ def test_a_few_sites_do_not_keep_out_a_host_that_has_yet_to_deliver() -> None:
     """Three sites with a quarter each would hold all that hosts may hold that are not proven."""
 
     async def main() -> None:
-        places = Places(PLACES)
+        places = FetchSlots(PLACES)
         sites = 10
         floods = [
             claim for site in range(sites) for claim in flood(PLACES, f"evil{site}.test", f"192.0.2.{site}")
@@ -374,7 +382,7 @@ def test_a_few_sites_do_not_keep_out_a_host_that_has_yet_to_deliver() -> None:
 
 def test_a_site_whose_hosts_have_delivered_leaves_a_quarter_to_others() -> None:
     async def main() -> None:
-        places = Places(PLACES)
+        places = FetchSlots(PLACES)
         names = [f"host{number}.evil.test" for number in range(4)]
         for number, name in enumerate(names):
             await proven(places, claim_for("first", name, 443, f"192.0.2.{number}"))
@@ -390,7 +398,7 @@ def test_a_site_whose_hosts_have_delivered_leaves_a_quarter_to_others() -> None:
 
 def test_one_host_that_delivers_holds_three_quarters_of_idle_places() -> None:
     async def main() -> None:
-        places = Places(PLACES)
+        places = FetchSlots(PLACES)
         await proven(places, claim_for("first", "bucket.s3.amazonaws.com", 443, "192.0.2.1"))
         claims = [
             claim_for(number, "bucket.s3.amazonaws.com", 443, f"192.0.2.{number}") for number in range(100)
@@ -403,7 +411,7 @@ def test_one_host_that_delivers_holds_three_quarters_of_idle_places() -> None:
 
 def test_what_is_remembered_of_hosts_is_bounded() -> None:
     async def main() -> None:
-        places = Places(PLACES)
+        places = FetchSlots(PLACES)
         for number in range(3 * MOST_REMEMBERED):
             claim = claim_for(number, f"host{number}.test", 80, "2001:db8::1")
             with await places.take(claim):

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.errors import ImageError, InvalidRequest
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from handlers.images.target import parse_target
 from handlers.own_words import own_words_of
 from tests.support.scripted_server import ServerProcess
@@ -61,7 +61,7 @@ def test_what_a_library_says_is_not_logged() -> None:
 
 
 def test_what_our_own_cause_says_is_logged() -> None:
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         parse_target("ftp://xyzzy")
     error = ImageError(0, caught.value.reason)
     error.__cause__ = caught.value

@@ -122,7 +122,7 @@ def _refused() -> dict[str, tuple[Any, str]]:
         "hidden size": (rows[:, 1:].clone(), f"shape [{tokens}, {hidden - 1}]; this model wants [tokens, {hidden}]"),
         "double hidden size": (rows.repeat(1, 2), f"this model wants [tokens, {hidden}]"),
         "one dimension": (rows.flatten(), f"shape [{tokens * hidden}]; wanted: [tokens, hidden size]"),
-        "a batch of two": (torch.stack([rows, rows]), "one part for each picture"),
+        "a batch of two": (torch.stack([rows, rows]), "one part for each image"),
         "not finite": (torch.full_like(rows, torch.nan), "not finite"),
         "integers": (torch.ones(tokens, hidden, dtype=torch.int32), "'int32'"),
         "sparse": (rows.to_sparse(), "not a dense tensor"),

@@ -6,29 +6,45 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from handlers.images.formats import av1
-from handlers.images.formats.parts import Pieces, check_count, check_pixels, counted
-from handlers.images.problem import PictureProblem, too_many_pixels
+from handlers.images.formats.parts import LOOKS, Pieces, Size, check_count, check_pixels, counted
+from handlers.images.problem import ImageProblem, too_many_pixels
 
 MAX_ITEMS = 2**12
-"""Images, tiles and metadata; libavif looks for each among all of them."""
+"""Greatest number of images, tiles and metadata; libavif searches all of them for each."""
 
 MAX_FRAMES = 2**14
-"""Of a sequence that has no still image; libavif makes an object of each."""
+"""Greatest number of frames of a sequence without a still image; libavif creates an object for each."""
 
 _MAX_ITEM_FRAMES = 8  # an image is coded in up to four layers
 _MAX_REFERENCE_BYTES = 2**16
 _SPARE_PIXELS = 2**22
 
+_SEQUENCE_HEADER, _FRAME_HEADER, _FRAME = 1, 3, 6
+
 _Box = tuple[bytes, int, int]
-"""Name, where the content starts, where it ends."""
+"""Name, start and end of the content."""
+
+
+def size(data: bytes) -> Size:
+    """Return the largest of the items' sizes (`ispe`: ISO/IEC 23008-12, section 6.5.3)."""
+    largest: Size = None
+    at = 0
+    for _ in range(LOOKS):
+        at = data.find(b"ispe", at, 2**16)
+        if at < 0:
+            break
+        width, height = struct.unpack_from(">II", data, at + 8)
+        if largest is None or width * height > largest[0] * largest[1]:
+            largest = width, height
+        at += 4
+    return largest
 
 
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
-    """The still image alone, where there is one, without EXIF and XMP: AVIF's own boxes say which side is up.
+    """Keep only the still image, if there is one, without EXIF and XMP: AVIF's own boxes contain the orientation.
 
-    Nothing moves, since places are written as offsets: what is not wanted gets names that nobody reads. The decoder
-    sets aside what the coded data says, not what the boxes say, so both are checked.
+    Positions are stored as offsets, so nothing is moved: what is not needed gets names that no decoder reads.
+    The decoder allocates what the coded data says, not what the boxes say, so both are checked.
     """
     parts = counted("AVIF")
     change = _Changes(data)
@@ -53,13 +69,17 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
 
 @dataclass(slots=True)
 class _Changes:
-    """to: place -> the four bytes that are put there."""
+    """Changes to the names of boxes.
+
+    Attributes:
+        to: Position -> the four bytes that are written there.
+    """
 
     data: bytes
     to: dict[int, bytes] = field(default_factory=dict)
 
     def brands(self, start: int, end: int) -> None:
-        """No sequence: its brand is the image's."""
+        """Turn the brand of a sequence into that of an image."""
         for at in (start, *range(start + 8, min(end, start + 1024) - 3, 4)):
             if self.data[at : at + 4] == b"avis":
                 self.to[at] = b"avif"
@@ -111,7 +131,7 @@ def _check_items(
     for number, content in _contents(data, meta, parts):
         if kinds.get(number) != b"av01":
             continue
-        largest, frames = av1.frames(content, parts)
+        largest, frames = _coded_frames(content, parts)
         check_count("AVIF", "frames in an item", frames, _MAX_ITEM_FRAMES)
         if largest > max_pixels:
             raise too_many_pixels(max_pixels)
@@ -120,7 +140,7 @@ def _check_items(
 
 
 def _check_properties(data: bytes, meta: dict[bytes, _Box], max_pixels: int, parts: Iterator[None]) -> int:
-    """Pixels of the largest image that is spoken of."""
+    """Return the pixels of the largest image that the properties mention."""
     largest = associated = 0
     _, start, end = meta[b"iprp"]
     for name, at, stop in _boxes(data, start, end, parts):
@@ -139,7 +159,7 @@ def _check_properties(data: bytes, meta: dict[bytes, _Box], max_pixels: int, par
 def _contents(
     data: bytes, meta: dict[bytes, _Box], parts: Iterator[None]
 ) -> Iterator[tuple[int, memoryview]]:
-    """(number, content) of each item whose place is known."""
+    """Yield (number, content) of each item whose position is known."""
     reader = _Reader(data, *meta[b"iloc"][1:])
     version = reader.number(1)
     reader.number(3)
@@ -162,7 +182,7 @@ def _contents(
                 reader.number(more & 15)
             start, length = base + reader.number(sizes >> 4), reader.number(sizes & 15)
             if start + length > len(data):
-                raise PictureProblem("its AVIF data is truncated: the image is not complete")
+                raise ImageProblem("its AVIF data is truncated: the image is not complete")
             pieces.append(view[start : start + length])
         if len(pieces) > 1:
             copied += sum(map(len, pieces))
@@ -179,7 +199,7 @@ class _Reader:
     end: int
 
     def number(self, size: int) -> int:
-        """The next bytes, big-endian."""
+        """Read the next `size` bytes, big-endian."""
         if self.at + size > self.end:
             raise ValueError("a box is cut short")
         self.at += size
@@ -187,7 +207,7 @@ class _Reader:
 
 
 def _check_tracks(data: bytes, moov: _Box, max_pixels: int, parts: Iterator[None]) -> None:
-    """Of each track that has tables of samples: how many there are, and how large the first is."""
+    """Check, for each track with tables of samples, how many there are, and how large the first is."""
     for table in _within(data, moov, (b"trak", b"mdia", b"minf", b"stbl"), parts):
         boxes = {box[0]: box for box in _boxes(data, *table[1:], parts)}
         wide = b"co64" in boxes
@@ -204,7 +224,7 @@ def _check_tracks(data: bytes, moov: _Box, max_pixels: int, parts: Iterator[None
             following = runs[i + 1][0] if i + 1 < len(runs) else chunks + 1
             samples += max(0, following - chunk) * per_chunk
         check_count("AVIF", "frames", samples, MAX_FRAMES)
-        largest, frames = av1.frames(memoryview(data)[first : first + (size or first_size)], parts)
+        largest, frames = _coded_frames(memoryview(data)[first : first + (size or first_size)], parts)
         check_count("AVIF", "frames in an item", frames, _MAX_ITEM_FRAMES)
         if largest > max_pixels:
             raise too_many_pixels(max_pixels)
@@ -217,3 +237,90 @@ def _within(data: bytes, box: _Box, path: tuple[bytes, ...], parts: Iterator[Non
     for inner in _boxes(data, *box[1:], parts):
         if inner[0] == path[0]:
             yield from _within(data, inner, path[1:], parts)
+
+
+def _coded_frames(data: memoryview, parts: Iterator[None]) -> tuple[int, int]:
+    """Measure AV1 data (AV1 bitstream specification, sections 5.3 to 5.5); `parts` counts the units.
+
+    Returns:
+        Pixels of the largest frame that the headers allow, and the number of frames.
+
+    Raises:
+        IndexError or ValueError: The data is cut short.
+    """
+    at = largest = number = 0
+    for _ in parts:
+        if at >= len(data):
+            break
+        header = data[at]
+        kind, at = header >> 3 & 15, at + (2 if header & 4 else 1)
+        size = len(data) - at
+        if header & 2:
+            size, at = _leb128(data, at)
+        unit = data[at : at + size]
+        at += size
+        if kind == _SEQUENCE_HEADER:
+            largest = max(largest, _frame_pixels(bytes(unit[:512])))
+        number += kind in (_FRAME_HEADER, _FRAME)
+    return largest, number
+
+
+def _leb128(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the number, and the position after it."""
+    value = 0
+    for i in range(8):
+        value |= (data[at + i] & 127) << 7 * i
+        if not data[at + i] & 128:
+            return value, at + i + 1
+    raise ValueError("a length of more than eight bytes")
+
+
+class _Bits:
+    def __init__(self, data: bytes) -> None:
+        self._value = int.from_bytes(data, "big")
+        self._left = 8 * len(data)
+
+    def read(self, count: int) -> int:
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("the sequence header is cut short")
+        return self._value >> self._left & (1 << count) - 1
+
+    def skip_variable_length(self) -> None:
+        zeros = 0
+        while not self.read(1):
+            zeros += 1
+        if zeros < 32:
+            self.read(zeros)
+
+
+def _frame_pixels(header: bytes) -> int:
+    """Return the width times the height of the largest frame."""
+    bits = _Bits(header)
+    bits.read(3 + 1)  # profile, still picture
+    if bits.read(1):  # reduced header
+        bits.read(5)
+    else:
+        _skip_operating_points(bits)
+    width_bits, height_bits = bits.read(4) + 1, bits.read(4) + 1
+    return (bits.read(width_bits) + 1) * (bits.read(height_bits) + 1)
+
+
+def _skip_operating_points(bits: _Bits) -> None:
+    delay_bits = 0
+    if bits.read(1):  # timing
+        bits.read(32 + 32)
+        if bits.read(1):
+            bits.skip_variable_length()
+        if bits.read(1):  # decoder model
+            delay_bits = bits.read(5) + 1
+            bits.read(32 + 5 + 5)
+    display_delay = bits.read(1)
+    for _ in range(bits.read(5) + 1):
+        bits.read(12)
+        if bits.read(5) > 7:
+            bits.read(1)
+        if delay_bits and bits.read(1):
+            bits.read(2 * delay_bits + 1)
+        if display_delay and bits.read(1):
+            bits.read(4)

@@ -1,10 +1,10 @@
-"""BMP: headers of fixed places (https://learn.microsoft.com/windows/win32/gdi/bitmap-storage)."""
+"""BMP: headers at fixed positions (https://learn.microsoft.com/windows/win32/gdi/bitmap-storage)."""
 
 from __future__ import annotations
 
 import struct
 
-from handlers.images.formats.parts import Pieces, check_count, check_pixels
+from handlers.images.formats.parts import Pieces, Size, check_count, check_pixels
 
 _RUN_LENGTHS = (1, 2)
 MAX_RUN_LENGTH_PIXELS = 2**24
@@ -12,8 +12,16 @@ MAX_RUN_LENGTH_BYTES = 2**22
 """Pillow unpacks run lengths in Python: up to 60 ns for each pixel and 200 ns for each byte."""
 
 
+def size(data: bytes) -> Size:
+    """Read the size from the header."""
+    if data[14] == 12:
+        return struct.unpack_from("<HH", data, 18)
+    width, height = struct.unpack_from("<ii", data, 18)
+    return width, abs(height)
+
+
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
-    """Nothing is left out; what takes long to unpack is limited."""
+    """Leave nothing out, but limit what takes long to unpack."""
     header, width, height = struct.unpack_from("<Lll", data, 14)
     if header < 40:
         return None  # 16 bits for each side

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import re
+import struct
 
-from handlers.images.formats import orientation
-from handlers.images.formats.parts import Pieces, check_count, check_pixels, counted
-from handlers.images.problem import PictureProblem
+from handlers.images.formats.parts import (
+    LOOKS,
+    Pieces,
+    Size,
+    check_count,
+    check_pixels,
+    counted,
+    exif_orientation,
+    orientation_exif,
+    xmp_orientation,
+)
+from handlers.images.problem import ImageProblem
 
 MAX_TABLE_BYTES = 2**16
-"""Of quantization, Huffman and other tables before the first scan: four of each kind, in full, take 5 KiB."""
+"""Greatest size of quantization, Huffman and other tables before the first scan; four full ones of each kind
+take 5 KiB."""
 
 MAX_SEGMENTS = 2**12
-"""Before the first scan. Metadata of 20 MiB fill 320 of them."""
+"""Greatest number of segments before the first scan. Metadata of 20 MiB fill 320 of them."""
 
 MAX_JUNK_BYTES = 2**20
-"""Before the first scan, of no segment. Decoders skip them."""
+"""Greatest number of bytes before the first scan that belong to no segment. Decoders skip them."""
 
 MAX_SCANS = 100
 MAX_SCANS_OF_LARGE = 20
 _LARGE = 2**22
 
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-"""But those that have no length and that decoders skip: fill bytes, restarts and repeated starts of the image."""
+"""A marker with a length. Others are skipped by decoders: fill bytes, restarts and repeated starts of the
+image."""
 
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -30,8 +42,28 @@ _TABLES = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD} | _FRAMES
 _END, _SCAN = 0xD9, 0xDA
 
 
+def size(data: bytes) -> Size:
+    """Read the size, with a third number if the file is progressive."""
+    at = 2
+    for _ in range(LOOKS):
+        at = data.find(b"\xff", at)
+        if at < 0:
+            return None
+        marker = data[at + 1]
+        if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return (width, height, 1) if marker in _PROGRESSIVE else (width, height)
+        if marker in (_END, _SCAN):
+            return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
-    """Up to the first scan only tables, the frame, how colours are coded and the orientation are left."""
+    """Before the first scan, keep only tables, the frame, how colours are coded, and the orientation."""
     view = memoryview(data)
     pieces: Pieces = [view[:2]]
     at, dropped, table_bytes, junk_bytes = 2, False, 0, 0
@@ -46,7 +78,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
         marker = data[start + 1]
         junk_bytes += start - at
         if junk_bytes > MAX_JUNK_BYTES:
-            raise ValueError("too much that is no segment")
+            raise ValueError("too many bytes outside of segments")
         dropped = dropped or start > at
         if marker == _SCAN:
             break
@@ -66,9 +98,9 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
             content = view[start + 4 : at]
             if marker == 0xE1:
                 if in_exif is None and bytes(content[:6]) == b"Exif\0\0":
-                    in_exif = orientation.in_exif(bytes(content)) or 0
+                    in_exif = exif_orientation(bytes(content)) or 0
                 elif in_xmp is None and bytes(content[:29]) == b"http://ns.adobe.com/xap/1.0/\0":
-                    in_xmp = orientation.in_xmp(content)
+                    in_xmp = xmp_orientation(content)
             if marker in seen or not _says_how_colours_are_coded(marker, content):
                 dropped = True
                 continue
@@ -80,28 +112,31 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
         _check_scans(data, start, pixels)
     turned = in_exif or in_xmp or 1
     if turned != 1:
-        exif = b"Exif\0\0" + orientation.as_exif(turned)
+        exif = b"Exif\0\0" + orientation_exif(turned)
         pieces.append(b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif)
     pieces.append(view[start:])
     return pieces if dropped else None
 
 
 def _says_how_colours_are_coded(marker: int, content: memoryview) -> bool:
-    """At least as long as libjpeg wants it."""
+    """Whether the segment describes colours, and is at least as long as libjpeg requires."""
     if marker == 0xE0:
         return bytes(content[:5]) == b"JFIF\0" and len(content) >= 14
     return marker == 0xEE and bytes(content[:5]) == b"Adobe" and len(content) >= 12
 
 
 def max_scans(pixels: int) -> int:
-    """Each scan is a pass over all pixels, and an empty one takes but a few bytes. Encoders write about ten."""
+    """Return the greatest number of scans. Each is a pass over all pixels, but an empty one takes only a few bytes.
+
+    Encoders write about ten.
+    """
     return max(MAX_SCANS_OF_LARGE, MAX_SCANS * min(_LARGE, pixels) // max(1, pixels))
 
 
 def _check_scans(data: bytes, at: int, pixels: int) -> None:
-    """Of the image alone: what follows it, or stands within other segments, is none."""
+    """Count the scans of the image only, not what follows it or stands within other segments."""
     most = max_scans(pixels)
-    if data.count(b"\xff\xda", at) <= most:  # a fast look, which also counts what is no scan
+    if data.count(b"\xff\xda", at) <= most:  # fast, but also counts bytes that are not scans
         return
     count = 0
     for _ in counted("JPEG", MAX_SEGMENTS):
@@ -110,5 +145,5 @@ def _check_scans(data: bytes, at: int, pixels: int) -> None:
             return
         count += data[found.start() + 1] == _SCAN
         if count > most:
-            raise PictureProblem(f"it is a JPEG of {pixels} pixels and more than {most} scans")
+            raise ImageProblem(f"it is a JPEG of {pixels} pixels and more than {most} scans")
         at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))

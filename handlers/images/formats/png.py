@@ -5,21 +5,34 @@ from __future__ import annotations
 import struct
 import zlib
 
-from handlers.images.formats import orientation
-from handlers.images.formats.parts import Pieces, check_pixels, counted
-from handlers.images.problem import PictureProblem
+from handlers.images.formats.parts import (
+    MAX_TEXT,
+    Pieces,
+    Size,
+    check_pixels,
+    counted,
+    exif_orientation,
+    orientation_exif,
+    xmp_orientation,
+)
+from handlers.images.problem import ImageProblem
 
 _CHUNK = struct.Struct(">I4s")
-_FEW = 2**12  # chunks of pixels that are left apart: decoders take two microseconds for each
+_FEW = 2**12  # chunks of pixels that are not joined: decoders take two microseconds for each
 _ORIENTATION = (b"eXIf", b"zTXt", b"tEXt", b"iTXt")  # the first that has one counts
 _TRANSPARENCY_BYTES = {0: (2, 2), 2: (6, 6), 3: (0, 256)}
-"""Colour type -> the least and the most that its tRNS chunk may hold."""
+"""Colour type -> smallest and greatest size of its tRNS chunk."""
+
+
+def size(data: bytes) -> Size:
+    """Read the size from the header."""
+    return struct.unpack_from(">II", data, 16) if data[12:16] == b"IHDR" else None
 
 
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
-    """Header, palette, transparency, orientation and pixels; very many chunks of pixels become one.
+    """Keep header, palette, transparency, orientation and pixels; join very many chunks of pixels.
 
-    A transparency or an orientation whose checksum is wrong is left out, as libpng does.
+    A transparency or an orientation with a wrong checksum is left out, as in libpng.
     """
     view = memoryview(data)
     colour = data[25]
@@ -47,7 +60,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
             break
         elif name == b"IHDR" or (name == b"PLTE" and colour == 3):
             if name not in seen and not _intact(chunk):
-                raise PictureProblem(
+                raise ImageProblem(
                     f"its PNG data is damaged: the checksum of its {name.decode()} chunk is wrong"
                 )
             if name not in seen:
@@ -66,7 +79,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
         return None
     turned = next((turns[name] for name in _ORIENTATION if turns.get(name)), 1)
     if turned != 1:
-        pieces += _chunk(b"eXIf", orientation.as_exif(turned))
+        pieces += _chunk(b"eXIf", orientation_exif(turned))
     if len(pixels) > _FEW:
         pieces += _chunk(b"IDAT", *(chunk[8:-4] for chunk in pixels))
     else:
@@ -86,26 +99,30 @@ def _chunk(name: bytes, *content: bytes | memoryview) -> Pieces:
 
 
 def _turned(name: bytes, content: memoryview) -> int | None:
-    """As EXIF, as ImageMagick wrote that once, or in XMP: 0 where it says nothing, None where it is another text."""
+    """Read the orientation from EXIF, from ImageMagick's older form of it, or from XMP.
+
+    Returns:
+        0 if there is none; None if the chunk holds another text.
+    """
     if name == b"eXIf":
-        return orientation.in_exif(bytes(content)) or 0
+        return exif_orientation(bytes(content)) or 0
     if name == b"iTXt":
-        return orientation.in_xmp(content) or 0 if bytes(content[:19]) == b"XML:com.adobe.xmp\0\0" else None
+        return xmp_orientation(content) or 0 if bytes(content[:19]) == b"XML:com.adobe.xmp\0\0" else None
     if bytes(content[:22]) != b"Raw profile type exif\0":
         return None
-    text = bytes(content[22 : 23 + orientation.MAX_TEXT])
+    text = bytes(content[22 : 23 + MAX_TEXT])
     if name == b"zTXt":
         text = _inflated(text)
-    lines = text[: orientation.MAX_TEXT].split(b"\n", 3)  # an empty one, what it is, how long it is
+    lines = text[:MAX_TEXT].split(b"\n", 3)  # an empty line, the kind, the length
     try:
-        return orientation.in_exif(bytes.fromhex(lines[3].decode())) or 0
+        return exif_orientation(bytes.fromhex(lines[3].decode())) or 0
     except (IndexError, ValueError):
         return 0
 
 
 def _inflated(packed: bytes) -> bytes:
-    """Behind the byte that names the method, up to MAX_TEXT; empty where it is damaged."""
+    """Unpack what follows the byte for the method, up to MAX_TEXT; empty if it is damaged."""
     try:
-        return zlib.decompressobj().decompress(packed[1:], orientation.MAX_TEXT)
+        return zlib.decompressobj().decompress(packed[1:], MAX_TEXT)
     except zlib.error:
         return b""

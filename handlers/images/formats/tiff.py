@@ -1,4 +1,4 @@
-"""TIFF and BigTIFF: directories of entries that say where and how the pixels are stored (TIFF 6.0)."""
+"""TIFF and BigTIFF: directories of entries that describe how and where the pixels are stored (TIFF 6.0)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from handlers.images.formats.parts import MAX_PARTS, Pieces, check_count, check_pixels
-from handlers.images.problem import PictureProblem
+from handlers.images.formats.parts import LOOKS, MAX_PARTS, Pieces, Size, check_count, check_pixels
+from handlers.images.problem import ImageProblem
 
 MAX_STRIPS = 2**17
-"""Strips or tiles. libtiff takes about 40 bytes and a microsecond for each."""
+"""Greatest number of strips or tiles. libtiff takes about 40 bytes and a microsecond for each."""
 
 _FEW_STRIPS = 64
 _FEW_PIECES = 2**12
-"""Where Pillow makes an object of each strip or tile, this many are accepted, and one more for each 64 pixels."""
+"""Where Pillow creates an object for each strip or tile, this many are accepted, and one more for each 64
+pixels."""
 
 _MAX_VALUES = 64
 _MAX_PIXEL_BYTES = 32
@@ -30,18 +31,27 @@ _PIXELS = {
     *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, *range(320, 326), 332, 334, 338, 339,
     347, *range(512, 522), *range(529, 533),
 }  # fmt: skip
-"""Tags that say how pixels are stored, and 274, the orientation (TIFF 6.0, and its technical notes on JPEG)."""
+"""Tags that describe how pixels are stored, and 274, the orientation (TIFF 6.0, and its technical notes on
+JPEG)."""
 
 _LONG_VALUES = {_PALETTE: 3 * 2**16, _JPEG_TABLES: 2**16, 519: 2**10, 520: 2**10, 521: 2**10}
-"""Tags whose value may be longer than _MAX_VALUES -> how long; strips and tiles are counted apart."""
+"""Tags whose value may be longer than _MAX_VALUES -> greatest length; strips and tiles are counted
+separately."""
 
 _NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q"}
-"""The types of whole numbers."""
+"""Types of integers, with their codes for `struct`."""
+
+_SIZE_TYPES = (3, 4, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a file writes directories. order: of bytes, for struct."""
+    """How a file stores directories.
+
+    Attributes:
+        order: Byte order, for `struct`.
+        big: Whether it is a BigTIFF.
+    """
 
     order: str
     big: bool
@@ -64,22 +74,40 @@ class _Layout:
         )
 
 
-def reduced(data: bytes, max_pixels: int) -> Pieces | None:
-    """The first directory, written again in its place with fewer entries, of which none is longer than it needs.
+def size(data: bytes) -> Size:
+    """Read the size from the first directory."""
+    layout, start, count = _first_directory(data)
+    entries: dict[int, bytes] = {}
+    for at in range(start, start + min(count, LOOKS) * layout.entry_bytes, layout.entry_bytes):
+        entry = data[at : at + layout.entry_bytes]
+        tag, kind = struct.unpack_from(layout.order + "HH", entry)
+        if tag in (_WIDTH, _HEIGHT) and kind in _SIZE_TYPES:
+            entries.setdefault(tag, entry)
+    directory = _Directory(data, layout, entries)
+    return directory.single(_WIDTH, 0), directory.single(_HEIGHT, 0)
 
-    Uncompressed strips, of which Pillow makes an object each, become one.
-    """
+
+def _first_directory(data: bytes) -> tuple[_Layout, int, int]:
+    """Return the layout, the position of the first entry, and the number of entries."""
     layout = _Layout("<" if data.startswith(b"II") else ">", data[2:4] in (b"+\0", b"\0+"))
     (offset,) = struct.unpack_from(layout.order + layout.word, data, 8 if layout.big else 4)
     (count,) = struct.unpack_from(layout.count, data, offset)
+    return layout, offset + struct.calcsize(layout.count), count
+
+
+def reduced(data: bytes, max_pixels: int) -> Pieces | None:
+    """Rewrite the first directory in its place with fewer entries, none longer than necessary.
+
+    Uncompressed strips, for each of which Pillow creates an object, are joined to one.
+    """
+    layout, start, count = _first_directory(data)
     if count > MAX_PARTS:
-        raise PictureProblem(f"its TIFF data has more than {MAX_PARTS} parts")
-    start = offset + struct.calcsize(layout.count)
+        raise ImageProblem(f"its TIFF data has more than {MAX_PARTS} parts")
     entries: dict[int, bytes] = {}
     for at in range(start, start + count * layout.entry_bytes, layout.entry_bytes):
         entry = data[at : at + layout.entry_bytes]
         if len(entry) < layout.entry_bytes:
-            break  # decoders go on with those that are there
+            break  # decoders continue with those that are there
         (tag,) = struct.unpack_from(layout.order + "H", entry)
         if tag in _PIXELS:
             entries.setdefault(tag, entry)
@@ -96,6 +124,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
         ]
     )
     view = memoryview(data)
+    offset = start - struct.calcsize(layout.count)
     return [view[:offset], table, view[offset + len(table) :], appended]
 
 
@@ -106,12 +135,12 @@ class _Directory:
     entries: dict[int, bytes]
 
     def described(self, tag: int) -> tuple[int, int, int]:
-        """(type, number of values, place of the first in the file or in the entry)."""
+        """Return the type, the number of values, and the offset of the value in the entry."""
         kind, count = struct.unpack_from(self.layout.order + "H" + self.layout.word, self.entries[tag], 2)
         return kind, count, 12 if self.layout.big else 8
 
     def values(self, tag: int, most: int) -> Sequence[int]:
-        """The first of them, none where the tag is missing or of a type that is no whole number."""
+        """Return the first `most` values; none if the tag is missing or does not hold integers."""
         if tag not in self.entries:
             return ()
         kind, count, inside = self.described(tag)
@@ -129,7 +158,11 @@ class _Directory:
         return next(iter(self.values(tag, 1)), default)
 
     def shorten(self, max_pixels: int, end: int) -> bytes:
-        """What is to be put behind the file, which ends at `end`. Raises PictureProblem."""
+        """Shorten the entries, and return what is to be appended to the file, which ends at `end`.
+
+        Raises:
+            ImageProblem: The image would cost more than its pixels are worth.
+        """
         width, height = self.single(_WIDTH, 0), self.single(_HEIGHT, 0)
         if min(width, height) < 1:
             raise ValueError("no size")
@@ -157,7 +190,7 @@ class _Directory:
         return b""
 
     def _cut(self, tag: int, what: str, wanted: int, most: int) -> None:
-        """To one value for each strip or tile that the image has."""
+        """Cut the entry to one value for each strip or tile of the image."""
         if tag not in self.entries:
             return
         kind, count, inside = self.described(tag)
@@ -170,7 +203,7 @@ class _Directory:
             self.entries[tag] = self.layout.entry(tag, kind, wanted, value)
 
     def _join(self, width: int, height: int, rows: int, count: int, end: int) -> bytes:
-        """Makes the strips one: where they are if they follow each other there, else a copy at `end`."""
+        """Join the strips: where they are, if they are adjacent, else in a copy at `end`."""
         offsets = self.values(_OFFSETS, count)
         bits = self.values(_BITS, _MAX_VALUES) or (1,)
         row_bits = width * (sum(bits) if len(bits) > 1 else bits[0] * self.single(_SAMPLES, 1))

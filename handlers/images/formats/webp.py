@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import struct
 
-from handlers.images.formats import orientation
-from handlers.images.formats.parts import Pieces, check_pixels, counted
-from handlers.images.problem import PictureProblem
+from handlers.images.formats.parts import (
+    Pieces,
+    Size,
+    check_pixels,
+    counted,
+    exif_orientation,
+    orientation_exif,
+    xmp_orientation,
+)
+from handlers.images.problem import ImageProblem
 
 _IMAGES = (b"VP8 ", b"VP8L", b"ANMF")
 _KEPT = (b"VP8X", b"ALPH", b"ANIM", *_IMAGES)
 _EXIF_FLAG, _OTHER_FLAGS = 0x08, 0x24
-"""Bits of the VP8X chunk: there is EXIF; there is a colour profile or XMP."""
+"""Bits of the VP8X chunk: the file has EXIF; it has a colour profile or XMP."""
+
+
+def size(data: bytes) -> Size:
+    """Read the size from the first chunk."""
+    kind = data[12:16]
+    if kind not in (b"VP8X", b"VP8L", b"VP8 ") or (kind == b"VP8 " and len(data) < 30):
+        return None
+    return _sides(kind, memoryview(data)[20:])
 
 
 def reduced(data: bytes, max_pixels: int) -> Pieces | None:
-    """The first image or frame, and the orientation. libwebp sets the whole canvas aside when it reads the header."""
+    """Keep the first image or frame, and the orientation.
+
+    libwebp allocates the whole canvas when it reads the header, so its size is checked here.
+    """
     view = memoryview(data)
     file_end = min(8 + int.from_bytes(view[4:8], "little"), len(data))
     chunks: list[tuple[bytes, memoryview]] = []
@@ -29,7 +47,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
         whole = len(content) == length
         if name in _KEPT and not found:
             if not whole:
-                raise PictureProblem("its WEBP data is truncated: the image is not complete")
+                raise ImageProblem("its WEBP data is truncated: the image is not complete")
             if name not in (b"ALPH", b"ANIM"):
                 check_pixels(*_sides(name, content), max_pixels)
             if name in _IMAGES or name not in dict(chunks):
@@ -37,13 +55,13 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
                 size += 8 + length + length % 2
             found = name in _IMAGES
         elif name == b"EXIF" and whole and in_exif is None:
-            in_exif = orientation.in_exif(bytes(content)) or 0
+            in_exif = exif_orientation(bytes(content)) or 0
         elif name == b"XMP " and whole and in_xmp is None:
-            in_xmp = orientation.in_xmp(content) or 0
+            in_xmp = xmp_orientation(content) or 0
     if size == len(data) == 8 + int.from_bytes(view[4:8], "little"):
         return None
     turned = in_exif or in_xmp or 1
-    exif = orientation.as_exif(turned) if turned != 1 and chunks and chunks[0][0] == b"VP8X" else b""
+    exif = orientation_exif(turned) if turned != 1 and chunks and chunks[0][0] == b"VP8X" else b""
     pieces: Pieces = [b"WEBP"]
     for name, content in [*chunks, *([(b"EXIF", memoryview(exif))] if exif else [])]:
         kept: bytes | memoryview = content
@@ -55,7 +73,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
 
 
 def _sides(name: bytes, content: memoryview) -> tuple[int, int]:
-    """Width and height that a chunk speaks of."""
+    """Return the width and height that a chunk contains."""
     if name == b"VP8X":
         return 1 + int.from_bytes(content[4:7], "little"), 1 + int.from_bytes(content[7:10], "little")
     if name == b"ANMF":

@@ -8,12 +8,13 @@ from typing import Any
 from handlers.exchange import Incoming
 from handlers.protocols.api import Api, Reader
 from handlers.protocols.base import Conventions, Task
+from handlers.protocols.lmi.adapters import answer_adapters
 from handlers.protocols.lmi.replies import LMI_ERRORS, JsonLines
 from handlers.protocols.lmi.requests import INVOKE_ROUTES, read_lmi, wants_lines
 from handlers.protocols.lmi.sessions import Sessions
 
 _PREFIX = "x-amzn-sagemaker-"
-ADAPTER = f"{_PREFIX}adapter-identifier"
+_ADAPTER = f"{_PREFIX}adapter-identifier"
 _ATTRIBUTES = f"{_PREFIX}custom-attributes"
 _MOST_ATTRIBUTES = 1024
 """Characters of the header: SageMaker's own limit."""
@@ -28,17 +29,20 @@ def accept_of(headers: Mapping[str, str]) -> str:
 
 
 def adapter_of(incoming: Incoming) -> str | None:
-    """The adapter that SageMaker's header, or a custom attribute of that name, asks for."""
-    if name := incoming.headers.get(ADAPTER):
-        return name
-    return attributes_of(incoming.headers).get(ADAPTER) or None
+    """The adapter that SageMaker's header, the query or a custom attribute asks for."""
+    return request_properties(incoming).get(_ADAPTER) or None
 
 
-def attributes_of(headers: Mapping[str, str]) -> dict[str, str]:
-    """The custom attributes of the form `name=value;name=value`, as LMI reads them: names in lower case."""
-    text = headers.get(_ATTRIBUTES, "")[:_MOST_ATTRIBUTES]
+def request_properties(incoming: Incoming) -> dict[str, str]:
+    """The headers and, where no header has their name, the adapter of the query and the custom attributes.
+
+    Attributes have the form `name=value;name=value`; their names are read in lower case, as LMI does.
+    """
+    text = incoming.headers.get(_ATTRIBUTES, "")[:_MOST_ATTRIBUTES]
     pairs = (part.partition("=") for part in text.split(";") if "=" in part)
-    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+    attributes = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    queried = {_ADAPTER: incoming.query["adapter"]} if incoming.query.get("adapter") else {}
+    return {**attributes, **queried, **incoming.headers}
 
 
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
@@ -81,6 +85,8 @@ LMI = Api(
     _reads,
     frames=dict.fromkeys(INVOKE_ROUTES, _framed),
     adapter=adapter_of,
+    calls={"adapters": answer_adapters},
+    request_id=f"{_PREFIX}inference-id",
     gate=lambda settings: Sessions(
         enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration
     ),

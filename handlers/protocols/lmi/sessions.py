@@ -26,6 +26,9 @@ MOST_SESSIONS = 100_000
 _ID = "x-amzn-sagemaker-session-id"
 _NEW = "NEW_SESSION"
 _CLOSE = "CLOSE"
+_MOST_BYTES = 128
+"""Of a body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
+
 _SCHEMAS = frozenset({"messages", "prompt", "inputs"})
 """Keys of bodies that ask for an answer."""
 
@@ -68,6 +71,14 @@ class Sessions:
             self._require_enabled()
             self._find(named)
         return None
+
+    def may_answer(self, route: str, size: int, content: bytes | None = None) -> bool:
+        return (
+            self._enabled
+            and route in INVOKE_ROUTES
+            and 0 < size <= _MOST_BYTES
+            and (content is None or b'"requestType"' in content)
+        )
 
     def _control(self, asked: object, named: str) -> Reply:
         if asked not in (_NEW, _CLOSE):

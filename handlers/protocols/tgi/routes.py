@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
 
 from engine.sampling_params import MAX_STOP_STRINGS
-from handlers.backends.base import Capabilities
-from handlers.exchange import Incoming, RequestFacts
+from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.api import Api, Reader
-from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, Conventions, Task
+from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Conventions, Task
 from handlers.protocols.tgi.replies import TGI_ERRORS
 from handlers.protocols.tgi.requests import GENERATE_ROUTES, read_tgi
 from handlers.request import GenerationRequest, TextPart, prompt_parts
 from handlers.version import VERSION
+
+if TYPE_CHECKING:
+    from handlers.service import Service
 
 _ERROR_ROUTES = frozenset({*GENERATE_ROUTES, "/chat_tokenize", "/info"})
 _HEADER_ROUTES = frozenset({*GENERATE_ROUTES, "/v1/chat/completions", "/v1/completions"})
@@ -59,36 +61,33 @@ class Info(Struct):
     max_batch_size: int
 
 
-def tgi_info(
-    model_name: str, capabilities: Capabilities, *, concurrent_requests: int, batch_size: int
-) -> bytes:
-    """concurrent_requests: answers that may be in flight. batch_size: most that share a step."""
+async def _info(service: Service, incoming: Incoming) -> Reply:
+    capabilities = service.backend.capabilities
     longest = capabilities.max_model_len
-    return msgspec.json.encode(
-        Info(
-            model_id=model_name,
-            model_sha=None,
-            model_pipeline_tag="image-text-to-text" if capabilities.images else "text-generation",
-            max_concurrent_requests=concurrent_requests,
-            max_best_of=MAX_ANSWERS,
-            max_stop_sequences=MAX_STOP_STRINGS,
-            max_input_tokens=longest - 1,
-            max_total_tokens=longest,
-            validation_workers=capabilities.prompt_threads,
-            max_client_batch_size=MAX_PROMPTS,
-            router="text-generation-router",
-            version=VERSION,
-            sha=None,
-            docker_label=None,
-            model_dtype=capabilities.dtype or None,
-            model_device_type=capabilities.device_type or None,
-            max_input_length=longest - 1,
-            waiting_served_ratio=0.0,
-            max_batch_total_tokens=capabilities.cache_tokens or None,
-            max_waiting_tokens=0,
-            max_batch_size=batch_size,
-        )
+    body = Info(
+        model_id=service.model_name,
+        model_sha=None,
+        model_pipeline_tag="image-text-to-text" if capabilities.images else "text-generation",
+        max_concurrent_requests=service.admission.capacity,
+        max_best_of=MAX_ANSWERS,
+        max_stop_sequences=MAX_STOP_STRINGS,
+        max_input_tokens=longest - 1,
+        max_total_tokens=longest,
+        validation_workers=capabilities.prompt_threads,
+        max_client_batch_size=MAX_PROMPTS,
+        router="text-generation-router",
+        version=VERSION,
+        sha=None,
+        docker_label=None,
+        model_dtype=capabilities.dtype or None,
+        model_device_type=capabilities.device_type or None,
+        max_input_length=longest - 1,
+        waiting_served_ratio=0.0,
+        max_batch_total_tokens=capabilities.cache_tokens or None,
+        max_waiting_tokens=0,
+        max_batch_size=service.limits.max_rolling_batch_size,
     )
+    return Reply(200, JSON, msgspec.json.encode(body))
 
 
 def compute_headers(
@@ -150,4 +149,6 @@ def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming, ad
     return read_tgi(body, conventions, request_id=incoming.request_id, route=incoming.route, adapter=adapter)
 
 
-TGI = Api(TGI_ERRORS, _claims, _reads, headers=dict.fromkeys(_HEADER_ROUTES, compute_headers))
+TGI = Api(
+    TGI_ERRORS, _claims, _reads, headers=dict.fromkeys(_HEADER_ROUTES, compute_headers), calls={"info": _info}
+)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from handlers.errors import ImageError, ImageTooLarge
 from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 
 DATA = bytes(range(256)) * 3 + b"\xfb\xff\xbf~"
 TEXT = base64.b64encode(DATA).decode()
@@ -53,9 +53,9 @@ def test_every_spelling_gives_the_same_bytes(url: str) -> None:
         ("data:" + "x" * 5000 + ",abc", "no comma"),
         ("data:image/png;base64,", "is empty"),
         ("data:image/png,", "is empty"),
-        ("data:text/html;base64,QUJD", "does not declare a picture"),
-        ("data:application/pdf;base64,QUJD", "does not declare a picture"),
-        ("data:image/svg+xml;base64,QUJD", "SVG pictures are not supported"),
+        ("data:text/html;base64,QUJD", "does not declare an image"),
+        ("data:application/pdf;base64,QUJD", "does not declare an image"),
+        ("data:image/svg+xml;base64,QUJD", "SVG images are not supported"),
         ("data:image/png;base64,!!!!", "not valid base64"),
         ("data:image/png;base64,QUJ", ""),
         ("data:image/png;base64,QUJDR", "not valid base64"),
@@ -67,7 +67,7 @@ def test_refused_data_urls(url: str, reason: str) -> None:
     if not reason:
         assert decode_data_url(url, LIMIT) == b"AB"
         return
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         decode_data_url(url, LIMIT)
     assert reason in caught.value.reason
     assert caught.value.error is ImageError
@@ -78,7 +78,7 @@ def test_the_cap_is_on_decoded_bytes(factor: int) -> None:
     exact = "data:;base64," + base64.b64encode(b"x" * LIMIT).decode()
     assert len(decode_data_url(exact, LIMIT)) == LIMIT
     over = "data:;base64," + base64.b64encode(b"x" * (factor * LIMIT + 1)).decode()
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         decode_data_url(over, LIMIT)
     assert caught.value.error is ImageTooLarge
     assert "10000 bytes (option.max_image_bytes)" in caught.value.reason
@@ -96,5 +96,5 @@ def test_any_bytes_come_back(data: bytes) -> None:
 @given(st.text(max_size=80))
 def test_any_text_is_read_or_refused(text: str) -> None:
     for start in ("data:", "data:;base64,", "data:,"):
-        with contextlib.suppress(PictureProblem):
+        with contextlib.suppress(ImageProblem):
             assert decode_data_url(start + text, LIMIT)

@@ -18,7 +18,7 @@ from PIL import Image
 from handlers.errors import ImageError, ImageTooLarge
 from handlers.images.decode import FORMATS, convert, decode, prepare_pillow
 from handlers.images.formats.jpeg import MAX_SCANS
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from tests.support.image_files import png
 
 LIMIT = 1_000_000
@@ -60,22 +60,22 @@ def test_formats(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["EPS", "ICNS", "ICO", "PDF", "PPM", "TGA", "PCX", "SGI"])
 def test_formats_that_nobody_needs_are_refused(kind: str) -> None:
-    with pytest.raises(PictureProblem, match=r"no supported format \(JPEG, PNG, WEBP, GIF, BMP, TIFF"):
+    with pytest.raises(ImageProblem, match=r"not in a supported format \(JPEG, PNG, WEBP, GIF, BMP, TIFF"):
         decode(encoded(quarters(), kind), LIMIT)
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no supported format"),
-        (b"hello", "no supported format"),
+        (b"", "not in a supported format"),
+        (b"hello", "not in a supported format"),
         (b"\xff\xd8\xff", "its JPEG header is truncated or damaged"),
         (b"  <!DOCTYPE html><html>", "web page"),
-        (b"<?xml version='1.0'?><svg xmlns='...'/>", "SVG pictures are not supported"),
+        (b"<?xml version='1.0'?><svg xmlns='...'/>", "SVG images are not supported"),
     ],
 )
 def test_what_is_no_picture(data: bytes, reason: str) -> None:
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         decode(data, LIMIT)
     assert reason in caught.value.reason
     assert caught.value.error is ImageError
@@ -195,7 +195,7 @@ def test_one_pixel() -> None:
 def test_half_a_picture(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), kind)
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         decode(data[: len(data) // 2], LIMIT)
     assert caught.value.error is ImageError
 
@@ -204,7 +204,7 @@ def test_half_a_picture(kind: str) -> None:
     "size", [(1001, 1000), (20_000, 20_000), (2**31 - 1, 2**31 - 1), (14_000, 14_000), (1_000_001, 1)]
 )
 def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         decode(png(*size), LIMIT)
     assert caught.value.error is ImageTooLarge
     assert caught.value.reason == "it has more than 1000000 pixels (option.max_image_pixels)"
@@ -216,7 +216,7 @@ def test_a_cap_above_pillows_own() -> None:
     try:
         Image.MAX_IMAGE_PIXELS = 100
         data = encoded(Image.new("RGB", (20, 20)), "PNG")
-        with pytest.raises(PictureProblem) as caught:
+        with pytest.raises(ImageProblem) as caught:
             decode(data, 1000)
         assert caught.value.error is ImageTooLarge
         prepare_pillow(1000)
@@ -228,7 +228,7 @@ def test_a_cap_above_pillows_own() -> None:
 
 
 def test_no_pixels_at_all() -> None:
-    with pytest.raises(PictureProblem):
+    with pytest.raises(ImageProblem):
         decode(png(0, 5), LIMIT)
 
 
@@ -237,7 +237,7 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     assert corners(decode(data, LIMIT)) == [RED, GREEN, BLUE, WHITE]
     scan = data.rindex(b"\xff\xda")
     many = data[:-2] + data[scan:-2] * MAX_SCANS + b"\xff\xd9"
-    with pytest.raises(PictureProblem, match="more than 100 scans"):
+    with pytest.raises(ImageProblem, match="more than 100 scans"):
         decode(many, LIMIT)
 
 
@@ -263,7 +263,7 @@ def test_damage_is_always_answered_for(kind: str, draw: st.DataObject) -> None:
     data = bytearray(SEEDS[kind])
     for _ in range(draw.draw(st.integers(1, 4))):
         data[draw.draw(st.integers(0, min(len(data), 400) - 1))] = draw.draw(st.integers(0, 255))
-    with contextlib.suppress(PictureProblem):
+    with contextlib.suppress(ImageProblem):
         assert decode(bytes(data), 10_000).mode == "RGB"
 
 
@@ -282,11 +282,11 @@ def test_an_open_picture_is_converted_and_itself_left_alone() -> None:
     assert (flat.size, flat.mode, opened.size) == ((20, 30), "RGB", (30, 20))
     flat.putpixel((0, 0), BLUE)
     assert opened.getpixel((0, 0)) == RED
-    with pytest.raises(PictureProblem, match="pixels"):
+    with pytest.raises(ImageProblem, match="pixels"):
         convert(Image.new("RGB", (0, 4)), LIMIT)
-    with pytest.raises(PictureProblem, match="more than 5 pixels"):
+    with pytest.raises(ImageProblem, match="more than 5 pixels"):
         convert(opened, 5)
     closed = Image.open(io.BytesIO(encoded(opened, "PNG")))
     closed.close()
-    with pytest.raises(PictureProblem, match="closed"):
+    with pytest.raises(ImageProblem, match="closed"):
         convert(closed, LIMIT)

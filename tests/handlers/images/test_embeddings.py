@@ -220,12 +220,12 @@ def test_a_file_with_a_flipped_bit_is_refused_or_reads_as_a_tensor_of_the_right_
 
 def _decoded(file: bytes) -> list[LoadedEmbeddings]:
     from handlers.images.embeddings import read_embeddings
-    from handlers.images.problem import PictureProblem
+    from handlers.images.problem import ImageProblem
 
     try:
         part = EmbeddingsPart(base64.b64encode(file).decode())
         part.loaded = read_embeddings(part, 2**20).decode()
-    except PictureProblem as problem:
+    except ImageProblem as problem:
         raise ImageError(0, problem.reason) from problem
     return WANTED.checked([part])
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from handlers.errors import ImageFetchFailed, ImageTooLarge
 from handlers.images.encoding import codings_of, without_codings
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 
 LIMIT = 100_000
 
@@ -23,8 +23,11 @@ def deflated(data: bytes, window: int, level: int = 6) -> bytes:
     return stream.compress(data) + stream.flush()
 
 
-def refusal(data: bytes, *codings: str, limit: int = LIMIT) -> PictureProblem:
-    with pytest.raises(PictureProblem) as caught:
+NOT_ENCODED = "but its data is not encoded in this way, or is damaged"
+
+
+def refusal(data: bytes, *codings: str, limit: int = LIMIT) -> ImageProblem:
+    with pytest.raises(ImageProblem) as caught:
         without_codings(data, codings, limit)
     return caught.value
 
@@ -93,11 +96,11 @@ def test_a_bomb_within_a_bomb() -> None:
 @pytest.mark.parametrize(
     ("data", "codings", "reason"),
     [
-        (b"not gzip", ("gzip",), "gzip, but its data is not so encoded, or is damaged"),
+        (b"not gzip", ("gzip",), f"gzip, {NOT_ENCODED}"),
         (gzip.compress(b"x" * 99)[:-9], ("gzip",), "gzip, but its data ends too early"),
-        (gzip.compress(b"x" * 99)[:-6] + b"\0" * 6, ("gzip",), "gzip, but its data is not so encoded, or is damaged"),
+        (gzip.compress(b"x" * 99)[:-6] + b"\0" * 6, ("gzip",), f"gzip, {NOT_ENCODED}"),
         (b"\x78\x9c", ("deflate",), "deflate, but its data ends too early"),
-        (b"\xff\xff\xff", ("deflate",), "deflate, but its data is not so encoded, or is damaged"),
+        (b"\xff\xff\xff", ("deflate",), f"deflate, {NOT_ENCODED}"),
         (b"\x1b\x03", ("br",), "br, which is not decoded here: gzip and deflate are"),
         (b"(\xb5/\xfd", ("zstd",), "zstd, which is not decoded here: gzip and deflate are"),
         (b"?", ("gzip", "zstd"), "zstd, which is not decoded here: gzip and deflate are"),
@@ -160,5 +163,5 @@ def test_what_no_header_says_is_decoded_within_the_same_limits() -> None:
         "it begins like a gzip file, but its data ends too early"
     )
     heic = b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"
-    assert "not so encoded" in refusal(heic, "gzip").reason
+    assert "not encoded in this way" in refusal(heic, "gzip").reason
     assert without_codings(heic, (), LIMIT) == heic

@@ -138,7 +138,7 @@ def test_this_machine_is_refused_however_it_is_spelled(run: Run, name: str) -> N
             error = await refused(f"http://{name}:{host.port}/secret?token", allow_private=())
             assert type(error) is ImageError
             assert error.message == (
-                "image 0: its host's address is not public; send the picture as a data: URL, or have the "
+                "image 0: its host's address is not public; send the image as a data: URL, or have the "
                 "operator allow the host with option.image_fetch_allow_private"
             )
             assert not host.requests
@@ -347,7 +347,7 @@ BIG = 50_000
         (replying(OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"), ImageFetchFailed, "proper HTTP"),
         (replying(OK + b"Content-Length: 5000\r\n\r\n" + PICTURE), ImageFetchFailed, "broke off"),
         (replying(OK + b"Content-Length: 20\r\n\r\n" + PICTURE), ImageError, "truncated or damaged"),
-        (replying(OK + b"Content-Length: 0\r\n\r\n"), ImageError, "no supported format"),
+        (replying(OK + b"Content-Length: 0\r\n\r\n"), ImageError, "not in a supported format"),
         (replying(OK + b"Content-Encoding: gzip\r\n\r\nnot gzip"), ImageFetchFailed, "Content-Encoding"),
         (replying(OK + b"Content-Encoding: br\r\n\r\n\x1b\x03"), ImageFetchFailed, "Content-Encoding br"),
         (

@@ -12,7 +12,7 @@ from PIL import Image
 from handlers.errors import ImageError, ImageTooLarge
 from handlers.images.cache import DecodedCache
 from handlers.images.loader import ImageLimits, ImageLoader
-from handlers.images.problem import PictureProblem
+from handlers.images.problem import ImageProblem
 from handlers.request import ImagePart, LoadedImage
 from tests.support.image_files import BAD, data_url
 
@@ -102,7 +102,7 @@ def test_a_failure_abandons_the_others() -> None:
 @pytest.mark.parametrize(
     ("url", "kind", "message"),
     [
-        (BAD, ImageError, "image 1: its data is in no supported format (JPEG, PNG, WEBP, GIF, BMP, TIFF"),
+        (BAD, ImageError, "image 1: its data is not in a supported format (JPEG, PNG, WEBP, GIF, BMP, TIFF"),
         (BAD_BASE64, ImageError, "image 1: its data URL is not valid base64"),
         (data_url(side=17), ImageTooLarge, "image 1: it has more than 256 pixels (option.max_image_pixels)"),
         (
@@ -189,7 +189,7 @@ def test_a_second_asker_gets_the_first_ones_picture_or_failure_which_is_not_kept
 
         async def broken() -> Image.Image:
             await go_on.wait()
-            raise PictureProblem("broken")
+            raise ImageProblem("broken")
 
         good = [asyncio.create_task(cache.obtain(b"a", slow)) for _ in range(2)]
         bad = [asyncio.create_task(cache.obtain(b"b", broken)) for _ in range(2)]

@@ -12,7 +12,7 @@ import pytest
 
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.loader import ImageLimits, ImageLoader
-from handlers.images.memory import PictureMemory, Share
+from handlers.images.memory import ImageMemory, Share
 from handlers.request import ImagePart
 from tests.support.image_files import BAD, data_url
 
@@ -26,7 +26,7 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     return wrapped
 
 
-def taking(memory: PictureMemory, *pictures: tuple[str, int]) -> asyncio.Task[list[Share]]:
+def taking(memory: ImageMemory, *pictures: tuple[str, int]) -> asyncio.Task[list[Share]]:
     return asyncio.create_task(memory.take([(name.encode(), size) for name, size in pictures]))
 
 
@@ -37,7 +37,7 @@ async def settle() -> None:
 
 @run
 async def test_turns_come_in_the_order_of_asking() -> None:
-    memory = PictureMemory(10)
+    memory = ImageMemory(10)
     (first,) = await taking(memory, ("a", 6))
     large, small = taking(memory, ("b", 8)), taking(memory, ("c", 1))
     await settle()
@@ -52,7 +52,7 @@ async def test_turns_come_in_the_order_of_asking() -> None:
 
 @run
 async def test_those_that_fit_pass_one_that_does_not_so_many_times() -> None:
-    memory = PictureMemory(10, most_passes=2)
+    memory = ImageMemory(10, most_passes=2)
     (first,) = await taking(memory, ("a", 6))
     large = taking(memory, ("b", 8))
     small = [taking(memory, (name, 1)) for name in "cdef"]
@@ -72,7 +72,7 @@ async def test_those_that_fit_pass_one_that_does_not_so_many_times() -> None:
 
 @run
 async def test_more_than_all_of_it_is_had_alone() -> None:
-    memory = PictureMemory(10)
+    memory = ImageMemory(10)
     (first,) = await taking(memory, ("a", 1))
     huge, after = taking(memory, ("b", 50)), taking(memory, ("c", 1))
     await settle()
@@ -90,7 +90,7 @@ async def test_more_than_all_of_it_is_had_alone() -> None:
 
 @run
 async def test_the_same_picture_counts_once() -> None:
-    memory = PictureMemory(10)
+    memory = ImageMemory(10)
     shares = await taking(memory, ("a", 8), ("a", 8))
     (again,) = await taking(memory, ("a", 8))
     assert memory.used == 8
@@ -103,7 +103,7 @@ async def test_the_same_picture_counts_once() -> None:
 
 @run
 async def test_whoever_gives_up_waiting_holds_up_nobody() -> None:
-    memory = PictureMemory(10)
+    memory = ImageMemory(10)
     (first,) = await taking(memory, ("a", 6))
     gone, next_ = taking(memory, ("b", 8)), taking(memory, ("c", 4))
     await settle()
@@ -121,7 +121,7 @@ async def test_whoever_gives_up_waiting_holds_up_nobody() -> None:
 
 @run
 async def test_nothing_is_lost_and_nobody_starves() -> None:
-    draw, memory, most = random.Random(3), PictureMemory(100), 0
+    draw, memory, most = random.Random(3), ImageMemory(100), 0
 
     async def visit() -> None:
         nonlocal most

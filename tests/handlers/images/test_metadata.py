@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from handlers.images.decode import convert, decode, measure
 from handlers.images.formats.jpeg import MAX_SCANS, MAX_SEGMENTS
 from handlers.images.formats.parts import MAX_PARTS
-from handlers.images.metadata import without_metadata
-from handlers.images.problem import PictureProblem
+from handlers.images.image_file import without_metadata
+from handlers.images.problem import ImageProblem
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
@@ -149,7 +149,7 @@ def test_a_film_after_a_jpeg_is_no_scan_and_hidden_scans_are_found() -> None:
     progressive = encoded("JPEG", progressive=True)
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     for between in (b"", segment(0xFE, b"\xff\xd9"), b"\xff\xd0", b"\xff\x01", b"\xff\0\xff\xff", b"\xff"):
-        with pytest.raises(PictureProblem, match="more than 100 scans"):
+        with pytest.raises(ImageProblem, match="more than 100 scans"):
             decode(progressive[:-2] + (between + scan) * MAX_SCANS + b"\xff\xd9", LIMIT)
 
 
@@ -209,7 +209,7 @@ def test_a_tiff_whose_metadata_lies_outside_of_the_file(order: str, big: bool, c
     lost = [(tag, 2, 500, 2**31 - 1) for tag in (270, 271, 305, 315, 33432)]
     assert pixels(tiff(order, big, compressed, *lost, (34675, 7, 2**31, 99), (282, 5, 1, 2**30))) == upright
     whole = tiff(order, big, compressed)
-    with pytest.raises(PictureProblem, match="TIFF"):
+    with pytest.raises(ImageProblem, match="TIFF"):
         decode(whole[: len(whole) // 2], LIMIT)
 
 
@@ -290,7 +290,7 @@ def test_a_file_without_metadata_is_not_copied() -> None:
     ],
 )
 def test_a_file_of_very_many_parts_is_refused(kind: str, most: int, flood: bytes) -> None:
-    with pytest.raises(PictureProblem, match=f"its {kind} data has more than {most} parts"):
+    with pytest.raises(ImageProblem, match=f"its {kind} data has more than {most} parts"):
         measure(flood, LIMIT)
 
 
@@ -310,7 +310,7 @@ def test_a_file_of_very_many_parts_is_refused(kind: str, most: int, flood: bytes
     ],
 )
 def test_a_damaged_file_says_what_is_damaged(data: bytes, reason: str) -> None:
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         decode(data, LIMIT)
     assert caught.value.reason == reason
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.errors import ImageFetchFailed
-from handlers.images.address import AllowedPrivate, is_public
-from handlers.images.problem import PictureProblem
+from handlers.images.connect import AllowedPrivate, is_public
+from handlers.images.problem import ImageProblem
 from handlers.images.target import Target, parse_target
 
 NOT_PUBLIC = """
@@ -107,7 +107,7 @@ def test_a_url_is_read_once_for_checking_and_for_asking(url: str, target: Target
     ],
 )
 def test_refused_urls(url: str, reason: str) -> None:
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         parse_target(url)
     assert reason in caught.value.reason
     assert "secret" not in caught.value.reason
@@ -117,7 +117,7 @@ def test_refused_urls(url: str, reason: str) -> None:
 def test_any_text_is_read_or_refused(text: str, start: str) -> None:
     try:
         target = parse_target(start + text)
-    except PictureProblem:
+    except ImageProblem:
         return
     assert target.host.isascii()
     assert target.path.startswith("/")
@@ -136,6 +136,6 @@ def test_redirects_are_relative_to_where_they_came_from() -> None:
     "location", ["http://a.b/", "file:///etc/passwd", "//[x", "data:,x", "https://u:p@a/"]
 )
 def test_refused_redirects_are_the_hosts_fault(location: str) -> None:
-    with pytest.raises(PictureProblem) as caught:
+    with pytest.raises(ImageProblem) as caught:
         Target("https", "a.b", 443, "/").follow(location)
     assert caught.value.error is ImageFetchFailed

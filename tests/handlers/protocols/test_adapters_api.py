@@ -17,8 +17,8 @@ from container.routes import every
 from handlers.backends.adapters import AdapterInfo
 from handlers.backends.vllm.adapters.store import VllmAdapters, adapter_slots
 from handlers.errors import EngineFailed, InvalidRequest, NotFound, ServingError, Unavailable
-from handlers.exchange import AdapterCall
-from handlers.protocols.adapters import answer_adapters
+from handlers.exchange import Incoming
+from tests.support.scripted import ScriptedBackend, service
 from tests.support.scripted_adapters import LoraEngine, make_adapter, scripted_adapters
 from tests.support.scripted_server import ServerProcess
 
@@ -375,11 +375,15 @@ async def test_a_page_has_a_hundred_adapters_at_most() -> None:
         def infos(self) -> list[AdapterInfo]:
             return [AdapterInfo(f"a{number}", f"adapters/a{number}") for number in range(150)]
 
+    backend = ScriptedBackend([])
+    backend.adapters = Many()
+    server = service(backend)
     seen: list[str] = []
     query: dict[str, str] = {"limit": "1000"}
     sizes = []
     while True:
-        reply = await answer_adapters(Many(), AdapterCall("list", "", query, b"", {}, "r"), ())
+        call = Incoming("/adapters", b"", {}, "r", method="GET", query=query)
+        reply = await server.call("adapters", call)
         page = json.loads(reply.body)
         sizes.append(len(page["adapters"]))
         seen += [adapter["name"] for adapter in page["adapters"]]

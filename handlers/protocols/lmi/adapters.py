@@ -6,15 +6,19 @@ Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from handlers.backends.adapters import AdapterInfo, AdapterStore
 from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
-from handlers.exchange import AdapterCall, Reply
+from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import JSON
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
+from handlers.protocols.routes import READ
+
+if TYPE_CHECKING:
+    from handlers.service import Service
 
 _ALIAS = "x-amzn-sagemaker-adapter-alias"
 _LONGEST_ALIAS = 128
@@ -47,51 +51,49 @@ class AdapterStatus(msgspec.Struct, forbid_unknown_fields=True):
     status: str
 
 
-async def answer_adapters(store: AdapterStore | None, call: AdapterCall, taken: Collection[str]) -> Reply:
-    """taken: names that no adapter may have. Raises ServingError."""
+async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
+    """Lists, shows, adds, updates or removes adapters, as the route and the method say. Raises ServingError."""
+    store = service.backend.adapters
     if store is None:
         raise InvalidRequest(
             "LoRA is not enabled. Adapters need the vLLM backend (option.rolling_batch=vllm) with "
             "option.enable_lora=true"
         )
-    if call.action == "list":
-        return _reply(_page(store.infos(), call.query))
-    if call.action == "show":
-        for info in store.infos():
-            if info.name == call.name:
-                return _reply(_shown(info))
-        raise NotFound(f"there is no adapter {call.name[:80]!r}", param="adapters")
-    if call.action == "remove":
-        await store.remove(call.name)
-        return _status(call, call.name, "unregistered")
-    asked = _asked(call)
-    if call.action == "update":
-        if asked.name not in (None, call.name):
+    if incoming.method in READ:
+        return _reply(
+            _one(store, incoming.adapter) if incoming.adapter else _page(store.infos(), incoming.query)
+        )
+    if incoming.method == "DELETE":
+        await store.remove(incoming.adapter)
+        return _status(incoming, incoming.adapter, "unregistered")
+    asked = _asked(incoming)
+    if incoming.adapter:
+        if asked.name not in (None, incoming.adapter):
             raise InvalidRequest("name: an adapter cannot be renamed; leave it out", param="name")
-        await store.update(call.name, asked.src, pin=asked.pin)
-        return _status(call, call.name, "updated")
+        await store.update(incoming.adapter, asked.src, pin=asked.pin)
+        return _status(incoming, incoming.adapter, "updated")
     if not asked.name or not asked.src:
         missing = "src" if asked.name else "name"
         raise InvalidRequest(f"Parameter {missing} is required.", param=missing)
-    if asked.name in taken:
+    if asked.name in service.names:
         raise Conflict(f"{asked.name!r} is the model's own name; choose another", param="name")
     await store.add(asked.name, asked.src, pin=bool(asked.pin))
-    return _status(call, asked.name, "registered")
+    return _status(incoming, asked.name, "registered")
 
 
-def _asked(call: AdapterCall) -> AdapterBody:
+def _asked(incoming: Incoming) -> AdapterBody:
     """What the query says wins over the body. Raises InvalidRequest."""
     body: dict[str, Any] = {}
-    if len(call.body) > SHORT_BYTES:
-        raise PayloadTooLarge(f"the body has {len(call.body)} bytes; allowed: at most {SHORT_BYTES}")
-    if call.body.strip():
-        body = read_body(call.body, {"content-type": JSON})
+    if len(incoming.body) > SHORT_BYTES:
+        raise PayloadTooLarge(f"the body has {len(incoming.body)} bytes; allowed: at most {SHORT_BYTES}")
+    if incoming.body.strip():
+        body = read_body(incoming.body, {"content-type": JSON})
     asked = convert(body, AdapterBody)
-    asked.name = call.query.get("name", asked.name)
-    asked.src = call.query.get("src", asked.src)
+    asked.name = incoming.query.get("name", asked.name)
+    asked.src = incoming.query.get("src", asked.src)
     for name in ("preload", "pin"):
-        if name in call.query:
-            setattr(asked, name, _flag(name, call.query[name]))
+        if name in incoming.query:
+            setattr(asked, name, _flag(name, incoming.query[name]))
     return asked
 
 
@@ -100,6 +102,13 @@ def _flag(name: str, text: str) -> bool:
     if text.lower() not in known:
         raise InvalidRequest(f"{name} is {text[:20]!r}; allowed: true, false", param=name)
     return known[text.lower()]
+
+
+def _one(store: AdapterStore, name: str) -> Adapter:
+    for info in store.infos():
+        if info.name == name:
+            return _shown(info)
+    raise NotFound(f"there is no adapter {name[:80]!r}", param="adapters")
 
 
 def _page(infos: Collection[AdapterInfo], query: Mapping[str, str]) -> AdapterList:
@@ -123,8 +132,8 @@ def _shown(info: AdapterInfo) -> Adapter:
     return Adapter(info.name, info.src, True, info.pin)
 
 
-def _status(call: AdapterCall, name: str, done: str) -> Reply:
-    alias = call.headers.get(_ALIAS, "")[:_LONGEST_ALIAS]
+def _status(incoming: Incoming, name: str, done: str) -> Reply:
+    alias = incoming.headers.get(_ALIAS, "")[:_LONGEST_ALIAS]
     return _reply(AdapterStatus(f"Adapter {alias or name} {done}"))
 
 

@@ -1,7 +1,7 @@
-"""Who may use the network next: a bounded number of places, shared out so that no host can hold up the others.
+"""Shares a limited number of slots for network access, so that no host can block the others.
 
-A host that does not answer holds each of its places until its time is up. So a host may hold a part of the places only,
-a smaller one after each time-out, and those who wait for a place wait behind their own host's requests, not behind
+A host that does not answer holds each of its slots until its time is up. Therefore a host may hold only some
+of the slots, and fewer after each time-out; and requests wait behind those of their own host, not behind
 another's.
 """
 
@@ -18,13 +18,14 @@ from types import TracebackType
 from typing import TypeAlias
 
 MOST_REMEMBERED = 4096
-"""Hosts and addresses whose conduct is remembered: those used last."""
+"""Number of most recently used hosts and addresses whose record is kept."""
 
 RECOVERY_SECONDS = 30.0
-"""After this long without a time-out, a host's reduced share doubles, and again after as long."""
+"""After this long without a time-out, a host's reduced share doubles; and again after the same time."""
 
 MOST_PASSED_OVER = 512
-"""Waiting requests that are looked at when a place becomes free. Further ones come first the next time."""
+"""Number of waiting requests that are considered when a slot becomes free. The remaining ones come first the
+next time."""
 
 SHARED_SUFFIXES = {
     "akamaihd.net": 1,
@@ -61,13 +62,22 @@ SHARED_SUFFIXES = {
     "windows.net": 3,  # account.blob.core
     "workers.dev": 1,
 }
-"""Suffixes below which anybody may have a name, and how many labels before them tell the owners apart. They are the
-well-known ones of the private part of https://publicsuffix.org/list/; hosts below another one count as one site."""
+"""Suffixes below which anybody may have a name, and the number of labels before them that distinguish the owners.
+
+They are well-known ones of the private part of https://publicsuffix.org/list/; hosts below any other suffix
+count as one site.
+"""
 
 
 @dataclass(slots=True)
-class Conduct:
-    """share: places that one host or address may hold. proven: it has delivered since its last time-out."""
+class HostRecord:
+    """How a host or an address has behaved.
+
+    Attributes:
+        share: Number of slots that it may hold.
+        changed: Time of the last change of the share.
+        proven: Whether it has delivered since its last time-out.
+    """
 
     share: int
     changed: float
@@ -76,10 +86,13 @@ class Conduct:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a place is for.
+    """What a slot is for.
 
-    request: whose image it is. host: with its port. site: what hosts of one owner probably have in common.
-    address: the one that the host was resolved to, with the port; None where it is not known yet.
+    Attributes:
+        request: The request that the image belongs to.
+        host: The host, with its port.
+        site: The part of the name that hosts of one owner probably share.
+        address: The address that the host was resolved to, with the port; None while it is unknown.
     """
 
     request: Hashable
@@ -88,32 +101,34 @@ class Claim:
     address: Hashable | None = None
 
 
-class Places:
-    """At most `total` claims hold a place at a time. Used on one event loop.
+class FetchSlots:
+    """Lets at most `total` claims hold a slot at a time. Used on one event loop.
 
-    Of the `total`, a request may hold a quarter; a host or an address at first a quarter, up to three quarters after
-    successes, half as many as before (at least one) after each time-out; all hosts of one site three quarters.
+    Of the `total`, a request may hold a quarter; a host or an address at first a quarter, up to three
+    quarters after successes, and half as many as before (at least one) after each time-out; all hosts of one
+    site three quarters.
 
-    Hosts that are not proven may hold a quarter at one address, a quarter at one site, and three quarters together, so
-    that hosts that deliver always find a place. The last quarter of these three goes only to sites that hold none of
-    them, so that a few sites cannot keep out a host that has yet to deliver its first image.
+    Hosts that are not proven may hold a quarter at one address, a quarter at one site, and three quarters
+    together, so that hosts that deliver always find a slot. The last quarter of these three goes only to
+    sites that hold none of them, so that a few sites cannot exclude a host that has yet to deliver its first
+    image.
     """
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """clock: seconds."""
+        """Create slots of which all are free; `clock` returns seconds."""
         self.total = total
         self.held = 0
         self._clock = clock
         self._quarter = max(1, total // 4)
         self._most = max(1, total - total // 4)
         self._most_open = max(1, self._most - total // 4)
-        self._conduct: OrderedDict[Hashable, Conduct] = OrderedDict()
+        self._records: OrderedDict[Hashable, HostRecord] = OrderedDict()
         self._requests: Counter[Hashable] = Counter()
         self._hosts: Counter[Hashable] = Counter()
         self._addresses: Counter[Hashable] = Counter()
         self._sites: Counter[Hashable] = Counter()
         self._unproven: Counter[Hashable] = Counter()
-        """Places of hosts that are not proven, by site."""
+        """Slots of hosts that are not proven, by site."""
         self._unproven_at: Counter[Hashable] = Counter()
         """The same, by address."""
         self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
@@ -126,11 +141,11 @@ class Places:
         return self._hosts[host]
 
     def share_of(self, host_or_address: Hashable) -> int:
-        """How many places it may hold now."""
+        """Return how many slots a host or an address may hold now."""
         return self._current(host_or_address).share
 
-    async def take(self, claim: Claim) -> Place:
-        """Waits its turn; cancelled, it leaves nothing behind. Use the place as a context manager."""
+    async def take(self, claim: Claim) -> FetchSlot:
+        """Wait for a slot; cancelled, it leaves nothing behind. Use the slot as a context manager."""
         if claim.host not in self._queues and self._may(claim):
             return self._granted(claim)
         waiting = _Waiting(claim)
@@ -148,21 +163,26 @@ class Places:
             raise
 
     def delivered(self, claim: Claim) -> None:
-        """It answered well: its host and address may hold more places."""
+        """Record a success: the host and the address may hold more slots."""
         for key in (claim.host, claim.address):
             if key is not None:
-                conduct = self._current(key)
-                conduct.share = min(self._most, max(conduct.share * 2, self._quarter))
-                conduct.proven = True
+                record = self._current(key)
+                record.share = min(self._most, max(record.share * 2, self._quarter))
+                record.proven = True
 
     def timed_out(self, claim: Claim, *, connected: bool) -> None:
-        """It did not deliver in time. connected: its address has accepted the connection, so another host's requests
-        to the same address may still be answered."""
+        """Record a time-out: the host and the address may hold fewer slots.
+
+        Args:
+            claim: What the slot was for.
+            connected: Whether the address accepted the connection. Then other hosts' requests to the address
+                may still be answered, and only the host's share is reduced.
+        """
         for key in (claim.host,) if connected else (claim.host, claim.address):
             if key is not None:
-                conduct = self._current(key)
-                conduct.share = max(1, conduct.share // 2)
-                conduct.changed, conduct.proven = self._clock(), False
+                record = self._current(key)
+                record.share = max(1, record.share // 2)
+                record.changed, record.proven = self._clock(), False
 
     def _may(self, claim: Claim) -> bool:
         if self.held >= self.total or self._requests[claim.request] >= self._quarter:
@@ -174,13 +194,13 @@ class Places:
             return self._may_unproven(claim)
         if claim.address is None:
             return True
-        # a proven host shares the address with others that may be none of its doing
+        # A proven host is not responsible for the other hosts at its address.
         address = self._current(claim.address)
         return self._addresses[claim.address] < (self._most if address.proven else address.share)
 
     def _may_unproven(self, claim: Claim) -> bool:
         if claim.address is not None:
-            # what proven hosts hold at the address does not count: a busy one keeps no new one out
+            # Slots of proven hosts at the address do not count, so that a busy host does not exclude a new one.
             share = min(self._current(claim.address).share, self._quarter)
             if self._unproven_at[claim.address] >= share:
                 return False
@@ -189,11 +209,11 @@ class Places:
             return together < self._most
         return of_site < self._quarter and together < self._most_open
 
-    def _granted(self, claim: Claim) -> Place:
+    def _granted(self, claim: Claim) -> FetchSlot:
         unproven = not self._current(claim.host).proven
         self.held += 1
         self._count(claim, unproven, 1)
-        return Place(self, claim, unproven)
+        return FetchSlot(self, claim, unproven)
 
     def _count(self, claim: Claim, unproven: bool, change: int) -> None:
         for counter, key, counts in (
@@ -215,7 +235,7 @@ class Places:
         self._serve()
 
     def _serve(self) -> None:
-        """Give free places to those who wait: the hosts in turn, and of each host the requests in turn."""
+        """Give free slots to waiting requests: the hosts in turn, and each host's requests in turn."""
         looks, granted = MOST_PASSED_OVER, True
         while granted:
             granted = False
@@ -241,7 +261,7 @@ class Places:
                         break
 
     def _leave(self, waiting: _Waiting) -> None:
-        """Safe to call twice."""
+        """Remove from the queue; safe to call twice."""
         host, request = waiting.claim.host, waiting.claim.request
         queue = self._queues.get(host, OrderedDict())
         claims = queue.get(request, deque())
@@ -252,24 +272,24 @@ class Places:
         if not queue:
             self._queues.pop(host, None)
 
-    def _current(self, key: Hashable) -> Conduct:
-        """With what time has healed."""
+    def _current(self, key: Hashable) -> HostRecord:
+        """Return the record, recovered for the time that has passed."""
         now = self._clock()
-        conduct = self._conduct.get(key)
-        if conduct is None:
-            conduct = self._conduct[key] = Conduct(self._quarter, now)
-            while len(self._conduct) > MOST_REMEMBERED:
-                self._conduct.popitem(last=False)
-            return conduct
-        self._conduct.move_to_end(key)
-        while conduct.share < self._quarter and now - conduct.changed >= RECOVERY_SECONDS:
-            conduct.share = min(self._quarter, conduct.share * 2)
-            conduct.changed += RECOVERY_SECONDS
-        return conduct
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = HostRecord(self._quarter, now)
+            while len(self._records) > MOST_REMEMBERED:
+                self._records.popitem(last=False)
+            return record
+        self._records.move_to_end(key)
+        while record.share < self._quarter and now - record.changed >= RECOVERY_SECONDS:
+            record.share = min(self._quarter, record.share * 2)
+            record.changed += RECOVERY_SECONDS
+        return record
 
 
 def claim_for(request: Hashable, host: str, port: int, address: str | None = None) -> Claim:
-    """For a look-up of the host's name, where there is no address, else for a transfer."""
+    """Make a claim for a transfer, or for a look-up of the host's name if `address` is None."""
     site = site_of(host)
     if address is None:
         return Claim(request, site, site)
@@ -279,9 +299,9 @@ def claim_for(request: Hashable, host: str, port: int, address: str | None = Non
 
 
 def site_of(host: str) -> str:
-    """The part of a host name that one owner probably has registered; an address is its own.
+    """Return the part of a host name that one owner has probably registered; an address is its own site.
 
-    Example: "images.example.co.uk" -> "example.co.uk", "a.github.io" -> "a.github.io".
+    For example "images.example.co.uk" -> "example.co.uk", "a.github.io" -> "a.github.io".
     """
     labels = host.split(".")
     if ":" in host or labels[-1].isdigit():
@@ -293,20 +313,20 @@ def site_of(host: str) -> str:
     return ".".join(labels[-3 if second_level else -2 :])
 
 
-class Place(AbstractContextManager["Place"]):
-    """Held until `release`."""
+class FetchSlot(AbstractContextManager["FetchSlot"]):
+    """A slot, held until `release`."""
 
-    def __init__(self, places: Places, claim: Claim, unproven: bool) -> None:
-        self._places = places
+    def __init__(self, slots: FetchSlots, claim: Claim, unproven: bool) -> None:
+        self._slots = slots
         self._claim = claim
         self._unproven = unproven
         self._held = True
 
     def release(self) -> None:
-        """Safe to call twice."""
+        """Release the slot; safe to call twice."""
         if self._held:
             self._held = False
-            self._places._release(self._claim, self._unproven)
+            self._slots._release(self._claim, self._unproven)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -317,8 +337,10 @@ class Place(AbstractContextManager["Place"]):
 @dataclass(slots=True, eq=False)
 class _Waiting:
     claim: Claim
-    turn: asyncio.Future[Place] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    turn: asyncio.Future[FetchSlot] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 _Queue: TypeAlias = "OrderedDict[Hashable, deque[_Waiting]]"
-"""Of one host: request -> what it waits for."""
+"""Queue of one host: request -> its waiting claims."""
