@@ -154,7 +154,7 @@ class Service:
             return reply
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
-        longest_text = max(MOST_TEXT_BYTES, 4 * self._limits.max_image_bytes // 3 + SHORT_BYTES)  # in base64
+        longest_text = max(MOST_TEXT_BYTES, 4 * self.limits.max_image_bytes // 3 + SHORT_BYTES)  # in base64
         context = self.backend.capabilities.max_model_len
         given = (incoming.take_body(), incoming.headers, context, longest_text)
         if not long:

@@ -88,9 +88,9 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         "more than ASCII",
     ),
     "UTF-8 that ends badly": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (33 * M) + b'\xff"'), 400, ""),
-    "a text and one escape": (
+    "texts with an escape": (
         COMPLETION,
-        lambda: _of_prompt(b'"' + b"a" * (33 * M) + b'\\n"'),
+        lambda: _of_prompt(b'["' + b"a" * (20 * M) + b'\\n","' + b"a" * (20 * M) + b'\\n"]'),
         400,
         "texts that hold escapes",
     ),
@@ -103,8 +103,9 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         400,
         "truncation_side",
     ),
-    "percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (20 * M)), 400, "image 0"),
-    "base64 in percent": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"%41" * (20 * M)), 400, ""),
+    "percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (20 * M)), 400, "bytes in one text"),
+    "allowed percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (11 * M)), 400, "image 0"),
+    "base64 in percent": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"%41" * (11 * M)), 400, ""),
     "allowed token ids": (COMPLETION, lambda: _of_prompt(b"[" + b"1," * 520_000 + b"1]"), 200, ""),
     "allowed lists": (COMPLETION, lambda: _with(b"[" + b"[]," * 65_000 + b"1]"), 200, ""),
     "allowed keys": (
