@@ -1,1 +1,1 @@
-"""Measurements of a running server: a load generator, a comparison, a memory watch, and their plots."""
+"""Measurements: load on a running server, comparisons, memory, and the cost of single parts."""

@@ -1,5 +1,6 @@
-"""One-token queries: milliseconds per layer of each kernel that runs here, beside `scaled_dot_product_attention`
-(which is given its keys and values side by side, and so is spared the gathering from the paged cache).
+"""One-token queries: milliseconds per layer of each kernel that runs here, and of `scaled_dot_product_attention`.
+
+The latter gets its keys and values already gathered, so it does not pay for the paged cache.
 
 python -m bench.attention [--threads 2] [--device cpu]
 """
@@ -46,8 +47,10 @@ CASES = [
 
 
 def milliseconds(step: Callable[[], None], device: torch.device, seconds: float) -> float:
-    """The fastest tenth's slowest of as many steps as fit in that time: what other work on the machine adds is no
-    property of the kernel."""
+    """Return the time of a step: the slowest of the fastest tenth of as many steps as fit into the time.
+
+    Delays caused by other work on the machine are not a property of the kernel.
+    """
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
@@ -60,7 +63,7 @@ def milliseconds(step: Callable[[], None], device: torch.device, seconds: float)
 
 
 def kernel_step(case: Case, kernel: AttentionKernel) -> Callable[[], None]:
-    """A decode step through all layers, the cache full and its blocks scattered."""
+    """Prepare a decode step through all layers, with a full cache whose blocks are scattered."""
     size, device = kernel.shape.block_size, kernel.shape.device
     width = kernel.shape.num_blocks // case.batch
     blocks = torch.randperm(kernel.shape.num_blocks).tolist()
@@ -99,7 +102,7 @@ def kernel_step(case: Case, kernel: AttentionKernel) -> Callable[[], None]:
 
 
 def sdpa_step(case: Case, device: torch.device) -> Callable[[], None]:
-    """The usual way: keys and values already padded side by side, a boolean mask, shared key heads."""
+    """Prepare the usual way: keys and values padded and gathered, a boolean mask, shared key heads."""
     query = torch.randn(case.batch, case.heads, 1, case.head_dim, device=device).to(case.dtype)
     cache = torch.randn(LAYERS, 2, case.batch, case.kv_heads, case.context, case.head_dim, device=device).to(
         case.dtype

@@ -37,7 +37,7 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 @dataclass
 class Reply:
-    """What came back for one request; times are seconds on ``time.perf_counter``'s clock."""
+    """The reply to one request; times are seconds on ``time.perf_counter``'s clock."""
 
     start: float
     status: int = 0  # 0: the connection failed
@@ -53,7 +53,7 @@ class Reply:
 
     @property
     def outcome(self) -> str:
-        """ "200" for a whole reply; else the status, or what went wrong in the stream."""
+        """The status as text, "200" only for a whole reply, or what went wrong in the stream."""
         if self.status != 200:
             return str(self.status or "connection")
         return "200" if self.ok else "broken stream"

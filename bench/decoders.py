@@ -1,10 +1,10 @@
-"""What decoding costs: images a second and core, in the pool of decoder processes and by a call in one process.
+"""The cost of decoding: images per second and core, in the pool of decoder processes and in one process.
 
     python -m bench.decoders
 
-Processor time of all processes together counts, so that other work on the machine matters little; the last column is
-the front's part of it. The last 64 images are kept, as a server keeps some. Exits with 1 where the pool decodes fewer
-than 40 images of 336x336 a second and core.
+Processor time of all processes together counts, so that other work on the machine matters little; the last
+column is the front end's part of it. The last 64 images are kept, as a server keeps some. Exits with 1 if the
+pool decodes fewer than 40 images of 336x336 per second and core.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import psutil
 from PIL import Image
 
-from bench.pictures import jpegs
+from bench.load import jpegs
 from bench.report import machine
 from handlers.images.decode import WHITE, decode, prepare_pillow
 from handlers.images.decoders import DecoderPool
@@ -35,7 +35,7 @@ Kept = deque[Image.Image]
 
 
 def plain(files: Sequence[bytes], kept: Kept) -> float:
-    """Images for each second of processor time."""
+    """Return images per second of processor time in one process."""
     begin = time.process_time()
     for file in files:
         kept.append(decode(file, MAX_PIXELS))
@@ -43,7 +43,7 @@ def plain(files: Sequence[bytes], kept: Kept) -> float:
 
 
 async def pooled(pool: DecoderPool, files: Sequence[bytes], kept: Kept) -> tuple[float, float]:
-    """The same, with the time of the front and of its decoders; and milliseconds of the front for each image."""
+    """Return images per second of processor time of all processes, and milliseconds of the front end per image."""
     before, front = _processor_time(), time.process_time()
     for start in range(0, len(files), 16):
         await asyncio.gather(*(_decoded(pool, file, kept) for file in files[start : start + 16]))
@@ -64,7 +64,7 @@ def _processor_time() -> float:
 
 
 async def measured(count: int) -> dict[int, tuple[float, float, float]]:
-    """Side -> medians: plain, pooled, the front's milliseconds for each image."""
+    """Return medians by side length: plain, pooled, and the front end's milliseconds per image."""
     prepare_pillow(MAX_PIXELS)
     pool = DecoderPool(max_pixels=MAX_PIXELS, max_bytes=20 << 20, background=WHITE, memory_bytes=1 << 30)
     kept: Kept = deque(maxlen=64)

@@ -1,8 +1,8 @@
-"""Each model family on the embedded engine beside transformers' `generate`, in one process and one run.
+"""Each model family on the embedded engine and with transformers' `generate`, in one process and one run.
 
-16 requests at a time, each with one image and an answer of 8 to 120 tokens, on the small random models that the tests
-use. `generate` gets them as batches of 16 prompts of one length, so without padding, and runs each to the end of its
-longest answer. Both sides take turns, and the medians are compared.
+16 requests at a time, each with one image and an answer of 8 to 120 tokens, on the small random models of the
+tests. `generate` gets them as batches of 16 prompts of equal length, so without padding, and runs each batch
+to the end of its longest answer. Both sides take turns, and the medians are compared.
 
     python -m bench.families --rounds 3
 """
@@ -68,12 +68,21 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], Inputs | None]] = {
     "qwen3_vl": (lambda path: make_qwen_vl(path, "qwen3_vl"), tiny_qwen_vl.inputs),
     "smolvlm": (lambda path: make_idefics3(path, "smolvlm"), None),
 }
-"""Phi-3 Vision is not among them: transformers has no `generate` for it."""
+"""Phi-3 Vision is missing, because transformers has no `generate` for it."""
 
 
 @dataclass
 class Measured:
-    """requests/s: medians over the rounds. prepared: images made into arrays per second, by one thread."""
+    """Results for a family.
+
+    Attributes:
+        family: Name of the family.
+        ours: Requests per second of the embedded engine, the median over the rounds.
+        generate: Requests per second of `generate`, the median over the rounds.
+        ratio: The former divided by the latter.
+        prepared: Images prepared per second by one thread.
+        tokens_per_image: Tokens of an image.
+    """
 
     family: str
     ours: float
@@ -108,7 +117,7 @@ def measure(family: str, rounds: int, folder: Path) -> Measured:
 
 
 def _engine(path: Path, oracle: Oracle, prompts: list[Prompt], lengths: list[int]) -> float:
-    """Seconds for all prompts, 16 at a time. A new engine each time, so that nothing is cached."""
+    """Return seconds for all prompts, 16 at a time, with a new engine each time, so that nothing is cached."""
     engine = load_engine(path, max_num_seqs=STREAMS, kv_cache_bytes=256 << 20)
     engine.warm_up()
     adds = [

@@ -1,4 +1,4 @@
-"""A reproducible load of streamed chat requests with pictures, and what it measured."""
+"""A reproducible load of streamed chat requests with images, and its results."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import base64
 import dataclasses
 import functools
 import gc
+import io
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import uvloop
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from bench.client import Connections, Reply
-from bench.pictures import jpegs
 
 WORDS = """
     a the one some red blue green small large old new round square light dark picture house tree river road
@@ -27,18 +29,25 @@ WORDS = """
 """
 
 
+BACKGROUNDS = 8
+SHAPES = 6
+
+
 @dataclass(frozen=True)
 class Load:
-    """What to send. With ``rate`` set, requests arrive at random (Poisson), whatever the server does; else
-    ``streams`` clients each send their next request as soon as the last one ended."""
+    """What to send.
+
+    With ``rate`` set, requests arrive at random (Poisson), whatever the server does; otherwise each of
+    ``streams`` clients sends its next request as soon as the last one has ended.
+    """
 
     requests: int = 256
     streams: int = 32
     rate: float | None = None  # requests per second
-    pictures: int = 1  # per request
+    images: int = 1  # per request
     width: int = 336
     height: int = 336
-    shared: bool = False  # every request shows the same pictures
+    shared: bool = False  # every request shows the same images
     words: int = 16  # of text in a request
     tokens: int = 64  # asked for in every reply, which never stops earlier
     warmup: int = 32  # requests before the clock starts
@@ -47,13 +56,13 @@ class Load:
     def __str__(self) -> str:
         arrival = f"{self.streams} streams" if self.rate is None else f"{self.rate:g} requests/s"
         kind = "shared" if self.shared else "unique"
-        shown = f"{self.pictures} {kind} {self.width}x{self.height}" if self.pictures else "no"
-        return f"{arrival}, {shown} pictures, {self.tokens} tokens"
+        shown = f"{self.images} {kind} {self.width}x{self.height}" if self.images else "no"
+        return f"{arrival}, {shown} images, {self.tokens} tokens"
 
 
 LOADS = {
     "one-336": Load(),
-    "two-1024": Load(requests=160, pictures=2, width=1024, height=1024),
+    "two-1024": Load(requests=160, images=2, width=1024, height=1024),
 }
 """The loads that are compared by default."""
 
@@ -73,8 +82,8 @@ def bodies(load: Load, model: str) -> list[bytes]:
     """Return the JSON bodies of the warm-up's requests, then of the measured ones."""
     count = load.warmup + load.requests
     chance = random.Random(load.seed)
-    urls = _pictures(load.seed, load.pictures * (1 if load.shared else count), load.width, load.height)
-    shown = load.pictures
+    urls = _image_urls(load.seed, load.images * (1 if load.shared else count), load.width, load.height)
+    shown = load.images
     return [
         _body(load, model, urls if load.shared else urls[i * shown : (i + 1) * shown], chance)
         for i in range(count)
@@ -153,15 +162,48 @@ async def _open(
     return await asyncio.gather(*tasks)
 
 
+def jpegs(seed: int, count: int, width: int, height: int) -> Iterator[bytes]:
+    """Yield ``count`` JPEGs of quality 90 that cost about as much to decode as photographs of their size.
+
+    No two have the same pixels, and a seed always gives the same images.
+    """
+    random = np.random.default_rng([seed, width, height])
+    for _ in range(count):
+        image = _background(int(random.integers(BACKGROUNDS)), width, height).copy()
+        canvas = ImageDraw.Draw(image)
+        for _ in range(SHAPES):
+            x, y = random.integers((width, height))
+            dx, dy = random.integers((width // 3 + 2, height // 3 + 2)) + 1
+            color = tuple(int(level) for level in random.integers(256, size=3))
+            outline = canvas.ellipse if random.random() < 0.5 else canvas.rectangle
+            outline((int(x), int(y), int(x + dx), int(y + dy)), fill=color)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90)
+        yield file.getvalue()
+
+
+@functools.lru_cache(maxsize=4 * BACKGROUNDS)
+def _background(index: int, width: int, height: int) -> Image.Image:
+    """A smooth scene with coarse and fine texture: about two bits a pixel at quality 90, as photographs have."""
+    random = np.random.default_rng([index, width, height])
+    levels = np.full((height, width, 3), 128.0)
+    for cells, strength in ((4, 70.0), (24, 25.0), (128, 14.0)):
+        noise = random.normal(0.0, strength, (cells, cells)).astype(np.float32)
+        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        levels += np.asarray(layer)[..., None] * random.uniform(0.6, 1.0, 3)
+    levels += random.normal(0.0, 4.0, (height, width, 1))
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+
+
 @functools.lru_cache(maxsize=1)
-def _pictures(seed: int, count: int, width: int, height: int) -> tuple[str, ...]:
-    made = tqdm(jpegs(seed, count, width, height), "pictures", count, leave=False, mininterval=0.5)
+def _image_urls(seed: int, count: int, width: int, height: int) -> tuple[str, ...]:
+    made = tqdm(jpegs(seed, count, width, height), "images", count, leave=False, mininterval=0.5)
     return tuple("data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for jpeg in made)
 
 
-def _body(load: Load, model: str, pictures: tuple[str, ...], chance: random.Random) -> bytes:
+def _body(load: Load, model: str, images: tuple[str, ...], chance: random.Random) -> bytes:
     text = " ".join(chance.choices(WORDS.split(), k=load.words))
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     return msgspec.json.encode(
         {
             "model": model,
@@ -186,11 +228,13 @@ def add_arguments(parser: argparse.ArgumentParser, streams: str) -> None:
     group.add_argument(
         "--requests", type=int, help="measured (8 for each stream, or 10 s of --rate; at least 32)"
     )
-    group.add_argument("--pictures", type=int, default=load.pictures, help="per request (%(default)s)")
+    group.add_argument(
+        "--images", "--pictures", type=int, default=load.images, help="per request (%(default)s)"
+    )
     group.add_argument(
         "--size", type=_size, default=(load.width, load.height), metavar="WxH", help="(336x336)"
     )
-    group.add_argument("--shared", action="store_true", help="the same pictures in every request")
+    group.add_argument("--shared", action="store_true", help="the same images in every request")
     group.add_argument("--words", type=int, default=load.words, help="of text in a request (%(default)s)")
     group.add_argument("--tokens", type=int, default=load.tokens, help="in every reply (%(default)s)")
     group.add_argument("--warmup", type=int, default=load.warmup, help="requests not measured (%(default)s)")
@@ -198,10 +242,10 @@ def add_arguments(parser: argparse.ArgumentParser, streams: str) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> list[Load]:
-    """Return the loads that the options describe, no two with the same pictures unless they are shared."""
+    """Return the loads that the options describe, no two with the same images unless they are shared."""
     width, height = arguments.size
     base = Load(
-        pictures=arguments.pictures,
+        images=arguments.images,
         width=width,
         height=height,
         shared=arguments.shared,

@@ -1,9 +1,9 @@
-"""Send thousands of pictures that were never seen before, and see whether the server's memory stays flat.
+"""Sends thousands of unique images, and checks whether the server's memory stays constant.
 
     python -m bench.memory
 
-Exits with 1 if it does not: if, once the caches are full, the front process or its workers keep growing by more
-than --slope MB per 1,000 pictures, or if the front process ever passes --front MB.
+Exits with 1 if it does not: if, once the caches are full, the front end or its workers keep growing by more
+than --slope MB per 1,000 images, or if the front end ever exceeds --front MB.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def main() -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--url", help=argparse.SUPPRESS, default=None)
-    parser.add_argument("--count", type=int, default=10000, help="pictures (%(default)s)")
+    parser.add_argument("--count", type=int, default=10000, help="images (%(default)s)")
     parser.add_argument(
-        "--skip", type=int, help="first pictures not judged, which fill the caches (half of them)"
+        "--skip", type=int, help="first images not judged, which fill the caches (half of them)"
     )
     parser.add_argument("--side", type=int, default=512, help="of a picture, in pixels (%(default)s)")
-    parser.add_argument("--slope", type=float, default=5.0, help="MB per 1,000 pictures (%(default)s)")
+    parser.add_argument("--slope", type=float, default=5.0, help="MB per 1,000 images (%(default)s)")
     parser.add_argument("--front", type=float, default=500.0, help="MB (%(default)s)")
     arguments = parser.parse_args()
     out = results_folder("memory")
@@ -56,13 +56,13 @@ def main() -> None:
     judged = [place for place, count in enumerate(seen) if count >= skip]
     slopes = {name: _slope(seen, values, judged) for name, values in (("front", front), ("workers", workers))}
     save(out / "results.json", {
-        "machine": report.machine(), "pictures": seen, "front_mb": front, "workers_mb": workers, "mb_per_1000": slopes,
+        "machine": report.machine(), "images": seen, "front_mb": front, "workers_mb": workers, "mb_per_1000": slopes,
     })  # fmt: skip
     plots.memory(out / "memory.png", seen, front, workers)
     for count, one_front, one_workers in zip(seen, front, workers, strict=True):
-        print(f"{count:6d} pictures: front {one_front:7.1f} MB, workers {one_workers:7.1f} MB")
-    print(f"front {slopes['front']:+.2f}, workers {slopes['workers']:+.2f} MB per 1,000 pictures; {out}")
-    wrong = [f"{name} grows by {slope:.1f} MB per 1,000 pictures, more than {arguments.slope:g}"
+        print(f"{count:6d} images: front {one_front:7.1f} MB, workers {one_workers:7.1f} MB")
+    print(f"front {slopes['front']:+.2f}, workers {slopes['workers']:+.2f} MB per 1,000 images; {out}")
+    wrong = [f"{name} grows by {slope:.1f} MB per 1,000 images, more than {arguments.slope:g}"
              for name, slope in slopes.items() if slope > arguments.slope]  # fmt: skip
     if max(front) > arguments.front:
         wrong.append(f"the front process took {max(front):.0f} MB, more than {arguments.front:g}")

@@ -37,7 +37,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Size:
-    """The numbers that a size is made of. side: of a picture, in pixels."""
+    """The dimensions of a model; `side` is that of an image in pixels."""
 
     width: int
     layers: int

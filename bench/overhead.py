@@ -1,9 +1,10 @@
-"""What the dialects themselves cost: processor time to read a body, to write a reply, and to write one token.
+"""The cost of the protocols: processor time to read a body, to write a reply, and to write one token.
 
     python -m bench.overhead
 
-No model and no socket: each dialect reads the same request, a picture of 100 KB in it, and writes the same answer of
-200 tokens, whole and streamed. Exits with 1 where a dialect costs more than its bounds: 1 ms a request, 20 us a token.
+Without a model or a socket, each protocol reads the same request with an image of 100 KB, and writes the same
+answer of 200 tokens, whole and streamed. Exits with 1 if a protocol exceeds its bounds: 1 ms per request, 20
+us per token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from bench.pictures import jpegs
+from bench.load import jpegs
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.exchange import Incoming
 from handlers.protocols.base import Answer, Answered, Conventions, Task
@@ -43,7 +44,7 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians of processor time: a request (its reading, its first and its last words) and one token more."""
+    """Medians of processor time: of a request (reading it, and its first and last chunk), and of one more token."""
 
     request_ms: float
     token_us: float
@@ -67,7 +68,7 @@ def dialects(picture: str) -> dict[str, Dialect]:
 
 
 def cost(dialect: Dialect, repeats: int = 60) -> Cost:
-    """Of one dialect, streamed; a whole reply is no more than one chunk."""
+    """Measure one protocol, streamed; a whole reply is like a single chunk."""
     deltas = _deltas(logprobs=dialect.logprobs)
     stats = PromptStats(prompt_tokens=640, image_tokens=576, prompt_token_ids=[5] * 640, prompt_text=_TEXT)
     conventions = Conventions("m")
@@ -134,7 +135,7 @@ def table(costs: dict[str, Cost]) -> str:
 
 
 def measured() -> dict[str, Cost]:
-    """Of every dialect. A request's time holds all of a whole reply of 200 tokens."""
+    """Measure every protocol. A request's time includes a whole reply of 200 tokens."""
     (file,) = jpegs(seed=0, count=1, width=680, height=680)
     picture = "data:image/jpeg;base64," + base64.b64encode(file).decode()
     return {name: cost(dialect) for name, dialect in dialects(picture).items()}

@@ -1,13 +1,14 @@
-"""What happens when far more requests arrive than can be answered: refusals, probes, and those that are answered.
+"""Behaviour under far more requests than can be answered: refusals, probes, and the requests that are answered.
 
     python -m bench.overload
     python -m bench.overload --body 1300000 --times 1.5,10
 
-A server around the model in examples/shapes is asked in turn: as fast as it answers (which finds its capacity), then
-with random arrivals at multiples of that rate, each on a connection of its own, from other processes. Another process
-asks `/ping` twenty times a second. Reported are latencies (whole replies, from the time that each request was due),
-statuses, connections that were reset, and the processor time of the server's front: the last is what a refusal costs,
-the others also show how busy the machine is, as the generators need processors of their own.
+A server with the model in examples/shapes first gets requests as fast as it answers, which gives its
+capacity. Then requests arrive at random at multiples of that rate, each on its own connection, from other
+processes, while another process requests `/ping` twenty times a second. The results are latencies (of whole
+replies, from the time when each request was due), statuses, connections that were reset, and the processor
+time of the server's front end. The last shows the cost of a refusal; the others also depend on how busy the
+machine is, since the generators need processors of their own.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ PINGS_PER_SECOND = 20.0
 
 @dataclass
 class Seen:
-    """Seconds from when each request was due to the end of its reply, by status; 0: no reply came. late: those of
-    them that passed before the generator itself came to send it, a sign of a machine that is too busy to measure on.
+    """Replies to requests.
+
+    Attributes:
+        times: Status -> seconds from when each request was due to the end of its reply; 0 if no reply came.
+        late: Seconds by which the generator itself sent each request too late, a sign of a machine that is
+            too busy to measure.
     """
 
     times: dict[int, list[float]] = field(default_factory=dict)
@@ -54,7 +59,7 @@ class Seen:
         self.late += other.late
 
     def quantiles(self, status: int) -> str:
-        """Median and 99th percentile in milliseconds."""
+        """Return the median and the 99th percentile in milliseconds."""
         return _quantiles(self.times.get(status, []))
 
     def counts(self) -> str:
@@ -71,7 +76,7 @@ def _quantiles(seconds: list[float]) -> str:
 
 
 class _Exchange(asyncio.Protocol):
-    """One request on a connection of its own, which the server closes after the reply."""
+    """One request on its own connection, which the server closes after the reply."""
 
     def __init__(self, request: bytes, done: asyncio.Future[int]) -> None:
         self._request = request
@@ -106,7 +111,7 @@ async def _exchange(port: int, request: bytes) -> int:
 
 
 def arrivals(port: int, request: bytes, rate: float, seconds: float, seed: int) -> Seen:
-    """Requests at random times, whatever the server does."""
+    """Send requests at random times, whatever the server does."""
 
     async def run() -> Seen:
         seen, chance = Seen(), random.Random(seed)
@@ -128,7 +133,7 @@ def arrivals(port: int, request: bytes, rate: float, seconds: float, seed: int) 
 
 
 def streams(port: int, request: bytes, count: int, seconds: float) -> Seen:
-    """So many clients, each of which asks again as soon as it has its reply."""
+    """Run `count` clients, each of which sends its next request as soon as it has its reply."""
 
     async def run() -> Seen:
         seen, end = Seen(), time.perf_counter() + seconds
@@ -144,7 +149,7 @@ def streams(port: int, request: bytes, count: int, seconds: float) -> Seen:
 
 
 def front_seconds(port: int) -> float:
-    """Processor time of the server's front so far."""
+    """Return the processor time of the server's front end so far."""
     connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
     connection.request("GET", "/metrics")
     page = connection.getresponse().read().decode()
@@ -155,7 +160,7 @@ def front_seconds(port: int) -> float:
 
 
 def _request(body: int, tokens: int) -> bytes:
-    """body: bytes of JSON; what is beyond the question is white space."""
+    """Build a request whose JSON body is padded with white space to `body` bytes."""
     question = {
         "messages": [{"role": "user", "content": "What do you see?"}],
         "max_tokens": tokens,
@@ -170,7 +175,7 @@ PING = f"GET /ping HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\n\r\n".encode
 
 
 def _measured(port: int, work: Callable[[], Seen]) -> tuple[Seen, float]:
-    """What was seen, and the front's seconds of processor time meanwhile."""
+    """Return what was seen, and the processor time of the front end meanwhile."""
     before = front_seconds(port)
     seen = work()
     return seen, front_seconds(port) - before
@@ -179,7 +184,7 @@ def _measured(port: int, work: Callable[[], Seen]) -> tuple[Seen, float]:
 def _overload(
     pool: Pool, port: int, request: bytes, rate: float, arguments: argparse.Namespace
 ) -> tuple[Seen, Seen, float]:
-    """The requests, the pings beside them, and the front's seconds."""
+    """Return the replies, those to the pings beside them, and the front end's seconds."""
     generators = arguments.generators
     before = front_seconds(port)
     pings = pool.apply_async(arrivals, (port, PING, PINGS_PER_SECOND, arguments.seconds, 0))

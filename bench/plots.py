@@ -1,4 +1,4 @@
-"""PNG plots of what was measured: latency against load, and one run over time."""
+"""PNG plots of the results: latency against load, and one run over time."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def timelines(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def memory(path: Path, pictures: list[int], front: list[float], workers: list[float]) -> None:
-    """Draw resident memory, in MB, over the pictures that a server has seen."""
+def memory(path: Path, images: list[int], front: list[float], workers: list[float]) -> None:
+    """Draw resident memory, in MB, over the images that a server has seen."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.plot(pictures, front, "o-", label="front")
-    axis.plot(pictures, workers, "o-", label="workers")
-    axis.set(xlabel="unique pictures", ylabel="resident MB", ylim=(0, None))
+    axis.plot(images, front, "o-", label="front")
+    axis.plot(images, workers, "o-", label="workers")
+    axis.set(xlabel="unique images", ylabel="resident MB", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Numbers from a run: what is printed, what is saved, what is compared."""
+"""Results of a run: what is printed, saved and compared."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ INTERVAL = 0.5  # seconds between samples
 
 @dataclass
 class Sample:
-    """One look at a server's processes; resident memory in bytes, with pages that two share counted twice."""
+    """A sample of a server's processes; resident memory in bytes, in which shared pages count twice."""
 
     when: float  # seconds on time.perf_counter's clock
     cpu: float  # seconds of processor time so far
@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass
 class Server:
-    """A server that answers at ``host`` and ``port`` as ``model``; no samples where it is not ours to watch."""
+    """A server that answers at ``host`` and ``port`` as ``model``; it has no samples if it was not started here."""
 
     name: str
     host: str
@@ -47,11 +47,15 @@ class Server:
 def our_command(
     folder: Path, port: int, options: Sequence[str] = (), python: Path | None = None
 ) -> list[str]:
-    """Return the command that serves a folder with this project; options are ``key=value``.
+    """Return the command that serves a folder with this project.
 
-    python: of the environment to run in, with this project in it; None for this one.
+    Our default is one image per prompt; the loads contain several.
 
-    Our default is one picture in a prompt; the loads show several.
+    Args:
+        folder: The model.
+        port: Port to listen on.
+        options: ``key=value`` each.
+        python: Interpreter of an environment with this project; None for this one.
     """
     if not any("limit_mm_per_prompt" in option for option in options):
         options = [*options, 'limit_mm_per_prompt={"image": 8}']

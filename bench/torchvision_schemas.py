@@ -1,10 +1,9 @@
-"""Make torchvision's CUDA wheel importable beside a CPU build of torch, in the environment that runs this;
-nothing is done where it is importable already.
+"""Makes torchvision's CUDA wheel importable beside a CPU build of torch, in the environment that runs this.
 
-torchvision's Python part registers fake kernels for operators that only its shared library defines, and that
-library does not load here. Declaring the operators is enough for vLLM, which uses the image transforms alone.
-A .pth file does it in every process of the environment, vLLM's children among them, and only once torchvision
-is imported. For the environment of measurements only.
+Nothing is done if it is importable already. torchvision's Python part registers fake kernels for operators
+that only its shared library defines, and that library does not load here. Declaring the operators is enough
+for vLLM, which uses only the image transforms. A .pth file does it in every process of the environment,
+vLLM's children included, and only once torchvision is imported. Only for the environment of measurements.
 """
 
 import subprocess

@@ -14,8 +14,8 @@ from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
 from container.exchange import Call, Exchange, Scope, Send, has_body, header_lines, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
-from container.openapi.document import document
-from container.routes import Action, Match, MethodNotAllowed, Route, find
+from container.openapi import document
+from container.routes import Match, MethodNotAllowed, find
 from container.state import Answers, ServerState, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
@@ -23,6 +23,7 @@ from handlers.exchange import Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
 from handlers.protocols.errors import client_error, error_reply
+from handlers.protocols.routes import Action, Route
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration

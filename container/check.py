@@ -22,8 +22,8 @@ from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.select import Choice, choose_for
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.vllm.options.arguments import refused_options
+from handlers.backends.vllm.options.checkpoint import format_warnings
 from handlers.backends.vllm.options.fields import SECRET
-from handlers.backends.vllm.options.mistral import format_warnings
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.model_names import public_names

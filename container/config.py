@@ -14,11 +14,11 @@ import javaproperties
 from handlers.backends.vllm.options.fields import SECRET, engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import Level
-from properties.names import FACTS, PREFIX, key_of
+from properties.names import OPTIONS, PREFIX, key_of
 from properties.problem import DEFAULT, ConfigurationError, Problem
 
-SERVE_DEFAULTS = {"host": "127.0.0.1"}
-RUN_DEFAULTS = {"host": "127.0.0.1", "port": "2242"}
+SERVE_DEFAULTS = {"host": "127.0.0.1", "page": "true"}
+RUN_DEFAULTS = {**SERVE_DEFAULTS, "port": "2242"}
 """Defaults of `lmi serve` and `lmi run`, option -> value. Port 2242 is Aphrodite's."""
 
 
@@ -64,7 +64,7 @@ def as_properties(configuration: Configuration) -> str:
     for name, source in configuration.sources.items():
         if source.level >= Level.RECOMMENDED:
             continue
-        if FACTS[name].secret:
+        if OPTIONS[name].secret:
             lines.append(f"# {key_of(name)}: left out, as a secret; it comes from {source.location}")
         else:
             lines.append(_line(key_of(name), _text(_value(configuration, name))))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.backends.weight_files import BITS, INDEX, PICKLED_INDEX, read_header, safetensors_files
-from properties.recommend import model_dtype, text_config
+from properties.model import model_dtype, text_config
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

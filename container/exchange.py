@@ -15,8 +15,8 @@ from typing import Any, Literal
 from urllib.parse import parse_qs
 
 from container.bodies import Receive
-from container.routes import Route
 from handlers.exchange import Reply, RequestFacts
+from handlers.protocols.routes import Route
 from handlers.protocols.select import REQUEST_ID_HEADERS
 
 Scope = MutableMapping[str, Any]

@@ -20,15 +20,14 @@ from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
 from handlers.backends.model_files import too_long
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.unused import unused_by_text
-from handlers.backends.vllm.options.heads import Heads, heads_of
-from handlers.backends.vllm.options.plan import plan_devices
-from handlers.backends.vllm.options.precision import served_dtype as vllm_dtype
-from handlers.backends.vllm.options.precision import stored_dtype
+from handlers.backends.vllm.options.checkpoint import served_dtype as vllm_dtype
+from handlers.backends.vllm.options.checkpoint import stored_dtype
+from handlers.backends.vllm.options.plan import Heads, heads_of, plan_devices
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName
+from properties.model import context_length, model_dtype
 from properties.problem import Problem
-from properties.recommend import context_length, model_dtype
 from properties.settings import Settings
 
 

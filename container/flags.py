@@ -13,11 +13,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from properties.containers import SAME, WITHOUT_EFFECT
 from properties.field import Level
 from properties.legacy import RENAMED, ignored_because
-from properties.names import FACTS, KEYS, PREFIX, key_from_command_line, nearest
+from properties.names import KEYS, OPTIONS, PREFIX, key_from_command_line, nearest
 from properties.settings import Settings
+from properties.sources import SAME, WITHOUT_EFFECT
 
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-q": "--quantization"}
 
@@ -93,7 +93,7 @@ class _Reader:
 
     def _option(self, text: str) -> None:
         attribute = _attribute(text.partition("=")[0].strip())
-        if attribute is not None and FACTS[attribute].secret:
+        if attribute is not None and OPTIONS[attribute].secret:
             self._found.secret.append(text)
         else:
             self._found.rest += ["--option", text]
@@ -150,7 +150,7 @@ class _Reader:
         attribute = _attribute(name)
         if attribute == "chat_template":
             value = _from_here(value)
-        secret = attribute is not None and FACTS[attribute].secret
+        secret = attribute is not None and OPTIONS[attribute].secret
         (self._found.secret if secret else self._found.options).append(f"--{name.replace('_', '-')}={value}")
 
     def _known(self, name: str) -> bool:

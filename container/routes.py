@@ -1,4 +1,4 @@
-"""The table of routes, by path and method.
+"""The table of routes: those of every API and the server's own, by path and method.
 
 Clients build paths of their own from the address that they are given: what they make of one that ends in `/v1`,
 `/invocations` or `/generate`, and a slash too many, finds the route that they mean.
@@ -7,18 +7,44 @@ Clients build paths of their own from the address that they are given: what they
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from msgspec import Struct
 
 from handlers.errors import NotFound, ServingError
+from handlers.protocols.lmi.replies import LmiError
+from handlers.protocols.openai.replies import OpenAIError
+from handlers.protocols.routes import READ, Action, Route
+from handlers.protocols.select import ROUTES as API_ROUTES
 
-Action = Literal[
-    "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize",
-    "adapters",
-]  # fmt: skip
 
-READ = ("GET", "HEAD")
+class Ping(Struct, forbid_unknown_fields=True):
+    """`/ping`."""
+
+    status: str
+    reason: str
+
+
+class Health(Struct, forbid_unknown_fields=True):
+    """`/health` while the model can answer."""
+
+    status: Literal["ok"]
+
+
+class Unhealthy(Struct, forbid_unknown_fields=True):
+    """`/health` while it cannot. error, error_type: TGI's."""
+
+    status: str
+    reason: str
+    error: str
+    error_type: str
+
+
+class Version(Struct, forbid_unknown_fields=True):
+    """`/version`."""
+
+    version: str
 
 
 class MethodNotAllowed(ServingError):
@@ -34,23 +60,6 @@ class MethodNotAllowed(ServingError):
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """One route.
-
-    Attributes:
-        template: What logs, metrics and the handlers call it, never what the client typed.
-        action: What answers it.
-        methods: The HTTP methods that it answers.
-        open: Answered without the server's key, which the platform does not have.
-    """
-
-    template: str
-    action: Action
-    methods: tuple[str, ...] = ("POST",)
-    open: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Match:
     """A route, and the names of a model and of an adapter in the path; "" if there are none."""
 
@@ -59,79 +68,56 @@ class Match:
     adapter: str = ""
 
 
-PING = Route("/ping", "ping", (*READ, "POST"), open=True)
-HEALTH = Route("/health", "health", READ, open=True)
-METRICS = Route("/metrics", "metrics", READ, open=True)
-MODELS = Route("/v1/models", "models", READ)
-CHAT = Route("/v1/chat/completions", "answer")
-COMPLETIONS = Route("/v1/completions", "answer")
-ROOT = Route("/", "answer")
-PREDICTIONS = Route("/predictions/{model}", "answer")
-INVOKE = Route("/models/{model}/invoke", "answer")
+def _own(path: str, action: Action, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
+    return Route(path, action, summary, methods=methods, errors=(OpenAIError, LmiError), **more)
 
-_ADAPTERS = (
-    Route("/adapters", "adapters", READ),
-    Route("/adapters", "adapters"),
-)
-_ADAPTER = (
-    Route("/adapters/{adapter}", "adapters", READ),
-    Route("/adapters/{adapter}", "adapters", ("DELETE",)),
-)
-_UPDATE = (Route("/adapters/{adapter}/update", "adapters"),)
 
-ROUTES: dict[str, tuple[Route, ...]] = {
-    "/ping": (PING,),
-    "/health": (HEALTH,),
-    "/metrics": (METRICS,),
-    "/server/metrics": (METRICS,),
-    "/version": (Route("/version", "version", READ),),
-    "/info": (Route("/info", "info", READ),),
-    "/openapi.json": (Route("/openapi.json", "openapi", READ),),
-    # SageMaker and LMI
-    "/invocations": (Route("/invocations", "answer"),),
-    # LMI's adapters; SageMaker calls them for inference components
-    "/adapters": _ADAPTERS,
-    # OpenAI
-    "/v1/models": (MODELS,),
-    "/v1/chat/completions": (CHAT,),
-    "/v1/completions": (COMPLETIONS,),
-    # TGI; Hugging Face's Python client also asks for text at the address it was given for chat
-    "/": (ROOT, HEALTH),
-    "/v1": (ROOT,),
-    "/generate": (Route("/generate", "answer"),),
-    "/generate_stream": (Route("/generate_stream", "answer"),),
-    "/chat_tokenize": (Route("/chat_tokenize", "tokenize"),),
-    # TGI and vLLM
-    "/tokenize": (Route("/tokenize", "tokenize"),),
-    "/detokenize": (Route("/detokenize", "detokenize"),),
-}
-"""Path -> its routes, which differ in their methods."""
+_HEALTH: dict[str, Any] = {"open": True, "replies": (Health,), "not_ready": (Unhealthy,)}
 
-_NAMED: tuple[tuple[re.Pattern[str], tuple[Route, ...]], ...] = (
-    (re.compile(r"/v1/models/(?P<name>.+)"), (MODELS,)),
-    (re.compile(r"/adapters/(?P<adapter>[^/]+)/update"), _UPDATE),
-    (re.compile(r"/adapters/(?P<adapter>[^/]+)"), _ADAPTER),
-    (re.compile(r"/models/(?P<name>.+)/adapters"), _ADAPTERS),
-    (re.compile(r"/models/(?P<name>.+)/adapters/(?P<adapter>[^/]+)/update"), _UPDATE),
-    (re.compile(r"/models/(?P<name>.+)/adapters/(?P<adapter>[^/]+)"), _ADAPTER),
-    (re.compile(r"/models/(?P<name>.+)/invoke"), (INVOKE,)),
-    (re.compile(r"/predictions/(?P<name>.+)"), (PREDICTIONS,)),
+ROUTES = (
+    *API_ROUTES,
+    _own(
+        "/ping",
+        "ping",
+        "Whether the model can answer, as SageMaker asks it",
+        methods=(*READ, "POST"),
+        open=True,
+        replies=(Ping,),
+        not_ready=(Ping,),
+    ),
+    _own("/health", "health", "Whether the model can answer", **_HEALTH),
+    _own("/", "health", "Whether the model can answer", template="/health", **_HEALTH),
+    _own("/metrics", "metrics", "Metrics for Prometheus", open=True),
+    _own("/server/metrics", "metrics", "Metrics for Prometheus", template="/metrics", open=True),
+    _own("/version", "version", "The version of this server", replies=(Version,)),
+    _own("/openapi.json", "openapi", "This document", replies=(dict[str, Any],)),
 )
-_GROUP = re.compile(r"\(\?P<(\w+)>[^)]+\)")
-_APPENDED = {CHAT.template: CHAT, COMPLETIONS.template: COMPLETIONS}
+"""Every route; of those that share a path, each has methods of its own."""
+
+_APPENDED = {route.path: route for route in ROUTES if route.appended}
 """Paths that Hugging Face's clients append to whatever address they are given."""
 
+_NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
 _SLASHES = re.compile(r"//+")
 
 
-def every() -> Iterator[tuple[str, Route]]:
-    """All routes with their paths, in which `{name}` is a model's name and `{adapter}` an adapter's."""
-    for path, routes in ROUTES.items():
-        for route in routes:
-            yield path, route
-    for pattern, routes in _NAMED:
-        for route in routes:
-            yield _GROUP.sub(r"{\1}", pattern.pattern), route
+def _by_path() -> tuple[dict[str, tuple[Route, ...]], list[tuple[re.Pattern[str], tuple[Route, ...]]]]:
+    paths: dict[str, tuple[Route, ...]] = {}
+    for route in ROUTES:
+        paths[route.path] = (*paths.get(route.path, ()), route)
+    plain = {path: routes for path, routes in paths.items() if "{" not in path}
+    named = []
+    for path, routes in paths.items():
+        if path in plain:
+            continue
+        pattern = path
+        for name, group in _NAMES.items():
+            pattern = pattern.replace(name, group)
+        named.append((re.compile(pattern), routes))
+    return plain, named
+
+
+_PLAIN, _NAMED = _by_path()
 
 
 def find(path: str, method: str) -> Match:
@@ -157,8 +143,8 @@ def _at(path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
 
 
 def _listed(path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
-    if path in ROUTES:
-        return ROUTES[path], {}
+    if path in _PLAIN:
+        return _PLAIN[path], {}
     for pattern, routes in _NAMED:
         if match := pattern.fullmatch(path):
             return routes, match.groupdict()

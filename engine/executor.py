@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
@@ -18,14 +17,14 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineConfig
-from engine.framing import read_frame, write_frame
 from engine.loader import check_ranks, load_model
 from engine.machine import usable_cores
 from engine.messages import Picture
 from engine.runner import ModelRunner, StepLogits
 from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.tensor_parallel import Ranks
-from processes.environment import child_environment
+from processes.environment import child_command, child_environment
+from processes.inside import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class ParallelExecutor(Executor):
         self._encoder = msgspec.msgpack.Encoder()
         folder = tempfile.TemporaryDirectory(prefix="lmi-ranks-")
         meeting = str(Path(folder.name, "meeting"))
-        self._sockets = [
+        self._ranks = [
             _spawn(RankSetup(config, rank, meeting)) for rank in range(1, config.tensor_parallel_degree)
         ]
         with folder:
@@ -126,8 +125,8 @@ class ParallelExecutor(Executor):
 
     def _tell(self, command: Command) -> StepLogits | None:
         body = self._encoder.encode(command)
-        for sock in self._sockets:
-            write_frame(sock, body)
+        for rank in self._ranks:
+            rank.send(body)
         return self.runner.execute(command)
 
 
@@ -159,9 +158,9 @@ def load_rank(setup: RankSetup) -> ModelRunner:
     return runner
 
 
-def follow(sock: socket.socket) -> None:
+def follow(first: Frames) -> None:
     """Run a rank other than 0: execute the commands of rank 0 until it ends."""
-    frame = read_frame(sock)
+    frame = first.receive()
     if frame is None:
         return
     setup = msgspec.msgpack.decode(frame, type=RankSetup)
@@ -169,7 +168,7 @@ def follow(sock: socket.socket) -> None:
     runner = load_rank(setup)
     torch.set_num_threads(threads_for(setup.config, runner.weight_bytes))
     decoder = msgspec.msgpack.Decoder(Command)
-    while (frame := read_frame(sock)) is not None:
+    while (frame := first.receive()) is not None:
         runner.execute(decoder.decode(frame))
 
 
@@ -199,11 +198,11 @@ def threads_for(config: EngineConfig, weight_bytes: int | None = None) -> int:
     return max(1, int(cores / config.tensor_parallel_degree))
 
 
-def _spawn(setup: RankSetup) -> socket.socket:
+def _spawn(setup: RankSetup) -> Frames:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engine.process", "--rank", str(theirs.fileno())],
+            child_command("engine.process", "--rank", str(theirs.fileno())),
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
             env=child_environment("engine"),
@@ -211,8 +210,9 @@ def _spawn(setup: RankSetup) -> socket.socket:
     threading.Thread(
         target=_end_with, args=(process, setup.rank), daemon=True, name=f"rank-{setup.rank}"
     ).start()
-    write_frame(ours, msgspec.msgpack.encode(setup))
-    return ours
+    rank = Frames(ours)
+    rank.send(msgspec.msgpack.encode(setup))
+    return rank
 
 
 def _end_with(process: subprocess.Popen[bytes], rank: int) -> None:

@@ -1,4 +1,4 @@
-"""Messages between the front end and an engine process: msgpack, each preceded by its length.
+"""Messages between the front end and an engine process, in msgpack.
 
 The front end sends `Opening` until the engine is configured, and then `ToEngine`; the engine sends
 `FromEngine`.
@@ -6,7 +6,6 @@ The front end sends `Opening` until the engine is configured, and then `ToEngine
 
 from __future__ import annotations
 
-import struct
 from typing import Literal
 
 import msgspec
@@ -15,11 +14,6 @@ import numpy.typing as npt
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-
-FRAME = struct.Struct("<I")
-"""Length prefix of a message: four bytes, little endian."""
-
-MAX_FRAME_BYTES = 1 << 30
 
 EMBEDDINGS = "image_embeds"
 """Name of the tensor of an image that is sent as the encoder's output instead of as pixels."""
@@ -137,11 +131,7 @@ class Ping(msgspec.Struct, tag=True):
     number: int
 
 
-class Shutdown(msgspec.Struct, tag=True):
-    """A request to end the process."""
-
-
-ToEngine = Add | Abort | Ping | Shutdown
+ToEngine = Add | Abort | Ping
 
 
 class Answer(msgspec.Struct, tag=True):

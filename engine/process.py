@@ -10,8 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import queue
-import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
-from engine.framing import read_frame, write_frame
 from engine.machine import device_name
 from engine.messages import (
     Abort,
@@ -36,11 +33,10 @@ from engine.messages import (
     Ping,
     Pong,
     Ready,
-    Shutdown,
     StepDone,
     ToEngine,
 )
-from processes.inside import die_with_parent
+from processes.inside import Parent
 
 if TYPE_CHECKING:
     from engine.guidance import Built
@@ -52,16 +48,16 @@ MESSAGES_PER_STEP = 64
 
 
 class Channel:
-    """The engine's end of the socket: blocking, one reader thread, one writer."""
+    """The engine's end of the connection: one reader thread, one writer."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
 
     def read_config(self) -> EngineConfig | None:
         """Answers what the front asks first. None where it is gone before it has configured anything."""
-        while (frame := read_frame(self._socket)) is not None:
+        while (frame := self._parent.receive()) is not None:
             message = msgspec.msgpack.decode(frame, type=Opening)
             if isinstance(message, EngineConfig):
                 return message
@@ -69,11 +65,11 @@ class Channel:
         return None
 
     def send(self, message: FromEngine) -> None:
-        write_frame(self._socket, self._encoder.encode(message))
+        self._parent.send(self._encoder.encode(message))
 
     def messages(self) -> Iterator[ToEngine]:
-        """Until the front closes the socket."""
-        while (frame := read_frame(self._socket)) is not None:
+        """Until the front closes the connection."""
+        while (frame := self._parent.receive()) is not None:
             yield self._decoder.decode(frame)
 
 
@@ -120,7 +116,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
         refused: list[Output] = []
         changed = False
         for message in _take(inbox, block=not engine.has_work):
-            if message is None or isinstance(message, Shutdown):
+            if message is None:
                 return
             if isinstance(message, Add):
                 if message.grammar is None:
@@ -159,7 +155,7 @@ def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | Built | None
     try:
         for message in channel.messages():
             inbox.put(message)
-    except (OSError, msgspec.MsgspecError, EngineError):
+    except (OSError, msgspec.MsgspecError):
         logger.exception("the connection to the front failed")
     finally:
         inbox.put(None)
@@ -176,18 +172,16 @@ def _import_engine() -> None:
 
 
 def main() -> None:
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = Parent()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    sock = socket.socket(fileno=int(sys.argv[-1]))
     try:
         _import_engine()
         if sys.argv[1] == "--rank":
             from engine.executor import follow
 
-            follow(sock)
+            follow(parent)
         else:
-            channel = Channel(sock)
+            channel = Channel(parent)
             config = channel.read_config()
             if config is not None:
                 serve(channel, config)

@@ -27,7 +27,7 @@ from handlers.protocols.select import CALLS, error_format, read_task
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
 from handlers.tokenization import Tokenization
-from properties.settings_chat import OutputFormat
+from properties.settings import OutputFormat
 
 log = logging.getLogger(__name__)
 

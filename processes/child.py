@@ -1,14 +1,17 @@
 """A Python child process, seen from its parent: started with what it needs and no more, bounded, killable.
 
-It talks in frames over a socket pair (`processes.inside` is the other end). What it or its libraries print goes to
-`logging`, line by line and within a rate.
+It exchanges messages with the parent over a socket pair (`processes.inside` is the other end): one question and one
+answer after the other (`Child.send`, `Child.receive`), or any number in both directions (`Child.connect`). What it or
+its libraries print goes to `logging`, line by line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -16,19 +19,26 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from processes.inside import FRAME
+import psutil
+
+from processes.environment import Kind, child_command, child_environment
+from processes.inside import FRAME, MAX_FRAME_BYTES
 
 _INT = struct.Struct("i")
 
 _LOG_BURST = 16 * 2**10
 _LOG_BYTES_PER_SECOND = 2 * 2**10
-"""What one child may add to the log at once, and for each second."""
+"""What one child whose log is bounded may add to it at once, and for each second."""
 
 _SEND_BYTES = 2**20
 """Of a message, what Linux is asked to take at once, so that sending most need not wait for the child to read."""
 
-_LONGEST_LINE = 2**10
+_LONGEST_LINE = 2**16
+_LONGEST_BOUNDED_LINE = 2**10
 _LAST_WORDS = 400
+
+_LEFT_OPEN_SECONDS = 1.0
+"""Until the log of a child that has ended is taken as complete, though a process that it started holds it open."""
 
 
 _own_log = logging.getLogger(__name__)
@@ -45,15 +55,64 @@ class Limits:
     open_files: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Where the lines go that a child prints.
+
+    level: of lines that do not begin with a level's name. levels: whether such a name is taken as the level, and off
+    the line. bounded: whether what exceeds a rate is dropped, for a child whose work is hostile input.
+    """
+
+    logger: logging.Logger
+    level: int = logging.INFO
+    levels: bool = True
+    bounded: bool = False
+
+
+class Connection:
+    """Messages in both directions at any time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def send(self, body: bytes) -> None:
+        """Never waits. Raises OSError when the child is going away."""
+        if self._writer.is_closing():
+            raise BrokenPipeError("the connection to the child is closed")
+        try:
+            self._writer.writelines((FRAME.pack(len(body)), body))
+        except RuntimeError as error:  # uvloop's, for a transport that has just closed
+            raise BrokenPipeError("the connection to the child is closed") from error
+
+    async def receive(self) -> bytes | None:
+        """The next message; None once the child has closed its end. Raises ValueError for an absurd length."""
+        try:
+            (size,) = FRAME.unpack(await self._reader.readexactly(FRAME.size))
+            if size > MAX_FRAME_BYTES:
+                raise ValueError(f"a message of {size} bytes came; allowed: {MAX_FRAME_BYTES}")
+            return await self._reader.readexactly(size)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def end(self) -> None:
+        """The child reads no more messages after those that were sent; what it still says can be received."""
+        with suppress(OSError, RuntimeError):
+            self._writer.write_eof()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Child:
     """One process from start to end, used on one event loop. `send` and `receive` each by one task at a time."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, sock: socket.socket, logger: logging.Logger, level: int
-    ) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket, log: Log) -> None:
         """Use `start`."""
         self._process = process
         self._socket = sock
+        self._connection: Connection | None = None
+        self._gone = False
         self._watched = False
         self._unsent: list[memoryview] = []
         self._rights: list[tuple[int, int, bytes]] = []
@@ -61,22 +120,22 @@ class Child:
         self._most = 0
         self._waiter: asyncio.Future[bytearray] | None = None
         assert process.stdout is not None
-        self._log = _Log(logger, level)
+        self._log = _Relay(log)
         self._relay = asyncio.create_task(self._log.relay(process.stdout), name="child-log")
 
     @classmethod
     async def start(
         cls,
         module: str,
+        kind: Kind,
+        log: Log,
         *,
-        env: Mapping[str, str],
-        logger: logging.Logger,
-        level: int = logging.INFO,
         limits: Limits | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> Child:
         """`python -m module DESCRIPTOR`, in a session of its own. Raises OSError; nothing is left running then.
 
-        env: all of it (see `processes.environment`). level: of lines that do not begin with a level's name.
+        kind: which environment it is given (see `processes.environment`). variables: more of it.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -84,18 +143,18 @@ class Child:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
             with theirs:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-P", "-m", module, str(theirs.fileno()),
+                    *child_command(module, str(theirs.fileno())),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
                     pass_fds=(theirs.fileno(),),
-                    env=env,
+                    env=child_environment(kind) | dict(variables or {}),
                     start_new_session=True,
-                )  # fmt: skip
+                )
         except BaseException:
             ours.close()
             raise
-        child = cls(process, ours, logger, level)
+        child = cls(process, ours, log)
         try:
             _limit(process.pid, limits or Limits())
         except (
@@ -107,6 +166,11 @@ class Child:
             await child.wait()
             raise
         return child
+
+    async def connect(self) -> Connection:
+        """For messages at any time, instead of `send` and `receive`. Once."""
+        self._connection = Connection(*await asyncio.open_connection(sock=self._socket))
+        return self._connection
 
     @property
     def pid(self) -> int:
@@ -136,11 +200,10 @@ class Child:
         return True
 
     def is_stopped(self) -> bool:
-        """By a signal (SIGSTOP), so that it does not run. False where /proc does not tell."""
+        """By a signal (SIGSTOP), so that it does not run. False where it cannot be told."""
         try:
-            with open(f"/proc/{self.pid}/stat", "rb") as file:
-                return file.read().rpartition(b") ")[2][:1] in (b"T", b"t")
-        except OSError:
+            return psutil.Process(self.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        except (psutil.Error, OSError):
             return False
 
     def send(self, *parts: bytes, descriptor: int | None = None) -> None:
@@ -174,14 +237,21 @@ class Child:
         return message
 
     def kill(self) -> None:
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+        """It, and the processes that it has started and perhaps left behind. Nothing happens after `wait`."""
+        if not self._gone:  # afterwards the group's number may be another's
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def wait(self) -> int:
-        """See it out: its exit code. Its log is complete then."""
+        """See it out, and kill what it has left behind: its exit code. Its log is complete then."""
         code = await self._process.wait()
-        await asyncio.wait({self._relay})
+        self.kill()
+        self._gone = True
+        await asyncio.wait({self._relay}, timeout=_LEFT_OPEN_SECONDS)
+        self._relay.cancel()
+        if self._connection is not None:
+            self._connection.close()
+            return code
         self._watch(False)
         if self._unsent:
             asyncio.get_running_loop().remove_writer(self._socket)
@@ -191,8 +261,11 @@ class Child:
 
     async def stop(self, seconds: float) -> int:
         """Close the connection, at which it ends by itself; killed when it has not after `seconds`."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        if self._connection is not None:
+            self._connection.end()
+        else:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
         try:
             async with asyncio.timeout(seconds):
                 return await self.wait()
@@ -274,12 +347,12 @@ def _limit(pid: int, limits: Limits) -> None:
                 resource.prlimit(pid, kind, (most, most))
 
 
-class _Log:
+class _Relay:
     """Puts what a child prints into this process's log, in its form, and drops what is beyond the rate."""
 
-    def __init__(self, logger: logging.Logger, level: int) -> None:
-        self._logger = logger
-        self._level = level
+    def __init__(self, log: Log) -> None:
+        self._to = log
+        self._longest = _LONGEST_BOUNDED_LINE if log.bounded else _LONGEST_LINE
         self._tail = b""
 
     @property
@@ -289,15 +362,14 @@ class _Log:
     async def relay(self, stream: asyncio.StreamReader) -> None:
         """Until the child has closed its end. Reads on while it drops, so that the child never waits for the log."""
         loop = asyncio.get_running_loop()
-        room, dropped, begun, before = float(_LOG_BURST), 0, b"", loop.time()
+        burst = _LOG_BURST if self._to.bounded else sys.maxsize
+        room, dropped, begun, before = float(burst), 0, b"", loop.time()
         while data := await stream.read(2**16):
             self._tail = (self._tail + data)[-_LAST_WORDS:]
             now = loop.time()
-            room = min(_LOG_BURST, room + (now - before) * _LOG_BYTES_PER_SECOND)
+            room = min(burst, room + (now - before) * _LOG_BYTES_PER_SECOND)
             before = now
-            if (
-                dropped and room < _LOG_BURST / 4
-            ):  # tells of what is dropped every few seconds, not at each line
+            if dropped and room < burst / 4:  # tells of what is dropped every few seconds, not at each line
                 dropped += len(data)
                 continue
             if dropped:
@@ -306,7 +378,7 @@ class _Log:
             dropped = len(data) - len(taken)
             room -= len(taken)
             *lines, begun = (begun + taken).split(b"\n")
-            if dropped or len(begun) > _LONGEST_LINE:
+            if dropped or len(begun) > self._longest:
                 lines.append(begun)
                 begun = b""
             for line in lines:
@@ -316,11 +388,11 @@ class _Log:
             self._tell(dropped)
 
     def _write(self, line: bytes) -> None:
-        text = line[:_LONGEST_LINE].decode(errors="replace").rstrip()
+        text = line[: self._longest].decode(errors="replace").rstrip()
         level, _, message = text.partition(" ")
-        known = logging.getLevelNamesMapping().get(level)
+        known = logging.getLevelNamesMapping().get(level) if self._to.levels else None
         if text:
-            self._logger.log(known or self._level, "%s", message if known else text)
+            self._to.logger.log(known or self._to.level, "%s", message if known else text)
 
     def _tell(self, dropped: int) -> None:
-        self._logger.log(self._level, "%d bytes that the process printed were not logged", dropped)
+        self._to.logger.log(self._to.level, "%d bytes that the process printed were not logged", dropped)

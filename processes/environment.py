@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Literal
@@ -53,18 +54,23 @@ _BY_NAME: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "plain": (_SYSTEM, (*_SYSTEM_FAMILIES, "OMP_", "OPENBLAS_", "RAYON_")),
 }
 
-Child = Literal["engine", "plain", "handler", "vllm"]
+Kind = Literal["engine", "plain", "handler", "vllm"]
 
 
-def child_environment(child: Child, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def child_command(module: str, *arguments: str) -> list[str]:
+    """How a module of ours is run as a child process; its environment is `child_environment`'s."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def child_environment(kind: Kind, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The variables of a child process, with our packages importable: `python -P` keeps the working directory out of
     the module path.
 
     environ: what to choose from; default: this process's.
     """
     given = os.environ if environ is None else environ
-    if child in _BY_NAME:
-        chosen = {name: value for name, value in given.items() if _needs(child, name)}
+    if kind in _BY_NAME:
+        chosen = {name: value for name, value in given.items() if _needs(kind, name)}
     else:
         chosen = {name: value for name, value in given.items() if name not in SERVER_KEYS}
     root = str(Path(__file__).resolve().parent.parent)
@@ -80,8 +86,8 @@ def forget_keys(environ: MutableMapping[str, str] | None = None) -> None:
         (os.environ if environ is None else environ).pop(name, None)
 
 
-def _needs(child: str, name: str) -> bool:
-    names, families = _BY_NAME[child]
+def _needs(kind: str, name: str) -> bool:
+    names, families = _BY_NAME[kind]
     if name in names:
         return True
     rest = name.removeprefix("TOKENIZERS_")  # the family whose own name holds such a word

@@ -1,0 +1,1 @@
+"""What the user configured: reads the sources, remembers where each value came from, and resolves them."""

@@ -1,4 +1,4 @@
-"""The effective configuration: what the user wrote in all places, as one checked object."""
+"""The effective configuration: everything that the user wrote, as one checked object."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from properties.containers import SGLANG_PREFIX, VLLM_PREFIX, read_containers
 from properties.field import BackendName, Level
 from properties.legacy import RENAMED
 from properties.lmi_handlers import PACKAGE, handler_named
-from properties.location import ModelLocation, find_home, holds_model, locate
-from properties.names import FACTS, KEYS, PREFIX, key_of
-from properties.obeyed import changed, not_obeyed
+from properties.model import ModelLocation, find_home, holds_model, locate, recommended
+from properties.names import KEYS, OPTIONS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Source
-from properties.recommend import recommended
 from properties.resolution import Resolution, Sourced, resolve_values
-from properties.settings import Settings
-from properties.settings_retired import RETIRED
-from properties.sources import FILE_NAME, Written, read_command_line, read_environment, read_file
+from properties.settings import RETIRED, Settings
+from properties.sources import (
+    FILE_NAME,
+    SGLANG_PREFIX,
+    VLLM_PREFIX,
+    RawValue,
+    read_command_line,
+    read_containers,
+    read_environment,
+    read_file,
+)
 
 MODEL_STORE = Path("/opt/ml/model")
 _SECURE_MODE = "SAGEMAKER_SECURE_MODE"
-"""LMI's switch for controls over the model's code: to ignore it would be to do what its operator forbids."""
+"""LMI's switch for controls over the model's code. Ignoring it would mean doing what its operator forbids."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-"""Of one of a model's chat templates: only its files tell which there are."""
+"""Name of one of a model's chat templates; which ones exist is only known from the model's files."""
 
 _MODEL_KEY = key_of("model_id")
 
@@ -45,19 +50,27 @@ _NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_s
 """Option -> the switch without which it has no effect."""
 
 
+_DEFAULTS = Settings()
+
+
 @dataclass(frozen=True)
 class Configuration:
     """What to serve and how.
 
-    settings: what was written, and defaults. A default of None or "auto" leaves the choice to the backend.
-    sources: where each option has its value from.
-    recommended: attribute -> value that the model's config.json suggests where nobody wrote one. It is kept
-    apart from `settings`: a backend may go below what is recommended, but not below what was asked for.
-    extra: `option.*` names that the schema does not know, without the prefix.
-    backend_options: such names that vLLM knows: its engine arguments.
-    lmi_handler: the handler of LMI's own that `option.entryPoint` names; then the model's own does not answer.
-    vllm_asked_by: the setting of LMI's that means vLLM's asynchronous engine, for people.
-    home: the directory whose serving.properties, model.py and adapters/ count; None where there is none.
+    Attributes:
+        settings: The user's values, and defaults. A default of None or "auto" leaves the choice to the
+            backend.
+        sources: Where each option's value comes from.
+        warnings: What is doubtful.
+        extra: `option.*` names that the schema does not know, without the prefix.
+        model_location: The model to serve.
+        home: Directory whose serving.properties, model.py and adapters/ are used; None if there is none.
+        recommended: Attribute -> value that the model's config.json suggests if nobody wrote one. These are
+            kept apart from `settings`, because a backend may go below what is recommended but not below what
+            was requested.
+        backend_options: Those unknown names that vLLM knows: its engine arguments.
+        lmi_handler: LMI's own handler named by `option.entryPoint`; then the model's own code is not used.
+        vllm_asked_by: Description of the setting of LMI that means vLLM's asynchronous engine.
     """
 
     settings: Settings
@@ -67,14 +80,14 @@ class Configuration:
     model_location: ModelLocation
     home: Path | None
     recommended: dict[str, object]
-    _written: tuple[Written, ...] = field(repr=False)
+    _written: tuple[RawValue, ...] = field(repr=False)
     _noted: tuple[Problem, ...] = field(repr=False)
     backend_options: frozenset[str] = field(default=frozenset(), repr=False)
     lmi_handler: str | None = None
     vllm_asked_by: str | None = None
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
-        """Add what the model's config.json recommends, below all that anybody wrote."""
+        """Add what the model's config.json recommends, below everything that the user wrote."""
         hints = {
             name: value
             for name, value in recommended(config).items()
@@ -86,10 +99,13 @@ class Configuration:
         return replace(self, recommended=hints, sources=self.sources | sources)
 
     def with_model_directory(self, directory: Path) -> Configuration:
-        """Add what became known when the model was downloaded to `directory`: its config.json and, for a
-        model from S3, its serving.properties (one from the hub is not read: its author is not the operator).
+        """Add what is known once the model has been downloaded to `directory`.
 
-        Raises ConfigurationError as `resolve` does.
+        That is its config.json and, for a model from S3, its serving.properties (one from the hub is not
+        read, because its author is not the operator).
+
+        Raises:
+            ConfigurationError: As in `resolve`.
         """
         configuration = self
         if self.model_location.kind == "s3" and (directory / FILE_NAME).is_file():
@@ -117,11 +133,11 @@ class Configuration:
         return configuration if config is None else configuration.with_model_config(config)
 
     def effective(self, name: str) -> Any:
-        """An option's value, recommended where nobody wrote one."""
+        """Return an option's value, or the recommended one if nobody wrote any."""
         return self.recommended.get(name, getattr(self.settings, name))
 
     def unhonoured(self, backend: BackendName) -> list[Problem]:
-        """A warning for each option that was changed and that this backend does not honour."""
+        """Return a warning for each option that was changed and that this backend does not support."""
         theirs = [
             Problem(
                 f"{PREFIX}{name} ({sourced.source.location}) has no effect with the {backend} backend; "
@@ -139,15 +155,15 @@ class Configuration:
             )
             for name, source in self.sources.items()
             if backend not in _honouring(name, getattr(self.settings, name))
-            and changed(self.settings, self.sources, name)
+            and _changed(self.settings, self.sources, name)
         ]
 
     def without_effect(self, backend: BackendName) -> list[Problem]:
-        """The same, and a warning for each option that has no effect beside what else is configured."""
+        """Return the same, and a warning for each option that has no effect because of other options."""
         reasons = {
             name: f"without {key_of(needed)}=true"
             for name, needed in _NEEDS.items()
-            if backend in FACTS[name].backends and not getattr(self.settings, needed)
+            if backend in OPTIONS[name].backends and not getattr(self.settings, needed)
         }
         if self.settings.rolling_batch == "disable":
             reasons["max_rolling_batch_size"] = (
@@ -156,16 +172,16 @@ class Configuration:
         return self.unhonoured(backend) + [
             Problem(f"{key_of(name)} ({self.sources[name].location}) has no effect {reason}", name)
             for name, reason in reasons.items()
-            if changed(self.settings, self.sources, name)
+            if _changed(self.settings, self.sources, name)
         ]
 
 
 def _honouring(name: str, value: Any) -> tuple[BackendName, ...]:
-    """The backends that obey an option when it has this value."""
-    facts = FACTS[name]
-    if facts.embedded and str(value).lower() not in facts.embedded:
-        return tuple(backend for backend in facts.backends if backend != "rolling")
-    return facts.backends
+    """Return the backends that support an option with this value."""
+    option = OPTIONS[name]
+    if option.embedded and str(value).lower() not in option.embedded:
+        return tuple(backend for backend in option.backends if backend != "rolling")
+    return option.backends
 
 
 def resolve(
@@ -176,13 +192,17 @@ def resolve(
     model_store: Path = MODEL_STORE,
     backend_options: frozenset[str] = frozenset(),
 ) -> Configuration:
-    """Read all sources. Touches no network and starts nothing.
+    """Read all sources, without network access and without starting anything.
 
-    model: the command line's MODEL: a directory, a hub id or an s3:// URL.
-    options: `--option` arguments, each "name=value"; they win over everything else.
-    model_store: where SageMaker puts a model; used when MODEL is not given.
-    backend_options: names that are known beside the schema's (see `Configuration`).
-    Raises ConfigurationError with all problems at once.
+    Args:
+        model: The command line's MODEL: a directory, a hub id or an s3:// URL.
+        environ: The environment.
+        options: `--option` arguments, each "name=value"; they win over everything else.
+        model_store: Directory in which SageMaker puts a model, used if MODEL is not given.
+        backend_options: Names that are known in addition to the schema's (see `Configuration`).
+
+    Raises:
+        ConfigurationError: Lists all problems.
     """
     problems: list[Problem] = []
     noted: list[Problem] = []
@@ -206,9 +226,10 @@ def resolve(
 
 
 def read_model_config(directory: Path) -> dict[str, Any] | None:
-    """A model directory's config.json; None where there is none.
+    """Read a model directory's config.json; None if there is none.
 
-    Raises ConfigurationError when it is not a JSON object.
+    Raises:
+        ConfigurationError: It is not a JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -222,8 +243,8 @@ def read_model_config(directory: Path) -> dict[str, Any] | None:
     return config
 
 
-def _renamed(written: Iterable[Written], noted: list[Problem]) -> Iterator[Written]:
-    """Old names of options in the words of today."""
+def _renamed(written: Iterable[RawValue], noted: list[Problem]) -> Iterator[RawValue]:
+    """Replace old names of options by their current ones."""
     for item in written:
         key = RENAMED.get(item.key)
         if key is not None:
@@ -232,9 +253,9 @@ def _renamed(written: Iterable[Written], noted: list[Problem]) -> Iterator[Writt
 
 
 def _in_the_containers_order(
-    written: list[Written], environ: Mapping[str, str], store: Path, noted: list[Problem]
-) -> list[Written]:
-    """AWS's vLLM and SGLang containers serve the model that lies in the store before that of HF_MODEL_ID."""
+    written: list[RawValue], environ: Mapping[str, str], store: Path, noted: list[Problem]
+) -> list[RawValue]:
+    """AWS's vLLM and SGLang containers prefer the model in the store to that of HF_MODEL_ID."""
     models = [item for item in written if item.key == _MODEL_KEY]
     if not models or not any(name.startswith((VLLM_PREFIX, SGLANG_PREFIX)) for name in environ):
         return written
@@ -252,18 +273,18 @@ def _in_the_containers_order(
     return [item for item in written if item is not first]
 
 
-def _first(written: Sequence[Written], key: str) -> Written | None:
+def _first(written: Sequence[RawValue], key: str) -> RawValue | None:
     found = [item for item in written if item.key == key]
     return min(found, key=lambda item: item.level) if found else None
 
 
 def _model_from_place(
-    model: str | None, home: Path | None, written: Sequence[Written], noted: list[Problem]
-) -> list[Written]:
-    """The model id that follows from MODEL or from the model directory itself."""
+    model: str | None, home: Path | None, written: Sequence[RawValue], noted: list[Problem]
+) -> list[RawValue]:
+    """Return the model id that follows from MODEL or from the model directory itself."""
     above = _first(written, _MODEL_KEY)
     if model is not None and home is None:
-        return [Written(Level.COMMAND_LINE, _MODEL_KEY, model, "MODEL")]
+        return [RawValue(Level.COMMAND_LINE, _MODEL_KEY, model, "MODEL")]
     if home is None:
         return []
     if model is not None:
@@ -271,9 +292,9 @@ def _model_from_place(
             return []
         if above is not None:
             noted.append(Problem(f"{above.location} is not used: MODEL names a directory", "model_id"))
-        return [Written(Level.COMMAND_LINE, _MODEL_KEY, str(home), "MODEL")]
+        return [RawValue(Level.COMMAND_LINE, _MODEL_KEY, str(home), "MODEL")]
     if above is None:
-        return [Written(Level.DEFAULT, _MODEL_KEY, str(home), str(home))]
+        return [RawValue(Level.DEFAULT, _MODEL_KEY, str(home), str(home))]
     if (home / "config.json").is_file() and Path(above.raw.strip()) != home:
         noted.append(
             Problem(
@@ -284,7 +305,7 @@ def _model_from_place(
 
 
 def _build(
-    written: tuple[Written, ...],
+    written: tuple[RawValue, ...],
     noted: tuple[Problem, ...],
     home: Path | None,
     location: ModelLocation | None,
@@ -296,7 +317,7 @@ def _build(
     result.warnings[:0] = noted
     location = location or _locate(result, home)
     _check_together(result, home)
-    result.warnings += not_obeyed(result, location, home)
+    result.warnings += _not_obeyed(result, location, home)
     if result.problems or location is None:
         raise ConfigurationError(result.problems, result.warnings)
     return Configuration(
@@ -344,7 +365,7 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
 
 
 def _check_together(result: Resolution, home: Path | None) -> None:
-    """What only several values, or a value and the files, can show to be wrong."""
+    """Check what only several values, or a value and the files, can show to be wrong."""
     settings, sources = result.settings, result.sources
     for name in RETIRED:
         if sources[name].level is not Level.DEFAULT:
@@ -381,3 +402,36 @@ def _check_together(result: Resolution, home: Path | None) -> None:
         path = os.path.join(home or "", template)
         if (home is not None or os.path.isabs(path)) and not os.path.isfile(path):
             problem("chat_template", f"{written('chat_template')}: no such file, and no template text")
+
+
+def _changed(settings: Settings, sources: Mapping[str, Source], name: str) -> bool:
+    """Tell whether the user wrote another value than the default."""
+    written = sources[name].level < Level.RECOMMENDED
+    return written and getattr(settings, name) != getattr(_DEFAULTS, name)
+
+
+def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path | None) -> list[Problem]:
+    """Return a warning for each setting that no backend will follow; `location` is None if it is unknown."""
+    settings, sources = result.settings, result.sources
+    reasons: dict[str, str] = {}
+    counts = settings.limit_mm_per_prompt
+    asked = [name for name, count in counts.items() if name != "image" and count > 0]
+    if asked:
+        reasons["limit_mm_per_prompt"] = f"allows {' and '.join(asked)}, which is not served: only images are"
+    others = sorted(set(settings.media_io_kwargs or {}) - {"image"})
+    if others:
+        reasons["media_io_kwargs"] = (
+            f"says how to read {' and '.join(others)}, which is not served: only images are"
+        )
+    if location is not None and location.kind != "hub":
+        reasons["revision"] = "has no effect: only models of the hub have revisions"
+    if location is not None and location.kind != "s3":
+        reasons["download_dir"] = "has no effect: only models from s3:// are kept there"
+    unseen = location is None or (location.kind == "s3" and home is None)
+    if settings.entry_point is None and not unseen and not (home and (home / "model.py").is_file()):
+        reasons["handler"] = "has no effect: the model has no model.py, and no entry point is named"
+    return [
+        Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name, sources[name])
+        for name, reason in reasons.items()
+        if _changed(settings, sources, name)
+    ]

@@ -1,4 +1,4 @@
-"""What an option is, beyond its type: one small record kept with each field of the settings."""
+"""The definition of an option beyond its type: a small record kept with each field of the settings."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable with a name of its own (not OPTION_* or SERVING_*) that sets an option.
+    """An environment variable with its own name (not OPTION_* or SERVING_*) that sets an option.
 
-    convert: turns the variable's text into the option's text; raises ValueError saying what is allowed.
-    rank: among variables of one level, a lower rank wins; variables of the same rank must agree.
-    instead: what to write instead when the variable is deprecated.
+    Attributes:
+        name: Name of the variable.
+        level: Where its value ranks.
+        convert: Converts the variable's text to the option's text; raises ValueError saying what is allowed.
+        rank: Among variables of one level, a lower rank wins; variables of the same rank must agree.
+        instead: What to write instead, if the variable is deprecated.
     """
 
     name: str
@@ -47,16 +50,19 @@ class Variable:
 
 @dataclass(frozen=True)
 class Option:
-    """Facts about one option.
+    """The definition of an option.
 
-    server: written without the `option.` prefix and set by SERVING_* instead of OPTION_*.
-    aliases: other names, written like the option's own (`option.<alias>`, OPTION_<ALIAS>).
-    variables: environment variables with names of their own.
-    replaced: values that are still understood, with what they mean now; each use is a warning.
-    secret: the value is never shown.
-    verbatim: spaces at the value's ends belong to it.
-    unit: of the number, for people.
-    embedded: the only values that the embedded engine obeys; empty for all.
+    Attributes:
+        meaning: Description for people.
+        backends: Backends that use the option.
+        server: Whether it is written without the `option.` prefix and set by SERVING_* instead of OPTION_*.
+        aliases: Other names, written like the option's own (`option.<alias>`, OPTION_<ALIAS>).
+        variables: Environment variables with their own names.
+        replaced: Values that are still understood, with what they mean now; each use is a warning.
+        secret: Whether the value is never shown.
+        verbatim: Whether spaces at the ends belong to the value.
+        unit: Unit of the number, for people.
+        embedded: The only values that the embedded engine supports; empty for all.
     """
 
     meaning: str
@@ -85,7 +91,7 @@ def option(
     unit: str | None = None,
     embedded: tuple[str, ...] = (),
 ) -> Any:
-    """A field of the settings: see `Option` for the arguments."""
+    """Define a field of the settings; see `Option` for the arguments."""
     field = Field(default=default)
     field.metadata.append(
         Option(
@@ -104,6 +110,6 @@ def option(
     return field
 
 
-def server_key(meaning: str, *, default: Any, **facts: Any) -> Any:
-    """A field that belongs to the HTTP server or the process: written without `option.`, set by SERVING_*."""
-    return option(meaning, default=default, server=True, **facts)
+def server_key(meaning: str, *, default: Any, **definition: Any) -> Any:
+    """Define a field of the HTTP server or the process, written without `option.` and set by SERVING_*."""
+    return option(meaning, default=default, server=True, **definition)

@@ -1,4 +1,4 @@
-"""Names of LMI that are understood but have no effect here, with the reason that the warning gives."""
+"""Names of LMI that are understood but have no effect here, with the reason given in the warning."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ IGNORED: dict[str, str] = {
 }
 
 SILENT = frozenset({"opts", "features"})
-"""SERVING_* names that LMI's images and SageMaker's SDK set for the Java server: not worth a warning."""
+"""SERVING_* names that LMI's images and SageMaker's SDK set for the Java server; they cause no warning."""
 
 RENAMED: dict[str, str] = {
     "option.s3url": "option.model_id",
@@ -293,7 +293,7 @@ RENAMED: dict[str, str] = {
     "option.data_type": "option.dtype",
     "option.huggingface_token": "option.hf_token",
 }
-"""Names that DJL and LMI had for what has another name now; they do what that does, with a warning."""
+"""Older names of DJL and LMI -> the current name; they have the same effect, with a warning."""
 
 TRUE_MEANS: dict[str, tuple[str, str, str]] = {
     "option.load_in_8bit": ("quantize", "bitsandbytes", "option.quantize=int8_per_channel_weight_only"),
@@ -303,15 +303,17 @@ TRUE_MEANS: dict[str, tuple[str, str, str]] = {
         "option.quantize=fp8, or serve a model that is quantised to 4 bits already (AWQ, GPTQ)",
     ),
 }
-"""Deprecated switches: the option and the value that `true` stands for, and what to write instead: vLLM has no
-bitsandbytes any more, and refuses it."""
+"""Deprecated switches: the option and value that `true` stands for, and what to write instead.
+
+vLLM no longer supports bitsandbytes, and refuses it.
+"""
 
 
 def ignored_because(key: str) -> str | None:
-    """The reason why a key has no effect, with or without `option.`; None for any other key."""
+    """Return the reason why a key has no effect, with or without `option.`; None for any other key."""
     bare = key.removeprefix("option.").lower()
     return _BY_NAME.get(key.lower()) or _BY_NAME.get(bare) or _BY_NAME.get(f"option.{bare}")
 
 
 _BY_NAME = {name.lower(): reason for name, reason in IGNORED.items()}
-"""Environment variables have no small letters."""
+"""Environment variables have no lower-case letters."""

@@ -1,7 +1,7 @@
-"""What LMI's settings mean together: its own handlers, its asynchronous mode and its dynamic batching.
+"""Settings of LMI that have a meaning together: its own handlers, its asynchronous mode and its dynamic batching.
 
-LMI writes `rolling_batch=disable` in two senses: alone, requests run one after the other; beside its asynchronous mode
-or an asynchronous handler, the engine batches by itself, so that LMI's own queue must not.
+LMI writes `rolling_batch=disable` in two senses. Alone, requests run one after the other; together with its
+asynchronous mode or an asynchronous handler, the engine batches by itself, so LMI's own queue must not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from properties.names import key_of
 from properties.problem import Problem
-from properties.sources import Written
+from properties.sources import RawValue
 from properties.values import TRUE
 
 PACKAGE = "djl_python"
@@ -25,10 +25,13 @@ _NO_LANGUAGE = "this server generates text, and runs no models of other kinds"
 
 @dataclass(frozen=True)
 class LmiHandler:
-    """A module of LMI's that `option.entryPoint` may name.
+    """A module of LMI that `option.entryPoint` may name.
 
-    vllm: it runs vLLM. asynchronous: it batches by itself, whatever rolling_batch says. note: why something else
-    serves. refused: nothing here can take its place.
+    Attributes:
+        vllm: It runs vLLM.
+        asynchronous: It batches by itself, whatever rolling_batch says.
+        note: Why something else serves instead.
+        refused: Nothing here can replace it.
     """
 
     vllm: bool = False
@@ -52,7 +55,7 @@ HANDLERS = {
     "sklearn_handler": LmiHandler(note=_NO_LANGUAGE, refused=True),
     "xgboost_handler": LmiHandler(note=_NO_LANGUAGE, refused=True),
 }
-"""The part after `djl_python.` -> what it is."""
+"""The part after `djl_python.` -> its handler."""
 
 _ALIASES = {
     "transformers-neuronx": "transformers_neuronx",
@@ -72,24 +75,35 @@ REPLACED_BECAUSE = {
 
 @dataclass
 class Meaning:
-    """values: option -> what counts. handler: LMI's own, where one was named. asked_by: what asks for vLLM, for people.
+    """The combined meaning of LMI's settings.
 
-    used: settings that otherwise have no effect, and have one here.
+    Attributes:
+        values: Option -> the value that counts.
+        handler: LMI's own handler, if one was named.
+        asked_by: Description of the setting that requests vLLM.
+        used: Settings that have an effect here, although they have none alone.
     """
 
-    values: dict[str, Written]
+    values: dict[str, RawValue]
     handler: str | None = None
     asked_by: str | None = None
-    used: tuple[Written, ...] = ()
+    used: tuple[RawValue, ...] = ()
 
 
 def taken_together(
-    values: Mapping[str, Written],
-    ignored: Collection[Written],
+    values: Mapping[str, RawValue],
+    ignored: Collection[RawValue],
     problems: list[Problem],
     warnings: list[Problem],
 ) -> Meaning:
-    """Read the settings that LMI reads together. ignored: what was written and has no effect alone."""
+    """Combine the settings that LMI combines.
+
+    Args:
+        values: The value of each option.
+        ignored: Settings that have no effect alone.
+        problems: Receives what is wrong.
+        warnings: Receives what is doubtful.
+    """
     meaning = Meaning(dict(values))
     module = _built_in(meaning, problems, warnings)
     cause = values["entry_point"] if module is not None and module.asynchronous else _switched_on(values)
@@ -114,41 +128,41 @@ def taken_together(
 
 
 def handler_named(entry_point: str) -> LmiHandler | None:
-    """LMI's own handler of that name; None where it has none."""
+    """Return LMI's own handler of that name; None if there is none."""
     package, _, rest = entry_point.partition(".")
     name = rest.partition(".")[0].lower()
     return HANDLERS.get(_ALIASES.get(name, name)) if package == PACKAGE else None
 
 
 def _built_in(meaning: Meaning, problems: list[Problem], warnings: list[Problem]) -> LmiHandler | None:
-    """Take one of LMI's own handlers out of the values: it is not a file of the model's."""
+    """Remove one of LMI's own handlers from the values: it is not a file of the model."""
     written = meaning.values.get("entry_point")
     if written is None or written.raw.partition(".")[0] != PACKAGE:
         return None
     del meaning.values["entry_point"]
-    told = f"{key_of('entry_point')} = {written.raw!r} ({written.location})"
+    described = f"{key_of('entry_point')} = {written.raw!r} ({written.location})"
     module = handler_named(written.raw)
     if module is None:
         known = ", ".join(f"{PACKAGE}.{name}" for name, one in HANDLERS.items() if not one.refused)
         problems.append(
-            Problem(f"{told}: not a handler of LMI's; allowed: a Python file, or {known}", "entry_point")
+            Problem(f"{described}: not a handler of LMI's; allowed: a Python file, or {known}", "entry_point")
         )
     elif module.refused:
-        problems.append(Problem(f"{told}: {module.note}", "entry_point"))
+        problems.append(Problem(f"{described}: {module.note}", "entry_point"))
     else:
         meaning.handler = written.raw
         if module.note is not None:
-            warnings.append(Problem(f"{told} is deprecated: {module.note}", "entry_point"))
+            warnings.append(Problem(f"{described} is deprecated: {module.note}", "entry_point"))
     return module
 
 
-def _switched_on(values: Mapping[str, Written]) -> Written | None:
+def _switched_on(values: Mapping[str, RawValue]) -> RawValue | None:
     mode = values.get("async_mode")
     return mode if mode is not None and mode.raw.lower() in TRUE else None
 
 
-def _dynamic_batch(ignored: Collection[Written]) -> Written | None:
-    """LMI's batch_size, where several requests may share a batch."""
+def _dynamic_batch(ignored: Collection[RawValue]) -> RawValue | None:
+    """Return LMI's batch_size, if several requests may share a batch."""
     sizes = [
         item
         for item in ignored
@@ -158,5 +172,5 @@ def _dynamic_batch(ignored: Collection[Written]) -> Written | None:
     return min(sizes, key=lambda item: (item.level, item.key), default=None)
 
 
-def _told(item: Written) -> str:
+def _told(item: RawValue) -> str:
     return f"{item.key} = {item.raw.strip()} ({item.location})"

@@ -1,4 +1,4 @@
-"""The names that options are written by, and the nearest known name to an unknown one."""
+"""Names of options: attributes, their keys in files and variables, and the nearest name to a misspelt one."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from properties.settings import options
 PREFIX = "option."
 
 KEYS: dict[str, str] = {
-    spelling if facts.server else PREFIX + spelling: name
-    for name, _, facts in options()
-    for spelling in (name, *facts.aliases)
+    spelling if option.server else PREFIX + spelling: name
+    for name, _, option in options()
+    for spelling in (name, *option.aliases)
 }
 """Key of serving.properties -> attribute of `Settings`."""
 
-FACTS = {name: facts for name, _, facts in options()}
-"""Attribute of `Settings` -> what the schema says about it."""
+OPTIONS = {name: option for name, _, option in options()}
+"""Attribute of `Settings` -> its definition."""
 
 _BY_SPELLING = {key.removeprefix(PREFIX): key for key in KEYS}
 
 # A key that somebody wrote and nobody read would leave the server open.
-KEYS |= {PREFIX + name: name for name, facts in FACTS.items() if facts.server and facts.secret}
+KEYS |= {PREFIX + name: name for name, option in OPTIONS.items() if option.server and option.secret}
 
 
 def key_of(name: str) -> str:
-    """An attribute's key in serving.properties, e.g. "dtype" -> "option.dtype"."""
-    return name if FACTS[name].server else PREFIX + name
+    """Return an attribute's key in serving.properties, such as "option.dtype" for "dtype"."""
+    return name if OPTIONS[name].server else PREFIX + name
 
 
 def environment_name(name: str) -> str:
-    """An attribute's environment variable, e.g. "dtype" -> "OPTION_DTYPE"."""
-    return ("SERVING_" if FACTS[name].server and name != "engine" else "OPTION_") + name.upper()
+    """Return an attribute's environment variable, such as "OPTION_DTYPE" for "dtype"."""
+    return ("SERVING_" if OPTIONS[name].server and name != "engine" else "OPTION_") + name.upper()
 
 
 def key_from_environment(variable: str) -> str | None:
-    """OPTION_DTYPE -> "option.dtype", SERVING_PORT -> "port"; None for any other variable.
+    """Return the key of a variable: "option.dtype" for OPTION_DTYPE, "port" for SERVING_PORT; None for any other.
 
     As in LMI, the rest of an OPTION_ name is lowered only if it has no lower-case letter.
     """
@@ -53,14 +53,17 @@ def key_from_environment(variable: str) -> str | None:
 
 
 def key_from_command_line(name: str) -> str:
-    """A command-line name may be written with or without `option.`."""
+    """Return the key of a command-line name, which may be written with or without `option.`."""
     return name if name in KEYS else _BY_SPELLING.get(name.removeprefix(PREFIX), PREFIX + name)
 
 
 def nearest(key: str, level: Level, more: Collection[str] = ()) -> str | None:
-    """The known name most like an unknown key, spelled as at that level; None if nothing is like it.
+    """Return the known name that is most similar to an unknown key, spelled as at that level; None if none is similar.
 
-    more: names that a backend knows beside the schema's, without `option.`.
+    Args:
+        key: The unknown key.
+        level: Where it was written.
+        more: Names that a backend knows in addition to the schema's, without `option.`.
     """
     bare = key.removeprefix(PREFIX)
     found = difflib.get_close_matches(bare.lower(), [*_BY_SPELLING, *sorted(more)], n=1, cutoff=0.7)

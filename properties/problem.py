@@ -26,8 +26,10 @@ _KINDS = {
 class Source:
     """Where a value was written.
 
-    location: for people, e.g. "serving.properties line 7" or "OPTION_DTYPE".
-    raw: the text as written, masked for a secret; None for a default.
+    Attributes:
+        level: Level of the source.
+        location: Description for people, such as "serving.properties line 7" or "OPTION_DTYPE".
+        raw: The text as written, masked for a secret; None for a default.
     """
 
     level: Level
@@ -36,7 +38,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """The level in words, e.g. "command line"."""
+        """The level in words, such as "command line"."""
         return _KINDS[self.level]
 
 
@@ -45,10 +47,12 @@ DEFAULT = Source(Level.DEFAULT, "default")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong or doubtful.
+    """Something wrong or doubtful in the configuration.
 
-    option: the attribute of `Settings` at fault, where there is one.
-    message: whole in itself: names the option, the value, where it was written and what is allowed.
+    Attributes:
+        message: A complete message: it names the option, the value, where it was written and what is allowed.
+        option: Attribute of `Settings` at fault, if there is one.
+        source: Where the value was written.
     """
 
     message: str
@@ -62,7 +66,9 @@ class Problem:
 class ConfigurationError(Exception):
     """The configuration cannot be used.
 
-    problems: everything that is wrong with it, not the first only. warnings: what was merely doubtful.
+    Attributes:
+        problems: Everything that is wrong with it, not only the first problem.
+        warnings: What is only doubtful.
     """
 
     def __init__(self, problems: Sequence[Problem], warnings: Sequence[Problem] = ()) -> None:

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from properties.field import Level
 from properties.legacy import SILENT, TRUE_MEANS, ignored_because
 from properties.lmi_handlers import REPLACED_BECAUSE, Meaning, taken_together
-from properties.names import FACTS, KEYS, PREFIX, key_of, nearest
+from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Problem, Source
 from properties.settings import Settings
-from properties.sources import Written
+from properties.sources import RawValue
 from properties.values import TRUE, Allowed
 
 
@@ -31,9 +31,16 @@ class Sourced:
 
 @dataclass
 class Resolution:
-    """What came out, complete or not: `settings` holds defaults where `problems` names an option.
+    """The result, complete or not.
 
-    lmi_handler, vllm_asked_by: see `Configuration`.
+    Attributes:
+        settings: The values; an option named by `problems` has its default.
+        sources: Where each value came from.
+        extra: See `Configuration`.
+        problems: What is wrong.
+        warnings: What is doubtful.
+        lmi_handler: See `Configuration`.
+        vllm_asked_by: See `Configuration`.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -45,15 +52,17 @@ class Resolution:
     vllm_asked_by: str | None = None
 
 
-def resolve_values(written: Iterable[Written], backend_options: Collection[str] = ()) -> Resolution:
+def resolve_values(written: Iterable[RawValue], backend_options: Collection[str] = ()) -> Resolution:
     """Choose, convert and check. Nothing is raised: every problem is collected.
 
-    backend_options: see `Configuration`.
+    Args:
+        written: All values.
+        backend_options: See `Configuration`.
     """
     result = Resolution()
-    candidates: dict[str, list[Written]] = defaultdict(list)
-    ignored: list[Written] = []
-    unknown: list[Written] = []
+    candidates: dict[str, list[RawValue]] = defaultdict(list)
+    ignored: list[RawValue] = []
+    unknown: list[RawValue] = []
     for item in _expanded(written, result):
         if item.key in KEYS:
             candidates[KEYS[item.key]].append(item)
@@ -67,12 +76,12 @@ def resolve_values(written: Iterable[Written], backend_options: Collection[str] 
     _report_ignored([item for item in ignored if item not in meaning.used], result)
     _validate(meaning, result)
     _report_unknown(unknown, result, backend_options)
-    result.sources = {name: result.sources.get(name, DEFAULT) for name in FACTS}
+    result.sources = {name: result.sources.get(name, DEFAULT) for name in OPTIONS}
     return result
 
 
 def allowed(name: str) -> str:
-    """What an option accepts, in words."""
+    """Describe what an option accepts."""
     info = Settings.model_fields[name]
     texts = [item.text for item in info.metadata if isinstance(item, Allowed)]
     texts = texts or list(_allowed_in(info.annotation))
@@ -92,8 +101,8 @@ def _allowed_in(annotation: Any) -> Iterator[str]:
         yield from _allowed_in(choice)
 
 
-def _expanded(written: Iterable[Written], result: Resolution) -> Iterator[Written]:
-    """Take apart what stands for several options, and what stands for another."""
+def _expanded(written: Iterable[RawValue], result: Resolution) -> Iterator[RawValue]:
+    """Split what stands for several options, and replace what stands for another."""
     for item in written:
         if item.key == "inference_address":
             yield from _address(item, result)
@@ -111,7 +120,7 @@ def _expanded(written: Iterable[Written], result: Resolution) -> Iterator[Writte
             yield item
 
 
-def _address(item: Written, result: Resolution) -> Iterator[Written]:
+def _address(item: RawValue, result: Resolution) -> Iterator[RawValue]:
     try:
         url = urlsplit(item.raw.strip())
         host, port = url.hostname, url.port
@@ -128,8 +137,8 @@ def _address(item: Written, result: Resolution) -> Iterator[Written]:
         yield replace(item, key="port", raw=str(port), rank=1)
 
 
-def _choose(name: str, items: Sequence[Written], result: Resolution) -> Written | None:
-    """The item that counts: of the highest level, then the lowest rank; several of these must agree."""
+def _choose(name: str, items: Sequence[RawValue], result: Resolution) -> RawValue | None:
+    """Return the item that counts: of the highest level, then the lowest rank; several of these must agree."""
     best = min((item.level, item.rank) for item in items)
     chosen = [item for item in items if (item.level, item.rank) == best]
     for item in items:
@@ -139,20 +148,20 @@ def _choose(name: str, items: Sequence[Written], result: Resolution) -> Written 
     if len(ready) < len(chosen):
         return None
     if len(ready) > 1 and not _agree(name, ready):
-        told = " and ".join(
+        described = " and ".join(
             f"{item.name or item.key} = {_shown(name, item.raw)} ({item.location})" for item in ready
         )
         result.problems.append(
-            Problem(f"{key_of(name)} has two different values: {told}", name, _source(name, ready[0]))
+            Problem(f"{key_of(name)} has two different values: {described}", name, _source(name, ready[0]))
         )
         return None
     return ready[0]
 
 
-def _prepare(name: str, item: Written, result: Resolution) -> Written | None:
+def _prepare(name: str, item: RawValue, result: Resolution) -> RawValue | None:
     """Strip, convert and translate old spellings of the value; None after a problem."""
-    facts = FACTS[name]
-    raw = item.raw if facts.verbatim else item.raw.strip()
+    option = OPTIONS[name]
+    raw = item.raw if option.verbatim else item.raw.strip()
     if item.variable is not None:
         if item.variable.instead is not None:
             result.warnings.append(
@@ -163,9 +172,9 @@ def _prepare(name: str, item: Written, result: Resolution) -> Written | None:
         except ValueError as error:
             result.problems.append(Problem(f"{item.location} = {raw!r}: allowed: {error}", name))
             return None
-    if not facts.verbatim:
+    if not option.verbatim:
         raw = _words(name).get(raw.lower(), raw)
-    meaning = {old.lower(): new for old, new in facts.replaced}.get(raw.lower())
+    meaning = {old.lower(): new for old, new in option.replaced}.get(raw.lower())
     if meaning is not None:
         why = REPLACED_BECAUSE.get(raw.lower())
         result.warnings.append(
@@ -181,7 +190,7 @@ def _prepare(name: str, item: Written, result: Resolution) -> Written | None:
 
 @cache
 def _words(name: str) -> dict[str, str]:
-    """The words that an option may be, by their small letters: `HF_TASK=Text-Generation` is no other value."""
+    """Return the words that an option may be, by their lower case: `HF_TASK=Text-Generation` is not another value."""
     return {word.lower(): word for word in _words_in(Settings.model_fields[name].annotation)}
 
 
@@ -193,8 +202,8 @@ def _words_in(annotation: Any) -> Iterator[str]:
             yield from _words_in(part)
 
 
-def _agree(name: str, items: Sequence[Written]) -> bool:
-    """Whether texts mean the same value; what cannot be read agrees with its own copies alone."""
+def _agree(name: str, items: Sequence[RawValue]) -> bool:
+    """Tell whether texts mean the same value; a text that cannot be read agrees only with equal ones."""
     try:
         values = [getattr(Settings.model_validate({name: item.raw}), name) for item in items]
     except ValidationError:
@@ -224,20 +233,22 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
     }
 
 
-def _bad_value(name: str, item: Written, detail: str) -> Problem:
+def _bad_value(name: str, item: RawValue, detail: str) -> Problem:
     hint = " (a comment needs a line of its own)" if item.level is Level.FILE and " #" in item.raw else ""
     value = f"{item.name or key_of(name)} = {_shown(name, item.raw)} ({item.location})"
     return Problem(f"{value}: {detail}allowed: {allowed(name)}{hint}", name, _source(name, item))
 
 
-def _report_ignored(ignored: Iterable[Written], result: Resolution) -> None:
+def _report_ignored(ignored: Iterable[RawValue], result: Resolution) -> None:
     for item in ignored:
         reason = ignored_because(item.key)
         result.warnings.append(Problem(f"{item.location}: {item.key} has no effect here: {reason}"))
 
 
-def _report_unknown(unknown: Sequence[Written], result: Resolution, backend_options: Collection[str]) -> None:
-    """A warning each, or a problem with strict_options. The value is not shown: it may be a secret."""
+def _report_unknown(
+    unknown: Sequence[RawValue], result: Resolution, backend_options: Collection[str]
+) -> None:
+    """Report each as a warning, or as a problem with strict_options. The value is not shown: it may be a secret."""
     for item in unknown:
         if not (item.key.startswith(PREFIX) and item.key.removeprefix(PREFIX) in backend_options):
             known = nearest(item.key, item.level, backend_options)
@@ -253,9 +264,9 @@ def _report_unknown(unknown: Sequence[Written], result: Resolution, backend_opti
                 result.extra[name] = Sourced(item.raw.strip(), Source(item.level, item.location, item.raw))
 
 
-def _source(name: str, item: Written) -> Source:
-    return Source(item.level, item.location, MASK if FACTS[name].secret else item.raw)
+def _source(name: str, item: RawValue) -> Source:
+    return Source(item.level, item.location, MASK if OPTIONS[name].secret else item.raw)
 
 
 def _shown(name: str, raw: str) -> str:
-    return MASK if FACTS[name].secret else repr(raw)
+    return MASK if OPTIONS[name].secret else repr(raw)

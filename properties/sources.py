@@ -1,29 +1,40 @@
-"""Reading the places where options are written; nothing is judged here but whether they can be read."""
+"""Reads the places where options are written, AWS's vLLM and SGLang containers' variables included.
+
+Nothing is judged here except whether it can be read. A container's variable stands for a flag,
+`SM_VLLM_MAX_MODEL_LEN` for `--max-model-len`. vLLM's names are those of its command line, which are options
+here as well. SGLang's are translated where there is an option with the same meaning.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import javaproperties
 
 from properties.field import Level, Variable
-from properties.names import FACTS, key_from_command_line, key_from_environment, key_of
+from properties.names import KEYS, OPTIONS, key_from_command_line, key_from_environment, key_of
 from properties.problem import Problem
+from properties.settings import Settings
+from properties.values import TRUE
 
 FILE_NAME = "serving.properties"
 
 
 @dataclass(frozen=True)
-class Written:
-    """One value as someone wrote it.
+class RawValue:
+    """A value as someone wrote it.
 
-    key: as in serving.properties, e.g. "option.dtype"; not necessarily a known one.
-    raw: the text, never empty. location: see `Source.location`.
-    rank: among values of one level, those of the lowest rank count.
-    name: what somebody wrote, where the key is that of another option, for which it stands.
+    Attributes:
+        level: Where it was written.
+        key: Key as in serving.properties, such as "option.dtype"; not necessarily a known one.
+        raw: The text, never empty.
+        location: See `Source.location`.
+        rank: Among values of one level, those with the lowest rank count.
+        variable: The environment variable, if it has its own name.
+        name: What was written, if the key is that of another option for which it stands.
     """
 
     level: Level
@@ -35,8 +46,8 @@ class Written:
     name: str | None = None
 
 
-def read_command_line(options: Sequence[str], problems: list[Problem]) -> Iterator[Written]:
-    """`--option key=value` arguments, as "key=value"; an option written as a flag of its own is "--key=value"."""
+def read_command_line(options: Sequence[str], problems: list[Problem]) -> Iterator[RawValue]:
+    """Read `--option key=value` arguments, as "key=value", and options written as flags, as "--key=value"."""
     for text in options:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
@@ -45,28 +56,28 @@ def read_command_line(options: Sequence[str], problems: list[Problem]) -> Iterat
             name = name.strip()
             flag = name.startswith("--")
             key = key_from_command_line(name.removeprefix("--").replace("-", "_") if flag else name)
-            yield Written(Level.COMMAND_LINE, key, value, name if flag else f"--option {name}")
+            yield RawValue(Level.COMMAND_LINE, key, value, name if flag else f"--option {name}")
 
 
-def read_environment(environ: Mapping[str, str]) -> Iterator[Written]:
-    """OPTION_*, SERVING_* and the variables with names of their own. Empty ones are absent."""
+def read_environment(environ: Mapping[str, str]) -> Iterator[RawValue]:
+    """Read OPTION_*, SERVING_* and the variables with their own names. Empty variables are ignored."""
     for variable, value in environ.items():
         key = key_from_environment(variable)
         if key is not None and key != "option." and value.strip():
-            yield Written(Level.ENVIRONMENT, key, value, variable)
-    for name, facts in FACTS.items():
-        for own in facts.variables:
+            yield RawValue(Level.ENVIRONMENT, key, value, variable)
+    for name, option in OPTIONS.items():
+        for own in option.variables:
             value = environ.get(own.name, "")
             if value.strip():
-                yield Written(own.level, key_of(name), value, own.name, own.rank, own)
+                yield RawValue(own.level, key_of(name), value, own.name, own.rank, own)
 
 
 def read_file(
     path: Path, problems: list[Problem], warnings: list[Problem], level: Level = Level.FILE
-) -> Iterator[Written]:
-    """A file in Java's properties syntax: UTF-8, or Latin-1 where it is not valid UTF-8.
+) -> Iterator[RawValue]:
+    """Read a file in Java's properties syntax: UTF-8, or Latin-1 if it is not valid UTF-8.
 
-    Of a key that is written twice the later one counts, as in Java, with a warning.
+    If a key is written twice the later one counts, as in Java, with a warning.
     """
     try:
         content = path.read_bytes()
@@ -77,7 +88,7 @@ def read_file(
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    found: dict[str, Written] = {}
+    found: dict[str, RawValue] = {}
     line = 1
     try:
         for element in javaproperties.parse(text):
@@ -88,10 +99,196 @@ def read_file(
                     warnings.append(
                         Problem(f"{element.key} is written twice; {location} counts, not {before.location}")
                     )
-                found[element.key] = Written(level, element.key, element.value, location)
+                found[element.key] = RawValue(level, element.key, element.value, location)
             line += len(re.findall(r"\r\n|\r|\n", element.source))
     except javaproperties.InvalidUEscapeError as error:
         problems.append(
             Problem(f"{path.name} line {line}: {error} (a backslash must be written twice in this file)")
         )
     yield from (written for written in found.values() if written.raw.strip())
+
+
+VLLM_PREFIX = "SM_VLLM_"
+SGLANG_PREFIX = "SM_SGLANG_"
+
+SAME = {
+    "model": "model_id",
+    "api_keys": "api_key",
+    "model_tag": "model_id",
+    "allowed_origins": "cors_allowed_origin",
+}
+"""Flag of vLLM -> name of the option, where it is different."""
+
+WITHOUT_EFFECT = {
+    "disable_log_requests": 0, "enable_log_requests": 0, "disable_log_stats": 0, "disable_uvicorn_access_log": 0,
+    "disable_frontend_multiprocessing": 0, "enable_request_id_headers": 0, "disable_fastapi_docs": 0,
+    "uvicorn_log_level": 1, "max_log_len": 1, "swap_space": 1, "max_logprobs": 1, "image_processor": 1,
+    "image_processor_revision": 1, "disable_image_processor": 0, "no_image_processor": 0,
+}  # fmt: skip
+"""Flags of vLLM and Aphrodite that affect no response -> number of their values.
+
+Images are always prepared by the model's own processor, as vLLM did unless it was told otherwise.
+"""
+
+_ADAPTERS = "put adapters into adapters/ beside the model, or send them to POST /adapters"
+_CORS = "pages of cors_allowed_origin may use every method and header that the server has"
+_SERVER = "of vLLM's own HTTP server, which this is not"
+_TLS = "the port speaks plain HTTP: end TLS in front of the server"
+VLLM_WITHOUT = {
+    "lora_modules": _ADAPTERS,
+    "allowed_methods": _CORS,
+    "allowed_headers": _CORS,
+    "allow_credentials": _CORS,
+    "middleware": _SERVER,
+    "root_path": _SERVER,
+    "uds": _SERVER,
+    "headless": _SERVER,
+    "api_server_count": "one process speaks HTTP",
+    "ssl_keyfile": _TLS,
+    "ssl_certfile": _TLS,
+    "ssl_ca_certs": _TLS,
+    "ssl_cert_reqs": _TLS,
+    "ssl_ciphers": _TLS,
+    "enable_ssl_refresh": _TLS,
+    "tokenizer": "the tokenizer is the model's own",
+    "skip_tokenizer_init": "prompts are tokenised here",
+    "response_role": "the role of replies is assistant",
+    "tool_parser_plugin": "the parsers are this server's and the installed vLLM's",
+    "tool_server": "tools are called by the client",
+    "return_tokens_as_token_ids": "a request asks for it",
+    "enable_prompt_tokens_details": "replies always tell the cached tokens",
+    "enable_log_outputs": "see log_prompts",
+}
+"""Flags of vLLM's server without an equivalent -> what to do instead. On the command line they are refused."""
+
+SGLANG = {
+    "model_path": "model_id",
+    "model": "model_id",
+    "served_model_name": "served_model_name",
+    "revision": "revision",
+    "trust_remote_code": "trust_remote_code",
+    "load_format": "load_format",
+    "dtype": "dtype",
+    "quantization": "quantize",
+    "context_length": "max_model_len",
+    "kv_cache_dtype": "kv_cache_dtype",
+    "mem_fraction_static": "gpu_memory_utilization",
+    "max_running_requests": "max_rolling_batch_size",
+    "max_queued_requests": "job_queue_size",
+    "chunked_prefill_size": "max_rolling_batch_prefill_tokens",
+    "tp": "tensor_parallel_degree",
+    "tp_size": "tensor_parallel_degree",
+    "tensor_parallel_size": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+    "pp_size": "pipeline_parallel_degree",
+    "pipeline_parallel_size": "pipeline_parallel_degree",
+    "dp": "data_parallel_degree",
+    "dp_size": "data_parallel_degree",
+    "data_parallel_size": "data_parallel_degree",
+    "random_seed": "seed",
+    "cpu_offload_gb": "cpu_offload_gb_per_gpu",
+    "watchdog_timeout": "engine_stuck_timeout",
+    "disable_cuda_graph": "enforce_eager",
+    "disable_radix_cache": "enable_prefix_caching",
+    "enable_lora": "enable_lora",
+    "max_lora_rank": "max_lora_rank",
+    "max_loras_per_batch": "max_loras",
+    "max_loaded_loras": "max_cpu_loras",
+    "limit_mm_data_per_request": "limit_mm_per_prompt",
+    "host": "host",
+    "port": "port",
+    "api_key": "api_key",
+    "chat_template": "chat_template",
+    "tool_call_parser": "tool_call_parser",
+    "reasoning_parser": "reasoning_parser",
+}
+"""Flag of SGLang -> our option."""
+
+_SPECULATION = "write option.speculative_config, as vLLM's"
+SGLANG_WITHOUT = {
+    "tokenizer_path": "the tokenizer is the model's own",
+    "tokenizer_mode": "see option.tokenizer_mode",
+    "skip_tokenizer_init": "prompts are tokenised here",
+    "max_total_tokens": "see option.kv_cache_memory_mb",
+    "max_prefill_tokens": "see option.max_rolling_batch_prefill_tokens",
+    "page_size": "see option.block_size",
+    "attention_backend": "kernels are chosen for the device",
+    "lora_paths": _ADAPTERS,
+    "speculative_algorithm": _SPECULATION,
+    "speculative_draft_model_path": _SPECULATION,
+    "speculative_num_steps": _SPECULATION,
+    "speculative_eagle_topk": _SPECULATION,
+    "speculative_num_draft_tokens": _SPECULATION,
+    "enable_priority_scheduling": "see option.request_priorities, with which lower numbers come first",
+    "enable_multimodal": "a model that takes images is served with them",
+    "enable_metrics": "/metrics is always served",
+    "is_embedding": "embeddings are not served",
+}
+"""Common flags of SGLang without an equivalent -> what to do instead."""
+
+_SWITCHED_OFF = frozenset({"disable_radix_cache"})
+_PARSERS = {
+    "llama3": "llama3_json",
+    "qwen": "hermes",
+    "qwen25": "hermes",
+    "deepseekv3": "deepseek_v3",
+    "deepseekv31": "deepseek_v31",
+    "gpt_oss": "openai",
+    "qwen3_thinking": "qwen3",
+}
+"""SGLang's name of a parser -> ours or vLLM's."""
+
+
+def read_containers(
+    environ: Mapping[str, str], warnings: list[Problem], backend_options: Collection[str] = ()
+) -> Iterator[RawValue]:
+    """Read the variables as the containers do: "true" sets a switch, and "false" omits a flag that is not a switch.
+
+    Args:
+        environ: The environment.
+        warnings: Receives a warning for each variable without effect.
+        backend_options: See `Configuration`. The backend takes those flags without effect that it knows.
+    """
+    for variable, text in environ.items():
+        flag = variable.removeprefix(VLLM_PREFIX).lower()
+        if not text.strip():
+            continue
+        if variable.startswith(SGLANG_PREFIX):
+            yield from _sglang(variable, text, warnings)
+        elif variable.startswith(VLLM_PREFIX) and flag in WITHOUT_EFFECT and flag not in backend_options:
+            warnings.append(Problem(f"{variable} has no effect here: no answer depends on it"))
+        elif variable.startswith(VLLM_PREFIX) and flag in VLLM_WITHOUT:
+            warnings.append(Problem(f"{variable} has no effect here: {VLLM_WITHOUT[flag]}"))
+        elif variable.startswith(VLLM_PREFIX):
+            positive = flag.removeprefix("no_")
+            if positive != flag and KEYS.get(key_from_command_line(flag)) is None:
+                flag, text = positive, "false" if text.strip().lower() in TRUE else ""
+            yield from _written(variable, key_from_command_line(SAME.get(flag, flag)), text)
+
+
+def _sglang(variable: str, text: str, warnings: list[Problem]) -> Iterator[RawValue]:
+    flag = variable.removeprefix(SGLANG_PREFIX).lower()
+    name = SGLANG.get(flag)
+    if name is None:
+        reason = SGLANG_WITHOUT.get(flag, "SGLang's flag has no equivalent")
+        warnings.append(Problem(f"{variable} has no effect here: {reason}"))
+        return
+    if flag in _SWITCHED_OFF:
+        text = "false" if text.strip().lower() in TRUE else ""
+    elif flag == "chunked_prefill_size" and text.strip() == "-1":
+        name, text = "enable_chunked_prefill", "false"
+    elif name in ("tool_call_parser", "reasoning_parser"):
+        parser = text.strip().lower().replace("-", "_")
+        text = _PARSERS.get(parser, parser)
+        if name == "tool_call_parser":  # SGLang needs no switch beside it
+            yield from _written(variable, key_of("enable_auto_tool_choice"), "true")
+    yield from _written(variable, key_of(name), text)
+
+
+def _written(variable: str, key: str, text: str) -> Iterator[RawValue]:
+    name = KEYS.get(key)
+    switch = name is None or Settings.model_fields[name].annotation is bool
+    if text.strip() and (switch or text.strip().lower() != "false"):
+        yield RawValue(
+            Level.CONTAINER, key, text if name and OPTIONS[name].verbatim else text.strip(), variable
+        )

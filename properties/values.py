@@ -1,4 +1,4 @@
-"""The types of option values: how text becomes a value, and what to say is allowed when it does not."""
+"""Types of option values: how text becomes a value, and the description of what is allowed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODALITIES = ("image", "video", "audio")
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a type accepts, in words that finish the sentence "allowed: ..."."""
+    """What a type accepts, in words that complete the sentence "allowed: ..."."""
 
     text: str
 
@@ -64,7 +64,7 @@ def _devices(value: object) -> object:
 
 
 def _limits(value: object) -> object:
-    """`{"image": 4}`, `{"image": {"count": 4}}` (vLLM) or `image=4,video=2` -> one count per modality."""
+    """Read `{"image": 4}`, `{"image": {"count": 4}}` (vLLM) or `image=4,video=2` as one count per modality."""
     if isinstance(value, str):
         if value.lstrip().startswith("{"):
             value = _json(value, dict, "object")
@@ -89,7 +89,7 @@ def _count(name: str, entry: object) -> object:
 
 
 def _media(value: object) -> object:
-    """`{"image": {"rgba_background_color": [0, 0, 0]}}`, which is what of vLLM's has a meaning here."""
+    """Read `{"image": {"rgba_background_color": [0, 0, 0]}}`, the part of vLLM's option that has a meaning here."""
     value = _object(value)
     if not isinstance(value, dict):
         return value
@@ -121,7 +121,10 @@ _SUFFIXES = {
 
 
 def _tokens(value: object) -> object:
-    """`1k` is 1000 and `1K` 1024, as on vLLM's command line; parts as in `25.6k` only of the former."""
+    """Read `1k` as 1000 and `1K` as 1024, as on vLLM's command line.
+
+    Only the former allows fractions, as in `25.6k`.
+    """
     found = isinstance(value, str) and re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgtKMGT])", value.strip())
     if not found:
         return value
@@ -132,7 +135,7 @@ def _tokens(value: object) -> object:
 
 
 def _length(value: object) -> object:
-    """`auto` and -1, with which vLLM chooses."""
+    """Read `auto` and -1, with which vLLM chooses, as None."""
     return None if str(value).strip().lower() in ("auto", "-1") else _tokens(value)
 
 
@@ -162,10 +165,10 @@ Degree = Annotated[
     Allowed("a whole number from 1, or max"),
 ]
 Word = Annotated[str, BeforeValidator(_lower)]
-"""A name that a backend knows, all of which are written in small letters."""
+"""A name that a backend knows; all of these are written in lower case."""
 
 TRUE = frozenset({"true", "1", "yes", "on", "t", "y"})
-"""The words that pydantic reads as true, whatever their case."""
+"""Words that pydantic reads as true, in any case."""
 
 _DTYPES = {
     "fp32": "float32", "float": "float32", "torch.float32": "float32", "fp16": "float16", "half": "float16",

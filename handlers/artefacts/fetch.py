@@ -10,7 +10,7 @@ from pathlib import Path
 
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.mistral import completed, lacks_hub_files
-from properties.location import ModelLocation
+from properties.model import ModelLocation
 from properties.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,14 @@ from engine.families.registry import family_of, served
 from handlers.artefacts.mistral import TEKKEN
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.select import remedy
-from handlers.backends.vllm.options.weights import missing_weights
+from handlers.backends.vllm.options.checkpoint import missing_weights
 from handlers.backends.weight_files import engine_weight_problems, unreadable, vllm_weight_problems
 from handlers.model_json import read_object
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource, read_chat_templates
 from properties.configuration import read_model_config
+from properties.model import context_length
 from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
-from properties.recommend import context_length
 
 if TYPE_CHECKING:
     from properties.configuration import Configuration

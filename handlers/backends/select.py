@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from handlers.backends.vllm.compat import INSTALL, check_version, installed_version
+from handlers.backends.vllm.options.fields import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.backends.vllm.options.fields import architectures as vllm_architectures
-from handlers.backends.vllm.options.tested import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName

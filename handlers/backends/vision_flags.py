@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from properties.configuration import read_model_config
 from properties.names import key_of
-from properties.settings_retired import RETIRED
+from properties.settings import RETIRED
 
 if TYPE_CHECKING:
     from engine.families.base import PreparedPicture, Preprocessor

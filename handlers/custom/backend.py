@@ -16,9 +16,9 @@ from handlers.backends.base import BackendStats, Capabilities, Generation, Healt
 from handlers.custom.find import OwnFormatters, OwnHandler, refuse_unusable
 from handlers.custom.messages import Start
 from handlers.custom.process import HandlerCall, HandlerProcess
-from handlers.errors import CustomCodeError, NotFound, ServingError, Unavailable
+from handlers.errors import NotFound, ServingError, Unavailable
 from handlers.request import GenerationRequest, Prompt
-from processes.restarts import Restarts
+from processes.supervisor import Supervisor, why_down
 from properties.configuration import Configuration
 from properties.field import Level
 
@@ -33,12 +33,16 @@ class CustomBackend:
     def __init__(self, start: Start, processes: int, retry_threshold: int) -> None:
         """retry_threshold: deaths of a process, with no answer between them, that a restart answers."""
         self._start = start
-        self._processes = [HandlerProcess(start, self._serve_waiting) for _ in range(processes)]
-        self._tries = [Restarts(retry_threshold) for _ in range(processes)]
+        self._supervisors = [
+            Supervisor(
+                f"process {number} of the model's own handler",
+                lambda: HandlerProcess.start(start, self._serve_waiting),
+                retry_threshold=retry_threshold,
+                changed=self._changed,
+            )
+            for number in range(processes)
+        ]
         self._waiting: deque[tuple[asyncio.Future[HandlerCall], dict[str, str], bytes]] = deque()
-        self._keepers: list[asyncio.Task[None]] = []
-        self._restarts = 0
-        self._lost = 0
 
     @classmethod
     def from_configuration(
@@ -60,12 +64,11 @@ class CustomBackend:
 
     async def load(self) -> None:
         try:
-            await asyncio.gather(*(process.start() for process in self._processes))
+            await asyncio.gather(*(supervisor.start() for supervisor in self._supervisors))
         except BaseException:
             await self.close()
             raise
-        self._keepers = [asyncio.create_task(self._keep(number)) for number in range(len(self._processes))]
-        logger.info("%s runs in %d processes", self._start.file, len(self._processes))
+        logger.info("%s runs in %d processes", self._start.file, len(self._supervisors))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -76,7 +79,7 @@ class CustomBackend:
 
         Raises Unavailable. Cancelled, it leaves nothing behind.
         """
-        if self._lost == len(self._processes):
+        if self._given_up:
             raise Unavailable("the model's own handler failed too often")
         future: asyncio.Future[HandlerCall] = asyncio.get_running_loop().create_future()
         self._waiting.append((future, properties, body))
@@ -98,33 +101,42 @@ class CustomBackend:
         raise NotFound("the model's own handler has no tokens to show")
 
     def health(self) -> Health:
-        ready = sum(not process.died.is_set() for process in self._processes)
-        if ready:
+        if self._alive:
             return Health(True, "ready")
-        if self._lost == len(self._processes):
-            return Health(False, "the model's own handler failed too often", lost=True)
-        tries = next((tries for tries in self._tries if tries.short is not None), self._tries[0])
-        return Health(False, tries.reason("the model's own handler"))
+        return Health(False, why_down(self._supervisors, "the model's own handler"), lost=self._given_up)
 
     def stats(self) -> BackendStats:
+        alive = self._alive
         return BackendStats(
-            running=sum(process.load for process in self._processes),
+            running=sum(process.load for process in alive),
             waiting=len(self._waiting),
-            engine_restarts=self._restarts,
-            replicas=len(self._processes),
-            replicas_ready=sum(not process.died.is_set() for process in self._processes),
+            engine_restarts=sum(supervisor.restarts for supervisor in self._supervisors),
+            replicas=len(self._supervisors),
+            replicas_ready=len(alive),
         )
 
     async def close(self) -> None:
-        for keeper in self._keepers:
-            keeper.cancel()
         self._fail_waiting(Unavailable("the server is stopping; send the request again", retry_after=5))
-        await asyncio.gather(*(process.stop() for process in self._processes), return_exceptions=True)
+        await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors))
+
+    @property
+    def _alive(self) -> list[HandlerProcess]:
+        processes = [supervisor.current for supervisor in self._supervisors]
+        return [process for process in processes if process is not None and not process.died.is_set()]
+
+    @property
+    def _given_up(self) -> bool:
+        return all(supervisor.given_up for supervisor in self._supervisors)
+
+    def _changed(self) -> None:
+        self._serve_waiting()
+        if self._given_up:
+            self._fail_waiting(Unavailable("the model's own handler failed too often"))
 
     def _serve_waiting(self) -> None:
         while self._waiting:
             future, properties, body = self._waiting[0]
-            free = [process for process in self._processes if process.free]
+            free = [process for process in self._alive if process.free]
             if future.done():
                 self._waiting.popleft()
                 continue
@@ -141,35 +153,6 @@ class CustomBackend:
             future = self._waiting.popleft()[0]
             if not future.done():
                 future.set_exception(error)
-
-    async def _keep(self, number: int) -> None:
-        """Replace a process that dies, until it has died too often without an answer."""
-        while True:
-            process, tries = self._processes[number], self._tries[number]
-            await process.died.wait()
-            await process.stop()
-            tries.died(served=process.answered)
-            while not tries.exhausted:
-                await asyncio.sleep(tries.pause)
-                self._restarts += 1
-                logger.warning("process %d of the model's own handler ended; it is restarted", number)
-                fresh = HandlerProcess(self._start, self._serve_waiting)
-                try:
-                    await fresh.start()
-                except (CustomCodeError, OSError) as error:
-                    logger.error("%s", error)
-                    tries.failed(error)
-                else:
-                    tries.succeeded()
-                    self._processes[number] = fresh
-                    self._serve_waiting()
-                    break
-            else:
-                break
-        self._lost += 1
-        logger.error("process %d of the model's own handler failed too often", number)
-        if self._lost == len(self._processes):
-            self._fail_waiting(Unavailable("the model's own handler failed too often"))
 
 
 def _properties(configuration: Configuration) -> dict[str, str]:

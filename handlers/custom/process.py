@@ -1,20 +1,15 @@
-"""The front's end of one process of the user's handler: start it, call it, notice at once when it is gone."""
+"""One process of the user's handler as the server sees it: start it, call it, notice at once when it is gone."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-import socket
-import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 
-from engine.messages import FRAME, MAX_FRAME_BYTES
 from handlers.custom.messages import (
     Answer,
     Call,
@@ -29,7 +24,8 @@ from handlers.custom.messages import (
     ToHandler,
 )
 from handlers.errors import CustomCodeError, EngineFailed, PayloadTooLarge, ServingError, Unavailable
-from processes.environment import child_environment
+from processes.child import Child, Connection, Log
+from processes.inside import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 handler_log = logging.getLogger("handlers.custom")
@@ -92,22 +88,53 @@ class HandlerCall:
 
 
 class HandlerProcess:
-    """One process from start to death; it is not started twice."""
+    """One process that takes calls, until its death (see `processes.supervisor.Supervised`)."""
 
-    def __init__(self, start: Start, on_free: Callable[[], None] = lambda: None) -> None:
-        """on_free: called when another call can begin."""
-        self.concurrent = False
-        self.answered = False
+    def __init__(
+        self, child: Child, connection: Connection, ready: Ready, on_free: Callable[[], None] = lambda: None
+    ) -> None:
+        """Use `start`."""
+        self.concurrent = ready.concurrent
+        self.served = False
         """Whether a call has ended well, or badly, in it."""
         self.died = asyncio.Event()
-        self._start = start
+        self._child = child
+        self._connection = connection
         self._on_free = on_free
-        self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
         self._calls: dict[int, HandlerCall] = {}
         self._last = 0
-        self._ready = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._receive())
+
+    @classmethod
+    async def start(cls, start: Start, on_free: Callable[[], None]) -> HandlerProcess:
+        """Return when the handler has answered its first, empty call.
+
+        Raises CustomCodeError with the handler's reason, for the operator, and OSError. Nothing is left running then.
+
+        Args:
+            start: which handler it is.
+            on_free: called when another call can begin.
+        """
+        child = await Child.start(
+            "handlers.custom.worker",
+            "handler",
+            Log(handler_log, levels=False),
+            variables={"PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            connection = await child.connect()
+            connection.send(msgspec.msgpack.encode(start))
+            frame = await connection.receive()
+            first = None if frame is None else msgspec.msgpack.decode(frame, type=FromHandler)
+            if isinstance(first, Ready):
+                return cls(child, connection, first, on_free)
+        except BaseException:
+            await child.stop(_STOP_SECONDS)
+            raise
+        await child.stop(_STOP_SECONDS)
+        reason = first.message if isinstance(first, LoadFailed) else "its process ended; the log says why"
+        raise CustomCodeError(f"the model's own handler cannot be loaded: {reason}")
 
     @property
     def load(self) -> int:
@@ -117,50 +144,7 @@ class HandlerProcess:
     @property
     def free(self) -> bool:
         """Whether a call can begin now."""
-        return self._ready and not self.died.is_set() and (self.concurrent or not self._calls)
-
-    async def start(self) -> None:
-        """Spawn it and wait until the handler has answered its first, empty call.
-
-        Raises CustomCodeError with the handler's reason, for the operator. Nothing is left running then.
-        """
-        try:
-            first = await self._begin()
-        except BaseException:
-            await self.stop()
-            raise
-        if isinstance(first, Ready):
-            self.concurrent, self._ready = first.concurrent, True
-            return
-        await self.stop()
-        reason = first.message if isinstance(first, LoadFailed) else "its process ended; the log says why"
-        raise CustomCodeError(f"the model's own handler cannot be loaded: {reason}")
-
-    async def _begin(self) -> FromHandler | None:
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-P", "-m", "handlers.custom.worker", str(theirs.fileno()),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.STDOUT,
-                    pass_fds=(theirs.fileno(),),
-                    env={**child_environment("handler"), "PYTHONUNBUFFERED": "1"},
-                    start_new_session=True,
-                )  # fmt: skip
-            assert self._process.stdout is not None
-            self._spawn(_relay_log(self._process.stdout))
-            reader, self._writer = await asyncio.open_connection(sock=ours)
-        except BaseException:
-            ours.close()
-            raise
-        self._write(msgspec.msgpack.encode(self._start))
-        decoder = msgspec.msgpack.Decoder(FromHandler)
-        first = await _read(reader, decoder)
-        if isinstance(first, Ready):
-            self._spawn(self._receive(reader, decoder))
-        return first
+        return not self.died.is_set() and (self.concurrent or not self._calls)
 
     def call(self, properties: dict[str, str], body: bytes) -> HandlerCall:
         """Begin a call; the process must be `free`. Raises PayloadTooLarge."""
@@ -190,47 +174,39 @@ class HandlerProcess:
         self._spawn(watch())
 
     def kill(self) -> None:
-        """It, or where it has ended already, the processes that the handler has started and left behind."""
-        if self._process is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """It, and the processes that the handler has started."""
+        self._child.kill()
+
+    async def lost(self) -> str:
+        await self.died.wait()
+        return "ended"
 
     async def stop(self) -> None:
         """End it, and what it has started. Never raises."""
         self._bury(Unavailable("the server is stopping; send the request again", retry_after=5))
-        if self._writer is not None:
-            self._writer.close()
-        if self._process is not None:
-            try:
-                async with asyncio.timeout(_STOP_SECONDS):
-                    await self._process.wait()
-            except TimeoutError:
-                self.kill()
-                await self._process.wait()
-            self.kill()
+        await self._child.stop(_STOP_SECONDS)
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         if tasks:
             _, unfinished = await asyncio.wait(tasks, timeout=1.0)
             for task in unfinished:
                 task.cancel()
 
-    async def _receive(
-        self, reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromHandler]
-    ) -> None:
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromHandler)
         try:
-            while (message := await _read(reader, decoder)) is not None:
+            while (frame := await self._connection.receive()) is not None:
+                message = decoder.decode(frame)
                 if isinstance(message, Ready | LoadFailed):
                     continue
                 if (call := self._calls.get(message.id)) is None:
                     continue
                 call.put(message)
                 if isinstance(message, End | Failed):
-                    self.answered = True
+                    self.served = True
                     del self._calls[message.id]
                     self._on_free()
         except Exception:
             logger.exception("what the handler's process sent cannot be used; it is killed")
-            self.kill()
         finally:
             self._bury(EngineFailed("the process of the model's own handler ended; try again"))
             self.kill()
@@ -242,16 +218,9 @@ class HandlerProcess:
             call.put(error)
 
     def _send(self, message: ToHandler) -> None:
-        self._write(msgspec.msgpack.encode(message))
-
-    def _write(self, body: bytes) -> None:
-        assert self._writer is not None
-        if self._writer.is_closing():
-            raise Unavailable("the model's own handler is being restarted; try again", retry_after=1)
         try:
-            self._writer.write(FRAME.pack(len(body)))
-            self._writer.write(body)
-        except (OSError, RuntimeError) as error:
+            self._connection.send(msgspec.msgpack.encode(message))
+        except OSError as error:
             raise Unavailable(
                 "the model's own handler is being restarted; try again", retry_after=1
             ) from error
@@ -260,30 +229,3 @@ class HandlerProcess:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _read(
-    reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[FromHandler]
-) -> FromHandler | None:
-    """The next message; None once the process has closed its end. Raises ValueError for an absurd length."""
-    try:
-        (size,) = FRAME.unpack(await reader.readexactly(FRAME.size))
-        if size > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame of {size} bytes")
-        return decoder.decode(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-
-
-async def _relay_log(lines: asyncio.StreamReader) -> None:
-    """Put what the handler prints into this process's log, a line at a time."""
-    while True:
-        try:
-            line = await lines.readuntil(b"\n")
-        except asyncio.IncompleteReadError as error:
-            if not error.partial:
-                return
-            line = error.partial
-        except asyncio.LimitOverrunError as error:
-            line = await lines.readexactly(max(1, error.consumed))
-        handler_log.info("%s", line.decode(errors="replace").rstrip())

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import queue
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from typing import Any
 
 import msgspec
 
-from engine.framing import read_frame, write_frame
 from handlers.custom import djl
 from handlers.custom.answers import ReplyTooLarge, answer, answer_async
 from handlers.custom.messages import (
@@ -36,6 +34,7 @@ from handlers.custom.messages import (
     Start,
     ToHandler,
 )
+from processes.inside import Parent
 
 logger = logging.getLogger("handlers.custom")
 
@@ -47,27 +46,24 @@ class HandlerError(Exception):
 
 
 class Channel:
-    """The handler's end of the socket: one reader, any thread may send."""
+    """The handler's end of the connection: one reader, any thread may send."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._lock = threading.Lock()
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
         self._decoder = msgspec.msgpack.Decoder(ToHandler)
         self.cancelled = 0
         """The last call that nobody waits for any more; ids grow."""
 
     def start(self) -> Start:
-        return msgspec.msgpack.decode(read_frame(self._socket) or b"", type=Start)
+        return msgspec.msgpack.decode(self._parent.receive() or b"", type=Start)
 
     def send(self, message: FromHandler) -> None:
-        body = msgspec.msgpack.encode(message)
-        with self._lock:
-            write_frame(self._socket, body)
+        self._parent.send(msgspec.msgpack.encode(message))
 
     def read(self, on_call: Callable[[Call], None], on_cancel: Callable[[int], None]) -> None:
         """Until the front is gone, and with it the reason for this process, busy or not."""
         try:
-            while (frame := read_frame(self._socket)) is not None:
+            while (frame := self._parent.receive()) is not None:
                 message = self._decoder.decode(frame)
                 if isinstance(message, Cancel):
                     on_cancel(message.id)
@@ -232,12 +228,12 @@ def failed(number: int, error: Exception) -> Failed:
     return Failed(number, 507 if name in _OUT_OF_MEMORY else 424, name)
 
 
-def main(descriptor: int) -> int:
+def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    sock = socket.socket(fileno=descriptor)
+    parent = Parent()
     # or this process's end would go unnoticed while one that the handler has forked lives
-    os.register_at_fork(after_in_child=sock.close)
-    channel = Channel(sock)
+    os.register_at_fork(after_in_child=parent.close)
+    channel = Channel(parent)
     start = channel.start()
     try:
         function = load(start)
@@ -254,6 +250,6 @@ def main(descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    status = main(int(sys.argv[1]))
+    status = main()
     sys.stdout.flush()
     os._exit(status)  # whatever threads the handler has left running

@@ -1,4 +1,4 @@
-"""Constraints become grammars: each different one once, in processes that can be ended."""
+"""Compiles constraints to grammars, each distinct one once, in processes that can be ended."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from engine.config import Vocabulary
 from handlers.errors import InvalidRequest, Overloaded, Unavailable
 from handlers.grammars.messages import Job, Outcome
 from handlers.request import Constraint
-from processes.child import Child
-from processes.environment import child_environment
+from processes.child import Child, Log
 
 logger = logging.getLogger(__name__)
 worker_log = logging.getLogger("processes.grammars")
-"""Of what the processes print."""
+"""Output of the processes."""
 
 MOST_WORKERS = 2
 MOST_WAITING = 256
-"""Different constraints that are compiled, or wait for it, at a time."""
+"""Greatest number of distinct constraints that are being compiled or wait for it."""
 
 MOST_KNOWN = 1024
 MOST_KNOWN_BYTES = 32 << 20
-"""Outcomes kept, refusals among them: the ones used last."""
+"""Limits of the cache of outcomes, refusals included; the most recently used ones are kept."""
 
 MOST_OUTCOME_BYTES = 64 << 20
-"""Of one reply: far more than a grammar whose source is bounded can have."""
+"""Limit for a reply: far more than a grammar with a bounded source can have."""
 
 _TOO_SLOW = Outcome(reason="compiling it took longer than", last=True)
 _DIED = Outcome(reason="it is too large or too deeply nested to compile", last=True)
@@ -38,27 +37,38 @@ END_SECONDS = 5.0
 
 
 class GrammarCompiler:
-    """Lives on the event loop. Its processes start when they are first needed."""
+    """Compiles constraints; its processes start when they are first needed. Used on one event loop."""
 
     def __init__(self, vocabulary: Vocabulary, timeout: float) -> None:
-        """timeout: seconds that one constraint may be compiled for."""
+        """Create a compiler without processes.
+
+        Args:
+            vocabulary: The model's tokens.
+            timeout: Seconds for compiling a constraint.
+        """
         self._vocabulary = vocabulary
         self._timeout = timeout
         self._known: OrderedDict[Job, Outcome] = OrderedDict()
         self._known_bytes = 0
         self._running: dict[Job, asyncio.Task[Outcome]] = {}
-        self._places = asyncio.Semaphore(MOST_WORKERS)
+        self._slots = asyncio.Semaphore(MOST_WORKERS)
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._ending: set[asyncio.Task[None]] = set()
 
     async def compile(self, constraint: Constraint) -> str:
-        """The grammar for the engine. Raises InvalidRequest, naming the client's field and what is wrong with it;
-        Overloaded; and Unavailable where no process can be started."""
+        """Return the grammar for the engine.
+
+        Raises:
+            InvalidRequest: The constraint cannot be used; the message names the client's field and what is
+                wrong.
+            Overloaded: Too many constraints are waiting.
+            Unavailable: No process can be started.
+        """
         job = Job(constraint.kind, constraint.value, constraint.whitespace_pattern)
         outcome = self._known.get(job)
         if outcome is None:
-            # not ended by a client that leaves: another may wait for the same
+            # Not cancelled with the client: another may be waiting for the same constraint.
             outcome = await asyncio.shield(self._task(job))
         else:
             self._known.move_to_end(job)
@@ -91,19 +101,19 @@ class GrammarCompiler:
     def _done(self, job: Job, task: asyncio.Task[Outcome]) -> None:
         del self._running[job]
         if not task.cancelled():
-            task.exception()  # those who wait are told; without any, nobody needs to be
+            task.exception()  # retrieved, so that it is not logged; those who wait get it anyway
 
     async def _compile(self, job: Job) -> Outcome:
-        async with self._places:
+        async with self._slots:
             worker = self._free()
             used = worker.alive
             outcome = await self._ask(worker, job)
-            if outcome is _DIED and used:  # of something else, it may be
+            if outcome is _DIED and used:  # an earlier constraint may be to blame
                 outcome = await self._ask(_Worker(), job)
         if outcome is not _TOO_SLOW:
             self._remember(job, outcome)
             return outcome
-        # not remembered: the machine may only have been busy
+        # Not cached: the machine may only have been busy.
         return Outcome(
             reason=f"{outcome.reason} {self._timeout:g} s (option.guided_decoding_timeout): make it simpler"
         )
@@ -130,7 +140,7 @@ class GrammarCompiler:
         return outcome
 
     def _free(self) -> _Worker:
-        """One that waits for work and lives, else a new one."""
+        """Return an idle process that is alive, else a new one."""
         while self._idle:
             worker = self._idle.pop()
             if worker.alive:
@@ -151,7 +161,7 @@ class GrammarCompiler:
 
 
 class _Worker:
-    """One process of `handlers.grammars.worker`."""
+    """A process of `handlers.grammars.worker`."""
 
     def __init__(self) -> None:
         self._child: Child | None = None
@@ -159,29 +169,26 @@ class _Worker:
 
     @property
     def alive(self) -> bool:
-        """Only to be asked while it has no work."""
+        """Whether the process is running; only meaningful while it has no work."""
         return self._child is not None and not self._child.has_ended()
 
     async def start(self, vocabulary: Vocabulary) -> None:
-        """Does nothing where it is started already. Raises Unavailable."""
+        """Start the process, unless it is started already. Raises Unavailable."""
         if self._child is not None:
             return
         try:
             self._child = await Child.start(
-                "handlers.grammars.worker",
-                env=child_environment("plain"),
-                logger=worker_log,
-                level=logging.WARNING,
+                "handlers.grammars.worker", "plain", Log(worker_log, logging.WARNING, bounded=True)
             )
             async with asyncio.timeout(START_SECONDS):
                 self._child.send(msgspec.msgpack.encode(vocabulary))
                 await self._child.receive()
         except (EOFError, OSError) as error:  # TimeoutError among them
             logger.exception("the process that compiles grammars could not be started")
-            raise Unavailable("answers cannot be constrained now; try again", retry_after=5) from error
+            raise Unavailable("constraints cannot be compiled now; try again", retry_after=5) from error
 
     async def ask(self, job: Job) -> Outcome:
-        """Raises EOFError or OSError when the process ends over it."""
+        """Compile a constraint. Raises EOFError or OSError if the process ends."""
         assert self._child is not None
         self._working = True
         try:
@@ -194,7 +201,10 @@ class _Worker:
         return msgspec.msgpack.decode(reply, type=Outcome)
 
     async def end(self) -> None:
-        """It ends by itself once nothing more can come; one that is at work then, or will not, is killed."""
+        """End the process.
+
+        It ends by itself when its connection closes, and is killed if it is working or does not end.
+        """
         if self._child is None:
             return
         if self._working:

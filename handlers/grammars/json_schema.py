@@ -1,4 +1,4 @@
-"""JSON schemas: the schemas inside a schema."""
+"""Finds the schemas inside a JSON schema."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-"""Keywords whose value holds schemas under names that are the user's own."""
+"""Keywords whose value holds schemas under names chosen by the user."""
 
 _VALUES = ("enum", "const", "default", "examples")
-"""Keywords whose value is no schema whatever it looks like."""
+"""Keywords whose value is not a schema, whatever it looks like."""
 
 
 def subschemas(schema: object) -> Iterator[dict[str, Any]]:
-    """The schema and all that stand inside it, as far as they are objects. They may be changed on the way."""
+    """Yield the schema and all schemas inside it that are objects. They may be changed during the iteration."""
     waiting = [schema]
     while waiting:
         node = waiting.pop()

@@ -1,4 +1,4 @@
-"""What the front and a process that compiles grammars say to each other: msgpack, each preceded by its length."""
+"""Messages between the front end and a process that compiles grammars: msgpack, each preceded by its length."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """A grammar for `engine.guidance`, or the reason why there is none, to be told to the client.
+    """A grammar for `engine.guidance`, or the reason why there is none.
 
-    last: the process ends now.
+    Attributes:
+        grammar: The grammar.
+        reason: Message for the client; None if there is a grammar.
+        last: The process ends now.
     """
 
     grammar: str = ""

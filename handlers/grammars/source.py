@@ -1,7 +1,8 @@
-"""A constraint in the words of llguidance."""
+"""Translates constraints to grammars of llguidance."""
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -11,11 +12,10 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.guidance import GrammarError
 from handlers.grammars.json_schema import subschemas
-from handlers.grammars.numbers import exact_numbers
 
 WHITESPACE = r"(?: ?|\r?\n[ \t]{0,32})"
-"""Between the tokens of JSON: a space, or a line end and its indentation, as JSON is written everywhere. Bounded, or a
-model that has lost its way could write line ends for ever."""
+"""White space between the tokens of JSON: a space, or a line end and its indentation, as JSON is usually
+written. It is bounded, because a confused model could write line ends for ever."""
 
 _CHECKED_FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
@@ -23,7 +23,11 @@ _CHECKED_FORMATS = frozenset(
 
 
 def grammar_of(kind: str, value: str | None, whitespace_pattern: str | None) -> str:
-    """The grammar for a constraint's fields (see `handlers.request.Constraint`). Raises GrammarError."""
+    """Return the grammar for a constraint's fields (see `handlers.request.Constraint`).
+
+    Raises:
+        GrammarError: The constraint cannot be read.
+    """
     try:
         if kind in ("json_object", "json_schema"):
             schema = {"type": "object"} if value is None else msgspec.json.decode(value)
@@ -42,8 +46,11 @@ def grammar_of(kind: str, value: str | None, whitespace_pattern: str | None) -> 
 
 
 def _json(schema: Any, whitespace_pattern: str) -> str:
-    """Dropped are keywords that ask for nothing, `uniqueItems: false` and formats that JSON Schema itself lets one
-    take for a comment, and llguidance's own options, which could make the answer something else than JSON."""
+    """Translate a JSON schema.
+
+    Removed are keywords without effect: `uniqueItems: false`, and formats that JSON Schema allows to be
+    treated as comments; and llguidance's own options, which could make the output something other than JSON.
+    """
     for node in subschemas(schema):
         exact_numbers(node)
         node.pop("x-guidance", None)
@@ -62,8 +69,11 @@ def _json(schema: Any, whitespace_pattern: str) -> str:
 
 @cache
 def _white_space_repeats() -> bool:
-    """Whether this llguidance, as those that vLLM asks for, lets white space follow itself, so that no pattern bounds
-    it. Then it may stand behind colons and commas alone, of which it is a part."""
+    """Whether this llguidance lets white space follow itself, so that no pattern bounds it.
+
+    That is so in the versions that vLLM requires. Then white space is only allowed after colons and commas,
+    as a part of them.
+    """
     grammar = LLMatcher.grammar_from_json_schema(
         '{"type": "array", "minItems": 1}', overrides={"whitespace_pattern": " ?"}
     )
@@ -72,3 +82,55 @@ def _white_space_repeats() -> bool:
 
 def _literal(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\.+*?()|[]{}^$#&-~" else c for c in text)
+
+
+LARGEST_EXACT = 2**53
+"""Up to here a double represents every integer exactly."""
+
+LARGEST = 2**63 - 1024
+"""The largest double that is a 64-bit integer; llguidance supports no greater bounds."""
+
+_LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+
+
+def exact_numbers(schema: dict[str, Any]) -> None:
+    """Correct numbers that llguidance, which stores them in double precision, would change.
+
+    A bound that is not a double is moved inwards to the next one, so that whatever respects it respects the
+    schema. Only this schema is considered, not those inside it.
+
+    Raises:
+        GrammarError: A value cannot be represented exactly.
+    """
+    for key in _LEAST:
+        if _is_large(schema.get(key)):
+            schema[key] = _at_least(schema[key])
+    for key in _MOST:
+        if _is_large(schema.get(key)):
+            schema[key] = -_at_least(-schema[key])
+    if "const" in schema:
+        _check(schema["const"])
+    if "enum" in schema:
+        _check(schema["enum"])
+
+
+def _is_large(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_EXACT
+
+
+def _at_least(bound: int) -> int:
+    """Return the smallest integer double that is not below the bound."""
+    if bound > LARGEST:
+        raise GrammarError(f"a bound is too large to be enforced: {str(bound)[:40]}")
+    nearest = float(max(bound, -LARGEST))
+    return int(nearest if nearest >= bound else math.nextafter(nearest, math.inf))
+
+
+def _check(value: object) -> None:
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, int | float) and abs(node) > LARGEST_EXACT:
+            raise GrammarError(f"const and enum may hold numbers up to 2^53 only, not {str(node)[:40]}")
+        if isinstance(node, dict | list):
+            waiting += node.values() if isinstance(node, dict) else node

@@ -73,7 +73,7 @@ QUESTION = struct.Struct("<QQd")
 def main() -> None:
     """Decode images until the parent closes the connection."""
     parent = Parent()
-    first = parent.receive()
+    first = parent.receive_with_descriptor()
     if first is None or first[1] is None:
         return
     reused = PixelMemory(first[1], REUSED_BYTES)
@@ -87,7 +87,7 @@ def main() -> None:
     now, grown = start, 0
     limits = _data_limits()
     parent.send(b"")
-    while (message := parent.receive()) is not None:
+    while (message := parent.receive_with_descriptor()) is not None:
         body, descriptor = message
         question = Question._make(QUESTION.unpack_from(body))
         data = body[QUESTION.size :]

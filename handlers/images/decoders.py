@@ -23,8 +23,7 @@ from handlers.images.image_file import Header, unknown_header
 from handlers.images.memory import ImageMemory, Share
 from handlers.images.problem import ImageProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
-from processes.child import Child, Limits
-from processes.environment import child_environment
+from processes.child import Child, Limits, Log
 
 T = TypeVar("T")
 
@@ -364,9 +363,8 @@ class DecoderPool:
     async def _ready_child(self, descriptor: int) -> Child:
         child = await Child.start(
             "handlers.images.decoder_worker",
-            env=child_environment("plain"),
-            logger=decoder_log,
-            level=logging.DEBUG,
+            "plain",
+            Log(decoder_log, logging.DEBUG, bounded=True),
             limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
         )
         try:

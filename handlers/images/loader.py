@@ -29,7 +29,7 @@ from handlers.images.image_file import Header, read_header
 from handlers.images.memory import ImageMemory
 from handlers.images.problem import ImageProblem, too_many_pixels
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
-from properties.settings_vision import VisionSettings
+from properties.settings import VisionSettings
 
 T = TypeVar("T")
 

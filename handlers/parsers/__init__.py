@@ -1,0 +1,1 @@
+"""Parsers that separate tool calls and reasoning from a model's text."""

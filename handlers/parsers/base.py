@@ -1,7 +1,7 @@
-"""The seam between a model's text and a chat reply: small parsers, fed as the text comes.
+"""The pieces of a chat reply, and the interface of the small parsers that find them in a model's text as it arrives.
 
-A parser never loses text: what is no call and no reasoning comes out as content, in order. The same text gives the
-same pieces wherever it is cut, once neighbours of one kind are joined.
+A parser never loses text: what is neither a call nor reasoning is returned as content, in order. The same
+text gives the same pieces wherever it is cut, once adjacent pieces of one kind are joined.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text that the model wrote to itself."""
+    """The model's reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call of the function `name` begins. `index` counts an answer's calls from 0, broken ones included."""
+    """The beginning of a call of the function `name`.
+
+    Attributes:
+        index: Number of the call in its completion from 0, broken calls included.
+        id: Id of the call.
+        name: Name of the function.
+    """
 
     index: int
     id: str
@@ -37,7 +43,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of a call's arguments; all of a whole call's together are the JSON text of an object."""
+    """More of a call's arguments; all of a complete call's arguments together are the JSON text of an object."""
 
     index: int
     text: str
@@ -47,8 +53,12 @@ class CallArguments:
 class CallBroken:
     """A call that has started turned out to be malformed.
 
-    text: all that the model wrote of it so far, marks included. A whole reply shows it as content in the call's
-    place; in a stream it has been sent already. What follows comes as further pieces.
+    What follows comes as further pieces.
+
+    Attributes:
+        index: Number of the call.
+        text: Everything that the model wrote of the call so far, marks included. A whole reply shows it as
+            content in the call's place; in a stream it has been sent already.
     """
 
     index: int
@@ -59,7 +69,7 @@ Piece = Content | Reasoning | CallStart | CallArguments | CallBroken
 
 
 def joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """The same with neighbours of one kind as one."""
+    """Join adjacent pieces of one kind."""
     out: list[Piece] = []
     for (kind, index), run in groupby(pieces, key=lambda piece: (type(piece), getattr(piece, "index", -1))):
         same = list(run)
@@ -78,25 +88,30 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 class Parser(Protocol):
-    """Parses one answer."""
+    """Parses one completion."""
 
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
-        """token_ids: the tokens that came with the text, for parsers that go by them."""
+        """Parse more text.
+
+        Args:
+            text: The text.
+            token_ids: Tokens of the text, for parsers that depend on them.
+        """
 
     def finish(self) -> list[Piece]:
-        """What was held back when the answer ended. A call that the end cut short stays as it is."""
+        """Return what was held back when the completion ended. A call that is cut short by the end stays as it is."""
 
 
 @runtime_checkable
 class WholeParser(Parser, Protocol):
-    """Also knows a way of its own to parse a whole answer."""
+    """A parser with a separate way to parse a whole completion."""
 
     def whole(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
-        """In place of `push` and `finish`."""
+        """Parse a whole completion, in place of `push` and `finish`."""
 
 
 def parse_whole(parser: Parser, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
-    """The pieces of a whole answer."""
+    """Return the pieces of a whole completion."""
     if isinstance(parser, WholeParser):
         return parser.whole(text, token_ids)
     return [*parser.push(text, token_ids), *parser.finish()]
@@ -104,10 +119,13 @@ def parse_whole(parser: Parser, text: str, token_ids: Sequence[int] = ()) -> lis
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a parser may know of the request whose answer it parses.
+    """What a parser may know of the request whose completion it parses.
 
-    tools: OpenAI's definitions of those that may be called. prompt_text: as the model was given it; "" where that
-    is not known. template_kwargs: what the client told the chat template (`enable_thinking`).
+    Attributes:
+        tools: OpenAI's definitions of the functions that may be called.
+        prompt_text: The prompt as the model received it; "" if it is unknown.
+        prompt_token_ids: The tokens of the prompt.
+        template_kwargs: The client's variables for the chat template (`enable_thinking`).
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -124,8 +142,10 @@ class Asked:
 class ToolFormat:
     """How a family of models writes calls.
 
-    markers: texts that it may write as special tokens, which must then not be skipped.
-    call_id: a new id, in the form that the family's chat template takes back.
+    Attributes:
+        parser: Makes a parser for a completion.
+        markers: Texts that it may write as special tokens, which must then not be skipped.
+        call_id: Makes an id in the form that the family's chat template accepts.
     """
 
     parser: Callable[[Asked], Parser]
@@ -135,7 +155,12 @@ class ToolFormat:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """How a family of models tells reasoning from its answer. markers: as for tools."""
+    """How a family of models separates reasoning from its answer.
+
+    Attributes:
+        parser: Makes a parser for a completion.
+        markers: See `ToolFormat`.
+    """
 
     parser: Callable[[Asked], Parser]
     markers: frozenset[str]
@@ -143,10 +168,13 @@ class ReasoningFormat:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormats:
-    """How the served model's answers are read; None for a format that the operator did not name.
+    """How the served model's completions are read.
 
-    auto: the model may decide by itself to call a tool. together: a parser of both; None where one of each is put
-    behind the other.
+    Attributes:
+        tools: None if the operator did not name a parser.
+        auto: The model may decide by itself to call a tool.
+        reasoning: None if the operator did not name a parser.
+        together: Makes a parser of both; None if one of each is used, one after the other.
     """
 
     tools: ToolFormat | None = None

@@ -1,11 +1,11 @@
-"""JSON that comes in pieces: where a value ends, or where it stops being one."""
+"""JSON that arrives in parts: finds where a value ends, or where it is no longer valid."""
 
 from __future__ import annotations
 
 import re
 
 MAX_DEPTH = 100
-"""Of lists and objects within each other: no function's arguments need more."""
+"""Greatest depth of lists and objects; no function's arguments need more."""
 
 _MOST_DIGITS = 1000
 
@@ -15,7 +15,7 @@ _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _LITERALS = {"t": "true", "f": "false", "n": "null"}
 _KINDS = {"{": "object", "[": "list", '"': "string", "t": "true", "f": "false", "n": "null"}
 
-# What may follow in a number, by its last state; a state in upper case may be its end.
+# What may follow in a number, by its last state; a number may end in a state in upper case.
 _NUMBER = {
     "sign": {"0": "ZERO", "1-9": "INT"},
     "ZERO": {".": "point", "e": "exp"},
@@ -38,18 +38,23 @@ _CLASSES = {
 
 
 def skip_space(text: str, at: int) -> int:
-    """The first position from `at` on that is no JSON white space."""
+    """Return the first position from `at` on that is not JSON white space."""
     match = _SPACES.match(text, at)
     assert match is not None
     return match.end()
 
 
 class JsonScanner:
-    """Follows one value, without leading white space, through the texts it is given.
+    """Follows one value, without leading white space, through successive texts.
 
-    Takes time proportional to the text and, beside what it returns, memory for the depth. A number at the top ends
-    with the character after it. Control characters inside strings, which models like to write and JSON does not
-    allow, are escaped on the way.
+    It takes time proportional to the text and, in addition to what it returns, memory proportional to the
+    depth. A number at the top level ends with the character after it. Control characters inside strings,
+    which models often write and JSON does not allow, are escaped.
+
+    Attributes:
+        done: The value is complete.
+        broken: The text is not JSON.
+        kind: object, list, string, number, true, false or null; "" before the first character.
     """
 
     def __init__(self) -> None:
@@ -64,8 +69,12 @@ class JsonScanner:
         self._key = False
 
     def feed(self, text: str, at: int) -> tuple[int, str]:
-        """The position after what belongs to the value, and that part. Where it breaks, the position is that of the
-        first character that does not fit, and `broken` is set. Not to be called after the end."""
+        """Scan more text; not to be called after the end.
+
+        Returns:
+            The position after the part that belongs to the value, and that part. If the value breaks,
+                `broken` is set and the position is that of the first invalid character.
+        """
         out: list[str] = []
         length = len(text)
         while at < length and not self.done and not self.broken:
@@ -126,7 +135,7 @@ class JsonScanner:
         return at + 1
 
     def _structure(self, character: str) -> bool:
-        """A character between tokens; whether it fits."""
+        """Process a character between tokens; return whether it is valid."""
         expects = self._expects
         if expects == "value" or (expects == "value or ]" and character != "]"):
             return self._begin(character)
@@ -146,7 +155,7 @@ class JsonScanner:
         return False
 
     def _begin(self, character: str) -> bool:
-        """The first character of a value."""
+        """Process the first character of a value."""
         if not self.kind:
             self.kind = _KINDS.get(character, "number")
         if character in "{[":
@@ -170,7 +179,7 @@ class JsonScanner:
 
 
 def is_object(text: str) -> bool:
-    """Whether the text is a JSON object, with nothing after it."""
+    """Tell whether the text is a JSON object, with nothing after it."""
     scanner = JsonScanner()
     at, _ = scanner.feed(text, skip_space(text, 0))
     return scanner.done and scanner.kind == "object" and skip_space(text, at) == len(text)

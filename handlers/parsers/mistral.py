@@ -1,5 +1,8 @@
-"""Calls after a mark, as Mistral writes them: a JSON array, [TOOL_CALLS] [{"name": "f", "arguments": {...}}], and
-since version 11 of its tokenizers [TOOL_CALLS]f{...}, with [CALL_ID] and [ARGS] in later ones."""
+"""Calls after a mark, as Mistral writes them.
+
+They are a JSON array, [TOOL_CALLS] [{"name": "f", "arguments": {...}}]. Since version 11 of its tokenizers
+they are [TOOL_CALLS]f{...}, in later ones with [CALL_ID] and [ARGS].
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import re
 import secrets
 import string
 
-from handlers.parsers.call_array import CallArray
+from handlers.parsers.json_calls import CallArray
 from handlers.parsers.json_scanner import JsonScanner, skip_space
-from handlers.parsers.writing import Pieces, possible_beginning
+from handlers.parsers.machine import Pieces, possible_beginning
 
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 
@@ -21,11 +24,13 @@ _LONGEST_NAME = 200
 
 
 def new_call_id() -> str:
-    """Nine letters and digits: Mistral's chat templates take no other id."""
+    """Make an id of nine letters and digits: Mistral's chat templates accept no other."""
     return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(_ID_LENGTH))
 
 
 class MistralParser(CallArray):
+    """Reads calls in both forms."""
+
     def __init__(self, pieces: Pieces) -> None:
         super().__init__(pieces, self._rest)
         self._scanner = JsonScanner()

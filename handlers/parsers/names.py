@@ -1,4 +1,4 @@
-"""Which parser an option's value names: one of ours, or one of the installed vLLM's."""
+"""Finds the parser that an option names: one of ours, or one of the installed vLLM's."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from properties.names import key_of
 from properties.problem import Problem
 
 PREFIX = "vllm:"
-"""Before a name that both have: vLLM's is meant."""
+"""Selects vLLM's parser where both have one of that name."""
 
 
 def of_vllm(name: str | None, ours: Collection[str]) -> str | None:
-    """The name that vLLM knows the parser by; None where it is ours, or there is none."""
+    """Return vLLM's name of the parser; None if it is ours, or if there is none."""
     if name is None or name in ours:
         return None
     return name.removeprefix(PREFIX)
 
 
 def parser_problems(configuration: Configuration, backend: BackendName | None = None) -> list[Problem]:
-    """The parsers that are configured and that do not exist, or that the backend cannot use.
+    """Report configured parsers that do not exist, or that the backend cannot use.
 
-    backend: None where it is not known.
+    Args:
+        configuration: The configuration.
+        backend: None if it is not known yet.
     """
     problems = []
     for option, ours, theirs in (

@@ -1,4 +1,4 @@
-"""Reasoning between tags: <think>...</think> and its relatives."""
+"""Reasoning between tags: <think>...</think> and its variants."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import Literal
 
 from handlers.parsers.base import Asked, Content, Parser, Piece, Reasoning, parse_whole
 from handlers.parsers.json_scanner import skip_space
-from handlers.parsers.writing import possible_beginning
+from handlers.parsers.machine import possible_beginning
 
 Begins = Literal["reasoning", "content", "tagged"]
 
 
 class ThinkParser:
-    """One block of reasoning at the beginning of the answer.
-
-    begins: with reasoning, whose opening tag is optional then; with content; or with either, as the opening tag
-    tells. interrupt: a mark that ends reasoning as well and belongs to what follows; "" for none.
-    """
+    """Finds one block of reasoning at the beginning of the completion."""
 
     def __init__(self, opening: str, closing: str, begins: Begins = "tagged", *, interrupt: str = "") -> None:
+        """Create a parser.
+
+        Args:
+            opening: Opening tag.
+            closing: Closing tag.
+            begins: Whether the completion begins with reasoning, whose opening tag is then optional; with
+                content; or with either, depending on the opening tag.
+            interrupt: A mark that also ends reasoning and belongs to what follows; "" for none.
+        """
         self._opening, self._closing, self._interrupt = opening, closing, interrupt
         self._begins = begins
         self._place: Literal["blank", "reasoning", "content"] = "content" if begins == "content" else "blank"
@@ -50,7 +55,7 @@ class ThinkParser:
         return out
 
     def _before(self, text: str) -> int:
-        """White space may come before the opening tag."""
+        """White space may precede the opening tag."""
         at = skip_space(text, 0)
         self._blank.append(text[:at])
         if text.startswith(self._opening, at):
@@ -89,9 +94,10 @@ class ThinkParser:
 
 
 class ReasoningThenCalls:
-    """What is no reasoning is looked through for calls.
+    """Looks for calls in what is not reasoning.
 
-    The second parser gets no token ids: those of a delta are not those of what the first one lets through of it.
+    The second parser gets no token ids, because those of a delta are not those of the part that the first one
+    passes on.
     """
 
     def __init__(self, reasoning: Parser, calls: Parser) -> None:
@@ -120,7 +126,7 @@ class ReasoningThenCalls:
 
 
 def in_prompt(asked: Asked, opening: str, closing: str) -> Begins | None:
-    """What the chat template has begun for the model; None where it leaves the choice to it, or is not known."""
+    """Return what the chat template has begun for the model; None if it has begun nothing, or is unknown."""
     end = asked.prompt_text[-200:].rstrip()
     if end.endswith(opening):
         return "reasoning"

@@ -1,4 +1,4 @@
-"""Parsers by the names that the options know them by, which are vLLM's."""
+"""Parsers by their names in the options, which are vLLM's."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import secrets
 from collections.abc import Callable
 
 from handlers.parsers.base import AnswerFormats, Asked, Parser, ReasoningFormat, ToolFormat
-from handlers.parsers.call_array import CallArray, OnlyArguments
-from handlers.parsers.hermes import CLOSE, OPEN, HermesParser
-from handlers.parsers.llama3_json import TAG, Llama3JsonParser
+from handlers.parsers.json_calls import (
+    HERMES_CLOSE,
+    HERMES_OPEN,
+    TAG,
+    CallArray,
+    HermesParser,
+    Llama3JsonParser,
+    OnlyArguments,
+)
+from handlers.parsers.machine import Pieces
 from handlers.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralParser, new_call_id
-from handlers.parsers.pythonic import END, START, PythonicParser
+from handlers.parsers.python_calls import END, START, PythonicParser
 from handlers.parsers.reasoning import Begins, ThinkParser, in_prompt
-from handlers.parsers.writing import Pieces
 
 
 def openai_call_id() -> str:
+    """Make an id in OpenAI's form."""
     return f"call_{secrets.token_hex(12)}"
 
 
@@ -27,7 +34,7 @@ def _hermes(opening: str, closing: str) -> ToolFormat:
     )
 
 
-_HERMES = _hermes(OPEN, CLOSE)
+_HERMES = _hermes(HERMES_OPEN, HERMES_CLOSE)
 _LLAMA3_JSON = ToolFormat(
     lambda asked: Llama3JsonParser(Pieces(openai_call_id), asked.tool_names), frozenset({TAG}), openai_call_id
 )
@@ -53,17 +60,17 @@ TOOL_FORMATS = {
 
 
 def required_parser(call_id: Callable[[], str]) -> Parser:
-    """For an answer that a schema makes an array of {"name", "parameters"}."""
+    """Make a parser for a completion that a schema makes an array of {"name", "parameters"}."""
     return CallArray(Pieces(call_id))
 
 
 def named_parser(name: str, call_id: Callable[[], str]) -> Parser:
-    """For an answer that a schema makes the arguments of one call."""
+    """Make a parser for a completion that a schema makes the arguments of one call."""
     return OnlyArguments(Pieces(call_id), name)
 
 
 def _always(opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
-    """The answer begins with reasoning, unless the prompt has ended it."""
+    """The completion begins with reasoning, unless the prompt has ended it."""
 
     def parser(asked: Asked) -> Parser:
         return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or "reasoning")
@@ -72,7 +79,7 @@ def _always(opening: str = "<think>", closing: str = "</think>") -> ReasoningFor
 
 
 def _tagged(opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
-    """There is reasoning where the prompt or the answer opens it."""
+    """There is reasoning if the prompt or the completion opens it."""
 
     def parser(asked: Asked) -> Parser:
         return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or "tagged")
@@ -81,10 +88,10 @@ def _tagged(opening: str = "<think>", closing: str = "</think>") -> ReasoningFor
 
 
 def _switched(variables: tuple[str, ...], default: bool, *, interrupt: str = "") -> ReasoningFormat:
-    """The client says whether to reason, in a variable of the chat template.
+    """A variable of the chat template, set by the client, decides whether to reason.
 
-    A model that is to reason and whose prompt shows no opening tag writes it itself; where the prompt is not known,
-    the tag may have been in there.
+    If the prompt shows no opening tag, a reasoning model writes it itself; if the prompt is unknown, it may
+    have contained the tag.
     """
 
     def parser(asked: Asked) -> Parser:
@@ -100,7 +107,7 @@ def _switched(variables: tuple[str, ...], default: bool, *, interrupt: str = "")
 
 
 _R1 = _always()
-_QWEN3 = _switched(("enable_thinking",), True, interrupt=OPEN)
+_QWEN3 = _switched(("enable_thinking",), True, interrupt=HERMES_OPEN)
 _SWITCHED = _switched(("enable_thinking", "thinking"), True)
 
 REASONING_FORMATS = {
@@ -122,7 +129,7 @@ REASONING_FORMATS = {
 def answer_formats(
     tools: str | None = None, auto: bool = False, reasoning: str | None = None
 ) -> AnswerFormats:
-    """By the values of `option.tool_call_parser`, `enable_auto_tool_choice` and `reasoning_parser`."""
+    """Return the formats for `option.tool_call_parser`, `enable_auto_tool_choice` and `reasoning_parser`."""
     return AnswerFormats(
         tools=None if tools is None else TOOL_FORMATS[tools],
         auto=auto and tools is not None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import Conventions, ReplyHeaders, Task
 from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.routes import Route
 from properties.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Api:
         claims: Whether it writes the errors of a request, by the route's template, the headers (names in lower case)
             and the keys of the body, which are empty before the body has been read.
         reads: What reads a body with these keys on a route; None where it is another API's.
+        routes: Its routes, for the router and the OpenAPI document.
         headers: Route -> what it adds to the headers of replies there, whichever API has read the body.
         frames: Route -> how replies are framed there, whichever API has read the body.
         adapter: The adapter that a request's head names.
@@ -59,6 +61,7 @@ class Api:
     errors: ErrorFormat
     claims: Callable[[str, Mapping[str, str], Collection[str]], bool]
     reads: Callable[[Collection[str], str], Reader | None]
+    routes: Sequence[Route]
     headers: Mapping[str, ReplyHeaders] = field(default_factory=dict)
     frames: Mapping[str, Frame] = field(default_factory=dict)
     adapter: Callable[[Incoming], str | None] | None = None

@@ -16,7 +16,7 @@ from handlers.exchange import RequestFacts
 from handlers.parsers.base import AnswerFormats
 from handlers.protocols.misspelt import warning
 from handlers.request import GenerationRequest
-from properties.settings_chat import OutputFormat
+from properties.settings import OutputFormat
 
 SSE = "text/event-stream; charset=utf-8"
 JSON = "application/json"

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from msgspec import Meta, Struct
+
 Action = Literal[
     "openapi", "ping", "health", "metrics", "models", "version", "info", "answer", "tokenize", "detokenize",
-    "adapters",
+    "adapters", "page", "model", "state",
 ]  # fmt: skip
 
 READ = ("GET", "HEAD")
 SSE_TYPE = "text/event-stream"
+REFERENCE = "#/components/schemas/{name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,8 @@ class Route:
         query: Parameter of the query -> what it means.
         replies: Structs of the reply, or lists of them.
         events: Content type of a stream -> the structs of its events or lines.
-        errors: Structs of a refusal.
-        not_ready: Structs of the reply with 503, where it is not one of `errors`.
+        errors: Structs of a refusal, beside those that every route may answer with.
+        not_ready: Structs of the reply with 503, where they are not those of `errors`.
         codes: Statuses of errors, where they are not those of every route with such a body.
     """
 
@@ -56,3 +59,21 @@ class Route:
     def __post_init__(self) -> None:
         if not self.template:
             object.__setattr__(self, "template", self.path)
+
+
+def described(*parts: type[Struct], **schema: Any) -> Meta:
+    """Returns what `/openapi.json` says of a field beyond its type, where its reader checks or takes it apart by hand.
+
+    parts: structs that the schema names with `reference`. schema: keywords of JSON Schema.
+    """
+    return Meta(extra_json_schema=schema, extra={"parts": parts} if parts else None)
+
+
+def described_as(part: type[Struct]) -> Meta:
+    """Returns what `/openapi.json` says of an object, or null, that is read as a struct of its own afterwards."""
+    return described(part, anyOf=[reference(part), {"type": "null"}])
+
+
+def reference(part: type[Struct]) -> dict[str, str]:
+    """Returns the JSON Schema that names a struct."""
+    return {"$ref": REFERENCE.format(name=part.__name__)}

@@ -11,13 +11,20 @@ from handlers.protocols.api import Gate
 from handlers.protocols.base import Conventions, Task
 from handlers.protocols.errors import ErrorFormat
 from handlers.protocols.lmi.routes import LMI
-from handlers.protocols.openai.api import OPENAI
+from handlers.protocols.openai.routes import OPENAI
+from handlers.protocols.tgi.replies import TgiError
 from handlers.protocols.tgi.routes import TGI
 from handlers.protocols.tokens import TOKENS
 from properties.settings import Settings
 
 APIS = (TGI, OPENAI, LMI, TOKENS)
 """The first one that claims a request has it."""
+
+ROUTES = tuple(route for api in APIS for route in api.routes)
+"""All routes of all APIs."""
+
+ERRORS_ANYWHERE = (TgiError,)
+"""Structs of errors that a client may get on every route: TGI's own clients, which are known by a header."""
 
 REQUEST_ID_HEADERS = (*(api.request_id for api in APIS if api.request_id), "x-request-id")
 """The headers in which a caller may name a request, the one that wins first."""

@@ -1,4 +1,4 @@
-"""Tokens for their own sake: TGI's `/tokenize` and `/chat_tokenize`, vLLM's `/tokenize` and `/detokenize`."""
+"""The API of tokens: TGI's `/tokenize` and `/chat_tokenize`, vLLM's `/tokenize` and `/detokenize`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.api import Api
 from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
+from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.chat import read_chat
-from handlers.protocols.openai.errors import OPENAI_ERRORS
+from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
+from handlers.protocols.openai.requests import ChatBody, read_chat
+from handlers.protocols.routes import Route
 from handlers.request import Prompt, TextPrompt
 
 if TYPE_CHECKING:
     from handlers.service import Service
 
 MOST_TOKENS = 2**20
-"""That may be turned into text at once."""
+"""Most tokens that are turned into text at once."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTask:
-    """keep: only this many of the last tokens are asked for; None for all of them. write: the reply's body.
+    """What a body asks for.
 
-    misspelt: as of `Task`.
+    Attributes:
+        prompt: The prompt whose tokens are asked for.
+        write: Makes the reply's body.
+        keep: How many of the last tokens are asked for; None for all of them.
+        misspelt: Warnings, as in `Task`.
     """
 
     prompt: Prompt
@@ -64,7 +70,7 @@ _PROMPT_NAMES = KnownNames({*PromptToTokens.__struct_fields__}, {"model"})
 
 
 class _VllmChat(msgspec.Struct):
-    """What `/tokenize` asks of messages beyond what a chat does; vLLM adds no special tokens to a chat's."""
+    """Fields of `/tokenize` that a chat does not have; by default vLLM adds no special tokens to a chat."""
 
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -75,7 +81,7 @@ class TokensToText(msgspec.Struct):
 
 
 class SimpleToken(msgspec.Struct):
-    """TGI's. start, stop: in bytes of UTF-8; 0 and 0 for a token that was added to the text."""
+    """A token of TGI's. start, stop: in bytes of UTF-8; both 0 for a token that was added to the text."""
 
     id: int
     text: str
@@ -84,14 +90,14 @@ class SimpleToken(msgspec.Struct):
 
 
 class ChatTokens(msgspec.Struct, forbid_unknown_fields=True):
-    """TGI's. templated_text: what the chat template made of the messages."""
+    """TGI's reply to a chat. templated_text: what the chat template made of the messages."""
 
     tokenize_response: list[SimpleToken]
     templated_text: str
 
 
 class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's. token_strs: null unless they were asked for."""
+    """vLLM's reply. token_strs: null unless they were asked for."""
 
     count: int
     max_model_len: int
@@ -100,11 +106,13 @@ class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Detokenized(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's reply: the text of tokens."""
+
     prompt: str
 
 
 def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> TokenTask:
-    """`inputs` is TGI's word, `prompt` and `messages` are vLLM's. Raises InvalidRequest naming the field."""
+    """Reads TGI's `inputs`, or vLLM's `prompt` or `messages`. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
         asked_chat = _chat(body, conventions, incoming)
         return TokenTask(asked_chat.requests[0].prompt, _chat_tokens, misspelt=asked_chat.misspelt)
@@ -130,16 +138,17 @@ def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Inco
 
 
 def read_detokenize(body: dict[str, Any]) -> list[int]:
-    """Raises InvalidRequest naming the field."""
+    """Returns the tokens that are to become text. Raises InvalidRequest naming the field."""
     return convert(body, TokensToText).tokens
 
 
 def detokenize_reply(text: str) -> bytes:
+    """Returns the body of the reply with the text of tokens."""
     return _encode(Detokenized(text))
 
 
 def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
-    """With the prompt that the same body would be answered for."""
+    """Reads a chat, to the same prompt that would be answered."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     return read_chat(asked, conventions, request_id=incoming.request_id)
 
@@ -170,7 +179,7 @@ def _noted(reply: Reply, facts: RequestFacts, arrival: float) -> Reply:
 
 
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:
-    """In pieces: other threads run between them."""
+    """Encodes the tokens in pieces: other threads run between them."""
     tokens = _simple_tokens(found)
     pieces = [_encode(tokens[at : at + 4096])[1:-1] for at in range(0, len(tokens), 4096)]
     return b"[" + b",".join(pieces) + b"]"
@@ -199,9 +208,36 @@ def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[Tok
     return write
 
 
+ROUTES = (
+    Route(
+        "/chat_tokenize",
+        "tokenize",
+        "Tokens of a chat (TGI)",
+        bodies=(ChatBody,),
+        replies=(ChatTokens,),
+    ),
+    Route(
+        "/tokenize",
+        "tokenize",
+        "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
+        bodies=(InputsToTokens, PromptToTokens, ChatBody),
+        replies=(list[SimpleToken], TokenCounts),
+        errors=(OpenAIError, LmiError),
+    ),
+    Route(
+        "/detokenize",
+        "detokenize",
+        "Text of tokens (vLLM)",
+        bodies=(TokensToText,),
+        replies=(Detokenized,),
+        errors=(OpenAIError, LmiError),
+    ),
+)
+
 TOKENS = Api(
     OPENAI_ERRORS,
     claims=lambda route, headers, keys: False,
     reads=lambda keys, route: None,
+    routes=ROUTES,
     calls={"tokenize": _tokenize, "detokenize": _detokenize},
 )

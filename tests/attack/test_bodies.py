@@ -301,7 +301,7 @@ def test_large_images_whose_slashes_are_escaped_are_read() -> None:
     image = "data:image/png;base64," + ("A" * 63 + "/") * 270_000
     text = json.dumps({"c": [image, image, "\\/"]}).replace("/", "\\/")
     assert read_body(text.encode(), {})["c"] == [image, image, "\\/"]
-    with pytest.raises(MalformedBody, match=r"no valid JSON: invalid character$"):
+    with pytest.raises(MalformedBody, match=r"not valid JSON: invalid character$"):
         read_body(text.replace("[", "[\\/", 1).encode(), {})
 
 

@@ -12,8 +12,7 @@ import pytest
 from handlers.custom.messages import MOST_PART_BYTES
 from handlers.grammars.compiler import MOST_OUTCOME_BYTES, _Worker
 from handlers.grammars.messages import Job
-from processes.child import Child
-from processes.environment import child_environment
+from processes.child import Child, Log
 from tests.support.live import LiveServer
 
 HANDLER = """
@@ -60,7 +59,7 @@ def test_a_grammar_compilers_reply_is_bounded() -> None:
     async def main() -> None:
         worker = _Worker()
         child = worker._child = await Child.start(
-            "tests.support.echoing_child", env=child_environment("plain"), logger=logging.getLogger(__name__)
+            "tests.support.echoing_child", "plain", Log(logging.getLogger(__name__))
         )
         child.send(b"flood")
         with pytest.raises(EOFError, match=f"allowed: {MOST_OUTCOME_BYTES}$"):

@@ -17,8 +17,8 @@ import pytest
 
 from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import Start
-from processes.restarts import LONGEST_PAUSE_SECONDS, LONGEST_WAIT_SECONDS, Restarts
 from processes.shortage import shortage
+from processes.supervisor import LONGEST_PAUSE_SECONDS, LONGEST_WAIT_SECONDS, Restarts
 from tests.support.backend import BACK
 from tests.support.live import LiveServer, chat_body
 from tests.support.shapes import ROOT, SHAPES
@@ -86,10 +86,10 @@ def test_a_handler_that_dies_without_descriptors_is_restarted_when_there_are_som
     async def main() -> None:
         backend = CustomBackend(Start(str(tmp_path), "model.py", "handle", {}), 1, 1)
         await backend.load()
-        (process,) = backend._processes
+        (process,) = backend._alive
         with no_descriptors(os.getpid()):
             process.kill()
-            while backend._restarts < 4:  # noqa: ASYNC110
+            while backend.stats().engine_restarts < 4:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             health = backend.health()
         assert not health.ready

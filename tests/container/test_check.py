@@ -441,7 +441,7 @@ def test_a_model_that_the_embedded_engine_does_not_serve(model: Path) -> None:
     known = {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
     (model / "config.json").write_text(json.dumps(known))
     (error,) = report(model, CPU)["errors"]
-    install = "install vllm>=0.28,<0.34 (pip install 'vllm>=0.28,<0.34') and "
+    install = "install vllm>=0.32,<0.34 (pip install 'vllm>=0.32,<0.34') and "
     assert f"vLLM serves OPTForCausalLM: {install}set option.rolling_batch=vllm" in error
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from engine.client import EngineClient
 from engine.sampling_params import SamplingParams
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.engine_process import answer, config, running
@@ -92,7 +91,7 @@ def test_two_ranks_share_its_fused_projections(model: tuple[Path, Oracle]) -> No
     prompts = [Prompt([1, 2, 3]), Prompt([*range(LIMIT - 5)]), Prompt([*range(LIMIT + 20)])]
 
     async def scenario() -> list[list[int]]:
-        async with running(EngineClient(config(path, devices=("cpu", "cpu")))) as client:
+        async with running(config(path, devices=("cpu", "cpu"))) as client:
             params = SamplingParams(temperature=0.0, max_tokens=20)
             return list(await asyncio.gather(*(answer(client, p.add(None, params)) for p in prompts)))
 

@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from engine.client import EngineClient, OutputStream
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
-from engine.group import EngineGroup
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
+from handlers.backends.rolling.client import EngineClient, EngineProcess, OutputStream
+from handlers.backends.rolling.group import EngineGroup
 from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
 from tests.support.engine_process import answer, config, finish, running
 from tests.support.models import make_llava
@@ -42,9 +42,8 @@ Kept = tuple[asyncio.Runner, EngineClient]
 @contextmanager
 def kept(config: EngineConfig) -> Iterator[Kept]:
     with asyncio.Runner() as runner:
-        client = EngineClient(config)
+        client = runner.run(EngineClient.start(config))
         try:
-            runner.run(client.start())
             yield runner, client
         finally:
             runner.run(client.stop())
@@ -64,9 +63,8 @@ def two_ranks(llava: Path) -> Iterator[Kept]:
 
 @asynccontextmanager
 async def running_group(configs: Sequence[EngineConfig], **settings: float) -> AsyncIterator[EngineGroup]:
-    group = EngineGroup(configs, **settings)  # type: ignore[arg-type]
+    group = await EngineGroup.start(configs, **settings)  # type: ignore[arg-type]
     try:
-        await group.start()
         yield group
     finally:
         await group.close()
@@ -112,7 +110,7 @@ def test_tokens_are_right_whatever_the_number_of_ranks(
 
 def test_a_degree_that_does_not_divide_the_heads_is_refused(llava: Path) -> None:
     async def scenario() -> None:
-        async with running(EngineClient(config(llava, devices=("cpu",) * 4))):
+        async with running(config(llava, devices=("cpu",) * 4)):
             pytest.fail("four ranks cannot share two key/value heads")
 
     with pytest.raises(ModelLoadError, match="does not divide the model's num_key_value_heads 2"):
@@ -127,7 +125,6 @@ def test_killing_one_rank_ends_the_group_and_fails_its_requests(two_ranks: Kept)
         stream = OutputStream()
         client.submit(endless(), stream)
         await stream.get()
-        assert client.pid is not None
         (rank,) = psutil.Process(client.pid).children()
         rank.kill()
         async with asyncio.timeout(10):
@@ -143,7 +140,6 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
             ticket = group.submit(endless())
             await ticket.stream.get()
             pid = group.replicas[0].client.pid
-            assert pid is not None
             os.kill(pid, signal.SIGKILL)
             async with asyncio.timeout(2):
                 await fails(ticket.stream)
@@ -167,7 +163,6 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
             ticket = group.submit(endless())
             await ticket.stream.get()
             pid = group.replicas[0].client.pid
-            assert pid is not None
             os.kill(pid, signal.SIGSTOP)
             async with asyncio.timeout(60):
                 await fails(ticket.stream)
@@ -182,7 +177,7 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
 def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
     llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.group.PING_SECONDS", 0.05)
+    monkeypatch.setattr("handlers.backends.rolling.client.PING_SECONDS", 0.05)
 
     async def scenario() -> None:
         async with running_group([config(llava)], retry_threshold=1) as group:
@@ -280,11 +275,9 @@ def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> N
 
 def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
     async def scenario() -> int:
-        client = EngineClient(config(llava))
-        await client.start()
+        client = await EngineClient.start(config(llava))
         client.submit(endless(), OutputStream())
-        assert client._writer is not None
-        client._writer.close()
+        client._connection.close()
         async with asyncio.timeout(10):
             await client.wait_dead()
             await client.stop()
@@ -296,7 +289,7 @@ def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
 
 def test_a_missing_model_is_reported_with_a_reason(tmp_path: Path) -> None:
     async def scenario() -> None:
-        await EngineClient(config(tmp_path)).start()
+        await EngineClient.start(config(tmp_path))
 
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         asyncio.run(scenario())
@@ -309,8 +302,7 @@ def test_what_a_library_prints_in_it_is_logged(
     caplog.set_level(logging.INFO)
 
     async def run() -> None:
-        engine = EngineClient()
-        await engine.spawn()
+        engine = await EngineProcess.spawn()
         try:
             assert (
                 await engine.ask("tests.support.echoing_child:printed", b"oneDNN has something to say\n")

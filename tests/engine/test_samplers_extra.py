@@ -25,8 +25,7 @@ from engine.sampling_params import RANGES, SAMPLERS, SamplingParams
 from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
 from handlers.backends.vllm.prompts.sampling import to_vllm
-from handlers.backends.vllm.samplers import carried as samplers
-from handlers.backends.vllm.samplers.carried import (
+from handlers.backends.vllm.samplers.extra_args import (
     KEY,
     NEUTRAL,
     PROCESSOR,
@@ -853,9 +852,9 @@ class TestVllm:
 
     def test_the_operators_own_processors_stay(self, tmp_path: Path) -> None:
         arguments: dict[str, Any] = {"model": str(tmp_path), "logits_processors": ["their.module:Theirs"]}
-        assert offer(arguments, ()) == Samplers()
+        assert offer(arguments) == Samplers()
         assert arguments["logits_processors"] == ["their.module:Theirs", PROCESSOR]
-        assert offer(arguments, ()) == Samplers()
+        assert offer(arguments) == Samplers()
         assert arguments["logits_processors"] == ["their.module:Theirs", PROCESSOR]
 
     @pytest.mark.parametrize("by_model", [True, False])
@@ -867,21 +866,8 @@ class TestVllm:
             )
         else:
             arguments["speculative_config"] = {"method": "ngram"}
-        assert offer(arguments, ()).lacking == "with speculative decoding"
+        assert offer(arguments).lacking == "with speculative decoding"
         assert "logits_processors" not in arguments
-
-    def test_none_where_they_would_cost_everyone_the_newer_runner(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """On an accelerator, in versions whose newer runner takes no processors: unless the operator says so."""
-        monkeypatch.setattr(samplers, "newer_logits_processor", lambda: None)
-        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-        arguments: dict[str, Any] = {"model": str(tmp_path)}
-        assert PROCESSOR in str(offer(arguments, ("GPU",)).lacking)
-        assert "logits_processors" not in arguments
-        assert offer({**arguments, "logits_processors": [PROCESSOR]}, ("GPU",)).lacking is None
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-        assert offer(dict(arguments), ("GPU",)).lacking is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -18,7 +18,7 @@ import pytest
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, ImageFetchFailed, InvalidRequest, PicturesLost, Unavailable
 from handlers.exchange import Reply
-from handlers.protocols.openai.chat import ChatWriter
+from handlers.protocols.openai.writers import ChatWriter
 from handlers.request import GenerationRequest
 from handlers.service import ServiceLimits
 from tests.support.scripted import (

@@ -16,16 +16,22 @@ from typing import Any
 import psutil
 import pytest
 
-from processes.child import Child, Limits
-from processes.environment import child_environment
+from processes.child import Child, Limits, Log
 
 logger = logging.getLogger("processes.test")
 
 
-def with_child(work: Callable[[Child], Awaitable[None]], **options: Any) -> None:
+def with_child(
+    work: Callable[[Child], Awaitable[None]],
+    *,
+    level: int = logging.INFO,
+    bounded: bool = True,
+    **options: Any,
+) -> None:
     async def main() -> None:
-        given = {"env": child_environment("plain"), "logger": logger} | options
-        child = await Child.start("tests.support.echoing_child", **given)
+        child = await Child.start(
+            "tests.support.echoing_child", "plain", Log(logger, level, bounded=bounded), **options
+        )
         try:
             await asyncio.wait_for(work(child), 60)
         finally:
@@ -51,7 +57,7 @@ def test_it_gets_the_variables_it_is_given_and_no_others(monkeypatch: pytest.Mon
         assert "SERVING_API_KEY" not in found
         assert "secret" not in json.dumps(found)
 
-    with_child(work, env=child_environment("plain") | {"GIVEN": "too"})
+    with_child(work, variables={"GIVEN": "too"})
 
 
 def test_messages_of_any_size_and_descriptors_arrive() -> None:
@@ -168,10 +174,9 @@ def test_an_absurd_length_is_no_message() -> None:
 def test_it_dies_with_a_parent_that_is_killed_even_when_it_is_stopped() -> None:
     script = """
 import asyncio, logging
-from processes.child import Child
-from processes.environment import child_environment
+from processes.child import Child, Log
 async def main():
-    child = await Child.start("tests.support.echoing_child", env=child_environment("plain"), logger=logging.getLogger())
+    child = await Child.start("tests.support.echoing_child", "plain", Log(logging.getLogger()))
     child.send(b"limits")
     await child.receive()
     print(child.pid, flush=True)
@@ -187,3 +192,40 @@ asyncio.run(main())
     parent.stdout.close()
     psutil.wait_procs([child], timeout=30)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_messages_go_both_ways_at_any_time_over_a_connection() -> None:
+    async def work(child: Child) -> None:
+        connection = await child.connect()
+        sizes = (0, 1, 2**16 - 7, 2**22)
+        for size in sizes:
+            connection.send(b"length " + b"x" * size)
+        assert [json.loads(await connection.receive() or b"") for _ in sizes] == list(sizes)
+        assert await child.stop(30) == 0
+        assert await connection.receive() is None
+        with pytest.raises(OSError, match="closed"):
+            connection.send(b"more")
+
+    with_child(work)
+
+
+def test_what_it_has_started_ends_with_it() -> None:
+    async def work(child: Child) -> None:
+        below = psutil.Process(await ask(child, "start"))
+        assert await child.stop(30) == 0
+        psutil.wait_procs([below], timeout=30)
+        assert not below.is_running() or below.status() == psutil.STATUS_ZOMBIE
+
+    with_child(work)
+
+
+def test_the_log_of_one_that_is_not_bounded_is_whole(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(child: Child) -> None:
+        await ask(child, "print 20000 a line of a handler")
+        await ask(child, "print 1 " + "x" * 10_000)
+        await child.stop(10)
+
+    caplog.set_level(logging.INFO)
+    with_child(work, bounded=False)
+    said = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    assert said == ["a line of a handler"] * 20_000 + ["x" * 10_000]

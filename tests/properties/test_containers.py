@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from properties.configuration import Configuration, resolve
-from properties.containers import SGLANG
 from properties.problem import ConfigurationError
 from properties.settings import Settings
+from properties.sources import SGLANG
 
 
 def configure(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from properties.configuration import ConfigurationError, resolve
-from properties.location import ModelLocation
+from properties.model import ModelLocation
 
 
 def directory(path: Path, file: str | None = None) -> Path:

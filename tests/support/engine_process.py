@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from engine.client import EngineClient, OutputStream
 from engine.config import EngineConfig
 from engine.messages import Add, Output
+from handlers.backends.rolling.client import EngineClient, OutputStream
 
 
 def config(path: Path, **settings: object) -> EngineConfig:
@@ -17,9 +17,9 @@ def config(path: Path, **settings: object) -> EngineConfig:
 
 
 @asynccontextmanager
-async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
+async def running(config: EngineConfig) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.start(config)
     try:
-        await client.start()
         yield client
     finally:
         await client.stop()

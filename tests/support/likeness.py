@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from engine.client import EngineClient
 from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
 from engine.sampling_params import SamplingParams
@@ -74,7 +73,7 @@ def check_two_ranks(path: Path, oracle: Oracle, prompts: Sequence[Prompt]) -> No
     """Engines that share the model give the same tokens."""
 
     async def scenario() -> list[list[int]]:
-        async with running(EngineClient(config(path, devices=("cpu", "cpu")))) as client:
+        async with running(config(path, devices=("cpu", "cpu"))) as client:
             params = SamplingParams(temperature=0.0, max_tokens=12)
             adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
             return list(await asyncio.gather(*(answer(client, add) for add in adds)))

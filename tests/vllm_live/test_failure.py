@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,12 +41,10 @@ def named(processes: list[psutil.Process], name: str) -> psutil.Process:
     return found
 
 
-async def under_load(
-    server: LiveServer, answers: int, harm: psutil.Process, how: signal.Signals
-) -> list[float]:
-    """Harm a process while so many answers are made.
+async def under_load(server: LiveServer, answers: int, harm: psutil.Process, how: signal.Signals) -> int:
+    """Harm a process while so many answers are made; all of them fail.
 
-    Returns the seconds until the last of them has failed, and until /ping is 503.
+    Returns how many of them had not failed yet when /ping was 503.
     """
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
         body = chat_body("hello", **LONG)
@@ -55,17 +52,15 @@ async def under_load(
         async with asyncio.timeout(60):
             while f" {answers}.0" not in (await client.get("/metrics?name[]=lmi_requests_running")).text:
                 pass
-        start = time.monotonic()
         harm.send_signal(how)
         async with asyncio.timeout(60):
             while (await client.get("/ping")).status_code == 200:
                 pass
-            unready = time.monotonic() - start
+            waiting = sum(not task.done() for task in asking)
             replies = await asyncio.gather(*asking)
-        failed = time.monotonic() - start
         assert {reply.status_code for reply in replies} == {500}
         assert all("the engine process died" in reply.text for reply in replies)
-    return [failed, unready]
+    return waiting
 
 
 def serves_again(server: LiveServer, before: list[psutil.Process], answer: str, restarts: int) -> None:
@@ -109,16 +104,14 @@ def test_killed_under_load_everybody_is_told_at_once_and_service_returns(server:
                     pass
             (engine,) = server.engines
             engine.kill()
-            killed = time.monotonic()
             replies = await asyncio.gather(*asking)
-            assert time.monotonic() - killed < 2
             for number, (status, text) in enumerate(replies):
                 assert status == (200 if number % 2 == 0 else 500)
                 assert "the engine process died" in text
                 assert "Traceback" not in text
             ping = await client.get("/ping")
             assert ping.status_code == 503
-            assert time.monotonic() - killed < 2
+            assert "has not answered for" not in server.log, "its death was noticed, not its silence"
             assert (await client.post("/v1/chat/completions", json=chat_body("hello"))).status_code == 503
 
     for restarts in (1, 2):
@@ -205,16 +198,14 @@ def test_a_lost_worker_is_noticed_at_once_and_a_hung_one_leaves_nothing_behind(t
     """Two ranks. The second hangs: the first waits for it in a collective operation, and outlives a killed engine."""
     with LiveServer(text_model, "tensor_parallel_degree=2", *QUICK) as server:
         answer, before = told(server), families(server)
-        failed, unready = asyncio.run(under_load(server, 4, named(before, "Worker_TP1"), signal.SIGKILL))
-        assert failed < 2
-        assert unready < 2
+        asyncio.run(under_load(server, 4, named(before, "Worker_TP1"), signal.SIGKILL))
+        assert "has not answered for" not in server.log, "its death was noticed, not its silence"
         server.wait_for(r"(the engine lost VLLM::Worker_TP1 \(process)", 10.0)
         serves_again(server, before, answer, 1)
 
         before = families(server)
-        failed, unready = asyncio.run(under_load(server, 4, named(before, "Worker_TP1"), signal.SIGSTOP))
-        assert 3 < unready < 8
-        assert 8 < failed < 20
+        waiting = asyncio.run(under_load(server, 4, named(before, "Worker_TP1"), signal.SIGSTOP))
+        assert waiting == 4, "a silent engine is suspected before it is given up"
         server.wait_for("(the engine has not answered for 8 s)", 10.0)
         serves_again(server, before, answer, 2)
 
@@ -234,12 +225,11 @@ def test_a_hung_copy_is_noticed_while_another_answers(text_model: Path) -> None:
             answers: list[list[int]] = [[] for _ in range(6)]
             async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
                 named(before, "EngineCore_DP1").send_signal(signal.SIGSTOP)
-                stopped = time.monotonic()
                 asking = [asyncio.create_task(ask(client, asked)) for asked in answers]
                 async with asyncio.timeout(60):
                     while (await client.get("/ping")).status_code == 200:
                         pass
-                    assert 3 < time.monotonic() - stopped < 10
+                    assert "has not answered for" not in server.log, "it is suspected before it is given up"
                     assert sum(asked.count(200) for asked in answers) > 10, "the other copy answers"
                     await asyncio.gather(*asking)
             assert {asked[-1] for asked in answers} <= {500, 503}
@@ -278,9 +268,14 @@ def test_the_first_request_of_a_kind_does_not_wait_for_a_compiler(
     server: LiveServer, fields: dict[str, object]
 ) -> None:
     """No other test of this server asks for these before; the compiler takes 3 s (its cache on disk) to 10 s."""
-    start = time.monotonic()
+
+    def spent() -> float:
+        """Seconds of processor time, of the engines and of the compilers that they have waited for."""
+        return sum(sum(engine.cpu_times()[:4]) for engine in server.engines)
+
+    before = spent()
     assert server.chat("hello", **fields).status_code == 200
-    assert time.monotonic() - start < 2
+    assert spent() - before < 2
 
 
 def test_an_engine_that_cannot_start_says_where_the_reason_is() -> None:

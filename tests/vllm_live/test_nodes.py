@@ -72,7 +72,7 @@ def test_two_machines_serve_one_model_and_recover_from_the_loss_of_a_part(
         with machines.on(0):
             until(lambda: first.http.get("/ping").status_code == 503, 60)
         first.wait_for(BACK)
-        second.wait_for("the workers of this machine are back")
+        second.wait_for("this machine's part of the engine is back")
         with machines.on(0):
             assert answer(first) == want
         family = [*children, *psutil.Process(second.process.pid).children(recursive=True)]

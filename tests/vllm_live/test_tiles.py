@@ -21,7 +21,6 @@ CHATS = (
 
 
 def make_smolvlm(path: Path) -> Path:
-    pytest.importorskip("num2words", reason="SmolVLM's joint processor, which vLLM uses, needs it")
     return make_idefics3(path, "smolvlm")
 
 

@@ -10,9 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.client import EngineClient
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
-from engine.group import STUCK_SECONDS, EngineGroup, Ticket
 from engine.machine import usable_cores
 from engine.messages import Add, Logprobs, Output, Picture, TensorData
 from engine.sampling_params import SamplingParams
@@ -29,6 +27,8 @@ from handlers.backends.base import (
     compute_type,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
+from handlers.backends.rolling.client import STUCK_SECONDS, EngineProcess
+from handlers.backends.rolling.group import EngineGroup, Ticket
 from handlers.backends.rolling.images import PicturePreparer, ReadyPicture
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.rolling.model_front import ModelFront
@@ -88,9 +88,11 @@ class RollingBackend:
 
     async def load(self) -> None:
         loop = asyncio.get_running_loop()
-        engine = EngineClient()
         try:
-            await engine.spawn()
+            engine = await EngineProcess.spawn()
+        except OSError as error:
+            raise Unavailable(f"the model cannot be loaded: {error}") from error
+        try:
 
             def find(question: ModelQuestion, folder: Path, seconds: float | None) -> ModelFacts:
                 asked = asyncio.run_coroutine_threadsafe(ask_engine(engine, question, folder, seconds), loop)
@@ -104,19 +106,19 @@ class RollingBackend:
             unused = [] if front.preprocessor is not None else unused_by_text(self._settings)
             for problem in unused_devices(self._settings, plan, front.accelerators) + unused:
                 logger.info("%s", problem)  # info: a script that runs anywhere writes it for another machine
-            self._group = EngineGroup(
+            self._group = await EngineGroup.start(
                 plan,
                 retry_threshold=self._settings.retry_threshold,
                 loading_seconds=self._settings.model_loading_timeout,
                 stuck_seconds=self._settings.engine_stuck_timeout or STUCK_SECONDS,
                 spawned=engine,
             )
-            facts = await self._group.start()
         except BaseException as error:
             await engine.stop()
             if isinstance(error, EngineError | OSError):
                 raise Unavailable(f"the model cannot be loaded: {error}") from error
             raise
+        facts = self._group.ready
         front.renderer.longest = longest_prompt(facts.max_model_len)
         self._front = front
         self._token_texts = TokenTexts(front.tokenizer)

@@ -16,10 +16,10 @@ from typing import Any
 
 import msgspec
 
-from engine.client import EngineClient
 from engine.errors import EngineDead, ModelLoadError, one_line
 from engine.families.pixels import ProcessorBackend
 from handlers.backends.mistral_format import mistral_tokenizer, only_mistral
+from handlers.backends.rolling.client import EngineProcess
 
 TOKENIZER = "tokenizer"
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
@@ -79,9 +79,8 @@ def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = N
         return _found(question, folder)
 
     async def ask() -> ModelFacts:
-        engine = EngineClient()
+        engine = await EngineProcess.spawn()
         try:
-            await engine.spawn()
             return await ask_engine(engine, question, folder, seconds)
         finally:
             await engine.stop()
@@ -90,7 +89,7 @@ def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = N
 
 
 async def ask_engine(
-    engine: EngineClient, question: ModelQuestion, folder: Path, seconds: float | None
+    engine: EngineProcess, question: ModelQuestion, folder: Path, seconds: float | None
 ) -> ModelFacts:
     """The same from an engine's process that is spawned and not started yet."""
     if _AUTO_CLASSES in sys.modules:

@@ -31,18 +31,18 @@ from handlers.backends.vllm.answers.generation import VllmGeneration
 from handlers.backends.vllm.answers.parsers import vllm_parsers
 from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.engine.counters import Counters, series
-from handlers.backends.vllm.engine.keeper import EngineKeeper
 from handlers.backends.vllm.engine.probes import Probes
+from handlers.backends.vllm.engine.supervisor import EngineSupervisor
 from handlers.backends.vllm.engine.watch import Patience
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.constraints import Constraints
 from handlers.backends.vllm.prompts.front import VllmFront
 from handlers.backends.vllm.prompts.inputs import Inputs
-from handlers.backends.vllm.prompts.rendered import placeholders, take_back
-from handlers.backends.vllm.prompts.room import check_room
+from handlers.backends.vllm.prompts.rendered import placeholders
+from handlers.backends.vllm.prompts.runner_limits import check_runner_limits
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm, usual_sampling
-from handlers.backends.vllm.samplers.carried import with_breakers
-from handlers.errors import InvalidRequest, Overloaded, ServingError, Unavailable
+from handlers.backends.vllm.samplers.extra_args import with_breakers
+from handlers.errors import ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
 from handlers.prompts.limits import checked_sampling, checked_tokens, longest_prompt
 from handlers.request import pictures
@@ -65,7 +65,7 @@ class VllmBackend:
         self._settings = configuration.settings
         self._path = model_path
         self._counters = Counters()
-        self._keeper: EngineKeeper | None = None
+        self._keeper: EngineSupervisor | None = None
         self._constraints: Constraints | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
@@ -84,7 +84,7 @@ class VllmBackend:
         self._inputs = Inputs(self._vllm)
         probes = Probes(self._vllm, self._inputs, self._numbers)
         read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
-        self._keeper = keeper = EngineKeeper(
+        self._keeper = keeper = EngineSupervisor(
             lambda: builder.build(tokenizer, self._counters),
             probes.ask,
             self._counters,
@@ -191,7 +191,7 @@ class VllmBackend:
         engine = self._engine()
         adapter = self._adapters.taken(request.adapter, request.model)
         try:
-            generation, prompt = await self._admitted(engine, request, adapter)
+            generation = await self._admitted(engine, request, adapter)
         except BaseException:
             if adapter is not None:
                 adapter.give_back()
@@ -199,19 +199,14 @@ class VllmBackend:
         self._open.add(generation)
         assert self._keeper is not None
         self._keeper.in_flight = len(self._open)
-        try:
-            await generation.start()
-        except (InvalidRequest, Overloaded):
-            # The engine never got the pictures that vLLM's front noted as sent.
-            take_back(engine, prompt)
-            raise
+        await generation.start()
         self._keeper.answered = True
         return generation
 
     async def _admitted(
         self, engine: Any, request: GenerationRequest, adapter: LoadedAdapter | None
-    ) -> tuple[VllmGeneration, Any]:
-        """Not started yet, and vLLM's input."""
+    ) -> VllmGeneration:
+        """Not started yet."""
         longest, vocab_size = self.capabilities.max_model_len, self._front.vocab_size
         assert self._constraints is not None, "load() has not returned"
         constraint = await self._constraints.checked(request.constraint)
@@ -227,17 +222,13 @@ class VllmBackend:
         copies = request.n if params.greedy else 1
         answers = request.n // copies
         theirs = to_vllm(self._vllm, params, answers, constraint, request.names, self._samplers)
-        await check_room(self._vllm, engine, theirs, self._front.eos_token_ids, self._threads)
+        await check_runner_limits(self._vllm, engine, theirs, self._front.eos_token_ids, self._threads)
         prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
         ids: list[int] = list(prompt["prompt_token_ids"])
-        try:
-            most = params.max_tokens
-            if parts:
-                most = checked_sampling(request, len(ids), longest, vocab_size).max_tokens
-            check_prompt_logprobs(params, len(ids), answers)
-        except ServingError:
-            take_back(engine, prompt)
-            raise
+        most = params.max_tokens
+        if parts:
+            most = checked_sampling(request, len(ids), longest, vocab_size).max_tokens
+        check_prompt_logprobs(params, len(ids), answers)
         if most != params.max_tokens:
             params = msgspec.structs.replace(params, max_tokens=most)
             theirs.max_tokens, theirs.min_tokens = most, min(theirs.min_tokens, most)
@@ -266,7 +257,7 @@ class VllmBackend:
             failure=partial(self._failure, engine, request.constraint),
             ended=partial(self._forget, adapter=adapter),
         )
-        return generation, prompt
+        return generation
 
     async def _spelled(self, params: SamplingParams) -> SamplingParams:
         """With DRY's breakers as token ids. In a thread: there may be a thousand long ones."""
@@ -290,7 +281,6 @@ class VllmBackend:
                 raise Unavailable("the engine is being restarted; try again", retry_after=5)
             token_ids = front.exchanged(rendered.token_ids, parts)
             placed = await self._inputs.placed(engine, token_ids, parts)
-            take_back(engine, placed)
             ids = list(placed["prompt_token_ids"])
             places = sorted(placeholders(placed), key=lambda place: int(place.offset))
             expanded = [ids[place.offset : place.offset + place.length] for place in places]

@@ -29,8 +29,9 @@ from handlers.protocols.constraints import GUIDED, read_constraint
 from handlers.protocols.lmi.replies import JsonLines, LmiTgiWriter, LmiWriter
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.completions_reply import CompletionWriter
-from handlers.protocols.sampler_fields import SamplerFields, sampler_values
+from handlers.protocols.openai.writers import CompletionWriter
+from handlers.protocols.routes import described_as
+from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import Constraint, GenerationRequest, TextPrompt
 
@@ -47,9 +48,9 @@ _Candidates = Annotated[int, Meta(ge=0, le=20)]
 
 
 class LmiParameters(SamplerFields, kw_only=True):
-    """What LMI documents, and how its runtimes call the same things (`stop`, `max_tokens`, `logprobs`)."""
+    """The parameters that LMI documents, and the names of its runtimes for them (`stop`, `max_tokens`, `logprobs`)."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: MaxTokens | None = None
     min_new_tokens: int | None = None
     do_sample: bool | None = None
     stop_sequences: str | _StopStrings | None = None
@@ -62,8 +63,8 @@ class LmiParameters(SamplerFields, kw_only=True):
     top_n_tokens: _Candidates | None = None
     logprobs: _Candidates | bool | None = None
     truncate: TokenCount | None = None
-    n: int | None = None
-    best_of: int | None = None
+    n: ChoiceCount | None = None
+    best_of: ChoiceCount | None = None
 
     @property
     def top_tokens(self) -> int:
@@ -90,7 +91,7 @@ class LmiParameters(SamplerFields, kw_only=True):
 
 class LmiBody(msgspec.Struct):
     inputs: str | Annotated[list[str], Meta(max_length=MAX_PROMPTS)]
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any] | None, described_as(LmiParameters)] = None
     stream: bool | None = None
     adapters: str | list[str] | None = None
     model: str | None = None

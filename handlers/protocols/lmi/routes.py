@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from handlers.exchange import Incoming
 from handlers.protocols.api import Api, Reader
-from handlers.protocols.base import Conventions, Task
-from handlers.protocols.lmi.adapters import answer_adapters
-from handlers.protocols.lmi.replies import LMI_ERRORS, JsonLines
-from handlers.protocols.lmi.requests import INVOKE_ROUTES, read_lmi, wants_lines
-from handlers.protocols.lmi.sessions import Sessions
+from handlers.protocols.base import JSON_LINES, Conventions, Task
+from handlers.protocols.lmi import adapters
+from handlers.protocols.lmi.replies import (
+    LMI_ERRORS,
+    JsonLines,
+    LmiBrokenLine,
+    LmiError,
+    LmiLine,
+    LmiReply,
+)
+from handlers.protocols.lmi.requests import INVOKE_ROUTES, LmiBody, read_lmi, wants_lines
+from handlers.protocols.lmi.sessions import SessionBody, SessionReply, Sessions
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
+from handlers.protocols.routes import SSE_TYPE, Route
 
 _PREFIX = "x-amzn-sagemaker-"
 _ADAPTER = f"{_PREFIX}adapter-identifier"
@@ -79,13 +90,33 @@ def _framed(
     return task
 
 
+_EVENTS = (ChatCompletionChunk, Completion, LmiLine, LmiBrokenLine)
+_ANSWER = Route(
+    "/invocations",
+    "answer",
+    "Answer a body of any API, which its keys tell: messages, prompt, inputs or requestType",
+    bodies=(ChatBody, CompletionBody, LmiBody, SessionBody),
+    plain_text=True,
+    replies=(ChatCompletion, Completion, LmiReply, list[LmiReply], SessionReply),
+    events={SSE_TYPE: _EVENTS, JSON_LINES: _EVENTS},
+    errors=(OpenAIError, LmiError),
+)
+
+ROUTES = (
+    *adapters.ROUTES,
+    _ANSWER,
+    replace(_ANSWER, path="/models/{name}/invoke", template="/models/{model}/invoke"),
+    replace(_ANSWER, path="/predictions/{name}", template="/predictions/{model}"),
+)
+
 LMI = Api(
     LMI_ERRORS,
     _claims,
     _reads,
+    ROUTES,
     frames=dict.fromkeys(INVOKE_ROUTES, _framed),
     adapter=adapter_of,
-    calls={"adapters": answer_adapters},
+    calls={"adapters": adapters.answer_adapters},
     request_id=f"{_PREFIX}inference-id",
     gate=lambda settings: Sessions(
         enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration

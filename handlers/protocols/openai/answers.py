@@ -1,23 +1,46 @@
-"""What a chat's answers look like: which parser reads them, and which grammar they must match."""
+"""What a chat's answers look like: the grammar that they must match, the parser that reads them, and the messages
+and streamed deltas in which calls and reasoning are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+from msgspec import UNSET
 
 from engine.sampling_params import SamplingParams
-from handlers.backends.base import PromptStats
+from handlers.backends.base import Delta, PromptStats
 from handlers.errors import InvalidRequest
-from handlers.parsers.base import Asked, Parser
+from handlers.parsers.base import (
+    Asked,
+    CallArguments,
+    CallBroken,
+    CallStart,
+    Content,
+    Parser,
+    Piece,
+    Reasoning,
+    parse_whole,
+)
 from handlers.parsers.reasoning import ReasoningThenCalls
 from handlers.parsers.select import named_parser, openai_call_id, required_parser
-from handlers.protocols.base import Conventions
-from handlers.protocols.openai.parsed import MakeParser, ParsedAnswers
+from handlers.protocols.base import Answer, Conventions
+from handlers.protocols.openai.replies import (
+    CalledFunction,
+    CalledFunctionDelta,
+    ChatDelta,
+    ChatMessage,
+    FinishReason,
+    ToolCall,
+    ToolCallDelta,
+)
 from handlers.protocols.openai.tools import Tools
 from handlers.request import Constraint
+
+MakeParser = Callable[[PromptStats], Parser]
+"""A parser for one more answer to the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +81,7 @@ def answer_form(
                 param=constraint.param,
             )
         named = tools.choice == "named"
-        called = "stop" if named else "function_call" if tools.legacy else "tool_calls"
+        called: FinishReason = "stop" if named else "function_call" if tools.legacy else "tool_calls"
         return AnswerForm(
             tools.constraint(),
             ParsedAnswers(
@@ -102,3 +125,132 @@ def _forced(tools: Tools, conventions: Conventions) -> MakeParser:
         name: str = tools.callable[0]["function"]["name"]
         return lambda stats: named_parser(name, call_id)
     return lambda stats: required_parser(call_id)
+
+
+class ParsedAnswers:
+    """Parses the answers to one prompt.
+
+    called: the finish reason of an answer that made calls and was not cut short. parallel: False shows an answer's
+    first call only. hide_reasoning: reasoning is not shown. legacy: a call is a `function_call`, of which an answer
+    has one.
+    """
+
+    def __init__(
+        self,
+        make: MakeParser,
+        *,
+        called: FinishReason = "tool_calls",
+        parallel: bool = True,
+        hide_reasoning: bool = False,
+        legacy: bool = False,
+    ) -> None:
+        self._make = make
+        self._called = called
+        self._only_first = legacy or not parallel
+        self.hide_reasoning = hide_reasoning
+        self._legacy = legacy
+        self._open: dict[int, _Streamed] = {}
+
+    def message(self, answer: Answer, stats: PromptStats) -> tuple[ChatMessage, FinishReason | None]:
+        """A whole answer's message and its finish reason."""
+        parser = self._make(stats)
+        content: list[str] = []
+        reasoning: list[str] = []
+        calls: dict[int, tuple[CallStart, list[str]]] = {}
+        for piece in parse_whole(parser, answer.text, answer.token_ids):
+            match piece:
+                case Content(more):
+                    content.append(more)
+                case Reasoning(more):
+                    reasoning.append(more)
+                case CallStart(index):
+                    calls[index] = (piece, [])
+                case CallArguments(index, more):
+                    calls[index][1].append(more)
+                case CallBroken(index, more):
+                    del calls[index]
+                    content.append(more)
+        message = ChatMessage("assistant", "".join(content))
+        if not content and (calls or reasoning):
+            message.content = None
+        if reasoning and not self.hide_reasoning:
+            message.reasoning = message.reasoning_content = "".join(reasoning)
+        if calls:
+            made = [
+                ToolCall(start.id, "function", CalledFunction(start.name, "".join(arguments)))
+                for start, arguments in calls.values()
+            ]
+            if self._only_first:
+                del made[1:]
+            if self._legacy:
+                message.function_call = made[0].function
+            else:
+                message.tool_calls = made
+        return message, self._reason(answer.finish_reason, bool(calls))
+
+    def deltas(self, delta: Delta, stats: PromptStats) -> tuple[list[ChatDelta], FinishReason | None]:
+        """What a delta adds to its answer's message, one kind of thing in each, and its finish reason."""
+        answer = self._open.get(delta.index)
+        if answer is None:
+            answer = self._open[delta.index] = _Streamed(self._make(stats), self._only_first)
+        pieces = answer.parser.push(delta.text, delta.token_ids)
+        if delta.finish_reason is not None:
+            pieces += answer.parser.finish()
+        shown = [self._delta(piece) for piece in pieces if answer.shows(piece)]
+        reason = self._reason(delta.finish_reason, bool(answer.calls))
+        return [delta for delta in shown if delta is not None], reason
+
+    def _delta(self, piece: Piece) -> ChatDelta | None:
+        match piece:
+            case Content(text):
+                return ChatDelta(content=text)
+            case Reasoning(text):
+                return None if self.hide_reasoning else ChatDelta(reasoning=text, reasoning_content=text)
+            case CallStart(index, call_id, name):
+                begun = CalledFunctionDelta(name=name, arguments="")
+                if self._legacy:
+                    return ChatDelta(function_call=begun)
+                call = ToolCallDelta(index=index, id=call_id, type="function", function=begun)
+                return ChatDelta(tool_calls=[call])
+            case CallArguments(index, text):
+                more = CalledFunctionDelta(arguments=text)
+                if self._legacy:
+                    return ChatDelta(function_call=more)
+                return ChatDelta(tool_calls=[ToolCallDelta(index=index, function=more)])
+            case CallBroken():
+                return None
+
+    def _reason(self, finish: str | None, called: bool) -> FinishReason | None:
+        return self._called if called and finish == "stop" else cast(FinishReason | None, finish)
+
+
+class _Streamed:
+    """One answer on its way."""
+
+    def __init__(self, parser: Parser, only_first: bool) -> None:
+        self.parser = parser
+        self.calls: set[int] = set()
+        self._only_first = only_first
+
+    def shows(self, piece: Piece) -> bool:
+        match piece:
+            case CallStart(index):
+                if self._only_first and self.calls:
+                    return False
+                self.calls.add(index)
+            case CallArguments(index):
+                return index in self.calls
+            case CallBroken(index):
+                self.calls.discard(index)
+        return True
+
+
+def first_deltas(deltas: Sequence[ChatDelta], echo: str) -> list[ChatDelta]:
+    """The deltas with an answer's role in front, and what is shown before it."""
+    if echo or not deltas:
+        return [ChatDelta("assistant", echo), *deltas]
+    first = deltas[0]
+    first.role = "assistant"
+    if first.content is UNSET:
+        first.content = None
+    return [*deltas]

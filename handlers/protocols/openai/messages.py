@@ -1,15 +1,21 @@
-"""Chat messages and their content parts, in the shapes that OpenAI's clients and vLLM's users send."""
+"""Chat messages and their content parts, in the shapes that OpenAI's clients and vLLM's users send.
+
+The structs say in `/openapi.json` what is read; reading is done by hand, because many clients send slightly different
+shapes, and because an error names the path of what is wrong.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta, Struct
 from PIL.Image import Image
 
 from handlers.errors import InvalidRequest
 from handlers.protocols.body import kind_of, refuse_unknown, shown_value
 from handlers.protocols.misspelt import KnownNames
+from handlers.protocols.routes import described, reference
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -59,6 +65,68 @@ FEWEST_PARTS = 4096
 """That a chat may have, messages or parts of their contents, whatever the model's context."""
 
 _ROWS, _GRID = "image_embeds", "image_grid_thw"
+
+
+_NotEmpty = Annotated[str, Meta(min_length=1)]
+
+
+class ImageUrl(Struct):
+    """url: https:, http: or data:. detail: without effect."""
+
+    url: _NotEmpty
+    detail: str | None = None
+
+
+class ImageContent(Struct):
+    """An image."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: ImageUrl | _NotEmpty
+
+
+class Embeddings(Struct):
+    """Each what torch.save writes of one tensor, in base64; the grid as numbers, too."""
+
+    image_embeds: _NotEmpty
+    image_grid_thw: str | list[int | list[int]] | None = None
+
+
+class EmbeddingsContent(Struct):
+    """An image's embeddings, [tokens, hidden size], where option.enable_mm_embeds allows them."""
+
+    type: Literal["image_embeds"]
+    image_embeds: _NotEmpty | Embeddings
+
+
+class TextContent(Struct):
+    """A text."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+_PARTS = (TextContent, ImageContent, EmbeddingsContent)
+_LIST_OF_PARTS = {
+    "type": "array",
+    "items": {"anyOf": [*(reference(part) for part in _PARTS), {"type": "string"}]},
+}
+
+
+class RequestMessage(Struct):
+    """One turn. Roles are those that the model's chat template knows: system, user, assistant, tool, …"""
+
+    role: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    content: Annotated[str | list[Any], described(*_PARTS, anyOf=[{"type": "string"}, _LIST_OF_PARTS])]
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class AssistantMessage(Struct):
+    """An earlier answer of the model's, which may be calls alone."""
+
+    role: Literal["assistant"]
+    tool_calls: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    content: str | None = None
 
 
 def read_messages(messages: list[Any], *, embeddings: bool = False, context: int = 0) -> list[Message]:

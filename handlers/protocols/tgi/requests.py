@@ -7,7 +7,7 @@ limits are wider, the wording has our number.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -18,6 +18,16 @@ from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
 from handlers.protocols.markdown_pictures import picture_parts
 from handlers.protocols.misspelt import KnownNames
+from handlers.protocols.routes import described_as
+from handlers.protocols.sampler_fields import (
+    ChoiceCount,
+    Fraction,
+    MaxTokens,
+    Penalty,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+)
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import GenerationRequest, TextPrompt
 
@@ -34,24 +44,24 @@ class TgiParameters(msgspec.Struct):
     """TGI's parameters; null counts as not given. `stop_sequences` is what TGI's clients used to call `stop`."""
 
     adapter_id: str | None = None
-    best_of: int | None = None
+    best_of: ChoiceCount | None = None
     decoder_input_details: bool | None = None
     details: bool | None = None
     do_sample: bool | None = None
-    frequency_penalty: float | None = None
+    frequency_penalty: Penalty | None = None
     grammar: dict[str, Any] | None = None
-    max_new_tokens: int | None = None
-    repetition_penalty: float | None = None
+    max_new_tokens: MaxTokens | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     return_full_text: bool | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_sequences: str | list[str] | None = None
-    temperature: float | None = None
-    top_k: int | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
     top_n_tokens: int | None = None
-    top_p: float | None = None
+    top_p: Fraction | None = None
     truncate: int | None = None
-    typical_p: float | None = None
+    typical_p: Fraction | None = None
     watermark: bool | None = None
 
     @property
@@ -73,7 +83,7 @@ class TgiParameters(msgspec.Struct):
 
 class TgiBody(msgspec.Struct):
     inputs: str
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any] | None, described_as(TgiParameters)] = None
     stream: bool | None = None
     model: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,8 +13,11 @@ from engine.sampling_params import MAX_STOP_STRINGS
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.api import Api, Reader
 from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Conventions, Task
-from handlers.protocols.tgi.replies import TGI_ERRORS
-from handlers.protocols.tgi.requests import GENERATE_ROUTES, read_tgi
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
+from handlers.protocols.routes import READ, SSE_TYPE, Route
+from handlers.protocols.tgi.replies import TGI_ERRORS, TgiEvent, TgiReply
+from handlers.protocols.tgi.requests import GENERATE_ROUTES, TgiBody, read_tgi
 from handlers.request import GenerationRequest, TextPart, prompt_parts
 from handlers.version import VERSION
 
@@ -149,6 +153,29 @@ def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming, ad
     return read_tgi(body, conventions, request_id=incoming.request_id, route=incoming.route, adapter=adapter)
 
 
+_ANSWER = Route(
+    "/generate",
+    "answer",
+    "Generate text (TGI)",
+    bodies=(TgiBody, ChatBody, CompletionBody),
+    replies=(TgiReply, list[TgiReply], ChatCompletion, Completion),
+    events={SSE_TYPE: (TgiEvent, ChatCompletionChunk, Completion)},
+)
+
+ROUTES = (
+    _ANSWER,
+    replace(_ANSWER, path="/generate_stream", template="/generate_stream"),
+    replace(_ANSWER, path="/", template="/"),
+    # Hugging Face's Python client also asks for text at the address that it was given for chat.
+    replace(_ANSWER, path="/v1", template="/"),
+    Route("/info", "info", "What is served, and its limits (TGI)", methods=READ, replies=(Info,)),
+)
+
 TGI = Api(
-    TGI_ERRORS, _claims, _reads, headers=dict.fromkeys(_HEADER_ROUTES, compute_headers), calls={"info": _info}
+    TGI_ERRORS,
+    _claims,
+    _reads,
+    ROUTES,
+    headers=dict.fromkeys(_HEADER_ROUTES, compute_headers),
+    calls={"info": _info},
 )

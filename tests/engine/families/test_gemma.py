@@ -11,7 +11,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.client import EngineClient
 from engine.families.gemma3 import Gemma3Metadata, Gemma3Preprocessor
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
@@ -95,7 +94,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
     async def scenario() -> list[list[int]]:
-        async with running(EngineClient(config(path, devices=("cpu", "cpu")))) as client:
+        async with running(config(path, devices=("cpu", "cpu"))) as client:
             adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
             return list(await asyncio.gather(*(answer(client, add) for add in adds)))
 

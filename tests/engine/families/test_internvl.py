@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.utils import is_torchvision_available
 
-from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.families.base import Preprocessor
@@ -202,7 +201,7 @@ def test_two_ranks_give_the_same_tokens(one: tuple[Path, Oracle]) -> None:
         config = EngineConfig(
             model_path=str(model), dtype="float32", kv_cache_bytes=8 << 20, devices=("cpu", "cpu")
         )
-        async with running(EngineClient(config)) as client:
+        async with running(config) as client:
             adds = [prompt.add(oracle.preprocessor, GREEDY) for prompt in prompts]
             return list(await asyncio.gather(*(answered(client, add) for add in adds)))
 

@@ -16,7 +16,6 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from container.cli import main
-from engine.client import EngineClient
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
@@ -189,7 +188,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
     async def scenario() -> list[list[int]]:
-        async with running(EngineClient(config(path, devices=("cpu", "cpu")))) as client:
+        async with running(config(path, devices=("cpu", "cpu"))) as client:
             adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
             return list(await asyncio.gather(*(answer(client, add) for add in adds)))
 

@@ -26,7 +26,6 @@ from transformers import (
     PretrainedConfig,
 )
 
-from engine.client import EngineClient
 from engine.errors import ModelLoadError
 from engine.families.phi3_v import Phi3VPreprocessor, classes
 from engine.loader import load_preprocessor, read_config
@@ -292,7 +291,7 @@ def test_two_ranks_give_the_same_tokens(model: Path, oracle: Reference) -> None:
     prompts = [Prompt([1, 2, 3]), Prompt([9, image_of(50, 40), 4]), Prompt([image_of(4, 90), 7, BLACK, 8])]
 
     async def scenario() -> list[list[int]]:
-        async with running(EngineClient(config(model, devices=("cpu", "cpu")))) as client:
+        async with running(config(model, devices=("cpu", "cpu"))) as client:
             adds = [prompt.add(oracle.preprocessor, GREEDY) for prompt in prompts]
             return list(await asyncio.gather(*(answered(client, add) for add in adds)))
 

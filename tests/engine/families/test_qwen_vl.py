@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerFast
 
-from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError, RequestRejected
 from engine.families import qwen2_vl
@@ -191,7 +190,7 @@ def test_two_ranks_give_the_same_tokens(model: tuple[Path, Oracle]) -> None:
     async def scenario() -> list[int]:
         from tests.support.engine_process import answer, running
 
-        async with running(EngineClient(engine_config)) as client:
+        async with running(engine_config) as client:
             return await answer(client, add)
 
     assert asyncio.run(scenario()) == oracle.generate(marked(1, ODD, 2, LONG, 3), 16)

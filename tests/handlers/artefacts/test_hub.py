@@ -87,7 +87,7 @@ import sys, threading
 from pathlib import Path
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
-from properties.location import locate
+from properties.model import locate
 from properties.settings import Settings
 root, offline, code, *names = sys.argv[1:]
 settings = Settings(download_dir=root, offline=offline == "True", trust_remote_code=code == "True")

@@ -22,7 +22,7 @@ from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.artefacts.s3 import fetch_s3
 from handlers.artefacts.transfer import Cancelled
-from properties.location import locate
+from properties.model import locate
 from properties.settings import Settings
 from tests.support.s3 import BUCKET
 from tests.support.scripted_server import ServerProcess

@@ -12,7 +12,7 @@ from container.check import check, describe
 from container.fit import fit
 from engine.loader import resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
-from handlers.backends.vllm.options.precision import served_dtype, stored_dtype
+from handlers.backends.vllm.options.checkpoint import served_dtype, stored_dtype
 from properties.configuration import resolve
 from tests.support.models import make_text_model
 
@@ -36,7 +36,7 @@ from tests.support.models import make_text_model
             "cuda",
             True,
             torch.bfloat16,
-            "half of that here; option.dtype=float32 keeps it",
+            "16-bit type here; option.dtype=float32 keeps it",
         ),
         ("float32", "cuda", False, torch.float16, "as with vLLM"),
         ("float16", "cuda", True, torch.float16, "as the model is stored"),

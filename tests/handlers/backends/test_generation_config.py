@@ -13,12 +13,11 @@ from transformers import GenerationConfig
 from engine.sampling_params import SamplingParams
 from handlers.backends.rolling.model_front import ModelFront, read_default_sampling
 from handlers.backends.vllm.prompts.sampling import usual_sampling
-from handlers.backends.vllm.samplers.carried import Samplers
+from handlers.backends.vllm.samplers.extra_args import Samplers
 from handlers.prompts.limits import checked_sampling, checked_tokens
 from handlers.protocols.base import Conventions, Task
 from handlers.protocols.lmi.requests import read_lmi
-from handlers.protocols.openai.chat import read_chat
-from handlers.protocols.openai.completions import read_completion
+from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi.requests import read_tgi
 from properties.settings import Settings
 from tests.support.models import make_text_model

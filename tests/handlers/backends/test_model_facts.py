@@ -13,8 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, processors
 
 import handlers.backends.rolling.model_facts as facts_module
-from engine.client import EngineClient
 from engine.errors import ModelLoadError
+from handlers.backends.rolling.client import EngineProcess
 from handlers.backends.rolling.model_facts import (
     TOKENIZER,
     ModelQuestion,
@@ -146,11 +146,10 @@ def test_an_engine_that_ends_or_is_late_when_asked_is_an_error(
     monkeypatch.setattr(facts_module, "_AUTO_CLASSES", "never imported")
 
     async def asked(seconds: float | None, *, kill: bool) -> None:
-        engine = EngineClient()
+        engine = await EngineProcess.spawn()
         try:
-            await engine.spawn()
             if kill:
-                engine.kill()
+                engine._child.kill()
             await ask_engine(engine, question, tmp_path, seconds)
         finally:
             await engine.stop()

@@ -292,7 +292,7 @@ def test_a_call_whose_time_is_up_is_ended_and_its_process_replaced(tmp_path: Pat
         reply = ask(live, "sleep", seconds=600)
         assert reply.status_code == 408
         live.wait_for("its process is restarted", 10)
-        live.wait_for("it is restarted", 10)
+        live.wait_for("process 0 of the model's own handler is back", 10)
         assert ask(live, "echo", a=1).json() == {"a": 1}
         children = psutil.Process(live.process.pid).children()
         assert len([child for child in children if "handlers.custom.worker" in child.cmdline()]) == 1

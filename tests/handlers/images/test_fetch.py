@@ -502,9 +502,8 @@ async def slow_redirects(_: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 def test_one_deadline_covers_everything(run: Run, serve: Serve) -> None:
     async def main() -> None:
         async with Host(serve).open() as host:
-            start = time.monotonic()
-            error = await refused(host.url, fetch_timeout=0.4, max_redirects=1000)
-            assert 0.35 < time.monotonic() - start < 30, "no host here would ever have ended"
+            async with asyncio.timeout(60):  # no host here would ever end
+                error = await refused(host.url, fetch_timeout=0.4, max_redirects=1000)
             assert type(error) is ImageFetchTimeout
             assert (
                 error.message == "image 0: it did not arrive within 0.4 seconds (option.image_fetch_timeout)"

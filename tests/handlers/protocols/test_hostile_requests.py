@@ -432,8 +432,8 @@ def test_whatever_is_sent_to_tgis_routes_is_answered_or_refused(body: Any, route
 def test_whatever_is_to_be_counted_is_counted_or_refused(body: Any, route: str) -> None:
     async def ask() -> None:
         subject = service(ScriptedBackend([]), Pictures(), limit_mm_per_prompt={"image": 2})
-        work = subject.detokenize if route == "/detokenize" else subject.tokenize
-        reply = await work(incoming(body, route))
+        action = "detokenize" if route == "/detokenize" else "tokenize"
+        reply = await subject.call(action, incoming(body, route))
         assert 200 <= reply.status < 500, reply.body[:500]
         assert json.loads(reply.body) is not None
         assert subject.in_flight == 0

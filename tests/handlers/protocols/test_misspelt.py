@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from handlers.exchange import Reply
 from handlers.protocols.misspelt import KnownNames, warning
-from handlers.protocols.openai.chat import ChatBody
-from handlers.protocols.openai.fields import known_names
+from handlers.protocols.openai.requests import ChatBody, known_names
 from tests.support.scripted import ScriptedBackend, chat, everything, incoming, said, service
 
 LONGEST = 512
@@ -26,8 +25,9 @@ def answer(body: Any, route: str, **options: Any) -> Reply:
     async def ask() -> Reply:
         templates = {"default": {"messages", "enable_thinking"}, "tool_use": {"tools", "documents"}}
         served = service(ScriptedBackend(said("a", "b"), chat_templates=templates), **options)
-        work = served.tokenize if route.endswith("tokenize") else served.answer
-        reply = await work(incoming(body, route))
+        asked = incoming(body, route)
+        tokens = route.endswith("tokenize")
+        reply = await (served.call("tokenize", asked) if tokens else served.answer(asked))
         reply.body = await everything(reply)
         return reply
 

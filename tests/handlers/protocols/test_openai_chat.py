@@ -22,9 +22,15 @@ from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
 from handlers.protocols.base import Conventions
 from handlers.protocols.body import read_body
-from handlers.protocols.openai.chat import ChatBody, read_chat
-from handlers.protocols.openai.completions import CompletionBody
-from handlers.protocols.openai.fields import FALSE_ONLY, IGNORED, READ_ELSEWHERE, UNSUPPORTED
+from handlers.protocols.openai.requests import (
+    FALSE_ONLY,
+    IGNORED,
+    READ_ELSEWHERE,
+    UNSUPPORTED,
+    ChatBody,
+    CompletionBody,
+    read_chat,
+)
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, TextPart
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 

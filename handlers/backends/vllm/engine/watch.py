@@ -49,8 +49,8 @@ class Watch:
         patience: Patience,
     ) -> None:
         """busy: whether requests are in flight."""
-        self._engine = engine
-        self._tree = tree
+        self.engine = engine
+        self.tree = tree
         self._ask = ask
         self._signs = counters.signs
         self._busy = busy
@@ -78,8 +78,8 @@ class Watch:
 
     async def _until_dead(self) -> str:
         """vLLM tells of a worker's death only when the other workers have ended, too: seconds later."""
-        while not self._engine.errored:
-            if dead := self._tree.dead:
+        while not self.engine.errored:
+            if dead := self.tree.dead:
                 return f"lost {dead}"
             await asyncio.sleep(LOOK_SECONDS)
         return "process died"
@@ -101,7 +101,7 @@ class Watch:
 
         That it cannot be asked is no answer: the requests that a hung engine holds fill its queue.
         """
-        asking = asyncio.ensure_future(self._ask(self._engine, copy))
+        asking = asyncio.ensure_future(self._ask(self.engine, copy))
         asked = self._asked[copy] = time.monotonic()
         try:
             while True:
@@ -113,7 +113,7 @@ class Watch:
                     if _succeeded(asking) or len(self._copies) > 1:
                         return True
                     await asyncio.sleep(LOOK_SECONDS)
-                    asking = asyncio.ensure_future(self._ask(self._engine, copy))
+                    asking = asyncio.ensure_future(self._ask(self.engine, copy))
                 if time.monotonic() - asked > self._patience.stuck:
                     return False
         finally:
@@ -128,6 +128,6 @@ def _succeeded(asking: asyncio.Future[None]) -> bool:
 
 
 def count_copies(engine: Any) -> int:
-    """How many copies of the model an `AsyncLLM` holds; 1 for what else a keeper holds."""
+    """How many copies of the model an `AsyncLLM` holds; 1 for what else a supervisor holds."""
     config = getattr(engine, "vllm_config", None)
     return 1 if config is None else int(config.parallel_config.data_parallel_size)

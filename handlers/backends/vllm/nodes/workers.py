@@ -6,74 +6,89 @@ that their parent is gone.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
-from contextlib import suppress
 from typing import Any
 
 from handlers.backends.vllm import compat
-from processes.environment import child_environment
+from handlers.errors import InvalidConfiguration
+from processes.child import Child, Log
+from processes.inside import Parent
 
-_JOINED = "joined"
+logger = logging.getLogger(__name__)
+
+_JOINED = b""
 
 
 class Workers:
-    """arguments: those of `AsyncEngineArgs`."""
+    """They are part of an engine (see `processes.supervisor.Supervised`)."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self._told, telling = os.pipe()
+    served = True
+    """An engine that took them in has started, so what went before is over."""
+
+    def __init__(self, child: Child) -> None:
+        """Use `start`."""
+        self._child = child
+
+    @classmethod
+    async def start(cls, arguments: dict[str, Any], seconds: float) -> Workers:
+        """Return when they are part of an engine, which the first machine starts.
+
+        Raises InvalidConfiguration with the reason, and OSError. Nothing is left running then.
+
+        Args:
+            arguments: those of `AsyncEngineArgs`.
+            seconds: for the first machine to take them in.
+        """
+        child = await Child.start("handlers.backends.vllm.nodes.workers", "vllm", Log(logger))
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(telling)],
-                stdin=subprocess.PIPE,
-                pass_fds=[telling],
-                env=child_environment("vllm"),
-                start_new_session=True,
-            )
-        finally:
-            os.close(telling)
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(pickle.dumps(arguments))
-            self._process.stdin.flush()
-
-    def ended(self) -> None:
-        """Wait until they have ended."""
-        self._process.wait()
-
-    def joined(self) -> str | None:
-        """Wait until they are part of an engine, which the first machine starts, or why they are not. Once."""
-        with open(self._told, encoding="utf-8", errors="replace") as told:
-            reason = told.read()
-        return None if reason == _JOINED else reason or "their process ended"
-
-    def end(self) -> None:
-        """Safe to call twice."""
-        if self._process.stdin is None or self._process.stdin.closed:
-            return
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-
-
-def _run(telling: int) -> None:
-    """The process, until a worker ends, which they do with the engine."""
-    os.set_inheritable(telling, False)
-    arguments = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(telling, "w", encoding="utf-8", errors="replace") as tell:
-        try:
-            executor = _joining(arguments)
-        except Exception as error:
-            tell.write(str(error) or type(error).__name__)
+            child.send(pickle.dumps(arguments))
+            async with asyncio.timeout(seconds):
+                reason = await child.receive()
+            if reason != _JOINED:
+                raise InvalidConfiguration(
+                    f"the workers of this machine did not start: {reason.decode(errors='replace')}"
+                )
+        except BaseException as error:
+            child.kill()
+            await child.wait()
+            if isinstance(error, TimeoutError):
+                raise InvalidConfiguration(
+                    "the first machine did not take in the workers of this one"
+                ) from error
+            if isinstance(error, EOFError):
+                raise InvalidConfiguration(
+                    "the workers of this machine did not start: their process ended"
+                ) from error
             raise
-        tell.write(_JOINED)
+        return cls(child)
+
+    async def lost(self) -> str:
+        await self._child.wait()
+        return "ended, as it does with the engine"
+
+    async def stop(self) -> None:
+        self._child.kill()
+        await self._child.wait()
+
+
+def main() -> None:
+    """The process, until a worker ends, which they do with the engine."""
+    parent = Parent(die_with_it=False)
+    arguments = parent.receive()
+    if arguments is None:
+        return
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        executor = _joining(pickle.loads(arguments))
+    except Exception as error:
+        parent.send((str(error) or type(error).__name__).encode())
+        raise
+    parent.send(_JOINED)
     executor.start_worker_monitor(inline=True)
 
 
@@ -86,11 +101,11 @@ def _joining(arguments: dict[str, Any]) -> Any:
     return compat.multiproc_executor()(config, monitor_workers=False)
 
 
-def _end_with_parent() -> None:
-    """Its end of our standard input is closed when it is gone, however that came."""
-    sys.stdin.buffer.read()
+def _end_with(parent: Parent) -> None:
+    """All of the group, when the parent is gone, however that came."""
+    parent.receive()
     os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    _run(int(sys.argv[1]))
+    main()

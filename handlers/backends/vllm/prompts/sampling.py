@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from engine.sampling_params import MAX_SEED, SamplingParams
 from handlers.backends.vllm.failures import refused
-from handlers.backends.vllm.samplers.carried import (
+from handlers.backends.vllm.samplers.extra_args import (
     HAS_ALL,
     HOTTEST,
     NEUTRAL,
     Samplers,
-    carried,
+    extra_args,
     some_seed,
     wanted,
 )
@@ -82,7 +82,7 @@ def to_vllm(
     fields["top_k"] = 0 if params.greedy else max(params.top_k, 0)
     fields["logit_bias"] = params.logit_bias or None
     if ours:
-        fields |= NEUTRAL | {"extra_args": carried(params)}
+        fields |= NEUTRAL | {"extra_args": extra_args(params)}
         if not params.greedy:
             fields |= {"temperature": 1.0, "seed": some_seed() if params.seed is None else params.seed}
     if fields["seed"] is not None:

@@ -10,8 +10,7 @@ import pytest
 
 from container.fit import fit
 from engine.machine import Device, Machine
-from handlers.backends.vllm.options.heads import Heads, heads_of, model_heads
-from handlers.backends.vllm.options.plan import Plan, plan_devices
+from handlers.backends.vllm.options.plan import Heads, Plan, heads_of, model_heads, plan_devices
 from properties.configuration import resolve
 
 QWEN2_VL_7B = Heads(28, 4)

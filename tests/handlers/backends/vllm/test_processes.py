@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import multiprocessing
 import os
@@ -18,11 +19,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from handlers.backends.vllm.engine.guard import Guard
-from handlers.backends.vllm.engine.processes import Process, ProcessTree
+from handlers.backends.vllm.engine.processes import ProcessTree
+from processes.guard import Guard
 
 if not sys.platform.startswith("linux"):
-    pytest.skip("reads /proc", allow_module_level=True)
+    pytest.skip("vLLM runs on Linux only", allow_module_level=True)
 
 TREE = """
 import subprocess, sys, time
@@ -173,7 +174,7 @@ def test_shared_memory_of_killed_processes_is_given_back_and_an_operators_files_
             file.unlink(missing_ok=True)
 
 
-class Held(Process):
+class Held(psutil.Process):
     """One that a driver holds: killed, and there all the same."""
 
     def kill(self) -> None:
@@ -184,59 +185,91 @@ def test_what_is_left_after_the_time_is_told() -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
         family = ProcessTree([other.pid])
-        (found,) = family.members
-        held = Held(found.pid, found.started)
-        family.members = (held,)
+        held = Held(other.pid)
+        family.members = [held]
         assert family.kill(0.1) == [held]
     finally:
         other.kill()
         other.wait()
 
 
-def test_a_process_id_that_was_given_again_is_spared() -> None:
-    other = subprocess.Popen(["sleep", "60"])
-    try:
-        (found,) = ProcessTree([other.pid]).members
-        before = Process(found.pid, found.started - 1)
-        assert before.gone
-        assert not before.running
-        before.kill()
-        assert found.running
-        found.kill()
-        other.wait()
-        assert found.gone
-    finally:
-        other.kill()
-        other.wait()
+GUARDED = """
+import asyncio, sys, psutil
+from processes.guard import Guard
+async def main():
+    guard = Guard()
+    for pids in sys.argv[1:]:
+        await guard.protect([psutil.Process(int(pid)) for pid in pids.split()])
+    print("guarded", flush=True)
+    await asyncio.sleep(1000)
+asyncio.run(main())
+"""
 
 
-def test_a_guard_kills_the_processes_that_it_knows_and_no_later_one_of_the_same_id() -> None:
-    """The guard's front is this process: closing its pipe is what its end would do."""
+def test_a_guard_kills_the_processes_that_it_was_last_told_of_when_its_parent_is_killed() -> None:
     engine, other = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    front = subprocess.Popen(
+        [sys.executable, "-c", GUARDED, str(other.pid), str(engine.pid)],
+        stdout=subprocess.PIPE,
+    )
     try:
-        (known,), (later,) = ProcessTree([engine.pid]).members, ProcessTree([other.pid]).members
-        guard = Guard([Process(later.pid, later.started - 1), known])
-        process = guard._process
-        assert process is not None
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait(20)
-        engine.wait(20)
-        assert engine.returncode == -signal.SIGKILL
+        assert front.stdout is not None
+        assert front.stdout.readline() == b"guarded\n"
+        (guard,) = psutil.Process(front.pid).children()
+        front.kill()
+        assert engine.wait(20) == -signal.SIGKILL
+        psutil.wait_procs([guard], timeout=20)
         assert other.poll() is None
     finally:
-        for one in (engine, other):
+        for one in (engine, other, front):
             one.kill()
             one.wait()
+        assert front.stdout is not None
+        front.stdout.close()
 
 
-def test_a_released_guard_kills_nobody() -> None:
+def test_a_guard_that_is_released_or_told_of_nobody_kills_nobody() -> None:
     engine = subprocess.Popen(["sleep", "60"])
+
+    async def guarded() -> None:
+        guard = Guard()
+        await guard.protect([psutil.Process(engine.pid)])
+        await guard.protect([])
+        await guard.close()
+        await guard.protect([psutil.Process(engine.pid)])
+        await guard.close()
+        await guard.close()
+
     try:
-        guard = Guard(ProcessTree([engine.pid]).members)
-        guard.release()
-        guard.release()
+        asyncio.run(guarded())
         assert engine.poll() is None
+    finally:
+        engine.kill()
+        engine.wait()
+
+
+def test_a_guard_that_was_killed_is_replaced() -> None:
+    engine = subprocess.Popen(["sleep", "60"])
+
+    async def guarded() -> None:
+        guard, known = Guard(), psutil.Process(engine.pid)
+
+        def guards() -> set[psutil.Process]:
+            mine = {child for child in psutil.Process().children() if alive(child)}
+            return {child for child in mine if "processes.guard" in child.cmdline()}
+
+        await guard.protect([known])
+        (first,) = guards()
+        first.kill()
+        while alive(first):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await guard.protect([known])
+        (second,) = guards()
+        assert second != first
+        await guard.close()
+
+    try:
+        asyncio.run(guarded())
     finally:
         engine.kill()
         engine.wait()

@@ -1,0 +1,171 @@
+"""The server's own description, as an OpenAPI 3.1 document: GET /openapi.json.
+
+It is made from the routes, and from the structs that read their bodies and write their replies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from container.routes import ROUTES
+from handlers.protocols.base import JSON, JSON_LINES
+from handlers.protocols.routes import REFERENCE, Route
+from handlers.protocols.select import ERRORS_ANYWHERE
+from handlers.version import VERSION
+
+_STATUSES = {
+    400: "The body is no valid request; the message names the field.",
+    401: "The server's key is missing or wrong.",
+    404: "There is no such model or adapter.",
+    408: "The body, an image or the answer took too long.",
+    409: "The name is taken.",
+    413: "The body or an image is too large.",
+    415: "The body's content type or charset is not read here.",
+    422: "An image's host failed to deliver it; on TGI's routes: a value is not allowed.",
+    424: "The engine failed while it worked on the request.",
+    429: "Too many requests are waiting: try again after `Retry-After` seconds.",
+    500: "An error of the server's own; its log has more under the request's id.",
+    503: "The model is not ready, or the server is stopping.",
+    507: "No place is left for another adapter.",
+}
+_QUERY = {
+    "model_name": "The model, where the path names none.",
+    "adapter": "The adapter, where no header names one.",
+}
+_HEADERS = {
+    "x-request-id": "The request's id, for the log and the reply; a harmless token of at most 128 characters.",
+    "X-Amzn-SageMaker-Inference-Id": "The same, as SageMaker sends it; it wins.",
+    "X-Amzn-SageMaker-Adapter-Identifier": "The adapter to answer with.",
+    "X-Amzn-SageMaker-Session-Id": "The session that the request belongs to.",
+    "X-Amzn-SageMaker-Custom-Attributes": "`name=value` pairs between semicolons.",
+}
+
+
+@functools.cache
+def document() -> bytes:
+    """Returns the document as JSON."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        for method in route.methods:
+            paths.setdefault(route.path, {})[method.lower()] = _operation(route, method)
+    body = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "lmi-handler",
+            "version": VERSION,
+            "description": "Answers of a vision-language model, in the words of OpenAI, vLLM, LMI and TGI. The paths "
+            "/v1/chat/completions and /v1/completions also work appended to any path that answers.",
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+    return msgspec.json.encode(body) + b"\n"
+
+
+def _operation(route: Route, method: str) -> dict[str, Any]:
+    named = [_parameter("path", name) for name in ("name", "adapter") if f"{{{name}}}" in route.path]
+    headers, query = (_HEADERS, _QUERY) if route.action == "answer" else ({}, {})
+    operation: dict[str, Any] = {
+        "summary": route.summary,
+        "operationId": f"{method.lower()}:{route.path}",
+        "parameters": [
+            *named,
+            *(_parameter("header", name, meaning) for name, meaning in headers.items()),
+            *(_parameter("query", name, meaning) for name, meaning in {**query, **route.query}.items()),
+        ],
+        "responses": _responses(route, method),
+    }
+    if not route.open:
+        operation["security"] = [{}, {"key": []}]
+    if route.bodies:
+        content: dict[str, Any] = {JSON: {"schema": _any_of(route.bodies)}}
+        if route.plain_text:
+            content["text/plain"] = {"schema": {"type": "string"}}
+        operation["requestBody"] = {"required": route.action != "adapters", "content": content}
+    return operation
+
+
+def _parameter(where: str, name: str, meaning: str | None = None) -> dict[str, Any]:
+    described = {"required": True} if meaning is None else {"description": meaning}
+    return {"name": name, "in": where, **described, "schema": {"type": "string"}}
+
+
+def _responses(route: Route, method: str) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if route.action == "metrics":
+        content = {"text/plain": {"schema": {"type": "string"}}}
+        content["application/openmetrics-text"] = content["text/plain"]
+    errors = (*route.errors, *ERRORS_ANYWHERE)
+    if route.replies:
+        content[JSON] = {"schema": _any_of(route.replies)}
+    for kind, events in route.events.items():
+        content[kind] = {"schema": _stream(kind, _any_of((*events, *errors)))}
+    codes = [500, 503]
+    if not route.open:
+        codes = [401, *codes]
+    if route.action == "models" or route.bodies:
+        codes = [404, *codes]
+    if route.codes:
+        codes = [*codes, *route.codes]
+    elif route.bodies:
+        codes = [400, 404, 408, 413, 415, 422, 424, 429, *codes]
+    responses: dict[str, Any] = {"200": {"description": "As asked.", "content": content}}
+    for code in sorted(set(codes)):
+        shown = route.not_ready if code == 503 and route.not_ready else errors
+        responses[str(code)] = {
+            "description": _STATUSES[code],
+            "content": {JSON: {"schema": _any_of(shown)}},
+        }
+    if method == "HEAD":
+        for response in responses.values():
+            response.pop("content")
+    return responses
+
+
+def _stream(kind: str, item: dict[str, Any]) -> dict[str, Any]:
+    """Of events each one is described, which is the custom before OpenAPI 3.2; of JSON lines, all together."""
+    if kind == JSON_LINES:
+        return {"type": "array", "items": item, "description": "One JSON value on each line."}
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": item}
+    return {
+        "type": "object",
+        "description": "One event.",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+    }
+
+
+def _any_of(kinds: Sequence[Any]) -> dict[str, Any]:
+    unique = list({repr(kind): kind for kind in kinds}.values())
+    found, _ = msgspec.json.schema_components(unique, ref_template=REFERENCE)
+    return found[0] if len(found) == 1 else {"anyOf": list(found)}
+
+
+def _schemas() -> dict[str, Any]:
+    """Every struct that some route names, and the parts of those that are taken apart by hand."""
+    named = [
+        kind
+        for route in ROUTES
+        for kinds in (route.bodies, route.replies, *route.events.values(), route.errors, route.not_ready)
+        for kind in kinds
+    ]
+    everything = {repr(kind): kind for kind in _with_parts((*named, *ERRORS_ANYWHERE))}
+    return msgspec.json.schema_components(everything.values(), ref_template=REFERENCE)[1]
+
+
+def _with_parts(kinds: Iterable[Any]) -> Iterator[Any]:
+    for kind in kinds:
+        yield kind
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            for field in msgspec.structs.fields(kind):
+                for meta in getattr(field.type, "__metadata__", ()):
+                    yield from _with_parts((meta.extra or {}).get("parts", ()))

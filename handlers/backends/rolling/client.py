@@ -1,0 +1,325 @@
+"""One engine process as the front end sees it: start it, talk to it, notice at once when it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
+from engine.messages import (
+    Abort,
+    Add,
+    Answer,
+    Ask,
+    FromEngine,
+    LoadFailed,
+    Output,
+    Ping,
+    Pong,
+    Ready,
+    Stats,
+    StepDone,
+    ToEngine,
+)
+from processes.child import Child, Connection, Log
+from processes.inside import MAX_FRAME_BYTES
+
+logger = logging.getLogger(__name__)
+engine_log = logging.getLogger("engine.process")
+"""What the engine processes print."""
+
+SHUTDOWN_SECONDS = 3.0
+"""How long an engine that was asked to stop may take before it is killed."""
+
+PING_SECONDS = 2.0
+"""Pause between two looks at whether an engine's loop still turns."""
+
+STUCK_SECONDS = 120.0
+"""An engine whose loop has not turned for this long is killed and restarted. A step is one turn, so this must be
+longer than the longest step."""
+
+
+class OutputStream:
+    """The outputs of one request, in order. One reader; the engine's client is the writer."""
+
+    __slots__ = ("_error", "_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: deque[Output] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: EngineDead | None = None
+
+    def put(self, output: Output) -> None:
+        self._items.append(output)
+        self._wake()
+
+    def fail(self, error: EngineDead) -> None:
+        self._error = error
+        self._wake()
+
+    async def get(self) -> list[Output]:
+        """Everything that has come since the last call, at least one output. Raises EngineDead."""
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class EngineProcess:
+    """An engine process without a model: it imports what it needs, which takes seconds, and answers questions."""
+
+    def __init__(self, child: Child, connection: Connection) -> None:
+        """Use `spawn`."""
+        self._child = child
+        self._connection = connection
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+
+    @classmethod
+    async def spawn(cls) -> EngineProcess:
+        """Raises OSError; nothing is left running then."""
+        child = await Child.start("engine.process", "engine", Log(engine_log))
+        try:
+            return cls(child, await child.connect())
+        except BaseException:
+            await child.stop(0)
+            raise
+
+    async def ask(self, function: str, question: bytes) -> bytes:
+        """What the function, "module:name", returns in the process.
+
+        Raises EngineDead where the process ends instead.
+        """
+        _send(self._connection, msgspec.msgpack.encode(Ask(function, question)))
+        message = await self._receive()
+        if not isinstance(message, Answer):
+            raise EngineDead("the engine process ended while it was asked about the model")
+        return message.answer
+
+    async def load(self, config: EngineConfig, stuck_seconds: float = STUCK_SECONDS) -> EngineClient:
+        """Return when the model has answered a first request of its own. Not to be used afterwards.
+
+        Raises ModelLoadError with the engine's reason, and EngineDead when the process ends without giving one.
+        Nothing is left running then.
+        """
+        try:
+            _send(self._connection, msgspec.msgpack.encode(config))
+            first = await self._receive()
+            if isinstance(first, Ready):
+                return EngineClient(self._child, self._connection, first, stuck_seconds)
+            if isinstance(first, LoadFailed):
+                raise ModelLoadError(first.message)
+            raise EngineDead("the engine process ended while it was loading the model; its log lines say why")
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Never raises; safe to call twice."""
+        self._child.kill()
+        await self._child.wait()
+
+    async def _receive(self) -> FromEngine | None:
+        frame = await self._connection.receive()
+        return None if frame is None else self._decoder.decode(frame)
+
+
+class EngineClient:
+    """An engine process with its model, until its death (see `processes.supervisor.Supervised`)."""
+
+    def __init__(self, child: Child, connection: Connection, ready: Ready, stuck_seconds: float) -> None:
+        """Use `start`, or `EngineProcess.load`."""
+        self.ready = ready
+        self.stats = Stats()
+        """Its last word; of one that has died, the counters alone."""
+        self.served = False
+        """Whether any request has had a token from this process."""
+        self._child = child
+        self._connection = connection
+        self._stuck_seconds = stuck_seconds
+        self._streams: dict[int, OutputStream] = {}
+        self._asked: float | None = None
+        self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._next_id = 0
+        self._died = asyncio.Event()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._receiving = asyncio.create_task(self._receive(), name="engine-receive")
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> EngineClient:
+        """Raises OSError when no process can be started, and what `EngineProcess.load` raises."""
+        return await (await EngineProcess.spawn()).load(config)
+
+    @property
+    def alive(self) -> bool:
+        return not self._died.is_set()
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._streams)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since a sign of life was asked for that has not come; 0 when none is due."""
+        return 0.0 if self._asked is None else time.monotonic() - self._asked
+
+    def submit(self, add: Add, stream: OutputStream) -> range:
+        """Hand over a request under ids of this client's choosing, which are returned: one for each answer.
+
+        Their outputs come to the one stream. Raises EngineDead, and RequestRejected for what cannot be sent.
+        """
+        if not self.alive:
+            raise EngineDead("the engine process is not running")
+        add.request_id = self._next_id
+        try:
+            body = self._encoder.encode(add)
+        except (ValueError, OverflowError, TypeError) as error:
+            raise RequestRejected("a number in the request is out of range") from error
+        if len(body) > MAX_FRAME_BYTES:
+            raise RequestRejected("the request's pictures are too large together")
+        _send(self._connection, body)
+        self._next_id += len(add.seeds)
+        self._streams.update(dict.fromkeys(add.choice_ids, stream))
+        return add.choice_ids
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """The engine forgets the requests before its next step. Fine for finished ones, never raises."""
+        held = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
+        if held and self.alive:
+            with suppress(EngineDead):
+                self._send(Abort(held))
+
+    async def ping(self, number: int, seconds: float) -> bool:
+        """Whether the engine's loop answers within that many seconds. Never raises."""
+        if not self.alive:
+            return False
+        pong = self._pongs[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Ping(number))
+            self._asked = time.monotonic()
+            async with asyncio.timeout(seconds):
+                await pong
+        except (TimeoutError, EngineDead):
+            return False
+        finally:
+            self._pongs.pop(number, None)
+        return True
+
+    async def wait_dead(self) -> None:
+        """Return once nothing more will come from the process."""
+        await self._died.wait()
+
+    async def lost(self) -> str:
+        """Return when the process has ended; one whose loop has stopped turning is killed."""
+        number, stuck = 0, self._stuck_seconds
+        reason = ""
+        while self.alive:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(PING_SECONDS, stuck)):
+                    await self._died.wait()
+            number += 1
+            if self.alive and not await self.ping(number, stuck) and self.alive:
+                reason = f"has not answered for {stuck:.0f} s: killed"
+                self.kill()
+                await self._died.wait()
+        return reason or f"ended with code {await self._child.stop(SHUTDOWN_SECONDS)}"
+
+    @property
+    def returncode(self) -> int | None:
+        """The process's exit code, negative for a signal; None while it runs."""
+        return self._child.returncode
+
+    def kill(self) -> None:
+        """End the process at once; the requests it holds fail with EngineDead."""
+        self._child.kill()
+
+    async def stop(self) -> None:
+        """Ask the process to end, kill it when it does not. Never raises."""
+        self._bury(EngineStopped("the engine was stopped"))
+        await self._child.stop(SHUTDOWN_SECONDS)
+        await asyncio.wait({self._receiving}, timeout=1.0)
+        self._receiving.cancel()
+
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromEngine)
+        try:
+            while (frame := await self._connection.receive()) is not None:
+                self._handle(decoder.decode(frame))
+        except Exception:
+            logger.exception("what the engine process sent cannot be used; it is killed")
+            self.kill()
+        finally:
+            self._bury(EngineDead("the engine process ended while it held this request"))
+
+    def _handle(self, message: FromEngine) -> None:
+        if isinstance(message, StepDone):
+            self.stats = message.stats
+            self._asked = None
+            streams = self._streams
+            for output in message.outputs:
+                stream = (
+                    streams.get(output.request_id)
+                    if output.finish is None
+                    else streams.pop(output.request_id, None)
+                )
+                if stream is not None:
+                    stream.put(output)
+                    self.served = self.served or bool(output.token_ids)
+        elif isinstance(message, Pong):
+            self.stats = message.stats
+            self._asked = None
+            pong = self._pongs.get(message.number)
+            if pong is not None and not pong.done():
+                pong.set_result(None)
+
+    def _bury(self, error: EngineDead) -> None:
+        """Fail everything that still waits. Once."""
+        if self._died.is_set():
+            return
+        self._died.set()
+        self._asked = None
+        self.stats = Stats(
+            prefix_queries=self.stats.prefix_queries,
+            prefix_hits=self.stats.prefix_hits,
+            encoder_queries=self.stats.encoder_queries,
+            encoder_hits=self.stats.encoder_hits,
+            preemptions=self.stats.preemptions,
+            steps=self.stats.steps,
+        )
+        for stream in self._streams.values():
+            stream.fail(error)
+        self._streams.clear()
+        for pong in self._pongs.values():
+            if not pong.done():
+                pong.set_exception(error)
+
+    def _send(self, message: ToEngine) -> None:
+        _send(self._connection, self._encoder.encode(message))
+
+
+def _send(connection: Connection, body: bytes) -> None:
+    try:
+        connection.send(body)
+    except OSError as error:
+        raise EngineDead("the engine process is going away") from error

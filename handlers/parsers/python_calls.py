@@ -1,0 +1,368 @@
+"""Calls written in Python, as Llama 3.2 and 4 and ToolACE write them: [f(a=1), g(b="x")]."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Container
+from dataclasses import dataclass
+
+from handlers.parsers.json_scanner import MAX_DEPTH, skip_space
+from handlers.parsers.machine import Machine, Pieces, possible_beginning
+
+_LONGEST_WORD = 1000
+"""Greatest number of characters of a name, a constant or a number."""
+
+_WORD = re.compile(r"[\w.]*")
+_DIGITS = re.compile(r"[\w.+-]*")
+_INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*")
+_HEX = re.compile(r"[+-]?0[xX][0-9a-fA-F]+")
+_FLOAT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_PLAIN = re.compile(r"""[^"'\\]+""")
+_CONSTANTS = {
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    "true": "true",
+    "false": "false",
+    "null": "null",
+}
+_ESCAPES = dict(zip("ntrbfav", "\n\t\r\b\f\a\v", strict=True)) | {c: c for c in "\\'\""} | {"\n": ""}
+_HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
+_HEX_DIGITS = "0123456789abcdefABCDEF"
+_BRACKETS = {"[": ("]", "]"), "(": (")", "]"), "{": ("}", "}")}
+
+
+@dataclass(slots=True)
+class _Open:
+    """An open bracket.
+
+    Attributes:
+        closing: What closes it in Python.
+        json_closing: What closes it in JSON.
+        count: Number of its values.
+        comma: Whether a comma came last.
+    """
+
+    closing: str
+    json_closing: str
+    count: int = 0
+    comma: bool = False
+
+
+class PythonCall:
+    """Reads one call with literal keyword arguments, f(a=1, b="x"), and writes it into `pieces` as JSON.
+
+    Strings have one pair of quotes and no prefix; lists, tuples and dicts with strings as keys may be nested.
+    Anything else is not a call: `broken` is set then.
+    """
+
+    def __init__(self, pieces: Pieces, names: Container[str]) -> None:
+        self.done = False
+        self.broken = False
+        self._pieces = pieces
+        self._names = names
+        self._name = ""
+        self._started = False
+        self._expects = "function"
+        self._word = ""
+        self._open: list[_Open] = []
+        self._quote = ""
+        self._after_text = ""
+        self._hex = ""
+        self._hex_length = 0
+
+    def feed(self, text: str, at: int) -> int:
+        """Read more text; not to be called after the end.
+
+        Returns:
+            The position after the part that belongs to the call; if the call breaks, that of the first
+                invalid character.
+        """
+        while at < len(text) and not self.done and not self.broken:
+            if self._expects == "text":
+                at = self._in_text(text, at)
+            elif self._expects == "escape":
+                at = self._escape(text, at)
+            elif self._expects == "hex":
+                at = self._hex_digit(text, at)
+            elif self._expects in ("function", "keyword", "constant", "number"):
+                at = self._in_word(text, at)
+            elif (end := skip_space(text, at)) > at:
+                at = end
+            else:
+                before = at
+                at = self._structure(text, at)
+                self.broken |= at < 0
+                at = before if at < 0 else at
+        return at
+
+    def _in_word(self, text: str, at: int) -> int:
+        pattern = _DIGITS if self._expects == "number" else _WORD
+        match = pattern.match(text, at, at + _LONGEST_WORD - len(self._word))
+        assert match is not None
+        self._word += match[0]
+        if len(self._word) == _LONGEST_WORD:
+            self.broken = True
+        elif match.end() < len(text):
+            self.broken = not self._word_ended()
+        return match.end()
+
+    def _word_ended(self) -> bool:
+        word = self._word
+        if self._expects == "function":
+            self._name, self._word, self._expects = word, "", "("
+            return word in self._names
+        if self._expects == "keyword":
+            self._expects = "="
+            return word.isidentifier()
+        written = _CONSTANTS.get(word) if self._expects == "constant" else _number(word)
+        self._word, self._expects = "", "after"
+        if written is not None:
+            self._write(written)
+        return written is not None
+
+    def _structure(self, text: str, at: int) -> int:
+        """Takes the character between words and strings; -1 where it does not fit."""
+        character, expects = text[at], self._expects
+        opened = self._open[-1] if self._open else None
+        if (
+            opened is not None
+            and character == opened.closing
+            and expects in ("argument", "item", "key", "after")
+        ):
+            return at + 1 if self._close(opened) else -1
+        if expects == "(" and character == "(":
+            self._open.append(_Open(")", "}"))
+            self._expects = "argument"
+            return at + 1
+        if expects == "argument" and (character.isalpha() or character == "_"):
+            self._expects = "keyword"
+            return at
+        if expects == "=" and character == "=":
+            self._next()
+            self._write(json.dumps(self._word, ensure_ascii=False) + ": ")
+            self._word, self._expects = "", "value"
+            return at + 1
+        if expects == "key" and character in "\"'":
+            return self._begin_value(character, at)
+        if expects == ":" and character == ":":
+            self._write(": ")
+            self._expects = "value"
+            return at + 1
+        if expects == "after" and character == "," and opened is not None:
+            opened.comma = True
+            self._expects = (
+                "item" if opened.json_closing == "]" else "argument" if len(self._open) == 1 else "key"
+            )
+            return at + 1
+        if expects in ("value", "item"):
+            return self._begin_value(character, at)
+        return -1
+
+    def _begin_value(self, character: str, at: int) -> int:
+        """Process the first character of a value, or of a key."""
+        if self._expects != "value":
+            self._next()
+        if character in "\"'":
+            self._write('"')
+            self._quote, self._after_text = character, ":" if self._expects == "key" else "after"
+            self._expects = "text"
+            return at + 1
+        if character in _BRACKETS and len(self._open) < MAX_DEPTH:
+            closing, json_closing = _BRACKETS[character]
+            self._open.append(_Open(closing, json_closing))
+            self._write("{" if character == "{" else "[")
+            self._expects = "key" if character == "{" else "item"
+            return at + 1
+        if character.isalpha():
+            self._expects = "constant"
+            return at
+        if character in "0123456789.+-":
+            self._expects = "number"
+            return at
+        return -1
+
+    def _next(self) -> None:
+        """Count one more value in the innermost bracket."""
+        opened = self._open[-1]
+        if opened.count:
+            self._write(", ")
+        opened.count += 1
+        opened.comma = False
+
+    def _close(self, opened: _Open) -> bool:
+        if opened.closing == ")" and len(self._open) > 1 and opened.count == 1 and not opened.comma:
+            return False  # a value in parentheses is no tuple
+        self._write(opened.json_closing)
+        self._open.pop()
+        self._expects = "after"
+        self.done = not self._open
+        return True
+
+    def _in_text(self, text: str, at: int) -> int:
+        match = _PLAIN.match(text, at)
+        if match is not None:
+            self._write(_escaped(match[0]))
+            return match.end()
+        character = text[at]
+        if character == self._quote:
+            self._write('"')
+            self._expects = self._after_text
+        elif character == "\\":
+            self._expects = "escape"
+        else:
+            self._write(_escaped(character))
+        return at + 1
+
+    def _escape(self, text: str, at: int) -> int:
+        """Process the character after a backslash; Python keeps both if together they have no meaning."""
+        character = text[at]
+        self._expects = "text"
+        if character in _HEX_ESCAPES:
+            self._expects, self._hex, self._hex_length = "hex", "", _HEX_ESCAPES[character]
+        elif character in "01234567N":
+            self.broken = True
+            return at
+        else:
+            self._write(_escaped(_ESCAPES.get(character, "\\" + character)))
+        return at + 1
+
+    def _hex_digit(self, text: str, at: int) -> int:
+        self._hex += text[at]
+        if text[at] not in _HEX_DIGITS:
+            self.broken = True
+            return at
+        if len(self._hex) == self._hex_length:
+            code = int(self._hex, 16)
+            self._expects = "text"
+            if code > 0x10FFFF:
+                self.broken = True
+            elif 0xD800 <= code < 0xE000:
+                self._write(f"\\u{code:04x}")
+            else:
+                self._write(_escaped(chr(code)))
+        return at + 1
+
+    def _write(self, text: str) -> None:
+        if not self._started:
+            self._started = True
+            self._pieces.start(self._name)
+            self._pieces.arguments("{")
+        self._pieces.arguments(text)
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _number(word: str) -> str | None:
+    """Return a number as JSON; None if it is not a number."""
+    if _INTEGER.fullmatch(word):
+        return str(int(word))
+    if _HEX.fullmatch(word):
+        return str(int(word, 16))
+    if _FLOAT.fullmatch(word) and math.isfinite(value := float(word)):
+        return json.dumps(value)
+    return None
+
+
+START, END = "<|python_start|>", "<|python_end|>"
+
+
+class PythonicParser(Machine):
+    """Reads lists of calls.
+
+    A list is looked for at the beginning of the completion, and anywhere after Llama 4's mark. Its calls must
+    be of known functions: nothing else distinguishes them from other text in brackets.
+    """
+
+    def __init__(self, pieces: Pieces, names: Container[str]) -> None:
+        super().__init__(pieces, self._blank)
+        self._names = names
+        self._call = PythonCall(pieces, names)
+
+    def _blank(self, text: str, at: int) -> int:
+        if (end := skip_space(text, at)) > at:
+            self._pieces.content(text[at:end])
+            return end
+        self._state = self._list if text[at] == "[" else self._text
+        return at
+
+    def _text(self, text: str, at: int) -> int | None:
+        found = text.find(START, at)
+        if found < 0:
+            end = possible_beginning(text, at, START)
+            self._pieces.content(text[at:end])
+            return end if end > at else None
+        self._pieces.content(text[at:found])
+        self._pieces.source(START)
+        self._state = self._list
+        return found + len(START)
+
+    def _list(self, text: str, at: int) -> int:
+        """Expect the bracket; white space may precede it after the mark."""
+        if (end := skip_space(text, at)) > at:
+            return self._took(text, at, end)
+        if text[at] != "[":
+            return self._failed(at)
+        self._state = self._begin
+        return self._took(text, at, at + 1)
+
+    def _begin(self, text: str, at: int) -> int:
+        if (end := skip_space(text, at)) > at:
+            return self._took(text, at, end)
+        self._call = PythonCall(self._pieces, self._names)
+        self._state = self._in_call
+        return at
+
+    def _in_call(self, text: str, at: int) -> int:
+        end = self._call.feed(text, at)
+        self._took(text, at, end)
+        if self._call.done:
+            self._pieces.call_ended()
+            self._state = self._between
+        elif self._call.broken:
+            self._failed(end)
+        return end
+
+    def _between(self, text: str, at: int) -> int:
+        if (end := skip_space(text, at)) > at:
+            self._pieces.content(text[at:end])
+            return end
+        if text[at] == ",":
+            self._state = self._begin
+            return self._took(text, at, at + 1)
+        self._state = self._text
+        if text[at] != "]":
+            return at
+        self._pieces.mark_ended()
+        self._state = self._closing
+        return at + 1
+
+    def _closing(self, text: str, at: int) -> int | None:
+        """Handle what follows the list, which may be Llama 4's second mark."""
+        if (end := skip_space(text, at)) > at:
+            self._pieces.content(text[at:end])
+            return end
+        if END.startswith(text[at : at + len(END)]) and len(text) - at < len(END):
+            return None
+        self._state = self._text
+        if not text.startswith(END, at):
+            return at
+        self._pieces.mark_ended()
+        return at + len(END)
+
+    def _took(self, text: str, at: int, end: int) -> int:
+        self._pieces.source(text[at:end])
+        return end
+
+    def _failed(self, at: int) -> int:
+        self._pieces.no_call()
+        self._state = self._text
+        return at
+
+    def _cut_short(self, held: str) -> None:
+        if self._state != self._closing:
+            super()._cut_short(held)

@@ -1,0 +1,485 @@
+"""The bodies of chat and text completions, as OpenAI documents them and vLLM extends them: from JSON to a `Task`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, MAX_STOP_STRINGS, shown
+from handlers.errors import InvalidRequest
+from handlers.prompts.limits import MOST_TOKEN_IDS
+from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, Conventions, Task, TokenId, sampling_params
+from handlers.protocols.body import convert, refuse_unknown
+from handlers.protocols.constraints import GUIDED, read_constraint
+from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.misspelt import KnownNames
+from handlers.protocols.openai.answers import answer_form
+from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
+from handlers.protocols.openai.tools import Tools, read_tools
+from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
+from handlers.protocols.routes import described, reference
+from handlers.protocols.sampler_fields import (
+    ChoiceCount,
+    LogprobsCount,
+    MaxTokens,
+    SamplerFields,
+    sampler_names,
+    sampler_values,
+)
+from handlers.request import ChatPrompt, GenerationRequest, TextPart, TextPrompt
+
+log = logging.getLogger(__name__)
+
+MOST_NAMES = 8
+"""Of templates that an error lists."""
+
+DEFAULT_MAX_TOKENS = 16
+"""Of a text completion whose body has no `max_tokens`, as OpenAI has it; null means the model's own default, else up to
+the context's end."""
+
+_Bias = Annotated[float, Meta(ge=-100, le=100)]
+Name = Annotated[str, Meta(max_length=512)]
+_StopStrings = Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)]
+_Priority = Annotated[int, Meta(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)]
+
+_SIDES = ("left", "right")
+
+_Truncation = Annotated[int, Meta(ge=-1, le=MAX_INTEGER)]
+"""-1 for as much as the context has room for."""
+
+IGNORED = frozenset({
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prompt_cache_options", "verbosity", "prediction",
+    "spaces_between_special_tokens", "guided_decoding_backend", "length_penalty", "early_stopping",
+    "session_id", "stream_interval", "return_token_offsets", "return_mm_kwargs", "mm_payload",
+    "routed_experts_prompt_start",
+})  # fmt: skip
+READ_ELSEWHERE = frozenset({*GUIDED, "guided_whitespace_pattern"})
+UNSUPPORTED = frozenset({
+    "audio", "web_search_options", "moderation", "mm_processor_kwargs", "media_io_kwargs", "cache_salt",
+    "prompt_embeds", "kv_transfer_params", "ec_transfer_params", "logprob_token_ids", "logits_processors",
+    "vllm_xargs", "thinking_token_budget", "repetition_detection",
+})  # fmt: skip
+FALSE_ONLY = ("use_beam_search", "watermarking")
+
+_Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, "minItems": 1}
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class CommonBody(SamplerFields, kw_only=True):
+    """Fields of both bodies beside the sampler's. Those of the first block are OpenAI's, the others vLLM's."""
+
+    model: Name | None = None
+    logit_bias: dict[str, _Bias] | None = None
+    n: ChoiceCount | None = None
+    stop: str | _StopStrings | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+
+    truncate_prompt_tokens: _Truncation | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    priority: _Priority | None = None
+    request_id: Name | None = None
+    adapters: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+
+class ChatBody(CommonBody, kw_only=True):
+    """A chat. The fields of the first block are OpenAI's, the others vLLM's."""
+
+    messages: Annotated[
+        list[Any],
+        described(
+            RequestMessage,
+            AssistantMessage,
+            items={"anyOf": [reference(RequestMessage), reference(AssistantMessage)]},
+            minItems=1,
+        ),
+    ]
+    logprobs: bool | None = None
+    top_logprobs: LogprobsCount | None = None
+    max_completion_tokens: MaxTokens | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    echo: bool | None = None
+    return_prompt_text: bool | None = None
+    include_reasoning: bool | None = None
+
+
+class CompletionBody(CommonBody, kw_only=True):
+    """A text completion."""
+
+    prompt: Annotated[
+        str | list[str | TokenId | list[TokenId]],
+        described(
+            anyOf=[
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+                _TOKENS,
+                {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MAX_PROMPTS},
+            ]
+        ),
+    ]
+    best_of: ChoiceCount | None = None
+    echo: bool | None = None
+    logprobs: _Logprobs | None = None
+    suffix: str | None = None
+
+
+def known_names(shape: type[CommonBody]) -> KnownNames:
+    """Of a body of this shape."""
+    return KnownNames(
+        {*shape.__struct_fields__, *READ_ELSEWHERE}, {*IGNORED, *UNSUPPORTED, *FALSE_ONLY, "best_of"}
+    )
+
+
+_CHAT_NAMES = known_names(ChatBody)
+_COMPLETION_NAMES = known_names(CompletionBody)
+
+
+def read_chat(
+    body: dict[str, Any], conventions: Conventions, *, request_id: str, adapter: str | None = None
+) -> Task:
+    """Raises InvalidRequest naming the field; nothing has been fetched or generated then.
+
+    adapter: named in a header; it wins over the body's `adapters`.
+    """
+    refuse_unsupported(body, ChatBody)
+    asked = convert(body, ChatBody)
+    if asked.modalities is not None and asked.modalities != ["text"]:
+        raise InvalidRequest('modalities: this server answers with ["text"] only', param="modalities")
+    tools = read_tools(
+        tools=asked.tools,
+        choice=asked.tool_choice,
+        parallel=asked.parallel_tool_calls,
+        functions=asked.functions,
+        function_call=asked.function_call,
+        formats=conventions.formats,
+    )
+    stream, n = check_stream(asked), count_answers(asked)
+    names = sampler_names(asked)
+    if asked.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    model = asked.model or conventions.model_name
+    prompt = _chat_prompt(asked, conventions, tools)
+    constraint = read_constraint(
+        response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
+    )
+    values = _chat_sampling(asked)
+    sampling = sampling_params(values, conventions.sampling, names)
+    form = answer_form(
+        tools,
+        constraint,
+        conventions,
+        prompt.template_kwargs,
+        hide_reasoning=asked.include_reasoning is False,
+    )
+    request = GenerationRequest(
+        request_id=request_id,
+        prompt=prompt,
+        sampling=form.applied(sampling),
+        n=n,
+        stream=stream,
+        model=asked.model,
+        adapter=adapter if adapter is not None else asked.adapters or None,
+        priority=asked.priority or 0,
+        truncate_prompt_tokens=asked.truncate_prompt_tokens,
+        truncation_side=asked.truncation_side or "left",
+        max_tokens_is_default=values["max_tokens"] is None and sampling.max_tokens is not None,
+        constraint=form.constraint,
+        names=names,
+    )
+    options = asked.stream_options or StreamOptions()
+    writer = ChatWriter(
+        reply_id=f"chatcmpl-{asked.request_id or request_id}",
+        model=model,
+        top_logprobs=(asked.top_logprobs or 0) if asked.logprobs and not form.hides_tokens else None,
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
+        token_ids=bool(asked.return_token_ids) and not form.hides_tokens,
+        tokens_as_ids=bool(asked.return_tokens_as_token_ids),
+        prompt_text=bool(asked.return_prompt_text),
+        echo=_echo(prompt) if asked.echo else "",
+        parsed=form.parsed,
+    )
+    return Task([request], writer, _chat_misspelt(body, asked, conventions))
+
+
+def _chat_misspelt(body: dict[str, Any], asked: ChatBody, conventions: Conventions) -> list[str]:
+    found = [*_CHAT_NAMES.misspelt(body), *misspelt(asked.messages)]
+    own = conventions.chat_templates
+    if asked.chat_template_kwargs and (asked.chat_template is None or asked.chat_template in own):
+        variables = KnownNames(frozenset[str]().union(*own.values()))
+        found += variables.misspelt(asked.chat_template_kwargs, "chat_template_kwargs")
+    return found
+
+
+def _chat_prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> ChatPrompt:
+    add, resume = asked.add_generation_prompt, bool(asked.continue_final_message)
+    if add and resume:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other",
+            param="continue_final_message",
+        )
+    template, own = asked.chat_template, conventions.chat_templates
+    if template is not None and template not in own and not conventions.trust_chat_templates:
+        names = f", by name: {', '.join(sorted(own)[:MOST_NAMES])}" if own else ""
+        raise InvalidRequest(
+            f"chat_template: this server uses its own templates{names} (option.trust_request_chat_template=true lets "
+            "requests bring theirs)",
+            param="chat_template",
+        )
+    variables = dict(asked.chat_template_kwargs or {})
+    if asked.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", asked.reasoning_effort)
+    if asked.documents is not None:
+        variables.setdefault("documents", asked.documents)
+    return ChatPrompt(
+        messages=read_messages(
+            asked.messages, embeddings=conventions.embeddings, context=conventions.max_model_len
+        ),
+        add_generation_prompt=not resume if add is None else add,
+        continue_final_message=resume,
+        template=template,
+        template_kwargs=variables,
+        tools=None if tools is None else tools.offered,
+        add_special_tokens=asked.add_special_tokens,
+    )
+
+
+def _echo(prompt: ChatPrompt) -> str:
+    """The text that the answer goes on from, where the last turn is the answer's own."""
+    last = prompt.messages[-1]
+    if last.role != "assistant" and prompt.add_generation_prompt:
+        return ""
+    return "".join(part.text for part in last.parts if isinstance(part, TextPart))
+
+
+def _chat_sampling(asked: ChatBody) -> dict[str, Any]:
+    top = asked.top_logprobs
+    if top is not None and top > 0 and not asked.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    if top is not None and not 0 <= top <= 20:
+        raise InvalidRequest(f"top_logprobs is {shown(top)}; allowed: from 0 to 20", param="top_logprobs")
+    values = common_sampling(asked)
+    if asked.max_completion_tokens is not None:
+        values["max_tokens"] = asked.max_completion_tokens
+    values["logprobs"] = (top or 0) if asked.logprobs else None
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A prompt, and what `echo` shows of it; None for the text of its tokens."""
+
+    prompt: TextPrompt
+    echo: str | None
+
+
+def read_completion(
+    body: dict[str, Any], conventions: Conventions, *, request_id: str, adapter: str | None = None
+) -> Task:
+    """Raises InvalidRequest naming the field; nothing has been fetched or generated then.
+
+    adapter: named in a header; it wins over the body's `adapters`.
+    """
+    refuse_unsupported(body, CompletionBody)
+    asked = convert(body, CompletionBody)
+    if asked.suffix:
+        raise InvalidRequest(
+            "suffix: this server cannot fill in before a suffix; leave it out", param="suffix"
+        )
+    stream, n = check_stream(asked), count_answers(asked)
+    best_of = _best_of(asked, n, stream)
+    constraint = read_constraint(
+        response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
+    )
+    echo_only = bool(asked.echo) and asked.max_tokens == 0
+    names = sampler_names(asked)
+    sampling = sampling_params(
+        _completion_sampling(body, asked, best_of > n, echo_only), conventions.sampling, names
+    )
+    prompts = _prompts(asked)
+    requests = [
+        GenerationRequest(
+            request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
+            prompt=one.prompt,
+            sampling=sampling,
+            n=best_of,
+            stream=stream,
+            model=asked.model,
+            adapter=adapter if adapter is not None else asked.adapters or None,
+            priority=asked.priority or 0,
+            truncate_prompt_tokens=asked.truncate_prompt_tokens,
+            truncation_side=asked.truncation_side or "left",
+            max_tokens_is_default=asked.max_tokens is None and sampling.max_tokens is not None,
+            names=names,
+            constraint=constraint,
+        )
+        for i, one in enumerate(prompts)
+    ]
+    options = asked.stream_options or StreamOptions()
+    writer = CompletionWriter(
+        reply_id=f"cmpl-{asked.request_id or request_id}",
+        model=asked.model or conventions.model_name,
+        n=n,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.prompt_logprobs,
+        echo=[one.echo for one in prompts] if asked.echo else None,
+        echo_only=echo_only,
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
+        token_ids=bool(asked.return_token_ids),
+        tokens_as_ids=bool(asked.return_tokens_as_token_ids),
+    )
+    return Task(requests, writer, _COMPLETION_NAMES.misspelt(body))
+
+
+def _best_of(asked: CompletionBody, n: int, stream: bool) -> int:
+    best_of = n if asked.best_of is None else asked.best_of
+    if not n <= best_of <= MAX_ANSWERS:
+        raise InvalidRequest(
+            f"best_of is {shown(best_of)}; allowed: from n, which is {n}, to {MAX_ANSWERS}", param="best_of"
+        )
+    if stream and best_of > n:
+        raise InvalidRequest(
+            "best_of above n cannot be streamed: the best is known at the end", param="best_of"
+        )
+    return best_of
+
+
+def _completion_sampling(
+    body: dict[str, Any], asked: CompletionBody, choose: bool, echo_only: bool
+) -> dict[str, Any]:
+    """choose: the best answers are chosen by their probability. echo_only: no answer is shown."""
+    values = common_sampling(asked)
+    if "max_tokens" not in body:
+        values["max_tokens"] = DEFAULT_MAX_TOKENS
+    elif echo_only:
+        values["max_tokens"] = 1
+    values["logprobs"] = 0 if asked.logprobs is None and choose else asked.logprobs
+    if asked.echo and asked.logprobs is not None:
+        values["prompt_logprobs"] = max(asked.logprobs, asked.prompt_logprobs or 0)
+    return values
+
+
+def _prompts(asked: CompletionBody) -> list[_Shown]:
+    given, special = asked.prompt, asked.add_special_tokens is not False
+    if isinstance(given, str):
+        return [_text(given, special)]
+    if not given:
+        raise InvalidRequest("prompt is an empty list", param="prompt")
+    if all(isinstance(item, int) for item in given):
+        return [_ids(given)]  # type: ignore[arg-type]
+    if len(given) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt is a list of {len(given)}; allowed: {MAX_PROMPTS}", param="prompt")
+    if all(isinstance(item, str) for item in given):
+        return [_text(item, special) for item in given]  # type: ignore[arg-type]
+    if all(isinstance(item, list) for item in given):
+        return [_ids(item) for item in given]  # type: ignore[arg-type]
+    raise InvalidRequest(
+        "prompt mixes texts, token ids and lists of token ids: send one kind", param="prompt"
+    )
+
+
+def _text(text: str, add_special_tokens: bool) -> _Shown:
+    return _Shown(TextPrompt(picture_parts(text), add_special_tokens=add_special_tokens), text)
+
+
+def _ids(token_ids: list[int]) -> _Shown:
+    if not token_ids:
+        raise InvalidRequest("prompt holds an empty list of token ids", param="prompt")
+    return _Shown(TextPrompt([], token_ids=token_ids), None)
+
+
+def common_sampling(asked: CommonBody) -> dict[str, Any]:
+    """Fields of SamplingParams, None for what was not given. Raises InvalidRequest."""
+    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
+    if stop is not None and "" in stop:
+        raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")
+    if asked.truncate_prompt_tokens == 0:
+        raise InvalidRequest(
+            "truncate_prompt_tokens is 0; allowed: from 1, or -1 for what fits",
+            param="truncate_prompt_tokens",
+        )
+    values = sampler_values(asked)
+    values["logit_bias"] = _logit_bias(asked.logit_bias)
+    values["stop"] = tuple(stop) if stop is not None else None
+    return values
+
+
+def check_stream(asked: CommonBody) -> bool:
+    """Whether a stream is asked for. Raises InvalidRequest for what only one of both forms can have."""
+    stream = bool(asked.stream)
+    if asked.stream_options is not None and not stream:
+        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+    if stream and asked.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    return stream
+
+
+def count_answers(asked: CommonBody) -> int:
+    n = 1 if asked.n is None else asked.n
+    if not 1 <= n <= MAX_ANSWERS:
+        raise InvalidRequest(f"n is {shown(n)}; allowed: from 1 to {MAX_ANSWERS}", param="n")
+    return n
+
+
+def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
+    """What would change the answer and is not there is refused; all else that `shape` does not know is dropped."""
+    if isinstance(options := body.get("stream_options"), dict):
+        refuse_unknown(options, StreamOptions.__struct_fields__, "stream_options")
+    side = body.get("truncation_side")
+    if (
+        isinstance(side, str) and side not in _SIDES
+    ):  # Here because msgspec's message quotes it, however long it is.
+        raise InvalidRequest(
+            f"truncation_side is {side[:40]!r}; allowed: {', '.join(_SIDES)}", param="truncation_side"
+        )
+    for name in body.keys() - shape.__struct_fields__:
+        if name in UNSUPPORTED and body[name] is not None:
+            raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
+        if name in FALSE_ONLY and body[name]:
+            raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
+        if name == "best_of" and body[name] not in (None, 1):
+            raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
+        if name not in IGNORED and name not in READ_ELSEWHERE:
+            log.debug("unknown field ignored: %.80s", name)
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
+    if not bias:
+        return None
+    if len(bias) > MOST_TOKEN_IDS:
+        raise InvalidRequest(
+            f"logit_bias names {len(bias)} tokens; allowed: {MOST_TOKEN_IDS}", param="logit_bias"
+        )
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
+            raise InvalidRequest(f"logit_bias: {key[:40]!r} is no token id", param="logit_bias")
+    return {int(key): value for key, value in bias.items()}

@@ -1,0 +1,86 @@
+"""OpenAI's API: its routes, and which bodies and errors are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from handlers.exchange import Incoming
+from handlers.protocols.api import Api, Reader
+from handlers.protocols.base import Conventions, Task
+from handlers.protocols.openai.replies import (
+    OPENAI_ERRORS,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Model,
+    Models,
+    OpenAIError,
+)
+from handlers.protocols.openai.requests import ChatBody, CompletionBody, read_chat, read_completion
+from handlers.protocols.routes import READ, SSE_TYPE, Route
+
+_ERRORS = (OpenAIError,)
+
+ROUTES = (
+    Route("/v1/models", "models", "The served models", methods=READ, replies=(Models,), errors=_ERRORS),
+    Route(
+        "/v1/models/{name}",
+        "models",
+        "One served model",
+        methods=READ,
+        template="/v1/models",
+        replies=(Model,),
+        errors=_ERRORS,
+    ),
+    Route(
+        "/v1/chat/completions",
+        "answer",
+        "Chat completion (OpenAI)",
+        appended=True,
+        bodies=(ChatBody,),
+        replies=(ChatCompletion,),
+        events={SSE_TYPE: (ChatCompletionChunk,)},
+        errors=_ERRORS,
+    ),
+    Route(
+        "/v1/completions",
+        "answer",
+        "Text completion (OpenAI); images stand in the prompt as `![](url)`",
+        appended=True,
+        bodies=(CompletionBody,),
+        replies=(Completion,),
+        events={SSE_TYPE: (Completion,)},
+        errors=_ERRORS,
+    ),
+)
+
+_OTHER_ROUTES = frozenset({"/tokenize", "/detokenize", "/version"})
+"""Routes of vLLM's, which answers errors as OpenAI does."""
+
+
+def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
+    if "messages" in keys or "inputs" in keys:
+        return "messages" in keys
+    return "prompt" in keys or route.startswith("/v1/") or route in _OTHER_ROUTES
+
+
+def _reads(keys: Collection[str], route: str) -> Reader | None:
+    if route == "/v1/completions":
+        return _completion
+    if "messages" in keys:
+        return _chat
+    return _completion if "prompt" in keys and "inputs" not in keys else None
+
+
+def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
+    return read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
+
+
+def _completion(
+    body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None
+) -> Task:
+    return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
+
+
+OPENAI = Api(OPENAI_ERRORS, _claims, _reads, ROUTES)

@@ -1,0 +1,420 @@
+"""OpenAI's replies written: one JSON object, or server-sent events of chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
+from handlers.errors import ServingError
+from handlers.protocols.base import SSE, Answer, Answered, finite
+from handlers.protocols.openai.answers import ParsedAnswers, first_deltas
+from handlers.protocols.openai.replies import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    FinishReason,
+    OpenAIError,
+    Usage,
+    prompt_position,
+    token_text,
+)
+from handlers.version import FINGERPRINT
+
+_encode = msgspec.json.Encoder().encode
+
+_TEXT = "\0"
+_ENCODED_TEXT = _encode(_TEXT)
+"""Stands for a chunk's text where the rest of the chunk is encoded once for all chunks of a choice."""
+
+_DONE = b"data: [DONE]\n\n"
+_SEARCHED = 8
+"""Characters past its expected place in which a token's text is looked for."""
+
+
+class _OpenAIWriter:
+    """What both writers have in common: the head of replies and chunks, usage, and the framing of a stream."""
+
+    stream_type = SSE
+    keep_alive = b": keep-alive\n\n"
+
+    def __init__(self, reply_id: str, model: str, *, include_usage: bool, continuous_usage: bool) -> None:
+        self._head = (reply_id, int(time.time()), model, FINGERPRINT)
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+        """Choice that has begun -> what stands before and after the text of its plain chunks."""
+        self._start = _event(self._reply([], UNSET)).removesuffix(b"]}\n\n")
+        """The beginning of every chunk, up to its choice."""
+
+    def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Struct:
+        """A chunk, whose last fields are these two."""
+        raise NotImplementedError
+
+    def failed(self, error: ServingError) -> bytes:
+        return _event(OpenAIError.of(error))
+
+    def _usage(self, stats: PromptStats, completion_tokens: int) -> Usage | UnsetType | None:
+        """What a chunk shows before the end."""
+        if self._continuous_usage:
+            return Usage.of(stats, completion_tokens)
+        return None if self._include_usage else UNSET
+
+    def _chunk_of(self, choice: Struct, usage: Usage | UnsetType | None) -> bytes:
+        """The event of `_reply` with one choice. All that chunks have in common is encoded once."""
+        line = self._start + _encode(choice)
+        return line + (b"]}\n\n" if usage is UNSET else b'],"usage":' + _encode(usage) + b"}\n\n")
+
+    def _remember(self, index: int, plain: Struct) -> None:
+        """plain: a chunk's choice with `_TEXT` for its text."""
+        before, _, after = self._chunk_of(plain, None if self._include_usage else UNSET).rpartition(
+            _ENCODED_TEXT
+        )
+        self._around[index] = before, after
+
+
+def _event(data: Any) -> bytes:
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+def _finish(answer: Delta | Answer) -> FinishReason | None:
+    """An aborted answer is an error, and never written."""
+    return cast(FinishReason | None, answer.finish_reason)
+
+
+class ChatWriter(_OpenAIWriter):
+    """Writes one chat completion. A plain token costs two concatenations and one escaped string."""
+
+    def __init__(
+        self,
+        *,
+        reply_id: str,
+        model: str,
+        top_logprobs: int | None = None,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+        token_ids: bool = False,
+        tokens_as_ids: bool = False,
+        prompt_text: bool = False,
+        echo: str = "",
+        parsed: ParsedAnswers | None = None,
+    ) -> None:
+        """top_logprobs: None for no logprobs, else how many alternatives to show beside the chosen token.
+        token_ids: show the ids of prompt and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
+        prompt_text: show what the prompt was after its template. echo: shown before each answer.
+        parsed: for answers that may hold calls or reasoning.
+        """
+        super().__init__(reply_id, model, include_usage=include_usage, continuous_usage=continuous_usage)
+        self._top = top_logprobs
+        self._token_ids = token_ids
+        self._tokens_as_ids = tokens_as_ids
+        self._prompt_text = prompt_text
+        self._echo = echo
+        self._parsed = parsed
+        self._plain = top_logprobs is None and not continuous_usage and not token_ids
+        self._completion_tokens = 0
+
+    def whole(self, answered: list[Answered]) -> bytes:
+        (only,) = answered
+        stats, prompt_logprobs = only.stats, only.stats.prompt_logprobs
+        return _encode(
+            ChatCompletion(
+                *self._head,
+                "chat.completion",
+                [self._choice(index, answer, stats) for index, answer in enumerate(only.answers)],
+                Usage.of(stats, sum(len(answer.token_ids) for answer in only.answers)),
+                *self._about_prompt(stats),
+                UNSET if prompt_logprobs is None else [prompt_position(one) for one in prompt_logprobs],
+            )
+        )
+
+    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
+        self._completion_tokens += len(delta.token_ids)
+        if self._parsed is not None:
+            return self._parsed_chunks(delta, self._parsed, stats)
+        around = self._around.get(delta.index)
+        if around is None:
+            # The role comes with a choice's first token, so that a client's time to first token is true.
+            first = self._begin(delta.index)
+            shown = ChatDelta("assistant", self._echo + delta.text)
+            return self._chunk(delta, shown, _finish(delta), stats, first=first)
+        if self._plain and delta.finish_reason is None:
+            return around[0] + _encode(delta.text) + around[1] if delta.text else b""
+        if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
+            return b""
+        return self._chunk(delta, ChatDelta(content=delta.text), _finish(delta), stats)
+
+    def end(self, stats: PromptStats) -> bytes:
+        if not self._include_usage:
+            return _DONE
+        return _event(self._reply([], Usage.of(stats, self._completion_tokens))) + _DONE
+
+    def _choice(self, index: int, answer: Answer, stats: PromptStats) -> ChatChoice:
+        if self._parsed is None:
+            message, finish = ChatMessage("assistant", self._echo + answer.text), _finish(answer)
+        else:
+            message, finish = self._parsed.message(answer, stats)
+            if self._echo:
+                message.content = self._echo + (message.content or "")
+        token_ids = answer.token_ids if self._token_ids else UNSET
+        logprobs = self._logprobs(answer.logprobs)
+        return ChatChoice(index, message, logprobs, finish, answer.stop_reason, token_ids)
+
+    def _about_prompt(self, stats: PromptStats) -> tuple[list[int] | UnsetType, str | UnsetType]:
+        """What is shown of the prompt once, at the beginning: its tokens and its text."""
+        return (
+            stats.prompt_token_ids if self._token_ids else UNSET,
+            stats.prompt_text if self._prompt_text else UNSET,
+        )
+
+    def _begin(self, index: int) -> bool:
+        """Whether the stream begins with this choice."""
+        self._remember(index, ChunkChoice(index, ChatDelta(content=_TEXT), None, None))
+        return len(self._around) == 1
+
+    def _parsed_chunks(self, delta: Delta, parsed: ParsedAnswers, stats: PromptStats) -> bytes:
+        """A chunk for each kind of thing in the delta; the last one shows its tokens. Empty while it is undecided."""
+        deltas, finish = parsed.deltas(delta, stats)
+        plain = self._plain and finish is None
+        if not deltas and (plain or not (finish or delta.logprobs or self._token_ids)):
+            return b""
+        around, first = self._around.get(delta.index), False
+        if around is None:
+            first = self._begin(delta.index)
+            deltas = first_deltas(deltas, self._echo)
+        elif plain and len(deltas) == 1 and deltas[0].content is not UNSET:
+            return around[0] + _encode(deltas[0].content) + around[1]
+        *earlier, last = deltas or [ChatDelta()]
+        lines = []
+        for shown in earlier:
+            lines.append(self._chunk(Delta(delta.index, [], ""), shown, None, stats, first=first))
+            first = False
+        lines.append(self._chunk(delta, last, finish, stats, first=first))
+        return b"".join(lines)
+
+    def _chunk(
+        self,
+        delta: Delta,
+        shown: ChatDelta,
+        finish: FinishReason | None,
+        stats: PromptStats,
+        *,
+        first: bool = False,
+    ) -> bytes:
+        choice = ChunkChoice(
+            delta.index,
+            shown,
+            self._logprobs(delta.logprobs),
+            finish,
+            UNSET if finish is None else delta.stop_reason,
+            delta.token_ids if self._token_ids else UNSET,
+        )
+        usage = self._usage(stats, self._completion_tokens)
+        if not first:
+            return self._chunk_of(choice, usage)
+        reply = self._reply([choice], usage)
+        reply.prompt_token_ids, reply.prompt_text = self._about_prompt(stats)
+        return _event(reply)
+
+    def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> ChatCompletionChunk:
+        return ChatCompletionChunk(*self._head, "chat.completion.chunk", choices, usage=usage)
+
+    def _logprobs(self, positions: list[PositionLogprobs] | None) -> ChatLogprobs | None:
+        return (
+            None if self._top is None else ChatLogprobs.of(positions, self._top, as_ids=self._tokens_as_ids)
+        )
+
+
+class CompletionWriter(_OpenAIWriter):
+    """Writes one text completion; the choices of prompt p have the indexes p * n to p * n + n - 1."""
+
+    def __init__(
+        self,
+        *,
+        reply_id: str,
+        model: str,
+        n: int = 1,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        echo: Sequence[str | None] | None = None,
+        echo_only: bool = False,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+        token_ids: bool = False,
+        tokens_as_ids: bool = False,
+    ) -> None:
+        """n: answers shown for each prompt, the best of those that there are.
+        logprobs, prompt_logprobs: None for none, else how many alternatives to show beside each token.
+        echo: what each prompt looks like before its answers; None among them for the text of its tokens.
+        echo_only: the answers themselves are not shown.
+        token_ids: show the ids of prompts and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
+        """
+        super().__init__(reply_id, model, include_usage=include_usage, continuous_usage=continuous_usage)
+        self._n = n
+        self._top = logprobs
+        self._prompt_top = prompt_logprobs
+        self._echo = echo
+        self._echo_only = echo_only
+        self._token_ids = token_ids
+        self._tokens_as_ids = tokens_as_ids
+        self._completion_tokens: dict[int, int] = {}
+        self._logprobs: dict[int, _TokenLists] = {}
+        self._plain = not (logprobs is not None or continuous_usage or echo_only or token_ids)
+
+    def whole(self, answered: list[Answered]) -> bytes:
+        choices: list[CompletionChoice] = []
+        completion_tokens = 0
+        for number, one in enumerate(answered):
+            if not self._echo_only:
+                completion_tokens += sum(len(answer.token_ids) for answer in one.answers)
+            for i, answer in enumerate(_best(one.answers, self._n)):
+                shown = Answer(finish_reason="length") if self._echo_only else answer
+                choice = self._choice(number * self._n + i, shown, one.stats)
+                if self._prompt_top is not None and one.stats.prompt_logprobs is not None:
+                    choice.prompt_logprobs = [
+                        prompt_position(position, self._prompt_top) for position in one.stats.prompt_logprobs
+                    ]
+                choices.append(choice)
+        usage = Usage.of(total([one.stats for one in answered]), completion_tokens)
+        return _encode(self._reply(choices, usage))
+
+    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
+        index = delta.index
+        around = self._around.get(index)
+        if around is None:
+            return self._first(delta, stats)
+        if self._echo_only:
+            return b""
+        self._completion_tokens[index] += len(delta.token_ids)
+        if self._plain and delta.finish_reason is None:
+            return around[0] + _encode(delta.text) + around[1] if delta.text else b""
+        if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
+            return b""
+        usage = self._usage(stats, self._completion_tokens[index])
+        return self._chunk_of(self._choice(index, delta), usage)
+
+    def end(self, stats: PromptStats) -> bytes:
+        if not self._include_usage:
+            return _DONE
+        return _event(self._reply([], Usage.of(stats, sum(self._completion_tokens.values())))) + _DONE
+
+    def _first(self, delta: Delta, stats: PromptStats) -> bytes:
+        index = delta.index
+        self._remember(index, CompletionChoice(index, _TEXT, None, None))
+        if self._echo_only:
+            delta = Delta(index, [], "", finish_reason="length")
+        self._completion_tokens[index] = len(delta.token_ids)
+        usage = self._usage(stats, self._completion_tokens[index])
+        return self._chunk_of(self._choice(index, delta, stats), usage)
+
+    def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Completion:
+        return Completion(*self._head, "text_completion", choices, usage)
+
+    def _choice(
+        self, index: int, added: Delta | Answer, stats: PromptStats | None = None
+    ) -> CompletionChoice:
+        """stats: given where the choice begins, which is where its prompt is shown."""
+        text, positions = added.text, added.logprobs or []
+        shown: list[PositionLogprobs | TokenLogprob] = [*positions]
+        if stats is not None and self._echo is not None:
+            echo = self._echo[index // self._n]
+            text = (stats.prompt_text if echo is None else echo) + text
+            shown = [*_prompt_positions(stats), *positions]
+        logprobs = None
+        if self._top is not None:
+            if index not in self._logprobs:
+                self._logprobs[index] = _TokenLists(self._top, as_ids=self._tokens_as_ids)
+            logprobs = self._logprobs[index].add(text, shown)
+        finish = _finish(added)
+        choice = CompletionChoice(
+            index, text, logprobs, finish, UNSET if finish is None else added.stop_reason
+        )
+        if self._token_ids:
+            choice.token_ids = added.token_ids
+            if stats is not None:
+                choice.prompt_token_ids = stats.prompt_token_ids
+        return choice
+
+
+def _prompt_positions(stats: PromptStats) -> list[PositionLogprobs | TokenLogprob]:
+    """Empty where nobody asked for them."""
+    if stats.prompt_logprobs is None:
+        return []
+    first = TokenLogprob(stats.prompt_token_ids[0], stats.first_token_text, 0.0, 1)
+    return [first if position is None else position for position in stats.prompt_logprobs]
+
+
+def _best(answers: list[Answer], n: int) -> list[Answer]:
+    """The n answers of the highest mean log-probability of a token, the best first; in order if they are n."""
+    if len(answers) == n:
+        return answers
+    return sorted(answers, key=_mean_logprob, reverse=True)[:n]
+
+
+def _mean_logprob(answer: Answer) -> float:
+    return sum(position.chosen.logprob for position in answer.logprobs) / max(1, len(answer.logprobs))
+
+
+class _TokenLists:
+    """Makes the `logprobs` of one text completion, all at once or as its text comes in.
+
+    `text_offset` counts characters of the choice's text. A token that holds a piece of a character starts where
+    the character does; one that is not shown, where the next one starts.
+    """
+
+    def __init__(self, top: int, *, as_ids: bool = False) -> None:
+        """top: alternatives beside each token. as_ids: tokens are written as "token_id:ID"."""
+        self._top = top
+        self._as_ids = as_ids
+        self._before = 0
+        self._pending = ""
+        self._at = 0
+
+    def add(self, text: str, positions: Sequence[PositionLogprobs | TokenLogprob]) -> CompletionLogprobs:
+        """What `positions` adds to the lists and `text` to the text. A bare token has no probability."""
+        seen = min(self._at, len(self._pending))
+        self._pending = self._pending[seen:] + text
+        self._before += seen
+        self._at -= seen
+        lists = CompletionLogprobs([], [], [], [])
+        for position in positions:
+            if isinstance(position, TokenLogprob):
+                token, logprob, top = position, None, None
+            else:
+                token = position.chosen
+                logprob, top = finite(token.logprob), self._alternatives(position)
+            lists.tokens.append(token_text(token, self._as_ids))
+            lists.token_logprobs.append(logprob)
+            lists.top_logprobs.append(top)
+            lists.text_offset.append(self._offset(token.text))
+        return lists
+
+    def _alternatives(self, position: PositionLogprobs) -> dict[str, float]:
+        """The chosen token and the best others. Of several that look the same the most likely one is shown."""
+        shown: dict[str, float] = {}
+        for token in (position.chosen, *position.top[: self._top]):
+            shown.setdefault(token_text(token, self._as_ids), finite(token.logprob))
+        return shown
+
+    def _offset(self, text: str) -> int:
+        at = self._at
+        if "\ufffd" in text:
+            return self._before + min(at, len(self._pending))
+        if at >= len(self._pending):  # its text is held back, or will never come
+            self._at = at + len(text)
+            return self._before + at
+        found = self._pending.find(text, at, at + len(text) + _SEARCHED)
+        if found >= 0:
+            self._at = found + len(text)
+        return self._before + (found if found >= 0 else at)

@@ -1,0 +1,75 @@
+"""Processes that must not outlive the one that uses them, however that ends: a process of its own watches over them.
+
+For those that are not started by `processes.child`: vLLM starts its own, and nobody could reach them any more, while
+they hold the devices.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import psutil
+
+from processes.inside import Parent
+
+if TYPE_CHECKING:
+    from processes.child import Child
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """Kills the processes that it was last told of when this process is gone, even if that was killed itself."""
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+        self._told: list[int] = []
+
+    async def protect(self, processes: Iterable[psutil.Process]) -> None:
+        """Guard these and no others from now on. Where no guard can be started, the log says so."""
+        from processes.child import Child, Log  # not in the guard's own process, which stays small
+
+        pids = [process.pid for process in processes]
+        child = self._child
+        if pids == self._told and (not pids or (child is not None and not child.has_ended())):
+            return
+        try:
+            if child is None or child.has_ended():
+                await self.close()
+                child = self._child = await Child.start(
+                    "processes.guard", "plain", Log(logger, logging.WARNING)
+                )
+            child.send(json.dumps(pids).encode())
+            self._told = pids
+        except OSError as error:
+            logger.warning("without a guard an engine may outlive a killed server: %s", error)
+
+    async def close(self) -> None:
+        """Let them live. Safe to call twice."""
+        child, self._child = self._child, None
+        self._told = []
+        if child is not None:
+            child.kill()
+            await child.wait()
+
+
+def main() -> None:
+    """Until the parent is gone. A process is identified as soon as it is named: later ones of its id are spared."""
+    parent = Parent(die_with_it=False)
+    guarded: list[psutil.Process] = []
+    while (message := parent.receive()) is not None:
+        guarded = []
+        for pid in json.loads(message):
+            with suppress(psutil.Error):
+                guarded.append(psutil.Process(pid))
+    for process in guarded:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Keeps a child process, or what one provides, running: started again when it is lost, until it fails too often."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from processes.shortage import shortage
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+"""The first restart comes at once; the pause before each further one doubles."""
+
+LONGEST_WAIT_SECONDS = 5.0
+"""Between two starts for which this machine is short of something."""
+
+
+class Supervised(Protocol):
+    """What a supervisor starts: an engine, a process of the user's handler, the workers of one machine."""
+
+    @property
+    def served(self) -> bool:
+        """Whether it has answered a request, so that the failures before it are forgiven."""
+
+    async def lost(self) -> str:
+        """Return when it must be replaced. The reason follows its name in the log: "ended with code -9"."""
+
+    async def stop(self) -> None:
+        """End what is left of it. Safe to call twice, also after the first call was cancelled."""
+
+
+T = TypeVar("T", bound=Supervised)
+
+
+class Supervisor(Generic[T]):
+    """Holds one `Supervised` after another under one name; `current` is None while there is none."""
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], Awaitable[T]],
+        *,
+        retry_threshold: int,
+        start_seconds: float | None = None,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            name: for the log, for example "replica 0".
+            start: makes one that is ready. It raises when that fails, and leaves nothing behind then.
+            retry_threshold: failures in a row, with no answered request between them, that a restart follows.
+            start_seconds: what one restart may take.
+            changed: called when `current` has been lost or replaced, and when it is given up.
+        """
+        self._name = name
+        self._start = start
+        self._start_seconds = start_seconds
+        self._changed = changed
+        self._keeping: asyncio.Task[None] | None = None
+        self._stopping: T | None = None
+        self._tries = Restarts(retry_threshold)
+        self.current: T | None = None
+        self.restarts = 0
+        self.given_up = False
+
+    async def start(self) -> T:
+        """Start the first one and keep it from now on. Raises what the start raises."""
+        self.current = first = await self._start()
+        self._keeping = asyncio.create_task(self._keep(), name=f"keep {self._name}")
+        return first
+
+    @property
+    def short(self) -> str | None:
+        """What the machine was short of at the last start; None where that was not why it failed."""
+        return self._tries.short
+
+    def reason(self, name: str) -> str:
+        """For health, while it is not there: why. name: "the engine", for example."""
+        if self.given_up:
+            return f"{name} failed too often"
+        return self._tries.reason(name)
+
+    async def close(self) -> None:
+        """End it and start no other. Never raises; safe to call twice."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        current, self.current = self.current, None
+        for one in (self._stopping, current):
+            if one is not None:
+                await self._stop(one)
+
+    async def _keep(self) -> None:
+        try:
+            while (one := self.current) is not None:
+                reason = await one.lost()
+                self.current, self._stopping = None, one
+                self._tries.died(served=one.served)
+                logger.error("%s %s", self._name, reason)
+                self._changed()
+                await self._stop(one)
+                self._stopping = None
+                del one  # what it holds must be free before the next one starts
+                self.current = await self._restarted()
+                self._changed()
+        except Exception:
+            logger.exception("%s is not watched any more", self._name)
+            self.given_up = True
+            self._changed()
+
+    async def _restarted(self) -> T | None:
+        """Try until it is back; None when it has failed too often."""
+        while not self._tries.exhausted:
+            await asyncio.sleep(self._tries.pause)
+            self.restarts += 1
+            try:
+                async with asyncio.timeout(self._start_seconds):
+                    one = await self._start()
+            except Exception as error:
+                logger.error("%s did not start again: %s", self._name, error or type(error).__name__)
+                self._tries.failed(error)
+            else:
+                self._tries.succeeded()
+                logger.info("%s is back", self._name)
+                return one
+        logger.critical("%s is given up after %d failures", self._name, self._tries.failures)
+        self.given_up = True
+        return None
+
+    async def _stop(self, one: T) -> None:
+        try:
+            await one.stop()
+        except Exception:
+            logger.exception("%s did not stop cleanly", self._name)
+
+
+def why_down(supervisors: Sequence[Supervisor[Any]], name: str) -> str:
+    """For health, while none of them has anything running. name: "the engine", for example."""
+    waiting = [one for one in supervisors if not one.given_up]
+    short = [one for one in waiting if one.short is not None]
+    return (short or waiting or supervisors)[0].reason(name)
+
+
+class Restarts:
+    """When a child that died is started again, and when it has failed too often.
+
+    A start that fails since this machine or process is short of descriptors, memory or processes is tried again until
+    there are some: it says nothing about the child, so it is not counted.
+    """
+
+    def __init__(self, most_failures: int) -> None:
+        """most_failures: in a row, with no answered request between them, that a restart follows."""
+        self._most_failures = most_failures
+        self._waits = 0
+        self.failures = 0
+        self.short: str | None = None
+        """What the last start was short of."""
+
+    @property
+    def exhausted(self) -> bool:
+        return self.failures > self._most_failures
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before the next start."""
+        number = self.failures + self._waits
+        if number <= 1:
+            return 0.0
+        longest = LONGEST_PAUSE_SECONDS if self.short is None else LONGEST_WAIT_SECONDS
+        return min(longest, FIRST_PAUSE_SECONDS * 2.0 ** min(number - 2, 16))
+
+    def died(self, *, served: bool) -> None:
+        """served: it had answered a request, so what went before is over."""
+        self.failures = 1 if served else self.failures + 1
+
+    def failed(self, error: BaseException) -> None:
+        """It did not start."""
+        self.short = shortage(error)
+        if self.short is None:
+            self._waits = 0
+            self.failures += 1
+        else:
+            self._waits += 1
+
+    def succeeded(self) -> None:
+        self._waits, self.short = 0, None
+
+    def reason(self, name: str) -> str:
+        """For health: why it is not there. name: "the engine", for example."""
+        if self.short is None:
+            return f"{name} is being restarted"
+        return f"{name} is restarted as soon as it can be: the server is short of {self.short}"
