@@ -47,6 +47,32 @@ class Version(Struct, forbid_unknown_fields=True):
     version: str
 
 
+class RunningRequest(Struct, forbid_unknown_fields=True):
+    """One of `/engine/state`: nothing that its client wrote.
+
+    Attributes:
+        phase: `image` while its images are fetched, decoded and prepared; `queued` before that without images, and in
+            the engine's queue; `prefill` until its first token; `decode` then.
+        tokens: Generated so far, of all its choices.
+        max_tokens: The most that it may get; 0 if that is not known.
+        seconds: Since it arrived.
+    """
+
+    id: str
+    phase: Literal["image", "queued", "prefill", "decode"]
+    images: int
+    tokens: int
+    max_tokens: int
+    seconds: float
+    stream: bool
+
+
+class EngineState(Struct, forbid_unknown_fields=True):
+    """`/engine/state`: the requests that were admitted and are not answered yet, the oldest first."""
+
+    requests: list[RunningRequest]
+
+
 class MethodNotAllowed(ServingError):
     """route: the first one of the path. allowed: the methods of all of them."""
 
@@ -90,6 +116,10 @@ ROUTES = (
     _own("/metrics", "metrics", "Metrics for Prometheus", open=True),
     _own("/server/metrics", "metrics", "Metrics for Prometheus", template="/metrics", open=True),
     _own("/version", "version", "The version of this server", replies=(Version,)),
+    _own("/engine/state", "state", "The requests that run now", replies=(EngineState,)),
+    _own("/engine/model", "model", "The model, for the page", replies=(dict[str, Any],)),
+    _own("/page", "page", "The page for people", open=True),
+    _own("/page/{name}", "page", "Its files", template="/page", open=True),
     _own("/openapi.json", "openapi", "This document", replies=(dict[str, Any],)),
 )
 """Every route; of those that share a path, each has methods of its own."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal, Protocol
 
+import msgspec
+
+from container.routes import EngineState, RunningRequest
 from handlers.backends.base import Backend, BackendStats, Health
 from handlers.errors import NotFound
-from handlers.exchange import Incoming, Reply
+from handlers.exchange import Incoming, Reply, RequestFacts
 
 Phase = Literal["loading", "serving", "draining", "failed"]
 
@@ -81,6 +85,17 @@ class ServerState:
         error = {"error": "unhealthy", "error_type": "healthcheck"}
         return json_reply({**error, "status": "unavailable", "reason": health.reason}, 503)
 
+    def requests(self, running: Iterable[RequestFacts]) -> Reply:
+        """The reply to `/engine/state`. running: the requests that were admitted and are not answered yet."""
+        stats = self.stats()
+        now = time.monotonic()
+        found = [_described(facts, now) for facts in sorted(running, key=attrgetter("arrival"))]
+        # Which of those without a token still wait, the engine does not say: the last ones, as many as it says.
+        without = [request for request in found if request.phase == "prefill"]
+        for request in without[len(without) - min(len(without), 0 if stats is None else stats.waiting) :]:
+            request.phase = "queued"
+        return json_reply(msgspec.to_builtins(EngineState(found)))
+
     def models(self, names: Sequence[str], wanted: str) -> Reply:
         """The reply to `/v1/models`, or of the one model that is wanted. Raises NotFound.
 
@@ -101,6 +116,23 @@ class ServerState:
             if model["id"] == wanted:
                 return json_reply(model)
         raise NotFound(f"no model {wanted[:200]!r} is served here; GET /v1/models lists the names")
+
+
+def _described(facts: RequestFacts, now: float) -> RunningRequest:
+    phase: Literal["image", "queued", "prefill", "decode"] = "decode"
+    if not facts.prepared:
+        phase = "image" if facts.images else "queued"
+    elif facts.first_token is None:
+        phase = "prefill"
+    return RunningRequest(
+        facts.request_id,
+        phase,
+        facts.images,
+        facts.completion_tokens,
+        facts.max_tokens,
+        round(now - facts.arrival, 3),
+        facts.stream,
+    )
 
 
 def json_reply(body: object, status: int = 200) -> Reply:

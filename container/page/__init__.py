@@ -58,11 +58,13 @@ def file(name: str) -> Reply:
 class ModelPage:
     """What the page shows of the model that is served."""
 
-    def __init__(self, configuration: Configuration, directory: Path, choice: Choice | None) -> None:
-        """Args:
-        configuration: With what the model's own files add.
-        directory: Of the model.
-        choice: The backend and why it serves; None where the model's own code answers.
+    def __init__(self, configuration: Configuration, directory: Path, choice: Choice) -> None:
+        """Create the description.
+
+        Args:
+            configuration: With what the model's own files add.
+            directory: The model's.
+            choice: The backend and why it serves.
         """
         self._configuration = configuration
         self._choice = choice
@@ -75,8 +77,8 @@ class ModelPage:
         body = {
             "name": public_names(self._configuration)[0],
             "names": list(accepted_names(self._configuration)),
-            "backend": "custom" if choice is None else choice.backend,
-            "reason": "the model's own code answers" if choice is None else choice.reason,
+            "backend": choice.backend,
+            "reason": choice.reason,
             "dtype": can.dtype,
             "devices": can.compute_type,
             "replicas": backend.stats().replicas,

@@ -91,10 +91,11 @@ function bodyOf(asked) {
   return body;
 }
 
-/** The turns, and what is being written as one more. */
+/** The turns, and what is being written as one more. A question that failed is left out, and so is its error. */
 function withDraft() {
   const text = $("question").value.trim();
-  return text || images.length ? [...turns, { role: "user", text, images }] : turns;
+  const kept = turns.filter((turn, at) => !turn.error && !turns[at + 1]?.error);
+  return text || images.length ? [...kept, { role: "user", text, images }] : turns;
 }
 
 async function* events(response) {
@@ -122,9 +123,9 @@ async function answer() {
   $("problem").textContent = "";
   const turn = { role: "assistant", text: "", note: "" };
   turns.push(turn);
-  showTurns();
   running = new AbortController();
   const { signal } = running;
+  showTurns();
   showRunning();
   const began = performance.now();
   let first, usage;
@@ -182,7 +183,7 @@ function showTurns() {
   $("turns").replaceChildren(...turns.map((turn, at) => {
     const footer = element("footer", {}, turn.note ?? "");
     if (turn.role === "user") footer.append(small("Edit", () => edit(at)));
-    else if (at === turns.length - 1) footer.append(small("Regenerate", () => { turns.length = at; answer(); }));
+    else if (at === turns.length - 1 && !running) footer.append(small("Regenerate", () => { turns.length = at; answer(); }));
     const shown = element("article", { className: `turn ${turn.role}` });
     shown.setAttribute("aria-label", turn.role === "user" ? "You" : "Answer");
     if (turn.images?.length) {
@@ -227,7 +228,7 @@ function send() {
     $("problem").textContent = "Type a message or add an image.";
     return;
   }
-  turns = draft.filter((turn) => !turn.error);
+  turns = draft;
   images = [];
   $("question").value = "";
   showImages();
@@ -242,7 +243,7 @@ async function copy() {
     return;
   }
   try {
-    const body = bodyOf(asked.slice(0, last + 1).filter((turn) => !turn.error));
+    const body = bodyOf(asked.slice(0, last + 1));
     await navigator.clipboard.writeText(snippet($("copy-as").value, new URL(".", location.href).href, body, model.key));
     $("status").textContent = "Copied.";
   } catch (error) {

@@ -50,7 +50,8 @@ const GAP = "lmi_inter_token_latency_seconds";
 /** [title, unit, [label, value of two readings and the seconds between them]...] */
 const PLOTS = [
   ["Requests", "", ["running", gauge("lmi_requests_running")], ["waiting", gauge("lmi_requests_waiting")]],
-  ["Tokens generated", "/s", ["", rate("lmi_generation_tokens_total")]],
+  // lmi_generation_tokens_total grows when a request ends: these two grow with each token.
+  ["Tokens generated", "/s", ["", (...readings) => rate(`${TTFT}_count`)(...readings) + rate(`${GAP}_count`)(...readings)]],
   ["Time to first token", "ms", ["p50", quantile(TTFT, 0.5)], ["p95", quantile(TTFT, 0.95)]],
   ["Time between tokens", "ms", ["p50", quantile(GAP, 0.5)], ["p95", quantile(GAP, 0.95)]],
   ["Key/value cache in use", "%", ["", (now) => 100 * sum(now.lmi_kv_cache_usage_ratio)]],

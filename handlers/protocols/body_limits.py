@@ -19,8 +19,8 @@ SLICE_BYTES = 2**18
 """Bytes that are looked at in one step."""
 
 MOST_TEXT_BYTES = 2**25
-"""Most bytes of one text: more than any model's context, and an image of 24 MB in base64. The parser creates a text in one
-call that lets no other thread run: a longer one would block them for more than 50 ms on a slow machine."""
+"""Most bytes of one text: more than any model's context, and an image of 24 MB in base64. The parser creates a text in
+one call that lets no other thread run: a longer one would block them for more than 50 ms on a slow machine."""
 
 MOST_WIDE_BYTES = 12 * 2**20
 """Most bytes in texts with characters beyond ASCII, or escapes for them: each character may take 4 bytes of memory."""
