@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from handlers.admission import Admission
-from handlers.backends.base import Backend
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidRequest, NotFound
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
+from handlers.pipeline import Pipeline
 from handlers.prompts.limits import check_totals
 from handlers.protocols.api import Gate
 from handlers.protocols.base import JSON, JSON_LINES, Answered, Conventions, Task
@@ -79,7 +79,7 @@ class Service:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Pipeline,
         images: ImageLoader,
         limits: ServiceLimits,
         *,

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from handlers.admission import Admission
-from handlers.backends.base import Backend, TokenizedPrompt
+from handlers.backends.base import TokenizedPrompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.exchange import Incoming, Reply
 from handlers.images.loader import ImageLoader
+from handlers.pipeline import Pipeline
 from handlers.prompts.limits import longest_prompt
 from handlers.protocols.base import JSON, Conventions
 from handlers.protocols.misspelt import warning
@@ -36,7 +37,7 @@ class Tokenization:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Pipeline,
         images: ImageLoader,
         admission: Admission,
         check_pictures: Callable[[int, bool], None],

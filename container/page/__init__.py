@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from container.check import effective_options
-from handlers.backends.base import Backend
+from handlers.backends.base import Lifecycle
 from handlers.backends.select import Choice
 from handlers.errors import NotFound
 from handlers.exchange import Reply
@@ -70,7 +70,7 @@ class ModelPage:
         self._choice = choice
         self._examples = _examples(directory)
 
-    def describe(self, backend: Backend) -> Reply:
+    def describe(self, backend: Lifecycle) -> Reply:
         """The reply to `GET /engine/model`; the backend is loaded."""
         settings, can = self._configuration.settings, backend.capabilities
         choice = self._choice

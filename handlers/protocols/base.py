@@ -45,7 +45,7 @@ class Conventions:
     which any request may choose one, with the variables that each reads. max_model_len, special_token_ids: the model's.
     special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
     custom_output: replies go through the user's output formatter, which knows OpenAI's shapes.
-    embeddings: the operator lets clients send them in place of pictures.
+    embeddings: the operator lets clients send them in place of images.
     """
 
     model_name: str

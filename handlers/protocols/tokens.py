@@ -14,15 +14,14 @@ from msgspec import Meta
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import Api
+from handlers.protocols.api import Api, Route
 from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
 from handlers.protocols.lmi.replies import LmiError
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
-from handlers.protocols.routes import Route
 from handlers.request import Prompt, TextPrompt
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Inco
     if "inputs" in body:
         asked = convert(body, InputsToTokens)
         keep = None if asked.parameters is None else asked.parameters.truncate
-        return TokenTask(TextPrompt(picture_parts(asked.inputs)), _tgi_tokens, keep)
+        return TokenTask(TextPrompt(image_parts(asked.inputs)), _tgi_tokens, keep)
     if "messages" in body:
         also = convert(body, _VllmChat)
         chat = {name: value for name, value in body.items() if name not in _VllmChat.__struct_fields__}
@@ -131,7 +130,7 @@ def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Inco
     if "prompt" in body:
         text = convert(body, PromptToTokens)
         add = True if text.add_special_tokens is None else text.add_special_tokens
-        prompt = TextPrompt(picture_parts(text.prompt), add_special_tokens=add)
+        prompt = TextPrompt(image_parts(text.prompt), add_special_tokens=add)
         write = _vllm_tokens(conventions, text.return_token_strs)
         return TokenTask(prompt, write, misspelt=_PROMPT_NAMES.misspelt(body))
     raise InvalidRequest("the body has neither inputs, prompt nor messages", param="prompt")
@@ -213,6 +212,7 @@ ROUTES = (
         "/chat_tokenize",
         "tokenize",
         "Tokens of a chat (TGI)",
+        queued=True,
         bodies=(ChatBody,),
         replies=(ChatTokens,),
     ),
@@ -220,6 +220,7 @@ ROUTES = (
         "/tokenize",
         "tokenize",
         "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
+        queued=True,
         bodies=(InputsToTokens, PromptToTokens, ChatBody),
         replies=(list[SimpleToken], TokenCounts),
         errors=(OpenAIError, LmiError),
@@ -228,6 +229,7 @@ ROUTES = (
         "/detokenize",
         "detokenize",
         "Text of tokens (vLLM)",
+        queued=True,
         bodies=(TokensToText,),
         replies=(Detokenized,),
         errors=(OpenAIError, LmiError),

@@ -26,7 +26,7 @@ from handlers.images.problem import ImageProblem
 from handlers.protocols import body_limits
 from handlers.protocols.body import read_body
 from handlers.protocols.body_limits import BodyCount, counted, with_plain_slashes
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.messages import read_messages
 from tests.attack.sending import TRIES
 from tests.support.scripted_server import ServerProcess
@@ -374,11 +374,11 @@ def test_a_long_url_is_decoded_with_twice_its_pictures_memory_at_most(
 
 def test_pictures_are_found_across_the_windows_of_a_long_text() -> None:
     for before in range(2**17 - 30, 2**17 + 3):
-        parts = picture_parts("a" * before + "![some](https://x/(1).png) b")
+        parts = image_parts("a" * before + "![some](https://x/(1).png) b")
         assert len(parts) == 3, before
     long = "data:image/png;base64," + "A" * (3 * M)
-    assert [getattr(part, "url", None) for part in picture_parts(f"![]({long})")] == [long]
-    assert len(picture_parts(f"![]({long} A)")) == 1
+    assert [getattr(part, "url", None) for part in image_parts(f"![]({long})")] == [long]
+    assert len(image_parts(f"![]({long} A)")) == 1
 
 
 # The log

@@ -13,7 +13,7 @@ import pytest
 from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
-from handlers.backends.vllm.backend import VllmBackend
+from handlers.backends.vllm.async_engine import VllmEngine
 from handlers.build import build_backend
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import (
@@ -313,7 +313,7 @@ def test_an_unknown_name_is_refused_with_the_list_and_the_nearest(tmp_path: Path
     with pytest.raises(ConfigurationError, match="a parser of vLLM, and vLLM is not what serves"):
         build_backend(configured("rolling_batch=rolling", "tool_call_parser=qwen3_coder"), SHAPES)
     built = build_backend(configured("rolling_batch=vllm", "tool_call_parser=qwen3_coder"), SHAPES)
-    assert isinstance(built, VllmBackend)
+    assert isinstance(built._engine, VllmEngine)
 
 
 def test_a_tokenizer_without_the_marks_is_told_at_the_start() -> None:

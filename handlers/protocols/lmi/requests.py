@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
+from handlers.protocols.api import described_as
 from handlers.protocols.base import (
     MAX_ANSWERS,
     MAX_PROMPTS,
@@ -27,10 +28,9 @@ from handlers.protocols.base import (
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import GUIDED, read_constraint
 from handlers.protocols.lmi.replies import JsonLines, LmiTgiWriter, LmiWriter
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.writers import CompletionWriter
-from handlers.protocols.routes import described_as
 from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import Constraint, GenerationRequest, TextPrompt
@@ -155,7 +155,7 @@ def read_lmi(
     requests = [
         GenerationRequest(
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
-            prompt=TextPrompt(picture_parts(text)),
+            prompt=TextPrompt(image_parts(text)),
             sampling=sampling,
             n=parameters.answers,
             stream=stream,

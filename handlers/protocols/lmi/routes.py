@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from handlers.exchange import Incoming
-from handlers.protocols.api import Api, Reader
+from handlers.protocols.api import SSE_TYPE, Api, Reader, Route
 from handlers.protocols.base import JSON_LINES, Conventions, Task
 from handlers.protocols.lmi import adapters
 from handlers.protocols.lmi.replies import (
@@ -22,7 +22,6 @@ from handlers.protocols.lmi.requests import INVOKE_ROUTES, LmiBody, read_lmi, wa
 from handlers.protocols.lmi.sessions import SessionBody, SessionReply, Sessions
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
-from handlers.protocols.routes import SSE_TYPE, Route
 
 _PREFIX = "x-amzn-sagemaker-"
 _ADAPTER = f"{_PREFIX}adapter-identifier"
@@ -95,6 +94,7 @@ _ANSWER = Route(
     "/invocations",
     "answer",
     "Answer a body of any API, which its keys tell: messages, prompt, inputs or requestType",
+    queued=True,
     bodies=(ChatBody, CompletionBody, LmiBody, SessionBody),
     plain_text=True,
     replies=(ChatCompletion, Completion, LmiReply, list[LmiReply], SessionReply),

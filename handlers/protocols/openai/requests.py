@@ -12,16 +12,16 @@ from msgspec import Meta
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, MAX_STOP_STRINGS, shown
 from handlers.errors import InvalidRequest
 from handlers.prompts.limits import MOST_TOKEN_IDS
+from handlers.protocols.api import described, reference
 from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, Conventions, Task, TokenId, sampling_params
 from handlers.protocols.body import convert, refuse_unknown
 from handlers.protocols.constraints import GUIDED, read_constraint
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.answers import answer_form
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
 from handlers.protocols.openai.tools import Tools, read_tools
 from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
-from handlers.protocols.routes import described, reference
 from handlers.protocols.sampler_fields import (
     ChoiceCount,
     LogprobsCount,
@@ -408,7 +408,7 @@ def _prompts(asked: CompletionBody) -> list[_Shown]:
 
 
 def _text(text: str, add_special_tokens: bool) -> _Shown:
-    return _Shown(TextPrompt(picture_parts(text), add_special_tokens=add_special_tokens), text)
+    return _Shown(TextPrompt(image_parts(text), add_special_tokens=add_special_tokens), text)
 
 
 def _ids(token_ids: list[int]) -> _Shown:

@@ -13,12 +13,12 @@ import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
+from handlers.protocols.api import described_as
 from handlers.protocols.base import MAX_ANSWERS, Conventions, Task, sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.routes import described_as
 from handlers.protocols.sampler_fields import (
     ChoiceCount,
     Fraction,
@@ -122,7 +122,7 @@ def read_tgi(
     details = bool(parameters.details or parameters.decoder_input_details)
     request = GenerationRequest(
         request_id=request_id,
-        prompt=TextPrompt(picture_parts(asked.inputs)),
+        prompt=TextPrompt(image_parts(asked.inputs)),
         sampling=_sampling(parameters, seeds, shows_tokens=stream or details or answers > 1),
         n=answers,
         stream=stream,

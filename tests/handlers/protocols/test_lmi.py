@@ -18,7 +18,7 @@ from handlers.errors import InvalidRequest
 from handlers.exchange import Reply
 from handlers.protocols.base import MAX_PROMPTS, Conventions, Task
 from handlers.protocols.lmi.requests import read_lmi
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.request import GenerationRequest, ImagePart, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
@@ -142,7 +142,7 @@ def test_unknown_and_harmless_parameters_are_accepted(caplog: pytest.LogCaptureF
 def test_pictures_are_markdown_links_in_place() -> None:
     url = "https://en.wikipedia.org/wiki/File_(a).jpg"
     text = f'Look: ![a cat]({CAT}) and ![]({url})\n![](data:image/png;base64,QUJD "title") what?'
-    assert picture_parts(text) == [
+    assert image_parts(text) == [
         TextPart("Look: "),
         ImagePart(CAT),
         TextPart(" and "),
@@ -153,13 +153,13 @@ def test_pictures_are_markdown_links_in_place() -> None:
     ]
     foreign = ("![](ftp://x)", "![](file:///etc/passwd)", "![](s3://bucket/key.png)")
     for plain in ("", "![logo](logo.png)", "[a](https://x.example)", *foreign, "![](", f"! []({CAT})"):
-        assert picture_parts(plain) == [TextPart(plain)]
+        assert image_parts(plain) == [TextPart(plain)]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet='![]() "\nhttps:data,', max_size=80))
 def test_cutting_out_pictures_loses_no_text(text: str) -> None:
-    parts = picture_parts(text)
+    parts = image_parts(text)
     for part in parts:
         piece = part.text if isinstance(part, TextPart) else part.url
         assert piece in text
@@ -176,7 +176,7 @@ def test_hostile_text_is_searched_in_linear_time() -> None:
         "(" * 10**6,
     ):
         started = time.process_time()
-        picture_parts(hostile)
+        image_parts(hostile)
         assert time.process_time() - started < 10, "quadratic text took minutes"
 
 

@@ -147,7 +147,7 @@ def _on_this_machine(settings: Settings, accelerators: int, heads: Heads | None)
     if plan.needed > devices > 0:
         more = "lower one, or use more machines (option.distributed_executor_backend=ray)"
         problems.append(_too_few(plan, f"{devices} are there: {more}"))
-    plan.warnings.extend(unused_on(settings, "vllm", devices, replicas, ranks * stages))
+    plan.warnings.extend(unused_on(settings, devices, replicas, ranks * stages))
     return plan
 
 

@@ -19,10 +19,9 @@ from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.model_json import read_object
-from handlers.prompts.limits import spelled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 PROCESSOR = "handlers.backends.vllm.samplers.processor:SamplerProcessor"
 """As vLLM's `logits_processors` names a class."""
@@ -88,12 +87,6 @@ def extra_args(params: SamplingParams) -> dict[str, bytes]:
 def some_seed() -> int:
     """For a request without one: all ranks of an engine must draw alike. Its other completions count on from it."""
     return secrets.randbits(62)
-
-
-def with_breakers(params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> SamplingParams:
-    """DRY's breakers as token ids; bad_words stay words, which vLLM spells by itself."""
-    own = msgspec.structs.replace(params, bad_words=())
-    return msgspec.structs.replace(spelled(own, tokenizer), bad_words=params.bad_words)
 
 
 def offer(arguments: MutableMapping[str, Any]) -> Samplers:
