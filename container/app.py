@@ -16,14 +16,14 @@ from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
 from container.openapi import document
 from container.routes import Match, MethodNotAllowed, find
-from container.state import Answers, ServerState, json_reply
+from container.state import Answers, ServerState, Version, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply
 from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
+from handlers.protocols.api import Route
 from handlers.protocols.errors import client_error, error_reply
-from handlers.protocols.routes import Action, Route
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
@@ -89,7 +89,7 @@ class App:
         if action == "ping" or action == "health":
             reply = self._state.ping() if action == "ping" else self._state.health_page()
         else:
-            if action not in _TAKES_BODY or self._state.phase != "serving":
+            if match.route.light or self._state.phase != "serving":
                 return None
             error = self._refusal(match.route, declared_size(headers), crowded)
             if error is None or not self._keys.admit(headers):
@@ -109,7 +109,7 @@ class App:
         """The reason not to read a request's body, if there is one."""
         if crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
-        full = route.action in _TAKES_PLACE and self._service().free <= self.bodies.expected
+        full = route.queued and self._service().free <= self.bodies.expected
         if full and not self._service().takes_no_place(route.template, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
@@ -159,16 +159,16 @@ class App:
             case "models":
                 await self._reply(call, self._state.models(self._names, match.name))
             case "version":
-                await self._reply(call, json_reply({"version": VERSION}))
+                await self._reply(call, json_reply(Version(VERSION)))
             case "openapi":
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
-            case "info":
+            case action if match.route.light:
                 incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
-                await self._reply(call, await self._service().call("info", incoming))
+                await self._reply(call, await self._service().call(action, incoming))
             case _:
                 named = match.name or parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
-                await self._work(call, match.route.action, self._asked(call, match))
+                await self._work(call, match.route.queued, self._asked(call, match))
 
     def _service(self) -> Answers:
         if self._state.phase != "serving" or self._state.service is None:
@@ -194,7 +194,7 @@ class App:
             )
         )
 
-    async def _work(self, call: Call, action: Action, work: Work) -> None:
+    async def _work(self, call: Call, queued: bool, work: Work) -> None:
         """Answer a request that has a body and needs the model."""
         self.calls.add(call)
         self.idle.clear()
@@ -203,11 +203,11 @@ class App:
         )
         try:
             placeless, size = self._service().takes_no_place, declared_size(call.headers)
-            if action in _TAKES_PLACE and not placeless(call.template, size):
+            if queued and not placeless(call.template, size):
                 self._expect(body)
             content = await body.read(call.receive)
             call.body_read = True
-            if action in _TAKES_PLACE and not placeless(call.template, size, content):
+            if queued and not placeless(call.template, size, content):
                 self._expect(body)
             if self._settings.log_prompts:
                 if len(content) > LONG_BYTES:
@@ -298,10 +298,6 @@ class App:
         facts = self._metrics.facts.pop(call.request_id, None) or call.facts
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
-        if call.route is not None and call.route.action not in _TAKES_BODY and status != 401:
+        if call.route is not None and call.route.light and status != 401:
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
-
-
-_TAKES_PLACE = ("answer", "tokenize", "detokenize")
-_TAKES_BODY = (*_TAKES_PLACE, "adapters")

@@ -1,13 +1,16 @@
-"""From a loaded backend to what answers requests."""
+"""What serves a model: its backend, and what answers requests with it."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from container.state import Answers
 from handlers import build
-from handlers.backends.base import Backend
+from handlers.backends.base import Lifecycle
 from handlers.custom.backend import CustomBackend
 from handlers.custom.find import find_formatters, find_handler, find_unused
 from handlers.custom.formatters import Formatters
@@ -16,6 +19,7 @@ from handlers.images.loader import ImageLoader
 from handlers.model_names import accepted_names, public_names
 from handlers.observer import Observer
 from handlers.parsers.select import answer_formats
+from handlers.pipeline import Pipeline
 from handlers.protocols.select import gates
 from handlers.service import Service, ServiceLimits
 from properties.configuration import Configuration
@@ -23,8 +27,25 @@ from properties.configuration import Configuration
 logger = logging.getLogger(__name__)
 
 
-def build_backend(configuration: Configuration, model_path: Path) -> Backend:
-    """What answers: the model's own handler where it has one, else an engine. Not yet loaded.
+ServiceMaker = Callable[[Configuration, ImageLoader, Observer, Formatters | None], Answers]
+"""Makes what answers requests of a loaded backend, and of loaded formatters if there are some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What serves a model. backend: not loaded at first. service: None where another machine answers requests."""
+
+    backend: Lifecycle
+    service: ServiceMaker | None
+
+    @classmethod
+    def by(cls, pipeline: Pipeline) -> Served:
+        """An engine that answers requests itself."""
+        return cls(pipeline, partial(_service, pipeline))
+
+
+def build_backend(configuration: Configuration, model_path: Path) -> Served:
+    """The model's own handler where it has one, else an engine. Not yet loaded.
 
     Slow: imports what it needs; call it in a thread. Raises ConfigurationError and ServingError.
     """
@@ -39,10 +60,14 @@ def build_backend(configuration: Configuration, model_path: Path) -> Backend:
                 if named is None
                 else f"option.entryPoint names {named}",
             )
-        return build.build_backend(configuration, model_path)
+        part = build.build_part(configuration, model_path)
+        if part is not None:
+            return Served(part, None)
+        return Served.by(build.build_backend(configuration, model_path))
     logger.warning("%s of the model answers requests; no engine is started", own.file)
     _warn_of_requirements(own.directory)
-    return CustomBackend.from_configuration(configuration, model_path, own)
+    backend = CustomBackend.from_configuration(configuration, model_path, own)
+    return Served(backend, partial(_custom_service, backend))
 
 
 def _warn_of_requirements(directory: Path) -> None:
@@ -63,16 +88,45 @@ def build_formatters(configuration: Configuration, model_path: Path) -> Formatte
     return Formatters(processes, reads=own.reads, writes=own.writes)
 
 
-def build_service(
+def _custom_service(
+    backend: CustomBackend,
     configuration: Configuration,
-    backend: Backend,
     images: ImageLoader,
     observer: Observer,
-    formatters: Formatters | None = None,
+    formatters: Formatters | None,
 ) -> Answers:
-    """What answers requests with a loaded backend, and loaded formatters if there are some."""
+    return CustomService(backend, _limits(configuration), observer)
+
+
+def _service(
+    pipeline: Pipeline,
+    configuration: Configuration,
+    images: ImageLoader,
+    observer: Observer,
+    formatters: Formatters | None,
+) -> Answers:
     settings = configuration.settings
-    limits = ServiceLimits(
+    return Service(
+        pipeline,
+        images,
+        _limits(configuration),
+        model_name=public_names(configuration)[0],
+        other_names=accepted_names(configuration),
+        output_formatter=settings.output_formatter,
+        tgi_compat=settings.tgi_compat,
+        formats=pipeline.capabilities.formats
+        or answer_formats(
+            settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
+        ),
+        gates=gates(settings),
+        formatters=formatters,
+        observer=observer,
+    )
+
+
+def _limits(configuration: Configuration) -> ServiceLimits:
+    settings = configuration.settings
+    return ServiceLimits(
         job_queue_size=settings.job_queue_size,
         max_rolling_batch_size=settings.max_rolling_batch_size,
         predict_timeout=settings.predict_timeout,
@@ -81,22 +135,4 @@ def build_service(
         trust_request_chat_template=settings.trust_request_chat_template,
         enable_mm_embeds=settings.enable_mm_embeds,
         chunked_read_timeout=settings.chunked_read_timeout,
-    )
-    if isinstance(backend, CustomBackend):
-        return CustomService(backend, limits, observer)
-    return Service(
-        backend,
-        images,
-        limits,
-        model_name=public_names(configuration)[0],
-        other_names=accepted_names(configuration),
-        output_formatter=settings.output_formatter,
-        tgi_compat=settings.tgi_compat,
-        formats=backend.capabilities.formats
-        or answer_formats(
-            settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
-        ),
-        gates=gates(settings),
-        formatters=formatters,
-        observer=observer,
     )

@@ -12,18 +12,13 @@ from typing import Any
 from pydantic import SecretStr
 
 from container.config import SERVE_DEFAULTS, configured, unreadable
-from engine.errors import ModelLoadError
 from engine.machine import Machine, this_machine
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import here
+from handlers.backends.base import Backend
 from handlers.backends.model_files import model_findings
-from handlers.backends.rolling.model_front import IMAGE_SIZES, ModelFront
-from handlers.backends.rolling.plan import plan_engines
-from handlers.backends.select import Choice, choose_for
-from handlers.backends.vision_flags import contradictions, wanted
-from handlers.backends.vllm.options.arguments import refused_options
+from handlers.backends.select import Choice, backend_of, choose_for
 from handlers.backends.vllm.options.fields import SECRET
-from handlers.backends.vllm.options.mistral import format_warnings
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.model_names import public_names
@@ -91,7 +86,8 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     warnings = list(configuration.warnings)
     own = find_handler(configuration, directory)
     choice = _choose(configuration, config or {}, machine, errors) if own is None else None
-    errors = parser_problems(configuration, None if choice is None else choice.backend) + errors
+    backend = None if choice is None else backend_of(choice.backend)
+    errors = parser_problems(configuration, backend) + errors
     if choice is not None:
         warnings += configuration.without_effect(choice.backend)
     memory = prompts = None
@@ -101,22 +97,21 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             refuse_unusable(code)
         except InvalidConfiguration as error:
             errors.append(Problem(error.message, "entry_point"))
-    if choice is not None and directory is not None:
-        found = model_findings(configuration, directory, choice.backend)
+    if backend is not None and directory is not None:
+        found = model_findings(configuration, directory, backend)
         warnings += found.warnings
         if found.errors and not final:
             found.errors = [_of_a_copy(problem) for problem in found.errors]
             warnings += found.errors
         else:
             errors += found.errors
-        if choice.backend == "vllm":
-            warnings += format_warnings(configuration, directory)
+        warnings += backend.format_warnings(configuration, directory)
         if not found.errors:
             memory, prompts = _as_the_start_finds(
-                configuration, directory, config or {}, choice, machine, errors, warnings
+                configuration, directory, config or {}, backend, machine, errors, warnings
             )
-    elif choice is not None and choice.backend == "vllm":
-        errors += refused_options(configuration, None, machine)
+    elif backend is not None:
+        errors += backend.refused_options(configuration, None, machine)
     return {
         "errors": _texts(errors),
         "warnings": _texts(warnings),
@@ -151,62 +146,26 @@ def _as_the_start_finds(
     configuration: Configuration,
     directory: Path,
     config: Mapping[str, Any],
-    choice: Choice,
+    backend: Backend,
     machine: Machine,
     errors: list[Problem],
     warnings: list[Problem],
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """What more than the files tell, asked of the code that a start asks first; the memory estimate, and `prompts`."""
-    from container.fit import fit  # brings torch and transformers, which the other reports do without
+    from handlers.backends.fit import fit  # imports torch, which the other reports do without
 
-    found = _contradictions(configuration, directory, choice)
-    prompts = None
-    if choice.backend == "rolling" and not found and not configuration.settings.trust_remote_code:
-        try:
-            plan_engines(configuration.settings, str(directory), len(machine.accelerators))
-            front = ModelFront.load(configuration.settings, str(directory))
-            prompts = _prompts(front)
-            length = configuration.effective("max_model_len")
-            images = configuration.settings.limit_mm_per_prompt.get("image", 1)
-            pixels = configuration.settings.max_image_pixels
-            if length is not None and (crowded := front.crowded(images, pixels, length)) is not None:
-                warnings.append(Problem(crowded, "limit_mm_per_prompt"))
-        except (InvalidConfiguration, ModelLoadError) as error:
-            found.append(Problem(str(error)))
-    errors += found
-    if found:
+    facts = backend.prompt_facts(configuration, directory, machine)
+    warnings += facts.warnings
+    errors += facts.errors
+    if facts.errors:
         return None, None
-    estimate = fit(configuration, choice.backend, directory, config, machine)
+    estimate = fit(configuration, backend, directory, config, machine)
     errors += estimate.errors
     warnings += estimate.warnings
-    if choice.backend == "vllm" and not errors:
-        errors += refused_options(configuration, directory, machine)
-    return estimate.numbers(), prompts
-
-
-def _prompts(front: ModelFront) -> dict[str, Any]:
-    """Which chat template is used, and the tokens that images of a few sizes take."""
-    images = {f"{width}x{height}": front.image_tokens(width, height) for width, height in IMAGE_SIZES}
-    return {"template": front.template, "image_tokens": None if front.preprocessor is None else images}
-
-
-def _contradictions(configuration: Configuration, directory: Path, choice: Choice) -> list[Problem]:
-    """What old picture options say that the model does not."""
-    settings = configuration.settings
-    if not wanted(settings):
-        return []
-    from engine.errors import ModelLoadError
-    from engine.loader import load_preprocessor
-
-    preprocessor = None
-    if choice.backend == "rolling":
-        try:
-            preprocessor = load_preprocessor(
-                str(directory), settings.mm_processor_kwargs, settings.image_processor_backend
-            )
-        except (ModelLoadError, OSError, ValueError) as error:
-            return [Problem(f"the model's picture processor cannot be loaded: {error}")]
-    return [Problem(text) for text in contradictions(settings, directory, preprocessor)]
+    if not errors:
+        errors += backend.refused_options(configuration, directory, machine)
+    prompts = {"template": facts.template, "image_tokens": facts.image_tokens}
+    return estimate.numbers(), None if facts.template is None else prompts
 
 
 def _choose(

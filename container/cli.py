@@ -135,8 +135,7 @@ def _serve(
         signal.signal(number, lambda number, frame: os._exit(0))
     from container.server import start
 
-    given = {} if build is None else {"build": build}
-    status = start(model, options, os.environ, defaults, warnings, **given)
+    status = start(model, options, os.environ, defaults, warnings, build)
     sys.stdout.flush()
     sys.stderr.flush()
     threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]

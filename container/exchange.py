@@ -1,6 +1,8 @@
 """One HTTP exchange over ASGI: the request, its reply, and the watch for a client that leaves.
 
-Written on ASGI itself: the framework's streaming response costs a task group and several coroutines a chunk.
+Written on ASGI itself, since a framework's streaming response does not do what is needed here: begin with the first
+part, so that a failure before it still has a status; close the stream's source when it is cancelled; and notice a
+reply that stands still.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from urllib.parse import parse_qs
 
 from container.bodies import Receive
 from handlers.exchange import Reply, RequestFacts
-from handlers.protocols.routes import Route
+from handlers.protocols.api import Route
 from handlers.protocols.select import REQUEST_ID_HEADERS
 
 Scope = MutableMapping[str, Any]

@@ -8,43 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from msgspec import Struct
-
+from container.state import Healthy, Ping, Unhealthy, Version
 from handlers.errors import NotFound, ServingError
+from handlers.protocols.api import READ, Route
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
-from handlers.protocols.routes import READ, Action, Route
 from handlers.protocols.select import ROUTES as API_ROUTES
-
-
-class Ping(Struct, forbid_unknown_fields=True):
-    """`/ping`."""
-
-    status: str
-    reason: str
-
-
-class Health(Struct, forbid_unknown_fields=True):
-    """`/health` while the model can answer."""
-
-    status: Literal["ok"]
-
-
-class Unhealthy(Struct, forbid_unknown_fields=True):
-    """`/health` while it cannot. error, error_type: TGI's."""
-
-    status: str
-    reason: str
-    error: str
-    error_type: str
-
-
-class Version(Struct, forbid_unknown_fields=True):
-    """`/version`."""
-
-    version: str
 
 
 class MethodNotAllowed(ServingError):
@@ -68,11 +39,11 @@ class Match:
     adapter: str = ""
 
 
-def _own(path: str, action: Action, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
-    return Route(path, action, summary, methods=methods, errors=(OpenAIError, LmiError), **more)
+def _own(path: str, action: str, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
+    return Route(path, action, summary, methods=methods, light=True, errors=(OpenAIError, LmiError), **more)
 
 
-_HEALTH: dict[str, Any] = {"open": True, "replies": (Health,), "not_ready": (Unhealthy,)}
+_HEALTH: dict[str, Any] = {"open": True, "replies": (Healthy,), "not_ready": (Unhealthy,)}
 
 ROUTES = (
     *API_ROUTES,

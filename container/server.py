@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import uvicorn
 
 from container.app import App
-from container.build import build_backend, build_formatters, build_service
+from container.build import Served, build_backend, build_formatters
 from container.config import configured, unreadable
 from container.connections import Connections, raise_descriptor_limit
 from container.logs import logging_to
@@ -29,9 +29,8 @@ from container.protocol import Protocol
 from container.state import ServerState
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
-from handlers.backends.base import Backend
+from handlers.backends.base import Lifecycle
 from handlers.build import build_images
-from handlers.custom.backend import CustomBackend
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
@@ -42,7 +41,7 @@ from properties.problem import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-BackendBuilder = Callable[[Configuration, Path], Backend]
+BackendBuilder = Callable[[Configuration, Path], Served]
 T = TypeVar("T")
 
 _LAST_SECONDS = 4.0
@@ -86,7 +85,7 @@ class Server:
         self.listener = bind(configuration.settings.host, configuration.settings.port)
         self._build = build
         self._images: ImageLoader | None = None
-        self._backend: Backend | None = None
+        self._backend: Lifecycle | None = None
         self._formatters: Formatters | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
@@ -169,7 +168,8 @@ class Server:
                 logger.warning("%s", problem)
         self.configuration = configuration
         self._app.configure(configuration)
-        self._backend = backend = await in_daemon_thread(lambda: self._build(configuration, directory))
+        served = await in_daemon_thread(lambda: self._build(configuration, directory))
+        self._backend = backend = served.backend
         self._formatters = formatters = await in_daemon_thread(
             lambda: build_formatters(configuration, directory)
         )
@@ -177,12 +177,16 @@ class Server:
             await formatters.load()
         await backend.load()
         self._images = self.metrics.images = build_images(configuration.settings)
-        service = build_service(configuration, backend, self._images, self.metrics, formatters)
+        service = (
+            None
+            if served.service is None
+            else served.service(configuration, self._images, self.metrics, formatters)
+        )
         await words
         gc.collect()
         gc.freeze()  # What is loaded stays; each look through it for waste would stop all threads for 0.2 s.
         self.state.serve(backend, service)
-        if backend.capabilities.images and not isinstance(backend, CustomBackend):
+        if backend.capabilities.images:
             self._images.decoders.warm_up()
 
     def _report(self, failure: BaseException) -> None:
@@ -244,12 +248,12 @@ def start(
     environ: Mapping[str, str],
     defaults: Mapping[str, str],
     warnings: Sequence[str] = (),
-    build: BackendBuilder = build_backend,
+    build: BackendBuilder | None = None,
 ) -> int:
     """Read the configuration, set up the log, and serve to the end; the process's exit status.
 
     defaults: option -> value where no source of the configuration says. warnings: about the command line.
-    build: makes the backend.
+    build: makes the backend; None is the one that the options choose.
     """
     try:
         configuration = configured(model, options, environ, defaults)
@@ -262,7 +266,7 @@ def start(
         _announce(configuration)
         for warning in warnings:
             logger.warning("%s", warning)
-        return serve(configuration, build)
+        return serve(configuration, build or build_backend)
 
 
 def _announce(configuration: Configuration) -> None:

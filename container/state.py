@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from handlers.backends.base import Backend, BackendStats, Health
+import msgspec
+from msgspec import UNSET, Struct
+
+from handlers.backends.base import BackendStats, Health, Lifecycle
 from handlers.errors import NotFound
 from handlers.exchange import Incoming, Reply
+from handlers.protocols.base import JSON
+from handlers.protocols.openai.replies import Model, Models
 
 Phase = Literal["loading", "serving", "draining", "failed"]
+
+
+class Ping(Struct, forbid_unknown_fields=True):
+    """The reply to `/ping`."""
+
+    status: str
+    reason: str
+
+
+class Healthy(Struct, forbid_unknown_fields=True):
+    """The reply to `/health` while the model can answer."""
+
+    status: Literal["ok"]
+
+
+class Unhealthy(Struct, forbid_unknown_fields=True):
+    """The reply to `/health` while it cannot. error, error_type: TGI's."""
+
+    error: str
+    error_type: str
+    status: str
+    reason: str
+
+
+class Version(Struct, forbid_unknown_fields=True):
+    """The reply to `/version`."""
+
+    version: str
 
 
 class Answers(Protocol):
@@ -36,18 +68,23 @@ class ServerState:
         phase: Where the process is.
         reason: Why it is not serving; safe to show to a client.
         backend: None until the model can generate.
-        service: Likewise.
+        service: Likewise; None for good where this machine holds a part of the model for another one, which answers.
         created: When the process started, in Unix seconds.
     """
 
     phase: Phase = "loading"
     reason: str = "the model is loading"
-    backend: Backend | None = None
+    backend: Lifecycle | None = None
     service: Answers | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def serve(self, backend: Backend, service: Answers) -> None:
+    def serve(self, backend: Lifecycle, service: Answers | None) -> None:
+        """Begin to answer requests, or to say who does."""
         self.phase, self.reason = "serving", "ready"
+        if service is None:
+            self.reason = (
+                "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
+            )
         self.backend, self.service = backend, service
 
     def drain(self) -> None:
@@ -71,15 +108,14 @@ class ServerState:
         status = self.phase.capitalize()
         if self.phase == "serving":
             status = "Healthy" if health.ready else "Unhealthy"
-        return json_reply({"status": status, "reason": health.reason}, 200 if health.ready else 503)
+        return json_reply(Ping(status, health.reason), 200 if health.ready else 503)
 
     def health_page(self) -> Reply:
-        """The reply to `/health`; `error` and `error_type` are TGI's."""
+        """The reply to `/health`."""
         health = self.health()
         if health.ready:
-            return json_reply({"status": "ok"})
-        error = {"error": "unhealthy", "error_type": "healthcheck"}
-        return json_reply({**error, "status": "unavailable", "reason": health.reason}, 503)
+            return json_reply(Healthy("ok"))
+        return json_reply(Unhealthy("unhealthy", "healthcheck", "unavailable", health.reason), 503)
 
     def models(self, names: Sequence[str], wanted: str) -> Reply:
         """The reply to `/v1/models`, or of the one model that is wanted. Raises NotFound.
@@ -88,20 +124,28 @@ class ServerState:
         """
         backend = self.backend
         longest = 0 if backend is None else backend.capabilities.max_model_len
-        length = {"max_model_len": longest} if longest else {}
         store = None if backend is None else backend.adapters
-        named: list[tuple[str, dict[str, str]]] = [(name, {}) for name in names]
-        for info in () if store is None else store.infos():
-            named.append((info.name, {"parent": names[0]}))
-        common = {"object": "model", "created": self.created, "owned_by": "lmi"}
-        models = [{"id": name, **common, "root": name, **parent, **length} for name, parent in named]
+        adapters = [] if store is None else [info.name for info in store.infos()]
+        models = [
+            Model(
+                name,
+                "model",
+                self.created,
+                "lmi",
+                name,
+                names[0] if i >= len(names) else UNSET,
+                longest or UNSET,
+            )
+            for i, name in enumerate((*names, *adapters))
+        ]
         if not wanted:
-            return json_reply({"object": "list", "data": models})
+            return json_reply(Models("list", models))
         for model in models:
-            if model["id"] == wanted:
+            if model.id == wanted:
                 return json_reply(model)
         raise NotFound(f"no model {wanted[:200]!r} is served here; GET /v1/models lists the names")
 
 
-def json_reply(body: object, status: int = 200) -> Reply:
-    return Reply(status, "application/json", json.dumps(body).encode() + b"\n")
+def json_reply(body: Struct, status: int = 200) -> Reply:
+    """A reply with a space behind each comma and colon, and a line end, for people who read it in a terminal."""
+    return Reply(status, JSON, msgspec.json.format(msgspec.json.encode(body), indent=0) + b"\n")

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import logging
-from importlib import import_module
 from pathlib import Path
 
-from handlers.backends.base import Backend
+from handlers.backends.base import Lifecycle
 from handlers.backends.model_files import model_findings
-from handlers.backends.select import Choice, choose_for, vllm_installed
+from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.options.plan import follows
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
 from handlers.parsers.names import parser_problems
+from handlers.pipeline import Pipeline
 from properties.configuration import Configuration, read_model_config
-from properties.field import BackendName
 from properties.problem import ConfigurationError, Problem
 from properties.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-_BACKENDS: dict[BackendName, tuple[str, str]] = {
-    "rolling": ("handlers.backends.rolling.backend", "RollingBackend"),
-    "vllm": ("handlers.backends.vllm.backend", "VllmBackend"),
-}
-"""Module and class of each, imported only when it is the one that serves."""
-
-_FOLLOWER = ("handlers.backends.vllm.nodes.follower", "VllmFollower")
-"""Of a machine that holds a part of the model for another."""
 
 
 def choose_backend(configuration: Configuration, model_path: Path) -> Choice:
@@ -43,26 +33,41 @@ def _accelerators() -> int:
     return len(this_machine().accelerators)
 
 
-def build_backend(configuration: Configuration, model_path: Path) -> Backend:
-    """The backend that serves the model, not yet loaded. Slow: imports what it needs; call it in a thread.
+def build_part(configuration: Configuration, model_path: Path) -> Lifecycle | None:
+    """What runs on a machine that holds a part of the model for another one, not yet loaded; None on all others.
 
-    Raises ConfigurationError and ServingError.
+    Raises as `build_backend` does.
     """
     choice = choose_backend(configuration, model_path)
-    if problems := parser_problems(configuration, choice.backend):
+    part = backend_of(choice.backend).part(configuration, model_path)
+    if part is not None:
+        _examine(configuration, model_path, choice)
+    return part
+
+
+def build_backend(configuration: Configuration, model_path: Path) -> Pipeline:
+    """The engine that serves the model and what stands before it, not yet loaded.
+
+    Slow: imports what it needs; call it in a thread. Raises ConfigurationError and ServingError.
+    """
+    choice = choose_backend(configuration, model_path)
+    _examine(configuration, model_path, choice)
+    engine = backend_of(choice.backend).build(configuration, model_path)
+    return Pipeline(engine, configuration.settings.guided_decoding_timeout)
+
+
+def _examine(configuration: Configuration, model_path: Path, choice: Choice) -> None:
+    """Log what will not work. Raises ConfigurationError for what cannot be served."""
+    backend = backend_of(choice.backend)
+    if problems := parser_problems(configuration, backend):
         raise ConfigurationError(problems)
-    found = model_findings(configuration, model_path, choice.backend)
+    found = model_findings(configuration, model_path, backend)
     wrong = [Problem(text) for text in contradictions(configuration.settings, model_path, None)]
     if problems := [*found.errors, *wrong]:
         raise ConfigurationError(problems)
     logger.info("backend %s: %s", choice.backend, choice.reason)
     for problem in [*configuration.without_effect(choice.backend), *found.warnings]:
         logger.warning("%s", problem)
-    module, name = _BACKENDS[choice.backend]
-    if choice.backend == "vllm" and follows({name: item.value for name, item in configuration.extra.items()}):
-        module, name = _FOLLOWER
-    backend: Backend = getattr(import_module(module), name).from_configuration(configuration, model_path)
-    return backend
 
 
 def build_images(settings: Settings) -> ImageLoader:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from handlers.admission import Permit
-from handlers.backends.base import Backend, Delta, Generation, PromptStats, total
+from handlers.backends.base import Delta, PromptStats, total
 from handlers.errors import (
     DeadlineExceeded,
     EngineFailed,
@@ -23,6 +23,7 @@ from handlers.exchange import Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
 from handlers.own_words import own_words_of
+from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, Task, in_the_clients_words
 from handlers.protocols.errors import ErrorFormat, client_error, error_reply, log_error
 from handlers.request import GenerationRequest, PicturePart
@@ -103,14 +104,14 @@ class Run:
         self.facts.error, self.facts.reason = known.kind, own_words_of(known)
         return known
 
-    async def answers(self, backend: Backend) -> list[Answered]:
+    async def answers(self, backend: Pipeline) -> list[Answered]:
         """All answers, whole. The prompts generate together; the first that fails ends all."""
         requests = self.task.requests
         if len(requests) == 1:
             return [await self._answer(backend, 0)]
         return await _together(self._answer(backend, number) for number in range(len(requests)))
 
-    async def deltas(self, backend: Backend) -> AsyncIterator[Delta]:
+    async def deltas(self, backend: Pipeline) -> AsyncIterator[Delta]:
         """The deltas of a stream. Answer i of prompt p, of which each has n, has the index p * n + i.
 
         All prompts are admitted before the first delta comes: what one of them does wrong is raised first.
@@ -187,7 +188,7 @@ class Run:
             self._complete_facts()
             self._observer.on_finished(self.facts)
 
-    async def _generate(self, backend: Backend, number: int) -> Generation:
+    async def _generate(self, backend: Pipeline, number: int) -> Generation:
         """Of prompt `number`: its pictures are loaded, and held no longer than until its answer ends."""
         request, parts = self.task.requests[number], self._pictures[number]
         for left in reversed(range(_TRIES)):
@@ -218,7 +219,7 @@ class Run:
                 part.forget()
         self._keep(self.task.requests[0].text_bytes)
 
-    async def _answer(self, backend: Backend, number: int) -> Answered:
+    async def _answer(self, backend: Pipeline, number: int) -> Answered:
         try:
             return await self._answered(await self._generate(backend, number), self.task.requests[number])
         finally:

@@ -43,7 +43,7 @@ def fetch_hub(
     except ArtefactError:
         raise
     except Exception as error:
-        raise ArtefactError(_told(name, revision, cache, error)) from error
+        raise ArtefactError(_message(name, revision, cache, error)) from error
 
 
 def cached_hub(name: str, revision: str | None, root: Path, *, offline: bool) -> Path | None:
@@ -68,7 +68,7 @@ def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
         try:
             found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
         except HFValidationError as error:
-            raise ArtefactError(_told(name, revision, cache, error)) from error
+            raise ArtefactError(_message(name, revision, cache, error)) from error
         if isinstance(found, str):
             return Path(found).parent
     return None
@@ -86,7 +86,7 @@ def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path
 
 
 def _files(name: str, revision: str | None, token: str | None, with_code: bool) -> list[str] | None:
-    """What to fetch; None where the hub cannot be reached, so that a copy in the cache can still serve."""
+    """What to fetch; None if the hub cannot be reached, so that a copy in the cache can still serve."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -126,8 +126,8 @@ def _literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _told(name: str, revision: str | None, cache: Path, error: Exception) -> str:
-    """The hub's errors as what to do about them."""
+def _message(name: str, revision: str | None, cache: Path, error: Exception) -> str:
+    """The message for an error of the hub's client: what to do about it."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -137,7 +137,7 @@ def _told(name: str, revision: str | None, cache: Path, error: Exception) -> str
     )
 
     if isinstance(error, HFValidationError):
-        return f"{name!r} is no hub id: write org/name"
+        return f"{name!r} is not a hub id: write org/name"
     if isinstance(error, GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its hub page and set HF_TOKEN to a token of that account"

@@ -1,4 +1,4 @@
-"""Models from `s3://bucket/prefix/`: what belongs to them, and boto3's errors as what to do about them.
+"""Models from `s3://bucket/prefix/`: which objects belong to one, and errors that say what to do.
 
 Layout below the download root, one directory per URL: `files/` (see `handlers.artefacts.transfer`), `unpacked/` for an
 archive, `lock`.
@@ -64,10 +64,10 @@ def _fetch(url: str, bucket: str, prefix: str, place: Path, cancelled: threading
         raise ArtefactError(f"{url}: there is nothing below this prefix; check the name and the region")
     logger.info("%s: %d files", url, len(objects))
     fetched = transfer.run(objects)
-    logger.info("%s: complete, %d files were fetched anew", url, fetched)
+    logger.info("%s: complete, %d files were fetched", url, fetched)
     if not archive:
         return transfer.files
-    return _unpack(transfer.files / objects[0].path, place / "unpacked", anew=fetched > 0)
+    return _unpack(transfer.files / objects[0].path, place / "unpacked", changed=fetched > 0)
 
 
 def _head(client: Any, bucket: str, key: str) -> S3Object:
@@ -76,7 +76,7 @@ def _head(client: Any, bucket: str, key: str) -> S3Object:
 
 
 def _listed(client: Any, bucket: str, prefix: str) -> Iterator[S3Object]:
-    """All objects below the prefix. A key that is no harmless relative path stops everything."""
+    """All objects below the prefix. Raises ArtefactError for a key that is not a harmless relative path."""
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
@@ -87,9 +87,9 @@ def _listed(client: Any, bucket: str, prefix: str) -> Iterator[S3Object]:
                 yield S3Object(entry["Key"], entry["Size"], entry["ETag"], path)
 
 
-def _unpack(archive: Path, place: Path, anew: bool) -> Path:
-    """Unpack where it cannot reach out of its directory; the last rename says that it is complete."""
-    if place.is_dir() and not anew:
+def _unpack(archive: Path, place: Path, changed: bool) -> Path:
+    """Unpack an archive, which cannot write outside its directory. The last rename marks it as complete."""
+    if place.is_dir() and not changed:
         return place
     draft = place.with_name("unpacking")
     for old in (draft, place):
@@ -107,13 +107,15 @@ def _unpack(archive: Path, place: Path, anew: bool) -> Path:
 def _safe_path(key: str, relative: str) -> PurePosixPath:
     parts = relative.split("/")
     if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
-        raise ArtefactError(f"the key {key!r} is no name for a file below the model's directory; rename it")
+        raise ArtefactError(
+            f"the key {key!r} is not the name of a file below the model's directory; rename it"
+        )
     return PurePosixPath(*parts)
 
 
 @contextmanager
 def _alone(place: Path, cancelled: threading.Event) -> Iterator[None]:
-    """One process at a time in a directory; the others wait and then find the work done."""
+    """Hold the directory's lock. One process fetches at a time; the others wait and find the files complete."""
     with (place / "lock").open("w") as lock:
         while True:
             try:
@@ -126,7 +128,7 @@ def _alone(place: Path, cancelled: threading.Event) -> Iterator[None]:
 
 
 def require_client() -> None:
-    """Raises ArtefactError where what speaks to S3 is not installed."""
+    """Raises ArtefactError if boto3 is not installed."""
     if find_spec("boto3") is None:
         raise ArtefactError("models from s3:// need boto3: pip install boto3")
 
@@ -149,7 +151,7 @@ def _client() -> Any:
 
 @contextmanager
 def _translated(url: str) -> Iterator[None]:
-    """boto3's errors as what to do about them."""
+    """Turn boto3's errors into an ArtefactError that says what to do."""
     bucket = url.removeprefix("s3://").partition("/")[0]
     try:
         yield
@@ -172,16 +174,16 @@ def _translated(url: str) -> Iterator[None]:
             "no AWS credentials were found; give the container a role or set AWS_ACCESS_KEY_ID and its like"
         )
         if code in known:
-            told = known[code]
+            message = known[code]
         elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
-            told = f"{denied} ({code})"
+            message = f"{denied} ({code})"
         elif type(error).__name__ == "S3DownloadFailedError":  # by its entity tag
-            told = changed
+            message = changed
         elif type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-            told = no_one
+            message = no_one
         else:
-            told = f"{error}"
-        raise ArtefactError(f"{url}: {told}") from error
+            message = f"{error}"
+        raise ArtefactError(f"{url}: {message}") from error
 
 
 def _code(error: Exception) -> str:

@@ -1,18 +1,33 @@
-"""The seam between requests and whatever generates: one small protocol, one file per backend.
+"""What an engine must do (tokens in, tokens out), what each backend must do, and what a request gets from them.
 
-A backend turns a `GenerationRequest`, whose pictures are already loaded, into a `Generation`: a stream of
-`Delta`s. It raises `handlers.errors.ServingError` (and only that) for everything a client can be told.
+`handlers.pipeline` stands between the two: it makes tokens of a `GenerationRequest` and `Delta`s of an engine's
+tokens, for every engine. All of them raise `handlers.errors.ServingError`, and only that, for what clients can be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from engine.config import Vocabulary
+from engine.messages import Logprobs
+from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
-from handlers.request import GenerationRequest, Prompt
+from handlers.request import Constraint, PicturePart
+from properties.problem import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from engine.machine import Machine
+    from handlers.backends.model_files import Findings
+    from handlers.prompts.renderer import PromptRenderer
+    from properties.configuration import Configuration
+    from properties.settings import Settings
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: end-of-sequence, a stop id or a stop string (see `stop_reason`); length: max_tokens or the context's end."""
@@ -92,17 +107,6 @@ def total(stats: Sequence[PromptStats]) -> PromptStats:
     )
 
 
-class Generation(Protocol):
-    """One admitted request. Iterate to the end or call `aclose`, which aborts what is still running."""
-
-    stats: PromptStats
-
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
-
-    async def aclose(self) -> None:
-        """Abort within one engine step. Safe to call twice and after the end."""
-
-
 @dataclass(frozen=True, slots=True)
 class Health:
     """Whether the backend can generate now. `reason` is safe to show to a client.
@@ -141,20 +145,21 @@ class BackendStats:
 class Capabilities:
     """What requests may ask of this backend.
 
-    default_sampling: fields of `SamplingParams` that the model's generation_config.json sets, for requests that
-    do not name them.
-    image_placeholder: what stands for a picture in a prompt in the model's own format, as text; None where that
-    is not known. special_token_ids: tokens that are no text, such as the ends of turns. special_tokens: texts of
-    all tokens that `skip_special_tokens` skips.
-    dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one copy of the model,
-    as "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all copies together; 0 where that is
-    not known. prompt_threads: how many prompts are prepared at the same time. chat_templates: names that
-    requests may choose the model's own templates by, each with the variables that it reads. formats: how answers are
-    read, where the options name parsers of the backend's own; None where they name ours.
+    embeddings: in place of images, where the model takes these. default_sampling: fields of `SamplingParams` that the
+    model's generation_config.json sets, for requests that do not name them.
+    image_placeholder: what stands for an image in a prompt in the model's own format, as text; None where that is not
+    known. special_token_ids: tokens that are not text, such as the ends of turns. special_tokens: texts of all tokens
+    that `skip_special_tokens` skips.
+    dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one replica, as
+    "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all replicas together; 0 where that is
+    not known. prompt_threads: how many prompts are prepared at the same time. chat_templates: names that requests may
+    choose the model's own templates by, each with the variables that it reads. formats: how answers are read, where the
+    options name parsers of the backend's own; None where they name ours.
     """
 
     max_model_len: int
     images: bool
+    embeddings: bool = False
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
     adapters: bool = False
     structured_outputs: bool = False
@@ -195,11 +200,11 @@ def compute_type(device: str, count: int) -> str:
     return device if device == "cpu" else f"{count}-{device.lower().replace(' ', '-')}"
 
 
-class Backend(Protocol):
-    """A loaded (or loading) model. `load` is called once; all methods run on the server's event loop."""
+class Lifecycle(Protocol):
+    """Whatever answers requests, from its load to its close. `load` is called once; all runs on the event loop."""
 
     async def load(self) -> None:
-        """Return when the model can generate. Raises `ServingError` with what to do when it cannot be loaded."""
+        """Return when it can answer. Raises `ServingError` with what to do when it cannot be loaded."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -209,22 +214,224 @@ class Backend(Protocol):
     def adapters(self) -> AdapterStore | None:
         """What changes adapters while it serves, once `load` has returned; None where none can be changed."""
 
-    async def generate(self, request: GenerationRequest) -> Generation:
-        """Template, tokenise, check lengths and admit. Everything a client did wrong is raised here, before
-        any reply has begun."""
-
-    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """What `generate` would have the model read; the prompt's pictures are loaded, and let go of here.
-
-        Raises InvalidRequest. Its length is not checked.
-        """
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included. Raises InvalidRequest for an id outside the vocabulary."""
-
     def health(self) -> Health: ...
 
     def stats(self) -> BackendStats: ...
 
     async def close(self) -> None:
         """Abort what runs and release everything. Never raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptModel:
+    """What the pipeline must know of an engine's model to make tokens of prompts and text of tokens.
+
+    vocab_size: of the model's logits. threads: where long prompts are rendered. vocabulary: for compiling constraints;
+    None where the engine compiles them by itself. json_whitespace: what `Constraint.whitespace_pattern` is where a
+    request says nothing of it. spells_words: the engine makes tokens of `SamplingParams.bad_words` itself.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    renderer: PromptRenderer
+    vocab_size: int
+    threads: Executor
+    vocabulary: Vocabulary | None
+    json_whitespace: str | None = None
+    spells_words: bool = False
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """What an engine is to generate from a prepared prompt.
+
+    params: checked; max_tokens is final once the prompt is prepared. n: choices. constraint: holds for each of them;
+    grammar: the same as llguidance reads it, None where there is none or the engine compiles constraints by itself.
+    adapter, model: names that a request may choose an adapter by.
+    """
+
+    request_id: str
+    params: SamplingParams
+    n: int = 1
+    constraint: Constraint | None = None
+    grammar: str | None = None
+    adapter: str | None = None
+    model: str | None = None
+    priority: int = 0
+
+
+class PreparedPrompt(Protocol):
+    """A prompt as the engine takes it.
+
+    token_ids: with all tokens of the images. images: (offset, length) of each in them, in order.
+    """
+
+    token_ids: list[int]
+    images: Sequence[tuple[int, int]]
+
+    def discard(self) -> None:
+        """Give back what it holds: it is not handed to `Engine.generate`."""
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """What a step added to choice `index`.
+
+    finish: why the choice has ended, None while it goes on. stop_token: the stop id that ended it.
+    by_token: its last token ended it, the model's end-of-sequence or a stop id. queued: seconds that the request waited
+    for its first step. prompt_logprobs: once, an entry for each token of the prompt; the first is None.
+    """
+
+    index: int
+    token_ids: list[int]
+    finish: FinishReason | None = None
+    logprobs: list[Logprobs] | None = None
+    stop_token: int | None = None
+    by_token: bool = False
+    cached_tokens: int = 0
+    queued: float = 0.0
+    prompt_logprobs: list[Logprobs | None] | None = None
+
+
+class TokenStream(Protocol):
+    """The tokens of one request. Iterate to the end or call `aclose`. Raises ServingError."""
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
+
+    def abort(self, index: int) -> None:
+        """No more is wanted of a choice; what still comes of it is not read."""
+
+    async def aclose(self) -> None:
+        """Abort what still runs, within one engine step. Safe to call twice and after the end."""
+
+
+Prepared = TypeVar("Prepared", bound=PreparedPrompt)
+
+
+class Engine(Lifecycle, Protocol[Prepared]):
+    """Token ids and images in, token ids out."""
+
+    @property
+    def model(self) -> PromptModel:
+        """Valid once `load` has returned."""
+
+    async def prepare(
+        self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
+    ) -> Prepared:
+        """Put the images in the place of their tokens; the loaded images are released here.
+
+        token_ids: of the rendered prompt, with one image token for each image. request: what is to be generated, which
+        is refused before its images cost anything; None where only tokens are wanted.
+        Raises InvalidRequest (ImageError for an image) and Unavailable.
+        """
+
+    async def generate(self, prompt: Prepared, request: EngineRequest) -> TokenStream:
+        """Return when the engine has taken the request. The prompt is the engine's from then on."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a backend says of a model that it would serve on this machine.
+
+    shapes: config.json, completed. token_bytes: keys and values of one token; None where the shapes tell them.
+    image_bytes: kept for each image of a running request. beside_weights: bytes of what is held beside the weights.
+    takes_all: the cache is as large as it was asked to be, whatever can fill it.
+    """
+
+    dtype: str
+    dtype_reason: str
+    shapes: Mapping[str, Any]
+    token_bytes: int | None = None
+    image_bytes: int | None = None
+    beside_weights: int = 0
+    takes_all: bool = False
+    errors: Sequence[Problem] = ()
+    warnings: Sequence[Problem] = ()
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """copies: replicas that are started, each on `per_copy` devices of the `available` ones on `machines` machines."""
+
+    copies: int
+    per_copy: int
+    available: int
+    machines: int = 1
+    warnings: Sequence[Problem] = ()
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What `lmi check` says of prompts. template: which chat template is used, for people; None where nobody was asked.
+
+    image_tokens: size, as "336x336", -> tokens of such an image, None for a size that the model does not take; the
+    whole is None for a model without images.
+    """
+
+    template: str | None = None
+    image_tokens: Mapping[str, int | None] | None = None
+    errors: Sequence[Problem] = ()
+    warnings: Sequence[Problem] = ()
+
+
+class Backend(Protocol):
+    """A backend before anything is loaded: what it says of a model and a machine, and what makes its engine.
+
+    Where nothing else is said, neither torch nor transformers nor the engine is imported.
+    """
+
+    @property
+    def tool_parsers(self) -> Set[str]:
+        """Names of parsers of its own."""
+
+    @property
+    def reasoning_parsers(self) -> Set[str]:
+        """Names of parsers of its own."""
+
+    takes_engine_arguments: bool
+    """Options that are not ours reach its engine by their own names, and are judged there."""
+
+    def build(self, configuration: Configuration, model_path: Path) -> Engine[Any]:
+        """The engine, not yet loaded. Slow: imports what it needs. Raises ServingError."""
+
+    def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
+        """What runs here where another machine answers requests, not yet loaded; None where this one does."""
+
+    def examine(
+        self,
+        found: Findings,
+        configuration: Configuration,
+        directory: Path,
+        config: Mapping[str, Any],
+        contents: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Add what is wrong with a model, as this backend serves it. contents: of the JSON files that are whole."""
+
+    def weight_problems(
+        self, settings: Settings, directory: Path, config: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Why the weights cannot be loaded, as far as their headers tell."""
+
+    def chat_template(self, config: Mapping[str, Any]) -> object:
+        """The template of the model's family, for a model whose files have none; None where there is none."""
+
+    def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
+        """Replicas and their devices. shapes: see `Needs`. Raises InvalidConfiguration for too few devices."""
+
+    def estimate(
+        self, configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine
+    ) -> Needs:
+        """What the model needs of memory. May import torch and transformers."""
+
+    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
+        """What is served otherwise than the options say, because of the format that the model is in."""
+
+    def refused_options(
+        self, configuration: Configuration, directory: Path | None, machine: Machine
+    ) -> list[Problem]:
+        """What the engine itself refuses before it loads a model; directory: None where there is none yet.
+
+        May import the engine.
+        """
+
+    def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
+        """What the start would find out about prompts and images. Slow: may ask a process for it."""

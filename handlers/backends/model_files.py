@@ -5,7 +5,7 @@ Neither torch nor transformers is imported here; what only they can tell, `model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,22 +14,18 @@ import jinja2
 import msgspec
 
 from engine.errors import ModelLoadError
-from engine.families.registry import family_of, served
 from handlers.artefacts.mistral import TEKKEN
 from handlers.backends.mistral_format import format_problems
-from handlers.backends.select import remedy
-from handlers.backends.vllm.options.weights import missing_weights
-from handlers.backends.weight_files import engine_weight_problems, unreadable, vllm_weight_problems
+from handlers.backends.weight_files import unreadable
 from handlers.model_json import read_object
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource, read_chat_templates
 from properties.configuration import read_model_config
-from properties.model import context_length
 from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 
 if TYPE_CHECKING:
+    from handlers.backends.base import Backend
     from properties.configuration import Configuration
-    from properties.field import BackendName
     from properties.settings import Settings
 
 _JSON = (
@@ -46,9 +42,6 @@ _JSON = (
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "*.bpe", "tekken.json")
 """Files that a tokenizer can be made of."""
 
-_READ_BY_VLLM = frozenset({"auto", "hf", "safetensors"})
-"""Formats of option.load_format that take the checkpoint's files as they lie there."""
-
 
 @dataclass
 class Findings:
@@ -57,8 +50,12 @@ class Findings:
     errors: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
+    def add(self, texts: Iterator[str]) -> None:
+        """More errors, about the model itself."""
+        self.errors += [Problem(text, "model_id") for text in texts]
 
-def model_findings(configuration: Configuration, directory: Path, backend: BackendName) -> Findings:
+
+def model_findings(configuration: Configuration, directory: Path, backend: Backend) -> Findings:
     """Examine a model's directory for the backend that is to serve it."""
     settings, found = configuration.settings, Findings()
     try:
@@ -69,16 +66,13 @@ def model_findings(configuration: Configuration, directory: Path, backend: Backe
     found.errors += own_format
     if own_format and not config:
         return found
-    if backend == "rolling":
-        _add(found, _unserved(config, directory))
-        found.errors += too_long(configuration, context_length(config))
     contents = _read_all(directory, found)
+    backend.examine(found, configuration, directory, config, contents)
     if not own_format:
-        _add(found, _tokenizer(directory, settings))
-        _add(found, _weights(directory, config, settings, backend))
-    _add(found, _processor(directory, config, settings, backend, contents))
-    _templates(directory, config, settings, backend, found)
-    _add(found, _placeholder(directory, settings))
+        found.add(_tokenizer(directory, settings))
+        found.add(backend.weight_problems(settings, directory, config))
+    _templates(directory, settings, backend.chat_template(config), found)
+    found.add(_placeholder(directory, settings))
     return found
 
 
@@ -94,21 +88,6 @@ def too_long(configuration: Configuration, positions: int | None) -> list[Proble
     return [Problem(text, "max_model_len", source)]
 
 
-def _add(found: Findings, texts: Iterator[str]) -> None:
-    found.errors += [Problem(text, "model_id") for text in texts]
-
-
-def _unserved(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        yield f"config.json in {directory} names no model_type: complete the download, or name another model"
-    elif family_of(model_type) is None:
-        yield (
-            f"model type {model_type!r} is not served by the embedded engine, which serves {served()}; "
-            f"{remedy(config.get('architectures') or [])}"
-        )
-
-
 def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:
     """The JSON files that are there and whole."""
     contents = {}
@@ -120,9 +99,9 @@ def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:
         except (FileNotFoundError, IsADirectoryError):
             continue
         except OSError as error:
-            _add(found, iter([unreadable(directory / name, error)]))
+            found.add(iter([unreadable(directory / name, error)]))
         except (msgspec.MsgspecError, ValueError):
-            _add(found, iter([f"{directory / name} holds no JSON object: it is damaged; fetch it again"]))
+            found.add(iter([f"{directory / name} holds no JSON object: it is damaged; fetch it again"]))
     return contents
 
 
@@ -136,50 +115,16 @@ def _tokenizer(directory: Path, settings: Settings) -> Iterator[str]:
     yield f"the model has no tokenizer: there is no tokenizer.json in {directory}; complete the download"
 
 
-def _weights(
-    directory: Path, config: Mapping[str, Any], settings: Settings, backend: BackendName
-) -> Iterator[str]:
-    if backend == "rolling":
-        pickled, named = settings.load_format.lower() == "pt", config.get("transformers_weights")
-        yield from engine_weight_problems(directory, pickled=pickled, named=named)
-    elif (missing := missing_weights(directory, settings.load_format)) is not None:
-        yield missing
-    elif settings.load_format.lower() in _READ_BY_VLLM:
-        yield from vllm_weight_problems(directory)
-
-
-def _processor(
-    directory: Path,
-    config: Mapping[str, Any],
-    settings: Settings,
-    backend: BackendName,
-    contents: Mapping[str, Mapping[str, Any]],
-) -> Iterator[str]:
-    """A model of images without what says how they are prepared."""
-    if backend == "rolling":
-        family = family_of(str(config.get("model_type")))
-        sees = family is not None and family.preprocessor is not None
-    else:
-        sees = "vision_config" in config
-    whole = contents.get("processor_config.json", {})
-    there = any(
-        (directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+def no_processor(directory: Path) -> str:
+    """What to say of a model of images without what says how they are prepared."""
+    return (
+        f"the model takes images, and there is no preprocessor_config.json in {directory} to say how they are "
+        "prepared: complete the download"
     )
-    if backend == "rolling":
-        there = (directory / "preprocessor_config.json").is_file() or "image_processor" in whole
-    if sees and not there and not settings.trust_remote_code:
-        yield (
-            f"the model takes images, and there is no preprocessor_config.json in {directory} to say how they are "
-            "prepared: complete the download"
-        )
 
 
-def _templates(
-    directory: Path, config: Mapping[str, Any], settings: Settings, backend: BackendName, found: Findings
-) -> None:
+def _templates(directory: Path, settings: Settings, of_family: object, found: Findings) -> None:
     """Templates that cannot be parsed are errors; a model without one is served, but for chat."""
-    family = family_of(str(config.get("model_type"))) if backend == "rolling" else None
-    of_family = None if family is None or family.preprocessor is None else family.preprocessor.chat_template
     try:
         templates: ChatTemplates = read_chat_templates(settings.chat_template, directory, of_family)
     except ModelLoadError as error:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from handlers.backends.vllm.compat import INSTALL, check_version, installed_version
+from handlers.backends.vllm.options.fields import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.backends.vllm.options.fields import architectures as vllm_architectures
-from handlers.backends.vllm.options.tested import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName
 from properties.problem import ConfigurationError, Problem
+
+if TYPE_CHECKING:
+    from handlers.backends.base import Backend
+
+BACKENDS: dict[BackendName, str] = {
+    "rolling": "handlers.backends.rolling.backend:RollingBackend",
+    "vllm": "handlers.backends.vllm.backend:VllmBackend",
+}
+"""Where the `Backend` of each name is; imported only when it is asked for."""
 
 RollingBatch = Literal["auto", "vllm", "rolling", "disable"]
 
@@ -34,6 +44,13 @@ class Choice:
 
     backend: BackendName
     reason: str
+
+
+def backend_of(name: BackendName) -> Backend:
+    """The backend of that name; nothing is loaded."""
+    module, _, kind = BACKENDS[name].partition(":")
+    backend: Backend = getattr(import_module(module), kind)()
+    return backend
 
 
 def vllm_installed() -> bool:

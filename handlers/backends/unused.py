@@ -8,7 +8,6 @@ from properties.names import key_of
 from properties.problem import Problem
 
 if TYPE_CHECKING:
-    from properties.field import BackendName
     from properties.settings import Settings
 
 
@@ -34,11 +33,12 @@ def unused_by_text(settings: Settings) -> list[Problem]:
 
 
 def unused_on(
-    settings: Settings, backend: BackendName, accelerators: int, copies: int, per_copy: int
+    settings: Settings, accelerators: int, copies: int, per_copy: int, *, memory: bool = False
 ) -> list[Problem]:
     """A warning for each option that was written and that the machine leaves without effect.
 
     accelerators: that may be used. copies: replicas that are started, each on per_copy devices.
+    memory: option.gpu_memory_utilization is about accelerators alone.
     """
     problems = []
 
@@ -50,7 +50,7 @@ def unused_on(
     if accelerators == 0:
         if settings.load_on_devices != "*":
             ignored("load_on_devices", "no accelerator is visible")
-        if backend == "rolling":
+        if memory:
             ignored("gpu_memory_utilization", "no accelerator is visible; see option.kv_cache_memory_mb")
         return problems
     if settings.max_workers is None:

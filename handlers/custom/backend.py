@@ -6,18 +6,16 @@ import asyncio
 import logging
 import sys
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from handlers.backends.adapters import AdapterStore
-from handlers.backends.base import BackendStats, Capabilities, Generation, Health, TokenizedPrompt
+from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.custom.find import OwnFormatters, OwnHandler, refuse_unusable
 from handlers.custom.messages import Start
 from handlers.custom.process import HandlerCall, HandlerProcess
-from handlers.errors import NotFound, ServingError, Unavailable
-from handlers.request import GenerationRequest, Prompt
+from handlers.errors import ServingError, Unavailable
 from processes.supervisor import Supervisor, why_down
 from properties.configuration import Configuration
 from properties.field import Level
@@ -26,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class CustomBackend:
-    """See `handlers.backends.base.Backend`. What it is asked by requests is `call`: it has no prompts, no tokens."""
+    """See `handlers.backends.base.Lifecycle`. What it is asked by requests is `call`: it has no prompts, no tokens."""
 
     adapters: AdapterStore | None = None
 
@@ -72,7 +70,7 @@ class CustomBackend:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(max_model_len=0, images=True)
+        return Capabilities(max_model_len=0, images=False)
 
     async def call(self, properties: dict[str, str], body: bytes) -> HandlerCall:
         """Begin a call as soon as a process is free for it, in the order of asking.
@@ -90,15 +88,6 @@ class CustomBackend:
             if future.done() and not future.cancelled() and future.exception() is None:
                 future.result().abandon(0.0)
             raise
-
-    async def generate(self, request: GenerationRequest) -> Generation:
-        raise NotFound("the model's own handler answers here")
-
-    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        raise NotFound("the model's own handler has no tokens to show")
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        raise NotFound("the model's own handler has no tokens to show")
 
     def health(self) -> Health:
         if self._alive:

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from handlers.backends.base import Backend
 from handlers.errors import EngineFailed, ServingError, Unavailable
 from handlers.images.loader import ImageLoader
+from handlers.pipeline import Pipeline
 from handlers.protocols.base import Answer, Answered
 from handlers.protocols.errors import client_error
 from handlers.request import GenerationRequest
@@ -27,7 +27,7 @@ class Batch:
     restart_seconds: how long an engine that died may take to come back.
     """
 
-    def __init__(self, backend: Backend, images: ImageLoader, window: int, restart_seconds: float) -> None:
+    def __init__(self, backend: Pipeline, images: ImageLoader, window: int, restart_seconds: float) -> None:
         self._backend = backend
         self._images = images
         self._window = window

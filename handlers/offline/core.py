@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from handlers.artefacts.fetch import fetch
+from handlers.backends.select import backend_of
 from handlers.build import build_backend, build_images, choose_backend
 from handlers.errors import InvalidRequest
 from handlers.images.loader import ImageLoader
@@ -45,8 +46,9 @@ class Core:
                 logger.warning("%s", problem)
         settings = configuration.settings
         choice = choose_backend(configuration, self.directory)
-        check_names(configuration, choice.backend)
-        warn_of_names(configuration, choice.backend)
+        if not backend_of(choice.backend).takes_engine_arguments:
+            check_names(configuration)
+            warn_of_names(configuration)
         self.backend = build_backend(configuration, self.directory)
         self._images: ImageLoader | None = None
         self._loop = LoopThread()
@@ -57,7 +59,6 @@ class Core:
         except BaseException:
             self.close()
             raise
-        self._takes_embeddings = choice.backend != "vllm" or settings.enable_mm_embeds
         self._most = settings.limit_mm_per_prompt.get("image", 1)
         window = settings.max_rolling_batch_size + min(_AHEAD, settings.max_rolling_batch_size)
         self._batch = Batch(self.backend, self._images, window, settings.model_loading_timeout)
@@ -66,7 +67,8 @@ class Core:
         """Raises InvalidRequest for what no backend is asked."""
         if request.constraint is not None and not self.backend.capabilities.structured_outputs:
             raise InvalidRequest("answers cannot be constrained here: leave structured_outputs out")
-        if not self._takes_embeddings and any(isinstance(part, EmbeddingsPart) for part in request.images()):
+        embedded = any(isinstance(part, EmbeddingsPart) for part in request.images())
+        if embedded and not self.backend.capabilities.embeddings:
             raise InvalidRequest("embeddings are taken only after LLM(..., enable_mm_embeds=True)")
         count = sum(1 for _ in request.images())
         if count and not self.backend.capabilities.images:

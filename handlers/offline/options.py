@@ -13,7 +13,7 @@ from typing import Any
 from handlers.backends.select import vllm_backend_present, vllm_installed
 from handlers.backends.vllm.options.fields import engine_argument_names
 from properties.configuration import Configuration, resolve
-from properties.field import BackendName, Level
+from properties.field import Level
 from properties.names import nearest
 from properties.problem import ConfigurationError
 
@@ -96,7 +96,7 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
             options.append(f"{name}={_text(name, value)}")
     configuration = _resolve(model, options)
     if not (vllm_installed() and vllm_backend_present()):
-        check_names(configuration, "rolling")
+        check_names(configuration)
     if configuration.sources["limit_mm_per_prompt"].level is Level.DEFAULT:
         configuration = _resolve(model, [*options, f"limit_mm_per_prompt=image={_MOST_PICTURES}"])
     own = tuple(f"option.{name} (--option" for name in WITHOUT_EFFECT)
@@ -106,10 +106,8 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
     return configuration
 
 
-def check_names(configuration: Configuration, backend: BackendName) -> None:
-    """Judge the arguments that are no options of ours; vLLM judges its own. Raises TypeError."""
-    if backend == "vllm":
-        return
+def check_names(configuration: Configuration) -> None:
+    """Judge the arguments that are not options of ours, where no engine judges them itself. Raises TypeError."""
     for name in _unknown(configuration):
         if name in WITHOUT_EFFECT:
             continue
@@ -120,10 +118,10 @@ def check_names(configuration: Configuration, backend: BackendName) -> None:
         raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{meant}")
 
 
-def warn_of_names(configuration: Configuration, backend: BackendName) -> None:
-    """A warning for each argument that has no effect with this backend."""
+def warn_of_names(configuration: Configuration) -> None:
+    """A warning for each argument that has no effect where no engine takes it."""
     for name in _unknown(configuration):
-        if backend != "vllm" and name in WITHOUT_EFFECT:
+        if name in WITHOUT_EFFECT:
             logger.warning("LLM's %s has no effect here: %s", name, WITHOUT_EFFECT[name])
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 UNDECODABLE = "\ufffd"
 
@@ -178,3 +184,45 @@ class Detokenizer:
             if any(stop.startswith(tail) for stop in self._stop):
                 return length
         return 0
+
+
+class TokenTexts:
+    """The texts of single tokens, remembered, and what makes the texts of answers; shared by all requests.
+
+    skipped: texts of all tokens that `skip_special_tokens` skips.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.skipped = skipped_tokens(tokenizer)
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, token_id: int) -> str:
+        """The text of one token."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = str(self._backend.decode([token_id], skip_special_tokens=False))
+            self._texts[token_id] = text
+        return text
+
+    def detokenizer(
+        self, params: SamplingParams, *, prime: Sequence[int] = (), anew: bool = False
+    ) -> Detokenizer:
+        """What makes the text of one answer. prime, anew: see `Detokenizer`."""
+        return Detokenizer(
+            self._backend,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            prime=prime,
+            anew=anew,
+            skipped=self._special if params.skip_special_tokens else frozenset(),
+        )
+
+
+def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    """What a text without special tokens is without."""
+    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)

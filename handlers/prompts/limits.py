@@ -102,14 +102,13 @@ def checked_sampling(
         )
     if wanted is not None and used + wanted > max_model_len:
         if not request.max_tokens_is_default:
-            name = request.names.get("max_tokens", "max_tokens")
             raise ContextExceeded(
-                f"the prompt has {used} tokens and {name} is {wanted}, together more than this model's context "
+                f"the prompt has {used} tokens and max_tokens is {wanted}, together more than this model's context "
                 f"of {max_model_len} tokens: ask for at most {max_model_len - used}",
                 prompt_tokens=used,
                 max_tokens=wanted,
                 context=max_model_len,
-                param=name,
+                param="max_tokens",
             )
         params = msgspec.structs.replace(params, max_tokens=max_model_len - used)
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
@@ -156,13 +155,15 @@ def count_characters(params: SamplingParams) -> int:
     return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
 
 
-def spelled(params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> SamplingParams:
-    """The same with ids instead of the words; itself where there are none.
+def spelled(
+    params: SamplingParams, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
+) -> SamplingParams:
+    """The same with ids instead of the words; itself where there are none. words: bad_words, too.
 
     A bad word is followed as it is tokenised at a text's beginning and after a space (as vLLM does), a breaker by
     the last token that it ends with inside a text (as DRY's author does). Raises InvalidRequest.
     """
-    if params.bad_words:
+    if params.bad_words and words:
         runs = dict.fromkeys(params.bad_words_token_ids)
         for word in params.bad_words:
             for spelling in (word.lstrip(), f" {word.lstrip()}"):

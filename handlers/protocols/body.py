@@ -1,4 +1,4 @@
-"""From the bytes of a request to a JSON object, or to the reason why they are none."""
+"""Makes a JSON object of the bytes of a request, or says why they are not one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from handlers.protocols.body_limits import MOST_WIDE_BYTES, check_body, with_pla
 T = TypeVar("T")
 
 _NUMBERS_WITHIN = 3
-"""Lists or objects around a number: `prompt` is a list of lists."""
+"""How many lists or objects may stand around a number: `prompt` is a list of lists."""
 
 _EXACT = 2**53
-"""Above it not every whole number is a float."""
+"""Above it, some whole numbers cannot be written as a float."""
 
 FORM = "application/x-www-form-urlencoded"
 
 SHORT_BYTES = 2**16
-"""A body of no more is parsed without being counted: whatever it holds, that takes a few milliseconds."""
+"""A body of at most this size is parsed without being counted first: that takes a few milliseconds at worst."""
 
 MOST_KEYS = 4096
-"""Of the body itself."""
+"""Most keys of the body itself."""
 
 _JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _PYTHON_TYPE = re.compile(rf"\b(?:{'|'.join(_JSON_TYPES)})\b")
 _EXPECTED = re.compile(r"(?:expected|got) `[^`]*`", re.IGNORECASE)
 
 _MOST_QUOTED = 300
-"""Characters of msgspec's message, at its beginning and at its end."""
+"""Characters that are kept of msgspec's message, at its beginning and at its end."""
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
@@ -47,7 +47,7 @@ class _HugeNumber(ValueError):
 
 
 def _number(digits: str) -> float:
-    """What no number here can hold is infinite."""
+    """A number that is too large for a float counts as infinite."""
     return float(digits) if len(digits) > 4000 or "e" in digits.lower() else 0.0
 
 
@@ -68,12 +68,18 @@ _HUGE = json.JSONDecoder(
 
 
 def read_body(body: bytes, headers: Mapping[str, str], context: int = 0) -> dict[str, Any]:
-    """A JSON object, or `{"inputs": text}` for text/plain. Of a key that is given twice, the last counts.
+    """Returns the JSON object, or `{"inputs": text}` for text/plain. If a key is given twice, the last one counts.
 
-    A JSON object may also come as a form, which is what curl calls all data unless told otherwise.
-    context: tokens that the model takes; it bounds what a body may hold (`check_body`).
-    Raises UnsupportedMediaType for any other type, InvalidRequest for what is no strict JSON object in UTF-8, or holds
-    more than a request could use: the message says where, or of what.
+    A JSON object is also read if it is declared as a form, as curl declares all data by default.
+
+    Args:
+        body: The whole body.
+        headers: Names in lower case.
+        context: Tokens that the model takes; it bounds what a body may hold (`check_body`).
+
+    Raises:
+        UnsupportedMediaType: The content type is another one.
+        InvalidRequest: The body is not a strict JSON object in UTF-8, or holds more than a request could use.
     """
     content_type, charset = _content_type(headers.get("content-type", ""))
     is_json = content_type in ("", "application/json") or content_type.endswith("+json")
@@ -88,9 +94,10 @@ def read_body(body: bytes, headers: Mapping[str, str], context: int = 0) -> dict
 
 
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
-    """`body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault.
+    """Returns `body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault.
 
-    A whole number may be written as 16.0, which JSON does not tell from 16; some clients write all numbers so.
+    A whole number may be written as 16.0: JSON has one kind of number, and some clients write all of them so.
+    under: the path of `body` itself.
     """
     try:
         try:
@@ -111,28 +118,28 @@ def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
 
 
 def _cut(message: str) -> str:
-    """msgspec quotes what the client sent, whole."""
+    """Shortens a message: msgspec quotes the whole of what the client sent."""
     if len(message) <= 2 * _MOST_QUOTED:
         return message
     return f"{message[:_MOST_QUOTED]}... {message[-_MOST_QUOTED:]}"
 
 
 def kind_of(value: object) -> str:
-    """A JSON value's type, for a message."""
+    """Names a JSON value's type, for a message."""
     return _KINDS.get(type(value), "a number")
 
 
 def shown_value(value: object) -> str:
-    """What a client sent where only some texts are allowed, for a message."""
+    """Shows a value where only some texts are allowed, for a message."""
     return repr(value[:40]) if isinstance(value, str) else kind_of(value)
 
 
 def refuse_unknown(
     fields: Mapping[str, Any], known: Collection[str], where: str, *, param: str | None = None
 ) -> None:
-    """For an object in which a key that nobody reads would change the answer without a word; null is as good as absent.
+    """Raises InvalidRequest for a key that is not read, where ignoring it would silently change the answer.
 
-    param: of the error, where that is not `where`. Raises InvalidRequest.
+    Keys whose value is null count as absent. where: the object's path. param: the error's, if it is not `where`.
     """
     for key, value in fields.items():
         if value is not None and key not in known:
@@ -148,7 +155,7 @@ def _in_json_words(expected: re.Match[str]) -> str:
 
 
 def _whole(value: Any, depth: int) -> Any:
-    """The value with 16 for 16.0, as far down as bodies have whole numbers."""
+    """Returns the value with 16 for 16.0, down to the depth at which bodies have whole numbers."""
     if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         return int(value)
     if depth and isinstance(value, list):
@@ -191,13 +198,13 @@ def _object(body: bytes, context: int) -> dict[str, Any]:
         raise MalformedBody("the body is not UTF-8") from None
     except RecursionError:
         raise MalformedBody("the body is nested too deeply") from None
-    except msgspec.ValidationError as error:  # Of numbers alone: nothing else is asked of the values.
+    except msgspec.ValidationError as error:  # Only numbers out of range: no type is asked for.
         if len(body) <= SHORT_BYTES:
             _refuse_huge_numbers(_text(body))
-        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body), moved)}") from None
+        raise MalformedBody(f"the body is not valid JSON: {_plain(str(error), len(body), moved)}") from None
     except msgspec.MsgspecError as error:
         _text(body)
-        raise MalformedBody(f"the body is no valid JSON: {_plain(str(error), len(body), moved)}") from None
+        raise MalformedBody(f"the body is not valid JSON: {_plain(str(error), len(body), moved)}") from None
     if not isinstance(value, dict):
         raise MalformedBody("the body must be a JSON object")
     if len(value) > MOST_KEYS:
@@ -216,7 +223,7 @@ def _refuse_huge_numbers(text: str) -> None:
 
 
 def _plain(message: str, size: int, moved: bool) -> str:
-    """moved: its place in the body is not the one that the client knows."""
+    """msgspec's message in our words. moved: positions in it are not those of the body that the client sent."""
     message = message.removeprefix("JSON is malformed: ").partition(" - at ")[0]
     if message == "Input data was truncated":
         return f"it ends too early, or has half a surrogate pair (byte {size})"

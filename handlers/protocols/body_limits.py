@@ -1,8 +1,8 @@
-"""What a JSON body may hold, counted before it is parsed.
+"""Bounds what a JSON body may hold, before it is parsed.
 
 Parsing is one call of C code that no other thread interrupts, so what it may cost is bounded before it begins. The
 count goes through the body in slices, with numpy, which lets other threads run. It does not check that the body is
-JSON: up to the first byte that is none, it counts what a parser would find.
+JSON: up to the first byte that is not, it counts what a parser would find.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy.typing as npt
 from handlers.errors import MalformedBody
 
 SLICE_BYTES = 2**18
-"""Looked at in one step."""
+"""Bytes that are looked at in one step."""
 
 MOST_WIDE_BYTES = 12 * 2**20
-"""Of texts with characters beyond ASCII, or escapes for them: each of their characters may take 4 bytes of memory."""
+"""Most bytes in texts with characters beyond ASCII, or escapes for them: each character may take 4 bytes of memory."""
 
 MOST_ESCAPED_BYTES = 2**25
-"""Of texts with an escape: they are copied twice. An image of 20 MB with line breaks in it is among them."""
+"""Most bytes in texts with an escape, which are copied twice: enough for an image of 20 MB with line breaks in it."""
 
 MOST_BYTES_OUTSIDE = 2**24
-"""Outside of texts: numbers and white space."""
+"""Most bytes outside of texts: numbers and white space."""
 
 MOST_CONTAINERS = 2**16
-"""Lists and objects: messages, and parts of their content, by far the most of them."""
+"""Most lists and objects; nearly all of them are messages and parts of their content."""
 
 MOST_KEYS = 2**17
-"""Of all objects together."""
+"""Most keys of all objects together."""
 
 _FEWEST_VALUES, _MOST_VALUES = 2**19, 2**20
 _FEWEST_ESCAPES, _MOST_ESCAPES = 2**20, 2**22
@@ -44,10 +44,18 @@ _NONE = np.uint64(0)
 
 @dataclass(slots=True)
 class BodyCount:
-    """values: at least as many as the body has, keys not counted. containers: lists and objects. outside: bytes that
-    are in no text. slashes: `\\/`, as some clients write all slashes, an image's too; undone before the body is parsed.
-    escapes: all other backslashes. wide, escaped: bytes of texts beyond ASCII, and of texts with `escapes`; of short
-    ones, those between them as well."""
+    """What a body holds, as far as it has been counted.
+
+    Attributes:
+        values: Items of lists and objects: never fewer than there are.
+        keys: Keys of objects.
+        containers: Lists and objects.
+        escapes: Backslashes, except those of `slashes`.
+        slashes: `\\/`, as some clients write every slash, also in images; replaced before the body is parsed.
+        outside: Bytes outside of texts.
+        wide: Bytes of texts beyond ASCII; of short texts, the bytes between them are counted, too.
+        escaped: Bytes of texts with `escapes`, likewise.
+    """
 
     values: int = 1
     keys: int = 0
@@ -65,10 +73,13 @@ class BodyCount:
 
 
 def check_body(body: bytes, context: int) -> BodyCount:
-    """What the body holds. Raises MalformedBody for more of anything than a request could use, as soon as it is found.
+    """Counts what the body holds.
 
-    context: tokens that the model takes, 0 where that is not known. A value may be a token id, several prompts may come
-    in one body, and a client may write each character of a prompt as an escape.
+    A value may be a token id, several prompts may come in one body, and a client may write each character of a prompt
+    as an escape: so the bounds grow with the context. context: tokens that the model takes, 0 if that is not known.
+
+    Raises:
+        MalformedBody: There is more of anything than a request could use; raised as soon as it is found.
     """
     count = BodyCount()
     values = min(_MOST_VALUES, max(_FEWEST_VALUES, 4 * context))
@@ -89,7 +100,7 @@ def check_body(body: bytes, context: int) -> BodyCount:
 
 
 def with_plain_slashes(body: bytes) -> memoryview:
-    """The body with `/` for each `\\/`, which means the same in JSON's texts and nothing outside of them."""
+    """Returns the body with `/` for each `\\/`, which means the same inside JSON's texts and is an error outside."""
     plain, size = np.empty(len(body), np.uint8), 0
     for _, piece in _slices(body):
         short = b"\\\\".join(part.replace(b"\\/", b"/") for part in piece.split(b"\\\\"))
@@ -99,7 +110,7 @@ def with_plain_slashes(body: bytes) -> memoryview:
 
 
 def counted(body: bytes) -> Iterator[BodyCount]:
-    """The count after each slice: one object, which grows. Takes memory for one slice."""
+    """Yields the count after each slice: always the same object, which grows. Takes memory for one slice."""
     count = BodyCount()
     inside = False  # in a text
     opened, flags = 0, 0  # where the text began, and of what was seen of it

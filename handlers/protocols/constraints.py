@@ -1,4 +1,4 @@
-"""What an answer must look like, in every dialect's words: read here into one `Constraint`.
+"""Reads into one `Constraint` what an answer must look like, in the words of every API.
 
 response_format: OpenAI's, which TGI's chat also takes with a `value`. structured_outputs: vLLM's.
 guided: vLLM's and Aphrodite's older `guided_*` fields. grammar: TGI's.
@@ -19,10 +19,10 @@ from handlers.protocols.body import refuse_unknown, shown_value
 from handlers.request import Constraint
 
 MAX_BYTES = 2**18
-"""Of a schema, an expression, a grammar or all choices together."""
+"""Largest schema, expression, grammar, or all choices together."""
 
 MAX_DEPTH = 100
-"""Of lists and objects within each other in a schema."""
+"""Most lists and objects within each other in a schema."""
 
 MAX_WHITESPACE_PATTERN = 200
 
@@ -32,12 +32,12 @@ GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "gui
 _NAMED_SCHEMA = frozenset({"name", "description", "schema", "strict"})
 _FLAGS = frozenset({"disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"})
 _WITHOUT_EFFECT = frozenset({"backend", "disable_fallback"})
-"""Of `structured_outputs`: there is one way to constrain answers."""
+"""Keys of `structured_outputs` that are ignored: there is one way to constrain answers."""
 
 _OUTPUTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 MOST_CHOICES = MAX_BYTES // 4
-"""Each is a letter, its quotes and a comma at least."""
+"""Each choice takes at least a letter, its quotes and a comma."""
 
 _SPACE = r"[ \t\n\r]"
 _WHITESPACE = re.compile(
@@ -52,10 +52,12 @@ def read_constraint(
     guided: Mapping[str, Any] | None = None,
     grammar: object = None,
 ) -> Constraint | None:
-    """The one constraint that these fields, each as the client sent it, ask for; None for free text.
+    """Returns the one constraint that these fields, each as the client sent it, ask for; None for free text.
 
-    guided: may hold other fields as well, which are not looked at.
-    Raises InvalidRequest that names the field for what is malformed, and where two of them ask for something.
+    guided: may hold other fields as well, which are not read.
+
+    Raises:
+        InvalidRequest: A field is malformed, or two of them ask for something; it names the field.
     """
     found = [
         _response_format(response_format),
@@ -84,7 +86,7 @@ def _response_format(given: object) -> Constraint | None:
     if kind == "json_schema" and fields.get("schema") is None:
         refuse_unknown(fields, {"type", "json_schema"}, param)
         return _named_schema(fields.get("json_schema"), f"{param}.json_schema", param)
-    # The schema itself beside the type, as llama.cpp and others have it.
+    # llama.cpp and others write the schema itself beside the type.
     refuse_unknown(fields, {"type", *_NAMED_SCHEMA}, param)
     if fields.get("schema") is None:
         return Constraint("json_object", None, param)
@@ -171,7 +173,7 @@ def _schema(given: object, where: str, param: str) -> Constraint:
         try:
             given = msgspec.json.decode(given)
         except (msgspec.MsgspecError, ValueError, RecursionError):
-            raise InvalidRequest(f"{where} is a text that is no valid JSON", param=param) from None
+            raise InvalidRequest(f"{where} is a text that is not valid JSON", param=param) from None
     if not isinstance(given, dict):
         raise InvalidRequest(f"{where} must be a JSON schema: an object", param=param)
     if depth(given) > MAX_DEPTH:
@@ -182,7 +184,7 @@ def _schema(given: object, where: str, param: str) -> Constraint:
 
 
 def _of_object(constraint: Constraint, kind: str) -> Constraint:
-    """An empty schema allows every JSON value, but a client that says json_object is promised an object."""
+    """An empty schema allows every JSON value, but `json_object` promises an object."""
     if kind == "json_object" and constraint.value == "{}":
         return Constraint("json_object", None, constraint.param)
     return constraint
@@ -212,7 +214,7 @@ def _text(kind: Any, given: object, where: str, param: str) -> Constraint:
 
 
 def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Constraint:
-    """The expression for white space inside JSON; it must not match anything else, or the answer were no JSON."""
+    """Adds the expression for white space inside JSON. It must match nothing else, or the answer would not be JSON."""
     if pattern is None:
         return constraint
     if constraint.kind not in ("json_schema", "json_object"):
@@ -231,7 +233,7 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
 
 
 def depth(value: object) -> int:
-    """How many lists and objects stand within each other; counts no further than past the limit."""
+    """Returns how many lists and objects stand within each other, counted to one past the limit."""
     level, deep = [value], 0
     while deep <= MAX_DEPTH:
         nodes = [node for node in level if isinstance(node, dict | list)]

@@ -41,8 +41,11 @@ def error_reply(error: ServingError, written: ErrorFormat) -> Reply:
 
 
 def client_error(error: Exception, request_id: str) -> ServingError:
-    """What a client learns of an exception: all of an expected one, of any other only where to look, unless the server
-    was short of something: then that trying again may help."""
+    """Returns what a client is told of an exception.
+
+    An expected error is told whole. Of any other only the request id is told, unless the server was short of
+    something: then that trying again may help.
+    """
     if isinstance(error, ServingError):
         return error
     if (what := shortage(error)) is not None:
@@ -55,9 +58,12 @@ def client_error(error: Exception, request_id: str) -> ServingError:
 
 
 def log_error(error: ServingError, request_id: str) -> None:
-    """What the client was told, in the program's own words; for a failure that is not the client's the stack trace that
-    it does not see, else where it comes from, without messages of other exceptions, which may quote what the client
-    sent. Overload is not traced: it comes in thousands."""
+    """Logs what the client was told, in the program's own words.
+
+    A failure of the server's is logged with its stack trace. For a failure of the client's only the place is logged,
+    because messages of other exceptions may quote what the client sent. Overload is logged in one line: it comes in
+    thousands.
+    """
     told, reason = (request_id, error.kind, error.status), own_words_of(error)
     if isinstance(error, Overloaded):
         log.info("request %s: %s (%d): %s", *told, reason)
@@ -71,7 +77,7 @@ _MOST_PLACES = 6
 
 
 def _places(error: BaseException) -> str:
-    """Where the first cause of an exception comes from."""
+    """The innermost frames of the first cause of an exception."""
     while error.__cause__ is not None:
         error = error.__cause__
     return ", ".join(f"{file}:{line} {function}" for file, line, function in raised_at(error)[:_MOST_PLACES])

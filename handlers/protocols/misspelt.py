@@ -1,7 +1,8 @@
-"""Names in a body that nobody reads and that look like others that are read: told, and not refused.
+"""Warns of names in a body that are not read but look like names that are.
 
-Clients send what other servers know, so a name that is not known is no error; but one that is nearly `max_tokens` was
-meant to change the answer. What is told is bounded in size and made of plain names alone, and so is the work.
+Clients send fields that only other servers know, so an unknown name is not an error; but one that is nearly
+`max_tokens` was meant to change the answer. Warnings are bounded in size and number and consist of plain names alone;
+the work to find them is bounded, too.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from typing import Any
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,31}")
 _CUTOFF = 0.74
-"""Of difflib's ratio: max_output_tokens is just as near to max_tokens."""
+"""Least ratio of difflib's that counts as near: that of max_output_tokens and max_tokens."""
 
 _MOST_KEYS = 256
-"""Keys of a body that are looked at, of those that nobody reads."""
+"""Unread keys of a body that are looked at."""
 
 _MOST_NAMES = 64
-"""Of these, names that are compared with those whose letters they share, which takes up to 0.1 ms for each."""
+"""Names among them that are compared letter by letter, which takes up to 0.1 ms for each."""
 
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
-_MOST_TOLD = 3
+_MOST_WARNINGS = 3
 
 _LONGEST = 40
-"""Characters of a name that is looked at."""
+"""Longest name that is looked at."""
 
 _WRAPPER = "extra_body"
 """The argument of OpenAI's Python client whose keys it puts into the body; other clients send it as it is."""
@@ -48,14 +49,14 @@ _ELSEWHERE = {
     "text": ("content",),
     "top_n_tokens": ("top_logprobs", "logprobs"),
 }
-"""What other servers call a thing -> what it may be called here."""
+"""A name that other servers use -> the names that it may have here."""
 
 
 class KnownNames:
-    """The names of one kind of object.
+    """The names that are known in one kind of object.
 
-    own: those that are read. silent: those that are ignored on purpose. inside: those that are read in an object
-    inside of it, with the path that they have there.
+    own: names that are read. silent: names that are ignored on purpose. inside: names that are read in an object
+    inside it -> their path there.
     """
 
     def __init__(
@@ -67,19 +68,19 @@ class KnownNames:
         self._nearest = lru_cache(maxsize=1024)(self._find)
 
     def misspelt(self, given: Mapping[str, Any], under: str = "", *, only_missing: bool = False) -> list[str]:
-        """A sentence for each of the first names that look like one that is read.
+        """Returns a sentence for each of the first few unread names that look like one that is read.
 
-        under: the object's path. only_missing: where the one that is read is not given, too.
+        under: the object's path. only_missing: skip names whose known neighbour is given as well.
         """
         path = f"{under}." if under else ""
         near = (pair for pair in self.nearest(given) if not (only_missing and given.get(pair[1])))
-        told = [_told(path, name, known) for name, known in islice(near, _MOST_TOLD)]
+        found = [_sentence(path, name, known) for name, known in islice(near, _MOST_WARNINGS)]
         if given.get(_WRAPPER) is not None and _WRAPPER not in self._own:
-            told.insert(0, f"{path}{_WRAPPER} is not read; put its keys into the body itself")
-        return told[:_MOST_TOLD]
+            found.insert(0, f"{path}{_WRAPPER} is not read; put its keys into the body itself")
+        return found[:_MOST_WARNINGS]
 
     def nearest(self, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """The names that nobody reads, as given, each with the one that is read and looks like it."""
+        """Yields each unread name, as it was given, with the known name that it looks like."""
         unknown = ((name, value) for name, value in given.items() if name not in self._own)
         words = ((name, _words(name)) for name, value in islice(unknown, _MOST_KEYS) if value is not None)
         likely = ((name, word) for name, word in words if word and self._near(word))
@@ -88,7 +89,7 @@ class KnownNames:
                 yield name, known
 
     def _near(self, word: str) -> list[str]:
-        """Known names that difflib may find near: no letter that only one of the two has is part of a match."""
+        """The known names that difflib may find near, judged by the letters that only one of the two has."""
         if elsewhere := [name for name in (word, *_ELSEWHERE.get(word, ())) if name in self._shown]:
             return elsewhere
         letters = _letters(word)
@@ -107,7 +108,7 @@ class KnownNames:
 
 
 def _words(name: str) -> str:
-    """The name as ours are written: `max_tokens` for "maxTokens", "max-tokens" and "Max tokens "; else nothing."""
+    """The name as ours are written: `max_tokens` for "maxTokens", "max-tokens" and "Max tokens "; "" if impossible."""
     if len(name) > _LONGEST:
         return ""
     word = re.sub("[- ]+", "_", _HUMP.sub("_", name.strip(" "))).lower()
@@ -119,14 +120,14 @@ def _letters(word: str) -> int:
     return sum(1 << ord(letter) for letter in set(word))
 
 
-def _told(path: str, name: str, known: str) -> str:
+def _sentence(path: str, name: str, known: str) -> str:
     shown = name if _PLAIN.fullmatch(name) else _words(name)
     spelling = " in that spelling" if shown == known else ""
     return f"{path}{shown}{spelling} is not read; did you mean {path}{known}?"
 
 
 def warning(misspelt: Sequence[str]) -> dict[str, str]:
-    """The header that tells of them (RFC 7234, 5.5: 299 is "miscellaneous persistent warning"); none for none."""
+    """The warning header of a reply, if one is due (RFC 7234, 5.5: 299 is "miscellaneous persistent warning")."""
     if not misspelt:
         return {}
-    return {"warning": ", ".join(f'299 - "{sentence}"' for sentence in misspelt[:_MOST_TOLD])}
+    return {"warning": ", ".join(f'299 - "{sentence}"' for sentence in misspelt[:_MOST_WARNINGS])}

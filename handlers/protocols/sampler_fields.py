@@ -19,8 +19,8 @@ from engine.sampling_params import (
     SamplingParams,
 )
 from handlers.errors import InvalidRequest
+from handlers.protocols.api import described
 from handlers.protocols.base import MAX_ANSWERS, TokenId
-from handlers.protocols.routes import described
 
 _Texts = Annotated[list[str], Meta(max_length=MAX_BREAKERS)]
 _TextsInText = Annotated[str, Meta(max_length=MAX_BREAKERS * 16)]

@@ -1,4 +1,4 @@
-"""Tokens for their own sake: TGI's `/tokenize` and `/chat_tokenize`, vLLM's `/tokenize` and `/detokenize`."""
+"""The API of tokens: TGI's `/tokenize` and `/chat_tokenize`, vLLM's `/tokenize` and `/detokenize`."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from msgspec import Meta
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import Api
-from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
+from handlers.protocols.api import Api, Route
+from handlers.protocols.base import ServerContext, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
 from handlers.protocols.lmi.replies import LmiError
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
-from handlers.protocols.routes import Route
 from handlers.request import Prompt, TextPrompt
 
 if TYPE_CHECKING:
     from handlers.service import Service
 
 MOST_TOKENS = 2**20
-"""That may be turned into text at once."""
+"""Most tokens that are turned into text at once."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTask:
-    """keep: only this many of the last tokens are asked for; None for all of them. write: the reply's body.
+    """What a body asks for.
 
-    misspelt: as of `Task`.
+    Attributes:
+        prompt: The prompt whose tokens are asked for.
+        write: Makes the reply's body.
+        keep: How many of the last tokens are asked for; None for all of them.
+        misspelt: Warnings, as in `Task`.
     """
 
     prompt: Prompt
@@ -66,7 +69,7 @@ _PROMPT_NAMES = KnownNames({*PromptToTokens.__struct_fields__}, {"model"})
 
 
 class _VllmChat(msgspec.Struct):
-    """What `/tokenize` asks of messages beyond what a chat does; vLLM adds no special tokens to a chat's."""
+    """Fields of `/tokenize` that a chat does not have; by default vLLM adds no special tokens to a chat."""
 
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -77,7 +80,7 @@ class TokensToText(msgspec.Struct):
 
 
 class SimpleToken(msgspec.Struct):
-    """TGI's. start, stop: in bytes of UTF-8; 0 and 0 for a token that was added to the text."""
+    """A token of TGI's. start, stop: in bytes of UTF-8; both 0 for a token that was added to the text."""
 
     id: int
     text: str
@@ -86,14 +89,14 @@ class SimpleToken(msgspec.Struct):
 
 
 class ChatTokens(msgspec.Struct, forbid_unknown_fields=True):
-    """TGI's. templated_text: what the chat template made of the messages."""
+    """TGI's reply to a chat. templated_text: what the chat template made of the messages."""
 
     tokenize_response: list[SimpleToken]
     templated_text: str
 
 
 class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's. token_strs: null unless they were asked for."""
+    """vLLM's reply. token_strs: null unless they were asked for."""
 
     count: int
     max_model_len: int
@@ -102,55 +105,58 @@ class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Detokenized(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's reply: the text of tokens."""
+
     prompt: str
 
 
-def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> TokenTask:
-    """`inputs` is TGI's word, `prompt` and `messages` are vLLM's. Raises InvalidRequest naming the field."""
+def read_tokenize(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> TokenTask:
+    """Reads TGI's `inputs`, or vLLM's `prompt` or `messages`. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
-        asked_chat = _chat(body, conventions, incoming)
+        asked_chat = _chat(body, server, incoming)
         return TokenTask(asked_chat.requests[0].prompt, _chat_tokens, misspelt=asked_chat.misspelt)
     if "inputs" in body:
         asked = convert(body, InputsToTokens)
         keep = None if asked.parameters is None else asked.parameters.truncate
-        return TokenTask(TextPrompt(picture_parts(asked.inputs)), _tgi_tokens, keep)
+        return TokenTask(TextPrompt(image_parts(asked.inputs)), _tgi_tokens, keep)
     if "messages" in body:
         also = convert(body, _VllmChat)
         chat = {name: value for name, value in body.items() if name not in _VllmChat.__struct_fields__}
         if also.add_special_tokens:
             chat["add_special_tokens"] = True
-        asked_chat = _chat(chat, conventions, incoming)
-        write = _vllm_tokens(conventions, also.return_token_strs)
+        asked_chat = _chat(chat, server, incoming)
+        write = _vllm_tokens(server, also.return_token_strs)
         return TokenTask(asked_chat.requests[0].prompt, write, misspelt=asked_chat.misspelt)
     if "prompt" in body:
         text = convert(body, PromptToTokens)
         add = True if text.add_special_tokens is None else text.add_special_tokens
-        prompt = TextPrompt(picture_parts(text.prompt), add_special_tokens=add)
-        write = _vllm_tokens(conventions, text.return_token_strs)
+        prompt = TextPrompt(image_parts(text.prompt), add_special_tokens=add)
+        write = _vllm_tokens(server, text.return_token_strs)
         return TokenTask(prompt, write, misspelt=_PROMPT_NAMES.misspelt(body))
     raise InvalidRequest("the body has neither inputs, prompt nor messages", param="prompt")
 
 
 def read_detokenize(body: dict[str, Any]) -> list[int]:
-    """Raises InvalidRequest naming the field."""
+    """Returns the tokens that are to become text. Raises InvalidRequest naming the field."""
     return convert(body, TokensToText).tokens
 
 
 def detokenize_reply(text: str) -> bytes:
+    """Returns the body of the reply with the text of tokens."""
     return _encode(Detokenized(text))
 
 
-def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
-    """With the prompt that the same body would be answered for."""
+def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
+    """Reads a chat, to the same prompt that would be answered."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-    return read_chat(asked, conventions, request_id=incoming.request_id)
+    return read_chat(asked, server, request_id=incoming.request_id)
 
 
 async def _tokenize(service: Service, incoming: Incoming) -> Reply:
     async def work(
         body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
     ) -> Reply:
-        reply = await service.tokenization.tokenize(body, service.conventions(), incoming, long)
+        reply = await service.tokenization.tokenize(body, service.context, incoming, long)
         return _noted(reply, facts, arrival)
 
     return await service.reply(incoming, work)
@@ -172,7 +178,7 @@ def _noted(reply: Reply, facts: RequestFacts, arrival: float) -> Reply:
 
 
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:
-    """In pieces: other threads run between them."""
+    """Encodes the tokens in pieces: other threads run between them."""
     tokens = _simple_tokens(found)
     pieces = [_encode(tokens[at : at + 4096])[1:-1] for at in range(0, len(tokens), 4096)]
     return b"[" + b",".join(pieces) + b"]"
@@ -193,10 +199,10 @@ def _simple_tokens(found: TokenizedPrompt) -> list[SimpleToken]:
     ]
 
 
-def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[TokenizedPrompt], bytes]:
+def _vllm_tokens(server: ServerContext, pieces: bool | None) -> Callable[[TokenizedPrompt], bytes]:
     def write(found: TokenizedPrompt) -> bytes:
         strings = list(found.pieces) if pieces else None
-        return _encode(TokenCounts(len(found.token_ids), conventions.max_model_len, found.token_ids, strings))
+        return _encode(TokenCounts(len(found.token_ids), server.max_model_len, found.token_ids, strings))
 
     return write
 
@@ -206,6 +212,7 @@ ROUTES = (
         "/chat_tokenize",
         "tokenize",
         "Tokens of a chat (TGI)",
+        queued=True,
         bodies=(ChatBody,),
         replies=(ChatTokens,),
     ),
@@ -213,6 +220,7 @@ ROUTES = (
         "/tokenize",
         "tokenize",
         "Tokens of a text or of a chat, as TGI (inputs) or vLLM (prompt, messages) counts them",
+        queued=True,
         bodies=(InputsToTokens, PromptToTokens, ChatBody),
         replies=(list[SimpleToken], TokenCounts),
         errors=(OpenAIError, LmiError),
@@ -221,6 +229,7 @@ ROUTES = (
         "/detokenize",
         "detokenize",
         "Text of tokens (vLLM)",
+        queued=True,
         bodies=(TokensToText,),
         replies=(Detokenized,),
         errors=(OpenAIError, LmiError),

@@ -49,9 +49,11 @@ class ProbedBackend(ObedientBackend):
 
 
 if __name__ == "__main__":
+    from container.build import Served
     from container.cli import main
 
-    def _build(configuration: object, path: Path) -> ProbedBackend:
-        return ProbedBackend()
+    def _build(configuration: object, path: Path) -> Served:
+        backend: Any = ProbedBackend()
+        return Served.by(backend)
 
     sys.exit(main(["serve", *sys.argv[2:]], _build))

@@ -20,13 +20,13 @@ import pytest
 from container import logs
 from container.bodies import Bodies, Body
 from handlers.errors import InvalidRequest, MalformedBody
-from handlers.images import data_url
-from handlers.images.data_url import decode_data_url
+from handlers.images import encoding
+from handlers.images.encoding import decode_data_url
 from handlers.images.problem import ImageProblem
 from handlers.protocols import body_limits
 from handlers.protocols.body import read_body
 from handlers.protocols.body_limits import BodyCount, counted, with_plain_slashes
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.messages import read_messages
 from tests.attack.sending import TRIES
 from tests.support.scripted_server import ServerProcess
@@ -298,7 +298,7 @@ def test_large_images_whose_slashes_are_escaped_are_read() -> None:
     image = "data:image/png;base64," + ("A" * 63 + "/") * 270_000
     text = json.dumps({"c": [image, image, "\\/"]}).replace("/", "\\/")
     assert read_body(text.encode(), {})["c"] == [image, image, "\\/"]
-    with pytest.raises(MalformedBody, match=r"no valid JSON: invalid character$"):
+    with pytest.raises(MalformedBody, match=r"not valid JSON: invalid character$"):
         read_body(text.replace("[", "[\\/", 1).encode(), {})
 
 
@@ -357,8 +357,8 @@ def test_a_long_url_is_decoded_with_twice_its_pictures_memory_at_most(
     coded = base64.urlsafe_b64encode(data).decode()
     wrapped = "\r\n".join(coded[at : at + 76] for at in range(0, len(coded), 76))
     quoted = "".join(f"%{ord(letter):02x}" for letter in coded[:400_000]) + coded[400_000:]
-    for size in (4, 5, data_url.SLICE):
-        monkeypatch.setattr(data_url, "SLICE", size)
+    for size in (4, 5, encoding.SLICE):
+        monkeypatch.setattr(encoding, "SLICE", size)
         for text in (coded, wrapped, quoted) if size > 5 else (coded[:400], wrapped[:400], quoted[:396]):
             found = decode_data_url(f"data:;base64,{text}", 4 * M)
             assert data.startswith(found)
@@ -371,11 +371,11 @@ def test_a_long_url_is_decoded_with_twice_its_pictures_memory_at_most(
 
 def test_pictures_are_found_across_the_windows_of_a_long_text() -> None:
     for before in range(2**17 - 30, 2**17 + 3):
-        parts = picture_parts("a" * before + "![some](https://x/(1).png) b")
+        parts = image_parts("a" * before + "![some](https://x/(1).png) b")
         assert len(parts) == 3, before
     long = "data:image/png;base64," + "A" * (3 * M)
-    assert [getattr(part, "url", None) for part in picture_parts(f"![]({long})")] == [long]
-    assert len(picture_parts(f"![]({long} A)")) == 1
+    assert [getattr(part, "url", None) for part in image_parts(f"![]({long})")] == [long]
+    assert len(image_parts(f"![]({long} A)")) == 1
 
 
 # The log

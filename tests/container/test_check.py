@@ -18,12 +18,13 @@ from transformers import CLIPImageProcessor
 
 from container.check import check, describe, run_check
 from container.cli import main
-from container.estimate import cache_bytes_per_token, weights
-from container.fit import fit
 from engine.families.registry import served
 from engine.machine import Device, Machine, host_memory
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
+from handlers.backends.estimate import cache_bytes_per_token, weights
+from handlers.backends.fit import fit
+from handlers.backends.select import backend_of
 from handlers.version import VERSION
 from properties.configuration import resolve
 from tests.support.checked import CPU, GIB, report
@@ -150,13 +151,17 @@ def test_more_devices_than_there_are(model: Path) -> None:
     ],
 )
 def test_vllm_multiplies_both_degrees(model: Path, options: list[str], copies: int, devices: int) -> None:
-    found = fit(resolve(model=str(model), environ={}, options=options), "vllm", model, CONFIG, machine(4))
+    found = fit(
+        resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4)
+    )
     assert (found.copies, found.devices_per_copy) == (copies, devices)
 
 
 def test_vllm_with_too_few_devices(model: Path) -> None:
     options = ["pipeline_parallel_degree=2", "tensor_parallel_degree=4"]
-    found = fit(resolve(model=str(model), environ={}, options=options), "vllm", model, CONFIG, machine(4))
+    found = fit(
+        resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4)
+    )
     assert "needs 8 devices, but 4 are there" in str(found.errors[0])
 
 
@@ -441,7 +446,7 @@ def test_a_model_that_the_embedded_engine_does_not_serve(model: Path) -> None:
     known = {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
     (model / "config.json").write_text(json.dumps(known))
     (error,) = report(model, CPU)["errors"]
-    install = "install vllm>=0.28,<0.34 (pip install 'vllm>=0.28,<0.34') and "
+    install = "install vllm>=0.32,<0.34 (pip install 'vllm>=0.32,<0.34') and "
     assert f"vLLM serves OPTForCausalLM: {install}set option.rolling_batch=vllm" in error
 
 

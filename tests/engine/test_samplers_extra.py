@@ -17,23 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
-from engine.distribution import mix64
+from engine.logits import mix64
 from engine.messages import Add
 from engine.repetition import Repetition
-from engine.sampler import Sampler
+from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import RANGES, SAMPLERS, SamplingParams
-from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
 from handlers.backends.vllm.prompts.sampling import to_vllm
-from handlers.backends.vllm.samplers import carried as samplers
-from handlers.backends.vllm.samplers.carried import (
+from handlers.backends.vllm.samplers.extra_args import (
     KEY,
     NEUTRAL,
     PROCESSOR,
     Carried,
     Samplers,
     offer,
-    with_breakers,
 )
 from handlers.errors import InvalidRequest
 from handlers.prompts.limits import DRY_BREAKERS, spelled
@@ -832,11 +829,11 @@ class TestVllm:
     )  # fmt: skip
     def test_where_the_engine_lacks_them_too_they_are_refused(self, params: dict[str, Any]) -> None:
         name = next(iter(params))
-        with pytest.raises(InvalidRequest, match="TheirName is not a sampler of vLLM with it:") as caught:
-            to_vllm(self.vllm, SamplingParams(**params), 1, None, {name: "TheirName"}, Samplers("with it"))
-        assert caught.value.param == "TheirName"
+        with pytest.raises(InvalidRequest, match=rf"^{name} is not a sampler of vLLM with it:") as caught:
+            to_vllm(self.vllm, SamplingParams(**params), 1, None, Samplers("with it"))
+        assert caught.value.param == name
         plain = SamplingParams(temperature=0.7, top_p=0.5, xtc_threshold=0.3, dry_base=2.0)
-        assert "extra_args" not in to_vllm(self.vllm, plain, 1, None, {}, Samplers("with it"))
+        assert "extra_args" not in to_vllm(self.vllm, plain, 1, None, Samplers("with it"))
 
     def test_probabilities_that_would_be_those_of_the_choice_are_refused(self) -> None:
         asked = SamplingParams(top_a=0.5, logprobs=1)
@@ -847,15 +844,15 @@ class TestVllm:
     def test_breakers_are_spelled_and_unwanted_words_left_to_it(self) -> None:
         tokenizer = make_tokenizer()
         given = SamplingParams(dry_multiplier=1.0, bad_words=("blue",))
-        params = with_breakers(given, tokenizer)
+        params = spelled(given, tokenizer, words=False)
         assert params.dry_sequence_breaker_ids == spelled(given, tokenizer).dry_sequence_breaker_ids
         assert (params.bad_words, params.bad_words_token_ids) == (("blue",), ())
 
     def test_the_operators_own_processors_stay(self, tmp_path: Path) -> None:
         arguments: dict[str, Any] = {"model": str(tmp_path), "logits_processors": ["their.module:Theirs"]}
-        assert offer(arguments, ()) == Samplers()
+        assert offer(arguments) == Samplers()
         assert arguments["logits_processors"] == ["their.module:Theirs", PROCESSOR]
-        assert offer(arguments, ()) == Samplers()
+        assert offer(arguments) == Samplers()
         assert arguments["logits_processors"] == ["their.module:Theirs", PROCESSOR]
 
     @pytest.mark.parametrize("by_model", [True, False])
@@ -867,21 +864,8 @@ class TestVllm:
             )
         else:
             arguments["speculative_config"] = {"method": "ngram"}
-        assert offer(arguments, ()).lacking == "with speculative decoding"
+        assert offer(arguments).lacking == "with speculative decoding"
         assert "logits_processors" not in arguments
-
-    def test_none_where_they_would_cost_everyone_the_newer_runner(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """On an accelerator, in versions whose newer runner takes no processors: unless the operator says so."""
-        monkeypatch.setattr(samplers, "newer_logits_processor", lambda: None)
-        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-        arguments: dict[str, Any] = {"model": str(tmp_path)}
-        assert PROCESSOR in str(offer(arguments, ("GPU",)).lacking)
-        assert "logits_processors" not in arguments
-        assert offer({**arguments, "logits_processors": [PROCESSOR]}, ("GPU",)).lacking is None
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-        assert offer(dict(arguments), ("GPU",)).lacking is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

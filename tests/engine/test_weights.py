@@ -17,7 +17,7 @@ from engine.loader import load_model
 from engine.weights import weight_files
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines
-from handlers.backends.vllm.options.weights import vllm_load_format
+from handlers.backends.vllm.options.checkpoint import replaced_formats
 from handlers.errors import ImageError
 from tests.support.checked import configure
 from tests.support.embeddings import loaded as uploaded
@@ -154,7 +154,12 @@ def test_the_option_reaches_the_engine_or_is_said_to_have_no_effect(
 
 
 def test_vllm_is_told_a_word_that_reads_the_files_there_are(tmp_path: Path) -> None:
-    assert vllm_load_format(tmp_path, "pt") == {"load_format": "auto"}
-    assert vllm_load_format(tmp_path, "auto") == vllm_load_format(tmp_path, "dummy") == {}
+    (tmp_path / "config.json").write_text("{}")
+
+    def told(load_format: str) -> dict[str, str]:
+        return replaced_formats(configure(tmp_path, f"load_format={load_format}"), tmp_path)
+
+    assert told("pt") == {"load_format": "auto"}
+    assert told("auto") == told("dummy") == {}
     (tmp_path / "model.pt").touch()
-    assert vllm_load_format(tmp_path, "pt") == {}
+    assert told("pt") == {}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 VLLM = os.environ.get("LMI_TEST_BACKEND", "rolling") == "vllm"
 
@@ -21,7 +19,3 @@ ENGINE_PROCESS = "EngineCore" if VLLM else "engine.process"
 
 BACK = "the engine is back" if VLLM else "replica 0 is back"
 """What the log says when a killed engine has been replaced."""
-
-
-OLDER = Path(sys.prefix, "older")
-"""Where `make install-vllm` puts an older version beside the one that serves."""

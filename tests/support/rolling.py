@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta
-from handlers.backends.rolling.backend import RollingBackend
+from handlers.backends.rolling.engine import RollingEngine
+from handlers.pipeline import Pipeline
 from handlers.request import (
     ChatPrompt,
     GenerationRequest,
@@ -23,8 +25,9 @@ from tests.support.engine_driver import random_image
 
 
 @asynccontextmanager
-async def loaded(model: Path, **settings: Any) -> AsyncIterator[RollingBackend]:
-    backend = RollingBackend.from_settings(Settings(**{"dtype": "float32", **settings}), model)
+async def loaded(model: Path, **settings: Any) -> AsyncIterator[Pipeline]:
+    configuration: Any = SimpleNamespace(settings=Settings(**{"dtype": "float32", **settings}))
+    backend = Pipeline(RollingEngine(configuration, model), 20.0)
     try:
         await backend.load()
         yield backend
@@ -44,7 +47,7 @@ def request(*content: str | int, sampling: dict[str, Any] | None = None, **field
     return GenerationRequest("id", ChatPrompt([Message("user", parts)]), params, **fields)
 
 
-async def answer(backend: RollingBackend, asked: GenerationRequest) -> list[Delta]:
+async def answer(backend: Pipeline, asked: GenerationRequest) -> list[Delta]:
     return [delta async for delta in await backend.generate(asked)]
 
 

@@ -12,7 +12,6 @@ from handlers.backends.base import (
     BackendStats,
     Capabilities,
     Delta,
-    Generation,
     Health,
     PositionLogprobs,
     PromptStats,
@@ -98,7 +97,7 @@ class ScriptedBackend:
     async def load(self) -> None:
         pass
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest) -> ScriptedGeneration:
         self.requests.append(request)
         return ScriptedGeneration(self, self._script(request), self._stats())
 

@@ -185,11 +185,13 @@ class ServerProcess:
 
 
 if __name__ == "__main__":
+    from container.build import Served
     from container.cli import main, serve_main
 
-    def _build(configuration: object, path: Path) -> ObedientBackend:
+    def _build(configuration: object, path: Path) -> Served:
         places = os.environ.get("SCRIPTED_ADAPTERS")
-        return ObedientBackend(scripted_adapters(path, int(places))[0] if places else None)
+        backend: Any = ObedientBackend(scripted_adapters(path, int(places))[0] if places else None)
+        return Served.by(backend)
 
     command, *rest = sys.argv[1:]
     sys.exit(serve_main(rest, _build) if command == "serve" else main(["serve", *rest], _build))

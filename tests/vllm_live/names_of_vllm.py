@@ -14,32 +14,38 @@ from typing import Any
 
 from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logprobs import Logprob
-from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.inputs import MultiModalKwargsItem, PlaceholderRange
 from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.base import BaseRenderer
 from vllm.tool_parsers import ToolParserManager
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.coordinator import DPCoordinator
+from vllm.v1.engine.core_client import BackgroundResources, MPClient
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, PrefixCacheStats, SchedulerStats
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from handlers.backends.vllm.compat import (
     cpu_takes_block_size,
-    find,
     load,
     load_parsing,
-    logits_processor,
-    newer_logits_processor,
+    logits_processor_classes,
+    newer_runner_limits,
     process_dict_updates,
     registered_names,
 )
 from handlers.backends.vllm.options.arguments import ALWAYS, WHERE_GIVEN
-from handlers.backends.vllm.options.checks import GONE
 from handlers.backends.vllm.options.fields import (
     architectures,
     engine_argument_names,
     reasoning_parser_names,
     tool_parser_names,
 )
+from handlers.backends.vllm.options.values import GONE
 from handlers.backends.vllm.prompts.sampling import SAME, TRANSLATED
 from properties.legacy import IGNORED
 
@@ -88,7 +94,7 @@ ours |= {
     "data_parallel_backend",
 }
 assert ours <= names, ours - names
-parser = vllm.AsyncEngineArgs.add_cli_args(vllm.ArgumentParser())
+parser = vllm.AsyncEngineArgs.add_cli_args(vllm.FlexibleArgumentParser())
 assert {"max_logprobs", "compilation_config"} <= {action.dest for action in parser._actions}
 assert {"config_format", "hf_overrides", "mm_encoder_tp_mode", "mm_processor_cache_gb"} <= names
 assert {
@@ -123,23 +129,19 @@ assert parameters(vllm.AsyncLLM.pin_lora) == ["self", "lora_id"]
 has(LoRAConfig, "max_loras")
 assert isinstance(inspect.getattr_static(vllm.AsyncLLM, "errored"), property)
 has(vllm.AsyncLLM, "reset_mm_cache renderer model_config vllm_config engine_core output_processor dead_error")
-assert parameters(find("vllm.v1.engine.output_processor", "OutputProcessor").propagate_error) == ["self", "e"]
-core = "vllm.v1.engine.core_client"
-has(find(core, "MPClient"), "resources")
-has(find(core, "BackgroundResources"), "engine_manager coordinator")
-has(find("vllm.v1.engine.utils", "CoreEngineProcManager"), "processes")
-coordinator = find("vllm.v1.engine.coordinator", "DPCoordinator")
-has(coordinator, "proc")
+assert parameters(OutputProcessor.propagate_error) == ["self", "e"]
+has(MPClient, "resources")
+has(BackgroundResources, "engine_manager coordinator")
+has(CoreEngineProcManager, "processes")
+has(DPCoordinator, "proc")
 # How `processes` knows what a start that failed has left, and which processes an engine cannot do without.
-assert 'name="VLLM_DP_Coordinator"' in inspect.getsource(coordinator)
-assert "EngineCore" in inspect.getsource(find("vllm.v1.engine.utils", "CoreEngineProcManager").__init__)
-assert 'process_name = "Worker"' in inspect.getsource(
-    find("vllm.v1.executor.multiproc_executor", "WorkerProc").setup_proc_title_and_log_prefix
-)
+assert 'name="VLLM_DP_Coordinator"' in inspect.getsource(DPCoordinator)
+assert "EngineCore" in inspect.getsource(CoreEngineProcManager.__init__)
+assert 'process_name = "Worker"' in inspect.getsource(WorkerProc.setup_proc_title_and_log_prefix)
 lora = vllm.LoRARequest("name", 7, "/path")
 assert (lora.lora_name, lora.lora_int_id, lora.lora_path) == ("name", 7, "/path")
 assert not issubclass(vllm.EngineDeadError, vllm.refusals), "an engine that died is no bad request"
-assert not any(issubclass(busy, vllm.refusals) for busy in vllm.busy_errors)
+assert not issubclass(vllm.GracefulHTTPError, vllm.refusals)
 
 # Requests.
 sampling = set(vllm.SamplingParams.__struct_fields__)
@@ -147,41 +149,36 @@ assert {*SAME, *TRANSLATED, "n", "output_kind", "structured_outputs", "detokeniz
 assert {"json", "regex", "choice", "grammar", "json_object"} <= set(parameters(vllm.StructuredOutputsParams))
 assert {"max_total_tokens", "add_special_tokens"} <= set(parameters(vllm.TokenizeParams))
 assert parameters(vllm.parse_model_prompt)[:2] == ["model_config", "prompt"]
-assert parameters(vllm.model_class)[:1] == ["model_config"]
-has(BaseRenderer, "get_mm_processor mm_processor_cache")
+assert parameters(vllm.get_model_cls)[:1] == ["model_config"]
+has(BaseRenderer, "get_mm_processor")
 assert parameters(BaseRenderer.render_cmpl_async)[1:3] == ["prompts", "tok_params"]
-cache = find("vllm.multimodal.cache vllm.multimodal.cache.base", "BaseMultiModalProcessorCache")
-assert parameters(cache.invalidate)[1:] == ["mm_hash"]
+# What makes an image that was rendered and never sent be sent again with the next request.
+assert "mm_cache_miss_hashes" in EngineCoreOutput.__struct_fields__
+assert "mm_processor_cache.invalidate(mm_hash)" in inspect.getsource(vllm.AsyncLLM)
 has(BaseProcessingInfo, "supported_mm_limits data_parser")
 has(PlaceholderRange, "offset length get_num_embeds")
 has(ModelConfig, "get_inputs_embeds_size")
 has(vllm.AsyncLLM, "input_processor")
-items = find("vllm.multimodal.inputs vllm.multimodal", "MultiModalKwargsItem")
-has(items, "get_data")
+has(MultiModalKwargsItem, "get_data")
 
-# What its newer model runner has room for.
-has(find("vllm.config", "VllmConfig"), "use_v2_model_runner")
-for limit in ("ALLOWED_TOKEN_IDS", "LOGIT_BIAS_TOKENS", "STOP_TOKEN_IDS"):
-    find("vllm.v1.worker.gpu.sample.logit_bias", f"MAX_NUM_{limit}")
-for limit in ("NUM_BAD_WORDS", "BAD_WORDS_TOTAL_TOKENS"):
-    find("vllm.envs", f"VLLM_MAX_{limit}")
+# The limits of its newer model runner.
+has(VllmConfig, "use_v2_model_runner")
+assert min(newer_runner_limits()) > 0
 has(vllm.SamplingParams, "clone update_from_tokenizer bad_words_token_ids")
 has(vllm.AsyncLLM, "get_tokenizer")
 
 # Samplers of ours in its process.
 assert {"logits_processors", "logprobs_mode", "speculative_config"} <= names
 assert {"extra_args", "seed"} <= sampling
-older, newer = logits_processor(), newer_logits_processor()
+older, newer = logits_processor_classes()
 assert older.__abstractmethods__ <= {"__init__", "apply", "is_argmax_invariant", "update_state"}
 assert parameters(older.apply) == ["self", "logits"]
 assert parameters(process_dict_updates()) == ["req_entries", "batch_update", "new_state"]
-if newer is not None:
-    assert newer.__abstractmethods__ <= {"apply"}
-    assert parameters(newer.apply) == ["self", "logits", "ctx"]
-    assert parameters(newer.add_request) == ["self", "req_idx", "sampling_params"]
-    where = "vllm.v1.worker.gpu.sample.logits_processor"
-    has(find(where, "LogitsContext"), "idx_mapping_np input_ids pos")
-    has(find(where, "LogitsProcRequestState"), "all_token_ids prompt_len prefill_len")
+assert newer.__abstractmethods__ <= {"apply"}
+assert parameters(newer.apply) == ["self", "logits", "ctx"]
+assert parameters(newer.add_request) == ["self", "req_idx", "sampling_params"]
+has(LogitsContext, "idx_mapping_np input_ids pos")
+has(LogitsProcRequestState, "all_token_ids prompt_len prefill_len")
 
 # Outputs and numbers.
 has(RequestOutput, "outputs finished num_cached_tokens prompt_logprobs")

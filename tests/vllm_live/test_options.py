@@ -16,8 +16,8 @@ from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.nodes.cluster import Cluster
 from handlers.backends.vllm.options import plan
 from handlers.backends.vllm.options.arguments import engine_arguments
+from handlers.backends.vllm.options.checkpoint import served_dtype
 from handlers.backends.vllm.options.fields import engine_argument_names
-from handlers.backends.vllm.options.precision import served_dtype
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
 from tests.support.shapes import SHAPES

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import pytest
 from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
-from handlers.backends.vllm.backend import VllmBackend
+from handlers.backends.vllm.async_engine import VllmEngine
 from handlers.build import build_backend
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import (
@@ -34,7 +31,6 @@ from handlers.parsers.base import (
 from handlers.parsers.reasoning import ReasoningThenCalls
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
-from tests.support.backend import OLDER
 from tests.support.live import LiveServer
 from tests.support.shapes import SHAPES
 
@@ -174,18 +170,6 @@ def test_calls_are_those_of_the_whole_extraction_wherever_the_stream_is_cut(
     for count in (1, 5):
         pieces = streamed(found.parser(asked), list(deltas(tokenizer, plain, count)))
         assert told(pieces) == ("", plain, [])
-
-
-def test_an_older_version_reads_the_same() -> None:
-    if not OLDER.is_dir():
-        pytest.skip("no older version beside the one that serves")
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(OLDER), str(Path.cwd())))}
-    # That version's granite shows its mark in streams.
-    chosen = "(wherever or ours_or_vllms or raises) and not granite"
-    again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    found = subprocess.run(again, env=environ, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-3000:]
-    assert " passed" in found.stdout
 
 
 @pytest.mark.parametrize("name", ["kimi_k2", "vllm:deepseek_r1", "vllm:qwen3"])
@@ -329,7 +313,7 @@ def test_an_unknown_name_is_refused_with_the_list_and_the_nearest(tmp_path: Path
     with pytest.raises(ConfigurationError, match="a parser of vLLM, and vLLM is not what serves"):
         build_backend(configured("rolling_batch=rolling", "tool_call_parser=qwen3_coder"), SHAPES)
     built = build_backend(configured("rolling_batch=vllm", "tool_call_parser=qwen3_coder"), SHAPES)
-    assert isinstance(built, VllmBackend)
+    assert isinstance(built._engine, VllmEngine)
 
 
 def test_a_tokenizer_without_the_marks_is_told_at_the_start() -> None:

@@ -1,4 +1,8 @@
-"""vLLM's front notes a picture as sent when it has rendered it: what was not sent must not be missed later."""
+"""Images that vLLM's front has rendered and that were never sent: the next request with the same image is served.
+
+The front notes an image as sent when it has rendered it, and sends it without data from then on. Where the engine has
+not got it, vLLM forgets the note and ends the request, which is then made again with the image.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,6 @@ def test_of_a_request_that_only_vllm_refuses(server: LiveServer) -> None:
     assert refused.status_code == 400
     assert "greater than max allowed: 2" in refused.json()["error"]["message"]
     assert server.http.post("/v1/chat/completions", json={**body, "n": 2}).status_code == 200
-    assert "cache miss" not in server.log
 
 
 def test_of_clients_that_left_while_their_picture_was_rendered(server: LiveServer) -> None:
@@ -61,7 +64,6 @@ def test_of_clients_that_left_while_their_picture_was_rendered(server: LiveServe
             httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.015 + 0.0015 * number)
         reply = server.http.post("/v1/chat/completions", json=body)
         assert reply.status_code == 200, (number, reply.text)
-    assert "cache miss" not in server.log
 
 
 def test_of_requests_refused_while_others_are_served() -> None:

@@ -63,7 +63,7 @@ def plan_engines(
 def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:
     """A warning for each option about devices that the plan leaves without effect."""
     usable = len(_devices(settings.load_on_devices, accelerators))
-    return unused_on(settings, "rolling", usable, len(plan), plan[0].tensor_parallel_degree)
+    return unused_on(settings, usable, len(plan), plan[0].tensor_parallel_degree, memory=True)
 
 
 def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:

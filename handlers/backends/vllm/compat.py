@@ -1,24 +1,23 @@
-"""The one place that imports vLLM: every name of it that is used here, wherever its version keeps it.
+"""The one file that imports vLLM and knows its internals.
 
-Modules move between vLLM's versions more than signatures change, so a name that has moved gets a second place
-in this file, and nowhere else.
+Nothing is imported before `load`: `lmi check` and a server with the embedded engine do without vLLM.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from handlers.errors import InvalidConfiguration
 
-OLDEST, BEFORE = (0, 28), (0, 34)
-"""The supported range: from the first, below the second."""
+OLDEST, BEFORE = (0, 32), (0, 34)
+"""The supported range: from the first version, below the second."""
 
 _RANGE = f"vllm>={OLDEST[0]}.{OLDEST[1]},<{BEFORE[0]}.{BEFORE[1]}"
 INSTALL = f"install {_RANGE} (pip install '{_RANGE}')"
@@ -30,40 +29,40 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+_NAMES = {
+    "AsyncEngineArgs": "vllm.engine.arg_utils",
+    "AsyncLLM": "vllm.v1.engine.async_llm",
+    "EngineDeadError": "vllm.v1.engine.exceptions",
+    "EngineGenerateError": "vllm.v1.engine.exceptions",
+    "FlexibleArgumentParser": "vllm.utils.argparse_utils",
+    "GracefulHTTPError": "vllm.exceptions",
+    "LoRARequest": "vllm.lora.request",
+    "RequestOutputKind": "vllm.sampling_params",
+    "SamplingParams": "vllm.sampling_params",
+    "StatLoggerBase": "vllm.v1.metrics.loggers",
+    "StructuredOutputsParams": "vllm.sampling_params",
+    "TokenizeParams": "vllm.renderers",
+    "UsageContext": "vllm.usage.usage_lib",
+    "VLLMClientError": "vllm.exceptions",
+    "get_model_cls": "vllm.model_executor.model_loader",
+    "get_prometheus_registry": "vllm.v1.metrics.prometheus",
+    "parse_model_prompt": "vllm.renderers.inputs.preprocess",
+}
+"""What every server uses of vLLM -> the module that has it."""
 
-@dataclass(frozen=True)
-class Vllm:
-    """What is used of one installed vLLM. Types are Any: vLLM is not there when ours are checked.
 
-    client_errors: what a request did wrong. busy_errors: what a full queue answers (none before 0.29).
-    model_class: a ModelConfig -> the class of the model.
-    server_context: what vLLM's own server says it is; the size of a step depends on it (8,192 tokens on an H100, 2,048
-    for who does not say).
-    """
-
-    version: str
-    AsyncEngineArgs: Any
-    AsyncLLM: Any
-    ArgumentParser: Any
-    SamplingParams: Any
-    StructuredOutputsParams: Any
-    RequestOutputKind: Any
-    LoRARequest: Any
-    TokenizeParams: Any
-    StatLoggerBase: Any
-    EngineDeadError: type[Exception]
-    EngineGenerateError: type[Exception]
-    client_errors: tuple[type[Exception], ...]
-    busy_errors: tuple[type[Exception], ...]
-    parse_model_prompt: Callable[..., Any]
-    model_class: Callable[..., Any]
-    prometheus_registry: Callable[[], Any]
-    server_context: Any
+class Vllm(SimpleNamespace):
+    """The names of `_NAMES`, and `version`. They are typed Any, since vLLM is absent where types are checked."""
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:
         """What vLLM raises for a bad request: its own errors, and Python's where it has not moved to them."""
-        return (*self.client_errors, ValueError, TypeError, OverflowError)
+        return (self.VLLMClientError, ValueError, TypeError, OverflowError)
+
+    @property
+    def server_context(self) -> Any:
+        """What vLLM's own server says it is: otherwise a step has 2,048 tokens instead of 8,192 on an H100."""
+        return self.UsageContext.OPENAI_API_SERVER
 
 
 def installed_version() -> str | None:
@@ -97,49 +96,23 @@ def load() -> Vllm:
     """Import vLLM: seconds. Raises InvalidConfiguration when it is absent, too old, too new or broken."""
     version = installed_version()
     check_version(version)
-    assert version is not None
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        return _names(version)
+        import_module("vllm")  # first: it sets up the environment for its other modules
+        return Vllm(version=version, **{name: _find(module, name) for name, module in _NAMES.items()})
     except (ImportError, AttributeError, OSError) as error:
         raise InvalidConfiguration(
             f"vLLM {version} cannot be imported ({error}): {INSTALL} with the torch that it names"
         ) from error
 
 
-def _names(version: str) -> Vllm:
-    # vllm's package must come first: it sets up the environment for all the others.
-    find("vllm", "__version__")
-    return Vllm(
-        version=version,
-        AsyncEngineArgs=find("vllm.engine.arg_utils", "AsyncEngineArgs"),
-        AsyncLLM=find("vllm.v1.engine.async_llm", "AsyncLLM"),
-        ArgumentParser=find("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
-        SamplingParams=find("vllm.sampling_params", "SamplingParams"),
-        StructuredOutputsParams=find("vllm.sampling_params", "StructuredOutputsParams"),
-        RequestOutputKind=find("vllm.sampling_params", "RequestOutputKind"),
-        LoRARequest=find("vllm.lora.request", "LoRARequest"),
-        TokenizeParams=find("vllm.renderers.params vllm.renderers", "TokenizeParams"),
-        StatLoggerBase=find("vllm.v1.metrics.loggers", "StatLoggerBase"),
-        EngineDeadError=find("vllm.v1.engine.exceptions vllm.exceptions", "EngineDeadError"),
-        EngineGenerateError=find("vllm.v1.engine.exceptions vllm.exceptions", "EngineGenerateError"),
-        client_errors=(find("vllm.exceptions", "VLLMClientError"),),
-        busy_errors=tuple(
-            error for error in [find("vllm.exceptions", "GracefulHTTPError", None)] if error is not None
-        ),
-        parse_model_prompt=find("vllm.renderers.inputs.preprocess vllm.inputs", "parse_model_prompt"),
-        model_class=find(
-            "vllm.model_executor.model_loader.utils vllm.model_executor.model_loader", "get_model_cls"
-        ),
-        prometheus_registry=find("vllm.v1.metrics.prometheus", "get_prometheus_registry"),
-        server_context=find("vllm.usage.usage_lib", "UsageContext").OPENAI_API_SERVER,
-    )
+def _find(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)
 
 
-@dataclass(frozen=True)
-class VllmParsing:
-    """What is used of vLLM to read answers with its own parsers."""
+class VllmParsing(NamedTuple):
+    """What is used of vLLM to read completions with its own parsers."""
 
     ParserManager: Any
     ChatCompletionRequest: Any
@@ -152,12 +125,9 @@ def load_parsing() -> VllmParsing:
     version = load().version
     try:
         return VllmParsing(
-            ParserManager=find("vllm.parser vllm.parser.parser_manager", "ParserManager"),
-            ChatCompletionRequest=find(
-                "vllm.entrypoints.openai.chat_completion.protocol vllm.entrypoints.openai.protocol",
-                "ChatCompletionRequest",
-            ),
-            get_cached_tokenizer=find("vllm.tokenizers.hf vllm.tokenizers", "get_cached_tokenizer"),
+            _find("vllm.parser", "ParserManager"),
+            _find("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
+            _find("vllm.tokenizers.hf", "get_cached_tokenizer"),
         )
     except (ImportError, AttributeError, OSError) as error:
         raise InvalidConfiguration(f"the parsers of vLLM {version} cannot be imported: {error}") from error
@@ -165,85 +135,79 @@ def load_parsing() -> VllmParsing:
 
 def registered_names() -> dict[str, Collection[str]]:
     """What may be named where vLLM's command line takes any text, plugins' own included: argument -> names."""
-    find("vllm.plugins", "load_general_plugins")()
-    quantizations = find("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS")
-    loaders = find("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER")
-    tokenizers = find("vllm.tokenizers.registry vllm.tokenizers", "TokenizerRegistry").tokenizers
-    return {"quantization": quantizations, "load_format": loaders, "tokenizer_mode": {"auto", *tokenizers}}
+    _find("vllm.plugins", "load_general_plugins")()
+    return {
+        "quantization": _find("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS"),
+        "load_format": _find("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER"),
+        "tokenizer_mode": {"auto", *_find("vllm.tokenizers.registry", "TokenizerRegistry").tokenizers},
+    }
 
 
 def cpu_takes_block_size(tokens: int) -> bool:
-    """Whether the attention kernel for CPUs can do with blocks of so many tokens."""
-    backend = find("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend")
+    """Whether the attention kernel for CPUs works with blocks of so many tokens."""
+    backend = _find("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend")
     return bool(backend.supports_block_size(tokens))
 
 
-def logits_processor() -> Any:
-    """The class that the older model runner's logits processors extend."""
-    return find("vllm.v1.sample.logits_processor", "LogitsProcessor")
-
-
-def newer_logits_processor() -> Any:
-    """The newer runner's; None in versions whose newer runner takes none."""
-    return find("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor", None)
+def logits_processor_classes() -> tuple[Any, Any]:
+    """The two classes named LogitsProcessor: of the older model runner, and of the newer."""
+    return (
+        _find("vllm.v1.sample.logits_processor", "LogitsProcessor"),
+        _find("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
+    )
 
 
 def process_dict_updates() -> Callable[..., bool]:
     """What keeps a dictionary of rows in step with the older runner's batch."""
-    return find("vllm.v1.sample.logits_processor", "process_dict_updates")  # type: ignore[no-any-return]
+    return _find("vllm.v1.sample.logits_processor", "process_dict_updates")  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class RunnerRoom:
-    """What the newer model runner has room for, in one request. More is an error there that ends the engine.
+class RunnerRequests:
+    """What the newer model runner keeps of its requests, by their places in its batch (LogitsProcRequestState)."""
 
-    stop_token_ids: those that min_tokens holds off, the model's own ends among them. bad_words, bad_word_tokens: as
-    vLLM spells them, up to two runs of tokens for a word.
+    def __init__(self, states: Any) -> None:
+        self._states = states
+
+    def is_prefilled(self, place: int, length: int) -> bool:
+        """Whether so many tokens are the whole prompt, or more."""
+        return length >= int(self._states.prefill_len.np[place])
+
+    def tokens(self, place: int, length: int) -> tuple[list[int], list[int]]:
+        """The prompt and the output of so many tokens together. They are on the device, which is waited for."""
+        tokens = self._states.all_token_ids.gpu[place, :length].tolist()
+        prompt = int(self._states.prompt_len.np[place])
+        return tokens[:prompt], tokens[prompt:]
+
+
+class RunnerLimits(NamedTuple):
+    """What the newer model runner holds of one request. More is an error there that ends the engine.
+
+    stop_token_ids: those that min_tokens holds off, the model's own included. bad_word_tokens: as vLLM spells the
+    words, up to two runs of tokens for each.
     """
 
     allowed_token_ids: int
     logit_bias: int
     stop_token_ids: int
-    bad_words: int
     bad_word_tokens: int
 
 
-def runner_room(vllm_config: Any) -> RunnerRoom | None:
-    """None where the older runner serves, which has room for all."""
-    return _newer_runner_room() if getattr(vllm_config, "use_v2_model_runner", True) else None
+def runner_limits(vllm_config: Any) -> RunnerLimits | None:
+    """None where the older runner serves, which has no such limits."""
+    return newer_runner_limits() if vllm_config.use_v2_model_runner else None
 
 
 @cache
-def _newer_runner_room() -> RunnerRoom:
-    bias, environment = "vllm.v1.worker.gpu.sample.logit_bias", "vllm.envs"
-    return RunnerRoom(
-        allowed_token_ids=find(bias, "MAX_NUM_ALLOWED_TOKEN_IDS", 1024),
-        logit_bias=find(bias, "MAX_NUM_LOGIT_BIAS_TOKENS", 1024),
-        stop_token_ids=find(bias, "MAX_NUM_STOP_TOKEN_IDS", 128),
-        bad_words=find(environment, "VLLM_MAX_NUM_BAD_WORDS", 128),
-        bad_word_tokens=find(environment, "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", 1024),
+def newer_runner_limits() -> RunnerLimits:
+    bias = import_module("vllm.v1.worker.gpu.sample.logit_bias")
+    return RunnerLimits(
+        bias.MAX_NUM_ALLOWED_TOKEN_IDS,
+        bias.MAX_NUM_LOGIT_BIAS_TOKENS,
+        bias.MAX_NUM_STOP_TOKEN_IDS,
+        _find("vllm.envs", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS"),
     )
 
 
 def multiproc_executor() -> Any:
     """The class that runs the workers of one machine."""
-    return find("vllm.v1.executor.multiproc_executor", "MultiprocExecutor")
-
-
-_REQUIRED = object()
-
-
-def find(places: str, name: str, default: Any = _REQUIRED) -> Any:
-    """A name from the first of several modules (separated by spaces) that has it.
-
-    Raises ImportError when none has and there is no default.
-    """
-    reason: Exception | None = None
-    for place in places.split():
-        try:
-            return getattr(import_module(place), name)
-        except (ImportError, AttributeError) as error:
-            reason = reason or error
-    if default is not _REQUIRED:
-        return default
-    raise ImportError(f"{name} is in none of {places}") from reason
+    return _find("vllm.v1.executor.multiproc_executor", "MultiprocExecutor")

@@ -1,8 +1,9 @@
-"""vLLM's exceptions as ours: what a client and an operator are told of them."""
+"""vLLM's exceptions as ours: what a client and an operator read of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from handlers.errors import EngineFailed, InvalidRequest, Overloaded, ServingError
 
@@ -19,19 +20,16 @@ def failed(vllm: Vllm, error: Exception, param: str | None = None, *, accepted: 
     """What a client is told when its request ended with an exception of vLLM's.
 
     param: the client's field, where a refusal names none. accepted: whether the engine had the request. What fails
-    then is no refusal of it, whatever its type: vLLM tells a failure of its own loop to all requests.
+    then is not a refusal of it, whatever its type: vLLM hands a failure of its own loop to all requests.
     """
     if isinstance(error, vllm.EngineDeadError):
         return EngineFailed("the engine process died while it worked on this request; try again")
-    if accepted:
-        return EngineFailed("the engine failed on this request")
-    if isinstance(error, vllm.busy_errors):
+    if isinstance(error, vllm.GracefulHTTPError) and not accepted:
         return Overloaded("the engine's queue is full; try again later", retry_after=1)
-    cause = error.__cause__
-    if isinstance(error, vllm.client_errors):
+    cause = error.__cause__ if isinstance(error, vllm.EngineGenerateError) else None
+    if isinstance(error, vllm.VLLMClientError):
         cause = error
-    wrapped = isinstance(error, vllm.EngineGenerateError | vllm.client_errors[0])
-    if wrapped and cause is not None and isinstance(cause, vllm.refusals):
+    if isinstance(cause, vllm.refusals) and not accepted:
         return refused(cause, param)
     return EngineFailed("the engine failed on this request")
 
@@ -50,18 +48,22 @@ def refused(error: BaseException, param: str | None = None) -> InvalidRequest:
 
 def refusal_reason(error: BaseException) -> str:
     """Why vLLM refuses a configuration, on one line."""
-    listed = getattr(error, "errors", None)
-    if callable(listed):
-        try:
-            return "; ".join(
-                str(item["msg"]).removeprefix("Value error, ") for item in listed(include_url=False)
-            )[:_LONGEST_CONFIGURATION_REASON]
-        except (TypeError, KeyError):
-            pass
-    text = " ".join(str(error).split()) or type(error).__name__
+    if found := wrong_fields(error):
+        text = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in found)
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
     if _ELSEWHERE in text:
         text = (
             "its engine's processes did not start; the reason is in the log above, in the last lines that begin with "
             "(Worker or (EngineCore"
         )
     return text[:_LONGEST_CONFIGURATION_REASON]
+
+
+def wrong_fields(error: BaseException | None) -> Sequence[Mapping[str, Any]]:
+    """What pydantic says of each wrong field: `loc`, where it is, and `msg`. Empty for another exception."""
+    listed = getattr(error, "errors", None)
+    try:
+        return listed(include_url=False, include_input=False) if callable(listed) else ()
+    except TypeError:
+        return ()

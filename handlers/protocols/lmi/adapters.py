@@ -1,4 +1,4 @@
-"""The adapters API as LMI has it: what a call asks for, and how it is answered.
+"""The adapters API as LMI has it.
 
 Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker's own container libraries do.
 """
@@ -6,6 +6,7 @@ Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,10 +14,10 @@ import msgspec
 from handlers.backends.adapters import AdapterInfo, AdapterStore
 from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from handlers.exchange import Incoming, Reply
+from handlers.protocols.api import READ, Route
 from handlers.protocols.base import JSON
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
 from handlers.protocols.lmi.replies import LmiError
-from handlers.protocols.routes import READ, Route
 
 if TYPE_CHECKING:
     from handlers.service import Service
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 _ALIAS = "x-amzn-sagemaker-adapter-alias"
 _LONGEST_ALIAS = 128
 MOST_LISTED = 100
-"""Adapters in one page: LMI's limit."""
+"""Most adapters in one page: LMI's limit."""
 
 
 class AdapterBody(msgspec.Struct):
-    """What adds or updates an adapter. preload: accepted; adapters are loaded before the answer in any case."""
+    """Adds or updates an adapter. preload: has no effect: adapters are always loaded before the answer."""
 
     name: str | None = None
     src: str | None = None
@@ -37,6 +38,8 @@ class AdapterBody(msgspec.Struct):
 
 
 class Adapter(msgspec.Struct, forbid_unknown_fields=True):
+    """One adapter, as it is shown."""
+
     name: str
     src: str
     preload: bool
@@ -44,11 +47,15 @@ class Adapter(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class AdapterList(msgspec.Struct, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+    """A page of adapters. next_page_token: only if there are more."""
+
     adapters: list[Adapter]
     next_page_token: str | None = None
 
 
 class AdapterStatus(msgspec.Struct, forbid_unknown_fields=True):
+    """Says what has been done."""
+
     status: str
 
 
@@ -83,7 +90,7 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
 
 
 def _asked(incoming: Incoming) -> AdapterBody:
-    """What the query says wins over the body. Raises InvalidRequest."""
+    """Reads query and body; the query wins. Raises InvalidRequest."""
     body: dict[str, Any] = {}
     if len(incoming.body) > SHORT_BYTES:
         raise PayloadTooLarge(f"the body has {len(incoming.body)} bytes; allowed: at most {SHORT_BYTES}")
@@ -149,64 +156,42 @@ _PLACE = {
 }
 
 
-def _routes(prefix: str) -> tuple[Route, ...]:
-    """Below a prefix, which logs and metrics do not show."""
-    every, one, update = "/adapters", "/adapters/{adapter}", "/adapters/{adapter}/update"
-    return (
-        Route(
-            prefix + every,
-            "adapters",
-            "The adapters that requests may name (LMI)",
-            methods=READ,
-            template=every,
-            replies=(AdapterList,),
-            query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
-            errors=(LmiError,),
-            codes=(400, 404),
-        ),
-        Route(
-            prefix + every,
-            "adapters",
-            "Load an adapter, named in the query or in the body (LMI)",
-            template=every,
-            bodies=(AdapterBody,),
-            replies=(AdapterStatus,),
-            query={"name": "What requests call it; wins over the body.", **_PLACE},
-            errors=(LmiError,),
-            codes=(400, 404, 408, 409, 413, 507),
-        ),
-        Route(
-            prefix + update,
-            "adapters",
-            "Load an adapter again, from another directory if one is given (LMI)",
-            template=update,
-            bodies=(AdapterBody,),
-            replies=(AdapterStatus,),
-            query=_PLACE,
-            errors=(LmiError,),
-            codes=(400, 404, 408, 409, 413, 507),
-        ),
-        Route(
-            prefix + one,
-            "adapters",
-            "One adapter (LMI)",
-            methods=READ,
-            template=one,
-            replies=(Adapter,),
-            errors=(LmiError,),
-            codes=(400, 404),
-        ),
-        Route(
-            prefix + one,
-            "adapters",
-            "Unload an adapter; answered when its last request has ended (LMI)",
-            methods=("DELETE",),
-            template=one,
-            replies=(AdapterStatus,),
-            errors=(LmiError,),
-            codes=(400, 404, 408),
-        ),
-    )
+def _route(path: str, summary: str, *codes: int, **given: Any) -> tuple[Route, Route]:
+    """The route, and the same below a model's name, which logs and metrics do not show."""
+    route = Route(path, "adapters", summary, errors=(LmiError,), codes=(400, 404, *codes), **given)
+    return route, replace(route, path="/models/{name}" + path)
 
 
-ROUTES = (*_routes(""), *_routes("/models/{name}"))
+ROUTES = (
+    *_route(
+        "/adapters",
+        "The adapters that requests may name (LMI)",
+        methods=READ,
+        query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
+        replies=(AdapterList,),
+    ),
+    *_route(
+        "/adapters",
+        "Load an adapter, named in the query or in the body (LMI)",
+        *(408, 409, 413, 507),
+        query={"name": "What requests call it; wins over the body.", **_PLACE},
+        bodies=(AdapterBody,),
+        replies=(AdapterStatus,),
+    ),
+    *_route(
+        "/adapters/{adapter}/update",
+        "Load an adapter again, from another directory if one is given (LMI)",
+        *(408, 409, 413, 507),
+        query=_PLACE,
+        bodies=(AdapterBody,),
+        replies=(AdapterStatus,),
+    ),
+    *_route("/adapters/{adapter}", "One adapter (LMI)", methods=READ, replies=(Adapter,)),
+    *_route(
+        "/adapters/{adapter}",
+        "Unload an adapter; answered when its last request has ended (LMI)",
+        408,
+        methods=("DELETE",),
+        replies=(AdapterStatus,),
+    ),
+)

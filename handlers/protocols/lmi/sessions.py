@@ -1,7 +1,7 @@
 """Stateful sessions, as SageMaker's sticky routing asks containers to open, know and close them.
 
-A session is a name that SageMaker sends to the same instance again, where the prefixes and pictures of earlier turns
-are still cached. Nothing else is kept of it.
+A session is a name that SageMaker sends to the same instance again, where the prefixes and images of earlier turns
+are still cached. The server keeps nothing but the name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from handlers.protocols.body import shown_value
 from handlers.protocols.lmi.requests import INVOKE_ROUTES
 
 MOST_SESSIONS = 100_000
-"""Open at a time."""
+"""Most sessions that are open at a time."""
 
 _ID = "x-amzn-sagemaker-session-id"
 _NEW = "NEW_SESSION"
 _CLOSE = "CLOSE"
 _MOST_BYTES = 128
-"""Of a body that opens or closes a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
+"""Longest body that may open or close a session, `{"requestType": "NEW_SESSION"}`; few others are as short."""
 
 _SCHEMAS = frozenset({"messages", "prompt", "inputs"})
 """Keys of bodies that ask for an answer."""

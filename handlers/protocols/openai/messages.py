@@ -13,9 +13,9 @@ from msgspec import Meta, Struct
 from PIL.Image import Image
 
 from handlers.errors import InvalidRequest
+from handlers.protocols.api import described, reference
 from handlers.protocols.body import kind_of, refuse_unknown, shown_value
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.routes import described, reference
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -26,8 +26,8 @@ _TEXT_PARTS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
-_PICTURE_PARTS = frozenset({"image_url", "input_image"})
-_PICTURE_KEYS = frozenset({"type", "image_url", "detail", "uuid", "id", "index", "cache_control"})
+_IMAGE_PARTS = frozenset({"image_url", "input_image"})
+_IMAGE_KEYS = frozenset({"type", "image_url", "detail", "uuid", "id", "index", "cache_control"})
 _URL_KEYS = frozenset({"url", "detail", "uuid", "format", "media_type", "mime_type", "cache_control"})
 _DETAILS = (None, "auto", "low", "high", "original")
 _PART = 'send it as a part of the content: {"type": "image_url", "image_url": {"url": "..."}}'
@@ -132,7 +132,7 @@ class AssistantMessage(Struct):
 def read_messages(messages: list[Any], *, embeddings: bool = False, context: int = 0) -> list[Message]:
     """Raises InvalidRequest with the path of what is wrong, as in "messages[1].content[0].image_url.url".
 
-    embeddings: the operator lets clients send them in place of pictures. context: tokens that the model takes, 0 where
+    embeddings: the operator lets clients send them in place of images. context: tokens that the model takes, 0 where
     that is not known; each message, and each part of one, takes one at least.
     """
     if not messages:
@@ -145,13 +145,13 @@ def read_messages(messages: list[Any], *, embeddings: bool = False, context: int
     kinds = {type(part) for message in read for part in message.parts}
     if EmbeddingsPart in kinds and not embeddings:
         raise InvalidRequest(
-            f"{_ROWS}: this server takes pictures, not their embeddings; the operator can allow them with "
+            f"{_ROWS}: this server takes images, not their embeddings; the operator can allow them with "
             "option.enable_mm_embeds=true",
             param=_ROWS,
         )
     if {EmbeddingsPart, ImagePart} <= kinds:
         raise InvalidRequest(
-            f"{_ROWS}: a request holds pictures or embeddings of pictures, not both", param=_ROWS
+            f"{_ROWS}: a request holds images or embeddings of images, not both", param=_ROWS
         )
     return read
 
@@ -283,8 +283,8 @@ def _part(part: Any, path: str) -> Part:
         key = _TEXT_PARTS[kind]
         _refuse_media(part, path, param=path)
         return TextPart(_string(part.get(key), f"{path}.{key}"))
-    if kind in _PICTURE_PARTS:
-        refuse_unknown(part, _PICTURE_KEYS, path)
+    if kind in _IMAGE_PARTS:
+        refuse_unknown(part, _IMAGE_KEYS, path)
         _check_detail(part, path)
         return ImagePart(_url(part.get("image_url"), f"{path}.image_url"))
     if kind == _ROWS:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from handlers.exchange import Incoming
-from handlers.protocols.api import Api, Reader
-from handlers.protocols.base import Conventions, Task
+from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
+from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.openai.replies import (
     OPENAI_ERRORS,
     ChatCompletion,
@@ -18,17 +18,25 @@ from handlers.protocols.openai.replies import (
     OpenAIError,
 )
 from handlers.protocols.openai.requests import ChatBody, CompletionBody, read_chat, read_completion
-from handlers.protocols.routes import READ, SSE_TYPE, Route
 
 _ERRORS = (OpenAIError,)
 
 ROUTES = (
-    Route("/v1/models", "models", "The served models", methods=READ, replies=(Models,), errors=_ERRORS),
+    Route(
+        "/v1/models",
+        "models",
+        "The served models",
+        methods=READ,
+        light=True,
+        replies=(Models,),
+        errors=_ERRORS,
+    ),
     Route(
         "/v1/models/{name}",
         "models",
         "One served model",
         methods=READ,
+        light=True,
         template="/v1/models",
         replies=(Model,),
         errors=_ERRORS,
@@ -37,6 +45,7 @@ ROUTES = (
         "/v1/chat/completions",
         "answer",
         "Chat completion (OpenAI)",
+        queued=True,
         appended=True,
         bodies=(ChatBody,),
         replies=(ChatCompletion,),
@@ -47,6 +56,7 @@ ROUTES = (
         "/v1/completions",
         "answer",
         "Text completion (OpenAI); images stand in the prompt as `![](url)`",
+        queued=True,
         appended=True,
         bodies=(CompletionBody,),
         replies=(Completion,),
@@ -73,14 +83,12 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return _completion if "prompt" in keys and "inputs" not in keys else None
 
 
-def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
-    return read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
+def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
+    return read_chat(body, server, request_id=incoming.request_id, adapter=adapter)
 
 
-def _completion(
-    body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None
-) -> Task:
-    return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
+def _completion(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
+    return read_completion(body, server, request_id=incoming.request_id, adapter=adapter)
 
 
 OPENAI = Api(OPENAI_ERRORS, _claims, _reads, ROUTES)

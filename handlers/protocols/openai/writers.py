@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
@@ -43,16 +44,31 @@ _SEARCHED = 8
 """Characters past its expected place in which a token's text is looked for."""
 
 
+@dataclass(kw_only=True)
 class _OpenAIWriter:
-    """What both writers have in common: the head of replies and chunks, usage, and the framing of a stream."""
+    """What both writers have in common: the head of replies and chunks, usage, and the framing of a stream.
+
+    Attributes:
+        reply_id: The `id` of the reply and of each chunk.
+        model: What the client calls the model.
+        include_usage: A last chunk shows the usage.
+        continuous_usage: Every chunk does.
+        token_ids: Show the ids of the tokens of prompts and choices.
+        tokens_as_ids: In logprobs, tokens are "token_id:ID".
+    """
+
+    reply_id: str
+    model: str
+    include_usage: bool = False
+    continuous_usage: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
 
     stream_type = SSE
     keep_alive = b": keep-alive\n\n"
 
-    def __init__(self, reply_id: str, model: str, *, include_usage: bool, continuous_usage: bool) -> None:
-        self._head = (reply_id, int(time.time()), model, FINGERPRINT)
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
+    def __post_init__(self) -> None:
+        self._head = (self.reply_id, int(time.time()), self.model, FINGERPRINT)
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """Choice that has begun -> what stands before and after the text of its plain chunks."""
         self._start = _event(self._reply([], UNSET)).removesuffix(b"]}\n\n")
@@ -67,9 +83,9 @@ class _OpenAIWriter:
 
     def _usage(self, stats: PromptStats, completion_tokens: int) -> Usage | UnsetType | None:
         """What a chunk shows before the end."""
-        if self._continuous_usage:
+        if self.continuous_usage:
             return Usage.of(stats, completion_tokens)
-        return None if self._include_usage else UNSET
+        return None if self.include_usage else UNSET
 
     def _chunk_of(self, choice: Struct, usage: Usage | UnsetType | None) -> bytes:
         """The event of `_reply` with one choice. All that chunks have in common is encoded once."""
@@ -78,7 +94,7 @@ class _OpenAIWriter:
 
     def _remember(self, index: int, plain: Struct) -> None:
         """plain: a chunk's choice with `_TEXT` for its text."""
-        before, _, after = self._chunk_of(plain, None if self._include_usage else UNSET).rpartition(
+        before, _, after = self._chunk_of(plain, None if self.include_usage else UNSET).rpartition(
             _ENCODED_TEXT
         )
         self._around[index] = before, after
@@ -90,39 +106,28 @@ def _event(data: Any) -> bytes:
 
 def _finish(answer: Delta | Answer) -> FinishReason | None:
     """An aborted answer is an error, and never written."""
-    return cast(FinishReason | None, answer.finish_reason)
+    return cast("FinishReason | None", answer.finish_reason)
 
 
+@dataclass(kw_only=True)
 class ChatWriter(_OpenAIWriter):
-    """Writes one chat completion. A plain token costs two concatenations and one escaped string."""
+    """Writes one chat completion. A plain token costs two concatenations and one escaped string.
 
-    def __init__(
-        self,
-        *,
-        reply_id: str,
-        model: str,
-        top_logprobs: int | None = None,
-        include_usage: bool = False,
-        continuous_usage: bool = False,
-        token_ids: bool = False,
-        tokens_as_ids: bool = False,
-        prompt_text: bool = False,
-        echo: str = "",
-        parsed: ParsedAnswers | None = None,
-    ) -> None:
-        """top_logprobs: None for no logprobs, else how many alternatives to show beside the chosen token.
-        token_ids: show the ids of prompt and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
-        prompt_text: show what the prompt was after its template. echo: shown before each answer.
-        parsed: for answers that may hold calls or reasoning.
-        """
-        super().__init__(reply_id, model, include_usage=include_usage, continuous_usage=continuous_usage)
-        self._top = top_logprobs
-        self._token_ids = token_ids
-        self._tokens_as_ids = tokens_as_ids
-        self._prompt_text = prompt_text
-        self._echo = echo
-        self._parsed = parsed
-        self._plain = top_logprobs is None and not continuous_usage and not token_ids
+    Attributes:
+        top_logprobs: How many candidates to show beside the chosen token; None for no logprobs.
+        prompt_text: Show the prompt as the chat template rendered it.
+        echo: Shown before each answer.
+        parsed: For answers that may hold calls or reasoning.
+    """
+
+    top_logprobs: int | None = None
+    prompt_text: bool = False
+    echo: str = ""
+    parsed: ParsedAnswers | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._plain = self.top_logprobs is None and not self.continuous_usage and not self.token_ids
         self._completion_tokens = 0
 
     def whole(self, answered: list[Answered]) -> bytes:
@@ -141,41 +146,41 @@ class ChatWriter(_OpenAIWriter):
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
         self._completion_tokens += len(delta.token_ids)
-        if self._parsed is not None:
-            return self._parsed_chunks(delta, self._parsed, stats)
+        if self.parsed is not None:
+            return self._parsed_chunks(delta, self.parsed, stats)
         around = self._around.get(delta.index)
         if around is None:
             # The role comes with a choice's first token, so that a client's time to first token is true.
             first = self._begin(delta.index)
-            shown = ChatDelta("assistant", self._echo + delta.text)
+            shown = ChatDelta("assistant", self.echo + delta.text)
             return self._chunk(delta, shown, _finish(delta), stats, first=first)
         if self._plain and delta.finish_reason is None:
             return around[0] + _encode(delta.text) + around[1] if delta.text else b""
-        if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
+        if not (delta.text or delta.logprobs or delta.finish_reason or self.token_ids):
             return b""
         return self._chunk(delta, ChatDelta(content=delta.text), _finish(delta), stats)
 
     def end(self, stats: PromptStats) -> bytes:
-        if not self._include_usage:
+        if not self.include_usage:
             return _DONE
         return _event(self._reply([], Usage.of(stats, self._completion_tokens))) + _DONE
 
     def _choice(self, index: int, answer: Answer, stats: PromptStats) -> ChatChoice:
-        if self._parsed is None:
-            message, finish = ChatMessage("assistant", self._echo + answer.text), _finish(answer)
+        if self.parsed is None:
+            message, finish = ChatMessage("assistant", self.echo + answer.text), _finish(answer)
         else:
-            message, finish = self._parsed.message(answer, stats)
-            if self._echo:
-                message.content = self._echo + (message.content or "")
-        token_ids = answer.token_ids if self._token_ids else UNSET
+            message, finish = self.parsed.message(answer, stats)
+            if self.echo:
+                message.content = self.echo + (message.content or "")
+        token_ids = answer.token_ids if self.token_ids else UNSET
         logprobs = self._logprobs(answer.logprobs)
         return ChatChoice(index, message, logprobs, finish, answer.stop_reason, token_ids)
 
     def _about_prompt(self, stats: PromptStats) -> tuple[list[int] | UnsetType, str | UnsetType]:
         """What is shown of the prompt once, at the beginning: its tokens and its text."""
         return (
-            stats.prompt_token_ids if self._token_ids else UNSET,
-            stats.prompt_text if self._prompt_text else UNSET,
+            stats.prompt_token_ids if self.token_ids else UNSET,
+            stats.prompt_text if self.prompt_text else UNSET,
         )
 
     def _begin(self, index: int) -> bool:
@@ -187,12 +192,12 @@ class ChatWriter(_OpenAIWriter):
         """A chunk for each kind of thing in the delta; the last one shows its tokens. Empty while it is undecided."""
         deltas, finish = parsed.deltas(delta, stats)
         plain = self._plain and finish is None
-        if not deltas and (plain or not (finish or delta.logprobs or self._token_ids)):
+        if not deltas and (plain or not (finish or delta.logprobs or self.token_ids)):
             return b""
         around, first = self._around.get(delta.index), False
         if around is None:
             first = self._begin(delta.index)
-            deltas = first_deltas(deltas, self._echo)
+            deltas = first_deltas(deltas, self.echo)
         elif plain and len(deltas) == 1 and deltas[0].content is not UNSET:
             return around[0] + _encode(deltas[0].content) + around[1]
         *earlier, last = deltas or [ChatDelta()]
@@ -218,7 +223,7 @@ class ChatWriter(_OpenAIWriter):
             self._logprobs(delta.logprobs),
             finish,
             UNSET if finish is None else delta.stop_reason,
-            delta.token_ids if self._token_ids else UNSET,
+            delta.token_ids if self.token_ids else UNSET,
         )
         usage = self._usage(stats, self._completion_tokens)
         if not first:
@@ -232,58 +237,50 @@ class ChatWriter(_OpenAIWriter):
 
     def _logprobs(self, positions: list[PositionLogprobs] | None) -> ChatLogprobs | None:
         return (
-            None if self._top is None else ChatLogprobs.of(positions, self._top, as_ids=self._tokens_as_ids)
+            None
+            if self.top_logprobs is None
+            else ChatLogprobs.of(positions, self.top_logprobs, as_ids=self.tokens_as_ids)
         )
 
 
+@dataclass(kw_only=True)
 class CompletionWriter(_OpenAIWriter):
-    """Writes one text completion; the choices of prompt p have the indexes p * n to p * n + n - 1."""
+    """Writes one text completion; the choices of prompt p have the indexes p * n to p * n + n - 1.
 
-    def __init__(
-        self,
-        *,
-        reply_id: str,
-        model: str,
-        n: int = 1,
-        logprobs: int | None = None,
-        prompt_logprobs: int | None = None,
-        echo: Sequence[str | None] | None = None,
-        echo_only: bool = False,
-        include_usage: bool = False,
-        continuous_usage: bool = False,
-        token_ids: bool = False,
-        tokens_as_ids: bool = False,
-    ) -> None:
-        """n: answers shown for each prompt, the best of those that there are.
-        logprobs, prompt_logprobs: None for none, else how many alternatives to show beside each token.
-        echo: what each prompt looks like before its answers; None among them for the text of its tokens.
-        echo_only: the answers themselves are not shown.
-        token_ids: show the ids of prompts and answers. tokens_as_ids: in logprobs, tokens are "token_id:ID".
-        """
-        super().__init__(reply_id, model, include_usage=include_usage, continuous_usage=continuous_usage)
-        self._n = n
-        self._top = logprobs
-        self._prompt_top = prompt_logprobs
-        self._echo = echo
-        self._echo_only = echo_only
-        self._token_ids = token_ids
-        self._tokens_as_ids = tokens_as_ids
+    Attributes:
+        n: Answers shown for each prompt, the best of those that there are.
+        logprobs: How many candidates to show beside each token of an answer; None for no logprobs.
+        prompt_logprobs: The same for tokens of the prompt.
+        echo: What each prompt looks like before its answers; None among them for the text of its tokens.
+        echo_only: The answers themselves are not shown.
+    """
+
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: Sequence[str | None] | None = None
+    echo_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._completion_tokens: dict[int, int] = {}
-        self._logprobs: dict[int, _TokenLists] = {}
-        self._plain = not (logprobs is not None or continuous_usage or echo_only or token_ids)
+        self._token_lists: dict[int, _TokenLists] = {}
+        varied = self.logprobs is not None or self.continuous_usage or self.echo_only or self.token_ids
+        self._plain = not varied
 
     def whole(self, answered: list[Answered]) -> bytes:
         choices: list[CompletionChoice] = []
         completion_tokens = 0
         for number, one in enumerate(answered):
-            if not self._echo_only:
+            if not self.echo_only:
                 completion_tokens += sum(len(answer.token_ids) for answer in one.answers)
-            for i, answer in enumerate(_best(one.answers, self._n)):
-                shown = Answer(finish_reason="length") if self._echo_only else answer
-                choice = self._choice(number * self._n + i, shown, one.stats)
-                if self._prompt_top is not None and one.stats.prompt_logprobs is not None:
+            for i, answer in enumerate(_best(one.answers, self.n)):
+                shown = Answer(finish_reason="length") if self.echo_only else answer
+                choice = self._choice(number * self.n + i, shown, one.stats)
+                if self.prompt_logprobs is not None and one.stats.prompt_logprobs is not None:
                     choice.prompt_logprobs = [
-                        prompt_position(position, self._prompt_top) for position in one.stats.prompt_logprobs
+                        prompt_position(position, self.prompt_logprobs)
+                        for position in one.stats.prompt_logprobs
                     ]
                 choices.append(choice)
         usage = Usage.of(total([one.stats for one in answered]), completion_tokens)
@@ -294,25 +291,25 @@ class CompletionWriter(_OpenAIWriter):
         around = self._around.get(index)
         if around is None:
             return self._first(delta, stats)
-        if self._echo_only:
+        if self.echo_only:
             return b""
         self._completion_tokens[index] += len(delta.token_ids)
         if self._plain and delta.finish_reason is None:
             return around[0] + _encode(delta.text) + around[1] if delta.text else b""
-        if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
+        if not (delta.text or delta.logprobs or delta.finish_reason or self.token_ids):
             return b""
         usage = self._usage(stats, self._completion_tokens[index])
         return self._chunk_of(self._choice(index, delta), usage)
 
     def end(self, stats: PromptStats) -> bytes:
-        if not self._include_usage:
+        if not self.include_usage:
             return _DONE
         return _event(self._reply([], Usage.of(stats, sum(self._completion_tokens.values())))) + _DONE
 
     def _first(self, delta: Delta, stats: PromptStats) -> bytes:
         index = delta.index
         self._remember(index, CompletionChoice(index, _TEXT, None, None))
-        if self._echo_only:
+        if self.echo_only:
             delta = Delta(index, [], "", finish_reason="length")
         self._completion_tokens[index] = len(delta.token_ids)
         usage = self._usage(stats, self._completion_tokens[index])
@@ -327,20 +324,20 @@ class CompletionWriter(_OpenAIWriter):
         """stats: given where the choice begins, which is where its prompt is shown."""
         text, positions = added.text, added.logprobs or []
         shown: list[PositionLogprobs | TokenLogprob] = [*positions]
-        if stats is not None and self._echo is not None:
-            echo = self._echo[index // self._n]
+        if stats is not None and self.echo is not None:
+            echo = self.echo[index // self.n]
             text = (stats.prompt_text if echo is None else echo) + text
             shown = [*_prompt_positions(stats), *positions]
         logprobs = None
-        if self._top is not None:
-            if index not in self._logprobs:
-                self._logprobs[index] = _TokenLists(self._top, as_ids=self._tokens_as_ids)
-            logprobs = self._logprobs[index].add(text, shown)
+        if self.logprobs is not None:
+            if index not in self._token_lists:
+                self._token_lists[index] = _TokenLists(self.logprobs, as_ids=self.tokens_as_ids)
+            logprobs = self._token_lists[index].add(text, shown)
         finish = _finish(added)
         choice = CompletionChoice(
             index, text, logprobs, finish, UNSET if finish is None else added.stop_reason
         )
-        if self._token_ids:
+        if self.token_ids:
             choice.token_ids = added.token_ids
             if stats is not None:
                 choice.prompt_token_ids = stats.prompt_token_ids

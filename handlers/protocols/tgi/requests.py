@@ -13,12 +13,12 @@ import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.base import MAX_ANSWERS, Conventions, Task, sampling_params
+from handlers.protocols.api import described_as
+from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
-from handlers.protocols.markdown_pictures import picture_parts
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.routes import described_as
 from handlers.protocols.sampler_fields import (
     ChoiceCount,
     Fraction,
@@ -96,7 +96,7 @@ _BODY_NAMES = KnownNames(
 
 def read_tgi(
     body: dict[str, Any],
-    conventions: Conventions,
+    server: ServerContext,
     *,
     request_id: str,
     route: str,
@@ -116,13 +116,13 @@ def read_tgi(
     parameters = _read_parameters(given, stream=stream)
     if not asked.inputs:
         raise InvalidRequest("`inputs` cannot be empty", param="inputs")
-    _check_truncate(parameters.truncate, conventions.max_model_len)
+    _check_truncate(parameters.truncate, server.max_model_len)
     answers = parameters.best_of or 1
     seeds = _seeds(parameters, answers)
     details = bool(parameters.details or parameters.decoder_input_details)
     request = GenerationRequest(
         request_id=request_id,
-        prompt=TextPrompt(picture_parts(asked.inputs)),
+        prompt=TextPrompt(image_parts(asked.inputs)),
         sampling=_sampling(parameters, seeds, shows_tokens=stream or details or answers > 1),
         n=answers,
         stream=stream,
@@ -141,7 +141,7 @@ def read_tgi(
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_n_tokens or 0,
         seeds=seeds,
-        special_token_ids=conventions.special_token_ids,
+        special_token_ids=server.special_token_ids,
     )
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
     return Task([request], writer, misspelt)

@@ -11,11 +11,10 @@ from msgspec import Struct
 
 from engine.sampling_params import MAX_STOP_STRINGS
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import Api, Reader
-from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Conventions, Task
+from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
+from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
-from handlers.protocols.routes import READ, SSE_TYPE, Route
 from handlers.protocols.tgi.replies import TGI_ERRORS, TgiEvent, TgiReply
 from handlers.protocols.tgi.requests import GENERATE_ROUTES, TgiBody, read_tgi
 from handlers.request import GenerationRequest, TextPart, prompt_parts
@@ -149,14 +148,15 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return _read if "inputs" in keys or "prompt" not in keys else None
 
 
-def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
-    return read_tgi(body, conventions, request_id=incoming.request_id, route=incoming.route, adapter=adapter)
+def _read(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
+    return read_tgi(body, server, request_id=incoming.request_id, route=incoming.route, adapter=adapter)
 
 
 _ANSWER = Route(
     "/generate",
     "answer",
     "Generate text (TGI)",
+    queued=True,
     bodies=(TgiBody, ChatBody, CompletionBody),
     replies=(TgiReply, list[TgiReply], ChatCompletion, Completion),
     events={SSE_TYPE: (TgiEvent, ChatCompletionChunk, Completion)},
@@ -168,7 +168,7 @@ ROUTES = (
     replace(_ANSWER, path="/", template="/"),
     # Hugging Face's Python client also asks for text at the address that it was given for chat.
     replace(_ANSWER, path="/v1", template="/"),
-    Route("/info", "info", "What is served, and its limits (TGI)", methods=READ, replies=(Info,)),
+    Route("/info", "info", "What is served, and its limits (TGI)", methods=READ, light=True, replies=(Info,)),
 )
 
 TGI = Api(

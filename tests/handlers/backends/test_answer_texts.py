@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PromptStats
-from handlers.backends.tokens import TokenTexts
-from handlers.backends.vllm.answers.generation import VllmGeneration
+from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import EngineFailed
+from handlers.pipeline import Generation, texts_of
+from handlers.prompts.detokenizer import TokenTexts
 from handlers.request import ChatPrompt, Constraint, GenerationRequest, Message, Prompt, TextPart, TextPrompt
 
 WORDS = ["▁a", "▁red", "▁circle", "s", "</s>", "▁"]
@@ -42,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 )
 def test_only_a_chats_answer_begins_anew(prompt: Prompt, constraint: Constraint | None, text: str) -> None:
     request = GenerationRequest("r", prompt, SamplingParams(), constraint=constraint)
-    for one in TokenTexts(tokenizer()).answers(request, request.sampling, [A], 2):
+    for one in texts_of(request, request.sampling, [A], 2, TokenTexts(tokenizer())):
         assert "".join(one.pieces([RED, CIRCLE], finished=True)) == text
 
 
@@ -74,19 +75,19 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
     async def all_of_them() -> list[Delta]:
         sampling = SamplingParams(**params)
         request = GenerationRequest("r", ChatPrompt(SAID), sampling, n=n)
-        generation = VllmGeneration(
+        stream = VllmStream(
             given(),
-            PromptStats(1),
             sampling,
-            texts=TokenTexts(tokenizer()).answers(request, sampling, [A], n),
-            copies=1,
+            choices=n,
+            images=False,
             constrained=False,
             eos_token_ids=[END],
-            token_text=str,
             failure=lambda error, begun: EngineFailed(str(error)),
-            ended=lambda generation: None,
+            ended=lambda stream: None,
         )
-        await generation.start()
+        await stream.start()
+        texts = texts_of(request, sampling, [A], n, TokenTexts(tokenizer()))
+        generation = Generation(stream, PromptStats(1), sampling, texts, 1, str)
         return [delta async for delta in generation]
 
     return asyncio.run(all_of_them()), bool(told)

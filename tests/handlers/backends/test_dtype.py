@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from container.check import check, describe
-from container.fit import fit
 from engine.loader import resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
-from handlers.backends.vllm.options.precision import served_dtype, stored_dtype
+from handlers.backends.fit import fit
+from handlers.backends.select import backend_of
+from handlers.backends.vllm.options.checkpoint import served_dtype, stored_dtype
 from properties.configuration import resolve
 from tests.support.models import make_text_model
 
@@ -36,7 +37,7 @@ from tests.support.models import make_text_model
             "cuda",
             True,
             torch.bfloat16,
-            "half of that here; option.dtype=float32 keeps it",
+            "16-bit type here; option.dtype=float32 keeps it",
         ),
         ("float32", "cuda", False, torch.float16, "as with vLLM"),
         ("float16", "cuda", True, torch.float16, "as the model is stored"),
@@ -111,7 +112,7 @@ def test_check_of_vllm_reads_them_too(tmp_path: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     configuration = resolve(model=str(model), environ={}, options=[])
     raw = json.loads((model / "config.json").read_text())
-    found = fit(configuration, "vllm", model, raw, Machine((), Device("host memory", 8 << 30)))
+    found = fit(configuration, backend_of("vllm"), model, raw, Machine((), Device("host memory", 8 << 30)))
     assert (found.dtype, found.dtype_reason) == ("float16", "as the model is stored")
 
 

@@ -11,7 +11,7 @@ import pytest
 from container.check import describe
 from engine.errors import ModelLoadError
 from handlers.backends.rolling.model_facts import load_tokenizer
-from handlers.backends.vllm.options.mistral import (
+from handlers.backends.vllm.options.checkpoint import (
     format_warnings,
     replaced_formats,
     weight_problems,

@@ -114,13 +114,14 @@ def test_a_model_that_cannot_be_read_is_an_error_with_its_reason(tmp_path: Path)
 _START = """
 import asyncio, json, sys
 from pathlib import Path
-from handlers.backends.rolling.backend import RollingBackend
+from types import SimpleNamespace
+from handlers.backends.rolling.engine import RollingEngine
 from properties.settings import Settings
 spawned = []
 sys.addaudithook(lambda event, given: spawned.append(given[1][-2]) if event == "subprocess.Popen" else None)
 
 async def main():
-    backend = RollingBackend.from_settings(Settings(kv_cache_memory_mb=8), Path(sys.argv[1]))
+    backend = RollingEngine(SimpleNamespace(settings=Settings(kv_cache_memory_mb=8)), Path(sys.argv[1]))
     try:
         await backend.load()
     finally:

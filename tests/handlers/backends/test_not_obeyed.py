@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from container.check import describe
-from container.fit import fit
 from engine.attention.kernel import CacheShape
 from engine.config import EngineConfig
 from engine.machine import Device, Machine
 from engine.memory import cache_blocks, image_budget
+from handlers.backends.fit import fit
 from handlers.backends.rolling.plan import plan_engines, unused_devices
+from handlers.backends.select import backend_of
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.plan import plan_devices
 from properties.configuration import Configuration, resolve
@@ -156,11 +157,11 @@ def test_a_cache_larger_than_a_full_batch_can_use(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     configuration = resolve(model=str(model), environ={}, options=["kv_cache_memory_mb=90000"])
     configuration = configuration.with_model_config(config)
-    found = fit(configuration, "rolling", model, config, CPU)
+    found = fit(configuration, backend_of("rolling"), model, config, CPU)
     assert "option.kv_cache_memory_mb = 90000 (--option kv_cache_memory_mb): about" in told(found.warnings)
     assert "which 256 requests of 512 tokens fill" in str(found.warnings[0])
     assert found.errors == []
-    theirs = fit(configuration, "vllm", model, config, CPU)
+    theirs = fit(configuration, backend_of("vllm"), model, config, CPU)
     assert "does not fit: 87.89 GiB are needed and 24.00 GiB are usable" in told(theirs.errors)
 
 
@@ -170,12 +171,12 @@ def test_a_cache_larger_than_a_full_batch_can_use(model: Path) -> None:
 def test_an_encoder_cache_larger_than_the_memory(model: Path, options: list[str]) -> None:
     config = json.loads((model / "config.json").read_text())
     configuration = resolve(model=str(model), environ={}, options=options).with_model_config(config)
-    found = fit(configuration, "rolling", model, config, CPU)
+    found = fit(configuration, backend_of("rolling"), model, config, CPU)
     assert "is more than the 24.00 GiB of host memory" in told(found.warnings)
     smaller = resolve(model=str(model), environ={}, options=["encoder_cache_mb=500"]).with_model_config(
         config
     )
-    assert fit(smaller, "rolling", model, config, CPU).warnings == []
+    assert fit(smaller, backend_of("rolling"), model, config, CPU).warnings == []
 
 
 def test_the_engine_says_so_too(caplog: pytest.LogCaptureFixture) -> None:
@@ -204,7 +205,7 @@ def test_an_encoder_cache_smaller_than_an_image_that_a_request_keeps(
     for asked, expected in ((0, True), (1, False)):
         options = [f"encoder_cache_mb={asked}"]
         configuration = resolve(model=str(model), environ={}, options=options).with_model_config(config)
-        warned = " ".join(map(str, fit(configuration, "rolling", model, config, CPU).warnings))
+        warned = " ".join(map(str, fit(configuration, backend_of("rolling"), model, config, CPU).warnings))
         assert (
             "encoder_cache_mb = 0 (--option encoder_cache_mb) is less than the 1 MiB" in warned
         ) == expected

@@ -121,6 +121,6 @@ def test_images_that_fill_the_context_are_told_at_the_start(
         async with loaded(model, limit_mm_per_prompt={"image": 40}):
             pass
 
-    with caplog.at_level("WARNING", "handlers.backends.rolling.backend"):
+    with caplog.at_level("WARNING", "handlers.backends.rolling.engine"):
         asyncio.run(start())
     assert "40 images (option.limit_mm_per_prompt) take 640 tokens" in caplog.text

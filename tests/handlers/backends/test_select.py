@@ -52,7 +52,7 @@ def test_a_vllm_of_another_version_is_not_driven(tmp_path: Path, monkeypatch: py
     choice = choose("auto", LLAVA, 1)
     assert choice.backend == "rolling"
     assert "vLLM 0.27.1" in choice.reason
-    with pytest.raises(ConfigurationError, match=r"install vllm>=0\.28,<0\.34"):
+    with pytest.raises(ConfigurationError, match=r"install vllm>=0\.32,<0\.34"):
         choose("vllm", LLAVA, 1)
 
 
@@ -79,7 +79,7 @@ def test_what_the_installed_version_lists_is_read_from_its_source(
     package = tmp_path / "vllm"
     (package / "model_executor" / "models").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "_version.py").write_text("__version__ = version = '0.28.0'\n")
+    (package / "_version.py").write_text("__version__ = version = '0.32.0'\n")
     listing = "_MULTIMODAL_MODELS = {'ChameleonForConditionalGeneration': ('chameleon', 'Chameleon')}\n"
     (package / "model_executor" / "models" / "registry.py").write_text(listing)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -130,7 +130,7 @@ def test_choosing_imports_no_engine() -> None:
 def test_a_model_that_is_not_served_is_told_what_serves_it() -> None:
     told = remedy(["Qwen2VLForConditionalGeneration"], vllm=False)
     assert told.startswith(
-        "vLLM serves Qwen2VLForConditionalGeneration: install vllm>=0.28,<0.34 (pip install '"
+        "vLLM serves Qwen2VLForConditionalGeneration: install vllm>=0.32,<0.34 (pip install '"
     )
     assert told.endswith("and set option.rolling_batch=vllm")
     code = remedy(["Phi3VForCausalLM"], vllm=False)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pytest
 
 from engine.sampling_params import SamplingParams
-from handlers.backends.base import Delta, Generation, Health
+from handlers.backends.base import Delta, Health
 from handlers.errors import EngineFailed, InvalidRequest, ServingError, Unavailable
 from handlers.offline.batch import Batch, Outcome
 from handlers.protocols.base import Answered
 from handlers.request import GenerationRequest, TextPart, TextPrompt
-from tests.support.scripted import Pictures, ScriptedBackend, Step, said
+from tests.support.scripted import Pictures, ScriptedBackend, ScriptedGeneration, Step, said
 
 
 class Mortal(ScriptedBackend):
@@ -27,7 +27,7 @@ class Mortal(ScriptedBackend):
         self.lost = lost
         self.most = 0
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest) -> ScriptedGeneration:
         if self.down or self.lost:
             raise Unavailable("the engine is being restarted")
         generation = await super().generate(request)
@@ -89,7 +89,7 @@ def test_what_a_dying_engine_held_is_asked_again_alone_and_only_the_culprit_fail
         return [0.002, *(said("a") if alive else [EngineFailed("the engine process died")])]
 
     class Dies(Mortal):
-        async def generate(self, request: GenerationRequest) -> Generation:
+        async def generate(self, request: GenerationRequest) -> ScriptedGeneration:
             nonlocal alive
             if self.running == 0:
                 alive = True

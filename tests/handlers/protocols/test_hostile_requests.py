@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from handlers.backends.base import Generation
 from handlers.errors import InvalidRequest
 from handlers.exchange import Reply
 from handlers.request import GenerationRequest
@@ -162,7 +161,7 @@ def test_limits_are_called_as_the_client_calls_them() -> None:
     text = "the prompt has 9 tokens and max_tokens is 99: ask for at most 3"
 
     class Full(ScriptedBackend):
-        async def generate(self, request: GenerationRequest) -> Generation:
+        async def generate(self, request: GenerationRequest) -> ScriptedGeneration:
             raise InvalidRequest(text, param="max_tokens")
 
     for body, name in (
@@ -205,7 +204,7 @@ def test_the_text_of_a_body_is_counted_without_its_pictures() -> None:
 class Whole(ScriptedBackend):
     """Says one word in every answer, however many are asked for."""
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest) -> ScriptedGeneration:
         self.requests.append(request)
         steps = [step for index in range(request.n) for step in said("a", index=index)]
         return ScriptedGeneration(self, steps, self._stats())

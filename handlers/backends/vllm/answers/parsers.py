@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.tokens import skipped_tokens
 from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.compat import load_parsing
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import AnswerFormats, Asked, ReasoningFormat, ToolFormat
 from handlers.parsers.names import of_vllm
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats, openai_call_id
+from handlers.prompts.detokenizer import skipped_tokens
 from properties.names import key_of
 
 if TYPE_CHECKING:

@@ -14,17 +14,17 @@ from handlers.backends.vllm.adapters.store import adapter_slots
 from handlers.backends.vllm.engine.counters import Counters, stat_logger
 from handlers.backends.vllm.failures import refusal_reason
 from handlers.backends.vllm.options.arguments import engine_arguments
+from handlers.backends.vllm.options.checkpoint import missing_weights
 from handlers.backends.vllm.options.plan import choose_devices, share_cores
-from handlers.backends.vllm.options.weights import missing_weights
 from handlers.backends.vllm.prompts.constraints import choose_library
-from handlers.backends.vllm.samplers.carried import offer
+from handlers.backends.vllm.samplers.extra_args import offer
 from handlers.errors import InvalidConfiguration, ServingError
 from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from engine.machine import Machine
     from handlers.backends.vllm.compat import Vllm
-    from handlers.backends.vllm.samplers.carried import Samplers
+    from handlers.backends.vllm.samplers.extra_args import Samplers
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class EngineBuilder:
 
     def _arguments(self) -> dict[str, Any]:
         arguments = engine_arguments(self.vllm, self._configuration, self._path, self.machine)
-        self.samplers = offer(arguments, self.machine.accelerators)
+        self.samplers = offer(arguments)
         cpu = not self.machine.accelerators
         if self._settings.enable_lora:
             most = max(self.most_adapters, len(self.adapter_directories) if cpu else 0)

@@ -72,6 +72,6 @@ def _number(source: Any, name: str) -> int:
 
 def series(vllm: Vllm) -> Iterator[Any]:
     """vLLM's own metric families, as its registry holds them now."""
-    for family in vllm.prometheus_registry().collect():
+    for family in vllm.get_prometheus_registry().collect():
         if family.name.startswith(PREFIX):
             yield family

@@ -7,35 +7,27 @@ one other machine. They end whenever the engine does, and are started again, as 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.backends.vllm.engine.builder import EngineBuilder
 from handlers.backends.vllm.nodes.workers import Workers
-from handlers.errors import Unavailable
 from processes.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from handlers.backends.adapters import AdapterStore
-    from handlers.backends.base import Generation, TokenizedPrompt
-    from handlers.request import GenerationRequest, Prompt
     from properties.configuration import Configuration
 
 
 class VllmFollower:
-    """See `handlers.backends.base.Backend`: ready while its workers are part of an engine; answers nothing itself."""
+    """See `handlers.backends.base.Lifecycle`: ready while its workers are part of an engine; answers nothing itself."""
 
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
         self._configuration = configuration
         self._settings = configuration.settings
         self._path = model_path
         self._supervisor: Supervisor[Workers] | None = None
-
-    @classmethod
-    def from_configuration(cls, configuration: Configuration, model_path: Path) -> VllmFollower:
-        return cls(configuration, model_path)
 
     async def load(self) -> None:
         # The first machine's: parts of one engine that disagreed about samplers or adapters would drift apart.
@@ -57,15 +49,6 @@ class VllmFollower:
     def adapters(self) -> AdapterStore | None:
         return None
 
-    async def generate(self, request: GenerationRequest) -> Generation:
-        _elsewhere()
-
-    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        _elsewhere()
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        _elsewhere()
-
     def health(self) -> Health:
         supervisor = self._supervisor
         if supervisor is not None and supervisor.current is not None:
@@ -82,9 +65,3 @@ class VllmFollower:
     async def close(self) -> None:
         if self._supervisor is not None:
             await self._supervisor.close()
-
-
-def _elsewhere() -> NoReturn:
-    raise Unavailable(
-        "this machine holds a part of the model: requests are answered by the first one (node_rank 0)"
-    )

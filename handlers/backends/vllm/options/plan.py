@@ -1,25 +1,91 @@
-"""Which devices vLLM uses: how many share a copy of the model, in how many stages, and how many copies there are."""
+"""Which devices vLLM uses: how many share a replica, in how many stages, and how many replicas there are."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from handlers.backends.unused import unused_on
 from handlers.backends.vllm.nodes.cluster import running_cluster
-from handlers.backends.vllm.options.heads import Heads
 from handlers.errors import InvalidConfiguration
+from properties.model import text_config
 from properties.problem import Problem
 
 if TYPE_CHECKING:
     from properties.settings import Settings
 
+_SHARED_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "pixtral"})
+"""Vision towers that vLLM shares by as many devices as the language model; in some others any number will do."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a model that the devices of a replica share.
+
+    attention: query heads of the language model. key_values: its KV heads. vision: heads of the tower, where its
+    devices must share it evenly, too; else 0.
+    """
+
+    attention: int
+    key_values: int
+    vision: int = 0
+
+    def divide_by(self, degree: int) -> bool:
+        """Whether vLLM can give each of so many devices as many query heads, and one KV head or more to each."""
+        shared = self.key_values % degree == 0 or degree % self.key_values == 0
+        return self.attention % degree == 0 and shared and self.vision % degree == 0
+
+    def largest_degree(self, most: int) -> int:
+        """The largest number of devices up to `most` that can share one replica."""
+        return next(degree for degree in range(most, 0, -1) if degree == 1 or self.divide_by(degree))
+
+    def __str__(self) -> str:
+        tower = f" and its vision tower's {self.vision} heads" if self.vision else ""
+        return f"{self.attention} attention and {self.key_values} key/value heads{tower}"
+
+
+def heads_of(config: Mapping[str, Any]) -> Heads | None:
+    """From a config.json with its family's defaults filled in; None where it does not say."""
+    text = text_config(config)
+    attention = _count(text, "num_attention_heads", "n_head", "n_heads")
+    if attention is None:
+        return None
+    key_values = _count(text, "num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
+    if "kv_lora_rank" in text:  # with latent attention the devices share no keys and values
+        key_values = None
+    tower = config.get("vision_config")
+    vision = None
+    if isinstance(tower, Mapping) and tower.get("model_type") in _SHARED_TOWERS:
+        vision = _count(tower, "num_attention_heads")
+    return Heads(attention, key_values or attention, vision or 0)
+
+
+def model_heads(directory: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> Heads | None:
+    """Of a model directory. Imports transformers where config.json leaves the numbers to the family's defaults.
+
+    With trust_remote_code the family may be the model's own code, which is not run for this.
+    """
+    if trust_remote_code or {"num_attention_heads", "num_key_value_heads"} <= text_config(config).keys():
+        return heads_of(config)
+    from transformers import AutoConfig
+
+    try:
+        return heads_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _count(config: Mapping[str, Any], *names: str) -> int | None:
+    values = (config.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """tensor x pipeline devices hold one copy; data copies share the load.
+    """tensor x pipeline devices hold one replica; data replicas share the load.
 
     available: devices that may be used, those of the other machines included. machines: where they are.
     problems: why it cannot work. warnings: why it may not.
@@ -53,40 +119,35 @@ def plan_devices(
     accelerators, it is 1.
 
     extra: options of vLLM's own, as text. accelerators: devices of this machine. Where Ray is to be used, it is asked
-    for its devices: seconds. heads: of the model, where they are known: devices that share a copy share them evenly.
+    for its devices: seconds. heads: of the model, where they are known: devices that share a replica share them evenly.
     """
     if heads is not None and extra.get("mm_encoder_tp_mode", "").strip().lower() == "data":
         heads = replace(heads, vision=0)  # each device has the whole tower
     if uses_ray(extra):
         plan = _across_ray(settings, accelerators, heads)
     elif (nodes := _nodes(extra)) > 1:
-        plan = _across_nodes(settings, extra, nodes, accelerators, heads)
+        plan = _across_nodes(settings, nodes, accelerators, heads)
     else:
         plan = _on_this_machine(settings, accelerators, heads)
-        ranks = plan.tensor * plan.pipeline
-        plan.warnings.extend(unused_on(settings, "vllm", plan.available, plan.data, ranks))
     if heads is not None:
-        _tell_of_heads(plan, settings, heads)
+        _check_heads(plan, settings, heads)
     return plan
 
 
 def _on_this_machine(settings: Settings, accelerators: int, heads: Heads | None) -> Plan:
     problems: list[Problem] = []
-    degree, stages, copies = _degrees(settings)
+    stages, replicas = settings.pipeline_parallel_degree, settings.data_parallel_degree
     devices = len(_chosen(settings, accelerators, problems))
-    if devices == 0:
-        ranks = 1 if degree == "max" else degree
-        return Plan(
-            ranks, stages, copies or settings.max_workers or settings.min_workers or 1, 0, problems=problems
-        )
-    ranks = _ranks(degree, devices // stages // (copies or 1), heads)
-    fitting = max(1, devices // (ranks * stages))
-    plan = Plan(
-        ranks, stages, copies or min(settings.max_workers or fitting, fitting), devices, problems=problems
-    )
-    if plan.needed > devices:
+    ranks = _ranks(settings, devices, heads)
+    if replicas is None:
+        fitting = max(1, devices // (ranks * stages))
+        most = settings.max_workers or (fitting if devices else settings.min_workers or 1)
+        replicas = min(most, fitting) if devices else most
+    plan = Plan(ranks, stages, replicas, devices, problems=problems)
+    if plan.needed > devices > 0:
         more = "lower one, or use more machines (option.distributed_executor_backend=ray)"
         problems.append(_too_few(plan, f"{devices} are there: {more}"))
+    plan.warnings.extend(unused_on(settings, devices, replicas, ranks * stages))
     return plan
 
 
@@ -97,17 +158,16 @@ def uses_ray(extra: Mapping[str, str]) -> bool:
 
 
 def _across_ray(settings: Settings, accelerators: int, heads: Heads | None) -> Plan:
-    degree, stages, copies = _degrees(settings)
+    stages, replicas = settings.pipeline_parallel_degree, settings.data_parallel_degree or 1
     try:
         cluster = running_cluster()
     except InvalidConfiguration as error:
         problem = Problem(
             f"option.distributed_executor_backend or option.data_parallel_backend is ray, but {error}"
         )
-        return Plan(1 if degree == "max" else degree, stages, copies or 1, accelerators, problems=[problem])
+        return Plan(_ranks(settings, 1, None), stages, replicas, accelerators, problems=[problem])
     devices, machines = (accelerators, 1) if cluster is None else (cluster.devices, cluster.machines)
-    ranks = _ranks(degree, devices // stages // (copies or 1), heads)
-    plan = Plan(ranks, stages, copies or 1, devices, machines)
+    plan = Plan(_ranks(settings, devices, heads), stages, replicas, devices, machines)
     if plan.needed > devices and cluster is None:
         plan.problems.append(
             _too_few(
@@ -124,15 +184,12 @@ def _across_ray(settings: Settings, accelerators: int, heads: Heads | None) -> P
     return plan
 
 
-def _across_nodes(
-    settings: Settings, extra: Mapping[str, str], nodes: int, accelerators: int, heads: Heads | None
-) -> Plan:
+def _across_nodes(settings: Settings, nodes: int, accelerators: int, heads: Heads | None) -> Plan:
     """vLLM's own launcher, which takes as many devices of each machine."""
-    degree, stages, copies = _degrees(settings)
     problems: list[Problem] = []
     devices = nodes * len(_chosen(settings, accelerators, problems))
-    ranks = _ranks(degree, devices // stages // (copies or 1), heads)
-    plan = Plan(ranks, stages, copies or 1, devices, nodes, problems)
+    stages, replicas = settings.pipeline_parallel_degree, settings.data_parallel_degree or 1
+    plan = Plan(_ranks(settings, devices, heads), stages, replicas, devices, nodes, problems)
     if plan.needed > devices > 0:
         problems.append(
             _too_few(plan, f"{devices} are there, were the {_counted(nodes)} all like this one: lower one")
@@ -148,36 +205,34 @@ def _across_nodes(
     return plan
 
 
-def _degrees(settings: Settings) -> tuple[int | Literal["max"], int, int | None]:
-    return settings.tensor_parallel_degree, settings.pipeline_parallel_degree, settings.data_parallel_degree
+def _most(settings: Settings, devices: int) -> int:
+    """What tensor_parallel_degree `max` comes to where the model's heads allow it."""
+    return devices // settings.pipeline_parallel_degree // (settings.data_parallel_degree or 1)
 
 
-def _ranks(degree: int | Literal["max"], most: int, heads: Heads | None) -> int:
-    """most: what `max` comes to where the model's heads allow it."""
+def _ranks(settings: Settings, devices: int, heads: Heads | None) -> int:
+    degree: int | Literal["max"] = settings.tensor_parallel_degree
     if degree != "max":
         return degree
-    return max(1, most) if heads is None else heads.largest_degree(max(1, most))
+    most = max(1, _most(settings, devices))
+    return most if heads is None else heads.largest_degree(most)
 
 
-def _tell_of_heads(plan: Plan, settings: Settings, heads: Heads) -> None:
-    degree, stages, copies = _degrees(settings)
-    most = plan.available // stages // (copies or 1)
+def _check_heads(plan: Plan, settings: Settings, heads: Heads) -> None:
+    degree, most = settings.tensor_parallel_degree, _most(settings, plan.available)
+    option = f"option.tensor_parallel_degree = {degree}"
     if degree == "max" and plan.tensor < most:
-        plan.warnings.append(
-            Problem(
-                f"option.tensor_parallel_degree = max is {plan.tensor} here, not {most}: the model's {heads} cannot be "
-                f"shared evenly by more; {plan.needed} of {plan.available} devices are used",
-                "tensor_parallel_degree",
-            )
+        text = (
+            f"{option} is {plan.tensor} here, not {most}: the model's {heads} cannot be shared evenly by more; "
+            f"{plan.needed} of {plan.available} devices are used"
         )
+        plan.warnings.append(Problem(text, "tensor_parallel_degree"))
     elif degree != "max" and not heads.divide_by(degree):
-        plan.problems.append(
-            Problem(
-                f"option.tensor_parallel_degree = {degree}: the model's {heads} cannot be shared evenly by {degree} "
-                f"devices; the next lower degree that works is {heads.largest_degree(degree)}",
-                "tensor_parallel_degree",
-            )
+        text = (
+            f"{option}: the model's {heads} cannot be shared evenly by {degree} devices; the next lower degree that "
+            f"works is {heads.largest_degree(degree)}"
         )
+        plan.problems.append(Problem(text, "tensor_parallel_degree"))
 
 
 def _product(plan: Plan) -> str:
@@ -235,12 +290,11 @@ def _chosen(settings: Settings, accelerators: int, problems: list[Problem]) -> l
     wanted = settings.load_on_devices
     if wanted == "*" or accelerators == 0:
         return list(range(accelerators))
-    for number in wanted:
-        if number >= accelerators:
-            problems.append(
-                Problem(
-                    f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}",
-                    "load_on_devices",
-                )
-            )
+    problems += [
+        Problem(
+            f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}", "load_on_devices"
+        )
+        for number in wanted
+        if number >= accelerators
+    ]
     return [number for number in wanted if number < accelerators]

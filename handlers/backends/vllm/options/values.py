@@ -1,23 +1,54 @@
-"""From an option's text to the value of a vLLM engine argument, by that argument's own type."""
+"""Values of vLLM's engine arguments: read from an option's text, and checked before anything is loaded."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
-_TRUE = frozenset({"true", "1", "yes", "on", "t", "y"})
-_FALSE = frozenset({"false", "0", "no", "off", "f", "n"})
+from handlers.backends.vllm.compat import cpu_takes_block_size, registered_names
+from handlers.backends.vllm.failures import refusal_reason, wrong_fields
+from properties.names import key_of
+from properties.problem import Problem
+
+if TYPE_CHECKING:
+    from handlers.backends.vllm.compat import Vllm
+    from properties.configuration import Configuration
+
+_BOOLEANS = dict.fromkeys(("true", "1", "yes", "on", "t", "y"), True) | dict.fromkeys(
+    ("false", "0", "no", "off", "f", "n"), False
+)
 _LONGEST = 200
+
+KERNEL_TOKENS = 16
+"""On accelerators every attention kernel of vLLM's takes blocks of a multiple of so many tokens."""
+
+NAMED = frozenset({"quantization", "load_format", "tokenizer_mode"})
+"""Fields for which vLLM's command line takes any text, so that a wrong one ends the engine's process later."""
+
+OURS = frozenset({"kv_cache_memory_bytes", "tensor_parallel_size"})
+"""Fields whose options have values of their own, MiB and `max`, and are checked by their own types."""
+
+GONE = {
+    "bitsandbytes": "vLLM has no bitsandbytes any more; int8_per_channel_weight_only or fp8 quantise while loading",
+    "smoothquant": "that is TensorRT-LLM's; int8_per_channel_weight_only or fp8 quantise while loading",
+    "marlin": "vLLM chooses its kernels itself: leave the option out for a model that is quantised already",
+    "gguf": "vLLM reads GGUF no more: serve the model's safetensors",
+    "squeezellm": "vLLM has it no more",
+    "aqlm": "vLLM has it no more",
+    "deepspeedfp": "vLLM has it no more",
+    "eetq": "that is Text Generation Inference's; fp8 or int8_per_channel_weight_only quantise while loading",
+    "exl2": "that is Text Generation Inference's",
+}
+"""Quantisations that LMI, TGI or older versions of vLLM name -> why this one has none."""
 
 
 class BadValue(Exception):
-    """`reason` says why, where vLLM does; `allowed` what is allowed, in words."""
+    """As text: what is wrong, where vLLM says so, and what is allowed."""
 
     def __init__(self, allowed: str, reason: str = "") -> None:
-        super().__init__(allowed)
-        self.allowed = allowed
-        self.reason = reason
+        super().__init__(f"{f'{reason}; ' if reason else ''}allowed: {allowed}")
 
 
 def coerce(action: argparse.Action | None, text: str, annotation: str) -> Any:
@@ -27,34 +58,30 @@ def coerce(action: argparse.Action | None, text: str, annotation: str) -> Any:
     annotation: the field's type as written, for messages. Raises BadValue.
     """
     if action is None:
-        return _json_or_text(text)
-    if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
-        return _boolean(text)
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    word = text.strip().lower()
+    flag = isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0
+    if flag or (action.nargs == "?" and word in _BOOLEANS):
+        if word not in _BOOLEANS:
+            raise BadValue("true or false")
+        return _BOOLEANS[word]
     if action.nargs in ("+", "*"):
         return [_one(action, item, annotation) for item in _items(text)]
-    if action.nargs == "?" and text.lower() in _TRUE | _FALSE:
-        return _boolean(text)
     return _one(action, text, annotation)
-
-
-def _boolean(text: str) -> bool:
-    word = text.strip().lower()
-    if word in _TRUE:
-        return True
-    if word in _FALSE:
-        return False
-    raise BadValue("true or false")
 
 
 def _items(text: str) -> list[str]:
     """`["a", "b"]` or `a,b`."""
-    if text.lstrip().startswith("["):
-        try:
-            value = json.loads(text)
-        except ValueError:
-            raise BadValue("a list: a,b or a JSON list") from None
-        return [item if isinstance(item, str) else json.dumps(item) for item in value]
-    return [item.strip() for item in text.split(",") if item.strip()]
+    if not text.lstrip().startswith("["):
+        return [item.strip() for item in text.split(",") if item.strip()]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise BadValue("a list: a,b or a JSON list") from None
+    return [item if isinstance(item, str) else json.dumps(item) for item in value]
 
 
 def _one(action: argparse.Action, text: str, annotation: str) -> Any:
@@ -63,14 +90,17 @@ def _one(action: argparse.Action, text: str, annotation: str) -> Any:
         try:
             value = action.type(_whole(text) if "int" in annotation else text)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise BadValue(_allowed(action, annotation), _reason(error)) from error
+            found = (
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in wrong_fields(error.__cause__)
+            )
+            raise BadValue(_allowed(action, annotation), "; ".join(found)[:_LONGEST]) from error
     choices = list(action.choices or ())
-    if choices and value not in choices:
-        words = {choice.lower(): choice for choice in choices if isinstance(choice, str)}
-        if not isinstance(value, str) or value.strip().lower() not in words:
-            raise BadValue(_allowed(action, annotation))
-        value = words[value.strip().lower()]
-    return value
+    if not choices or value in choices:
+        return value
+    words = {choice.lower(): choice for choice in choices if isinstance(choice, str)}
+    if not isinstance(value, str) or value.strip().lower() not in words:
+        raise BadValue(_allowed(action, annotation))
+    return words[value.strip().lower()]
 
 
 def _whole(text: str) -> str:
@@ -82,30 +112,80 @@ def _whole(text: str) -> str:
 def _allowed(action: argparse.Action, annotation: str) -> str:
     if action.choices:
         return ", ".join("none" if choice is None else str(choice) for choice in action.choices)
-    for word, meaning in (
-        ("bool", "true or false"),
-        ("int", "a whole number"),
-        ("float", "a number"),
-        ("dict", "a JSON object"),
-        ("list", "a list: a,b or a JSON list"),
-        ("Config", "a JSON object"),
-    ):
-        if word in annotation:
-            return meaning
-    return "text"
+    kinds = {
+        "bool": "true or false", "int": "a whole number", "float": "a number", "dict": "a JSON object",
+        "list": "a list: a,b or a JSON list", "Config": "a JSON object",
+    }  # fmt: skip
+    return next((meaning for word, meaning in kinds.items() if word in annotation), "text")
 
 
-def _reason(error: Exception) -> str:
-    """Which part of an object is wrong, where that is what the value is; else the words for what is allowed do."""
-    listed = getattr(error.__cause__, "errors", None)
-    if listed is None:
-        return ""
-    found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in listed(include_url=False)]
-    return "; ".join(found)[:_LONGEST]
+def refused_values(
+    configuration: Configuration,
+    given: Mapping[str, str],
+    actions: Mapping[str, argparse.Action],
+    annotations: Mapping[str, str],
+    *,
+    cpu: bool,
+) -> list[Problem]:
+    """A problem for each of our options whose value vLLM's command line would refuse.
+
+    given: vLLM's field -> our option, of those that somebody wrote. actions, annotations: field -> what vLLM's parser
+    does with its text, and its type as written.
+    """
+    problems = []
+    for field, name in given.items():
+        value = getattr(configuration.settings, name)
+        if field in OURS or value is None:
+            continue
+        written = json.dumps(value) if isinstance(value, dict | list | bool) else str(value)
+        try:
+            coerce(actions.get(field), written, annotations[field])
+            if field in NAMED:
+                _check_name(field, value, registered_names()[field])
+            elif field == "block_size":
+                _check_block_size(value, cpu)
+        except BadValue as bad:
+            source = configuration.sources[name]
+            shown = source.raw if source.raw is not None else value
+            text = f"{key_of(name)} = {shown!r} ({source.location}): {bad}"
+            problems.append(Problem(text, name, source))
+    return problems
 
 
-def _json_or_text(text: str) -> Any:
+def _check_name(field: str, value: str, names: Collection[str]) -> None:
+    word = value.lower()
+    if value in names or (field != "quantization" and word in names):
+        return
+    word = "bitsandbytes" if word.startswith("bitsandbytes") else word
+    raise BadValue(", ".join(sorted(names)), GONE.get(word, "") if field == "quantization" else "")
+
+
+def _check_block_size(tokens: int, cpu: bool) -> None:
+    if cpu and not cpu_takes_block_size(tokens):
+        multiple = next(step for step in range(1, 1025) if cpu_takes_block_size(step))
+        raise BadValue(f"a multiple of {multiple} on a CPU")
+    if not cpu and tokens % KERNEL_TOKENS:
+        raise BadValue(f"a multiple of {KERNEL_TOKENS}")
+
+
+def refused_whole(vllm: Vllm, arguments: dict[str, Any], names: Callable[[str], str | None]) -> list[Problem]:
+    """What vLLM finds wrong when it puts all arguments together with the model's config.json.
+
+    The same that a start does first, in milliseconds; nothing is loaded. names: field -> our option, where we have one.
+    """
+    if arguments["trust_remote_code"]:
+        return []  # It would run the model's own code.
+    asked = dict(arguments)
+    speculative = asked.get("speculative_config")
+    if isinstance(speculative, Mapping) and "model" in speculative:
+        del asked["speculative_config"]  # It would fetch that model's configuration.
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        vllm.AsyncEngineArgs(**asked).create_engine_config(vllm.server_context)
+    except Exception as error:
+        where = next((item["loc"] for item in wrong_fields(error)), ())
+        field = str(where[0]) if where else ""
+        name = names(field)
+        told = f"{key_of(name)} = {arguments[field]!r}: " if name is not None else ""
+        text = f"vLLM {vllm.version} cannot serve the model as configured: {told}{refusal_reason(error)}"
+        return [Problem(text, name)]
+    return []

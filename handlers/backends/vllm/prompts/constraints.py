@@ -1,7 +1,8 @@
-"""Clients' schemas, expressions and grammars, compiled for the first time in a process that can be ended.
+"""Clients' schemas, expressions and grammars in vLLM's words.
 
 vLLM compiles them on the front's event loop: a hostile one would hold up every request and the health check for
-minutes. What has survived our own compiler reaches vLLM as the same grammar that the embedded engine would get.
+minutes. So our own compiler comes first, and what has survived it reaches vLLM as the same grammar that the embedded
+engine would get.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from handlers.backends.rolling.model_front import vocabulary_of
-from handlers.grammars.compiler import GrammarCompiler
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from engine.config import Vocabulary
+    from handlers.backends.vllm.prompts.front import VllmFront
     from handlers.request import Constraint
 
 logger = logging.getLogger(__name__)
@@ -29,38 +29,21 @@ LIBRARY = "guidance"
 _LARK_HEADER = re.compile(r"^\s*%llguidance\b", re.MULTILINE)
 
 
-class Constraints:
-    """Lives on the event loop. Where the operator chose another of vLLM's libraries, constraints pass as they are."""
+def constraint_vocabulary(config: Any, front: VllmFront) -> Vocabulary | None:
+    """What our own compiler needs; None where the operator chose another of vLLM's libraries, which compiles itself.
 
-    def __init__(
-        self, config: Any, tokenizer: Any, eos_token_ids: Sequence[int], vocab_size: int, timeout: float
-    ) -> None:
-        """Blocking. config: vLLM's StructuredOutputsConfig. timeout: seconds that one may be compiled for."""
-        self._compact = bool(config.disable_any_whitespace)
-        self._compiler: GrammarCompiler | None = None
-        if config.backend == LIBRARY:
-            vocabulary = vocabulary_of(tokenizer, vocab_size, tuple(eos_token_ids))
-            self._compiler = GrammarCompiler(vocabulary, timeout)
-        else:
-            logger.warning(
-                "structured answers: vLLM's library %s looks at clients' schemas and grammars on the event loop, so a "
-                "hostile one can hold up the server; option.structured_outputs_config without a backend, or with "
-                "%s, avoids that",
-                config.backend,
-                LIBRARY,
-            )
-
-    async def checked(self, constraint: Constraint | None) -> Constraint | None:
-        """The same in words that vLLM reads as the embedded engine does. Raises what `GrammarCompiler.compile` does."""
-        if constraint is None or self._compiler is None:
-            return constraint
-        if self._compact and constraint.whitespace_pattern is None:
-            constraint = replace(constraint, whitespace_pattern="")
-        return in_vllms_words(constraint, await self._compiler.compile(constraint))
-
-    async def close(self) -> None:
-        if self._compiler is not None:
-            await self._compiler.close()
+    config: vLLM's StructuredOutputsConfig. Slow.
+    """
+    if config.backend == LIBRARY:
+        return vocabulary_of(front.tokenizer, front.vocab_size, tuple(front.eos_token_ids))
+    logger.warning(
+        "structured answers: vLLM's library %s looks at clients' schemas and grammars on the event loop, so a "
+        "hostile one can hold up the server; option.structured_outputs_config without a backend, or with "
+        "%s, avoids that",
+        config.backend,
+        LIBRARY,
+    )
+    return None
 
 
 def in_vllms_words(constraint: Constraint, grammar: str) -> Constraint:

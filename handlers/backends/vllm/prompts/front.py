@@ -19,7 +19,6 @@ from handlers.backends.rolling.model_front import (
     read_eos_token_ids,
     read_generation_config,
 )
-from handlers.backends.tokens import TokenTexts
 from handlers.backends.vllm.prompts.places import (
     PicturePlaces,
     picture_places,
@@ -75,7 +74,6 @@ class VllmFront:
         self.eos_token_ids = read_eos_token_ids(read_generation_config(path), text_config, tokenizer)
         self.default_sampling = read_default_sampling(generation_defaults(config, path))
         self.vocab_size = int(config.get_vocab_size())
-        self.token_texts = TokenTexts(tokenizer)
 
     def exchanged(self, token_ids: list[int], parts: Sequence[PicturePart]) -> list[int]:
         """A rendered prompt with these pictures as vLLM wants it: see `places`."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.vllm.failures import refused
 from handlers.backends.vllm.prompts.embeddings import embedding_data, misplaced
-from handlers.backends.vllm.prompts.rendered import placeholders, take_back
-from handlers.backends.vllm.prompts.turns import PictureTurns
+from handlers.backends.vllm.prompts.rendered import placeholders
 from handlers.errors import ImageError, InvalidRequest, Unavailable
 from handlers.request import EmbeddingsPart, ImagePart
 
@@ -25,7 +23,6 @@ class Inputs:
 
     def __init__(self, vllm: Vllm) -> None:
         self._vllm = vllm
-        self._turns = PictureTurns()
         self.embeddings: EmbeddingsWanted | None = None
         """What the model takes in place of pictures, once that is known."""
 
@@ -36,7 +33,6 @@ class Inputs:
         Raises ImageError, InvalidRequest, and Unavailable where the engine was lost meanwhile.
         """
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
-        digests: list[str] = []
         params = self._vllm.TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         try:
             if parts:
@@ -45,9 +41,8 @@ class Inputs:
                 prompt["multi_modal_data"] = {"image": await self._data(parts)}
                 prompt["multi_modal_uuids"] = {"image": digests}
             parsed = self._vllm.parse_model_prompt(engine.model_config, prompt)
-            async with self._turns.of(digests):
-                ready = await _rendered(engine, parsed, params)
-        except self._vllm.client_errors as error:
+            (ready,) = await engine.renderer.render_cmpl_async([parsed], params)
+        except self._vllm.VLLMClientError as error:
             raise refused(error) from error
         except (AssertionError, ValueError, TypeError, RuntimeError) as error:
             if engine.errored:
@@ -61,14 +56,12 @@ class Inputs:
                 part.release()
         places = len(placeholders(ready))
         if places != len(parts):
-            take_back(engine, ready)
             raise InvalidRequest(
                 f"the request has {len(parts)} pictures, but {places} of them have a place in its prompt"
             )
         if self.embeddings is not None and any(isinstance(part, EmbeddingsPart) for part in parts):
             wrong = misplaced(ready, self.embeddings.hidden_size)
             if wrong is not None:
-                take_back(engine, ready)
                 raise ImageError(0, wrong)
         return ready
 
@@ -84,18 +77,3 @@ class Inputs:
             )
         loaded = self.embeddings.checked(embedded)
         return await asyncio.to_thread(embedding_data, loaded, self.embeddings.dtype)
-
-
-async def _rendered(engine: Any, parsed: Any, params: Any) -> Any:
-    """The thread that renders goes on when its request is cancelled: its result is waited for, and taken back."""
-    rendering = asyncio.ensure_future(engine.renderer.render_cmpl_async([parsed], params))
-    try:
-        (ready,) = await asyncio.shield(rendering)
-        return ready
-    except asyncio.CancelledError:
-        while not rendering.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([rendering])
-        if not rendering.cancelled() and rendering.exception() is None:
-            take_back(engine, rendering.result()[0])
-        raise

@@ -134,7 +134,7 @@ def _stand_in(tokenizer: Any, printed: str) -> str:
 def placeholder_of(vllm: Vllm, config: Any) -> tuple[Callable[[int], str | None], bool]:
     """(what vLLM writes for picture number `i`, whether the model's processor inserts pictures itself)."""
     try:
-        cls = vllm.model_class(config)
+        cls = vllm.get_model_cls(config)
     except (ValueError, ImportError) as error:
         logger.debug("the model's class cannot be asked for a placeholder: %s", error)
         return (lambda number: None), False

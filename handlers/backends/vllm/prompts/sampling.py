@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from engine.sampling_params import MAX_SEED, SamplingParams
 from handlers.backends.vllm.failures import refused
-from handlers.backends.vllm.samplers.carried import (
+from handlers.backends.vllm.samplers.extra_args import (
     HAS_ALL,
     HOTTEST,
     NEUTRAL,
     Samplers,
-    carried,
+    extra_args,
     some_seed,
     wanted,
 )
@@ -63,18 +63,17 @@ def to_vllm(
     params: SamplingParams,
     n: int,
     constraint: Constraint | None = None,
-    names: Mapping[str, str] | None = None,
     samplers: Samplers = HAS_ALL,
 ) -> Any:
     """vLLM's SamplingParams, in which every output is what is new.
 
-    params: checked already, DRY's breakers spelled. n: answers that the engine makes. names: the client's names of
-    fields. samplers: what the engine has of those that vLLM does not have.
+    params: checked already, DRY's breakers spelled. n: choices that the engine makes. samplers: what the engine has of
+    those that vLLM does not have.
     Raises InvalidRequest for a sampler that the engine does not have.
     """
     ours = wanted(params)
     if ours:
-        _check(params, names or {}, samplers)
+        _check(params, samplers)
     fields: dict[str, Any] = {name: getattr(params, name) for name in SAME}
     if params.greedy:
         # vLLM counts a seed as state to keep; a greedy answer needs none.
@@ -82,7 +81,7 @@ def to_vllm(
     fields["top_k"] = 0 if params.greedy else max(params.top_k, 0)
     fields["logit_bias"] = params.logit_bias or None
     if ours:
-        fields |= NEUTRAL | {"extra_args": carried(params)}
+        fields |= NEUTRAL | {"extra_args": extra_args(params)}
         if not params.greedy:
             fields |= {"temperature": 1.0, "seed": some_seed() if params.seed is None else params.seed}
     if fields["seed"] is not None:
@@ -113,7 +112,7 @@ def usual_sampling(defaults: Mapping[str, float | int], samplers: Samplers) -> d
     return {name: value for name, value in defaults.items() if name in (*SAME, *TRANSLATED)}
 
 
-def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers) -> None:
+def _check(params: SamplingParams, samplers: Samplers) -> None:
     """Raise InvalidRequest unless the engine has the samplers that these parameters ask for."""
     if samplers.lacking is None and not (samplers.reports_choice and params.logprobs is not None):
         return
@@ -124,9 +123,8 @@ def _check(params: SamplingParams, names: Mapping[str, str], samplers: Samplers)
         if name not in (*SAME, *TRANSLATED)
         and wanted(replace(_PLAIN, temperature=temperature, **{name: getattr(params, name)}))
     )
-    field = next(asked, "temperature")
-    name = names.get(field, field)
-    what = f"temperature {params.temperature:g}, above {HOTTEST:g}," if field == "temperature" else name
+    name = next(asked, "temperature")
+    what = f"temperature {params.temperature:g}, above {HOTTEST:g}," if name == "temperature" else name
     if samplers.lacking is not None:
         raise InvalidRequest(
             f"{what} is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "

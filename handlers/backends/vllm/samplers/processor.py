@@ -1,24 +1,35 @@
 """The logits processor that vLLM loads into its engine's process, for both of its model runners.
 
-It stands before everything in vLLM that draws, and holds only rows of requests that need it: with none, `apply` returns
-the logits as they are.
+It stands before everything in vLLM that draws, and holds only rows of the batch whose requests need it: with none,
+`apply` returns the logits as they are.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from handlers.backends.vllm.compat import logits_processor, newer_logits_processor, process_dict_updates
-from handlers.backends.vllm.samplers.rows import Row, Rows, asks, leave_chosen
+from engine.sampler import Sampler, SamplingState
+from engine.sampling_params import SamplingParams
+from engine.warping import Warping
+from handlers.backends.vllm.compat import RunnerRequests, logits_processor_classes, process_dict_updates
+from handlers.backends.vllm.samplers.extra_args import KEY, Carried
 
-_Older: Any = logits_processor()
-_Newer: Any = newer_logits_processor() or object
+_REMEMBERED = 4096
+"""Completions whose Mirostat may be taken up again after they lost their place in the batch."""
+
+_ELEMENTS = 1 << 22
+"""Of the logits that are sampled at a time: vLLM leaves little memory beside its cache."""
+
+_Older, _Newer = logits_processor_classes()
 
 
-class SamplerProcessor(_Older, _Newer):  # type: ignore[misc]
+class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
     """See vLLM's `LogitsProcessor`, of which there are two with one name.
 
     The older runner calls `update_state` with who came, went and moved, then `apply(logits)`; its lists of output
@@ -27,9 +38,9 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc]
     """
 
     def __init__(self, vllm_config: Any, where: Any, pinned: bool = False) -> None:
-        """where: a device, or the newer runner's LogitsProcRequestState. pinned: the older runner's alone."""
-        self._known = Rows()
-        self._places = where
+        """where: a device, or what the newer runner keeps of its requests. pinned: the older runner's alone."""
+        self._made = Rows()
+        self._requests = RunnerRequests(where)
         self._asking: dict[int, Any] = {}
         self._rows: dict[int, Row] = {}
         self._update = process_dict_updates()
@@ -39,13 +50,13 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc]
 
     def update_state(self, batch_update: Any) -> None:
         if batch_update is not None:
-            self._update(self._rows, batch_update, self._known.row)
+            self._update(self._rows, batch_update, self._made.row)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Whether the request that takes this place needs the processor."""
         self._rows.pop(req_idx, None)
         self._asking.pop(req_idx, None)
-        if needed := asks(sampling_params):
+        if needed := _asks(sampling_params):
             self._asking[req_idx] = sampling_params
         return needed
 
@@ -64,23 +75,111 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc]
             return {}
         where = torch.tensor(list(places), dtype=torch.int64).to(context.pos.device, non_blocking=True)
         seen = torch.stack((context.pos[where].long() + 1, context.input_ids[where].long())).tolist()
-        present = {}
-        for (row, place), length, last in zip(places.items(), *seen, strict=True):
+        return {
+            row: self._grown(place, length, last)
+            for (row, place), length, last in zip(places.items(), *seen, strict=True)
             # Before a prompt's end there is nothing to choose: vLLM drops the token.
-            if length >= int(self._places.prefill_len.np[place]):
-                present[row] = self._grown(place, length, last)
-        return present
+            if self._requests.is_prefilled(place, length)
+        }
 
     def _grown(self, place: int, length: int, last: int) -> Row:
-        """length: tokens of prompt and answer by now. last: the newest of them."""
+        """length: tokens of prompt and output by now. last: the newest of them."""
         row = self._rows.get(place)
         known = 0 if row is None else len(row.prompt) + len(row.output)
         if row is None or not known <= length <= known + 1:
-            tokens = self._places.all_token_ids.gpu[place, :length].tolist()
-            of_prompt = int(self._places.prompt_len.np[place])
-            row = self._known.row(self._asking[place], tokens[:of_prompt], tokens[of_prompt:])
+            row = self._made.row(self._asking[place], *self._requests.tokens(place, length))
             assert row is not None, "asked for it when it was added"
             self._rows[place] = row
         elif length > known:
             row.output.append(last)
         return row
+
+
+class Row:
+    """A row of the batch whose tokens our sampler chooses: one completion.
+
+    prompt, output: token ids; output grows while the completion does, and nobody but its owner changes it.
+    constrained: a grammar has masked the logits already.
+    """
+
+    __slots__ = ("_followed", "_params", "_seed", "_state", "_warping", "constrained", "output", "prompt")
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        prompt: Sequence[int],
+        output: list[int],
+        warping: Warping | None,
+        constrained: bool,
+    ) -> None:
+        self.prompt, self.output, self.constrained = prompt, output, constrained
+        self._params, self._seed, self._warping = params, seed, warping
+        self._followed = 0
+        self._state = self._begun()
+
+    @property
+    def state(self) -> SamplingState:
+        """Of the sampler, following the output as it is now."""
+        if len(self.output) < self._followed:
+            self._state = self._begun()  # vLLM took tokens back that the old one has followed
+        self._followed = len(self.output)
+        return self._state
+
+    def _begun(self) -> SamplingState:
+        state = SamplingState(self._params, self.prompt, self.output, (), self._seed)
+        state.warping = self._warping
+        return state
+
+
+class Rows:
+    """Makes the rows of one engine, and remembers Mirostat for those that were preempted."""
+
+    def __init__(self) -> None:
+        self._mirostats: OrderedDict[tuple[int, int], Warping] = OrderedDict()
+
+    def row(self, params: Any, prompt: Sequence[int] | None, output: list[int]) -> Row | None:
+        """None for a request that vLLM samples by itself. params: vLLM's SamplingParams of one completion."""
+        if not _asks(params):
+            return None
+        carried = msgspec.msgpack.decode(params.extra_args[KEY], type=Carried)
+        seed = (params.seed or 0) % 2**63
+        warping = Warping.of(carried.params, seed)
+        if warping is not None and warping.mirostat:
+            completion = (carried.request, seed)
+            warping = self._mirostats.setdefault(completion, warping)
+            self._mirostats.move_to_end(completion)
+            if len(self._mirostats) > _REMEMBERED:
+                self._mirostats.popitem(last=False)
+        return Row(carried.params, seed, prompt or (), output, warping, params.structured_outputs is not None)
+
+
+def _asks(params: Any) -> bool:
+    """Whether a request needs a row, by vLLM's SamplingParams."""
+    return KEY in (params.extra_args or ())
+
+
+def leave_chosen(logits: Tensor, rows: Mapping[int, Row]) -> None:
+    """Choose a token for some rows of the logits [B, V] and mask all others in them, in place.
+
+    A row that has no token (NaN, +inf, or nothing but -inf) stays as it is; but where the samplers leave nothing of
+    what a grammar allows, a token that it does not allow is chosen, at which vLLM ends the completion as failed.
+    """
+    vocab_size = logits.shape[-1]
+    sampler = Sampler(vocab_size, logits.device)
+    some = max(1, _ELEMENTS // vocab_size)
+    numbers = list(rows)
+    for start in range(0, len(numbers), some):
+        part = numbers[start : start + some]
+        where = torch.tensor(part, dtype=torch.int64).to(logits.device, non_blocking=True)
+        chosen, _ = sampler.sample(logits[where], [rows[row].state for row in part])
+        found = [(row, token) for row, token in zip(part, chosen, strict=True) if token >= 0]
+        for row, token in zip(part, chosen, strict=True):
+            if token < 0 and rows[row].constrained:
+                lowest = int(logits[row].argmin())
+                if logits[row, lowest] == -torch.inf:
+                    found.append((row, lowest))
+        if found:
+            where, tokens = torch.tensor(found, dtype=torch.int64).to(logits.device).unbind(1)
+            logits[where] = -torch.inf
+            logits[where, tokens] = 0.0

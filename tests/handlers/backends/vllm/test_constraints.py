@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
-from handlers.backends.vllm.prompts.constraints import Constraints, choose_library
+from handlers.backends.base import Capabilities, PromptModel
+from handlers.backends.vllm.prompts.constraints import choose_library, constraint_vocabulary, in_vllms_words
 from handlers.errors import InvalidRequest
+from handlers.pipeline import Pipeline
+from handlers.prompts.renderer import PromptRenderer
 from handlers.request import Constraint
 from tests.support.models import VOCAB, make_tokenizer
 
@@ -21,13 +26,31 @@ ARRAY = Constraint("json_schema", json.dumps({"type": "array", "items": {"type":
 
 
 def checked(constraint: Constraint, library: str = "guidance", *, compact: bool = False) -> Constraint:
+    async def nothing() -> None:
+        pass
+
     async def run() -> Constraint | None:
-        config = SimpleNamespace(backend=library, disable_any_whitespace=compact)
-        constraints = Constraints(config, TOKENIZER, (257,), VOCAB, 20.0)
+        front: Any = SimpleNamespace(tokenizer=TOKENIZER, vocab_size=VOCAB, eos_token_ids=(257,))
+        vocabulary = constraint_vocabulary(SimpleNamespace(backend=library), front)
+        model = PromptModel(
+            TOKENIZER,
+            PromptRenderer(TOKENIZER, None),
+            VOCAB,
+            ThreadPoolExecutor(1),
+            vocabulary,
+            json_whitespace="" if compact else None,
+        )
+        engine: Any = SimpleNamespace(
+            load=nothing, close=nothing, model=model, capabilities=Capabilities(64, images=False)
+        )
+        pipeline = Pipeline(engine, 20.0)
+        await pipeline.load()
         try:
-            return await constraints.checked(constraint)
+            meant, grammar = await pipeline.compiled(constraint)
         finally:
-            await constraints.close()
+            await pipeline.close()
+        assert meant is not None
+        return meant if grammar is None else in_vllms_words(meant, grammar)
 
     found = asyncio.run(run())
     assert found is not None

@@ -11,12 +11,10 @@ from typing import Any, cast
 import pytest
 
 from engine.sampling_params import SamplingParams
-from handlers.backends.base import PromptStats
-from handlers.backends.tokens import TokenTexts
-from handlers.backends.vllm.answers.generation import VllmGeneration
-from handlers.backends.vllm.backend import VllmBackend
+from handlers.backends.vllm.async_engine import VllmEngine
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.inputs import Inputs
+from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import (
     EngineFailed,
     ImageError,
@@ -26,7 +24,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.request import ChatPrompt, GenerationRequest, ImagePart, Message, TextPart
+from handlers.request import ImagePart
 from tests.support.models import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -51,8 +49,8 @@ class EngineGenerateError(Exception):
 VLLM: Any = SimpleNamespace(
     EngineDeadError=EngineDeadError,
     EngineGenerateError=EngineGenerateError,
-    client_errors=(ClientError,),
-    busy_errors=(BusyError,),
+    VLLMClientError=ClientError,
+    GracefulHTTPError=BusyError,
     refusals=(ClientError, ValueError, TypeError, OverflowError),
     TokenizeParams=lambda **_: None,
     parse_model_prompt=lambda config, prompt: prompt,
@@ -91,33 +89,29 @@ class Outputs:
             raise
 
 
-def generation(
+def stream(
     outputs: Outputs,
     *,
     n: int = 1,
-    image_tokens: int = 4,
+    images: bool = True,
     constrained: bool = False,
     failure: Callable[[Exception, bool], ServingError] | None = None,
-) -> VllmGeneration:
-    sampling = SamplingParams(temperature=1.0)
-    request = GenerationRequest("r", ChatPrompt([Message("user", [TextPart("hi")])]), sampling, n=n)
-    return VllmGeneration(
+) -> VllmStream:
+    return VllmStream(
         outputs.given(),
-        PromptStats(9, image_tokens=image_tokens),
-        sampling,
-        texts=TokenTexts(TOKENIZER).answers(request, sampling, [1], request.n),
-        copies=1,
+        SamplingParams(temperature=1.0),
+        choices=n,
+        images=images,
         constrained=constrained,
         eos_token_ids=[0],
-        token_text=str,
         failure=failure or (lambda error, begun: failed(VLLM, error, accepted=begun)),
-        ended=lambda generation: None,
+        ended=lambda stream: None,
     )
 
 
-async def whole(made: VllmGeneration) -> int:
+async def whole(made: VllmStream) -> int:
     await made.start()
-    return sum([len(delta.token_ids) async for delta in made])
+    return sum([len(output.token_ids) async for output in made])
 
 
 @pytest.mark.parametrize("constrained", [False, True])
@@ -126,7 +120,7 @@ def test_a_picture_that_one_of_several_answers_misses_is_lost_for_all(constraine
 
     async def scenario() -> None:
         outputs = Outputs(output(0, reason="error"), output(1, reason="error", last=True))
-        made = generation(outputs, n=2, constrained=constrained)
+        made = stream(outputs, n=2, constrained=constrained)
         with pytest.raises(PicturesLost):
             await made.start()
         assert outputs.aborted, "the other answer does not go on"
@@ -135,80 +129,37 @@ def test_a_picture_that_one_of_several_answers_misses_is_lost_for_all(constraine
 
 
 def test_a_failure_after_a_token_or_without_pictures_is_no_lost_picture() -> None:
-    for told, image_tokens in (
-        (Outputs(output(0, 5), output(0, reason="error", last=True)), 4),
-        (Outputs(output(0, 5, reason="error", last=True)), 4),
-        (Outputs(output(0, reason="error", last=True)), 0),
+    for told, images in (
+        (Outputs(output(0, 5), output(0, reason="error", last=True)), True),
+        (Outputs(output(0, 5, reason="error", last=True)), True),
+        (Outputs(output(0, reason="error", last=True)), False),
     ):
         with pytest.raises(EngineFailed) as raised:
-            asyncio.run(whole(generation(told, image_tokens=image_tokens)))
+            asyncio.run(whole(stream(told, images=images)))
         assert type(raised.value) is EngineFailed
 
 
 @pytest.mark.parametrize("error", [ClientError("inside"), BusyError("inside"), wrapped(ValueError("inside"))])
 def test_what_vllm_raises_after_an_output_is_no_refusal(error: Exception) -> None:
     with pytest.raises(ServingError) as first:
-        asyncio.run(whole(generation(Outputs(error))))
+        asyncio.run(whole(stream(Outputs(error))))
     assert isinstance(first.value, InvalidRequest | Overloaded)
     with pytest.raises(EngineFailed) as later:
-        asyncio.run(whole(generation(Outputs(output(0, 5), error))))
+        asyncio.run(whole(stream(Outputs(output(0, 5), error))))
     assert "inside" not in later.value.message
 
 
-class Sender:
-    """The cache of vLLM's front: pictures that the engine is thought to have."""
-
-    def __init__(self, *digests: str) -> None:
-        self.sent = set(digests)
-
-    def invalidate(self, digest: str) -> None:
-        self.sent.discard(digest)
-
-
-def generated(
-    *told: SimpleNamespace | Exception, errored: bool = False
-) -> tuple[ServingError | None, set[str]]:
-    """What a request is told when vLLM says this, and which pictures the engine is thought to have afterwards."""
-    sender = Sender("new", "old")
-    engine = SimpleNamespace(errored=errored, renderer=SimpleNamespace(mm_processor_cache=sender))
-    prompt = {"mm_hashes": {"image": ["new", "old"]}, "mm_kwargs": {"image": [object(), None]}}
-    backend: Any = VllmBackend(SimpleNamespace(settings=None), None)  # type: ignore[arg-type]
-    backend._vllm, backend._keeper, backend._loaded = VLLM, SimpleNamespace(), True
-    backend._engine = lambda: engine
-    backend._adapters = SimpleNamespace(taken=lambda name, model: None)
-
-    async def admitted(*_: Any) -> Any:
-        return generation(Outputs(*told), failure=partial(backend._failure, engine, None)), prompt
-
-    async def scenario() -> ServingError | None:
-        backend._admitted = admitted
-        try:
-            await backend.generate(SimpleNamespace(adapter=None, model=None))
-        except ServingError as error:
-            return error
-        return None
-
-    return asyncio.run(scenario()), sender.sent
-
-
 @pytest.mark.parametrize("error", [ClientError("too many"), BusyError(), wrapped(ValueError("too many"))])
-def test_a_picture_of_a_refused_request_was_not_sent(error: Exception) -> None:
-    told, sent = generated(error)
-    assert isinstance(told, InvalidRequest | Overloaded)
-    assert sent == {"old"}, "what the engine had before, it has"
-
-
-def test_a_picture_that_was_sent_is_not_taken_back() -> None:
-    assert generated(output(0, 5)) == (None, {"new", "old"})
-    assert generated(wrapped(RuntimeError()))[1] == {"new", "old"}
-
-
-def test_a_failure_of_vllms_own_loop_is_not_the_requests_fault() -> None:
+def test_a_failure_of_vllms_own_loop_is_not_the_requests_fault(error: Exception) -> None:
     """It is handed to all requests as it is, those that wait for their first output included."""
-    told, sent = generated(wrapped(ValueError("inside")), errored=True)
-    assert type(told) is EngineFailed
-    assert "inside" not in told.message
-    assert sent == {"new", "old"}
+    backend: Any = VllmEngine(SimpleNamespace(settings=None), None)  # type: ignore[arg-type]
+    backend._vllm, backend._loaded = VLLM, True
+    for errored in (False, True):
+        failure = partial(backend._failure, SimpleNamespace(errored=errored), None)
+        with pytest.raises(ServingError) as raised:
+            asyncio.run(stream(Outputs(error), failure=failure).start())
+        assert isinstance(raised.value, EngineFailed if errored else InvalidRequest | Overloaded)
+        assert ("too many" in raised.value.message) is isinstance(raised.value, InvalidRequest)
 
 
 @pytest.mark.parametrize("pictures", [0, 1])

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from container.fit import fit
 from engine.machine import Device, Machine
-from handlers.backends.vllm.options.heads import Heads, heads_of, model_heads
-from handlers.backends.vllm.options.plan import Plan, plan_devices
+from handlers.backends.fit import fit
+from handlers.backends.select import backend_of
+from handlers.backends.vllm.options.plan import Heads, Plan, heads_of, model_heads, plan_devices
 from properties.configuration import resolve
 
 QWEN2_VL_7B = Heads(28, 4)
@@ -126,7 +126,7 @@ def test_check_says_which_degree_is_chosen(tmp_path: Path) -> None:
 
     def found(*options: str) -> Any:
         configuration = resolve(model=str(tmp_path), environ={}, options=options)
-        return fit(configuration, "vllm", tmp_path, config, machine)
+        return fit(configuration, backend_of("vllm"), tmp_path, config, machine)
 
     chosen = found()
     assert (chosen.copies, chosen.devices_per_copy) == (2, 4)

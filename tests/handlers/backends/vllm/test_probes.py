@@ -30,8 +30,8 @@ def _sampling(**fields: Any) -> SimpleNamespace:
 VLLM: Any = SimpleNamespace(
     EngineDeadError=type("EngineDeadError", (Exception,), {}),
     EngineGenerateError=EngineGenerateError,
-    client_errors=(ClientError,),
-    busy_errors=(),
+    VLLMClientError=ClientError,
+    GracefulHTTPError=(),
     refusals=(ClientError, ValueError),
     SamplingParams=_sampling,
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.families.registry import register
 from handlers.backends.weight_files import BITS, INDEX, PICKLED_INDEX, read_header, safetensors_files
 from properties.model import model_dtype, text_config
 
@@ -40,6 +41,21 @@ def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights |
             return Weights(_total_size(index) * width // stored, f"total_size in {name}")
     parameters = _parameters(config)
     return Weights(parameters * width, "shapes in config.json") if parameters else None
+
+
+def completed(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json with the values that it leaves to its family's defaults, as many models on the hub do.
+
+    As it is where transformers does not know the family. Imports transformers.
+    """
+    from transformers import AutoConfig
+
+    register(str(config.get("model_type")))
+    try:
+        full: dict[str, Any] = AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return config
+    return {**full, **{name: config[name] for name in ("dtype", "torch_dtype") if name in config}}
 
 
 def shared_output(config: Mapping[str, Any], dtype: str) -> int:

@@ -8,26 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
-
-from container.estimate import DTYPE_BYTES, cache_bytes_per_token, shared_output, weights
 from engine.attention.select import DEFAULT_BLOCK_SIZE
-from engine.errors import ModelLoadError
-from engine.families.registry import family_of, kind_of, register
-from engine.loader import read_config, resolve_dtype
-from engine.machine import Device, Machine, computes_bfloat16
+from engine.machine import Device, Machine
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
-from handlers.backends.model_files import too_long
-from handlers.backends.rolling.plan import plan_engines, unused_devices
-from handlers.backends.unused import unused_by_text
-from handlers.backends.vllm.options.heads import Heads, heads_of
-from handlers.backends.vllm.options.plan import plan_devices
-from handlers.backends.vllm.options.precision import served_dtype as vllm_dtype
-from handlers.backends.vllm.options.precision import stored_dtype
+from handlers.backends.base import Backend, Needs
+from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
-from properties.field import BackendName
-from properties.model import context_length, model_dtype
 from properties.problem import Problem
 from properties.settings import Settings
 
@@ -90,115 +77,76 @@ class Fit:
 
 def fit(
     configuration: Configuration,
-    backend: BackendName,
+    backend: Backend,
     directory: Path,
     config: Mapping[str, Any],
     machine: Machine,
 ) -> Fit:
     """Estimate what a model directory needs and compare it with the machine. Nothing is raised."""
-    settings = configuration.settings
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
-    accelerated = bool(machine.accelerators)
-    result = Fit(*_dtype(settings.dtype, directory, config, backend, accelerated), device)
-    shapes, layout = config, None
-    if backend == "rolling" or not settings.trust_remote_code:
-        try:
-            shapes = _as_transformers_reads(directory, config)
-            if backend == "rolling":
-                served = read_config(str(directory))
-                family = family_of(kind_of(served))
-                assert family is not None, "read_config refuses others"
-                layout = family.model.cache_layout(served)
-                if family.preprocessor is None:
-                    result.warnings += unused_by_text(settings)
-        except ModelLoadError as error:
-            result.errors.append(Problem(str(error), "model_id"))
-    dtype = result.dtype
-    result.cache_bytes_per_token = cache_bytes_per_token(shapes, dtype)
-    if layout is not None:
-        width = DTYPE_BYTES[dtype]
-        result.cache_bytes_per_token = layout.token_values * width
-        result.image_bytes = layout.image_values * width or None
+    needs = backend.estimate(configuration, directory, config, machine)
+    result = Fit(needs.dtype, needs.dtype_reason, device)
+    result.errors += needs.errors
+    result.warnings += needs.warnings
+    result.image_bytes = needs.image_bytes
+    result.cache_bytes_per_token = needs.token_bytes or cache_bytes_per_token(needs.shapes, needs.dtype)
     try:
-        _lay_out(result, configuration, backend, len(machine.accelerators), heads_of(shapes))
+        plan = backend.plan(configuration, machine, needs.shapes)
     except InvalidConfiguration as error:
+        result.devices = len(machine.accelerators)
         result.errors.append(Problem(error.message))
         return result
+    result.copies, result.devices_per_copy = plan.copies, plan.per_copy
+    result.devices, result.machines = plan.available, plan.machines
+    result.warnings += plan.warnings
     try:
-        counted = weights(directory, shapes, dtype)
+        counted = weights(directory, needs.shapes, needs.dtype)
     except (ValueError, OSError) as error:
         result.errors.append(Problem(f"the model's weights cannot be read: {error}", "model_id"))
         return result
     if counted is not None:
-        copied = 0 if accelerated or backend != "rolling" else shared_output(shapes, dtype)
-        result.weights, result.weights_basis = counted.size + copied, counted.basis
-    if accelerated:
-        _fit_accelerator(result, configuration, backend)
+        result.weights, result.weights_basis = counted.size + needs.beside_weights, counted.basis
+    if machine.accelerators:
+        _fit_accelerator(result, configuration, needs)
     else:
-        _fit_host(result, configuration, backend)
-    if backend == "vllm":  # which may be told to serve more; the embedded engine refuses by `model_files`
-        result.warnings += too_long(configuration, context_length(shapes))
-    if backend == "rolling":
-        _compare_with_encoder_cache(result, configuration)
+        _fit_host(result, configuration, needs)
+    _compare_with_encoder_cache(result, configuration)
     _compare_with_cache(result, configuration)
     return result
 
 
-def _lay_out(
-    result: Fit, configuration: Configuration, backend: BackendName, accelerators: int, heads: Heads | None
-) -> None:
-    """Set the copies and their devices; the host counts as one device for each process.
-
-    Raises InvalidConfiguration when there are too few devices.
-    """
-    settings = configuration.settings
-    result.devices = accelerators
-    if backend == "rolling":
-        engines = plan_engines(settings, "", accelerators)
-        result.copies, result.devices_per_copy = len(engines), engines[0].tensor_parallel_degree
-        result.warnings += unused_devices(settings, engines, accelerators)
-        return
-    texts = {name: item.value for name, item in configuration.extra.items()}
-    plan = plan_devices(settings, texts, accelerators, heads)
-    result.warnings += plan.warnings
-    if plan.problems:
-        raise InvalidConfiguration("; ".join(str(problem) for problem in plan.problems))
-    result.copies, result.devices_per_copy = plan.data, plan.tensor * plan.pipeline
-    result.devices, result.machines = plan.available, plan.machines
-
-
-def _fit_accelerator(result: Fit, configuration: Configuration, backend: BackendName) -> None:
+def _fit_accelerator(result: Fit, configuration: Configuration, needs: Needs) -> None:
     settings = configuration.settings
     usable = int(result.device.memory * settings.gpu_memory_utilization)
     held = result.weights_per_device or 0
     asked = settings.kv_cache_memory_mb
-    cache = _useful(result, configuration, backend, max(usable - held - CUDA_RESERVE, 0))
+    cache = _useful(result, configuration, needs, max(usable - held - CUDA_RESERVE, 0))
     if held > usable or (asked is not None and held + cache > usable):
         _too_large(result, held + (cache if asked is not None else 0), usable, "each device")
 
 
-def _fit_host(result: Fit, configuration: Configuration, backend: BackendName) -> None:
+def _fit_host(result: Fit, configuration: Configuration, needs: Needs) -> None:
     memory = result.device.memory
     ranks = result.copies * result.devices_per_copy
     room = min(CPU_MOST, int(memory * CPU_SHARE)) // ranks
-    cache = _useful(result, configuration, backend, room, requests=CPU_REQUESTS)
+    cache = _useful(result, configuration, needs, room, requests=CPU_REQUESTS)
     held = (result.weights or 0) * result.copies
     if held + cache * ranks > memory:
         _too_large(result, held + cache * ranks, memory, "the host")
 
 
 def _useful(
-    result: Fit, configuration: Configuration, backend: BackendName, room: int, requests: int | None = None
+    result: Fit, configuration: Configuration, needs: Needs, room: int, requests: int | None = None
 ) -> int:
     """Set and return the cache per device: what was asked for, else `room` and what that many of the longest
-    requests fill; never more than a full batch of them could, except by vLLM, which takes all that it is given."""
+    requests fill; never more than a full batch of them could, except where `takes_all`."""
     settings, length = configuration.settings, configuration.effective("max_model_len")
     asked = settings.kv_cache_memory_mb
     cache = room if asked is None else asked * 2**20
     if (
         length is not None
         and result.cache_bytes_per_token is not None
-        and (asked is None or backend == "rolling")
+        and (asked is None or not needs.takes_all)
     ):
         batch = settings.max_rolling_batch_size
         batch = min(batch, requests) if requests is not None and asked is None else batch
@@ -267,28 +215,3 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
             "that one image of a running request takes: it is raised to that"
         )
         result.warnings.append(Problem(text, "encoder_cache_mb", source))
-
-
-def _as_transformers_reads(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """config.json with the values that it leaves to its family's defaults (many models on the hub state only
-    what differs from them); as it is where transformers does not know the family."""
-    register(str(config.get("model_type")))
-    try:
-        full: dict[str, Any] = AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return config
-    return {**full, **{name: config[name] for name in ("dtype", "torch_dtype") if name in config}}
-
-
-def _dtype(
-    name: str, directory: Path, config: Mapping[str, Any], backend: BackendName, accelerated: bool
-) -> tuple[str, str]:
-    """The type that the backend computes in, and why."""
-    device = "cuda" if accelerated else "cpu"
-    if backend == "vllm":
-        stored = stored_dtype(directory, config)
-        return vllm_dtype(name, stored, bfloat16=not accelerated or computes_bfloat16(device))
-    found = resolve_dtype(
-        PretrainedConfig(dtype=model_dtype(config)), name, device, bfloat16=computes_bfloat16(device)
-    )
-    return str(found.dtype).removeprefix("torch."), found.reason

@@ -1,4 +1,4 @@
-"""Pictures within a text, as Markdown writes them: how LMI, TGI and plain completions name theirs."""
+"""Images within a text, as Markdown writes them: how LMI, TGI and plain completions name theirs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from handlers.errors import InvalidRequest
 from handlers.request import ImagePart, Part, TextPart
 
-MOST_PICTURES = 1024
+MOST_IMAGES = 1024
 """In one text, whatever `option.limit_mm_per_prompt` says: no prompt holds as many, but a long text could hold
 millions."""
 
@@ -24,24 +24,24 @@ _START = re.compile(r"!\[[^\[\]\n]{0,1000}\]\(\s{0,8}(?=(?i:https?:|data:))")
 
 _END = re.compile(r'(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)')
 
-# ![alternative text](url "title"): only a link that names its scheme is a picture; other Markdown stays text.
-_PICTURE = re.compile(
+# ![alternative text](url "title"): only a link that names its scheme is an image; other Markdown stays text.
+_IMAGE = re.compile(
     r'!\[[^\[\]\n]{0,1000}\]\(\s{0,8}((?i:https?:|data:)[^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s{1,8}"[^"\n]{0,1000}")?\s{0,8}\)',
 )
 
 
-def picture_parts(text: str) -> list[Part]:
-    """Text with its `![](url)` pictures cut out, in order. Linear in the text's length, whatever it holds.
+def image_parts(text: str) -> list[Part]:
+    """Text with its `![](url)` images cut out, in order. Linear in the text's length, whatever it holds.
 
-    Raises InvalidRequest for more than `MOST_PICTURES`.
+    Raises InvalidRequest for more than `MOST_IMAGES`.
     """
     parts: list[Part] = []
-    position = searched = pictures = 0
+    position = searched = images = 0
     while (start := _start(text, searched)) is not None:
         end = _url_end(text, start.end())
         url = text[start.end() : end]
         if text[end : end + 1] == "(" or url.endswith(":"):
-            match = _PICTURE.match(text, start.start(), start.end() + _LONGEST_WITH_PARENTHESES)
+            match = _IMAGE.match(text, start.start(), start.end() + _LONGEST_WITH_PARENTHESES)
             url = match[1] if match is not None else ""
         else:
             match = _END.match(text, end)
@@ -50,8 +50,8 @@ def picture_parts(text: str) -> list[Part]:
             continue
         if start.start() > position:
             parts.append(TextPart(text[position : start.start()]))
-        if (pictures := pictures + 1) > MOST_PICTURES:
-            raise InvalidRequest(f"the text holds more than {MOST_PICTURES} pictures")
+        if (images := images + 1) > MOST_IMAGES:
+            raise InvalidRequest(f"the text holds more than {MOST_IMAGES} images")
         parts.append(ImagePart(url))
         position = searched = match.end()
     if position < len(text) or not parts:
@@ -60,7 +60,7 @@ def picture_parts(text: str) -> list[Part]:
 
 
 def _start(text: str, position: int) -> re.Match[str] | None:
-    """The next start of a picture. A search is one step for other threads, so it is made in windows."""
+    """The next start of an image. A search is one step for other threads, so it is made in windows."""
     for at in range(position, len(text), _WINDOW):
         # the end is that of a whole start that begins in the window
         if (start := _START.search(text, at, at + _WINDOW + _LONGEST_START)) is not None:
@@ -69,7 +69,7 @@ def _start(text: str, position: int) -> re.Match[str] | None:
 
 
 def _url_end(text: str, start: int) -> int:
-    """Where the URL's first parenthesis or white space is, or else the text's end. The next picture's start has a
+    """Where the URL's first parenthesis or white space is, or else the text's end. The next image's start has a
     parenthesis, so no part of the text is looked at for two of them. A pattern would be several times slower for an
     image of a megabyte."""
     stop = text.find("(", start)

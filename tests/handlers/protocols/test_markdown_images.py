@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.errors import InvalidRequest
-from handlers.protocols.markdown_pictures import MOST_PICTURES, picture_parts
+from handlers.protocols.markdown_images import MOST_IMAGES, image_parts
 from handlers.request import ImagePart, Part, TextPart
 
 _PLAIN = re.compile(
@@ -25,14 +25,14 @@ _PIECES = (
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from(_PIECES), max_size=14).map("".join))
-def test_the_same_pictures_as_by_the_pattern(text: str) -> None:
+def test_the_same_images_as_by_the_pattern(text: str) -> None:
     expected: list[Part] = []
     for number, piece in enumerate(_PLAIN.split(text)):
         if number % 2:
             expected.append(ImagePart(piece))
         elif piece:
             expected.append(TextPart(piece))
-    assert picture_parts(text) == (expected or [TextPart("")])
+    assert image_parts(text) == (expected or [TextPart("")])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_same_pictures_as_by_the_pattern(text: str) -> None:
 def test_no_text_takes_more_than_linear_time(text: str) -> None:
     start = time.thread_time()
     with suppress(InvalidRequest):
-        picture_parts(text)
+        image_parts(text)
     assert time.thread_time() - start < 5
 
 
@@ -59,11 +59,11 @@ def test_no_text_takes_more_than_linear_time(text: str) -> None:
 def test_a_large_data_url_may_have_a_title_or_white_space_behind_it(tail: str) -> None:
     for size in (2**14 - 40, 2**14 + 1, 2**17 - 22, 2**17, 2**20):
         url = "data:image/png;base64," + "A" * size
-        found = picture_parts(f"before ![a]({url} {tail}) after")
+        found = image_parts(f"before ![a]({url} {tail}) after")
         assert found == [TextPart("before "), ImagePart(url), TextPart(" after")], size
 
 
-def test_no_more_pictures_are_cut_out_than_any_prompt_holds() -> None:
-    assert len(picture_parts("![](http:a)" * MOST_PICTURES)) == MOST_PICTURES
-    with pytest.raises(InvalidRequest, match="more than 1024 pictures"):
-        picture_parts("x ![](http:a)" * (MOST_PICTURES + 1))
+def test_no_more_images_are_cut_out_than_any_prompt_holds() -> None:
+    assert len(image_parts("![](http:a)" * MOST_IMAGES)) == MOST_IMAGES
+    with pytest.raises(InvalidRequest, match="more than 1024 images"):
+        image_parts("x ![](http:a)" * (MOST_IMAGES + 1))

@@ -7,9 +7,8 @@ in which one token is left.
 
 from __future__ import annotations
 
-import os
 import secrets
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,10 @@ import msgspec
 from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
-from handlers.backends.vllm.compat import newer_logits_processor
 from handlers.model_json import read_object
-from handlers.prompts.limits import spelled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 PROCESSOR = "handlers.backends.vllm.samplers.processor:SamplerProcessor"
 """As vLLM's `logits_processors` names a class."""
@@ -42,7 +39,7 @@ _LEFT_TO_VLLM = (
     "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
     "skip_special_tokens", "logprobs", "prompt_logprobs", "allowed_token_ids", "bad_words", "dry_sequence_breakers",
 )  # fmt: skip
-"""Masks among them are on the logits already when the processor sees them; the seed is there for each answer."""
+"""Masks among them are on the logits already when the processor sees them; vLLM has a seed for each completion."""
 
 HOTTEST = 2.0
 """The highest temperature that vLLM takes itself."""
@@ -51,7 +48,7 @@ _PLAIN = SamplingParams()
 
 
 class Carried(msgspec.Struct, frozen=True):
-    """What travels in `extra_args`. request: a number of its own, the same for all its answers."""
+    """What travels in `extra_args`. request: a number of its own, the same for all its completions."""
 
     params: SamplingParams
     request: int
@@ -73,7 +70,7 @@ HAS_ALL = Samplers()
 
 
 def wanted(params: SamplingParams) -> bool:
-    """The answer is another one with samplers that vLLM does not have."""
+    """Whether the samplers that vLLM does not have change the completion."""
     if Repetition.of(params, ()) is not None:
         return True
     return not params.greedy and (
@@ -81,24 +78,18 @@ def wanted(params: SamplingParams) -> bool:
     )
 
 
-def carried(params: SamplingParams) -> dict[str, bytes]:
+def extra_args(params: SamplingParams) -> dict[str, bytes]:
     """vLLM's `extra_args` for such a request. params: words spelled."""
     kept = msgspec.structs.replace(params, **{name: getattr(_PLAIN, name) for name in _LEFT_TO_VLLM})
     return {KEY: msgspec.msgpack.encode(Carried(kept, secrets.randbits(63)))}
 
 
 def some_seed() -> int:
-    """For a request without one: all ranks of an engine must draw alike. Its other answers count on from it."""
+    """For a request without one: all ranks of an engine must draw alike. Its other completions count on from it."""
     return secrets.randbits(62)
 
 
-def with_breakers(params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> SamplingParams:
-    """DRY's breakers as token ids; bad_words stay words, which vLLM spells by itself."""
-    own = msgspec.structs.replace(params, bad_words=())
-    return msgspec.structs.replace(spelled(own, tokenizer), bad_words=params.bad_words)
-
-
-def offer(arguments: MutableMapping[str, Any], accelerators: Sequence[object]) -> Samplers:
+def offer(arguments: MutableMapping[str, Any]) -> Samplers:
     """Name the processor to vLLM, beside the operator's own, where nothing of vLLM's is lost by it.
 
     arguments: for `AsyncEngineArgs`.
@@ -109,17 +100,10 @@ def offer(arguments: MutableMapping[str, Any], accelerators: Sequence[object]) -
         lacking = "with speculative decoding"
     elif arguments.get("return_sampling_mask"):
         lacking = "with option.return_sampling_mask"
-    elif PROCESSOR not in given and accelerators and _would_change_runner():
-        lacking = f"of this version, but for its older model runner (option.logits_processors={PROCESSOR})"
-    if lacking is None and PROCESSOR not in given:
+    elif PROCESSOR not in given:
         arguments["logits_processors"] = [*given, PROCESSOR]
     mode = str(arguments.get("logprobs_mode") or "raw_logprobs")
     return Samplers(lacking, mode.startswith("processed"))
-
-
-def _would_change_runner() -> bool:
-    """vLLM's newer runner serves by default, but not where logits processors are named: it cannot run them yet."""
-    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0" and newer_logits_processor() is None
 
 
 def _drafts_by_itself(model: Path) -> bool:

@@ -1,0 +1,164 @@
+"""vLLM's outputs as the pipeline reads tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import NO_TOKEN_LEFT
+from engine.messages import Logprobs
+from handlers.backends.base import FinishReason, TokenOutput
+from handlers.errors import EngineFailed, InvalidRequest, PicturesLost, ServingError
+
+if TYPE_CHECKING:
+    from engine.sampling_params import SamplingParams
+
+
+class VllmStream:
+    """See `handlers.backends.base.TokenStream`."""
+
+    def __init__(
+        self,
+        outputs: AsyncGenerator[Any, None],
+        params: SamplingParams,
+        *,
+        choices: int,
+        images: bool,
+        constrained: bool,
+        eos_token_ids: Sequence[int],
+        failure: Callable[[Exception, bool], ServingError],
+        ended: Callable[[VllmStream], None],
+    ) -> None:
+        """outputs: vLLM's, each holding what is new. choices: that it makes. images: the prompt has some.
+
+        constrained: by a grammar.
+        failure: what a client is told of vLLM's exception, and whether an output came before it.
+        ended: called once, when nothing runs any more.
+        """
+        self.started = False
+        self._outputs = outputs
+        self._params = params
+        self._open = set(range(choices))
+        self._images = images
+        self._constrained = constrained
+        self._eos = frozenset(eos_token_ids) - frozenset(params.stop_token_ids)
+        self._failure = failure
+        self._ended: Callable[[VllmStream], None] | None = ended
+        self._first: Any = None
+
+    async def start(self) -> None:
+        """Wait for the first output, so that whatever vLLM refuses is raised before any reply has begun."""
+        try:
+            self._first = await anext(self._outputs)
+        except StopAsyncIteration:
+            self._end()
+            raise EngineFailed("the engine ended the answer before it began") from None
+        except Exception as error:
+            self._end()
+            raise self._failure(error, False) from error
+        except BaseException:
+            self._end()
+            raise
+        if self._images and any(map(_failed_unseen, self._first.outputs)):
+            # Its own image, or another client's that it shares. vLLM has taken note that it must be sent again.
+            # Each of several choices misses it by itself; those that have not told yet are aborted.
+            await self.aclose()
+            raise PicturesLost("the engine has lost a picture of this request; try again")
+        self.started = True
+
+    async def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        output, self._first = self._first, None
+        entries: list[Logprobs | None] | None = None
+        try:
+            while True:
+                if output.prompt_logprobs is not None and entries is None:
+                    ids, count = output.prompt_token_ids, self._params.prompt_logprobs or 0
+                    entries = await asyncio.to_thread(_read_all, ids, output.prompt_logprobs, count)
+                for completion in output.outputs:
+                    if completion.index in self._open and (completion.token_ids or completion.finish_reason):
+                        made = self._read(completion)
+                        made.cached_tokens, made.prompt_logprobs = int(output.num_cached_tokens or 0), entries
+                        yield made
+                if output.finished:
+                    return
+                if not self._open:
+                    await self._outputs.aclose()
+                    return
+                output = await anext(self._outputs)
+        except (ServingError, GeneratorExit):
+            raise
+        except StopAsyncIteration:
+            return
+        except Exception as error:
+            raise self._failure(error, True) from error
+        finally:
+            self._end()
+
+    def abort(self, index: int) -> None:
+        """See `TokenStream`. vLLM goes on with a choice until it finds the stop string itself, or none is open."""
+        self._open.discard(index)
+
+    async def aclose(self) -> None:
+        """See `TokenStream`."""
+        if self._ended is None:
+            return
+        try:
+            await self._outputs.aclose()
+        except RuntimeError:
+            # Somebody waits for the next output at this moment; that somebody's cancellation aborts.
+            pass
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        if self._ended is not None:
+            ended, self._ended = self._ended, None
+            ended(self)
+
+    def _read(self, completion: Any) -> TokenOutput:
+        reason, stop_reason = completion.finish_reason, completion.stop_reason
+        if reason == "error" and self._constrained:
+            # The grammar did not allow the token, which is chosen from what the grammar allows.
+            raise InvalidRequest(NO_TOKEN_LEFT)
+        if reason == "error":
+            raise EngineFailed("the engine failed on this request")
+        token_ids, logprobs = list(completion.token_ids), completion.logprobs
+        if logprobs is not None:
+            logprobs = _read_all(token_ids, logprobs, self._params.logprobs or 0)
+        finish: FinishReason | None = None
+        if reason is not None:
+            self._open.discard(completion.index)
+            finish = reason if reason in ("length", "abort") else "stop"
+        by_text = isinstance(stop_reason, str)
+        return TokenOutput(
+            completion.index,
+            token_ids,
+            finish,
+            logprobs,
+            None if by_text or stop_reason in self._eos else stop_reason,
+            reason == "stop" and not by_text,
+        )
+
+
+def _read_all(token_ids: Sequence[int], entries: Sequence[Any], count: int) -> list[Any]:
+    return [
+        _position(token, entry, count) if entry else None
+        for token, entry in zip(token_ids, entries, strict=False)
+    ]
+
+
+def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
+    """The chosen token, and the `count` likeliest ones."""
+    ranked = sorted(entry.items(), key=lambda item: item[1].rank or 0)
+    items = [(token, entry[token]), *ranked[:count]]
+    return Logprobs(
+        [each for each, _ in items],
+        [float(one.logprob) for _, one in items],
+        [int(one.rank or 0) for _, one in items],
+    )
+
+
+def _failed_unseen(completion: Any) -> bool:
+    """Whether a choice ends by a failure of the engine's, without a token."""
+    return completion.finish_reason == "error" and not completion.token_ids

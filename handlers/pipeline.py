@@ -1,0 +1,349 @@
+"""A request's way through any engine: render, tokenise, place images, check limits, generate, make text, find stops.
+
+Engines know token ids, images and nothing else of a request (see `handlers.backends.base.Engine`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+
+from engine.messages import Logprobs
+from engine.sampling_params import SamplingParams
+from handlers.backends.adapters import AdapterStore
+from handlers.backends.base import (
+    BackendStats,
+    Capabilities,
+    Delta,
+    Engine,
+    EngineRequest,
+    FinishReason,
+    Health,
+    PositionLogprobs,
+    PromptModel,
+    PromptStats,
+    TokenizedPrompt,
+    TokenLogprob,
+    TokenOutput,
+    TokenStream,
+)
+from handlers.errors import InvalidRequest, ServingError, Unavailable
+from handlers.grammars.compiler import GrammarCompiler
+from handlers.prompts.detokenizer import Detokenizer, TokenTexts
+from handlers.prompts.limits import (
+    MANY_CHARACTERS,
+    checked_sampling,
+    checked_tokens,
+    count_characters,
+    longest_prompt,
+    require_known,
+    spelled,
+)
+from handlers.prompts.renderer import RenderedPrompt
+from handlers.request import ChatPrompt, Constraint, GenerationRequest, Prompt, TextPrompt, pictures
+
+T = TypeVar("T")
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for a probability of zero, which JSON has no logarithm for; vLLM's own value."""
+
+LONG_PROMPT_BYTES = 20_000
+"""Prompts of larger bodies, images not counted, are rendered and tokenised in a thread, not on the event loop."""
+
+MANY_MESSAGES = 64
+"""More are rendered in a thread, too."""
+
+PRIMING_TOKENS = 8
+"""Last tokens of a prompt that say how the text of an answer begins."""
+
+
+class Pipeline:
+    """One engine and all that stands between it and requests; see `Lifecycle` for what is not said here."""
+
+    def __init__(self, engine: Engine[Any], compile_seconds: float) -> None:
+        """compile_seconds: how long one constraint may be compiled for."""
+        self._engine = engine
+        self._compile_seconds = compile_seconds
+        self._compiler: GrammarCompiler | None = None
+        self._loaded = False
+
+    async def load(self) -> None:
+        """Return when the engine can generate. Raises ServingError."""
+        await self._engine.load()
+        model, loaded = self._engine.model, self._engine.capabilities
+        model.renderer.longest = longest_prompt(loaded.max_model_len)
+        if model.vocabulary is not None:
+            self._compiler = GrammarCompiler(model.vocabulary, self._compile_seconds)
+        self._model: PromptModel = model
+        self._token_texts = TokenTexts(model.tokenizer)
+        self._capabilities = dataclasses.replace(
+            loaded,
+            image_placeholder=model.renderer.placeholder or None,
+            special_token_ids=frozenset(model.tokenizer.all_special_ids),
+            special_tokens=self._token_texts.skipped,
+            chat_templates=model.renderer.variables,
+        )
+        self._loaded = True
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What requests may ask for. Valid once `load` has returned."""
+        assert self._loaded, "load() has not returned"
+        return self._capabilities
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """What changes adapters while the engine serves; None where none can be changed."""
+        return self._engine.adapters
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Hand a request to the engine; its images are loaded, and released as soon as they are prepared.
+
+        All that a client did wrong is raised here, before any reply has begun. Raises ServingError.
+        """
+        if not self._loaded:
+            raise Unavailable("the model is still loading", retry_after=5)
+        model, longest = self._model, self._capabilities.max_model_len
+        constraint, grammar = await self.compiled(request.constraint)
+        rendered = await self._rendered(request)
+        token_ids, parts = rendered.token_ids, list(request.images())
+        if parts:
+            require_known(request, model.vocab_size, model.renderer.image_token_id)
+        else:
+            token_ids = checked_tokens(request, token_ids, longest, model.vocab_size)
+        # What is refused in any case is refused before its images cost anything; that it is too long with them is
+        # said when it is known how long.
+        early = dataclasses.replace(request, max_tokens_is_default=True) if parts else request
+        params = await self._spelled(checked_sampling(early, len(token_ids), longest, model.vocab_size))
+        # Greedy choices are all the same: one is generated for all of them.
+        copies = request.n if params.greedy else 1
+        asked = EngineRequest(
+            request.request_id,
+            params,
+            request.n // copies,
+            constraint,
+            grammar,
+            request.adapter,
+            request.model,
+            request.priority,
+        )
+        prompt = await self._engine.prepare(token_ids, parts, asked)
+        if parts:
+            try:
+                most = checked_sampling(request, len(prompt.token_ids), longest, model.vocab_size).max_tokens
+            except ServingError:
+                prompt.discard()
+                raise
+            if most != params.max_tokens:
+                asked.params = msgspec.structs.replace(params, max_tokens=most)
+        stats = PromptStats(
+            prompt_tokens=len(prompt.token_ids),
+            image_tokens=sum(length for _, length in prompt.images),
+            prompt_token_ids=prompt.token_ids,
+            prompt_text=rendered.text,
+        )
+        texts = texts_of(request, params, prompt.token_ids, asked.n, self._token_texts)
+        stream = await self._engine.generate(prompt, asked)
+        return Generation(stream, stats, params, texts, copies, self._token_texts)
+
+    async def compiled(self, constraint: Constraint | None) -> tuple[Constraint | None, str | None]:
+        """The constraint as it is meant here, and its grammar; None where the engine compiles it by itself.
+
+        Raises what `GrammarCompiler.compile` does.
+        """
+        if constraint is None or self._compiler is None:
+            return constraint, None
+        if constraint.whitespace_pattern is None:
+            constraint = dataclasses.replace(constraint, whitespace_pattern=self._model.json_whitespace)
+        return constraint, await self._compiler.compile(constraint)
+
+    async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """What `generate` would have the model read; the prompt's images are loaded, and released here.
+
+        Raises InvalidRequest and Unavailable. The prompt's length is not checked.
+        """
+        model, parts = self._model, list(pictures(prompt))
+        rendered = await self._aside(partial(model.renderer.render, prompt, spans=True))
+        placed: list[list[int]] = []
+        if parts:
+            prepared = await self._engine.prepare(rendered.token_ids, parts, None)
+            placed = [prepared.token_ids[at : at + length] for at, length in prepared.images]
+            prepared.discard()
+        return await self._aside(partial(_tokenized, rendered, model, placed))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included. Raises InvalidRequest for an id outside the vocabulary."""
+        return await self._aside(partial(_detokenized, token_ids, self._model))
+
+    def health(self) -> Health:
+        """See `Lifecycle`."""
+        return self._engine.health()
+
+    def stats(self) -> BackendStats:
+        """See `Lifecycle`."""
+        return self._engine.stats()
+
+    async def close(self) -> None:
+        """See `Lifecycle`."""
+        self._loaded = False
+        if self._compiler is not None:
+            await self._compiler.close()
+        await self._engine.close()
+
+    async def _rendered(self, request: GenerationRequest) -> RenderedPrompt:
+        """A template of the request's own may take long however short its body is."""
+        prompt, renderer = request.prompt, self._model.renderer
+        trusted = isinstance(prompt, TextPrompt) or prompt.template is None
+        short = request.text_bytes <= LONG_PROMPT_BYTES and (
+            isinstance(prompt, TextPrompt) or len(prompt.messages) <= MANY_MESSAGES
+        )
+        return renderer.render(prompt) if trusted and short else await self._aside(renderer.render, prompt)
+
+    async def _spelled(self, params: SamplingParams) -> SamplingParams:
+        model = self._model
+        work = partial(spelled, params, model.tokenizer, words=not model.spells_words)
+        return work() if count_characters(params) <= MANY_CHARACTERS else await self._aside(work)
+
+    async def _aside(self, work: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._model.threads, work, *given)
+
+
+class Generation:
+    """The choices of one request, as text. Iterate to the end or call `aclose`, which aborts what is still running.
+
+    stats: complete once the first delta has arrived.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        stats: PromptStats,
+        params: SamplingParams,
+        texts: list[Detokenizer],
+        copies: int,
+        token_text: Callable[[int], str],
+    ) -> None:
+        """texts: one for each choice that the engine makes, which stands for `copies` choices of the request."""
+        self.stats = stats
+        self._stream = stream
+        self._silent_ends = not params.include_stop_str_in_output
+        self._texts = texts
+        self._copies = copies
+        self._open = set(range(len(texts)))
+        self._token_text = token_text
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            async for output in self._stream:
+                if output.index not in self._open:
+                    continue
+                await self._note(output)
+                for delta in self._deltas(output):
+                    yield delta
+        finally:
+            await self._stream.aclose()
+
+    async def aclose(self) -> None:
+        """Abort within one engine step. Safe to call twice and after the end."""
+        self._open.clear()
+        await self._stream.aclose()
+
+    async def _note(self, output: TokenOutput) -> None:
+        stats = self.stats
+        stats.queued = stats.queued or output.queued
+        if output.cached_tokens > stats.cached_tokens:
+            stats.cached_tokens = output.cached_tokens
+        if output.prompt_logprobs is not None and stats.prompt_logprobs is None:
+            await asyncio.to_thread(self._note_prompt_logprobs, output.prompt_logprobs)
+
+    def _note_prompt_logprobs(self, entries: Sequence[Logprobs | None]) -> None:
+        if self.stats.prompt_token_ids:
+            self.stats.first_token_text = self._token_text(self.stats.prompt_token_ids[0])
+        self.stats.prompt_logprobs = [None if entry is None else self._position(entry) for entry in entries]
+
+    def _deltas(self, output: TokenOutput) -> list[Delta]:
+        """One, or one for each of the choices that are the same."""
+        text, token_ids, logprobs = self._texts[output.index], output.token_ids, output.logprobs
+        pieces = text.pieces(
+            token_ids, silent=output.by_token and self._silent_ends, finished=output.finish is not None
+        )
+        finish: FinishReason | None = output.finish
+        stop_reason: int | str | None = output.stop_token
+        by_token = output.by_token
+        if text.stopped_by is not None:
+            if finish is None:
+                self._stream.abort(output.index)
+            finish, stop_reason, by_token = "stop", text.stopped_by, False
+        if finish is not None:
+            self._open.discard(output.index)
+        positions = None if logprobs is None else [self._position(entry) for entry in logprobs]
+        return [
+            Delta(
+                index=output.index + copy,
+                token_ids=list(token_ids) if copy else token_ids,
+                text=pieces[0] if len(pieces) == 1 else "".join(pieces),
+                pieces=pieces,
+                logprobs=positions,
+                finish_reason=finish,
+                stop_reason=stop_reason,
+                eos=by_token and stop_reason is None,
+            )
+            for copy in range(self._copies)
+        ]
+
+    def _position(self, entry: Logprobs) -> PositionLogprobs:
+        chosen, *top = (
+            TokenLogprob(token, self._token_text(token), max(logprob, LOWEST_LOGPROB), rank)
+            for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
+        )
+        return PositionLogprobs(chosen, tuple(top))
+
+
+def texts_of(
+    request: GenerationRequest,
+    params: SamplingParams,
+    token_ids: Sequence[int],
+    count: int,
+    token_texts: TokenTexts,
+) -> list[Detokenizer]:
+    """What makes the text of each of `count` choices. token_ids: the prompt's."""
+    # The answer to a chat begins a text of its own; that to a text goes on with it. A constrained one shows all that
+    # its grammar was told of, so also a space that it begins with.
+    anew = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
+    anew = anew and request.constraint is None
+    prime = token_ids[-PRIMING_TOKENS:]
+    return [token_texts.detokenizer(params, prime=prime, anew=anew) for _ in range(count)]
+
+
+def _tokenized(
+    rendered: RenderedPrompt, model: PromptModel, placed: Sequence[Sequence[int]]
+) -> TokenizedPrompt:
+    """placed: the tokens that stand for each image instead of its one image token. CPU-bound."""
+    token_ids, spans = rendered.token_ids, rendered.spans or [(0, 0)] * len(rendered.token_ids)
+    if placed:
+        waiting = iter(placed)
+        marked = zip(token_ids, spans, strict=True)
+        image = model.renderer.image_token_id
+        groups = [(next(waiting) if token == image else (token,), span) for token, span in marked]
+        token_ids = [token for tokens, _ in groups for token in tokens]
+        spans = [span for tokens, span in groups for _ in tokens]
+    pieces = list(model.tokenizer.convert_ids_to_tokens(token_ids))
+    return TokenizedPrompt(rendered.text, token_ids, pieces, spans)
+
+
+def _detokenized(token_ids: Sequence[int], model: PromptModel) -> str:
+    """CPU-bound. Raises InvalidRequest for an id that the tokenizer does not know."""
+    size = len(model.tokenizer)
+    if (bad := next((token for token in token_ids if not 0 <= token < size), None)) is not None:
+        raise InvalidRequest(
+            f"tokens holds an id that is not in the vocabulary of {size} tokens: {str(bad)[:40]}",
+            param="tokens",
+        )
+    # A batch, because other threads run meanwhile.
+    (text,) = model.tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
+    return str(text)
