@@ -1,4 +1,4 @@
-"""The whole way of one request: body, dialect, admission, pictures, backend, reply."""
+"""The whole way of one request: body, API, admission, images, pipeline, reply."""
 
 from __future__ import annotations
 
