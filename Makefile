@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 8080
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -53,8 +54,8 @@ serve: $(VENV)/installed-base  ## Serve the small model in examples/shapes on PO
 	@sh examples/curl.sh $(PORT) $(PICTURE)
 	$(BIN)/lmi serve examples/shapes --port $(PORT)
 
-test: $(VENV)/installed-dev clients  ## Run the whole test suite
-	$(BIN)/python -m pytest --durations=15 $(ARGS)
+test: $(VENV)/installed-dev clients  ## Run the whole test suite, in WORKERS processes (2), or what ARGS says in one
+	$(BIN)/python -m pytest --durations=15 $(or $(ARGS),-n $(WORKERS))
 
 # Other people's clients that the tests ask with, each where it is in nobody's way. One that cannot be installed
 # here is no reason to stop: its tests are skipped and say so.
