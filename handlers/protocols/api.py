@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from msgspec import Meta, Struct
 
 from handlers.exchange import Incoming, Reply
-from handlers.protocols.base import Conventions, ReplyHeaders, Task
+from handlers.protocols.base import ReplyHeaders, ServerContext, Task
 from handlers.protocols.errors import ErrorFormat
 from properties.settings import Settings
 
@@ -39,6 +39,7 @@ class Route:
         plain_text: The body may be a prompt alone.
         query: Parameter of the query -> what it means.
         replies: Structs of the reply, or lists of them.
+        texts: Content types of replies that are not JSON.
         events: Content type of a stream -> the structs of its events or lines.
         errors: Structs of a refusal, beside those that every route may answer with.
         not_ready: Structs of the reply with 503, where they are not those of `errors`.
@@ -58,6 +59,7 @@ class Route:
     plain_text: bool = False
     query: Mapping[str, str] = field(default_factory=dict)
     replies: Sequence[Any] = ()
+    texts: Sequence[str] = ()
     events: Mapping[str, Sequence[type]] = field(default_factory=dict)
     errors: Sequence[type] = ()
     not_ready: Sequence[type] = ()
@@ -86,10 +88,10 @@ def reference(part: type[Struct]) -> dict[str, str]:
     return {"$ref": REFERENCE.format(name=part.__name__)}
 
 
-Reader = Callable[[dict[str, Any], Conventions, Incoming, str | None], Task]
+Reader = Callable[[dict[str, Any], ServerContext, Incoming, str | None], Task]
 """Makes a task of a body, for the adapter that the request's head names. Raises InvalidRequest naming the field."""
 
-Frame = Callable[[Reader, dict[str, Any], Conventions, Incoming, str | None], Task]
+Frame = Callable[[Reader, dict[str, Any], ServerContext, Incoming, str | None], Task]
 """Reads a body with its API's own reader and changes how the reply is framed."""
 
 

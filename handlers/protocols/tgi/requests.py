@@ -14,7 +14,7 @@ import msgspec
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams, shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.api import described_as
-from handlers.protocols.base import MAX_ANSWERS, Conventions, Task, sampling_params
+from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
 from handlers.protocols.markdown_images import image_parts
@@ -96,7 +96,7 @@ _BODY_NAMES = KnownNames(
 
 def read_tgi(
     body: dict[str, Any],
-    conventions: Conventions,
+    server: ServerContext,
     *,
     request_id: str,
     route: str,
@@ -116,7 +116,7 @@ def read_tgi(
     parameters = _read_parameters(given, stream=stream)
     if not asked.inputs:
         raise InvalidRequest("`inputs` cannot be empty", param="inputs")
-    _check_truncate(parameters.truncate, conventions.max_model_len)
+    _check_truncate(parameters.truncate, server.max_model_len)
     answers = parameters.best_of or 1
     seeds = _seeds(parameters, answers)
     details = bool(parameters.details or parameters.decoder_input_details)
@@ -131,7 +131,6 @@ def read_tgi(
         truncate_prompt_tokens=parameters.truncate,
         max_tokens_is_default=parameters.max_new_tokens is None,
         constraint=read_constraint(grammar=parameters.grammar),
-        names=_NAMES,
     )
     writer = TgiWriter(
         asked.inputs,
@@ -141,10 +140,10 @@ def read_tgi(
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_n_tokens or 0,
         seeds=seeds,
-        special_token_ids=conventions.special_token_ids,
+        special_token_ids=server.special_token_ids,
     )
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
-    return Task([request], writer, misspelt)
+    return Task([request], writer, misspelt, _NAMES)
 
 
 def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:
