@@ -1,6 +1,6 @@
 """The one tree of errors that a client can be answered with.
 
-Raised where the fact is known, turned into a reply in one place per dialect. `message` is for the client:
+Raised where the fact is known, turned into a reply in one place per API. `message` is for the client:
 it says what was wrong, with which value and what to do, and never holds a path, a secret, a prompt or a
 stack trace. What only the operator may know goes into `__cause__` and so into the log.
 """

@@ -1,4 +1,4 @@
-"""The one request type in the middle: every dialect is read into it, every backend is driven by it."""
+"""The one request type in the middle: every API is read into it, every backend is driven by it."""
 
 from __future__ import annotations
 

@@ -72,7 +72,9 @@ class Run:
         self._forwarding: list[asyncio.Task[None]] = []
         self._closed = False
         self._limit = asyncio.timeout(None)
-        observer.on_admitted()
+        facts.arrival = self._arrival
+        facts.max_tokens = sum(request.n * (request.sampling.max_tokens or 0) for request in task.requests)
+        observer.on_admitted(facts)
 
     @property
     def stats(self) -> PromptStats:
