@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from engine.sampling_params import SamplingParams
+from handlers.prompts.tokenizer import skipped_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -221,8 +222,3 @@ class TokenTexts:
             anew=anew,
             skipped=self._special if params.skip_special_tokens else frozenset(),
         )
-
-
-def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    """What a text without special tokens is without."""
-    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)

@@ -11,9 +11,10 @@ import pytest
 from transformers import GenerationConfig
 
 from engine.sampling_params import SamplingParams
-from handlers.backends.rolling.model_front import ModelFront, read_default_sampling
+from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.vllm.prompts.sampling import usual_sampling
 from handlers.backends.vllm.samplers.extra_args import Samplers
+from handlers.prompts.generation_config import read_default_sampling
 from handlers.prompts.limits import checked_sampling, checked_tokens
 from handlers.protocols.base import Conventions, Task
 from handlers.protocols.lmi.requests import read_lmi
