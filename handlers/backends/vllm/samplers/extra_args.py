@@ -11,7 +11,7 @@ import secrets
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -19,9 +19,6 @@ from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.model_json import read_object
-
-if TYPE_CHECKING:
-    pass
 
 PROCESSOR = "handlers.backends.vllm.samplers.processor:SamplerProcessor"
 """As vLLM's `logits_processors` names a class."""
