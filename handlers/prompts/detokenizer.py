@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from engine.sampling_params import SamplingParams
 from handlers.prompts.tokenizer import skipped_tokens
+from handlers.sampling import RequestSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -209,7 +209,7 @@ class TokenTexts:
         return text
 
     def detokenizer(
-        self, params: SamplingParams, *, prime: Sequence[int] = (), anew: bool = False
+        self, params: RequestSampling, *, prime: Sequence[int] = (), anew: bool = False
     ) -> Detokenizer:
         """What makes the text of one answer. prime, anew: see `Detokenizer`."""
         return Detokenizer(

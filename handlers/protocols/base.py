@@ -9,13 +9,14 @@ from typing import Annotated, Any, Protocol
 
 from msgspec import Meta
 
-from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
+from engine.sampling_params import MAX_INTEGER, MAX_SEED
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError
 from handlers.exchange import RequestFacts
 from handlers.parsers.base import AnswerFormats
 from handlers.protocols.misspelt import warning
 from handlers.request import GenerationRequest
+from handlers.sampling import RequestSampling
 from properties.settings import OutputFormat
 
 SSE = "text/event-stream; charset=utf-8"
@@ -40,7 +41,7 @@ class Conventions:
     """What holds for every request of a server.
 
     model_name: shown in replies to requests that name no model. sampling: the model's own defaults
-    (generation_config.json) by the names of SamplingParams. output_formatter, tgi_compat: the options.
+    (generation_config.json) by the names of RequestSampling. output_formatter, tgi_compat: the options.
     trust_chat_templates: requests may bring a template of their own. chat_templates: names of the model's own, of
     which any request may choose one, with the variables that each reads. max_model_len, special_token_ids: the model's.
     special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
@@ -156,14 +157,14 @@ class Task:
 
 def sampling_params(
     given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
-) -> SamplingParams:
+) -> RequestSampling:
     """The client's values over the model's defaults; None counts as not given.
 
     names: what the client calls a field where that is not its name here. The seed -1 is none, as in vLLM; another
     negative one, which OpenAI allows, stands for the seed 2^63 above it. Raises InvalidRequest.
     """
     names = names or {}
-    known = SamplingParams.__struct_fields__
+    known = RequestSampling.__struct_fields__
     values = {name: value for name, value in defaults.items() if name in known and value is not None}
     values.update((name, value) for name, value in given.items() if value is not None)
     if (seed := values.get("seed")) is not None:
@@ -171,7 +172,7 @@ def sampling_params(
             shown = names.get("seed", "seed")
             raise InvalidRequest(f"{shown} must be a whole number from -2^63 to 2^63-1", param=shown)
         values["seed"] = None if seed == -1 else seed & MAX_SEED
-    sampling = SamplingParams(**values)
+    sampling = RequestSampling(**values)
     try:
         sampling.validate()
     except ValueError as error:
