@@ -23,7 +23,7 @@ import msgspec
 from bench.load import jpegs
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.exchange import Incoming
-from handlers.protocols.base import Answer, Answered, Conventions, Task
+from handlers.protocols.base import Answer, Answered, ServerContext, Task
 from handlers.protocols.body import read_body
 from handlers.protocols.select import read_task
 
@@ -71,14 +71,14 @@ def cost(dialect: Dialect, repeats: int = 60) -> Cost:
     """Measure one protocol, streamed; a whole reply is like a single chunk."""
     deltas = _deltas(logprobs=dialect.logprobs)
     stats = PromptStats(prompt_tokens=640, image_tokens=576, prompt_token_ids=[5] * 640, prompt_text=_TEXT)
-    conventions = Conventions("m")
+    context = ServerContext("m")
     whole, streamed = (msgspec.json.encode({**dialect.body, "stream": stream}) for stream in (False, True))
     if dialect.route == "/generate":
         whole = streamed = msgspec.json.encode(dialect.body)
 
     def task(body: bytes, route: str) -> Task:
         headers = {"content-type": "application/json"}
-        return read_task(read_body(body, headers), conventions, Incoming(route, body, headers, "id"))
+        return read_task(read_body(body, headers), context, Incoming(route, body, headers, "id"))
 
     def answer() -> None:
         writer = task(whole, dialect.route).writer

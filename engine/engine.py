@@ -10,7 +10,7 @@ import torch
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, Vocabulary
 from engine.errors import NO_TOKEN_LEFT, EngineError, ModelLoadError
-from engine.executor import Executor, LocalExecutor, ParallelExecutor, load_runner
+from engine.executor import Executor
 from engine.guidance import Built, GrammarError, Guidance, Guide
 from engine.logits import INVALID
 from engine.messages import Add, FinishReason, Logprobs, Output, Picture, Stats
@@ -70,9 +70,7 @@ class Engine:
         Raises:
             ModelLoadError: The model cannot be loaded.
         """
-        if config.tensor_parallel_degree > 1:
-            return cls(config, ParallelExecutor(config))
-        return cls(config, LocalExecutor(load_runner(config)))
+        return cls(config, Executor.load(config))
 
     @property
     def has_work(self) -> bool:

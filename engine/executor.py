@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,87 +47,57 @@ class RankSetup(msgspec.Struct):
     meeting: str
 
 
-class Executor(ABC):
-    """Operations of the model that the engine needs; see `ModelRunner` for their meanings."""
+class Executor:
+    """Runs the model in this process, which is rank 0 if there are several tensor-parallel ranks.
 
-    runner: ModelRunner
-    isolates_failures: bool
-    """Whether the executor is still usable after a failed call, so that the engine may continue with other
-    requests."""
+    Each command is sent to the other ranks before this one executes it; see `ModelRunner` for their meanings. Ranks
+    that have executed different commands cannot be synchronised again, so a failure ends the process, and with it the
+    others; the front end restarts all of them.
+    """
 
-    @abstractmethod
-    def run(self, chunks: list[ChunkInput]) -> StepLogits: ...
-
-    @abstractmethod
-    def encode(self, pictures: list[Picture]) -> None: ...
-
-    @abstractmethod
-    def trim(self, keep: list[bytes]) -> None: ...
-
-    @abstractmethod
-    def scrub(self, blocks: list[int]) -> None: ...
-
-
-class LocalExecutor(Executor):
-    """Runs the model in this process."""
-
-    isolates_failures = True
-
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, others: Sequence[Frames] = ()) -> None:
         self.runner = runner
+        self._others = others
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Executor:
+        """Load the model on all devices, and start a process for each other rank. Raises ModelLoadError."""
+        size = config.tensor_parallel_degree
+        if size == 1:
+            return cls(load_runner(config))
+        check_ranks(config.model_path, size)
+        with tempfile.TemporaryDirectory(prefix="lmi-ranks-") as folder:
+            setups = [RankSetup(config, rank, str(Path(folder, "meeting"))) for rank in range(size)]
+            others = [_spawn(setup) for setup in setups[1:]]
+            return cls(load_rank(setups[0]), others)
+
+    @property
+    def isolates_failures(self) -> bool:
+        """Whether the engine may continue with other requests after a failed call."""
+        return not self._others
 
     def run(self, chunks: list[ChunkInput]) -> StepLogits:
+        self._send(Run(chunks))
         return self.runner.run(chunks)
 
     def encode(self, pictures: list[Picture]) -> None:
+        self._send(Encode(pictures))
         self.runner.encode(pictures)
 
     def trim(self, keep: list[bytes]) -> None:
+        self._send(Trim(keep))
         self.runner.encoder_cache.trim(keep)
 
     def scrub(self, blocks: list[int]) -> None:
+        self._send(Scrub(blocks))
         self.runner.kernel.scrub(blocks)
 
-
-class ParallelExecutor(Executor):
-    """Rank 0: it starts the others, and sends each command to them before executing it itself.
-
-    Ranks that have executed different commands cannot be synchronised again, so a failure ends the process,
-    and with it the others; the front end restarts all of them.
-    """
-
-    isolates_failures = False
-
-    def __init__(self, config: EngineConfig) -> None:
-        check_ranks(config.model_path, config.tensor_parallel_degree)
-        self._encoder = msgspec.msgpack.Encoder()
-        folder = tempfile.TemporaryDirectory(prefix="lmi-ranks-")
-        meeting = str(Path(folder.name, "meeting"))
-        self._ranks = [
-            _spawn(RankSetup(config, rank, meeting)) for rank in range(1, config.tensor_parallel_degree)
-        ]
-        with folder:
-            self.runner = load_rank(RankSetup(config, 0, meeting))
-
-    def run(self, chunks: list[ChunkInput]) -> StepLogits:
-        logits = self._tell(Run(chunks))
-        assert logits is not None
-        return logits
-
-    def encode(self, pictures: list[Picture]) -> None:
-        self._tell(Encode(pictures))
-
-    def trim(self, keep: list[bytes]) -> None:
-        self._tell(Trim(keep))
-
-    def scrub(self, blocks: list[int]) -> None:
-        self._tell(Scrub(blocks))
-
-    def _tell(self, command: Command) -> StepLogits | None:
-        body = self._encoder.encode(command)
-        for rank in self._ranks:
-            rank.send(body)
-        return self.runner.execute(command)
+    def _send(self, command: Command) -> None:
+        if self._others:
+            body = self._encoder.encode(command)
+            for other in self._others:
+                other.send(body)
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:

@@ -23,7 +23,7 @@ from engine.machine import usable_cores
 from engine.messages import Add
 
 if TYPE_CHECKING:
-    from engine.sampling_state import SamplingState
+    from engine.sampler import SamplingState
 
 logger = logging.getLogger(__name__)
 

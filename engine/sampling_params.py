@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -54,6 +55,28 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "skew": (-10.0, 10.0, "from -10 to 10"),
 }
 """Field -> smallest value, greatest value, and a description of the range."""
+
+
+_ABOVE_0 = math.nextafter(0.0, 1.0)
+_COMMON_RANGES: dict[str, tuple[float, float, str]] = {
+    "max_tokens": (1, MAX_INTEGER, f"from 1 to {MAX_INTEGER}"),
+    "min_tokens": (0, MAX_INTEGER, f"from 0 to {MAX_INTEGER}"),
+    "temperature": (0.0, 100.0, "from 0 to 100"),
+    "top_k": (-1, MAX_INTEGER, f"-1, 0 (all) or from 1 to {MAX_INTEGER}"),
+    "top_p": (_ABOVE_0, 1.0, "above 0, at most 1"),
+    "min_p": (0.0, 1.0, "from 0 to 1"),
+    "typical_p": (_ABOVE_0, 1.0, "above 0, at most 1"),
+    "repetition_penalty": (_ABOVE_0, 100.0, "above 0, at most 100"),
+    "presence_penalty": (-2.0, 2.0, "from -2 to 2"),
+    "frequency_penalty": (-2.0, 2.0, "from -2 to 2"),
+    "logprobs": (0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
+    "prompt_logprobs": (0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
+    "seed": (0, MAX_SEED, f"from 0 to {MAX_SEED}"),
+    "tfs": (_ABOVE_0, 1.0, "above 0, at most 1"),
+}
+"""Ranges of the fields that are not in `RANGES`."""
+
+_ALL_RANGES = _COMMON_RANGES | RANGES
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
@@ -137,45 +160,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
         Raises:
             ValueError: Names the first field that is out of range, its value, and what is allowed.
         """
-        _require(
-            self.max_tokens is None or 1 <= self.max_tokens <= MAX_INTEGER,
-            "max_tokens",
-            self.max_tokens,
-            f"from 1 to {MAX_INTEGER}",
-        )
-        _require(
-            0 <= self.min_tokens <= MAX_INTEGER, "min_tokens", self.min_tokens, f"from 0 to {MAX_INTEGER}"
-        )
-        _require(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "from 0 to 100")
-        _require(
-            -1 <= self.top_k <= MAX_INTEGER, "top_k", self.top_k, f"-1, 0 (all) or from 1 to {MAX_INTEGER}"
-        )
-        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0, at most 1")
-        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 to 1")
-        _require(0.0 < self.typical_p <= 1.0, "typical_p", self.typical_p, "above 0, at most 1")
-        _require(
-            0.0 < self.repetition_penalty <= 100.0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "above 0, at most 100",
-        )
-        _require(
-            -2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2"
-        )
-        _require(
-            -2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2"
-        )
-        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            _require(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"from 0 to {MAX_LOGPROBS}")
-        _require(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"from 0 to {MAX_SEED}")
+        for name, (least, greatest, words) in _ALL_RANGES.items():
+            value = getattr(self, name)
+            _require(value is None or least <= value <= greatest, name, value, words)
+        _require(self.mirostat_mode in (0, 2), "mirostat_mode", self.mirostat_mode, "0 (off) or 2")
         self._validate_stops()
         for token in self.logit_bias or ():
             _require(0 <= token <= MAX_INTEGER, "logit_bias", token, f"token ids from 0 to {MAX_INTEGER}")
-        _require(0.0 < self.tfs <= 1.0, "tfs", self.tfs, "above 0, at most 1")
-        for name, (least, greatest, words) in RANGES.items():
-            value = getattr(self, name)
-            _require(least <= value <= greatest, name, value, words)
-        _require(self.mirostat_mode in (0, 2), "mirostat_mode", self.mirostat_mode, "0 (off) or 2")
         self._validate_words()
         if self.sampler_priority:
             sampler_order(self.sampler_priority)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.messages import Add, Logprobs, Picture
-from engine.sampling_state import SamplingState
+from engine.sampler import SamplingState
 
 if TYPE_CHECKING:
     from engine.guidance import Guide

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.distribution import (
+from engine.logits import (
     SMALLEST_TEMPERATURE,
     falling,
     keep_typical,
@@ -123,7 +123,7 @@ def warp(scores: Tensor, warpings: Sequence[Warping], values: Tensor) -> Tensor:
         values: [S, columns] float64 on the same device, one row of `Warping.values` for each.
 
     Returns:
-        The mass of each row, as in `engine.distribution`. A row with a NaN or +inf, or with nothing but -inf,
+        The mass of each row, as in `engine.logits`. A row with a NaN or +inf, or with nothing but -inf,
             becomes one with a NaN.
     """
     own = _Columns(values)

@@ -9,7 +9,8 @@ from handlers.backends.base import Lifecycle
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
 from handlers.parsers.names import parser_problems
 from handlers.pipeline import Pipeline
 from properties.configuration import Configuration, read_model_config

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from handlers.admission import Admission
@@ -20,7 +21,7 @@ from handlers.parsers.base import AnswerFormats
 from handlers.pipeline import Pipeline
 from handlers.prompts.limits import check_totals
 from handlers.protocols.api import Gate
-from handlers.protocols.base import JSON, JSON_LINES, Answered, Conventions, Task
+from handlers.protocols.base import JSON, JSON_LINES, Answered, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.select import CALLS, error_format, read_task
 from handlers.reply_stream import ReplyStream
@@ -175,10 +176,11 @@ class Service:
         incoming.parsed()
         return await self._run(task, facts, incoming.keep)
 
-    def conventions(self) -> Conventions:
+    @cached_property
+    def context(self) -> ServerContext:
         """What holds for every request of this server."""
         capabilities = self.backend.capabilities
-        return Conventions(
+        return ServerContext(
             self.model_name,
             capabilities.default_sampling,
             self._output_formatter,
@@ -195,7 +197,7 @@ class Service:
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
         capabilities = self.backend.capabilities
-        task = read_task(body, self.conventions(), incoming)
+        task = read_task(body, self.context, incoming)
         check_totals(task.requests)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:

@@ -16,7 +16,7 @@ from handlers.exchange import Incoming, Reply
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Pipeline
 from handlers.prompts.limits import longest_prompt
-from handlers.protocols.base import JSON, Conventions
+from handlers.protocols.base import JSON, ServerContext
 from handlers.protocols.misspelt import warning
 from handlers.protocols.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
 from handlers.request import pictures
@@ -51,13 +51,13 @@ class Tokenization:
         self._long = asyncio.Semaphore(1)
 
     async def tokenize(
-        self, body: dict[str, Any], conventions: Conventions, incoming: Incoming, long: bool
+        self, body: dict[str, Any], server: ServerContext, incoming: Incoming, long: bool
     ) -> Reply:
         """long: reading the body takes long. Raises ServingError."""
         if long:
-            task = await asyncio.to_thread(read_tokenize, body, conventions, incoming)
+            task = await asyncio.to_thread(read_tokenize, body, server, incoming)
         else:
-            task = read_tokenize(body, conventions, incoming)
+            task = read_tokenize(body, server, incoming)
         parts = list(pictures(task.prompt))
         self._check_pictures(len(parts), self._backend.capabilities.images)
         size = max(0, incoming.size - sum(part.characters for part in parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,19 @@ from engine.attention.gather import padded_tables
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 
 MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Arguments of `varlen_attn` for a step, on the device."""
+
+    slots: torch.Tensor
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor | None
+    context_lens: torch.Tensor
+    block_table: torch.Tensor
+    max_query: int
+    max_context: int
 
 
 class VarlenKernel(AttentionKernel):
@@ -30,7 +44,7 @@ class VarlenKernel(AttentionKernel):
         size = (shape.num_layers, shape.num_blocks, shape.block_size, shape.kv_heads, shape.head_dim)
         self._keys = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self._values = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        self._step: PackedStep | None = None
+        self._index: _Index | None = None
 
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
@@ -46,7 +60,6 @@ class VarlenKernel(AttentionKernel):
 
     def begin(self, step: PackedStep) -> None:
         """Send all index tensors to the device in one copy, without waiting for it."""
-        self._step = step
         count = step.num_sequences
         tables = padded_tables(step, list(range(count)))
         key_starts = [0]
@@ -57,13 +70,17 @@ class VarlenKernel(AttentionKernel):
             flat += table
         host = torch.tensor(flat, dtype=torch.int32, pin_memory=self.shape.device.type == "cuda")
         index = host.to(self.shape.device, non_blocking=True)
-        self._query_starts, key_starts_index = index[: count + 1], index[count + 1 : 2 * count + 2]
-        self._context_lens = index[2 * count + 2 : 3 * count + 2]
-        self._block_table = index[3 * count + 2 :].view(count, -1)
         # FlashAttention 2 requires the keys' starts although pages make them meaningless; 3 rejects them with pages.
-        self._key_starts = key_starts_index if current_flash_attention_impl() is None else None
-        self._max_query = max(step.query_length(i) for i in range(count))
-        self._max_context = max(step.context_lens)
+        needs_key_starts = current_flash_attention_impl() is None
+        self._index = _Index(
+            slots=step.slots,
+            query_starts=index[: count + 1],
+            key_starts=index[count + 1 : 2 * count + 2] if needs_key_starts else None,
+            context_lens=index[2 * count + 2 : 3 * count + 2],
+            block_table=index[3 * count + 2 :].view(count, -1),
+            max_query=max(step.query_length(i) for i in range(count)),
+            max_context=max(step.context_lens),
+        )
 
     def attend(
         self,
@@ -76,25 +93,25 @@ class VarlenKernel(AttentionKernel):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        step = self._step
-        assert step is not None, "begin() was not called"
+        index = self._index
+        assert index is not None, "begin() was not called"
         assert softcap is None
         keys, values = self._keys[layer], self._values[layer]
-        keys.flatten(0, 1).index_copy_(0, step.slots, key)
-        values.flatten(0, 1).index_copy_(0, step.slots, value)
+        keys.flatten(0, 1).index_copy_(0, index.slots, key)
+        values.flatten(0, 1).index_copy_(0, index.slots, value)
         out = varlen_attn(
             query.contiguous(),
             keys,
             values,
-            self._query_starts,
-            self._key_starts,
-            self._max_query,
-            self._max_context,
+            index.query_starts,
+            index.key_starts,
+            index.max_query,
+            index.max_context,
             scale=scale,
-            window_size=self._window_size(window),
+            window_size=_window_size(window, index),
             enable_gqa=query.shape[1] != key.shape[1],
-            seqused_k=self._context_lens,
-            block_table=self._block_table,
+            seqused_k=index.context_lens,
+            block_table=index.block_table,
         )
         assert isinstance(out, torch.Tensor)
         return out
@@ -104,13 +121,14 @@ class VarlenKernel(AttentionKernel):
         self._keys[:, index] = 0
         self._values[:, index] = 0
 
-    def _window_size(self, window: int | None) -> tuple[int, int]:
-        """How far a query looks left and right of itself; -1 means no limit.
 
-        FlashAttention aligns a sequence's last query with its last key. If every query is the last one, there
-        is nothing to its right; saying so lets FlashAttention pack the query heads that share a key head.
-        """
-        right = -1 if self._max_query == 1 else 0
-        if window is None or window >= self._max_context:
-            return -1, right
-        return window - 1, right
+def _window_size(window: int | None, index: _Index) -> tuple[int, int]:
+    """How far a query looks left and right of itself; -1 means no limit.
+
+    FlashAttention aligns a sequence's last query with its last key. If every query is the last one, there
+    is nothing to its right; saying so lets FlashAttention pack the query heads that share a key head.
+    """
+    right = -1 if index.max_query == 1 else 0
+    if window is None or window >= index.max_context:
+        return -1, right
+    return window - 1, right

@@ -15,8 +15,8 @@ from typing import Any
 import anyio
 import httpcore
 
-from handlers.errors import ImageFetchFailed, ImageTooLarge
-from handlers.images.problem import ImageProblem
+from handlers.errors import ImageFetchFailed
+from handlers.images.problem import ImageProblem, too_many_bytes
 from handlers.images.target import canonical_host
 
 Resolver = Callable[[str, int], Sequence[str]]
@@ -178,9 +178,7 @@ class ReadBudget:
         """Allow the body; chunk framing may add a quarter to it."""
         self.left = max_bytes + max_bytes // 4 + HEAD_BYTES
         self.portion = BODY_READ
-        self.problem = ImageProblem(
-            f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge
-        )
+        self.problem = too_many_bytes(max_bytes)
 
     def spend(self, count: int) -> None:
         self.left -= count

@@ -253,9 +253,7 @@ class DecoderPool:
         """Return what the end of a decoder says about its image."""
         child = worker.child
         code = await asyncio.shield(self._end(worker))
-        if (
-            code == -signal.SIGKILL
-        ):  # not caused by an image, but by the system, short of memory, or by somebody
+        if code == -signal.SIGKILL:  # sent by the system, short of memory, or by somebody: no image does that
             self.killed += 1
             logger.warning("an image decoder was killed at work; it is replaced")
             return _DecoderLost(

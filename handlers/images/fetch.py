@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import ssl
-from collections.abc import AsyncIterator, Collection, Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ from functools import cached_property
 
 import httpcore
 
-from handlers.errors import ImageFetchFailed, ImageFetchTimeout, ImageTooLarge, short_of
+from handlers.errors import ImageFetchFailed, ImageFetchTimeout, short_of
 from handlers.images.connect import AllowedPrivate, CheckedBackend, Resolver, checked, resolve
 from handlers.images.encoding import codings_of
 from handlers.images.fetch_slots import FetchSlot, FetchSlots, claim_for
-from handlers.images.problem import ImageProblem
+from handlers.images.limits import ImageLimits
+from handlers.images.problem import ImageProblem, too_many_bytes
 from handlers.images.target import Target, canonical_host, parse_target
 from processes.shortage import shortage
 
@@ -58,7 +59,7 @@ class _Fetch:
 
 
 class Fetcher:
-    """Fetches images, at most `max_concurrent` at a time, shared among their hosts by `FetchSlots`.
+    """Fetches images, at most `max_concurrent_fetches` at a time, shared among their hosts by `FetchSlots`.
 
     Names are looked up in threads, which cannot be stopped: they have slots of their own, shared in the same
     way and held until the thread is done, so that name servers that do not answer do not block look-ups of
@@ -68,36 +69,24 @@ class Fetcher:
 
     def __init__(
         self,
+        limits: ImageLimits,
         *,
-        timeout: float,
-        max_bytes: int,
-        max_redirects: int,
-        max_concurrent: int,
-        allowed_domains: Collection[str] | None,
-        allow_private: Collection[str],
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """Create a fetcher.
 
         Args:
-            timeout: Seconds for one image from resolving the name to the last byte, over all redirects;
-                waiting for a slot does not count.
-            max_bytes: Greatest size of an image.
-            max_redirects: Greatest number of redirects for an image.
-            max_concurrent: Greatest number of transfers at a time.
-            allowed_domains: Exact host names; None for any.
-            allow_private: See `AllowedPrivate`.
+            limits: Limits of each image; waiting for a slot does not count as time.
             resolver: Replaces the system's name resolution.
             ssl_context: Replaces the system's certificate authorities.
         """
-        self._timeout = timeout
-        self._max_bytes = max_bytes
-        self._max_redirects = max_redirects
-        self.transfers = FetchSlots(max_concurrent)
-        self.look_ups = FetchSlots(min(MOST_LOOK_UPS, max_concurrent))
-        self._domains = None if allowed_domains is None else set(map(canonical_host, allowed_domains))
-        self._allow_private = AllowedPrivate(allow_private)
+        self._limits = limits
+        self.transfers = FetchSlots(limits.max_concurrent_fetches)
+        self.look_ups = FetchSlots(min(MOST_LOOK_UPS, limits.max_concurrent_fetches))
+        domains = limits.allowed_domains
+        self._domains = None if domains is None else set(map(canonical_host, domains))
+        self._allow_private = AllowedPrivate(limits.allow_private)
         self._resolver = resolver or resolve
         self._given_ssl_context = ssl_context
         self._threads = ThreadPoolExecutor(self.look_ups.total, "image-dns")
@@ -120,7 +109,7 @@ class Fetcher:
             Unavailable: This process is short of descriptors or threads.
         """
         target = self._checked(parse_target(url))
-        fetch = _Fetch(object() if request is None else request, self._timeout)
+        fetch = _Fetch(object() if request is None else request, self._limits.fetch_timeout)
         try:
             return await self._follow(target, fetch)
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError, RuntimeError) as error:
@@ -144,7 +133,7 @@ class Fetcher:
 
     async def _follow(self, target: Target, fetch: _Fetch) -> Body:
         reply = await self._hop(target, fetch)
-        for _ in range(self._max_redirects):
+        for _ in range(self._limits.max_redirects):
             if isinstance(reply, Body):
                 return reply
             try:
@@ -157,7 +146,7 @@ class Fetcher:
         if isinstance(reply, Body):
             return reply
         raise ImageProblem(
-            f"its host redirects more than {self._max_redirects} times (option.image_fetch_max_redirects)",
+            f"its host redirects more than {self._limits.max_redirects} times (option.image_fetch_max_redirects)",
             ImageFetchFailed,
         )
 
@@ -220,7 +209,7 @@ class Fetcher:
             if not limit.expired():
                 raise
             raise ImageProblem(
-                f"it did not arrive within {self._timeout:g} seconds (option.image_fetch_timeout)",
+                f"it did not arrive within {self._limits.fetch_timeout:g} seconds (option.image_fetch_timeout)",
                 ImageFetchTimeout,
             ) from error
         finally:
@@ -250,7 +239,7 @@ class Fetcher:
                 return fields[b"location"].decode("utf-8", "replace")
             if response.status != 200:
                 raise ImageProblem(f"its host answered with HTTP status {response.status}", ImageFetchFailed)
-            network.budget.begin_body(self._max_bytes)
+            network.budget.begin_body(self._limits.max_bytes)
             pieces = await self._pieces(response, fields.get(b"content-length", b"0"))
             encoding = b",".join(
                 value for name, value in response.headers if name.lower() == b"content-encoding"
@@ -258,25 +247,20 @@ class Fetcher:
             return Body(pieces, codings_of(encoding))
 
     async def _pieces(self, response: httpcore.Response, length: bytes) -> list[bytes]:
-        left = self._max_bytes
+        left = self._limits.max_bytes
         if not length.isdigit() or len(length) > 18 or int(length) > left:
-            raise self._too_large()
+            raise too_many_bytes(self._limits.max_bytes)
         pieces: list[bytes] = []
         async for piece in response.aiter_stream():
             left -= len(piece)
             if left < 0:
-                raise self._too_large()
+                raise too_many_bytes(self._limits.max_bytes)
             pieces.append(piece)
             if len(pieces) % BREATH == 0:
-                if self._max_bytes - left < (len(pieces) - BREATH) * LEAST_PIECE:
+                if self._limits.max_bytes - left < (len(pieces) - BREATH) * LEAST_PIECE:
                     raise ImageProblem("its host sends it in absurdly small pieces", ImageFetchFailed)
                 await asyncio.sleep(0)
         return pieces
-
-    def _too_large(self) -> ImageProblem:
-        return ImageProblem(
-            f"it has more than {self._max_bytes} bytes (option.max_image_bytes)", ImageTooLarge
-        )
 
 
 def _release_after(looking: Future[Sequence[str]], slot: FetchSlot) -> None:

@@ -17,72 +17,19 @@ from PIL.Image import Image
 
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
-from handlers.images.cache import DecodedCache, digest_of
 from handlers.images.connect import Resolver
-from handlers.images.data_url import decode_data_url, is_data_url
-from handlers.images.decode import WHITE, Color, convert, decoded_bytes, prepare_pillow
+from handlers.images.decode import convert, decoded_bytes, prepare_pillow
 from handlers.images.decoders import DecoderPool
 from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
-from handlers.images.encoding import without_codings
+from handlers.images.encoding import decode_data_url, is_data_url, without_codings
 from handlers.images.fetch import Body, Fetcher
 from handlers.images.image_file import Header, read_header
-from handlers.images.memory import ImageMemory
+from handlers.images.limits import ImageLimits
+from handlers.images.memory import DecodedCache, ImageMemory, digest_of
 from handlers.images.problem import ImageProblem, too_many_pixels
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
-from properties.settings import VisionSettings
 
 T = TypeVar("T")
-
-
-_DEFAULTS = VisionSettings()
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """What one image may cost, and where it may come from. The defaults are those of the options.
-
-    Attributes:
-        fetch_timeout: Seconds for one image, from resolving its host's name to its last byte, over all redirects.
-        max_bytes: Greatest size of the encoded image.
-        max_pixels: Greatest width times height.
-        max_redirects: Greatest number of redirects for one image.
-        allowed_domains: Exact host names, also of redirects; None for any public host.
-        allow_private: Hosts, addresses and networks (CIDR) that may be fetched from although they are not public.
-        max_concurrent_fetches: Greatest number of fetches of all requests together.
-        cache_bytes: Size of the cache of decoded images, which take four bytes per pixel.
-        memory_bytes: Memory for the decoded images of requests, cached or not, and the same again for what decoders
-            use in addition.
-        background: Colour that shows where an image is transparent.
-    """
-
-    fetch_timeout: float = _DEFAULTS.image_fetch_timeout
-    max_bytes: int = _DEFAULTS.max_image_bytes
-    max_pixels: int = _DEFAULTS.max_image_pixels
-    max_redirects: int = _DEFAULTS.image_fetch_max_redirects
-    allowed_domains: tuple[str, ...] | None = None
-    allow_private: tuple[str, ...] = ()
-    max_concurrent_fetches: int = 64
-    cache_bytes: int = _DEFAULTS.image_cache_mb * 2**20
-    memory_bytes: int = _DEFAULTS.image_memory_mb * 2**20
-    background: Color = WHITE
-
-    @classmethod
-    def of(cls, settings: VisionSettings) -> ImageLimits:
-        """Read the limits from the user's configuration."""
-        domains = settings.allowed_media_domains
-        background = (settings.media_io_kwargs or {}).get("image", {}).get("rgba_background_color", WHITE)
-        red, green, blue = background
-        return cls(
-            fetch_timeout=settings.image_fetch_timeout,
-            max_bytes=settings.max_image_bytes,
-            max_pixels=settings.max_image_pixels,
-            max_redirects=settings.image_fetch_max_redirects,
-            allowed_domains=None if domains is None else tuple(domains),
-            allow_private=tuple(settings.image_fetch_allow_private),
-            cache_bytes=settings.image_cache_mb * 2**20,
-            memory_bytes=settings.image_memory_mb * 2**20,
-            background=(red, green, blue),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +114,7 @@ class ImageLoader:
         self.cache_hits = 0
         self.memory = ImageMemory(limits.memory_bytes)
         self._cache = DecodedCache(limits.cache_bytes)
-        self._fetcher = Fetcher(
-            timeout=limits.fetch_timeout,
-            max_bytes=limits.max_bytes,
-            max_redirects=limits.max_redirects,
-            max_concurrent=limits.max_concurrent_fetches,
-            allowed_domains=limits.allowed_domains,
-            allow_private=limits.allow_private,
-            resolver=resolver,
-            ssl_context=ssl_context,
-        )
+        self._fetcher = Fetcher(limits, resolver=resolver, ssl_context=ssl_context)
         self.decoders = DecoderPool(
             max_pixels=limits.max_pixels,
             max_bytes=limits.max_bytes,

@@ -24,3 +24,8 @@ class ImageProblem(Exception):
 def too_many_pixels(max_pixels: int) -> ImageProblem:
     """Describe an image with more pixels than allowed."""
     return ImageProblem(f"it has more than {max_pixels} pixels (option.max_image_pixels)", ImageTooLarge)
+
+
+def too_many_bytes(max_bytes: int) -> ImageProblem:
+    """Describe a file that is larger than allowed."""
+    return ImageProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)

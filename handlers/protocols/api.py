@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from msgspec import Meta, Struct
 
 from handlers.exchange import Incoming, Reply
-from handlers.protocols.base import Conventions, ReplyHeaders, Task
+from handlers.protocols.base import ReplyHeaders, ServerContext, Task
 from handlers.protocols.errors import ErrorFormat
 from properties.settings import Settings
 
@@ -86,10 +86,10 @@ def reference(part: type[Struct]) -> dict[str, str]:
     return {"$ref": REFERENCE.format(name=part.__name__)}
 
 
-Reader = Callable[[dict[str, Any], Conventions, Incoming, str | None], Task]
+Reader = Callable[[dict[str, Any], ServerContext, Incoming, str | None], Task]
 """Makes a task of a body, for the adapter that the request's head names. Raises InvalidRequest naming the field."""
 
-Frame = Callable[[Reader, dict[str, Any], Conventions, Incoming, str | None], Task]
+Frame = Callable[[Reader, dict[str, Any], ServerContext, Incoming, str | None], Task]
 """Reads a body with its API's own reader and changes how the reply is framed."""
 
 

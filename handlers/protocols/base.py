@@ -37,16 +37,22 @@ TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
 
 @dataclass(frozen=True, slots=True)
-class Conventions:
+class ServerContext:
     """What holds for every request of a server.
 
-    model_name: shown in replies to requests that name no model. sampling: the model's own defaults
-    (generation_config.json) by the names of RequestSampling. output_formatter, tgi_compat: the options.
-    trust_chat_templates: requests may bring a template of their own. chat_templates: names of the model's own, of
-    which any request may choose one, with the variables that each reads. max_model_len, special_token_ids: the model's.
-    special_tokens: texts that are skipped where special tokens are. formats: how its answers are read.
-    custom_output: replies go through the user's output formatter, which knows OpenAI's shapes.
-    embeddings: the operator lets clients send them in place of images.
+    Attributes:
+        model_name: Shown in replies to requests that name no model.
+        sampling: The model's own defaults (generation_config.json), by the names of RequestSampling.
+        output_formatter: The option.
+        tgi_compat: The option.
+        trust_chat_templates: Requests may bring a chat template of their own.
+        max_model_len: The model's context, in tokens; 0 where it is not known.
+        special_token_ids: The model's special tokens.
+        special_tokens: Their texts, which are left out of answers where special tokens are skipped.
+        formats: How answers with calls and reasoning are parsed.
+        custom_output: Replies go through the user's output formatter, which knows OpenAI's format.
+        embeddings: Clients may send embeddings in place of images.
+        chat_templates: Names of the model's own chat templates -> the variables that each reads.
     """
 
     model_name: str

@@ -8,7 +8,7 @@ from typing import Any
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming
 from handlers.protocols.api import Gate
-from handlers.protocols.base import Conventions, Task
+from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.errors import ErrorFormat
 from handlers.protocols.lmi.routes import LMI
 from handlers.protocols.openai.routes import OPENAI
@@ -37,7 +37,7 @@ _HEADERS = {route: headers for api in APIS for route, headers in api.headers.ite
 _FRAMES = {route: frame for api in APIS for route, frame in api.frames.items()}
 
 
-def read_task(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
+def read_task(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
     """Raises InvalidRequest naming the field at fault."""
     route = incoming.route
     read = next((found for api in APIS if (found := api.reads(body.keys(), route)) is not None), None)
@@ -45,9 +45,9 @@ def read_task(body: dict[str, Any], conventions: Conventions, incoming: Incoming
         raise InvalidRequest("the body has neither messages, prompt nor inputs", param="messages")
     adapter = next((name for find in _ADAPTERS if (name := find(incoming)) is not None), None)
     if (frame := _FRAMES.get(route)) is None:
-        task = read(body, conventions, incoming, adapter)
+        task = read(body, server, incoming, adapter)
     else:
-        task = frame(read, body, conventions, incoming, adapter)
+        task = frame(read, body, server, incoming, adapter)
     task.route_headers = _HEADERS.get(route)
     return task
 

@@ -15,7 +15,7 @@ from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.api import Api, Route
-from handlers.protocols.base import Conventions, Task, TokenCount, TokenId
+from handlers.protocols.base import ServerContext, Task, TokenCount, TokenId
 from handlers.protocols.body import convert
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
@@ -110,10 +110,10 @@ class Detokenized(msgspec.Struct, forbid_unknown_fields=True):
     prompt: str
 
 
-def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> TokenTask:
+def read_tokenize(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> TokenTask:
     """Reads TGI's `inputs`, or vLLM's `prompt` or `messages`. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
-        asked_chat = _chat(body, conventions, incoming)
+        asked_chat = _chat(body, server, incoming)
         return TokenTask(asked_chat.requests[0].prompt, _chat_tokens, misspelt=asked_chat.misspelt)
     if "inputs" in body:
         asked = convert(body, InputsToTokens)
@@ -124,14 +124,14 @@ def read_tokenize(body: dict[str, Any], conventions: Conventions, incoming: Inco
         chat = {name: value for name, value in body.items() if name not in _VllmChat.__struct_fields__}
         if also.add_special_tokens:
             chat["add_special_tokens"] = True
-        asked_chat = _chat(chat, conventions, incoming)
-        write = _vllm_tokens(conventions, also.return_token_strs)
+        asked_chat = _chat(chat, server, incoming)
+        write = _vllm_tokens(server, also.return_token_strs)
         return TokenTask(asked_chat.requests[0].prompt, write, misspelt=asked_chat.misspelt)
     if "prompt" in body:
         text = convert(body, PromptToTokens)
         add = True if text.add_special_tokens is None else text.add_special_tokens
         prompt = TextPrompt(image_parts(text.prompt), add_special_tokens=add)
-        write = _vllm_tokens(conventions, text.return_token_strs)
+        write = _vllm_tokens(server, text.return_token_strs)
         return TokenTask(prompt, write, misspelt=_PROMPT_NAMES.misspelt(body))
     raise InvalidRequest("the body has neither inputs, prompt nor messages", param="prompt")
 
@@ -146,17 +146,17 @@ def detokenize_reply(text: str) -> bytes:
     return _encode(Detokenized(text))
 
 
-def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming) -> Task:
+def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
     """Reads a chat, to the same prompt that would be answered."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-    return read_chat(asked, conventions, request_id=incoming.request_id)
+    return read_chat(asked, server, request_id=incoming.request_id)
 
 
 async def _tokenize(service: Service, incoming: Incoming) -> Reply:
     async def work(
         body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
     ) -> Reply:
-        reply = await service.tokenization.tokenize(body, service.conventions(), incoming, long)
+        reply = await service.tokenization.tokenize(body, service.context, incoming, long)
         return _noted(reply, facts, arrival)
 
     return await service.reply(incoming, work)
@@ -199,10 +199,10 @@ def _simple_tokens(found: TokenizedPrompt) -> list[SimpleToken]:
     ]
 
 
-def _vllm_tokens(conventions: Conventions, pieces: bool | None) -> Callable[[TokenizedPrompt], bytes]:
+def _vllm_tokens(server: ServerContext, pieces: bool | None) -> Callable[[TokenizedPrompt], bytes]:
     def write(found: TokenizedPrompt) -> bytes:
         strings = list(found.pieces) if pieces else None
-        return _encode(TokenCounts(len(found.token_ids), conventions.max_model_len, found.token_ids, strings))
+        return _encode(TokenCounts(len(found.token_ids), server.max_model_len, found.token_ids, strings))
 
     return write
 

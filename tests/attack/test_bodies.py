@@ -20,8 +20,8 @@ import pytest
 from container import logs
 from container.bodies import Bodies, Body
 from handlers.errors import InvalidRequest, MalformedBody
-from handlers.images import data_url
-from handlers.images.data_url import decode_data_url
+from handlers.images import encoding
+from handlers.images.encoding import decode_data_url
 from handlers.images.problem import ImageProblem
 from handlers.protocols import body_limits
 from handlers.protocols.body import read_body
@@ -357,8 +357,8 @@ def test_a_long_url_is_decoded_with_twice_its_pictures_memory_at_most(
     coded = base64.urlsafe_b64encode(data).decode()
     wrapped = "\r\n".join(coded[at : at + 76] for at in range(0, len(coded), 76))
     quoted = "".join(f"%{ord(letter):02x}" for letter in coded[:400_000]) + coded[400_000:]
-    for size in (4, 5, data_url.SLICE):
-        monkeypatch.setattr(data_url, "SLICE", size)
+    for size in (4, 5, encoding.SLICE):
+        monkeypatch.setattr(encoding, "SLICE", size)
         for text in (coded, wrapped, quoted) if size > 5 else (coded[:400], wrapped[:400], quoted[:396]):
             found = decode_data_url(f"data:;base64,{text}", 4 * M)
             assert data.startswith(found)

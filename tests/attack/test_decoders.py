@@ -26,7 +26,8 @@ from handlers.images import decoders
 from handlers.images.decode import FORMATS, decode
 from handlers.images.decoders import DecoderPool
 from handlers.images.image_file import Header, read_header
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
 from handlers.images.problem import ImageProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart

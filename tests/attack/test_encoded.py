@@ -14,10 +14,15 @@ from collections.abc import Callable
 
 import pytest
 
-from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
+from handlers.images.embeddings import (
+    BadTensorFile,
+    EncodedEmbeddings,
+    SavedTensor,
+    read_embeddings,
+    read_tensor,
+)
 from handlers.images.encoding import without_codings
 from handlers.images.problem import ImageProblem
-from handlers.images.tensor_file import BadTensorFile, SavedTensor, read_tensor
 from handlers.request import EmbeddingsPart
 
 MEGA = 2**20

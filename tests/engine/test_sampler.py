@@ -21,12 +21,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from engine.distribution import keep_likeliest, keep_typical, masses, mix64, pick, uniform
-from engine.logits import TokenCounts
+from engine.logits import TokenCounts, keep_likeliest, keep_typical, masses, mix64, pick, uniform
 from engine.messages import Logprobs
-from engine.sampler import Sampler, prompt_logprobs
+from engine.sampler import Sampler, SamplingState, prompt_logprobs
 from engine.sampling_params import SamplingParams
-from engine.sampling_state import SamplingState
 
 CPU = torch.device("cpu")
 EOS = 2

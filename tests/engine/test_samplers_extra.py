@@ -17,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
-from engine.distribution import mix64
+from engine.logits import mix64
 from engine.messages import Add
 from engine.repetition import Repetition
-from engine.sampler import Sampler
+from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import RANGES, SAMPLERS
-from engine.sampling_state import SamplingState
 from engine.warping import _OTHER_STREAM, uniform, warp
 from handlers.backends.vllm.prompts.sampling import to_vllm
 from handlers.backends.vllm.samplers.extra_args import (

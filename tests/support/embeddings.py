@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
 from handlers.protocols.openai.messages import read_messages
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 from tests.support.live import LiveServer

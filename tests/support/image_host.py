@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

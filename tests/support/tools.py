@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from handlers.backends.base import Delta
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
-from handlers.protocols.base import Conventions
+from handlers.protocols.base import ServerContext
 from handlers.protocols.openai.requests import read_chat
 from handlers.request import GenerationRequest
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, service
@@ -44,8 +44,8 @@ TOOLS = [tool("draw", DRAW, description="Draws."), tool("now")]
 HERMES = answer_formats("hermes", auto=True)
 
 
-def read(body: dict[str, Any], formats: AnswerFormats = HERMES, **conventions: Any) -> GenerationRequest:
-    task = read_chat(body, Conventions("shapes", formats=formats, **conventions), request_id="r")
+def read(body: dict[str, Any], formats: AnswerFormats = HERMES, **context: Any) -> GenerationRequest:
+    task = read_chat(body, ServerContext("shapes", formats=formats, **context), request_id="r")
     return task.requests[0]
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from engine.logits import best
-from engine.sampler import Sampler
-from engine.sampling_state import SamplingState
+from engine.sampler import Sampler, SamplingState
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.prompts.sampling import to_vllm
 from handlers.backends.vllm.samplers import processor as processor_rows

@@ -6,6 +6,7 @@ Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -155,64 +156,42 @@ _PLACE = {
 }
 
 
-def _routes(prefix: str) -> tuple[Route, ...]:
-    """Below a prefix, which logs and metrics do not show."""
-    every, one, update = "/adapters", "/adapters/{adapter}", "/adapters/{adapter}/update"
-    return (
-        Route(
-            prefix + every,
-            "adapters",
-            "The adapters that requests may name (LMI)",
-            methods=READ,
-            template=every,
-            replies=(AdapterList,),
-            query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
-            errors=(LmiError,),
-            codes=(400, 404),
-        ),
-        Route(
-            prefix + every,
-            "adapters",
-            "Load an adapter, named in the query or in the body (LMI)",
-            template=every,
-            bodies=(AdapterBody,),
-            replies=(AdapterStatus,),
-            query={"name": "What requests call it; wins over the body.", **_PLACE},
-            errors=(LmiError,),
-            codes=(400, 404, 408, 409, 413, 507),
-        ),
-        Route(
-            prefix + update,
-            "adapters",
-            "Load an adapter again, from another directory if one is given (LMI)",
-            template=update,
-            bodies=(AdapterBody,),
-            replies=(AdapterStatus,),
-            query=_PLACE,
-            errors=(LmiError,),
-            codes=(400, 404, 408, 409, 413, 507),
-        ),
-        Route(
-            prefix + one,
-            "adapters",
-            "One adapter (LMI)",
-            methods=READ,
-            template=one,
-            replies=(Adapter,),
-            errors=(LmiError,),
-            codes=(400, 404),
-        ),
-        Route(
-            prefix + one,
-            "adapters",
-            "Unload an adapter; answered when its last request has ended (LMI)",
-            methods=("DELETE",),
-            template=one,
-            replies=(AdapterStatus,),
-            errors=(LmiError,),
-            codes=(400, 404, 408),
-        ),
-    )
+def _route(path: str, summary: str, *codes: int, **given: Any) -> tuple[Route, Route]:
+    """The route, and the same below a model's name, which logs and metrics do not show."""
+    route = Route(path, "adapters", summary, errors=(LmiError,), codes=(400, 404, *codes), **given)
+    return route, replace(route, path="/models/{name}" + path)
 
 
-ROUTES = (*_routes(""), *_routes("/models/{name}"))
+ROUTES = (
+    *_route(
+        "/adapters",
+        "The adapters that requests may name (LMI)",
+        methods=READ,
+        query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
+        replies=(AdapterList,),
+    ),
+    *_route(
+        "/adapters",
+        "Load an adapter, named in the query or in the body (LMI)",
+        *(408, 409, 413, 507),
+        query={"name": "What requests call it; wins over the body.", **_PLACE},
+        bodies=(AdapterBody,),
+        replies=(AdapterStatus,),
+    ),
+    *_route(
+        "/adapters/{adapter}/update",
+        "Load an adapter again, from another directory if one is given (LMI)",
+        *(408, 409, 413, 507),
+        query=_PLACE,
+        bodies=(AdapterBody,),
+        replies=(AdapterStatus,),
+    ),
+    *_route("/adapters/{adapter}", "One adapter (LMI)", methods=READ, replies=(Adapter,)),
+    *_route(
+        "/adapters/{adapter}",
+        "Unload an adapter; answered when its last request has ended (LMI)",
+        408,
+        methods=("DELETE",),
+        replies=(AdapterStatus,),
+    ),
+)

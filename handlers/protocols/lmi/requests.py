@@ -19,7 +19,7 @@ from handlers.protocols.api import described_as
 from handlers.protocols.base import (
     MAX_ANSWERS,
     MAX_PROMPTS,
-    Conventions,
+    ServerContext,
     Task,
     TokenCount,
     TokenId,
@@ -121,7 +121,7 @@ _BODY_NAMES = KnownNames(LmiBody.__struct_fields__, inside=_READ)
 
 def read_lmi(
     body: dict[str, Any],
-    conventions: Conventions,
+    server: ServerContext,
     *,
     request_id: str,
     adapter: str | None = None,
@@ -136,18 +136,18 @@ def read_lmi(
         log.debug("unknown field ignored: %.80s", name)
     given = asked.parameters or {}
     parameters = _read_parameters(given)
-    if conventions.tgi_compat and parameters.details is None:
+    if server.tgi_compat and parameters.details is None:
         parameters.details = True
     many = isinstance(asked.inputs, list)
     prompts = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     if not prompts:
         raise InvalidRequest("inputs is an empty list", param="inputs")
-    stream = _streams(asked.stream, len(prompts), parameters, conventions)
+    stream = _streams(asked.stream, len(prompts), parameters, server)
     adapters = _adapters(asked.adapters, adapter, len(prompts))
     details = bool(parameters.details)
     sampling = _read_sampling(
         parameters,
-        conventions.sampling,
+        server.sampling,
         shows_tokens=stream or details,
         shows_prompt=parameters.prefill and not stream,
     )
@@ -169,16 +169,16 @@ def read_lmi(
         )
         for i, text in enumerate(prompts)
     ]
-    if conventions.custom_output:
+    if server.custom_output:
         completion = CompletionWriter(
             reply_id=f"cmpl-{request_id}",
-            model=asked.model or conventions.model_name,
+            model=asked.model or server.model_name,
             n=parameters.returned,
             logprobs=parameters.top_tokens if sampling.logprobs is not None else None,
         )
         return Task(requests, completion, misspelt)
-    if conventions.tgi_compat:
-        events = _tgi_writer(prompts, requests, parameters, conventions)
+    if server.tgi_compat:
+        events = _tgi_writer(prompts, requests, parameters, server)
         return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt)
     writer = LmiWriter(
         prompts,
@@ -189,16 +189,16 @@ def read_lmi(
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_tokens,
         seed=None if parameters.seed == -1 else parameters.seed,
-        sse=_wants_sse(accept, conventions),
+        sse=_wants_sse(accept, server),
     )
     return Task(requests, writer, misspelt)
 
 
-def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, conventions: Conventions) -> bool:
+def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, server: ServerContext) -> bool:
     """What the client says; else what the operator's formatter does with a request that can be streamed."""
     single = prompts == 1 and parameters.answers == 1
     if asked is None:
-        return single and conventions.output_formatter in ("jsonlines", "sse")
+        return single and server.output_formatter in ("jsonlines", "sse")
     if asked and prompts > 1:
         raise InvalidRequest("inputs: only one prompt can be streamed; send them one by one", param="inputs")
     if asked and not single:
@@ -219,10 +219,10 @@ def _adapters(named: str | list[str] | None, header: str | None, count: int) -> 
     return [named or None] * count
 
 
-def _wants_sse(accept: str, conventions: Conventions) -> bool:
+def _wants_sse(accept: str, server: ServerContext) -> bool:
     if "text/event-stream" in accept:
         return True
-    return conventions.output_formatter == "sse" and not wants_lines(accept)
+    return server.output_formatter == "sse" and not wants_lines(accept)
 
 
 def wants_lines(accept: str) -> bool:
@@ -231,7 +231,7 @@ def wants_lines(accept: str) -> bool:
 
 
 def _tgi_writer(
-    prompts: list[str], requests: list[GenerationRequest], parameters: LmiParameters, conventions: Conventions
+    prompts: list[str], requests: list[GenerationRequest], parameters: LmiParameters, server: ServerContext
 ) -> LmiTgiWriter:
     """The writer of a task; a request that draws without a seed gets one, because the reply shows it."""
     writers = []
@@ -248,7 +248,7 @@ def _tgi_writer(
                 full_text=bool(parameters.return_full_text),
                 top_tokens=parameters.top_tokens,
                 seeds=seeds,
-                special_token_ids=conventions.special_token_ids,
+                special_token_ids=server.special_token_ids,
             )
         )
     return LmiTgiWriter(writers)

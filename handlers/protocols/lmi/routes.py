@@ -8,7 +8,7 @@ from typing import Any
 
 from handlers.exchange import Incoming
 from handlers.protocols.api import SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import JSON_LINES, Conventions, Task
+from handlers.protocols.base import JSON_LINES, ServerContext, Task
 from handlers.protocols.lmi import adapters
 from handlers.protocols.lmi.replies import (
     LMI_ERRORS,
@@ -63,28 +63,28 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return _read if "inputs" in keys else None
 
 
-def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
+def _read(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
     accept = accept_of(incoming.headers)
-    return read_lmi(body, conventions, request_id=incoming.request_id, adapter=adapter, accept=accept)
+    return read_lmi(body, server, request_id=incoming.request_id, adapter=adapter, accept=accept)
 
 
 def _framed(
     read: Reader,
     body: dict[str, Any],
-    conventions: Conventions,
+    server: ServerContext,
     incoming: Incoming,
     adapter: str | None,
 ) -> Task:
     """Whether and how other APIs' bodies are streamed here, by `option.output_formatter` and the `Accept` header."""
     if "inputs" in body:
-        return read(body, conventions, incoming, adapter)
-    formatter = conventions.output_formatter
+        return read(body, server, incoming, adapter)
+    formatter = server.output_formatter
     if body.get("stream") is None and formatter in ("jsonlines_chat", "sse_chat"):
         body = {**body, "stream": True}
-    task = read(body, conventions, incoming, adapter)
+    task = read(body, server, incoming, adapter)
     accept = accept_of(incoming.headers)
     lines = formatter == "jsonlines_chat" and "text/event-stream" not in accept
-    if task.stream and (lines or wants_lines(accept)) and not conventions.custom_output:
+    if task.stream and (lines or wants_lines(accept)) and not server.custom_output:
         task.writer = JsonLines(task.writer)
     return task
 

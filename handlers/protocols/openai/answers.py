@@ -25,7 +25,7 @@ from handlers.parsers.base import (
 )
 from handlers.parsers.reasoning import ReasoningThenCalls
 from handlers.parsers.select import named_parser, openai_call_id, required_parser
-from handlers.protocols.base import Answer, Conventions
+from handlers.protocols.base import Answer, ServerContext
 from handlers.protocols.openai.replies import (
     CalledFunction,
     CalledFunctionDelta,
@@ -65,14 +65,14 @@ class AnswerForm:
 def answer_form(
     tools: Tools | None,
     constraint: Constraint | None,
-    conventions: Conventions,
+    server: ServerContext,
     template_kwargs: Mapping[str, Any],
     *,
     hide_reasoning: bool = False,
 ) -> AnswerForm:
     """A constraint holds from the first token on, so a constrained answer has neither reasoning nor calls of the
     model's own choice. Raises InvalidRequest where a call is forced as well."""
-    formats = conventions.formats
+    formats = server.formats
     if tools is not None and tools.forced:
         if constraint is not None:
             choice = "function_call" if tools.legacy else "tool_choice"
@@ -85,7 +85,7 @@ def answer_form(
         return AnswerForm(
             tools.constraint(),
             ParsedAnswers(
-                _forced(tools, conventions), called=called, parallel=tools.parallel, legacy=tools.legacy
+                _forced(tools, server), called=called, parallel=tools.parallel, legacy=tools.legacy
             ),
         )
     calls = formats.tools if tools is not None else None
@@ -113,13 +113,13 @@ def answer_form(
             hide_reasoning=hide_reasoning,
             legacy=legacy,
         ),
-        keeps_special_tokens=not markers.isdisjoint(conventions.special_tokens),
+        keeps_special_tokens=not markers.isdisjoint(server.special_tokens),
         hides_tokens=hide_reasoning and reasoning is not None,
     )
 
 
-def _forced(tools: Tools, conventions: Conventions) -> MakeParser:
-    formats = conventions.formats
+def _forced(tools: Tools, server: ServerContext) -> MakeParser:
+    formats = server.formats
     call_id = openai_call_id if formats.tools is None else formats.tools.call_id
     if tools.choice == "named":
         name: str = tools.callable[0]["function"]["name"]
@@ -221,7 +221,7 @@ class ParsedAnswers:
                 return None
 
     def _reason(self, finish: str | None, called: bool) -> FinishReason | None:
-        return self._called if called and finish == "stop" else cast(FinishReason | None, finish)
+        return self._called if called and finish == "stop" else cast("FinishReason | None", finish)
 
 
 class _Streamed:

@@ -13,7 +13,7 @@ from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, shown
 from handlers.errors import InvalidRequest
 from handlers.prompts.limits import MOST_TOKEN_IDS
 from handlers.protocols.api import described, reference
-from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, Conventions, Task, TokenId, sampling_params
+from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task, TokenId, sampling_params
 from handlers.protocols.body import convert, refuse_unknown
 from handlers.protocols.constraints import GUIDED, read_constraint
 from handlers.protocols.markdown_images import image_parts
@@ -164,7 +164,7 @@ _COMPLETION_NAMES = known_names(CompletionBody)
 
 
 def read_chat(
-    body: dict[str, Any], conventions: Conventions, *, request_id: str, adapter: str | None = None
+    body: dict[str, Any], server: ServerContext, *, request_id: str, adapter: str | None = None
 ) -> Task:
     """Raises InvalidRequest naming the field; nothing has been fetched or generated then.
 
@@ -180,23 +180,23 @@ def read_chat(
         parallel=asked.parallel_tool_calls,
         functions=asked.functions,
         function_call=asked.function_call,
-        formats=conventions.formats,
+        formats=server.formats,
     )
     stream, n = check_stream(asked), count_answers(asked)
     names = sampler_names(asked)
     if asked.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    model = asked.model or conventions.model_name
-    prompt = _chat_prompt(asked, conventions, tools)
+    model = asked.model or server.model_name
+    prompt = _chat_prompt(asked, server, tools)
     constraint = read_constraint(
         response_format=asked.response_format, structured_outputs=asked.structured_outputs, guided=body
     )
     values = _chat_sampling(asked)
-    sampling = sampling_params(values, conventions.sampling, names)
+    sampling = sampling_params(values, server.sampling, names)
     form = answer_form(
         tools,
         constraint,
-        conventions,
+        server,
         prompt.template_kwargs,
         hide_reasoning=asked.include_reasoning is False,
     )
@@ -228,27 +228,27 @@ def read_chat(
         echo=_echo(prompt) if asked.echo else "",
         parsed=form.parsed,
     )
-    return Task([request], writer, _chat_misspelt(body, asked, conventions))
+    return Task([request], writer, _chat_misspelt(body, asked, server))
 
 
-def _chat_misspelt(body: dict[str, Any], asked: ChatBody, conventions: Conventions) -> list[str]:
+def _chat_misspelt(body: dict[str, Any], asked: ChatBody, server: ServerContext) -> list[str]:
     found = [*_CHAT_NAMES.misspelt(body), *misspelt(asked.messages)]
-    own = conventions.chat_templates
+    own = server.chat_templates
     if asked.chat_template_kwargs and (asked.chat_template is None or asked.chat_template in own):
         variables = KnownNames(frozenset[str]().union(*own.values()))
         found += variables.misspelt(asked.chat_template_kwargs, "chat_template_kwargs")
     return found
 
 
-def _chat_prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None) -> ChatPrompt:
+def _chat_prompt(asked: ChatBody, server: ServerContext, tools: Tools | None) -> ChatPrompt:
     add, resume = asked.add_generation_prompt, bool(asked.continue_final_message)
     if add and resume:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt exclude each other",
             param="continue_final_message",
         )
-    template, own = asked.chat_template, conventions.chat_templates
-    if template is not None and template not in own and not conventions.trust_chat_templates:
+    template, own = asked.chat_template, server.chat_templates
+    if template is not None and template not in own and not server.trust_chat_templates:
         names = f", by name: {', '.join(sorted(own)[:MOST_NAMES])}" if own else ""
         raise InvalidRequest(
             f"chat_template: this server uses its own templates{names} (option.trust_request_chat_template=true lets "
@@ -261,9 +261,7 @@ def _chat_prompt(asked: ChatBody, conventions: Conventions, tools: Tools | None)
     if asked.documents is not None:
         variables.setdefault("documents", asked.documents)
     return ChatPrompt(
-        messages=read_messages(
-            asked.messages, embeddings=conventions.embeddings, context=conventions.max_model_len
-        ),
+        messages=read_messages(asked.messages, embeddings=server.embeddings, context=server.max_model_len),
         add_generation_prompt=not resume if add is None else add,
         continue_final_message=resume,
         template=template,
@@ -303,7 +301,7 @@ class _Shown:
 
 
 def read_completion(
-    body: dict[str, Any], conventions: Conventions, *, request_id: str, adapter: str | None = None
+    body: dict[str, Any], server: ServerContext, *, request_id: str, adapter: str | None = None
 ) -> Task:
     """Raises InvalidRequest naming the field; nothing has been fetched or generated then.
 
@@ -323,7 +321,7 @@ def read_completion(
     echo_only = bool(asked.echo) and asked.max_tokens == 0
     names = sampler_names(asked)
     sampling = sampling_params(
-        _completion_sampling(body, asked, best_of > n, echo_only), conventions.sampling, names
+        _completion_sampling(body, asked, best_of > n, echo_only), server.sampling, names
     )
     prompts = _prompts(asked)
     requests = [
@@ -347,7 +345,7 @@ def read_completion(
     options = asked.stream_options or StreamOptions()
     writer = CompletionWriter(
         reply_id=f"cmpl-{asked.request_id or request_id}",
-        model=asked.model or conventions.model_name,
+        model=asked.model or server.model_name,
         n=n,
         logprobs=asked.logprobs,
         prompt_logprobs=asked.prompt_logprobs,

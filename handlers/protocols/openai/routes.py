@@ -7,7 +7,7 @@ from typing import Any
 
 from handlers.exchange import Incoming
 from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import Conventions, Task
+from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.openai.replies import (
     OPENAI_ERRORS,
     ChatCompletion,
@@ -83,14 +83,12 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return _completion if "prompt" in keys and "inputs" not in keys else None
 
 
-def _chat(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
-    return read_chat(body, conventions, request_id=incoming.request_id, adapter=adapter)
+def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
+    return read_chat(body, server, request_id=incoming.request_id, adapter=adapter)
 
 
-def _completion(
-    body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None
-) -> Task:
-    return read_completion(body, conventions, request_id=incoming.request_id, adapter=adapter)
+def _completion(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
+    return read_completion(body, server, request_id=incoming.request_id, adapter=adapter)
 
 
 OPENAI = Api(OPENAI_ERRORS, _claims, _reads, ROUTES)

@@ -106,7 +106,7 @@ def _event(data: Any) -> bytes:
 
 def _finish(answer: Delta | Answer) -> FinishReason | None:
     """An aborted answer is an error, and never written."""
-    return cast(FinishReason | None, answer.finish_reason)
+    return cast("FinishReason | None", answer.finish_reason)
 
 
 @dataclass(kw_only=True)

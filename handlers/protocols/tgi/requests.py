@@ -14,7 +14,7 @@ import msgspec
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.api import described_as
-from handlers.protocols.base import MAX_ANSWERS, Conventions, Task, sampling_params
+from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
 from handlers.protocols.markdown_images import image_parts
@@ -97,7 +97,7 @@ _BODY_NAMES = KnownNames(
 
 def read_tgi(
     body: dict[str, Any],
-    conventions: Conventions,
+    server: ServerContext,
     *,
     request_id: str,
     route: str,
@@ -117,7 +117,7 @@ def read_tgi(
     parameters = _read_parameters(given, stream=stream)
     if not asked.inputs:
         raise InvalidRequest("`inputs` cannot be empty", param="inputs")
-    _check_truncate(parameters.truncate, conventions.max_model_len)
+    _check_truncate(parameters.truncate, server.max_model_len)
     answers = parameters.best_of or 1
     seeds = _seeds(parameters, answers)
     details = bool(parameters.details or parameters.decoder_input_details)
@@ -142,7 +142,7 @@ def read_tgi(
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_n_tokens or 0,
         seeds=seeds,
-        special_token_ids=conventions.special_token_ids,
+        special_token_ids=server.special_token_ids,
     )
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
     return Task([request], writer, misspelt)

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Conventions, Task
+from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.replies import TGI_ERRORS, TgiEvent, TgiReply
@@ -148,8 +148,8 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return _read if "inputs" in keys or "prompt" not in keys else None
 
 
-def _read(body: dict[str, Any], conventions: Conventions, incoming: Incoming, adapter: str | None) -> Task:
-    return read_tgi(body, conventions, request_id=incoming.request_id, route=incoming.route, adapter=adapter)
+def _read(body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None) -> Task:
+    return read_tgi(body, server, request_id=incoming.request_id, route=incoming.route, adapter=adapter)
 
 
 _ANSWER = Route(

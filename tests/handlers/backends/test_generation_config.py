@@ -15,7 +15,7 @@ from handlers.backends.vllm.prompts.sampling import usual_sampling
 from handlers.backends.vllm.samplers.extra_args import Samplers
 from handlers.prompts.generation_config import read_default_sampling
 from handlers.prompts.limits import checked_sampling, checked_tokens
-from handlers.protocols.base import Conventions, Task
+from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi.requests import read_tgi
@@ -61,7 +61,7 @@ WITHOUT_EFFECT = {
     "transformers_version", "_from_model_config",
 }  # fmt: skip
 
-ALL = Conventions("shapes", {"temperature": 0.6, "max_tokens": 9}, max_model_len=64)
+ALL = ServerContext("shapes", {"temperature": 0.6, "max_tokens": 9}, max_model_len=64)
 
 
 def test_every_field_is_a_default_or_told_or_without_effect_on_purpose() -> None:
@@ -138,7 +138,7 @@ def lmi(**parameters: Any) -> Task:
         (read_chat(chat(max_tokens=None, max_completion_tokens=None), ALL, request_id="r"), 9, True),
         (read_chat(chat(max_tokens=20), ALL, request_id="r"), 20, False),
         (read_chat(chat(max_completion_tokens=20), ALL, request_id="r"), 20, False),
-        (read_chat(chat(), Conventions("shapes"), request_id="r"), None, False),
+        (read_chat(chat(), ServerContext("shapes"), request_id="r"), None, False),
         # OpenAI's own default comes first, as in vLLM; null asks for the model's.
         (completion(), 16, True),
         (completion(max_tokens=None), 9, True),
@@ -157,7 +157,7 @@ def test_the_length_of_an_answer_is_the_clients_then_the_dialects_then_the_model
 
 
 def test_the_models_default_never_refuses_a_prompt_or_takes_its_room() -> None:
-    (request,) = read_chat(chat(), Conventions("shapes", {"max_tokens": 500}), request_id="r").requests
+    (request,) = read_chat(chat(), ServerContext("shapes", {"max_tokens": 500}), request_id="r").requests
     assert checked_sampling(request, 60, 64, 300) == RequestSampling(max_tokens=4)
     request.truncate_prompt_tokens = -1
     assert len(checked_tokens(request, [1] * 100, 64, 300)) == 32

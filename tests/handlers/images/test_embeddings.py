@@ -19,7 +19,8 @@ import torch
 
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.errors import ImageError, InvalidRequest
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
 from handlers.protocols.openai.messages import read_messages
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 from tests.support.embeddings import WANTED, Shell, loaded, messages

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from handlers.errors import ImageError, ImageTooLarge
-from handlers.images.cache import DecodedCache
-from handlers.images.loader import ImageLimits, ImageLoader
+from handlers.images.limits import ImageLimits
+from handlers.images.loader import ImageLoader
+from handlers.images.memory import DecodedCache
 from handlers.images.problem import ImageProblem
 from handlers.request import ImagePart, LoadedImage
 from tests.support.image_files import BAD, data_url

@@ -19,7 +19,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
-from handlers.protocols.base import Conventions
+from handlers.protocols.base import ServerContext
 from handlers.protocols.body import read_body
 from handlers.protocols.openai.requests import (
     FALSE_ONLY,
@@ -38,7 +38,7 @@ CAT = "https://pictures.example/cat.png"
 
 
 def read(body: dict[str, Any], **defaults: Any) -> GenerationRequest:
-    task = read_chat(body, Conventions("shapes", defaults), request_id="r1")
+    task = read_chat(body, ServerContext("shapes", defaults), request_id="r1")
     (request,) = task.requests
     return request
 
@@ -733,14 +733,14 @@ def test_any_role_and_parts_that_say_nothing() -> None:
 def test_a_template_of_the_request_needs_the_operators_trust() -> None:
     body = chat(chat_template="{{ messages }}")
     assert "trust_request_chat_template" in refused(body).message
-    trusting = Conventions("shapes", trust_chat_templates=True)
+    trusting = ServerContext("shapes", trust_chat_templates=True)
     asked = read_chat(body, trusting, request_id="r1").requests[0].prompt
     assert isinstance(asked, ChatPrompt)
     assert asked.template == "{{ messages }}"
 
 
 def test_a_template_may_be_chosen_by_its_name() -> None:
-    own = Conventions("shapes", chat_templates={"default": set(), "tool_use": set()})
+    own = ServerContext("shapes", chat_templates={"default": set(), "tool_use": set()})
     task = read_chat(chat(chat_template="tool_use"), own, request_id="r")
     assert isinstance(task.requests[0].prompt, ChatPrompt)
     assert task.requests[0].prompt.template == "tool_use"

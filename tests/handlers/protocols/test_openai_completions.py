@@ -12,7 +12,7 @@ from openai.types import Completion
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, InvalidRequest
-from handlers.protocols.base import MAX_PROMPTS, Conventions, Task
+from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.request import Constraint, GenerationRequest, ImagePart, TextPart, TextPrompt
 from handlers.sampling import RequestSampling
@@ -23,7 +23,7 @@ ROUTE = "/v1/completions"
 
 
 def read(body: dict[str, Any], **defaults: Any) -> Task:
-    return read_completion(body, Conventions("shapes", defaults), request_id="r1")
+    return read_completion(body, ServerContext("shapes", defaults), request_id="r1")
 
 
 def only(body: dict[str, Any], **defaults: Any) -> GenerationRequest:
@@ -516,7 +516,7 @@ SAMPLERS: dict[str, Any] = {
 def test_aphrodites_samplers_have_their_names_in_both_bodies() -> None:
     expected = {name: tuple(v) if isinstance(v, list) else v for name, v in SAMPLERS.items()}
     chat = read_chat(
-        {"messages": [{"role": "user", "content": "a"}], **SAMPLERS}, Conventions("m"), request_id="r"
+        {"messages": [{"role": "user", "content": "a"}], **SAMPLERS}, ServerContext("m"), request_id="r"
     )
     for request in (only({"prompt": "a", **SAMPLERS}), *chat.requests):
         assert {name: getattr(request.sampling, name) for name in SAMPLERS} == expected

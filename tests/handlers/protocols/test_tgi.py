@@ -14,7 +14,7 @@ from engine.sampling_params import MAX_SEED
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
 from handlers.exchange import Reply
-from handlers.protocols.base import Conventions, Task
+from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.tgi.requests import read_tgi
 from handlers.request import ImagePart, TextPart, TextPrompt
 from handlers.sampling import RequestSampling
@@ -27,8 +27,8 @@ END = 2
 
 
 def task(inputs: Any = "hi", route: str = "/generate", **parameters: Any) -> Task:
-    conventions = Conventions("shapes", {"temperature": 0.3, "top_k": 7}, max_model_len=64)
-    return read_tgi({"inputs": inputs, "parameters": parameters}, conventions, request_id="r1", route=route)
+    context = ServerContext("shapes", {"temperature": 0.3, "top_k": 7}, max_model_len=64)
+    return read_tgi({"inputs": inputs, "parameters": parameters}, context, request_id="r1", route=route)
 
 
 def sampling(**parameters: Any) -> RequestSampling:
@@ -85,9 +85,9 @@ def ended(*texts: str, text_at_end: str = "") -> list[Step]:
 
 
 def test_without_parameters_it_draws_and_with_an_empty_object_it_does_not() -> None:
-    conventions = Conventions("shapes", {"temperature": 0.3}, max_model_len=64)
+    context = ServerContext("shapes", {"temperature": 0.3}, max_model_len=64)
     for body in ({"inputs": "x"}, {"inputs": "x", "parameters": None}):
-        drawn = read_tgi(body, conventions, request_id="r", route="/generate").requests[0].sampling
+        drawn = read_tgi(body, context, request_id="r", route="/generate").requests[0].sampling
         assert (drawn.temperature, drawn.max_tokens) == (1.0, None)
         assert drawn.seed is not None
     assert sampling() == RequestSampling(temperature=0.0)

@@ -14,9 +14,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.sampler import Sampler
+from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import SamplingParams
-from engine.sampling_state import SamplingState
 from engine.warping import Warping
 from handlers.backends.vllm.compat import RunnerRequests, logits_processor_classes, process_dict_updates
 from handlers.backends.vllm.samplers.extra_args import KEY, Carried
