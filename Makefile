@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 8080
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -25,7 +26,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines image test-image remove-test-image freeze clean
+.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines test-page image test-image remove-test-image freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -53,8 +54,8 @@ serve: $(VENV)/installed-base  ## Serve the small model in examples/shapes on PO
 	@sh examples/curl.sh $(PORT) $(PICTURE)
 	$(BIN)/lmi serve examples/shapes --port $(PORT)
 
-test: $(VENV)/installed-dev clients  ## Run the whole test suite
-	$(BIN)/python -m pytest --durations=15 $(ARGS)
+test: $(VENV)/installed-dev clients  ## Run the whole test suite, in WORKERS processes (2), or what ARGS says in one
+	$(BIN)/python -m pytest --durations=15 $(or $(ARGS),-n $(WORKERS))
 
 # Other people's clients that the tests ask with, each where it is in nobody's way. One that cannot be installed
 # here is no reason to stop: its tests are skipped and say so.
@@ -125,6 +126,13 @@ image:  ## Build the container image lmi-handler:TARGET (cpu or gpu) with CONTAI
 test-image: $(VENV)/installed-dev  ## Build the cpu image where there is no registry, and test it (as root, with buildah, podman, debootstrap)
 	$(BIN)/python -m tests.image.images
 	$(BIN)/python -m pytest -m image --timeout=300 --durations=10 $(or $(ARGS),tests/image)
+
+$(VENV)/installed-page: tests/page/requirements.txt | $(VENV)/installed-dev
+	$(PIP) -r $<
+	@touch $@
+
+test-page: $(VENV)/installed-page  ## Test the page in a browser (with Debian's chromium)
+	$(BIN)/python -m pytest -m page --durations=5 $(or $(ARGS),tests/page)
 
 remove-test-image: $(VENV)/installed-dev  ## Remove the image that test-image built, and its cache
 	$(BIN)/python -m tests.image.images --remove

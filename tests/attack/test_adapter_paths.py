@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.attack.target import Target
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer
 from tests.support.scripted_adapters import make_adapter
@@ -101,12 +102,11 @@ def test_no_name_in_a_path_reaches_a_file(client: httpx.Client, home: Path, name
 
 
 @pytest.mark.skipif(VLLM, reason="the embedded engine")
-def test_the_embedded_engine_has_no_adapters() -> None:
-    with LiveServer(SHAPES) as server:
-        for reply in (
-            server.http.post("/adapters", json={"name": "a", "src": "/etc"}),
-            server.http.get("/adapters/..%2f"),
-            server.http.delete("/adapters/a"),
-        ):
-            assert reply.status_code == 400
-            assert "LoRA is not enabled" in reply.text
+def test_the_embedded_engine_has_no_adapters(target: Target) -> None:
+    for reply in (
+        target.http.post("/adapters", json={"name": "a", "src": "/etc"}),
+        target.http.get("/adapters/..%2f"),
+        target.http.delete("/adapters/a"),
+    ):
+        assert reply.status_code == 400
+        assert "LoRA is not enabled" in reply.text
