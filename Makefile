@@ -26,7 +26,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines image test-image remove-test-image freeze clean
+.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines test-page image test-image remove-test-image freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -126,6 +126,13 @@ image:  ## Build the container image lmi-handler:TARGET (cpu or gpu) with CONTAI
 test-image: $(VENV)/installed-dev  ## Build the cpu image where there is no registry, and test it (as root, with buildah, podman, debootstrap)
 	$(BIN)/python -m tests.image.images
 	$(BIN)/python -m pytest -m image --timeout=300 --durations=10 $(or $(ARGS),tests/image)
+
+$(VENV)/installed-page: tests/page/requirements.txt | $(VENV)/installed-dev
+	$(PIP) -r $<
+	@touch $@
+
+test-page: $(VENV)/installed-page  ## Test the page in a browser (with Debian's chromium)
+	$(BIN)/python -m pytest -m page --durations=5 $(or $(ARGS),tests/page)
 
 remove-test-image: $(VENV)/installed-dev  ## Remove the image that test-image built, and its cache
 	$(BIN)/python -m tests.image.images --remove

@@ -34,7 +34,7 @@ _TEXT = "What is in this image? " * 8
 
 
 @dataclass(frozen=True)
-class Dialect:
+class Case:
     """A route and a body for it. logprobs: whether its tokens come with log probabilities and two alternatives."""
 
     route: str
@@ -50,44 +50,44 @@ class Cost:
     token_us: float
 
 
-def dialects(picture: str) -> dict[str, Dialect]:
+def cases(picture: str) -> dict[str, Case]:
     parts = [{"type": "text", "text": _TEXT}, {"type": "image_url", "image_url": {"url": picture}}]
     chat = {"model": "m", "messages": [{"role": "user", "content": parts}], "max_tokens": TOKENS, "seed": 7}
     prompt = f"![]({picture}){_TEXT}"
     parameters = {"max_new_tokens": TOKENS, "seed": 7, "temperature": 0.7, "top_p": 0.9}
     return {
-        "chat": Dialect("/v1/chat/completions", chat),
-        "chat, logprobs": Dialect(
+        "chat": Case("/v1/chat/completions", chat),
+        "chat, logprobs": Case(
             "/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2}, logprobs=True
         ),
-        "completions": Dialect("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": TOKENS}),
-        "LMI": Dialect("/invocations", {"inputs": prompt, "parameters": parameters}),
-        "LMI, chat": Dialect("/invocations", chat),
-        "TGI": Dialect("/generate", {"inputs": prompt, "parameters": {**parameters, "details": True}}),
+        "completions": Case("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": TOKENS}),
+        "LMI": Case("/invocations", {"inputs": prompt, "parameters": parameters}),
+        "LMI, chat": Case("/invocations", chat),
+        "TGI": Case("/generate", {"inputs": prompt, "parameters": {**parameters, "details": True}}),
     }
 
 
-def cost(dialect: Dialect, repeats: int = 60) -> Cost:
+def cost(case: Case, repeats: int = 60) -> Cost:
     """Measure one protocol, streamed; a whole reply is like a single chunk."""
-    deltas = _deltas(logprobs=dialect.logprobs)
+    deltas = _deltas(logprobs=case.logprobs)
     stats = PromptStats(prompt_tokens=640, image_tokens=576, prompt_token_ids=[5] * 640, prompt_text=_TEXT)
     context = ServerContext("m")
-    whole, streamed = (msgspec.json.encode({**dialect.body, "stream": stream}) for stream in (False, True))
-    if dialect.route == "/generate":
-        whole = streamed = msgspec.json.encode(dialect.body)
+    whole, streamed = (msgspec.json.encode({**case.body, "stream": stream}) for stream in (False, True))
+    if case.route == "/generate":
+        whole = streamed = msgspec.json.encode(case.body)
 
     def task(body: bytes, route: str) -> Task:
         headers = {"content-type": "application/json"}
         return read_task(read_body(body, headers), context, Incoming(route, body, headers, "id"))
 
     def answer() -> None:
-        writer = task(whole, dialect.route).writer
+        writer = task(whole, case.route).writer
         one = Answer()
         for delta in deltas:
             one.add(delta)
         writer.whole([Answered(stats, [one])])
 
-    stream_route = "/generate_stream" if dialect.route == "/generate" else dialect.route
+    stream_route = "/generate_stream" if case.route == "/generate" else case.route
     writers = [task(streamed, stream_route).writer for _ in range(repeats)]
 
     def stream() -> None:
@@ -129,7 +129,7 @@ def _median(work: Callable[[], None], repeats: int) -> float:
 
 
 def table(costs: dict[str, Cost]) -> str:
-    rows = ["| dialect | CPU a request, ms | CPU a streamed token, us |", "|---|---|---|"]
+    rows = ["| API | CPU a request, ms | CPU a streamed token, us |", "|---|---|---|"]
     rows += [f"| {name} | {one.request_ms:.2f} | {one.token_us:.1f} |" for name, one in costs.items()]
     return "\n".join(rows)
 
@@ -138,7 +138,7 @@ def measured() -> dict[str, Cost]:
     """Measure every protocol. A request's time includes a whole reply of 200 tokens."""
     (file,) = jpegs(seed=0, count=1, width=680, height=680)
     picture = "data:image/jpeg;base64," + base64.b64encode(file).decode()
-    return {name: cost(dialect) for name, dialect in dialects(picture).items()}
+    return {name: cost(case) for name, case in cases(picture).items()}
 
 
 def main() -> None:

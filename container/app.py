@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
+from container import page
 from container.access import Cors, Keys
 from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
 from container.exchange import Call, Exchange, Scope, Send, has_body, header_lines, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
 from container.openapi import document
+from container.page import ModelPage
 from container.routes import Match, MethodNotAllowed, find
 from container.state import Answers, ServerState, Version, json_reply
 from handlers.admission import RETRY_AFTER, overloaded
@@ -60,6 +62,7 @@ class App:
         self._state = state
         self._metrics = metrics
         self.calls: set[Call] = set()
+        self.model_page: ModelPage | None = None
         self.idle = asyncio.Event()
         self.idle.set()
         self.bodies = metrics.bodies = Bodies()
@@ -73,6 +76,7 @@ class App:
         self._accepted = accepted_names(configuration)
         self._cors = Cors(configuration.settings.cors_allowed_origin)
         self._keys = Keys(configuration.settings.api_key)
+        self._page_is_on = page.is_on(configuration)
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
     def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
@@ -86,7 +90,14 @@ class App:
         except ServingError:
             return None
         action = match.route.action
-        if action == "ping" or action == "health":
+        if (
+            path == "/"
+            and action == "health"
+            and self._page_is_on
+            and "text/html" in headers.get("accept", "")
+        ):
+            reply = page.file("index.html")
+        elif action == "ping" or action == "health":
             reply = self._state.ping() if action == "ping" else self._state.health_page()
         else:
             if match.route.light or self._state.phase != "serving":
@@ -162,6 +173,12 @@ class App:
                 await self._reply(call, json_reply(Version(VERSION)))
             case "openapi":
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
+            case "page":
+                await self._reply(call, self._page(match.name))
+            case "model":
+                await self._reply(call, self._model_page())
+            case "state":
+                await self._reply(call, self._state.requests(self._metrics.running.values()))
             case action if match.route.light:
                 incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
                 await self._reply(call, await self._service().call(action, incoming))
@@ -259,6 +276,22 @@ class App:
     def _authorize(self, call: Call) -> None:
         if not self._keys.admit(call.headers):
             raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
+
+    def _page(self, name: str) -> Reply:
+        """A file of the page; "" for the page itself. Raises NotFound."""
+        if not self._page_is_on:
+            raise NotFound("there is no page here (option.page)")
+        if name.startswith("examples/") and self.model_page is not None:
+            return self.model_page.example(name.removeprefix("examples/"))
+        return page.file(name or "index.html")
+
+    def _model_page(self) -> Reply:
+        if not self._page_is_on:
+            raise NotFound("there is no page here (option.page)")
+        self._service()
+        if self.model_page is None or self._state.backend is None:
+            raise NotFound("the model's own code answers: the page has nothing to show of it")
+        return self.model_page.describe(self._state.backend)
 
     def _metrics_page(self, call: Call) -> Reply:
         names = parse_qs(call.query).get("name[]", [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,6 +33,9 @@ _JOINED_HERE_BYTES = 2**20
 
 _JOINER = ThreadPoolExecutor(1, "join-body")
 """One thread, so that only one body at a time is in memory twice."""
+
+_PARTS_AT_ONCE = 4
+"""Parts, of up to 256 KiB, that one pass of the event loop asks for: each costs it half a millisecond."""
 
 _RETRY_AFTER = 1.0
 
@@ -72,6 +76,34 @@ class Bodies:
         self._order: list[Body] = []  # by cost, the costliest last
         self._uses = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._asked = 0  # parts, in this pass of the event loop
+        self._turns: deque[asyncio.Future[None]] = deque()
+
+    async def turn(self) -> None:
+        """Wait until a body may be asked for its next part.
+
+        With many large bodies at once, one pass of the event loop would else read a part of each, and nothing else
+        would run for tens of milliseconds.
+        """
+        loop = asyncio.get_running_loop()
+        if self._asked == 0:
+            loop.call_soon(self._next_pass)
+        self._asked += 1
+        if self._asked > _PARTS_AT_ONCE:
+            turn = loop.create_future()
+            self._turns.append(turn)
+            await turn
+
+    def _next_pass(self) -> None:
+        given = 0
+        while self._turns and given < _PARTS_AT_ONCE:
+            turn = self._turns.popleft()
+            if not turn.done():  # else its request is gone
+                turn.set_result(None)
+                given += 1
+        self._asked = given + len(self._turns)
+        if self._asked:
+            asyncio.get_running_loop().call_soon(self._next_pass)
 
     def fits(self, declared: int) -> bool:
         """Whether a body of `declared` bytes fits beside those that arrived whole."""
@@ -210,7 +242,7 @@ class Body:
         finally:
             self._task = None
             self._bodies.forget(self)
-            pieces.clear()  # An error keeps this frame alive.
+            _free(pieces)  # An error keeps this frame alive.
         error, self._error = self._error, None
         try:
             raise error
@@ -220,6 +252,8 @@ class Body:
     async def _read(self, receive: Receive, pieces: list[bytes | bytearray]) -> None:
         more = True
         while more:
+            if self.size:  # else its first part has been read with the head
+                await self._bodies.turn()
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
@@ -297,9 +331,21 @@ def _joined(pieces: list[bytes | bytearray]) -> bytes:
     between two pieces that are freed."""
     pieces[:] = [bytes(piece) for piece in pieces]
     whole = b"".join(pieces)
+    _drop(pieces)
+    return whole
+
+
+def _free(pieces: list[bytes | bytearray]) -> None:
+    """Give the memory of a body back that was not read to its end: that of many large ones in a thread."""
+    if sum(map(len, pieces)) > _JOINED_HERE_BYTES:
+        _JOINER.submit(_drop, list(pieces))
+    pieces.clear()
+
+
+def _drop(pieces: list[bytes | bytearray]) -> None:
+    """Free the pieces one by one, so that other threads can run between two."""
     while pieces:
         pieces.pop()
-    return whole
 
 
 def declared_size(headers: Mapping[str, str]) -> int:

@@ -134,5 +134,6 @@ def _limits(configuration: Configuration) -> ServiceLimits:
         request_priorities=settings.request_priorities,
         trust_request_chat_template=settings.trust_request_chat_template,
         enable_mm_embeds=settings.enable_mm_embeds,
+        max_image_bytes=settings.max_image_bytes,
         chunked_read_timeout=settings.chunked_read_timeout,
     )

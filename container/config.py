@@ -17,8 +17,8 @@ from properties.field import Level
 from properties.names import OPTIONS, PREFIX, key_of
 from properties.problem import DEFAULT, ConfigurationError, Problem
 
-SERVE_DEFAULTS = {"host": "127.0.0.1"}
-RUN_DEFAULTS = {"host": "127.0.0.1", "port": "2242"}
+SERVE_DEFAULTS = {"host": "127.0.0.1", "page": "true"}
+RUN_DEFAULTS = {**SERVE_DEFAULTS, "port": "2242"}
 """Defaults of `lmi serve` and `lmi run`, option -> value. Port 2242 is Aphrodite's."""
 
 

@@ -38,6 +38,7 @@ class Metrics:
         self.connections: Connections | None = None
         self.images: ImageLoader | None = None
         self.facts: dict[str, RequestFacts] = {}
+        self.running: dict[int, RequestFacts] = {}
         self._own = CollectorRegistry()
         gauge, counter = partial(Gauge, registry=self._own), partial(Counter, registry=self._own)
         histogram = partial(Histogram, registry=self._own)
@@ -86,10 +87,12 @@ class Metrics:
         self._exported.register(self)
         ProcessCollector(registry=self._exported)
 
-    def on_admitted(self) -> None:
+    def on_admitted(self, facts: RequestFacts) -> None:
+        self.running[id(facts)] = facts
         self._in_flight.inc()
 
     def on_finished(self, facts: RequestFacts) -> None:
+        self.running.pop(id(facts), None)
         self.facts[facts.request_id] = facts
         self._in_flight.dec()
         self._prompt_tokens.inc(facts.prompt_tokens)

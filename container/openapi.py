@@ -100,10 +100,7 @@ def _parameter(where: str, name: str, meaning: str | None = None) -> dict[str, A
 
 
 def _responses(route: Route, method: str) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    if route.action == "metrics":
-        content = {"text/plain": {"schema": {"type": "string"}}}
-        content["application/openmetrics-text"] = content["text/plain"]
+    content: dict[str, Any] = {kind: {"schema": {"type": "string"}} for kind in route.texts}
     errors = (*route.errors, *ERRORS_ANYWHERE)
     if route.replies:
         content[JSON] = {"schema": _any_of(route.replies)}

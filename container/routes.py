@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from container.state import Healthy, Ping, Unhealthy, Version
+from container.state import EngineState, Healthy, Ping, Unhealthy, Version
 from handlers.errors import NotFound, ServingError
 from handlers.protocols.api import READ, Route
 from handlers.protocols.lmi.replies import LmiError
@@ -45,6 +45,8 @@ def _own(path: str, action: str, summary: str, *, methods: tuple[str, ...] = REA
 
 _HEALTH: dict[str, Any] = {"open": True, "replies": (Healthy,), "not_ready": (Unhealthy,)}
 
+_METRICS = ("text/plain", "application/openmetrics-text")
+
 ROUTES = (
     *API_ROUTES,
     _own(
@@ -57,10 +59,31 @@ ROUTES = (
         not_ready=(Ping,),
     ),
     _own("/health", "health", "Whether the model can answer", **_HEALTH),
-    _own("/", "health", "Whether the model can answer", template="/health", **_HEALTH),
-    _own("/metrics", "metrics", "Metrics for Prometheus", open=True),
-    _own("/server/metrics", "metrics", "Metrics for Prometheus", template="/metrics", open=True),
+    _own(
+        "/",
+        "health",
+        "The page, or whether the model can answer",
+        template="/health",
+        texts=("text/html",),
+        **_HEALTH,
+    ),
+    _own("/metrics", "metrics", "Metrics for Prometheus", open=True, texts=_METRICS),
+    _own(
+        "/server/metrics", "metrics", "Metrics for Prometheus", template="/metrics", open=True, texts=_METRICS
+    ),
     _own("/version", "version", "The version of this server", replies=(Version,)),
+    _own("/engine/state", "state", "The requests that run now", replies=(EngineState,)),
+    _own("/engine/model", "model", "The model, for the page", replies=(dict[str, Any],), codes=(404,)),
+    _own("/page", "page", "The page for people", open=True, texts=("text/html",), codes=(404,)),
+    _own(
+        "/page/{name}",
+        "page",
+        "Its files",
+        template="/page",
+        open=True,
+        texts=("text/css", "text/javascript"),
+        codes=(404,),
+    ),
     _own("/openapi.json", "openapi", "This document", replies=(dict[str, Any],)),
 )
 """Every route; of those that share a path, each has methods of its own."""

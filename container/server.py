@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from container import page
 from container.app import App
 from container.build import Served, build_backend, build_formatters
 from container.config import configured, unreadable
@@ -30,7 +31,7 @@ from container.state import ServerState
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Lifecycle
-from handlers.build import build_images
+from handlers.build import build_images, choose_backend
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
@@ -185,6 +186,11 @@ class Server:
         await words
         gc.collect()
         gc.freeze()  # What is loaded stays; each look through it for waste would stop all threads for 0.2 s.
+        if (
+            page.is_on(configuration) and backend.capabilities.max_model_len
+        ):  # else the model's own code answers
+            choice = await in_daemon_thread(lambda: choose_backend(configuration, directory))
+            self._app.model_page = page.ModelPage(configuration, directory, choice)
         self.state.serve(backend, service)
         if backend.capabilities.images:
             self._images.decoders.warm_up()

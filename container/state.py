@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal, Protocol
 
 import msgspec
@@ -12,7 +13,7 @@ from msgspec import UNSET, Struct
 
 from handlers.backends.base import BackendStats, Health, Lifecycle
 from handlers.errors import NotFound
-from handlers.exchange import Incoming, Reply
+from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.base import JSON
 from handlers.protocols.openai.replies import Model, Models
 
@@ -45,6 +46,32 @@ class Version(Struct, forbid_unknown_fields=True):
     """The reply to `/version`."""
 
     version: str
+
+
+class RunningRequest(Struct, forbid_unknown_fields=True):
+    """One of `/engine/state`: nothing that its client wrote.
+
+    Attributes:
+        phase: `image` while its images are fetched, decoded and prepared; `queued` before that without images, and in
+            the engine's queue; `prefill` until its first token; `decode` then.
+        tokens: Generated so far, of all its choices.
+        max_tokens: The most that it may get; 0 if that is not known.
+        seconds: Since it arrived.
+    """
+
+    id: str
+    phase: Literal["image", "queued", "prefill", "decode"]
+    images: int
+    tokens: int
+    max_tokens: int
+    seconds: float
+    stream: bool
+
+
+class EngineState(Struct, forbid_unknown_fields=True):
+    """`/engine/state`: the requests that were admitted and are not answered yet, the oldest first."""
+
+    requests: list[RunningRequest]
 
 
 class Answers(Protocol):
@@ -117,6 +144,17 @@ class ServerState:
             return json_reply(Healthy("ok"))
         return json_reply(Unhealthy("unhealthy", "healthcheck", "unavailable", health.reason), 503)
 
+    def requests(self, running: Iterable[RequestFacts]) -> Reply:
+        """The reply to `/engine/state`. running: the requests that were admitted and are not answered yet."""
+        stats = self.stats()
+        now = time.monotonic()
+        found = [_described(facts, now) for facts in sorted(running, key=attrgetter("arrival"))]
+        # Which of those without a token still wait, the engine does not say: the last ones, as many as it says.
+        without = [request for request in found if request.phase == "prefill"]
+        for request in without[len(without) - min(len(without), 0 if stats is None else stats.waiting) :]:
+            request.phase = "queued"
+        return json_reply(EngineState(found))
+
     def models(self, names: Sequence[str], wanted: str) -> Reply:
         """The reply to `/v1/models`, or of the one model that is wanted. Raises NotFound.
 
@@ -144,6 +182,23 @@ class ServerState:
             if model.id == wanted:
                 return json_reply(model)
         raise NotFound(f"no model {wanted[:200]!r} is served here; GET /v1/models lists the names")
+
+
+def _described(facts: RequestFacts, now: float) -> RunningRequest:
+    phase: Literal["image", "queued", "prefill", "decode"] = "decode"
+    if not facts.prepared:
+        phase = "image" if facts.images else "queued"
+    elif facts.first_token is None:
+        phase = "prefill"
+    return RunningRequest(
+        facts.request_id,
+        phase,
+        facts.images,
+        facts.completion_tokens,
+        facts.max_tokens,
+        round(now - facts.arrival, 3),
+        facts.stream,
+    )
 
 
 def json_reply(body: Struct, status: int = 200) -> Reply:

@@ -1,6 +1,6 @@
 """The one tree of errors that a client can be answered with.
 
-Raised where the fact is known, turned into a reply in one place per dialect. `message` is for the client:
+Raised where the fact is known, turned into a reply in one place per API. `message` is for the client:
 it says what was wrong, with which value and what to do, and never holds a path, a secret, a prompt or a
 stack trace. What only the operator may know goes into `__cause__` and so into the log.
 """
@@ -8,6 +8,7 @@ stack trace. What only the operator may know goes into `__cause__` and so into t
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -24,34 +25,67 @@ class ServingError(Exception):
         self.param = param
         self.retry_after = retry_after
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class InvalidRequest(ServingError):
-    """The payload says something that cannot be done: a bad value, too long a prompt, too many pictures."""
+    """The payload says something that cannot be done: a bad value, too long a prompt, too many images."""
 
     status = 400
     kind = "invalid_request"
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the field at fault as the client does. names: a field of `SamplingParams` -> the client's name."""
+        if self.param is not None:
+            self.param = names.get(self.param, self.param)
+
+
+class InvalidParameter(InvalidRequest):
+    """A sampling parameter has a value that cannot be used.
+
+    Raised with the parameter's name in `SamplingParams`. problem: what the message says after the name.
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} {problem}", param=name)
+        self.problem = problem
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        super().rename(names)
+        self.message = f"{self.param} {self.problem}"
 
 
 class ContextExceeded(InvalidRequest):
     """Prompt and answer together do not fit into the model's context.
 
-    prompt_tokens: pictures included. max_tokens: as the client asked, None for a prompt that leaves no room at all.
+    prompt_tokens: images included. max_tokens: as the client asked, None for a prompt that leaves no space at all.
     context: tokens of prompt and answer that the model takes.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        prompt_tokens: int,
-        max_tokens: int | None,
-        context: int,
-        param: str | None = None,
-    ) -> None:
-        super().__init__(message, param=param)
+    def __init__(self, *, prompt_tokens: int, max_tokens: int | None, context: int) -> None:
+        super().__init__("", param=None if max_tokens is None else "max_tokens")
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.context = context
+        self._write()
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        super().rename(names)
+        self._write()
+
+    def _write(self) -> None:
+        if self.max_tokens is None:
+            self.message = (
+                f"the prompt has {self.prompt_tokens} tokens, images included; this model's context is "
+                f"{self.context} tokens, the answer included: shorten the prompt or send fewer images"
+            )
+        else:
+            self.message = (
+                f"the prompt has {self.prompt_tokens} tokens and {self.param} is {self.max_tokens}, together more "
+                f"than this model's context of {self.context} tokens: ask for at most "
+                f"{self.context - self.prompt_tokens}"
+            )
 
 
 class MalformedBody(InvalidRequest):

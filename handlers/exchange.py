@@ -46,6 +46,7 @@ class RequestFacts:
     Times are seconds from the request's arrival; `first_token` is None until there is one. Tokens are sums
     over the prompts of the request. `prepared`: until the engine had the last of them; `queued`: from then on until it
     began. `error` is the kind of the error that ended it, `reason` what its client was told, fit for the log.
+    `arrival`: `time.monotonic()` seconds. `max_tokens`: the most that were asked for; 0 if that is not known.
     """
 
     request_id: str
@@ -65,6 +66,8 @@ class RequestFacts:
     finish_reason: str | None = None
     error: str | None = None
     reason: str | None = None
+    arrival: float = 0.0
+    max_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ class Observer(Protocol):
     were never admitted. Times are seconds.
     """
 
-    def on_admitted(self) -> None: ...
+    def on_admitted(self, facts: RequestFacts) -> None:
+        """facts: go on changing until `on_finished`."""
 
     def on_first_token(self, seconds: float) -> None:
         """Since the request's arrival."""
@@ -29,7 +30,7 @@ class Observer(Protocol):
 class Unobserved:
     """Nobody listens."""
 
-    def on_admitted(self) -> None:
+    def on_admitted(self, facts: RequestFacts) -> None:
         pass
 
     def on_first_token(self, seconds: float) -> None:

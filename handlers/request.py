@@ -1,9 +1,9 @@
-"""The one request type in the middle: every dialect is read into it, every backend is driven by it."""
+"""The one request type in the middle: every API is read into it, every backend is driven by it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -202,7 +202,6 @@ class GenerationRequest:
     truncation_side says that the right is cut off; -1 for as many as the context has room for.
     max_tokens_is_default: the client did not ask for `sampling.max_tokens`: where the context has less room,
     the answer is shorter. text_bytes: size of the body it came in without its pictures: what rendering may cost.
-    names: what the client calls a field where that is not its name here or in `sampling`.
     constraint: holds for each of the n answers; None for free text.
     """
 
@@ -220,7 +219,6 @@ class GenerationRequest:
     max_tokens_is_default: bool = False
     text_bytes: int = 0
     constraint: Constraint | None = None
-    names: Mapping[str, str] = field(default_factory=dict)
     arrival: float = field(default_factory=time.monotonic)
 
     def images(self) -> Iterator[PicturePart]:

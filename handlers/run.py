@@ -24,7 +24,7 @@ from handlers.images.loader import ImageLoader
 from handlers.observer import Observer
 from handlers.own_words import own_words_of
 from handlers.pipeline import Generation, Pipeline
-from handlers.protocols.base import Answer, Answered, Task, in_the_clients_words
+from handlers.protocols.base import Answer, Answered, Task
 from handlers.protocols.errors import ErrorFormat, client_error, error_reply, log_error
 from handlers.request import GenerationRequest, PicturePart
 
@@ -72,7 +72,9 @@ class Run:
         self._forwarding: list[asyncio.Task[None]] = []
         self._closed = False
         self._limit = asyncio.timeout(None)
-        observer.on_admitted()
+        facts.arrival = self._arrival
+        facts.max_tokens = sum(request.n * (request.sampling.max_tokens or 0) for request in task.requests)
+        observer.on_admitted(facts)
 
     @property
     def stats(self) -> PromptStats:
@@ -201,10 +203,8 @@ class Run:
                 if not left:
                     raise
             except InvalidRequest as error:
-                known = in_the_clients_words(error, request.names)
-                if known is error:
-                    raise
-                raise known from error
+                error.rename(self.task.names)
+                raise
         self._generations[number] = generation
         self.facts.prepared = time.monotonic() - self._arrival
         self._running.append(generation)

@@ -1,4 +1,4 @@
-"""The whole way of one request: body, dialect, admission, pictures, backend, reply."""
+"""The whole way of one request: body, API, admission, images, pipeline, reply."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from handlers.prompts.limits import check_totals
 from handlers.protocols.api import Gate
 from handlers.protocols.base import JSON, JSON_LINES, Answered, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
+from handlers.protocols.body_limits import MOST_TEXT_BYTES
 from handlers.protocols.select import CALLS, error_format, read_task
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
@@ -59,7 +60,7 @@ class ServiceLimits:
     predict_timeout: seconds from a request's arrival to the end of its answer; None for any time.
     limit_mm_per_prompt: most items of a modality in one prompt. keep_alive: seconds of silence in a stream of
     server-sent events after which a comment is sent; None for never. chunked_read_timeout: longest that a stream
-    with more than enough waiting is not read.
+    with more than enough waiting is not read. max_image_bytes: largest file of an image.
     """
 
     job_queue_size: int = 1000
@@ -71,6 +72,7 @@ class ServiceLimits:
     request_priorities: bool = False
     trust_request_chat_template: bool = False
     enable_mm_embeds: bool = False
+    max_image_bytes: int = 20 * 2**20
 
 
 class Service:
@@ -153,7 +155,9 @@ class Service:
             return reply
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
-        given = (incoming.take_body(), incoming.headers, self.backend.capabilities.max_model_len)
+        longest_text = max(MOST_TEXT_BYTES, 4 * self.limits.max_image_bytes // 3 + SHORT_BYTES)  # in base64
+        context = self.backend.capabilities.max_model_len
+        given = (incoming.take_body(), incoming.headers, context, longest_text)
         if not long:
             return read_body(*given)
         return await asyncio.get_running_loop().run_in_executor(_PARSER, read_body, *given)

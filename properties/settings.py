@@ -444,6 +444,11 @@ class ServerSettings(BaseModel):
         secret=True,
         variables=(Variable("VLLM_API_KEY"), Variable("APHRODITE_API_KEY")),
     )
+    page: bool = option(
+        "Serve a page at `GET /` for trying images and watching requests. With an API key only if this option is set. "
+        "`lmi serve` and `lmi run`: true.",
+        default=False,
+    )
     job_queue_size: Positive = server_key(
         "Greatest number of waiting requests, each counted n times if it asks for n answers; one more is answered 429.",
         default=1000,

@@ -33,7 +33,7 @@ class Formatters:
         await self._processes.close()
 
     async def read(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body that the dialects see. Raises CustomCodeError, DeadlineExceeded."""
+        """The body that the APIs read. Raises CustomCodeError, DeadlineExceeded."""
         changed = msgspec.json.decode(await self._call("input", msgspec.json.encode(body)))
         if not isinstance(changed, dict):
             raise CustomCodeError("the model's own input formatter returned no object")

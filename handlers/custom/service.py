@@ -128,7 +128,8 @@ class Visit:
         self._began = time.monotonic()
         self._end = None if seconds is None else asyncio.get_running_loop().time() + seconds
         self._closed = False
-        observer.on_admitted()
+        facts.arrival = self._began
+        observer.on_admitted(facts)
 
     def time_limit(self) -> asyncio.Timeout:
         return asyncio.timeout_at(self._end)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
-from handlers.errors import ContextExceeded, InvalidRequest
+from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest
 from handlers.request import GenerationRequest, TextPrompt
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def checked_tokens(
 def checked_sampling(
     request: GenerationRequest, used: int, max_model_len: int, vocab_size: int
 ) -> SamplingParams:
-    """The sampling parameters to use. used: tokens of the prompt, pictures included.
+    """The sampling parameters to use. used: tokens of the prompt, images included.
 
     Raises InvalidRequest for what an engine would have to refuse.
     """
@@ -93,31 +93,16 @@ def checked_sampling(
     if used == 0:
         raise InvalidRequest("the prompt is empty")
     if used >= max_model_len:
-        raise ContextExceeded(
-            f"the prompt has {used} tokens, pictures included; this model's context is {max_model_len} tokens, "
-            "the answer included: shorten the prompt or send fewer pictures",
-            prompt_tokens=used,
-            max_tokens=None,
-            context=max_model_len,
-        )
+        raise ContextExceeded(prompt_tokens=used, max_tokens=None, context=max_model_len)
     if wanted is not None and used + wanted > max_model_len:
         if not request.max_tokens_is_default:
-            raise ContextExceeded(
-                f"the prompt has {used} tokens and max_tokens is {wanted}, together more than this model's context "
-                f"of {max_model_len} tokens: ask for at most {max_model_len - used}",
-                prompt_tokens=used,
-                max_tokens=wanted,
-                context=max_model_len,
-                param="max_tokens",
-            )
+            raise ContextExceeded(prompt_tokens=used, max_tokens=wanted, context=max_model_len)
         params = msgspec.structs.replace(params, max_tokens=max_model_len - used)
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
         if len(ids) > MOST_TOKEN_IDS:
-            raise InvalidRequest(f"{name} names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}", param=name)
+            raise InvalidParameter(name, f"names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}")
         if (bad := next((t for t in ids if not 0 <= t < vocab_size), None)) is not None:
-            raise InvalidRequest(
-                f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
-            )
+            raise InvalidParameter(name, f"names a token that is not in the vocabulary: {str(bad)[:40]}")
     for name, ids in (
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("bad_words_token_ids", tuple(token for run in params.bad_words_token_ids for token in run)),
@@ -125,9 +110,7 @@ def checked_sampling(
     ):
         if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
             bad = max(ids) if min(ids) >= 0 else min(ids)
-            raise InvalidRequest(
-                f"{name} names a token that is not in the vocabulary: {str(bad)[:40]}", param=name
-            )
+            raise InvalidParameter(name, f"names a token that is not in the vocabulary: {str(bad)[:40]}")
     try:
         params.validate()
     except ValueError as error:
@@ -145,9 +128,8 @@ def check_totals(requests: Sequence[GenerationRequest]) -> None:
         ("bad_words", len(sampling.bad_words), len(requests), "prompts", MOST_BAD_WORDS),
     ):
         if size * times > most:
-            raise InvalidRequest(
-                f"{name} has {size} entries, for {times} {of}; allowed: {most} for all of them together",
-                param=name,
+            raise InvalidParameter(
+                name, f"has {size} entries, for {times} {of}; allowed: {most} for all of them together"
             )
 
 
@@ -170,10 +152,9 @@ def spelled(
                 if run := tuple(_encode(tokenizer, spelling)):
                     runs[run] = None
         if (total := sum(map(len, runs))) > MAX_BAD_WORD_TOKENS:
-            raise InvalidRequest(
-                f"bad_words are {total} tokens, as they begin a text and after a space; allowed: "
-                f"{MAX_BAD_WORD_TOKENS} in all",
-                param="bad_words",
+            raise InvalidParameter(
+                "bad_words",
+                f"are {total} tokens, as they begin a text and after a space; allowed: {MAX_BAD_WORD_TOKENS} in all",
             )
         params = msgspec.structs.replace(params, bad_words=(), bad_words_token_ids=tuple(runs))
     texts = params.dry_sequence_breakers

@@ -39,6 +39,7 @@ class Route:
         plain_text: The body may be a prompt alone.
         query: Parameter of the query -> what it means.
         replies: Structs of the reply, or lists of them.
+        texts: Content types of replies that are not JSON.
         events: Content type of a stream -> the structs of its events or lines.
         errors: Structs of a refusal, beside those that every route may answer with.
         not_ready: Structs of the reply with 503, where they are not those of `errors`.
@@ -58,6 +59,7 @@ class Route:
     plain_text: bool = False
     query: Mapping[str, str] = field(default_factory=dict)
     replies: Sequence[Any] = ()
+    texts: Sequence[str] = ()
     events: Mapping[str, Sequence[type]] = field(default_factory=dict)
     errors: Sequence[type] = ()
     not_ready: Sequence[type] = ()

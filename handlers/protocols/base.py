@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
@@ -11,7 +10,7 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
-from handlers.errors import InvalidRequest, ServingError
+from handlers.errors import InvalidParameter, InvalidRequest, ServingError
 from handlers.exchange import RequestFacts
 from handlers.parsers.base import AnswerFormats
 from handlers.protocols.misspelt import warning
@@ -140,12 +139,14 @@ class Task:
 
     Attributes:
         misspelt: A sentence for each name in the body that nobody reads (`handlers.protocols.misspelt`).
+        names: A field of `SamplingParams` -> what the client calls it, where that is another name.
         route_headers: What its route adds to the headers of the reply.
     """
 
     requests: list[GenerationRequest]
     writer: Writer
     misspelt: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
     route_headers: ReplyHeaders | None = None
 
     @property
@@ -163,38 +164,35 @@ class Task:
 def sampling_params(
     given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> SamplingParams:
-    """The client's values over the model's defaults; None counts as not given.
+    """Returns the client's values over the model's defaults; None counts as not given.
 
-    names: what the client calls a field where that is not its name here. The seed -1 is none, as in vLLM; another
-    negative one, which OpenAI allows, stands for the seed 2^63 above it. Raises InvalidRequest.
+    The seed -1 means none, as in vLLM; another negative one, which OpenAI allows, stands for the seed 2^63 above it.
+    names: as in `Task`.
+
+    Raises:
+        InvalidRequest: A value is not allowed.
     """
-    names = names or {}
     known = SamplingParams.__struct_fields__
     values = {name: value for name, value in defaults.items() if name in known and value is not None}
     values.update((name, value) for name, value in given.items() if value is not None)
-    if (seed := values.get("seed")) is not None:
-        if not -MAX_SEED - 1 <= seed <= MAX_SEED:
-            shown = names.get("seed", "seed")
-            raise InvalidRequest(f"{shown} must be a whole number from -2^63 to 2^63-1", param=shown)
-        values["seed"] = None if seed == -1 else seed & MAX_SEED
-    sampling = SamplingParams(**values)
     try:
-        sampling.validate()
+        if (seed := values.get("seed")) is not None:
+            if not -MAX_SEED - 1 <= seed <= MAX_SEED:
+                raise InvalidParameter("seed", "must be a whole number from -2^63 to 2^63-1")
+            values["seed"] = None if seed == -1 else seed & MAX_SEED
+        return _checked(SamplingParams(**values))
+    except InvalidRequest as error:
+        error.rename(names or {})
+        raise
+
+
+def _checked(params: SamplingParams) -> SamplingParams:
+    try:
+        params.validate()
     except ValueError as error:
-        field_name, _, rest = str(error).partition(" ")
-        shown = names.get(field_name, field_name)
-        raise InvalidRequest(f"{shown} {rest}", param=shown) from error
-    return sampling
-
-
-def in_the_clients_words(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
-    """The error with its field called as the client calls it (see `GenerationRequest.names`)."""
-    name = error.param
-    if name is None or name not in names:
-        return error
-    error.message = re.sub(rf"\b{re.escape(name)}\b", lambda _: names[name], error.message)
-    error.param, error.args = names[name], (error.message,)
-    return error
+        name, _, problem = str(error).partition(" ")
+        raise InvalidParameter(name, problem) from error
+    return params
 
 
 def finite(logprob: float) -> float:

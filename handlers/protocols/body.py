@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from handlers.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
-from handlers.protocols.body_limits import MOST_WIDE_BYTES, check_body, with_plain_slashes
+from handlers.protocols.body_limits import MOST_TEXT_BYTES, MOST_WIDE_BYTES, check_body, with_plain_slashes
 
 T = TypeVar("T")
 
@@ -67,7 +67,9 @@ _HUGE = json.JSONDecoder(
 )
 
 
-def read_body(body: bytes, headers: Mapping[str, str], context: int = 0) -> dict[str, Any]:
+def read_body(
+    body: bytes, headers: Mapping[str, str], context: int = 0, longest_text: int = MOST_TEXT_BYTES
+) -> dict[str, Any]:
     """Returns the JSON object, or `{"inputs": text}` for text/plain. If a key is given twice, the last one counts.
 
     A JSON object is also read if it is declared as a form, as curl declares all data by default.
@@ -76,6 +78,7 @@ def read_body(body: bytes, headers: Mapping[str, str], context: int = 0) -> dict
         body: The whole body.
         headers: Names in lower case.
         context: Tokens that the model takes; it bounds what a body may hold (`check_body`).
+        longest_text: Most bytes of one text.
 
     Raises:
         UnsupportedMediaType: The content type is another one.
@@ -90,7 +93,7 @@ def read_body(body: bytes, headers: Mapping[str, str], context: int = 0) -> dict
         raise UnsupportedMediaType(f"charset {charset[:40]!r}: send UTF-8")
     if not body:
         raise MalformedBody("the body is empty")
-    return _object(body, context) if is_json else {"inputs": _text(body)}
+    return _object(body, context, longest_text) if is_json else {"inputs": _plain_text(body, longest_text)}
 
 
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
@@ -175,6 +178,12 @@ def _content_type(header: str) -> tuple[str, str]:
     return content_type.strip(), charset
 
 
+def _plain_text(body: bytes, longest: int) -> str:
+    if len(body) > longest:
+        raise MalformedBody(f"the body has {len(body)} bytes in one text; allowed: at most {longest}")
+    return _text(body)
+
+
 def _text(body: bytes) -> str:
     if len(body) > MOST_WIDE_BYTES and not body.isascii():
         raise MalformedBody(
@@ -186,9 +195,9 @@ def _text(body: bytes) -> str:
         raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
 
 
-def _object(body: bytes, context: int) -> dict[str, Any]:
+def _object(body: bytes, context: int, longest_text: int) -> dict[str, Any]:
     given: bytes | memoryview = body
-    if len(body) > SHORT_BYTES and check_body(body, context).slashes:
+    if len(body) > SHORT_BYTES and check_body(body, context, longest_text).slashes:
         given = with_plain_slashes(body)
     moved = given is not body
     try:

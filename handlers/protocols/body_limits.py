@@ -18,6 +18,10 @@ from handlers.errors import MalformedBody
 SLICE_BYTES = 2**18
 """Bytes that are looked at in one step."""
 
+MOST_TEXT_BYTES = 2**25
+"""Most bytes of one text: more than any model's context, and an image of 24 MB in base64. The parser creates a text in
+one call that lets no other thread run: a longer one would block them for more than 50 ms on a slow machine."""
+
 MOST_WIDE_BYTES = 12 * 2**20
 """Most bytes in texts with characters beyond ASCII, or escapes for them: each character may take 4 bytes of memory."""
 
@@ -55,6 +59,7 @@ class BodyCount:
         outside: Bytes outside of texts.
         wide: Bytes of texts beyond ASCII; of short texts, the bytes between them are counted, too.
         escaped: Bytes of texts with `escapes`, likewise.
+        longest: Bytes of the longest text; several short texts may count as one.
     """
 
     values: int = 1
@@ -65,18 +70,21 @@ class BodyCount:
     outside: int = 0
     wide: int = 0
     escaped: int = 0
+    longest: int = 0
 
     def add_text(self, size: int, flags: int) -> None:
         """flags: see `_flags`."""
+        self.longest = max(self.longest, size)
         self.wide += size if flags & _WIDE else 0
         self.escaped += size if flags & _ESCAPED else 0
 
 
-def check_body(body: bytes, context: int) -> BodyCount:
+def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -> BodyCount:
     """Counts what the body holds.
 
     A value may be a token id, several prompts may come in one body, and a client may write each character of a prompt
     as an escape: so the bounds grow with the context. context: tokens that the model takes, 0 if that is not known.
+    longest_text: most bytes of one text.
 
     Raises:
         MalformedBody: There is more of anything than a request could use; raised as soon as it is found.
@@ -90,6 +98,7 @@ def check_body(body: bytes, context: int) -> BodyCount:
             (count.containers, MOST_CONTAINERS, "lists and objects"),
             (count.keys, MOST_KEYS, "keys"),
             (count.escapes, escapes, "escapes (backslashes)"),
+            (count.longest, longest_text, "bytes in one text"),
             (count.wide, MOST_WIDE_BYTES, "bytes in texts that hold more than ASCII"),
             (count.escaped, MOST_ESCAPED_BYTES, "bytes in texts that hold escapes (backslashes)"),
             (count.outside, MOST_BYTES_OUTSIDE, "bytes outside of texts (numbers and white space)"),
@@ -129,6 +138,8 @@ def counted(body: bytes) -> Iterator[BodyCount]:
             inside = _count_outside(piece, inside, count)
             if inside:
                 opened, flags = at + last + 1, _flags(piece[last + 1 :])
+        if inside:
+            count.longest = max(count.longest, at + len(piece) - opened)
         yield count
 
 

@@ -32,7 +32,7 @@ from tests.attack.sending import TRIES
 from tests.support.scripted_server import ServerProcess
 
 M = 10**6
-MOST_STALL = 0.1
+MOST_STALL = 0.05
 """Seconds of CPU time, in the best of `TRIES`."""
 
 CHAT = "/v1/chat/completions"
@@ -78,17 +78,19 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
     ),
     "brackets": (CHAT, lambda: b'{"messages":' + b"[" * M + b"}", 400, "lists and objects"),
     "escapes": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"\\u0041" * (10 * M)), 400, "escapes"),
-    "a text": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'"'), 200, ""),
+    "a text": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'"'), 400, "bytes in one text"),
+    "an allowed text": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (33 * M) + b'"'), 200, ""),
+    "allowed texts": (COMPLETION, lambda: _of_prompt(b"[" + b'"%b",' % (b"a" * M) * 60 + b'"a"]'), 200, ""),
     "a text and one smile": (
         COMPLETION,
-        lambda: _of_prompt(b'"' + b"a" * (60 * M) + "\N{SMILING FACE WITH SMILING EYES}".encode() + b'"'),
+        lambda: _of_prompt(b'"' + b"a" * (33 * M) + "\N{SMILING FACE WITH SMILING EYES}".encode() + b'"'),
         400,
         "more than ASCII",
     ),
-    "UTF-8 that ends badly": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'\xff"'), 400, ""),
-    "a text and one escape": (
+    "UTF-8 that ends badly": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (33 * M) + b'\xff"'), 400, ""),
+    "texts with an escape": (
         COMPLETION,
-        lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'\\n"'),
+        lambda: _of_prompt(b'["' + b"a" * (20 * M) + b'\\n","' + b"a" * (20 * M) + b'\\n"]'),
         400,
         "texts that hold escapes",
     ),
@@ -101,8 +103,9 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         400,
         "truncation_side",
     ),
-    "percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (20 * M)), 400, "image 0"),
-    "base64 in percent": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"%41" * (20 * M)), 400, ""),
+    "percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (20 * M)), 400, "bytes in one text"),
+    "allowed percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (11 * M)), 400, "image 0"),
+    "base64 in percent": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"%41" * (11 * M)), 400, ""),
     "allowed token ids": (COMPLETION, lambda: _of_prompt(b"[" + b"1," * 520_000 + b"1]"), 200, ""),
     "allowed lists": (COMPLETION, lambda: _with(b"[" + b"[]," * 65_000 + b"1]"), 200, ""),
     "allowed keys": (
@@ -117,10 +120,10 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         200,
         "",
     ),
-    "escaped slashes": (COMPLETION, lambda: _of_prompt(b'"' + b"\\/" * (30 * M) + b'"'), 200, ""),
+    "escaped slashes": (COMPLETION, lambda: _of_prompt(b'"' + b"\\/" * (16 * M) + b'"'), 200, ""),
     "a text and one escaped slash": (
         COMPLETION,
-        lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'\\/"'),
+        lambda: _of_prompt(b'"' + b"a" * (33 * M) + b'\\/"'),
         200,
         "",
     ),

@@ -416,7 +416,7 @@ def test_what_is_remembered_of_hosts_is_bounded() -> None:
             claim = claim_for(number, f"host{number}.test", 80, "2001:db8::1")
             with await places.take(claim):
                 places.timed_out(claim, connected=True)
-        assert len(places._conduct) == MOST_REMEMBERED
+        assert len(places._records) == MOST_REMEMBERED
         assert not places._hosts
         assert not places._queues
 

@@ -253,10 +253,7 @@ def test_more_clients_than_there_are_places_are_refused_and_none_is_lost(target:
         assert set(statuses) <= {200, 429}, {status: statuses.count(status) for status in set(statuses)}
         assert statuses.count(200) >= 64
 
-    with target.attack() as measured:
-        attack(measured)
-    target.settle()
-    measured.within(stalls=False)
+    bounded(target, attack)
 
 
 def test_clients_that_leave_lose_nothing(target: Target) -> None:

@@ -29,7 +29,7 @@ SENT = "xyzzy plugh7"
     [
         ("image 0: its host answered with HTTP status 404", None),
         ("temperature: expected `float`, got `str`", None),
-        ("the prompt has 3000 tokens, pictures included; this model's context is 512 tokens", None),
+        ("the prompt has 3000 tokens, images included; this model's context is 512 tokens", None),
         ("parameters.max_new_tokens is 0; allowed: from 1", None),
         (
             "messages[0].role is 'xyzzy'; allowed: system, user",

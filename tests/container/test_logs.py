@@ -64,10 +64,13 @@ def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
 def test_metrics_are_what_was_observed() -> None:
     stats = BackendStats(running=3, waiting=2, kv_blocks_used=1, kv_blocks_total=4, prefix_cache_hits=9)
     metrics = Metrics(lambda: stats)
-    metrics.on_admitted()
+    facts = RequestFacts("r", "/x", images=2, prompt_tokens=5, total=0.3, finish_reason="stop")
+    metrics.on_admitted(facts)
     for seconds in (0.0005, 0.001, 0.0011, 99):
         metrics.on_token_gap(seconds)
-    metrics.on_finished(RequestFacts("r", "/x", images=2, prompt_tokens=5, total=0.3, finish_reason="stop"))
+    assert list(metrics.running.values()) == [facts]
+    metrics.on_finished(facts)
+    assert not metrics.running
     metrics.on_error('odd"kind\n')
     page, content_type = metrics.export("text/plain")
     assert content_type.startswith("text/plain")

@@ -157,6 +157,10 @@ RIGHT: list[tuple[str, str, dict[str, Any] | None]] = [
     ("get", "/version", None),
     ("get", "/info", None),
     ("get", "/openapi.json", None),
+    ("get", "/engine/state", None),
+    ("get", "/engine/model", None),
+    ("get", "/page", None),
+    ("get", "/page/{name}", None),
     ("get", "/v1/models", None),
     ("get", "/v1/models/{name}", None),
     ("post", "/v1/chat/completions", CHAT),
@@ -198,7 +202,7 @@ def test_right_requests_are_answered_as_the_document_says(
     schema: schemathesis.BaseSchema, method: str, path: str, body: dict[str, Any] | None
 ) -> None:
     given_body = {} if body is None else {"body": body, "media_type": "application/json"}
-    named = {"name": "shapes"} if "{name}" in path else None
+    named = {"name": "page.js" if path.startswith("/page/") else "shapes"} if "{name}" in path else None
     case = operation(schema, method, path).Case(path_parameters=named, **given_body)
     reply = checked(case)
     assert reply.status_code == 200, reply.text

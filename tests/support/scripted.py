@@ -151,7 +151,7 @@ class Watched:
         self.finished: list[RequestFacts] = []
         self.errors: list[str] = []
 
-    def on_admitted(self) -> None:
+    def on_admitted(self, facts: RequestFacts) -> None:
         self.admitted += 1
 
     def on_first_token(self, seconds: float) -> None:

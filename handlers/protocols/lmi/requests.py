@@ -164,7 +164,6 @@ def read_lmi(
             truncate_prompt_tokens=parameters.truncate,
             max_tokens_is_default=parameters.max_new_tokens is None and parameters.max_tokens is None,
             constraint=constraint,
-            names=_FIELDS,
         )
         for i, text in enumerate(prompts)
     ]
@@ -175,10 +174,10 @@ def read_lmi(
             n=parameters.returned,
             logprobs=parameters.top_tokens if sampling.logprobs is not None else None,
         )
-        return Task(requests, completion, misspelt)
+        return Task(requests, completion, misspelt, _FIELDS)
     if server.tgi_compat:
         events = _tgi_writer(prompts, requests, parameters, server)
-        return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt)
+        return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt, _FIELDS)
     writer = LmiWriter(
         prompts,
         many=many,
@@ -190,7 +189,7 @@ def read_lmi(
         seed=None if parameters.seed == -1 else parameters.seed,
         sse=_wants_sse(accept, server),
     )
-    return Task(requests, writer, misspelt)
+    return Task(requests, writer, misspelt, _FIELDS)
 
 
 def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, server: ServerContext) -> bool:

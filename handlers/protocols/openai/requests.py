@@ -212,7 +212,6 @@ def read_chat(
         truncation_side=asked.truncation_side or "left",
         max_tokens_is_default=values["max_tokens"] is None and sampling.max_tokens is not None,
         constraint=form.constraint,
-        names=names,
     )
     options = asked.stream_options or StreamOptions()
     writer = ChatWriter(
@@ -227,7 +226,7 @@ def read_chat(
         echo=_echo(prompt) if asked.echo else "",
         parsed=form.parsed,
     )
-    return Task([request], writer, _chat_misspelt(body, asked, server))
+    return Task([request], writer, _chat_misspelt(body, asked, server), names)
 
 
 def _chat_misspelt(body: dict[str, Any], asked: ChatBody, server: ServerContext) -> list[str]:
@@ -336,7 +335,6 @@ def read_completion(
             truncate_prompt_tokens=asked.truncate_prompt_tokens,
             truncation_side=asked.truncation_side or "left",
             max_tokens_is_default=asked.max_tokens is None and sampling.max_tokens is not None,
-            names=names,
             constraint=constraint,
         )
         for i, one in enumerate(prompts)
@@ -355,7 +353,7 @@ def read_completion(
         token_ids=bool(asked.return_token_ids),
         tokens_as_ids=bool(asked.return_tokens_as_token_ids),
     )
-    return Task(requests, writer, _COMPLETION_NAMES.misspelt(body))
+    return Task(requests, writer, _COMPLETION_NAMES.misspelt(body), names)
 
 
 def _best_of(asked: CompletionBody, n: int, stream: bool) -> int:

@@ -131,7 +131,6 @@ def read_tgi(
         truncate_prompt_tokens=parameters.truncate,
         max_tokens_is_default=parameters.max_new_tokens is None,
         constraint=read_constraint(grammar=parameters.grammar),
-        names=_NAMES,
     )
     writer = TgiWriter(
         asked.inputs,
@@ -144,7 +143,7 @@ def read_tgi(
         special_token_ids=server.special_token_ids,
     )
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
-    return Task([request], writer, misspelt)
+    return Task([request], writer, misspelt, _NAMES)
 
 
 def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:

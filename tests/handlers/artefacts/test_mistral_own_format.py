@@ -246,7 +246,7 @@ def test_a_damaged_tokenizer_is_told(tmp_path: Path, changed: dict[str, Any], me
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("layers.0.lora.weight", torch.zeros(2), "holds 'layers.0.lora.weight', which is no tensor"),
+        ("layers.0.lora.weight", torch.zeros(2), "holds 'layers.0.lora.weight', which is not a tensor"),
         (
             "layers.1.attention.wq.weight",
             None,

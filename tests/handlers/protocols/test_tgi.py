@@ -393,14 +393,14 @@ def test_an_error_after_the_first_token_is_an_event() -> None:
         (RuntimeError("/secret/path"), 500, f"{FAILED} internal error", "generation"),
         (Unavailable("it restarts", retry_after=5), 429, "it restarts", "overloaded"),
         (
-            ContextExceeded("w", prompt_tokens=60, max_tokens=10, context=64, param="max_tokens"),
+            ContextExceeded(prompt_tokens=60, max_tokens=10, context=64),
             422,
             "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 64. "
             "Given: 60 `inputs` tokens and 10 `max_new_tokens`",
             "validation",
         ),
         (
-            ContextExceeded("w", prompt_tokens=70, max_tokens=None, context=64),
+            ContextExceeded(prompt_tokens=70, max_tokens=None, context=64),
             422,
             "Input validation error: `inputs` must have less than 63 tokens. Given: 70",
             "validation",

@@ -10,13 +10,12 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
 from handlers.errors import InvalidConfiguration
-from processes.environment import child_environment
+from processes.environment import child_command, child_environment
 from processes.inside import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def _asked(address: str) -> Cluster | None:
     named = f"RAY_ADDRESS = {address!r}" if address else "the Ray cluster that was started on this machine"
     try:
         asking = subprocess.run(
-            [sys.executable, "-P", "-m", __name__],
+            child_command(__name__),
             capture_output=True,
             env=child_environment("vllm"),
             preexec_fn=die_with_parent,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.compat import runner_limits
 from handlers.backends.vllm.failures import refused
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import RunnerLimits, Vllm
@@ -41,12 +41,12 @@ def check_ids(limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int])
     for name, most in (("allowed_token_ids", limits.allowed_token_ids), ("logit_bias", limits.logit_bias)):
         count = len(getattr(theirs, name) or ())
         if count > most:
-            raise InvalidRequest(f"{name} names {count} tokens; allowed: {most}", param=name)
+            raise InvalidParameter(name, f"names {count} tokens; allowed: {most}")
     count, most = len({*theirs.stop_token_ids, *eos_token_ids}), limits.stop_token_ids
     if theirs.min_tokens and count > most:
-        raise InvalidRequest(
-            f"stop_token_ids and the model's own ends are {count} tokens; allowed: {most} with min_tokens",
-            param="stop_token_ids",
+        raise InvalidParameter(
+            "stop_token_ids",
+            f"and the model's own ends are {count} tokens; allowed: {most} with min_tokens",
         )
 
 
@@ -58,7 +58,6 @@ def check_bad_words(vllm: Vllm, limits: RunnerLimits, theirs: Any, tokenizer: An
         raise refused(error, "bad_words") from error
     count, most = sum(map(len, spelled.bad_words_token_ids or ())), limits.bad_word_tokens
     if count > most:
-        raise InvalidRequest(
-            f"bad_words are {count} tokens, as they begin a text and after a space; allowed: {most} in all",
-            param="bad_words",
+        raise InvalidParameter(
+            "bad_words", f"are {count} tokens, as they begin a text and after a space; allowed: {most} in all"
         )

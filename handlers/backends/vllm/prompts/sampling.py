@@ -19,7 +19,7 @@ from handlers.backends.vllm.samplers.extra_args import (
     some_seed,
     wanted,
 )
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
@@ -124,17 +124,17 @@ def _check(params: SamplingParams, samplers: Samplers) -> None:
         and wanted(replace(_PLAIN, temperature=temperature, **{name: getattr(params, name)}))
     )
     name = next(asked, "temperature")
-    what = f"temperature {params.temperature:g}, above {HOTTEST:g}," if name == "temperature" else name
+    value = f"{params.temperature:g}, above {HOTTEST:g}, " if name == "temperature" else ""
     if samplers.lacking is not None:
-        raise InvalidRequest(
-            f"{what} is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
+        raise InvalidParameter(
+            name,
+            f"{value}is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
             "option.rolling_batch=rolling",
-            param=name,
         )
-    raise InvalidRequest(
-        f"{what} and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
+    raise InvalidParameter(
+        name,
+        f"{value}and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
         "let the operator choose raw_logprobs",
-        param=name,
     )
 
 
@@ -170,9 +170,9 @@ def check_prompt_logprobs(params: SamplingParams, prompt_tokens: int, answers: i
         return
     most = MOST_PROMPT_LOGPROBS // (SLOWER_WITH_STOPS if params.stop else 1)
     if (count + 1) * prompt_tokens * answers > most:
-        raise InvalidRequest(
-            f"prompt_logprobs is {count}, for a prompt of {prompt_tokens} tokens"
+        raise InvalidParameter(
+            "prompt_logprobs",
+            f"is {count}, for a prompt of {prompt_tokens} tokens"
             f"{f' and {answers} answers' if answers > 1 else ''}; allowed: {most} probabilities in all"
             f"{' where there are stop strings' if params.stop else ''}",
-            param="prompt_logprobs",
         )

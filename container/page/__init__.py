@@ -1,0 +1,147 @@
+"""The page for people: its files, and what it shows of the model. The scripts beside this file do the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from container.check import effective_options
+from handlers.backends.base import Lifecycle
+from handlers.backends.select import Choice
+from handlers.errors import NotFound
+from handlers.exchange import Reply
+from handlers.model_names import accepted_names, public_names
+from handlers.version import VERSION
+from properties.configuration import Configuration
+from properties.field import Level
+
+_HERE = Path(__file__).parent
+_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
+_FILES = frozenset(path.name for path in _HERE.iterdir() if path.suffix in _TYPES)
+
+_EXAMPLES = "examples.json"
+"""Beside a model: a list of {"question", "image"}, the image a file's name below the model's directory."""
+_MOST_EXAMPLES = 12
+_IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+_HEADERS = {
+    # Nothing from elsewhere, no script or style in the markup; data: for images that the user has chosen.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def is_on(configuration: Configuration) -> bool:
+    """Whether the page is served: as `option.page` says, but where there is a key only if somebody set that option."""
+    settings = configuration.settings
+    chosen = configuration.sources["page"].level is not Level.DEFAULT
+    return settings.page and (chosen or settings.api_key is None)
+
+
+def file(name: str) -> Reply:
+    """A file of the page.
+
+    Raises:
+        NotFound: There is none of this name.
+    """
+    if name not in _FILES:
+        raise NotFound("the page has no such file")
+    path = _HERE / name
+    return Reply(200, _TYPES[path.suffix], path.read_bytes(), headers=dict(_HEADERS))
+
+
+class ModelPage:
+    """What the page shows of the model that is served."""
+
+    def __init__(self, configuration: Configuration, directory: Path, choice: Choice) -> None:
+        """Create the description.
+
+        Args:
+            configuration: With what the model's own files add.
+            directory: The model's.
+            choice: The backend and why it serves.
+        """
+        self._configuration = configuration
+        self._choice = choice
+        self._examples = _examples(directory)
+
+    def describe(self, backend: Lifecycle) -> Reply:
+        """The reply to `GET /engine/model`; the backend is loaded."""
+        settings, can = self._configuration.settings, backend.capabilities
+        choice = self._choice
+        body = {
+            "name": public_names(self._configuration)[0],
+            "names": list(accepted_names(self._configuration)),
+            "backend": choice.backend,
+            "reason": choice.reason,
+            "dtype": can.dtype,
+            "devices": can.compute_type,
+            "replicas": backend.stats().replicas,
+            "context": can.max_model_len,
+            "cache_tokens": can.cache_tokens,
+            "images": can.images,
+            "structured_outputs": can.structured_outputs,
+            "limits": {
+                "images_per_prompt": settings.limit_mm_per_prompt.get("image", 1),
+                "image_bytes": settings.max_image_bytes,
+                "image_pixels": settings.max_image_pixels,
+                "request_bytes": settings.max_request_size,
+                "requests": settings.max_rolling_batch_size,
+            },
+            "options": _options(self._configuration),
+            "examples": [
+                {"question": question, "image": f"page/examples/{number}"}
+                for number, (question, _) in enumerate(self._examples)
+            ],
+            "key": settings.api_key is not None,
+            "version": VERSION,
+        }
+        return Reply(200, "application/json", json.dumps(body).encode() + b"\n")
+
+    def example(self, number: str) -> Reply:
+        """An example's image.
+
+        Raises:
+            NotFound: There is none of this number.
+        """
+        if not number.isdecimal() or int(number) >= len(self._examples):
+            raise NotFound("the model has no such example")
+        path = self._examples[int(number)][1]
+        return Reply(200, _IMAGES[path.suffix], path.read_bytes(), headers=dict(_HEADERS))
+
+
+def _options(configuration: Configuration) -> list[dict[str, str]]:
+    """Those that somebody set. Secrets are masked, and of a file that set one only the name is shown."""
+    return [
+        {
+            "name": name,
+            "value": row["value"] if isinstance(row["value"], str) else json.dumps(row["value"]),
+            "source": row["source"],
+        }
+        for name, row in effective_options(configuration).items()
+        if row["given"]
+    ]
+
+
+def _examples(directory: Path) -> list[tuple[str, Path]]:
+    """Questions and images that the model's directory proposes; none where its list cannot be read."""
+    try:
+        listed: Any = json.loads((directory / _EXAMPLES).read_text())
+    except (OSError, ValueError):
+        return []
+    found = []
+    for item in listed[:_MOST_EXAMPLES] if isinstance(listed, list) else []:
+        if (
+            isinstance(item, Mapping)
+            and isinstance(item.get("question"), str)
+            and isinstance(item.get("image"), str)
+        ):
+            path = (directory / item["image"]).resolve()
+            if path.is_relative_to(directory.resolve()) and path.suffix in _IMAGES and path.is_file():
+                found.append((item["question"], path))
+    return found
