@@ -14,7 +14,6 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValida
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.vllm.async_engine import VllmEngine
 from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.failures import failed
@@ -30,6 +29,7 @@ from handlers.errors import (
     Unavailable,
 )
 from handlers.request import ImagePart
+from handlers.sampling import RequestSampling
 from tests.support.shapes import SHAPES
 
 VLLM = load()
@@ -82,7 +82,7 @@ def stream(
 ) -> VllmStream:
     return VllmStream(
         outputs.given(),
-        SamplingParams(temperature=1.0),
+        RequestSampling(temperature=1.0),
         choices=n,
         images=images,
         constrained=constrained,
