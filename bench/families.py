@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.sampling_params import SamplingParams
+from handlers.sampling import RequestSampling
 from tests.support import (
     tiny_fuyu,
     tiny_gemma,
@@ -121,7 +121,7 @@ def _engine(path: Path, oracle: Oracle, prompts: list[Prompt], lengths: list[int
     engine = load_engine(path, max_num_seqs=STREAMS, kv_cache_bytes=256 << 20)
     engine.warm_up()
     adds = [
-        prompt.add(oracle.preprocessor, SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True))
+        prompt.add(oracle.preprocessor, RequestSampling(temperature=0.0, max_tokens=length, ignore_eos=True))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
     started = time.perf_counter()
@@ -132,7 +132,7 @@ def _engine(path: Path, oracle: Oracle, prompts: list[Prompt], lengths: list[int
 @torch.inference_mode()
 def _generate(oracle: Oracle, prompt: Prompt, length: int) -> float:
     """Seconds for one batch of 16 equal prompts and answers of that length."""
-    ids = torch.tensor([prompt.add(oracle.preprocessor, SamplingParams()).token_ids])
+    ids = torch.tensor([prompt.add(oracle.preprocessor, RequestSampling()).token_ids])
     batch = {
         name: value.repeat(STREAMS, *[1] * (value.ndim - 1))
         for name, value in {"input_ids": ids, **oracle.inputs(prompt, ids)}.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +21,9 @@ from engine.sampler import Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Chunk, ChunkInput, Scheduler
 from engine.sequence import Sequence
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -199,13 +204,11 @@ class Engine:
         # chunk are always encoded together, since a small cache would drop the first before the last is encoded.
         first = next(count for chunk in chunks if (count := self._count_missing(chunk)))
         some = list(missing.values())[: max(ENCODE_PER_STEP, first)]
-        try:
-            self.executor.encode(some)
-        except Exception as error:
-            self._reraise_if_fatal(error)
-            logger.exception("encoding %d images together failed; encoding them one by one", len(some))
-            for picture in some:
-                self._encode_alone(picture)
+        self._together_or_alone(
+            some,
+            lambda part: self.executor.encode([p for p in part if p.digest not in cache]),
+            "encoding images",
+        )
         failed = {picture.digest for picture in some if picture.digest not in cache}
         kept = []
         for chunk in chunks:
@@ -221,15 +224,6 @@ class Engine:
         pictures = chunk.sequence.pictures_for(chunk.start, chunk.stop)
         return len({p.digest for p in pictures if p.digest not in self.runner.encoder_cache})
 
-    def _encode_alone(self, picture: Picture) -> None:
-        if picture.digest in self.runner.encoder_cache:
-            return
-        try:
-            self.executor.encode([picture])
-        except Exception as error:
-            self._reraise_if_fatal(error)
-            logger.exception("an image could not be encoded")
-
     def _run(self, chunks: list[Chunk], outputs: list[Output]) -> list[tuple[list[Chunk], StepLogits]]:
         """Run all chunks together; if that fails, each alone, so that only the request at fault is lost.
 
@@ -237,26 +231,36 @@ class Engine:
         """
         if not chunks:
             return []
-        try:
-            done = [(chunks, self.executor.run([ChunkInput.of(chunk) for chunk in chunks]))]
-        except Exception as error:
-            self._reraise_if_fatal(error)
-            logger.exception("a step of %d requests failed; running them one by one", len(chunks))
-        else:
-            self._lost_steps = 0
-            return done
-        done = []
-        for chunk in chunks:
-            try:
-                done.append(([chunk], self.executor.run([ChunkInput.of(chunk)])))
-            except Exception as error:
-                self._reraise_if_fatal(error)
-                logger.exception("the step failed with this request alone")
-                self._fail(chunk.sequence, INTERNAL_ERROR, outputs)
+        groups = self._together_or_alone(
+            chunks, lambda part: self.executor.run([ChunkInput.of(chunk) for chunk in part]), "a step"
+        )
+        for group, logits in groups:
+            if logits is None:
+                self._fail(group[0].sequence, INTERNAL_ERROR, outputs)
+        done = [(group, logits) for group, logits in groups if logits is not None]
         self._lost_steps = 0 if done else self._lost_steps + 1
         if self._lost_steps >= MOST_LOST_STEPS:
             raise EngineError(f"{MOST_LOST_STEPS} steps in a row failed for every request")
         return done
+
+    def _together_or_alone(
+        self, items: list[T], work: Callable[[list[T]], R], what: str
+    ) -> list[tuple[list[T], R | None]]:
+        """Do the work for all items together; if that fails, for each alone, with None for those that fail again."""
+        try:
+            return [(items, work(items))]
+        except Exception as error:
+            self._reraise_if_fatal(error)
+            logger.exception("%s failed for %d together; trying them one by one", what, len(items))
+        results: list[tuple[list[T], R | None]] = []
+        for item in items:
+            try:
+                results.append(([item], work([item])))
+            except Exception as error:
+                self._reraise_if_fatal(error)
+                logger.exception("%s failed for one alone", what)
+                results.append(([item], None))
+        return results
 
     def _reraise_if_fatal(self, error: Exception) -> None:
         """Re-raise an error that leaves this process unusable, so that it ends and is restarted.
@@ -350,24 +354,17 @@ class Engine:
         self, sequences: list[Sequence], logits: torch.Tensor
     ) -> list[tuple[Sequence, int, Logprobs | None]]:
         """Sample all rows together; if that fails, each alone, with a token below INVALID for the sequence at fault."""
-        try:
-            token_ids, logprobs = self.sampler.sample(logits, [s.sampling for s in sequences])
-        except Exception as error:
-            self._reraise_if_fatal(error)
-            logger.exception("sampling for %d requests failed; sampling them one by one", len(sequences))
-            return [self._sample_alone(s, logits[row : row + 1]) for row, s in enumerate(sequences)]
-        return list(zip(sequences, token_ids, logprobs, strict=True))
-
-    def _sample_alone(
-        self, sequence: Sequence, logits: torch.Tensor
-    ) -> tuple[Sequence, int, Logprobs | None]:
-        try:
-            token_ids, logprobs = self.sampler.sample(logits, [sequence.sampling])
-        except Exception as error:
-            self._reraise_if_fatal(error)
-            logger.exception("sampling failed with this request alone")
-            return sequence, INVALID - 1, None
-        return sequence, token_ids[0], logprobs[0]
+        chosen: list[tuple[Sequence, int, Logprobs | None]] = []
+        for rows, result in self._together_or_alone(
+            list(range(len(sequences))),
+            lambda rows: self.sampler.sample(
+                logits[rows[0] : rows[-1] + 1], [sequences[row].sampling for row in rows]
+            ),
+            "sampling",
+        ):
+            token_ids, logprobs = result or ([INVALID - 1], [None])
+            chosen += zip([sequences[row] for row in rows], token_ids, logprobs, strict=True)
+        return chosen
 
     def _note_prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> None:
         """Record log probabilities of the prompt; recomputing after a preemption does not add any twice.

@@ -1,8 +1,8 @@
-"""The engine's own process: `python -m engine.process FD`, where FD is the socket to the front (and
-`--rank FD` for a further tensor-parallel rank, where FD is the socket to rank 0).
+"""The engine's own process: `python -m engine.process FD`, where FD is the socket to the front end.
 
-The first frame on the socket is the `EngineConfig`, or an `Ask`, which is answered; after the configuration `ToEngine`
-messages come in and `FromEngine` messages go out. When the front goes away, in whatever manner, the process ends.
+`--rank FD` is for a further tensor-parallel rank, where FD is the socket to rank 0. The first message on the
+socket is the `EngineConfig`, or an `Ask`, which is answered; after the configuration `ToEngine` messages come
+in and `FromEngine` messages go out. The process ends with the front end, however that ends.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("engine.process")
 
 MESSAGES_PER_STEP = 64
-"""Messages taken in between two steps at most, so that a flood of new requests does not stop the running ones."""
+"""Greatest number of messages taken between two steps, so that a flood of new requests does not stop the
+running ones."""
 
 
 class Channel:
@@ -56,7 +57,7 @@ class Channel:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
 
     def read_config(self) -> EngineConfig | None:
-        """Answers what the front asks first. None where it is gone before it has configured anything."""
+        """Answer questions until the configuration comes; None if the front end ends before that."""
         while (frame := self._parent.receive()) is not None:
             message = msgspec.msgpack.decode(frame, type=Opening)
             if isinstance(message, EngineConfig):
@@ -68,7 +69,7 @@ class Channel:
         self._parent.send(self._encoder.encode(message))
 
     def messages(self) -> Iterator[ToEngine]:
-        """Until the front closes the connection."""
+        """Yield messages until the front end closes the connection."""
         while (frame := self._parent.receive()) is not None:
             yield self._decoder.decode(frame)
 
@@ -79,7 +80,7 @@ def _answer(ask: Ask) -> Answer:
 
 
 def serve(channel: Channel, config: EngineConfig) -> None:
-    """Load the model, say so, and step until the front says stop or is gone."""
+    """Load the model, report it, and step until the front end closes the connection."""
     import torch
 
     from engine.engine import Engine
@@ -141,7 +142,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
 def _take(
     inbox: queue.SimpleQueue[ToEngine | Built | None], *, block: bool
 ) -> Iterator[ToEngine | Built | None]:
-    """What has come, at most MESSAGES_PER_STEP of it; at least one message when `block`."""
+    """Yield waiting messages, at most MESSAGES_PER_STEP; at least one if `block`."""
     for _ in range(MESSAGES_PER_STEP):
         try:
             yield inbox.get(block=block)
@@ -151,7 +152,7 @@ def _take(
 
 
 def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | Built | None]) -> None:
-    """None, put last, means that the front is gone."""
+    """Put all messages into the inbox; a final None means that the front end is gone."""
     try:
         for message in channel.messages():
             inbox.put(message)
@@ -162,8 +163,11 @@ def _read_all(channel: Channel, inbox: queue.SimpleQueue[ToEngine | Built | None
 
 
 def _import_engine() -> None:
-    """Takes seconds. What is imported stays, so the garbage collector need not look for waste in it, now or later: it
-    would take a fifth of the time."""
+    """Import the engine, which takes seconds.
+
+    What is imported stays, so the garbage collector need not search it, now or later: that would take a fifth
+    of the time.
+    """
     gc.disable()
     import engine.engine  # noqa: F401
 
@@ -172,6 +176,7 @@ def _import_engine() -> None:
 
 
 def main() -> None:
+    """Run the engine, or a further rank of it."""
     parent = Parent()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:

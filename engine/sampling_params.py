@@ -15,10 +15,6 @@ MAX_INTEGER = 2**31 - 1
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 1024
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 1000
-"""Limit for each stop string: as much text may be held back while a match is undecided."""
-
 MAX_ALLOWED_TOKEN_IDS = 1 << 20
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 1 << 14
@@ -92,25 +88,21 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
 
     Attributes:
         max_tokens: Greatest number of tokens to generate; None means up to the end of the context.
-        min_tokens: End-of-sequence, stop ids and stop strings are ignored before this many tokens.
+        min_tokens: End-of-sequence and stop ids are ignored before this many tokens.
         top_k: 0 or -1 means all.
         repetition_penalty: Applies to prompt and completion (Keskar et al. 2019, CTRL); 1.0 means none.
         presence_penalty: Applies to the completion only, as OpenAI documents it.
         frequency_penalty: Applies to the completion only, as OpenAI documents it.
         seed: Makes the draw reproducible, whatever else is in the batch; from 0 to MAX_SEED.
-        stop: Strings that end the completion; not part of the text unless include_stop_str_in_output.
         stop_token_ids: Ids that end the completion, in addition to the model's end-of-sequence ids.
         logprobs: None for none, 0 for the chosen token alone, k for k alternatives beside it.
         prompt_logprobs: The same for the prompt's positions (the first position has none).
         allowed_token_ids: The only tokens that can be chosen; None means all.
-        bad_words: Texts that the completion must not contain, as far as their usual tokens go.
-        bad_words_token_ids: Made of bad_words before the request reaches the engine: sequences of ids whose
-            last id is masked where the completion ends with the others.
+        bad_words_token_ids: Sequences of ids whose last id is masked where the completion ends with the others.
         eta_cutoff: In units of 1e-4.
         epsilon_cutoff: In units of 1e-4.
         dry_range: Number of last tokens that DRY considers.
-        dry_sequence_breakers: Texts that end a repetition; None means DRY's own list.
-        dry_sequence_breaker_ids: Made of dry_sequence_breakers before the request reaches the engine.
+        dry_sequence_breaker_ids: Tokens that end a repetition.
         sampler_priority: All of SAMPLERS, by name or number, in the order in which they are applied.
     """
 
@@ -126,15 +118,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     top_a: float = 0.0
@@ -154,7 +142,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
     dry_base: float = 1.75
     dry_allowed_length: int = 2
     dry_range: int = 0
-    dry_sequence_breakers: tuple[str, ...] | None = None
     dry_sequence_breaker_ids: tuple[int, ...] = ()
     mirostat_mode: int = 0
     mirostat_tau: float = 0.0
@@ -186,27 +173,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
 
     def _validate_words(self) -> None:
         if self.allowed_token_ids is not None:
-            _bounded("allowed_token_ids", len(self.allowed_token_ids), "ids", 1, MAX_ALLOWED_TOKEN_IDS)
+            bounded("allowed_token_ids", len(self.allowed_token_ids), "ids", 1, MAX_ALLOWED_TOKEN_IDS)
             _require_ids("allowed_token_ids", self.allowed_token_ids)
-        _require_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
-        _bounded("bad_words_token_ids", len(self.bad_words_token_ids), "runs", 0, 2 * MAX_BAD_WORDS)
+        bounded("bad_words_token_ids", len(self.bad_words_token_ids), "runs", 0, 2 * MAX_BAD_WORDS)
         for run in self.bad_words_token_ids:
-            _bounded("bad_words_token_ids", len(run), "ids in a run", 1, MAX_BAD_WORD_TOKENS)
+            bounded("bad_words_token_ids", len(run), "ids in a run", 1, MAX_BAD_WORD_TOKENS)
             _require_ids("bad_words_token_ids", run)
         total = sum(map(len, self.bad_words_token_ids))
-        _bounded("bad_words_token_ids", total, "ids in all", 0, MAX_BAD_WORD_TOKENS)
-        _require_texts("dry_sequence_breakers", self.dry_sequence_breakers or (), MAX_BREAKERS)
-        _bounded("dry_sequence_breaker_ids", len(self.dry_sequence_breaker_ids), "ids", 0, 2 * MAX_BREAKERS)
+        bounded("bad_words_token_ids", total, "ids in all", 0, MAX_BAD_WORD_TOKENS)
+        bounded("dry_sequence_breaker_ids", len(self.dry_sequence_breaker_ids), "ids", 0, 2 * MAX_BREAKERS)
         _require_ids("dry_sequence_breaker_ids", self.dry_sequence_breaker_ids)
 
     def _validate_stops(self) -> None:
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop holds {len(self.stop)} strings; allowed: at most {MAX_STOP_STRINGS}")
-        for text in self.stop:
-            if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-                raise ValueError(
-                    f"stop holds a string of {len(text)} characters; allowed: from 1 to {MAX_STOP_CHARACTERS}"
-                )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise ValueError(
                 f"stop_token_ids holds {len(self.stop_token_ids)} ids; allowed: at most {MAX_STOP_TOKEN_IDS}"
@@ -243,13 +221,8 @@ def _require_ids(name: str, ids: Sequence[int]) -> None:
         raise ValueError(f"{name} holds {shown(bad)}; allowed: token ids from 0 to {MAX_INTEGER}")
 
 
-def _require_texts(name: str, texts: Sequence[str], most: int) -> None:
-    _bounded(name, len(texts), "texts", 0, most)
-    for text in texts:
-        _bounded(name, len(text), "characters in a text", 1, MAX_STOP_CHARACTERS)
-
-
-def _bounded(name: str, count: int, what: str, least: int, most: int) -> None:
+def bounded(name: str, count: int, what: str, least: int, most: int) -> None:
+    """Raise ValueError unless there are from `least` to `most` of what a field holds."""
     if not least <= count <= most:
         raise ValueError(f"{name} holds {count} {what}; allowed: from {least} to {most}")
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine.messages import Logprobs
-from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
@@ -46,6 +45,7 @@ from handlers.prompts.limits import (
 )
 from handlers.prompts.renderer import RenderedPrompt
 from handlers.request import ChatPrompt, Constraint, GenerationRequest, Prompt, TextPrompt, pictures
+from handlers.sampling import RequestSampling
 
 T = TypeVar("T")
 
@@ -204,7 +204,7 @@ class Pipeline:
         )
         return renderer.render(prompt) if trusted and short else await self._aside(renderer.render, prompt)
 
-    async def _spelled(self, params: SamplingParams) -> SamplingParams:
+    async def _spelled(self, params: RequestSampling) -> RequestSampling:
         model = self._model
         work = partial(spelled, params, model.tokenizer, words=not model.spells_words)
         return work() if count_characters(params) <= MANY_CHARACTERS else await self._aside(work)
@@ -223,7 +223,7 @@ class Generation:
         self,
         stream: TokenStream,
         stats: PromptStats,
-        params: SamplingParams,
+        params: RequestSampling,
         texts: list[Detokenizer],
         copies: int,
         token_text: Callable[[int], str],
@@ -306,7 +306,7 @@ class Generation:
 
 def texts_of(
     request: GenerationRequest,
-    params: SamplingParams,
+    params: RequestSampling,
     token_ids: Sequence[int],
     count: int,
     token_texts: TokenTexts,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.sampling_params import SamplingParams
+from handlers.sampling import RequestSampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,7 +207,7 @@ class GenerationRequest:
 
     request_id: str
     prompt: Prompt
-    sampling: SamplingParams
+    sampling: RequestSampling
     n: int = 1
     stream: bool = False
     model: str | None = None

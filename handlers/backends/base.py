@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from engine.config import Vocabulary
 from engine.messages import Logprobs
-from engine.sampling_params import SamplingParams
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
 from handlers.request import Constraint, PicturePart
+from handlers.sampling import RequestSampling
 from properties.problem import Problem
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class BackendStats:
 class Capabilities:
     """What requests may ask of this backend.
 
-    embeddings: in place of images, where the model takes these. default_sampling: fields of `SamplingParams` that the
+    embeddings: in place of images, where the model takes these. default_sampling: fields of `RequestSampling` that the
     model's generation_config.json sets, for requests that do not name them.
     image_placeholder: what stands for an image in a prompt in the model's own format, as text; None where that is not
     known. special_token_ids: tokens that are not text, such as the ends of turns. special_tokens: texts of all tokens
@@ -228,7 +228,7 @@ class PromptModel:
 
     vocab_size: of the model's logits. threads: where long prompts are rendered. vocabulary: for compiling constraints;
     None where the engine compiles them by itself. json_whitespace: what `Constraint.whitespace_pattern` is where a
-    request says nothing of it. spells_words: the engine makes tokens of `SamplingParams.bad_words` itself.
+    request says nothing of it. spells_words: the engine makes tokens of `RequestSampling.bad_words` itself.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -250,7 +250,7 @@ class EngineRequest:
     """
 
     request_id: str
-    params: SamplingParams
+    params: RequestSampling
     n: int = 1
     constraint: Constraint | None = None
     grammar: str | None = None

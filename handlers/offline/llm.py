@@ -14,7 +14,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.errors import InvalidRequest, ServingError
 from handlers.offline.batch import Outcome
 from handlers.offline.core import Core
@@ -29,6 +28,7 @@ from handlers.offline.prompts import (
     read_conversation,
     read_prompt,
 )
+from handlers.prompts.tokenizer import load_tokenizer
 from handlers.protocols.errors import client_error
 from handlers.request import GenerationRequest, Prompt, TextPart, TextPrompt
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.sampling_params import SamplingParams as EngineParams
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import sampling_params
 from handlers.protocols.body import convert
 from handlers.protocols.constraints import read_constraint
 from handlers.request import Constraint
+from handlers.sampling import RequestSampling as EngineParams
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),

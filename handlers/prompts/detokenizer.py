@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from engine.sampling_params import SamplingParams
+from handlers.prompts.tokenizer import skipped_tokens
+from handlers.sampling import RequestSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -208,7 +209,7 @@ class TokenTexts:
         return text
 
     def detokenizer(
-        self, params: SamplingParams, *, prime: Sequence[int] = (), anew: bool = False
+        self, params: RequestSampling, *, prime: Sequence[int] = (), anew: bool = False
     ) -> Detokenizer:
         """What makes the text of one answer. prime, anew: see `Detokenizer`."""
         return Detokenizer(
@@ -221,8 +222,3 @@ class TokenTexts:
             anew=anew,
             skipped=self._special if params.skip_special_tokens else frozenset(),
         )
-
-
-def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    """What a text without special tokens is without."""
-    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
+from engine.sampling_params import MAX_BAD_WORD_TOKENS
 from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest
 from handlers.request import GenerationRequest, TextPrompt
+from handlers.sampling import RequestSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,7 +84,7 @@ def checked_tokens(
 
 def checked_sampling(
     request: GenerationRequest, used: int, max_model_len: int, vocab_size: int
-) -> SamplingParams:
+) -> RequestSampling:
     """The sampling parameters to use. used: tokens of the prompt, images included.
 
     Raises InvalidRequest for what an engine would have to refuse.
@@ -133,13 +134,13 @@ def check_totals(requests: Sequence[GenerationRequest]) -> None:
             )
 
 
-def count_characters(params: SamplingParams) -> int:
+def count_characters(params: RequestSampling) -> int:
     return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
 
 
 def spelled(
-    params: SamplingParams, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
-) -> SamplingParams:
+    params: RequestSampling, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
+) -> RequestSampling:
     """The same with ids instead of the words; itself where there are none. words: bad_words, too.
 
     A bad word is followed as it is tokenised at a text's beginning and after a space (as vLLM does), a breaker by

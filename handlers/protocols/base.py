@@ -8,13 +8,14 @@ from typing import Annotated, Any, Protocol
 
 from msgspec import Meta
 
-from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
+from engine.sampling_params import MAX_INTEGER, MAX_SEED
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidParameter, InvalidRequest, ServingError
 from handlers.exchange import RequestFacts
 from handlers.parsers.base import AnswerFormats
 from handlers.protocols.misspelt import warning
 from handlers.request import GenerationRequest
+from handlers.sampling import RequestSampling
 from properties.settings import OutputFormat
 
 SSE = "text/event-stream; charset=utf-8"
@@ -40,7 +41,7 @@ class ServerContext:
 
     Attributes:
         model_name: Shown in replies to requests that name no model.
-        sampling: The model's own defaults (generation_config.json), by the names of SamplingParams.
+        sampling: The model's own defaults (generation_config.json), by the names of RequestSampling.
         output_formatter: The option.
         tgi_compat: The option.
         trust_chat_templates: Requests may bring a chat template of their own.
@@ -163,7 +164,7 @@ class Task:
 
 def sampling_params(
     given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
-) -> SamplingParams:
+) -> RequestSampling:
     """Returns the client's values over the model's defaults; None counts as not given.
 
     The seed -1 means none, as in vLLM; another negative one, which OpenAI allows, stands for the seed 2^63 above it.
@@ -172,7 +173,7 @@ def sampling_params(
     Raises:
         InvalidRequest: A value is not allowed.
     """
-    known = SamplingParams.__struct_fields__
+    known = RequestSampling.__struct_fields__
     values = {name: value for name, value in defaults.items() if name in known and value is not None}
     values.update((name, value) for name, value in given.items() if value is not None)
     try:
@@ -180,13 +181,13 @@ def sampling_params(
             if not -MAX_SEED - 1 <= seed <= MAX_SEED:
                 raise InvalidParameter("seed", "must be a whole number from -2^63 to 2^63-1")
             values["seed"] = None if seed == -1 else seed & MAX_SEED
-        return _checked(SamplingParams(**values))
+        return _checked(RequestSampling(**values))
     except InvalidRequest as error:
         error.rename(names or {})
         raise
 
 
-def _checked(params: SamplingParams) -> SamplingParams:
+def _checked(params: RequestSampling) -> RequestSampling:
     try:
         params.validate()
     except ValueError as error:

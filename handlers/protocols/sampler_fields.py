@@ -16,11 +16,11 @@ from engine.sampling_params import (
     MAX_STOP_TOKEN_IDS,
     RANGES,
     SAMPLERS,
-    SamplingParams,
 )
 from handlers.errors import InvalidRequest
 from handlers.protocols.api import described
 from handlers.protocols.base import MAX_ANSWERS, TokenId
+from handlers.sampling import RequestSampling
 
 _Texts = Annotated[list[str], Meta(max_length=MAX_BREAKERS)]
 _TextsInText = Annotated[str, Meta(max_length=MAX_BREAKERS * 16)]
@@ -29,7 +29,7 @@ _TextsInText = Annotated[str, Meta(max_length=MAX_BREAKERS * 16)]
 _Sampler = Annotated[str, Meta(max_length=32)] | Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 
 
-# Described, not checked here: `SamplingParams.validate` says what is wrong in words that name the bounds.
+# Described, not checked here: `RequestSampling.validate` says what is wrong in words that name the bounds.
 Temperature = Annotated[float, described(minimum=0, maximum=100)]
 TopK = Annotated[int, described(minimum=-1, maximum=MAX_INTEGER)]
 Fraction = Annotated[float, described(exclusiveMinimum=0, maximum=1)]
@@ -46,7 +46,7 @@ def _range(name: str) -> Meta:
 
 
 class SamplerFields(msgspec.Struct, kw_only=True):
-    """What each does: `SamplingParams`. Those of the first block are OpenAI's and vLLM's, the others Aphrodite's."""
+    """What each does: `RequestSampling`. Those of the first block are OpenAI's and vLLM's, the others Aphrodite's."""
 
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
@@ -106,12 +106,12 @@ _ALIASES = {
     "custom_token_bans": "bad_words_token_ids",
 }
 _NAMES = tuple(
-    name for name in SamplerFields.__struct_fields__ if name in set(SamplingParams.__struct_fields__)
+    name for name in SamplerFields.__struct_fields__ if name in set(RequestSampling.__struct_fields__)
 )
 
 
 def sampler_values(asked: SamplerFields) -> dict[str, Any]:
-    """Fields of SamplingParams, None for what was not given. Raises InvalidRequest."""
+    """Fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
     values: dict[str, Any] = {}
     for name in _NAMES:
         value = getattr(asked, name)
@@ -130,7 +130,7 @@ def sampler_values(asked: SamplerFields) -> dict[str, Any]:
 
 
 def sampler_names(asked: SamplerFields) -> dict[str, str]:
-    """What the client calls a field of SamplingParams where it used an alias."""
+    """What the client calls a field of RequestSampling where it used an alias."""
     return {
         name: alias
         for alias, name in _ALIASES.items()

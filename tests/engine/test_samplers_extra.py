@@ -21,7 +21,7 @@ from engine.logits import mix64
 from engine.messages import Add
 from engine.repetition import Repetition
 from engine.sampler import Sampler, SamplingState
-from engine.sampling_params import RANGES, SAMPLERS, SamplingParams
+from engine.sampling_params import RANGES, SAMPLERS
 from engine.warping import _OTHER_STREAM, uniform, warp
 from handlers.backends.vllm.prompts.sampling import to_vllm
 from handlers.backends.vllm.samplers.extra_args import (
@@ -34,6 +34,7 @@ from handlers.backends.vllm.samplers.extra_args import (
 )
 from handlers.errors import InvalidRequest
 from handlers.prompts.limits import DRY_BREAKERS, spelled
+from handlers.sampling import RequestSampling
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
 from tests.support.models import make_llava, make_tokenizer
@@ -46,7 +47,7 @@ Row = npt.NDArray[np.float64]
 def state(
     prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 0, **params: Any
 ) -> SamplingState:
-    given = SamplingParams(**params)
+    given = RequestSampling(**params)
     given.validate()
     return SamplingState(given, prompt or [], output if output is not None else [], (EOS,), seed)
 
@@ -341,7 +342,7 @@ class TestRepetition:
     def test_dry_at_every_token_of_an_answer(
         self, prompt: list[int], answer: list[int], base: float, allowed: int, breakers: set[int], within: int
     ) -> None:
-        params = SamplingParams(
+        params = RequestSampling(
             dry_multiplier=0.8, dry_base=base, dry_allowed_length=allowed,
             dry_sequence_breaker_ids=tuple(breakers), dry_range=within,
         )  # fmt: skip
@@ -360,7 +361,7 @@ class TestRepetition:
         for count in (250, 300):
             run = list(range(1000, 1000 + count))
             rules = Repetition.of(
-                SamplingParams(dry_multiplier=1.0, dry_base=1.02, dry_allowed_length=2), [*run, 5, *run]
+                RequestSampling(dry_multiplier=1.0, dry_base=1.02, dry_allowed_length=2), [*run, 5, *run]
             )
             assert rules is not None
             found = rules.penalties([])
@@ -373,7 +374,7 @@ class TestRepetition:
     def test_ngrams_at_every_token_of_an_answer(
         self, prompt: list[int], answer: list[int], size: int
     ) -> None:
-        rules = Repetition.of(SamplingParams(no_repeat_ngram_size=size), prompt)
+        rules = Repetition.of(RequestSampling(no_repeat_ngram_size=size), prompt)
         assert rules is not None
         output: list[int] = []
         for token in [*answer, None]:
@@ -412,7 +413,7 @@ class TestRepetition:
     def test_a_step_costs_linear_time_on_hostile_text(self) -> None:
         """30,000 equal tokens, where every place matches: 300 steps of a quadratic search would take minutes."""
         prompt = [7] * 30_000
-        rules = Repetition.of(SamplingParams(dry_multiplier=1.0, no_repeat_ngram_size=254), prompt)
+        rules = Repetition.of(RequestSampling(dry_multiplier=1.0, no_repeat_ngram_size=254), prompt)
         assert rules is not None
         output: list[int] = []
         began = time.process_time()
@@ -672,7 +673,7 @@ class TestBounds:
     )  # fmt: skip
     def test_what_is_out_of_range_is_named(self, name: str, value: Any) -> None:
         with pytest.raises(ValueError, match=rf"^{name} "):
-            SamplingParams(**{name: value}).validate()
+            RequestSampling(**{name: value}).validate()
 
     def test_the_edges_are_allowed(self) -> None:
         logits = random_logits(1, 50)
@@ -700,7 +701,7 @@ class TestEngine:
         kinds = [kind for kind in KINDS if "allowed_token_ids" not in kind]
         adds = [
             Add(
-                0, [row, 3, row, 3, *range(row % 5), row], SamplingParams(max_tokens=60, ignore_eos=True, **kind),
+                0, [row, 3, row, 3, *range(row % 5), row], RequestSampling(max_tokens=60, ignore_eos=True, **kind),
                 [row], MODELS_EOS,
             )
             for row, kind in enumerate(kinds)
@@ -722,7 +723,7 @@ class TestEngine:
             {"allowed_token_ids": (9,), "bad_words_token_ids": ((9,),), "xtc_probability": 1.0},
         ]
         adds = [
-            Add(0, [1, 2, 7], SamplingParams(max_tokens=8, ignore_eos=row == 3, **kind), [0], MODELS_EOS)
+            Add(0, [1, 2, 7], RequestSampling(max_tokens=8, ignore_eos=row == 3, **kind), [0], MODELS_EOS)
             for row, kind in enumerate([*hopeless, {}])
         ]
         results = run_all(engine, adds)
@@ -741,18 +742,18 @@ class TestWords:
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text).input_ids)
 
-        params = spelled(SamplingParams(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer)
+        params = spelled(RequestSampling(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer)
         assert params.bad_words == ()
         assert set(params.bad_words_token_ids) == {(5,), ids("no"), ids(" no"), ids("né"), ids(" né")}
 
     def test_words_of_too_many_tokens_are_refused(self) -> None:
         words = tuple(f"{number:04}" * 200 for number in range(20))
         with pytest.raises(InvalidRequest, match=r"bad_words are 32020 tokens") as caught:
-            spelled(SamplingParams(bad_words=words), make_tokenizer())
+            spelled(RequestSampling(bad_words=words), make_tokenizer())
         assert caught.value.param == "bad_words"
         runs = tuple((number, *range(1000)) for number in range(20))
         with pytest.raises(ValueError, match=r"^bad_words_token_ids holds 20020 ids in all"):
-            SamplingParams(bad_words_token_ids=runs).validate()
+            RequestSampling(bad_words_token_ids=runs).validate()
 
     def test_drys_breakers_are_its_authors_unless_others_are_given(self) -> None:
         tokenizer = make_tokenizer()
@@ -761,16 +762,16 @@ class TestWords:
             return tuple(sorted(tokenizer(text).input_ids[-1] for text in texts))
 
         dry = {"dry_multiplier": 0.8}
-        assert spelled(SamplingParams(**dry), tokenizer).dry_sequence_breaker_ids == last(*DRY_BREAKERS)
+        assert spelled(RequestSampling(**dry), tokenizer).dry_sequence_breaker_ids == last(*DRY_BREAKERS)
         named = spelled(
-            SamplingParams(dry_sequence_breakers=("!?",), dry_sequence_breaker_ids=(9,), **dry), tokenizer
+            RequestSampling(dry_sequence_breakers=("!?",), dry_sequence_breaker_ids=(9,), **dry), tokenizer
         )
         assert named.dry_sequence_breaker_ids == tuple(sorted((9, *last("?"))))
-        none = spelled(SamplingParams(dry_sequence_breakers=(), **dry), tokenizer)
+        none = spelled(RequestSampling(dry_sequence_breakers=(), **dry), tokenizer)
         assert none.dry_sequence_breaker_ids == ()
-        only_ids = spelled(SamplingParams(dry_sequence_breaker_ids=(9,), **dry), tokenizer)
+        only_ids = spelled(RequestSampling(dry_sequence_breaker_ids=(9,), **dry), tokenizer)
         assert only_ids.dry_sequence_breaker_ids == (9,)
-        off = SamplingParams(dry_sequence_breakers=("x",))
+        off = RequestSampling(dry_sequence_breakers=("x",))
         assert spelled(off, tokenizer) is off
 
 
@@ -782,7 +783,7 @@ class TestVllm:
     )
 
     def test_has_masks_of_its_own(self) -> None:
-        asked = to_vllm(self.vllm, SamplingParams(allowed_token_ids=(3, 4), bad_words=("no",)), 1)
+        asked = to_vllm(self.vllm, RequestSampling(allowed_token_ids=(3, 4), bad_words=("no",)), 1)
         assert (asked["allowed_token_ids"], asked["bad_words"]) == ([3, 4], ["no"])
         assert "extra_args" not in asked
 
@@ -790,7 +791,7 @@ class TestVllm:
     def test_what_it_lacks_is_carried_to_our_sampler_where_it_would_change_the_answer(
         self, params: dict[str, Any]
     ) -> None:
-        given = SamplingParams(
+        given = RequestSampling(
             **params, repetition_penalty=1.3, stop=("x",), min_tokens=2, logprobs=1, seed=5
         )
         asked = to_vllm(self.vllm, given, 1)
@@ -804,20 +805,20 @@ class TestVllm:
         assert (asked["stop"], asked["min_tokens"], asked["logprobs"]) == (["x"], 2, 1)
         sent = msgspec.msgpack.decode(asked["extra_args"][KEY], type=Carried).params
         assert sent == msgspec.structs.replace(
-            given, stop=(), min_tokens=0, logprobs=None, seed=None, allowed_token_ids=None
+            given.for_engine(), min_tokens=0, logprobs=None, seed=None, allowed_token_ids=None
         )
 
     def test_what_a_greedy_answer_does_not_look_at_is_left_out(self) -> None:
-        given = SamplingParams(
+        given = RequestSampling(
             temperature=0.0, top_a=0.5, typical_p=0.3, mirostat_mode=2, sampler_priority=tuple(range(14))
         )
         assert "extra_args" not in to_vllm(self.vllm, given, 1)
 
     def test_an_answer_without_a_seed_is_given_one(self) -> None:
         """All processes of one engine must draw the same."""
-        seeds = {to_vllm(self.vllm, SamplingParams(top_a=0.5), 3)["seed"] for _ in range(5)}
+        seeds = {to_vllm(self.vllm, RequestSampling(top_a=0.5), 3)["seed"] for _ in range(5)}
         assert len(seeds) == 5
-        assert to_vllm(self.vllm, SamplingParams(temperature=0.5), 3)["seed"] is None
+        assert to_vllm(self.vllm, RequestSampling(temperature=0.5), 3)["seed"] is None
 
     @pytest.mark.parametrize(
         "params",
@@ -830,20 +831,20 @@ class TestVllm:
     def test_where_the_engine_lacks_them_too_they_are_refused(self, params: dict[str, Any]) -> None:
         name = next(iter(params))
         with pytest.raises(InvalidRequest, match=rf"^{name} is not a sampler of vLLM with it:") as caught:
-            to_vllm(self.vllm, SamplingParams(**params), 1, None, Samplers("with it"))
+            to_vllm(self.vllm, RequestSampling(**params), 1, None, Samplers("with it"))
         assert caught.value.param == name
-        plain = SamplingParams(temperature=0.7, top_p=0.5, xtc_threshold=0.3, dry_base=2.0)
+        plain = RequestSampling(temperature=0.7, top_p=0.5, xtc_threshold=0.3, dry_base=2.0)
         assert "extra_args" not in to_vllm(self.vllm, plain, 1, None, Samplers("with it"))
 
     def test_probabilities_that_would_be_those_of_the_choice_are_refused(self) -> None:
-        asked = SamplingParams(top_a=0.5, logprobs=1)
+        asked = RequestSampling(top_a=0.5, logprobs=1)
         with pytest.raises(InvalidRequest, match="logprobs_mode"):
             to_vllm(self.vllm, asked, 1, samplers=Samplers(reports_choice=True))
         assert to_vllm(self.vllm, asked, 1)["logprobs"] == 1
 
     def test_breakers_are_spelled_and_unwanted_words_left_to_it(self) -> None:
         tokenizer = make_tokenizer()
-        given = SamplingParams(dry_multiplier=1.0, bad_words=("blue",))
+        given = RequestSampling(dry_multiplier=1.0, bad_words=("blue",))
         params = spelled(given, tokenizer, words=False)
         assert params.dry_sequence_breaker_ids == spelled(given, tokenizer).dry_sequence_breaker_ids
         assert (params.bad_words, params.bad_words_token_ids) == (("blue",), ())

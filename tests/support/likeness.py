@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 
 from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta
 from handlers.request import (
     ChatPrompt,
@@ -29,6 +28,7 @@ from handlers.request import (
     Message,
     TextPart,
 )
+from handlers.sampling import RequestSampling
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.engine_process import answer, config, running
 from tests.support.model_front import learned
@@ -74,7 +74,7 @@ def check_two_ranks(path: Path, oracle: Oracle, prompts: Sequence[Prompt]) -> No
 
     async def scenario() -> list[list[int]]:
         async with running(config(path, devices=("cpu", "cpu"))) as client:
-            params = SamplingParams(temperature=0.0, max_tokens=12)
+            params = RequestSampling(temperature=0.0, max_tokens=12)
             adds = [prompt.add(oracle.preprocessor, params) for prompt in prompts]
             return list(await asyncio.gather(*(answer(client, add) for add in adds)))
 
@@ -84,7 +84,7 @@ def check_two_ranks(path: Path, oracle: Oracle, prompts: Sequence[Prompt]) -> No
 def check_answers(path: Path, oracle: Oracle, prompts: Sequence[Prompt], **settings: object) -> None:
     """Greedy tokens of prompts that run together, with a budget that cuts them inside of images."""
     engine = load_engine(path, max_num_batched_tokens=7, max_num_seqs=4, **settings)
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    params = RequestSampling(temperature=0.0, max_tokens=12, ignore_eos=True)
     results = run_all(engine, [prompt.add(oracle.preprocessor, params) for prompt in prompts])
     for number, prompt in enumerate(prompts):
         want = oracle.generate(prompt, 12, ignore_eos=True)
@@ -93,7 +93,7 @@ def check_answers(path: Path, oracle: Oracle, prompts: Sequence[Prompt], **setti
 
 def check_logprobs(path: Path, oracle: Oracle, prompt: Prompt, **settings: object) -> None:
     """Those of the prompt's tokens and of the answer's equal transformers' within 1e-4."""
-    params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=1, prompt_logprobs=0, ignore_eos=True)
+    params = RequestSampling(temperature=0.0, max_tokens=5, logprobs=1, prompt_logprobs=0, ignore_eos=True)
     add = prompt.add(oracle.preprocessor, params)
     result = run_all(load_engine(path, max_num_batched_tokens=7, max_num_seqs=4, **settings), [add])[0]
     ids = torch.tensor([add.token_ids + result.token_ids])
@@ -168,12 +168,12 @@ def check_chat(path: Path, oracle: Oracle, template: str, images: Sequence[Image
                 options = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **sampling}
                 chat = ChatPrompt([Message("user", [*parts, TextPart("what?")])])
                 generation = await backend.generate(
-                    GenerationRequest("id", chat, SamplingParams(**options), n=n, constraint=constraint)
+                    GenerationRequest("id", chat, RequestSampling(**options), n=n, constraint=constraint)
                 )
                 return generation.stats.prompt_token_ids, [delta async for delta in generation]
 
             prompt_ids, deltas = await ask(n=2)
-            assert prompt_ids == prompt.add(oracle.preprocessor, SamplingParams()).token_ids
+            assert prompt_ids == prompt.add(oracle.preprocessor, RequestSampling()).token_ids
             assert tokens(deltas, 0) == tokens(deltas, 1) == want
             written = "".join(delta.text for delta in deltas if delta.index == 0)
             stop = next(character for character in written[3:] if character != "\ufffd")

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta
 from handlers.backends.rolling.engine import RollingEngine
 from handlers.pipeline import Pipeline
@@ -20,6 +19,7 @@ from handlers.request import (
     Message,
     TextPart,
 )
+from handlers.sampling import RequestSampling
 from properties.settings import Settings
 from tests.support.engine_driver import random_image
 
@@ -43,7 +43,7 @@ def request(*content: str | int, sampling: dict[str, Any] | None = None, **field
         else ImagePart("data:", LoadedImage(random_image(item), item.to_bytes(4, "little")))
         for item in content
     ]
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
+    params = RequestSampling(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
     return GenerationRequest("id", ChatPrompt([Message("user", parts)]), params, **fields)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from vllm.config import ModelConfig
 
-from handlers.backends.rolling.model_front import read_default_sampling
 from handlers.backends.vllm.prompts.front import generation_defaults
+from handlers.prompts.generation_config import read_default_sampling
 from tests.support.models import make_text_model
 
 FIELDS: dict[str, Any] = {

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.answers.answer_parser import VllmParser
 from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
 from handlers.backends.vllm.async_engine import VllmEngine
@@ -29,6 +28,7 @@ from handlers.parsers.base import (
     parse_whole,
 )
 from handlers.parsers.reasoning import ReasoningThenCalls
+from handlers.prompts.tokenizer import load_tokenizer
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
 from tests.support.live import LiveServer

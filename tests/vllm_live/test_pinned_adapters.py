@@ -16,7 +16,7 @@ import asyncio, json, os, sys
 from pathlib import Path
 from handlers.build import build_backend
 from handlers.request import ChatPrompt, GenerationRequest, Message, TextPart
-from engine.sampling_params import SamplingParams
+from handlers.sampling import RequestSampling
 from properties.configuration import resolve
 
 shapes, adapter = sys.argv[1:]
@@ -32,7 +32,7 @@ async def main():
     await backend.load()
     async def said(name):
         prompt = ChatPrompt([Message("user", [TextPart("What is this an image of?")], text_only=True)])
-        request = GenerationRequest("r", prompt, SamplingParams(temperature=0, max_tokens=16), adapter=name)
+        request = GenerationRequest("r", prompt, RequestSampling(temperature=0, max_tokens=16), adapter=name)
         return "".join([delta.text async for delta in await backend.generate(request)])
     async def seen(*names):
         (told,) = await backend._engine._keeper.engine.collective_rpc(pinned)

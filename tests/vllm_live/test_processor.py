@@ -14,11 +14,11 @@ import torch
 
 from engine.logits import best
 from engine.sampler import Sampler, SamplingState
-from engine.sampling_params import SamplingParams
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.prompts.sampling import to_vllm
 from handlers.backends.vllm.samplers import processor as processor_rows
 from handlers.backends.vllm.samplers.extra_args import KEY, PROCESSOR, wanted
+from handlers.sampling import RequestSampling
 from tests.support.sampling import EOS, KINDS, random_logits
 from tests.support.shapes import ROOT
 
@@ -47,7 +47,7 @@ FULL: list[dict[str, Any]] = [
 class Request:
     """One answer in both: in vLLM's batch, and alone with our sampler, whose state nothing interrupts."""
 
-    def __init__(self, number: int, params: SamplingParams) -> None:
+    def __init__(self, number: int, params: RequestSampling) -> None:
         params.validate()
         self.params, self.wanted = params, wanted(params)
         self.vllm = to_vllm(compat.load(), params, 1)
@@ -65,7 +65,7 @@ class Request:
 
 def requests() -> list[Request]:
     return [
-        Request(number, SamplingParams(**{"seed": 11 * number + 1, **FULL[number % len(FULL)]}))
+        Request(number, RequestSampling(**{"seed": 11 * number + 1, **FULL[number % len(FULL)]}))
         for number in range(2 * len(FULL))
     ]
 
@@ -156,11 +156,11 @@ def test_the_older_runners_batch_gives_our_samplers_tokens(
                 assert token == int(best(rows[name][None]))
             request.output.append(token)
             request.state.output_token_ids.append(token)
-    assert seen == {number for number, kind in enumerate(FULL) if wanted(SamplingParams(**kind))}
+    assert seen == {number for number, kind in enumerate(FULL) if wanted(RequestSampling(**kind))}
 
 
 def test_log_probabilities_are_the_models_own() -> None:
-    request = Request(1, SamplingParams(top_a=0.3, temperature=0.4, logprobs=2, seed=3))
+    request = Request(1, RequestSampling(top_a=0.3, temperature=0.4, logprobs=2, seed=3))
     side = OlderBatch()
     side.add(request)
     row = random_logits(1, VOCABULARY)[0]
@@ -173,7 +173,7 @@ def test_log_probabilities_are_the_models_own() -> None:
 
 def test_without_a_request_of_ours_the_logits_are_not_touched() -> None:
     side = OlderBatch()
-    side.add(Request(1, SamplingParams(temperature=0.7, top_p=0.9, min_p=0.1, seed=1)))
+    side.add(Request(1, RequestSampling(temperature=0.7, top_p=0.9, min_p=0.1, seed=1)))
     side.batch.refresh_metadata()
     logits = random_logits(1, VOCABULARY)
     before = logits.clone()
@@ -184,7 +184,7 @@ def test_without_a_request_of_ours_the_logits_are_not_touched() -> None:
 def test_a_row_without_a_token_stays_as_it_is() -> None:
     side = OlderBatch()
     for number in range(3):
-        side.add(Request(number, SamplingParams(top_a=0.5, seed=number)))
+        side.add(Request(number, RequestSampling(top_a=0.5, seed=number)))
     side.batch.refresh_metadata()
     logits = random_logits(3, VOCABULARY)
     logits[1, 4] = torch.nan
@@ -197,7 +197,7 @@ def test_a_row_without_a_token_stays_as_it_is() -> None:
 
 def test_tokens_that_are_taken_back_are_forgotten() -> None:
     """As vLLM does when a cache that was to be fetched is gone."""
-    request = Request(0, SamplingParams(temperature=0.0, no_repeat_ngram_size=2, dry_multiplier=1.0))
+    request = Request(0, RequestSampling(temperature=0.0, no_repeat_ngram_size=2, dry_multiplier=1.0))
     side = OlderBatch()
     side.add(request)
     row = random_logits(1, VOCABULARY)[0]
@@ -217,7 +217,7 @@ def test_few_mirostats_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = processor_rows.Rows()
     made = [
         to_vllm(
-            compat.load(), SamplingParams(mirostat_mode=2, mirostat_tau=2.0, mirostat_eta=0.1, seed=seed), 1
+            compat.load(), RequestSampling(mirostat_mode=2, mirostat_tau=2.0, mirostat_eta=0.1, seed=seed), 1
         )
         for seed in range(9)
     ]
@@ -333,9 +333,9 @@ def test_what_is_loaded_into_the_engines_process_is_light() -> None:
 
 
 def test_a_request_carries_only_what_changes_its_answer() -> None:
-    params = to_vllm(compat.load(), SamplingParams(temperature=0.7, top_p=0.5, stop=("x",), logprobs=3), 1)
+    params = to_vllm(compat.load(), RequestSampling(temperature=0.7, top_p=0.5, stop=("x",), logprobs=3), 1)
     assert params.extra_args is None
-    params = to_vllm(compat.load(), SamplingParams(top_a=0.5, temperature=0.7, top_p=0.5, stop=("no",)), 2)
+    params = to_vllm(compat.load(), RequestSampling(top_a=0.5, temperature=0.7, top_p=0.5, stop=("no",)), 2)
     assert list(params.extra_args) == [KEY]
     assert b"no" not in params.extra_args[KEY]
     assert (params.temperature, params.top_p, params.stop, params.n) == (1.0, 1.0, ["no"], 2)

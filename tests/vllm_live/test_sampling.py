@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from vllm.config import VllmConfig
 
-from engine.sampling_params import MAX_INTEGER, MAX_SEED, SamplingParams
+from engine.sampling_params import MAX_INTEGER, MAX_SEED
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.compat import RunnerLimits, load
 from handlers.backends.vllm.prompts import runner_limits
 from handlers.backends.vllm.prompts.sampling import to_vllm
 from handlers.errors import InvalidRequest
+from handlers.sampling import RequestSampling
 
 LIMITS = RunnerLimits(allowed_token_ids=4, logit_bias=3, stop_token_ids=5, bad_word_tokens=6)
 
@@ -30,7 +31,7 @@ LETTERS: Any = SimpleNamespace(
 
 
 def asked(n: int = 1, **params: Any) -> Any:
-    return to_vllm(load(), SamplingParams(**params), n)
+    return to_vllm(load(), RequestSampling(**params), n)
 
 
 class TestSeeds:

@@ -150,7 +150,7 @@ class RollingEngine:
         add = Add(
             request_id=0,
             token_ids=token_ids,
-            params=request.params,
+            params=request.params.for_engine(),
             seeds=[(seed + index) % 2**63 for index in range(request.n)],
             eos_token_ids=self._front.eos_token_ids,
             pictures=prompt.placed,

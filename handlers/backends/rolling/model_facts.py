@@ -18,8 +18,8 @@ import msgspec
 
 from engine.errors import EngineDead, ModelLoadError, one_line
 from engine.families.pixels import ProcessorBackend
-from handlers.backends.mistral_format import mistral_tokenizer, only_mistral
 from handlers.backends.rolling.client import EngineProcess
+from handlers.prompts.tokenizer import load_tokenizer
 
 TOKENIZER = "tokenizer"
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
@@ -158,24 +158,6 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
         takes_pictures=preprocessor is not None,
         preprocessor=None if preprocessor is None else preprocessor.to_bytes(),
     )
-
-
-def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
-    """The model's tokenizer as transformers loads it. Slow. Raises ModelLoadError."""
-    theirs = mistral_tokenizer(Path(path))
-    if theirs is not None and not Path(path, "tokenizer.json").is_file():
-        raise ModelLoadError(only_mistral(theirs))
-    from transformers import AutoTokenizer
-
-    # Where mistral_common is installed, transformers would take Mistral's own tokenizer, which is no fast one.
-    format: dict[str, Any] = {} if theirs is None else {"mistral_format": False}
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **format)
-    except Exception as error:  # as above
-        raise ModelLoadError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise ModelLoadError("the model has no tokenizer.json; convert its tokenizer to the fast format")
-    return tokenizer
 
 
 def _save_plain(tokenizer: Any, folder: Path) -> bool:

@@ -22,7 +22,6 @@ from handlers.backends.base import (
     PromptModel,
     compute_type,
 )
-from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.adapters.store import LoadedAdapter, VllmAdapters
 from handlers.backends.vllm.answers.parsers import vllm_parsers
 from handlers.backends.vllm.engine.builder import EngineBuilder
@@ -40,6 +39,7 @@ from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vl
 from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
+from handlers.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from handlers.request import Constraint, PicturePart

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shown
+from engine.sampling_params import shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.api import described_as
 from handlers.protocols.base import (
@@ -34,6 +34,7 @@ from handlers.protocols.openai.writers import CompletionWriter
 from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import Constraint, GenerationRequest, TextPrompt
+from handlers.sampling import MAX_STOP_STRINGS, RequestSampling
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +100,9 @@ class LmiBody(msgspec.Struct):
 
 _SHOWN = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "logprobs": "top_n_tokens"}
 _FIELDS: Mapping[str, str] = {
-    name: f"parameters.{_SHOWN.get(name, name)}" for name in SamplingParams.__struct_fields__
+    name: f"parameters.{_SHOWN.get(name, name)}" for name in RequestSampling.__struct_fields__
 } | {"stop": "parameters.stop_sequences"}
-"""A field of SamplingParams -> what the client calls it."""
+"""A field of RequestSampling -> what the client calls it."""
 
 _WITHOUT_EFFECT = frozenset(
     {"watermark", "length_penalty", "early_stopping", "num_beams", "spaces_between_special_tokens"}
@@ -279,7 +280,7 @@ def _read_parameters(given: dict[str, Any]) -> LmiParameters:
 
 def _read_sampling(
     parameters: LmiParameters, defaults: Mapping[str, Any], *, shows_tokens: bool, shows_prompt: bool
-) -> SamplingParams:
+) -> RequestSampling:
     """Greedy unless asked otherwise, and 30 tokens, whatever the model's own defaults say. Engine names work, too.
 
     shows_tokens, shows_prompt: whether the reply holds the answer's and the prompt's tokens with their

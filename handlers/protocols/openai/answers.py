@@ -10,7 +10,6 @@ from typing import Any, cast
 import msgspec
 from msgspec import UNSET
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PromptStats
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import (
@@ -38,6 +37,7 @@ from handlers.protocols.openai.replies import (
 )
 from handlers.protocols.openai.tools import Tools
 from handlers.request import Constraint
+from handlers.sampling import RequestSampling
 
 MakeParser = Callable[[PromptStats], Parser]
 """A parser for one more answer to the prompt."""
@@ -56,7 +56,7 @@ class AnswerForm:
     keeps_special_tokens: bool = False
     hides_tokens: bool = False
 
-    def applied(self, sampling: SamplingParams) -> SamplingParams:
+    def applied(self, sampling: RequestSampling) -> RequestSampling:
         if self.keeps_special_tokens and sampling.skip_special_tokens:
             return msgspec.structs.replace(sampling, skip_special_tokens=False)
         return sampling

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, MAX_STOP_STRINGS, shown
+from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, shown
 from handlers.errors import InvalidRequest
 from handlers.prompts.limits import MOST_TOKEN_IDS
 from handlers.protocols.api import described, reference
@@ -31,6 +31,7 @@ from handlers.protocols.sampler_fields import (
     sampler_values,
 )
 from handlers.request import ChatPrompt, GenerationRequest, TextPart, TextPrompt
+from handlers.sampling import MAX_STOP_STRINGS
 
 log = logging.getLogger(__name__)
 
@@ -414,7 +415,7 @@ def _ids(token_ids: list[int]) -> _Shown:
 
 
 def common_sampling(asked: CommonBody) -> dict[str, Any]:
-    """Fields of SamplingParams, None for what was not given. Raises InvalidRequest."""
+    """Fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     if stop is not None and "" in stop:
         raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")

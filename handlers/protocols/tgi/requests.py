@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams, shown
+from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.api import described_as
 from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, sampling_params
@@ -30,6 +30,7 @@ from handlers.protocols.sampler_fields import (
 )
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
 from handlers.request import GenerationRequest, TextPrompt
+from handlers.sampling import MAX_STOP_STRINGS, RequestSampling
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _seeds(asked: TgiParameters, answers: int) -> list[int | None]:
     return shown_seeds(asked.seed, answers)
 
 
-def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bool) -> SamplingParams:
+def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bool) -> RequestSampling:
     """TGI knows no defaults of the model's own, and keeps a stop string in the text."""
     seed = seeds[0]
     stops = asked.stops

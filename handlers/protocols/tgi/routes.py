@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from engine.sampling_params import MAX_STOP_STRINGS
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
 from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task
@@ -18,6 +17,7 @@ from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.replies import TGI_ERRORS, TgiEvent, TgiReply
 from handlers.protocols.tgi.requests import GENERATE_ROUTES, TgiBody, read_tgi
 from handlers.request import GenerationRequest, TextPart, prompt_parts
+from handlers.sampling import MAX_STOP_STRINGS
 from handlers.version import VERSION
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from PIL import Image
 from engine.errors import ModelLoadError, RequestRejected
 from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
-from engine.sampling_params import SamplingParams
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.rolling.images import PicturePreparer
 from handlers.errors import ImageError
@@ -29,6 +28,7 @@ from handlers.request import (
     LoadedImage,
     Message,
 )
+from handlers.sampling import RequestSampling
 from tests.support.engine_driver import Oracle, Prompt
 from tests.support.exactness import check_random_load, prompts_with
 from tests.support.likeness import (
@@ -154,7 +154,7 @@ def test_an_image_of_which_nothing_would_be_left_is_refused(
     async def scenario() -> None:
         async with loaded(path) as backend:
             part = ImagePart("data:", LoadedImage(thin, b"thin"))
-            request = GenerationRequest("id", ChatPrompt([Message("user", [part])]), SamplingParams())
+            request = GenerationRequest("id", ChatPrompt([Message("user", [part])]), RequestSampling())
             with pytest.raises(ImageError):
                 await backend.generate(request)
 

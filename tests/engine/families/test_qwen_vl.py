@@ -25,7 +25,6 @@ from engine.families.base import GRID, PreparedPicture
 from engine.families.qwen2_vl import Qwen2VLPreprocessor
 from engine.loader import load_preprocessor
 from engine.messages import Picture, TensorData
-from engine.sampling_params import SamplingParams
 from handlers.backends.vision_flags import contradictions
 from handlers.errors import ImageError
 from handlers.request import (
@@ -39,6 +38,7 @@ from handlers.request import (
     Message,
     TextPart,
 )
+from handlers.sampling import RequestSampling
 from properties.settings import Settings
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.exactness import PromptMaker, check_random_load
@@ -46,7 +46,7 @@ from tests.support.model_front import learned
 from tests.support.rolling import answer, loaded, tokens
 from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, inputs, make_qwen_vl
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
+GREEDY = RequestSampling(temperature=0.0, max_tokens=16)
 SIZES = ((1, 1), (30, 900), (900, 30), (60, 41), (129, 77), (200, 200), (28, 28), (3, 100))
 """(width, height): a point, 1:30 both ways, odd, larger than the limit, one token's side, smaller than a patch."""
 
@@ -110,7 +110,7 @@ def test_a_prompt_may_be_cut_anywhere_in_an_image(model: tuple[Path, Oracle], bu
     path, oracle = model
     engine = load_engine(path, max_num_batched_tokens=budget, max_num_seqs=4, block_size=4)
     want = [oracle.generate(prompt, 16, ignore_eos=True) for prompt in TRAPS]
-    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    params = RequestSampling(temperature=0.0, max_tokens=16, ignore_eos=True)
     for _ in range(2):
         results = run_all(engine, [prompt.add(oracle.preprocessor, params) for prompt in TRAPS])
         assert [results[number].token_ids for number in range(len(TRAPS))] == want
@@ -139,7 +139,7 @@ def test_an_image_may_be_the_end_of_a_prompt(model: tuple[Path, Oracle]) -> None
 
 def test_log_probabilities_are_those_of_the_model(model: tuple[Path, Oracle]) -> None:
     path, oracle = model
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=5, prompt_logprobs=0)
+    params = RequestSampling(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=5, prompt_logprobs=0)
     adds = [prompt.add(oracle.preprocessor, params) for prompt in TRAPS]
     results = run_all(load_engine(path, max_num_batched_tokens=19), adds)
     for number, (prompt, add) in enumerate(zip(TRAPS, adds, strict=True)):
@@ -381,7 +381,7 @@ def asked(
             )
         else:
             parts.append(EmbeddingsPart("", loaded=item))
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
+    params = RequestSampling(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **(sampling or {})})
     return GenerationRequest("id", ChatPrompt([Message("user", parts)]), params, **fields)
 
 
@@ -451,7 +451,7 @@ def test_what_a_backend_offers_works_with_deepstack(tmp_path: Path) -> None:
 def test_penalties_count_the_tokens_of_images(model: tuple[Path, Oracle]) -> None:
     """Qwen2.5-VL's generation_config.json asks for one, with greedy answers, too."""
     path, oracle = model
-    params = SamplingParams(temperature=0.0, max_tokens=24, repetition_penalty=1.3)
+    params = RequestSampling(temperature=0.0, max_tokens=24, repetition_penalty=1.3)
     prompt = marked(1, 2, ODD, 3)
     got = run_all(load_engine(path), [prompt.add(oracle.preprocessor, params)])[0].token_ids
     config: Any = oracle.model.generation_config

@@ -11,13 +11,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PromptStats
 from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import EngineFailed
 from handlers.pipeline import Generation, texts_of
 from handlers.prompts.detokenizer import TokenTexts
 from handlers.request import ChatPrompt, Constraint, GenerationRequest, Message, Prompt, TextPart, TextPrompt
+from handlers.sampling import RequestSampling
 
 WORDS = ["▁a", "▁red", "▁circle", "s", "</s>", "▁"]
 A, RED, CIRCLE, S, END, SPACE = range(len(WORDS))
@@ -42,7 +42,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ],
 )
 def test_only_a_chats_answer_begins_anew(prompt: Prompt, constraint: Constraint | None, text: str) -> None:
-    request = GenerationRequest("r", prompt, SamplingParams(), constraint=constraint)
+    request = GenerationRequest("r", prompt, RequestSampling(), constraint=constraint)
     for one in texts_of(request, request.sampling, [A], 2, TokenTexts(tokenizer())):
         assert "".join(one.pieces([RED, CIRCLE], finished=True)) == text
 
@@ -73,7 +73,7 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
             raise
 
     async def all_of_them() -> list[Delta]:
-        sampling = SamplingParams(**params)
+        sampling = RequestSampling(**params)
         request = GenerationRequest("r", ChatPrompt(SAID), sampling, n=n)
         stream = VllmStream(
             given(),

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from engine.sampling_params import SamplingParams
-from handlers.backends.rolling.model_front import ModelFront, read_default_sampling
+from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.vllm.prompts.sampling import usual_sampling
 from handlers.backends.vllm.samplers.extra_args import Samplers
+from handlers.prompts.generation_config import read_default_sampling
 from handlers.prompts.limits import checked_sampling, checked_tokens
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi.requests import read_tgi
+from handlers.sampling import RequestSampling
 from properties.settings import Settings
 from tests.support.models import make_text_model
 from tests.support.scripted import chat
@@ -157,7 +158,7 @@ def test_the_length_of_an_answer_is_the_clients_then_the_dialects_then_the_model
 
 def test_the_models_default_never_refuses_a_prompt_or_takes_its_room() -> None:
     (request,) = read_chat(chat(), ServerContext("shapes", {"max_tokens": 500}), request_id="r").requests
-    assert checked_sampling(request, 60, 64, 300) == SamplingParams(max_tokens=4)
+    assert checked_sampling(request, 60, 64, 300) == RequestSampling(max_tokens=4)
     request.truncate_prompt_tokens = -1
     assert len(checked_tokens(request, [1] * 100, 64, 300)) == 32
 

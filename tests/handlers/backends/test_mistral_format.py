@@ -10,12 +10,12 @@ import pytest
 
 from container.check import describe
 from engine.errors import ModelLoadError
-from handlers.backends.rolling.model_facts import load_tokenizer
 from handlers.backends.vllm.options.checkpoint import (
     format_warnings,
     replaced_formats,
     weight_problems,
 )
+from handlers.prompts.tokenizer import load_tokenizer
 from tests.support.checked import CPU, configure
 from tests.support.engine_driver import load_engine
 from tests.support.models import make_text_model

@@ -9,13 +9,13 @@ from typing import Any
 import psutil
 import pytest
 
-from engine.sampling_params import SamplingParams
 from handlers.errors import InvalidRequest, ServingError
 from handlers.request import (
     GenerationRequest,
     TextPart,
     TextPrompt,
 )
+from handlers.sampling import RequestSampling
 from tests.support.models import CHAT_TEMPLATE, make_llava
 from tests.support.rolling import answer, loaded, request, tokens
 
@@ -63,7 +63,7 @@ def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
                 (request("x", sampling={"stop_token_ids": (2**31,)}), "not in the vocabulary"),
                 (request("x", sampling={"stop_token_ids": tuple(range(200)) * 6}), "allowed: 1024"),
                 (
-                    GenerationRequest("id", nothing, SamplingParams()),
+                    GenerationRequest("id", nothing, RequestSampling()),
                     "empty",
                 ),
             ):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, Health
 from handlers.errors import EngineFailed, InvalidRequest, ServingError, Unavailable
 from handlers.offline.batch import Batch, Outcome
 from handlers.protocols.base import Answered
 from handlers.request import GenerationRequest, TextPart, TextPrompt
+from handlers.sampling import RequestSampling
 from tests.support.scripted import Pictures, ScriptedBackend, ScriptedGeneration, Step, said
 
 
@@ -41,7 +41,7 @@ class Mortal(ScriptedBackend):
 
 def requests(count: int, n: int = 1) -> list[GenerationRequest]:
     return [
-        GenerationRequest(str(number), TextPrompt([TextPart(str(number))]), SamplingParams(), n=n)
+        GenerationRequest(str(number), TextPrompt([TextPart(str(number))]), RequestSampling(), n=n)
         for number in range(count)
     ]
 

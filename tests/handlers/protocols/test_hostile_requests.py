@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from handlers.errors import InvalidRequest
+from handlers.errors import ContextExceeded, InvalidParameter
 from handlers.exchange import Reply
 from handlers.request import GenerationRequest
 from tests.support.scripted import (
@@ -158,18 +158,27 @@ def test_a_json_object_may_come_as_a_form() -> None:
 
 
 def test_limits_are_called_as_the_client_calls_them() -> None:
-    text = "the prompt has 9 tokens and max_tokens is 99: ask for at most 3"
+    exceeded = (
+        "the prompt has 9 tokens and max_tokens is 99, together more than this model's context of 12 tokens: "
+        "ask for at most 3"
+    )
 
     class Full(ScriptedBackend):
         async def generate(self, request: GenerationRequest) -> ScriptedGeneration:
-            raise InvalidRequest(text, param="max_tokens")
+            raise ContextExceeded(prompt_tokens=9, max_tokens=99, context=12)
 
-    for body, name in (
-        (chat(max_tokens=99), "max_tokens"),
-        (chat(max_completion_tokens=99), "max_completion_tokens"),
-        (lmi(max_new_tokens=99), "parameters.max_new_tokens"),
+    class Limited(ScriptedBackend):
+        async def generate(self, request: GenerationRequest) -> ScriptedGeneration:
+            raise InvalidParameter("max_tokens", "is too much")
+
+    for body, name, backend, text in (
+        (chat(max_tokens=99), "max_tokens", Full([]), exceeded),
+        (chat(max_completion_tokens=99), "max_completion_tokens", Full([]), exceeded),
+        (lmi(max_new_tokens=99), "parameters.max_new_tokens", Full([]), exceeded),
+        (chat(max_completion_tokens=99), "max_completion_tokens", Limited([]), "max_tokens is too much"),
+        (lmi(max_new_tokens=99), "parameters.max_new_tokens", Limited([]), "max_tokens is too much"),
     ):
-        reply = answer(body, Full([]))
+        reply = answer(body, backend)
         assert reply.status == 400
         told = json.loads(reply.body)
         told = told["error"] if "messages" in body else told

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest
 from handlers.exchange import Reply
@@ -20,6 +19,7 @@ from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.markdown_images import image_parts
 from handlers.request import GenerationRequest, ImagePart, TextPart, TextPrompt
+from handlers.sampling import RequestSampling
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://pictures.example/cat.png"
@@ -30,7 +30,7 @@ def task(inputs: Any = "hi", *, defaults: dict[str, Any] | None = None, **parame
     return read_lmi(body, ServerContext("shapes", defaults or {}), request_id="r1")
 
 
-def sampling(defaults: dict[str, Any] | None = None, **parameters: Any) -> SamplingParams:
+def sampling(defaults: dict[str, Any] | None = None, **parameters: Any) -> RequestSampling:
     return task(defaults=defaults, **parameters).requests[0].sampling
 
 
@@ -68,13 +68,13 @@ def lines(steps: list[Step], body: Any) -> list[Any]:
 
 
 def test_defaults_are_thirty_tokens_and_greedy() -> None:
-    assert sampling() == SamplingParams(max_tokens=30, temperature=0.0)
+    assert sampling() == RequestSampling(max_tokens=30, temperature=0.0)
     assert sampling(do_sample=False, temperature=0.7).greedy
     assert sampling(seed=4, top_p=0.5).greedy
     assert sampling(do_sample=True).temperature == 1.0
     assert sampling(temperature=0.7).temperature == 0.7
     defaults = {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 500}
-    assert sampling(defaults) == SamplingParams(
+    assert sampling(defaults) == RequestSampling(
         max_tokens=30, temperature=0.0, top_k=20, repetition_penalty=1.05
     )
     assert sampling(defaults, do_sample=True).temperature == 0.3
@@ -108,7 +108,7 @@ def test_every_parameter_reaches_the_engine() -> None:
         truncate=100,
     ).requests[0]
     assert asked.truncate_prompt_tokens == 100
-    assert asked.sampling == SamplingParams(
+    assert asked.sampling == RequestSampling(
         max_tokens=5,
         min_tokens=1,
         temperature=0.5,

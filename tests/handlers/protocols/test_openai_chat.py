@@ -17,7 +17,6 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
 from handlers.protocols.base import ServerContext
@@ -32,6 +31,7 @@ from handlers.protocols.openai.requests import (
     read_chat,
 )
 from handlers.request import ChatPrompt, GenerationRequest, ImagePart, TextPart
+from handlers.sampling import RequestSampling
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 
 CAT = "https://pictures.example/cat.png"
@@ -183,7 +183,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         "top_logprobs": 3,
         "prompt_logprobs": 1,
     }
-    assert read(chat(**fields)).sampling == SamplingParams(
+    assert read(chat(**fields)).sampling == RequestSampling(
         max_tokens=12,
         min_tokens=2,
         temperature=0.5,
@@ -207,10 +207,10 @@ def test_every_sampling_field_reaches_the_engine() -> None:
 
 
 def test_defaults_are_the_models_then_openais() -> None:
-    assert read(chat()).sampling == SamplingParams()
+    assert read(chat()).sampling == RequestSampling()
     assert read(chat()).sampling.max_tokens is None
     defaults = {"temperature": 0.2, "top_k": 50, "unknown": 1}
-    assert read(chat(top_k=3, temperature=None), **defaults).sampling == SamplingParams(
+    assert read(chat(top_k=3, temperature=None), **defaults).sampling == RequestSampling(
         temperature=0.2, top_k=3
     )
     assert read(chat(stop="x")).sampling.stop == ("x",)
@@ -220,9 +220,9 @@ def test_defaults_are_the_models_then_openais() -> None:
 
 def test_null_means_absent_everywhere() -> None:
     names = set(read_chat.__globals__["ChatBody"].__struct_fields__) - {"messages"}
-    assert read(chat(**dict.fromkeys(names))).sampling == SamplingParams()
+    assert read(chat(**dict.fromkeys(names))).sampling == RequestSampling()
     unsupported = UNSUPPORTED
-    assert read(chat(**dict.fromkeys(unsupported))).sampling == SamplingParams()
+    assert read(chat(**dict.fromkeys(unsupported))).sampling == RequestSampling()
 
 
 _VLLM = (

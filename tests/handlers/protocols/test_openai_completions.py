@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from openai.types import Completion
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, InvalidRequest
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.request import Constraint, GenerationRequest, ImagePart, TextPart, TextPrompt
+from handlers.sampling import RequestSampling
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://pictures.example/cat.png"
@@ -110,7 +110,7 @@ def test_pictures_stand_in_the_prompt() -> None:
 
 def test_sixteen_tokens_unless_the_body_says_otherwise() -> None:
     request = only({"prompt": "a"})
-    assert request.sampling == SamplingParams(max_tokens=16)
+    assert request.sampling == RequestSampling(max_tokens=16)
     assert request.max_tokens_is_default
     request = only({"prompt": "a", "max_tokens": None})
     assert request.sampling.max_tokens is None
@@ -152,7 +152,7 @@ def test_every_field_reaches_the_engine() -> None:
 
 def test_null_means_absent_and_unknown_fields_are_dropped() -> None:
     names = set(read_completion.__globals__["CompletionBody"].__struct_fields__) - {"prompt", "max_tokens"}
-    assert only({"prompt": "a", **dict.fromkeys(names)}).sampling == SamplingParams(max_tokens=16)
+    assert only({"prompt": "a", **dict.fromkeys(names)}).sampling == RequestSampling(max_tokens=16)
     only(
         {"prompt": "a", "user": "u", "return_full_text": True, "best_of": 1, "wait_for_model": True, "x": {}}
     )

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from engine.sampling_params import MAX_SEED, SamplingParams
+from engine.sampling_params import MAX_SEED
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
 from handlers.exchange import Reply
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.tgi.requests import read_tgi
 from handlers.request import ImagePart, TextPart, TextPrompt
+from handlers.sampling import RequestSampling
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import Pictures, ScriptedBackend, Step, everything, incoming, said, service, token
 
@@ -30,7 +31,7 @@ def task(inputs: Any = "hi", route: str = "/generate", **parameters: Any) -> Tas
     return read_tgi({"inputs": inputs, "parameters": parameters}, context, request_id="r1", route=route)
 
 
-def sampling(**parameters: Any) -> SamplingParams:
+def sampling(**parameters: Any) -> RequestSampling:
     return task(**parameters).requests[0].sampling
 
 
@@ -89,7 +90,7 @@ def test_without_parameters_it_draws_and_with_an_empty_object_it_does_not() -> N
         drawn = read_tgi(body, context, request_id="r", route="/generate").requests[0].sampling
         assert (drawn.temperature, drawn.max_tokens) == (1.0, None)
         assert drawn.seed is not None
-    assert sampling() == SamplingParams(temperature=0.0)
+    assert sampling() == RequestSampling(temperature=0.0)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_every_parameter_reaches_the_engine() -> None:
     assert asked.truncate_prompt_tokens == 10
     assert asked.constraint is not None
     assert asked.constraint.value == "a+"
-    assert asked.sampling == SamplingParams(
+    assert asked.sampling == RequestSampling(
         max_tokens=5,
         temperature=0.5,
         top_k=4,
@@ -149,7 +150,7 @@ def test_every_parameter_reaches_the_engine() -> None:
 
 def test_null_is_as_good_as_nothing() -> None:
     names = "best_of decoder_input_details details do_sample grammar stop seed top_k truncate watermark"
-    assert sampling(**dict.fromkeys(names.split())) == SamplingParams(temperature=0.0)
+    assert sampling(**dict.fromkeys(names.split())) == RequestSampling(temperature=0.0)
 
 
 def test_stops_under_both_names_as_one_text_or_several() -> None:

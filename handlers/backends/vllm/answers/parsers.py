@@ -12,7 +12,7 @@ from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import AnswerFormats, Asked, ReasoningFormat, ToolFormat
 from handlers.parsers.names import of_vllm
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats, openai_call_id
-from handlers.prompts.detokenizer import skipped_tokens
+from handlers.prompts.tokenizer import skipped_tokens
 from properties.names import key_of
 
 if TYPE_CHECKING:

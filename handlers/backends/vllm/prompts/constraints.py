@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from handlers.backends.rolling.model_front import vocabulary_of
+from handlers.prompts.tokenizer import vocabulary_of
 
 if TYPE_CHECKING:
     from engine.config import Vocabulary

@@ -14,11 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from handlers.backends.mistral_format import mistral_weights_alone
-from handlers.backends.rolling.model_front import (
-    read_default_sampling,
-    read_eos_token_ids,
-    read_generation_config,
-)
 from handlers.backends.vllm.prompts.places import (
     PicturePlaces,
     picture_places,
@@ -26,6 +21,11 @@ from handlers.backends.vllm.prompts.places import (
     rows_of_mistral,
 )
 from handlers.prompts.chat_templates import read_chat_templates
+from handlers.prompts.generation_config import (
+    read_default_sampling,
+    read_eos_token_ids,
+    read_generation_config,
+)
 from handlers.prompts.renderer import PromptRenderer
 from handlers.request import ImagePart, PicturePart
 

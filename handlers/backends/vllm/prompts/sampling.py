@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from engine.sampling_params import MAX_SEED, SamplingParams
+from engine.sampling_params import MAX_SEED
 from handlers.backends.vllm.failures import refused
 from handlers.backends.vllm.samplers.extra_args import (
     HAS_ALL,
@@ -20,6 +20,7 @@ from handlers.backends.vllm.samplers.extra_args import (
     wanted,
 )
 from handlers.errors import InvalidParameter
+from handlers.sampling import RequestSampling
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
@@ -55,12 +56,12 @@ SLOWER_WITH_STOPS = 20
 _LONGEST = 2**30
 """More tokens than any context has."""
 
-_PLAIN = SamplingParams()
+_PLAIN = RequestSampling()
 
 
 def to_vllm(
     vllm: Vllm,
-    params: SamplingParams,
+    params: RequestSampling,
     n: int,
     constraint: Constraint | None = None,
     samplers: Samplers = HAS_ALL,
@@ -112,7 +113,7 @@ def usual_sampling(defaults: Mapping[str, float | int], samplers: Samplers) -> d
     return {name: value for name, value in defaults.items() if name in (*SAME, *TRANSLATED)}
 
 
-def _check(params: SamplingParams, samplers: Samplers) -> None:
+def _check(params: RequestSampling, samplers: Samplers) -> None:
     """Raise InvalidRequest unless the engine has the samplers that these parameters ask for."""
     if samplers.lacking is None and not (samplers.reports_choice and params.logprobs is not None):
         return
@@ -160,7 +161,7 @@ def structured(vllm: Vllm, constraint: Constraint) -> Any:
         raise refused(error, constraint.param) from error
 
 
-def check_prompt_logprobs(params: SamplingParams, prompt_tokens: int, answers: int) -> None:
+def check_prompt_logprobs(params: RequestSampling, prompt_tokens: int, answers: int) -> None:
     """Raise InvalidRequest for more probabilities than vLLM should put together.
 
     It does so on the event loop, for each of the answers that it makes: about 0.7 us for each probability.

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -19,9 +19,7 @@ from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.model_json import read_object
-
-if TYPE_CHECKING:
-    pass
+from handlers.sampling import RequestSampling
 
 PROCESSOR = "handlers.backends.vllm.samplers.processor:SamplerProcessor"
 """As vLLM's `logits_processors` names a class."""
@@ -36,8 +34,8 @@ NEUTRAL: dict[str, Any] = {
 """Of vLLM's parameters, for a request whose token is chosen before they are looked at."""
 
 _LEFT_TO_VLLM = (
-    "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
-    "skip_special_tokens", "logprobs", "prompt_logprobs", "allowed_token_ids", "bad_words", "dry_sequence_breakers",
+    "max_tokens", "min_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs",
+    "allowed_token_ids",
 )  # fmt: skip
 """Masks among them are on the logits already when the processor sees them; vLLM has a seed for each completion."""
 
@@ -78,9 +76,11 @@ def wanted(params: SamplingParams) -> bool:
     )
 
 
-def extra_args(params: SamplingParams) -> dict[str, bytes]:
+def extra_args(params: RequestSampling) -> dict[str, bytes]:
     """vLLM's `extra_args` for such a request. params: words spelled."""
-    kept = msgspec.structs.replace(params, **{name: getattr(_PLAIN, name) for name in _LEFT_TO_VLLM})
+    kept = msgspec.structs.replace(
+        params.for_engine(), **{name: getattr(_PLAIN, name) for name in _LEFT_TO_VLLM}
+    )
     return {KEY: msgspec.msgpack.encode(Carried(kept, secrets.randbits(63)))}
 
 

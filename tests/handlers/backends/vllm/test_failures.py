@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import pytest
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.vllm.async_engine import VllmEngine
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.inputs import Inputs
@@ -25,6 +24,7 @@ from handlers.errors import (
     Unavailable,
 )
 from handlers.request import ImagePart
+from handlers.sampling import RequestSampling
 from tests.support.models import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -99,7 +99,7 @@ def stream(
 ) -> VllmStream:
     return VllmStream(
         outputs.given(),
-        SamplingParams(temperature=1.0),
+        RequestSampling(temperature=1.0),
         choices=n,
         images=images,
         constrained=constrained,

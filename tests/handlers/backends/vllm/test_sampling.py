@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.sampling_params import SamplingParams
 from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs
 from handlers.errors import InvalidRequest
+from handlers.sampling import RequestSampling
 
 
 class TestPromptLogprobs:
@@ -26,14 +26,14 @@ class TestPromptLogprobs:
     def test_as_many_as_take_little_time_are_made(
         self, params: dict[str, Any], tokens: int, answers: int
     ) -> None:
-        check_prompt_logprobs(SamplingParams(**params), tokens, answers)
+        check_prompt_logprobs(RequestSampling(**params), tokens, answers)
         if params:
             with pytest.raises(InvalidRequest, match=r"^prompt_logprobs is .*; allowed: \d+ probabilities"):
-                check_prompt_logprobs(SamplingParams(**params), tokens + 1, answers)
+                check_prompt_logprobs(RequestSampling(**params), tokens + 1, answers)
 
     def test_the_refusal_says_what_counts(self) -> None:
         with pytest.raises(InvalidRequest) as caught:
-            check_prompt_logprobs(SamplingParams(prompt_logprobs=20, stop=("x",)), 4000, 3)
+            check_prompt_logprobs(RequestSampling(prompt_logprobs=20, stop=("x",)), 4000, 3)
         assert str(caught.value) == (
             "prompt_logprobs is 20, for a prompt of 4000 tokens and 3 answers; "
             "allowed: 13107 probabilities in all where there are stop strings"
