@@ -45,6 +45,8 @@ AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
 
 
 class Unauthorized(ServingError):
+    """The request does not carry one of the server's keys."""
+
     status = 401
     kind = "authentication_failed"
 

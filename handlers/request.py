@@ -51,6 +51,8 @@ class LoadedEmbeddings:
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
+    """A piece of text between images."""
+
     text: str
 
 

@@ -187,8 +187,10 @@ class Child:
         return self._log.last_words
 
     def has_ended(self) -> bool:
-        """Known at once, also before its exit code is. Only between messages: what has come and was not asked for
-        counts as an end, too."""
+        """Whether the process has ended; known at once, also before its exit code is.
+
+        Call it only between messages: a message that nobody asked for counts as an end, too.
+        """
         if self.returncode is not None:
             return True
         try:
@@ -207,10 +209,14 @@ class Child:
             return False
 
     def send(self, *parts: bytes, descriptor: int | None = None) -> None:
-        """One message, of these parts; the event loop sends what the socket has no room for yet. Raises OSError when
-        the child is gone.
+        """Send one message. The event loop sends what does not fit into the socket's buffer yet.
 
-        descriptor: one that the child gets a copy of; the caller may close it at once.
+        Args:
+            *parts: The message's content, joined in this order.
+            descriptor: A file descriptor that the child gets a duplicate of; the caller may close it at once.
+
+        Raises:
+            OSError: The child is gone.
         """
         self._unsent = [memoryview(part) for part in (FRAME.pack(sum(map(len, parts))), *parts) if part]
         if descriptor is not None:
@@ -222,8 +228,14 @@ class Child:
             asyncio.get_running_loop().add_writer(self._socket, self._write_on)
 
     async def receive(self, most: int = 2**24) -> bytearray:
-        """The next message. Raises EOFError when the child is gone, claims more than `most` bytes, or says more than
-        one message. Cancelled, it may be called again, and loses nothing."""
+        """Return the next message. A call that was cancelled can be repeated, and nothing is lost.
+
+        Args:
+            most: The largest message that is accepted, in bytes.
+
+        Raises:
+            EOFError: The child is gone, announces more than `most` bytes, or sends more than one message.
+        """
         self._most = most
         if self._waiter is None or self._waiter.cancelled():
             self._waiter = asyncio.get_running_loop().create_future()
@@ -274,8 +286,10 @@ class Child:
             return await self.wait()
 
     def _watch(self, on: bool) -> None:
-        """The event loop calls `_readable` when something has come. Left on after a message: the next one is awaited
-        soon, and until then nothing comes."""
+        """Have the event loop call `_readable` when something arrives, or not any more.
+
+        It stays on after a message: the next one is awaited soon, and nothing arrives until then.
+        """
         if on and not self._watched:
             asyncio.get_running_loop().add_reader(self._socket, self._readable)
         elif self._watched and not on:

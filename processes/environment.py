@@ -63,10 +63,13 @@ def child_command(module: str, *arguments: str) -> list[str]:
 
 
 def child_environment(kind: Kind, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables of a child process, with our packages importable: `python -P` keeps the working directory out of
-    the module path.
+    """Return the environment variables of a child process, with our packages importable.
 
-    environ: what to choose from; default: this process's.
+    They are named because `python -P` keeps the working directory out of the module path.
+
+    Args:
+        kind: Which variables the child gets.
+        environ: The variables to choose from; by default those of this process.
     """
     given = os.environ if environ is None else environ
     if kind in _BY_NAME:
@@ -80,8 +83,10 @@ def child_environment(kind: Kind, environ: Mapping[str, str] | None = None) -> d
 
 
 def forget_keys(environ: MutableMapping[str, str] | None = None) -> None:
-    """Remove the server's keys from this process's variables, once they are read: libraries that start processes of
-    their own copy these."""
+    """Remove the server's keys from this process's variables, once they are read.
+
+    Libraries that start processes of their own copy the variables.
+    """
     for name in SERVER_KEYS:
         (os.environ if environ is None else environ).pop(name, None)
 

@@ -45,8 +45,11 @@ def shortage(error: BaseException | None) -> str | None:
 
 
 def descriptors_left() -> bool:
-    """Whether this process could open a file now. For failures that do not say what was short: a name look-up without
-    descriptors claims that the name server did not answer."""
+    """Whether this process could open a file now.
+
+    It is for failures that do not say what was short: a name look-up without descriptors claims that the name server
+    did not answer.
+    """
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:

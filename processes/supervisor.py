@@ -48,13 +48,15 @@ class Supervisor(Generic[T]):
         start_seconds: float | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """
+        """Prepare to keep something running; `start` starts it.
+
         Args:
-            name: for the log, for example "replica 0".
-            start: makes one that is ready. It raises when that fails, and leaves nothing behind then.
-            retry_threshold: failures in a row, with no answered request between them, that a restart follows.
-            start_seconds: what one restart may take.
-            changed: called when `current` has been lost or replaced, and when it is given up.
+            name: Its name in the log, for example "replica 0".
+            start: Starts one and returns it when it is ready. If that fails, it raises and leaves nothing behind.
+            retry_threshold: The number of failures in a row, with no answered request between them, after which it is
+                still restarted.
+            start_seconds: The time limit of one restart.
+            changed: Called when `current` has been lost or replaced, and when no further restart is tried.
         """
         self._name = name
         self._start = start
