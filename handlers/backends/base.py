@@ -334,7 +334,8 @@ class Needs:
 
     shapes: config.json, completed. token_bytes: keys and values of one token; None where the shapes tell them.
     image_bytes: kept for each image of a running request. beside_weights: bytes of what is held beside the weights.
-    takes_all: the cache is as large as it was asked to be, whatever can fill it.
+    takes_all: the cache is as large as it was asked to be, whatever can fill it. encoder_cache: it follows
+    option.encoder_cache_mb.
     """
 
     dtype: str
@@ -344,6 +345,7 @@ class Needs:
     image_bytes: int | None = None
     beside_weights: int = 0
     takes_all: bool = False
+    encoder_cache: bool = True
     errors: Sequence[Problem] = ()
     warnings: Sequence[Problem] = ()
 

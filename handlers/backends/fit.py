@@ -110,7 +110,8 @@ def fit(
         _fit_accelerator(result, configuration, needs)
     else:
         _fit_host(result, configuration, needs)
-    _compare_with_encoder_cache(result, configuration)
+    if needs.encoder_cache:
+        _compare_with_encoder_cache(result, configuration)
     _compare_with_cache(result, configuration)
     return result
 
