@@ -64,11 +64,12 @@ def check(
 
 
 def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
-    """What `lmi check --json` prints: errors, warnings, model, backend, memory, prompts,
-    handler, formatters, options, extra.
+    """Return what `lmi check --json` prints.
 
-    Sizes are in bytes. backend, memory and prompts are None where an error, or a model that is not on this machine
-    yet, leaves them unknown; prompts also with vLLM, which has a processor of its own.
+    Returns:
+        The keys errors, warnings, model, backend, memory, prompts, handler, formatters, options and extra. Sizes are in
+        bytes. backend, memory and prompts are None if they are unknown because of an error or because the model is not
+        on this machine yet; prompts is also None with vLLM, which has a processor of its own.
     """
     errors: list[Problem] = []
     directory, final = None, False
@@ -179,8 +180,11 @@ def _choose(
 
 
 def effective_options(configuration: Configuration) -> dict[str, dict[str, Any]]:
-    """Key -> value, source, location, and whether it was given (not recommended, no default). Secrets are
-    masked."""
+    """Return the value and the source of each option, by its key. Secrets are masked.
+
+    Returns:
+        For each key: value, source, location, and whether it was given (neither recommended nor a default).
+    """
     rows = {}
     for name, source in configuration.sources.items():
         value = configuration.effective(name)
