@@ -26,7 +26,7 @@ SERVER_KEYS = frozenset(
         "SM_SGLANG_API_KEY",
     }
 )
-"""Every variable that can hold the keys which clients must send. Nobody but the server's own process needs them."""
+"""Every variable that can hold the keys that clients must send. Only the server's own process needs them."""
 
 _SYSTEM = frozenset(
     {"PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"}
@@ -34,7 +34,7 @@ _SYSTEM = frozenset(
 _SYSTEM_FAMILIES = ("LC_", "LD_", "DYLD_", "PYTHON", "MALLOC_")
 
 _COMPUTE = frozenset({"XDG_CACHE_HOME", "CC", "CXX", "CPATH", "LIBRARY_PATH"})
-"""XDG_CACHE_HOME: of compiled kernels. The others: for the compiler that Triton and torch call."""
+"""XDG_CACHE_HOME holds compiled kernels; the others are for the compiler that Triton and torch call."""
 
 _COMPUTE_FAMILIES = (
     "CUDA_", "NVIDIA_", "CUBLAS_", "CUDNN_", "NCCL_", "GLOO_", "UCX_",
@@ -44,10 +44,10 @@ _COMPUTE_FAMILIES = (
 )  # fmt: skip
 
 _MODEL_FAMILIES = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "RAYON_")
-"""Caches, offline mode and threads of the libraries that read a model's files: from this machine, without a token."""
+"""Caches, offline mode and threads of the libraries that read a model's files, all local."""
 
 _CREDENTIALS = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "API_KEY")
-"""In a name of the families above: not given, whatever else it means."""
+"""A variable of the families above whose name contains one of these is not passed on, whatever it means."""
 
 _BY_NAME: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "engine": (_SYSTEM | _COMPUTE, _SYSTEM_FAMILIES + _COMPUTE_FAMILIES + _MODEL_FAMILIES),
@@ -58,7 +58,7 @@ Kind = Literal["engine", "plain", "handler", "vllm"]
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
-    """How a module of ours is run as a child process; its environment is `child_environment`'s."""
+    """Return the command that runs one of our modules as a child; `child_environment` gives its variables."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
