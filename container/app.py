@@ -1,4 +1,4 @@
-"""The HTTP surface: every route, what it answers, and one log line for each request worth one."""
+"""The HTTP application: it finds the route of each request, answers it, and logs it in one line if that is useful."""
 
 from __future__ import annotations
 
@@ -35,16 +35,18 @@ logger = logging.getLogger("container.request")
 _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
 _GRACE_SECONDS = 5.0
-"""What the handlers may take beyond a request's time, to answer themselves that it is over."""
+"""Extra time in which the handlers can report a timeout themselves."""
 
 Work = Callable[[bytes, Body], Awaitable[Reply]]
-"""Answers a body; its content is the first argument."""
+"""Answers a request's body, whose content is the first argument."""
 
 AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
-"""A whole reply and all its headers but the length."""
+"""A complete reply and all of its headers except the length."""
 
 
 class Unauthorized(ServingError):
+    """The request does not carry one of the server's keys."""
+
     status = 401
     kind = "authentication_failed"
 
@@ -54,8 +56,9 @@ class App:
 
     Attributes:
         calls: The requests with a body that are being answered.
-        idle: Set while there are none.
-        bodies: The memory of their bodies.
+        model_page: What the page shows of the model, once it is loaded; None if there is nothing to show.
+        idle: Set while `calls` is empty.
+        bodies: The memory of the requests' bodies.
     """
 
     def __init__(self, configuration: Configuration, state: ServerState, metrics: Metrics) -> None:
@@ -70,7 +73,7 @@ class App:
         self.configure(configuration)
 
     def configure(self, configuration: Configuration) -> None:
-        """Apply a configuration. Called again if the model brings one of its own."""
+        """Apply a configuration. It is called again if the model's files contain options."""
         self._settings = configuration.settings
         self._names = public_names(configuration)
         self._accepted = accepted_names(configuration)
@@ -80,10 +83,18 @@ class App:
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
     def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
-        """The reply to a request that needs nothing but its head: a probe, or a request that is refused.
+        """Return the reply to a request whose head suffices: a probe, or a request that is refused.
 
-        Neither waits for anything that runs, and a refusal costs no parsing and no task. Returns None for every other
-        request; `__call__` answers those. crowded: there are more connections than there should be.
+        Probes wait for nothing that is running, and a refusal needs neither parsing nor a task.
+
+        Args:
+            method: The request's method.
+            path: The request's path.
+            headers: The request's headers, with names in lower case.
+            crowded: Whether more connections are open than allowed.
+
+        Returns:
+            None for any other request, which `__call__` answers.
         """
         try:
             match = find(path, method)
@@ -100,7 +111,7 @@ class App:
         elif action == "ping" or action == "health":
             reply = self._state.ping() if action == "ping" else self._state.health_page()
         else:
-            if match.route.light or self._state.phase != "serving":
+            if match.route.light or self._state.phase != "serving" or self._state.service is None:
                 return None
             error = self._refusal(match.route, declared_size(headers), crowded)
             if error is None or not self._keys.admit(headers):
@@ -117,7 +128,7 @@ class App:
         self._metrics.on_http("unknown", status)
 
     def _refusal(self, route: Route, declared: int, crowded: bool) -> ServingError | None:
-        """The reason not to read a request's body, if there is one."""
+        """Return the reason not to read a request's body, if there is one."""
         if crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
         full = route.queued and self._service().free <= self.bodies.expected
@@ -188,12 +199,14 @@ class App:
                 await self._work(call, match.route.queued, self._asked(call, match))
 
     def _service(self) -> Answers:
-        if self._state.phase != "serving" or self._state.service is None:
+        if self._state.phase != "serving":
             raise Unavailable(f"not ready: {self._state.reason}", retry_after=5)
+        if self._state.service is None:
+            raise Unavailable(self._state.reason)
         return self._state.service
 
     def _asked(self, call: Call, match: Match) -> Work:
-        """The function that answers the request's body. Raises Unavailable."""
+        """Return the function that answers the request's body. Raises Unavailable."""
         service, action = self._service(), match.route.action
         work = service.answer if action == "answer" else partial(service.call, action)
         return lambda content, body: work(
@@ -232,7 +245,7 @@ class App:
                 else:
                     log_prompt(call.request_id, content)
             answering = work(content, body)
-            del content  # or it would be held until the reply is sent
+            del content  # otherwise it would be held until the reply is sent
             await call.exchange.run(
                 self._answer(call, answering),
                 self._headers(call.request_id, call.headers),
@@ -252,7 +265,7 @@ class App:
             )
 
     def _expect(self, body: Body) -> None:
-        """Reserve a place for the answer, unless one is reserved; a slow body loses it. Raises Overloaded."""
+        """Reserve a place in the queue, unless one is reserved; a slow body loses it. Raises Overloaded."""
         if body.expected:
             return
         if self._service().free <= self.bodies.expected:
@@ -267,7 +280,7 @@ class App:
         return reply
 
     def _known(self, path: str) -> str:
-        """The model that a path names, `NAME` or `NAME/VERSION`. Raises NotFound as LMI words it."""
+        """Return the model that a path names, `NAME` or `NAME/VERSION`. Raises NotFound with LMI's message."""
         for name in (path, path.rpartition("/")[0]):
             if name in self._accepted:
                 return name
@@ -278,7 +291,7 @@ class App:
             raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
 
     def _page(self, name: str) -> Reply:
-        """A file of the page; "" for the page itself. Raises NotFound."""
+        """Return a file of the page; "" stands for the page itself. Raises NotFound."""
         if not self._page_is_on:
             raise NotFound("there is no page here (option.page)")
         if name.startswith("examples/") and self.model_page is not None:
@@ -326,7 +339,7 @@ class App:
         await self._reply(call, reply, close=not call.body_read and has_body(call.headers))
 
     def _note(self, call: Call) -> None:
-        """Count the request and write its line: never its prompt, its answer or its images."""
+        """Count the request and log its line, which never contains its prompt, its answer or its images."""
         exchange = call.exchange
         facts = self._metrics.facts.pop(call.request_id, None) or call.facts
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)

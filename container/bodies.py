@@ -52,18 +52,18 @@ class BodyTimeout(ServingError):
 
 
 class Bodies:
-    """The memory of all request bodies, from their arrival until their replies have ended (images: until the engine
-    has them).
+    """The memory of all request bodies.
 
-    Bytes are counted as they arrive, never as they are declared: a client that declares much and sends nothing takes
-    nothing from the others.
+    A body is held from its arrival until its reply has ended, its images only until the engine has them. Bytes are
+    counted as they arrive, never as they are declared: a client that declares much and sends nothing takes nothing
+    from the others.
 
     Attributes:
         limit: Bytes that may be held, `option.request_memory_mb`; one body of the largest size always fits.
         held: Bytes that are held now.
-        expected: Requests that were let in and have not taken their places in the queue yet.
+        expected: Requests that were let in and have not entered the queue yet.
         refused: Requests that were refused for lack of memory.
-        reading: Bodies that have not arrived whole.
+        reading: Bodies that have not arrived completely.
     """
 
     def __init__(self) -> None:
@@ -133,8 +133,11 @@ class Bodies:
         body.size += size
 
     def _costliest(self) -> Body:
-        """The body with the highest cost. Its order is reused for a while (see `_PARTS_PER_ORDER`): computing the cost
-        of thousands of bodies for every part would block the event loop."""
+        """Return the body with the highest cost.
+
+        The order is reused for a while (see `_PARTS_PER_ORDER`): computing the cost of thousands of bodies for every
+        part would block the event loop.
+        """
         self._uses += 1
         while self._order and self._order[-1] not in self.reading:
             self._order.pop()
@@ -291,8 +294,10 @@ class Body:
             self._task.cancel()
 
     def cost(self) -> float:
-        """Byte seconds that it is expected to hold: its size times the time for its rest, plus the time since it last
-        sent anything. A body without a declared length counts as half complete.
+        """Return the byte seconds that this body is expected to hold.
+
+        That is its size times the time until the rest has arrived, plus the time since the client last sent
+        anything. A body without a declared length counts as half complete.
         """
         now = time.monotonic()
         rest = self._declared - self.size if self._declared else self.size
@@ -327,8 +332,11 @@ class Body:
 
 
 def _joined(pieces: list[bytes | bytearray]) -> bytes:
-    """Join the pieces and free them. Other threads can run while bytes are joined, but not while bytearrays are, and
-    between two pieces that are freed."""
+    """Join the pieces and free them.
+
+    Other threads can run while bytes are joined, but not while bytearrays are; they can also run between two pieces
+    that are freed.
+    """
     pieces[:] = [bytes(piece) for piece in pieces]
     whole = b"".join(pieces)
     _drop(pieces)

@@ -76,11 +76,13 @@ def check(
 
 
 def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
-    """What `lmi check --json` prints: errors, warnings, model, backend, instance, memory, prompts,
-    handler, formatters, options, extra. instance is None: the caller knows it.
+    """Return what `lmi check --json` prints.
 
-    Sizes are in bytes. backend, memory and prompts are None where an error, or a model that is not on this machine
-    yet, leaves them unknown; prompts also with vLLM, which has a processor of its own.
+    Returns:
+        The keys errors, warnings, model, backend, instance, memory, prompts, handler, formatters, options and extra.
+        Sizes are in bytes. backend, memory and prompts are None if they are unknown because of an error or because the
+        model is not on this machine yet; prompts is also None with vLLM, which has a processor of its own. instance is
+        None, because only the caller knows it.
     """
     errors: list[Problem] = []
     directory, final = None, False
@@ -152,10 +154,13 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
 
 
 def compare(configuration: Configuration, instances: Sequence[Instance]) -> dict[str, Any]:
-    """What `lmi check --instance all --json` prints: errors, warnings and, for each instance, whether the model fits.
+    """Return what `lmi check --instance all --json` prints.
 
-    Instances that differ only in what the estimate does not look at are measured once. errors: those of all
-    instances, where none serves the model. warnings: those of all.
+    Instances that differ only in what the estimate does not look at are measured once.
+
+    Returns:
+        The keys errors, warnings and instances. errors are those that all instances have, if the model fits none of
+        them; warnings are those that all have.
     """
     reports: dict[tuple[Any, ...], dict[str, Any]] = {}
     found = []
@@ -245,8 +250,11 @@ def _choose(
 
 
 def effective_options(configuration: Configuration) -> dict[str, dict[str, Any]]:
-    """Key -> value, source, location, and whether it was given (not recommended, no default). Secrets are
-    masked."""
+    """Return the value and the source of each option, by its key. Secrets are masked.
+
+    Returns:
+        For each key: value, source, location, and whether it was given (neither recommended nor a default).
+    """
     rows = {}
     for name, source in configuration.sources.items():
         value = configuration.effective(name)

@@ -213,4 +213,5 @@ def request_id(headers: Mapping[str, str], configured: str | None) -> str:
 
 
 def has_body(headers: Mapping[str, str]) -> bool:
+    """Whether a request with these headers has a body."""
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"

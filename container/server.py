@@ -1,4 +1,4 @@
-"""The process from start to stop: configure, bind, fetch, load, serve, drain, exit."""
+"""The server process from start to stop: configure, bind, fetch, load, serve, drain, exit."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ BackendBuilder = Callable[[Configuration, Path], Served]
 T = TypeVar("T")
 
 _LAST_SECONDS = 4.0
-"""Kept back from drain_timeout for closing: the platform kills the process at its end."""
+"""The end of drain_timeout that is reserved for closing, because the platform kills the process after it."""
 
 _CLOSE_SECONDS = 3.0
-"""The part of it that the backend may take."""
+"""The part of `_LAST_SECONDS` in which the backend must close."""
 
 _TELL_SECONDS = 0.2
 
 _LOOK_SECONDS = 0.5
-"""Pause between two checks whether the backend is lost."""
+"""The pause between two checks whether the backend is lost."""
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 620
-"""Longer than any load balancer keeps an idle connection (AWS 60 s, Google 600 s): it must close first."""
+"""Longer than load balancers keep an idle connection (AWS 60 s, Google 600 s), because they must close it first."""
 
 _UNACKNOWLEDGED_SECONDS = 120
 
@@ -68,18 +68,26 @@ descriptor a probe behind many new connections would wait for as many turns."""
 
 
 class LoadFailed(Exception):
-    """The model cannot be served; the message says why and what to do."""
+    """The model cannot be served; the message contains the reason and the remedy."""
 
 
 class EngineLost(Exception):
-    """The engine failed so often that it is given up; the process ends, so that the platform replaces it."""
+    """The engine failed too often to be restarted; the process ends, so that the platform replaces it."""
 
 
 class Server:
-    """One model on one port, from its start to its end."""
+    """One model on one port, from start to end."""
 
     def __init__(self, configuration: Configuration, build: BackendBuilder = build_backend) -> None:
-        """build: called in a thread once the model's files are there. Raises OSError if the port is taken."""
+        """Listen on the configured port; `run` serves.
+
+        Args:
+            configuration: The options.
+            build: Called in a thread once the model's files are on this machine.
+
+        Raises:
+            OSError: The port is taken.
+        """
         self.configuration = configuration
         self.state = ServerState()
         self.metrics = Metrics(self.state.stats)
@@ -93,7 +101,7 @@ class Server:
         self._app = App(configuration, self.state, self.metrics)
 
     async def run(self) -> int:
-        """Serve until a signal or a failure; the process's exit status."""
+        """Serve until a signal or a failure, and return the process's exit status."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -131,12 +139,12 @@ class Server:
         self.request_stop()
 
     async def _until_lost(self) -> None:
-        """Return when the backend will never generate again."""
-        while not self.state.health().lost:  # noqa: ASYNC110 - health is asked, it does not call
+        """Return when the backend will never be able to generate again."""
+        while not self.state.health().lost:  # noqa: ASYNC110 - health has no event to wait for
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _load(self) -> None:
-        """Fetch the model, load it, begin to serve. Raises LoadFailed, ConfigurationError, ServingError."""
+        """Fetch the model, load it, and begin to serve. Raises LoadFailed, ConfigurationError, ServingError."""
         seconds = self.configuration.settings.model_loading_timeout
         began = time.monotonic()
         try:
@@ -149,9 +157,8 @@ class Server:
         logger.info("ready after %.1f s", time.monotonic() - began)
 
     async def _fetch_and_load(self) -> None:
-        words = asyncio.create_task(
-            in_daemon_thread(own_words)
-        )  # or the first refused request would wait for it
+        # Prepared now, because the first refused request would have to wait for it.
+        words = asyncio.create_task(in_daemon_thread(own_words))
         location = self.configuration.model_location
         if location.kind != "directory":
             self.state.reason = "the model is being downloaded"
@@ -185,10 +192,9 @@ class Server:
         )
         await words
         gc.collect()
-        gc.freeze()  # What is loaded stays; each look through it for waste would stop all threads for 0.2 s.
-        if (
-            page.is_on(configuration) and backend.capabilities.max_model_len
-        ):  # else the model's own code answers
+        gc.freeze()  # What is loaded stays; collecting it again would stop all threads for 0.2 s each time.
+        # Without a context length the model's own code answers, and the page has nothing to show.
+        if page.is_on(configuration) and backend.capabilities.max_model_len:
             choice = await in_daemon_thread(lambda: choose_backend(configuration, directory))
             self._app.model_page = page.ModelPage(configuration, directory, choice)
         self.state.serve(backend, service)
@@ -233,7 +239,7 @@ class Server:
         logger.info("stopped")
 
     async def _close_backend(self) -> None:
-        """Close the backend, which fails the requests that still run; they get a moment to answer their clients."""
+        """Close the backend, which fails the requests still running; they get a moment to reply to their clients."""
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if self._backend is not None:
@@ -256,10 +262,15 @@ def start(
     warnings: Sequence[str] = (),
     build: BackendBuilder | None = None,
 ) -> int:
-    """Read the configuration, set up the log, and serve to the end; the process's exit status.
+    """Read the configuration, set up logging, serve to the end, and return the process's exit status.
 
-    defaults: option -> value where no source of the configuration says. warnings: about the command line.
-    build: makes the backend; None is the one that the options choose.
+    Args:
+        model: The model's location from the command line; None if the options name it.
+        options: Options from the command line, each as KEY=VALUE.
+        environ: The environment variables.
+        defaults: The values of options that no source of the configuration sets.
+        warnings: Logged at the start; they are about the command line.
+        build: Makes the backend; None for the one that the options select.
     """
     try:
         configuration = configured(model, options, environ, defaults)
@@ -283,7 +294,7 @@ def _announce(configuration: Configuration) -> None:
 
 
 def serve(configuration: Configuration, build: BackendBuilder = build_backend) -> int:
-    """Run a server to its end; the process's exit status."""
+    """Run a server to its end and return the process's exit status."""
     import uvloop
 
     async def run() -> int:
@@ -329,7 +340,7 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 
 
 class HttpServer(uvicorn.Server):
-    """Uvicorn with our protocol; serves until `should_exit`. Its owner handles signals."""
+    """Uvicorn with our protocol. It serves until `should_exit`; its owner handles signals."""
 
     def __init__(self, app: App) -> None:
         self.connections = Connections(raise_descriptor_limit())
@@ -351,7 +362,9 @@ class HttpServer(uvicorn.Server):
         )
 
     async def listen(self, listener: socket.socket) -> None:
-        accepts = min(_ACCEPTS, max(1, self.connections.limit // 8))  # Each takes a descriptor itself.
+        accepts = min(
+            _ACCEPTS, max(1, self.connections.limit // 8)
+        )  # Each of them needs a descriptor of its own.
         await self.serve([listener, *(listener.dup() for _ in range(accepts - 1))])
 
     @contextmanager
@@ -360,7 +373,7 @@ class HttpServer(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; a port of 0 takes any free one. Raises OSError."""
+    """Return a listening TCP socket; port 0 takes any free one. Raises OSError."""
     infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, protocol, _, address = infos[0]
     listener = socket.socket(family, kind, protocol)
@@ -380,7 +393,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """`host:port`, as it is logged."""
+    """Return the listener's address as `host:port`, for the log."""
     name: tuple[Any, ...] = listener.getsockname()
     host, port = name[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""Where the process is between start and stop, whether it can answer, and the replies that say so."""
+"""The state of the process between start and stop, whether it can answer, and the replies that report it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Version(Struct, forbid_unknown_fields=True):
 
 
 class RunningRequest(Struct, forbid_unknown_fields=True):
-    """One of `/engine/state`: nothing that its client wrote.
+    """One of `/engine/state`: nothing of its prompt or its answer. id: the request's, which its client may choose.
 
     Attributes:
         phase: `image` while its images are fetched, decoded and prepared; `queued` before that without images, and in
@@ -75,7 +75,7 @@ class EngineState(Struct, forbid_unknown_fields=True):
 
 
 class Answers(Protocol):
-    """What the server asks of the handlers. free: how many more answers they can accept now."""
+    """What the server needs of the handlers. free: how many more answers they can accept now."""
 
     @property
     def free(self) -> int: ...
@@ -89,13 +89,14 @@ class Answers(Protocol):
 
 @dataclass(slots=True)
 class ServerState:
-    """The state that every route looks at.
+    """The state that every route reads.
 
     Attributes:
-        phase: Where the process is.
+        phase: How far the process is.
         reason: Why it is not serving; safe to show to a client.
         backend: None until the model can generate.
-        service: Likewise; None for good where this machine holds a part of the model for another one, which answers.
+        service: None until then, too; it stays None if this machine holds a part of the model for another one that
+            answers.
         created: When the process started, in Unix seconds.
     """
 
@@ -106,7 +107,7 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def serve(self, backend: Lifecycle, service: Answers | None) -> None:
-        """Begin to answer requests, or to say who does."""
+        """Begin to answer requests, or to report which machine does."""
         self.phase, self.reason = "serving", "ready"
         if service is None:
             self.reason = (
@@ -145,20 +146,25 @@ class ServerState:
         return json_reply(Unhealthy("unhealthy", "healthcheck", "unavailable", health.reason), 503)
 
     def requests(self, running: Iterable[RequestFacts]) -> Reply:
-        """The reply to `/engine/state`. running: the requests that were admitted and are not answered yet."""
+        """Return the reply to `/engine/state`. running: the admitted requests without a complete answer."""
         stats = self.stats()
         now = time.monotonic()
         found = [_described(facts, now) for facts in sorted(running, key=attrgetter("arrival"))]
-        # Which of those without a token still wait, the engine does not say: the last ones, as many as it says.
+        # The engine reports only how many requests are waiting; they are assumed to be the last ones without a token.
         without = [request for request in found if request.phase == "prefill"]
         for request in without[len(without) - min(len(without), 0 if stats is None else stats.waiting) :]:
             request.phase = "queued"
         return json_reply(EngineState(found))
 
     def models(self, names: Sequence[str], wanted: str) -> Reply:
-        """The reply to `/v1/models`, or of the one model that is wanted. Raises NotFound.
+        """Return the reply to `/v1/models`, or to a request for one model.
 
-        names: those of the served model, the first one its own.
+        Args:
+            names: The names of the served model, its own name first.
+            wanted: The model that is asked for; "" for all.
+
+        Raises:
+            NotFound: No model of this name is served.
         """
         backend = self.backend
         longest = 0 if backend is None else backend.capabilities.max_model_len
@@ -202,5 +208,5 @@ def _described(facts: RequestFacts, now: float) -> RunningRequest:
 
 
 def json_reply(body: Struct, status: int = 200) -> Reply:
-    """A reply with a space behind each comma and colon, and a line end, for people who read it in a terminal."""
+    """Return a reply with spaces after commas and colons and a final line end, for people who read it in a terminal."""
     return Reply(status, JSON, msgspec.json.format(msgspec.json.encode(body), indent=0) + b"\n")

@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
         max_model_len: Greatest number of tokens of prompt and completion together; None follows config.json.
         max_num_seqs: Greatest number of requests in a step.
         max_num_batched_tokens: Token budget of one step; None chooses by device.
+        max_step_seconds: How long decodes may wait for the prompts of others (see `StepTime`); None for any time.
         block_size: Tokens per key/value block; None lets the attention kernel choose.
         kv_cache_bytes: Bytes for keys and values per device; None chooses by device.
         cpu_share: Part of a CPU's memory and cores that this engine may use (1 / replicas).
@@ -57,6 +58,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    max_step_seconds: float | None = None
     block_size: int | None = None
     kv_cache_bytes: int | None = None
     cpu_share: float = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -60,6 +61,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(budget, config.max_num_seqs),
             image_slots=runner.image_slots,
+            max_step_seconds=config.max_step_seconds,
         )
         self.sampler = Sampler(runner.vocab_size, runner.device)
         self.guidance = _load_guidance(config.vocabulary)
@@ -168,11 +170,16 @@ class Engine:
             return []
         self._steps += 1
         outputs: list[Output] = []
-        chunks = self._encode_pictures(chunks, outputs)
+        chunks, deferred = self._encode_pictures(chunks, outputs)
+        began, prompt_tokens = (
+            time.perf_counter(),
+            sum(c.length for c in chunks if not c.sequence.is_decoding),
+        )
         for group, logits in self._run(chunks, outputs):
             self._advance(group, logits, outputs)
+        self.scheduler.time.note_step(prompt_tokens, time.perf_counter() - began)
         attending = (s for s in self.scheduler.running if s.attends_images)
-        self.executor.trim([picture.digest for s in attending for picture in s.pictures])
+        self.executor.trim([picture.digest for s in attending for picture in s.pictures] + deferred)
         return outputs
 
     def stats(self) -> Stats:
@@ -190,8 +197,13 @@ class Engine:
             steps=self._steps,
         )
 
-    def _encode_pictures(self, chunks: list[Chunk], outputs: list[Output]) -> list[Chunk]:
-        """Encode the images that the chunks touch, and drop the chunks whose images cannot be encoded."""
+    def _encode_pictures(self, chunks: list[Chunk], outputs: list[Output]) -> tuple[list[Chunk], list[bytes]]:
+        """Encode the images that the chunks touch.
+
+        Returns:
+            The chunks that can run now, and the digests of images that wait for the next step, since encoding has taken
+            the time that this one may take. Chunks whose images cannot be encoded are dropped.
+        """
         cache = self.runner.encoder_cache
         missing: dict[bytes, Picture] = {}
         for chunk in chunks:
@@ -199,25 +211,34 @@ class Engine:
                 if picture.digest not in cache:
                     missing[picture.digest] = picture
         if not missing:
-            return chunks
+            return chunks, []
         # Images beyond the limit are encoded in the next step, which bounds the duration of this one. Those of one
         # chunk are always encoded together, since a small cache would drop the first before the last is encoded.
         first = next(count for chunk in chunks if (count := self._count_missing(chunk)))
-        some = list(missing.values())[: max(ENCODE_PER_STEP, first)]
+        decoding = any(chunk.sequence.is_decoding for chunk in chunks)
+        most = self.scheduler.time.images() if decoding else None
+        some = list(missing.values())[: max(min(ENCODE_PER_STEP, most or ENCODE_PER_STEP), first)]
+        began = time.perf_counter()
         self._together_or_alone(
             some,
             lambda part: self.executor.encode([p for p in part if p.digest not in cache]),
             "encoding images",
         )
+        seconds = time.perf_counter() - began
+        self.scheduler.time.note_images(len(some), seconds)
+        late = decoding and self.scheduler.time.leaves_no_time(seconds)
         failed = {picture.digest for picture in some if picture.digest not in cache}
-        kept = []
+        kept: list[Chunk] = []
+        deferred: list[bytes] = []
         for chunk in chunks:
             digests = {p.digest for p in chunk.sequence.pictures_for(chunk.start, chunk.stop)}
             if digests & failed:
                 self._fail(chunk.sequence, "an image of this request could not be encoded", outputs)
+            elif late and not chunk.sequence.is_decoding:
+                deferred += digests
             elif all(digest in cache for digest in digests):
                 kept.append(chunk)
-        return kept
+        return kept, deferred
 
     def _count_missing(self, chunk: Chunk) -> int:
         """Count the chunk's distinct images that are not encoded."""

@@ -11,6 +11,7 @@ import msgspec
 from engine.block_pool import BlockPool
 from engine.messages import Picture, TensorData
 from engine.sequence import Sequence
+from engine.step_time import StepTime
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         image_slots: int | None = None,
+        max_step_seconds: float | None = None,
     ) -> None:
         """Create a scheduler without sequences.
 
@@ -57,12 +59,14 @@ class Scheduler:
             max_num_batched_tokens: Token budget of a step; at least `max_num_seqs`.
             image_slots: Number of images that all running sequences may hold together; None where there is no
                 limit.
+            max_step_seconds: See `StepTime`.
         """
         assert max_num_batched_tokens >= max_num_seqs, "the budget must hold one token for every sequence"
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.image_slots = image_slots
+        self.time = StepTime(max_step_seconds)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -87,22 +91,32 @@ class Scheduler:
         """Cut the next batch; it is empty only when there is no work."""
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
+        prompts = self._prompt_tokens()
         preempted: set[int] = set()
         for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.rank)):
-            if budget == 0:
+            left = budget if sequence.is_decoding else min(budget, prompts)
+            if left == 0:
                 break
             if sequence.request_id in preempted:
                 continue
-            length = self._chunk_length(sequence, budget, chunks)
+            length = self._chunk_length(sequence, left, chunks)
             if length == 0:
                 continue
             if self._allocate(sequence, sequence.num_computed + length, chunks, preempted):
                 chunks.append(Chunk(sequence, sequence.num_computed, length))
                 budget = max(0, budget - length)
+                prompts -= 0 if sequence.is_decoding else min(length, prompts)
         budget = self.max_num_batched_tokens - sum(chunk.length for chunk in chunks)
         if not preempted:
-            self._admit(chunks, budget)
+            self._admit(chunks, min(budget, prompts))
         return chunks
+
+    def _prompt_tokens(self) -> int:
+        """Return how many prompt tokens the step may compute: all, unless requests that stream would wait too long."""
+        fits = self.time.prompt_tokens()
+        if fits is None or not any(sequence.is_decoding for sequence in self.running):
+            return self.max_num_batched_tokens
+        return min(fits, self.max_num_batched_tokens)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Start waiting sequences while there are tokens, image slots and blocks for them."""

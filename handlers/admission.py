@@ -34,6 +34,7 @@ class Admission:
 
 
 def overloaded() -> Overloaded:
+    """Return the refusal for a request that finds the queue full."""
     return Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
 
 

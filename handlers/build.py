@@ -71,4 +71,5 @@ def _examine(configuration: Configuration, model_path: Path, choice: Choice) -> 
 
 
 def build_images(settings: Settings) -> ImageLoader:
+    """Return the image loader with the limits that the options set."""
     return ImageLoader(ImageLimits.of(settings))

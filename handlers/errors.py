@@ -138,11 +138,15 @@ class DeadlineExceeded(ServingError):
 
 
 class PayloadTooLarge(ServingError):
+    """The body is larger than `option.max_request_size`."""
+
     status = 413
     kind = "payload_too_large"
 
 
 class UnsupportedMediaType(ServingError):
+    """The body is not of a content type that this route reads."""
+
     status = 415
     kind = "unsupported_media_type"
 

@@ -55,8 +55,10 @@ def own_words() -> frozenset[str]:
 
 
 def _without_libraries(message: str, error: BaseException) -> str:
-    """Cut off where the text of an exception begins that was raised in a library: jinja's hold what a template makes
-    of a conversation."""
+    """Cut off the message where the text of an exception from a library begins.
+
+    jinja's messages, for example, hold what a template makes of a conversation.
+    """
     cause = error.__cause__
     while cause is not None:
         said = str(cause)[:_RECOGNISED]

@@ -1,6 +1,6 @@
 """A request's way through any engine: render, tokenise, place images, check limits, generate, make text, find stops.
 
-Engines know token ids, images and nothing else of a request (see `handlers.backends.base.Engine`).
+Engines know nothing of a request but its token ids and images (see `handlers.backends.base.Engine`).
 """
 
 from __future__ import annotations
@@ -56,17 +56,22 @@ LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, images not counted, are rendered and tokenised in a thread, not on the event loop."""
 
 MANY_MESSAGES = 64
-"""More are rendered in a thread, too."""
+"""Conversations of more messages are rendered in a thread, too."""
 
 PRIMING_TOKENS = 8
-"""Last tokens of a prompt that say how the text of an answer begins."""
+"""The number of a prompt's last tokens that decide how the text of an answer begins."""
 
 
 class Pipeline:
-    """One engine and all that stands between it and requests; see `Lifecycle` for what is not said here."""
+    """One engine, and everything between it and the requests; `Lifecycle` describes what is not described here."""
 
     def __init__(self, engine: Engine[Any], compile_seconds: float) -> None:
-        """compile_seconds: how long one constraint may be compiled for."""
+        """Put a pipeline in front of an engine, which `load` loads.
+
+        Args:
+            engine: Not loaded yet.
+            compile_seconds: The time limit for compiling one constraint.
+        """
         self._engine = engine
         self._compile_seconds = compile_seconds
         self._compiler: GrammarCompiler | None = None
@@ -98,13 +103,16 @@ class Pipeline:
 
     @property
     def adapters(self) -> AdapterStore | None:
-        """What changes adapters while the engine serves; None where none can be changed."""
+        """The store that changes adapters while the engine serves; None if none can be changed."""
         return self._engine.adapters
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """Hand a request to the engine; its images are loaded, and released as soon as they are prepared.
+        """Start a request on the engine. Its images are loaded already, and released as soon as they are prepared.
 
-        All that a client did wrong is raised here, before any reply has begun. Raises ServingError.
+        Every mistake of the client is reported here, before a reply has begun.
+
+        Raises:
+            ServingError: The request is refused, or the engine cannot take it.
         """
         if not self._loaded:
             raise Unavailable("the model is still loading", retry_after=5)
@@ -116,11 +124,11 @@ class Pipeline:
             require_known(request, model.vocab_size, model.renderer.image_token_id)
         else:
             token_ids = checked_tokens(request, token_ids, longest, model.vocab_size)
-        # What is refused in any case is refused before its images cost anything; that it is too long with them is
-        # said when it is known how long.
+        # A request that is refused in any case is refused before its images cost anything. Whether the prompt is too
+        # long together with its images is checked once their length is known.
         early = dataclasses.replace(request, max_tokens_is_default=True) if parts else request
         params = await self._spelled(checked_sampling(early, len(token_ids), longest, model.vocab_size))
-        # Greedy choices are all the same: one is generated for all of them.
+        # Greedy choices are identical, so a single one is generated for all of them.
         copies = request.n if params.greedy else 1
         asked = EngineRequest(
             request.request_id,
@@ -152,9 +160,13 @@ class Pipeline:
         return Generation(stream, stats, params, texts, copies, self._token_texts)
 
     async def compiled(self, constraint: Constraint | None) -> tuple[Constraint | None, str | None]:
-        """The constraint as it is meant here, and its grammar; None where the engine compiles it by itself.
+        """Complete a constraint with the model's defaults and compile it.
 
-        Raises what `GrammarCompiler.compile` does.
+        Returns:
+            The constraint and its grammar; the grammar is None if the engine compiles constraints itself.
+
+        Raises:
+            ServingError: As `GrammarCompiler.compile` does.
         """
         if constraint is None or self._compiler is None:
             return constraint, None
@@ -163,9 +175,13 @@ class Pipeline:
         return constraint, await self._compiler.compile(constraint)
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """What `generate` would have the model read; the prompt's images are loaded, and released here.
+        """Return the tokens that `generate` would give to the model. The prompt's loaded images are released here.
 
-        Raises InvalidRequest and Unavailable. The prompt's length is not checked.
+        The prompt's length is not checked.
+
+        Raises:
+            InvalidRequest: The prompt cannot be rendered.
+            Unavailable: The engine cannot prepare it now.
         """
         model, parts = self._model, list(pictures(prompt))
         rendered = await self._aside(partial(model.renderer.render, prompt, spans=True))
@@ -177,7 +193,7 @@ class Pipeline:
         return await self._aside(partial(_tokenized, rendered, model, placed))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included. Raises InvalidRequest for an id outside the vocabulary."""
+        """Return the text of tokens, including special ones. Raises InvalidRequest for an id outside the vocabulary."""
         return await self._aside(partial(_detokenized, token_ids, self._model))
 
     def health(self) -> Health:
@@ -196,7 +212,10 @@ class Pipeline:
         await self._engine.close()
 
     async def _rendered(self, request: GenerationRequest) -> RenderedPrompt:
-        """A template of the request's own may take long however short its body is."""
+        """Render the prompt, in a thread if that may take long.
+
+        A request's own template may take long however short its body is.
+        """
         prompt, renderer = request.prompt, self._model.renderer
         trusted = isinstance(prompt, TextPrompt) or prompt.template is None
         short = request.text_bytes <= LONG_PROMPT_BYTES and (
@@ -216,7 +235,8 @@ class Pipeline:
 class Generation:
     """The choices of one request, as text. Iterate to the end or call `aclose`, which aborts what is still running.
 
-    stats: complete once the first delta has arrived.
+    Attributes:
+        stats: Counts of the prompt; complete once the first delta has arrived.
     """
 
     def __init__(
@@ -228,7 +248,16 @@ class Generation:
         copies: int,
         token_text: Callable[[int], str],
     ) -> None:
-        """texts: one for each choice that the engine makes, which stands for `copies` choices of the request."""
+        """Make text of an engine's tokens.
+
+        Args:
+            stream: The tokens of all choices.
+            stats: Completed as outputs arrive.
+            params: As the engine got them.
+            texts: A detokenizer for each choice that the engine generates.
+            copies: How many identical choices of the request each of them stands for.
+            token_text: Returns the text of a single token, for log probabilities.
+        """
         self.stats = stats
         self._stream = stream
         self._silent_ends = not params.include_stop_str_in_output
@@ -267,7 +296,7 @@ class Generation:
         self.stats.prompt_logprobs = [None if entry is None else self._position(entry) for entry in entries]
 
     def _deltas(self, output: TokenOutput) -> list[Delta]:
-        """One, or one for each of the choices that are the same."""
+        """Return one delta, or one for each of the identical choices."""
         text, token_ids, logprobs = self._texts[output.index], output.token_ids, output.logprobs
         pieces = text.pieces(
             token_ids, silent=output.by_token and self._silent_ends, finished=output.finish is not None
@@ -311,9 +340,9 @@ def texts_of(
     count: int,
     token_texts: TokenTexts,
 ) -> list[Detokenizer]:
-    """What makes the text of each of `count` choices. token_ids: the prompt's."""
-    # The answer to a chat begins a text of its own; that to a text goes on with it. A constrained one shows all that
-    # its grammar was told of, so also a space that it begins with.
+    """Return a detokenizer for each of `count` choices. token_ids: those of the prompt."""
+    # The answer to a chat begins a new text, while a completion continues its prompt. A constrained answer keeps a
+    # leading space, because its grammar has counted it.
     anew = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
     anew = anew and request.constraint is None
     prime = token_ids[-PRIMING_TOKENS:]
@@ -323,7 +352,13 @@ def texts_of(
 def _tokenized(
     rendered: RenderedPrompt, model: PromptModel, placed: Sequence[Sequence[int]]
 ) -> TokenizedPrompt:
-    """placed: the tokens that stand for each image instead of its one image token. CPU-bound."""
+    """Describe the tokens of a prompt. CPU-bound.
+
+    Args:
+        rendered: The prompt with one image token for each image.
+        model: The engine's model.
+        placed: For each image, the tokens that replace its image token.
+    """
     token_ids, spans = rendered.token_ids, rendered.spans or [(0, 0)] * len(rendered.token_ids)
     if placed:
         waiting = iter(placed)
@@ -344,6 +379,6 @@ def _detokenized(token_ids: Sequence[int], model: PromptModel) -> str:
             f"tokens holds an id that is not in the vocabulary of {size} tokens: {str(bad)[:40]}",
             param="tokens",
         )
-    # A batch, because other threads run meanwhile.
+    # Decoded as a batch, because that lets other threads run.
     (text,) = model.tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
     return str(text)

@@ -22,9 +22,12 @@ Role = str
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class LoadedImage:
-    """A decoded picture: upright, RGB, shared and so never changed.
+    """A decoded image: upright, RGB, shared and therefore never changed.
 
-    digest: SHA-256 of the encoded file, from which the pixels follow, or of the pixels; it keys every cache.
+    Attributes:
+        image: The pixels.
+        digest: SHA-256 of the encoded file, which determines the pixels, or of the pixels; it is the key of every
+            cache.
     """
 
     image: Image
@@ -32,15 +35,18 @@ class LoadedImage:
 
 
 Grid = tuple[int, int, int]
-"""How a picture's patches stand: frames, rows and columns, as Qwen2-VL and its kin count them."""
+"""How an image's patches are arranged: frames, rows and columns, as the Qwen2-VL family counts them."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedEmbeddings:
-    """What a model's vision encoder and projector made of a picture, elsewhere; finite numbers, never changed.
+    """What a model's vision encoder and projector made of an image elsewhere. Never changed.
 
-    rows: float32, [tokens, hidden size]. largest: magnitude of any of them. grid: for models that want it.
-    digest: SHA-256 of the files they came in, and no picture's digest.
+    Attributes:
+        rows: float32, [tokens, hidden size], all finite.
+        largest: The largest magnitude in `rows`.
+        grid: For models that need it.
+        digest: SHA-256 of the encoded tensors; it cannot equal the digest of an image.
     """
 
     rows: npt.NDArray[np.float32]
@@ -51,16 +57,20 @@ class LoadedEmbeddings:
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
+    """A piece of text between images."""
+
     text: str
 
 
 @dataclass(slots=True)
 class ImagePart:
-    """A picture named by the client; `loaded` is None until `handlers.images` has fetched and decoded it.
+    """An image named by the client; `loaded` is None until `handlers.images` has fetched and decoded it.
 
-    url: `https:`, `http:` or `data:`, exactly as the client wrote it (never logged).
-    share: of the memory for decoded pictures, while it is loaded.
-    given: the picture itself, in place of a url: the caller's own, of any mode, and never changed.
+    Attributes:
+        url: `https:`, `http:` or `data:`, exactly as the client wrote it (never logged).
+        loaded: The decoded image.
+        share: Its share of the memory for decoded images, while it is loaded.
+        given: The image itself instead of a url. It is the caller's, of any mode, and never changed.
     """
 
     url: str
@@ -68,17 +78,17 @@ class ImagePart:
     share: Share | None = field(default=None, repr=False)
     given: Image | None = field(default=None, repr=False)
     characters: int = field(init=False)
-    """That it takes in the request's body."""
+    """The length of this part in the request's body, in characters."""
 
     def __post_init__(self) -> None:
         self.characters = len(self.url)
 
     def forget(self) -> None:
-        """Let go of the url, of which a `data:` one holds the whole file: the image cannot be loaded again."""
+        """Drop the url, since a `data:` url holds the whole file: the image cannot be loaded again."""
         self.url = ""
 
     def release(self) -> None:
-        """Let go of the decoded picture and of its memory, as early as nobody needs it; safe to call twice."""
+        """Drop the decoded image and its memory as soon as nobody needs it; safe to call twice."""
         self.loaded = None
         if self.share is not None:
             self.share.release()
@@ -86,10 +96,14 @@ class ImagePart:
 
 @dataclass(slots=True)
 class EmbeddingsPart:
-    """A picture sent as its embeddings; `loaded` and `share` are like those of an `ImagePart`.
+    """An image sent as its embeddings; `loaded` and `share` are like those of an `ImagePart`.
 
-    rows, grid: what `torch.save` wrote, in base64, exactly as the client sent it (never logged); the second also as
-    the numbers themselves. given: the numbers, in place of both: the caller's own.
+    Attributes:
+        rows: The output of `torch.save`, in base64, exactly as the client sent it (never logged).
+        grid: Likewise, or the numbers themselves.
+        loaded: The decoded tensors.
+        share: Their share of the memory for decoded images, while they are loaded.
+        given: The tensors instead of `rows` and `grid`; they are the caller's.
     """
 
     rows: str = field(repr=False)
@@ -98,17 +112,17 @@ class EmbeddingsPart:
     share: Share | None = field(default=None, repr=False)
     given: LoadedEmbeddings | None = field(default=None, repr=False)
     characters: int = field(init=False)
-    """That it takes in the request's body."""
+    """The length of this part in the request's body, in characters."""
 
     def __post_init__(self) -> None:
         self.characters = len(self.rows) + (len(self.grid) if isinstance(self.grid, str) else 0)
 
     def forget(self) -> None:
-        """Let go of what the client sent: the embeddings cannot be loaded again."""
+        """Drop what the client sent: the embeddings cannot be loaded again."""
         self.rows, self.grid = "", None
 
     def release(self) -> None:
-        """Let go of the numbers and of their memory, as early as nobody needs them; safe to call twice."""
+        """Drop the tensors and their memory as soon as nobody needs them; safe to call twice."""
         self.loaded = None
         if self.share is not None:
             self.share.release()
@@ -120,9 +134,16 @@ Part = TextPart | PicturePart
 
 @dataclass(slots=True)
 class Message:
-    """One turn. `text_only` remembers that the client sent a bare string instead of a list of parts.
+    """One turn.
 
-    tool_calls: OpenAI's, arguments as JSON text. reasoning: that of an earlier answer, for templates that show it.
+    Attributes:
+        role: Who speaks.
+        parts: The texts and images, in reading order.
+        text_only: Whether the client sent a string instead of a list of parts.
+        name: The speaker's name.
+        tool_calls: As OpenAI writes them, with the arguments as JSON text.
+        tool_call_id: The call that this turn answers.
+        reasoning: The reasoning of an earlier answer, for templates that show it.
     """
 
     role: Role
@@ -136,10 +157,17 @@ class Message:
 
 @dataclass(slots=True)
 class ChatPrompt:
-    """Turns that still have to go through the model's chat template.
+    """Turns to which the model's chat template has not been applied yet.
 
-    add_special_tokens: those that the tokenizer puts around a text, beside the template's own; None as the model's
-    processor does it.
+    Attributes:
+        messages: The turns.
+        add_generation_prompt: Whether the template begins the answer's turn.
+        continue_final_message: Whether the answer continues the last message.
+        template: The request's own template; None for the model's.
+        template_kwargs: Further variables of the template.
+        add_special_tokens: Whether the tokenizer adds its special tokens to the template's text; None for the default
+            of the model's processor.
+        tools: The functions that the model may call, as OpenAI describes them.
     """
 
     messages: list[Message]
@@ -153,7 +181,7 @@ class ChatPrompt:
 
 @dataclass(slots=True)
 class TextPrompt:
-    """A prompt without turns: text and pictures in order. `token_ids` replaces `parts` when the client sent ids."""
+    """A prompt without turns: texts and images in order. `token_ids` replaces `parts` when the client sent ids."""
 
     parts: list[Part]
     token_ids: list[int] | None = None
@@ -164,7 +192,7 @@ Prompt = ChatPrompt | TextPrompt
 
 
 def prompt_parts(prompt: Prompt) -> Iterator[Part]:
-    """Its texts and pictures in reading order."""
+    """Yield the prompt's texts and images in reading order."""
     if isinstance(prompt, ChatPrompt):
         for message in prompt.messages:
             yield from message.parts
@@ -179,12 +207,15 @@ def pictures(prompt: Prompt) -> Iterator[PicturePart]:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What every answer to a request must look like, token by token.
+    """The form that every answer to a request must have, enforced token by token.
 
-    kind, value: `json_object` None; `json_schema` the schema as JSON text; `regex` one that matches the whole answer;
-    `choice` the allowed answers as a JSON array; `grammar` Lark, or GBNF-like EBNF as vLLM takes it.
-    param: the client's field it came from, for error messages.
-    whitespace_pattern: a regular expression for the white space inside JSON; "" for none, None for any.
+    Attributes:
+        kind: How `value` is read.
+        value: None for `json_object`; the schema as JSON text for `json_schema`; for `regex` a regular expression that
+            matches the whole answer; for `choice` the allowed answers as a JSON array; for `grammar` Lark, or GBNF-like
+            EBNF as vLLM accepts it.
+        param: The field of the client's that it came from, for error messages.
+        whitespace_pattern: A regular expression for the white space inside JSON; "" for none, None for any.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
@@ -197,12 +228,24 @@ class Constraint:
 class GenerationRequest:
     """One prompt to answer `n` times.
 
-    deadline: `time.monotonic()` seconds after which the answer is worthless and is aborted; None for never.
-    truncate_prompt_tokens: keep only this many tokens of a prompt without pictures, the last ones unless
-    truncation_side says that the right is cut off; -1 for as many as the context has room for.
-    max_tokens_is_default: the client did not ask for `sampling.max_tokens`: where the context has less room,
-    the answer is shorter. text_bytes: size of the body it came in without its pictures: what rendering may cost.
-    constraint: holds for each of the n answers; None for free text.
+    Attributes:
+        request_id: For the log and the replies.
+        prompt: The chat or the text.
+        sampling: How tokens are chosen.
+        n: The number of choices.
+        stream: Whether the reply is a stream.
+        model: The model's name as the client wrote it.
+        adapter: The adapter's name.
+        priority: A smaller one is scheduled first.
+        deadline: The `time.monotonic()` seconds after which the answer is useless and aborted; None for never.
+        truncate_prompt_tokens: Keep only this many tokens of a prompt without images; -1 for as many as fit into the
+            context.
+        truncation_side: The side that is cut off.
+        max_tokens_is_default: The client did not ask for `sampling.max_tokens`: the answer is shortened to what fits
+            into the context.
+        text_bytes: The size of the body without its images, a measure of what rendering may cost.
+        constraint: Applies to each of the n answers; None for free text.
+        arrival: The `time.monotonic()` seconds at which the request arrived.
     """
 
     request_id: str
@@ -222,8 +265,8 @@ class GenerationRequest:
     arrival: float = field(default_factory=time.monotonic)
 
     def images(self) -> Iterator[PicturePart]:
-        """The request's pictures in reading order: the order of their index in error messages.
+        """Return the request's images in reading order, by which error messages number them.
 
-        All are pictures or all are embeddings.
+        All of them are images, or all are embeddings.
         """
         return pictures(self.prompt)

@@ -1,4 +1,4 @@
-"""One admitted task from its first look at the engine to its last delta: deadline, abort, counts."""
+"""One admitted task, from its admission to its last delta: its deadline, how it is aborted, and its counts."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _TRIES = 3
 """How often a request is handed to an engine that has lost its pictures."""
 
 _MOST_MERGED = 256
-"""Deltas of several prompts that may wait to be written."""
+"""The most deltas of several prompts that may wait to be written."""
 
 
 class Run:
-    """Holds the permit, the pictures and the generations of one task, and gives them back once, in `close`.
+    """Holds the permit, the images and the generations of one task, and gives them back once, in `close`.
 
-    Either `answers` or (for a stream) `deltas` may be asked for, once. Whoever made a Run must `close` it, also
-    after an error or a cancellation.
+    Call `answers` or, for a stream, `deltas`, and only once. Whoever made a Run must `close` it, also after an error
+    or a cancellation.
     """
 
     def __init__(
@@ -56,7 +56,17 @@ class Run:
         deadline: float | None,
         keep: Callable[[int], None],
     ) -> None:
-        """deadline: `time.monotonic()` seconds. keep: see `Incoming`."""
+        """Take over an admitted task.
+
+        Args:
+            task: What the client asked for.
+            permit: The admission, released by `close`.
+            images: Loads the task's images.
+            facts: Filled in as the task proceeds.
+            observer: Notified of what happens to the task, for metrics.
+            deadline: In `time.monotonic()` seconds; None for none.
+            keep: See `Incoming`.
+        """
         self.task = task
         self.facts = facts
         self._images = images
@@ -78,23 +88,24 @@ class Run:
 
     @property
     def stats(self) -> PromptStats:
-        """Of all prompts together."""
+        """The counts of all prompts together."""
         return total([generation.stats for generation in self._generations.values()])
 
     def stats_of(self, index: int) -> PromptStats:
-        """Of the prompt that a delta of `deltas` answers."""
+        """Return the counts of the prompt to which the delta with this index belongs."""
         return self._generations[index // self.task.requests[0].n].stats
 
     def time_limit(self) -> asyncio.Timeout:
-        """What is left of the request's time, for `async with`; `failure` knows when it has run out."""
+        """Return the rest of the request's time, for `async with`; `failure` recognises when it has expired."""
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         self._limit = asyncio.timeout(left)
         return self._limit
 
     def failure(self, error: Exception | asyncio.CancelledError) -> ServingError:
-        """What the client is told of an exception of this run, which is noted here.
+        """Convert an exception of this run to the error that the client gets, and note it in the facts.
 
-        A CancelledError is one that `is_cancelled` denies.
+        Args:
+            error: If it is a CancelledError, one for which `is_cancelled` is false.
         """
         if isinstance(error, TimeoutError) and self._limit.expired():
             known: ServingError = DeadlineExceeded("the request's time (option.predict_timeout) is up")
@@ -107,16 +118,19 @@ class Run:
         return known
 
     async def answers(self, backend: Pipeline) -> list[Answered]:
-        """All answers, whole. The prompts generate together; the first that fails ends all."""
+        """Return the complete answers to all prompts.
+
+        The prompts are generated together; the first failure ends all of them.
+        """
         requests = self.task.requests
         if len(requests) == 1:
             return [await self._answer(backend, 0)]
         return await _together(self._answer(backend, number) for number in range(len(requests)))
 
     async def deltas(self, backend: Pipeline) -> AsyncIterator[Delta]:
-        """The deltas of a stream. Answer i of prompt p, of which each has n, has the index p * n + i.
+        """Yield the deltas of a stream. Answer i of prompt p has the index p * n + i.
 
-        All prompts are admitted before the first delta comes: what one of them does wrong is raised first.
+        All prompts are given to the engine before the first delta arrives, so a mistake in any of them is raised first.
         """
         count = len(self.task.requests)
         if count == 1:
@@ -149,7 +163,7 @@ class Run:
             await merged.put(None)
 
     async def _checked(self, number: int) -> AsyncIterator[Delta]:
-        """The deltas of a prompt that generates, counted."""
+        """Yield the deltas of a prompt that is being generated, and count them."""
         unfinished = self.task.requests[number].n
         last = [0.0] * unfinished
         async for delta in self._generations[number]:
@@ -160,7 +174,7 @@ class Run:
             raise EngineFailed("the engine ended the answer too early")
 
     async def stop(self) -> None:
-        """Abort what still runs and let go of the pictures; the places stay taken. Safe to call twice."""
+        """Abort what is still running and release the images; the permit is kept. Safe to call twice."""
         for parts in self._pictures:
             _release(parts)
         for task in self._forwarding:
@@ -179,7 +193,7 @@ class Run:
             raise cancelled
 
     async def close(self) -> None:
-        """`stop`, free the places, complete the facts. Safe to call twice."""
+        """Call `stop`, release the permit and complete the facts. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -191,7 +205,7 @@ class Run:
             self._observer.on_finished(self.facts)
 
     async def _generate(self, backend: Pipeline, number: int) -> Generation:
-        """Of prompt `number`: its pictures are loaded, and held no longer than until its answer ends."""
+        """Start the generation of prompt `number`. Its images are loaded, and held until its answer ends at most."""
         request, parts = self.task.requests[number], self._pictures[number]
         for left in reversed(range(_TRIES)):
             if parts:
@@ -213,7 +227,7 @@ class Run:
         return generation
 
     def _forget_images(self) -> None:
-        """Nothing is handed to an engine again from now on: what the images were loaded from is not needed."""
+        """Drop what the images were loaded from: no engine will be given them again."""
         for parts in self._pictures:
             for part in parts:
                 part.forget()
@@ -236,7 +250,7 @@ class Run:
         return Answered(generation.stats, answers)
 
     def _count(self, delta: Delta, last: list[float]) -> None:
-        """last: when each answer of this prompt had its last token."""
+        """Count a delta. last: the time of each answer's last token."""
         now = time.monotonic()
         facts = self.facts
         if last[delta.index]:
@@ -269,7 +283,7 @@ class Run:
 
 
 async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order. The first failure, and a cancellation, ends all of them before it is raised."""
+    """Return the results in order. The first failure, or a cancellation, ends all of them before it is raised."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
@@ -280,7 +294,7 @@ async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def is_cancelled() -> bool:
-    """Whether a CancelledError is about this task, and not about something that it awaited."""
+    """Whether a CancelledError is about this task, rather than about something that it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -288,9 +302,10 @@ def is_cancelled() -> bool:
 def refusal(
     error: Exception | asyncio.CancelledError, facts: RequestFacts, written: ErrorFormat, observer: Observer
 ) -> Reply:
-    """The reply to a request that failed before its reply began; logged, counted and noted in its facts.
+    """Return the reply to a request that failed before its reply began; it is logged, counted and noted in its facts.
 
-    Raises the error itself where it cancels this very task.
+    Raises:
+        CancelledError: The error itself, if it cancels this very task.
     """
     if isinstance(error, asyncio.CancelledError):
         if is_cancelled():
@@ -307,7 +322,7 @@ def refusal(
 
 
 def stopping(error: asyncio.CancelledError) -> Unavailable:
-    """What has become of work that was cancelled under a request: only a server that stops does that."""
+    """Return the error for work that was cancelled while a request waited for it: only a stopping server does that."""
     known = Unavailable("the server is stopping; send the request again", retry_after=5)
     known.__cause__ = error
     return known

@@ -34,33 +34,40 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Work = Callable[[dict[str, Any], Incoming, RequestFacts, float, bool], Awaitable[Reply]]
-"""A body, how it came, what is noted of it, when it arrived, and whether it is long."""
+"""Its arguments: the body, its request, the facts to fill in, the time of arrival, and whether the body is long."""
 
 LONG_REPLY_BYTES = 2**20
-"""A larger reply is written in a thread, so that the others' tokens do not wait."""
+"""A larger reply is written in a thread, so that other requests' tokens do not wait."""
 
 _MOST_READ_HERE = 4096
-"""Items of a body that is read on the event loop, an object counted as eight: a few milliseconds."""
+"""The most items of a body that is parsed on the event loop, an object counted as eight; it takes milliseconds."""
 
 _PARSER = ThreadPoolExecutor(1, "parse-body")
-"""Parses long bodies, one at a time: only one takes the memory of its parse, and the one call of C in each that lets no
-other thread run does not follow upon another's."""
+"""Parses long bodies one at a time: only one of them needs memory for its parse, and the C calls that let no other
+thread run do not follow one another directly."""
 
 _JSON_PER_LOGPROB = 64
-"""Bytes: a little less than one takes in a reply."""
+"""Bytes, a little less than one log probability takes in a reply."""
 
 HIGHEST_PRIORITY = 1000
-"""Of a request, in either direction."""
+"""The limit of a request's priority, in either direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """Names and meanings are those of the options.
+    """The limits that the options of the same names set.
 
-    predict_timeout: seconds from a request's arrival to the end of its answer; None for any time.
-    limit_mm_per_prompt: most items of a modality in one prompt. keep_alive: seconds of silence in a stream of
-    server-sent events after which a comment is sent; None for never. chunked_read_timeout: longest that a stream
-    with more than enough waiting is not read. max_image_bytes: largest file of an image.
+    Attributes:
+        job_queue_size: Answers that may wait in the queue.
+        max_rolling_batch_size: Answers that are generated at the same time.
+        predict_timeout: Seconds from a request's arrival to the end of its answer; None for no limit.
+        limit_mm_per_prompt: The most items of each modality in one prompt.
+        keep_alive: Seconds of silence in a stream of server-sent events after which a comment is sent; None for never.
+        chunked_read_timeout: Seconds for which a client may leave a stream unread although enough of it is waiting.
+        request_priorities: Whether a request's priority counts.
+        trust_request_chat_template: Whether requests may bring a chat template.
+        enable_mm_embeds: Whether clients may send embeddings in place of images.
+        max_image_bytes: The largest file of an image.
     """
 
     job_queue_size: int = 1000
@@ -93,10 +100,20 @@ class Service:
         formatters: Formatters | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """model_name: shown to clients that name none. other_names: what they may call the model as well.
+        """Prepare to answer requests; the backend may still be loading.
 
-        output_formatter, tgi_compat: the options. formats: how answers are read. gates: those of the APIs.
-        formatters: the user's, around each request.
+        Args:
+            backend: Generates the answers.
+            images: Loads the requests' images.
+            limits: What the options allow.
+            model_name: Shown in replies to requests that name no model.
+            other_names: Further names that requests may call the model by.
+            output_formatter: The option.
+            tgi_compat: The option.
+            formats: How answers with calls and reasoning are parsed.
+            gates: They may answer requests of their APIs without the model.
+            formatters: The user's own, called before and after each request.
+            observer: Notified of what happens to requests, for metrics.
         """
         self.backend = backend
         self._images = images
@@ -116,20 +133,23 @@ class Service:
 
     @property
     def in_flight(self) -> int:
-        """Answers that are generated, waited for, or still read by their client."""
+        """The number of answers that are generated, waited for, or still being read by their clients."""
         return self.admission.taken
 
     @property
     def free(self) -> int:
-        """Answers that could be taken in now."""
+        """The number of further answers that would be admitted now."""
         return self.admission.free
 
     async def answer(self, incoming: Incoming) -> Reply:
-        """A stream is returned with its first token, so that whatever fails before has its own status code."""
+        """Generate the reply to a body.
+
+        A stream is returned together with its first token, so that any earlier failure has a status code of its own.
+        """
         return await self.reply(incoming, self._answer)
 
     async def call(self, action: str, incoming: Incoming) -> Reply:
-        """Answer what is not asked of the model's text. action: one of `handlers.protocols.select.CALLS`."""
+        """Answer a request that does not generate text. action: a key of `handlers.protocols.select.CALLS`."""
         return await CALLS[action](self, incoming)
 
     def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
@@ -137,9 +157,9 @@ class Service:
         return any(gate.may_answer(route, size, content) for gate in self._gates)
 
     async def reply(self, incoming: Incoming, work: Work) -> Reply:
-        """The reply of some work to a body, or the refusal.
+        """Return the reply that `work` makes of a body, or the refusal.
 
-        Never raises but when cancelled, and then everything is given back.
+        It raises only when it is cancelled, and everything is given back in that case.
         """
         facts = RequestFacts(incoming.request_id, incoming.route)
         written = error_format(incoming.route, incoming.headers)
@@ -280,16 +300,16 @@ class Service:
 
 
 def _logprobs(answered: Answered) -> int:
-    """How many probabilities a reply with this prompt and its answers may show."""
+    """Return how many log probabilities a reply with this prompt and its answers may show."""
     lists = [answered.stats.prompt_logprobs or (), *(answer.logprobs for answer in answered.answers)]
     return sum(1 + len(position.top) for positions in lists for position in positions if position is not None)
 
 
 def _is_long(body: bytes) -> bool:
-    """Whether reading it takes longer than the event loop may be held up."""
+    """Whether parsing the body would hold up the event loop for too long."""
     return len(body) > SHORT_BYTES or 8 * body.count(b"{") + body.count(b",") > _MOST_READ_HERE
 
 
 async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
-    """Long work in a thread."""
+    """Run the work, in a thread if it is long."""
     return await asyncio.to_thread(work, *given) if long else work(*given)

@@ -1,4 +1,4 @@
-"""A Python child process, seen from its parent: started with what it needs and no more, bounded, killable.
+"""A Python child process, as its parent sees it: with limited resources and environment, and killable.
 
 It exchanges messages with the parent over a socket pair (`processes.inside` is the other end): one question and one
 answer after the other (`Child.send`, `Child.receive`), or any number in both directions (`Child.connect`). What it or
@@ -28,17 +28,17 @@ _INT = struct.Struct("i")
 
 _LOG_BURST = 16 * 2**10
 _LOG_BYTES_PER_SECOND = 2 * 2**10
-"""What one child whose log is bounded may add to it at once, and for each second."""
+"""Bytes that a child whose log is bounded may add to it at once, and in each second."""
 
 _SEND_BYTES = 2**20
-"""Of a message, what Linux is asked to take at once, so that sending most need not wait for the child to read."""
+"""The size of the socket's buffer: most messages fit, and sending them does not wait until the child reads."""
 
 _LONGEST_LINE = 2**16
 _LONGEST_BOUNDED_LINE = 2**10
 _LAST_WORDS = 400
 
 _LEFT_OPEN_SECONDS = 1.0
-"""Until the log of a child that has ended is taken as complete, though a process that it started holds it open."""
+"""How long after a child's end its log counts as complete, even if a process that it started holds it open."""
 
 
 _own_log = logging.getLogger(__name__)
@@ -46,9 +46,11 @@ _own_log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one child; it may lower them for itself. Enforced on Linux. A child never leaves a core dump.
+    """The resource limits of one child, enforced on Linux; the child may lower them. It never leaves a core dump.
 
-    data_bytes: private writable memory (RLIMIT_DATA). open_files: descriptors.
+    Attributes:
+        data_bytes: Private writable memory (RLIMIT_DATA); None for no limit.
+        open_files: File descriptors; None for no limit.
     """
 
     data_bytes: int | None = None
@@ -57,10 +59,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """Where the lines go that a child prints.
+    """Where the lines that a child prints are logged.
 
-    level: of lines that do not begin with a level's name. levels: whether such a name is taken as the level, and off
-    the line. bounded: whether what exceeds a rate is dropped, for a child whose work is hostile input.
+    Attributes:
+        logger: The logger that gets them.
+        level: The level of lines that do not begin with the name of one.
+        levels: Whether a level's name at the beginning of a line sets its level and is removed.
+        bounded: Whether lines beyond a rate are dropped, for a child that works on hostile input.
     """
 
     logger: logging.Logger
@@ -77,16 +82,16 @@ class Connection:
         self._writer = writer
 
     def send(self, body: bytes) -> None:
-        """Never waits. Raises OSError when the child is going away."""
+        """Send a message without waiting. Raises OSError when the child is going away."""
         if self._writer.is_closing():
             raise BrokenPipeError("the connection to the child is closed")
         try:
             self._writer.writelines((FRAME.pack(len(body)), body))
-        except RuntimeError as error:  # uvloop's, for a transport that has just closed
+        except RuntimeError as error:  # raised by uvloop for a transport that has just closed
             raise BrokenPipeError("the connection to the child is closed") from error
 
     async def receive(self) -> bytes | None:
-        """The next message; None once the child has closed its end. Raises ValueError for an absurd length."""
+        """Return the next message; None once the child has closed its end. Raises ValueError for an absurd length."""
         try:
             (size,) = FRAME.unpack(await self._reader.readexactly(FRAME.size))
             if size > MAX_FRAME_BYTES:
@@ -96,7 +101,7 @@ class Connection:
             return None
 
     def end(self) -> None:
-        """The child reads no more messages after those that were sent; what it still says can be received."""
+        """Tell the child that no more messages follow; what it still sends can be received."""
         with suppress(OSError, RuntimeError):
             self._writer.write_eof()
 
@@ -105,10 +110,10 @@ class Connection:
 
 
 class Child:
-    """One process from start to end, used on one event loop. `send` and `receive` each by one task at a time."""
+    """One process from start to end, used on one event loop, with one task sending and one receiving at a time."""
 
     def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket, log: Log) -> None:
-        """Use `start`."""
+        """Take over a process; use `start` to make one."""
         self._process = process
         self._socket = sock
         self._connection: Connection | None = None
@@ -133,9 +138,17 @@ class Child:
         limits: Limits | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> Child:
-        """`python -m module DESCRIPTOR`, in a session of its own. Raises OSError; nothing is left running then.
+        """Run `python -m module DESCRIPTOR` in a session of its own. If this fails, nothing is left running.
 
-        kind: which environment it is given (see `processes.environment`). variables: more of it.
+        Args:
+            module: One of our modules, which finds its end of the connection with `processes.inside.Parent`.
+            kind: Which environment variables it gets (see `processes.environment`).
+            log: Where its output is logged.
+            limits: Its resource limits; none by default.
+            variables: Further environment variables.
+
+        Raises:
+            OSError: The process cannot be started.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -168,7 +181,7 @@ class Child:
         return child
 
     async def connect(self) -> Connection:
-        """For messages at any time, instead of `send` and `receive`. Once."""
+        """Return a connection for messages at any time, instead of `send` and `receive`. Call it only once."""
         self._connection = Connection(*await asyncio.open_connection(sock=self._socket))
         return self._connection
 
@@ -178,17 +191,19 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs, or until its end has been noticed."""
+        """The exit code, negative for a signal; None while it runs or until its end has been noticed."""
         return self._process.returncode
 
     @property
     def last_words(self) -> str:
-        """The end of what it printed, in one line: for the operator's log, after a death that nobody expected."""
+        """The end of its output, in one line: for the operator's log, after an unexpected death."""
         return self._log.last_words
 
     def has_ended(self) -> bool:
-        """Known at once, also before its exit code is. Only between messages: what has come and was not asked for
-        counts as an end, too."""
+        """Whether the process has ended; known at once, also before its exit code is.
+
+        Call it only between messages: a message that nobody asked for counts as an end, too.
+        """
         if self.returncode is not None:
             return True
         try:
@@ -200,17 +215,21 @@ class Child:
         return True
 
     def is_stopped(self) -> bool:
-        """By a signal (SIGSTOP), so that it does not run. False where it cannot be told."""
+        """Whether a signal (SIGSTOP) has suspended it; False if that is not known."""
         try:
             return psutil.Process(self.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         except (psutil.Error, OSError):
             return False
 
     def send(self, *parts: bytes, descriptor: int | None = None) -> None:
-        """One message, of these parts; the event loop sends what the socket has no room for yet. Raises OSError when
-        the child is gone.
+        """Send one message. The event loop sends what does not fit into the socket's buffer yet.
 
-        descriptor: one that the child gets a copy of; the caller may close it at once.
+        Args:
+            *parts: The message's content, joined in this order.
+            descriptor: A file descriptor that the child gets a duplicate of; the caller may close it at once.
+
+        Raises:
+            OSError: The child is gone.
         """
         self._unsent = [memoryview(part) for part in (FRAME.pack(sum(map(len, parts))), *parts) if part]
         if descriptor is not None:
@@ -222,8 +241,14 @@ class Child:
             asyncio.get_running_loop().add_writer(self._socket, self._write_on)
 
     async def receive(self, most: int = 2**24) -> bytearray:
-        """The next message. Raises EOFError when the child is gone, claims more than `most` bytes, or says more than
-        one message. Cancelled, it may be called again, and loses nothing."""
+        """Return the next message. A call that was cancelled can be repeated, and nothing is lost.
+
+        Args:
+            most: The largest message that is accepted, in bytes.
+
+        Raises:
+            EOFError: The child is gone, announces more than `most` bytes, or sends more than one message.
+        """
         self._most = most
         if self._waiter is None or self._waiter.cancelled():
             self._waiter = asyncio.get_running_loop().create_future()
@@ -237,13 +262,13 @@ class Child:
         return message
 
     def kill(self) -> None:
-        """It, and the processes that it has started and perhaps left behind. Nothing happens after `wait`."""
-        if not self._gone:  # afterwards the group's number may be another's
+        """Kill the process and its process group. Does nothing after `wait`."""
+        if not self._gone:  # afterwards the id may belong to another process group
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def wait(self) -> int:
-        """See it out, and kill what it has left behind: its exit code. Its log is complete then."""
+        """Wait for its end, kill what it left behind, and return its exit code. Its log is complete then."""
         code = await self._process.wait()
         self.kill()
         self._gone = True
@@ -260,7 +285,7 @@ class Child:
         return code
 
     async def stop(self, seconds: float) -> int:
-        """Close the connection, at which it ends by itself; killed when it has not after `seconds`."""
+        """Close the connection, which ends the child, and return its exit code. It is killed after `seconds`."""
         if self._connection is not None:
             self._connection.end()
         else:
@@ -274,8 +299,10 @@ class Child:
             return await self.wait()
 
     def _watch(self, on: bool) -> None:
-        """The event loop calls `_readable` when something has come. Left on after a message: the next one is awaited
-        soon, and until then nothing comes."""
+        """Have the event loop call `_readable` when something arrives, or not any more.
+
+        It stays on after a message: the next one is awaited soon, and nothing arrives until then.
+        """
         if on and not self._watched:
             asyncio.get_running_loop().add_reader(self._socket, self._readable)
         elif self._watched and not on:
@@ -285,7 +312,7 @@ class Child:
     def _readable(self) -> None:
         waiter = self._waiter
         if waiter is None or waiter.done():
-            self._watch(False)  # it stays in the socket, for `receive` or `has_ended`
+            self._watch(False)  # what has arrived stays in the socket, for `receive` or `has_ended`
             return
         try:
             data = self._socket.recv(2**16)
@@ -311,7 +338,7 @@ class Child:
             waiter.set_result(message[FRAME.size :])
 
     def _write(self) -> None:
-        """As much as the socket takes."""
+        """Send as much as the socket takes."""
         while self._unsent:
             try:
                 sent = self._socket.sendmsg(self._unsent, self._rights)
@@ -326,7 +353,7 @@ class Child:
     def _write_on(self) -> None:
         try:
             self._write()
-        except OSError:  # `receive` finds out, too
+        except OSError:  # `receive` will report it
             self._unsent = []
         if not self._unsent:
             asyncio.get_running_loop().remove_writer(self._socket)
@@ -348,7 +375,7 @@ def _limit(pid: int, limits: Limits) -> None:
 
 
 class _Relay:
-    """Puts what a child prints into this process's log, in its form, and drops what is beyond the rate."""
+    """Copies a child's output to this process's log and drops what exceeds the rate."""
 
     def __init__(self, log: Log) -> None:
         self._to = log
@@ -360,7 +387,10 @@ class _Relay:
         return " | ".join(self._tail.decode(errors="replace").split("\n")).strip(" |")
 
     async def relay(self, stream: asyncio.StreamReader) -> None:
-        """Until the child has closed its end. Reads on while it drops, so that the child never waits for the log."""
+        """Copy the output until the child has closed its end.
+
+        It keeps reading while it drops lines, so that the child never waits for the log.
+        """
         loop = asyncio.get_running_loop()
         burst = _LOG_BURST if self._to.bounded else sys.maxsize
         room, dropped, begun, before = float(burst), 0, b"", loop.time()
@@ -369,7 +399,7 @@ class _Relay:
             now = loop.time()
             room = min(burst, room + (now - before) * _LOG_BYTES_PER_SECOND)
             before = now
-            if dropped and room < burst / 4:  # tells of what is dropped every few seconds, not at each line
+            if dropped and room < burst / 4:  # reports dropped bytes every few seconds, not for each line
                 dropped += len(data)
                 continue
             if dropped:

@@ -26,7 +26,7 @@ SERVER_KEYS = frozenset(
         "SM_SGLANG_API_KEY",
     }
 )
-"""Every variable that can hold the keys which clients must send. Nobody but the server's own process needs them."""
+"""Every variable that can hold the keys that clients must send. Only the server's own process needs them."""
 
 _SYSTEM = frozenset(
     {"PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"}
@@ -34,7 +34,7 @@ _SYSTEM = frozenset(
 _SYSTEM_FAMILIES = ("LC_", "LD_", "DYLD_", "PYTHON", "MALLOC_")
 
 _COMPUTE = frozenset({"XDG_CACHE_HOME", "CC", "CXX", "CPATH", "LIBRARY_PATH"})
-"""XDG_CACHE_HOME: of compiled kernels. The others: for the compiler that Triton and torch call."""
+"""XDG_CACHE_HOME holds compiled kernels; the others are for the compiler that Triton and torch call."""
 
 _COMPUTE_FAMILIES = (
     "CUDA_", "NVIDIA_", "CUBLAS_", "CUDNN_", "NCCL_", "GLOO_", "UCX_",
@@ -44,10 +44,10 @@ _COMPUTE_FAMILIES = (
 )  # fmt: skip
 
 _MODEL_FAMILIES = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "RAYON_")
-"""Caches, offline mode and threads of the libraries that read a model's files: from this machine, without a token."""
+"""Caches, offline mode and threads of the libraries that read a model's files, all local."""
 
 _CREDENTIALS = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "API_KEY")
-"""In a name of the families above: not given, whatever else it means."""
+"""A variable of the families above whose name contains one of these is not passed on, whatever it means."""
 
 _BY_NAME: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "engine": (_SYSTEM | _COMPUTE, _SYSTEM_FAMILIES + _COMPUTE_FAMILIES + _MODEL_FAMILIES),
@@ -58,15 +58,18 @@ Kind = Literal["engine", "plain", "handler", "vllm"]
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
-    """How a module of ours is run as a child process; its environment is `child_environment`'s."""
+    """Return the command that runs one of our modules as a child; `child_environment` gives its variables."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def child_environment(kind: Kind, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables of a child process, with our packages importable: `python -P` keeps the working directory out of
-    the module path.
+    """Return the environment variables of a child process, with our packages importable.
 
-    environ: what to choose from; default: this process's.
+    They are named because `python -P` keeps the working directory out of the module path.
+
+    Args:
+        kind: Which variables the child gets.
+        environ: The variables to choose from; by default those of this process.
     """
     given = os.environ if environ is None else environ
     if kind in _BY_NAME:
@@ -80,8 +83,10 @@ def child_environment(kind: Kind, environ: Mapping[str, str] | None = None) -> d
 
 
 def forget_keys(environ: MutableMapping[str, str] | None = None) -> None:
-    """Remove the server's keys from this process's variables, once they are read: libraries that start processes of
-    their own copy these."""
+    """Remove the server's keys from this process's variables, once they are read.
+
+    Libraries that start processes of their own copy the variables.
+    """
     for name in SERVER_KEYS:
         (os.environ if environ is None else environ).pop(name, None)
 

@@ -1,7 +1,7 @@
-"""Processes that must not outlive the one that uses them, however that ends: a process of its own watches over them.
+"""Ends processes that must not outlive the one that uses them, however that one ends.
 
-For those that are not started by `processes.child`: vLLM starts its own, and nobody could reach them any more, while
-they hold the devices.
+A separate process watches over them. It is for processes that `processes.child` does not start: vLLM starts its own,
+which would go on holding the devices out of anybody's reach.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class Guard:
-    """Kills the processes that it was last told of when this process is gone, even if that was killed itself."""
+    """Kills the protected processes once this process is gone, even if this process was killed."""
 
     def __init__(self) -> None:
         self._child: Child | None = None
         self._told: list[int] = []
 
     async def protect(self, processes: Iterable[psutil.Process]) -> None:
-        """Guard these and no others from now on. Where no guard can be started, the log says so."""
+        """Guard these processes, and no others, from now on. If no guard can be started, that is logged."""
         from processes.child import Child, Log  # not in the guard's own process, which stays small
 
         pids = [process.pid for process in processes]
@@ -49,7 +49,7 @@ class Guard:
             logger.warning("without a guard an engine may outlive a killed server: %s", error)
 
     async def close(self) -> None:
-        """Let them live. Safe to call twice."""
+        """End the guard and leave the processes alive. Safe to call twice."""
         child, self._child = self._child, None
         self._told = []
         if child is not None:
@@ -58,7 +58,10 @@ class Guard:
 
 
 def main() -> None:
-    """Until the parent is gone. A process is identified as soon as it is named: later ones of its id are spared."""
+    """Wait until the parent is gone, then kill the processes that it named last.
+
+    A process is identified when it is named, so a later process with the same id is spared.
+    """
     parent = Parent(die_with_it=False)
     guarded: list[psutil.Process] = []
     while (message := parent.receive()) is not None:

@@ -1,6 +1,6 @@
-"""A child process's own end: its messages to and from the parent, and its end with the parent's.
+"""The child's end of the connection to its parent.
 
-Imports little, since a child that needs little should stay small. `processes.child` is the parent's end.
+It imports little, so that a child that needs little stays small. `processes.child` is the parent's end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 
 FRAME = struct.Struct("<I")
-"""Before each message, in either direction: its length in bytes."""
+"""The length of a message in bytes, which precedes each message in either direction."""
 
 MAX_FRAME_BYTES = 1 << 30
 
@@ -22,21 +22,23 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies, even in the middle of work; elsewhere the closed
-    socket or pipe does it after that work."""
+    """Ask Linux to end this process when its parent dies, even in the middle of work.
+
+    On other systems the closed socket or pipe ends it after that work.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Frames:
-    """Messages over a connected, blocking socket: any thread sends, one thread receives."""
+    """Messages over a connected, blocking socket. Any thread may send; one thread receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._sending = threading.Lock()
 
     def send(self, body: bytes) -> None:
-        """Raises OSError when the other end is closed."""
+        """Send a message. Raises OSError when the other end is closed."""
         with self._sending:
             self._socket.sendall(FRAME.pack(len(body)) + body)
 
@@ -46,7 +48,14 @@ class Frames:
         return None if head is None else self._body(head)
 
     def receive_with_descriptor(self) -> tuple[bytes, int | None] | None:
-        """The same, and the descriptor that came with it, which is the caller's to close."""
+        """Return the next message and the file descriptor sent with it, if any, which the caller must close.
+
+        Returns:
+            None once the other end is closed.
+
+        Raises:
+            OSError: The length is absurd.
+        """
         head, descriptors, _, _ = socket.recv_fds(self._socket, FRAME.size, 1)
         rest = self._read(FRAME.size - len(head)) if head else None
         body = None if rest is None else self._body(head + rest)
@@ -63,7 +72,7 @@ class Frames:
 
     def _read(self, size: int) -> bytes | None:
         data = b""
-        while len(data) < size:  # once, but for a signal that stopped the process
+        while len(data) < size:  # a single pass, unless a signal has stopped the process
             more = self._socket.recv(size - len(data), socket.MSG_WAITALL)
             if not more:
                 return None
@@ -72,27 +81,28 @@ class Frames:
 
 
 class Parent(Frames):
-    """The connection to whoever started this process."""
+    """The connection to the process that started this one."""
 
     def __init__(self, *, die_with_it: bool = True) -> None:
-        """The socket's descriptor is the process's last argument.
+        """Connect through the socket whose descriptor is the process's last argument.
 
-        die_with_it: from here on Linux ends the process when its parent dies, even in the middle of work; elsewhere,
-        and without it, the closed connection is the sign.
+        Args:
+            die_with_it: Linux ends this process when its parent dies, even in the middle of work. Otherwise, and on
+                other systems, the closed connection tells it to end.
         """
         if die_with_it:
             die_with_parent()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to answer
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles a terminal's Ctrl-C
         super().__init__(socket.socket(fileno=int(sys.argv[-1])))
 
 
 def data_bytes() -> int | None:
-    """What counts against RLIMIT_DATA: private writable memory. None where /proc does not tell."""
+    """Return what counts against RLIMIT_DATA: private writable memory, in bytes. None without /proc."""
     return _pages(5)
 
 
 def resident_bytes() -> int | None:
-    """None where /proc does not tell."""
+    """Return the resident memory, in bytes. None without /proc."""
     return _pages(1)
 
 

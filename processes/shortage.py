@@ -1,4 +1,4 @@
-"""Whether something failed because this machine or process has run out of a resource: our failure, nobody else's."""
+"""Whether something failed because this machine or process ran out of a resource, which is nobody else's fault."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _STARTS_OF_PROCESSES = frozenset(
         ("uvloop.loop", "uvloop.loop.UVProcess._init"),
     }
 )
-"""Functions, by module, that raise EAGAIN where the operating system starts no process."""
+"""Functions, by module, that raise EAGAIN when the operating system cannot start a process."""
 
 
 def shortage(error: BaseException | None) -> str | None:
-    """What was short when this error, or one that led to it, was raised; None where that was not the reason.
+    """Return the resource whose shortage caused this error; None if the reason is another one.
 
-    Looks at the causes too: libraries wrap what the operating system told them.
+    It examines the causes, too, because libraries wrap the operating system's errors.
     """
     for _ in range(_MOST_CAUSES):
         if error is None:
@@ -45,8 +45,11 @@ def shortage(error: BaseException | None) -> str | None:
 
 
 def descriptors_left() -> bool:
-    """Whether this process could open a file now. For failures that do not say what was short: a name look-up without
-    descriptors claims that the name server did not answer."""
+    """Whether this process could open a file now.
+
+    It is for failures that do not say what was short: a name look-up without descriptors claims that the name server
+    did not answer.
+    """
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
@@ -71,7 +74,7 @@ def _named(error: BaseException) -> str | None:
 
 
 def _raised_by_start(error: OSError) -> bool:
-    """Whether EAGAIN is about a process: of a socket or pipe it only says that there is nothing to read yet."""
+    """Whether EAGAIN is about a new process; for a socket or pipe it only says that there is nothing to read yet."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""Keeps a child process, or what one provides, running: started again when it is lost, until it fails too often."""
+"""Keeps a child process, or what one provides, running: restarts it when it is lost, until it has failed too often."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
-"""The first restart comes at once; the pause before each further one doubles."""
+"""The first restart is immediate; the pause before each further one doubles."""
 
 LONGEST_WAIT_SECONDS = 5.0
-"""Between two starts for which this machine is short of something."""
+"""The longest pause between two starts while this machine is short of a resource."""
 
 
 class Supervised(Protocol):
-    """What a supervisor starts: an engine, a process of the user's handler, the workers of one machine."""
+    """What a supervisor starts: an engine, the process of the user's handler, or the workers of one machine."""
 
     @property
     def served(self) -> bool:
-        """Whether it has answered a request, so that the failures before it are forgiven."""
+        """Whether it has answered a request, so that earlier failures no longer count."""
 
     async def lost(self) -> str:
-        """Return when it must be replaced. The reason follows its name in the log: "ended with code -9"."""
+        """Wait until it must be replaced; return the reason, for example "ended with code -9"."""
 
     async def stop(self) -> None:
-        """End what is left of it. Safe to call twice, also after the first call was cancelled."""
+        """Stop whatever of it still runs. Safe to call twice, also after the first call was cancelled."""
 
 
 T = TypeVar("T", bound=Supervised)
 
 
 class Supervisor(Generic[T]):
-    """Holds one `Supervised` after another under one name; `current` is None while there is none."""
+    """Keeps one `Supervised` running, replacing it when it is lost; `current` is None while none is running."""
 
     def __init__(
         self,
@@ -48,13 +48,15 @@ class Supervisor(Generic[T]):
         start_seconds: float | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """
+        """Prepare to keep something running; `start` starts it.
+
         Args:
-            name: for the log, for example "replica 0".
-            start: makes one that is ready. It raises when that fails, and leaves nothing behind then.
-            retry_threshold: failures in a row, with no answered request between them, that a restart follows.
-            start_seconds: what one restart may take.
-            changed: called when `current` has been lost or replaced, and when it is given up.
+            name: Its name in the log, for example "replica 0".
+            start: Starts one and returns it when it is ready. If that fails, it raises and leaves nothing behind.
+            retry_threshold: The number of failures in a row, with no answered request between them, after which it is
+                still restarted.
+            start_seconds: The time limit of one restart.
+            changed: Called when `current` has been lost or replaced, and when no further restart is tried.
         """
         self._name = name
         self._start = start
@@ -68,24 +70,24 @@ class Supervisor(Generic[T]):
         self.given_up = False
 
     async def start(self) -> T:
-        """Start the first one and keep it from now on. Raises what the start raises."""
+        """Start the first one and keep it running from now on. Raises whatever the given `start` raises."""
         self.current = first = await self._start()
         self._keeping = asyncio.create_task(self._keep(), name=f"keep {self._name}")
         return first
 
     @property
     def short(self) -> str | None:
-        """What the machine was short of at the last start; None where that was not why it failed."""
+        """The resource that the machine was short of at the last start; None if it did not fail for that reason."""
         return self._tries.short
 
     def reason(self, name: str) -> str:
-        """For health, while it is not there: why. name: "the engine", for example."""
+        """Return why it is not running, for health. name: what to call it, for example "the engine"."""
         if self.given_up:
             return f"{name} failed too often"
         return self._tries.reason(name)
 
     async def close(self) -> None:
-        """End it and start no other. Never raises; safe to call twice."""
+        """Stop it and start no other. Never raises; safe to call twice."""
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
@@ -104,7 +106,7 @@ class Supervisor(Generic[T]):
                 self._changed()
                 await self._stop(one)
                 self._stopping = None
-                del one  # what it holds must be free before the next one starts
+                del one  # its resources must be free before the next one starts
                 self.current = await self._restarted()
                 self._changed()
         except Exception:
@@ -113,7 +115,7 @@ class Supervisor(Generic[T]):
             self._changed()
 
     async def _restarted(self) -> T | None:
-        """Try until it is back; None when it has failed too often."""
+        """Try to start it until it runs again; return None when it has failed too often."""
         while not self._tries.exhausted:
             await asyncio.sleep(self._tries.pause)
             self.restarts += 1
@@ -139,26 +141,30 @@ class Supervisor(Generic[T]):
 
 
 def why_down(supervisors: Sequence[Supervisor[Any]], name: str) -> str:
-    """For health, while none of them has anything running. name: "the engine", for example."""
+    """Return why nothing is running, for health. name: what to call it, for example "the engine"."""
     waiting = [one for one in supervisors if not one.given_up]
     short = [one for one in waiting if one.short is not None]
     return (short or waiting or supervisors)[0].reason(name)
 
 
 class Restarts:
-    """When a child that died is started again, and when it has failed too often.
+    """Decides when a child that died is restarted, and when it has failed too often.
 
-    A start that fails since this machine or process is short of descriptors, memory or processes is tried again until
-    there are some: it says nothing about the child, so it is not counted.
+    A start that fails because this machine or process is short of descriptors, memory or processes is repeated until
+    they are available. It says nothing about the child, so it is not counted.
     """
 
     def __init__(self, most_failures: int) -> None:
-        """most_failures: in a row, with no answered request between them, that a restart follows."""
+        """Begin without failures.
+
+        Args:
+            most_failures: Failures in a row, with no answered request between them, after which it is still restarted.
+        """
         self._most_failures = most_failures
         self._waits = 0
         self.failures = 0
         self.short: str | None = None
-        """What the last start was short of."""
+        """The resource that the last start was short of."""
 
     @property
     def exhausted(self) -> bool:
@@ -174,11 +180,11 @@ class Restarts:
         return min(longest, FIRST_PAUSE_SECONDS * 2.0 ** min(number - 2, 16))
 
     def died(self, *, served: bool) -> None:
-        """served: it had answered a request, so what went before is over."""
+        """Count a death. served: whether it had answered a request, which ends the row of failures before."""
         self.failures = 1 if served else self.failures + 1
 
     def failed(self, error: BaseException) -> None:
-        """It did not start."""
+        """Count a start that failed."""
         self.short = shortage(error)
         if self.short is None:
             self._waits = 0
@@ -190,7 +196,7 @@ class Restarts:
         self._waits, self.short = 0, None
 
     def reason(self, name: str) -> str:
-        """For health: why it is not there. name: "the engine", for example."""
+        """Return why it is not running, for health. name: what to call it, for example "the engine"."""
         if self.short is None:
             return f"{name} is being restarted"
         return f"{name} is restarted as soon as it can be: the server is short of {self.short}"

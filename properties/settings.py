@@ -213,6 +213,14 @@ class EngineSettings(BaseModel):
         aliases=("max_num_batched_tokens",),
         variables=(Variable("MAX_BATCH_PREFILL_TOKENS", Level.TGI),),
     )
+    max_step_ms: Positive = option(
+        "While answers are generated, prompts and images of other requests are spread over steps of about this time, "
+        "or of three times what the answers alone take. Smaller: streams flow more evenly; larger: prompts are "
+        "computed sooner.",
+        default=300,
+        unit="ms",
+        backends=ROLLING,
+    )
     max_model_len: Length = option(
         "Greatest number of tokens of prompt and answer together. Default: that of the model's config.json.",
         default=None,

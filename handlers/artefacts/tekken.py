@@ -161,8 +161,10 @@ def _pieces(tekken: Tekken) -> dict[bytes, int]:
 
 
 def _merges(pieces: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """All pairs of tokens that make another, in the order in which they are to be merged: by the rank of what they
-    make."""
+    """Return all pairs of tokens that form another token, in the order in which they are merged.
+
+    The order is that of the rank of the token that they form.
+    """
     found: list[tuple[bytes, bytes]] = []
     for piece in pieces:  # in the order of their ranks
         pairs = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
@@ -172,8 +174,10 @@ def _merges(pieces: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _alphabet() -> dict[int, str]:
-    """The character that stands for each byte in byte-level vocabularies: itself where it can be seen, else one of
-    those from U+0100 on, in order."""
+    """Return the character that stands for each byte in byte-level vocabularies.
+
+    A visible character stands for itself; the others are numbered from U+0100 on, in order.
+    """
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in seen]
     return {byte: chr(byte) for byte in seen} | {byte: chr(256 + at) for at, byte in enumerate(others)}

@@ -9,8 +9,13 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """src: the adapter's directory as whoever added it wrote it. pin: as they asked: it keeps its place on the device
-    where the engine can spare one."""
+    """One adapter that requests may name.
+
+    Attributes:
+        name: The name that requests use.
+        src: The adapter's directory as it was given when the adapter was added.
+        pin: Whether it was asked to stay on the device; the engine does so as long as it can.
+    """
 
     name: str
     src: str
@@ -35,8 +40,12 @@ class AdapterStore(Protocol):
         """
 
     async def update(self, name: str, src: str | None = None, *, pin: bool | None = None) -> None:
-        """Load it anew, from `src` if given; requests get the new one as soon as this returns. Raises as `add` does,
-        and NotFound for the name; the old one stays then."""
+        """Reload the adapter, from `src` if given. Requests use the new one as soon as this returns.
+
+        Raises:
+            NotFound: There is no adapter of this name.
+            ServingError: As `add` does. The old adapter stays in this case.
+        """
 
     async def remove(self, name: str) -> None:
         """Returns once the last request with it has ended and the engine has let go of it. Raises NotFound."""

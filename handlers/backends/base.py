@@ -1,7 +1,8 @@
 """What an engine must do (tokens in, tokens out), what each backend must do, and what a request gets from them.
 
-`handlers.pipeline` stands between the two: it makes tokens of a `GenerationRequest` and `Delta`s of an engine's
-tokens, for every engine. All of them raise `handlers.errors.ServingError`, and only that, for what clients can be told.
+`handlers.pipeline` connects the two for every engine: it turns a `GenerationRequest` into tokens, and an engine's
+tokens into `Delta`s. For anything that a client may learn, all of them raise `handlers.errors.ServingError` and nothing
+else.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from properties.settings import Settings
 
 FinishReason = Literal["stop", "length", "abort"]
-"""stop: end-of-sequence, a stop id or a stop string (see `stop_reason`); length: max_tokens or the context's end."""
+"""stop: end of sequence, stop id or stop string (see `stop_reason`); length: max_tokens or the end of the context."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One candidate at one position. `rank` counts from 1 (the most likely token)."""
+    """One candidate at one position. `rank` counts from 1, the most likely token."""
 
     token_id: int
     text: str
@@ -45,7 +46,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """What was chosen at a position and the most likely alternatives there, best first."""
+    """The token chosen at a position and the most likely alternatives there, best first."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
@@ -53,13 +54,18 @@ class PositionLogprobs:
 
 @dataclass(slots=True)
 class Delta:
-    """What one step added to answer number `index` (0 to n-1).
+    """What one step added to choice number `index` (0 to n-1).
 
-    text: whole characters only; may lag behind token_ids while a character or a stop string is undecided.
-    pieces: what each token added to the text, which they add up to; where that is not known, the last one has
-    added it all. One entry also where there is no token.
-    stop_reason: the stop string or stop id that ended the answer; None for end-of-sequence and for length.
-    eos: the answer ended with the model's own end-of-sequence token.
+    Attributes:
+        index: The number of the choice.
+        token_ids: The new tokens.
+        text: Whole characters only; it may lag behind `token_ids` while a character or a stop string is undecided.
+        logprobs: One entry for each new token, if they were asked for.
+        finish_reason: Why the choice has ended; None while it continues.
+        stop_reason: The stop string or stop id that ended it; None for end-of-sequence and for length.
+        eos: Whether it ended with the model's own end-of-sequence token.
+        pieces: The text that each token added; joined they are `text`. If that is not known, the last one holds all of
+            it. There is one entry even without a token.
     """
 
     index: int
@@ -78,11 +84,17 @@ class Delta:
 
 @dataclass(slots=True)
 class PromptStats:
-    """Facts about the prompt, complete once the first delta has arrived.
+    """Counts and details of a prompt, complete once the first delta has arrived.
 
-    prompt_tokens counts the placeholders of pictures; image_tokens is their part of it; cached_tokens is how
-    many were found in the prefix cache. first_token_text goes with prompt_logprobs, whose first entry is None.
-    queued: seconds that it waited for the engine to begin.
+    Attributes:
+        prompt_tokens: Including the placeholders of images.
+        image_tokens: Those of the placeholders alone.
+        cached_tokens: How many were found in the prefix cache.
+        prompt_token_ids: The tokens.
+        prompt_text: The text that they were made of.
+        prompt_logprobs: If they were asked for; the first entry is None.
+        first_token_text: The text of the first token, which goes with `prompt_logprobs`.
+        queued: Seconds that the request waited for the engine to begin.
     """
 
     prompt_tokens: int
@@ -96,7 +108,7 @@ class PromptStats:
 
 
 def total(stats: Sequence[PromptStats]) -> PromptStats:
-    """The counts of several prompts added up; those of one are its own stats."""
+    """Return the sum of the counts of several prompts; a single prompt's own stats are returned as they are."""
     if len(stats) == 1:
         return stats[0]
     return PromptStats(
@@ -109,9 +121,12 @@ def total(stats: Sequence[PromptStats]) -> PromptStats:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the backend can generate now. `reason` is safe to show to a client.
+    """Whether the backend can generate now.
 
-    lost: it never will again.
+    Attributes:
+        ready: Whether it can.
+        reason: Why not; safe to show to a client.
+        lost: It will never be able to again.
     """
 
     ready: bool
@@ -121,9 +136,9 @@ class Health:
 
 @dataclass(slots=True)
 class BackendStats:
-    """A snapshot for metrics: gauges now, counters since start (they go on counting over engine restarts).
+    """A snapshot for metrics: current gauges, and counters since the start, which engine restarts do not reset.
 
-    series: the engine's own metric families of prometheus_client, shown as they are.
+    series holds the engine's own metric families of prometheus_client, which are exported unchanged.
     """
 
     running: int = 0
@@ -145,16 +160,25 @@ class BackendStats:
 class Capabilities:
     """What requests may ask of this backend.
 
-    embeddings: in place of images, where the model takes these. default_sampling: fields of `RequestSampling` that the
-    model's generation_config.json sets, for requests that do not name them.
-    image_placeholder: what stands for an image in a prompt in the model's own format, as text; None where that is not
-    known. special_token_ids: tokens that are not text, such as the ends of turns. special_tokens: texts of all tokens
-    that `skip_special_tokens` skips.
-    dtype: of weights and activations. device_type: "cpu", "cuda". compute_type: the devices of one replica, as
-    "1-nvidia-a10g". cache_tokens: how many have room in the key/value cache of all replicas together; 0 where that is
-    not known. prompt_threads: how many prompts are prepared at the same time. chat_templates: names that requests may
-    choose the model's own templates by, each with the variables that it reads. formats: how answers are read, where the
-    options name parsers of the backend's own; None where they name ours.
+    Attributes:
+        max_model_len: The context, in tokens.
+        images: Whether the model accepts images.
+        embeddings: Whether it accepts embeddings in place of images.
+        default_sampling: Fields of `RequestSampling` that the model's generation_config.json sets, for requests that do
+            not name them.
+        adapters: Whether requests may name adapters.
+        structured_outputs: Whether answers can be constrained.
+        image_placeholder: The text that represents an image in a prompt in the model's own format; None if not known.
+        special_token_ids: Tokens that are not text, such as the ends of turns.
+        special_tokens: The texts of all tokens that `skip_special_tokens` skips.
+        dtype: Of weights and activations.
+        device_type: "cpu" or "cuda".
+        compute_type: The devices of one replica, as "1-nvidia-a10g".
+        cache_tokens: How many tokens fit into the key/value caches of all replicas together; 0 if not known.
+        prompt_threads: How many prompts are prepared at the same time.
+        chat_templates: The names of the model's own templates that requests may choose, with the variables that each
+            reads.
+        formats: How answers are parsed if the options name the backend's own parsers; None if they name ours.
     """
 
     max_model_len: int
@@ -177,11 +201,14 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt as the model reads it, the tokens of its pictures included.
+    """A prompt as the model reads it, including the tokens of its images.
 
-    text: what the tokens were made of, each picture as its placeholder. pieces: the tokens as the vocabulary spells
-    them. spans: where each stands in `text`, (start, stop) in characters; (0, 0) for one that was added to the text;
-    all tokens of a picture stand where its placeholder does.
+    Attributes:
+        text: What the tokens were made of, with a placeholder for each image.
+        token_ids: The tokens.
+        pieces: The tokens as the vocabulary spells them.
+        spans: Where each token is in `text`, (start, stop) in characters; (0, 0) for one that was added to the text.
+            All tokens of an image have the span of its placeholder.
     """
 
     text: str
@@ -191,44 +218,49 @@ class TokenizedPrompt:
 
     @property
     def texts(self) -> list[str]:
-        """What each token covers; pieces of one character each cover all of it."""
+        """The text that each token covers; the byte tokens of a single character each cover all of it."""
         return [self.text[start:stop] for start, stop in self.spans]
 
 
 def compute_type(device: str, count: int) -> str:
-    """How TGI's launcher names the devices of one copy of the model: "1-nvidia-a10g", "cpu"."""
+    """Return the devices of one replica as TGI's launcher names them: "1-nvidia-a10g", "cpu"."""
     return device if device == "cpu" else f"{count}-{device.lower().replace(' ', '-')}"
 
 
 class Lifecycle(Protocol):
-    """Whatever answers requests, from its load to its close. `load` is called once; all runs on the event loop."""
+    """Whatever answers requests, from load to close. `load` is called once, and everything runs on the event loop."""
 
     async def load(self) -> None:
-        """Return when it can answer. Raises `ServingError` with what to do when it cannot be loaded."""
+        """Return when it can answer. Raises ServingError, with the remedy, if it cannot be loaded."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """Valid once `load` has returned."""
+        """What requests may ask for. Valid once `load` has returned."""
 
     @property
     def adapters(self) -> AdapterStore | None:
-        """What changes adapters while it serves, once `load` has returned; None where none can be changed."""
+        """The store that changes adapters while it serves, once `load` has returned; None if none can be changed."""
 
     def health(self) -> Health: ...
 
     def stats(self) -> BackendStats: ...
 
     async def close(self) -> None:
-        """Abort what runs and release everything. Never raises."""
+        """Abort what is running and release everything. Never raises."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptModel:
-    """What the pipeline must know of an engine's model to make tokens of prompts and text of tokens.
+    """What the pipeline must know of an engine's model to tokenise prompts and to make text of tokens.
 
-    vocab_size: of the model's logits. threads: where long prompts are rendered. vocabulary: for compiling constraints;
-    None where the engine compiles them by itself. json_whitespace: what `Constraint.whitespace_pattern` is where a
-    request says nothing of it. spells_words: the engine makes tokens of `RequestSampling.bad_words` itself.
+    Attributes:
+        tokenizer: The model's.
+        renderer: Makes tokens of prompts.
+        vocab_size: The size of the model's logits.
+        threads: Where long prompts are rendered.
+        vocabulary: For compiling constraints; None if the engine compiles them itself.
+        json_whitespace: The `Constraint.whitespace_pattern` of requests that do not set one.
+        spells_words: Whether the engine tokenises `RequestSampling.bad_words` itself.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -244,9 +276,15 @@ class PromptModel:
 class EngineRequest:
     """What an engine is to generate from a prepared prompt.
 
-    params: checked; max_tokens is final once the prompt is prepared. n: choices. constraint: holds for each of them;
-    grammar: the same as llguidance reads it, None where there is none or the engine compiles constraints by itself.
-    adapter, model: names that a request may choose an adapter by.
+    Attributes:
+        request_id: For the engine's log.
+        params: Checked; max_tokens is final once the prompt is prepared.
+        n: The number of choices.
+        constraint: Applies to each of them.
+        grammar: The constraint as llguidance reads it; None without one, and if the engine compiles constraints itself.
+        adapter: A name by which a request may choose an adapter.
+        model: Likewise.
+        priority: A smaller one is scheduled first.
     """
 
     request_id: str
@@ -260,25 +298,34 @@ class EngineRequest:
 
 
 class PreparedPrompt(Protocol):
-    """A prompt as the engine takes it.
+    """A prompt as the engine accepts it.
 
-    token_ids: with all tokens of the images. images: (offset, length) of each in them, in order.
+    Attributes:
+        token_ids: Including all tokens of the images.
+        images: The (offset, length) of each image in `token_ids`, in order.
     """
 
     token_ids: list[int]
     images: Sequence[tuple[int, int]]
 
     def discard(self) -> None:
-        """Give back what it holds: it is not handed to `Engine.generate`."""
+        """Release what it holds, for a prompt that is not passed to `Engine.generate`."""
 
 
 @dataclass(slots=True)
 class TokenOutput:
     """What a step added to choice `index`.
 
-    finish: why the choice has ended, None while it goes on. stop_token: the stop id that ended it.
-    by_token: its last token ended it, the model's end-of-sequence or a stop id. queued: seconds that the request waited
-    for its first step. prompt_logprobs: once, an entry for each token of the prompt; the first is None.
+    Attributes:
+        index: The number of the choice.
+        token_ids: The new tokens.
+        finish: Why the choice has ended; None while it continues.
+        logprobs: One entry for each new token, if they were asked for.
+        stop_token: The stop id that ended it.
+        by_token: Whether its last token, end of sequence or stop id, ended it.
+        cached_tokens: How many of the prompt's tokens were found in the prefix cache.
+        queued: Seconds that the request waited for its first step.
+        prompt_logprobs: Sent once, with an entry for each token of the prompt; the first is None.
     """
 
     index: int
@@ -298,10 +345,10 @@ class TokenStream(Protocol):
     def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
 
     def abort(self, index: int) -> None:
-        """No more is wanted of a choice; what still comes of it is not read."""
+        """Abort one choice; further output of it is not read."""
 
     async def aclose(self) -> None:
-        """Abort what still runs, within one engine step. Safe to call twice and after the end."""
+        """Abort what is still running, within one engine step. Safe to call twice and after the end."""
 
 
 Prepared = TypeVar("Prepared", bound=PreparedPrompt)
@@ -312,29 +359,42 @@ class Engine(Lifecycle, Protocol[Prepared]):
 
     @property
     def model(self) -> PromptModel:
-        """Valid once `load` has returned."""
+        """The model's tokenizer and renderer. Valid once `load` has returned."""
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
     ) -> Prepared:
-        """Put the images in the place of their tokens; the loaded images are released here.
+        """Replace the image tokens by those of the images; the loaded images are released here.
 
-        token_ids: of the rendered prompt, with one image token for each image. request: what is to be generated, which
-        is refused before its images cost anything; None where only tokens are wanted.
-        Raises InvalidRequest (ImageError for an image) and Unavailable.
+        Args:
+            token_ids: Those of the rendered prompt, with one image token for each image.
+            parts: The images, loaded.
+            request: What is to be generated; it is refused before its images cost anything. None if only tokens are
+                wanted.
+
+        Raises:
+            InvalidRequest: The engine does not accept the request (ImageError for an image).
+            Unavailable: The engine cannot prepare it now.
         """
 
     async def generate(self, prompt: Prepared, request: EngineRequest) -> TokenStream:
-        """Return when the engine has taken the request. The prompt is the engine's from then on."""
+        """Return when the engine has accepted the request. It owns the prompt from then on."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a backend says of a model that it would serve on this machine.
+    """What a model would need on this machine, according to a backend.
 
-    shapes: config.json, completed. token_bytes: keys and values of one token; None where the shapes tell them.
-    image_bytes: kept for each image of a running request. beside_weights: bytes of what is held beside the weights.
-    takes_all: the cache is as large as it was asked to be, whatever can fill it.
+    Attributes:
+        dtype: Of the weights.
+        dtype_reason: Why this one, for people.
+        shapes: config.json, with the defaults filled in.
+        token_bytes: Keys and values of one token; None if they follow from the shapes.
+        image_bytes: Bytes kept for each image of a running request.
+        beside_weights: Bytes of what is held beside the weights.
+        takes_all: Whether the cache is as large as it was asked to be, even if nothing can fill it.
+        errors: Why it cannot be served.
+        warnings: What else the operator should know.
     """
 
     dtype: str
@@ -361,10 +421,14 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """What `lmi check` says of prompts. template: which chat template is used, for people; None where nobody was asked.
+    """What `lmi check` reports about prompts.
 
-    image_tokens: size, as "336x336", -> tokens of such an image, None for a size that the model does not take; the
-    whole is None for a model without images.
+    Attributes:
+        template: Which chat template is used, for people; None if it was not determined.
+        image_tokens: The tokens of an image of a size such as "336x336", None for a size that the model does not
+            accept. The whole is None for a model without images.
+        errors: What would fail.
+        warnings: What else the operator should know.
     """
 
     template: str | None = None
@@ -376,25 +440,25 @@ class PromptFacts:
 class Backend(Protocol):
     """A backend before anything is loaded: what it says of a model and a machine, and what makes its engine.
 
-    Where nothing else is said, neither torch nor transformers nor the engine is imported.
+    Unless a method says otherwise, neither torch nor transformers nor the engine is imported.
     """
 
     @property
     def tool_parsers(self) -> Set[str]:
-        """Names of parsers of its own."""
+        """The names of its own tool parsers."""
 
     @property
     def reasoning_parsers(self) -> Set[str]:
-        """Names of parsers of its own."""
+        """The names of its own reasoning parsers."""
 
     takes_engine_arguments: bool
-    """Options that are not ours reach its engine by their own names, and are judged there."""
+    """Whether unknown options are passed to its engine by their own names and checked there."""
 
     def build(self, configuration: Configuration, model_path: Path) -> Engine[Any]:
-        """The engine, not yet loaded. Slow: imports what it needs. Raises ServingError."""
+        """Return the engine, not yet loaded. Slow, since it imports what it needs. Raises ServingError."""
 
     def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
-        """What runs here where another machine answers requests, not yet loaded; None where this one does."""
+        """Return what runs here when another machine answers requests, not yet loaded; None if this one answers."""
 
     def examine(
         self,
@@ -404,15 +468,15 @@ class Backend(Protocol):
         config: Mapping[str, Any],
         contents: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Add what is wrong with a model, as this backend serves it. contents: of the JSON files that are whole."""
+        """Add this backend's objections to a model. contents: the JSON files that are complete."""
 
     def weight_problems(
         self, settings: Settings, directory: Path, config: Mapping[str, Any]
     ) -> Iterator[str]:
-        """Why the weights cannot be loaded, as far as their headers tell."""
+        """Yield why the weights cannot be loaded, as far as their headers show."""
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
-        """The template of the model's family, for a model whose files have none; None where there is none."""
+        """Return the template of the model's family, for a model without one; None if there is none."""
 
     def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
         """Replicas and their devices. shapes: see `Needs`. Raises InvalidConfiguration for too few devices."""
@@ -420,18 +484,21 @@ class Backend(Protocol):
     def estimate(
         self, configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine
     ) -> Needs:
-        """What the model needs of memory. May import torch and transformers."""
+        """Return how much memory the model needs. May import torch and transformers."""
 
     def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        """What is served otherwise than the options say, because of the format that the model is in."""
+        """Return what is served differently from the options because of the format of the model's files."""
 
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine
     ) -> list[Problem]:
-        """What the engine itself refuses before it loads a model; directory: None where there is none yet.
+        """Return what the engine itself refuses before it loads a model. May import the engine.
 
-        May import the engine.
+        Args:
+            configuration: The options.
+            directory: The model's; None if it is not on this machine yet.
+            machine: Where the engine would run.
         """
 
     def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
-        """What the start would find out about prompts and images. Slow: may ask a process for it."""
+        """Return what a start would find out about prompts and images. Slow: it may start a process."""

@@ -139,8 +139,11 @@ def _fit_host(result: Fit, configuration: Configuration, needs: Needs, name: str
 def _useful(
     result: Fit, configuration: Configuration, needs: Needs, room: int, requests: int | None = None
 ) -> int:
-    """Set and return the cache per device: what was asked for, else `room` and what that many of the longest
-    requests fill; never more than a full batch of them could, except where `takes_all`."""
+    """Set and return the number of cache bytes per device.
+
+    That is the size that was asked for, or else as much of `room` as `requests` of the longest requests fill. It is
+    never more than a full batch of them could fill, unless the backend `takes_all`.
+    """
     settings, length = configuration.settings, configuration.effective("max_model_len")
     asked = settings.kv_cache_memory_mb
     cache = room if asked is None else asked * 2**20

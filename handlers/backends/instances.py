@@ -14,7 +14,15 @@ _PREFIX = "ml."
 
 @dataclass(frozen=True)
 class Instance:
-    """name: EC2's. gpu: one of `gpus` equal accelerators; None where there are none. memory: of the host, in bytes."""
+    """An instance type of EC2.
+
+    Attributes:
+        name: EC2's name; SageMaker's has "ml." before it.
+        gpus: How many accelerators it has.
+        gpu: One of them; None if there are none.
+        vcpus: How many virtual processors it has.
+        memory: Host memory in bytes.
+    """
 
     name: str
     gpus: int
@@ -24,8 +32,10 @@ class Instance:
 
     @property
     def machine(self) -> Machine:
-        """What the estimate measures against. Of the GPUs only the T4 does not compute in bfloat16; the CPU
-        instances have AMX, which does."""
+        """What the estimate measures against.
+
+        Of the GPUs only the T4 does not compute in bfloat16; the processors of m7i and c7i do, with AMX.
+        """
         accelerators = () if self.gpu is None else (self.gpu,) * self.gpus
         host = Device("host memory", self.memory)
         return Machine(accelerators, host, name=self.name, bfloat16=self.gpu is not _T4)
@@ -118,7 +128,7 @@ INSTANCES = {instance.name: instance for instance in _instances()}
 
 
 def instance_of(name: str) -> Instance:
-    """The instance of EC2's name or of SageMaker's, as ml.g6.12xlarge. Raises ValueError with names that are near."""
+    """Return the instance of that name, EC2's or SageMaker's. Raises ValueError, which tells names that are near."""
     bare = name.strip().lower().removeprefix(_PREFIX)
     if bare in INSTANCES:
         return INSTANCES[bare]

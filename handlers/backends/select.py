@@ -1,4 +1,4 @@
-"""Which backend serves a model, and why."""
+"""Which backend serves a model, and for which reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKENDS: dict[BackendName, str] = {
     "rolling": "handlers.backends.rolling.backend:RollingBackend",
     "vllm": "handlers.backends.vllm.backend:VllmBackend",
 }
-"""Where the `Backend` of each name is; imported only when it is asked for."""
+"""The module and class of each `Backend`, imported only when it is used."""
 
 RollingBatch = Literal["auto", "vllm", "rolling", "disable"]
 
@@ -32,7 +32,7 @@ _DROPPED_BY_VLLM = {
     "FuyuForCausalLM": "0.25",
     "ChameleonForConditionalGeneration": "0.28",
 }
-"""Architecture -> the last vLLM version that served it."""
+"""For each architecture, the last vLLM version that served it."""
 
 _REMOTE_CODE_IN_VLLM = frozenset({"Phi3VForCausalLM"})
 """Served by vLLM only with the model's own Python code."""
@@ -40,14 +40,14 @@ _REMOTE_CODE_IN_VLLM = frozenset({"Phi3VForCausalLM"})
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves, and the reason for people."""
+    """The backend that serves, and the reason, for people."""
 
     backend: BackendName
     reason: str
 
 
 def backend_of(name: BackendName) -> Backend:
-    """The backend of that name; nothing is loaded."""
+    """Return the backend of that name; nothing is loaded."""
     module, _, kind = BACKENDS[name].partition(":")
     backend: Backend = getattr(import_module(module), kind)()
     return backend
@@ -59,7 +59,7 @@ def vllm_installed() -> bool:
 
 
 def vllm_version_problem() -> str | None:
-    """Why the installed vLLM cannot be driven; None when it can, and when there is none."""
+    """Return why the installed vLLM cannot be driven; None if it can, or if none is installed."""
     try:
         if vllm_installed():
             check_version(installed_version())
@@ -76,9 +76,15 @@ def vllm_backend_present() -> bool:
 def choose_for(
     configuration: Configuration, config: Mapping[str, Any], accelerators: int, *, vllm: bool | None = None
 ) -> Choice:
-    """What `choose` says of a configuration, which may ask for vLLM in LMI's words. config: the model's config.json.
+    """Return what `choose` says of a configuration, which may also ask for vLLM by LMI's own options.
 
-    Such settings demand nothing: where vLLM cannot be had, the embedded engine serves, and the reason says so.
+    Such options are only a preference: if vLLM cannot be used, the embedded engine serves, and the reason says so.
+
+    Args:
+        configuration: The options.
+        config: The model's config.json.
+        accelerators: Devices that the process sees.
+        vllm: Whether vLLM is installed; None to find out.
     """
     settings = configuration.settings
     choice = choose(
@@ -106,10 +112,17 @@ def choose(
 ) -> Choice:
     """Apply `option.rolling_batch` to a model and a machine.
 
-    architectures: from the model's config.json; empty when it is not known.
-    accelerators: devices that the process sees. vllm: whether vLLM is installed; adapter: whether this build
-    can drive it; listed: the architectures that vLLM lists (None: found out).
-    Raises ConfigurationError when vLLM is demanded and cannot serve.
+    Args:
+        rolling_batch: The option.
+        architectures: From the model's config.json; empty if it is not known.
+        accelerators: Devices that the process sees.
+        vllm: Whether vLLM is installed; None to find out.
+        adapter: Whether this build can drive vLLM; None to find out.
+        listed: The architectures that vLLM lists; None to find out.
+        trust_remote_code: Whether the model's own Python code may run.
+
+    Raises:
+        ConfigurationError: vLLM is demanded and cannot serve.
     """
     installed = vllm_installed() if vllm is None else vllm
     present = vllm_backend_present() if adapter is None else adapter
@@ -138,7 +151,7 @@ def choose(
 
 
 def remedy(architectures: Sequence[str], *, vllm: bool | None = None) -> str:
-    """What to do about a model that the embedded engine does not serve. The arguments are those of `choose`."""
+    """Return what to do about a model that the embedded engine does not serve, with the arguments of `choose`."""
     installed = vllm_installed() if vllm is None else vllm
     listed = vllm_architectures() if installed else TESTED_ARCHITECTURES
     for name in architectures:
@@ -162,7 +175,7 @@ def _refusal(
     remote_code: bool,
     listed: Collection[str],
 ) -> str | None:
-    """Why vLLM cannot serve; None when it can."""
+    """Return why vLLM cannot serve; None if it can."""
     if not present:
         return "this build has no vLLM backend"
     if not installed:

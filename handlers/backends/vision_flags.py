@@ -46,8 +46,11 @@ def contradictions(settings: Settings, model_path: Path, preprocessor: Preproces
 
 
 def _shapes(settings: Settings, preprocessor: Preprocessor[Any]) -> list[str]:
-    """Prepares blank pictures. Where pictures are cut into tiles or patches the shape says how large they come, which
-    is no property of the model: then only their tokens are counted."""
+    """Prepare blank images and compare them with the options.
+
+    Where images are cut into tiles or patches, the shape describes the size of the incoming images, which is not a
+    property of the model: then only their tokens are counted.
+    """
     shape, tokens = settings.image_input_shape, settings.image_feature_size
     if shape is None and tokens is None:
         return []

@@ -48,8 +48,12 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a file, by name; no torch is imported. Raises ValueError, naming the file, for one that is
-    damaged or cut off, and OSError."""
+    """Return the tensors of a file, by name. torch is not imported.
+
+    Raises:
+        ValueError: The file is damaged or truncated; the message names it.
+        OSError: The file cannot be read.
+    """
     with path.open("rb") as file:
         start = file.read(len(_LFS))
     if start == _LFS:

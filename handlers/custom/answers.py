@@ -53,6 +53,7 @@ async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
 
 
 def whole(number: int, output: djl.Output) -> Iterator[FromHandler]:
+    """Yield the messages of a reply that is not a stream. Raises TypeError and ReplyTooLarge."""
     if output.content.size() > 1:
         raise TypeError(f"the output holds {output.content.size()} contents; a reply can hold one")
     parts = [part(number, bytes(value), "reply") for value in output.content.get_values()]
@@ -95,6 +96,7 @@ def head_of_generated(number: int, first: Any, stream: djl.Output) -> Head:
 
 
 def head(number: int, output: djl.Output) -> Head:
+    """Return the message with which the reply for an Output begins; 424 stands for a status that is not one."""
     code = output.code if isinstance(output.code, int) and 200 <= output.code <= 599 else 424
     properties = {str(name): str(value) for name, value in output.properties.items()}
     streams = output.stream_content is not None

@@ -61,9 +61,13 @@ class CustomBackend:
         return cls(start, settings.max_workers or 1, settings.retry_threshold)
 
     async def load(self) -> None:
+        starts = [asyncio.ensure_future(supervisor.start()) for supervisor in self._supervisors]
         try:
-            await asyncio.gather(*(supervisor.start() for supervisor in self._supervisors))
+            await asyncio.gather(*starts)
         except BaseException:
+            for start in starts:  # the first failure ends the others
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
             await self.close()
             raise
         logger.info("%s runs in %d processes", self._start.file, len(self._supervisors))

@@ -208,6 +208,7 @@ def encode(outputs: Output, prediction: Any, accept: str | None, key: str | None
 
 
 def to_json(value: Any) -> bytes:
+    """Return a value as JSON; numpy's numbers and arrays, and points in time, are converted."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain).encode()
 
 
@@ -253,6 +254,7 @@ class Response(dict[str, Any]):
 
 
 def response_of(body: bytes) -> Any:
+    """Parse a JSON reply so that its keys can also be read as attributes."""
     return json.loads(body, object_hook=Response)
 
 

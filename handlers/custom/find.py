@@ -30,11 +30,14 @@ class OwnFormatters(OwnHandler):
 
 
 def find_handler(configuration: Configuration, fetched: Path | None = None) -> OwnHandler | None:
-    """The user's own handler, where there is one: model.py counts only if it defines the function, and as in LMI not
-    beside an entry point that names one of LMI's own handlers.
+    """Return the user's own handler, if there is one.
 
-    fetched: the model's directory, once it is on this machine. Code that came from the hub does not count: its author
-    is not the operator. Nothing is run.
+    model.py counts only if it defines the function and, as in LMI, not beside an entry point that names one of LMI's
+    own handlers. Code that came from the hub does not count: its author is not the operator. Nothing is run.
+
+    Args:
+        configuration: The options.
+        fetched: The model's directory, once it is on this machine.
     """
     if configuration.lmi_handler is not None:
         return None

@@ -11,10 +11,13 @@ MOST_PART_BYTES = 64 << 20
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first frame. directory: the model's, absolute. file: the handler's, in it. function: its name; None for
-    formatters, which calls name by the property "formatter".
+    """The first message to the handler's process.
 
-    properties: the options, as the handler's first, empty call sees them.
+    Attributes:
+        directory: The model's directory, absolute.
+        file: The handler's file in it.
+        function: The function's name; None for formatters, which are called by the name in the property "formatter".
+        properties: The options, as the handler's first, empty call sees them.
     """
 
     directory: str
@@ -65,11 +68,15 @@ class Head(msgspec.Struct, tag=True):
 
 
 class Part(msgspec.Struct, tag=True):
+    """A piece of a reply's body."""
+
     id: int
     data: bytes
 
 
 class End(msgspec.Struct, tag=True):
+    """The end of a complete reply."""
+
     id: int
 
 

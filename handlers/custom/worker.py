@@ -130,6 +130,7 @@ def _tokenizer(start: Start) -> Any:
 
 
 def is_concurrent(function: Callable[..., Any]) -> bool:
+    """Whether calls of the function may overlap, because it is `async def`."""
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
@@ -142,6 +143,7 @@ def first_input(start: Start) -> djl.Input:
 
 
 def input_of(call: Call, function: str | None) -> djl.Input:
+    """Return what the handler is called with for one request."""
     inputs = djl.Input()
     inputs.function_name = function
     inputs.properties.update(call.properties)
@@ -150,6 +152,7 @@ def input_of(call: Call, function: str | None) -> djl.Input:
 
 
 def check_first(result: Any) -> None:
+    """Raise HandlerError if the handler refused its first, empty call."""
     if isinstance(result, djl.Output) and result.code >= 400:
         text = b" ".join(result.content.values).decode(errors="replace")
         raise HandlerError(f"its first, empty call was answered {result.code}: {result.message} {text}")
@@ -229,6 +232,7 @@ def failed(number: int, error: Exception) -> Failed:
 
 
 def main() -> int:
+    """Load the handler and serve its calls until the server is gone; returns the exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parent = Parent()
     # or this process's end would go unnoticed while one that the handler has forked lives

@@ -45,11 +45,18 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        """model: a directory, a hub id or an s3:// URL. options: those of serving.properties by their names, and
-        the arguments of vLLM's constructor; the environment counts as it does for a server.
+        """Load a model.
 
-        Raises TypeError for an unknown argument, ConfigurationError for a bad value, ArtefactError when the model
-        cannot be fetched and ServingError when it cannot be loaded.
+        Args:
+            model: A directory, a hub id or an s3:// URL.
+            **options: Those of serving.properties by their names, and the arguments of vLLM's constructor. Environment
+                variables count as they do for a server.
+
+        Raises:
+            TypeError: An argument is unknown.
+            ConfigurationError: A value is not allowed.
+            ArtefactError: The model cannot be fetched.
+            ServingError: The model cannot be loaded.
         """
         self._core = Core(configure(str(model), options))
         self._prompt_images = PromptImages(

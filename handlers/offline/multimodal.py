@@ -46,6 +46,8 @@ class MultiModalData:
     """vLLM's first wrapper, up to 0.4: pixels of four dimensions, or features of three."""
 
     class Type(Enum):
+        """The kind of data; there is only one."""
+
         IMAGE = auto()
 
     type: Type

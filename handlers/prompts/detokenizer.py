@@ -108,8 +108,11 @@ class Detokenizer:
         return text
 
     def _step(self, token_id: int) -> str:
-        """Bytes that are no text show as U+FFFD once no character can come of them; the stream then begins anew
-        (it would otherwise decode all of them again for each further token)."""
+        """Return the text that one more token adds.
+
+        Bytes that are not text appear as U+FFFD once they cannot become a character any more. The stream then starts
+        over: otherwise it would decode all of them again for each further token.
+        """
         if token_id in self._skipped:
             return ""
         self._textless.append(token_id)
@@ -166,8 +169,11 @@ class Detokenizer:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens))
 
     def _find_stop(self, pending: str) -> int | None:
-        """Where the text ends at the stop string that is complete first, of several that end there at the one named
-        first, as in vLLM; None when there is none."""
+        """Return where the text ends because of a stop string; None if it goes on.
+
+        Of several stop strings the one that is complete first counts and, of those that end at the same character, the
+        one named first, as in vLLM.
+        """
         best: tuple[int, int, str] | None = None
         for stop in self._stop:
             at = pending.find(stop, max(0, self._early - len(stop) + 1))

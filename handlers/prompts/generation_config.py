@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def read_generation_config(path: str) -> dict[str, Any]:
+    """Return the content of a model's generation_config.json; empty if there is no such file."""
     try:
         return read_object(Path(path, "generation_config.json"))
     except FileNotFoundError:

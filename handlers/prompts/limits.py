@@ -135,6 +135,7 @@ def check_totals(requests: Sequence[GenerationRequest]) -> None:
 
 
 def count_characters(params: RequestSampling) -> int:
+    """Return how many characters of bad words and sequence breakers have to be tokenised."""
     return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
 
 

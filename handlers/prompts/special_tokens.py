@@ -51,8 +51,10 @@ def _matches(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[re.M
 
 
 def token_places(encoding: Encoding) -> list[tuple[int, int]]:
-    """Where each token stands in its text, in characters; (0, 0) for one that was added. Asked for one by one: all
-    at once they would stop the other threads."""
+    """Return where each token is in its text, (start, stop) in characters; (0, 0) for one that was added.
+
+    The offsets are read one by one, because reading all of them at once would stop the other threads.
+    """
     return [encoding.token_to_chars(number) or (0, 0) for number in range(len(encoding.ids))]
 
 

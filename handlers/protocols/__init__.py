@@ -1,0 +1,1 @@
+"""The APIs: what they share, and one folder for each."""

@@ -48,14 +48,14 @@ _NONE = np.uint64(0)
 
 @dataclass(slots=True)
 class BodyCount:
-    """What a body holds, as far as it has been counted.
+    r"""What a body holds, as far as it has been counted.
 
     Attributes:
         values: Items of lists and objects: never fewer than there are.
         keys: Keys of objects.
         containers: Lists and objects.
         escapes: Backslashes, except those of `slashes`.
-        slashes: `\\/`, as some clients write every slash, also in images; replaced before the body is parsed.
+        slashes: `\/`, as some clients write every slash, also in images; replaced before the body is parsed.
         outside: Bytes outside of texts.
         wide: Bytes of texts beyond ASCII; of short texts, the bytes between them are counted, too.
         escaped: Bytes of texts with `escapes`, likewise.
@@ -109,7 +109,7 @@ def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -
 
 
 def with_plain_slashes(body: bytes) -> memoryview:
-    """Returns the body with `/` for each `\\/`, which means the same inside JSON's texts and is an error outside."""
+    r"""Return the body with `/` for each `\/`, which means the same inside JSON's texts and is an error outside."""
     plain, size = np.empty(len(body), np.uint8), 0
     for _, piece in _slices(body):
         short = b"\\\\".join(part.replace(b"\\/", b"/") for part in piece.split(b"\\\\"))
@@ -155,8 +155,11 @@ def _slices(body: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _without_escapes(piece: bytes) -> tuple[bytes, int, int]:
-    """The slice with other letters for each backslash and quote that is escaped, and for `\\/`; how many backslashes it
-    had, but for those; and how many of those."""
+    r"""Replace each escaped backslash and quote, and `\/`, by other letters.
+
+    Returns:
+        The slice without them, how many backslashes it had apart from those of `\/`, and the number of `\/`.
+    """
     backslashes = piece.count(b"\\")
     piece = piece.replace(b"\\\\", b"\\_").replace(b'\\"', b"\\_")
     slashes = piece.count(b"\\/")

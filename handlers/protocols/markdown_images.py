@@ -69,9 +69,11 @@ def _start(text: str, position: int) -> re.Match[str] | None:
 
 
 def _url_end(text: str, start: int) -> int:
-    """Where the URL's first parenthesis or white space is, or else the text's end. The next image's start has a
-    parenthesis, so no part of the text is looked at for two of them. A pattern would be several times slower for an
-    image of a megabyte."""
+    """Return the index of the URL's first parenthesis or white space, or else of the end of the text.
+
+    The next image's start has a parenthesis, so no part of the text is searched for two images. A regular expression
+    would be several times slower for an image of a megabyte.
+    """
     stop = text.find("(", start)
     stop = len(text) if stop < 0 else stop
     close = text.find(")", start, stop)

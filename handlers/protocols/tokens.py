@@ -51,15 +51,21 @@ class TokenTask:
 
 
 class TokenParameters(msgspec.Struct):
+    """TGI's parameters, as far as they matter for tokens."""
+
     truncate: TokenCount | None = None
 
 
 class InputsToTokens(msgspec.Struct):
+    """A prompt in TGI's words."""
+
     inputs: str
     parameters: TokenParameters | None = None
 
 
 class PromptToTokens(msgspec.Struct):
+    """A prompt in vLLM's words."""
+
     prompt: str
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -76,6 +82,8 @@ class _VllmChat(msgspec.Struct):
 
 
 class TokensToText(msgspec.Struct):
+    """Tokens whose text is wanted."""
+
     tokens: Annotated[list[TokenId], Meta(max_length=MOST_TOKENS)]
 
 

@@ -94,6 +94,13 @@ def test_every_field_that_is_read_is_described() -> None:
     ):
         assert schemas[name]["properties"].keys() == {f.name for f in msgspec.structs.fields(shape)}
     assert schemas["CompletionBody"]["properties"]["temperature"]["anyOf"][0]["maximum"] == 100
+    assert schemas["CompletionBody"]["properties"]["prompt"]["anyOf"][1]["minItems"] == 1
+
+
+def test_every_schema_is_named_somewhere() -> None:
+    text = document().decode()
+    for name in described()["components"]["schemas"]:
+        assert f'"#/components/schemas/{name}"' in text, name
 
 
 def test_only_what_the_key_guards_asks_for_the_key() -> None:

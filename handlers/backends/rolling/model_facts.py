@@ -40,11 +40,18 @@ class ModelQuestion(msgspec.Struct):
 
 
 class ModelFacts(msgspec.Struct):
-    """kind: names the family. eos_token_id: of the model's config, which may name several or none.
-    accelerators: devices that torch sees. positions: most tokens of prompt and answer that the model was made for.
+    """What the front end must know of a model.
 
-    tokenizer_is_plain: the files under `tokenizer` read by the plain fast class give the very same tokenizer.
-    preprocessor: facts for the family's front half; None with takes_pictures where only transformers can do it.
+    Attributes:
+        kind: The name of the family.
+        vocab_size: Tokens in the vocabulary.
+        eos_token_id: From the model's config, which may name several or none.
+        accelerators: Devices that torch sees.
+        positions: The most tokens of prompt and answer that the model was made for.
+        tokenizer_is_plain: Whether the plain fast class gives the very same tokenizer from the files under `tokenizer`.
+        takes_pictures: Whether the model accepts images.
+        preprocessor: The family's preprocessor, serialized; None for a model without images, and for one whose images
+            only transformers can prepare.
     """
 
     kind: str

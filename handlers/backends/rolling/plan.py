@@ -47,6 +47,7 @@ def plan_engines(
             max_model_len=settings.max_model_len,
             max_num_seqs=1 if settings.rolling_batch == "disable" else settings.max_rolling_batch_size,
             max_num_batched_tokens=settings.max_rolling_batch_prefill_tokens,
+            max_step_seconds=settings.max_step_ms / 1000,
             block_size=settings.block_size,
             kv_cache_bytes=None if cache is None else cache << 20,
             cpu_share=1.0 / len(groups),

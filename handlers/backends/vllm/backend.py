@@ -126,7 +126,6 @@ class VllmBackend:
 
     def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
         """See `Backend`: vLLM has a processor of its own, which is not asked."""
-
         wrong = contradictions(configuration.settings, directory, None)
         return PromptFacts(errors=[Problem(text) for text in wrong])
 

@@ -203,6 +203,7 @@ def runner_limits(vllm_config: Any) -> RunnerLimits | None:
 
 @cache
 def newer_runner_limits() -> RunnerLimits:
+    """Return the limits of vLLM's newer model runner."""
     bias = import_module("vllm.v1.worker.gpu.sample.logit_bias")
     return RunnerLimits(
         bias.MAX_NUM_ALLOWED_TOKEN_IDS,

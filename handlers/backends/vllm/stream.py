@@ -101,8 +101,6 @@ class VllmStream:
 
     async def aclose(self) -> None:
         """See `TokenStream`."""
-        if self._ended is None:
-            return
         try:
             await self._outputs.aclose()
         except RuntimeError:

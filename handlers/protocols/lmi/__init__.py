@@ -1,0 +1,1 @@
+"""LMI's own API, with its adapters and sessions."""

@@ -91,6 +91,8 @@ class LmiParameters(SamplerFields, kw_only=True):
 
 
 class LmiBody(msgspec.Struct):
+    """A prompt, or several."""
+
     inputs: str | Annotated[list[str], Meta(max_length=MAX_PROMPTS)]
     parameters: Annotated[dict[str, Any] | None, described_as(LmiParameters)] = None
     stream: bool | None = None

@@ -1,5 +1,8 @@
-"""What a chat's answers look like: the grammar that they must match, the parser that reads them, and the messages
-and streamed deltas in which calls and reasoning are shown."""
+"""The form of a chat's answers.
+
+That is the grammar that they must match, the parser that reads them, and the messages and streamed deltas in which
+calls and reasoning are shown.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +73,14 @@ def answer_form(
     *,
     hide_reasoning: bool = False,
 ) -> AnswerForm:
-    """A constraint holds from the first token on, so a constrained answer has neither reasoning nor calls of the
-    model's own choice. Raises InvalidRequest where a call is forced as well."""
+    """Return the form of the answers to a chat.
+
+    A constraint holds from the first token on, so a constrained answer has neither reasoning nor calls that the model
+    chooses to make.
+
+    Raises:
+        InvalidRequest: A constraint is given although a call is forced.
+    """
     formats = server.formats
     if tools is not None and tools.forced:
         if constraint is not None:

@@ -113,7 +113,7 @@ _LIST_OF_PARTS = {
 
 
 class RequestMessage(Struct):
-    """One turn. Roles are those that the model's chat template knows: system, user, assistant, tool, …"""
+    """One turn. Roles are those that the model's chat template knows: system, user, assistant, tool and others."""
 
     role: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
     content: Annotated[str | list[Any], described(*_PARTS, anyOf=[{"type": "string"}, _LIST_OF_PARTS])]

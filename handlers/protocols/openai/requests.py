@@ -72,6 +72,8 @@ _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum"
 
 
 class StreamOptions(msgspec.Struct):
+    """What a stream contains beside the answer."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
@@ -441,6 +443,7 @@ def check_stream(asked: CommonBody) -> bool:
 
 
 def count_answers(asked: CommonBody) -> int:
+    """Return how many answers to one prompt are asked for. Raises InvalidRequest."""
     n = 1 if asked.n is None else asked.n
     if not 1 <= n <= MAX_ANSWERS:
         raise InvalidRequest(f"n is {shown(n)}; allowed: from 1 to {MAX_ANSWERS}", param="n")

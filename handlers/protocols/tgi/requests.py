@@ -83,6 +83,8 @@ class TgiParameters(msgspec.Struct):
 
 
 class TgiBody(msgspec.Struct):
+    """One prompt."""
+
     inputs: str
     parameters: Annotated[dict[str, Any] | None, described_as(TgiParameters)] = None
     stream: bool | None = None

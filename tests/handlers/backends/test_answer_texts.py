@@ -61,16 +61,16 @@ def output(
 
 
 def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[Delta], bool]:
-    """What becomes of vLLM's outputs, and whether vLLM was told that no more are wanted."""
+    """What becomes of vLLM's outputs, and whether vLLM was told, before it had finished, that no more are wanted."""
     told: list[bool] = []
 
     async def given() -> AsyncGenerator[SimpleNamespace, None]:
-        try:
-            for one in outputs:
+        for one in outputs:
+            try:
                 yield one
-        except GeneratorExit:
-            told.append(True)
-            raise
+            except GeneratorExit:
+                told.append(not one.finished)
+                raise
 
     async def all_of_them() -> list[Delta]:
         sampling = RequestSampling(**params)
@@ -90,7 +90,7 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
         generation = Generation(stream, PromptStats(1), sampling, texts, 1, str)
         return [delta async for delta in generation]
 
-    return asyncio.run(all_of_them()), bool(told)
+    return asyncio.run(all_of_them()), any(told)
 
 
 def test_each_token_has_its_own_text_however_many_vllm_hands_over_at_once() -> None:
@@ -122,6 +122,41 @@ def test_a_stop_string_ends_the_answer_when_vllm_finds_it_and_when_it_does_not()
         assert "".join(delta.text for delta in found) == "red "
         assert (last.finish_reason, last.stop_reason, last.eos) == ("stop", "circles", False)
         assert stopped is told
+
+
+def test_a_choice_that_fails_ends_the_others() -> None:
+    told: list[bool] = []
+
+    async def given() -> AsyncGenerator[SimpleNamespace, None]:
+        try:
+            yield output(RED, index=1)
+            yield SimpleNamespace(**{**vars(output(reason="error")), "finished": False})
+        except GeneratorExit:
+            told.append(True)
+            raise
+
+    async def read() -> None:
+        sampling = RequestSampling(temperature=1.0)
+        request = GenerationRequest("r", ChatPrompt(SAID), sampling, n=2)
+        stream = VllmStream(
+            given(),
+            sampling,
+            choices=2,
+            images=False,
+            constrained=False,
+            eos_token_ids=[END],
+            failure=lambda error, begun: EngineFailed(str(error)),
+            ended=lambda stream: None,
+        )
+        await stream.start()
+        texts = texts_of(request, sampling, [A], 2, TokenTexts(tokenizer()))
+        generation = Generation(stream, PromptStats(1), sampling, texts, 1, str)
+        with pytest.raises(EngineFailed):
+            async for _ in generation:
+                pass
+        assert told, "vLLM was told before anything is collected"
+
+    asyncio.run(read())
 
 
 def test_a_stop_string_may_begin_with_the_space_between_prompt_and_answer() -> None:

@@ -320,6 +320,30 @@ def test_why_a_handler_cannot_be_loaded(tmp_path: Path, code: str, told: str) ->
         asyncio.run(backend.load())
 
 
+def test_where_one_of_several_cannot_be_loaded_none_is_left_running(tmp_path: Path) -> None:
+    """The first one to come fails, the other takes longer than that."""
+    code = """
+import os, time
+def handle(inputs):
+    open(f"pid-{os.getpid()}", "w").close()
+    try:
+        open("first", "x").close()
+    except FileExistsError:
+        time.sleep(60)
+    raise ValueError("cannot load")
+"""
+    path = model(tmp_path / "own", code)
+
+    async def run() -> None:
+        backend = CustomBackend(Start(str(path), "model.py", "handle", {}), 2, 3)
+        with pytest.raises(CustomCodeError, match="cannot load"):
+            await backend.load()
+        assert not any(runs(int(file.name.removeprefix("pid-"))) for file in path.glob("pid-*"))
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("code", "files", "told"),
     [

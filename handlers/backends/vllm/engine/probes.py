@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class Probes:
+    """Small requests of our own, which find out whether an engine works and prepare it for clients."""
+
     def __init__(self, vllm: Vllm, inputs: Inputs, numbers: Iterator[int]) -> None:
         """numbers: no two requests of an engine have the same."""
         self._vllm = vllm
@@ -32,8 +34,11 @@ class Probes:
         await self._generate(engine, copy, [0], max_tokens=1, **_likeliest(engine))
 
     async def warm(self, engine: Any, copy: int) -> None:
-        """The first request with log probabilities waits for a compiler, seconds; again where there are several rows,
-        as a prompt of three tokens has. What vLLM refuses nobody can ask for, and need not be warm."""
+        """Have one copy compile what the first requests would otherwise wait for.
+
+        The first request with log probabilities waits seconds for a compiler, and again for several rows, as with a
+        prompt of three tokens. Features that this engine rejects are skipped, since no client can use them.
+        """
         try:
             await self._generate(engine, copy, [0] * 3, max_tokens=2, **_warming(engine))
         except Exception as error:

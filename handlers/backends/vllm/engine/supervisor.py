@@ -40,16 +40,18 @@ class EngineSupervisor:
         loading_seconds: float = 1800.0,
         patience: Patience | None = None,
     ) -> None:
-        """
+        """Prepare to hold an engine; `start` builds it.
+
         Args:
-            build: makes an engine; slow, called in a thread.
-            ask: has one copy of the model generate a token.
-            counters: vLLM's last signs of life.
-            warm: has a new copy compile what the first requests would wait for. Default: ask.
-            prepare: makes an engine that answers ready to serve.
-            retry_threshold: failures, with no answered request between them, that a restart follows.
-            loading_seconds: what one restart may take.
-            patience: with a silent engine.
+            build: Makes an engine. It is slow and called in a thread.
+            ask: Has one copy of the model generate a token.
+            counters: The progress that vLLM last reported.
+            warm: Has a new copy compile what the first requests would wait for; `ask` by default.
+            prepare: Makes an engine that has generated a token ready to serve.
+            retry_threshold: The number of failures, with no answered request between them, after which the engine is
+                still restarted.
+            loading_seconds: The time limit of one restart.
+            patience: How long the engine may be silent.
         """
         self._build = build
         self._ask = ask

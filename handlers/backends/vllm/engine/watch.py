@@ -23,8 +23,12 @@ Ask = Callable[[Any, int], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Patience:
-    """suspect: seconds without a word, with requests in flight, until an engine counts as not ready. stuck: seconds
-    that an engine which has been asked for a token may owe it; longer than the longest step.
+    """How long an engine may be silent.
+
+    Attributes:
+        suspect: Seconds without progress, with requests in flight, after which an engine counts as not ready.
+        stuck: Seconds within which an engine must generate the token that it is asked for; longer than its
+            longest step.
     """
 
     suspect: float = 20.0

@@ -93,8 +93,10 @@ def main() -> None:
 
 
 def _joining(arguments: dict[str, Any]) -> Any:
-    """The executor of this machine's workers, once they have joined. It takes the arguments as the first machine does:
-    the size of a step, of which all workers' buffers are, depends on who asks.
+    """Return the executor of this machine's workers, once they have joined.
+
+    Its arguments are the first machine's: vLLM derives the size of a step, and so of all workers' buffers, from who
+    asks.
     """
     vllm = compat.load()
     config = vllm.AsyncEngineArgs(**arguments).create_engine_config(vllm.server_context, headless=True)

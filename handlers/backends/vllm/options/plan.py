@@ -115,11 +115,16 @@ class Plan:
 def plan_devices(
     settings: Settings, extra: Mapping[str, str], accelerators: int, heads: Heads | None = None
 ) -> Plan:
-    """`max` and what nobody wrote is made to fill this machine, or the machines of the Ray cluster; without
-    accelerators, it is 1.
+    """Plan how replicas use the devices.
 
-    extra: options of vLLM's own, as text. accelerators: devices of this machine. Where Ray is to be used, it is asked
-    for its devices: seconds. heads: of the model, where they are known: devices that share a replica share them evenly.
+    Numbers that are `max` or not given are chosen so that they fill this machine, or the machines of the Ray cluster;
+    without accelerators they are 1. If Ray is to be used, it is asked for its devices, which takes seconds.
+
+    Args:
+        settings: The options.
+        extra: vLLM's own options, as text.
+        accelerators: The devices of this machine.
+        heads: The model's attention heads, if they are known: the devices of a replica must share them evenly.
     """
     if heads is not None and extra.get("mm_encoder_tp_mode", "").strip().lower() == "data":
         heads = replace(heads, vision=0)  # each device has the whole tower

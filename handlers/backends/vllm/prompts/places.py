@@ -101,8 +101,16 @@ def picture_places(
 
 
 def rows_of_mistral(processor: Any) -> Callable[[int, int], list[int]] | None:
-    """`PicturePlaces.written` for a model in Mistral's own format, of whose pictures vLLM wants every token in the
-    prompt, as mistral_common writes them. processor: vLLM's for the model; None where it is of another kind."""
+    """Return `PicturePlaces.written` for a model in Mistral's own format.
+
+    vLLM expects every token of such a model's images in the prompt, as mistral_common writes them.
+
+    Args:
+        processor: vLLM's processor for the model.
+
+    Returns:
+        None if the processor is of another kind.
+    """
     break_id, end_id = getattr(processor, "image_break_id", None), getattr(processor, "image_end_id", None)
     pixels: Any = getattr(processor, "image_processor", None)
     if break_id is None or not hasattr(pixels, "get_number_of_image_patches"):

@@ -38,6 +38,7 @@ async def check_runner_limits(
 
 
 def check_ids(limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int]) -> None:
+    """Raise InvalidParameter if a request names more token ids than the runner has slots for."""
     for name, most in (("allowed_token_ids", limits.allowed_token_ids), ("logit_bias", limits.logit_bias)):
         count = len(getattr(theirs, name) or ())
         if count > most:
@@ -51,6 +52,7 @@ def check_ids(limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int])
 
 
 def check_bad_words(vllm: Vllm, limits: RunnerLimits, theirs: Any, tokenizer: Any) -> None:
+    """Raise InvalidParameter if the bad words are more tokens than the runner has slots for."""
     spelled = theirs.clone()
     try:
         spelled.update_from_tokenizer(tokenizer)
