@@ -31,7 +31,7 @@ from handlers.backends.base import (
     TokenOutput,
     TokenStream,
 )
-from handlers.errors import InvalidRequest, ServingError, Unavailable
+from handlers.errors import InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
 from handlers.prompts.detokenizer import Detokenizer, TokenTexts
 from handlers.prompts.limits import (
@@ -141,21 +141,21 @@ class Pipeline:
             request.priority,
         )
         prompt = await self._engine.prepare(token_ids, parts, asked)
-        if parts:
-            try:
+        try:
+            if parts:
                 most = checked_sampling(request, len(prompt.token_ids), longest, model.vocab_size).max_tokens
-            except ServingError:
-                prompt.discard()
-                raise
-            if most != params.max_tokens:
-                asked.params = msgspec.structs.replace(params, max_tokens=most)
-        stats = PromptStats(
-            prompt_tokens=len(prompt.token_ids),
-            image_tokens=sum(length for _, length in prompt.images),
-            prompt_token_ids=prompt.token_ids,
-            prompt_text=rendered.text,
-        )
-        texts = texts_of(request, params, prompt.token_ids, asked.n, self._token_texts)
+                if most != params.max_tokens:
+                    asked.params = msgspec.structs.replace(params, max_tokens=most)
+            stats = PromptStats(
+                prompt_tokens=len(prompt.token_ids),
+                image_tokens=sum(length for _, length in prompt.images),
+                prompt_token_ids=prompt.token_ids,
+                prompt_text=rendered.text,
+            )
+            texts = texts_of(request, params, prompt.token_ids, asked.n, self._token_texts)
+        except BaseException:
+            prompt.discard()
+            raise
         stream = await self._engine.generate(prompt, asked)
         return Generation(stream, stats, params, texts, copies, self._token_texts)
 
