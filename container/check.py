@@ -353,7 +353,7 @@ def _gpus(instance: Mapping[str, Any]) -> str:
 def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each family and number of GPUs that is alike in all but the host."""
     lines: list[tuple[str, ...]] = [
-        ("instance", "devices", "fits", "copies", "devices per copy", "context", "cache tokens")
+        ("instance", "devices", "fits", "replicas", "devices per replica", "context", "cache tokens")
     ]
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
