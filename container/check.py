@@ -39,9 +39,10 @@ def run_check(
     *,
     everything: bool = False,
 ) -> int:
-    """Resolve and check: the whole of `lmi check [MODEL] [--option NAME=VALUE] [--json] [--all]`.
+    """Run `lmi check [MODEL] [--option NAME=VALUE] [--json] [--all]`, which prints to standard output.
 
-    Prints to standard output; returns the exit status: 0, or 1 on an error.
+    Returns:
+        The exit status: 0, or 1 on an error.
     """
     try:
         configuration = configured(model, options, environ, SERVE_DEFAULTS)
@@ -56,7 +57,11 @@ def check(
 ) -> int:
     """Print the verdict, the problems, what would be served and what was set; return the exit status.
 
-    machine: what to measure the estimate against; None looks at this one. everything: print defaults too.
+    Args:
+        configuration: The options.
+        as_json: Print JSON.
+        everything: Print defaults, too.
+        machine: What the estimate is compared with; None for this one.
     """
     report = describe(configuration, machine or this_machine())
     _print(report, as_json, everything)
@@ -152,8 +157,8 @@ def _as_the_start_finds(
     errors: list[Problem],
     warnings: list[Problem],
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """What more than the files tell, asked of the code that a start asks first; the memory estimate, and `prompts`."""
-    from handlers.backends.fit import fit  # imports torch, which the other reports do without
+    """Add what the files alone do not show: the memory estimate and `prompts`, from the code that a start runs."""
+    from handlers.backends.fit import fit  # imports torch, which the other reports do not need
 
     facts = backend.prompt_facts(configuration, directory, machine)
     warnings += facts.warnings
@@ -207,7 +212,7 @@ def _print(report: Mapping[str, Any], as_json: bool, everything: bool = False) -
 
 
 def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
-    """The verdict, the problems, what would be served, what was set."""
+    """Return the verdict, the problems, what would be served and what was set, as lines."""
     lines = [
         _verdict(report),
         *(f"error: {text}" for text in report["errors"]),
@@ -251,7 +256,7 @@ def _counted(count: int, noun: str) -> str:
 def _options(
     options: Mapping[str, Mapping[str, Any]], extra: Mapping[str, Mapping[str, Any]], everything: bool
 ) -> list[str]:
-    """Those that were given, those that the model recommends, and the others where everything is wanted."""
+    """Return the options that were given or that the model recommends; the others only if everything is wanted."""
     rows = []
     ordered = sorted(options.items(), key=lambda item: not item[1]["given"])
     for name, row in ordered:
