@@ -1,4 +1,4 @@
-"""Pictures as the model wants them, prepared once per content, in threads."""
+"""Images as the model needs them, prepared in threads, and only once for the same content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from processes.shortage import shortage
 
 @dataclass(frozen=True, slots=True)
 class ReadyPicture:
-    """A prepared picture in the form that goes to the engine, and the digest that stands for it everywhere."""
+    """A prepared image in the form that goes to the engine, and the digest that identifies it everywhere."""
 
     prepared: PreparedPicture
     tensors: dict[str, TensorData]
@@ -35,9 +35,9 @@ class ReadyPicture:
 
 
 class PicturePreparer:
-    """An LRU of prepared pictures under a memory budget in bytes, filled by a pool of threads.
+    """An LRU cache of prepared images with a memory limit in bytes, filled by a pool of threads.
 
-    A picture that several requests show at the same time is prepared once.
+    An image that several requests show at the same time is prepared once.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class PicturePreparer:
         self._under_way: dict[tuple[bytes, int], asyncio.Task[ReadyPicture]] = {}
 
     async def prepare(self, parts: Sequence[PicturePart]) -> list[ReadyPicture]:
-        """In the parts' order; all must be loaded, and none is afterwards: the decoded pictures are let go.
+        """Return the prepared images in the parts' order. All must be loaded, and all are released afterwards.
 
-        Raises ImageError for a picture, or embeddings of one, that the model cannot take.
+        Raises:
+            ImageError: The model does not accept an image, or the embeddings of one.
         """
         embeddings = [part for part in parts if isinstance(part, EmbeddingsPart)]
         if embeddings and not self._preprocessor.takes_embeddings:
