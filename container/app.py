@@ -111,7 +111,7 @@ class App:
         elif action == "ping" or action == "health":
             reply = self._state.ping() if action == "ping" else self._state.health_page()
         else:
-            if match.route.light or self._state.phase != "serving":
+            if match.route.light or self._state.phase != "serving" or self._state.service is None:
                 return None
             error = self._refusal(match.route, declared_size(headers), crowded)
             if error is None or not self._keys.admit(headers):
@@ -199,8 +199,10 @@ class App:
                 await self._work(call, match.route.queued, self._asked(call, match))
 
     def _service(self) -> Answers:
-        if self._state.phase != "serving" or self._state.service is None:
+        if self._state.phase != "serving":
             raise Unavailable(f"not ready: {self._state.reason}", retry_after=5)
+        if self._state.service is None:
+            raise Unavailable(self._state.reason)
         return self._state.service
 
     def _asked(self, call: Call, match: Match) -> Work:

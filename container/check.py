@@ -288,7 +288,7 @@ def _memory(memory: Mapping[str, Any] | None, model: Mapping[str, Any]) -> list[
     if memory is None:
         return ["unknown" if model["directory"] else "unknown until the model has been downloaded"]
     lines = [
-        f"copies of the model: {memory['copies']}, devices per copy: {memory['devices_per_copy']} "
+        f"replicas: {memory['copies']}, devices per replica: {memory['devices_per_copy']} "
         f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}",
         f"computing in {memory['dtype']}: {memory['dtype_reason']}",
     ]

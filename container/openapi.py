@@ -156,13 +156,24 @@ def _schemas() -> dict[str, Any]:
         for kind in kinds
     ]
     everything = {repr(kind): kind for kind in _with_parts((*named, *ERRORS_ANYWHERE))}
-    return msgspec.json.schema_components(everything.values(), ref_template=REFERENCE)[1]
+    schemas = msgspec.json.schema_components(everything.values(), ref_template=REFERENCE)[1]
+    for kind in everything.values():
+        for field, meta in _described_fields(kind):
+            # msgspec writes the `anyOf` of a union's types over the one that is given here.
+            schemas[kind.__name__]["properties"][field.encode_name] |= meta.extra_json_schema or {}
+    return schemas
 
 
 def _with_parts(kinds: Iterable[Any]) -> Iterator[Any]:
     for kind in kinds:
         yield kind
-        if isinstance(kind, type) and issubclass(kind, Struct):
-            for field in msgspec.structs.fields(kind):
-                for meta in getattr(field.type, "__metadata__", ()):
-                    yield from _with_parts((meta.extra or {}).get("parts", ()))
+        for _, meta in _described_fields(kind):
+            yield from _with_parts((meta.extra or {}).get("parts", ()))
+
+
+def _described_fields(kind: Any) -> Iterator[tuple[msgspec.structs.FieldInfo, msgspec.Meta]]:
+    """The fields of a struct that say more of themselves than their types do."""
+    if isinstance(kind, type) and issubclass(kind, Struct):
+        for field in msgspec.structs.fields(kind):
+            for meta in getattr(field.type, "__metadata__", ()):
+                yield field, meta

@@ -49,7 +49,7 @@ class Version(Struct, forbid_unknown_fields=True):
 
 
 class RunningRequest(Struct, forbid_unknown_fields=True):
-    """One of `/engine/state`: nothing that its client wrote.
+    """One of `/engine/state`: nothing of its prompt or its answer. id: the request's, which its client may choose.
 
     Attributes:
         phase: `image` while its images are fetched, decoded and prepared; `queued` before that without images, and in

@@ -186,8 +186,8 @@ class EngineFailed(ServingError):
     kind = "engine_failed"
 
 
-class PicturesLost(EngineFailed):
-    """The engine dropped a picture that it was thought to hold: with its pictures anew, the request will do."""
+class ImagesLost(EngineFailed):
+    """The engine dropped an image that it was thought to hold: with its images anew, the request will do."""
 
 
 class InsufficientStorage(ServingError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ _HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
 }
 
 
@@ -109,9 +109,9 @@ class ModelPage:
         Raises:
             NotFound: There is none of this number.
         """
-        if not number.isdecimal() or int(number) >= len(self._examples):
+        path = {str(known): path for known, (_, path) in enumerate(self._examples)}.get(number)
+        if path is None:
             raise NotFound("the model has no such example")
-        path = self._examples[int(number)][1]
         return Reply(200, _IMAGES[path.suffix], path.read_bytes(), headers=dict(_HEADERS))
 
 
@@ -129,10 +129,10 @@ def _options(configuration: Configuration) -> list[dict[str, str]]:
 
 
 def _examples(directory: Path) -> list[tuple[str, Path]]:
-    """Questions and images that the model's directory proposes; none where its list cannot be read."""
+    """Questions and images that the model's directory proposes, but for those that cannot be read."""
     try:
         listed: Any = json.loads((directory / _EXAMPLES).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     found = []
     for item in listed[:_MOST_EXAMPLES] if isinstance(listed, list) else []:
@@ -141,7 +141,8 @@ def _examples(directory: Path) -> list[tuple[str, Path]]:
             and isinstance(item.get("question"), str)
             and isinstance(item.get("image"), str)
         ):
-            path = (directory / item["image"]).resolve()
-            if path.is_relative_to(directory.resolve()) and path.suffix in _IMAGES and path.is_file():
-                found.append((item["question"], path))
+            with suppress(OSError, ValueError):  # of names that no file can have
+                path = (directory / item["image"]).resolve()
+                if path.is_relative_to(directory.resolve()) and path.suffix in _IMAGES and path.is_file():
+                    found.append((item["question"], path))
     return found

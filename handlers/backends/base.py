@@ -17,7 +17,7 @@ from engine.config import Vocabulary
 from engine.messages import Logprobs
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
-from handlers.request import Constraint, PicturePart
+from handlers.request import Constraint, MediaPart
 from handlers.sampling import RequestSampling
 from properties.problem import Problem
 
@@ -362,7 +362,7 @@ class Engine(Lifecycle, Protocol[Prepared]):
         """The model's tokenizer and renderer. Valid once `load` has returned."""
 
     async def prepare(
-        self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
+        self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> Prepared:
         """Replace the image tokens by those of the images; the loaded images are released here.
 
@@ -410,10 +410,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """copies: replicas that are started, each on `per_copy` devices of the `available` ones on `machines` machines."""
+    """replicas: how many are started, each on `per_replica` devices of the `available` ones on `machines` machines."""
 
-    copies: int
-    per_copy: int
+    replicas: int
+    per_replica: int
     available: int
     machines: int = 1
     warnings: Sequence[Problem] = ()

@@ -46,7 +46,7 @@ class EmbeddingsWanted:
         if tokens > self.most_tokens:
             return (
                 f"image_embeds has the shape [{tokens}, {hidden}]; this server takes at most {self.most_tokens} "
-                "tokens for one picture"
+                "tokens for one image"
             )
         if loaded.largest > (most := _LARGEST.get(self.dtype, loaded.largest)):
             return f"image_embeds holds {loaded.largest:g}; the model's {self.dtype} holds at most {most:g}"
@@ -62,7 +62,7 @@ class EmbeddingsWanted:
             )
         frames, rows, columns = grid
         if frames != 1:
-            return f"image_grid_thw is {list(grid)}; a picture has 1 frame"
+            return f"image_grid_thw is {list(grid)}; an image has 1 frame"
         if rows % self.merge or columns % self.merge:
             return f"image_grid_thw is {list(grid)}; rows and columns must be multiples of {self.merge}"
         if (wanted := rows * columns // self.merge**2) != tokens:

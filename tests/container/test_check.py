@@ -142,7 +142,7 @@ def test_more_devices_than_there_are(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "copies", "devices"),
+    ("options", "replicas", "devices"),
     [
         ([], 1, 4),
         (["tensor_parallel_degree=2"], 2, 2),
@@ -150,11 +150,11 @@ def test_more_devices_than_there_are(model: Path) -> None:
         (["pipeline_parallel_degree=2", "tensor_parallel_degree=1", "max_workers=1"], 1, 2),
     ],
 )
-def test_vllm_multiplies_both_degrees(model: Path, options: list[str], copies: int, devices: int) -> None:
+def test_vllm_multiplies_both_degrees(model: Path, options: list[str], replicas: int, devices: int) -> None:
     found = fit(
         resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4)
     )
-    assert (found.copies, found.devices_per_copy) == (copies, devices)
+    assert (found.replicas, found.devices_per_replica) == (replicas, devices)
 
 
 def test_vllm_with_too_few_devices(model: Path) -> None:
@@ -224,7 +224,7 @@ def test_more_tokens_than_the_model_has_positions(model: Path) -> None:
     assert report(model, CPU, "max_model_len=256")["errors"] == []
 
 
-def test_copies_share_the_host(model: Path) -> None:
+def test_replicas_share_the_host(model: Path) -> None:
     small = Machine((), Device("host memory", 8 * 2**20))
     memory = report(model, small, "max_workers=2")["memory"]
     assert (memory["copies"], memory["cache_per_device"]) == (2, 2**20)

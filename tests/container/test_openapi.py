@@ -28,7 +28,7 @@ from tests.support.shapes import SHAPES
 EXAMPLES = 6
 """Requests for each operation and kind of body."""
 
-PICTURE = (
+IMAGE = (
     "data:image/png;base64,"
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
@@ -94,6 +94,13 @@ def test_every_field_that_is_read_is_described() -> None:
     ):
         assert schemas[name]["properties"].keys() == {f.name for f in msgspec.structs.fields(shape)}
     assert schemas["CompletionBody"]["properties"]["temperature"]["anyOf"][0]["maximum"] == 100
+    assert schemas["CompletionBody"]["properties"]["prompt"]["anyOf"][1]["minItems"] == 1
+
+
+def test_every_schema_is_named_somewhere() -> None:
+    text = document().decode()
+    for name in described()["components"]["schemas"]:
+        assert f'"#/components/schemas/{name}"' in text, name
 
 
 def test_only_what_the_key_guards_asks_for_the_key() -> None:
@@ -130,10 +137,10 @@ def checked(case: Case) -> requests.Response:
 
 
 CHAT = {
-    "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}, "What?"]}]
+    "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}, "What?"]}]
 }
-PROMPT = {"prompt": f"![]({PICTURE})What is this?", "max_tokens": 6}
-INPUTS = {"inputs": f"![]({PICTURE})What is this?", "parameters": {"max_new_tokens": 6}}
+PROMPT = {"prompt": f"![]({IMAGE})What is this?", "max_tokens": 6}
+INPUTS = {"inputs": f"![]({IMAGE})What is this?", "parameters": {"max_new_tokens": 6}}
 ALL = {
     "n": 2,
     "top_logprobs": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -12,8 +13,13 @@ import httpx
 import pytest
 
 from container.access import Cors
+from container.app import App
+from container.metrics import Metrics
 from container.routes import ROUTES, MethodNotAllowed, find
+from container.state import ServerState
 from handlers.errors import NotFound
+from properties.configuration import resolve
+from tests.support.scripted import ScriptedBackend
 from tests.support.scripted_server import ServerProcess
 
 KEY = "the-key-of-the-server"
@@ -254,6 +260,23 @@ def test_a_server_that_is_not_ready_in_every_dialects_words(tmp_path: Path) -> N
             assert client.get("/version").status_code == 200
             for path in ("/invocations", "/v1/chat/completions"):
                 assert client.post(path, json=ASKS_CHAT).status_code == 503
+
+
+def test_a_machine_that_holds_a_part_of_the_model_says_who_answers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    state = ServerState()
+    app = App(resolve(model=str(tmp_path), environ={}), state, Metrics(state.stats))
+    state.serve(ScriptedBackend([]), None)
+    assert app.at_once("POST", "/v1/chat/completions", {"content-length": "2"}, False) is None
+    transport = httpx.ASGITransport(app=app)
+
+    async def asked() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/chat/completions", json=ASKS_CHAT)
+
+    reply = asyncio.run(asked())
+    assert reply.status_code == 503
+    assert reply.json()["error"]["message"].startswith("this machine holds a part of the model")
 
 
 PAGE = "https://app.example"

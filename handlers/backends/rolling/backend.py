@@ -177,5 +177,5 @@ def _contradictions(settings: Settings, directory: Path) -> list[Problem]:
             str(directory), settings.mm_processor_kwargs, settings.image_processor_backend
         )
     except (ModelLoadError, OSError, ValueError) as error:
-        return [Problem(f"the model's picture processor cannot be loaded: {error}")]
+        return [Problem(f"the model's image processor cannot be loaded: {error}")]
     return [Problem(text) for text in contradictions(settings, directory, preprocessor)]

@@ -20,7 +20,7 @@ AFFINITY_SLACK = 4
 cached."""
 
 AFFINITY_KEYS = 4096
-"""Remembered places of prefixes and pictures."""
+"""Remembered places of prefixes and images."""
 
 
 class Replica:

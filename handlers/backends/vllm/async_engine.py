@@ -42,7 +42,7 @@ from handlers.model_names import ANYBODYS, accepted_names
 from handlers.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from handlers.request import Constraint, PicturePart
+    from handlers.request import Constraint, MediaPart
     from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class VllmEngine:
             spells_words=True,
         )
         parallel, accelerators = config.parallel_config, builder.machine.accelerators
-        self._blocks = int(config.cache_config.num_gpu_blocks or 0)  # of all copies
+        self._blocks = int(config.cache_config.num_gpu_blocks or 0)  # of all replicas
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._capabilities = Capabilities(
             max_model_len=int(config.model_config.max_model_len),
@@ -183,7 +183,7 @@ class VllmEngine:
         return self._adapters if self._settings.enable_lora else None
 
     async def prepare(
-        self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
+        self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> VllmPrompt:
         """See `Engine`."""
         engine = self._engine()

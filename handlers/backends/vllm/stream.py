@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import NO_TOKEN_LEFT
 from engine.messages import Logprobs
 from handlers.backends.base import FinishReason, TokenOutput
-from handlers.errors import EngineFailed, InvalidRequest, PicturesLost, ServingError
+from handlers.errors import EngineFailed, ImagesLost, InvalidRequest, ServingError
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
@@ -64,7 +64,7 @@ class VllmStream:
             # An image of its own, or one that it shares with another client. vLLM knows that it must be sent again.
             # Each of several choices reports this separately; those that have not reported it yet are aborted.
             await self.aclose()
-            raise PicturesLost("the engine has lost a picture of this request; try again")
+            raise ImagesLost("the engine has lost an image of this request; try again")
         self.started = True
 
     async def __aiter__(self) -> AsyncIterator[TokenOutput]:

@@ -20,17 +20,17 @@ from processes import supervisor
 
 
 class ScriptedEngine:
-    """answers: whether a copy of the model answers a question for a token."""
+    """answers: whether a replica answers a question for a token."""
 
     dead_error = RuntimeError("dead")
 
-    def __init__(self, copies: int = 1, processes: list[Any] | None = None) -> None:
+    def __init__(self, replicas: int = 1, processes: list[Any] | None = None) -> None:
         self.errored = False
-        self.answers = [True] * copies
+        self.answers = [True] * replicas
         self.shut_down = False
         self.told: list[Exception] = []
         self.output_processor = SimpleNamespace(propagate_error=self.told.append)
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=copies))
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=replicas))
         manager = SimpleNamespace(processes=processes or [])
         self.engine_core = SimpleNamespace(
             resources=SimpleNamespace(engine_manager=manager, coordinator=None)
@@ -50,9 +50,9 @@ class House:
     full: who asks one for a token is refused; `refused` counts them.
     """
 
-    def __init__(self, copies: int = 1, stuck: float = 60.0, **options: Any) -> None:
+    def __init__(self, replicas: int = 1, stuck: float = 60.0, **options: Any) -> None:
         self.built: list[ScriptedEngine] = []
-        self.copies = copies
+        self.replicas = replicas
         self.fail = 0
         self.error: Exception = RuntimeError("no memory")
         self.full = False
@@ -68,14 +68,14 @@ class House:
             self.fail -= 1
             raise self.error
         process, self.process = self.process, None
-        self.built.append(ScriptedEngine(self.copies, [process] if process else []))
+        self.built.append(ScriptedEngine(self.replicas, [process] if process else []))
         return self.built[-1]
 
-    async def ask(self, engine: ScriptedEngine, copy: int) -> None:
+    async def ask(self, engine: ScriptedEngine, replica: int) -> None:
         if self.full:
             self.refused += 1
             raise RuntimeError("the queue is full")
-        if not engine.answers[copy]:
+        if not engine.answers[replica]:
             await asyncio.Event().wait()
 
 
@@ -129,9 +129,9 @@ def test_a_silent_engine_is_suspected_then_replaced() -> None:
     run(scenario)
 
 
-def test_a_silent_copy_is_noticed_while_another_answers() -> None:
+def test_a_silent_replica_is_noticed_while_another_answers() -> None:
     async def scenario() -> None:
-        house = House(copies=2, stuck=0.3)
+        house = House(replicas=2, stuck=0.3)
         await house.keeper.start()
         house.keeper.in_flight = 1
         house.built[0].answers[1] = False
@@ -193,9 +193,9 @@ def test_who_was_refused_asks_again() -> None:
     run(scenario)
 
 
-def test_a_full_queue_says_nothing_of_one_copy_of_several() -> None:
+def test_a_full_queue_says_nothing_of_one_replica_of_several() -> None:
     async def scenario() -> None:
-        house = House(copies=2, stuck=0.02)
+        house = House(replicas=2, stuck=0.02)
         await house.keeper.start()
         house.full = True
         await until(lambda: house.refused > 10)
@@ -289,7 +289,7 @@ def test_what_a_start_that_fails_leaves_is_ended_alone() -> None:
                 started.append(process)
             raise RuntimeError("no memory")
 
-        async def ask(engine: Any, copy: int) -> None:
+        async def ask(engine: Any, replica: int) -> None:
             pass
 
         keeper = EngineSupervisor(build, ask, Counters())
