@@ -60,7 +60,8 @@ def read_flags(arguments: Sequence[str], own: Collection[str], more: Collection[
 
     Args:
         arguments: The command line.
-        own: Flags without values that are not options and stay in `rest`; so does `--option` with its value.
+        own: Flags that are not options and stay in `rest`; only `--instance` among them has a value. `--option` stays
+            there with its value, too.
         more: Options that are known in addition to the schema's.
 
     Raises:
@@ -89,6 +90,8 @@ class _Reader:
             self.waiting.clear()
         elif flag == "--option":
             self._option(value if equals else self._next("--option"))
+        elif flag == "--instance" and flag in own:
+            self._found.rest += [flag, value if equals else self._next(flag)]
         elif flag in own or not flag.startswith("--"):
             self._found.rest.append(argument)
             self._named |= not argument.startswith("-")

@@ -187,7 +187,7 @@ class EngineFailed(ServingError):
 
 
 class ImagesLost(EngineFailed):
-    """The engine dropped an image that it was thought to hold: with its images anew, the request will do."""
+    """The engine dropped an image that it was assumed to hold: with its images sent again, the request succeeds."""
 
 
 class InsufficientStorage(ServingError):

@@ -107,32 +107,33 @@ def fit(
     if counted is not None:
         result.weights, result.weights_basis = counted.size + needs.beside_weights, counted.basis
     if machine.accelerators:
-        _fit_accelerator(result, configuration, needs)
+        _fit_accelerator(result, configuration, needs, machine.name)
     else:
-        _fit_host(result, configuration, needs)
+        _fit_host(result, configuration, needs, machine.name)
     _compare_with_encoder_cache(result, configuration)
-    _compare_with_cache(result, configuration)
+    _compare_with_cache(result, configuration, machine.name)
     return result
 
 
-def _fit_accelerator(result: Fit, configuration: Configuration, needs: Needs) -> None:
+def _fit_accelerator(result: Fit, configuration: Configuration, needs: Needs, name: str | None) -> None:
     settings = configuration.settings
     usable = int(result.device.memory * settings.gpu_memory_utilization)
     held = result.weights_per_device or 0
     asked = settings.kv_cache_memory_mb
     cache = _useful(result, configuration, needs, max(usable - held - CUDA_RESERVE, 0))
     if held > usable or (asked is not None and held + cache > usable):
-        _too_large(result, held + (cache if asked is not None else 0), usable, "each device")
+        where = "each device" if name is None else f"each device of {name}"
+        _too_large(result, held + (cache if asked is not None else 0), usable, where)
 
 
-def _fit_host(result: Fit, configuration: Configuration, needs: Needs) -> None:
+def _fit_host(result: Fit, configuration: Configuration, needs: Needs, name: str | None) -> None:
     memory = result.device.memory
     ranks = result.replicas * result.devices_per_replica
     room = min(CPU_MOST, int(memory * CPU_SHARE)) // ranks
     cache = _useful(result, configuration, needs, room, requests=CPU_REQUESTS)
     held = (result.weights or 0) * result.replicas
     if held + cache * ranks > memory:
-        _too_large(result, held + cache * ranks, memory, "the host")
+        _too_large(result, held + cache * ranks, memory, name or "the host")
 
 
 def _useful(
@@ -183,9 +184,16 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
     )
 
 
-def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
+def _compare_with_cache(result: Fit, configuration: Configuration, name: str | None) -> None:
     length, room = configuration.effective("max_model_len"), result.cache_tokens
     if result.errors or length is None or room is None or room >= _blocks(configuration.settings, length):
+        return
+    if room < (configuration.settings.block_size or DEFAULT_BLOCK_SIZE):
+        text = (
+            f"the model does not fit: its weights leave {room} tokens of key/value cache on {name or 'this machine'}; "
+            "use more devices, a smaller dtype or a smaller model"
+        )
+        result.errors.append(Problem(text))
         return
     source = configuration.sources["max_model_len"]
     text = (

@@ -90,7 +90,6 @@ class RollingBackend:
         from transformers import PretrainedConfig
 
         from engine.loader import read_config, resolve_dtype
-        from engine.machine import computes_bfloat16
         from handlers.backends.estimate import DTYPE_BYTES, completed, shared_output
 
         device = "cuda" if machine.accelerators else "cpu"
@@ -98,7 +97,7 @@ class RollingBackend:
             PretrainedConfig(dtype=model_dtype(config)),
             configuration.settings.dtype,
             device,
-            bfloat16=computes_bfloat16(device),
+            bfloat16=machine.computes_bfloat16(),
         )
         dtype = str(resolved.dtype).removeprefix("torch.")
         shapes = completed(directory, config)
