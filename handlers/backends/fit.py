@@ -110,7 +110,8 @@ def fit(
         _fit_accelerator(result, configuration, needs, machine.name)
     else:
         _fit_host(result, configuration, needs, machine.name)
-    _compare_with_encoder_cache(result, configuration)
+    if needs.encoder_cache:
+        _compare_with_encoder_cache(result, configuration)
     _compare_with_cache(result, configuration, machine.name)
     return result
 

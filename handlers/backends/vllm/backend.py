@@ -110,7 +110,7 @@ class VllmBackend:
         shapes = config if settings.trust_remote_code else completed(directory, config)
         # vLLM can be set to serve more tokens than the model has positions; the embedded engine refuses that.
         warnings = too_long(configuration, context_length(shapes))
-        return Needs(dtype, reason, shapes, takes_all=True, warnings=warnings)
+        return Needs(dtype, reason, shapes, takes_all=True, encoder_cache=False, warnings=warnings)
 
     def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
         """See `Backend`."""
