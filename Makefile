@@ -96,7 +96,7 @@ bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" li
 compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (after make install-vllm)
 	$(BIN)/python -m bench.compare $(ARGS)
 
-memory: $(VENV)/installed-dev  ## Watch the memory over 5,000 unique pictures, after 5,000 that fill the caches
+memory: $(VENV)/installed-dev  ## Watch the memory over 5,000 unique images, after 5,000 that fill the caches
 	$(BIN)/python -m bench.memory $(ARGS)
 
 attack: $(VENV)/installed-dev  ## Attack our server for 20 minutes and print what it cost (ARGS="--minutes 3")

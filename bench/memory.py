@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--skip", type=int, help="first images not judged, which fill the caches (half of them)"
     )
-    parser.add_argument("--side", type=int, default=512, help="of a picture, in pixels (%(default)s)")
+    parser.add_argument("--side", type=int, default=512, help="of an image, in pixels (%(default)s)")
     parser.add_argument("--slope", type=float, default=5.0, help="MB per 1,000 images (%(default)s)")
     parser.add_argument("--front", type=float, default=500.0, help="MB (%(default)s)")
     arguments = parser.parse_args()

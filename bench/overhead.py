@@ -50,10 +50,10 @@ class Cost:
     token_us: float
 
 
-def cases(picture: str) -> dict[str, Case]:
-    parts = [{"type": "text", "text": _TEXT}, {"type": "image_url", "image_url": {"url": picture}}]
+def cases(image: str) -> dict[str, Case]:
+    parts = [{"type": "text", "text": _TEXT}, {"type": "image_url", "image_url": {"url": image}}]
     chat = {"model": "m", "messages": [{"role": "user", "content": parts}], "max_tokens": TOKENS, "seed": 7}
-    prompt = f"![]({picture}){_TEXT}"
+    prompt = f"![]({image}){_TEXT}"
     parameters = {"max_new_tokens": TOKENS, "seed": 7, "temperature": 0.7, "top_p": 0.9}
     return {
         "chat": Case("/v1/chat/completions", chat),
@@ -137,8 +137,8 @@ def table(costs: dict[str, Cost]) -> str:
 def measured() -> dict[str, Cost]:
     """Measure every protocol. A request's time includes a whole reply of 200 tokens."""
     (file,) = jpegs(seed=0, count=1, width=680, height=680)
-    picture = "data:image/jpeg;base64," + base64.b64encode(file).decode()
-    return {name: cost(case) for name, case in cases(picture).items()}
+    image = "data:image/jpeg;base64," + base64.b64encode(file).decode()
+    return {name: cost(case) for name, case in cases(image).items()}
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from engine.machine import Machine, this_machine
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import here
 from handlers.backends.base import Backend
+from handlers.backends.instances import Instance
 from handlers.backends.model_files import model_findings
-from handlers.backends.select import Choice, backend_of, choose_for
+from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vllm.options.fields import SECRET
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
@@ -29,6 +30,7 @@ from properties.names import key_of
 from properties.problem import DEFAULT, MASK, ConfigurationError, Problem
 
 _WIDEST = 72
+_EMBEDDED = "vLLM is not installed here: this is what the embedded engine needs, also where vLLM would serve"
 
 
 def run_check(
@@ -38,17 +40,27 @@ def run_check(
     environ: Mapping[str, str],
     *,
     everything: bool = False,
+    instances: Sequence[Instance] = (),
 ) -> int:
-    """Resolve and check: the whole of `lmi check [MODEL] [--option NAME=VALUE] [--json] [--all]`.
+    """Resolve and check: the whole of `lmi check [MODEL] [--option NAME=VALUE] [--json] [--all] [--instance NAME]`.
 
-    Prints to standard output; returns the exit status: 0, or 1 on an error.
+    Prints to standard output; returns the exit status: 0, or 1 on an error, with several instances where the model
+    fits none.
     """
     try:
         configuration = configured(model, options, environ, SERVE_DEFAULTS)
     except ConfigurationError as error:
         _print({"errors": _texts(error.problems), "warnings": _texts(error.warnings)}, as_json)
         return 1
-    return check(configuration, as_json=as_json, everything=everything)
+    if not instances:
+        return check(configuration, as_json=as_json, everything=everything)
+    if len(instances) == 1:
+        (instance,) = instances
+        report = {**describe(configuration, instance.machine), "instance": _facts(instance)}
+    else:
+        report = compare(configuration, instances)
+    _print(report, as_json, everything)
+    return 1 if report["errors"] else 0
 
 
 def check(
@@ -67,9 +79,10 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
     """Return what `lmi check --json` prints.
 
     Returns:
-        The keys errors, warnings, model, backend, memory, prompts, handler, formatters, options and extra. Sizes are in
-        bytes. backend, memory and prompts are None if they are unknown because of an error or because the model is not
-        on this machine yet; prompts is also None with vLLM, which has a processor of its own.
+        The keys errors, warnings, model, backend, instance, memory, prompts, handler, formatters, options and extra.
+        Sizes are in bytes. backend, memory and prompts are None if they are unknown because of an error or because the
+        model is not on this machine yet; prompts is also None with vLLM, which has a processor of its own. instance is
+        None, because only the caller knows it.
     """
     errors: list[Problem] = []
     directory, final = None, False
@@ -123,6 +136,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             "home": None if configuration.home is None else str(configuration.home),
         },
         "backend": None if choice is None else asdict(choice),
+        "instance": None,
         "memory": memory,
         "prompts": prompts,
         "handler": None if own is None else own.file,
@@ -136,6 +150,62 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             }
             for name, item in configuration.extra.items()
         },
+    }
+
+
+def compare(configuration: Configuration, instances: Sequence[Instance]) -> dict[str, Any]:
+    """Return what `lmi check --instance all --json` prints.
+
+    Instances that differ only in what the estimate does not look at are measured once.
+
+    Returns:
+        The keys errors, warnings and instances. errors are those that all instances have, if the model fits none of
+        them; warnings are those that all have.
+    """
+    reports: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found = []
+    for instance in instances:
+        measured = (instance.gpu, instance.gpus or instance.memory)
+        if measured not in reports:
+            reports[measured] = describe(configuration, replace(instance.machine, name="the instance"))
+        found.append((instance, reports[measured]))
+    rows = [_row(instance, report) for instance, report in found]
+    errors = []
+    if all(row["fits"] is False for row in rows):
+        errors = _of_all("errors", reports.values()) or ["the model fits none of these instances"]
+    return {"errors": errors, "warnings": _of_all("warnings", reports.values()), "instances": rows}
+
+
+def _of_all(kind: str, reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    first, *others = reports
+    return [text for text in first[kind] if all(text in other[kind] for other in others)]
+
+
+def _row(instance: Instance, report: Mapping[str, Any]) -> dict[str, Any]:
+    """fits: None where the model's files are not here, or its own code answers."""
+    memory = report["memory"] or {}
+    fits = True if memory else None
+    length, room = report["options"]["option.max_model_len"]["value"], memory.get("cache_tokens")
+    return {
+        **_facts(instance),
+        "fits": False if report["errors"] else fits,
+        "backend": None if report["backend"] is None else report["backend"]["backend"],
+        "copies": memory.get("copies"),
+        "devices_per_copy": memory.get("devices_per_copy"),
+        "max_model_len": min((value for value in (length, room) if value is not None), default=None),
+        "cache_tokens": room,
+        "errors": report["errors"],
+    }
+
+
+def _facts(instance: Instance) -> dict[str, Any]:
+    return {
+        "name": instance.name,
+        "gpus": instance.gpus,
+        "gpu": None if instance.gpu is None else instance.gpu.name,
+        "gpu_memory": None if instance.gpu is None else instance.gpu.memory,
+        "vcpus": instance.vcpus,
+        "host_memory": instance.memory,
     }
 
 
@@ -213,6 +283,8 @@ def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
         *(f"error: {text}" for text in report["errors"]),
         *(f"warning: {text}" for text in report["warnings"]),
     ]
+    if "instances" in report:
+        return [*lines, "", *_comparison(report["instances"])]
     if "options" not in report:
         return lines
     model, options = report["model"], report["options"]
@@ -222,11 +294,14 @@ def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
     lines.append(f"address  {options['host']['value']}:{options['port']['value']}")
     if report["backend"] is not None:
         lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
+    instance = report["instance"]
+    if instance is not None:
+        lines += [f"instance {text}" for text in _instance(instance, report["backend"])]
     if report["handler"] is not None:
         lines.append(f"handler  {report['handler']}: the model's own, which answers instead of an engine")
     if report["formatters"] is not None:
         lines.append(f"formatters in {report['formatters']}: they change requests or replies")
-    lines += [f"memory   {text}" for text in _memory(report["memory"], model)]
+    lines += [f"memory   {text}" for text in _memory(report["memory"], model, instance)]
     if report["prompts"] is not None:
         lines.append(f"chat template: {report['prompts']['template']}")
         tokens = report["prompts"]["image_tokens"] or {}
@@ -237,6 +312,15 @@ def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
 
 def _verdict(report: Mapping[str, Any]) -> str:
     errors, warnings = (_counted(len(report[kind]), kind[:-1]) for kind in ("errors", "warnings"))
+    if "instances" in report:
+        fitting = sum(row["fits"] is True for row in report["instances"])
+        unknown = any(row["fits"] is None for row in report["instances"])
+        told = (
+            "unknown where this fits"
+            if unknown
+            else f"this fits {fitting} of {len(report['instances'])} instances"
+        )
+        return f"{errors}, {warnings}: {told}"
     if report["errors"]:
         return f"{errors}, {warnings}: this cannot be served"
     if "model" in report and report["model"]["directory"] is None:
@@ -246,6 +330,50 @@ def _verdict(report: Mapping[str, Any]) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
+
+
+def _instance(instance: Mapping[str, Any], backend: Mapping[str, Any] | None) -> list[str]:
+    lines = [
+        f"{instance['name']}: {_gpus(instance)}, {instance['vcpus']} vCPUs, {_size(instance['host_memory'])} of host "
+        "memory"
+    ]
+    if instance["gpus"] and backend is not None and not vllm_installed():
+        lines.append(_EMBEDDED)
+    return lines
+
+
+def _gpus(instance: Mapping[str, Any]) -> str:
+    return (
+        f"{instance['gpus']} x {instance['gpu']}, {_size(instance['gpu_memory'])} each"
+        if instance["gpus"]
+        else "no GPU"
+    )
+
+
+def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each family and number of GPUs that is alike in all but the host."""
+    lines: list[tuple[str, ...]] = [
+        ("instance", "devices", "fits", "copies", "devices per copy", "context", "cache tokens")
+    ]
+    kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        host = None if row["gpus"] else row["name"]
+        kinds.setdefault((row["name"].partition(".")[0], row["gpus"], host), []).append(row)
+    for first, *others in kinds.values():
+        names = ", ".join([first["name"], *(other["name"].partition(".")[2] for other in others)])
+        devices = (
+            f"{first['gpus']} x {first['gpu']}" if first["gpus"] else f"CPU, {_size(first['host_memory'])}"
+        )
+        numbers = [first[name] for name in ("copies", "devices_per_copy", "max_model_len", "cache_tokens")]
+        told = ["-" if number is None or not first["fits"] else str(number) for number in numbers]
+        lines.append((names, devices, {True: "yes", False: "no", None: "unknown"}[first["fits"]], *told))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    table = [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    assumed = [] if vllm_installed() or rows[0]["backend"] is None else ["", _EMBEDDED]
+    return [*table, *assumed, "--instance NAME says why, and more"]
 
 
 def _options(
@@ -279,16 +407,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
 
 
-def _memory(memory: Mapping[str, Any] | None, model: Mapping[str, Any]) -> list[str]:
+def _memory(
+    memory: Mapping[str, Any] | None, model: Mapping[str, Any], instance: Mapping[str, Any] | None
+) -> list[str]:
     if memory is None:
         return ["unknown" if model["directory"] else "unknown until the model has been downloaded"]
     lines = [
-        f"copies of the model: {memory['copies']}, devices per copy: {memory['devices_per_copy']} "
+        f"replicas: {memory['copies']}, devices per replica: {memory['devices_per_copy']} "
         f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}",
         f"computing in {memory['dtype']}: {memory['dtype_reason']}",
     ]
     if memory["devices"]:
-        machines = "this machine" if memory["machines"] == 1 else f"{memory['machines']} machines"
+        here = "this machine" if instance is None else instance["name"]
+        machines = here if memory["machines"] == 1 else f"{memory['machines']} machines"
         lines.append(f"devices needed: {memory['devices_needed']}, there: {memory['devices']} on {machines}")
     if memory["weights"] is not None:
         lines.append(

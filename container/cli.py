@@ -15,8 +15,9 @@ from handlers.version import VERSION
 
 if TYPE_CHECKING:
     from container.server import BackendBuilder
+    from handlers.backends.instances import Instance
 
-_OWN = ("-h", "--help", "--json", "--all", "--print-config")
+_OWN = ("-h", "--help", "--json", "--all", "--instance", "--print-config")
 _FLAGS_HELP = (
     "Every option can be written as a flag of its own: --max-model-len 4096, --limit-mm-per-prompt image=2, "
     "--chat-template template.jinja, --trust-remote-code, --host 0.0.0.0, --port 8000, --api-key KEY. Give keys by "
@@ -39,7 +40,14 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
 
         for warning in flags.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return run_check(arguments.model, options, arguments.json, os.environ, everything=arguments.all)
+        return run_check(
+            arguments.model,
+            options,
+            arguments.json,
+            os.environ,
+            everything=arguments.all,
+            instances=arguments.instance,
+        )
     from container.config import RUN_DEFAULTS, SERVE_DEFAULTS
 
     defaults = RUN_DEFAULTS if arguments.command == "run" else SERVE_DEFAULTS
@@ -92,7 +100,26 @@ def _parser() -> argparse.ArgumentParser:
         )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--all", action="store_true", help="print the options that have their defaults too")
+    check.add_argument(
+        "--instance",
+        type=_instances,
+        default=(),
+        metavar="NAME",
+        help="measure against that EC2 or SageMaker instance instead of this machine, as ml.g6.12xlarge; all: a "
+        "table that says which of them it fits",
+    )
     return parser
+
+
+def _instances(name: str) -> list[Instance]:
+    from handlers.backends.instances import INSTANCES, instance_of
+
+    if name == "all":
+        return list(INSTANCES.values())
+    try:
+        return [instance_of(name)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _flags(parser: argparse.ArgumentParser, arguments: list[str]) -> Flags:

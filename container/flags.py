@@ -53,7 +53,8 @@ class Flags:
 def read_flags(arguments: Sequence[str], own: Collection[str], more: Collection[str] = ()) -> Flags:
     """Take the options out of a command line. Raises FlagError.
 
-    own: flags without values that are not options and stay in `rest`; so does `--option` with its value. more:
+    own: flags that are not options and stay in `rest`, without values but for `--instance`; so does `--option` with its
+    value. more:
     options that are known beside the schema's. A flag takes several values only after the model's name: before
     it, the last one could be the model.
     """
@@ -80,6 +81,8 @@ class _Reader:
             self.waiting.clear()
         elif flag == "--option":
             self._option(value if equals else self._next("--option"))
+        elif flag == "--instance" and flag in own:
+            self._found.rest += [flag, value if equals else self._next(flag)]
         elif flag in own or not flag.startswith("--"):
             self._found.rest.append(argument)
             self._named |= not argument.startswith("-")

@@ -142,7 +142,7 @@ class BlockPool:
             start = len(hashes) * size
             state = hashlib.blake2b(hashes[-1] if hashes else _root(sequence), digest_size=16)
             state.update(array("q", sequence.token_ids[start : start + size]).tobytes())
-            for part in _picture_marks(sequence, start, start + size):
+            for part in _image_marks(sequence, start, start + size):
                 state.update(part)
             hashes.append(state.digest())
         return hashes[:count]
@@ -152,7 +152,7 @@ def _root(sequence: Sequence) -> bytes:
     return (_LONG_ROOT if sequence.is_long else _ROOT) + sequence.prefix_salt
 
 
-def _picture_marks(sequence: Sequence, start: int, stop: int) -> Iterable[bytes]:
-    for picture in sequence.pictures_within(start, stop):
-        yield picture.digest
-        yield (picture.offset - start).to_bytes(8, "little", signed=True)
+def _image_marks(sequence: Sequence, start: int, stop: int) -> Iterable[bytes]:
+    for image in sequence.images_within(start, stop):
+        yield image.digest
+        yield (image.offset - start).to_bytes(8, "little", signed=True)

@@ -16,7 +16,7 @@ from engine.errors import NO_TOKEN_LEFT, EngineError, ModelLoadError
 from engine.executor import Executor
 from engine.guidance import Built, GrammarError, Guidance, Guide
 from engine.logits import INVALID
-from engine.messages import Add, FinishReason, Logprobs, Output, Picture, Stats
+from engine.messages import Add, FinishReason, ImageInput, Logprobs, Output, Stats
 from engine.runner import StepLogits
 from engine.sampler import Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
@@ -97,10 +97,10 @@ class Engine:
         longest, count = self.runner.max_model_len, len(add.token_ids)
         if not 0 < count < longest:
             return _refusal(add, f"the prompt has {count} tokens; allowed: 1 to {longest - 1}")
-        if min(add.token_ids) < 0 or (not add.pictures and max(add.token_ids) >= self.runner.vocab_size):
+        if min(add.token_ids) < 0 or (not add.images and max(add.token_ids) >= self.runner.vocab_size):
             return _refusal(add, "the prompt holds a token id outside the vocabulary")
         slots = self.runner.image_slots
-        if slots is not None and (images := len({picture.digest for picture in add.pictures})) > slots:
+        if slots is not None and (images := len({image.digest for image in add.images})) > slots:
             reason = (
                 f"the request has {images} different images; this server's memory holds {slots} at a time"
             )
@@ -111,17 +111,17 @@ class Engine:
                 max_model_len=longest,
                 order=self._arrivals,
                 guides=guides or (),
-                prefix_salt=self.runner.model.prefix_salt(add.token_ids, add.pictures),
+                prefix_salt=self.runner.model.prefix_salt(add.token_ids, add.images),
                 long_after=None if (rope := self.runner.model.long_rope) is None else rope.limit,
                 attends_images=self.runner.model.attends_images,
-                spans=self.runner.model.spans(add.token_ids, add.pictures),
+                spans=self.runner.model.spans(add.token_ids, add.images),
             )
         except (ValueError, OverflowError, TypeError):
             logger.exception("a request's parameters cannot be used")
             return _refusal(add, "the sampling parameters are out of range")
         self._arrivals += len(sequences)
-        for picture in add.pictures:
-            self.runner.encoder_cache.count(hit=picture.digest in self.runner.encoder_cache)
+        for image in add.images:
+            self.runner.encoder_cache.count(hit=image.digest in self.runner.encoder_cache)
         for sequence in sequences:
             self._sequences[sequence.request_id] = sequence
             self.scheduler.add(sequence)
@@ -170,7 +170,7 @@ class Engine:
             return []
         self._steps += 1
         outputs: list[Output] = []
-        chunks, deferred = self._encode_pictures(chunks, outputs)
+        chunks, deferred = self._encode_images(chunks, outputs)
         began, prompt_tokens = (
             time.perf_counter(),
             sum(c.length for c in chunks if not c.sequence.is_decoding),
@@ -179,7 +179,7 @@ class Engine:
             self._advance(group, logits, outputs)
         self.scheduler.time.note_step(prompt_tokens, time.perf_counter() - began)
         attending = (s for s in self.scheduler.running if s.attends_images)
-        self.executor.trim([picture.digest for s in attending for picture in s.pictures] + deferred)
+        self.executor.trim([image.digest for s in attending for image in s.images] + deferred)
         return outputs
 
     def stats(self) -> Stats:
@@ -197,7 +197,7 @@ class Engine:
             steps=self._steps,
         )
 
-    def _encode_pictures(self, chunks: list[Chunk], outputs: list[Output]) -> tuple[list[Chunk], list[bytes]]:
+    def _encode_images(self, chunks: list[Chunk], outputs: list[Output]) -> tuple[list[Chunk], list[bytes]]:
         """Encode the images that the chunks touch.
 
         Returns:
@@ -205,11 +205,11 @@ class Engine:
             the time that this one may take. Chunks whose images cannot be encoded are dropped.
         """
         cache = self.runner.encoder_cache
-        missing: dict[bytes, Picture] = {}
+        missing: dict[bytes, ImageInput] = {}
         for chunk in chunks:
-            for picture in chunk.sequence.pictures_for(chunk.start, chunk.stop):
-                if picture.digest not in cache:
-                    missing[picture.digest] = picture
+            for image in chunk.sequence.images_for(chunk.start, chunk.stop):
+                if image.digest not in cache:
+                    missing[image.digest] = image
         if not missing:
             return chunks, []
         # Images beyond the limit are encoded in the next step, which bounds the duration of this one. Those of one
@@ -227,11 +227,11 @@ class Engine:
         seconds = time.perf_counter() - began
         self.scheduler.time.note_images(len(some), seconds)
         late = decoding and self.scheduler.time.leaves_no_time(seconds)
-        failed = {picture.digest for picture in some if picture.digest not in cache}
+        failed = {image.digest for image in some if image.digest not in cache}
         kept: list[Chunk] = []
         deferred: list[bytes] = []
         for chunk in chunks:
-            digests = {p.digest for p in chunk.sequence.pictures_for(chunk.start, chunk.stop)}
+            digests = {p.digest for p in chunk.sequence.images_for(chunk.start, chunk.stop)}
             if digests & failed:
                 self._fail(chunk.sequence, "an image of this request could not be encoded", outputs)
             elif late and not chunk.sequence.is_decoding:
@@ -242,8 +242,8 @@ class Engine:
 
     def _count_missing(self, chunk: Chunk) -> int:
         """Count the chunk's distinct images that are not encoded."""
-        pictures = chunk.sequence.pictures_for(chunk.start, chunk.stop)
-        return len({p.digest for p in pictures if p.digest not in self.runner.encoder_cache})
+        images = chunk.sequence.images_for(chunk.start, chunk.stop)
+        return len({p.digest for p in images if p.digest not in self.runner.encoder_cache})
 
     def _run(self, chunks: list[Chunk], outputs: list[Output]) -> list[tuple[list[Chunk], StepLogits]]:
         """Run all chunks together; if that fails, each alone, so that only the request at fault is lost.

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from engine.config import EngineConfig
 from engine.loader import check_ranks, load_model
 from engine.machine import usable_cores
-from engine.messages import Picture
+from engine.messages import ImageInput
 from engine.runner import ModelRunner, StepLogits
 from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 from engine.tensor_parallel import Ranks
@@ -81,9 +81,9 @@ class Executor:
         self._send(Run(chunks))
         return self.runner.run(chunks)
 
-    def encode(self, pictures: list[Picture]) -> None:
-        self._send(Encode(pictures))
-        self.runner.encode(pictures)
+    def encode(self, images: list[ImageInput]) -> None:
+        self._send(Encode(images))
+        self.runner.encode(images)
 
     def trim(self, keep: list[bytes]) -> None:
         self._send(Trim(keep))

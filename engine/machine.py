@@ -29,10 +29,20 @@ class Machine:
     Attributes:
         accelerators: The accelerators; empty where the model runs on a CPU.
         host: Host memory that this process may use.
+        name: Name for people; None for the machine that this process runs on.
+        bfloat16: Whether a model computes in bfloat16 at full speed there; None where this machine is to be asked.
     """
 
     accelerators: tuple[Device, ...]
     host: Device
+    name: str | None = None
+    bfloat16: bool | None = None
+
+    def computes_bfloat16(self) -> bool:
+        """Tell whether a model computes in bfloat16 at full speed there. Imports torch to ask this machine."""
+        if self.bfloat16 is not None:
+            return self.bfloat16
+        return computes_bfloat16("cuda" if self.accelerators else "cpu")
 
 
 def this_machine() -> Machine:

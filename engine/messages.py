@@ -42,8 +42,8 @@ class TensorData(msgspec.Struct, array_like=True):
         return np.frombuffer(bytearray(self.data), dtype=np.dtype(self.dtype)).reshape(self.shape)
 
 
-class Picture(msgspec.Struct, array_like=True):
-    """One image of a prompt.
+class ImageInput(msgspec.Struct, array_like=True):
+    """One image of a prompt, prepared for the family's encoder.
 
     Attributes:
         digest: Identifies the pixels and how they were prepared. It is the key of the encoder cache, and part
@@ -96,7 +96,7 @@ class Add(msgspec.Struct, tag=True):
         params: Sampling parameters. Prompt log probabilities come with the first completion only.
         seeds: One seed for each completion.
         eos_token_ids: Tokens that end a completion.
-        pictures: Images of the prompt, in order.
+        images: Images of the prompt, in order.
         priority: Requests with lower values run first.
         grammar: What each completion must match (see `engine.guidance`); None for free text.
         positions: Positions of the prompt, int64; see `engine.families.base.Preprocessor.positions`.
@@ -108,7 +108,7 @@ class Add(msgspec.Struct, tag=True):
     params: SamplingParams
     seeds: list[int]
     eos_token_ids: tuple[int, ...]
-    pictures: list[Picture] = []
+    images: list[ImageInput] = []
     priority: int = 0
     grammar: str | None = None
     positions: TensorData | None = None

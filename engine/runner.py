@@ -19,7 +19,7 @@ from engine.attention.select import choose_kernel
 from engine.config import EngineConfig
 from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, image_budget
-from engine.messages import EMBEDDINGS, Picture
+from engine.messages import EMBEDDINGS, ImageInput
 from engine.packed_linear import PackedLinear
 from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 
@@ -146,38 +146,36 @@ class ModelRunner:
             case Run():
                 self.run(command.chunks)
             case Encode():
-                self.encode(command.pictures)
+                self.encode(command.images)
             case Trim():
                 self.encoder_cache.trim(command.keep)
             case Scrub():
                 self.kernel.scrub(command.blocks)
 
     @torch.inference_mode()
-    def encode(self, pictures: Items[Picture]) -> None:
+    def encode(self, images: Items[ImageInput]) -> None:
         """Run the vision encoder and keep its outputs; embeddings sent by the client are kept as they are.
 
         The images must differ in digest and must not be cached.
         """
         batch = self.model.encode_batch
-        for start in range(0, len(pictures), batch):
-            some = pictures[start : start + batch]
-            encoded = [picture for picture in some if EMBEDDINGS in picture.tensors]
-            for picture in encoded:
-                rows = self._on_device(picture)[EMBEDDINGS]
-                self.encoder_cache.put(picture.digest, rows.to(self.dtype))
-            raw = [picture for picture in some if EMBEDDINGS not in picture.tensors]
+        for start in range(0, len(images), batch):
+            some = images[start : start + batch]
+            encoded = [image for image in some if EMBEDDINGS in image.tensors]
+            for image in encoded:
+                rows = self._on_device(image)[EMBEDDINGS]
+                self.encoder_cache.put(image.digest, rows.to(self.dtype))
+            raw = [image for image in some if EMBEDDINGS not in image.tensors]
             if raw:
-                for picture, features in zip(raw, self._encoded(raw), strict=True):
+                for image, features in zip(raw, self._encoded(raw), strict=True):
                     # A copy, so that keeping one image's output does not keep the whole batch.
-                    self.encoder_cache.put(picture.digest, features.clone())
+                    self.encoder_cache.put(image.digest, features.clone())
 
-    def _encoded(self, pictures: Items[Picture]) -> list[EncoderOutput]:
-        return self.model.encode([self._on_device(picture) for picture in pictures])
+    def _encoded(self, images: Items[ImageInput]) -> list[EncoderOutput]:
+        return self.model.encode([self._on_device(image) for image in images])
 
-    def _on_device(self, picture: Picture) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.from_numpy(data.unpack()).to(self.device) for name, data in picture.tensors.items()
-        }
+    def _on_device(self, image: ImageInput) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(data.unpack()).to(self.device) for name, data in image.tensors.items()}
 
     @torch.inference_mode()
     def run(self, chunks: Items[ChunkInput]) -> StepLogits:
@@ -192,10 +190,10 @@ class ModelRunner:
         for place, index in enumerate(order):
             chunk, start = chunks[index], step.query_starts[place]
             if not self.model.attends_images:
-                beyond += self._merge_pictures(embeddings, chunk, start)
-            elif chunk.pictures:
-                features = [self.encoder_cache[picture.digest] for picture in chunk.pictures]
-                attended.append(AttendedChunk(start, chunk.start, chunk.stop, chunk.pictures, features))
+                beyond += self._merge_images(embeddings, chunk, start)
+            elif chunk.images:
+                features = [self.encoder_cache[image.digest] for image in chunk.images]
+                attended.append(AttendedChunk(start, chunk.start, chunk.stop, chunk.images, features))
             if chunk.samples:
                 rows[index] = start + chunk.length - 1
             if chunk.prompt_logits:
@@ -273,7 +271,7 @@ class ModelRunner:
         )
         return step, token_ids, positions
 
-    def _merge_pictures(
+    def _merge_images(
         self, embeddings: torch.Tensor, chunk: ChunkInput, at: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Overwrite the rows of image tokens; the chunk's first row is row `at` of `embeddings`.
@@ -284,14 +282,14 @@ class ModelRunner:
         """
         beyond = []
         width = embeddings.shape[1]
-        for picture in chunk.pictures:
-            first, last = max(chunk.start, picture.offset), min(chunk.stop, picture.end)
-            features = self.encoder_cache[picture.digest]
+        for image in chunk.images:
+            first, last = max(chunk.start, image.offset), min(chunk.stop, image.end)
+            features = self.encoder_cache[image.digest]
             rows = torch.arange(at + first - chunk.start, at + last - chunk.start, device=self.device)
-            before = first - picture.offset
-            if picture.is_embed is not None:
-                mask = torch.tensor(picture.is_embed[before : last - picture.offset], device=self.device)
-                rows, before = rows[mask], sum(picture.is_embed[:before])
+            before = first - image.offset
+            if image.is_embed is not None:
+                mask = torch.tensor(image.is_embed[before : last - image.offset], device=self.device)
+                rows, before = rows[mask], sum(image.is_embed[:before])
             part = features[before : before + len(rows)].to(embeddings.dtype)
             embeddings[rows] = part[:, :width]
             if features.shape[1] > width:

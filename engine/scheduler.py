@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from engine.block_pool import BlockPool
-from engine.messages import Picture, TensorData
+from engine.messages import ImageInput, TensorData
 from engine.sequence import Sequence
 from engine.step_time import StepTime
 
@@ -126,7 +126,7 @@ class Scheduler:
                 return
             if self.pool.prefix_caching and sequence.waits_for_leader:
                 continue
-            if sequence.pictures and (blocked or not self._images_fit(sequence)):
+            if sequence.images and (blocked or not self._images_fit(sequence)):
                 # those without images need not wait for places, those with images keep their order
                 blocked = True
                 continue
@@ -161,7 +161,7 @@ class Scheduler:
         """Whether the sequence's images can be held beside those of the running sequences."""
         if self.image_slots is None:
             return True
-        held = {picture.digest for other in (*self.running, sequence) for picture in other.pictures}
+        held = {image.digest for other in (*self.running, sequence) for image in other.images}
         return len(held) <= self.image_slots
 
     def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -199,8 +199,8 @@ class Scheduler:
         self.preemptions += 1
 
 
-class PicturePlace(msgspec.Struct, array_like=True):
-    """Position of an image's tokens in its prompt (see `Picture`), without its pixels."""
+class ImagePlace(msgspec.Struct, array_like=True):
+    """Position of an image's tokens in its prompt (see `ImageInput`), without its pixels."""
 
     digest: bytes
     offset: int
@@ -221,7 +221,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
         block_table: Blocks of the sequence.
         samples: Whether the logits of the last token are needed.
         prompt_logits: Whether the logits of all tokens are needed.
-        pictures: Images that the chunk needs.
+        images: Images that the chunk needs.
         spans: Spans of the sequence with bidirectional attention that have a token in the chunk.
         position_delta: See `Sequence.positions_within`.
         positions: See `Sequence.positions_within`.
@@ -233,7 +233,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
     block_table: list[int]
     samples: bool
     prompt_logits: bool
-    pictures: list[PicturePlace]
+    images: list[ImagePlace]
     spans: list[tuple[int, int]] = []
     position_delta: int = 0
     positions: TensorData | None = None
@@ -257,11 +257,10 @@ class ChunkInput(msgspec.Struct, array_like=True):
             block_table=sequence.block_table,
             samples=stop == sequence.num_tokens,
             prompt_logits=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens,
-            pictures=[
-                PicturePlace(p.digest, p.offset, p.length, p.is_embed)
-                for p in sequence.pictures_for(start, stop)
+            images=[
+                ImagePlace(p.digest, p.offset, p.length, p.is_embed) for p in sequence.images_for(start, stop)
             ]
-            if sequence.pictures
+            if sequence.images
             else [],
             spans=sequence.spans_within(start, stop) if sequence.spans else [],
             position_delta=sequence.position_delta,
@@ -273,7 +272,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
 class Encode(msgspec.Struct, tag=True):
     """Encode these images, and keep the outputs."""
 
-    pictures: list[Picture]
+    images: list[ImageInput]
 
 
 class Run(msgspec.Struct, tag=True):

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.messages import Add, Logprobs, Picture
+from engine.messages import Add, ImageInput, Logprobs
 from engine.sampler import SamplingState
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Sequence:
     request_id: int
     token_ids: list[int]
     num_prompt_tokens: int
-    pictures: list[Picture]
+    images: list[ImageInput]
     sampling: SamplingState
     max_tokens: int
     priority: int = 0
@@ -111,7 +111,7 @@ class Sequence:
                     request_id=add.request_id + number,
                     token_ids=list(add.token_ids),
                     num_prompt_tokens=len(add.token_ids),
-                    pictures=add.pictures,
+                    images=add.images,
                     sampling=SamplingState(
                         params=params,
                         prompt_token_ids=add.token_ids,
@@ -199,10 +199,10 @@ class Sequence:
         behind = np.arange(start + known.shape[1], stop) + self.position_delta
         return np.concatenate([known, np.broadcast_to(behind, (len(known), len(behind)))], axis=1)
 
-    def pictures_for(self, start: int, stop: int) -> list[Picture]:
+    def images_for(self, start: int, stop: int) -> list[ImageInput]:
         """Return the images whose encoder outputs are needed to compute the tokens [start, stop)."""
-        return self.pictures if self.attends_images else self.pictures_within(start, stop)
+        return self.images if self.attends_images else self.images_within(start, stop)
 
-    def pictures_within(self, start: int, stop: int) -> list[Picture]:
+    def images_within(self, start: int, stop: int) -> list[ImageInput]:
         """Return the images that have a token in [start, stop)."""
-        return [p for p in self.pictures if p.offset < stop and p.end > start]
+        return [p for p in self.images if p.offset < stop and p.end > start]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 _WEIGHT = 0.25
 """Weight of the newest measurement."""
 
@@ -12,34 +14,36 @@ FEWEST_TOKENS = 16
 class StepTime:
     """Bounds the time that requests which are being streamed wait for the prompts and images of others.
 
-    A step with decodes gets so many prompt tokens and images that it takes about `seconds`, or twice as long as the
-    decodes alone where these take more than half of it. Without decodes nobody waits between two tokens, and nothing is
-    bounded.
+    A step with decodes gets so many prompt tokens and images that it takes about `seconds`, or three times as long as
+    the decodes alone where that is longer. Without decodes nobody waits between two tokens, and nothing is bounded.
     """
 
     def __init__(self, seconds: float | None) -> None:
         """Create an estimate that knows nothing yet. seconds: the bound; None for none."""
-        self.seconds = seconds
+        self._seconds = seconds
         self._decodes = 0.0
         self._token = 0.0
         self._image = 0.0
 
+    @property
+    def _bound(self) -> float:
+        return math.inf if self._seconds is None else max(self._seconds, 3 * self._decodes)
+
     def prompt_tokens(self) -> int | None:
         """Return the greatest number of prompt tokens in a step with decodes; None for no limit."""
-        if self.seconds is None or not self._token:
+        if self._seconds is None or not self._token:
             return None
-        left = max(self.seconds - self._decodes, self._decodes)
-        return max(FEWEST_TOKENS, int(left / self._token))
+        return max(FEWEST_TOKENS, int((self._bound - self._decodes) / self._token))
 
     def images(self) -> int | None:
         """Return the greatest number of images that a step with decodes encodes; None for no limit."""
-        if self.seconds is None or not self._image:
+        if self._seconds is None or not self._image:
             return None
-        return max(1, int(self.seconds / self._image))
+        return max(1, int(self._bound / self._image))
 
     def leaves_no_time(self, encoding: float) -> bool:
         """Whether a step with decodes in which images took `encoding` seconds leaves the prompts to the next step."""
-        return self.seconds is not None and encoding > self.seconds / 2
+        return encoding > self._bound / 2
 
     def note_step(self, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step without images that computed so many tokens of prompts."""

@@ -1,7 +1,7 @@
 """A model in a script, without a server:  python examples/offline.py
 
 The calls are those of vLLM's and Aphrodite's documentation of vision models; only the import, the model and the
-pictures are others.
+images are others.
 """
 
 from pathlib import Path
@@ -11,21 +11,21 @@ import PIL.Image
 from handlers import LLM, SamplingParams
 
 SHAPES = Path(__file__).parent / "shapes"
-PICTURES = SHAPES / "pictures"
+IMAGES = SHAPES / "pictures"
 
 llm = LLM(model=str(SHAPES))
 
-# One picture, in a prompt as the model's card writes it
+# One image, in a prompt as the model's card writes it
 prompt = "USER: <image>\nWhat is the content of this image?\nASSISTANT:"
-image = PIL.Image.open(PICTURES / "red-circle.png")
+image = PIL.Image.open(IMAGES / "red-circle.png")
 outputs = llm.generate({"prompt": prompt, "multi_modal_data": {"image": image}})
 for o in outputs:
     generated_text = o.outputs[0].text
     print(generated_text)
 
 # Several prompts share each step of the model
-image_1 = PIL.Image.open(PICTURES / "green-triangle.png")
-image_2 = PIL.Image.open(PICTURES / "yellow-star.png")
+image_1 = PIL.Image.open(IMAGES / "green-triangle.png")
+image_2 = PIL.Image.open(IMAGES / "yellow-star.png")
 outputs = llm.generate(
     [
         {
@@ -42,7 +42,7 @@ for o in outputs:
     generated_text = o.outputs[0].text
     print(generated_text)
 
-# Several pictures in one prompt
+# Several images in one prompt
 prompt = "<|user|>\n<|image_1|>\n<|image_2|>\nWhat is the content of each image?<|end|>\n<|assistant|>\n"
 outputs = llm.generate({"prompt": prompt, "multi_modal_data": {"image": [image_1, image_2]}})
 for o in outputs:

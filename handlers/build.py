@@ -1,4 +1,4 @@
-"""From a configuration and a model directory to the backend and the picture loader."""
+"""From a configuration and a model directory to the backend and the image loader."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class MalformedBody(InvalidRequest):
 
 
 class ImageError(InvalidRequest):
-    """A picture cannot be used. `index` counts the request's pictures from 0, in reading order."""
+    """An image cannot be used. `index` counts the request's images from 0, in reading order."""
 
     kind = "invalid_image"
 
@@ -103,21 +103,21 @@ class ImageError(InvalidRequest):
 
 
 class ImageFetchFailed(ImageError):
-    """The picture's own host answered with an error, or not at all: the request is well formed, its link is not."""
+    """The image's own host answered with an error, or not at all: the request is well formed, its link is not."""
 
     status = 422
     kind = "image_fetch_failed"
 
 
 class ImageFetchTimeout(ImageError):
-    """The picture did not arrive before the deadline."""
+    """The image did not arrive before the deadline."""
 
     status = 408
     kind = "image_fetch_timeout"
 
 
 class ImageTooLarge(ImageError):
-    """The picture has more bytes or pixels than the operator allows."""
+    """The image has more bytes or pixels than the operator allows."""
 
     status = 413
     kind = "image_too_large"
@@ -186,8 +186,8 @@ class EngineFailed(ServingError):
     kind = "engine_failed"
 
 
-class PicturesLost(EngineFailed):
-    """The engine dropped a picture that it was thought to hold: with its pictures anew, the request will do."""
+class ImagesLost(EngineFailed):
+    """The engine dropped an image that it was thought to hold: with its images anew, the request will do."""
 
 
 class InsufficientStorage(ServingError):

@@ -44,7 +44,7 @@ from handlers.prompts.limits import (
     spelled,
 )
 from handlers.prompts.renderer import RenderedPrompt
-from handlers.request import ChatPrompt, Constraint, GenerationRequest, Prompt, TextPrompt, pictures
+from handlers.request import ChatPrompt, Constraint, GenerationRequest, Prompt, TextPrompt, media_parts
 from handlers.sampling import RequestSampling
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ class Pipeline:
             InvalidRequest: The prompt cannot be rendered.
             Unavailable: The engine cannot prepare it now.
         """
-        model, parts = self._model, list(pictures(prompt))
+        model, parts = self._model, list(media_parts(prompt))
         rendered = await self._aside(partial(model.renderer.render, prompt, spans=True))
         placed: list[list[int]] = []
         if parts:

@@ -128,8 +128,10 @@ class EmbeddingsPart:
             self.share.release()
 
 
-PicturePart = ImagePart | EmbeddingsPart
-Part = TextPart | PicturePart
+MediaPart = ImagePart | EmbeddingsPart
+"""What a prompt shows between its texts: an image, or its embeddings."""
+
+Part = TextPart | MediaPart
 
 
 @dataclass(slots=True)
@@ -200,8 +202,8 @@ def prompt_parts(prompt: Prompt) -> Iterator[Part]:
         yield from prompt.parts
 
 
-def pictures(prompt: Prompt) -> Iterator[PicturePart]:
-    """Its pictures in reading order."""
+def media_parts(prompt: Prompt) -> Iterator[MediaPart]:
+    """Its images and embeddings of images, in reading order."""
     return (part for part in prompt_parts(prompt) if not isinstance(part, TextPart))
 
 
@@ -264,9 +266,9 @@ class GenerationRequest:
     constraint: Constraint | None = None
     arrival: float = field(default_factory=time.monotonic)
 
-    def images(self) -> Iterator[PicturePart]:
+    def images(self) -> Iterator[MediaPart]:
         """Return the request's images in reading order, by which error messages number them.
 
         All of them are images, or all are embeddings.
         """
-        return pictures(self.prompt)
+        return media_parts(self.prompt)

@@ -14,8 +14,8 @@ from handlers.backends.base import Delta, PromptStats, total
 from handlers.errors import (
     DeadlineExceeded,
     EngineFailed,
+    ImagesLost,
     InvalidRequest,
-    PicturesLost,
     ServingError,
     Unavailable,
 )
@@ -26,14 +26,14 @@ from handlers.own_words import own_words_of
 from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, Task
 from handlers.protocols.errors import ErrorFormat, client_error, error_reply, log_error
-from handlers.request import GenerationRequest, PicturePart
+from handlers.request import GenerationRequest, MediaPart
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _TRIES = 3
-"""How often a request is handed to an engine that has lost its pictures."""
+"""How often a request is handed to an engine that has lost its images."""
 
 _MOST_MERGED = 256
 """The most deltas of several prompts that may wait to be written."""
@@ -75,8 +75,8 @@ class Run:
         self._deadline = deadline
         self._keep = keep
         self._arrival = task.requests[0].arrival
-        self._pictures = [list(request.images()) for request in task.requests]
-        facts.images = sum(map(len, self._pictures))
+        self._media = [list(request.images()) for request in task.requests]
+        facts.images = sum(map(len, self._media))
         self._generations: dict[int, Generation] = {}
         self._running: list[Generation] = []
         self._forwarding: list[asyncio.Task[None]] = []
@@ -175,7 +175,7 @@ class Run:
 
     async def stop(self) -> None:
         """Abort what is still running and release the images; the permit is kept. Safe to call twice."""
-        for parts in self._pictures:
+        for parts in self._media:
             _release(parts)
         for task in self._forwarding:
             task.cancel()
@@ -206,14 +206,14 @@ class Run:
 
     async def _generate(self, backend: Pipeline, number: int) -> Generation:
         """Start the generation of prompt `number`. Its images are loaded, and held until its answer ends at most."""
-        request, parts = self.task.requests[number], self._pictures[number]
+        request, parts = self.task.requests[number], self._media[number]
         for left in reversed(range(_TRIES)):
             if parts:
-                await self._images.load(parts, self._deadline, sum(map(len, self._pictures[:number])))
+                await self._images.load(parts, self._deadline, sum(map(len, self._media[:number])))
             try:
                 generation = await backend.generate(request)
                 break
-            except PicturesLost:
+            except ImagesLost:
                 if not left:
                     raise
             except InvalidRequest as error:
@@ -228,7 +228,7 @@ class Run:
 
     def _forget_images(self) -> None:
         """Drop what the images were loaded from: no engine will be given them again."""
-        for parts in self._pictures:
+        for parts in self._media:
             for part in parts:
                 part.forget()
         self._keep(self.task.requests[0].text_bytes)
@@ -237,7 +237,7 @@ class Run:
         try:
             return await self._answered(await self._generate(backend, number), self.task.requests[number])
         finally:
-            _release(self._pictures[number])
+            _release(self._media[number])
 
     async def _answered(self, generation: Generation, request: GenerationRequest) -> Answered:
         answers = [Answer() for _ in range(request.n)]
@@ -328,6 +328,6 @@ def stopping(error: asyncio.CancelledError) -> Unavailable:
     return known
 
 
-def _release(parts: Sequence[PicturePart]) -> None:
+def _release(parts: Sequence[MediaPart]) -> None:
     for part in parts:
         part.release()

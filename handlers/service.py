@@ -128,7 +128,7 @@ class Service:
         self._observer: Observer = observer if observer is not None else Unobserved()
         self.admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
         self.tokenization = Tokenization(
-            backend, images, self.admission, self._check_pictures, limits.predict_timeout
+            backend, images, self.admission, self._check_images, limits.predict_timeout
         )
 
     @property
@@ -231,21 +231,21 @@ class Service:
                     f"{constraint.param}: this server cannot constrain answers; leave it out",
                     param=constraint.param,
                 )
-            self._check_pictures(sum(1 for _ in request.images()), capabilities.images)
+            self._check_images(sum(1 for _ in request.images()), capabilities.images)
             priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
             request.priority = priority if self.limits.request_priorities else 0
-        pictures = sum(part.characters for request in task.requests for part in request.images())
+        in_images = sum(part.characters for request in task.requests for part in request.images())
         for request in task.requests:
-            request.text_bytes = max(0, incoming.size - pictures)
+            request.text_bytes = max(0, incoming.size - in_images)
         return task
 
-    def _check_pictures(self, count: int, allowed: bool) -> None:
+    def _check_images(self, count: int, allowed: bool) -> None:
         if count and not allowed:
-            raise InvalidRequest("this model does not take pictures")
+            raise InvalidRequest("this model does not take images")
         most = self.limits.limit_mm_per_prompt.get("image", 1)
         if count > most:
             raise InvalidRequest(
-                f"the prompt holds {count} pictures; this server takes at most {most} "
+                f"the prompt holds {count} images; this server takes at most {most} "
                 f'(option.limit_mm_per_prompt={{"image": {most}}})'
             )
 

@@ -19,10 +19,10 @@ from handlers.prompts.limits import longest_prompt
 from handlers.protocols.base import JSON, ServerContext
 from handlers.protocols.misspelt import warning
 from handlers.protocols.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
-from handlers.request import pictures
+from handlers.request import media_parts
 
 MOST_TEXT_BYTES = 2**20
-"""Of a body, its pictures not counted, that is turned into tokens; never more than a prompt may have."""
+"""Of a body, its images not counted, that is turned into tokens; never more than a prompt may have."""
 
 LONG_TEXT_BYTES = 20_000
 """Longer texts are tokenized one at a time, which leaves the other threads to requests for answers."""
@@ -31,7 +31,7 @@ LONG_TEXT_BYTES = 20_000
 class Tokenization:
     """Answers with a prompt's tokens, or with the text of tokens. The work is done in threads.
 
-    check_pictures: raises InvalidRequest for more pictures than a prompt may hold.
+    check_images: raises InvalidRequest for more images than a prompt may hold.
     timeout: seconds that a request may take; None for any time.
     """
 
@@ -40,13 +40,13 @@ class Tokenization:
         backend: Pipeline,
         images: ImageLoader,
         admission: Admission,
-        check_pictures: Callable[[int, bool], None],
+        check_images: Callable[[int, bool], None],
         timeout: float | None,
     ) -> None:
         self._backend = backend
         self._images = images
         self._admission = admission
-        self._check_pictures = check_pictures
+        self._check_images = check_images
         self._timeout = timeout
         self._long = asyncio.Semaphore(1)
 
@@ -58,8 +58,8 @@ class Tokenization:
             task = await asyncio.to_thread(read_tokenize, body, server, incoming)
         else:
             task = read_tokenize(body, server, incoming)
-        parts = list(pictures(task.prompt))
-        self._check_pictures(len(parts), self._backend.capabilities.images)
+        parts = list(media_parts(task.prompt))
+        self._check_images(len(parts), self._backend.capabilities.images)
         size = max(0, incoming.size - sum(part.characters for part in parts))
         most = min(MOST_TEXT_BYTES, longest_prompt(self._backend.capabilities.max_model_len))
         if size > most:

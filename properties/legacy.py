@@ -35,7 +35,7 @@ _PROMPT_ADAPTERS = "prompt adapters were removed from vLLM; see option.enable_lo
 IGNORED: dict[str, str] = {
     "option.mpi_mode": "there is one mode",
     "option.use_passive_workers": "there is one mode",
-    "option.parallel_loading": "copies of the model always load side by side",
+    "option.parallel_loading": "replicas always load side by side",
     "option.pythonExecutable": _PYTHON,
     "option.python_executable": _PYTHON,
     "option.enable_venv": _PYTHON,
@@ -234,7 +234,7 @@ IGNORED: dict[str, str] = {
     "batch_size": _DYNAMIC,
     "max_dynamic_batch_size": _DYNAMIC,
     "max_batch_delay": _DYNAMIC,
-    "max_idle_time": "copies of the model are never stopped for idleness",
+    "max_idle_time": "replicas are never stopped for idleness",
     "gpu.minWorkers": _WORKERS,
     "gpu.maxWorkers": _WORKERS,
     "cpu.minWorkers": _WORKERS,

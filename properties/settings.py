@@ -215,7 +215,7 @@ class EngineSettings(BaseModel):
     )
     max_step_ms: Positive = option(
         "While answers are generated, prompts and images of other requests are spread over steps of about this time, "
-        "or of twice the time that the answers alone take. Smaller: streams flow more evenly; larger: prompts are "
+        "or of three times what the answers alone take. Smaller: streams flow more evenly; larger: prompts are "
         "computed sooner.",
         default=300,
         unit="ms",

@@ -162,9 +162,9 @@ function cost(usage, began, first, cut) {
   const ended = performance.now();
   const seconds = (ended - first) / 1000;
   const tokens = usage.completion_tokens;
-  const pictures = usage.prompt_tokens_details?.image_tokens ?? 0;
+  const imageTokens = usage.prompt_tokens_details?.image_tokens ?? 0;
   return [
-    `${usage.prompt_tokens} prompt tokens${pictures ? `, ${pictures} of them images` : ""}`,
+    `${usage.prompt_tokens} prompt tokens${imageTokens ? `, ${imageTokens} of them images` : ""}`,
     `${tokens} tokens${cut ? " (cut at the most allowed)" : ""}`,
     `first after ${Math.round(first - began)} ms`,
     ...(tokens > 1 && seconds > 0 ? [`${((tokens - 1) / seconds).toFixed(1)} tokens/s`] : []),
@@ -187,7 +187,7 @@ function showTurns() {
     const shown = element("article", { className: `turn ${turn.role}` });
     shown.setAttribute("aria-label", turn.role === "user" ? "You" : "Answer");
     if (turn.images?.length) {
-      shown.append(element("div", { className: "pictures" },
+      shown.append(element("div", { className: "images" },
         ...turn.images.map(({ url, name }) => element("img", { src: url, alt: name }))));
     }
     shown.append(element("p", { className: "text", textContent: turn.text }));

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    from engine.messages import Picture
-    from engine.scheduler import PicturePlace
+    from engine.messages import ImageInput
+    from engine.scheduler import ImagePlace
     from engine.tensor_parallel import Ranks
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -74,7 +74,7 @@ class PlaceholderText:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedPicture:
+class PreparedImage:
     """An image prepared for its model: its layout, and the arguments of the family's `encode`."""
 
     token_ids: list[int]
@@ -273,13 +273,13 @@ class Preprocessor(ABC, Generic[F]):
         """Return the way in which images are prepared for a prompt with `num_images` of them."""
         return 0
 
-    def prepare(self, image: Image, variant: int = 0) -> PreparedPicture:
+    def prepare(self, image: Image, variant: int = 0) -> PreparedImage:
         layout = self.layout(image.width, image.height, variant)
         tensors = (self.reference if self.metadata.recipe is None else self.direct)(image, variant)
-        return PreparedPicture(layout.token_ids, tensors, layout.is_embed)
+        return PreparedImage(layout.token_ids, tensors, layout.is_embed)
 
     def positions(
-        self, num_tokens: int, pictures: Sequence[Picture]
+        self, num_tokens: int, images: Sequence[ImageInput]
     ) -> tuple[npt.NDArray[np.int64] | None, int]:
         """Compute the positions of a prompt's tokens.
 
@@ -375,14 +375,14 @@ class AttendedChunk:
         row: Row of its first token in the step.
         start: Index of its first token in the sequence.
         stop: Index after its last token.
-        pictures: All images of the sequence, in order.
+        images: All images of the sequence, in order.
         features: Their encoder outputs.
     """
 
     row: int
     start: int
     stop: int
-    pictures: Sequence[PicturePlace]
+    images: Sequence[ImagePlace]
     features: Sequence[Any]
 
 
@@ -474,7 +474,7 @@ class FamilyModel:
         """Whether the kernel must support spans, or caps of attention scores."""
         return bool(getattr(self.text_config, "attn_logit_softcapping", None))
 
-    def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+    def spans(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> list[tuple[int, int]]:
         """Return runs [start, stop) of a prompt with bidirectional attention. Each is computed in one step."""
         return []
 
@@ -500,11 +500,11 @@ class FamilyModel:
         """Length of each row of `encode`: D, or more where `forward` takes what is beyond D."""
         return int(self.text_config.hidden_size)
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
         """Encode images; text-only families are never asked to.
 
         Args:
-            pictures: Tensors of each image's `PreparedPicture`.
+            images: Tensors of each image's `PreparedImage`.
 
         Returns:
             One `EncoderOutput` per image: rows [rows, row_size], unless the family's own `forward` uses
@@ -512,7 +512,7 @@ class FamilyModel:
         """
         import torch
 
-        pixels = torch.stack([picture["pixel_values"] for picture in pictures]).to(self.model.dtype)
+        pixels = torch.stack([image["pixel_values"] for image in images]).to(self.model.dtype)
         return list(self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **kernel: Any) -> torch.Tensor:
@@ -544,7 +544,7 @@ class FamilyModel:
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
-    def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
+    def prefix_salt(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> bytes:
         """Return what the first token's keys and values depend on, besides that token.
 
         It becomes part of the hash of all blocks, so prompts share a prefix only where it is equal.

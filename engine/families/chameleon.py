@@ -121,10 +121,10 @@ class ChameleonModel(FamilyModel):
         decoder: torch.nn.Module = self.model.model
         return decoder
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         import torch
 
-        pixels = torch.stack([picture["pixel_values"] for picture in pictures])
+        pixels = torch.stack([image["pixel_values"] for image in images])
         return list(self.model.model.get_image_features(pixels.float(), return_dict=True).pooler_output)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -167,9 +167,9 @@ class FuyuModel(FamilyModel):
         for layer in self.decoder.layers:  # type: ignore[union-attr]
             layer.self_attn.num_heads //= ranks.size
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         embed = self.model.model.vision_embed_tokens
-        return [embed(picture["image_patches"].to(self.model.dtype)) for picture in pictures]
+        return [embed(image["image_patches"].to(self.model.dtype)) for image in images]
 
 
 FAMILY = Family(FuyuModel, FuyuPreprocessor)

@@ -24,7 +24,7 @@ from engine.families.text import check_text
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from engine.messages import Picture
+    from engine.messages import ImageInput
 
 
 class Gemma3Metadata(FixedMetadata, kw_only=True):
@@ -66,13 +66,13 @@ class Gemma3Model(FamilyModel):
     def check(cls, config: PretrainedConfig) -> None:
         check_text(config.text_config)
 
-    def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+    def spans(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> list[tuple[int, int]]:
         runs: list[tuple[int, int]] = []
-        for picture in pictures:
-            start = picture.offset
+        for image in images:
+            start = image.offset
             if runs and runs[-1][1] == start:
                 start = runs.pop()[0]
-            runs.append((start, picture.end))
+            runs.append((start, image.end))
         return runs
 
 

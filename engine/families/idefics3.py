@@ -172,7 +172,7 @@ class Idefics3Model(FamilyModel):
         decoder: torch.nn.Module = self.model.model.text_model
         return decoder
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         """Encode all tiles.
 
         transformers takes tiles of zeros for padding and drops them; without normalisation a black tile is
@@ -184,7 +184,7 @@ class Idefics3Model(FamilyModel):
             out: torch.Tensor = connector(tower(pixel_values=tiles.to(self.model.dtype)).last_hidden_state)
             return out
 
-        return encode_tiles(features, [picture["pixel_values"] for picture in pictures])
+        return encode_tiles(features, [image["pixel_values"] for image in images])
 
 
 def rows_per_tile(config: PretrainedConfig, tile: int) -> int:

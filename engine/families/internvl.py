@@ -125,14 +125,14 @@ class InternVLModel(FamilyModel):
         if (strategy := config.vision_feature_select_strategy) != "default":
             raise ModelLoadError(f"its vision_feature_select_strategy is {strategy!r}; supported: 'default'")
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         def features(tiles: torch.Tensor) -> torch.Tensor:
             out: torch.Tensor = self.model.model.get_image_features(
                 pixel_values=tiles, return_dict=True
             ).pooler_output
             return out
 
-        return encode_tiles(features, [picture["pixel_values"] for picture in pictures])
+        return encode_tiles(features, [image["pixel_values"] for image in images])
 
 
 def rows_per_tile(config: PretrainedConfig) -> int:

@@ -112,11 +112,11 @@ class LlavaNextModel(FamilyModel):
                 "pixels"
             )
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        tiles = [picture["pixel_values"].to(self.model.dtype) for picture in pictures]
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        tiles = [image["pixel_values"].to(self.model.dtype) for image in images]
         rows = encode_tiles(self._features, tiles)
         of_each = [own.view(len(some), -1, own.shape[-1]) for own, some in zip(rows, tiles, strict=True)]
-        return self.packed(of_each, [picture["image_sizes"].tolist() for picture in pictures])
+        return self.packed(of_each, [image["image_sizes"].tolist() for image in images])
 
     def _features(self, tiles: torch.Tensor) -> torch.Tensor:
         """[tiles, 3, height, width] -> [tiles, features, D]."""

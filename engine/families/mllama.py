@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from engine.messages import Picture
+    from engine.messages import ImageInput
     from engine.tensor_parallel import Ranks
 
 _TP_PLAN = LLAMA_PLAN | {
@@ -199,21 +199,21 @@ class MllamaModel(FamilyModel):
             image_values=rows * crossing * 2 * whole.kv_heads * whole.head_dim,
         )
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
         import torch
 
         vision, dtype = self.model.config.vision_config, self.model.dtype
-        counts = [len(picture["pixel_values"]) for picture in pictures]
-        first = pictures[0]["pixel_values"]
-        pixels = first.new_zeros((len(pictures), 1, vision.max_num_tiles, *first.shape[1:]), dtype=dtype)
-        mask = torch.zeros((len(pictures), 1, vision.max_num_tiles), dtype=torch.long, device=first.device)
-        for number, (picture, count) in enumerate(zip(pictures, counts, strict=True)):
-            pixels[number, 0, :count] = picture["pixel_values"].to(dtype)
+        counts = [len(image["pixel_values"]) for image in images]
+        first = images[0]["pixel_values"]
+        pixels = first.new_zeros((len(images), 1, vision.max_num_tiles, *first.shape[1:]), dtype=dtype)
+        mask = torch.zeros((len(images), 1, vision.max_num_tiles), dtype=torch.long, device=first.device)
+        for number, (image, count) in enumerate(zip(images, counts, strict=True)):
+            pixels[number, 0, :count] = image["pixel_values"].to(dtype)
             mask[number, 0, :count] = 1
         inner = self.model.model
         features = inner.vision_model(
             pixel_values=pixels,
-            aspect_ratio_ids=torch.stack([picture["aspect_ratio_ids"] for picture in pictures])[:, None],
+            aspect_ratio_ids=torch.stack([image["aspect_ratio_ids"] for image in images])[:, None],
             aspect_ratio_mask=mask,
         ).last_hidden_state
         rows = inner.multi_modal_projector(features).flatten(1, 3)
@@ -281,11 +281,11 @@ class MllamaModel(FamilyModel):
         mixed: torch.Tensor = hidden + forward
         return mixed
 
-    def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
+    def prefix_salt(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> bytes:
         """Return the digests of all images, if tokens before the first image see them."""
-        if not pictures or pictures[0].offset == 0:
+        if not images or images[0].offset == 0:
             return b""
-        return b"".join(picture.digest for picture in pictures)
+        return b"".join(image.digest for image in images)
 
 
 def _segments(attended: Sequence[AttendedChunk]) -> tuple[list[_Segment], list[int]]:
@@ -295,7 +295,7 @@ def _segments(attended: Sequence[AttendedChunk]) -> tuple[list[_Segment], list[i
     for chunk in attended:
         base = len(places) - chunk.start
         places += range(chunk.row, chunk.row + chunk.stop - chunk.start)
-        offsets = [picture.offset for picture in chunk.pictures]
+        offsets = [image.offset for image in chunk.images]
         everything = tuple((states, states.states.shape[3]) for states in chunk.features)
         spans = [(0, offsets[0], everything, True)]
         first = 0

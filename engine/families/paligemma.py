@@ -22,7 +22,7 @@ from engine.families.text import check_text
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from engine.messages import Picture
+    from engine.messages import ImageInput
 
 _IMAGE = "<image>"
 
@@ -64,7 +64,7 @@ class PaliGemmaPreprocessor(FixedPreprocessor[FixedMetadata]):
         return f"{text[:end]}{bos}{text[end:]}\n"
 
     def positions(
-        self, num_tokens: int, pictures: Sequence[Picture]
+        self, num_tokens: int, images: Sequence[ImageInput]
     ) -> tuple[npt.NDArray[np.int64] | None, int]:
         return None, 1
 
@@ -78,14 +78,14 @@ class PaliGemmaModel(FamilyModel):
     def check(cls, config: PretrainedConfig) -> None:
         check_text(config.text_config)
 
-    def spans(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+    def spans(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> list[tuple[int, int]]:
         return [(0, len(token_ids))]
 
-    def prefix_salt(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> bytes:
+    def prefix_salt(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> bytes:
         """Return a digest of the prompt: its first token sees all of it, so only equal prompts share a prefix."""
         digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
-        for picture in pictures:
-            digest.update(picture.digest)
+        for image in images:
+            digest.update(image.digest)
         return digest.digest()
 
 

@@ -245,19 +245,17 @@ class Phi3VModel(FamilyModel):
         decoder: torch.nn.Module = self.model.model
         return decoder
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         tower = self.vision.img_processor
 
         def patches(tiles: torch.Tensor) -> torch.Tensor:
             seen: torch.Tensor = tower(tiles.to(self.model.dtype)).last_hidden_state
             return seen[:, 1:]
 
-        features = encode_tiles(patches, [picture["pixel_values"] for picture in pictures])
+        features = encode_tiles(patches, [image["pixel_values"] for image in images])
         return [
-            self.vision(
-                rows.view(len(picture["pixel_values"]), -1, rows.shape[-1]), *picture["grid"].tolist()
-            )
-            for rows, picture in zip(features, pictures, strict=True)
+            self.vision(rows.view(len(image["pixel_values"]), -1, rows.shape[-1]), *image["grid"].tolist())
+            for rows, image in zip(features, images, strict=True)
         ]
 
 

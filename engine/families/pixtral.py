@@ -120,13 +120,13 @@ class PixtralModel(FamilyModel):
                 "feature of each image, because a Pixtral tower has no class token; set 'full'"
             )
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        return [self._encoded(picture) for picture in pictures]
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        return [self._encoded(image) for image in images]
 
-    def _encoded(self, picture: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _encoded(self, image: dict[str, torch.Tensor]) -> torch.Tensor:
         features = self.model.model.get_image_features(
-            pixel_values=picture["pixel_values"][None].to(self.model.dtype),
-            image_sizes=[tuple(picture["image_sizes"].tolist())],
+            pixel_values=image["pixel_values"][None].to(self.model.dtype),
+            image_sizes=[tuple(image["image_sizes"].tolist())],
             vision_feature_layer=self.model.config.vision_feature_layer,
             return_dict=True,
         )

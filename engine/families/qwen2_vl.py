@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedTokenizerFast
 
-    from engine.messages import Picture
+    from engine.messages import ImageInput
 
 MOST_ASPECT = 200
 """Greatest ratio of the longer to the shorter side, as in the family's image processor."""
@@ -162,22 +162,22 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
         return {"pixel_values": frames[:, :, 0].reshape(len(patches), -1), GRID: np.asarray(out[GRID][0])}
 
     def positions(
-        self, num_tokens: int, pictures: Sequence[Picture]
+        self, num_tokens: int, images: Sequence[ImageInput]
     ) -> tuple[npt.NDArray[np.int64] | None, int]:
-        if not pictures:
+        if not images:
             return None, 0
         positions = np.empty((3, num_tokens), dtype=np.int64)
         at = behind = 0
-        for picture in pictures:
-            positions[:, at : picture.offset] = np.arange(behind, behind + picture.offset - at)
-            behind += picture.offset - at
-            _, rows, columns = (int(side) // self.metadata.merge for side in picture.tensors[GRID].unpack())
-            own = positions[:, picture.offset : picture.end]
+        for image in images:
+            positions[:, at : image.offset] = np.arange(behind, behind + image.offset - at)
+            behind += image.offset - at
+            _, rows, columns = (int(side) // self.metadata.merge for side in image.tensors[GRID].unpack())
+            own = positions[:, image.offset : image.end]
             own[0] = behind
             own[1] = behind + np.repeat(np.arange(rows), columns)
             own[2] = behind + np.tile(np.arange(columns), rows)
             behind += max(rows, columns)
-            at = picture.end
+            at = image.end
         positions[:, at:] = np.arange(behind, behind + num_tokens - at)
         return positions, behind - at
 
@@ -185,16 +185,16 @@ class Qwen2VLPreprocessor(Preprocessor[Qwen2VLMetadata]):
 class Qwen2VLModel(FamilyModel):
     position_axes = 3
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         import torch
 
         frames = self.model.config.vision_config.temporal_patch_size
         rows: list[torch.Tensor] = []
-        for some in _bounded(pictures):
-            patches = torch.cat([picture["pixel_values"] for picture in some])
+        for some in _bounded(images):
+            patches = torch.cat([image["pixel_values"] for image in some])
             features = self.model.model.get_image_features(
                 pixel_values=patches.reshape(len(patches), 3, 1, -1).expand(-1, -1, frames, -1).flatten(1),
-                image_grid_thw=torch.stack([picture[GRID] for picture in some]),
+                image_grid_thw=torch.stack([image[GRID] for image in some]),
                 return_dict=True,
             )
             rows += self.rows(features)
@@ -206,16 +206,16 @@ class Qwen2VLModel(FamilyModel):
         return rows
 
 
-def _bounded(pictures: Sequence[dict[str, torch.Tensor]]) -> Iterator[list[dict[str, torch.Tensor]]]:
+def _bounded(images: Sequence[dict[str, torch.Tensor]]) -> Iterator[list[dict[str, torch.Tensor]]]:
     """Group images so that a group has at most ENCODE_PATCHES patches, or one image."""
     group: list[dict[str, torch.Tensor]] = []
     patches = 0
-    for picture in pictures:
-        own = len(picture["pixel_values"])
+    for image in images:
+        own = len(image["pixel_values"])
         if group and patches + own > ENCODE_PATCHES:
             yield group
             group, patches = [], 0
-        group.append(picture)
+        group.append(image)
         patches += own
     yield group
 

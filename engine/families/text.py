@@ -28,7 +28,7 @@ class TextModel(FamilyModel):
     def text_config(self) -> PretrainedConfig:
         return self.model.config
 
-    def encode(self, pictures: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def encode(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         raise ValueError("this model does not take images")
 
 

@@ -17,7 +17,7 @@ from engine.config import Vocabulary
 from engine.messages import Logprobs
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
-from handlers.request import Constraint, PicturePart
+from handlers.request import Constraint, MediaPart
 from handlers.sampling import RequestSampling
 from properties.problem import Problem
 
@@ -362,7 +362,7 @@ class Engine(Lifecycle, Protocol[Prepared]):
         """The model's tokenizer and renderer. Valid once `load` has returned."""
 
     async def prepare(
-        self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
+        self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> Prepared:
         """Replace the image tokens by those of the images; the loaded images are released here.
 
@@ -393,6 +393,7 @@ class Needs:
         image_bytes: Bytes kept for each image of a running request.
         beside_weights: Bytes of what is held beside the weights.
         takes_all: Whether the cache is as large as it was asked to be, even if nothing can fill it.
+        encoder_cache: Whether option.encoder_cache_mb has an effect.
         errors: Why it cannot be served.
         warnings: What else the operator should know.
     """
@@ -404,16 +405,17 @@ class Needs:
     image_bytes: int | None = None
     beside_weights: int = 0
     takes_all: bool = False
+    encoder_cache: bool = True
     errors: Sequence[Problem] = ()
     warnings: Sequence[Problem] = ()
 
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """copies: replicas that are started, each on `per_copy` devices of the `available` ones on `machines` machines."""
+    """replicas: how many are started, each on `per_replica` devices of the `available` ones on `machines` machines."""
 
-    copies: int
-    per_copy: int
+    replicas: int
+    per_replica: int
     available: int
     machines: int = 1
     warnings: Sequence[Problem] = ()

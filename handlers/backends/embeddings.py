@@ -1,4 +1,4 @@
-"""Embeddings in place of pictures, against what the model takes: nothing that does not fit reaches an engine."""
+"""Embeddings in place of images, against what the model takes: nothing that does not fit reaches an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LARGEST = {"float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingsWanted:
-    """hidden_size: of the rows that the language model is given. most_tokens: one picture's, at most.
+    """hidden_size: of the rows that the language model is given. most_tokens: one image's, at most.
 
     dtype: the model's, by torch's name. merge: patches of one side of the square that becomes one token, for models
     that want to know how patches stand (`image_grid_thw`); None for those that do not.
@@ -42,7 +42,7 @@ class EmbeddingsWanted:
         if tokens > self.most_tokens:
             return (
                 f"image_embeds has the shape [{tokens}, {hidden}]; this server takes at most {self.most_tokens} "
-                "tokens for one picture"
+                "tokens for one image"
             )
         if loaded.largest > (most := _LARGEST.get(self.dtype, loaded.largest)):
             return f"image_embeds holds {loaded.largest:g}; the model's {self.dtype} holds at most {most:g}"
@@ -58,7 +58,7 @@ class EmbeddingsWanted:
             )
         frames, rows, columns = grid
         if frames != 1:
-            return f"image_grid_thw is {list(grid)}; a picture has 1 frame"
+            return f"image_grid_thw is {list(grid)}; an image has 1 frame"
         if rows % self.merge or columns % self.merge:
             return f"image_grid_thw is {list(grid)}; rows and columns must be multiples of {self.merge}"
         if (wanted := rows * columns // self.merge**2) != tokens:

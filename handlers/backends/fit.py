@@ -23,16 +23,16 @@ from properties.settings import Settings
 class Fit:
     """The estimate. Sizes in bytes; None where config.json and the files do not tell.
 
-    dtype_reason: why it is the type. copies: replicas that are started. devices, machines: what is there for them, on
-    a CPU none. cache_tokens: tokens that the caches of one copy hold. image_bytes: kept for each image of a running
+    dtype_reason: why it is the type. replicas: how many are started. devices, machines: what is there for them, on
+    a CPU none. cache_tokens: tokens that the caches of one replica hold. image_bytes: kept for each image of a running
     request, beside its tokens.
     """
 
     dtype: str
     dtype_reason: str
     device: Device
-    copies: int = 1
-    devices_per_copy: int = 1
+    replicas: int = 1
+    devices_per_replica: int = 1
     devices: int = 0
     machines: int = 1
     weights: int | None = None
@@ -45,13 +45,13 @@ class Fit:
 
     @property
     def weights_per_device(self) -> int | None:
-        return None if self.weights is None else -(-self.weights // self.devices_per_copy)
+        return None if self.weights is None else -(-self.weights // self.devices_per_replica)
 
     @property
     def cache_tokens(self) -> int | None:
         if self.cache_per_device is None or self.cache_bytes_per_token is None:
             return None
-        return self.cache_per_device * self.devices_per_copy // self.cache_bytes_per_token
+        return self.cache_per_device * self.devices_per_replica // self.cache_bytes_per_token
 
     def numbers(self) -> dict[str, Any]:
         """For `lmi check --json`."""
@@ -60,9 +60,9 @@ class Fit:
             "dtype_reason": self.dtype_reason,
             "device": self.device.name,
             "device_memory": self.device.memory,
-            "copies": self.copies,
-            "devices_per_copy": self.devices_per_copy,
-            "devices_needed": self.copies * self.devices_per_copy,
+            "copies": self.replicas,
+            "devices_per_copy": self.devices_per_replica,
+            "devices_needed": self.replicas * self.devices_per_replica,
             "devices": self.devices,
             "machines": self.machines,
             "weights": self.weights,
@@ -96,7 +96,7 @@ def fit(
         result.devices = len(machine.accelerators)
         result.errors.append(Problem(error.message))
         return result
-    result.copies, result.devices_per_copy = plan.copies, plan.per_copy
+    result.replicas, result.devices_per_replica = plan.replicas, plan.per_replica
     result.devices, result.machines = plan.available, plan.machines
     result.warnings += plan.warnings
     try:
@@ -107,32 +107,34 @@ def fit(
     if counted is not None:
         result.weights, result.weights_basis = counted.size + needs.beside_weights, counted.basis
     if machine.accelerators:
-        _fit_accelerator(result, configuration, needs)
+        _fit_accelerator(result, configuration, needs, machine.name)
     else:
-        _fit_host(result, configuration, needs)
-    _compare_with_encoder_cache(result, configuration)
-    _compare_with_cache(result, configuration)
+        _fit_host(result, configuration, needs, machine.name)
+    if needs.encoder_cache:
+        _compare_with_encoder_cache(result, configuration)
+    _compare_with_cache(result, configuration, machine.name)
     return result
 
 
-def _fit_accelerator(result: Fit, configuration: Configuration, needs: Needs) -> None:
+def _fit_accelerator(result: Fit, configuration: Configuration, needs: Needs, name: str | None) -> None:
     settings = configuration.settings
     usable = int(result.device.memory * settings.gpu_memory_utilization)
     held = result.weights_per_device or 0
     asked = settings.kv_cache_memory_mb
     cache = _useful(result, configuration, needs, max(usable - held - CUDA_RESERVE, 0))
     if held > usable or (asked is not None and held + cache > usable):
-        _too_large(result, held + (cache if asked is not None else 0), usable, "each device")
+        where = "each device" if name is None else f"each device of {name}"
+        _too_large(result, held + (cache if asked is not None else 0), usable, where)
 
 
-def _fit_host(result: Fit, configuration: Configuration, needs: Needs) -> None:
+def _fit_host(result: Fit, configuration: Configuration, needs: Needs, name: str | None) -> None:
     memory = result.device.memory
-    ranks = result.copies * result.devices_per_copy
+    ranks = result.replicas * result.devices_per_replica
     room = min(CPU_MOST, int(memory * CPU_SHARE)) // ranks
     cache = _useful(result, configuration, needs, room, requests=CPU_REQUESTS)
-    held = (result.weights or 0) * result.copies
+    held = (result.weights or 0) * result.replicas
     if held + cache * ranks > memory:
-        _too_large(result, held + cache * ranks, memory, "the host")
+        _too_large(result, held + cache * ranks, memory, name or "the host")
 
 
 def _useful(
@@ -154,7 +156,7 @@ def _useful(
         batch = settings.max_rolling_batch_size
         batch = min(batch, requests) if requests is not None and asked is None else batch
         tokens = batch * _blocks(settings, length)
-        fills = tokens * result.cache_bytes_per_token // result.devices_per_copy
+        fills = tokens * result.cache_bytes_per_token // result.devices_per_replica
         if asked is not None and fills < cache:
             source = configuration.sources["kv_cache_memory_mb"]
             text = (
@@ -183,9 +185,16 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
     )
 
 
-def _compare_with_cache(result: Fit, configuration: Configuration) -> None:
+def _compare_with_cache(result: Fit, configuration: Configuration, name: str | None) -> None:
     length, room = configuration.effective("max_model_len"), result.cache_tokens
     if result.errors or length is None or room is None or room >= _blocks(configuration.settings, length):
+        return
+    if room < (configuration.settings.block_size or DEFAULT_BLOCK_SIZE):
+        text = (
+            f"the model does not fit: its weights leave {room} tokens of key/value cache on {name or 'this machine'}; "
+            "use more devices, a smaller dtype or a smaller model"
+        )
+        result.errors.append(Problem(text))
         return
     source = configuration.sources["max_model_len"]
     text = (
@@ -202,7 +211,7 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
     """It grows with the images that are sent, so that one which is too large ends a server that started well."""
     asked = configuration.settings.encoder_cache_mb
     memory = result.device.memory
-    sharing = result.copies * result.devices_per_copy if result.devices == 0 else 1
+    sharing = result.replicas * result.devices_per_replica if result.devices == 0 else 1
     if asked is not None and asked * 2**20 * sharing > memory:
         source = configuration.sources["encoder_cache_mb"]
         text = (
@@ -210,7 +219,7 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
             f"{result.device.name}: memory runs out before the cache is full; lower it"
         )
         result.warnings.append(Problem(text, "encoder_cache_mb", source))
-    each = (result.image_bytes or 0) // result.devices_per_copy
+    each = (result.image_bytes or 0) // result.devices_per_replica
     if asked is not None and asked * 2**20 < each:
         source = configuration.sources["encoder_cache_mb"]
         text = (

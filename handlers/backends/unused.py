@@ -33,11 +33,11 @@ def unused_by_text(settings: Settings) -> list[Problem]:
 
 
 def unused_on(
-    settings: Settings, accelerators: int, copies: int, per_copy: int, *, memory: bool = False
+    settings: Settings, accelerators: int, replicas: int, per_replica: int, *, memory: bool = False
 ) -> list[Problem]:
     """A warning for each option that was written and that the machine leaves without effect.
 
-    accelerators: that may be used. copies: replicas that are started, each on per_copy devices.
+    accelerators: that may be used. replicas: how many are started, each on per_replica devices.
     memory: option.gpu_memory_utilization is about accelerators alone.
     """
     problems = []
@@ -55,15 +55,15 @@ def unused_on(
         return problems
     if settings.max_workers is None:
         ignored("min_workers", "on accelerators max_workers counts")
-    elif copies < settings.max_workers:
-        text = f"max_workers = {settings.max_workers}: only {copies} are started, each on {per_copy} of {accelerators}"
-        problems.append(Problem(f"{text} devices", "max_workers"))
-    idle = accelerators - copies * per_copy
-    limited = settings.max_workers == copies or settings.data_parallel_degree is not None
+    elif replicas < settings.max_workers:
+        text = f"only {replicas} are started, each on {per_replica} of {accelerators} devices"
+        problems.append(Problem(f"max_workers = {settings.max_workers}: {text}", "max_workers"))
+    idle = accelerators - replicas * per_replica
+    limited = settings.max_workers == replicas or settings.data_parallel_degree is not None
     if idle > 0 and not limited and settings.tensor_parallel_degree != "max":
         problems.append(
             Problem(
-                f"{idle} of {accelerators} devices are not used: each copy of the model takes {per_copy}; see "
+                f"{idle} of {accelerators} devices are not used: each replica takes {per_replica}; see "
                 "option.tensor_parallel_degree",
                 "tensor_parallel_degree",
             )

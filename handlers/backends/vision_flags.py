@@ -1,4 +1,4 @@
-"""Whether what an operator says of a model's pictures, as old versions of vLLM wanted it, is what the model says."""
+"""Whether what an operator says of a model's images, as old versions of vLLM wanted it, is what the model says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from properties.names import key_of
 from properties.settings import RETIRED
 
 if TYPE_CHECKING:
-    from engine.families.base import PreparedPicture, Preprocessor
+    from engine.families.base import PreparedImage, Preprocessor
     from properties.settings import Settings
 
 
@@ -22,7 +22,7 @@ def wanted(settings: Settings) -> bool:
 def contradictions(settings: Settings, model_path: Path, preprocessor: Preprocessor[Any] | None) -> list[str]:
     """What is not as the model has it, each with both values; slow where there is a preprocessor to ask.
 
-    preprocessor: None for a model without pictures, and where only another backend knows the model, which leaves
+    preprocessor: None for a model without images, and where only another backend knows the model, which leaves
     shape and size unchecked. Raises ConfigurationError for a config.json that cannot be read.
     """
     given = {name: value for name in RETIRED if (value := getattr(settings, name)) is not None}
@@ -34,7 +34,7 @@ def contradictions(settings: Settings, model_path: Path, preprocessor: Preproces
         token = preprocessor.image_token_id
     if preprocessor is None and not ("vision_config" in config or token is not None):
         names = ", ".join(key_of(name) for name in given)
-        return [f"{names} cannot be: this model takes no pictures"]
+        return [f"{names} cannot be: this model takes no images"]
     found: list[str] = []
     if given.get("image_input_type") == "image_features":
         found.append(_told("image_input_type", "image_features", "pixel_values"))
@@ -68,13 +68,13 @@ def _shapes(settings: Settings, preprocessor: Preprocessor[Any]) -> list[str]:
     return found
 
 
-def _prepare(preprocessor: Preprocessor[Any], size: tuple[int, int]) -> PreparedPicture:
+def _prepare(preprocessor: Preprocessor[Any], size: tuple[int, int]) -> PreparedImage:
     from PIL import Image
 
     return preprocessor.prepare(Image.new("RGB", size))
 
 
-def _count(prepared: PreparedPicture) -> int:
+def _count(prepared: PreparedImage) -> int:
     return len(prepared.token_ids) if prepared.is_embed is None else sum(prepared.is_embed)
 
 

@@ -180,7 +180,7 @@ class Output:
 
 
 def decode(inputs: Input, content_type: str, key: str | None = None) -> Any:
-    """The content as its type says: JSON, text, CSV rows, a picture, arrays, or bytes."""
+    """The content as its type says: JSON, text, CSV rows, an image, arrays, or bytes."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
         return inputs.get_as_json(key)

@@ -27,7 +27,7 @@ from handlers.images.image_file import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.memory import DecodedCache, ImageMemory, digest_of
 from handlers.images.problem import ImageProblem, too_many_pixels
-from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, PicturePart
+from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, MediaPart
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ class ImageLoader:
         self._closed = False
 
     async def load(
-        self, parts: Sequence[PicturePart], deadline: float | None = None, first_index: int = 0
+        self, parts: Sequence[MediaPart], deadline: float | None = None, first_index: int = 0
     ) -> None:
         """Set `loaded` of every part of one prompt, all at the same time; the caller must `release` each part.
 
@@ -171,7 +171,7 @@ class ImageLoader:
 
     async def _decode_all(
         self,
-        wanted: Sequence[tuple[int, PicturePart]],
+        wanted: Sequence[tuple[int, MediaPart]],
         files: Sequence[_File],
         deadline: float | None,
     ) -> None:
@@ -187,8 +187,8 @@ class ImageLoader:
         )
         if failed is not None:
             raise failed
-        for (_, part), picture in zip(wanted, loaded, strict=True):
-            _give(part, picture)
+        for (_, part), image in zip(wanted, loaded, strict=True):
+            _give(part, image)
 
     async def _in_time(
         self, index: int, deadline: float | None, work: Callable[..., Awaitable[T]], *given: Any
@@ -206,7 +206,7 @@ class ImageLoader:
                 index, "it was not ready when the request's time was up (predict_timeout)"
             ) from error
 
-    async def _obtain(self, part: PicturePart, request: object) -> _File:
+    async def _obtain(self, part: MediaPart, request: object) -> _File:
         if isinstance(part, EmbeddingsPart):
             embedded = await self._in_thread(read_embeddings, part, self.limits.max_bytes)
             return _Embedded(embedded, b"embeddings %d" % next(self._numbers))
@@ -252,12 +252,12 @@ class ImageLoader:
             return await self._in_thread(file.encoded.decode)
         if isinstance(file, _Given):
             return await self._in_thread(self._convert, file.image)
-        picture, decoded = await self._cache.obtain(
+        image, decoded = await self._cache.obtain(
             file.digest, lambda: self.decoders.decode(file.data, file.header)
         )
         self.decoded += decoded
         self.cache_hits += not decoded
-        return picture
+        return image
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         if self._closed:
@@ -265,7 +265,7 @@ class ImageLoader:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
 
-def _give(part: PicturePart, loaded: LoadedImage | LoadedEmbeddings) -> None:
+def _give(part: MediaPart, loaded: LoadedImage | LoadedEmbeddings) -> None:
     if isinstance(part, EmbeddingsPart):
         assert isinstance(loaded, LoadedEmbeddings)
         part.loaded = loaded

@@ -19,7 +19,7 @@ from handlers.offline.background import LoopThread, script_not_run_again
 from handlers.offline.batch import Batch, Outcome
 from handlers.offline.multimodal import ImageTokens
 from handlers.offline.options import check_names, warn_of_names
-from handlers.request import EmbeddingsPart, GenerationRequest, PicturePart, TextPrompt
+from handlers.request import EmbeddingsPart, GenerationRequest, MediaPart, TextPrompt
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -72,17 +72,15 @@ class Core:
             raise InvalidRequest("embeddings are taken only after LLM(..., enable_mm_embeds=True)")
         count = sum(1 for _ in request.images())
         if count and not self.backend.capabilities.images:
-            raise InvalidRequest("this model does not take pictures")
+            raise InvalidRequest("this model does not take images")
         if count > self._most:
-            raise InvalidRequest(
-                f"the prompt holds {count} pictures; limit_mm_per_prompt allows {self._most}"
-            )
+            raise InvalidRequest(f"the prompt holds {count} images; limit_mm_per_prompt allows {self._most}")
 
-    def image_tokens(self, part: PicturePart) -> ImageTokens:
+    def image_tokens(self, part: MediaPart) -> ImageTokens:
         """What an image becomes in a prompt. Raises ImageError."""
         return self._loop.run(self._image_tokens(part))
 
-    async def _image_tokens(self, part: PicturePart) -> ImageTokens:
+    async def _image_tokens(self, part: MediaPart) -> ImageTokens:
         assert self._images is not None
         try:
             await self._images.load([part])

@@ -83,8 +83,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue prompts in the model's own format; results in the order of the prompts.
 
-        prompts: one or a list of: a text; `{"prompt": text, "multi_modal_data": {"image": picture or pictures}}`;
-        the same with `prompt_token_ids`; token ids. A picture is a PIL image or an array of bytes, its embeddings, or
+        prompts: one or a list of: a text; `{"prompt": text, "multi_modal_data": {"image": image or images}}`;
+        the same with `prompt_token_ids`; token ids. An image is a PIL image or an array of bytes, its embeddings, or
         one of the wrappers of vLLM's older pages, and comes where the prompt has a placeholder, or as many adjacent
         ones as it has tokens, or before the text of one that has none.
         sampling_params: for all, or one for each; None for the model's own defaults.
@@ -131,8 +131,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them; results in their order.
 
-        messages: as OpenAI's chat completions take them; pictures as `{"type": "image_url", "image_url": {"url":
-        ...}}` or `{"type": "image_pil", "image_pil": picture}`. chat_template: a template's text, in place of the
+        messages: as OpenAI's chat completions take them; images as `{"type": "image_url", "image_url": {"url":
+        ...}}` or `{"type": "image_pil", "image_pil": image}`. chat_template: a template's text, in place of the
         model's. The others as for `generate`.
         """
         _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)

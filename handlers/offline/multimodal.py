@@ -18,7 +18,7 @@ from PIL import Image
 from engine.errors import ModelLoadError
 from engine.weights import weight_files
 from handlers.errors import ImageError, InvalidRequest
-from handlers.request import EmbeddingsPart, Grid, ImagePart, LoadedEmbeddings, PicturePart
+from handlers.request import EmbeddingsPart, Grid, ImagePart, LoadedEmbeddings, MediaPart
 from properties.configuration import read_model_config
 
 Floats = npt.NDArray[np.float32]
@@ -69,36 +69,36 @@ class PromptImages:
     """
 
     def __init__(
-        self, model_path: Path, counted: Callable[[PicturePart], ImageTokens], feature_size: int | None
+        self, model_path: Path, counted: Callable[[MediaPart], ImageTokens], feature_size: int | None
     ) -> None:
         self._path = model_path
         self._counted = counted
         self._feature_size = feature_size
         self._token_id: int | None = None
 
-    def read(self, given: Any) -> list[PicturePart]:
+    def read(self, given: Any) -> list[MediaPart]:
         """`multi_modal_data`. Raises InvalidRequest, and ImageError for one image."""
         parts = [self._part(index, item) for index, item in enumerate(_items(given))]
         if len({type(part) for part in parts}) > 1:
             raise InvalidRequest("a prompt holds images or embeddings, not both")
         return parts
 
-    def sizes(self, part: PicturePart) -> Iterator[int]:
+    def sizes(self, part: MediaPart) -> Iterator[int]:
         """How many placeholders may stand for an image, where there is one for each of its tokens."""
         if self._feature_size is not None:
             yield self._feature_size
         yield self._count(part).count
 
-    def token_id(self, part: PicturePart) -> int:
+    def token_id(self, part: MediaPart) -> int:
         """Of the placeholders."""
         return self._count(part).token_id if self._token_id is None else self._token_id
 
-    def _count(self, part: PicturePart) -> ImageTokens:
+    def _count(self, part: MediaPart) -> ImageTokens:
         found = self._counted(part)
         self._token_id = found.token_id
         return found
 
-    def _part(self, index: int, item: Any) -> PicturePart:
+    def _part(self, index: int, item: Any) -> MediaPart:
         features = isinstance(item, ImageFeatureData)
         grid: Grid | None = None
         if isinstance(item, ImageFeatureData):
@@ -210,7 +210,7 @@ def _items(given: Any) -> list[Any]:
     if isinstance(given, ImagePixelData | ImageFeatureData):
         return [given]
     if not isinstance(given, Mapping):
-        raise InvalidRequest('multi_modal_data must be a dict: {"image": picture or list of pictures}')
+        raise InvalidRequest('multi_modal_data must be a dict: {"image": image or list of images}')
     for modality, items in given.items():
         if modality != "image" and items is not None and not (isinstance(items, list) and not items):
             raise InvalidRequest(

@@ -19,7 +19,7 @@ from properties.problem import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-_MOST_PICTURES = 999
+_MOST_IMAGES = 999
 """In one prompt, unless `limit_mm_per_prompt` says otherwise: a script is its own client. vLLM's value."""
 
 _OWN_PROCESSOR = "the model's own processor is used"
@@ -30,7 +30,7 @@ _ONE_WAY = "there is one way here"
 _OF_PIXELS = ("image_input_type", "image_input_shape")
 
 WITHOUT_EFFECT: dict[str, str] = {
-    "allowed_local_media_path": "open a file with Pillow and give the picture",
+    "allowed_local_media_path": "open a file with Pillow and give the image",
     "async_scheduling": _ONE_WAY,
     "attention_config": _ONE_WAY,
     "compilation_config": _ONE_WAY,
@@ -98,7 +98,7 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
     if not (vllm_installed() and vllm_backend_present()):
         check_names(configuration)
     if configuration.sources["limit_mm_per_prompt"].level is Level.DEFAULT:
-        configuration = _resolve(model, [*options, f"limit_mm_per_prompt=image={_MOST_PICTURES}"])
+        configuration = _resolve(model, [*options, f"limit_mm_per_prompt=image={_MOST_IMAGES}"])
     own = tuple(f"option.{name} (--option" for name in WITHOUT_EFFECT)
     for problem in configuration.warnings:
         if not problem.message.startswith(own):

@@ -47,7 +47,7 @@ class RequestOutput:
     """One prompt and its answers.
 
     prompt: as text, after the chat template; None where it was given as token ids. prompt_token_ids: with the
-    tokens of pictures. error: why there is no answer; `outputs` then holds empty ones. metrics, lora_request: always
+    tokens of images. error: why there is no answer; `outputs` then holds empty ones. metrics, lora_request: always
     None.
     """
 

@@ -10,7 +10,7 @@ from engine.sampling_params import MAX_INTEGER
 from handlers.errors import InvalidRequest
 from handlers.offline.multimodal import PromptImages
 from handlers.protocols.openai.messages import read_messages
-from handlers.request import ChatPrompt, Part, PicturePart, Prompt, TextPart, TextPrompt
+from handlers.request import ChatPrompt, MediaPart, Part, Prompt, TextPart, TextPrompt
 
 _WRITTEN = (
     r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>",
@@ -22,7 +22,7 @@ _WRITTEN = (
     r"<start_of_image>",
     r"\[IMG\]",
 )
-"""How the model cards of the served families and vLLM's documentation write a picture in a prompt."""
+"""How the model cards of the served families and vLLM's documentation write an image in a prompt."""
 
 Span = tuple[int, int]
 
@@ -61,13 +61,13 @@ def read_prompt(given: Any, placeholder: str | None, images: PromptImages) -> Te
             raise InvalidRequest(
                 f"a prompt's {str(key)[:40]!r} is not supported; allowed: {', '.join(sorted(_KEYS))}"
             )
-    pictures = images.read(given.get("multi_modal_data"))
+    media = images.read(given.get("multi_modal_data"))
     ids, text = given.get("prompt_token_ids"), given.get("prompt")
     if ids is not None:
-        return TextPrompt(list(pictures), token_ids=_one_each(_ids(ids), pictures, images))
+        return TextPrompt(list(media), token_ids=_one_each(_ids(ids), media, images))
     if not isinstance(text, str):
         raise InvalidRequest("a prompt needs `prompt`, a text, or `prompt_token_ids`, a list of numbers")
-    return TextPrompt(list(_parts(text, pictures, placeholder, images)))
+    return TextPrompt(list(_parts(text, media, placeholder, images)))
 
 
 def read_conversation(
@@ -100,7 +100,7 @@ def prompt_text(prompt: Prompt, rendered: str) -> str | None:
 
 
 def _parts(
-    text: str, given: Sequence[PicturePart], placeholder: str | None, images: PromptImages
+    text: str, given: Sequence[MediaPart], placeholder: str | None, images: PromptImages
 ) -> Iterator[Part]:
     """The text with each image where its placeholder stands, or all in front where none is written."""
     pattern = "|".join(_WRITTEN)
@@ -127,7 +127,7 @@ def _parts(
         yield TextPart(text[at:])
 
 
-def _gathered(spans: Sequence[Span], given: Sequence[PicturePart], images: PromptImages) -> list[Span]:
+def _gathered(spans: Sequence[Span], given: Sequence[MediaPart], images: PromptImages) -> list[Span]:
     """vLLM's way until 0.5: as many adjacent placeholders as an image has tokens stand for that image.
 
     Returns one span for each image, or the spans as they are where the numbers do not come out even.
@@ -148,12 +148,12 @@ def _gathered(spans: Sequence[Span], given: Sequence[PicturePart], images: Promp
     return made if at == len(spans) else list(spans)
 
 
-def _order(found: Sequence[re.Match[str]], spans: Sequence[Span], given: Sequence[PicturePart]) -> list[int]:
+def _order(found: Sequence[re.Match[str]], spans: Sequence[Span], given: Sequence[MediaPart]) -> list[int]:
     """Which image stands at each span: numbered placeholders say so, others are filled in turn."""
     count = len(given)
     if len(spans) != count:
         raise InvalidRequest(
-            f"the prompt has {len(found)} placeholders of pictures ({found[0][0]}) and {count} pictures: "
+            f"the prompt has {len(found)} placeholders of images ({found[0][0]}) and {count} images: "
             "write one for each, or none"
         )
     numbers = [match.groupdict().get("number") for match in found]
@@ -161,11 +161,11 @@ def _order(found: Sequence[re.Match[str]], spans: Sequence[Span], given: Sequenc
         return list(range(count))
     order = [int(cast(str, number)) - 1 for number in numbers]
     if sorted(order) != list(range(count)):
-        raise InvalidRequest(f"the prompt's pictures must be numbered from 1 to {count}, each once")
+        raise InvalidRequest(f"the prompt's images must be numbered from 1 to {count}, each once")
     return order
 
 
-def _one_each(ids: list[int], given: Sequence[PicturePart], images: PromptImages) -> list[int]:
+def _one_each(ids: list[int], given: Sequence[MediaPart], images: PromptImages) -> list[int]:
     """The same for a prompt in tokens: one placeholder for each image."""
     if not given:
         return ids

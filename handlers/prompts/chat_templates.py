@@ -104,7 +104,7 @@ def read_chat_templates(setting: str | None, path: Path, otherwise: object = Non
 def _of_model(path: Path, otherwise: object) -> ChatTemplates:
     """As transformers finds them, and as vLLM chooses between those of a processor and those of its tokenizer.
 
-    Without tools the processor's default wins over the tokenizer's, as pictures need it; with tools the tokenizer's
+    Without tools the processor's default wins over the tokenizer's, as images need it; with tools the tokenizer's
     templates come first, as a processor chooses none by that.
     """
     tokenizer = _tokenizers(path) or _named(otherwise, "the code for the model")

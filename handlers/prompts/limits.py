@@ -65,7 +65,7 @@ def require_known(request: GenerationRequest, vocab_size: int, image_token_id: i
 def checked_tokens(
     request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
 ) -> list[int]:
-    """The tokens of a prompt without pictures, cut as the request says. Raises as `require_known`.
+    """The tokens of a prompt without images, cut as the request says. Raises as `require_known`.
 
     What is longer than the context is refused by who counts its tokens (`checked_sampling`), whatever they are.
     """

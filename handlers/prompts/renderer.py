@@ -1,4 +1,4 @@
-"""From turns, text and pictures to token ids: the model's chat template, with client text kept literal."""
+"""From turns, text and images to token ids: the model's chat template, with client text kept literal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from handlers.prompts.special_tokens import ControlTokens, Hidden, LiteralEncode
 from handlers.protocols.body import SHORT_BYTES
 from handlers.protocols.body_limits import check_body
 from handlers.protocols.constraints import MAX_DEPTH, depth
-from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, pictures, prompt_parts
+from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_parts, prompt_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message",
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """token_ids hold exactly one image-token id per picture, in reading order; `text` is for people.
+    """token_ids hold exactly one image-token id per image, in reading order; `text` is for people.
 
     spans: where each token stands in `text`, (start, stop) in characters, (0, 0) for one that the tokenizer added by
     itself; None where they were not asked for, or the client sent ids.
@@ -56,8 +56,8 @@ class PromptRenderer:
     chat_template: the model's templates, or the source of its only one; None where it has none (chat prompts are
         then refused).
     content_format: what a template wants as a message's content; "auto" looks into its source.
-    image_token: the one token that stands for a picture; None for a model that sees none.
-    placeholder: what is written where the template does not write a picture itself, `image_token` unless the
+    image_token: the one token that stands for an image; None for a model that sees none.
+    placeholder: what is written where the template does not write an image itself, `image_token` unless the
         family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
     printed: what the template prints for an image where that is not the placeholder, which then takes its place
         before the prompt is tokenised (Gemma 3 prints "<start_of_image>").
@@ -155,12 +155,12 @@ class PromptRenderer:
                 source = _parse(template, "the chat template")
             except ValueError as error:
                 raise InvalidRequest(str(error), param="chat_template") from error
-        n_images = sum(1 for _ in pictures(prompt))
-        self._require_pictures(n_images)
+        n_images = sum(1 for _ in media_parts(prompt))
+        self._require_images(n_images)
         hidden = Hidden(self._chat_control)
         rendered = self._apply(template, source, prompt, hidden)
         # A processor's rule: what starts with BOS has all its special tokens, anything else gets them added.
-        # A tokenizer alone (a model without pictures) adds none to a rendered template.
+        # A tokenizer alone (a model without images) adds none to a rendered template.
         starts_with_bos = bool(self._bos) and rendered.startswith(self._bos)
         add_special_tokens = (
             self.image_token_id is not None and self._adds_special_tokens and not starts_with_bos
@@ -170,8 +170,8 @@ class PromptRenderer:
         return self._encoded(rendered, hidden, n_images, add_special_tokens, spans)
 
     def _text(self, prompt: TextPrompt, spans: bool) -> RenderedPrompt:
-        n_images = sum(1 for _ in pictures(prompt))
-        self._require_pictures(n_images)
+        n_images = sum(1 for _ in media_parts(prompt))
+        self._require_images(n_images)
         hidden = Hidden(self._text_control)
         if prompt.token_ids is not None:
             self._require_room(len(prompt.token_ids), "tokens")
@@ -324,21 +324,19 @@ class PromptRenderer:
         placeholders = ids.count(self.image_token_id) if self.image_token_id is not None else n_images
         if placeholders < n_images:
             raise InvalidRequest(
-                f"the request has {n_images} pictures, but the chat template prints {placeholders} of them: "
-                "put pictures into user messages",
+                f"the request has {n_images} images, but the chat template prints {placeholders} of them: "
+                "put images into user messages",
                 param="messages",
             )
         if placeholders > n_images:
             if n_images == 0:
-                raise InvalidRequest(
-                    "the prompt holds placeholders of pictures, but the request has no picture"
-                )
-            raise ServingError("the model's chat template shows more pictures than the request has")
+                raise InvalidRequest("the prompt holds placeholders of images, but the request has no image")
+            raise ServingError("the model's chat template shows more images than the request has")
         return RenderedPrompt(text, ids, n_images, spans)
 
-    def _require_pictures(self, n_images: int) -> None:
+    def _require_images(self, n_images: int) -> None:
         if n_images and self.image_token_id is None:
-            raise InvalidRequest("this model does not take pictures", param="messages")
+            raise InvalidRequest("this model does not take images", param="messages")
         if self._max_images is not None and n_images > self._max_images:
             raise InvalidRequest(
                 f"the request has {n_images} images, but a prompt of this model holds at most {self._max_images}",
@@ -402,7 +400,7 @@ def _parse(template: str, what: str) -> TemplateSource:
 def _control_tokens(
     tokenizer: PreTrainedTokenizerFast, images: Sequence[str], sources: Collection[TemplateSource]
 ) -> set[str]:
-    """Special tokens, the picture's, and added tokens that only the templates are meant to print.
+    """Special tokens, the image's, and added tokens that only the templates are meant to print.
 
     The last are turn markers that a conversion did not flag as special. Tokens that a template searches the
     messages for ("</think>") are mark-up that clients may well send, and runs of white space are text.

@@ -27,7 +27,7 @@ KEY = "attack-key-5f1c2b"
 """The server's key. It must turn up in no log, reply or child process."""
 
 EVIL, GOOD = "127.0.0.2", "127.0.0.3"
-"""Loopback addresses that the server may fetch pictures from; all others are private to it."""
+"""Loopback addresses that the server may fetch images from; all others are private to it."""
 
 OPTIONS = (
     "log_format=json",

@@ -43,12 +43,12 @@ def _of_prompt(value: bytes) -> bytes:
     return b'{"max_tokens":1,"prompt":' + value + b"}"
 
 
-def _of_picture(url: bytes) -> bytes:
+def _of_image(url: bytes) -> bytes:
     part = b'[{"type":"image_url","image_url":{"url":"' + url + b'"}}]'
     return b'{"messages":[{"role":"user","content":' + part + b"}]}"
 
 
-def _picture(size: int) -> bytes:
+def _image(size: int) -> bytes:
     return b"data:image/png;base64," + base64.b64encode(b"\0" * size)
 
 
@@ -77,7 +77,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         "allowed: at most",
     ),
     "brackets": (CHAT, lambda: b'{"messages":' + b"[" * M + b"}", 400, "lists and objects"),
-    "escapes": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"\\u0041" * (10 * M)), 400, "escapes"),
+    "escapes": (CHAT, lambda: _of_image(b"data:image/png;base64," + b"\\u0041" * (10 * M)), 400, "escapes"),
     "a text": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (60 * M) + b'"'), 400, "bytes in one text"),
     "an allowed text": (COMPLETION, lambda: _of_prompt(b'"' + b"a" * (33 * M) + b'"'), 200, ""),
     "allowed texts": (COMPLETION, lambda: _of_prompt(b"[" + b'"%b",' % (b"a" * M) * 60 + b'"a"]'), 200, ""),
@@ -103,9 +103,9 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         400,
         "truncation_side",
     ),
-    "percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (20 * M)), 400, "bytes in one text"),
-    "allowed percent": (CHAT, lambda: _of_picture(b"data:image/png," + b"%41" * (11 * M)), 400, "image 0"),
-    "base64 in percent": (CHAT, lambda: _of_picture(b"data:image/png;base64," + b"%41" * (11 * M)), 400, ""),
+    "percent": (CHAT, lambda: _of_image(b"data:image/png," + b"%41" * (20 * M)), 400, "bytes in one text"),
+    "allowed percent": (CHAT, lambda: _of_image(b"data:image/png," + b"%41" * (11 * M)), 400, "image 0"),
+    "base64 in percent": (CHAT, lambda: _of_image(b"data:image/png;base64," + b"%41" * (11 * M)), 400, ""),
     "allowed token ids": (COMPLETION, lambda: _of_prompt(b"[" + b"1," * 520_000 + b"1]"), 200, ""),
     "allowed lists": (COMPLETION, lambda: _with(b"[" + b"[]," * 65_000 + b"1]"), 200, ""),
     "allowed keys": (
@@ -133,19 +133,19 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         200,
         "",
     ),
-    "many pictures": (
+    "many images": (
         CHAT,
         lambda: (
             b'{"messages":[{"role":"user","content":['
-            + b",".join([b'{"type":"image_url","image_url":"' + _picture(5 * M) + b'"}'] * 9)
+            + b",".join([b'{"type":"image_url","image_url":"' + _image(5 * M) + b'"}'] * 9)
             + b"]}]}"
         ),
         400,
-        "holds 9 pictures",
+        "holds 9 images",
     ),
-    "a picture in Markdown": (
+    "an image in Markdown": (
         "/invocations",
-        lambda: b'{"inputs":"![](' + _picture(20 * M) + b')"}',
+        lambda: b'{"inputs":"![](' + _image(20 * M) + b')"}',
         400,
         "image 0",
     ),
@@ -289,9 +289,9 @@ def test_commas_brackets_and_colons_in_a_text_count_for_nothing() -> None:
     assert read_body(json.dumps({"prompt": text}).encode(), {})["prompt"] == text
 
 
-def test_a_large_picture_beside_text_beyond_ascii_is_read() -> None:
-    picture = "data:image/png;base64," + "A" * (28 * M)
-    content = [{"text": "où?"}, {"url": picture}, {"text": "où?"}]
+def test_a_large_image_beside_text_beyond_ascii_is_read() -> None:
+    image = "data:image/png;base64," + "A" * (28 * M)
+    content = [{"text": "où?"}, {"url": image}, {"text": "où?"}]
     assert read_body(json.dumps({"c": content}, ensure_ascii=False).encode(), {})["c"] == content
     assert read_body(json.dumps({"c": content}).encode(), {})["c"] == content
 
@@ -326,7 +326,7 @@ def test_as_many_token_ids_as_the_context_has_room_for_several_times_are_read() 
 
 
 def test_an_image_of_5_mib_costs_little_more_than_its_parse() -> None:
-    body = _of_picture(b"data:image/png;base64," + base64.b64encode(os.urandom(5 * 2**20)))
+    body = _of_image(b"data:image/png;base64," + base64.b64encode(os.urandom(5 * 2**20)))
 
     def once(work: Callable[[], Any]) -> float:
         began = time.thread_time()
@@ -350,10 +350,10 @@ def test_messages_and_parts_are_bounded_by_the_context() -> None:
         read_messages([message] * 2)
 
 
-# Pictures
+# Images
 
 
-def test_a_long_url_is_decoded_with_twice_its_pictures_memory_at_most(
+def test_a_long_url_is_decoded_with_twice_its_images_memory_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = os.urandom(3 * M)
@@ -372,7 +372,7 @@ def test_a_long_url_is_decoded_with_twice_its_pictures_memory_at_most(
         decode_data_url("data:;base64," + "QUFB" * 334, 1000)
 
 
-def test_pictures_are_found_across_the_windows_of_a_long_text() -> None:
+def test_images_are_found_across_the_windows_of_a_long_text() -> None:
     for before in range(2**17 - 30, 2**17 + 3):
         parts = image_parts("a" * before + "![some](https://x/(1).png) b")
         assert len(parts) == 3, before

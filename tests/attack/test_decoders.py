@@ -734,20 +734,20 @@ def test_a_server_that_is_killed_leaves_no_process_and_no_shared_memory() -> Non
 
 
 def test_offline_a_script_leaves_no_decoder(tmp_path: Path) -> None:
-    picture = tmp_path / "one.png"
-    noise(1).save(picture)
+    image = tmp_path / "one.png"
+    noise(1).save(image)
     script = f"""
 import base64, psutil
 from PIL import Image
 from handlers import LLM, SamplingParams
 llm = LLM(model={str(SHAPES)!r})
-image = Image.open({str(picture)!r})
+image = Image.open({str(image)!r})
 one = SamplingParams(max_tokens=2)
 def decoders():
     return [c.pid for c in psutil.Process().children(recursive=True) if "decoder_worker" in " ".join(c.cmdline())]
 llm.chat([{{"role": "user", "content": [{{"type": "image_pil", "image_pil": image}}]}}], one)
 assert not decoders(), "a given image needs none"
-url = "data:image/png;base64," + base64.b64encode(open({str(picture)!r}, "rb").read()).decode()
+url = "data:image/png;base64," + base64.b64encode(open({str(image)!r}, "rb").read()).decode()
 llm.chat([{{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": url}}}}]}}], one)
 print(*decoders())
 """

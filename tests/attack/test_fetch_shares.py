@@ -20,7 +20,7 @@ from handlers.images.fetch_slots import (
 )
 from handlers.images.loader import ImageLoader
 from handlers.request import ImagePart
-from tests.support.image_host import OK, Host, opened, picture, redirect, silence
+from tests.support.image_host import OK, Host, opened, redirect, serve_image, silence
 
 PLACES = 64
 QUARTER = PLACES // 4
@@ -96,7 +96,7 @@ def test_a_silent_host_holds_a_quarter_of_the_places(
     """192 requests to it; another client's image is fetched while all of them wait."""
 
     async def main() -> None:
-        async with Host(serve).open() as stuck, Host(picture()).open() as good, named() as loader:
+        async with Host(serve).open() as stuck, Host(serve_image()).open() as good, named() as loader:
             transfers = loader._fetcher.transfers
             async with asking(loader, [stuck.url] * 192) as tasks:
                 await until(lambda: len(stuck.requests) == QUARTER)
@@ -122,7 +122,7 @@ def test_a_silent_host_holds_a_quarter_of_the_places(
 
 def test_many_names_for_one_silent_address_share_its_places() -> None:
     async def main() -> None:
-        async with Host(silence).open() as stuck, Host(picture()).open() as good, named() as loader:
+        async with Host(silence).open() as stuck, Host(serve_image()).open() as good, named() as loader:
             names = [f"http://silent{number}.test:{stuck.port}/" for number in range(100)]
             async with asking(loader, names) as tasks:
                 await until(lambda: len(stuck.requests) == QUARTER)
@@ -141,7 +141,7 @@ def test_many_names_of_one_site_share_its_places_whatever_their_addresses() -> N
     async def main() -> None:
         async with (
             Host(silence).open() as stuck,
-            Host(picture()).open() as good,
+            Host(serve_image()).open() as good,
             spread(stuck, addresses) as loader,
         ):
             names = [f"http://{name}:{stuck.port}/" for name in addresses]
@@ -160,7 +160,7 @@ def test_hosts_that_never_delivered_leave_a_quarter_to_those_that_have() -> None
     async def main() -> None:
         async with (
             Host(silence).open() as stuck,
-            Host(picture()).open() as good,
+            Host(serve_image()).open() as good,
             spread(stuck, addresses) as loader,
         ):
             await fetched(loader, f"http://good.test:{good.port}/")
@@ -217,7 +217,7 @@ def test_a_silent_name_server_holds_up_its_own_names_only() -> None:
         return ["127.0.0.1"]
 
     async def main() -> None:
-        async with Host(picture()).open() as good, loading(resolver=resolver) as loader:
+        async with Host(serve_image()).open() as good, loading(resolver=resolver) as loader:
             look_ups = loader._fetcher.look_ups
             share = look_ups.total // 4
             names = [f"http://name{number}.silent.test:{good.port}/" for number in range(100)]

@@ -75,7 +75,7 @@ def run(answer: Answer, one: load.Load) -> load.Run:
 SMALL = load.Load(requests=6, streams=2, width=32, height=24, warmup=2)
 
 
-def test_a_seed_always_gives_the_same_load_and_no_picture_twice() -> None:
+def test_a_seed_always_gives_the_same_load_and_no_image_twice() -> None:
     made = load.bodies(SMALL, "model")
     assert made == load.bodies(SMALL, "model")
     urls = [json.loads(body)["messages"][0]["content"][0]["image_url"]["url"] for body in made]
@@ -83,7 +83,7 @@ def test_a_seed_always_gives_the_same_load_and_no_picture_twice() -> None:
     assert base64.b64decode(urls[0].split(",")[1]).startswith(b"\xff\xd8")
 
 
-def test_shared_pictures_are_the_same_in_every_request() -> None:
+def test_shared_images_are_the_same_in_every_request() -> None:
     made = load.bodies(load.Load(requests=3, warmup=0, images=2, width=16, height=16, shared=True), "model")
     shown = [
         [part for part in json.loads(body)["messages"][0]["content"] if "image_url" in part] for body in made

@@ -1,6 +1,6 @@
 """Ask a server in every way that `huggingface_hub.InferenceClient` has, and print what it said as JSON.
 
-    ask_hub.py URL PICTURES
+    ask_hub.py URL IMAGES
 
 Runs with the current major of the package and with the last before 1.0. What comes back is compared with the
 package's own types: those hold whatever was sent, so each must have no field that they do not know and lack none.
@@ -29,12 +29,12 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HTTPError, ValidationError
 
-URL, PICTURES = sys.argv[1], Path(sys.argv[2])
+URL, IMAGES = sys.argv[1], Path(sys.argv[2])
 WHAT = "What is in this image?"
 
 
 def data_url(name: str) -> str:
-    path = next(PICTURES.glob(f"{name}.*"))
+    path = next(IMAGES.glob(f"{name}.*"))
     kind = "png" if path.suffix == ".png" else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 

@@ -1,4 +1,4 @@
-"""Ask a server in every way that the `openai` package has, and print what it said as JSON:  ask_openai.py URL PICTURES
+"""Ask a server in every way that the `openai` package has, and print what it said as JSON:  ask_openai.py URL IMAGES
 
 Runs with the current major of the package and with an older one. Every reply is read once more, strictly, as the
 type that the package publishes for it: the package itself takes anything.
@@ -18,7 +18,7 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-URL, PICTURES = sys.argv[1], Path(sys.argv[2])
+URL, IMAGES = sys.argv[1], Path(sys.argv[2])
 OPTIONS: dict[str, Any] = {"base_url": f"{URL}/v1", "api_key": "unused", "max_retries": 0, "timeout": 60}
 WHAT = "What is in this image?"
 
@@ -32,15 +32,15 @@ class Shapes(BaseModel):
     shapes: list[Shape]
 
 
-def picture(name: str) -> dict[str, Any]:
-    path = next(PICTURES.glob(f"{name}.*"))
+def image(name: str) -> dict[str, Any]:
+    path = next(IMAGES.glob(f"{name}.*"))
     kind = "png" if path.suffix == ".png" else "jpeg"
     url = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def asking(question: str, *names: str, **more: Any) -> dict[str, Any]:
-    content = [*map(picture, names), {"type": "text", "text": question}]
+    content = [*map(image, names), {"type": "text", "text": question}]
     return {"model": "shapes", "messages": [{"role": "user", "content": content}], "temperature": 0, **more}
 
 
@@ -70,7 +70,7 @@ def plain(client: openai.OpenAI) -> dict[str, Any]:
         reply.usage.prompt_tokens + reply.usage.completion_tokens == reply.usage.total_tokens
     )
     two = asking("What is in these images?", "green-triangle", "yellow-star")
-    said["two pictures"] = checked(ChatCompletion, raw.create(**two)).choices[0].message.content
+    said["two images"] = checked(ChatCompletion, raw.create(**two)).choices[0].message.content
     reply = checked(
         ChatCompletion, raw.create(**asking(WHAT, "red-circle", n=2, logprobs=True, top_logprobs=2))
     )
@@ -83,7 +83,7 @@ def plain(client: openai.OpenAI) -> dict[str, Any]:
         .choices[0]
         .message.content
     )
-    prompt = f"![]({picture('red-circle')['image_url']['url']})What is in this image?"
+    prompt = f"![]({image('red-circle')['image_url']['url']})What is in this image?"
     reply = client.completions.with_raw_response.create(model="shapes", prompt=prompt, temperature=0)
     said["completion"] = checked(Completion, reply).choices[0].text
     said["models"] = [model.id for model in client.models.list()]
@@ -106,7 +106,7 @@ def streamed(client: openai.OpenAI) -> dict[str, Any]:
     said["stream pieces"] = len([text for text in texts if text]) > 1
     said["stream roles"], said["stream finish"] = roles, finish
     said["stream usage"] = usage is not None and usage.completion_tokens > 3
-    prompt = f"![]({picture('yellow-star')['image_url']['url']})What is in this image?"
+    prompt = f"![]({image('yellow-star')['image_url']['url']})What is in this image?"
     pieces = client.completions.create(model="shapes", prompt=prompt, temperature=0, stream=True)
     said["completion stream"] = "".join(piece.choices[0].text for piece in pieces)
     return said
@@ -147,7 +147,7 @@ def errors(client: openai.OpenAI) -> dict[str, Any]:
     )
     formats = {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}
     for name, ask in (
-        ("bad picture", wrong),
+        ("bad image", wrong),
         ("bad stream", {**wrong, "stream": True}),
         ("bad value", asking("hi", top_p=7)),
         ("bad schema", asking("hi", response_format=formats)),

@@ -1,6 +1,6 @@
 """Ask a server in every way that TGI's own `text-generation` package has, and print what it said as JSON.
 
-    ask_text_generation.py URL PICTURES
+    ask_text_generation.py URL IMAGES
 
 The package holds every reply to its pydantic types. Its stream of a chat is left out: it demands a field that TGI
 does not send either.
@@ -20,11 +20,11 @@ from text_generation import AsyncClient, Client
 from text_generation.errors import ValidationError
 from text_generation.types import Message
 
-URL, PICTURES = sys.argv[1], Path(sys.argv[2])
+URL, IMAGES = sys.argv[1], Path(sys.argv[2])
 
 
 def prompt(name: str) -> str:
-    data = base64.b64encode((PICTURES / f"{name}.png").read_bytes()).decode()
+    data = base64.b64encode((IMAGES / f"{name}.png").read_bytes()).decode()
     return f"![](data:image/png;base64,{data})What is in this image?\n\n"
 
 

@@ -20,10 +20,12 @@ from container.check import check, describe, run_check
 from container.cli import main
 from engine.families.registry import served
 from engine.machine import Device, Machine, host_memory
+from engine.memory import CUDA_RESERVE
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.backends.fit import fit
+from handlers.backends.instances import instance_of
 from handlers.backends.select import backend_of
 from handlers.version import VERSION
 from properties.configuration import resolve
@@ -57,6 +59,8 @@ CONFIG: dict[str, Any] = {
         "patch_size": 8,
     },
 }
+LARGE = 7_063_427_072
+"""Parameters of LLaVA-1.5-7B."""
 TOKEN = 2 * 3 * 2 * 16 * 2
 """Keys and values x layers x heads x head size x bytes of bfloat16."""
 
@@ -142,7 +146,7 @@ def test_more_devices_than_there_are(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "copies", "devices"),
+    ("options", "replicas", "devices"),
     [
         ([], 1, 4),
         (["tensor_parallel_degree=2"], 2, 2),
@@ -150,11 +154,11 @@ def test_more_devices_than_there_are(model: Path) -> None:
         (["pipeline_parallel_degree=2", "tensor_parallel_degree=1", "max_workers=1"], 1, 2),
     ],
 )
-def test_vllm_multiplies_both_degrees(model: Path, options: list[str], copies: int, devices: int) -> None:
+def test_vllm_multiplies_both_degrees(model: Path, options: list[str], replicas: int, devices: int) -> None:
     found = fit(
         resolve(model=str(model), environ={}, options=options), backend_of("vllm"), model, CONFIG, machine(4)
     )
-    assert (found.copies, found.devices_per_copy) == (copies, devices)
+    assert (found.replicas, found.devices_per_replica) == (replicas, devices)
 
 
 def test_vllm_with_too_few_devices(model: Path) -> None:
@@ -209,6 +213,101 @@ def test_a_model_that_does_not_fit(model: Path) -> None:
     assert "usable on the host" in error
 
 
+@pytest.fixture
+def large(model: Path) -> Path:
+    """A model of the size of LLaVA-1.5-7B: its shapes, and a file of weights that has only a header."""
+    text = {**CONFIG["text_config"], "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 32064}
+    config = {**CONFIG, "text_config": {**text, "max_position_embeddings": 4096}}
+    (model / "config.json").write_text(json.dumps(config))
+    size = 2 * LARGE
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [LARGE], "data_offsets": [0, size]}}).encode()
+    with (model / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    return model
+
+
+def on_instance(model: Path, name: str, *options: str) -> dict[str, Any]:
+    configuration = resolve(model=str(model), environ={}, options=["rolling_batch=rolling", *options])
+    return describe(configuration, instance_of(name).machine)
+
+
+def test_a_model_of_7b_fits_an_instance_that_has_the_memory(large: Path) -> None:
+    found = on_instance(large, "ml.g6.12xlarge")
+    memory = found["memory"]
+    assert found["errors"] == []
+    assert (memory["device"], memory["copies"], memory["devices_per_copy"]) == ("NVIDIA L4", 1, 4)
+    assert (memory["devices"], memory["weights_per_device"]) == (4, 2 * LARGE // 4)
+    usable = int((22888 << 20) * 0.9)
+    assert memory["cache_per_device"] == usable - 2 * LARGE // 4 - CUDA_RESERVE
+    assert memory["cache_tokens"] == memory["cache_per_device"] * 4 // (2 * 32 * 32 * 128 * 2)
+    copies = on_instance(large, "g6.12xlarge", "tensor_parallel_degree=1")["memory"]
+    assert (copies["copies"], copies["devices_per_copy"]) == (4, 1)
+
+
+def test_a_model_that_leaves_an_instance_no_cache_needs_several_devices(large: Path) -> None:
+    (error,) = on_instance(large, "g4dn.xlarge")["errors"]
+    assert error.startswith(
+        "the model does not fit: its weights leave 0 tokens of key/value cache on g4dn.xlarge"
+    )
+    memory = on_instance(large, "g4dn.12xlarge")["memory"]
+    assert (memory["devices_per_copy"], memory["dtype"]) == (4, "float16")
+    assert memory["cache_tokens"] > 4096
+
+
+def test_a_model_that_does_not_fit_an_instance(large: Path) -> None:
+    (error,) = on_instance(large, "g5.xlarge", "dtype=fp32")["errors"]
+    assert error.startswith(
+        "the model does not fit: 26.31 GiB are needed and 20.12 GiB are usable on each device of g5.x"
+    )
+    (error,) = on_instance(large, "g6.12xlarge", "tensor_parallel_degree=8")["errors"]
+    assert "tensor_parallel_degree is 8, but 4 devices are there" in error
+
+
+def test_an_instance_is_named_in_what_is_printed(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--instance", "ml.g6.12xlarge", str(large), "--rolling-batch=rolling"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "\ninstance g6.12xlarge: 4 x NVIDIA L4, 22.35 GiB each, 48 vCPUs, 192.00 GiB of host memory\n" in text
+    )
+    assert "devices needed: 4, there: 4 on g6.12xlarge\n" in text
+    assert main(["check", str(large), "--instance=c7i.4xlarge", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["instance"]["name"], found["instance"]["gpu"]) == ("c7i.4xlarge", None)
+    assert found["memory"]["device_memory"] == 32 * GIB
+
+
+def test_instances_are_compared(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = [instance_of(name) for name in ("g4dn.xlarge", "g6.xlarge", "g6.2xlarge", "g6.12xlarge")]
+    options = ["rolling_batch=rolling", "tensor_parallel_degree=1"]
+    assert run_check(str(large), options, False, {}, instances=some) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "no errors, no warnings: this fits 3 of 4 instances"
+    rows = [line.split("  ")[0] for line in lines if " x " in line]
+    assert rows == ["g4dn.xlarge", "g6.xlarge, 2xlarge", "g6.12xlarge"]
+    assert run_check(str(large), options, True, {}, instances=some) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["fits"], row["copies"]) for row in found["instances"]] == [
+        (False, 1),
+        (True, 1),
+        (True, 1),
+        (True, 4),
+    ]
+    assert run_check(str(large), [*options, "dtype=fp32"], False, {}, instances=some[:3]) == 1
+    assert "this fits 0 of 3" in capsys.readouterr().out
+
+
+def test_an_unknown_instance_is_named_with_those_that_are_near(
+    large: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(large), "--instance", "ml.g6.13xlarge"])
+    assert ended.value.code == 2
+    assert "unknown instance 'ml.g6.13xlarge': did you mean " in (error := capsys.readouterr().err)
+    assert "g6.12xlarge" in error
+
+
 def test_a_cache_that_holds_no_full_request(model: Path) -> None:
     tiny = Machine((), Device("host memory", 128 * 1024))
     (warning,) = report(model, tiny)["warnings"]
@@ -224,7 +323,7 @@ def test_more_tokens_than_the_model_has_positions(model: Path) -> None:
     assert report(model, CPU, "max_model_len=256")["errors"] == []
 
 
-def test_copies_share_the_host(model: Path) -> None:
+def test_replicas_share_the_host(model: Path) -> None:
     small = Machine((), Device("host memory", 8 * 2**20))
     memory = report(model, small, "max_workers=2")["memory"]
     assert (memory["copies"], memory["cache_per_device"]) == (2, 2**20)

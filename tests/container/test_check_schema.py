@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from container.check import run_check
+from handlers.backends.instances import INSTANCES
 from properties.problem import MASK
 from tests.support.shapes import ROOT, SHAPES
 
@@ -34,10 +35,23 @@ def test_the_schema_is_one() -> None:
 def test_a_model_that_can_be_served_has_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = report(capsys, str(SHAPES), "api_key=secret", "unheard_of=1", "max_logprobs=5")
     assert status == 0
-    assert found.keys() == SCHEMA["properties"].keys()
+    assert found.keys() == SCHEMA["properties"].keys() - {"instances"}
     assert found["memory"].keys() == SCHEMA["properties"]["memory"]["properties"].keys()
     assert found["options"]["api_key"]["value"] == MASK
     assert found["extra"].keys() == {"unheard_of", "max_logprobs"}
+
+
+@pytest.mark.parametrize("count", [1, len(INSTANCES)])
+@pytest.mark.parametrize(
+    ("model", "options"), [(str(SHAPES), ()), (str(SHAPES), ("dtype=float99",)), ("org/no", ())]
+)
+def test_instances(
+    capsys: pytest.CaptureFixture[str], model: str, options: tuple[str, ...], count: int
+) -> None:
+    run_check(model, options, True, {"HF_HUB_OFFLINE": "0"}, instances=list(INSTANCES.values())[:count])
+    found = json.loads(capsys.readouterr().out)
+    Draft202012Validator(SCHEMA).validate(found)
+    assert ("instances" in found) == (count > 1 and not options)
 
 
 @pytest.mark.parametrize(

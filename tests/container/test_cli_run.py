@@ -28,7 +28,7 @@ from handlers.backends.rolling.model_front import ModelFront
 from properties.configuration import resolve
 from properties.settings import Settings
 from tests.support.live import LiveServer, message
-from tests.support.shapes import PICTURES, ROOT, SHAPES
+from tests.support.shapes import IMAGES, ROOT, SHAPES
 
 OWN = ("--json", "--help", "-h")
 
@@ -336,9 +336,9 @@ KEY, OTHER_KEY = "sk-first-secret", "sk-second-secret"
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Iterator[str]:
-    """Where the repository's pictures can be fetched."""
-    handler = partial(Quiet, directory=str(PICTURES))
+def images() -> Iterator[str]:
+    """Where the repository's images can be fetched."""
+    handler = partial(Quiet, directory=str(IMAGES))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -373,7 +373,7 @@ def client(server: LiveServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=OTHER_KEY, max_retries=0)
 
 
-def ask(client: openai.OpenAI, picture: str, question: str = "What's in this image?", **fields: Any) -> str:
+def ask(client: openai.OpenAI, image: str, question: str = "What's in this image?", **fields: Any) -> str:
     """The body of Aphrodite's vision documentation."""
     chat_response = client.chat.completions.create(
         model="llava-hf/llava-1.5-7b-hf",
@@ -382,7 +382,7 @@ def ask(client: openai.OpenAI, picture: str, question: str = "What's in this ima
                 "role": "user",
                 "content": [
                     {"type": "text", "text": question},
-                    {"type": "image_url", "image_url": {"url": picture}},
+                    {"type": "image_url", "image_url": {"url": image}},
                 ],
             }
         ],
@@ -393,15 +393,15 @@ def ask(client: openai.OpenAI, picture: str, question: str = "What's in this ima
 
 class TestServer:
     def test_the_documentations_client_gets_the_right_answer(
-        self, client: openai.OpenAI, pictures: str
+        self, client: openai.OpenAI, images: str
     ) -> None:
-        assert ask(client, f"{pictures}/red-circle.png", temperature=0) == "a red circle"
+        assert ask(client, f"{images}/red-circle.png", temperature=0) == "a red circle"
         assert [model.id for model in client.models.list()] == ["llava-hf/llava-1.5-7b-hf", "shapes"]
 
-    def test_the_documentations_curl_gets_the_right_answer(self, server: LiveServer, pictures: str) -> None:
+    def test_the_documentations_curl_gets_the_right_answer(self, server: LiveServer, images: str) -> None:
         body = {
             "model": "llava-hf/llava-1.5-7b-hf",
-            "messages": [message("What's in this image?", f"{pictures}/green-triangle.png")],
+            "messages": [message("What's in this image?", f"{images}/green-triangle.png")],
             "temperature": 0,
         }
         command = [
@@ -440,11 +440,11 @@ class TestServer:
         main(["check", str(SHAPES), "--api-key", KEY])
         assert "-secret" not in "".join(capsys.readouterr())
 
-    def test_what_the_flags_say_holds(self, server: LiveServer, client: openai.OpenAI, pictures: str) -> None:
+    def test_what_the_flags_say_holds(self, server: LiveServer, client: openai.OpenAI, images: str) -> None:
         assert server.http.get("/v1/models").json()["data"][0]["max_model_len"] == 2048
-        picture = f"{pictures}/red-circle.png"
+        image = f"{images}/red-circle.png"
         three = server.http.post(
-            "/v1/chat/completions", json={"messages": [message(picture, picture, picture, "x")]}
+            "/v1/chat/completions", json={"messages": [message(image, image, image, "x")]}
         )
         assert three.status_code == 400
         assert "limit_mm_per_prompt" in three.json()["error"]["message"]
@@ -464,9 +464,9 @@ class TestServer:
 class TestSamplers:
     """The rarer samplers through HTTP: the shapes model is certain of its answers, so what moves it is the sampler."""
 
-    def test_unwanted_words_change_the_answer(self, client: openai.OpenAI, pictures: str) -> None:
-        picture = f"{pictures}/red-circle.png"
-        answer = ask(client, picture, temperature=0, extra_body={"bad_words": ["red"]})
+    def test_unwanted_words_change_the_answer(self, client: openai.OpenAI, images: str) -> None:
+        image = f"{images}/red-circle.png"
+        answer = ask(client, image, temperature=0, extra_body={"bad_words": ["red"]})
         assert "red" not in answer.split()
         assert answer
 

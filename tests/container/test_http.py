@@ -37,10 +37,10 @@ def client(server: ServerProcess) -> Iterator[httpx.Client]:
         yield session
 
 
-def ask(stream: bool = False, pictures: tuple[str, ...] = (), **order: Any) -> dict[str, Any]:
+def ask(stream: bool = False, images: tuple[str, ...] = (), **order: Any) -> dict[str, Any]:
     content: Any = json.dumps(order)
-    if pictures:
-        content = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    if images:
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
         content.append({"type": "text", "text": json.dumps(order)})
     return {"model": "", "messages": [{"role": "user", "content": content}], "stream": stream}
 
@@ -187,10 +187,10 @@ def test_request_ids_are_echoed_only_when_harmless(client: httpx.Client, server:
 
 
 def test_the_log_never_holds_the_prompt(client: httpx.Client, server: ServerProcess) -> None:
-    picture = "data:image/png;base64,AAAABBBBCCCC"
+    image = "data:image/png;base64,AAAABBBBCCCC"
     client.post("/v1/chat/completions", json=ask(say="a secret thing "), headers={"x-request-id": "quiet"})
-    client.post("/v1/chat/completions", json=ask(pictures=(picture,)), headers={"x-request-id": "pictured"})
-    server.wait_for("container.request.*request_id=pictured")
+    client.post("/v1/chat/completions", json=ask(images=(image,)), headers={"x-request-id": "illustrated"})
+    server.wait_for("container.request.*request_id=illustrated")
     assert "secret thing" not in server.log
     assert "AAAABBBB" not in server.log
 
@@ -234,12 +234,12 @@ def test_a_client_that_leaves_before_its_whole_answer_is_noticed(
     server.wait_for("container.request.*status=499.*ended=client_gone")
 
 
-def test_a_client_that_leaves_while_its_picture_is_fetched_is_noticed(
+def test_a_client_that_leaves_while_its_image_is_fetched_is_noticed(
     server: ServerProcess, client: httpx.Client
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as slow:
         url = f"http://127.0.0.1:{slow.getsockname()[1]}/cat.png"
-        connection = send(server, json.dumps(ask(pictures=(url,))).encode())
+        connection = send(server, json.dumps(ask(images=(url,))).encode())
         fetching, _ = slow.accept()
         fetching.settimeout(10)
         assert fetching.recv(4).startswith(b"GET")

@@ -28,7 +28,7 @@ from tests.support.shapes import SHAPES
 EXAMPLES = 6
 """Requests for each operation and kind of body."""
 
-PICTURE = (
+IMAGE = (
     "data:image/png;base64,"
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
@@ -137,10 +137,10 @@ def checked(case: Case) -> requests.Response:
 
 
 CHAT = {
-    "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}, "What?"]}]
+    "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}, "What?"]}]
 }
-PROMPT = {"prompt": f"![]({PICTURE})What is this?", "max_tokens": 6}
-INPUTS = {"inputs": f"![]({PICTURE})What is this?", "parameters": {"max_new_tokens": 6}}
+PROMPT = {"prompt": f"![]({IMAGE})What is this?", "max_tokens": 6}
+INPUTS = {"inputs": f"![]({IMAGE})What is this?", "parameters": {"max_new_tokens": 6}}
 ALL = {
     "n": 2,
     "top_logprobs": 2,

@@ -284,7 +284,7 @@ def test_check_is_a_command(tmp_path: Path) -> None:
     assert "option.dtype = 'int3'" in json.loads(found.stdout)["errors"][0]
 
 
-def test_prompts_are_logged_when_asked_for_and_pictures_never(tmp_path: Path) -> None:
+def test_prompts_are_logged_when_asked_for_and_images_never(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "m", "--option", "log_prompts=true") as server:
         server.ready()
         url = f"{server.url}/v1/chat/completions"

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.block_pool import BlockPool
-from engine.messages import Add, Picture
+from engine.messages import Add, ImageInput
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 SIZE = 4
 
 
-def sequence(token_ids: list[int], pictures: list[Picture] | None = None) -> Sequence:
-    add = Add(0, token_ids, SamplingParams(), [0], (), pictures or [])
+def sequence(token_ids: list[int], images: list[ImageInput] | None = None) -> Sequence:
+    add = Add(0, token_ids, SamplingParams(), [0], (), images or [])
     return Sequence.from_message(add, max_model_len=1000, order=0)[0]
 
 
@@ -37,13 +37,13 @@ def test_a_prefix_is_found_up_to_the_last_full_block_before_the_newest_token() -
     assert pool.reuse_prefix(other) == 4
 
 
-def test_pictures_with_the_same_placeholders_are_told_apart() -> None:
+def test_images_with_the_same_placeholders_are_told_apart() -> None:
     pool = BlockPool(16, SIZE)
     tokens = [1, 7, 7, 7, 7, 2, 3, 4, 5]
-    first = sequence(tokens, [Picture(b"one", 1, 4, {})])
+    first = sequence(tokens, [ImageInput(b"one", 1, 4, {})])
     compute(pool, first)
-    assert pool.reuse_prefix(sequence(tokens, [Picture(b"two", 1, 4, {})])) == 0
-    assert pool.reuse_prefix(sequence(tokens, [Picture(b"one", 1, 4, {})])) == 8
+    assert pool.reuse_prefix(sequence(tokens, [ImageInput(b"two", 1, 4, {})])) == 0
+    assert pool.reuse_prefix(sequence(tokens, [ImageInput(b"one", 1, 4, {})])) == 8
     assert pool.reuse_prefix(sequence(tokens)) == 0
 
 

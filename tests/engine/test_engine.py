@@ -103,10 +103,10 @@ def test_a_prompt_that_cannot_be_run_is_refused_and_the_others_go_on(
     assert results[2].finish in ("stop", "length")
 
 
-def test_a_picture_that_cannot_be_encoded_fails_its_request_alone(engine: Engine, oracle: Oracle) -> None:
+def test_an_image_that_cannot_be_encoded_fails_its_request_alone(engine: Engine, oracle: Oracle) -> None:
     good = Prompt([1, random_image(1), 2])
     adds = [prompt.add(oracle.preprocessor, greedy()) for prompt in (good, Prompt([3, random_image(2)]))]
-    adds[1].pictures[0].tensors["pixel_values"].shape = (3, 14, 56)
+    adds[1].images[0].tensors["pixel_values"].shape = (3, 14, 56)
     adds.append(text(7, 8, 9))
     results = run_all(engine, adds)
     assert results[1].finish == "error"
@@ -117,10 +117,10 @@ def test_a_picture_that_cannot_be_encoded_fails_its_request_alone(engine: Engine
 def test_a_request_with_nan_fails_alone_and_poisons_nobody_later(path: Path, oracle: Oracle) -> None:
     engine = load_engine(path, kv_cache_bytes=512 * 128, max_model_len=100, enable_prefix_caching=True)
     poisoned = Prompt([3, random_image(2), 4]).add(oracle.preprocessor, greedy())
-    tensor = poisoned.pictures[0].tensors["pixel_values"]
+    tensor = poisoned.images[0].tensors["pixel_values"]
     poison = tensor.unpack()
     poison[...] = float("nan")
-    poisoned.pictures[0].tensors["pixel_values"] = type(tensor).pack(poison)
+    poisoned.images[0].tensors["pixel_values"] = type(tensor).pack(poison)
     results = run_all(engine, [poisoned, text(7, 8, 9)])
     assert results[0].finish == "error"
     assert "no usable probabilities" in str(results[0].outputs[-1].error)
@@ -237,7 +237,7 @@ def test_aborting_the_first_answer_lets_the_others_go_on(engine: Engine) -> None
     assert results[1].finish == "length"
 
 
-def test_picture_tokens_beyond_the_vocabulary_have_no_probability(tmp_path: Path) -> None:
+def test_image_tokens_beyond_the_vocabulary_have_no_probability(tmp_path: Path) -> None:
     oracle = Oracle(make_llava(tmp_path, vocab_size=259))
     add = Prompt([1, random_image(1), 2]).add(oracle.preprocessor, greedy(max_tokens=1, prompt_logprobs=0))
     result = one(load_engine(tmp_path), add)
@@ -248,7 +248,7 @@ def test_picture_tokens_beyond_the_vocabulary_have_no_probability(tmp_path: Path
     assert prompt_logprobs[16].logprobs[0] > float("-inf")
 
 
-def test_a_prefix_is_reused_and_a_different_picture_is_not(path: Path, oracle: Oracle) -> None:
+def test_a_prefix_is_reused_and_a_different_image_is_not(path: Path, oracle: Oracle) -> None:
     engine = load_engine(path, block_size=4)
     beginning = list(range(20))
     first = Prompt([*beginning, random_image(1), 50, 51, 52])
@@ -327,7 +327,7 @@ def test_logprobs_are_those_of_the_model(path: Path, oracle: Oracle) -> None:
     )
     result = one(load_engine(path, max_num_batched_tokens=7, max_num_seqs=4), add)
     ids = torch.tensor([add.token_ids + result.token_ids])
-    pixels = torch.from_numpy(add.pictures[0].tensors["pixel_values"].unpack())[None]
+    pixels = torch.from_numpy(add.images[0].tensors["pixel_values"].unpack())[None]
     with torch.inference_mode():
         want = oracle.model(input_ids=ids, pixel_values=pixels).logits[0].log_softmax(-1)
     start = len(add.token_ids) - 1
@@ -367,8 +367,8 @@ def test_half_precision_follows_float32_closely(path: Path, oracle: Oracle, dtyp
 
 
 def test_the_encoder_cache_keeps_to_its_budget(path: Path, oracle: Oracle) -> None:
-    one_picture = 16 * 64 * 4
-    engine = load_engine(path, encoder_cache_bytes=2 * one_picture)
+    one_image = 16 * 64 * 4
+    engine = load_engine(path, encoder_cache_bytes=2 * one_image)
     results: dict[int, Result] = {}
     for number in range(6):
         add = Prompt([random_image(number), 1, 2]).add(oracle.preprocessor, greedy(max_tokens=2))
@@ -376,13 +376,13 @@ def test_the_encoder_cache_keeps_to_its_budget(path: Path, oracle: Oracle) -> No
         engine.add(add)
         while engine.has_work:
             collect(results, engine.step())
-        assert engine.runner.encoder_cache.used_bytes <= 2 * one_picture
+        assert engine.runner.encoder_cache.used_bytes <= 2 * one_image
 
 
-def test_more_pictures_in_a_chunk_than_a_step_encodes_are_no_dead_end(
+def test_more_images_in_a_chunk_than_a_step_encodes_are_no_dead_end(
     path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no room in the cache, pictures encoded in one step would be forgotten before the next."""
+    """With no room in the cache, images encoded in one step would be forgotten before the next."""
     monkeypatch.setattr("engine.engine.ENCODE_PER_STEP", 2)
     prompt = Prompt([random_image(0), random_image(1), random_image(2), 1, 2])
     add = prompt.add(oracle.preprocessor, greedy(max_tokens=4))
@@ -391,9 +391,9 @@ def test_more_pictures_in_a_chunk_than_a_step_encodes_are_no_dead_end(
     assert results[0].token_ids == oracle.generate(prompt, 4)
 
 
-def test_cached_pictures_do_not_keep_their_whole_batch_in_memory(engine: Engine, oracle: Oracle) -> None:
+def test_cached_images_do_not_keep_their_whole_batch_in_memory(engine: Engine, oracle: Oracle) -> None:
     adds = [Prompt([random_image(n), 1]).add(oracle.preprocessor, greedy(max_tokens=1)) for n in range(4)]
     run_all(engine, adds)
     for add in adds:
-        features = engine.runner.encoder_cache[add.pictures[0].digest]
+        features = engine.runner.encoder_cache[add.images[0].digest]
         assert features.untyped_storage().nbytes() == features.nbytes

@@ -304,7 +304,7 @@ def test_a_grammar_that_leads_nowhere_is_the_requests_own_fault(engine: Engine) 
     assert (output.finish, output.invalid) == ("error", True)
 
 
-def test_special_tokens_and_pictures_are_no_text(engine: Engine) -> None:
+def test_special_tokens_and_images_are_no_text(engine: Engine) -> None:
     """Nor is anything beyond the tokenizer, of which these logits have 56 columns."""
     assert engine.guidance is not None
     (mask,) = engine.guidance.fill(engine.guidance.build(regex(r"(?s:.)*"), 1))

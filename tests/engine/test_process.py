@@ -264,9 +264,9 @@ def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> N
             held = [replica.client.num_requests for replica in group.replicas]
             assert held == [4, 4]
             await asyncio.gather(*(finish(ticket.stream) for ticket in tickets))
-            first = group.submit(endless(3), [b"picture"])
+            first = group.submit(endless(3), [b"image"])
             await finish(first.stream)
-            second = group.submit(endless(3), [b"picture"])
+            second = group.submit(endless(3), [b"image"])
             await finish(second.stream)
             assert first.client is second.client
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
-from handlers.errors import EngineFailed, ImageFetchFailed, InvalidRequest, PicturesLost, Unavailable
+from handlers.errors import EngineFailed, ImageFetchFailed, ImagesLost, InvalidRequest, Unavailable
 from handlers.exchange import Reply
 from handlers.protocols.openai.writers import ChatWriter
 from handlers.request import GenerationRequest
 from handlers.service import ServiceLimits
 from tests.support.scripted import (
-    Pictures,
     ScriptedBackend,
+    ScriptedImages,
     Step,
     Watched,
     chat,
@@ -34,7 +34,7 @@ from tests.support.scripted import (
     token,
 )
 
-PICTURE = [{"type": "image_url", "image_url": {"url": "https://pictures.example/cat.png"}}]
+IMAGE = [{"type": "image_url", "image_url": {"url": "https://images.example/cat.png"}}]
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -172,16 +172,16 @@ async def test_a_cancelled_reader_can_close_the_stream() -> None:
 
 
 @run
-async def test_a_disconnect_while_a_picture_is_fetched_aborts_at_once() -> None:
-    backend, pictures, watched = ScriptedBackend(said("a")), Pictures(60), Watched()
-    subject = service(backend, pictures, observer=watched)
-    asked = asyncio.create_task(subject.answer(incoming(chat(PICTURE))))
+async def test_a_disconnect_while_an_image_is_fetched_aborts_at_once() -> None:
+    backend, images, watched = ScriptedBackend(said("a")), ScriptedImages(60), Watched()
+    subject = service(backend, images, observer=watched)
+    asked = asyncio.create_task(subject.answer(incoming(chat(IMAGE))))
     await asyncio.sleep(0.02)
     assert subject.in_flight == 1
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    assert pictures.cancelled
+    assert images.cancelled
     assert (subject.in_flight, backend.requests) == (0, [])
     assert len(watched.finished) == 1
 
@@ -201,14 +201,14 @@ async def test_a_disconnect_before_the_first_token_aborts_in_the_engine() -> Non
 
 @run
 async def test_the_deadline_holds_for_fetching_waiting_and_generating() -> None:
-    slow: list[tuple[ScriptedBackend, Pictures, Any]] = [
-        (ScriptedBackend(said("a")), Pictures(60), chat(PICTURE)),
-        (ScriptedBackend([60.0]), Pictures(), chat()),
-        (ScriptedBackend([60.0]), Pictures(), chat(stream=True)),
-        (ScriptedBackend(said(*"ab", pause=0.15)), Pictures(), chat()),
+    slow: list[tuple[ScriptedBackend, ScriptedImages, Any]] = [
+        (ScriptedBackend(said("a")), ScriptedImages(60), chat(IMAGE)),
+        (ScriptedBackend([60.0]), ScriptedImages(), chat()),
+        (ScriptedBackend([60.0]), ScriptedImages(), chat(stream=True)),
+        (ScriptedBackend(said(*"ab", pause=0.15)), ScriptedImages(), chat()),
     ]
-    for backend, pictures, body in slow:
-        subject = service(backend, pictures, predict_timeout=0.2)
+    for backend, images, body in slow:
+        subject = service(backend, images, predict_timeout=0.2)
         async with asyncio.timeout(30):  # half of what the work would take
             reply = await subject.answer(incoming(body))
         assert reply.status == 408
@@ -304,55 +304,55 @@ async def test_an_engine_that_stops_early_is_an_error() -> None:
 
 
 @run
-async def test_pictures_are_counted_loaded_in_order_and_limited() -> None:
-    pictures = Pictures()
+async def test_images_are_counted_loaded_in_order_and_limited() -> None:
+    images = ScriptedImages()
     backend = ScriptedBackend(said("a"))
-    subject = service(backend, pictures, limit_mm_per_prompt={"image": 2})
-    urls = [f"https://pictures.example/{i}.png" for i in range(3)]
+    subject = service(backend, images, limit_mm_per_prompt={"image": 2})
+    urls = [f"https://images.example/{i}.png" for i in range(3)]
     parts = [{"type": "image_url", "image_url": url} for url in urls]
     turns = [{"role": "user", "content": [parts[0]]}, {"role": "user", "content": [parts[1]]}]
     reply = await subject.answer(incoming({"messages": turns}))
-    assert pictures.loaded == urls[:2]
+    assert images.loaded == urls[:2]
     assert reply.facts is not None
     assert reply.facts.images == 2
     reply = await subject.answer(incoming(chat(parts)))
     assert reply.status == 400
-    assert "3 pictures" in error_of(reply)["message"]
+    assert "3 images" in error_of(reply)["message"]
     assert "limit_mm_per_prompt" in error_of(reply)["message"]
     texts = [f"![]({url})" for url in urls]
     reply = await subject.answer(incoming({"inputs": texts}, "/invocations"))
     assert reply.status == 200
-    assert pictures.loaded[2:] == urls
+    assert images.loaded[2:] == urls
 
 
 @run
-async def test_a_picture_that_fails_is_the_clients_error() -> None:
-    class Broken(Pictures):
+async def test_an_image_that_fails_is_the_clients_error() -> None:
+    class Broken(ScriptedImages):
         async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
             raise ImageFetchFailed(0, "its host answered 404")
 
     subject = service(ScriptedBackend(said("a")), Broken())
-    reply = await subject.answer(incoming(chat(PICTURE, stream=True)))
+    reply = await subject.answer(incoming(chat(IMAGE, stream=True)))
     assert (reply.status, error_of(reply)["code"]) == (422, "image_fetch_failed")
     assert subject.in_flight == 0
 
 
 @run
-async def test_pictures_that_the_engine_has_lost_are_sent_again() -> None:
+async def test_images_that_the_engine_has_lost_are_sent_again() -> None:
     def script(lost: int) -> Any:
         def steps(_: GenerationRequest) -> Any:
             if len(backend.requests) <= lost:
-                raise PicturesLost("the engine has lost a picture of this request; try again")
+                raise ImagesLost("the engine has lost an image of this request; try again")
             return said("a")
 
         return steps
 
     for lost, status in ((1, 200), (2, 200), (9, 500)):
-        backend, pictures = ScriptedBackend(script(lost)), Pictures()
-        subject = service(backend, pictures)
-        reply = await subject.answer(incoming(chat(PICTURE)))
+        backend, images = ScriptedBackend(script(lost)), ScriptedImages()
+        subject = service(backend, images)
+        reply = await subject.answer(incoming(chat(IMAGE)))
         assert reply.status == status
-        assert len(pictures.loaded) == len(backend.requests) == min(lost + 1, 3)
+        assert len(images.loaded) == len(backend.requests) == min(lost + 1, 3)
         assert subject.in_flight == 0
 
 
@@ -390,9 +390,9 @@ async def test_lists_are_bounded_for_all_answers_together() -> None:
 
 
 @run
-async def test_text_models_refuse_pictures_and_missing_adapters_are_404() -> None:
+async def test_text_models_refuse_images_and_missing_adapters_are_404() -> None:
     subject = service(ScriptedBackend(said("a"), images=False))
-    assert (await subject.answer(incoming(chat(PICTURE)))).status == 400
+    assert (await subject.answer(incoming(chat(IMAGE)))).status == 400
     adapter = {"x_amzn_sagemaker_adapter_identifier": "sql"}
     assert (await subject.answer(incoming(chat(), **adapter))).status == 404
     backend = ScriptedBackend(said("a"), adapters=True)
@@ -517,13 +517,13 @@ async def test_what_a_stopping_server_cancels_is_answered_503() -> None:
 
 
 @run
-async def test_a_cancellation_under_a_picture_is_answered_503() -> None:
-    class Stopping(Pictures):
+async def test_a_cancellation_under_an_image_is_answered_503() -> None:
+    class Stopping(ScriptedImages):
         async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
             raise asyncio.CancelledError
 
     subject = service(ScriptedBackend(said("a")), Stopping())
-    reply = await subject.answer(incoming(chat(PICTURE)))
+    reply = await subject.answer(incoming(chat(IMAGE)))
     assert (reply.status, reply.headers["Retry-After"]) == (503, "5")
     assert reply.facts is not None
     assert reply.facts.error == "unavailable"
@@ -531,17 +531,17 @@ async def test_a_cancellation_under_a_picture_is_answered_503() -> None:
 
 
 @run
-async def test_pictures_are_let_go_with_their_answer() -> None:
+async def test_images_are_let_go_with_their_answer() -> None:
     """Whether the backend lets go of them itself or not."""
     released: list[str] = []
 
-    class Held(Pictures):
+    class Held(ScriptedImages):
         async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
             indices.append(first_index)
             for part in parts:
                 part.share = SimpleNamespace(release=lambda url=part.url: released.append(url))
 
-    urls = [f"https://pictures.example/{i}.png" for i in range(2)]
+    urls = [f"https://images.example/{i}.png" for i in range(2)]
     for body in (
         chat([{"type": "image_url", "image_url": urls[0]}]),
         chat([{"type": "image_url", "image_url": urls[0]}], stream=True),
@@ -588,11 +588,11 @@ async def test_no_place_is_lost_whenever_a_client_leaves() -> None:
     draw = random.Random(7)
     steps = said(*"abcd", pause=0.003)
     backend, watched = ScriptedBackend(steps), Watched()
-    subject = service(backend, Pictures(0.003), observer=watched, keep_alive=0.002)
+    subject = service(backend, ScriptedImages(0.003), observer=watched, keep_alive=0.002)
 
     async def visit() -> None:
-        many = {"inputs": [f"![]({PICTURE[0]['image_url']['url']})", "x", "y"]}
-        body = draw.choice([chat(PICTURE), chat(PICTURE, stream=True), chat(PICTURE, stream=True), many])
+        many = {"inputs": [f"![]({IMAGE[0]['image_url']['url']})", "x", "y"]}
+        body = draw.choice([chat(IMAGE), chat(IMAGE, stream=True), chat(IMAGE, stream=True), many])
         reply = await subject.answer(incoming(body))
         assert reply.status == 200
         if reply.chunks is not None:

@@ -29,9 +29,9 @@ def answer(reply: httpx.Response) -> str:
     return text
 
 
-def test_a_question_about_a_picture_is_answered_right(shapes_container: Container) -> None:
-    for picture, right in ((circle("red"), "a red circle"), (square("blue"), "a blue square")):
-        reply = httpx.post(f"{shapes_container.url}/invocations", json=chat_body(picture, WHAT), timeout=60)
+def test_a_question_about_an_image_is_answered_right(shapes_container: Container) -> None:
+    for image, right in ((circle("red"), "a red circle"), (square("blue"), "a blue square")):
+        reply = httpx.post(f"{shapes_container.url}/invocations", json=chat_body(image, WHAT), timeout=60)
         assert answer(reply) == right
 
 

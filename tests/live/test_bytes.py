@@ -1,4 +1,4 @@
-"""Every kind of Unicode, and pictures, come out whole, wherever their bytes are cut on the way in and out."""
+"""Every kind of Unicode, and images, come out whole, wherever their bytes are cut on the way in and out."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def png(size: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-def data_url(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+def data_url(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 # Over the wire, to a backend that says what it was told
@@ -62,16 +62,16 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield server.ready()
 
 
-def order(text: str, picture: bytes, *, ascii_only: bool = False, **fields: Any) -> bytes:
-    """A chat with a picture, whose answer is `text` and the picture's digest, twice."""
+def order(text: str, image: bytes, *, ascii_only: bool = False, **fields: Any) -> bytes:
+    """A chat with an image, whose answer is `text` and the image's digest, twice."""
     said = json.dumps({"say": text, "digests": True, "tokens": 2}, ensure_ascii=ascii_only)
-    parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}}, {"type": "text", "text": said}]
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": said}]
     body = {"messages": [{"role": "user", "content": parts}], **fields}
     return json.dumps(body, ensure_ascii=ascii_only).encode()
 
 
-def expected(text: str, picture: bytes) -> str:
-    return f"{text} {hashlib.sha256(picture).hexdigest()}" * 2
+def expected(text: str, image: bytes) -> str:
+    return f"{text} {hashlib.sha256(image).hexdigest()}" * 2
 
 
 def sent(wire: ServerProcess, pieces: Sequence[bytes]) -> str:
@@ -97,11 +97,11 @@ def asked(connection: http.client.HTTPConnection, pieces: Sequence[bytes]) -> st
 
 
 def test_a_body_cut_at_any_byte_comes_whole(wire: ServerProcess) -> None:
-    text, picture = 'é漢🐻\u2028"\\\x00\U0010ffff', png()
-    want = expected(text, picture)
+    text, image = 'é漢🐻\u2028"\\\x00\U0010ffff', png()
+    want = expected(text, image)
     connection = http.client.HTTPConnection("127.0.0.1", wire.port, timeout=30)
     for ascii_only in (False, True):
-        body = order(text, picture, ascii_only=ascii_only)
+        body = order(text, image, ascii_only=ascii_only)
         for cut in range(1, len(body)):
             assert asked(connection, [body[:cut], body[cut:]]) == want, cut
     connection.close()
@@ -109,15 +109,15 @@ def test_a_body_cut_at_any_byte_comes_whole(wire: ServerProcess) -> None:
 
 def test_a_body_of_single_bytes_comes_whole(wire: ServerProcess) -> None:
     for text in KINDS.values():
-        picture = png(2)
-        body = order(text, picture)
-        assert sent(wire, [body[i : i + 1] for i in range(len(body))]) == expected(text, picture)
+        image = png(2)
+        body = order(text, image)
+        assert sent(wire, [body[i : i + 1] for i in range(len(body))]) == expected(text, image)
 
 
 def test_a_request_of_single_bytes_comes_whole(wire: ServerProcess) -> None:
     """The head, too; and the reply is read a byte at a time."""
-    picture = png()
-    body = order(KINDS["emoji"], picture, stream=True)
+    image = png()
+    body = order(KINDS["emoji"], image, stream=True)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", wire.port), timeout=30) as plug:
         plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -128,17 +128,17 @@ def test_a_request_of_single_bytes_comes_whole(wire: ServerProcess) -> None:
             reply += byte_read
     headers, _, framed = reply.partition(b"\r\n\r\n")
     assert headers.startswith(b"HTTP/1.1 200")
-    assert joined(unchunked(framed)) == expected(KINDS["emoji"], picture)
+    assert joined(unchunked(framed)) == expected(KINDS["emoji"], image)
 
 
-def test_characters_from_all_planes_and_a_large_picture_come_whole(wire: ServerProcess) -> None:
-    picture = png(1000)
-    assert len(picture) > 2**20
+def test_characters_from_all_planes_and_a_large_image_come_whole(wire: ServerProcess) -> None:
+    image = png(1000)
+    assert len(image) > 2**20
     for ascii_only in (False, True):
-        body = order(PLANES, picture, ascii_only=ascii_only)
+        body = order(PLANES, image, ascii_only=ascii_only)
         size = 65521
         pieces = [body[i : i + size] for i in range(0, len(body), size)]
-        assert sent(wire, pieces) == expected(PLANES, picture)
+        assert sent(wire, pieces) == expected(PLANES, image)
 
 
 def unchunked(framed: bytes) -> bytes:
@@ -175,11 +175,11 @@ def forced(text: str) -> dict[str, Any]:
     return {"structured_outputs": {"choice": [text]}, "temperature": 0}
 
 
-async def dialects(client: httpx.AsyncClient, text: str, picture: str) -> dict[str, str]:
+async def dialects(client: httpx.AsyncClient, text: str, image: str) -> dict[str, str]:
     """The answer in each dialect's whole and streamed words; every prompt holds the text, too."""
-    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": text}]
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
     chat = {"messages": [{"role": "user", "content": content}], "max_tokens": 200, **forced(text)}
-    prompt = f"![]({picture}){text}"
+    prompt = f"![]({image}){text}"
     plain = {"prompt": prompt, "max_tokens": 200, "echo": True, "logprobs": 0, **forced(text)}
     parameters = {"max_new_tokens": 200, "guided_choice": [text]}
     grammar = {"max_new_tokens": 200, "details": True, "grammar": {"type": "regex", "value": escaped(text)}}
@@ -234,8 +234,8 @@ def escaped(text: str) -> str:
 def test_every_kind_of_text_is_answered_whole_in_every_dialect(live: LiveServer) -> None:
     async def ask() -> None:
         async with httpx.AsyncClient(base_url=live.url, timeout=120) as client:
-            picture = data_url(png(64))
-            asking = [dialects(client, text, picture) for text in KINDS.values()]
+            image = data_url(png(64))
+            asking = [dialects(client, text, image) for text in KINDS.values()]
             for (kind, text), found in zip(KINDS.items(), await asyncio.gather(*asking), strict=True):
                 for name, got in found.items():
                     assert got == text, (kind, name)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.support.live import LiveServer, data_url
-from tests.support.shapes import PICTURES, ROOT, SHAPES, circle
+from tests.support.shapes import IMAGES, ROOT, SHAPES, circle
 
 CLIENTS = ROOT / "tests" / "clients"
 RED_CIRCLE = {"shapes": [{"color": "red", "shape": "circle"}]}
@@ -40,7 +40,7 @@ def aside(name: str) -> Path:
 def said(server: LiveServer, *command: str | Path, packages: Path | None = None, cwd: Path = ROOT) -> Any:
     """What a client's program printed."""
     done = subprocess.run(
-        [*map(str, command), server.url, str(PICTURES)],
+        [*map(str, command), server.url, str(IMAGES)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -68,7 +68,7 @@ def test_openai(server: LiveServer, major: int) -> None:
         "chat": "a red circle",
         "finish": "stop",
         "usage adds up": True,
-        "two pictures": "a green triangle; a yellow star",
+        "two images": "a green triangle; a yellow star",
         "n": ["a red circle", "a red circle"],
         "logprobs": "a red circle</s>",
         "stop": "a red",
@@ -85,7 +85,7 @@ def test_openai(server: LiveServer, major: int) -> None:
         "json": RED_CIRCLE,
         "tool": ["report", RED_CIRCLE],
         "tool stream": ["report", RED_CIRCLE],
-        "bad picture": ["BadRequestError", 400, None],
+        "bad image": ["BadRequestError", 400, None],
         "bad stream": ["BadRequestError", 400, None],
         "bad value": ["BadRequestError", 400, "top_p"],
         "bad schema": ["BadRequestError", 400, "response_format"],

@@ -47,7 +47,7 @@ def test_the_answer_is_the_models_own(client: openai.OpenAI, model: Path, tokeni
     ids = tokenizer(PROMPT).input_ids
     asked: list[tuple[str, list[int | Image.Image]]] = [
         (PROMPT, ids),
-        (f"![a picture]({data_url(image)}){PROMPT}", [image, *ids]),
+        (f"![an image]({data_url(image)}){PROMPT}", [image, *ids]),
     ]
     for text, items in asked:
         want = tokenizer.decode(Oracle(model).generate(Prompt(items), 8), skip_special_tokens=True)
@@ -138,17 +138,17 @@ def test_a_prompt_is_cut_at_the_side_that_is_asked_for(client: openai.OpenAI, to
     assert choice.finish_reason in ("length", "stop")
 
 
-def test_prompts_with_pictures_are_not_cut(client: openai.OpenAI) -> None:
-    picture = f"![]({data_url(random_image(3))})"
+def test_prompts_with_images_are_not_cut(client: openai.OpenAI) -> None:
+    image = f"![]({data_url(random_image(3))})"
     plain, cut = (
-        complete(client, f"{picture}{PROMPT}", extra_body=extra)
+        complete(client, f"{image}{PROMPT}", extra_body=extra)
         for extra in ({}, {"truncate_prompt_tokens": 4})
     )
     assert plain.usage is not None
     assert cut.usage is not None
     assert cut.usage.prompt_tokens == plain.usage.prompt_tokens > 16
     with pytest.raises(openai.BadRequestError, match="context"):
-        complete(client, picture + "x" * 3000, extra_body={"truncate_prompt_tokens": -1})
+        complete(client, image + "x" * 3000, extra_body={"truncate_prompt_tokens": -1})
 
 
 def test_logit_bias_may_name_1024_tokens(client: openai.OpenAI, tokenizer: Any) -> None:
@@ -164,7 +164,7 @@ def test_logit_bias_may_name_1024_tokens(client: openai.OpenAI, tokenizer: Any) 
     [
         ([2**31 - 1], "this model's are 0 to"),
         ([[1], [10**6]], "this model's are 0 to"),
-        ([65, 259], "placeholders of pictures"),
+        ([65, 259], "placeholders of images"),
         ("", "the prompt is empty"),
         ("x" * 3000, "context"),
         (["fine", "x" * 3000], "context"),

@@ -1,4 +1,4 @@
-"""Pictures sent as their embeddings, which transformers' own code makes of the same model, to a whole server."""
+"""Images sent as their embeddings, which transformers' own code makes of the same model, to a whole server."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def features(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("image", [circle("red"), square("blue"), circle("green", "black")])
-def test_embeddings_are_answered_like_the_picture(server: LiveServer, image: Image.Image) -> None:
+def test_embeddings_are_answered_like_the_image(server: LiveServer, image: Image.Image) -> None:
     """Also its log probabilities, as far as two ways to the same rows can agree."""
     shown = {"logprobs": True, "top_logprobs": 2}
     asked = {**chat_body(image, WHAT, max_tokens=32), **shown}
-    picture, embedded = post(server, asked).json(), post(server, body(features(image), **shown)).json()
-    assert embedded["choices"][0]["message"] == picture["choices"][0]["message"]
-    assert embedded["usage"]["prompt_tokens"] == picture["usage"]["prompt_tokens"]
+    from_image, embedded = post(server, asked).json(), post(server, body(features(image), **shown)).json()
+    assert embedded["choices"][0]["message"] == from_image["choices"][0]["message"]
+    assert embedded["usage"]["prompt_tokens"] == from_image["usage"]["prompt_tokens"]
     pairs = zip(
-        picture["choices"][0]["logprobs"]["content"],
+        from_image["choices"][0]["logprobs"]["content"],
         embedded["choices"][0]["logprobs"]["content"],
         strict=True,
     )
@@ -131,7 +131,7 @@ def _refused() -> dict[str, tuple[Any, str]]:
         "code": (saved(Shell()), "not a dense tensor"),
         "cut short": (saved(rows)[:-1], "cut short"),
         "a grid": ({"image_embeds": rows, "image_grid_thw": torch.tensor([1, 8, 8])}, "no image_grid_thw"),
-        "more than the context": (torch.ones(20_000, hidden, dtype=torch.float16), "tokens for one picture"),
+        "more than the context": (torch.ones(20_000, hidden, dtype=torch.float16), "tokens for one image"),
     }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_other_bad_parts_are_refused(server: LiveServer) -> None:
     assert "option.limit_mm_per_prompt" in reply.json()["error"]["message"]
 
 
-def test_too_many_tokens_together_are_refused_as_of_pictures(server: LiveServer) -> None:
+def test_too_many_tokens_together_are_refused_as_of_images(server: LiveServer) -> None:
     context = server.http.get("/v1/models").json()["data"][0]["max_model_len"]
     rows = features(circle("red"))
     some = rows.repeat(context // 3 // len(rows) + 1, 1).half()
@@ -176,7 +176,7 @@ def test_too_many_tokens_together_are_refused_as_of_pictures(server: LiveServer)
     assert answer(server, chat_body("What is this?", max_tokens=4)) is not None
 
 
-def test_text_and_pictures_are_answered_after_all_that(server: LiveServer) -> None:
+def test_text_and_images_are_answered_after_all_that(server: LiveServer) -> None:
     assert answer(server, chat_body(circle("red"), WHAT, max_tokens=32)) == "a red circle"
     assert post(server, chat_body("hello")).status_code == 200
     assert server.http.get("/ping").status_code == 200

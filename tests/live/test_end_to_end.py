@@ -131,7 +131,7 @@ def test_typed_placeholders_and_special_tokens_are_only_text(server: LiveServer)
     assert special["usage"]["prompt_tokens"] == plain + len("</s><|system|>")
 
 
-def test_too_many_pictures_are_refused_with_the_options_name(server: LiveServer) -> None:
+def test_too_many_images_are_refused_with_the_options_name(server: LiveServer) -> None:
     reply = server.chat(*(random_image(n) for n in range(5)), "hello")
     assert reply.status_code == 400
     assert "limit_mm_per_prompt" in reply.json()["error"]["message"]
@@ -227,7 +227,7 @@ class SilentHost:
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/picture.png"
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/image.png"
         self.connected, self.hung_up = threading.Event(), threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -241,8 +241,8 @@ class SilentHost:
 
 
 @pytest.fixture(scope="module")
-def picture_host() -> Iterator[str]:
-    """A real HTTP server on loopback with one picture."""
+def image_host() -> Iterator[str]:
+    """A real HTTP server on loopback with one image."""
     image = random_image(3)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -256,15 +256,15 @@ def picture_host() -> Iterator[str]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{host.server_address[1]}/picture.png"
+        yield f"http://127.0.0.1:{host.server_address[1]}/image.png"
         host.shutdown()
 
 
 @pytest.mark.parametrize(
     "url", ["http://169.254.169.254/latest/meta-data/", "http://localhost:9/x", "file:///etc/passwd"]
 )
-def test_private_addresses_and_files_are_refused(server: LiveServer, picture_host: str, url: str) -> None:
-    for refused in (url, picture_host):
+def test_private_addresses_and_files_are_refused(server: LiveServer, image_host: str, url: str) -> None:
+    for refused in (url, image_host):
         reply = server.chat(random_image(1), refused, "hello")
         assert reply.status_code == 400
         assert "image 1" in reply.json()["error"]["message"]
@@ -272,7 +272,7 @@ def test_private_addresses_and_files_are_refused(server: LiveServer, picture_hos
         assert "passwd" not in reply.text
 
 
-def test_bad_pictures_are_named_by_index(server: LiveServer) -> None:
+def test_bad_images_are_named_by_index(server: LiveServer) -> None:
     huge = "data:image/png;base64," + base64.b64encode(png(2**31 - 1, 2**31 - 1)).decode()
     for bad, status in (("data:image/png;base64,AAAA", 400), (huge, 413)):
         reply = server.chat(random_image(1), bad, "hello")
@@ -282,7 +282,7 @@ def test_bad_pictures_are_named_by_index(server: LiveServer) -> None:
 
 @pytest.fixture(scope="module")
 def small_server(model: Path) -> Iterator[LiveServer]:
-    """Two places in the batch, two in the queue, three seconds a request, loopback pictures allowed, no restart."""
+    """Two places in the batch, two in the queue, three seconds a request, loopback images allowed, no restart."""
     with LiveServer(
         model, FLOAT32, "max_rolling_batch_size=2", "job_queue_size=2", "predict_timeout=3",
         "image_fetch_allow_private=127.0.0.1", "image_fetch_timeout=60", "max_model_len=512", "retry_threshold=0",
@@ -290,14 +290,14 @@ def small_server(model: Path) -> Iterator[LiveServer]:
         yield live
 
 
-def test_pictures_come_over_http_from_allowed_hosts(
-    small_server: LiveServer, picture_host: str, truth: Truth
+def test_images_come_over_http_from_allowed_hosts(
+    small_server: LiveServer, image_host: str, truth: Truth
 ) -> None:
-    reply = small_server.chat(picture_host, "hello")
+    reply = small_server.chat(image_host, "hello")
     assert same(reply.json()["choices"][0]["message"]["content"], truth.answer(random_image(3), "hello"))
 
 
-def test_the_deadline_holds_while_a_picture_is_fetched(small_server: LiveServer) -> None:
+def test_the_deadline_holds_while_an_image_is_fetched(small_server: LiveServer) -> None:
     host = SilentHost()
     reply = small_server.chat(host.url, "hello")
     assert reply.status_code == 408
@@ -305,7 +305,7 @@ def test_the_deadline_holds_while_a_picture_is_fetched(small_server: LiveServer)
     assert host.hung_up.wait(2)
 
 
-def test_a_client_that_goes_away_while_its_picture_is_fetched_frees_everything(
+def test_a_client_that_goes_away_while_its_image_is_fetched_frees_everything(
     small_server: LiveServer,
 ) -> None:
     host = SilentHost()
@@ -365,7 +365,7 @@ def test_a_killed_engine_is_replaced_and_nobody_hangs(mortal_server: LiveServer,
     assert server.metrics()["lmi_engine_restarts_total"] == 1
 
 
-@pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, with workers and copies")
+@pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, with workers and replicas")
 def test_an_engine_that_hangs_is_replaced_after_the_time_that_an_option_says(model: Path) -> None:
     with LiveServer(model, FLOAT32, "engine_stuck_timeout=3") as server:
         body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
@@ -429,7 +429,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_a_reason(tmp_path: 
         assert ("cannot serve the model" if VLLM else "'gpt2' is not served") in server.log
 
 
-def test_the_log_has_one_line_a_request_and_neither_prompt_nor_picture(server: LiveServer) -> None:
+def test_the_log_has_one_line_a_request_and_neither_prompt_nor_image(server: LiveServer) -> None:
     reply = server.chat(random_image(5), "a very secret question", max_tokens=3)
     server.wait_for(reply.headers["x-request-id"])
     assert "secret" not in server.log

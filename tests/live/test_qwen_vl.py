@@ -146,14 +146,14 @@ def test_an_image_that_is_too_long_is_refused(served: Served) -> None:
     assert served.http.metrics()["lmi_engine_restarts_total"] == 0
 
 
-def test_rows_and_their_grid_are_answered_like_the_picture(served: Served) -> None:
+def test_rows_and_their_grid_are_answered_like_the_image(served: Served) -> None:
     wide, high = noise(120, 60), noise(60, 180)
     sent = [served.features(image) for image in (wide, high)]
     assert len({one["image_embeds"].shape for one in sent}) == 2
-    picture = post(served.http, chat_body(wide, high, "What?", **SHOWN)).json()
+    from_image = post(served.http, chat_body(wide, high, "What?", **SHOWN)).json()
     embedded = post(served.http, body(*sent, text="What?", **SHOWN)).json()
-    assert embedded["usage"]["prompt_tokens"] == picture["usage"]["prompt_tokens"]
-    pairs = list(zip(scores(picture), scores(embedded), strict=True))
+    assert embedded["usage"]["prompt_tokens"] == from_image["usage"]["prompt_tokens"]
+    pairs = list(zip(scores(from_image), scores(embedded), strict=True))
     assert all(left[0] == right[0] and abs(left[1] - right[1]) < 0.01 for left, right in pairs)
     turned = post(served.http, body(*sent[::-1], text="What?", **SHOWN)).json()
     assert scores(turned) != scores(embedded)
@@ -186,7 +186,7 @@ def test_a_grid_that_does_not_fit_is_refused_and_the_engine_lives(served: Served
         (rows[:11], fitting, "which is 12 tokens; image_embeds has 11 rows"),
         (rows, [1, 3, 16], "must be multiples of 2"),
         (rows, [1, 2**40, 2**40], "image_embeds has 12 rows"),
-        (rows, [2, 4, 6], "a picture has 1 frame"),
+        (rows, [2, 4, 6], "an image has 1 frame"),
         (rows, [0, 6, 8], "numbers from 1"),
         (rows[:, 1:].contiguous(), fitting, f"wants [tokens, {served.row_size}]"),
         (rows.repeat(1, 2), fitting, f"wants [tokens, {served.row_size}]"),

@@ -24,9 +24,9 @@ WHAT = "What is this an image of?"
 CHAT = {"messages": [message(CIRCLE, WHAT)], "temperature": 0, "max_tokens": 32}
 
 
-def prompt(text: str, *pictures: Any) -> str:
-    """A raw prompt in the model's own format, with pictures as LMI's `inputs` take them here."""
-    links = "".join(f"![]({data_url(picture)})" for picture in pictures)
+def prompt(text: str, *images: Any) -> str:
+    """A raw prompt in the model's own format, with images as LMI's `inputs` take them here."""
+    links = "".join(f"![]({data_url(image)})" for image in images)
     return f"<|user|>{links}{text}</s><|assistant|>"
 
 
@@ -73,7 +73,7 @@ def refused(client: Any, body: Any, **fields: Any) -> dict[str, Any]:
     return caught.value.response
 
 
-def test_chat_about_a_picture(client: Any) -> None:
+def test_chat_about_an_image(client: Any) -> None:
     reply = invoke(client, CHAT)
     assert reply["ContentType"] == "application/json"
     (choice,) = json.loads(reply["Body"])["choices"]

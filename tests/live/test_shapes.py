@@ -1,6 +1,6 @@
 """The model in the repository, served as a newcomer serves it: the answers must be right, not only well formed.
 
-The pictures are drawn here with plain Pillow calls, by none of the world's own renderers.
+The images are drawn here with plain Pillow calls, by none of the world's own renderers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.support.live import LiveServer, data_url, message
-from tests.support.shapes import PICTURES, SHAPES, circle, square
+from tests.support.shapes import IMAGES, SHAPES, circle, square
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def ask(client: openai.OpenAI, *content: str | Image.Image, history: list[dict] 
     return reply.choices[0].message.content or ""
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in PICTURES.iterdir()))
-def test_the_pictures_in_the_repository_are_named_after_the_answer(client: openai.OpenAI, name: str) -> None:
+@pytest.mark.parametrize("name", sorted(path.name for path in IMAGES.iterdir()))
+def test_the_images_in_the_repository_are_named_after_the_answer(client: openai.OpenAI, name: str) -> None:
     words = Path(name).stem.replace("-and-", " and ").replace("-", " ")
     want = " and ".join(f"{'an' if part[0] in 'aeiou' else 'a'} {part}" for part in words.split(" and "))
-    assert ask(client, Image.open(PICTURES / name).convert("RGB"), "What is this an image of?") == want
+    assert ask(client, Image.open(IMAGES / name).convert("RGB"), "What is this an image of?") == want
 
 
 @pytest.mark.parametrize("color", ["red", "green", "blue", "yellow", "black"])
@@ -58,7 +58,7 @@ def test_every_phrasing_of_the_vision_documentation_is_understood(client: openai
         assert ask(client, square("blue"), question) == "a blue square", question
 
 
-def test_which_picture_comes_first_matters(client: openai.OpenAI) -> None:
+def test_which_image_comes_first_matters(client: openai.OpenAI) -> None:
     first, second = circle("red"), square("blue")
     question = "What is in the second image?"
     assert ask(client, first, second, question) == "a blue square"
@@ -79,7 +79,7 @@ def test_json_when_asked_for(client: openai.OpenAI) -> None:
     assert json.loads(answer) == {"shapes": [{"color": "red", "shape": "circle"}]}
 
 
-def test_without_a_picture_it_says_so(client: openai.OpenAI) -> None:
+def test_without_an_image_it_says_so(client: openai.OpenAI) -> None:
     assert ask(client, "What is this an image of?") == "I see no image."
 
 

@@ -53,12 +53,12 @@ COUNTED = {
 }
 
 
-def picture(name: str) -> Image.Image:
+def drawing(name: str) -> Image.Image:
     return Image.open(next((SHAPES / "pictures").glob(f"{name}.*"))).convert("RGB")
 
 
 def seen(name: str) -> list[dict[str, str]]:
-    """What a picture shows, by its file's name."""
+    """What an image shows, by its file's name."""
     return [dict(zip(("color", "shape"), one.split("-"), strict=True)) for one in name.split("-and-")]
 
 
@@ -81,9 +81,9 @@ NAMES = ["red-circle", "orange-star-and-blue-square", "red-circle-and-blue-squar
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_json_object_extracted_from_a_picture(server: LiveServer, name: str) -> None:
+def test_a_json_object_extracted_from_an_image(server: LiveServer, name: str) -> None:
     text, finish = choice(
-        server.chat("Answer in JSON.", picture(name), response_format=json_schema(DRAWING), max_tokens=100)
+        server.chat("Answer in JSON.", drawing(name), response_format=json_schema(DRAWING), max_tokens=100)
     )
     assert finish == "stop"
     assert json.loads(text) == {"shapes": seen(name)}
@@ -95,7 +95,7 @@ def test_the_same_streamed(server: LiveServer, name: str) -> None:
     parts: list[str] = []
     finish = None
     for chunk in client.chat.completions.create(
-        **chat_body("Answer in JSON.", picture(name), max_tokens=100),  # type: ignore[arg-type]
+        **chat_body("Answer in JSON.", drawing(name), max_tokens=100),  # type: ignore[arg-type]
         model="shapes",
         response_format=json_schema(DRAWING),
         stream=True,
@@ -110,7 +110,7 @@ def test_the_same_streamed(server: LiveServer, name: str) -> None:
 def test_a_pydantic_model_as_openais_client_parses_it(server: LiveServer) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
     reply = client.chat.completions.parse(
-        **chat_body("Answer in JSON.", picture("orange-star-and-blue-square"), max_tokens=100),  # type: ignore[arg-type]
+        **chat_body("Answer in JSON.", drawing("orange-star-and-blue-square"), max_tokens=100),  # type: ignore[arg-type]
         model="shapes",
         response_format=Drawing,
     )
@@ -125,7 +125,7 @@ def test_tgis_example_in_kind(server: LiveServer, route: str, kind: str) -> None
     """An object with bounded integers and arrays. The model has not learnt to write this form: what it must say is
     in the schema, what it must know is the first shape."""
     value: Any = {"name": "drawing", "schema": COUNTED} if kind == "json_schema" else COUNTED
-    inputs = f"<s><|user|>![]({data_url(picture('red-circle'))})Answer in JSON.</s><|assistant|>"
+    inputs = f"<s><|user|>![]({data_url(drawing('red-circle'))})Answer in JSON.</s><|assistant|>"
     body = {
         "inputs": inputs,
         "parameters": {"grammar": {"type": kind, "value": value}, "max_new_tokens": 300, "details": True},
@@ -179,7 +179,7 @@ def test_the_answer_is_the_right_one_among_those_allowed(
     server: LiveServer, fields: dict[str, Any], want: str
 ) -> None:
     question = fields.pop("question", "What is this an image of?")
-    assert choice(server.chat(question, picture("red-circle"), **fields)) == (want, "stop")
+    assert choice(server.chat(question, drawing("red-circle"), **fields)) == (want, "stop")
 
 
 def test_json_mode(server: LiveServer) -> None:
@@ -187,13 +187,13 @@ def test_json_mode(server: LiveServer) -> None:
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"json_object": True}},
     ):
-        text, finish = choice(server.chat("Answer in JSON.", picture("red-circle"), max_tokens=60, **fields))
+        text, finish = choice(server.chat("Answer in JSON.", drawing("red-circle"), max_tokens=60, **fields))
         assert (json.loads(text), finish) == ({"shapes": seen("red-circle")}, "stop")
 
 
 def test_drawn_answers_validate_each(server: LiveServer) -> None:
     reply = server.chat(
-        "What is this?", picture("red-circle"), response_format=json_schema(COUNTED), temperature=1.5, n=6, seed=7,
+        "What is this?", drawing("red-circle"), response_format=json_schema(COUNTED), temperature=1.5, n=6, seed=7,
         max_tokens=300,
     ).json()  # fmt: skip
     texts = [one["message"]["content"] for one in reply["choices"] if one["finish_reason"] == "stop"]
@@ -205,7 +205,7 @@ def test_drawn_answers_validate_each(server: LiveServer) -> None:
 def test_an_answer_cut_short_says_so(server: LiveServer) -> None:
     text, finish = choice(
         server.chat(
-            "Answer in JSON.", picture("red-circle"), response_format=json_schema(DRAWING), max_tokens=6
+            "Answer in JSON.", drawing("red-circle"), response_format=json_schema(DRAWING), max_tokens=6
         )
     )
     assert finish == "length"
@@ -288,7 +288,7 @@ def test_free_and_constrained_requests_share_the_batch(server: LiveServer) -> No
     def ask(number: int) -> tuple[str, str]:
         name, fields = asked[number % 4]
         question = "Answer in JSON." if "response_format" in fields else "What is this an image of?"
-        return choice(server.chat(question, picture(name), **fields))
+        return choice(server.chat(question, drawing(name), **fields))
 
     def attack(number: int) -> int:
         schema = {**hostile, "title": str(number)}

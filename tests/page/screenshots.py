@@ -1,4 +1,4 @@
-"""The pictures of the page in the README:  python -m tests.page.screenshots"""
+"""The images of the page in the README:  python -m tests.page.screenshots"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.support.live import LiveServer
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-PICTURES = Path(__file__).parents[2] / "examples" / "shapes" / "pictures"
+IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "pictures"
 DROP = """([target, files]) => {
     const data = new DataTransfer();
     for (const { name, type, bytes } of files)
@@ -37,8 +37,8 @@ def drop(page: Page, *files: tuple[str, str, bytes]) -> None:
     page.locator("#images li").nth(len(files) - 1).wait_for()
 
 
-def picture(name: str) -> tuple[str, str, bytes]:
-    return name, f"image/{'png' if name.endswith('png') else 'jpeg'}", (PICTURES / name).read_bytes()
+def image(name: str) -> tuple[str, str, bytes]:
+    return name, f"image/{'png' if name.endswith('png') else 'jpeg'}", (IMAGES / name).read_bytes()
 
 
 def ask(page: Page, question: str) -> None:
@@ -53,7 +53,7 @@ def answered(page: Page) -> str:
 
 
 def test_an_image_that_is_dropped_is_answered_about(shapes_page: Page) -> None:
-    drop(shapes_page, picture("red-circle.png"))
+    drop(shapes_page, image("red-circle.png"))
     ask(shapes_page, "What is this an image of?")
     assert answered(shapes_page) == "a red circle"
     note = shapes_page.locator(".turn.assistant footer").inner_text()
@@ -61,7 +61,7 @@ def test_an_image_that_is_dropped_is_answered_about(shapes_page: Page) -> None:
 
 
 def test_the_order_of_images_is_that_of_the_page(shapes_page: Page) -> None:
-    drop(shapes_page, picture("red-circle.png"), picture("yellow-star.png"))
+    drop(shapes_page, image("red-circle.png"), image("yellow-star.png"))
     shapes_page.get_by_role("button", name="Move yellow-star.png to the left").click()
     assert shapes_page.locator("#images img").first.get_attribute("alt") == "yellow-star.png"
     shapes_page.locator("#images li").nth(0).drag_to(shapes_page.locator("#images li").nth(1))
@@ -71,7 +71,7 @@ def test_the_order_of_images_is_that_of_the_page(shapes_page: Page) -> None:
 
 
 def test_turns_follow_are_edited_and_answered_again(shapes_page: Page) -> None:
-    drop(shapes_page, picture("red-circle.png"))
+    drop(shapes_page, image("red-circle.png"))
     ask(shapes_page, "What is this an image of?")
     answered(shapes_page)
     ask(shapes_page, "What color is it?")
@@ -92,11 +92,11 @@ def test_an_example_answers_at_once(shapes_page: Page) -> None:
 
 
 def test_a_refused_image_shows_the_reason_of_the_server(shapes_page: Page) -> None:
-    drop(shapes_page, ("broken.png", "image/png", b"\x89PNG\r\n\x1a\n" + b"no picture"))
+    drop(shapes_page, ("broken.png", "image/png", b"\x89PNG\r\n\x1a\n" + b"no image"))
     ask(shapes_page, "What is this?")
     shapes_page.locator(".turn .error").wait_for()
     assert "image 0" in shapes_page.locator(".turn .error").inner_text()
-    drop(shapes_page, picture("red-circle.png"))
+    drop(shapes_page, image("red-circle.png"))
     ask(shapes_page, "What is this an image of?")
     assert answered(shapes_page)
 
@@ -118,7 +118,7 @@ def test_an_answer_can_be_held_to_a_schema(shapes_page: Page) -> None:
 
 @pytest.mark.parametrize("kind", ["curl", "openai", "tgi"])
 def test_a_request_copied_runs_as_pasted(shapes_page: Page, kind: str, tmp_path: Path) -> None:
-    drop(shapes_page, picture("red-circle.png"))
+    drop(shapes_page, image("red-circle.png"))
     shapes_page.get_by_label("Message", exact=True).fill("What is this an image of?")
     shapes_page.get_by_label("Copy the request as").select_option(kind)
     shapes_page.get_by_role("button", name="Copy request").click()
@@ -133,7 +133,7 @@ def test_a_request_copied_runs_as_pasted(shapes_page: Page, kind: str, tmp_path:
 def test_the_pages_are_reached_by_keys_and_have_no_serious_fault(shapes_page: Page) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
-    drop(shapes_page, picture("red-circle.png"))
+    drop(shapes_page, image("red-circle.png"))
     ask(shapes_page, "What is this an image of?")
     answered(shapes_page)
     shapes_page.get_by_role("tab", name="Try").focus()

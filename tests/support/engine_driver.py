@@ -21,7 +21,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
-from engine.messages import Add, Output, Picture, TensorData
+from engine.messages import Add, ImageInput, Output, TensorData
 from engine.sampling_params import SamplingParams
 
 EOS = (257, 263)
@@ -35,13 +35,13 @@ def random_image(seed: int) -> Image.Image:
 
 @dataclass
 class Prompt:
-    """Text token ids with pictures (by seed) standing between them."""
+    """Text token ids with images (by seed) standing between them."""
 
     items: list[int | Image.Image]
 
     def add(self, preprocessor: Preprocessor[Any] | None, params: SamplingParams, seed: int = 0) -> Add:
         token_ids: list[int] = []
-        pictures: list[Picture] = []
+        images: list[ImageInput] = []
         variant = 0 if preprocessor is None else preprocessor.variant(len(self.images))
         for item in self.items:
             if isinstance(item, int):
@@ -49,8 +49,8 @@ class Prompt:
                 continue
             assert preprocessor is not None
             prepared = preprocessor.prepare(item, variant)
-            pictures.append(
-                Picture(
+            images.append(
+                ImageInput(
                     digest=item.tobytes()[:64] + repr((item.size, variant)).encode(),
                     offset=len(token_ids),
                     length=len(prepared.token_ids),
@@ -59,9 +59,9 @@ class Prompt:
                 )
             )
             token_ids += prepared.token_ids
-        add = Add(0, token_ids, params, [seed], EOS, pictures)
+        add = Add(0, token_ids, params, [seed], EOS, images)
         if preprocessor is not None:
-            positions, add.position_delta = preprocessor.positions(len(token_ids), pictures)
+            positions, add.position_delta = preprocessor.positions(len(token_ids), images)
             add.positions = None if positions is None else TensorData.pack(positions)
         return add
 

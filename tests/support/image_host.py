@@ -19,7 +19,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 _buffer = io.BytesIO()
 Image.new("RGB", (40, 30), "red").save(_buffer, "PNG")
-PICTURE = _buffer.getvalue()
+IMAGE = _buffer.getvalue()
 OK = b"HTTP/1.1 200 OK\r\n"
 LOOPBACK = ("127.0.0.0/8",)
 
@@ -73,7 +73,7 @@ def replying(*pieces: bytes) -> Serve:
     return serve
 
 
-def picture(data: bytes = PICTURE) -> Serve:
+def serve_image(data: bytes = IMAGE) -> Serve:
     return replying(OK + b"Content-Length: %d\r\n\r\n" % len(data), data)
 
 

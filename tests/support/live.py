@@ -136,7 +136,7 @@ def data_url(image: Image.Image, form: str = "PNG") -> str:
 
 
 def message(*content: str | Image.Image, role: str = "user") -> dict[str, Any]:
-    """A turn: strings starting with http(s) and pictures are picture parts, other strings are text."""
+    """A turn: strings starting with http(s) and images are image parts, other strings are text."""
     parts: list[dict[str, Any]] = []
     for item in content:
         if isinstance(item, Image.Image):

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support.shapes import ROOT
 
 HEAVY = ["torch"] if find_spec("torchvision") else []
-"""What the front imports: where torchvision is installed, pictures are resized with torch."""
+"""What the front imports: where torchvision is installed, images are resized with torch."""
 
 
 _LOAD = """
@@ -20,12 +20,12 @@ from handlers.backends.rolling.model_front import ModelFront
 from properties.settings import Settings
 front = ModelFront.load(Settings(), sys.argv[1])
 from PIL import Image
-picture = front.preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
+image = front.preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
 print(json.dumps({
     "heavy": sorted({"torch", "transformers.modeling_utils"} & sys.modules.keys()),
     "eos": front.eos_token_ids, "vocabulary": front.vocab_size, "ids": front.tokenizer("a red circle").input_ids,
-    "kind": type(front.tokenizer).__name__, "tokens": len(picture.token_ids),
-    "pixels": float(picture.tensors["pixel_values"].sum()), "fingerprint": front.preprocessor.fingerprint.hex(),
+    "kind": type(front.tokenizer).__name__, "tokens": len(image.token_ids),
+    "pixels": float(image.tensors["pixel_values"].sum()), "fingerprint": front.preprocessor.fingerprint.hex(),
 }))
 """
 

@@ -133,7 +133,7 @@ def make_llava(
     strategy: str = "default",
     **overrides: Any,
 ) -> Path:
-    """A Llava of 28-pixel pictures: 16 patches, so 16 tokens (17 with CLIP's class token, 15 for SigLIP with
+    """A Llava of 28-pixel images: 16 patches, so 16 tokens (17 with CLIP's class token, 15 for SigLIP with
     "default", which cuts the first row off)."""
     if VLLM:
         overrides = VLLM_SIZE | overrides

@@ -36,7 +36,7 @@ async def loaded(model: Path, **settings: Any) -> AsyncIterator[Pipeline]:
 
 
 def request(*content: str | int, sampling: dict[str, Any] | None = None, **fields: Any) -> GenerationRequest:
-    """A chat turn: strings are text, numbers are pictures by seed."""
+    """A chat turn: strings are text, numbers are images by seed."""
     parts = [
         TextPart(item)
         if isinstance(item, str)

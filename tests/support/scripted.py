@@ -102,7 +102,7 @@ class ScriptedBackend:
         return ScriptedGeneration(self, self._script(request), self._stats())
 
     async def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """A token is a character, a picture is two of them."""
+        """A token is a character, an image is two of them."""
         text = "".join(part.text if isinstance(part, TextPart) else "##" for part in prompt_parts(prompt))
         spans = [(0, 0), *((number, number + 1) for number in range(len(text)))]
         return TokenizedPrompt(text, [1, *map(ord, text)], ["<s>", *text], spans)
@@ -122,7 +122,7 @@ class ScriptedBackend:
         pass
 
 
-class Pictures:
+class ScriptedImages:
     """Loads nothing, and takes its time."""
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -167,14 +167,14 @@ class Watched:
         self.errors.append(kind)
 
 
-def service(backend: ScriptedBackend, pictures: Pictures | None = None, **options: Any) -> Service:
+def service(backend: ScriptedBackend, images: ScriptedImages | None = None, **options: Any) -> Service:
     own = {
         name: options.pop(name)
         for name in ("observer", "output_formatter", "tgi_compat", "formats", "gates")
         if name in options
     }
     limits = ServiceLimits(**options)
-    return Service(backend, pictures or Pictures(), limits, model_name="shapes", **own)  # type: ignore[arg-type]
+    return Service(backend, images or ScriptedImages(), limits, model_name="shapes", **own)  # type: ignore[arg-type]
 
 
 def incoming(body: Any, route: str = "/v1/chat/completions", **headers: str) -> Incoming:

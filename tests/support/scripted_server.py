@@ -1,7 +1,7 @@
 """The real server, in a process of its own, around a backend that does what the prompt says.
 
 The user's message is JSON: `tokens` to say, `pause` seconds before each, `fail` to raise after them, `say` for the
-text of each, to which `digests` adds those of the pictures. The environment says how loading goes: `SCRIPTED_LOAD`
+text of each, to which `digests` adds those of the images. The environment says how loading goes: `SCRIPTED_LOAD`
 is seconds to take, or the text of an error; `SCRIPTED_ADAPTERS` is how many adapters have a place.
 Tests use `ServerProcess`; the process itself runs this file.
 """

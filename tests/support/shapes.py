@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 """The repository's own folder."""
 
 SHAPES = ROOT / "examples" / "shapes"
-PICTURES = SHAPES / "pictures"
+IMAGES = SHAPES / "pictures"
 
 
 def circle(color: str, background: str = "white", size: tuple[int, int] = (320, 240)) -> Image.Image:
@@ -32,8 +32,8 @@ def square(color: str, background: str = "white") -> Image.Image:
     return image
 
 
-def picture(name: str) -> Image.Image:
-    return Image.open(PICTURES / f"{name}.png")
+def drawing(name: str) -> Image.Image:
+    return Image.open(IMAGES / f"{name}.png")
 
 
 def tower_pixels(name: str) -> torch.Tensor:
@@ -41,7 +41,7 @@ def tower_pixels(name: str) -> torch.Tensor:
     from transformers import AutoImageProcessor
 
     processor: Any = AutoImageProcessor.from_pretrained(SHAPES, backend="pil")
-    tensor: torch.Tensor = processor(picture(name).convert("RGB"), return_tensors="pt")["pixel_values"]
+    tensor: torch.Tensor = processor(drawing(name).convert("RGB"), return_tensors="pt")["pixel_values"]
     return tensor
 
 

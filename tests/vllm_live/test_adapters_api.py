@@ -27,7 +27,7 @@ TRIANGLE = "a green triangle"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`square` and `triangle` say what they are called after, of any picture; the others cannot be loaded."""
+    """`square` and `triangle` say what they are called after, of any image; the others cannot be loaded."""
     path = tmp_path_factory.mktemp("trained")
     train_adapter(path / "square", WHAT, SQUARE)
     train_adapter(path / "triangle", WHAT, TRIANGLE)

@@ -211,7 +211,7 @@ def test_a_lost_worker_is_noticed_at_once_and_a_hung_one_leaves_nothing_behind(t
 
 
 @pytest.mark.timeout(600)
-def test_a_hung_copy_is_noticed_while_another_answers(text_model: Path) -> None:
+def test_a_hung_replica_is_noticed_while_another_answers(text_model: Path) -> None:
     with LiveServer(text_model, "data_parallel_degree=2", *QUICK) as server:
         answer, before = told(server), families(server)
         assert len(server.engines) == 2
@@ -230,12 +230,12 @@ def test_a_hung_copy_is_noticed_while_another_answers(text_model: Path) -> None:
                     while (await client.get("/ping")).status_code == 200:
                         pass
                     assert "has not answered for" not in server.log, "it is suspected before it is given up"
-                    assert sum(asked.count(200) for asked in answers) > 10, "the other copy answers"
+                    assert sum(asked.count(200) for asked in answers) > 10, "the other replica answers"
                     await asyncio.gather(*asking)
             assert {asked[-1] for asked in answers} <= {500, 503}
 
         asyncio.run(load())
-        server.wait_for(r"(\(copy 1 of 2\))", 10.0)
+        server.wait_for(r"(\(replica 1 of 2\))", 10.0)
         serves_again(server, before, answer, 1)
 
 

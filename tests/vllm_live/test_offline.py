@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.scripts import run_script
-from tests.support.shapes import PICTURES, SHAPES, tower_features
+from tests.support.shapes import IMAGES, SHAPES, tower_features
 
 SCRIPT = """
 import sys
@@ -15,7 +15,7 @@ from PIL import Image
 import numpy
 from handlers import LLM, ImageFeatureData, ImagePixelData, SamplingParams
 
-shapes, pictures, features = sys.argv[1:]
+shapes, images, features = sys.argv[1:]
 llm = LLM(
     shapes,
     rolling_batch="vllm",
@@ -29,9 +29,9 @@ llm = LLM(
     image_feature_size=64,
 )
 prompt = "USER: <image>\\nWhat is the content of this image?\\nASSISTANT:"
-star = Image.open(pictures + "/yellow-star.png")
+star = Image.open(images + "/yellow-star.png")
 given = [
-    {"prompt": prompt, "multi_modal_data": {"image": Image.open(pictures + "/red-circle.png")}},
+    {"prompt": prompt, "multi_modal_data": {"image": Image.open(images + "/red-circle.png")}},
     {"prompt": prompt},
     {"prompt": prompt, "multi_modal_data": {"image": star}},
 ]
@@ -49,8 +49,8 @@ for data in (ImagePixelData(star), ImageFeatureData(numpy.load(features))):
 
 
 def test_a_script_without_a_guard(tmp_path: Path) -> None:
-    """Also with what vLLM's pages up to 0.5 showed, and the features of a picture in its place."""
+    """Also with what vLLM's pages up to 0.5 showed, and the features of an image in its place."""
     np.save(tmp_path / "features.npy", tower_features("yellow-star")[0])
-    printed = run_script(tmp_path, SCRIPT, SHAPES, PICTURES, tmp_path / "features.npy")
+    printed = run_script(tmp_path, SCRIPT, SHAPES, IMAGES, tmp_path / "features.npy")
     answers = [line.removeprefix("ANSWER ").strip() for line in printed.splitlines() if "ANSWER" in line]
     assert answers == ["a red circle", "InvalidRequest", *["a yellow star"] * 5]

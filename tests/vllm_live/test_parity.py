@@ -30,7 +30,7 @@ CLOSE = 0.05
 """Largest difference of a token's log probability."""
 
 
-def picture(rng: random.Random) -> Image.Image:
+def draw_image(rng: random.Random) -> Image.Image:
     """One or two shapes of any size on a plain ground; sizes that no processor resizes by a whole factor."""
     size = (rng.randint(50, 400), rng.randint(50, 400))
     image = Image.new("RGB", size, rng.choice(["white", "black", "gray"]))
@@ -44,7 +44,7 @@ def picture(rng: random.Random) -> Image.Image:
 
 def bodies() -> list[dict[str, Any]]:
     rng = random.Random(7)
-    pool = [picture(rng) for _ in range(40)]
+    pool = [draw_image(rng) for _ in range(40)]
     made = []
     for number in range(PROMPTS):
         content: list[Any] = [rng.choice(QUESTIONS)]

@@ -22,9 +22,9 @@ from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import (
     EngineFailed,
     ImageError,
+    ImagesLost,
     InvalidRequest,
     Overloaded,
-    PicturesLost,
     ServingError,
     Unavailable,
 )
@@ -98,20 +98,20 @@ async def whole(made: VllmStream) -> int:
 
 
 @pytest.mark.parametrize("constrained", [False, True])
-def test_a_picture_that_one_of_several_answers_misses_is_lost_for_all(constrained: bool) -> None:
+def test_an_image_that_one_of_several_answers_misses_is_lost_for_all(constrained: bool) -> None:
     """vLLM tells each answer's miss by itself, and that the request is finished with the last of them."""
 
     async def scenario() -> None:
         outputs = Outputs(output(0, reason="error"), output(1, reason="error", last=True))
         made = stream(outputs, n=2, constrained=constrained)
-        with pytest.raises(PicturesLost):
+        with pytest.raises(ImagesLost):
             await made.start()
         assert outputs.aborted, "the other answer does not go on"
 
     asyncio.run(scenario())
 
 
-def test_a_failure_after_a_token_or_without_pictures_is_no_lost_picture() -> None:
+def test_a_failure_after_a_token_or_without_images_is_no_lost_image() -> None:
     for told, images in (
         (Outputs(output(0, 5), output(0, reason="error", last=True)), True),
         (Outputs(output(0, 5, reason="error", last=True)), True),
@@ -151,9 +151,9 @@ def test_a_failure_of_vllms_own_loop_is_not_the_requests_fault(error: Exception)
         assert ("too many" in raised.value.message) is isinstance(raised.value, InvalidRequest)
 
 
-@pytest.mark.parametrize("pictures", [0, 1])
+@pytest.mark.parametrize("images", [0, 1])
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_renderer_that_was_shut_down_under_a_request_is_not_its_fault(pictures: int, lost: bool) -> None:
+def test_a_renderer_that_was_shut_down_under_a_request_is_not_its_fault(images: int, lost: bool) -> None:
     async def render(prompts: Any, params: Any) -> Any:
         raise RuntimeError("cannot schedule new futures after shutdown")
 
@@ -162,9 +162,9 @@ def test_a_renderer_that_was_shut_down_under_a_request_is_not_its_fault(pictures
         model_config=ModelConfig(model=str(SHAPES)),
         renderer=SimpleNamespace(render_cmpl_async=render),
     )
-    parts = [ImagePart("", cast(Any, SimpleNamespace(digest=b"1", image=None))) for _ in range(pictures)]
+    parts = [ImagePart("", cast(Any, SimpleNamespace(digest=b"1", image=None))) for _ in range(images)]
     with pytest.raises(ServingError) as raised:
         asyncio.run(Inputs(VLLM).placed(engine, [1], parts))
-    expected = Unavailable if lost else ImageError if pictures else InvalidRequest
+    expected = Unavailable if lost else ImageError if images else InvalidRequest
     assert type(raised.value) is expected
     assert (raised.value.retry_after == 5) is lost

@@ -1,4 +1,4 @@
-"""A LoRA adapter that has learned one sentence: what it says of any picture, in the files that PEFT writes."""
+"""A LoRA adapter that has learned one sentence: what it says of any image, in the files that PEFT writes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Delta(nn.Module):
 
 
 def train_adapter(directory: Path, question: str, answer: str, *, seed: int = 0) -> None:
-    """Teach it to answer the question about any picture with `answer`: seconds on one core."""
+    """Teach it to answer the question about any image with `answer`: seconds on one core."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration.from_pretrained(SHAPES, dtype=torch.float32)
     model.requires_grad_(False)
@@ -58,14 +58,14 @@ def _adding(delta: Delta) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Ten
 
 
 def _examples(question: str, answer: str) -> tuple[dict[str, Any], torch.Tensor]:
-    """A batch of pictures with the question and the answer; labels are -100 before the answer."""
+    """A batch of images with the question and the answer; labels are -100 before the answer."""
     processor = AutoProcessor.from_pretrained(SHAPES)
     content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    pictures: list[Image.Image] = [draw(color) for draw in (circle, square) for color in COLORS]
+    images: list[Image.Image] = [draw(color) for draw in (circle, square) for color in COLORS]
     end = processor.tokenizer.eos_token
-    texts = [prompt + answer + end] * len(pictures)
-    inputs = dict(processor(images=pictures, text=texts, return_tensors="pt", add_special_tokens=False))
+    texts = [prompt + answer + end] * len(images)
+    inputs = dict(processor(images=images, text=texts, return_tensors="pt", add_special_tokens=False))
     told = len(processor.tokenizer(answer + end, add_special_tokens=False).input_ids)
     labels = inputs["input_ids"].clone()
     labels[:, :-told] = -100

@@ -90,7 +90,6 @@ class RollingBackend:
         from transformers import PretrainedConfig
 
         from engine.loader import read_config, resolve_dtype
-        from engine.machine import computes_bfloat16
         from handlers.backends.estimate import DTYPE_BYTES, completed, shared_output
 
         device = "cuda" if machine.accelerators else "cpu"
@@ -98,7 +97,7 @@ class RollingBackend:
             PretrainedConfig(dtype=model_dtype(config)),
             configuration.settings.dtype,
             device,
-            bfloat16=computes_bfloat16(device),
+            bfloat16=machine.computes_bfloat16(),
         )
         dtype = str(resolved.dtype).removeprefix("torch.")
         shapes = completed(directory, config)
@@ -177,5 +176,5 @@ def _contradictions(settings: Settings, directory: Path) -> list[Problem]:
             str(directory), settings.mm_processor_kwargs, settings.image_processor_backend
         )
     except (ModelLoadError, OSError, ValueError) as error:
-        return [Problem(f"the model's picture processor cannot be loaded: {error}")]
+        return [Problem(f"the model's image processor cannot be loaded: {error}")]
     return [Problem(text) for text in contradictions(settings, directory, preprocessor)]

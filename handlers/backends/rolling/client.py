@@ -197,7 +197,7 @@ class EngineClient:
         except (ValueError, OverflowError, TypeError) as error:
             raise RequestRejected("a number in the request is out of range") from error
         if len(body) > MAX_FRAME_BYTES:
-            raise RequestRejected("the request's pictures are too large together")
+            raise RequestRejected("the request's images are too large together")
         _send(self._connection, body)
         self._next_id += len(add.seeds)
         self._streams.update(dict.fromkeys(add.choice_ids, stream))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineDead, EngineError, EngineStopped, RequestRejected
 from engine.machine import usable_cores
-from engine.messages import Add, Output, Picture, TensorData
+from engine.messages import Add, ImageInput, Output, TensorData
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
@@ -27,13 +27,13 @@ from handlers.backends.base import (
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.rolling.client import STUCK_SECONDS, EngineProcess
 from handlers.backends.rolling.group import EngineGroup, Ticket
-from handlers.backends.rolling.images import PicturePreparer, ReadyPicture
+from handlers.backends.rolling.images import ImagePreparer, ReadyImage
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.unused import unused_by_text
 from handlers.errors import EngineFailed, InvalidRequest, Unavailable
-from handlers.request import PicturePart
+from handlers.request import MediaPart
 
 if TYPE_CHECKING:
     from properties.configuration import Configuration
@@ -56,7 +56,7 @@ class RollingEngine:
         self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="prepare")
         self._group: EngineGroup | None = None
         self._capabilities: Capabilities | None = None
-        self._preparer: PicturePreparer | None = None
+        self._preparer: ImagePreparer | None = None
 
     async def load(self) -> None:
         """See `Lifecycle`."""
@@ -99,7 +99,7 @@ class RollingEngine:
                 facts.row_size, facts.max_model_len - 1, facts.dtype, front.preprocessor.grid_merge
             )
             cache_bytes = self._settings.image_cache_mb << 19
-            self._preparer = PicturePreparer(front.preprocessor, self._pool, cache_bytes, wanted)
+            self._preparer = ImagePreparer(front.preprocessor, self._pool, cache_bytes, wanted)
         images = self._settings.limit_mm_per_prompt.get("image", 1)
         pixels = self._settings.max_image_pixels
         if (crowded := front.crowded(images, pixels, facts.max_model_len)) is not None:
@@ -134,7 +134,7 @@ class RollingEngine:
         return self._model
 
     async def prepare(
-        self, token_ids: list[int], parts: Sequence[PicturePart], request: EngineRequest | None
+        self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> RollingPrompt:
         """See `Engine`."""
         if not parts or self._preparer is None:
@@ -153,7 +153,7 @@ class RollingEngine:
             params=request.params.for_engine(),
             seeds=[(seed + index) % 2**63 for index in range(request.n)],
             eos_token_ids=self._front.eos_token_ids,
-            pictures=prompt.placed,
+            images=prompt.placed,
             priority=request.priority,
             grammar=request.grammar,
         )
@@ -223,7 +223,7 @@ class RollingPrompt:
     """See `handlers.backends.base.PreparedPrompt`."""
 
     token_ids: list[int]
-    placed: list[Picture]
+    placed: list[ImageInput]
 
     @property
     def images(self) -> list[tuple[int, int]]:
@@ -290,11 +290,11 @@ class RollingStream:
 
 
 def _place_images(
-    token_ids: Sequence[int], ready: Sequence[ReadyPicture], image_token_id: int | None
-) -> tuple[list[int], list[Picture]]:
+    token_ids: Sequence[int], ready: Sequence[ReadyImage], image_token_id: int | None
+) -> tuple[list[int], list[ImageInput]]:
     """Replace each image token by its image's own tokens."""
     made: list[int] = []
-    placed: list[Picture] = []
+    placed: list[ImageInput] = []
     waiting = iter(ready)
     for token in token_ids:
         if token != image_token_id:
@@ -302,6 +302,6 @@ def _place_images(
             continue
         image = next(waiting)
         own = image.prepared.token_ids
-        placed.append(Picture(image.digest, len(made), len(own), image.tensors, image.prepared.is_embed))
+        placed.append(ImageInput(image.digest, len(made), len(own), image.tensors, image.prepared.is_embed))
         made += own
     return made, placed

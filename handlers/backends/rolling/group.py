@@ -20,7 +20,7 @@ AFFINITY_SLACK = 4
 cached."""
 
 AFFINITY_KEYS = 4096
-"""Remembered places of prefixes and pictures."""
+"""Remembered places of prefixes and images."""
 
 
 class Replica:
@@ -183,7 +183,7 @@ class EngineGroup:
     def submit(self, add: Add, keys: Sequence[bytes] = ()) -> Ticket:
         """Send a request to one replica. Raises EngineDead when none can take it, and RequestRejected.
 
-        keys: what the replica would profit from having seen, most telling first (pictures, the prompt's
+        keys: what the replica would profit from having seen, most telling first (images, the prompt's
         beginning).
         """
         replica = self._choose(keys)

@@ -1,4 +1,4 @@
-"""Pictures as the model wants them, prepared once per content, in threads."""
+"""Images as the model wants them, prepared once per content, in threads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from engine.errors import RequestRejected
-from engine.families.base import GRID, Arrays, PreparedPicture, Preprocessor
+from engine.families.base import GRID, Arrays, PreparedImage, Preprocessor
 from engine.messages import EMBEDDINGS, TensorData
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.errors import ImageError, short_of
-from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings, LoadedImage, PicturePart
+from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings, LoadedImage, MediaPart
 from processes.shortage import shortage
 
 
 @dataclass(frozen=True, slots=True)
-class ReadyPicture:
-    """A prepared picture in the form that goes to the engine, and the digest that stands for it everywhere."""
+class ReadyImage:
+    """A prepared image in the form that goes to the engine, and the digest that stands for it everywhere."""
 
-    prepared: PreparedPicture
+    prepared: PreparedImage
     tensors: dict[str, TensorData]
     digest: bytes
 
@@ -34,10 +34,10 @@ class ReadyPicture:
         return sum(array.nbytes for array in self.prepared.tensors.values())
 
 
-class PicturePreparer:
-    """An LRU of prepared pictures under a memory budget in bytes, filled by a pool of threads.
+class ImagePreparer:
+    """An LRU of prepared images under a memory budget in bytes, filled by a pool of threads.
 
-    A picture that several requests show at the same time is prepared once.
+    An image that several requests show at the same time is prepared once.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class PicturePreparer:
         cache_bytes: int,
         embeddings: EmbeddingsWanted,
     ) -> None:
-        """embeddings: what the engine takes in place of pictures."""
+        """embeddings: what the engine takes in place of images."""
         self._embeddings = embeddings
         self._preprocessor = preprocessor
         self._pool = pool
         self._budget = cache_bytes
         self._used = 0
-        self._cache: OrderedDict[tuple[bytes, int], ReadyPicture] = OrderedDict()
-        self._under_way: dict[tuple[bytes, int], asyncio.Task[ReadyPicture]] = {}
+        self._cache: OrderedDict[tuple[bytes, int], ReadyImage] = OrderedDict()
+        self._under_way: dict[tuple[bytes, int], asyncio.Task[ReadyImage]] = {}
 
-    async def prepare(self, parts: Sequence[PicturePart]) -> list[ReadyPicture]:
-        """In the parts' order; all must be loaded, and none is afterwards: the decoded pictures are let go.
+    async def prepare(self, parts: Sequence[MediaPart]) -> list[ReadyImage]:
+        """In the parts' order; all must be loaded, and none is afterwards: the decoded images are let go.
 
-        Raises ImageError for a picture, or embeddings of one, that the model cannot take.
+        Raises ImageError for an image, or embeddings of one, that the model cannot take.
         """
         embeddings = [part for part in parts if isinstance(part, EmbeddingsPart)]
         if embeddings and not self._preprocessor.takes_embeddings:
@@ -70,20 +70,20 @@ class PicturePreparer:
         for index, part in enumerate(parts):
             if isinstance(part, ImagePart):
                 ready.append(await self._one(index, part, variant))
-        assert len(embedded) in (0, len(parts)), "a request holds pictures or embeddings"
+        assert len(embedded) in (0, len(parts)), "a request holds images or embeddings"
         for part in parts:
             part.release()
         return ready
 
-    def _as_they_are(self, loaded: LoadedEmbeddings) -> ReadyPicture:
+    def _as_they_are(self, loaded: LoadedEmbeddings) -> ReadyImage:
         tensors: Arrays = {EMBEDDINGS: loaded.rows}
         if loaded.grid is not None:
             tensors[GRID] = np.array(loaded.grid)
-        prepared = PreparedPicture([self._preprocessor.image_token_id] * len(loaded.rows), tensors)
-        return ReadyPicture(prepared, _packed(tensors), loaded.digest[:16])
+        prepared = PreparedImage([self._preprocessor.image_token_id] * len(loaded.rows), tensors)
+        return ReadyImage(prepared, _packed(tensors), loaded.digest[:16])
 
-    async def _one(self, index: int, part: ImagePart, variant: int) -> ReadyPicture:
-        assert part.loaded is not None, "pictures are loaded before the backend sees them"
+    async def _one(self, index: int, part: ImagePart, variant: int) -> ReadyImage:
+        assert part.loaded is not None, "images are loaded before the backend sees them"
         key = part.loaded.digest, variant
         known = self._cache.get(key)
         if known is not None:
@@ -101,14 +101,14 @@ class PicturePreparer:
         except Exception as error:
             if (what := shortage(error)) is not None:
                 raise short_of(what) from error
-            raise ImageError(index, "the model's processor cannot prepare this picture") from error
+            raise ImageError(index, "the model's processor cannot prepare this image") from error
 
-    async def _prepare(self, loaded: LoadedImage, variant: int) -> ReadyPicture:
+    async def _prepare(self, loaded: LoadedImage, variant: int) -> ReadyImage:
         prepared = await asyncio.get_running_loop().run_in_executor(
             self._pool, self._preprocessor.prepare, loaded.image, variant
         )
         known = loaded.digest + self._preprocessor.fingerprint + bytes([variant])
-        ready = ReadyPicture(
+        ready = ReadyImage(
             prepared,
             _packed(prepared.tensors),
             hashlib.blake2b(known, digest_size=16).digest(),
@@ -116,7 +116,7 @@ class PicturePreparer:
         self._remember((loaded.digest, variant), ready)
         return ready
 
-    def _remember(self, key: tuple[bytes, int], ready: ReadyPicture) -> None:
+    def _remember(self, key: tuple[bytes, int], ready: ReadyImage) -> None:
         if key in self._cache or ready.nbytes > self._budget:
             return
         self._cache[key] = ready

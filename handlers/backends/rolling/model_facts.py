@@ -27,7 +27,7 @@ _PROBES = (" Hello,  world!\n", "<s>héé 你好 🦙</s>", "")
 
 
 class ModelQuestion(msgspec.Struct):
-    """processor_overrides: of the picture processor's own settings.
+    """processor_overrides: of the image processor's own settings.
 
     tensor_parallel_degree: 1 where the devices decide.
     """
@@ -49,7 +49,7 @@ class ModelFacts(msgspec.Struct):
         accelerators: Devices that torch sees.
         positions: The most tokens of prompt and answer that the model was made for.
         tokenizer_is_plain: Whether the plain fast class gives the very same tokenizer from the files under `tokenizer`.
-        takes_pictures: Whether the model accepts images.
+        takes_images: Whether the model accepts images.
         preprocessor: The family's preprocessor, serialized; None for a model without images, and for one whose images
             only transformers can prepare.
     """
@@ -60,7 +60,7 @@ class ModelFacts(msgspec.Struct):
     accelerators: int
     positions: int | None
     tokenizer_is_plain: bool
-    takes_pictures: bool
+    takes_images: bool
     preprocessor: bytes | None
 
 
@@ -162,7 +162,7 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
         accelerators=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         positions=getattr(text_config, "max_position_embeddings", None),
         tokenizer_is_plain=_save_plain(tokenizer, folder / TOKENIZER),
-        takes_pictures=preprocessor is not None,
+        takes_images=preprocessor is not None,
         preprocessor=None if preprocessor is None else preprocessor.to_bytes(),
     )
 

@@ -203,7 +203,7 @@ def _shapes(max_pixels: int) -> list[tuple[int, int]]:
 
 
 def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[Any] | None:
-    if not facts.takes_pictures:
+    if not facts.takes_images:
         return None
     if facts.preprocessor is not None:
         from engine.families.registry import family_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import NO_TOKEN_LEFT
 from engine.messages import Logprobs
 from handlers.backends.base import FinishReason, TokenOutput
-from handlers.errors import EngineFailed, InvalidRequest, PicturesLost, ServingError
+from handlers.errors import EngineFailed, ImagesLost, InvalidRequest, ServingError
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
@@ -64,7 +64,7 @@ class VllmStream:
             # Its own image, or another client's that it shares. vLLM has taken note that it must be sent again.
             # Each of several choices misses it by itself; those that have not told yet are aborted.
             await self.aclose()
-            raise PicturesLost("the engine has lost a picture of this request; try again")
+            raise ImagesLost("the engine has lost an image of this request; try again")
         self.started = True
 
     async def __aiter__(self) -> AsyncIterator[TokenOutput]:

@@ -1,12 +1,12 @@
-// Ask a server in every way that the JavaScript clients have, and print what it said as JSON:  node ask.mjs URL PICTURES
+// Ask a server in every way that the JavaScript clients have, and print what it said as JSON:  node ask.mjs URL IMAGES
 
 import { readFileSync } from "node:fs";
 import { HfInference, HfInferenceEndpoint } from "@huggingface/inference-2";
 import { InferenceClient } from "@huggingface/inference";
 import OpenAI from "openai";
 
-const [url, pictures] = process.argv.slice(2);
-const dataUrl = (name) => `data:image/png;base64,${readFileSync(`${pictures}/${name}.png`).toString("base64")}`;
+const [url, images] = process.argv.slice(2);
+const dataUrl = (name) => `data:image/png;base64,${readFileSync(`${images}/${name}.png`).toString("base64")}`;
 const inputs = `![](${dataUrl("red-circle")})What is in this image?\n\n`;
 const parameters = { max_new_tokens: 20 };
 const messages = [

@@ -20,7 +20,7 @@ from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.rolling.images import PicturePreparer
+from handlers.backends.rolling.images import ImagePreparer
 from handlers.errors import ImageError
 from handlers.request import EmbeddingsPart, LoadedEmbeddings
 from tests.support.engine_driver import Oracle, Prompt, Result, collect, load_engine, run_all
@@ -228,7 +228,7 @@ def test_rows_in_place_of_an_image_are_refused(model: tuple[Path, Oracle]) -> No
     _, oracle = model
     assert oracle.preprocessor is not None
     wanted = EmbeddingsWanted(hidden_size=64, most_tokens=100, dtype="float32")
-    preparer = PicturePreparer(oracle.preprocessor, ThreadPoolExecutor(1), 0, wanted)
+    preparer = ImagePreparer(oracle.preprocessor, ThreadPoolExecutor(1), 0, wanted)
     rows = LoadedEmbeddings(np.zeros((3, 64), np.float32), 0.0, None, bytes(32))
     sent = EmbeddingsPart("", loaded=rows)
     with pytest.raises(ImageError, match="takes no image_embeds; send the image itself"):

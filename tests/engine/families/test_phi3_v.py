@@ -316,7 +316,7 @@ def test_rows_in_place_of_an_image_give_the_same(model: Path, oracle: Reference)
     image = image_of(30, 40)
     add = Prompt([5, image, 6]).add(oracle.preprocessor, GREEDY)
     (want,) = run_all(load_engine(model), [add]).values()
-    add.pictures[0].tensors = {EMBEDDINGS: TensorData.pack(oracle.rows(image).numpy())}
+    add.images[0].tensors = {EMBEDDINGS: TensorData.pack(oracle.rows(image).numpy())}
     (got,) = run_all(load_engine(model), [add]).values()
     assert got.token_ids == want.token_ids
 

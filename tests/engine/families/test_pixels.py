@@ -1,4 +1,4 @@
-"""The direct way from picture to pixels gives the processors' own numbers, to the last bit."""
+"""The direct way from image to pixels gives the processors' own numbers, to the last bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.models import make_llava
 
 PROCESSORS: dict[str, Any] = {
     "clip": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-    "clip, crop larger than the picture": CLIPImageProcessor(
+    "clip, crop larger than the image": CLIPImageProcessor(
         size={"shortest_edge": 20}, crop_size={"height": 32, "width": 33}
     ),
     "clip without crop": CLIPImageProcessor(size={"height": 24, "width": 30}, do_center_crop=False),
@@ -47,7 +47,7 @@ def test_pixels_equal_the_processors(name: str, width: int, height: int, seed: i
 @pytest.mark.parametrize("name", ["clip", "clip without crop", "siglip", "clip without normalising"])
 @settings(max_examples=25, deadline=None)
 @given(st.integers(40, 400), st.integers(40, 400), st.integers(0, 2**32 - 1))
-def test_torchvisions_arithmetic_is_close_to_pillows_on_smooth_pictures(
+def test_torchvisions_arithmetic_is_close_to_pillows_on_smooth_images(
     name: str, width: int, height: int, seed: int
 ) -> None:
     """To the last bit it is compared by the test above, wherever torchvision is installed."""

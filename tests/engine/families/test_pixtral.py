@@ -17,7 +17,7 @@ from engine.errors import ModelLoadError, RequestRejected
 from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.rolling.images import PicturePreparer
+from handlers.backends.rolling.images import ImagePreparer
 from handlers.errors import ImageError
 from handlers.request import (
     ChatPrompt,
@@ -163,7 +163,7 @@ def test_an_image_of_which_nothing_would_be_left_is_refused(
 
 def test_rows_in_place_of_an_image_are_refused(preprocessor: Preprocessor[Any]) -> None:
     wanted = EmbeddingsWanted(hidden_size=64, most_tokens=100, dtype="float32")
-    preparer = PicturePreparer(preprocessor, ThreadPoolExecutor(1), 0, wanted)
+    preparer = ImagePreparer(preprocessor, ThreadPoolExecutor(1), 0, wanted)
     rows = LoadedEmbeddings(np.zeros((3, 64), np.float32), 0.0, None, bytes(32))
     with pytest.raises(ImageError, match="takes no image_embeds; send the image itself"):
         asyncio.run(preparer.prepare([EmbeddingsPart("", loaded=rows)]))

@@ -21,10 +21,10 @@ from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerF
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError, RequestRejected
 from engine.families import qwen2_vl
-from engine.families.base import GRID, PreparedPicture
+from engine.families.base import GRID, PreparedImage
 from engine.families.qwen2_vl import Qwen2VLPreprocessor
 from engine.loader import load_preprocessor
-from engine.messages import Picture, TensorData
+from engine.messages import ImageInput, TensorData
 from handlers.backends.vision_flags import contradictions
 from handlers.errors import ImageError
 from handlers.request import (
@@ -202,8 +202,8 @@ def test_encoding_is_bounded_and_gives_the_same(
     """The images have 16 to 104 patches each. The rows are also what the cache counts."""
     path, oracle = model
     engine = load_engine(path)
-    pictures = [p for image in IMAGES for p in marked(image).add(oracle.preprocessor, GREEDY).pictures]
-    given = [{name: torch.from_numpy(data.unpack()) for name, data in p.tensors.items()} for p in pictures]
+    images = [p for image in IMAGES for p in marked(image).add(oracle.preprocessor, GREEDY).images]
+    given = [{name: torch.from_numpy(data.unpack()) for name, data in p.tensors.items()} for p in images]
     family = engine.runner.model
     with torch.inference_mode():
         together = family.encode(given)
@@ -216,11 +216,11 @@ def test_encoding_is_bounded_and_gives_the_same(
     assert sum(sizes) == sum(len(one["pixel_values"]) for one in given)
     assert all(size <= 90 or size in {len(one["pixel_values"]) for one in given} for size in sizes)
     assert len(sizes) < len(given)
-    for one, other, picture in zip(together, apart, pictures, strict=True):
-        assert one.shape == (picture.length, family.row_size)
+    for one, other, image in zip(together, apart, images, strict=True):
+        assert one.shape == (image.length, family.row_size)
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     run_all(engine, [marked(1, ODD, 2).add(oracle.preprocessor, GREEDY)])
-    (odd,) = marked(ODD).add(oracle.preprocessor, GREEDY).pictures
+    (odd,) = marked(ODD).add(oracle.preprocessor, GREEDY).images
     assert engine.runner.encoder_cache.used_bytes == odd.length * family.row_size * 4
 
 
@@ -235,9 +235,9 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return load_preprocessor(str(path)), load(path)
 
 
-def _both_frames(picture: PreparedPicture) -> np.ndarray:
+def _both_frames(image: PreparedImage) -> np.ndarray:
     """[patches, channels x frames x pixels], as the processor has them."""
-    patches = picture.tensors["pixel_values"]
+    patches = image.tensors["pixel_values"]
     return np.repeat(patches.reshape(len(patches), 3, 1, -1), 2, axis=2).reshape(len(patches), -1)
 
 
@@ -468,11 +468,11 @@ def test_positions_come_from_the_grid_alone() -> None:
     metadata: Any = type("Metadata", (), {"merge": 2})
     preprocessor = Qwen2VLPreprocessor(metadata)
     grids = [np.array([1, 4, 6]), np.array([1, 12, 2])]
-    pictures = [
-        Picture(b"", offset, 6, {GRID: TensorData.pack(grid)})
+    images = [
+        ImageInput(b"", offset, 6, {GRID: TensorData.pack(grid)})
         for offset, grid in zip((1, 8), grids, strict=True)
     ]
-    positions, delta = preprocessor.positions(16, pictures)
+    positions, delta = preprocessor.positions(16, images)
     assert positions is not None
     assert positions.tolist() == [
         [0, *[1] * 6, 4, *[5] * 6, 11, 12],

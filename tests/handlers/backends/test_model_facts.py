@@ -38,9 +38,9 @@ def test_the_front_needs_no_torch_and_prepares_the_same() -> None:
     assert preprocessor is not None
     if preprocessor.to_bytes() is None:
         pytest.fail("the shapes model has the usual processor")
-    picture = preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
-    assert found["tokens"] == len(picture.token_ids)
-    assert found["pixels"] == float(picture.tensors["pixel_values"].sum())
+    image = preprocessor.prepare(Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert("RGB"))
+    assert found["tokens"] == len(image.token_ids)
+    assert found["pixels"] == float(image.tensors["pixel_values"].sum())
     assert found["fingerprint"] == preprocessor.fingerprint.hex()
 
 

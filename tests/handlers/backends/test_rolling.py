@@ -33,8 +33,8 @@ def test_what_it_answers_and_what_it_refuses(model: Path) -> None:
             plain = await answer(backend, asked)
             assert len(tokens(plain)) == 12
             assert plain[-1].finish_reason == "length"
-            (picture,) = asked.images()
-            assert picture.loaded is None, "the decoded picture is let go of once it is prepared"
+            (image,) = asked.images()
+            assert image.loaded is None, "the decoded image is let go of once it is prepared"
 
             several = await answer(backend, request("look ", 1, " there", n=3))
             assert [tokens(several, index) for index in range(3)] == [tokens(plain)] * 3

@@ -157,11 +157,9 @@ def test_the_handler_answers_whatever_the_schema(server: LiveServer) -> None:
 
 
 def test_content_is_decoded_as_its_type_says(server: LiveServer) -> None:
-    picture = io.BytesIO()
-    Image.new("RGB", (5, 7)).save(picture, "PNG")
-    reply = server.http.post(
-        "/invocations", content=picture.getvalue(), headers={"content-type": "image/png"}
-    )
+    image = io.BytesIO()
+    Image.new("RGB", (5, 7)).save(image, "PNG")
+    reply = server.http.post("/invocations", content=image.getvalue(), headers={"content-type": "image/png"})
     assert reply.json() == {"size": [5, 7]}
     reply = server.http.post("/invocations", content="a,b\n1,2\n", headers={"content-type": "text/csv"})
     assert reply.json() == [{"a": "1", "b": "2"}]

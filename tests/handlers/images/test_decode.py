@@ -1,4 +1,4 @@
-"""Encoded pictures of every kind, whole and broken, to upright RGB."""
+"""Encoded images of every kind, whole and broken, to upright RGB."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_formats_that_nobody_needs_are_refused(kind: str) -> None:
         (b"<?xml version='1.0'?><svg xmlns='...'/>", "SVG images are not supported"),
     ],
 )
-def test_what_is_no_picture(data: bytes, reason: str) -> None:
+def test_what_is_no_image(data: bytes, reason: str) -> None:
     with pytest.raises(ImageProblem) as caught:
         decode(data, LIMIT)
     assert reason in caught.value.reason
@@ -111,7 +111,7 @@ def test_orientation_swaps_the_sides() -> None:
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
 )
-def test_damaged_metadata_does_not_cost_the_picture(exif: bytes) -> None:
+def test_damaged_metadata_does_not_cost_the_image(exif: bytes) -> None:
     assert corners(decode(encoded(quarters(), "JPEG", exif=exif), LIMIT)) == [RED, GREEN, BLUE, WHITE]
 
 
@@ -192,7 +192,7 @@ def test_one_pixel() -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_half_a_picture(kind: str) -> None:
+def test_half_an_image(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), kind)
     with pytest.raises(ImageProblem) as caught:
@@ -274,7 +274,7 @@ def test_what_is_transparent_shows_the_background_that_is_asked_for() -> None:
     assert convert(clear, LIMIT).getpixel((0, 0)) == WHITE
 
 
-def test_an_open_picture_is_converted_and_itself_left_alone() -> None:
+def test_an_open_image_is_converted_and_itself_left_alone() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     opened = Image.open(io.BytesIO(encoded(Image.new("RGB", (30, 20), RED), "PNG", exif=exif)))

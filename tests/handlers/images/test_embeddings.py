@@ -1,4 +1,4 @@
-"""Embeddings that clients send in place of pictures: what is read of a file, and that no file does harm."""
+"""Embeddings that clients send in place of images: what is read of a file, and that no file does harm."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_what_is_no_base64_is_refused(text: str) -> None:
     assert "base64" in caught.value.message or "cut short" in caught.value.message
 
 
-def test_files_above_the_limit_on_pictures_are_refused_before_they_are_decoded() -> None:
+def test_files_above_the_limit_on_images_are_refused_before_they_are_decoded() -> None:
     message = refused(torch.ones(7, 16), max_bytes=600)
     assert message == "image 0: it has more than 600 bytes (option.max_image_bytes)"
     size = len(saved(torch.ones(7, 16)))
@@ -271,7 +271,7 @@ def test_numbers_beyond_the_models_type_are_refused() -> None:
         (torch.tensor([0, 4, 6]), "numbers from 1"),
         (torch.tensor([-1, -4, 6]), "numbers from 1"),
         (torch.tensor([1, 2**62, 2**62]), "tokens; image_embeds has 6 rows"),
-        (torch.tensor([2, 2, 6]), "a picture has 1 frame"),
+        (torch.tensor([2, 2, 6]), "an image has 1 frame"),
         (torch.tensor([1.0, 4.0, 6.0]), "its numbers are 'float32'; allowed: int32, int64"),
         (torch.tensor([1, 4]), "has the shape [2]"),
         (torch.tensor([[1, 4, 6], [1, 4, 6]]), "has the shape [2, 3]"),
@@ -321,13 +321,13 @@ def test_without_the_option_they_are_refused_with_its_name() -> None:
     assert caught.value.param == "image_embeds"
 
 
-def test_pictures_and_embeddings_do_not_mix_even_over_several_turns() -> None:
-    picture = {"type": "image_url", "image_url": {"url": "https://p.example/1.png"}}
+def test_images_and_embeddings_do_not_mix_even_over_several_turns() -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://p.example/1.png"}}
     with pytest.raises(InvalidRequest, match="not both"):
-        read_messages(messages(part(ROWS)) + messages(picture), embeddings=True)
+        read_messages(messages(part(ROWS)) + messages(image), embeddings=True)
 
 
-def test_memory_is_shared_with_decoded_pictures() -> None:
+def test_memory_is_shared_with_decoded_images() -> None:
     """Two that do not fit together take turns, also where they are the same."""
 
     async def load() -> None:

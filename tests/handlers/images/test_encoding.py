@@ -137,26 +137,26 @@ def test_a_header_that_was_stored_with_plain_bytes_is_not_believed(coding: str, 
     assert without_codings(data, (coding,), LIMIT) == data
 
 
-PICTURE = b"\x89PNG\r\n\x1a\n and what follows"
+IMAGE = b"\x89PNG\r\n\x1a\n and what follows"
 
 
 @pytest.mark.parametrize(
     ("header", "data"),
     [
-        (b"gzip,aws-chunked", gzipped(PICTURE)),
-        (b"aws-chunked, gzip, utf-8", gzipped(PICTURE)),
-        (b"deflate, aws-chunked", zlib.compress(PICTURE)),
-        (b"br", gzipped(PICTURE)),
-        (b"deflate", gzipped(PICTURE)),
-        (b"gzip", zlib.compress(PICTURE)),
-        (b"", gzipped(PICTURE)),
-        (b"gzip", gzipped(gzipped(PICTURE))),
-        (b"gzip, deflate", zlib.compress(gzipped(PICTURE))),
-        (b"deflate, gzip", zlib.compress(gzipped(PICTURE))),
+        (b"gzip,aws-chunked", gzipped(IMAGE)),
+        (b"aws-chunked, gzip, utf-8", gzipped(IMAGE)),
+        (b"deflate, aws-chunked", zlib.compress(IMAGE)),
+        (b"br", gzipped(IMAGE)),
+        (b"deflate", gzipped(IMAGE)),
+        (b"gzip", zlib.compress(IMAGE)),
+        (b"", gzipped(IMAGE)),
+        (b"gzip", gzipped(gzipped(IMAGE))),
+        (b"gzip, deflate", zlib.compress(gzipped(IMAGE))),
+        (b"deflate, gzip", zlib.compress(gzipped(IMAGE))),
     ],
 )
 def test_the_bytes_decide_how_they_are_decoded(header: bytes, data: bytes) -> None:
-    assert without_codings(data, codings_of(header), len(PICTURE) + 100) == PICTURE
+    assert without_codings(data, codings_of(header), len(IMAGE) + 100) == IMAGE
 
 
 def test_what_no_header_says_is_decoded_within_the_same_limits() -> None:

@@ -1,4 +1,4 @@
-"""Fetching pictures from real sockets on this machine, whose servers do what hostile servers do."""
+"""Fetching images from real sockets on this machine, whose servers do what hostile servers do."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ import uvloop
 from handlers.errors import ImageError, ImageFetchFailed, ImageFetchTimeout, ImageTooLarge
 from handlers.request import ImagePart
 from tests.support.image_host import (
+    IMAGE,
     OK,
-    PICTURE,
     Host,
     Serve,
     opened,
-    picture,
     redirect,
     replying,
+    serve_image,
     silence,
 )
 
@@ -91,9 +91,9 @@ async def refused(url: str, **limits: Any) -> ImageError:
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
-def test_a_picture_and_what_its_host_gets_to_see(run: Run) -> None:
+def test_an_image_and_what_its_host_gets_to_see(run: Run) -> None:
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             await load(f"HTTP://127.0.0.1:{host.port}/a b/é?q=1#fragment")
             assert host.requests == [
                 "GET /a%20b/%C3%A9?q=1 HTTP/1.1\r\n"
@@ -112,7 +112,7 @@ def test_proxies_of_the_environment_are_not_used(run: Run, monkeypatch: pytest.M
         monkeypatch.setenv(name, "http://127.0.0.1:1/")
 
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             await load(host.url)
 
     run(main())
@@ -134,7 +134,7 @@ def test_proxies_of_the_environment_are_not_used(run: Run, monkeypatch: pytest.M
 )
 def test_this_machine_is_refused_however_it_is_spelled(run: Run, name: str) -> None:
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             error = await refused(f"http://{name}:{host.port}/secret?token", allow_private=())
             assert type(error) is ImageError
             assert error.message == (
@@ -157,7 +157,7 @@ def test_this_machine_is_refused_however_it_is_spelled(run: Run, name: str) -> N
 )
 def test_the_operator_opens_a_host_an_address_or_a_network(run: Run, allowed: str, name: str) -> None:
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             await load(f"http://{name}:{host.port}/", allow_private=(allowed,))
 
     run(main())
@@ -171,7 +171,7 @@ def test_a_name_is_resolved_once_and_that_answer_connected_to(run: Run) -> None:
         return ["127.0.0.1"] if len(calls) == 1 else ["169.254.169.254"]
 
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             await load(f"http://rebinding.test:{host.port}/", resolver=resolver)
             assert f"Host: rebinding.test:{host.port}\r\n" in host.requests[0]
         assert calls == ["rebinding.test"]
@@ -181,7 +181,7 @@ def test_a_name_is_resolved_once_and_that_answer_connected_to(run: Run) -> None:
 
 def test_one_bad_address_among_good_ones_is_enough(run: Run) -> None:
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             error = await refused(
                 f"http://mixed.test:{host.port}/",
                 resolver=lambda *_: ["127.0.0.1", "8.8.8.8", "169.254.169.254"],
@@ -195,7 +195,7 @@ def test_one_bad_address_among_good_ones_is_enough(run: Run) -> None:
 
 def test_the_next_address_is_tried(run: Run) -> None:
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             await load(f"http://two.test:{host.port}/", resolver=lambda *_: ["127.9.9.9", "127.0.0.1"])
 
     run(main())
@@ -211,7 +211,7 @@ def test_an_address_that_never_answers_leaves_time_for_the_next(run: Run) -> Non
                 waiting = sockets.enter_context(socket.socket())
                 waiting.setblocking(False)
                 waiting.connect_ex(address)
-            server = await asyncio.start_server(Host(picture()).handle, "127.0.0.2", address[1])
+            server = await asyncio.start_server(Host(serve_image()).handle, "127.0.0.2", address[1])
             addresses = ["127.0.0.1", "127.0.0.2"]
             await load(f"http://two.test:{address[1]}/", resolver=lambda *_: addresses, fetch_timeout=0.8)
             server.close()
@@ -241,11 +241,11 @@ def test_only_allowed_domains(run: Run) -> None:
         return ["127.0.0.1"]
 
     async def main() -> None:
-        async with Host(picture()).open() as host:
-            domains = ("Pictures.Test.", "bücher.test")
-            for name in ("pictures.test", "PICTURES.test.", "xn--bcher-kva.test"):
+        async with Host(serve_image()).open() as host:
+            domains = ("Images.Test.", "bücher.test")
+            for name in ("images.test", "IMAGES.test.", "xn--bcher-kva.test"):
                 await load(f"http://{name}:{host.port}/", allowed_domains=domains, resolver=resolver)
-            for name in ("other.test", "a.pictures.test", "pictures.test.evil.test"):
+            for name in ("other.test", "a.images.test", "images.test.evil.test"):
                 error = await refused(
                     f"http://{name}:{host.port}/", allowed_domains=domains, resolver=resolver
                 )
@@ -254,7 +254,7 @@ def test_only_allowed_domains(run: Run) -> None:
             elsewhere = Host(redirect("http://other.test/"))
             async with elsewhere.open():
                 error = await refused(
-                    f"http://pictures.test:{elsewhere.port}/", allowed_domains=domains, resolver=resolver
+                    f"http://images.test:{elsewhere.port}/", allowed_domains=domains, resolver=resolver
                 )
                 assert error.message.startswith("image 0: after a redirect, its host is not one of")
 
@@ -265,7 +265,7 @@ def test_only_allowed_domains(run: Run) -> None:
 def test_redirects_are_followed(run: Run, status: int) -> None:
     async def main() -> None:
         async with (
-            Host(picture()).open() as target,
+            Host(serve_image()).open() as target,
             Host(redirect(f"{target.url}x y?q", status)).open() as host,
         ):
             await load(host.url)
@@ -313,7 +313,7 @@ def test_an_endless_redirect(run: Run, most: int) -> None:
 
 def test_as_many_redirects_as_allowed(run: Run) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await (redirect("/") if len(host.requests) <= 2 else picture())(reader, writer)
+        await (redirect("/") if len(host.requests) <= 2 else serve_image())(reader, writer)
 
     host = Host(serve)
 
@@ -345,8 +345,8 @@ BIG = 50_000
         (replying(OK + b"Content-Length: 50001\r\n\r\n"), ImageTooLarge, "more than 50000 bytes"),
         (replying(OK + b"Content-Length: -1\r\n\r\n"), ImageFetchFailed, "proper HTTP"),
         (replying(OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"), ImageFetchFailed, "proper HTTP"),
-        (replying(OK + b"Content-Length: 5000\r\n\r\n" + PICTURE), ImageFetchFailed, "broke off"),
-        (replying(OK + b"Content-Length: 20\r\n\r\n" + PICTURE), ImageError, "truncated or damaged"),
+        (replying(OK + b"Content-Length: 5000\r\n\r\n" + IMAGE), ImageFetchFailed, "broke off"),
+        (replying(OK + b"Content-Length: 20\r\n\r\n" + IMAGE), ImageError, "truncated or damaged"),
         (replying(OK + b"Content-Length: 0\r\n\r\n"), ImageError, "not in a supported format"),
         (replying(OK + b"Content-Encoding: gzip\r\n\r\nnot gzip"), ImageFetchFailed, "Content-Encoding"),
         (replying(OK + b"Content-Encoding: br\r\n\r\n\x1b\x03"), ImageFetchFailed, "Content-Encoding br"),
@@ -403,21 +403,21 @@ def test_hostile_replies(run: Run, serve: Serve, kind: type[ImageError] | None, 
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks", "close"])
-def test_a_picture_of_exactly_the_cap(run: Run, framing: str) -> None:
+def test_an_image_of_exactly_the_cap(run: Run, framing: str) -> None:
     reply = {
-        "length": [OK + b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE],
+        "length": [OK + b"Content-Length: %d\r\n\r\n" % len(IMAGE), IMAGE],
         "chunks": [
             OK + b"Transfer-Encoding: chunked\r\n\r\n",
-            *(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (PICTURE[:50], PICTURE[50:])),
+            *(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (IMAGE[:50], IMAGE[50:])),
             b"0\r\n\r\n",
         ],
-        "close": [b"HTTP/1.0 200 OK\r\n\r\n", PICTURE],
+        "close": [b"HTTP/1.0 200 OK\r\n\r\n", IMAGE],
     }[framing]
 
     async def main() -> None:
         async with Host(replying(*reply)).open() as host:
-            await load(host.url, max_bytes=len(PICTURE))
-            assert type(await refused(host.url, max_bytes=len(PICTURE) - 1)) is ImageTooLarge
+            await load(host.url, max_bytes=len(IMAGE))
+            assert type(await refused(host.url, max_bytes=len(IMAGE) - 1)) is ImageTooLarge
 
     run(main())
 
@@ -425,13 +425,13 @@ def test_a_picture_of_exactly_the_cap(run: Run, framing: str) -> None:
 @pytest.mark.parametrize(
     ("header", "body"),
     [
-        (b"Content-Encoding: gzip", gzip.compress(PICTURE)),
-        (b"Content-Encoding: x-gzip", gzip.compress(PICTURE)),
-        (b"Content-Encoding: deflate", zlib.compress(PICTURE)),
-        (b"Content-Encoding: deflate, gzip", gzip.compress(zlib.compress(PICTURE))),
-        (b"Content-Encoding: deflate\r\nContent-Encoding: gzip", gzip.compress(zlib.compress(PICTURE))),
-        (b"Content-Encoding: identity", PICTURE),
-        (b"Content-Encoding: aws-chunked", PICTURE),
+        (b"Content-Encoding: gzip", gzip.compress(IMAGE)),
+        (b"Content-Encoding: x-gzip", gzip.compress(IMAGE)),
+        (b"Content-Encoding: deflate", zlib.compress(IMAGE)),
+        (b"Content-Encoding: deflate, gzip", gzip.compress(zlib.compress(IMAGE))),
+        (b"Content-Encoding: deflate\r\nContent-Encoding: gzip", gzip.compress(zlib.compress(IMAGE))),
+        (b"Content-Encoding: identity", IMAGE),
+        (b"Content-Encoding: aws-chunked", IMAGE),
     ],
 )
 def test_content_codings_are_undone(run: Run, header: bytes, body: bytes) -> None:
@@ -460,7 +460,7 @@ def test_a_reset_connection(run: Run) -> None:
 
 def test_nobody_listens(run: Run) -> None:
     async def main() -> None:
-        async with Host(picture()).open() as host:
+        async with Host(serve_image()).open() as host:
             url = host.url
         error = await refused(url)
         assert type(error) is ImageFetchFailed
@@ -662,7 +662,7 @@ def test_turns_are_shared_and_given_back(run: Run) -> None:
     """Waiting for a turn does not count as fetching; a cancelled fetch gives its turn back."""
 
     async def main() -> None:
-        async with Host(silence).open() as stuck, Host(picture()).open() as host:
+        async with Host(silence).open() as stuck, Host(serve_image()).open() as host:
             loader = opened(max_concurrent_fetches=1, fetch_timeout=0.3)
             with pytest.raises(ImageFetchTimeout):
                 await loader.load([ImagePart(stuck.url), *(ImagePart(host.url) for _ in range(3))])
@@ -710,15 +710,15 @@ def test_the_event_loop_stays_free(run: Run, head: bytes, piece: bytes, kind: ty
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's context, its certificate for pictures.test and 127.0.0.1, and a client's that trusts it."""
+    """A server's context, its certificate for images.test and 127.0.0.1, and a client's that trusts it."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pictures.test")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "images.test")])
     now = datetime.datetime.now(datetime.UTC)
-    names = [x509.DNSName("pictures.test"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    names = [x509.DNSName("images.test"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -749,9 +749,9 @@ def test_tls_verifies_the_name_not_the_address(
     server, client = authority
 
     async def main() -> None:
-        async with Host(picture()).open(server) as host:
+        async with Host(serve_image()).open(server) as host:
             given = {"resolver": lambda *_: ["127.0.0.1"], "ssl_context": client}
-            await load(f"https://pictures.test:{host.port}/", **given)
+            await load(f"https://images.test:{host.port}/", **given)
             await load(f"https://127.0.0.1:{host.port}/", **given)
             error = await refused(f"https://other.test:{host.port}/", **given)
             assert type(error) is ImageFetchFailed
@@ -760,8 +760,8 @@ def test_tls_verifies_the_name_not_the_address(
             assert error.message == "image 0: its host's TLS certificate cannot be verified"
             error = await refused(f"http://127.0.0.1:{host.port}/")
             assert type(error) is ImageFetchFailed
-        async with Host(redirect("http://pictures.test/")).open(server) as host:
-            error = await refused(f"https://pictures.test:{host.port}/", **given)
+        async with Host(redirect("http://images.test/")).open(server) as host:
+            error = await refused(f"https://images.test:{host.port}/", **given)
             assert (
                 error.message == "image 0: after a redirect, it would leave https for http, which is refused"
             )

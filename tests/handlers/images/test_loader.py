@@ -1,4 +1,4 @@
-"""A request's pictures together: order of errors, caching by content, decoding once."""
+"""A request's images together: order of errors, caching by content, decoding once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ async def load(loader: ImageLoader, *urls: str, **options: Any) -> list[LoadedIm
     return [part.loaded for part in parts if part.loaded is not None]
 
 
-def test_pictures_come_in_order() -> None:
+def test_images_come_in_order() -> None:
     async def main() -> None:
         loader = ImageLoader(ImageLimits())
         loaded = await load(loader, *map(data_url, ["red", "lime", "blue"]), f" {data_url()}\n")
-        assert [picture.image.getpixel((0, 0)) for picture in loaded] == [
+        assert [decoded.image.getpixel((0, 0)) for decoded in loaded] == [
             (255, 0, 0),
             (0, 255, 0),
             (0, 0, 255),
@@ -114,7 +114,7 @@ def test_a_failure_abandons_the_others() -> None:
         ("", ImageError, "image 1: its URL is empty"),
     ],
 )
-def test_messages_name_the_picture(url: str, kind: type[ImageError], message: str) -> None:
+def test_messages_name_the_image(url: str, kind: type[ImageError], message: str) -> None:
     async def main() -> None:
         loader = ImageLoader(ImageLimits(max_pixels=256, max_bytes=1000))
         with pytest.raises(ImageError) as caught:
@@ -150,7 +150,7 @@ async def obtained(cache: DecodedCache, name: bytes, side: int = 10) -> bool:
     return (await cache.obtain(name, decode))[1]
 
 
-def test_the_least_recently_used_picture_leaves_first() -> None:
+def test_the_least_recently_used_image_leaves_first() -> None:
     async def main() -> None:
         cache = DecodedCache(3 * 10 * 10 * 4)
         assert [await obtained(cache, name) for name in (b"a", b"b", b"c")] == [True] * 3
@@ -178,7 +178,7 @@ def test_without_a_cache_everything_is_decoded() -> None:
     asyncio.run(main())
 
 
-def test_a_second_asker_gets_the_first_ones_picture_or_failure_which_is_not_kept() -> None:
+def test_a_second_asker_gets_the_first_ones_image_or_failure_which_is_not_kept() -> None:
     async def main() -> None:
         cache, go_on, decoded = DecodedCache(1000), asyncio.Event(), 0
 
@@ -232,8 +232,8 @@ def test_decoding_ends_only_with_the_last_who_waits_for_it(leaving: tuple[int, .
         else:
             assert not ended.is_set()
             go_on.set()
-            picture, _ = await askers[1 - leaving[0]]
-            assert (await cache.obtain(b"a", slow))[0] is picture
+            image, _ = await askers[1 - leaving[0]]
+            assert (await cache.obtain(b"a", slow))[0] is image
 
     asyncio.run(main())
 

@@ -1,4 +1,4 @@
-"""The memory that requests' decoded pictures may take: in turn, never more, always given back."""
+"""The memory that requests' decoded images may take: in turn, never more, always given back."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     return wrapped
 
 
-def taking(memory: ImageMemory, *pictures: tuple[str, int]) -> asyncio.Task[list[Share]]:
-    return asyncio.create_task(memory.take([(name.encode(), size) for name, size in pictures]))
+def taking(memory: ImageMemory, *images: tuple[str, int]) -> asyncio.Task[list[Share]]:
+    return asyncio.create_task(memory.take([(name.encode(), size) for name, size in images]))
 
 
 async def settle() -> None:
@@ -90,7 +90,7 @@ async def test_more_than_all_of_it_is_had_alone() -> None:
 
 
 @run
-async def test_the_same_picture_counts_once() -> None:
+async def test_the_same_image_counts_once() -> None:
     memory = ImageMemory(10)
     shares = await taking(memory, ("a", 8), ("a", 8))
     (again,) = await taking(memory, ("a", 8))
@@ -126,8 +126,8 @@ async def test_nothing_is_lost_and_nobody_starves() -> None:
 
     async def visit() -> None:
         nonlocal most
-        pictures = [(bytes([draw.randrange(40)]), draw.randrange(1, 40)) for _ in range(draw.randint(1, 3))]
-        shares = await memory.take([(name, 1 + name[0]) for name, _ in pictures])
+        images = [(bytes([draw.randrange(40)]), draw.randrange(1, 40)) for _ in range(draw.randint(1, 3))]
+        shares = await memory.take([(name, 1 + name[0]) for name, _ in images])
         most = max(most, memory.used)
         try:
             await asyncio.sleep(draw.uniform(0, 0.005))
@@ -149,7 +149,7 @@ def part(colour: str, side: int = 16) -> ImagePart:
 
 
 @run
-async def test_pictures_wait_for_memory_before_they_are_decoded() -> None:
+async def test_images_wait_for_memory_before_they_are_decoded() -> None:
     loader = ImageLoader(ImageLimits(memory_bytes=2 * 16 * 16 * 4, cache_bytes=0))
     first, second, third = part("red"), part("lime"), part("blue")
     await loader.load([first, second])

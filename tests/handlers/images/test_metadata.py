@@ -315,7 +315,7 @@ def test_a_damaged_file_says_what_is_damaged(data: bytes, reason: str) -> None:
     assert caught.value.reason == reason
 
 
-def test_metadata_behind_the_pixels_does_not_cost_a_picture_that_is_open_already() -> None:
+def test_metadata_behind_the_pixels_does_not_cost_an_image_that_is_open_already() -> None:
     data = PNG[:-12] + chunk(b"zTXt", b"k\0\0" + DEFLATED) + PNG[-12:]
     assert convert(Image.open(io.BytesIO(data)), LIMIT).tobytes() == IMAGE.tobytes()
 

@@ -1,4 +1,4 @@
-"""What a picture's URL may be, and which addresses its host may have."""
+"""What an image's URL may be, and which addresses its host may have."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_addresses_that_are_not_public(address: str) -> None:
 
 
 def test_exceptions_are_hosts_addresses_or_networks() -> None:
-    allowed = AllowedPrivate(["10.1.0.0/16", "192.168.0.7", "Pictures.Internal.", "[fd00::1]"])
+    allowed = AllowedPrivate(["10.1.0.0/16", "192.168.0.7", "Images.Internal.", "[fd00::1]"])
     assert allowed.admits("any", ip_address("10.1.2.3"))
     assert allowed.admits("any", ip_address("::ffff:10.1.2.3"))
     assert allowed.admits("any", ip_address("192.168.0.7"))
-    assert allowed.admits("pictures.internal", ip_address("172.16.0.1"))
+    assert allowed.admits("images.internal", ip_address("172.16.0.1"))
     assert allowed.admits("any", ip_address("fd00::1"))
     assert not allowed.admits("any", ip_address("10.2.0.1"))
-    assert not allowed.admits("sub.pictures.internal", ip_address("172.16.0.1"))
+    assert not allowed.admits("sub.images.internal", ip_address("172.16.0.1"))
     with pytest.raises(ValueError, match=r"\*\.internal"):
         AllowedPrivate(["*.internal"])
 
@@ -78,7 +78,7 @@ def test_a_url_is_read_once_for_checking_and_for_asking(url: str, target: Target
         ("gopher://a/", "gopher: URLs are refused"),
         ("javascript:alert(1)", "javascript: URLs are refused"),
         ("/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJ", "write data:image/jpeg;base64, in front"),
-        ("pictures/cat.png", "no scheme"),
+        ("images/cat.png", "no scheme"),
         ("//a/b.png", "no scheme"),
         ("http:", "names no host"),
         ("http:///x", "names no host"),

@@ -13,7 +13,7 @@ from handlers.offline.batch import Batch, Outcome
 from handlers.protocols.base import Answered
 from handlers.request import GenerationRequest, TextPart, TextPrompt
 from handlers.sampling import RequestSampling
-from tests.support.scripted import Pictures, ScriptedBackend, ScriptedGeneration, Step, said
+from tests.support.scripted import ScriptedBackend, ScriptedGeneration, ScriptedImages, Step, said
 
 
 class Mortal(ScriptedBackend):
@@ -55,7 +55,7 @@ def outcomes(
         assert number not in found
         found[number] = outcome
 
-    batch = Batch(backend, Pictures(), window, restart_seconds)  # type: ignore[arg-type]
+    batch = Batch(backend, ScriptedImages(), window, restart_seconds)  # type: ignore[arg-type]
     asyncio.run(asyncio.wait_for(batch.run(requests(count), done), 30))
     assert backend.running == 0, "every generation is closed"
     return [found[number] for number in range(count)]
@@ -136,7 +136,7 @@ def test_an_answer_without_an_end_is_an_error(steps: list[Step]) -> None:
 def test_cancelled_it_aborts_all() -> None:
     async def main() -> None:
         backend = Mortal([60.0, *said("a")])
-        batch = Batch(backend, Pictures(), 4, 30.0)  # type: ignore[arg-type]
+        batch = Batch(backend, ScriptedImages(), 4, 30.0)  # type: ignore[arg-type]
         running = asyncio.create_task(batch.run(requests(9), lambda number, outcome: None))
         for _ in range(50):
             await asyncio.sleep(0)

@@ -29,14 +29,14 @@ from handlers.sampling import RequestSampling as EngineParams
 from properties.problem import ConfigurationError
 from tests.support.live import data_url
 from tests.support.s3 import BUCKET
-from tests.support.shapes import PICTURES, ROOT, SHAPES
+from tests.support.shapes import IMAGES, ROOT, SHAPES
 
 WHAT = "What is the content of this image?"
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
 
 
-def picture(name: str) -> Image.Image:
-    return Image.open(next(PICTURES.glob(f"{name}.*")))
+def drawing(name: str) -> Image.Image:
+    return Image.open(next(IMAGES.glob(f"{name}.*")))
 
 
 def engines() -> list[psutil.Process]:
@@ -91,12 +91,12 @@ def test_the_snippets_of_the_documentation() -> None:
 
 def test_results_come_in_the_order_of_the_prompts_and_look_like_vllms(llm: LLM) -> None:
     names = ["red-circle", "green-triangle", "yellow-star", "black-cross"]
-    outputs = llm.chat([turn(picture(name)) for name in names * 6], GREEDY, use_tqdm=False)
+    outputs = llm.chat([turn(drawing(name)) for name in names * 6], GREEDY, use_tqdm=False)
     assert texts(outputs) == [f"a {name.replace('-', ' ')}" for name in names] * 6
     first = outputs[0]
     assert first.prompt is not None
     assert WHAT in first.prompt
-    assert len(first.prompt_token_ids) > 60, "the picture's own tokens are counted"
+    assert len(first.prompt_token_ids) > 60, "the image's own tokens are counted"
     answer = first.outputs[0]
     assert (answer.index, answer.finish_reason, answer.stop_reason) == (0, "stop", None)
     assert llm.get_tokenizer().decode(answer.token_ids, skip_special_tokens=True) == answer.text
@@ -109,26 +109,26 @@ def test_results_come_in_the_order_of_the_prompts_and_look_like_vllms(llm: LLM) 
 
 def test_each_prompt_may_have_sampling_parameters_of_its_own(llm: LLM) -> None:
     params = [SamplingParams(temperature=0, max_tokens=count) for count in (1, 2, 32)]
-    outputs = llm.chat([turn(picture("red-circle"))] * 3, params, use_tqdm=False)
+    outputs = llm.chat([turn(drawing("red-circle"))] * 3, params, use_tqdm=False)
     assert [len(output.outputs[0].token_ids) for output in outputs[:2]] == [1, 2]
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "length", "stop"]
     with pytest.raises(ValueError, match="a list of 2"):
-        llm.chat([turn(picture("red-circle"))] * 2, params)
+        llm.chat([turn(drawing("red-circle"))] * 2, params)
 
 
 def test_without_sampling_parameters_the_models_own_count_and_16_tokens(llm: LLM) -> None:
     assert llm.get_default_sampling_params().temperature == 0
     assert llm.get_default_sampling_params().max_tokens == 16
-    assert texts(llm.chat(turn(picture("red-circle")), use_tqdm=False)) == ["a red circle"]
+    assert texts(llm.chat(turn(drawing("red-circle")), use_tqdm=False)) == ["a red circle"]
 
 
 def test_one_bad_item_fails_alone_and_says_why(
     llm: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good = picture("red-circle")
+    good = drawing("red-circle")
     broken = tmp_path / "broken.png"
-    broken.write_bytes((PICTURES / "red-circle.png").read_bytes()[:400])
-    closed = Image.open(PICTURES / "yellow-star.png")
+    broken.write_bytes((IMAGES / "red-circle.png").read_bytes()[:400])
+    closed = Image.open(IMAGES / "yellow-star.png")
     closed.close()
     prompts = [
         prompt(good),
@@ -142,7 +142,7 @@ def test_one_bad_item_fails_alone_and_says_why(
         {"prompt": "x", "multi_modal_data": {"video": 5}},
         {"prompt": "word " * 5000},
         {"prompt_token_ids": [10**7]},
-        prompt(picture("green-triangle")),
+        prompt(drawing("green-triangle")),
     ]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output.error is None for output in outputs] == [True] + [False] * 10 + [True]
@@ -152,7 +152,7 @@ def test_one_bad_item_fails_alone_and_says_why(
     assert [str(output.error) for output in outputs[1:6]] == [
         "image 0: its data is truncated or damaged, or its file was closed",
         "image 0: its data is truncated or damaged, or its file was closed",
-        "the prompt has 1 placeholders of pictures (<image>) and 2 pictures: write one for each, or none",
+        "the prompt has 1 placeholders of images (<image>) and 2 images: write one for each, or none",
         "image 0: it has more than 4000000 pixels (option.max_image_pixels)",
         "image 0: it is a str; give a PIL image, an array of height x width x 3 bytes, or embeddings of tokens x "
         "hidden size",
@@ -194,8 +194,8 @@ def test_an_error_is_raised_for_a_prompt_alone_or_where_that_is_asked_for(llm: L
     late = {"prompt": "word " * 5000}  # fails in the backend, not here
     for each in (bad, late):
         with pytest.raises(InvalidRequest):
-            llm.generate([prompt(picture("red-circle")), each], use_tqdm=False, raise_on_error=True)
-    assert texts(llm.chat(turn(picture("red-circle")), GREEDY, use_tqdm=False)) == ["a red circle"]
+            llm.generate([prompt(drawing("red-circle")), each], use_tqdm=False, raise_on_error=True)
+    assert texts(llm.chat(turn(drawing("red-circle")), GREEDY, use_tqdm=False)) == ["a red circle"]
 
 
 @pytest.mark.parametrize(
@@ -207,16 +207,16 @@ def test_an_error_is_raised_for_a_prompt_alone_or_where_that_is_asked_for(llm: L
         lambda image: torch.from_numpy(np.array(image.convert("RGB"))),
     ],
 )
-def test_pictures_of_every_kind(llm: LLM, change) -> None:  # type: ignore[no-untyped-def]
+def test_images_of_every_kind(llm: LLM, change) -> None:  # type: ignore[no-untyped-def]
     text = f"<|user|><image>{WHAT}</s><|assistant|>"
-    given = {"prompt": text, "multi_modal_data": {"image": change(picture("yellow-star"))}}
+    given = {"prompt": text, "multi_modal_data": {"image": change(drawing("yellow-star"))}}
     outputs = llm.generate(given, GREEDY, use_tqdm=False)
     assert texts(outputs) == ["a yellow star"]
 
 
-def test_a_picture_is_turned_upright_and_left_as_it_was(llm: LLM, tmp_path: Path) -> None:
+def test_an_image_is_turned_upright_and_left_as_it_was(llm: LLM, tmp_path: Path) -> None:
     """Two shapes side by side, stored lying on their side: only upright is the star on the left."""
-    upright = picture("orange-star-and-blue-square").convert("RGB")
+    upright = drawing("orange-star-and-blue-square").convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.jpg", exif=exif, quality=95)
@@ -227,24 +227,24 @@ def test_a_picture_is_turned_upright_and_left_as_it_was(llm: LLM, tmp_path: Path
 
 
 def test_the_same_pixels_are_prepared_once_however_they_come(llm: LLM) -> None:
-    image = picture("black-cross").convert("RGB")
+    image = drawing("black-cross").convert("RGB")
     first = llm.chat(turn(image), GREEDY, use_tqdm=False)[0]
     again = llm.chat(turn(image.convert("RGBA")), GREEDY, use_tqdm=False)[0]
     assert again.prompt_token_ids == first.prompt_token_ids
-    assert again.num_cached_tokens >= 64, "the prefix cache knows the picture again"
-    other = llm.chat(turn(picture("yellow-star").convert("RGB").resize(image.size)), GREEDY, use_tqdm=False)[
+    assert again.num_cached_tokens >= 64, "the prefix cache knows the image again"
+    other = llm.chat(turn(drawing("yellow-star").convert("RGB").resize(image.size)), GREEDY, use_tqdm=False)[
         0
     ]
     assert other.outputs[0].text == "a yellow star"
     assert other.num_cached_tokens < 16
 
 
-def test_pictures_stand_where_their_placeholders_do() -> None:
+def test_images_stand_where_their_placeholders_do() -> None:
     one, two = Image.new("RGB", (1, 1)), Image.new("RGB", (2, 2))
     one_token = PromptImages(SHAPES, lambda part: ImageTokens(3, 1), None)
 
-    def read(text: str, *pictures: Image.Image, own: str | None = "<image>") -> list[object]:
-        found = read_prompt({"prompt": text, "multi_modal_data": {"image": list(pictures)}}, own, one_token)
+    def read(text: str, *images: Image.Image, own: str | None = "<image>") -> list[object]:
+        found = read_prompt({"prompt": text, "multi_modal_data": {"image": list(images)}}, own, one_token)
         return [part.text if isinstance(part, TextPart) else part.given for part in found.parts]
 
     assert read("a<image>b<image>c", one, two) == ["a", one, "b", two, "c"]
@@ -259,10 +259,10 @@ def test_pictures_stand_where_their_placeholders_do() -> None:
             read(text, *given)
 
 
-def test_token_ids_with_and_without_pictures(llm: LLM) -> None:
+def test_token_ids_with_and_without_images(llm: LLM) -> None:
     tokenizer = llm.get_tokenizer()
     ids = tokenizer.encode(f"<s><|user|><image>{WHAT}</s><|assistant|>", add_special_tokens=False)
-    given = {"prompt_token_ids": ids, "multi_modal_data": {"image": picture("red-circle")}}
+    given = {"prompt_token_ids": ids, "multi_modal_data": {"image": drawing("red-circle")}}
     named = {**given, "multi_modal_uuids": {"image": ["mine"]}}
     missing = {**named, "multi_modal_data": {"image": [None]}}
     outputs = llm.generate(
@@ -272,14 +272,14 @@ def test_token_ids_with_and_without_pictures(llm: LLM) -> None:
     assert isinstance(outputs[4].error, ImageError)
     assert outputs[0].outputs[0].text == "a red circle"
     assert outputs[0].prompt is None
-    assert outputs[1].error is not None, "a placeholder without a picture"
+    assert outputs[1].error is not None, "a placeholder without an image"
     assert outputs[2].error is None
 
 
-def test_several_pictures_and_urls_in_a_conversation(llm: LLM) -> None:
+def test_several_images_and_urls_in_a_conversation(llm: LLM) -> None:
     content = [
-        {"type": "image_url", "image_url": {"url": data_url(picture("red-circle"))}},
-        {"type": "image_pil", "image_pil": picture("green-triangle")},
+        {"type": "image_url", "image_url": {"url": data_url(drawing("red-circle"))}},
+        {"type": "image_pil", "image_pil": drawing("green-triangle")},
         {"type": "text", "text": "What is in the second image?"},
     ]
     conversation = [{"role": "user", "content": content}]
@@ -289,7 +289,7 @@ def test_several_pictures_and_urls_in_a_conversation(llm: LLM) -> None:
 
 
 def test_n_best_of_and_log_probabilities(llm: LLM) -> None:
-    conversation = turn(picture("red-circle"))
+    conversation = turn(drawing("red-circle"))
     three = llm.chat(conversation, SamplingParams(n=3, temperature=1.0, seed=1, logprobs=2), use_tqdm=False)[
         0
     ]
@@ -314,11 +314,11 @@ def test_n_best_of_and_log_probabilities(llm: LLM) -> None:
 
 def test_what_vllms_own_examples_write_out_is_taken(llm: LLM) -> None:
     """Their script for vision models gives `lora_request`, None where the model has no adapter."""
-    asked = prompt(picture("red-circle"))
+    asked = prompt(drawing("red-circle"))
     outputs = llm.generate([asked], sampling_params=GREEDY.clone(), lora_request=None, use_tqdm=False)
     assert texts(outputs) == ["a red circle"]
     assert (outputs[0].metrics, outputs[0].lora_request) == (None, None)
-    chat = turn(picture("red-circle"))
+    chat = turn(drawing("red-circle"))
     positional = llm.chat(chat, GREEDY, False, None, None, "auto")
     assert texts(positional) == ["a red circle"]
     with pytest.raises(TypeError, match="lora_request is not supported"):
@@ -382,7 +382,7 @@ def test_structured_outputs(llm: LLM) -> None:
         SamplingParams(temperature=0, structured_outputs=StructuredOutputsParams(choice=shapes)),
         SamplingParams(temperature=0, guided_decoding={"regex": "(a|the) (yellow|red) (star|circle)"}),
     ]
-    outputs = llm.chat([turn(picture("red-circle")), turn(picture("yellow-star"))], params, use_tqdm=False)
+    outputs = llm.chat([turn(drawing("red-circle")), turn(drawing("yellow-star"))], params, use_tqdm=False)
     assert texts(outputs) == ["red circle", "a yellow star"]
 
 
@@ -450,7 +450,7 @@ def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(
 
 
 def test_an_engine_that_dies_costs_no_answer(llm: LLM) -> None:
-    conversations = [turn(picture(name)) for name in ("red-circle", "yellow-star") * 12]
+    conversations = [turn(drawing(name)) for name in ("red-circle", "yellow-star") * 12]
     (process,) = engines()
     slow = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     outputs: list = []
@@ -472,13 +472,13 @@ def _busy(llm: LLM) -> bool:
 
 def test_inside_a_running_event_loop_and_from_several_threads(llm: LLM) -> None:
     async def notebook() -> list[str]:
-        return texts(llm.chat(turn(picture("red-circle")), GREEDY, use_tqdm=False))
+        return texts(llm.chat(turn(drawing("red-circle")), GREEDY, use_tqdm=False))
 
     assert asyncio.run(notebook()) == ["a red circle"]
     answers: dict[str, list[str]] = {}
 
     def ask(name: str) -> None:
-        answers[name] = texts(llm.chat([turn(picture(name))] * 3, GREEDY, use_tqdm=False))
+        answers[name] = texts(llm.chat([turn(drawing(name))] * 3, GREEDY, use_tqdm=False))
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in ("red-circle", "yellow-star")]
     for thread in threads:
@@ -510,12 +510,12 @@ def test_an_interrupt_aborts_what_runs(llm: LLM) -> None:
     long = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
     short = SamplingParams(temperature=0, max_tokens=1)
     with pytest.raises(KeyboardInterrupt):
-        llm.chat([turn(picture("red-circle"))] * 6, [short, *[long] * 5], use_tqdm=Bar)
+        llm.chat([turn(drawing("red-circle"))] * 6, [short, *[long] * 5], use_tqdm=Bar)
     end = time.monotonic() + 10
     while _busy(llm) and time.monotonic() < end:
         time.sleep(0.01)
     assert not _busy(llm)
-    assert texts(llm.chat(turn(picture("red-circle")), GREEDY, use_tqdm=False)) == ["a red circle"]
+    assert texts(llm.chat(turn(drawing("red-circle")), GREEDY, use_tqdm=False)) == ["a red circle"]
 
 
 def test_importing_the_handlers_stays_light() -> None:

@@ -27,7 +27,7 @@ from handlers.offline.multimodal import ImageTokens, PromptImages, prompts_with_
 from handlers.offline.prompts import read_prompt
 from handlers.request import EmbeddingsPart, ImagePart, TextPart
 from tests.support.models import text_config
-from tests.support.shapes import SHAPES, picture, tower_features, tower_pixels
+from tests.support.shapes import SHAPES, drawing, tower_features, tower_pixels
 
 QUESTION = "\nUSER: What is the content of this image?\nASSISTANT:"
 PROMPT = "<image>" * 64 + QUESTION
@@ -56,7 +56,7 @@ def texts(outputs: list[Any]) -> list[str]:
 
 
 def test_the_page_of_0_5_0(llm: LLM) -> None:
-    image = picture("red-circle")
+    image = drawing("red-circle")
     prompt = "<image>" * 64 + ("\nUSER: What is the content of this image?\nASSISTANT:")
 
     outputs = llm.generate({
@@ -71,7 +71,7 @@ def test_the_page_of_0_5_0(llm: LLM) -> None:
 
 
 def test_the_pages_before_0_5(llm: LLM, pixels: dict[str, torch.Tensor]) -> None:
-    image = picture("red-circle")
+    image = drawing("red-circle")
     outputs = llm.generate(PROMPT, multi_modal_datas=ImagePixelData(image))
     assert texts(outputs) == ["a red circle"]
     data = MultiModalData(type=MultiModalData.Type.IMAGE, data=pixels["yellow-star"])
@@ -88,7 +88,7 @@ def test_the_pages_before_0_5(llm: LLM, pixels: dict[str, torch.Tensor]) -> None
 
 def test_prompts_in_tokens_too(llm: LLM) -> None:
     ids = [3] * 64 + llm.get_tokenizer()(QUESTION, add_special_tokens=False)["input_ids"]
-    data = ImagePixelData(picture("yellow-star"))
+    data = ImagePixelData(drawing("yellow-star"))
     for outputs in (
         llm.generate({"prompt_token_ids": ids, "multi_modal_data": data}),
         llm.generate(prompt_token_ids=ids, multi_modal_data=data),
@@ -136,7 +136,7 @@ def test_features_and_embeddings() -> None:
         question = "USER: <image><image>\nWhat is the content of each image?\nASSISTANT:"
         each = llm.generate({"prompt": question, "multi_modal_data": {"image": several}})
         same = llm.generate({"prompt": question, "multi_modal_data": {"image": list(several)}})
-        seen = [picture("red-circle"), picture("yellow-star")]
+        seen = [drawing("red-circle"), drawing("yellow-star")]
         assert (
             texts(each)
             == texts(same)
@@ -179,7 +179,7 @@ def test_a_model_with_the_pages_own_numbers(tmp_path: Path) -> None:
         disable_image_processor=False,
     )
     prompt = "<image>" * 576 + ("\nUSER: What is the content of this image?\nASSISTANT:")
-    images = [picture("red-circle"), picture("yellow-star")]
+    images = [drawing("red-circle"), drawing("yellow-star")]
     with llm:
         (output,) = llm.generate({"prompt": prompt, "multi_modal_data": ImagePixelData(images[0])}, GREEDY)
         assert output.prompt_token_ids[:576] == [32_000] * 576
@@ -234,9 +234,7 @@ def test_which_placeholders_are_one_image(text: str, count: int, size: int | Non
     ],
 )
 def test_other_numbers_of_placeholders_are_refused(text: str, count: int) -> None:
-    with pytest.raises(
-        InvalidRequest, match=f"{text.count(I)} placeholders of pictures .* and {count} pictures"
-    ):
+    with pytest.raises(InvalidRequest, match=f"{text.count(I)} placeholders of images .* and {count} images"):
         places(text, count)
 
 

@@ -38,7 +38,7 @@ FILES: dict[str, st.SearchStrategy[Any]] = {
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and a picture processor without a template."""
+    """A tokenizer and an image processor without a template."""
     path = tmp_path_factory.mktemp("bare")
     wrapped(byte_level()).save_pretrained(path)
     CLIPImageProcessorPil().save_pretrained(path)

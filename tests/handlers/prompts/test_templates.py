@@ -1,4 +1,4 @@
-"""Chat templates: parts or strings, pictures in place, and client text that stays text."""
+"""Chat templates: parts or strings, images in place, and client text that stays text."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def plain() -> PreTrainedTokenizerFast:
 
 
 def said(*parts: str | None, role: str = "user", bare: bool = False) -> Message:
-    """A turn; None is a picture."""
+    """A turn; None is an image."""
     content: list[Part] = [ImagePart("data:,") if part is None else TextPart(part) for part in parts]
     return Message(role, content, text_only=bare)  # type: ignore[arg-type]
 
@@ -153,7 +153,7 @@ def test_bare_strings_reach_templates_that_ask_for_strings(plain: PreTrainedToke
         assert text.removeprefix("<s>") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_pictures_stand_where_they_were_put(plain: PreTrainedTokenizerFast) -> None:
+def test_images_stand_where_they_were_put(plain: PreTrainedTokenizerFast) -> None:
     turns = [said("first", None, "second", None), said("fine", role="assistant"), said(None, "third")]
     parts = PromptRenderer(plain, PARTS, image_token="<image>").render(ChatPrompt(turns))
     assert "first<image>second<image><|im_end|>" in parts.text
@@ -177,7 +177,7 @@ def test_a_family_can_wrap_its_image_token(plain: PreTrainedTokenizerFast) -> No
 
 
 def llava_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> LlavaProcessor:
-    """One token per picture, so that its ids are the renderer's before the family expands them."""
+    """One token per image, so that its ids are the renderer's before the family expands them."""
     pixels = CLIPImageProcessorPil(size={"height": 8, "width": 8}, crop_size={"height": 8, "width": 8})
     return LlavaProcessor(
         pixels, tokenizer, patch_size=8, vision_feature_select_strategy="full", chat_template=template
@@ -187,8 +187,8 @@ def llava_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> LlavaP
 @pytest.mark.parametrize("template", [PARTS, "{{ bos_token }}" + PARTS], ids=["no bos", "bos"])
 def test_ids_are_the_processors(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     words = ["what is in this picture?", None, " and here? é 中 🙂 ", None, "\n\n  a"]
-    picture = Image.new("RGB", (8, 8))
-    content = [{"type": "text", "text": w} if w else {"type": "image", "image": picture} for w in words]
+    image = Image.new("RGB", (8, 8))
+    content = [{"type": "text", "text": w} if w else {"type": "image", "image": image} for w in words]
     expected = llava_processor(tokenizer, template).apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
@@ -246,13 +246,13 @@ hostile = st.lists(pieces, max_size=8).map("".join)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(hostile, min_size=1, max_size=4), pictures=st.integers(0, 2), name=hostile)
+@given(texts=st.lists(hostile, min_size=1, max_size=4), images=st.integers(0, 2), name=hostile)
 def test_typed_control_tokens_are_never_obeyed(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], pictures: int, name: str
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], images: int, name: str
 ) -> None:
     renderer = renderer_for(tokenizer)
-    harmless = renderer.render(ChatPrompt([said(*["x"] * len(texts), *[None] * pictures)]))
-    rendered = renderer.render(ChatPrompt([said(*texts, *[None] * pictures)]))
+    harmless = renderer.render(ChatPrompt([said(*["x"] * len(texts), *[None] * images)]))
+    rendered = renderer.render(ChatPrompt([said(*texts, *[None] * images)]))
     assert skeleton(tokenizer, rendered.token_ids) == skeleton(tokenizer, harmless.token_ids)
     assert "".join(texts) in rendered.text
 
@@ -318,7 +318,7 @@ def test_markup_that_a_template_looks_for_stays_visible_to_it() -> None:
 # prompts without turns
 
 
-def test_text_prompts_obey_the_models_own_format_but_no_typed_picture(plain: PreTrainedTokenizerFast) -> None:
+def test_text_prompts_obey_the_models_own_format_but_no_typed_image(plain: PreTrainedTokenizerFast) -> None:
     renderer = PromptRenderer(plain, None, image_token="<image>")
     parts: list[Part] = [TextPart("<|im_start|>user\n<image> "), ImagePart("data:,"), TextPart("?<|im_end|>")]
     rendered = renderer.render(TextPrompt(parts))
@@ -355,7 +355,7 @@ def test_token_ids_are_taken_as_they_are(plain: PreTrainedTokenizerFast) -> None
     renderer = PromptRenderer(plain, None, image_token="<image>")
     ids = plain("what is this", add_special_tokens=False).input_ids
     assert renderer.render(TextPrompt([], token_ids=ids)).token_ids == ids
-    with pytest.raises(InvalidRequest, match="no picture"):
+    with pytest.raises(InvalidRequest, match="no image"):
         renderer.render(TextPrompt([], token_ids=[*ids, plain.convert_tokens_to_ids("<image>")]))
 
 
@@ -369,16 +369,16 @@ def test_the_templates_own_reason_reaches_the_client(plain: PreTrainedTokenizerF
     assert caught.value.param == "messages"
 
 
-def test_pictures_that_the_template_drops_are_refused(plain: PreTrainedTokenizerFast) -> None:
+def test_images_that_the_template_drops_are_refused(plain: PreTrainedTokenizerFast) -> None:
     renderer = PromptRenderer(
         plain, "{% for p in messages[0].content %}{{ p.text }}{% endfor %}", image_token="<image>"
     )
-    with pytest.raises(InvalidRequest, match="1 pictures"):
+    with pytest.raises(InvalidRequest, match="1 images"):
         renderer.render(ChatPrompt([said("see", None)]))
 
 
-def test_models_without_pictures_or_template_say_so(plain: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(InvalidRequest, match="does not take pictures"):
+def test_models_without_images_or_template_say_so(plain: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InvalidRequest, match="does not take images"):
         PromptRenderer(plain, PARTS).render(ChatPrompt([said(None)]))
     with pytest.raises(InvalidRequest, match="chat template"):
         PromptRenderer(plain, None, image_token="<image>").render(ChatPrompt([said("hi")]))

@@ -14,9 +14,9 @@ from handlers.errors import ContextExceeded, InvalidParameter
 from handlers.exchange import Reply
 from handlers.request import GenerationRequest
 from tests.support.scripted import (
-    Pictures,
     ScriptedBackend,
     ScriptedGeneration,
+    ScriptedImages,
     Watched,
     chat,
     everything,
@@ -194,14 +194,14 @@ def test_a_limit_that_the_client_did_not_send_is_marked() -> None:
     assert [r.max_tokens_is_default for r in backend.requests] == [True, False, False, False]
 
 
-def test_the_text_of_a_body_is_counted_without_its_pictures() -> None:
+def test_the_text_of_a_body_is_counted_without_its_images() -> None:
     backend = ScriptedBackend(said("a"))
     url = "data:image/png;base64," + "A" * 100_000
-    picture = [{"type": "image_url", "image_url": {"url": url}}]
+    image = [{"type": "image_url", "image_url": {"url": url}}]
     documents = [{"text": "x" * 3000}]
     for body, least, most in (
         (chat(), 30, 100),
-        (chat(picture), 50, 200),
+        (chat(image), 50, 200),
         (chat(documents=documents), 3000, 3200),
         ({"inputs": f"![]({url})" + "y" * 50}, 60, 100),
         (chat("z" * 2**21), 2**21, 2**21 + 100),
@@ -384,7 +384,7 @@ def whole_numbers(request: GenerationRequest) -> list[int]:
 def test_whatever_is_sent_is_answered_or_refused(body: Any) -> None:
     async def ask() -> None:
         backend, watched = Whole([]), Watched()
-        subject = service(backend, Pictures(), observer=watched, limit_mm_per_prompt={"image": 2})
+        subject = service(backend, ScriptedImages(), observer=watched, limit_mm_per_prompt={"image": 2})
         route = ROUTES["messages" if isinstance(body, dict) and "messages" in body else "inputs"]
         reply = await subject.answer(incoming(body, route))
         data = await everything(reply)
@@ -407,7 +407,7 @@ def test_whatever_is_sent_is_answered_or_refused(body: Any) -> None:
 def test_whatever_is_sent_to_tgis_routes_is_answered_or_refused(body: Any, route: str) -> None:
     async def ask() -> None:
         backend = Whole([])
-        subject = service(backend, Pictures(), limit_mm_per_prompt={"image": 2})
+        subject = service(backend, ScriptedImages(), limit_mm_per_prompt={"image": 2})
         reply = await subject.answer(incoming(body, route))
         data = await everything(reply)
         assert 200 <= reply.status < 500, data[:500]
@@ -439,7 +439,7 @@ def test_whatever_is_sent_to_tgis_routes_is_answered_or_refused(body: Any, route
 )
 def test_whatever_is_to_be_counted_is_counted_or_refused(body: Any, route: str) -> None:
     async def ask() -> None:
-        subject = service(ScriptedBackend([]), Pictures(), limit_mm_per_prompt={"image": 2})
+        subject = service(ScriptedBackend([]), ScriptedImages(), limit_mm_per_prompt={"image": 2})
         action = "detokenize" if route == "/detokenize" else "tokenize"
         reply = await subject.call(action, incoming(body, route))
         assert 200 <= reply.status < 500, reply.body[:500]

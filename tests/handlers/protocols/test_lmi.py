@@ -22,7 +22,7 @@ from handlers.request import GenerationRequest, ImagePart, TextPart, TextPrompt
 from handlers.sampling import RequestSampling
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
-CAT = "https://pictures.example/cat.png"
+CAT = "https://images.example/cat.png"
 
 
 def task(inputs: Any = "hi", *, defaults: dict[str, Any] | None = None, **parameters: Any) -> Task:
@@ -139,7 +139,7 @@ def test_unknown_and_harmless_parameters_are_accepted(caplog: pytest.LogCaptureF
     assert read_lmi(body, ServerContext("m"), request_id="r").requests[0].sampling.max_tokens == 30
 
 
-def test_pictures_are_markdown_links_in_place() -> None:
+def test_images_are_markdown_links_in_place() -> None:
     url = "https://en.wikipedia.org/wiki/File_(a).jpg"
     text = f'Look: ![a cat]({CAT}) and ![]({url})\n![](data:image/png;base64,QUJD "title") what?'
     assert image_parts(text) == [
@@ -158,7 +158,7 @@ def test_pictures_are_markdown_links_in_place() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet='![]() "\nhttps:data,', max_size=80))
-def test_cutting_out_pictures_loses_no_text(text: str) -> None:
+def test_cutting_out_images_loses_no_text(text: str) -> None:
     parts = image_parts(text)
     for part in parts:
         piece = part.text if isinstance(part, TextPart) else part.url

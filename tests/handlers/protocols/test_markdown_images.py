@@ -1,4 +1,4 @@
-"""Pictures in Markdown are found the fast way as one plain pattern would find them."""
+"""Images in Markdown are found the fast way as one plain pattern would find them."""
 
 from __future__ import annotations
 

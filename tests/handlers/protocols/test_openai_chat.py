@@ -34,7 +34,7 @@ from handlers.request import ChatPrompt, GenerationRequest, ImagePart, TextPart
 from handlers.sampling import RequestSampling
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 
-CAT = "https://pictures.example/cat.png"
+CAT = "https://images.example/cat.png"
 
 
 def read(body: dict[str, Any], **defaults: Any) -> GenerationRequest:
@@ -83,8 +83,8 @@ def chunks(steps: list[Step], body: dict[str, Any], **backend: Any) -> list[Chat
 # Reading
 
 
-def test_several_pictures_over_several_turns_keep_their_order() -> None:
-    urls = [f"https://pictures.example/{i}.png" for i in range(4)]
+def test_several_images_over_several_turns_keep_their_order() -> None:
+    urls = [f"https://images.example/{i}.png" for i in range(4)]
     body = {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -582,8 +582,8 @@ def test_errors_have_openais_shape_on_its_route_and_for_its_body() -> None:
 
 
 def test_a_whole_reply_is_a_chat_completion() -> None:
-    picture = {"type": "image_url", "image_url": {"url": CAT}}
-    reply = completion(said("A ", 'cat "é" \u2028', "."), chat([picture], model="my model"))
+    image = {"type": "image_url", "image_url": {"url": CAT}}
+    reply = completion(said("A ", 'cat "é" \u2028', "."), chat([image], model="my model"))
     assert reply.object == "chat.completion"
     assert reply.id.startswith("chatcmpl-")
     assert reply.model == "my model"

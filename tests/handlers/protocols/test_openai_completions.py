@@ -18,7 +18,7 @@ from handlers.request import Constraint, GenerationRequest, ImagePart, TextPart,
 from handlers.sampling import RequestSampling
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
-CAT = "https://pictures.example/cat.png"
+CAT = "https://images.example/cat.png"
 ROUTE = "/v1/completions"
 
 
@@ -103,7 +103,7 @@ def test_a_prompt_is_a_text_several_texts_token_ids_or_several_of_them() -> None
     assert [r.request_id for r in several] == ["r1-0", "r1-1"]
 
 
-def test_pictures_stand_in_the_prompt() -> None:
+def test_images_stand_in_the_prompt() -> None:
     request = only({"prompt": f"What is ![a cat]({CAT}) and [this](x)?"})
     assert parts(request).parts == [TextPart("What is "), ImagePart(CAT), TextPart(" and [this](x)?")]
 

@@ -19,7 +19,16 @@ from handlers.protocols.tgi.requests import read_tgi
 from handlers.request import ImagePart, TextPart, TextPrompt
 from handlers.sampling import RequestSampling
 from tests.support.live import LiveServer, data_url
-from tests.support.scripted import Pictures, ScriptedBackend, Step, everything, incoming, said, service, token
+from tests.support.scripted import (
+    ScriptedBackend,
+    ScriptedImages,
+    Step,
+    everything,
+    incoming,
+    said,
+    service,
+    token,
+)
 
 FAILED = "Request failed during generation: Server error:"
 END = 2
@@ -48,7 +57,7 @@ def answer(body: Any, steps: Any = None, route: str = "/generate", **options: An
             structured_outputs=True,
             compute_type="1-nvidia-a10g",
         )
-        server = service(backend, Pictures(), **{"limit_mm_per_prompt": {"image": 9}, **options})
+        server = service(backend, ScriptedImages(), **{"limit_mm_per_prompt": {"image": 9}, **options})
         reply = await server.answer(incoming(body, route, **headers))
         reply.body = await everything(reply)
         return reply
@@ -165,7 +174,7 @@ def test_an_adapter_that_is_not_there() -> None:
     assert result({"inputs": "x", "parameters": {"adapter_id": ""}})["generated_text"] == "a b"
 
 
-def test_pictures_stand_in_the_text() -> None:
+def test_images_stand_in_the_text() -> None:
     prompt = task("a ![](https://p.example/1.png) b").requests[0].prompt
     assert prompt == TextPrompt([TextPart("a "), ImagePart("https://p.example/1.png"), TextPart(" b")])
 
@@ -499,8 +508,8 @@ def test_a_stream_says_what_is_known_when_it_begins() -> None:
 
 def test_a_chat_as_tgis_clients_send_it() -> None:
     text = {"type": "text", "text": "hi", "image_url": None}
-    picture = {"type": "image_url", "image_url": {"url": "https://p.example/1.png"}, "text": None}
-    turn = {"role": "user", "content": [text, picture], "name": None, "tool_calls": None}
+    image = {"type": "image_url", "image_url": {"url": "https://p.example/1.png"}, "text": None}
+    turn = {"role": "user", "content": [text, image], "name": None, "tool_calls": None}
     nulls = ("logit_bias", "logprobs", "n", "seed", "stop", "stream_options", "temperature", "tool_choice")
     body = {
         **dict.fromkeys((*nulls, "tools", "tool_prompt", "top_logprobs", "frequency_penalty")),
@@ -557,8 +566,8 @@ def circle(color: str) -> Image.Image:
 
 
 def prompt(*colors: str, question: str = "What is this an image of?") -> str:
-    pictures = "".join(f"![]({data_url(circle(color))})" for color in colors)
-    return f"<s><|user|>{pictures}{question}</s><|assistant|>"
+    images = "".join(f"![]({data_url(circle(color))})" for color in colors)
+    return f"<s><|user|>{images}{question}</s><|assistant|>"
 
 
 def stream_of(server: LiveServer, path: str, body: dict[str, Any]) -> list[Any]:
@@ -570,7 +579,7 @@ def stream_of(server: LiveServer, path: str, body: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("color", ["red", "blue"])
-def test_a_picture_in_and_the_right_answer_out(server: LiveServer, color: str) -> None:
+def test_an_image_in_and_the_right_answer_out(server: LiveServer, color: str) -> None:
     body = {"inputs": prompt(color), "parameters": {"max_new_tokens": 20, "details": True}}
     reply = server.http.post("/generate", json=body)
     whole = reply.json()
@@ -597,7 +606,7 @@ def test_the_root_answers_with_a_list_or_a_stream_as_the_body_says(server: LiveS
         assert [event["index"] for event in seen] == list(range(1, len(seen) + 1))
 
 
-def test_two_pictures_and_which_comes_first(server: LiveServer) -> None:
+def test_two_images_and_which_comes_first(server: LiveServer) -> None:
     question = "What is in the second image?"
     for colors in (("red", "blue"), ("blue", "red")):
         body = {"inputs": prompt(*colors, question=question), "parameters": {}}
@@ -693,7 +702,7 @@ def test_lengths_in_tgis_words(server: LiveServer) -> None:
 
 
 def test_more_than_1024_tokens_come_in_one_go(server: LiveServer) -> None:
-    """TGI would queue the rest again, and fetch the picture again."""
+    """TGI would queue the rest again, and fetch the image again."""
     before = server.metrics()["lmi_images_total"]
     grammar = {"type": "regex", "value": "([a-z]{1,8}[ ]){2000}"}
     parameters = {"max_new_tokens": 1030, "grammar": grammar, "details": True}
@@ -703,7 +712,7 @@ def test_more_than_1024_tokens_come_in_one_go(server: LiveServer) -> None:
     assert server.metrics()["lmi_images_total"] - before == 1
 
 
-def test_a_picture_that_is_none_names_itself(server: LiveServer) -> None:
+def test_an_image_that_is_none_names_itself(server: LiveServer) -> None:
     body = {"inputs": "![](data:image/png;base64,QUJD) what?"}
     for path in ("/generate", "/generate_stream", "/"):
         reply = server.http.post(path, json=body)
@@ -712,7 +721,7 @@ def test_a_picture_that_is_none_names_itself(server: LiveServer) -> None:
         assert "QUJD" not in reply.json()["error"]
 
 
-def test_a_picture_of_a_refused_request_can_be_asked_about_again(server: LiveServer) -> None:
+def test_an_image_of_a_refused_request_can_be_asked_about_again(server: LiveServer) -> None:
     """vLLM would hold that its engine has it already."""
     body = {"inputs": prompt("green"), "parameters": {"max_new_tokens": 4060}}
     refused = server.http.post("/generate", json=body)

@@ -19,11 +19,11 @@ from handlers.prompts.renderer import PromptRenderer
 from handlers.request import Prompt, TextPart, TextPrompt
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer, data_url
-from tests.support.scripted import Pictures, ScriptedBackend, everything, incoming, service
+from tests.support.scripted import ScriptedBackend, ScriptedImages, everything, incoming, service
 from tests.support.shapes import SHAPES
 
 TOKENIZER = Tokenizer.from_file(str(SHAPES / "tokenizer.json"))
-PICTURE_TOKENS = 64
+IMAGE_TOKENS = 64
 TEXTS = [
     "What is this?",
     "  spaces \n\n and\ttabs ",
@@ -39,12 +39,12 @@ def server(shapes_server: LiveServer) -> LiveServer:
     return shapes_server
 
 
-def picture() -> str:
+def image() -> str:
     return data_url(Image.new("RGB", (40, 30), "red"))
 
 
-def chat(*texts: str, pictures: int = 0, **fields: Any) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture()}}] * pictures
+def chat(*texts: str, images: int = 0, **fields: Any) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image()}}] * images
     parts += [{"type": "text", "text": text} for text in texts]
     return {"messages": [{"role": "user", "content": parts}], **fields}
 
@@ -85,16 +85,16 @@ def test_vllms_tokens_are_those_of_a_completion(server: LiveServer, text: str) -
     assert ask(server, "/tokenize", {"prompt": text})["token_strs"] is None
 
 
-@pytest.mark.parametrize("pictures", [0, 1, 2])
+@pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("text", TEXTS[:5])
-def test_a_chats_tokens_are_those_it_is_answered_for(server: LiveServer, text: str, pictures: int) -> None:
-    body = chat(text, pictures=pictures)
+def test_a_chats_tokens_are_those_it_is_answered_for(server: LiveServer, text: str, images: int) -> None:
+    body = chat(text, images=images)
     found = ask(server, "/tokenize", body)
     usage = ask(server, "/v1/chat/completions", {**body, "max_tokens": 1})["usage"]
     assert found["count"] == usage["prompt_tokens"]
-    assert found["tokens"].count(3) == PICTURE_TOKENS * pictures
+    assert found["tokens"].count(3) == IMAGE_TOKENS * images
     shown = ask(server, "/chat_tokenize", body)
-    templated = "<s><|user|>" + "<image>" * pictures + text + "</s><|assistant|>"
+    templated = "<s><|user|>" + "<image>" * images + text + "</s><|assistant|>"
     assert shown["templated_text"] == templated
     tokens = shown["tokenize_response"]
     assert [token["id"] for token in tokens] == found["tokens"]
@@ -103,14 +103,14 @@ def test_a_chats_tokens_are_those_it_is_answered_for(server: LiveServer, text: s
     assert max(token["stop"] for token in tokens) == len(data)
 
 
-def test_pictures_in_a_text_count(server: LiveServer) -> None:
-    text = f"a ![]({picture()}) b"
+def test_images_in_a_text_count(server: LiveServer) -> None:
+    text = f"a ![]({image()}) b"
     tokens = ask(server, "/tokenize", {"inputs": text})
-    assert [token["text"] for token in tokens].count("<image>") == PICTURE_TOKENS
+    assert [token["text"] for token in tokens].count("<image>") == IMAGE_TOKENS
     assert ask(server, "/tokenize", {"prompt": text})["count"] == len(tokens)
     reply = server.http.post("/generate", json={"inputs": text, "parameters": {"max_new_tokens": 1}})
     assert reply.headers["x-prompt-tokens"] == str(len(tokens))
-    reply = server.http.post("/tokenize", json={"inputs": f"![]({picture()})" * 5})
+    reply = server.http.post("/tokenize", json={"inputs": f"![]({image()})" * 5})
     assert reply.status_code == 422
     assert "at most 4" in reply.json()["error"]
 
@@ -231,7 +231,7 @@ class Slow(ScriptedBackend):
 
 def counted(bodies: list[Any], backend: ScriptedBackend, **options: Any) -> list[Reply]:
     async def ask_all() -> list[Reply]:
-        server = service(backend, Pictures(), **options)
+        server = service(backend, ScriptedImages(), **options)
         replies = await asyncio.gather(
             *(server.call("tokenize", incoming(body, "/tokenize")) for body in bodies)
         )
@@ -259,7 +259,7 @@ def test_long_texts_are_counted_one_at_a_time_and_short_ones_together() -> None:
         assert backend.most == together
 
 
-def test_the_pictures_of_a_text_are_loaded_first() -> None:
+def test_the_images_of_a_text_are_loaded_first() -> None:
     (reply,) = counted([{"prompt": "![](https://p.example/1.png)x"}], ScriptedBackend([]))
     assert json.loads(reply.body)["tokens"] == [1, 35, 35, 120]
 

@@ -16,7 +16,7 @@ PREFIX = "vllm:"
 class Counters:
     """Counters since the process began, over all engines; gauges of the last step.
 
-    By number of the copy (of data parallelism): signs, the `time.monotonic()` seconds of its last word; running, its
+    By number of the replica (of data parallelism): signs, the `time.monotonic()` seconds of its last word; running, its
     requests; cache_usage, from 0 to 1.
     """
 

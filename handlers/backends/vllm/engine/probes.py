@@ -1,4 +1,4 @@
-"""Requests of our own to vLLM's engine: does it answer, is it warm, does it bear embeddings of pictures?"""
+"""Requests of our own to vLLM's engine: does it answer, is it warm, does it bear embeddings of images?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.vllm.engine.watch import count_copies
+from handlers.backends.vllm.engine.watch import count_replicas
 from handlers.backends.vllm.failures import failed
 from handlers.backends.vllm.prompts.embeddings import embeddings_wanted, smallest
 from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
     from handlers.backends.vllm.prompts.front import VllmFront
     from handlers.backends.vllm.prompts.inputs import Inputs
-    from handlers.request import PicturePart
+    from handlers.request import MediaPart
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +29,24 @@ class Probes:
         self._inputs = inputs
         self._numbers = numbers
 
-    async def ask(self, engine: Any, copy: int) -> None:
-        """For one token of one copy."""
-        await self._generate(engine, copy, [0], max_tokens=1, **_likeliest(engine))
+    async def ask(self, engine: Any, replica: int) -> None:
+        """For one token of one replica."""
+        await self._generate(engine, replica, [0], max_tokens=1, **_likeliest(engine))
 
-    async def warm(self, engine: Any, copy: int) -> None:
-        """Have one copy compile what the first requests would otherwise wait for.
+    async def warm(self, engine: Any, replica: int) -> None:
+        """Have one replica compile what the first requests would otherwise wait for.
 
         The first request with log probabilities waits seconds for a compiler, and again for several rows, as with a
         prompt of three tokens. Features that this engine rejects are skipped, since no client can use them.
         """
         try:
-            await self._generate(engine, copy, [0] * 3, max_tokens=2, **_warming(engine))
+            await self._generate(engine, replica, [0] * 3, max_tokens=2, **_warming(engine))
         except Exception as error:
             known = failed(self._vllm, error, accepted=engine.errored)
             if not isinstance(known, InvalidRequest):
                 raise
             logger.warning("first requests may wait for a compiler: %s", known.message)
-            await self.ask(engine, copy)
+            await self.ask(engine, replica)
 
     async def try_embeddings(self, engine: Any, front: VllmFront) -> None:
         """Take them from clients if the model does. Raises InvalidConfiguration where the engine fails on them."""
@@ -59,22 +59,22 @@ class Probes:
             prompt = front.exchanged([token], parts)
             await self._generate(engine, 0, prompt, parts, max_tokens=1, **_likeliest(engine))
         except ServingError as error:
-            logger.warning("embeddings of pictures are refused: %s", error.message)
+            logger.warning("embeddings of images are refused: %s", error.message)
             self._inputs.embeddings = None
         except Exception as error:
             raise InvalidConfiguration(
-                "option.enable_mm_embeds: the engine fails on embeddings of this model's pictures; leave it out"
+                "option.enable_mm_embeds: the engine fails on embeddings of this model's images; leave it out"
             ) from error
 
     async def _generate(
-        self, engine: Any, copy: int, prompt: list[int], parts: Sequence[PicturePart] = (), **params: Any
+        self, engine: Any, replica: int, prompt: list[int], parts: Sequence[MediaPart] = (), **params: Any
     ) -> None:
-        """Have a copy generate: the first token of the vocabulary is as good a prompt as any."""
+        """Have a replica generate: the first token of the vocabulary is as good a prompt as any."""
         outputs = engine.generate(
             await self._inputs.placed(engine, prompt, parts),
             self._vllm.SamplingParams(detokenize=False, **params),
             f"probe-{next(self._numbers)}",
-            data_parallel_rank=copy if count_copies(engine) > 1 else None,
+            data_parallel_rank=replica if count_replicas(engine) > 1 else None,
         )
         async for _ in outputs:
             pass

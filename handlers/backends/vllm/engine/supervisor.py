@@ -12,7 +12,7 @@ from handlers.backends.base import Health
 from handlers.backends.vllm.compat import engine_process_ids, expect_the_end, fail_requests
 from handlers.backends.vllm.engine.counters import Counters
 from handlers.backends.vllm.engine.processes import ProcessTree, children, unfinished
-from handlers.backends.vllm.engine.watch import Ask, Patience, Watch, count_copies
+from handlers.backends.vllm.engine.watch import Ask, Patience, Watch, count_replicas
 from processes.guard import Guard
 from processes.supervisor import Supervisor
 
@@ -44,9 +44,9 @@ class EngineSupervisor:
 
         Args:
             build: Makes an engine. It is slow and called in a thread.
-            ask: Has one copy of the model generate a token.
+            ask: Has one replica generate a token.
             counters: The progress that vLLM last reported.
-            warm: Has a new copy compile what the first requests would wait for; `ask` by default.
+            warm: Has a new replica compile what the first requests would wait for; `ask` by default.
             prepare: Makes an engine that has generated a token ready to serve.
             retry_threshold: The number of failures, with no answered request between them, after which the engine is
                 still restarted.
@@ -106,9 +106,9 @@ class EngineSupervisor:
             engine = await self._built(before)
             tree = ProcessTree(engine_process_ids(engine))
             await self._guard.protect(tree.members)
-            # vLLM's profiling leaves dummy pictures in the cache.
+            # vLLM's profiling leaves dummy images in the cache.
             await engine.reset_mm_cache()
-            await asyncio.gather(*(self._warm(engine, copy) for copy in range(count_copies(engine))))
+            await asyncio.gather(*(self._warm(engine, replica) for replica in range(count_replicas(engine))))
             if self._prepare is not None:
                 await self._prepare(engine)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Whether an engine still serves: its processes are looked at, and a copy of the model that is silent is asked."""
+"""Whether an engine still serves: its processes are looked at, and a replica that is silent is asked."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOOK_SECONDS = 0.25
 """Pause between two looks at the engine's processes and at its last words."""
 
 IDLE_SECONDS = 30.0
-"""A copy without a word for so long is asked, though no request is in flight."""
+"""A replica without a word for so long is asked, though no request is in flight."""
 
 Ask = Callable[[Any, int], Awaitable[None]]
-"""Has one copy of an engine's model, by its number, generate a token."""
+"""Has one replica of an engine's model, by its number, generate a token."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Patience:
 
     @property
     def quiet(self) -> float:
-        """Without a word for so long, a copy is asked; for as long again it may owe the answer unsuspected."""
+        """Without a word for so long, a replica is asked; for as long again it may owe the answer unsuspected."""
         return self.suspect / 2
 
 
 class Watch:
-    """Over one engine. With data parallelism each copy counts alone: one may hang while the others answer."""
+    """Over one engine. With data parallelism each replica counts alone: one may hang while the others answer."""
 
     def __init__(
         self,
@@ -60,18 +60,18 @@ class Watch:
         self._busy = busy
         self._patience = patience
         self._asked: dict[int, float] = {}
-        self._copies = range(count_copies(engine))
+        self._replicas = range(count_replicas(engine))
 
     @property
     def suspect(self) -> bool:
-        """Whether a copy owes an answer for too long."""
+        """Whether a replica owes an answer for too long."""
         now = time.monotonic()
         return any(now - asked > self._patience.quiet for asked in self._asked.values())
 
     async def until_lost(self) -> str:
         """Why it has to be replaced."""
         watching = [asyncio.create_task(self._until_dead())]
-        watching += [asyncio.create_task(self._until_silent(copy)) for copy in self._copies]
+        watching += [asyncio.create_task(self._until_silent(replica)) for replica in self._replicas]
         try:
             done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
@@ -88,50 +88,50 @@ class Watch:
             await asyncio.sleep(LOOK_SECONDS)
         return "process died"
 
-    async def _until_silent(self, copy: int) -> str:
-        self._signs[copy] = time.monotonic()
+    async def _until_silent(self, replica: int) -> str:
+        self._signs[replica] = time.monotonic()
         while True:
             await asyncio.sleep(min(LOOK_SECONDS, self._patience.quiet))
-            silent = time.monotonic() - self._signs[copy]
+            silent = time.monotonic() - self._signs[replica]
             quiet = self._patience.quiet
             if silent > (quiet if self._busy() else max(quiet, IDLE_SECONDS)) and not await self._answers(
-                copy
+                replica
             ):
-                which = f" (copy {copy} of {len(self._copies)})" if len(self._copies) > 1 else ""
+                which = f" (replica {replica} of {len(self._replicas)})" if len(self._replicas) > 1 else ""
                 return f"has not answered for {self._patience.stuck:.0f} s{which}"
 
-    async def _answers(self, copy: int) -> bool:
+    async def _answers(self, replica: int) -> bool:
         """Ask it for a token. Its word about any request is an answer as well; a death is not told here.
 
         That it cannot be asked is no answer: the requests that a hung engine holds fill its queue.
         """
-        asking = asyncio.ensure_future(self._ask(self.engine, copy))
-        asked = self._asked[copy] = time.monotonic()
+        asking = asyncio.ensure_future(self._ask(self.engine, replica))
+        asked = self._asked[replica] = time.monotonic()
         try:
             while True:
                 await asyncio.wait({asking}, timeout=LOOK_SECONDS)
-                if self._signs[copy] > asked:
+                if self._signs[replica] > asked:
                     return True
                 if asking.done():
-                    # All copies share one queue: who fills it may be the others.
-                    if _succeeded(asking) or len(self._copies) > 1:
+                    # All replicas share one queue: who fills it may be the others.
+                    if _succeeded(asking) or len(self._replicas) > 1:
                         return True
                     await asyncio.sleep(LOOK_SECONDS)
-                    asking = asyncio.ensure_future(self._ask(self.engine, copy))
+                    asking = asyncio.ensure_future(self._ask(self.engine, replica))
                 if time.monotonic() - asked > self._patience.stuck:
                     return False
         finally:
-            del self._asked[copy]
+            del self._asked[replica]
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            self._signs[copy] = max(asked, self._signs[copy])
+            self._signs[replica] = max(asked, self._signs[replica])
 
 
 def _succeeded(asking: asyncio.Future[None]) -> bool:
     return not asking.cancelled() and asking.exception() is None
 
 
-def count_copies(engine: Any) -> int:
-    """How many copies of the model an `AsyncLLM` holds; 1 for what else a supervisor holds."""
+def count_replicas(engine: Any) -> int:
+    """How many replicas an `AsyncLLM` holds; 1 for what else a supervisor holds."""
     config = getattr(engine, "vllm_config", None)
     return 1 if config is None else int(config.parallel_config.data_parallel_size)

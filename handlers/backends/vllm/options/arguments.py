@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from engine.machine import computes_bfloat16
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.vllm.compat import Vllm, load
 from handlers.backends.vllm.options.checkpoint import (
@@ -115,7 +114,7 @@ def engine_arguments(
     for warning in plan.warnings + format_warnings(configuration, model_path):
         logger.info("%s", warning)  # info: `lmi check` prints it itself
     dtype, reason = served_dtype(
-        settings.dtype, stored_dtype(model_path, config), bfloat16=cpu or computes_bfloat16("cuda")
+        settings.dtype, stored_dtype(model_path, config), bfloat16=cpu or machine.computes_bfloat16()
     )
     logger.info("vLLM computes in %s: %s", dtype, reason)
     said = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}

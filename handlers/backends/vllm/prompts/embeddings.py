@@ -1,4 +1,4 @@
-"""Embeddings in place of pictures as vLLM takes them, and what it must be spared: it checks less than it needs."""
+"""Embeddings in place of images as vLLM takes them, and what it must be spared: it checks less than it needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def embeddings_wanted(engine: Any) -> EmbeddingsWanted | None:
     processing = ImageProcessing(engine)
     also = processing.embedding_fields - {ROWS}
     if also - {GRID}:
-        logger.warning("embeddings of pictures are refused: this model wants %s with them", ", ".join(also))
+        logger.warning("embeddings of images are refused: this model wants %s with them", ", ".join(also))
         return None
     # Some models' encoders feed several layers of the language model; a row then holds what each of them gets.
     layers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
@@ -51,7 +51,7 @@ def embedding_data(loaded: Sequence[LoadedEmbeddings], dtype: str) -> Any:
 
 
 def smallest(wanted: EmbeddingsWanted) -> EmbeddingsPart:
-    """The embeddings of a picture of one token, to try whether the model takes them at all."""
+    """The embeddings of an image of one token, to try whether the model takes them at all."""
     rows = np.zeros((1, wanted.hidden_size), np.float32)
     grid = None if wanted.merge is None else (1, wanted.merge, wanted.merge)
     return EmbeddingsPart("", loaded=LoadedEmbeddings(rows, 0.0, grid, b"smallest embeddings"))

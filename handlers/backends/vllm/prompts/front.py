@@ -1,7 +1,7 @@
 """What the front knows of a model that vLLM serves, and how a request becomes vLLM's input.
 
 Prompts are rendered and tokenised here, not by vLLM, so that what a client types is never obeyed as a special
-token and the same request is the same prompt with every backend. vLLM's own renderer places the pictures.
+token and the same request is the same prompt with every backend. vLLM's own renderer places the images.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from engine.errors import ModelLoadError
 from handlers.backends.mistral_format import mistral_weights_alone
 from handlers.backends.vllm.compat import ImageProcessing, image_placeholder
 from handlers.backends.vllm.prompts.places import (
-    PicturePlaces,
-    picture_places,
+    ImagePlaceholders,
+    image_placeholders,
     rows_of_mistral,
 )
 from handlers.prompts.chat_templates import read_chat_templates
@@ -27,7 +27,7 @@ from handlers.prompts.generation_config import (
     read_generation_config,
 )
 from handlers.prompts.renderer import PromptRenderer
-from handlers.request import ImagePart, PicturePart
+from handlers.request import ImagePart, MediaPart
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class VllmFront:
-    """Tokenizer, template, endings and defaults of one model. images: whether it takes pictures."""
+    """Tokenizer, template, endings and defaults of one model. images: whether it takes images."""
 
     def __init__(self, settings: Settings, path: str, tokenizer: Any, vllm: Vllm, engine: Any) -> None:
         """Blocking: reads the model's files. Raises ModelLoadError."""
@@ -47,10 +47,10 @@ class VllmFront:
         self.images = bool(config.is_multimodal_model) and ImageProcessing(engine).takes_images
         templates = read_chat_templates(settings.chat_template, Path(path), tokenizer.chat_template)
         logger.info("chat template: %s", templates.told())
-        self.places: PicturePlaces | None = None
+        self.places: ImagePlaceholders | None = None
         if self.images:
             placeholder, inserts = image_placeholder(vllm, config)
-            self.places = picture_places(
+            self.places = image_placeholders(
                 tokenizer,
                 placeholder,
                 _image_token_id(config.hf_config),
@@ -75,8 +75,8 @@ class VllmFront:
         self.default_sampling = read_default_sampling(generation_defaults(config, path))
         self.vocab_size = int(config.get_vocab_size())
 
-    def exchanged(self, token_ids: list[int], parts: Sequence[PicturePart]) -> list[int]:
-        """A rendered prompt with these pictures as vLLM wants it: see `places`."""
+    def exchanged(self, token_ids: list[int], parts: Sequence[MediaPart]) -> list[int]:
+        """A rendered prompt with these images as vLLM wants it: see `places`."""
         if self.places is None or not parts:
             return token_ids
         sizes = [

@@ -1,4 +1,4 @@
-"""A prompt and its pictures become vLLM's input: its own renderer places them."""
+"""A prompt and its images become vLLM's input: its own renderer places them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from handlers.request import EmbeddingsPart, ImagePart
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
-    from handlers.request import PicturePart
+    from handlers.request import MediaPart
 
 
 class Inputs:
@@ -24,12 +24,12 @@ class Inputs:
     def __init__(self, vllm: Vllm) -> None:
         self._vllm = vllm
         self.embeddings: EmbeddingsWanted | None = None
-        """What the model takes in place of pictures, once that is known."""
+        """What the model takes in place of images, once that is known."""
 
-    async def placed(self, engine: Any, token_ids: Sequence[int], parts: Sequence[PicturePart] = ()) -> Any:
-        """vLLM's input, its pictures placed; they are let go of here.
+    async def placed(self, engine: Any, token_ids: Sequence[int], parts: Sequence[MediaPart] = ()) -> Any:
+        """vLLM's input, its images placed; they are let go of here.
 
-        token_ids: with what vLLM wants to see for each picture (`places`).
+        token_ids: with what vLLM wants to see for each image (`places`).
         Raises ImageError, InvalidRequest, and Unavailable where the engine was lost meanwhile.
         """
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
@@ -50,14 +50,14 @@ class Inputs:
                 raise Unavailable("the engine is being restarted; try again", retry_after=5) from error
             if not parts:
                 raise refused(error) from error
-            raise ImageError(0, "the model's processor cannot prepare these pictures") from error
+            raise ImageError(0, "the model's processor cannot prepare these images") from error
         finally:
             for part in parts:
                 part.release()
         places = len(placeholders(ready))
         if places != len(parts):
             raise InvalidRequest(
-                f"the request has {len(parts)} pictures, but {places} of them have a place in its prompt"
+                f"the request has {len(parts)} images, but {places} of them have a place in its prompt"
             )
         if self.embeddings is not None and any(isinstance(part, EmbeddingsPart) for part in parts):
             wrong = misplaced(ready, self.embeddings.hidden_size)
@@ -65,14 +65,14 @@ class Inputs:
                 raise ImageError(0, wrong)
         return ready
 
-    async def _data(self, parts: Sequence[PicturePart]) -> Any:
+    async def _data(self, parts: Sequence[MediaPart]) -> Any:
         embedded = [part for part in parts if isinstance(part, EmbeddingsPart)]
         if not embedded:
             return [part.loaded.image for part in parts if isinstance(part, ImagePart) and part.loaded]
-        assert len(embedded) == len(parts), "a request holds pictures or embeddings"
+        assert len(embedded) == len(parts), "a request holds images or embeddings"
         if self.embeddings is None:
             raise InvalidRequest(
-                "image_embeds: this model's pictures cannot be sent as embeddings; send the pictures",
+                "image_embeds: this model's images cannot be sent as embeddings; send the images",
                 param="image_embeds",
             )
         loaded = self.embeddings.checked(embedded)

@@ -1,7 +1,7 @@
-"""What stands for a picture in a prompt of a model that vLLM serves.
+"""What stands for an image in a prompt of a model that vLLM serves.
 
-Prompts are rendered with one token for each picture. Where a model's processor wants more than one token there, or
-none at all, that one is a stand-in, which is exchanged before vLLM places the pictures.
+Prompts are rendered with one token for each image. Where a model's processor wants more than one token there, or
+none at all, that one is a stand-in, which is exchanged before vLLM places the images.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PicturePlaces:
-    """token: the one that a rendered prompt has for each picture. placeholder: the text around it.
+class ImagePlaceholders:
+    """token: the one that a rendered prompt has for each image. placeholder: the text around it.
 
-    spelled: the tokens that vLLM wants in its stead for picture number `i` (from 0); None where it wants the token.
-    written: all the tokens of a picture of that width and height, for a model of which vLLM wants them in the prompt.
+    spelled: the tokens that vLLM wants in its stead for image number `i` (from 0); None where it wants the token.
+    written: all the tokens of an image of that width and height, for a model of which vLLM wants them in the prompt.
     """
 
     token: str
@@ -32,7 +32,7 @@ class PicturePlaces:
     def exchanged(
         self, token_ids: Sequence[int], token_id: int | None, sizes: Sequence[tuple[int, int]] = ()
     ) -> list[int]:
-        """A rendered prompt as vLLM wants it. sizes: (width, height) of its pictures."""
+        """A rendered prompt as vLLM wants it. sizes: (width, height) of its images."""
         if self.written is not None:
             written, waiting = self.written, iter(sizes)
             return [
@@ -53,7 +53,7 @@ class PicturePlaces:
         return made
 
 
-def picture_places(
+def image_placeholders(
     tokenizer: Any,
     placeholder: Callable[[int], str | None],
     image_token_id: int | None,
@@ -61,12 +61,12 @@ def picture_places(
     *,
     inserts: bool = False,
     printed: str = "",
-) -> PicturePlaces:
-    """placeholder: what vLLM writes for picture number `i` (from 1), where it says.
+) -> ImagePlaceholders:
+    """placeholder: what vLLM writes for image number `i` (from 1), where it says.
 
     image_token_id: from the model's config. wanted: the operator's own token. inserts: the model's processor puts
-    the pictures in by itself. printed: the chat template's source, which must not print a stand-in.
-    Raises ModelLoadError when nothing can stand for a picture.
+    the images in by itself. printed: the chat template's source, which must not print a stand-in.
+    Raises ModelLoadError when nothing can stand for an image.
     """
 
     def encoded(text: str) -> list[int]:
@@ -78,30 +78,30 @@ def picture_places(
         own = None
     if inserts:
         token = wanted or own or _stand_in(tokenizer, printed)
-        return PicturePlaces(token, token, lambda _: [])
+        return ImagePlaceholders(token, token, lambda _: [])
     if wanted is not None:
-        return PicturePlaces(wanted, wanted)
+        return ImagePlaceholders(wanted, wanted)
     first = placeholder(1)
     if first is not None:
         ids = encoded(first)
         if len(ids) == 1 and first == placeholder(2):
-            return PicturePlaces(first, first)
+            return ImagePlaceholders(first, first)
         if own is not None and image_token_id in ids:
-            return PicturePlaces(own, first)
+            return ImagePlaceholders(own, first)
     if own is not None:
-        return PicturePlaces(own, own)
+        return ImagePlaceholders(own, own)
     if first is None:
         raise ModelLoadError(
-            "it cannot be told which token stands for a picture in this model's prompts: "
+            "it cannot be told which token stands for an image in this model's prompts: "
             "set option.image_placeholder_token"
         )
     token = _stand_in(tokenizer, printed)
-    logger.info("pictures are written as %r in this model's prompts", first)
-    return PicturePlaces(token, token, lambda number: encoded(placeholder(number + 1) or ""))
+    logger.info("images are written as %r in this model's prompts", first)
+    return ImagePlaceholders(token, token, lambda number: encoded(placeholder(number + 1) or ""))
 
 
 def rows_of_mistral(processor: Any) -> Callable[[int, int], list[int]] | None:
-    """Return `PicturePlaces.written` for a model in Mistral's own format.
+    """Return `ImagePlaceholders.written` for a model in Mistral's own format.
 
     vLLM expects every token of such a model's images in the prompt, as mistral_common writes them.
 
@@ -133,5 +133,5 @@ def _stand_in(tokenizer: Any, printed: str) -> str:
         if token.special and text not in ends and text not in printed:
             return text
     raise ModelLoadError(
-        "no token can stand for a picture in this model's prompts: set option.image_placeholder_token"
+        "no token can stand for an image in this model's prompts: set option.image_placeholder_token"
     )

@@ -129,7 +129,7 @@ def test_check_says_which_degree_is_chosen(tmp_path: Path) -> None:
         return fit(configuration, backend_of("vllm"), tmp_path, config, machine)
 
     chosen = found()
-    assert (chosen.copies, chosen.devices_per_copy) == (2, 4)
+    assert (chosen.replicas, chosen.devices_per_replica) == (2, 4)
     assert "max is 4 here, not 8" in str(chosen.warnings[0])
     (error,) = found("tensor_parallel_degree=8").errors
     assert "cannot be shared evenly by 8 devices" in str(error)

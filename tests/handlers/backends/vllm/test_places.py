@@ -1,4 +1,4 @@
-"""What stands for a picture in prompts for vLLM, for each way in which its models want it; no vLLM is needed."""
+"""What stands for an image in prompts for vLLM, for each way in which its models want it; no vLLM is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import ModelLoadError
-from handlers.backends.vllm.prompts.places import picture_places
+from handlers.backends.vllm.prompts.places import image_placeholders
 from tests.support.models import CHAT_TEMPLATE, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -23,43 +23,43 @@ def always(placeholder: str | None) -> Callable[[int], str | None]:
 
 
 def test_a_placeholder_of_one_token_stands_for_itself() -> None:
-    places = picture_places(TOKENIZER, always("<image>"), None)
+    places = image_placeholders(TOKENIZER, always("<image>"), None)
     assert (places.token, places.placeholder) == ("<image>", "<image>")
     assert places.exchanged([USER, IMAGE, 5], IMAGE) == [USER, IMAGE, 5]
 
 
 def test_the_configs_token_within_a_longer_placeholder() -> None:
-    places = picture_places(TOKENIZER, always("<|user|><image><|end|>"), IMAGE)
+    places = image_placeholders(TOKENIZER, always("<|user|><image><|end|>"), IMAGE)
     assert (places.token, places.placeholder) == ("<image>", "<|user|><image><|end|>")
     assert places.exchanged([IMAGE], IMAGE) == [IMAGE]
 
 
 def test_the_configs_token_where_vllm_writes_another_ones() -> None:
-    places = picture_places(TOKENIZER, always("[IMG]"), IMAGE)
+    places = image_placeholders(TOKENIZER, always("[IMG]"), IMAGE)
     assert (places.token, places.placeholder) == ("<image>", "<image>")
 
 
 def test_a_placeholder_of_many_tokens_has_a_stand_in_that_no_template_prints() -> None:
-    places = picture_places(TOKENIZER, always("[IMG]"), None, printed=CHAT_TEMPLATE)
+    places = image_placeholders(TOKENIZER, always("[IMG]"), None, printed=CHAT_TEMPLATE)
     assert places.token == "<pad>"
     assert text(places.exchanged([USER, PAD, 5, PAD], PAD)) == "<|user|>[IMG]&[IMG]"
 
 
 def test_placeholders_that_count() -> None:
-    places = picture_places(TOKENIZER, lambda number: f"<|image_{number}|>", None, printed=CHAT_TEMPLATE)
+    places = image_placeholders(TOKENIZER, lambda number: f"<|image_{number}|>", None, printed=CHAT_TEMPLATE)
     assert text(places.exchanged([PAD, 5, PAD], PAD)) == "<|image_1|>&<|image_2|>"
 
 
 def test_a_processor_that_inserts_wants_nothing_in_the_prompt() -> None:
-    places = picture_places(TOKENIZER, always(None), IMAGE, inserts=True)
+    places = image_placeholders(TOKENIZER, always(None), IMAGE, inserts=True)
     assert places.token == "<image>"
     assert places.exchanged([IMAGE, USER, IMAGE], IMAGE) == [USER]
 
 
 def test_the_operators_token_wins() -> None:
-    assert picture_places(TOKENIZER, always("[IMG]"), IMAGE, "<|system|>").token == "<|system|>"
+    assert image_placeholders(TOKENIZER, always("[IMG]"), IMAGE, "<|system|>").token == "<|system|>"
 
 
 def test_what_cannot_be_told_is_asked_for() -> None:
     with pytest.raises(ModelLoadError, match=r"option\.image_placeholder_token"):
-        picture_places(TOKENIZER, always(None), None)
+        image_placeholders(TOKENIZER, always(None), None)

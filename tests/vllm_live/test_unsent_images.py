@@ -56,7 +56,7 @@ def test_of_a_request_that_only_vllm_refuses(server: LiveServer) -> None:
     assert server.http.post("/v1/chat/completions", json={**body, "n": 2}).status_code == 200
 
 
-def test_of_clients_that_left_while_their_picture_was_rendered(server: LiveServer) -> None:
+def test_of_clients_that_left_while_their_image_was_rendered(server: LiveServer) -> None:
     """At every moment of it: as SageMaker's clients do, which give up and send the same again."""
     for number in range(40):
         body = chat_body(noise(1000), "What?", max_tokens=1)
@@ -67,13 +67,13 @@ def test_of_clients_that_left_while_their_picture_was_rendered(server: LiveServe
 
 
 def test_of_requests_refused_while_others_are_served() -> None:
-    """What the front believes is cached and what is drift apart when pictures keep going in and out of both."""
-    pictures = [noise(40) for _ in range(60)]
+    """What the front believes is cached and what is drift apart when images keep going in and out of both."""
+    images = [noise(40) for _ in range(60)]
     chosen = random.Random(1)
     with LiveServer(SHAPES, "mm_processor_cache_gb=0.002") as server:
 
         def one(_: int) -> int:
-            body = chat_body(chosen.choice(pictures), "What?", max_tokens=2)
+            body = chat_body(chosen.choice(images), "What?", max_tokens=2)
             too_long = {"max_tokens": 4060} if chosen.random() < 0.3 else {}
             reply = server.http.post("/v1/chat/completions", json=body | too_long)
             assert reply.status_code == (400 if too_long else 200), reply.text
