@@ -28,6 +28,8 @@ class Guard:
     def __init__(self) -> None:
         self._child: Child | None = None
         self._told: list[int] = []
+        self._unguarded: list[int] = []
+        """What the log says to be without a guard."""
 
     async def protect(self, processes: Iterable[psutil.Process]) -> None:
         """Guard these processes, and no others, from now on. If no guard can be started, that is logged."""
@@ -46,6 +48,9 @@ class Guard:
             child.send(json.dumps(pids).encode())
             self._told = pids
         except OSError as error:
+            if pids == self._unguarded:
+                return
+            self._unguarded = pids
             logger.warning("without a guard an engine may outlive a killed server: %s", error)
 
     async def close(self) -> None:

@@ -393,6 +393,7 @@ class Needs:
         image_bytes: Bytes kept for each image of a running request.
         beside_weights: Bytes of what is held beside the weights.
         takes_all: Whether the cache is as large as it was asked to be, even if nothing can fill it.
+        encoder_cache: Whether option.encoder_cache_mb has an effect.
         errors: Why it cannot be served.
         warnings: What else the operator should know.
     """
@@ -404,6 +405,7 @@ class Needs:
     image_bytes: int | None = None
     beside_weights: int = 0
     takes_all: bool = False
+    encoder_cache: bool = True
     errors: Sequence[Problem] = ()
     warnings: Sequence[Problem] = ()
 

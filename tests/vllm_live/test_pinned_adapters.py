@@ -35,7 +35,7 @@ async def main():
         request = GenerationRequest("r", prompt, RequestSampling(temperature=0, max_tokens=16), adapter=name)
         return "".join([delta.text async for delta in await backend.generate(request)])
     async def seen(*names):
-        (told,) = await backend._engine._keeper.engine.collective_rpc(pinned)
+        (told,) = await backend._engine._supervisor.engine.collective_rpc(pinned)
         print("SEEN", json.dumps([told, [await said(name) for name in names]]))
     try:
         await backend.adapters.add("loose", adapter)

@@ -58,7 +58,7 @@ class VllmEngine:
         self._settings = configuration.settings
         self._path = model_path
         self._counters = Counters()
-        self._keeper: EngineSupervisor | None = None
+        self._supervisor: EngineSupervisor | None = None
         self._capabilities: Capabilities | None = None
         self._loaded = False
         self._open: set[VllmStream] = set()
@@ -73,7 +73,7 @@ class VllmEngine:
         self._inputs = Inputs(self._vllm)
         probes = Probes(self._vllm, self._inputs, self._numbers)
         read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
-        self._keeper = keeper = EngineSupervisor(
+        self._supervisor = supervisor = EngineSupervisor(
             lambda: builder.build(tokenizer, self._counters),
             probes.ask,
             self._counters,
@@ -86,7 +86,7 @@ class VllmEngine:
             ),
         )
         try:
-            # Before the engine, which takes long to start: what is missing from a model is often its tokenizer.
+            # Checked before the engine starts, which takes long: what a model lacks is often its tokenizer.
             tokenizer = await loop.run_in_executor(self._threads, read)
             parsers = await loop.run_in_executor(self._threads, vllm_parsers, self._settings, tokenizer)
             formats = None
@@ -103,8 +103,8 @@ class VllmEngine:
                 if self._settings.enable_lora
                 else None,
             )
-            await keeper.start()
-            config = keeper.engine.vllm_config
+            await supervisor.start()
+            config = supervisor.engine.vllm_config
             self._front = front = await loop.run_in_executor(
                 self._threads,
                 VllmFront,
@@ -112,18 +112,18 @@ class VllmEngine:
                 str(self._path),
                 tokenizer,
                 self._vllm,
-                keeper.engine,
+                supervisor.engine,
             )
             vocabulary = await loop.run_in_executor(
                 self._threads, constraint_vocabulary, config.structured_outputs_config, front
             )
             if self._settings.enable_mm_embeds and front.images:
-                await probes.try_embeddings(keeper.engine, front)
+                await probes.try_embeddings(supervisor.engine, front)
         except EngineError as error:
-            await keeper.close()
+            await supervisor.close()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         except BaseException:
-            await keeper.close()
+            await supervisor.close()
             raise
         if parsers is not None:
             parsers.model_config = config.model_config
@@ -212,7 +212,7 @@ class VllmEngine:
     async def generate(self, prompt: VllmPrompt, request: EngineRequest) -> VllmStream:
         """See `Engine`."""
         engine, theirs, most = prompt.engine, prompt.parameters, request.params.max_tokens
-        assert self._keeper is not None, "load() has not returned"
+        assert self._supervisor is not None, "load() has not returned"
         try:
             check_prompt_logprobs(request.params, len(prompt.token_ids), request.n)
         except InvalidRequest:
@@ -237,23 +237,23 @@ class VllmEngine:
             ended=partial(self._forget, adapter=prompt.adapter),
         )
         self._open.add(stream)
-        self._keeper.in_flight = len(self._open)
+        self._supervisor.in_flight = len(self._open)
         await stream.start()
-        self._keeper.answered = True
+        self._supervisor.answered = True
         return stream
 
     def health(self) -> Health:
         """See `Lifecycle`."""
-        if self._keeper is None or not self._loaded:
+        if self._supervisor is None or not self._loaded:
             return Health(False, "the model is loading")
-        return self._keeper.health()
+        return self._supervisor.health()
 
     def stats(self) -> BackendStats:
         """See `Lifecycle`."""
-        keeper, counters = self._keeper, self._counters
-        if keeper is None or not self._loaded:
+        supervisor, counters = self._supervisor, self._counters
+        if supervisor is None or not self._loaded:
             return BackendStats()
-        # vLLM is silent once the last request is gone, so its last word on what runs is not the latest.
+        # vLLM reports nothing once the last request is gone, so its last report of running requests is outdated.
         usage = list(counters.cache_usage.values()) if self._open else []
         running = sum(stream.started for stream in self._open)
         return BackendStats(
@@ -266,9 +266,9 @@ class VllmEngine:
             encoder_cache_queries=counters.mm_queries,
             encoder_cache_hits=counters.mm_hits,
             preemptions=counters.preemptions,
-            engine_restarts=keeper.restarts,
+            engine_restarts=supervisor.restarts,
             replicas=self._replicas,
-            replicas_ready=self._replicas if keeper.health().ready else 0,
+            replicas_ready=self._replicas if supervisor.health().ready else 0,
             series=tuple(series(self._vllm)),
         )
 
@@ -277,30 +277,30 @@ class VllmEngine:
         if self._loaded:
             self._adapters.close()
         self._loaded = False
-        if self._keeper is not None:
-            await self._keeper.close()
+        if self._supervisor is not None:
+            await self._supervisor.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _engine(self) -> Any:
-        """The one that serves now. Raises Unavailable."""
-        keeper = self._keeper
-        if keeper is None or not self._loaded:
+        """Return the engine that serves now. Raises Unavailable."""
+        supervisor = self._supervisor
+        if supervisor is None or not self._loaded:
             raise Unavailable("the model is still loading", retry_after=5)
-        if keeper.engine is None or keeper.engine.errored:
-            reason = "failed too often" if keeper.given_up else "is being restarted; try again"
+        if supervisor.engine is None or supervisor.engine.errored:
+            reason = "failed too often" if supervisor.given_up else "is being restarted; try again"
             raise Unavailable(f"the engine {reason}", retry_after=5)
-        return keeper.engine
+        return supervisor.engine
 
     async def _give_adapters(self, engine: Any) -> None:
-        """Give a new engine those that the one before it had."""
+        """Load the adapters of the previous engine into a new one."""
         await self._adapters.load(engine, again=self._loaded)
 
     def _forget(self, stream: VllmStream, adapter: LoadedAdapter | None) -> None:
         if adapter is not None:
             adapter.give_back()
         self._open.discard(stream)
-        if self._keeper is not None:
-            self._keeper.in_flight = len(self._open)
+        if self._supervisor is not None:
+            self._supervisor.in_flight = len(self._open)
 
     def _failure(
         self, engine: Any, constraint: Constraint | None, error: Exception, begun: bool
@@ -308,7 +308,7 @@ class VllmEngine:
         if isinstance(error, self._vllm.EngineDeadError) and not self._loaded:
             return Unavailable("the server is stopping", retry_after=5)
         param = None if constraint is None else constraint.param
-        # Where vLLM's output loop has failed, what it failed with is told before an output, too.
+        # If vLLM's output loop has failed, its exception can arrive before the first output, too.
         return failed(self._vllm, error, param, accepted=begun or engine.errored)
 
 
@@ -331,6 +331,6 @@ class VllmPrompt:
         self.images = sorted((int(place.offset), int(place.length)) for place in placeholders(self.prompt))
 
     def discard(self) -> None:
-        """Give back the adapter."""
+        """Release the adapter."""
         if self.adapter is not None:
             self.adapter.give_back()

@@ -177,6 +177,7 @@ def test_an_encoder_cache_larger_than_the_memory(model: Path, options: list[str]
         config
     )
     assert fit(smaller, backend_of("rolling"), model, config, CPU).warnings == []
+    assert fit(configuration, backend_of("vllm"), model, config, CPU).warnings == [], "it has no such cache"
 
 
 def test_the_engine_says_so_too(caplog: pytest.LogCaptureFixture) -> None:

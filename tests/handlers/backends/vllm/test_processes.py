@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 import multiprocessing
 import os
@@ -246,6 +247,25 @@ def test_a_guard_that_is_released_or_told_of_nobody_kills_nobody() -> None:
     finally:
         engine.kill()
         engine.wait()
+
+
+def test_that_no_guard_can_be_started_is_told_once_for_the_same_processes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine that is being built is looked at twice a second."""
+
+    async def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    async def guarded() -> None:
+        guard = Guard()
+        for _ in range(3):
+            await guard.protect([psutil.Process()])
+
+    monkeypatch.setattr("processes.child.Child.start", none_left)
+    asyncio.run(guarded())
+    (record,) = caplog.records
+    assert "without a guard" in record.getMessage()
 
 
 def test_a_guard_that_was_killed_is_replaced() -> None:

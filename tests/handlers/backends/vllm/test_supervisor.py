@@ -61,7 +61,7 @@ class House:
         """What the next engine is."""
         self.counters = Counters()
         patience = Patience(suspect=0.04, stuck=stuck)
-        self.keeper = EngineSupervisor(self.build, self.ask, self.counters, patience=patience, **options)
+        self.supervisor = EngineSupervisor(self.build, self.ask, self.counters, patience=patience, **options)
 
     def build(self) -> ScriptedEngine:
         if self.fail:
@@ -88,7 +88,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110 - the keeper itself looks at intervals
+        while not holds():  # noqa: ASYNC110 - the supervisor itself looks at intervals
             await asyncio.sleep(0.002)
 
 
@@ -99,16 +99,16 @@ def run(scenario: Any) -> None:
 def test_a_dead_engine_is_replaced() -> None:
     async def scenario() -> None:
         house = House()
-        await house.keeper.start()
-        assert house.keeper.health().ready
+        await house.supervisor.start()
+        assert house.supervisor.health().ready
         house.built[0].errored = True
-        assert not house.keeper.health().ready, "at once, before anybody has looked"
-        assert "restarted" in house.keeper.health().reason
-        await until(lambda: house.keeper.health().ready)
-        assert house.keeper.engine is house.built[1]
+        assert not house.supervisor.health().ready, "at once, before anybody has looked"
+        assert "restarted" in house.supervisor.health().reason
+        await until(lambda: house.supervisor.health().ready)
+        assert house.supervisor.engine is house.built[1]
         assert house.built[0].shut_down
-        assert house.keeper.restarts == 1
-        await house.keeper.close()
+        assert house.supervisor.restarts == 1
+        await house.supervisor.close()
         assert house.built[1].shut_down
 
     run(scenario)
@@ -117,14 +117,14 @@ def test_a_dead_engine_is_replaced() -> None:
 def test_a_silent_engine_is_suspected_then_replaced() -> None:
     async def scenario() -> None:
         house = House(stuck=0.2)
-        await house.keeper.start()
+        await house.supervisor.start()
         house.built[0].answers = [False]
-        await until(lambda: house.keeper.health().reason == "the engine does not answer")
+        await until(lambda: house.supervisor.health().reason == "the engine does not answer")
         assert not house.built[0].told
-        await until(lambda: len(house.built) == 2 and house.keeper.health().ready)
+        await until(lambda: len(house.built) == 2 and house.supervisor.health().ready)
         assert house.built[0].shut_down
         assert house.built[0].told, "its requests hear of it"
-        await house.keeper.close()
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -132,19 +132,19 @@ def test_a_silent_engine_is_suspected_then_replaced() -> None:
 def test_a_silent_replica_is_noticed_while_another_answers() -> None:
     async def scenario() -> None:
         house = House(replicas=2, stuck=0.3)
-        await house.keeper.start()
-        house.keeper.in_flight = 1
+        await house.supervisor.start()
+        house.supervisor.in_flight = 1
         house.built[0].answers[1] = False
         suspected = False
         async with asyncio.timeout(5):
             while len(house.built) < 2:
                 house.counters.signs[0] = time.monotonic()
-                suspected |= house.keeper.health().reason == "the engine does not answer"
+                suspected |= house.supervisor.health().reason == "the engine does not answer"
                 await asyncio.sleep(0.005)
         assert suspected
         assert house.built[0].shut_down
-        await until(lambda: house.keeper.health().ready)
-        await house.keeper.close()
+        await until(lambda: house.supervisor.health().ready)
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -152,14 +152,14 @@ def test_a_silent_replica_is_noticed_while_another_answers() -> None:
 def test_a_word_about_any_request_clears_the_suspicion() -> None:
     async def scenario() -> None:
         house = House(stuck=0.3)
-        await house.keeper.start()
-        house.keeper.in_flight = 1
+        await house.supervisor.start()
+        house.supervisor.in_flight = 1
         house.built[0].answers = [False]
         for _ in range(50):
             house.counters.signs[0] = time.monotonic()
             await asyncio.sleep(0.01)
         assert len(house.built) == 1
-        await house.keeper.close()
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -167,14 +167,14 @@ def test_a_word_about_any_request_clears_the_suspicion() -> None:
 def test_a_silent_engine_whose_queue_is_full_is_replaced() -> None:
     async def scenario() -> None:
         house = House(stuck=0.2)
-        await house.keeper.start()
-        house.keeper.in_flight = 1
+        await house.supervisor.start()
+        house.supervisor.in_flight = 1
         house.full = True
-        await until(lambda: house.keeper.health().reason == "the engine does not answer")
+        await until(lambda: house.supervisor.health().reason == "the engine does not answer")
         await until(lambda: bool(house.built[0].told))
         house.full = False
-        await until(lambda: len(house.built) == 2 and house.keeper.health().ready)
-        await house.keeper.close()
+        await until(lambda: len(house.built) == 2 and house.supervisor.health().ready)
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -182,13 +182,13 @@ def test_a_silent_engine_whose_queue_is_full_is_replaced() -> None:
 def test_who_was_refused_asks_again() -> None:
     async def scenario() -> None:
         house = House()
-        await house.keeper.start()
+        await house.supervisor.start()
         house.full = True
-        await until(lambda: house.keeper.health().reason == "the engine does not answer")
+        await until(lambda: house.supervisor.health().reason == "the engine does not answer")
         house.full = False
-        await until(lambda: house.keeper.health().ready)
+        await until(lambda: house.supervisor.health().ready)
         assert len(house.built) == 1
-        await house.keeper.close()
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -196,12 +196,12 @@ def test_who_was_refused_asks_again() -> None:
 def test_a_full_queue_says_nothing_of_one_replica_of_several() -> None:
     async def scenario() -> None:
         house = House(replicas=2, stuck=0.02)
-        await house.keeper.start()
+        await house.supervisor.start()
         house.full = True
         await until(lambda: house.refused > 10)
-        assert house.keeper.health().ready
+        assert house.supervisor.health().ready
         assert len(house.built) == 1
-        await house.keeper.close()
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -209,14 +209,14 @@ def test_a_full_queue_says_nothing_of_one_replica_of_several() -> None:
 def test_after_too_many_failures_it_is_lost() -> None:
     async def scenario() -> None:
         house = House(retry_threshold=2)
-        await house.keeper.start()
+        await house.supervisor.start()
         house.fail = 5
         house.built[0].errored = True
-        await until(lambda: house.keeper.given_up)
-        health = house.keeper.health()
+        await until(lambda: house.supervisor.given_up)
+        health = house.supervisor.health()
         assert (health.ready, health.lost) == (False, True)
-        assert house.keeper.restarts == 2
-        await house.keeper.close()
+        assert house.supervisor.restarts == 2
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -224,15 +224,17 @@ def test_after_too_many_failures_it_is_lost() -> None:
 def test_an_answered_request_forgives_earlier_failures() -> None:
     async def scenario() -> None:
         house = House(retry_threshold=1)
-        await house.keeper.start()
+        await house.supervisor.start()
         for number in range(4):
-            house.keeper.answered = True
+            house.supervisor.answered = True
             house.built[number].errored = True
-            await until(lambda number=number: len(house.built) == number + 2 and house.keeper.health().ready)
-        assert not house.keeper.given_up
+            await until(
+                lambda number=number: len(house.built) == number + 2 and house.supervisor.health().ready
+            )
+        assert not house.supervisor.given_up
         house.built[4].errored = True
-        await until(lambda: house.keeper.given_up)
-        await house.keeper.close()
+        await until(lambda: house.supervisor.given_up)
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -242,9 +244,9 @@ def test_what_the_first_engine_fails_with_is_told() -> None:
         house = House()
         house.fail = 1
         with pytest.raises(RuntimeError, match="no memory"):
-            await house.keeper.start()
-        await house.keeper.close()
-        await house.keeper.close()
+            await house.supervisor.start()
+        await house.supervisor.close()
+        await house.supervisor.close()
 
     run(scenario)
 
@@ -258,12 +260,12 @@ def test_a_dead_process_is_noticed_before_vllm_tells_and_the_others_are_not_touc
         engine.start()
         house = House()
         house.process = engine
-        await house.keeper.start()
+        await house.supervisor.start()
         engine.kill()
-        await until(lambda: len(house.built) == 2 and house.keeper.health().ready)
+        await until(lambda: len(house.built) == 2 and house.supervisor.health().ready)
         assert house.built[0].told
         assert not house.built[0].errored, "vLLM has told nothing"
-        await house.keeper.close()
+        await house.supervisor.close()
         assert mine.is_alive()
         assert another.returncode is None
         mine.kill()
@@ -292,12 +294,12 @@ def test_what_a_start_that_fails_leaves_is_ended_alone() -> None:
         async def ask(engine: Any, replica: int) -> None:
             pass
 
-        keeper = EngineSupervisor(build, ask, Counters())
+        supervisor = EngineSupervisor(build, ask, Counters())
         with pytest.raises(RuntimeError, match="no memory"):
-            await keeper.start()
+            await supervisor.start()
         engine, reader = started
         assert not engine.is_alive()
-        await keeper.close()
+        await supervisor.close()
         assert mine.is_alive()
         assert reader.is_alive()
         for process in (mine, reader):
@@ -310,15 +312,15 @@ def test_what_a_start_that_fails_leaves_is_ended_alone() -> None:
 def test_a_shortage_of_this_machine_is_waited_for_and_not_counted() -> None:
     async def scenario() -> None:
         house = House(retry_threshold=1)
-        await house.keeper.start()
+        await house.supervisor.start()
         house.error = OSError(errno.EMFILE, "Too many open files")
         house.fail = 6
         house.built[0].errored = True
-        await until(lambda: house.keeper.restarts > 3)
-        health = house.keeper.health()
+        await until(lambda: house.supervisor.restarts > 3)
+        health = house.supervisor.health()
         assert (health.ready, health.lost) == (False, False)
         assert health.reason.endswith("the server is short of file descriptors")
-        await until(lambda: house.keeper.health().ready)
-        await house.keeper.close()
+        await until(lambda: house.supervisor.health().ready)
+        await house.supervisor.close()
 
     run(scenario)
