@@ -18,16 +18,17 @@ _MOST = 2000
 
 
 class Keys:
-    """The keys that open the server: one, or several as a JSON list of strings; with None it is open to everybody."""
+    """The keys that the server accepts: one, or several as a JSON list of strings; with None no key is needed."""
 
     def __init__(self, secret: SecretStr | None) -> None:
         texts = [] if secret is None else _several(secret.get_secret_value())
         self._digests = [_digest(text.encode()) for text in texts]
 
     def admit(self, headers: Mapping[str, str]) -> bool:
-        """Whether `Authorization: Bearer KEY` is there, in the same time for every wrong key.
+        """Whether a valid `Authorization: Bearer KEY` is present; every wrong key takes the same time.
 
-        headers: decoded as latin-1, so that their bytes can be had back.
+        Args:
+            headers: Decoded as latin-1, so that their bytes can be restored.
         """
         if not self._digests:
             return True

@@ -1,4 +1,4 @@
-"""Request bodies while they arrive: how much memory they may take, and which ones are given up."""
+"""Request bodies while they arrive: how much memory they may use, and which ones are refused when it is short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from handlers.errors import Overloaded, PayloadTooLarge, ServingError
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 FLOOR_BYTES = 1024
-"""The slowest rate of a body, per second and averaged over `FLOOR_SECONDS`: any working mobile network is faster."""
+"""The slowest allowed rate of a body, per second, averaged over `FLOOR_SECONDS`; mobile networks are faster."""
 
 FLOOR_SECONDS = 30.0
 
@@ -35,7 +35,7 @@ _JOINER = ThreadPoolExecutor(1, "join-body")
 """One thread, so that only one body at a time is in memory twice."""
 
 _PARTS_AT_ONCE = 4
-"""Parts, of up to 256 KiB, that one pass of the event loop asks for: each costs it half a millisecond."""
+"""Parts of up to 256 KiB that one pass of the event loop reads; each takes half a millisecond."""
 
 _RETRY_AFTER = 1.0
 
@@ -45,7 +45,7 @@ class ClientGone(Exception):
 
 
 class BodyTimeout(ServingError):
-    """The body arrives too slowly, or takes too long in all."""
+    """The body arrives too slowly, or takes too long altogether."""
 
     status = 408
     kind = "body_timeout"
@@ -82,7 +82,7 @@ class Bodies:
     async def turn(self) -> None:
         """Wait until a body may be asked for its next part.
 
-        With many large bodies at once, one pass of the event loop would else read a part of each, and nothing else
+        With many large bodies at once, one pass of the event loop would otherwise read a part of each, and nothing else
         would run for tens of milliseconds.
         """
         loop = asyncio.get_running_loop()
@@ -98,7 +98,7 @@ class Bodies:
         given = 0
         while self._turns and given < _PARTS_AT_ONCE:
             turn = self._turns.popleft()
-            if not turn.done():  # else its request is gone
+            if not turn.done():  # otherwise its request is gone
                 turn.set_result(None)
                 given += 1
         self._asked = given + len(self._turns)
@@ -106,7 +106,7 @@ class Bodies:
             asyncio.get_running_loop().call_soon(self._next_pass)
 
     def fits(self, declared: int) -> bool:
-        """Whether a body of `declared` bytes fits beside those that arrived whole."""
+        """Whether a body of `declared` bytes fits beside those that have arrived completely."""
         if self.held + declared <= self.limit:
             return True
         return self.held - self._arriving + declared <= self.limit
@@ -119,7 +119,7 @@ class Bodies:
         and a body that is nearly complete stays.
 
         Raises:
-            Overloaded: This body itself is the costliest, or was refused a moment ago.
+            Overloaded: This body itself costs the most, or has just been refused.
         """
         while self.held + size > self.limit:
             if body not in self.reading:  # refused a moment ago
@@ -236,7 +236,7 @@ class Body:
             if self.size <= _JOINED_HERE_BYTES:
                 return b"".join(pieces)
             joining = asyncio.get_running_loop().run_in_executor(_JOINER, _joined, pieces)
-            pieces = []  # they are the thread's
+            pieces = []  # the thread frees them
             return await joining
         except asyncio.CancelledError:
             if self._error is None or task is None:
@@ -255,7 +255,7 @@ class Body:
     async def _read(self, receive: Receive, pieces: list[bytes | bytearray]) -> None:
         more = True
         while more:
-            if self.size:  # else its first part has been read with the head
+            if self.size:  # otherwise its first part was read together with the head
                 await self._bodies.turn()
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -283,7 +283,7 @@ class Body:
             self.size = size
 
     def release(self) -> None:
-        """Give its memory and its place back. Safe to call twice."""
+        """Release its memory and its place in the queue. Safe to call twice."""
         self.settle()
         self._bodies.held -= self.size
         self.size = 0
@@ -306,7 +306,7 @@ class Body:
         return self.size * (max(rest, 1) / max(pace, 1.0) + now - self._last)
 
     def look(self, now: float) -> BodyTimeout | None:
-        """Note its pace; called once a second. Returns an error if the body is too slow."""
+        """Measure its pace; called once a second. Returns an error if the body is too slow."""
         self._pace = (self._pace + self.size - self._at_sweep) / 2
         self._at_sweep = self.size
         if now - self._began > _PROMPT_SECONDS:
@@ -344,19 +344,19 @@ def _joined(pieces: list[bytes | bytearray]) -> bytes:
 
 
 def _free(pieces: list[bytes | bytearray]) -> None:
-    """Give the memory of a body back that was not read to its end: that of many large ones in a thread."""
+    """Free the memory of a body that was not read to its end; many large ones are freed in a thread."""
     if sum(map(len, pieces)) > _JOINED_HERE_BYTES:
         _JOINER.submit(_drop, list(pieces))
     pieces.clear()
 
 
 def _drop(pieces: list[bytes | bytearray]) -> None:
-    """Free the pieces one by one, so that other threads can run between two."""
+    """Free the pieces one by one, so that other threads can run in between."""
     while pieces:
         pieces.pop()
 
 
 def declared_size(headers: Mapping[str, str]) -> int:
-    """The value of Content-Length; 0 if there is none."""
+    """Return the value of Content-Length; 0 if there is none."""
     declared = headers.get("content-length", "")
     return int(declared) if declared.isdecimal() else 0

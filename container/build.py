@@ -28,26 +28,35 @@ logger = logging.getLogger(__name__)
 
 
 ServiceMaker = Callable[[Configuration, ImageLoader, Observer, Formatters | None], Answers]
-"""Makes what answers requests of a loaded backend, and of loaded formatters if there are some."""
+"""Makes the service that answers requests with a loaded backend and, if there are any, loaded formatters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What serves a model. backend: not loaded at first. service: None where another machine answers requests."""
+    """What serves a model.
+
+    Attributes:
+        backend: Not loaded at first.
+        service: Makes what answers requests; None if another machine answers them.
+    """
 
     backend: Lifecycle
     service: ServiceMaker | None
 
     @classmethod
     def by(cls, pipeline: Pipeline) -> Served:
-        """An engine that answers requests itself."""
+        """Return an engine that answers requests on this machine."""
         return cls(pipeline, partial(_service, pipeline))
 
 
 def build_backend(configuration: Configuration, model_path: Path) -> Served:
-    """The model's own handler where it has one, else an engine. Not yet loaded.
+    """Return the model's own handler if it has one, or else an engine; neither is loaded yet.
 
-    Slow: imports what it needs; call it in a thread. Raises ConfigurationError and ServingError.
+    It is slow, because it imports what it needs; call it in a thread.
+
+    Raises:
+        ConfigurationError: The options do not fit the model or the machine.
+        ServingError: The model cannot be served.
     """
     own = find_handler(configuration, model_path)
     if own is None:
@@ -78,7 +87,7 @@ def _warn_of_requirements(directory: Path) -> None:
 
 
 def build_formatters(configuration: Configuration, model_path: Path) -> Formatters | None:
-    """The model's own formatters, not yet loaded. Raises ServingError."""
+    """Return the model's own formatters, not loaded yet. Raises ServingError."""
     own = find_formatters(configuration, model_path)
     if own is None:
         return None

@@ -42,10 +42,10 @@ def run_check(
     everything: bool = False,
     instances: Sequence[Instance] = (),
 ) -> int:
-    """Resolve and check: the whole of `lmi check [MODEL] [--option NAME=VALUE] [--json] [--all] [--instance NAME]`.
+    """Run `lmi check [MODEL] [--option NAME=VALUE] [--json] [--all] [--instance NAME]`; it prints to standard output.
 
-    Prints to standard output; returns the exit status: 0, or 1 on an error, with several instances where the model
-    fits none.
+    Returns:
+        The exit status: 0, or 1 on an error; with several instances 1 if the model fits none of them.
     """
     try:
         configuration = configured(model, options, environ, SERVE_DEFAULTS)
@@ -68,7 +68,11 @@ def check(
 ) -> int:
     """Print the verdict, the problems, what would be served and what was set; return the exit status.
 
-    machine: what to measure the estimate against; None looks at this one. everything: print defaults too.
+    Args:
+        configuration: The options.
+        as_json: Print JSON.
+        everything: Print defaults, too.
+        machine: What the estimate is compared with; None for this one.
     """
     report = describe(configuration, machine or this_machine())
     _print(report, as_json, everything)
@@ -222,8 +226,8 @@ def _as_the_start_finds(
     errors: list[Problem],
     warnings: list[Problem],
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """What more than the files tell, asked of the code that a start asks first; the memory estimate, and `prompts`."""
-    from handlers.backends.fit import fit  # imports torch, which the other reports do without
+    """Add what the files alone do not show: the memory estimate and `prompts`, from the code that a start runs."""
+    from handlers.backends.fit import fit  # imports torch, which the other reports do not need
 
     facts = backend.prompt_facts(configuration, directory, machine)
     warnings += facts.warnings
@@ -277,7 +281,7 @@ def _print(report: Mapping[str, Any], as_json: bool, everything: bool = False) -
 
 
 def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
-    """The verdict, the problems, what would be served, what was set."""
+    """Return the verdict, the problems, what would be served and what was set, as lines."""
     lines = [
         _verdict(report),
         *(f"error: {text}" for text in report["errors"]),
@@ -353,7 +357,7 @@ def _gpus(instance: Mapping[str, Any]) -> str:
 def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each family and number of GPUs that is alike in all but the host."""
     lines: list[tuple[str, ...]] = [
-        ("instance", "devices", "fits", "copies", "devices per copy", "context", "cache tokens")
+        ("instance", "devices", "fits", "replicas", "devices per replica", "context", "cache tokens")
     ]
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -379,7 +383,7 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _options(
     options: Mapping[str, Mapping[str, Any]], extra: Mapping[str, Mapping[str, Any]], everything: bool
 ) -> list[str]:
-    """Those that were given, those that the model recommends, and the others where everything is wanted."""
+    """Return the options that were given or that the model recommends; the others only if everything is wanted."""
     rows = []
     ordered = sorted(options.items(), key=lambda item: not item[1]["given"])
     for name, row in ordered:

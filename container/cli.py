@@ -26,7 +26,7 @@ _FLAGS_HELP = (
 
 
 def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
-    """The `lmi` command; the exit status. build: makes the backend; None is the one that the options choose."""
+    """Run the `lmi` command and return its exit status. build: makes the backend; None for what the options select."""
     given = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     parser.add_argument("--version", action="version", version=f"lmi-handler {VERSION}")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
 
 
 def serve_main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
-    """The `serve` command: `lmi serve`, but on all addresses, as a container must be."""
+    """Run the `serve` command: `lmi serve` on all addresses, as a container needs it."""
     parser = _parser()
     flags = _flags(parser, sys.argv[1:] if argv is None else list(argv))
     arguments = parser.parse_args(["serve", *flags.rest])
@@ -156,8 +156,8 @@ def _serve(
     warnings: Sequence[str],
     build: BackendBuilder | None,
 ) -> int:
-    """defaults: option -> value where no source says."""
-    # As process 1 of a container we would not even be killed by a signal that nobody handles.
+    """Serve with the options of a command line. defaults: the values of options that no source sets."""
+    # A signal without a handler does not end process 1 of a container.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: os._exit(0))
     from container.server import start
@@ -167,7 +167,7 @@ def _serve(
     sys.stderr.flush()
     threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     if "torch" in sys.modules or not all(thread.daemon for thread in threads):
-        os._exit(status)  # Nothing is left to do; tearing torch down takes seconds, a transfer may hang.
+        os._exit(status)  # Nothing is left to do, but unloading torch takes seconds and a download may hang.
     return status
 
 

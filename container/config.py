@@ -1,4 +1,4 @@
-"""The configuration as a command makes it, with its own defaults, and as `--print-config` prints it."""
+"""The configuration that a command uses, with the command's own defaults, and as `--print-config` prints it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from properties.problem import DEFAULT, ConfigurationError, Problem
 
 SERVE_DEFAULTS = {"host": "127.0.0.1", "page": "true"}
 RUN_DEFAULTS = {**SERVE_DEFAULTS, "port": "2242"}
-"""Defaults of `lmi serve` and `lmi run`, option -> value. Port 2242 is Aphrodite's."""
+"""Defaults of `lmi serve` and `lmi run`, by option. Port 2242 is Aphrodite's."""
 
 
 def configured(
     model: str | None, options: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, str]
 ) -> Configuration:
-    """Resolve the configuration. defaults: option -> value, for options that no source sets.
+    """Resolve the configuration.
+
+    Args:
+        model: The model's location; None if the options name it.
+        options: From the command line, each as NAME=VALUE.
+        environ: The environment variables.
+        defaults: The values of options that no source sets.
 
     Raises:
         ConfigurationError: An option is wrong, or a file cannot be read.
@@ -48,7 +54,7 @@ def configured(
 
 
 def unreadable(error: OSError) -> Problem:
-    """The problem that describes a file which cannot be read."""
+    """Return the problem that describes a file which cannot be read."""
     where = f"{error.filename}: " if error.filename is not None else ""
     return Problem(
         f"{where}{error.strerror or error}; let user {os.getuid()} read the model's directory", "model_id"
@@ -56,9 +62,9 @@ def unreadable(error: OSError) -> Problem:
 
 
 def as_properties(configuration: Configuration) -> str:
-    """Every option that was set, in Java's properties syntax.
+    """Return every option that was set, in the syntax of Java's properties files.
 
-    Secrets are left out and named in comments, and so are unknown options, which may be misspelt secrets.
+    Secrets are omitted and named in comments, and so are unknown options, which may be misspelt secrets.
     """
     lines = []
     for name, source in configuration.sources.items():
@@ -90,5 +96,5 @@ def _text(value: Any) -> str:
 
 
 def _line(key: str, value: str) -> str:
-    # Java's writer escapes all but ASCII; our reader takes UTF-8.
+    # Java's writer escapes everything but ASCII; our reader accepts UTF-8.
     return javaproperties.join_key_value(key, value, ensure_ascii=False)

@@ -9,16 +9,16 @@ from typing import Protocol
 _MOST = 16_384
 _MOST_DESCRIPTORS = 65_536
 _OWN_DESCRIPTORS = 256
-"""Descriptors kept for the engine's pipes, fetches and files; half of all if the process has few."""
+"""File descriptors reserved for the engine's pipes, fetches and files; half of all if the process has few."""
 
 _MOST_LINGERING = 64
 
 
 class Connection(Protocol):
-    """What the limits need to know of a connection.
+    """What the limits must know of a connection.
 
     Attributes:
-        lingers: The reply was sent, and what the client still sends is discarded.
+        lingers: The reply was sent, and further input from the client is discarded.
     """
 
     @property
@@ -86,7 +86,7 @@ class Connections:
             self._close(oldest)
 
     def rest(self, connection: Connection) -> None:
-        """Note that the connection waits for its next request from now on."""
+        """Note that the connection is waiting for its next request."""
         if connection in self._known:
             self.idle.pop(connection, None)
             self.idle[connection] = None
@@ -116,7 +116,7 @@ class Connections:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit of open files as far as allowed, for children too; returns how many connections that leaves."""
+    """Raise the limit of open files as far as allowed, also for children; return how many connections it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -124,7 +124,7 @@ def raise_descriptor_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         except (ValueError, OSError):
-            pass  # Some sandboxes refuse it; the limit below follows what there is.
+            pass  # Some sandboxes refuse it; the limit below is derived from the limit that remains.
     if soft == resource.RLIM_INFINITY:
         return _MOST
     return min(_MOST, soft - min(_OWN_DESCRIPTORS, soft // 2))

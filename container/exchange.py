@@ -1,8 +1,8 @@
-"""One HTTP exchange over ASGI: the request, its reply, and the watch for a client that leaves.
+"""One HTTP exchange over ASGI: the request, its reply, and the detection of a client that leaves.
 
-Written on ASGI itself, since a framework's streaming response does not do what is needed here: begin with the first
+It uses ASGI directly, since a framework's streaming response does not do what is needed here: begin with the first
 part, so that a failure before it still has a status; close the stream's source when it is cancelled; and notice a
-reply that stands still.
+reply that makes no progress.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 Ending = Literal["client_gone", "overdue", "stalled", "shutdown"]
-"""Why a request was cancelled: its client left, its time was over, no part of its reply could be sent for too long, or
+"""Why a request was cancelled: its client left, its time was up, no part of its reply could be sent for too long, or
 the server stopped."""
 
 
 def header_lines(reply: Reply, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """The reply's headers and `headers`, without characters that could end a line."""
+    """Return the reply's headers and `headers`, without characters that could end a line."""
     lines = [(b"content-type", reply.content_type.encode("latin-1", "replace"))]
     for name, value in (*headers.items(), *reply.headers.items()):
         lines.append((name.lower().encode("ascii"), _CONTROL.sub("", value).encode("latin-1", "replace")))
@@ -64,12 +64,12 @@ class Exchange:
     ) -> None:
         """Await a reply and send it; call it once, after the request's body has been read.
 
-        Work and reply are cancelled at once when the client leaves or a time is over; then this returns with `ending`
-        set. Raises what the work raises.
+        Work and reply are cancelled at once when the client leaves or a time limit is exceeded; then this returns with
+        `ending` set. Raises what the work raises.
 
         Args:
             work: Makes the reply.
-            headers: Sent beside the reply's own.
+            headers: Sent together with the reply's own.
             longest: Seconds for all of it.
             pause: Seconds between two parts of a streamed reply.
         """
@@ -95,7 +95,7 @@ class Exchange:
             self._task.cancel()
 
     async def send(self, reply: Reply, headers: Mapping[str, str], close: bool = False) -> None:
-        """Send a reply. close: also close the connection, since the request's body was not read."""
+        """Send a reply. close: also close the connection, because the request's body was not read."""
         if reply.chunks is not None:
             try:
                 await self._send_stream(reply, reply.chunks, headers)
@@ -173,12 +173,12 @@ class Call:
         return "unknown" if self.route is None else self.route.template
 
     def parameters(self) -> dict[str, str]:
-        """The first value of each parameter of the query."""
+        """Return the first value of each parameter of the query."""
         given = parse_qs(self.query, keep_blank_values=True) if self.query else {}
         return {name: values[0] for name, values in given.items()}
 
     def line(self, status: int, facts: RequestFacts | None) -> dict[str, Any]:
-        """The facts of the request's log line: never its prompt, its answer or its images."""
+        """Return the facts for the request's log line: never its prompt, its answer or its images."""
         line: dict[str, Any] = {
             "request_id": self.request_id,
             "method": self.method,
@@ -204,7 +204,7 @@ class Call:
 
 
 def request_id(headers: Mapping[str, str], configured: str | None) -> str:
-    """The caller's own id if it is a harmless token, else a new one."""
+    """Return the caller's own id if it is a harmless token, or else a new one."""
     for name in [configured.lower()] if configured else REQUEST_ID_HEADERS:
         value = headers.get(name, "")
         if _TOKEN.fullmatch(value):

@@ -33,15 +33,18 @@ _SEVERAL = frozenset(
 
 
 class FlagError(ValueError):
-    """A flag that is not known or lacks its value; the message says which, and what is nearest to it."""
+    """A flag that is not known or lacks its value; the message names it and the most similar known flag."""
 
 
 @dataclass(slots=True)
 class Flags:
-    """What came of a command line.
+    """The options found on a command line.
 
-    rest: its other arguments, in order. options, secret: "--flag=value" for `properties.sources`; those of
-    `secret` must not be shown. warnings: for people.
+    Attributes:
+        rest: The other arguments, in order.
+        options: "--flag=value" for `properties.sources`.
+        secret: Likewise, for options that must not be shown.
+        warnings: For people.
     """
 
     rest: list[str] = field(default_factory=list)
@@ -51,12 +54,18 @@ class Flags:
 
 
 def read_flags(arguments: Sequence[str], own: Collection[str], more: Collection[str] = ()) -> Flags:
-    """Take the options out of a command line. Raises FlagError.
+    """Extract the options from a command line.
 
-    own: flags that are not options and stay in `rest`, without values but for `--instance`; so does `--option` with its
-    value. more:
-    options that are known beside the schema's. A flag takes several values only after the model's name: before
-    it, the last one could be the model.
+    A flag takes several values only after the model's name: before it, the last value could be the model.
+
+    Args:
+        arguments: The command line.
+        own: Flags that are not options and stay in `rest`; only `--instance` among them has a value. `--option` stays
+            there with its value, too.
+        more: Options that are known in addition to the schema's.
+
+    Raises:
+        FlagError: A flag is not known or lacks its value.
     """
     reader = _Reader(arguments, more)
     while reader.waiting:
@@ -102,7 +111,7 @@ class _Reader:
             self._found.rest += ["--option", text]
 
     def _flag(self, flag: str, value: str | None) -> None:
-        """value: what follows the flag after an equals sign."""
+        """Read one flag. value: what follows it after an equals sign."""
         base, _, entry = flag.removeprefix("--").partition(".")
         name = base.replace("-", "_")
         name = SAME.get(name, name)
@@ -131,11 +140,11 @@ class _Reader:
         self._named |= name == "model_id"
 
     def _value(self, flag: str, name: str) -> str:
-        """What follows the flag in arguments of its own."""
+        """Return the arguments after a flag that are its value."""
         attribute = _attribute(name)
         if self._is_switch(name):
             return self.waiting.popleft() if self.waiting and self.waiting[0].lower() in _SWITCH else "true"
-        if attribute is None:  # a backend's own, whose type is not known here
+        if attribute is None:  # an option of a backend, whose type is not known here
             return self.waiting.popleft() if self.waiting and self.waiting[0][:2] != "--" else "true"
         values = [self._next(flag)]
         while self._named and attribute in _SEVERAL and self.waiting and self.waiting[0][:1] != "-":
@@ -177,7 +186,7 @@ def _attribute(name: str) -> str | None:
 
 
 def _from_here(template: str) -> str:
-    """A file's name as it is meant on a command line: from the working directory before the model's."""
+    """Return a file's name from a command line, relative to the working directory rather than the model's."""
     try:
         return str(Path(template).resolve()) if os.path.isfile(template) else template
     except ValueError:
@@ -185,7 +194,7 @@ def _from_here(template: str) -> str:
 
 
 def _put(entries: dict[str, object], path: Sequence[str], text: str) -> None:
-    """Set one entry of nested objects; its value is JSON, or else a text."""
+    """Set one entry of nested objects; its value is JSON, or else a string."""
     *parents, last = path
     for parent in parents:
         inner = entries.setdefault(parent, {})

@@ -1,4 +1,4 @@
-"""The log on standard output, as text or JSON: one event a line, whatever a client wrote into it."""
+"""The log on standard output, as text or JSON: one event a line, whatever clients send."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _OURS = ("container", "handlers", "engine", "processes", "properties")
-"""The loggers that follow the chosen level; libraries never log below `info`."""
+"""The loggers with the configured level; libraries never log below `info`."""
 
 _MOST_WAITING = 20_000
-"""Lines that may wait for a slow reader of the output; further ones are dropped, so that the server never waits."""
+"""Lines that may wait for a slow reader of the output; more are dropped, so that the server never waits."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
@@ -38,7 +38,7 @@ _requests = logging.getLogger("container.request")
 _prompts = logging.getLogger("container.prompts")
 
 _REFUSALS_SECONDS = 1.0
-"""Between two lines, each of which counts the requests refused since the last one."""
+"""The time between two lines that count the requests refused in between."""
 
 LONG_BYTES = 2**16
 """A longer body is prepared for the log in a thread."""
@@ -49,19 +49,19 @@ _SHOWN = 32_768
 _LINK = re.compile(r"(?:data|https?|s3):[^\s)\"'<>]+", re.IGNORECASE)
 _LINK_END = re.compile(r"[\s)\"'<>]")
 _SCHEME = 8
-"""More characters than the start of any link has."""
+"""Longer than the beginning of any link, in characters."""
 
 _WINDOW = 2**16
 """Characters that are searched for a link in one step."""
 
 
 def one_line(text: str) -> str:
-    """The text with control characters and line breaks written as escapes."""
+    """Return the text with control characters and line breaks written as escapes."""
     return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class _Formatter(logging.Formatter):
-    """Common to both forms: facts travel in a record's `facts`, an exception in its `exc_info`."""
+    """What both forms share: facts are in a record's `facts`, an exception in its `exc_info`."""
 
     @staticmethod
     def stamp(record: logging.LogRecord) -> str:
@@ -105,7 +105,7 @@ class JsonFormatter(_Formatter):
 
 
 class _Queue(QueueHandler):
-    """Passes records on unchanged, since they are written by a thread of this process."""
+    """Passes records on unchanged, since a thread of this process writes them."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
@@ -123,8 +123,8 @@ def logging_to(
 ) -> Iterator[None]:
     """Write the whole program's log to a stream (standard output) while the context is open.
 
-    A thread writes it, so that a slow reader of the log never blocks the event loop. Lines that still wait are written
-    before the context is left.
+    A thread writes it, so that a slow reader of the log never blocks the event loop. Waiting lines are written before
+    the context ends.
     """
     lowest = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(stream or sys.stdout)
@@ -151,7 +151,7 @@ def logging_to(
 
 
 def _no_broken_promise(record: logging.LogRecord) -> bool:
-    """Drop uvicorn's complaint about a reply that we cut off; our own line says why."""
+    """Drop uvicorn's complaint about a reply that was cut off; our own line gives the reason."""
     return "without completing response" not in record.getMessage()
 
 
@@ -168,7 +168,7 @@ class Refusals:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, error: ServingError) -> None:
-        """Count a refusal. error: its message is logged, so it must hold nothing of the client's."""
+        """Count a refusal. error: its message is logged, so it must contain nothing of the client's."""
         self._counts[error.message] += 1
         if self._timer is None:
             self._log()
@@ -186,8 +186,7 @@ class Refusals:
 def log_prompt(request_id: str, body: bytes) -> None:
     """Log a request's body without its links, which may be images. A body that is not JSON is not shown.
 
-    Takes no longer than to read the body as JSON, and the memory of that: what is beyond the first characters, which
-    alone are shown, is not looked at.
+    It needs no more time and memory than parsing the body, because it stops at the first characters that are shown.
     """
     try:
         if len(body) > LONG_BYTES:
@@ -199,7 +198,7 @@ def log_prompt(request_id: str, body: bytes) -> None:
 
 
 def log_answer(request_id: str, reply: Reply) -> None:
-    """Log a reply's body; a stream's when it ends."""
+    """Log a reply's body; that of a stream when it ends."""
     if reply.chunks is None:
         _log_answer(request_id, reply.body)
     else:
@@ -225,7 +224,7 @@ def _log_answer(request_id: str, body: bytes) -> None:
 
 
 class _Blotter:
-    """Copies a JSON value without its links, up to as many characters as are shown."""
+    """Copies a JSON value without its links, up to the number of characters that are shown."""
 
     def __init__(self) -> None:
         self._left = _SHOWN

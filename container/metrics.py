@@ -1,4 +1,4 @@
-"""What Prometheus reads: the server's own metrics, counted as things happen, and the backend's, asked at each export.
+"""What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export.
 
 Implements `handlers.observer.Observer`.
 """
@@ -27,12 +27,14 @@ class Metrics:
     """The server's metrics since its start, and a registry of its own that exports them.
 
     Attributes:
-        bodies, connections, images: Asked at each export, where they are set.
+        bodies: Read at each export, once it is set.
+        connections: Likewise.
+        images: Likewise.
         facts: Those of finished requests by request id, until the request's log line has been written.
     """
 
     def __init__(self, stats: Callable[[], BackendStats | None]) -> None:
-        """stats: asked at each export; None while there is no backend."""
+        """Begin counting. stats: called at each export; it returns None while there is no backend."""
         self._stats = stats
         self.bodies: Bodies | None = None
         self.connections: Connections | None = None
@@ -108,20 +110,22 @@ class Metrics:
         self._errors.labels(kind).inc()
 
     def on_http(self, route: str, status: int) -> None:
-        """A request to a route was answered; status 499 is a client that left before."""
+        """Count a reply on a route; status 499 is a client that left before it."""
         self._http.labels(route, status).inc()
 
     def export(self, accept: str, names: Sequence[str] = ()) -> tuple[bytes, str]:
-        """The exposition and its content type, in the format that an Accept header prefers.
+        """Return the exposition and its content type, in the format that an Accept header prefers.
 
-        names: only these series, e.g. "lmi_requests_running"; all when empty.
+        Args:
+            accept: The header.
+            names: Export only these series, e.g. "lmi_requests_running"; all if empty.
         """
         encode, content_type = choose_encoder(accept)
         registry = self._exported.restricted_registry(names) if names else self._exported
         return encode(registry), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """Called by the registry."""
+        """Yield the metrics; called by the registry."""
         yield from self._server()
         stats = self._stats()
         if stats is not None:
@@ -129,7 +133,7 @@ class Metrics:
             yield from stats.series
 
     def describe(self) -> Iterator[Metric]:
-        """Called by the registry, for the names."""
+        """Yield the metrics' names; called by the registry."""
         yield from self._server()
         yield from _of_backend(BackendStats())
 

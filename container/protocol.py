@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol, with the limits that it leaves open and replies that need no task."""
+"""HTTP/1.1 on one connection: uvicorn's protocol with the limits that it lacks, and replies that need no task."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _MOST_PIPELINED = 16
 """Requests of one connection that may wait for an earlier reply."""
 
 _MOST_IN_ONE_READ = 64
-"""Requests parsed from one read, since parsing blocks the event loop."""
+"""The most requests parsed from one read, since parsing blocks the event loop."""
 
 _PIPELINED_BYTES = 64 * 1024
-"""Body of a request that waits for an earlier reply: nobody reads it yet, and it is in no budget."""
+"""The most body bytes of a request that waits for an earlier reply: nobody reads or counts them yet."""
 
 _FEW_CHUNKS = 4096
 _CHUNK_BYTES = 32
-"""Average size of chunks after the first `_FEW_CHUNKS`: each costs a call, however small it is."""
+"""The smallest average size of chunks after the first `_FEW_CHUNKS`, because each one costs a call."""
 
 _FRAMING_BYTES = 64 * 1024
 """Chunk sizes, extensions and trailers, in addition to a quarter of the body."""
 
 _DROPPED_BYTES = 64 * 1024
-"""Size of a refused request's body that is read and discarded so that the connection can be kept."""
+"""The most bytes of a refused request's body that are read and discarded to keep the connection."""
 
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 64 * 2**20
-"""Discarded of all bodies together that are still arriving when their connections are closed. Closing a socket with
+"""The most bytes discarded of all bodies that are arriving when their connections are closed. Closing a socket with
 unread input resets the connection, and a client that is reset while it sends may never see the reply."""
 
 _UNREAD_SECONDS = 120.0
@@ -50,7 +50,7 @@ _UNREAD_SECONDS = 120.0
 
 
 class Protocol(HttpToolsProtocol):
-    """Bounds a connection's heads (time, bytes, headers), requests at once, framing of bodies and unread replies."""
+    """Limits a connection's heads (time, bytes, headers), simultaneous requests, body framing and unread replies."""
 
     def __init__(self, *, application: App, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
@@ -83,7 +83,7 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         self.resume_writing()
         self._connections.remove(self)
-        if self._running is not None:  # uvicorn tells the newest of pipelined requests alone.
+        if self._running is not None:  # uvicorn notifies only the newest of pipelined requests.
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
@@ -95,9 +95,10 @@ class Protocol(HttpToolsProtocol):
             self._socket.close()
 
     def finish(self) -> None:
-        """Close, but first discard what the client still sends of a body that it has begun to send.
+        """Close the connection, but first discard the rest of a body that the client is still sending.
 
-        Limited to `_LINGER_BYTES` for all such connections and to `_LINGER_SECONDS`; the oldest of too many is closed.
+        This is limited to `_LINGER_BYTES` for all such connections and to `_LINGER_SECONDS`; if there are too many, the
+        oldest one is closed.
         """
         if self.lingers:
             return
@@ -130,14 +131,14 @@ class Protocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade:
-            self._deaf = True  # What follows is in no protocol that is spoken here.
+            self._deaf = True  # What follows is not in a protocol that this server speaks.
             self.cycle.keep_alive = False
             return
         except httptools.HttpParserError:
             self._refuse()
             return
         if self._in_head and not self._began:
-            self._head_read += len(data)  # The parser keeps an unfinished header to itself.
+            self._head_read += len(data)  # The parser does not expose an unfinished header.
             if self._head_read > _HEAD_BYTES:
                 self._problem = (431, "The request's head is too large.")
                 self._refuse()
@@ -265,11 +266,11 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _is_free(self) -> bool:
-        """Whether no earlier request of this connection waits for its reply."""
+        """Whether no earlier request of this connection is waiting for its reply."""
         return (self.cycle is None or self.cycle.response_complete) and not self.pipeline
 
     def _answered_at_once(self) -> bool:
-        """Answer a request that needs nothing but its head; False if it needs more."""
+        """Answer a request whose head suffices; returns False if it does not."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers}
         declared = headers.get("content-length", "0")
         self._declared = int(declared) if declared.isdecimal() else 0

@@ -1,7 +1,7 @@
 """The table of routes: those of every API and the server's own, by path and method.
 
-Clients build paths of their own from the address that they are given: what they make of one that ends in `/v1`,
-`/invocations` or `/generate`, and a slash too many, finds the route that they mean.
+Clients append paths of their own to the address that they are given. A path built from an address that ends in `/v1`,
+`/invocations` or `/generate`, or with a slash too many, finds the route that the client means.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from handlers.protocols.select import ROUTES as API_ROUTES
 
 
 class MethodNotAllowed(ServingError):
-    """route: the first one of the path. allowed: the methods of all of them."""
+    """The path has routes, but none for this method.
+
+    Attributes:
+        route: The first one of the path.
+        allowed: The methods of all of them.
+    """
 
     status = 405
     kind = "method_not_allowed"
@@ -89,7 +94,7 @@ ROUTES = (
 """Every route; of those that share a path, each has methods of its own."""
 
 _APPENDED = {route.path: route for route in ROUTES if route.appended}
-"""Paths that Hugging Face's clients append to whatever address they are given."""
+"""Paths that Hugging Face's clients append to any address."""
 
 _NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
 _SLASHES = re.compile(r"//+")
@@ -115,7 +120,12 @@ _PLAIN, _NAMED = _by_path()
 
 
 def find(path: str, method: str) -> Match:
-    """The route of a request. Raises NotFound, and MethodNotAllowed if the path has routes for other methods only."""
+    """Return the route of a request.
+
+    Raises:
+        NotFound: There is no route with this path.
+        MethodNotAllowed: The path has routes for other methods only.
+    """
     found, names = _at(_SLASHES.sub("/", path).rstrip("/") or "/")
     if not found:
         raise NotFound(

@@ -1,4 +1,4 @@
-"""Back-pressure: how many answers may be under way at the same time."""
+"""Back-pressure: how many answers may be waiting or generated at the same time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ class Admission:
         return self.capacity - self.taken
 
     def admit(self, answers: int) -> Permit:
-        """A permit at once, or Overloaded. InvalidRequest for more answers than there are places at all."""
+        """Return a permit for this many answers at once.
+
+        Raises:
+            Overloaded: There is no space for them now.
+            InvalidRequest: They are more than `capacity`.
+        """
         if answers > self.capacity:
             raise InvalidRequest(
                 f"the request asks for {answers} answers (n for each prompt); this server takes at most "
@@ -39,7 +44,7 @@ def overloaded() -> Overloaded:
 
 
 class Permit:
-    """Places of one request; released once, however often it is asked to."""
+    """The queue places of one request. Releasing it twice has no effect."""
 
     def __init__(self, admission: Admission, answers: int) -> None:
         self._admission = admission

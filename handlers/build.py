@@ -21,22 +21,25 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(configuration: Configuration, model_path: Path) -> Choice:
-    """Slow where vLLM is installed and torch not imported yet. Raises ConfigurationError."""
+    """Return which backend serves, and why. Raises ConfigurationError.
+
+    It is slow if vLLM is installed and torch has not been imported yet.
+    """
     config = read_model_config(model_path) or {}
     return choose_for(configuration, config, _accelerators() if vllm_installed() else 0)
 
 
 def _accelerators() -> int:
-    # Imports torch, which the front of the embedded engine does without.
+    # Imports torch, which the embedded engine's front end does not need.
     from engine.machine import this_machine
 
     return len(this_machine().accelerators)
 
 
 def build_part(configuration: Configuration, model_path: Path) -> Lifecycle | None:
-    """What runs on a machine that holds a part of the model for another one, not yet loaded; None on all others.
+    """Return what runs on a machine that holds a part of the model for another one; None on all other machines.
 
-    Raises as `build_backend` does.
+    It is not loaded yet. Raises as `build_backend` does.
     """
     choice = choose_backend(configuration, model_path)
     part = backend_of(choice.backend).part(configuration, model_path)
@@ -46,9 +49,13 @@ def build_part(configuration: Configuration, model_path: Path) -> Lifecycle | No
 
 
 def build_backend(configuration: Configuration, model_path: Path) -> Pipeline:
-    """The engine that serves the model and what stands before it, not yet loaded.
+    """Return the engine that serves the model, with its pipeline, not loaded yet.
 
-    Slow: imports what it needs; call it in a thread. Raises ConfigurationError and ServingError.
+    It is slow, because it imports what it needs; call it in a thread.
+
+    Raises:
+        ConfigurationError: The options do not fit the model or the machine.
+        ServingError: The model cannot be served.
     """
     choice = choose_backend(configuration, model_path)
     _examine(configuration, model_path, choice)
@@ -57,7 +64,7 @@ def build_backend(configuration: Configuration, model_path: Path) -> Pipeline:
 
 
 def _examine(configuration: Configuration, model_path: Path, choice: Choice) -> None:
-    """Log what will not work. Raises ConfigurationError for what cannot be served."""
+    """Log what will not work. Raises ConfigurationError for a model that cannot be served."""
     backend = backend_of(choice.backend)
     if problems := parser_problems(configuration, backend):
         raise ConfigurationError(problems)

@@ -1,8 +1,8 @@
-"""The one tree of errors that a client can be answered with.
+"""The tree of all errors that are reported to clients.
 
-Raised where the fact is known, turned into a reply in one place per API. `message` is for the client:
-it says what was wrong, with which value and what to do, and never holds a path, a secret, a prompt or a
-stack trace. What only the operator may know goes into `__cause__` and so into the log.
+An error is raised where the fact is known and turned into a reply in one place per API. `message` is for the client: it
+says what was wrong, with which value and what to do, and never contains a path, a secret, a prompt or a stack trace.
+What only the operator may know is in `__cause__`, and so in the log.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class ServingError(Exception):
 
 
 class InvalidRequest(ServingError):
-    """The payload says something that cannot be done: a bad value, too long a prompt, too many images."""
+    """The request asks for something impossible: a bad value, too long a prompt, too many images."""
 
     status = 400
     kind = "invalid_request"
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call the field at fault as the client does. names: a field of `SamplingParams` -> the client's name."""
+        """Use the client's name for the field at fault. names: the client's names by the fields of `SamplingParams`."""
         if self.param is not None:
             self.param = names.get(self.param, self.param)
 
@@ -44,7 +44,7 @@ class InvalidRequest(ServingError):
 class InvalidParameter(InvalidRequest):
     """A sampling parameter has a value that cannot be used.
 
-    Raised with the parameter's name in `SamplingParams`. problem: what the message says after the name.
+    It is raised with the parameter's name in `SamplingParams`. problem: the part of the message after the name.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -89,7 +89,7 @@ class ContextExceeded(InvalidRequest):
 
 
 class MalformedBody(InvalidRequest):
-    """The body is no JSON object."""
+    """The body is not a JSON object."""
 
 
 class ImageError(InvalidRequest):
@@ -103,7 +103,7 @@ class ImageError(InvalidRequest):
 
 
 class ImageFetchFailed(ImageError):
-    """The image's own host answered with an error, or not at all: the request is well formed, its link is not."""
+    """The image's own host answered with an error or not at all: the request is well formed, its link does not work."""
 
     status = 422
     kind = "image_fetch_failed"
@@ -124,7 +124,7 @@ class ImageTooLarge(ImageError):
 
 
 class NotFound(ServingError):
-    """No such model, adapter or route."""
+    """There is no such model, adapter or route."""
 
     status = 404
     kind = "not_found"
@@ -187,31 +187,32 @@ class EngineFailed(ServingError):
 
 
 class ImagesLost(EngineFailed):
-    """The engine dropped an image that it was thought to hold: with its images anew, the request will do."""
+    """The engine dropped an image that it was assumed to hold: with its images sent again, the request succeeds."""
 
 
 class InsufficientStorage(ServingError):
-    """No place is left for what is to be loaded."""
+    """There is no space left for what is to be loaded."""
 
     status = 507
     kind = "insufficient_storage"
 
 
 class InvalidConfiguration(ServingError):
-    """The model cannot be served as it is configured: met at start, never by a client."""
+    """The model cannot be served with these options; raised at the start, never to a client."""
 
     kind = "invalid_configuration"
 
 
 def short_of(what: str) -> Unavailable:
-    """For a request that failed since the server had none left of something (see `processes.shortage`)."""
+    """Return the error for a request that failed because the server ran out of something (see `shortage`)."""
     return Unavailable(f"the server is short of {what}; try again", retry_after=5)
 
 
 def raised_at(error: BaseException) -> list[tuple[str, int, str]]:
-    """(file name, line, function) of each frame that an exception came through, innermost first.
+    """Return (file name, line, function) of each frame that an exception passed through, innermost first.
 
-    Reads no source, so it may be asked on the event loop; holds no message, which may quote what a client sent.
+    It reads no source files, so it may be called on the event loop, and it contains no message, which may quote a
+    client.
     """
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return [(Path(code.co_filename).name, line, code.co_name) for code, line in reversed(frames)]

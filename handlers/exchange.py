@@ -1,4 +1,4 @@
-"""What passes between the HTTP server and the handlers: one request in, one reply out, no sockets."""
+"""What the HTTP server and the handlers exchange: a request in, a reply out, no sockets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Incoming:
-    """A request as it came over the wire.
+    """A request as it arrived.
 
-    route: the matched route's template, e.g. "/invocations" or "/v1/chat/completions".
-    headers: names in lower case. body: whole and within `max_request_size`, until it is taken. size: its bytes.
-    model: the model named in the path, None where the route names none.
-    parsed: called once the body has been understood, just before the request asks for its places in the queue.
-    keep: called once the engine has all images, with the bytes of the body that are still held: those of its texts.
-    query: the first value of each parameter. adapter: the adapter named in the path, "" where the route names none.
+    Attributes:
+        route: The matched route's template, e.g. "/invocations" or "/v1/chat/completions".
+        body: Complete and within `max_request_size`, until it is taken.
+        headers: With names in lower case.
+        request_id: The caller's own id, or a new one.
+        model: The model named in the path; None if the route names none.
+        parsed: Called once the body has been parsed, just before the request enters the queue.
+        keep: Called once the engine has all images, with the number of bytes of the body that are still held.
+        method: The HTTP method.
+        query: The first value of each parameter.
+        adapter: The adapter named in the path; "" if the route names none.
+        size: The size of the body, in bytes.
     """
 
     route: str
@@ -34,7 +40,7 @@ class Incoming:
         self.size = len(self.body)
 
     def take_body(self) -> bytes:
-        """The body, which nobody holds any longer once the caller has read it."""
+        """Return the body and drop it here, so that its memory is free once the caller has read it."""
         body, self.body = self.body, b""
         return body
 
@@ -43,10 +49,11 @@ class Incoming:
 class RequestFacts:
     """What one log record says about a request; complete once its reply has been sent or closed.
 
-    Times are seconds from the request's arrival; `first_token` is None until there is one. Tokens are sums
-    over the prompts of the request. `prepared`: until the engine had the last of them; `queued`: from then on until it
-    began. `error` is the kind of the error that ended it, `reason` what its client was told, fit for the log.
-    `arrival`: `time.monotonic()` seconds. `max_tokens`: the most that were asked for; 0 if that is not known.
+    Times are seconds from the request's arrival, and token counts are sums over the request's prompts; `first_token` is
+    None until there is one. `prepared` is the time until the engine had the last prompt, and `queued` the time from
+    then until it began. `error` is the kind of the error that ended the request, `reason` its message as far as the log
+    may show it. `arrival` is in `time.monotonic()` seconds. `max_tokens` is the most that were asked for; 0 if not
+    known.
     """
 
     request_id: str
@@ -72,7 +79,7 @@ class RequestFacts:
 
 @dataclass(slots=True)
 class Reply:
-    """A reply, whole (`body`) or streamed (`chunks`, already framed; exactly one of the two is used).
+    """A reply, complete (`body`) or streamed (`chunks`, already framed; exactly one of the two is used).
 
     Whoever holds a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
     the queue and aborts it in the engine.

@@ -8,9 +8,13 @@ from typing import Any
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Infinity and NaN are numbers, as transformers writes them too (`model_max_length`, limits of a config).
+    """Return the JSON object in a file, in which Infinity and NaN are numbers.
 
-    Raises OSError, and ValueError for what is no JSON object.
+    transformers writes them, too (`model_max_length`, limits in a config).
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It does not contain a JSON object.
     """
     try:
         value = json.loads(file.read_text("utf-8"))

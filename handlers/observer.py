@@ -1,4 +1,4 @@
-"""What metrics are told about requests while they run."""
+"""The events of running requests that metrics are made of."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from handlers.exchange import RequestFacts
 
 
 class Observer(Protocol):
-    """Called on the event loop; `on_token_gap` once for each step of each stream, so it must be cheap.
+    """Receives the events on the event loop; `on_token_gap` for each step of each stream, so it must be cheap.
 
     Every admitted request ends in exactly one `on_finished`, failed or not; `on_error` also counts those that
     were never admitted. Times are seconds.
     """
 
     def on_admitted(self, facts: RequestFacts) -> None:
-        """facts: go on changing until `on_finished`."""
+        """Note an admitted request. facts: they change until `on_finished`."""
 
     def on_first_token(self, seconds: float) -> None:
-        """Since the request's arrival."""
+        """Note the time from the request's arrival to its first token."""
 
     def on_token_gap(self, seconds: float) -> None: ...
 
@@ -28,7 +28,7 @@ class Observer(Protocol):
 
 
 class Unobserved:
-    """Nobody listens."""
+    """Ignores all events."""
 
     def on_admitted(self, facts: RequestFacts) -> None:
         pass

@@ -1,8 +1,8 @@
-"""What of an error's message may go to the log: the program's own words, and nothing that a client wrote.
+"""The part of an error's message that may be logged: the program's own words, and nothing that a client wrote.
 
-Messages quote what clients sent: a role, a tool's name, what a chat template says of a turn. So whatever is in quotes
-is cut, and so is what a library said; of the rest only words stay that this program's own code contains, and short
-numbers.
+Messages quote what clients sent: a role, a tool's name, what a chat template says of a turn. So everything in quotes is
+removed, and so is the text of libraries' exceptions; of the rest only short numbers and words that this program's own
+code contains remain.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _LONGEST_NUMBER = 10
 _CUT = "…"
 _LONGEST = 1000
 _RECOGNISED = 20
-"""Characters by which the text of another exception is found in a message."""
+"""The number of characters by which another exception's text is recognised in a message."""
 
 
 def own_words_of(error: ServingError) -> str:
-    """The error's message with `…` for all that is not the program's own."""
+    """Return the error's message with `…` for everything that is not the program's own."""
     if isinstance(error, Unavailable):
         return (
             error.message
@@ -44,7 +44,7 @@ def own_words_of(error: ServingError) -> str:
 
 @cache
 def own_words() -> frozenset[str]:
-    """Every word in a text of the program's code but its docstrings. Takes a moment the first time."""
+    """Return every word in a string of the program's code, docstrings excepted. The first call takes a moment."""
     words = set(_OF_LIBRARIES)
     for package in _PACKAGES:
         for path in (_ROOT / package).rglob("*.py"):
@@ -84,7 +84,7 @@ def _is_own(word: str) -> bool:
 
 
 def _texts(code: CodeType | None) -> Iterator[str]:
-    """The string constants of a module, function or class and of all in it."""
+    """Yield the string constants of a module, function or class, and of everything in it."""
     if code is None:
         return
     has_docstring = 1 if "__qualname__" in code.co_names else 0  # in a class, its name comes first

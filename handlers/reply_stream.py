@@ -1,4 +1,4 @@
-"""A streamed reply: chunks as they come, comments in silence, an error as an event, an end in any case."""
+"""A streamed reply: chunks as they are made, comments during silence, errors as events, and an end in any case."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from handlers.protocols.errors import log_error
 from handlers.run import Run, is_cancelled
 
 MOST_WAITING = 2**20
-"""Bytes of a reply that may wait for its client, but for one chunk."""
+"""Bytes of a reply that may wait for its client; one chunk may exceed this."""
 
 
 class ReplyStream:
     """The chunks of one run that has its first delta. Exhaust it or `aclose` it.
 
-    A task of its own reads the engine, so that a slow client delays nobody and finds all that waited in one
-    chunk. It stops the run at the end of generation; the run is closed, and its places are free, when all has been
-    read. While more than `MOST_WAITING` bytes wait it reads no further, and gives up after `read_timeout`.
+    A separate task reads the engine, so that a slow client delays nobody and gets everything that has waited in one
+    chunk. It stops the run at the end of generation; the run is closed, and its places are free, once everything has
+    been read. While more than `MOST_WAITING` bytes are waiting it stops reading, and it gives up after `read_timeout`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ReplyStream:
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def aclose(self) -> None:
-        """Abort what still runs; safe to call twice, and from another task than the one that iterates."""
+        """Abort what is still running; safe to call twice, and from another task than the one that iterates."""
         if self._timer is not None:
             self._timer.cancel()
         self._reader.cancel()
@@ -120,7 +120,7 @@ class ReplyStream:
             self._waiting.set_result(None)
 
     def _tick(self) -> None:
-        """Every interval: a comment, if nothing was put since the last."""
+        """Add a comment at each interval in which nothing else was added."""
         if self._interval is None or self._reader.done():
             return
         if self._silent and not self._ready:

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen and its text made."""
+"""How a request's tokens are chosen and its text is made."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from engine.sampling_params import MAX_BAD_WORDS, MAX_BREAKERS, SamplingParams, 
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
-"""Per stop string: so much text may be held back while the string is undecided."""
+"""The longest stop string, since that much text may be held back until it is decided."""
 
 
 class RequestSampling(SamplingParams, kw_only=True, omit_defaults=True, frozen=True):
-    """What the engine is told of sampling, and what only whoever makes tokens and text of a request must know.
+    """The engine's sampling parameters, and those that concern only the text of prompts and completions.
 
     Attributes:
         stop: Strings that end the completion; not part of the text unless include_stop_str_in_output.
@@ -31,7 +31,7 @@ class RequestSampling(SamplingParams, kw_only=True, omit_defaults=True, frozen=T
     dry_sequence_breakers: tuple[str, ...] | None = None
 
     def for_engine(self) -> SamplingParams:
-        """The part that an engine of token ids understands."""
+        """Return the part that an engine, which knows only token ids, understands."""
         return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.__struct_fields__})
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""Requests for tokens: the way of a request, but for the engine."""
+"""Requests for tokens, which need everything that a request needs except the engine."""
 
 from __future__ import annotations
 

@@ -15,4 +15,4 @@ def _installed() -> str:
 VERSION = _installed()
 
 FINGERPRINT = f"lmi-{VERSION}"
-"""OpenAI's `system_fingerprint`, without which TGI's client takes a chat for none."""
+"""OpenAI's `system_fingerprint`, without which TGI's client does not recognise a chat."""

@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Event) -> Path:
-    """The model's directory, after downloading what is not there yet. Blocks: call it in a thread.
+    """Return the model's directory, after downloading what is missing. Blocks: call it in a thread.
 
-    For a model in Mistral's own format, it is one that has what the model lacks of the Hugging Face format.
-    cancelled: set it to make the download stop soon. Raises ArtefactError.
+    For a model in Mistral's own format, the directory also contains what the model lacks of the Hugging Face format.
+    cancelled: set it to stop the download soon. Raises ArtefactError.
     """
     return _completed(_fetched(location, settings, cancelled), settings)
 
@@ -57,9 +57,9 @@ def _fetched(location: ModelLocation, settings: Settings, cancelled: threading.E
 
 
 def here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool]:
-    """What `fetch` would return without a download, and whether it is final; (None, False) before the first one.
+    """Return what `fetch` would return without a download, and whether it is final; (None, False) before the first one.
 
-    Downloads nothing. Raises ArtefactError where it is certain that `fetch` will.
+    Downloads nothing. Raises ArtefactError if it is certain that `fetch` will.
     """
     found, final = _here(location, settings)
     return (found if found is None else _completed(found, settings)), final
@@ -82,7 +82,7 @@ def _here(location: ModelLocation, settings: Settings) -> tuple[Path | None, boo
 
 
 def download_root(configured: str | None) -> Path:
-    """Where downloads are kept: a directory of ours alone, made if it is not there. Raises ArtefactError."""
+    """Return where downloads are kept: a directory of ours alone, created if it is missing. Raises ArtefactError."""
     root = Path(configured) if configured else Path(tempfile.gettempdir()) / f"lmi-models-{os.getuid()}"
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 32 * 2**20
 STREAMS = 16
 ATTEMPTS = 6
-"""For each range, and for each of its requests."""
+"""Attempts for each range, and for each of its requests."""
 
 _READ_BYTES = 2**20
 _MOST_UNWRITTEN = 64
-"""Reads that may wait for the disk."""
+"""The most reads that may wait for the disk."""
 
 _LOOK_SECONDS = 0.2
 _REPORT_SECONDS = 5.0
 
 
 class Cancelled(Exception):
-    """The download was told to stop."""
+    """The download was cancelled."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class S3Object:
 
 
 class Transfer:
-    """Brings a directory to the state of a list of objects. `run` once, in a thread that may block."""
+    """Brings a directory to the state of a list of objects. Call `run` once, in a thread that may block."""
 
     def __init__(self, client: Any, bucket: str, place: Path, cancelled: threading.Event) -> None:
         """client: boto3's. place: receives `files/` and `manifest.json`; nobody else writes there."""
@@ -64,7 +64,7 @@ class Transfer:
         self._received = 0
 
     def run(self, objects: Sequence[S3Object]) -> int:
-        """Fetch what is missing or has changed, and remove what is no longer listed; how many objects were fetched.
+        """Fetch what is missing or has changed, remove what is no longer listed, and count the fetched objects.
 
         Raises ArtefactError, Cancelled, OSError for this machine's disk, and boto3's errors.
         """
@@ -107,7 +107,7 @@ class Transfer:
             self._await(len(items), total, kept)
 
     def _await(self, left: int, total: int, kept: dict[str, Any]) -> None:
-        """Note each file that is complete, and report. Raises what ended the first one that failed."""
+        """Register each file that is complete, and report progress. Raises the error of the first file that failed."""
         from s3transfer.exceptions import RetriesExceededError
 
         began = reported = time.monotonic()
@@ -141,7 +141,7 @@ class Transfer:
             logger.warning("%s: %s: the connection broke; trying again", self._bucket, item.key)
 
     def end(self, item: S3Object, download: Any) -> None:
-        """Take note of a download that succeeded, failed or was cancelled."""
+        """Register a download that succeeded, failed or was cancelled."""
         self._ended.put((item, download))
 
     def _read_manifest(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class Transfer:
 
 
 class _Download:
-    """What the transfer manager tells about one object, from its threads."""
+    """Receives what the transfer manager reports about one object, from its threads."""
 
     def __init__(self, transfer: Transfer, item: S3Object) -> None:
         self._transfer = transfer

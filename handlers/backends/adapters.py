@@ -1,4 +1,4 @@
-"""What a backend offers for LoRA adapters that come and go while it serves."""
+"""What a backend offers for LoRA adapters that are added and removed while it serves."""
 
 from __future__ import annotations
 
@@ -25,18 +25,26 @@ class AdapterInfo:
 class AdapterStore(Protocol):
     """The adapters that requests may name. Each change returns, or raises, when the engine has answered.
 
-    Requests that began with an adapter end with it, also where it is replaced or removed meanwhile. A change goes on
-    when its caller is cancelled. All raise Unavailable while there is no engine to ask.
+    Requests that began with an adapter end with it, even if it is replaced or removed meanwhile. A change continues
+    when its caller is cancelled. All methods raise Unavailable while there is no engine.
     """
 
     def infos(self) -> Sequence[AdapterInfo]:
-        """In the order of their coming."""
+        """Return the adapters in the order in which they were added."""
 
     async def add(self, name: str, src: str, *, pin: bool = False) -> None:
-        """src: a directory on this machine.
+        """Load an adapter.
 
-        Raises Conflict (the name is taken), InsufficientStorage (no place is free), NotFound (no such directory) and
-        InvalidRequest (a name or directory that is not allowed, or files that the engine cannot load).
+        Args:
+            name: The name that requests will use.
+            src: A directory on this machine.
+            pin: Whether it should stay on the device.
+
+        Raises:
+            Conflict: The name is taken.
+            InsufficientStorage: There is no space for another adapter.
+            NotFound: There is no such directory.
+            InvalidRequest: The name or directory is not allowed, or the engine cannot load the files.
         """
 
     async def update(self, name: str, src: str | None = None, *, pin: bool | None = None) -> None:
@@ -48,4 +56,8 @@ class AdapterStore(Protocol):
         """
 
     async def remove(self, name: str) -> None:
-        """Returns once the last request with it has ended and the engine has let go of it. Raises NotFound."""
+        """Remove an adapter; returns once the last request with it has ended and the engine has dropped it.
+
+        Raises:
+            NotFound: There is no adapter of this name.
+        """

@@ -1,4 +1,4 @@
-"""Embeddings in place of images, against what the model takes: nothing that does not fit reaches an engine."""
+"""Checks embeddings in place of images, so that nothing that does not fit the model reaches an engine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ _LARGEST = {"float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingsWanted:
-    """hidden_size: of the rows that the language model is given. most_tokens: one image's, at most.
+    """The embeddings that a model accepts.
 
-    dtype: the model's, by torch's name. merge: patches of one side of the square that becomes one token, for models
-    that want to know how patches stand (`image_grid_thw`); None for those that do not.
+    Attributes:
+        hidden_size: The length of each row that the language model is given.
+        most_tokens: The most tokens of one image.
+        dtype: The model's, by torch's name.
+        merge: Patches on one side of the square that becomes one token, for models that need to know how patches are
+            arranged (`image_grid_thw`); None for other models.
     """
 
     hidden_size: int
@@ -26,7 +30,7 @@ class EmbeddingsWanted:
     merge: int | None = None
 
     def checked(self, parts: Sequence[EmbeddingsPart]) -> list[LoadedEmbeddings]:
-        """What the parts hold, which must be loaded. Raises ImageError."""
+        """Return the tensors of the parts, which must be loaded. Raises ImageError."""
         found: list[LoadedEmbeddings] = []
         for index, part in enumerate(parts):
             assert part.loaded is not None, "loaded before the backend sees them"

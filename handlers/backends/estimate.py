@@ -19,7 +19,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of all weights in the type they are served in, and what they were counted from."""
+    """The bytes of all weights in the type they are served in, and what they were counted from."""
 
     size: int
     basis: str
@@ -28,7 +28,11 @@ class Weights:
 def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights | None:
     """Estimate from safetensors headers, else from an index's total_size, else from config.json's shapes.
 
-    dtype: a key of DTYPE_BYTES. None where nothing tells. Raises ValueError naming a file that is damaged.
+    Returns:
+        None if nothing allows an estimate. dtype is a key of DTYPE_BYTES.
+
+    Raises:
+        ValueError: A file is damaged; the message names it.
     """
     width = DTYPE_BYTES[dtype]
     files = safetensors_files(directory)
@@ -44,9 +48,9 @@ def weights(directory: Path, config: Mapping[str, Any], dtype: str) -> Weights |
 
 
 def completed(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """config.json with the values that it leaves to its family's defaults, as many models on the hub do.
+    """Return config.json with the values that it leaves to its family's defaults, as many models on the hub do.
 
-    As it is where transformers does not know the family. Imports transformers.
+    It is returned unchanged if transformers does not know the family. Imports transformers.
     """
     from transformers import AutoConfig
 
@@ -67,7 +71,7 @@ def shared_output(config: Mapping[str, Any], dtype: str) -> int:
 
 
 def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
-    """Keys and values of one token in all layers: 2 * layers * key/value heads * head size * bytes."""
+    """Return the size of one token's keys and values: 2 * layers * key/value heads * head size * bytes."""
     text = text_config(config)
     layers, heads, hidden = (
         _number(text, *names)
@@ -86,7 +90,7 @@ def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
 
 
 def _tensor_bytes(path: Path, width: int) -> int:
-    """Bytes of a file's tensors: floating-point ones at `width` bytes an element, others as stored."""
+    """Return the bytes of a file's tensors: floating-point ones at `width` bytes an element, others as stored."""
     return sum(
         math.prod(tensor.shape) * width
         if tensor.dtype in _FLOATS
@@ -109,7 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of the transformer layers and embeddings that config.json describes; 0 where it does not."""
+    """Return the parameters of the layers and embeddings that config.json describes; 0 if it does not."""
     return sum(_stack(part) for part in _parts(config))
 
 

@@ -1,4 +1,4 @@
-"""Whether a model fits the machine: its weights and key/value cache against each device's memory."""
+"""Whether a model fits the machine: its weights and key/value cache compared with each device's memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Fit:
         return self.cache_per_device * self.devices_per_replica // self.cache_bytes_per_token
 
     def numbers(self) -> dict[str, Any]:
-        """For `lmi check --json`."""
+        """Return the numbers that `lmi check --json` prints."""
         return {
             "dtype": self.dtype,
             "dtype_reason": self.dtype_reason,
@@ -82,7 +82,7 @@ def fit(
     config: Mapping[str, Any],
     machine: Machine,
 ) -> Fit:
-    """Estimate what a model directory needs and compare it with the machine. Nothing is raised."""
+    """Estimate what a model directory needs and compare it with the machine. Raises nothing."""
     device = min(machine.accelerators, key=lambda one: one.memory, default=machine.host)
     needs = backend.estimate(configuration, directory, config, machine)
     result = Fit(needs.dtype, needs.dtype_reason, device)
@@ -170,7 +170,7 @@ def _useful(
 
 
 def _blocks(settings: Settings, tokens: int) -> int:
-    """The places that so many tokens of a request take, in whole blocks."""
+    """Return the cache slots that a request of so many tokens takes, in whole blocks."""
     size = settings.block_size or DEFAULT_BLOCK_SIZE
     return -(-tokens // size) * size
 
@@ -208,7 +208,10 @@ def _compare_with_cache(result: Fit, configuration: Configuration, name: str | N
 
 
 def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> None:
-    """It grows with the images that are sent, so that one which is too large ends a server that started well."""
+    """Check the encoder cache, which grows with the images that are sent.
+
+    If it is too large, it ends a server that started well.
+    """
     asked = configuration.settings.encoder_cache_mb
     memory = result.device.memory
     sharing = result.replicas * result.devices_per_replica if result.devices == 0 else 1

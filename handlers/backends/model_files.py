@@ -37,21 +37,26 @@ _JSON = (
     "chat_template.json",
     "tokenizer.json",
 )
-"""Files that hold a JSON object, where they are there."""
+"""Files that contain a JSON object, if they exist."""
 
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "*.bpe", "tekken.json")
-"""Files that a tokenizer can be made of."""
+"""Files from which a tokenizer can be made."""
 
 
 @dataclass
 class Findings:
-    """errors: why the model cannot be served. warnings: what will not work."""
+    """What is wrong with a model.
+
+    Attributes:
+        errors: Why it cannot be served.
+        warnings: What will not work.
+    """
 
     errors: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
     def add(self, texts: Iterator[str]) -> None:
-        """More errors, about the model itself."""
+        """Add errors that concern the model itself."""
         self.errors += [Problem(text, "model_id") for text in texts]
 
 
@@ -77,7 +82,7 @@ def model_findings(configuration: Configuration, directory: Path, backend: Backe
 
 
 def too_long(configuration: Configuration, positions: int | None) -> list[Problem]:
-    """Whether more tokens are asked for than a model has positions."""
+    """Whether more tokens are asked for than the model has positions."""
     asked, source = configuration.settings.max_model_len, configuration.sources["max_model_len"]
     if asked is None or positions is None or asked <= positions:
         return []
@@ -89,7 +94,7 @@ def too_long(configuration: Configuration, positions: int | None) -> list[Proble
 
 
 def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:
-    """The JSON files that are there and whole."""
+    """Return the JSON files that exist and are complete."""
     contents = {}
     for name in _JSON:
         try:
@@ -124,7 +129,7 @@ def no_processor(directory: Path) -> str:
 
 
 def _templates(directory: Path, settings: Settings, of_family: object, found: Findings) -> None:
-    """Templates that cannot be parsed are errors; a model without one is served, but for chat."""
+    """Report templates that cannot be parsed as errors; a model without a template is served, but not for chat."""
     try:
         templates: ChatTemplates = read_chat_templates(settings.chat_template, directory, of_family)
     except ModelLoadError as error:
@@ -154,7 +159,7 @@ def _templates(directory: Path, settings: Settings, of_family: object, found: Fi
 
 
 def _placeholder(directory: Path, settings: Settings) -> Iterator[str]:
-    """The option's token must be one in the model's vocabulary."""
+    """Check that the option's token is in the model's vocabulary."""
     token, path = settings.image_placeholder_token, directory / "tokenizer.json"
     if token is None or not path.is_file():
         return

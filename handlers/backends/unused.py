@@ -1,4 +1,4 @@
-"""Options that this machine or this model leaves without effect."""
+"""Options that have no effect on this machine or for this model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ABOUT_IMAGES = (
 
 
 def unused_by_text(settings: Settings) -> list[Problem]:
-    """A warning for each option about images that was written for a model that takes none."""
+    """Return a warning for each option about images that was set for a model without images."""
     written = {name: getattr(settings, name) for name in ABOUT_IMAGES if name in settings.model_fields_set}
     return [
         Problem(f"{key_of(name)} has no effect: the model takes no images", name)

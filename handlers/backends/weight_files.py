@@ -1,4 +1,4 @@
-"""Where a model's weights lie, and whether its files are whole: told from their headers, without loading them."""
+"""Which files hold a model's weights, and whether they are complete, judged by their headers without loading them."""
 
 from __future__ import annotations
 

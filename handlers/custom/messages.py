@@ -35,7 +35,7 @@ class Call(msgspec.Struct, tag=True):
 
 
 class Cancel(msgspec.Struct, tag=True):
-    """Nobody waits for the answer any more."""
+    """The answer to a call is no longer wanted."""
 
     id: int
 
@@ -44,21 +44,25 @@ ToHandler: TypeAlias = Call | Cancel
 
 
 class Ready(msgspec.Struct, tag=True):
-    """concurrent: whether many calls may be under way at a time (`async def`), or one."""
+    """The handler can be called. concurrent: whether many calls may overlap (`async def`), or only one at a time."""
 
     concurrent: bool
 
 
 class LoadFailed(msgspec.Struct, tag=True):
-    """message: for the operator."""
+    """The handler cannot be used. message: for the operator."""
 
     message: str
 
 
 class Head(msgspec.Struct, tag=True):
-    """The beginning of an answer. properties: become headers. streams: whether its parts are sent on as they come.
+    """The beginning of an answer. Parts follow, and an End or Failed.
 
-    Parts follow, and an End or Failed.
+    Attributes:
+        id: The call's.
+        status: The HTTP status.
+        properties: Become headers.
+        streams: Whether its parts are sent on as they arrive.
     """
 
     id: int
@@ -81,9 +85,12 @@ class End(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The handler raised. status: 424, 507 when memory ran out, or 500 for a reply that is too large.
+    """The handler raised.
 
-    error: the exception's class; for a 500 what is wrong with the reply.
+    Attributes:
+        id: The call's.
+        status: 424; 507 when memory ran out; or 500 for a reply that is too large.
+        error: The exception's class; for a 500 what is wrong with the reply.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""One process of the user's handler as the server sees it: start it, call it, notice at once when it is gone."""
+"""One process of the user's handler as the server sees it: how it is started and called, and how its end is noticed."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from processes.inside import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 handler_log = logging.getLogger("handlers.custom")
-"""What the user's handler prints."""
+"""The log of what the user's handler prints."""
 
 MOST_WAITING = 64 * 2**20
-"""Bytes of one streamed answer that may wait for its client; more, and it is given up."""
+"""Bytes of one streamed answer that may wait for its client; it is aborted beyond that."""
 
 _STOP_SECONDS = 3.0
 
@@ -55,7 +55,13 @@ class HandlerCall:
         self._waiting = 0
 
     async def next(self) -> Answer:
-        """Raises CustomCodeError, OutOfMemory, and EngineFailed when the process ends or its reply is too large."""
+        """Return the next message.
+
+        Raises:
+            CustomCodeError: The handler raised.
+            OutOfMemory: The handler ran out of memory.
+            EngineFailed: The process ended, or the reply is too large.
+        """
         message = await self._messages.get()
         if isinstance(message, ServingError):
             raise message
@@ -69,7 +75,7 @@ class HandlerCall:
         return message
 
     def abandon(self, grace: float) -> None:
-        """Nobody waits for the answer any more. A handler that does not end it in `grace` seconds is killed."""
+        """Stop waiting for the answer. A handler that does not end it within `grace` seconds is killed."""
         if not self.ended.is_set():
             self._process.cancel(self.number)
             self._process.kill_unless(self.ended, grace)
@@ -88,12 +94,12 @@ class HandlerCall:
 
 
 class HandlerProcess:
-    """One process that takes calls, until its death (see `processes.supervisor.Supervised`)."""
+    """One process that accepts calls, until it dies (see `processes.supervisor.Supervised`)."""
 
     def __init__(
         self, child: Child, connection: Connection, ready: Ready, on_free: Callable[[], None] = lambda: None
     ) -> None:
-        """Use `start`."""
+        """Take over a process; use `start` to start one."""
         self.concurrent = ready.concurrent
         self.served = False
         """Whether a call has ended well, or badly, in it."""
@@ -108,13 +114,17 @@ class HandlerProcess:
 
     @classmethod
     async def start(cls, start: Start, on_free: Callable[[], None]) -> HandlerProcess:
-        """Return when the handler has answered its first, empty call.
+        """Start a process; returns when the handler has answered its first, empty call.
 
-        Raises CustomCodeError with the handler's reason, for the operator, and OSError. Nothing is left running then.
+        If this fails, nothing is left running.
 
         Args:
-            start: which handler it is.
-            on_free: called when another call can begin.
+            start: Which handler it is.
+            on_free: Called when another call can begin.
+
+        Raises:
+            CustomCodeError: The handler failed; the message is for the operator.
+            OSError: The process cannot be started.
         """
         child = await Child.start(
             "handlers.custom.worker",
@@ -138,7 +148,7 @@ class HandlerProcess:
 
     @property
     def load(self) -> int:
-        """Calls under way."""
+        """The number of calls under way."""
         return len(self._calls)
 
     @property
@@ -174,7 +184,7 @@ class HandlerProcess:
         self._spawn(watch())
 
     def kill(self) -> None:
-        """It, and the processes that the handler has started."""
+        """Kill the process, and the processes that the handler has started."""
         self._child.kill()
 
     async def lost(self) -> str:
@@ -182,7 +192,7 @@ class HandlerProcess:
         return "ended"
 
     async def stop(self) -> None:
-        """End it, and what it has started. Never raises."""
+        """End the process, and what it has started. Never raises."""
         self._bury(Unavailable("the server is stopping; send the request again", retry_after=5))
         await self._child.stop(_STOP_SECONDS)
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]

@@ -1,4 +1,4 @@
-"""One request's way to the user's own handler and back."""
+"""The way of one request to the user's own handler and back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from handlers.run import refusal
 from handlers.service import ServiceLimits
 
 _GRACE_SECONDS = 1.0
-"""What a handler may take to end a call whose time is up, before its process is killed."""
+"""How long a handler may take to end a call whose time is up before its process is killed."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _OURS = frozenset(
@@ -47,7 +47,7 @@ _NOT_PASSED_ON = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
 class CustomService:
-    """Hands requests to the handler as they come, whatever their schema; see `handlers.service.Service`."""
+    """Passes requests to the handler as they are, whatever their schema; see `handlers.service.Service`."""
 
     def __init__(
         self, backend: CustomBackend, limits: ServiceLimits, observer: Observer | None = None
@@ -66,7 +66,7 @@ class CustomService:
         return self._admission.free
 
     async def answer(self, incoming: Incoming) -> Reply:
-        """Never raises but when cancelled, and then everything is given back."""
+        """Answer a request. It raises only when it is cancelled, and everything is given back in that case."""
         facts = RequestFacts(incoming.request_id, incoming.route)
         try:
             return await self._answer(incoming, facts)
@@ -116,7 +116,7 @@ class CustomService:
 
 
 class Visit:
-    """One admitted request: its place, its time, its call; all given back in `close`."""
+    """One admitted request: its queue place, its time limit and its call, all of which `close` gives back."""
 
     def __init__(
         self, permit: Permit, facts: RequestFacts, observer: Observer, seconds: float | None
@@ -138,7 +138,7 @@ class Visit:
         return DeadlineExceeded("the request's time (option.predict_timeout) is up")
 
     async def rest(self) -> bytes:
-        """The body of an answer that does not stream."""
+        """Return the body of an answer that is not streamed."""
         assert self.call is not None
         parts = []
         while isinstance(message := await self.call.next(), Part):
@@ -151,7 +151,7 @@ class Visit:
             self.observer.on_first_token(self.facts.first_token)
 
     def close(self) -> None:
-        """Safe to call twice. A handler that still works has until the request's end to finish."""
+        """Give everything back; safe to call twice. A handler that is still working has until the deadline."""
         if self._closed:
             return
         self._closed = True
@@ -164,7 +164,7 @@ class Visit:
 
 
 class HandlerStream:
-    """The parts of a streamed answer. An error becomes a line or an event where the content type has them."""
+    """The parts of a streamed answer. An error becomes a line or an event if the content type has them."""
 
     def __init__(self, visit: Visit, content_type: str) -> None:
         self._visit = visit
@@ -216,7 +216,7 @@ _NO_TOKENS = NotFound("the model's own handler answers here; it has no tokens to
 
 
 def _properties(incoming: Incoming) -> dict[str, str]:
-    """Headers and, beside them, the custom attributes; none that is a secret between client and server."""
+    """Return the headers and the custom attributes, except secrets between client and server."""
     given = request_properties(incoming)
     told = {name: value for name, value in given.items() if name not in _NOT_PASSED_ON}
     told["requestId"] = incoming.request_id

@@ -1,7 +1,7 @@
-"""The process of the user's handler: `python -m handlers.custom.worker FD`, where FD is the socket to the front.
+"""The process of the user's handler: `python -m handlers.custom.worker FD`, where FD is the socket to the server.
 
-The first frame on the socket is the `Start`; then calls come in and answers go out. When the front goes away, in
-whatever manner, the process ends.
+The first message on the socket is the `Start`; then calls arrive and answers are sent. When the server is gone, for
+whatever reason, the process ends.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class HandlerError(Exception):
 
 
 class Channel:
-    """The handler's end of the connection: one reader, any thread may send."""
+    """The handler's end of the connection. One thread reads; any thread may send."""
 
     def __init__(self, parent: Parent) -> None:
         self._parent = parent
         self._decoder = msgspec.msgpack.Decoder(ToHandler)
         self.cancelled = 0
-        """The last call that nobody waits for any more; ids grow."""
+        """The last call that was cancelled; ids increase."""
 
     def start(self) -> Start:
         return msgspec.msgpack.decode(self._parent.receive() or b"", type=Start)
@@ -61,7 +61,7 @@ class Channel:
         self._parent.send(msgspec.msgpack.encode(message))
 
     def read(self, on_call: Callable[[Call], None], on_cancel: Callable[[int], None]) -> None:
-        """Until the front is gone, and with it the reason for this process, busy or not."""
+        """Read until the server is gone; then end this process, even if it is busy."""
         try:
             while (frame := self._parent.receive()) is not None:
                 message = self._decoder.decode(frame)
@@ -74,7 +74,7 @@ class Channel:
 
 
 def load(start: Start) -> Callable[[djl.Input], Any]:
-    """Import the user's file; its function. Raises whatever it raises, and HandlerError."""
+    """Import the user's file and return its function. Raises whatever the file raises, and HandlerError."""
     os.chdir(start.directory)
     sys.path.insert(0, start.directory)
     djl.install()
@@ -94,7 +94,7 @@ def load(start: Start) -> Callable[[djl.Input], Any]:
 
 
 def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], Any]:
-    """A handler that calls the formatter which a call names. Raises HandlerError."""
+    """Return a handler that calls the formatter that a call names. Raises HandlerError."""
     found: dict[str, Callable[..., Any]] = {}
     for member in members.values():
         kind = getattr(member, djl.FORMATTER, None)
@@ -159,7 +159,7 @@ def check_first(result: Any) -> None:
 
 
 def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
-    """Calls in the order in which they come, in this thread."""
+    """Answer calls in the order in which they arrive, in this thread."""
     check_first(function(first_input(start)))
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
 
@@ -181,7 +181,7 @@ def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Inp
 
 
 async def serve_together(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
-    """Each call in a task of its own."""
+    """Answer each call in a task of its own."""
     check_first(await _result(function(first_input(start))))
     loop = asyncio.get_running_loop()
     tasks: dict[int, asyncio.Task[None]] = {}
@@ -223,7 +223,7 @@ async def _result(value: Any) -> Any:
 
 
 def failed(number: int, error: Exception) -> Failed:
-    """Of an exception of the handler's the client is told the class alone; its text and trace go to the log."""
+    """Return the message for an exception of the handler: its class for the client; text and trace are only logged."""
     logger.error("the handler failed", exc_info=error)
     if isinstance(error, ReplyTooLarge):
         return Failed(number, 500, str(error))
@@ -235,7 +235,7 @@ def main() -> int:
     """Load the handler and serve its calls until the server is gone; returns the exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parent = Parent()
-    # or this process's end would go unnoticed while one that the handler has forked lives
+    # otherwise this process's end would go unnoticed while a process lives that the handler has forked
     os.register_at_fork(after_in_child=parent.close)
     channel = Channel(parent)
     start = channel.start()

@@ -1,4 +1,4 @@
-"""The chat templates of a model: its files that hold them, which one a request gets, and what their source says."""
+"""A model's chat templates: the files that contain them, which one a request gets, and what their source tells."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from engine.errors import ModelLoadError, one_line
 from handlers.model_json import read_object
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-"""The names that transformers chooses by."""
+"""The names that transformers uses to choose a template."""
 
 
 class Template(NamedTuple):
-    """text: Jinja source. origin: the file or option that it is from, for people."""
+    """A chat template.
+
+    Attributes:
+        text: Jinja source.
+        origin: The file or option that it comes from, for people.
+    """
 
     text: str
     origin: str
@@ -29,9 +34,12 @@ class Template(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplates:
-    """named: all of them, for who chooses one. default: for requests without tools; with_tools: for those with.
+    """The templates of a model; None for `default` or `with_tools` if it has no template for that case.
 
-    Both are None where the model has no template for that.
+    Attributes:
+        named: All of them, for requests that choose one.
+        default: For requests without tools.
+        with_tools: For requests with tools.
     """
 
     named: Mapping[str, Template] = field(default_factory=dict)
@@ -44,7 +52,7 @@ class ChatTemplates:
         return cls({DEFAULT: template}, template, template)
 
     def chosen(self, asked: str | None, tools: bool) -> str | None:
-        """The source for a request. asked: a name, or a source of its own; None for what the model has."""
+        """Return the source for a request. asked: a name, or a source of its own; None for the model's choice."""
         if asked is not None:
             return self.named[asked].text if asked in self.named else asked
         template = self.with_tools if tools else self.default
@@ -122,12 +130,15 @@ def _has_processor(path: Path) -> bool:
 
 
 def _tokenizers(path: Path) -> dict[str, Template]:
-    """Files of their own win over the entry in tokenizer_config.json."""
+    """Return the tokenizer's templates. Separate files win over the entry in tokenizer_config.json."""
     return _files(path) or _entry(path, "tokenizer_config.json")
 
 
 def _processors(path: Path) -> dict[str, Template]:
-    """The entry in processor_config.json wins over files, and the older chat_template.json over the newer files."""
+    """Return the processor's templates.
+
+    The entry in processor_config.json wins over files, and the older chat_template.json over the newer files.
+    """
     own = _entry(path, "processor_config.json")
     return own or {**_files(path), **_entry(path, "chat_template.json")}
 
@@ -213,7 +224,7 @@ class TemplateSource:
 
     @classmethod
     def parse(cls, source: str) -> TemplateSource:
-        """Raises jinja2.TemplateSyntaxError."""
+        """Parse a template. Raises jinja2.TemplateSyntaxError."""
         tree = _ENVIRONMENT.parse(source)
         outside = meta.find_undeclared_variables(tree) - set(_ENVIRONMENT.globals)
         return cls(
@@ -231,9 +242,9 @@ class TemplateSource:
 
 
 def _loops_over_content(tree: nodes.Template) -> bool:
-    """Whether a `for` or a filter over parts walks a message's content: directly, renamed or in a macro.
+    """Whether a `for` or a filter over parts iterates over a message's content: directly, renamed or in a macro.
 
-    The rule is vLLM's (`renderers/hf.py`), so that a template means the same here and there.
+    The rule is vLLM's (`renderers/hf.py`), so that a template is treated in the same way.
     """
     names = _content_names(tree)
     walked = [loop.iter for loop in tree.find_all(nodes.For)]

@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive: whole characters only, and stop strings found across any cut."""
+"""Turns token ids into text as they arrive: whole characters only, with stop strings found across tokens."""
 
 from __future__ import annotations
 
@@ -65,10 +65,13 @@ class Detokenizer:
         """The stop string that ended the answer."""
 
     def pieces(self, token_ids: Sequence[int], *, silent: bool = False, finished: bool = False) -> list[str]:
-        """The text that each token makes certain. silent: the last one has none itself.
+        """Return the text that each token makes certain.
 
-        finished: no token follows, so the last one makes certain what was held back, or an entry of its own does
-        where there is no token.
+        Args:
+            token_ids: The new tokens.
+            silent: The last one has no text itself.
+            finished: No token follows, so the last one makes certain what was held back. Without a token, the text held
+                back gets an entry of its own.
         """
         pieces = [self.push(token) for token in (token_ids[:-1] if silent else token_ids)]
         if silent and token_ids:
@@ -78,7 +81,7 @@ class Detokenizer:
         return pieces
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes certain; after a stop string, always empty."""
+        """Return the text that this token makes certain; after a stop string it is always empty."""
         if self.stopped_by is not None:
             return ""
         self._count += 1
@@ -98,7 +101,7 @@ class Detokenizer:
         return self._shown(pending[:decided])
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """Return what was held back for a stop string that was not completed."""
         held, self._held = self._held, ""
         return self._shown(held)
 
@@ -185,7 +188,7 @@ class Detokenizer:
         return end if self._include_stop else at
 
     def _undecided(self, pending: str) -> int:
-        """How many last characters could be the beginning of a stop string."""
+        """Return how many of the last characters could be the beginning of a stop string."""
         for length in range(min(self._longest_stop - 1, len(pending)), 0, -1):
             tail = pending[-length:]
             if any(stop.startswith(tail) for stop in self._stop):
@@ -207,7 +210,7 @@ class TokenTexts:
         self._texts: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         text = self._texts.get(token_id)
         if text is None:
             text = str(self._backend.decode([token_id], skip_special_tokens=False))

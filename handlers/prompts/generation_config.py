@@ -1,4 +1,4 @@
-"""generation_config.json of a model: which tokens end an answer, and how it is sampled where a request says nothing."""
+"""A model's generation_config.json: the tokens that end an answer, and the sampling defaults of requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def read_generation_config(path: str) -> dict[str, Any]:
 
 
 def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """generation_config.json decides, as in transformers; else the model's config; else the tokenizer."""
+    """Return the tokens that end an answer.
+
+    generation_config.json decides, as in transformers; else the model's config; else the tokenizer.
+    """
     for source in (
         generation.get("eos_token_id"),
         getattr(text_config, "eos_token_id", None),
@@ -63,11 +66,11 @@ _UNREAD = (
 
 
 def read_default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
-    """What generation_config.json says, by the names of SamplingParams, for requests that say nothing of it.
+    """Return the defaults in generation_config.json, by the names of SamplingParams, for requests that do not set them.
 
-    `do_sample: false` is greedy. What is out of range or without effect here is warned of and left out. The other
-    fields are about ends of sequences (see `read_eos_token_ids`), the total length (`max_length`, which as in vLLM is
-    the context's), beam search, caches, speed, and the shape of what `generate` returns.
+    `do_sample: false` is greedy. Values that are out of range or have no effect here are left out with a warning. The
+    other fields are about ends of sequences (see `read_eos_token_ids`), the total length (`max_length`, which as in
+    vLLM is the context's), beam search, caches, speed, and the shape of what `generate` returns.
     """
     found: dict[str, float | int] = {}
     for field, name in _DEFAULTS.items():

@@ -1,4 +1,4 @@
-"""What a request may ask of the engine: its prompt's length, token ids, and words that samplers follow by token."""
+"""What a request may ask of the engine: its prompt's length, its token ids, and the words that samplers match."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MOST_TOKEN_IDS = 1024
-"""Tokens that logit_bias or stop_token_ids may name."""
+"""The most tokens that logit_bias or stop_token_ids may name."""
 
 MOST_ALLOWED_TOKENS = 2**20
 """Some vocabularies are 260,000 tokens; a million hold the others up for about half a second."""
@@ -38,18 +38,18 @@ _FEWEST = 2**17
 
 
 def longest_prompt(max_model_len: int) -> int:
-    """Characters of a prompt, or token ids of a client's own, beyond which nothing is done with it.
+    """Return the number of characters, or of a client's own token ids, beyond which a prompt is not processed.
 
-    A body of 60 MB would take a thread a minute and the process 8 GB to be turned into tokens, all to be told that
-    they are too many.
+    Tokenising a body of 60 MB would take a thread a minute and the process 8 GB, only to find that the tokens are too
+    many.
     """
     return max(_FEWEST, _CHARACTERS_PER_TOKEN * max_model_len)
 
 
 def require_known(request: GenerationRequest, vocab_size: int, image_token_id: int | None = None) -> None:
-    """Raises InvalidRequest for token ids of the client's own that the model does not know.
+    """Raise InvalidRequest for token ids from the client that the model does not know.
 
-    image_token_id: may lie outside the vocabulary.
+    image_token_id may lie outside the vocabulary.
     """
     prompt = request.prompt
     if not isinstance(prompt, TextPrompt) or prompt.token_ids is None:
@@ -65,9 +65,9 @@ def require_known(request: GenerationRequest, vocab_size: int, image_token_id: i
 def checked_tokens(
     request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
 ) -> list[int]:
-    """The tokens of a prompt without images, cut as the request says. Raises as `require_known`.
+    """Return the tokens of a prompt without images, truncated as the request says. Raises as `require_known`.
 
-    What is longer than the context is refused by who counts its tokens (`checked_sampling`), whatever they are.
+    `checked_sampling`, which counts the tokens, refuses whatever is longer than the context.
     """
     if request.truncate_prompt_tokens is None and len(token_ids) >= max_model_len:
         return token_ids
@@ -85,9 +85,10 @@ def checked_tokens(
 def checked_sampling(
     request: GenerationRequest, used: int, max_model_len: int, vocab_size: int
 ) -> RequestSampling:
-    """The sampling parameters to use. used: tokens of the prompt, images included.
+    """Return the sampling parameters to use. used: tokens of the prompt, including images.
 
-    Raises InvalidRequest for what an engine would have to refuse.
+    Raises:
+        InvalidRequest: The engine would have to refuse them.
     """
     params = request.sampling
     wanted = params.max_tokens
@@ -120,7 +121,7 @@ def checked_sampling(
 
 
 def check_totals(requests: Sequence[GenerationRequest]) -> None:
-    """requests: of one body. Raises InvalidRequest."""
+    """Raise InvalidRequest if the requests of one body ask for too much together."""
     answers = sum(request.n for request in requests)
     sampling = requests[0].sampling
     allowed = sampling.allowed_token_ids or ()
@@ -142,10 +143,13 @@ def count_characters(params: RequestSampling) -> int:
 def spelled(
     params: RequestSampling, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
 ) -> RequestSampling:
-    """The same with ids instead of the words; itself where there are none. words: bad_words, too.
+    """Return the parameters with token ids instead of the words; unchanged if there are none. words: also bad_words.
 
-    A bad word is followed as it is tokenised at a text's beginning and after a space (as vLLM does), a breaker by
-    the last token that it ends with inside a text (as DRY's author does). Raises InvalidRequest.
+    A bad word is matched as it is tokenised at the beginning of a text and after a space (as in vLLM), a breaker by
+    the last token that it ends with inside a text (as DRY's author does).
+
+    Raises:
+        InvalidRequest: There are too many words, or they are too long.
     """
     if params.bad_words and words:
         runs = dict.fromkeys(params.bad_words_token_ids)

@@ -1,9 +1,9 @@
 """Client text stays text: control tokens that a client typed are never read as control tokens.
 
-A tokenizer finds its special tokens wherever they stand in a prompt, also in what a user wrote. So what a
-client wrote is searched first: each occurrence of a control token, and each end of a text that could complete
-one together with its neighbours, is replaced by a mark (`Hidden`). The template is rendered with the marks in
-place; then every control token that is still visible was printed by the template, and the rest is text.
+A tokenizer finds its special tokens anywhere in a prompt, including in what a user wrote. So the client's text is
+searched first: each occurrence of a control token, and each end of a text that could complete one together with its
+neighbours, is replaced by a mark (`Hidden`). The template is rendered with the marks in place; then every control token
+that is still visible was printed by the template, and the rest is text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONG_TEXT = 10_000
 
 
 def encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> Encoding:
-    """A tokenizer lets other threads run while it encodes a batch, but not while it encodes a single text."""
+    """Encode a text as a batch of one: a tokenizer lets other threads run only while it encodes a batch."""
     if len(text) < LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
@@ -64,7 +64,7 @@ def _fresh_name() -> str:
 
 
 class ControlTokens:
-    """Strings that must not be obeyed when a client types them."""
+    """Strings that must not act as control tokens when a client types them."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = sorted(set(tokens), key=lambda token: (-len(token), token))
@@ -131,7 +131,7 @@ class Hidden:
         return "".join([*pieces, text[position:]])
 
     def value(self, value: Any) -> Any:
-        """The same for every string in a JSON value, keys included."""
+        """Hide control tokens in every string of a JSON value, including keys."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
@@ -141,7 +141,7 @@ class Hidden:
         return value
 
     def restore(self, text: str) -> str:
-        """What the client and the template wrote together, without marks."""
+        """Return the text of the client and the template without marks."""
         if not self.literals:
             return text
         pieces, position = [], 0

@@ -100,7 +100,7 @@ Call = Callable[["Service", Incoming], Awaitable[Reply]]
 
 
 class Gate(Protocol):
-    """Sees every request for an answer before it is read."""
+    """Sees every request for an answer before it is parsed, and may answer it without the model."""
 
     def answer(self, body: Mapping[str, Any], incoming: Incoming) -> Reply | None:
         """Returns the reply to a body that does not ask the model; None for all others.
@@ -110,7 +110,7 @@ class Gate(Protocol):
         """
 
     def may_answer(self, route: str, size: int, content: bytes | None = None) -> bool:
-        """Whether `answer` may have a reply to a body of this size, or to this very body: such take no place."""
+        """Whether `answer` may reply to a body of this size, or to this very body: it needs no queue place."""
 
 
 @dataclass(frozen=True, slots=True)

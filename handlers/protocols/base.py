@@ -1,4 +1,4 @@
-"""What an API is made of: a function that reads a body into a `Task`, and the writer that this task carries."""
+"""What an API consists of: a function that parses a body into a `Task`, and the writer that this task carries."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ JSON = "application/json"
 JSON_LINES = "application/jsonlines"
 
 MAX_PROMPTS = 1024
-"""Most prompts in one body."""
+"""The most prompts in one body."""
 
 MAX_ANSWERS = 128
-"""Most answers to one prompt (`n`): OpenAI's limit."""
+"""The most answers to one prompt (`n`): OpenAI's limit."""
 
 _LEAST_LOGPROB = -9999.0
 """OpenAI's number for "impossible"; JSON has no infinity."""
@@ -70,7 +70,7 @@ class ServerContext:
 
 @dataclass(slots=True)
 class Answer:
-    """One whole answer: the sum of its deltas. pieces: what each token added to the text."""
+    """One complete answer: the sum of its deltas. pieces: the text that each token added."""
 
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -104,14 +104,14 @@ class Answered:
 
 
 class Writer(Protocol):
-    """Writes one task's reply, whole or in chunks that are already framed.
+    """Writes one task's reply, complete or in chunks that are already framed.
 
-    keep_alive: what may be sent while nothing happens; empty where the framing knows no such thing.
+    keep_alive: what may be sent during silence; empty if the framing has nothing for that.
     """
 
     @property
     def stream_type(self) -> str:
-        """Content type of a streamed reply; a whole one is JSON."""
+        """The content type of a streamed reply; a complete reply is JSON."""
 
     @property
     def keep_alive(self) -> bytes: ...
@@ -119,12 +119,12 @@ class Writer(Protocol):
     def whole(self, answered: list[Answered]) -> bytes: ...
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
-        """Empty when the delta shows nothing."""
+        """Return the next chunk; empty if the delta shows nothing."""
 
     def end(self, stats: PromptStats) -> bytes: ...
 
     def failed(self, error: ServingError) -> bytes:
-        """The last thing in a stream that broke after its first chunk."""
+        """Return the last part of a stream that failed after its first chunk."""
 
 
 ReplyHeaders = Callable[[Sequence[GenerationRequest], str, RequestFacts], dict[str, str]]

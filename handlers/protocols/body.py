@@ -16,7 +16,7 @@ from handlers.protocols.body_limits import MOST_TEXT_BYTES, MOST_WIDE_BYTES, che
 T = TypeVar("T")
 
 _NUMBERS_WITHIN = 3
-"""How many lists or objects may stand around a number: `prompt` is a list of lists."""
+"""The depth of lists and objects in which numbers are found: `prompt` is a list of lists."""
 
 _EXACT = 2**53
 """Above it, some whole numbers cannot be written as a float."""
@@ -27,14 +27,14 @@ SHORT_BYTES = 2**16
 """A body of at most this size is parsed without being counted first: that takes a few milliseconds at worst."""
 
 MOST_KEYS = 4096
-"""Most keys of the body itself."""
+"""The most keys of the body itself."""
 
 _JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _PYTHON_TYPE = re.compile(rf"\b(?:{'|'.join(_JSON_TYPES)})\b")
 _EXPECTED = re.compile(r"(?:expected|got) `[^`]*`", re.IGNORECASE)
 
 _MOST_QUOTED = 300
-"""Characters that are kept of msgspec's message, at its beginning and at its end."""
+"""Characters of msgspec's message that are kept at its beginning and at its end."""
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 

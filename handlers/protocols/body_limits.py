@@ -16,7 +16,7 @@ import numpy.typing as npt
 from handlers.errors import MalformedBody
 
 SLICE_BYTES = 2**18
-"""Bytes that are looked at in one step."""
+"""The bytes examined in one step."""
 
 MOST_TEXT_BYTES = 2**25
 """Most bytes of one text: more than any model's context, and an image of 24 MB in base64. The parser creates a text in
@@ -80,11 +80,15 @@ class BodyCount:
 
 
 def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -> BodyCount:
-    """Counts what the body holds.
+    """Count what the body contains, and refuse it if that is too much.
 
-    A value may be a token id, several prompts may come in one body, and a client may write each character of a prompt
-    as an escape: so the bounds grow with the context. context: tokens that the model takes, 0 if that is not known.
-    longest_text: most bytes of one text.
+    A value may be a token id, several prompts may be in one body, and a client may write each character of a prompt
+    as an escape: so the limits grow with the context.
+
+    Args:
+        body: The whole body.
+        context: Tokens that the model accepts; 0 if not known.
+        longest_text: The most bytes of one text.
 
     Raises:
         MalformedBody: There is more of anything than a request could use; raised as soon as it is found.
@@ -144,7 +148,7 @@ def counted(body: bytes) -> Iterator[BodyCount]:
 
 
 def _slices(body: bytes) -> Iterator[tuple[int, bytes]]:
-    """Where each begins, and the slice. None ends between a backslash and what it escapes."""
+    """Yield the start of each slice, and the slice. None ends between a backslash and what it escapes."""
     at = 0
     while at < len(body):
         piece = body[at : at + SLICE_BYTES]
@@ -169,14 +173,14 @@ def _without_escapes(piece: bytes) -> tuple[bytes, int, int]:
 
 
 def _flags(piece: bytes) -> int:
-    """What a text holds of which this is a piece, from `_without_escapes`."""
+    """Return what a text contains of which this is a piece, from `_without_escapes`."""
     if b"\\" not in piece:
         return 0 if piece.isascii() else _WIDE
     return _ESCAPED if piece.isascii() and b"\\u" not in piece else _ESCAPED | _WIDE
 
 
 def _count_outside(piece: bytes, inside: bool, count: BodyCount) -> bool:
-    """Add what the piece has outside of texts. inside: it begins in a text. Returns whether it ends in one."""
+    """Add what the piece contains outside of texts, and return whether it ends in a text."""
     letters = np.frombuffer(piece + b" " * (-len(piece) % 64), np.uint8)
     within = _bits(letters, b'"')
     for shift in _SHIFTS:
@@ -202,5 +206,5 @@ def _count_outside(piece: bytes, inside: bool, count: BodyCount) -> bool:
 
 
 def _bits(letters: npt.NDArray[np.uint8], letter: bytes) -> npt.NDArray[np.uint64]:
-    """A bit for each letter, the first in the lowest."""
+    """Return a bit for each letter, the first in the lowest."""
     return np.packbits(letters == letter[0], bitorder="little").view(np.dtype("<u8"))

@@ -1,4 +1,4 @@
-"""What clients and the log learn of errors; each API writes them in a format of its own."""
+"""What clients and the log learn about errors; each API writes them in its own format."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def error_reply(error: ServingError, written: ErrorFormat) -> Reply:
 
 
 def client_error(error: Exception, request_id: str) -> ServingError:
-    """Returns what a client is told of an exception.
+    """Return the error that a client gets for an exception.
 
-    An expected error is told whole. Of any other only the request id is told, unless the server was short of
-    something: then that trying again may help.
+    An expected error is passed on as it is. Any other one is replaced by the request's id, unless the server was short
+    of a resource: then the client is advised to try again.
     """
     if isinstance(error, ServingError):
         return error
@@ -58,11 +58,11 @@ def client_error(error: Exception, request_id: str) -> ServingError:
 
 
 def log_error(error: ServingError, request_id: str) -> None:
-    """Logs what the client was told, in the program's own words.
+    """Log the client's error in the program's own words.
 
-    A failure of the server's is logged with its stack trace. For a failure of the client's only the place is logged,
-    because messages of other exceptions may quote what the client sent. Overload is logged in one line: it comes in
-    thousands.
+    A failure of the server is logged with its stack trace. For a mistake of the client only the place in the code is
+    logged, because messages of other exceptions may quote what the client sent. Overload is logged in one line, since
+    there may be thousands.
     """
     told, reason = (request_id, error.kind, error.status), own_words_of(error)
     if isinstance(error, Overloaded):
@@ -77,7 +77,7 @@ _MOST_PLACES = 6
 
 
 def _places(error: BaseException) -> str:
-    """The innermost frames of the first cause of an exception."""
+    """Return the innermost frames of the first cause of an exception."""
     while error.__cause__ is not None:
         error = error.__cause__
     return ", ".join(f"{file}:{line} {function}" for file, line, function in raised_at(error)[:_MOST_PLACES])

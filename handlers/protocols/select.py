@@ -1,4 +1,4 @@
-"""Which API answers a request: each one says itself what it reads."""
+"""Which API answers a request; each API says which requests it reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from handlers.protocols.tokens import TOKENS
 from properties.settings import Settings
 
 APIS = (TGI, OPENAI, LMI, TOKENS)
-"""The first one that claims a request has it."""
+"""In order: the first API that claims a request gets it."""
 
 ROUTES = tuple(route for api in APIS for route in api.routes)
 """All routes of all APIs."""
@@ -30,7 +30,7 @@ REQUEST_ID_HEADERS = (*(api.request_id for api in APIS if api.request_id), "x-re
 """The headers in which a caller may name a request, the one that wins first."""
 
 CALLS = {name: call for api in APIS for name, call in api.calls.items()}
-"""Action of a route -> what answers it."""
+"""What answers a route's action, by the action's name."""
 
 _ADAPTERS = tuple(api.adapter for api in APIS if api.adapter is not None)
 _HEADERS = {route: headers for api in APIS for route, headers in api.headers.items()}
@@ -38,7 +38,7 @@ _FRAMES = {route: frame for api in APIS for route, frame in api.frames.items()}
 
 
 def read_task(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
-    """Raises InvalidRequest naming the field at fault."""
+    """Parse a body with the API that it belongs to. Raises InvalidRequest naming the field at fault."""
     route = incoming.route
     read = next((found for api in APIS if (found := api.reads(body.keys(), route)) is not None), None)
     if read is None:
@@ -53,10 +53,10 @@ def read_task(body: dict[str, Any], server: ServerContext, incoming: Incoming) -
 
 
 def error_format(route: str, headers: Mapping[str, str], keys: Collection[str] = ()) -> ErrorFormat:
-    """How errors of a request look. keys: those of its body, as soon as they are known."""
+    """Return the format of errors for a request. keys: those of its body, as soon as they are known."""
     return next(api.errors for api in APIS if api.claims(route, headers, keys))
 
 
 def gates(settings: Settings) -> tuple[Gate, ...]:
-    """The gates of a server, one for each API that has one."""
+    """Return the gates of a server, one for each API that has one."""
     return tuple(api.gate(settings) for api in APIS if api.gate is not None)

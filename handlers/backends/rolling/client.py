@@ -1,4 +1,4 @@
-"""One engine process as the front end sees it: start it, talk to it, notice at once when it is gone."""
+"""One engine process as the front end sees it: how it is started and talked to, and how its end is noticed at once."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from processes.inside import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 engine_log = logging.getLogger("engine.process")
-"""What the engine processes print."""
+"""The log of what the engine processes print."""
 
 SHUTDOWN_SECONDS = 3.0
 """How long an engine that was asked to stop may take before it is killed."""
 
 PING_SECONDS = 2.0
-"""Pause between two looks at whether an engine's loop still turns."""
+"""The pause between two checks whether an engine's loop is still running."""
 
 STUCK_SECONDS = 120.0
 """An engine whose loop has not turned for this long is killed and restarted. A step is one turn, so this must be
@@ -47,7 +47,7 @@ longer than the longest step."""
 
 
 class OutputStream:
-    """The outputs of one request, in order. One reader; the engine's client is the writer."""
+    """The outputs of one request, in order. One task reads it; the engine's client writes it."""
 
     __slots__ = ("_error", "_items", "_waiter")
 
@@ -65,7 +65,7 @@ class OutputStream:
         self._wake()
 
     async def get(self) -> list[Output]:
-        """Everything that has come since the last call, at least one output. Raises EngineDead."""
+        """Return everything that has arrived since the last call, at least one output. Raises EngineDead."""
         while not self._items:
             if self._error is not None:
                 raise self._error
@@ -84,17 +84,17 @@ class OutputStream:
 
 
 class EngineProcess:
-    """An engine process without a model: it imports what it needs, which takes seconds, and answers questions."""
+    """An engine process without a model. It imports what it needs, which takes seconds, and answers questions."""
 
     def __init__(self, child: Child, connection: Connection) -> None:
-        """Use `spawn`."""
+        """Take over a process; use `spawn` to start one."""
         self._child = child
         self._connection = connection
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
 
     @classmethod
     async def spawn(cls) -> EngineProcess:
-        """Raises OSError; nothing is left running then."""
+        """Start a process. Raises OSError, and leaves nothing running then."""
         child = await Child.start("engine.process", "engine", Log(engine_log))
         try:
             return cls(child, await child.connect())
@@ -103,9 +103,10 @@ class EngineProcess:
             raise
 
     async def ask(self, function: str, question: bytes) -> bytes:
-        """What the function, "module:name", returns in the process.
+        """Return what the function, "module:name", returns in the process.
 
-        Raises EngineDead where the process ends instead.
+        Raises:
+            EngineDead: The process ended before it answered.
         """
         _send(self._connection, msgspec.msgpack.encode(Ask(function, question)))
         message = await self._receive()
@@ -114,10 +115,13 @@ class EngineProcess:
         return message.answer
 
     async def load(self, config: EngineConfig, stuck_seconds: float = STUCK_SECONDS) -> EngineClient:
-        """Return when the model has answered a first request of its own. Not to be used afterwards.
+        """Load the model; returns when it has answered a test request. Do not use this object afterwards.
 
-        Raises ModelLoadError with the engine's reason, and EngineDead when the process ends without giving one.
-        Nothing is left running then.
+        If this fails, nothing is left running.
+
+        Raises:
+            ModelLoadError: The model cannot be loaded; the message contains the engine's reason.
+            EngineDead: The process ended without a reason.
         """
         try:
             _send(self._connection, msgspec.msgpack.encode(config))
@@ -132,7 +136,7 @@ class EngineProcess:
             raise
 
     async def stop(self) -> None:
-        """Never raises; safe to call twice."""
+        """Stop the process. Never raises; safe to call twice."""
         self._child.kill()
         await self._child.wait()
 
@@ -142,15 +146,15 @@ class EngineProcess:
 
 
 class EngineClient:
-    """An engine process with its model, until its death (see `processes.supervisor.Supervised`)."""
+    """An engine process with its model, until it dies (see `processes.supervisor.Supervised`)."""
 
     def __init__(self, child: Child, connection: Connection, ready: Ready, stuck_seconds: float) -> None:
-        """Use `start`, or `EngineProcess.load`."""
+        """Take over a process; use `start` or `EngineProcess.load`."""
         self.ready = ready
         self.stats = Stats()
-        """Its last word; of one that has died, the counters alone."""
+        """The last values that it reported; of a process that has died, only the counters."""
         self.served = False
-        """Whether any request has had a token from this process."""
+        """Whether any request has received a token from this process."""
         self._child = child
         self._connection = connection
         self._stuck_seconds = stuck_seconds
@@ -164,7 +168,7 @@ class EngineClient:
 
     @classmethod
     async def start(cls, config: EngineConfig) -> EngineClient:
-        """Raises OSError when no process can be started, and what `EngineProcess.load` raises."""
+        """Start a process and load the model. Raises OSError, and whatever `EngineProcess.load` raises."""
         return await (await EngineProcess.spawn()).load(config)
 
     @property
@@ -181,13 +185,17 @@ class EngineClient:
 
     @property
     def silent_for(self) -> float:
-        """Seconds since a sign of life was asked for that has not come; 0 when none is due."""
+        """Seconds for which the answer to a ping has been outstanding; 0 when none is due."""
         return 0.0 if self._asked is None else time.monotonic() - self._asked
 
     def submit(self, add: Add, stream: OutputStream) -> range:
-        """Hand over a request under ids of this client's choosing, which are returned: one for each answer.
+        """Submit a request and return the ids that this client gave it, one for each choice.
 
-        Their outputs come to the one stream. Raises EngineDead, and RequestRejected for what cannot be sent.
+        All their outputs arrive in the one stream.
+
+        Raises:
+            EngineDead: The process has ended.
+            RequestRejected: The request cannot be sent.
         """
         if not self.alive:
             raise EngineDead("the engine process is not running")
@@ -204,7 +212,7 @@ class EngineClient:
         return add.choice_ids
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """The engine forgets the requests before its next step. Fine for finished ones, never raises."""
+        """Have the engine drop the requests before its next step. Ignores finished ones and never raises."""
         held = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
         if held and self.alive:
             with suppress(EngineDead):
@@ -227,11 +235,11 @@ class EngineClient:
         return True
 
     async def wait_dead(self) -> None:
-        """Return once nothing more will come from the process."""
+        """Wait until nothing more will arrive from the process."""
         await self._died.wait()
 
     async def lost(self) -> str:
-        """Return when the process has ended; one whose loop has stopped turning is killed."""
+        """Wait until the process has ended; a process whose loop has stopped is killed."""
         number, stuck = 0, self._stuck_seconds
         reason = ""
         while self.alive:
@@ -251,11 +259,11 @@ class EngineClient:
         return self._child.returncode
 
     def kill(self) -> None:
-        """End the process at once; the requests it holds fail with EngineDead."""
+        """End the process at once; the requests that it holds fail with EngineDead."""
         self._child.kill()
 
     async def stop(self) -> None:
-        """Ask the process to end, kill it when it does not. Never raises."""
+        """Ask the process to end, and kill it if it does not. Never raises."""
         self._bury(EngineStopped("the engine was stopped"))
         await self._child.stop(SHUTDOWN_SECONDS)
         await asyncio.wait({self._receiving}, timeout=1.0)
@@ -294,7 +302,7 @@ class EngineClient:
                 pong.set_result(None)
 
     def _bury(self, error: EngineDead) -> None:
-        """Fail everything that still waits. Once."""
+        """Fail everything that is still waiting. Has an effect only once."""
         if self._died.is_set():
             return
         self._died.set()

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREFIX_KEY_TOKENS = 64
-"""The beginning of a prompt that decides, after its images, which replica it would like."""
+"""The length of the prompt's beginning that decides, after its images, which replica is preferred."""
 
 
 class RollingEngine:
@@ -227,11 +227,11 @@ class RollingPrompt:
 
     @property
     def images(self) -> list[tuple[int, int]]:
-        """(offset, length) of each."""
+        """The (offset, length) of each image."""
         return [(image.offset, image.length) for image in self.placed]
 
     def discard(self) -> None:
-        """Nothing is held outside of this object."""
+        """Do nothing: this object holds no other resources."""
 
 
 class RollingStream:

@@ -1,4 +1,4 @@
-"""Replicas of one model: who gets a request, and what happens when one of them dies."""
+"""The replicas of one model: which of them gets a request, and what happens when one dies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from handlers.backends.rolling.client import STUCK_SECONDS, EngineClient, Engine
 from processes.supervisor import Supervisor, why_down
 
 SUSPECT_SECONDS = 10.0
-"""An engine whose loop has not turned for this long gets no new requests while others are well."""
+"""An engine whose loop has been silent for this long gets no new requests while others respond."""
 
 AFFINITY_SLACK = 4
 """How many more requests than the least loaded replica one may hold and still be preferred for what it has
@@ -24,7 +24,7 @@ AFFINITY_KEYS = 4096
 
 
 class Replica:
-    """One engine process after another under one name."""
+    """A sequence of engine processes under one name."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Replica:
         self._stuck_seconds = stuck_seconds
         self._client: EngineClient | None = None
         self._past = Stats()
-        """The counters of the processes before this one."""
+        """The sum of the counters of earlier processes."""
 
     @property
     def client(self) -> EngineClient:
-        """Of the process that runs, or of the last one that did."""
+        """The client of the process that is running, or of the last one."""
         assert self._client is not None, "start() has not returned"
         return self._client
 
@@ -74,7 +74,7 @@ class Replica:
 
 
 class Ticket:
-    """A submitted request: where it went, the ids of its answers, and where their outputs come."""
+    """A submitted request: where it went, the ids of its choices, and the stream of their outputs."""
 
     __slots__ = ("client", "ids", "stream")
 
@@ -84,12 +84,12 @@ class Ticket:
         self.ids = ids
 
     def abort(self, ids: Sequence[int] | None = None) -> None:
-        """Some of the answers, or all."""
+        """Abort some of the choices, or all."""
         self.client.abort(self.ids if ids is None else ids)
 
 
 class EngineGroup:
-    """Keeps the replicas running, and hands out requests."""
+    """Keeps the replicas running and distributes requests."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class EngineGroup:
         loading_seconds: float,
         stuck_seconds: float,
     ) -> None:
-        """Use `start`."""
+        """Take over replicas; use `start` to start them."""
         self.replicas = [
             Replica(
                 number,
@@ -125,15 +125,15 @@ class EngineGroup:
         stuck_seconds: float = STUCK_SECONDS,
         spawned: EngineProcess | None = None,
     ) -> EngineGroup:
-        """All replicas: the first one, then the others together. Raises what `EngineClient.start` raises.
+        """Start the first replica, then the others at the same time. Raises what `EngineClient.start` raises.
 
         Args:
-            configs: one for each replica.
-            retry_threshold: failures of a replica, with no answered request between them, that a restart follows;
-                after one more it is given up.
-            loading_seconds: what one restart may take.
-            stuck_seconds: a replica whose loop has not turned for this long is killed.
-            spawned: a process that waits for its configuration, to be the first replica's.
+            configs: One for each replica.
+            retry_threshold: The number of failures of a replica, with no answered request between them, after which it
+                is still restarted; it is given up after one more.
+            loading_seconds: The time limit of one restart.
+            stuck_seconds: A replica whose loop has been silent for this long is killed.
+            spawned: A process that is waiting for its configuration, to become the first replica's.
         """
         group = cls(configs, spawned, retry_threshold, loading_seconds, stuck_seconds)
         try:
@@ -150,7 +150,7 @@ class EngineGroup:
 
     @property
     def ready(self) -> Ready:
-        """What the first replica said of itself."""
+        """What the first replica reported about itself."""
         return self.replicas[0].client.ready
 
     @property
@@ -163,28 +163,33 @@ class EngineGroup:
 
     @property
     def responsive(self) -> list[Replica]:
-        """Those whose loop has turned lately."""
+        """The replicas whose loop has answered recently."""
         return [replica for replica in self.alive if replica.client.silent_for < SUSPECT_SECONDS]
 
     @property
     def given_up(self) -> bool:
-        """Every replica died too often; nothing will generate again."""
+        """Whether every replica died too often, so that nothing will generate again."""
         return all(replica.supervisor.given_up for replica in self.replicas)
 
     @property
     def why_down(self) -> str:
-        """For health, while no replica runs."""
+        """Return why no replica is running, for health."""
         return why_down([replica.supervisor for replica in self.replicas], "the engine")
 
     async def changed(self) -> None:
-        """Return when next a replica has died, come back, or been given up."""
+        """Wait until a replica has died, come back, or been given up."""
         await self._change.wait()
 
     def submit(self, add: Add, keys: Sequence[bytes] = ()) -> Ticket:
-        """Send a request to one replica. Raises EngineDead when none can take it, and RequestRejected.
+        """Send a request to one replica.
 
-        keys: what the replica would profit from having seen, most telling first (images, the prompt's
-        beginning).
+        Args:
+            add: The request.
+            keys: What the replica should preferably have cached (images, the prompt's beginning), most important first.
+
+        Raises:
+            EngineDead: No replica can take it.
+            RequestRejected: It cannot be sent.
         """
         replica = self._choose(keys)
         client, stream = replica.client, OutputStream()
@@ -197,7 +202,7 @@ class EngineGroup:
         return Ticket(client, stream, ids)
 
     def stats(self) -> Stats:
-        """Summed over the replicas; counters include the processes that died."""
+        """Return the sum over the replicas; counters include processes that have died."""
         return _sum(replica.stats for replica in self.replicas)
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Images as the model wants them, prepared once per content, in threads."""
+"""Images as the model needs them, prepared in threads, and only once for the same content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from processes.shortage import shortage
 
 @dataclass(frozen=True, slots=True)
 class ReadyImage:
-    """A prepared image in the form that goes to the engine, and the digest that stands for it everywhere."""
+    """A prepared image in the form that goes to the engine, and the digest that identifies it everywhere."""
 
     prepared: PreparedImage
     tensors: dict[str, TensorData]
@@ -35,7 +35,7 @@ class ReadyImage:
 
 
 class ImagePreparer:
-    """An LRU of prepared images under a memory budget in bytes, filled by a pool of threads.
+    """An LRU cache of prepared images with a memory limit in bytes, filled by a pool of threads.
 
     An image that several requests show at the same time is prepared once.
     """
@@ -57,9 +57,10 @@ class ImagePreparer:
         self._under_way: dict[tuple[bytes, int], asyncio.Task[ReadyImage]] = {}
 
     async def prepare(self, parts: Sequence[MediaPart]) -> list[ReadyImage]:
-        """In the parts' order; all must be loaded, and none is afterwards: the decoded images are let go.
+        """Return the prepared images in the parts' order. All must be loaded, and all are released afterwards.
 
-        Raises ImageError for an image, or embeddings of one, that the model cannot take.
+        Raises:
+            ImageError: The model does not accept an image, or the embeddings of one.
         """
         embeddings = [part for part in parts if isinstance(part, EmbeddingsPart)]
         if embeddings and not self._preprocessor.takes_embeddings:

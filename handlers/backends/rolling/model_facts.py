@@ -1,9 +1,9 @@
-"""What transformers says of a model, found out by the engine's process before it loads the model.
+"""What transformers knows about a model, found out by the engine's process before it loads the model.
 
-Its auto classes import torch and much of transformers: 340 MB and several seconds, of which a front that never runs a
-model needs nothing, while an engine needs them anyway. So the engine's process is asked (`ask_engine`), and the front
-gets back the tokenizer as files that the light classes read, and the few facts that it needs. Where the light way would
-not do the same (`tokenizer_is_plain`, `preprocessor`), the answer says so.
+Its auto classes import torch and much of transformers: 340 MB and several seconds. A front end, which never runs a
+model, needs nothing of this, while an engine needs it anyway. So the engine's process is asked (`ask_engine`), and the
+front end gets the tokenizer as files that the light classes read, and a few facts. If the light classes would not give
+the same result (`tokenizer_is_plain`, `preprocessor`), the answer says so.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ _PROBES = (" Hello,  world!\n", "<s>héé 你好 🦙</s>", "")
 
 
 class ModelQuestion(msgspec.Struct):
-    """processor_overrides: of the image processor's own settings.
+    """What to find out, and about which model.
 
-    tensor_parallel_degree: 1 where the devices decide.
+    Attributes:
+        model_path: The model's directory.
+        processor_overrides: Changes to the settings of the image processor.
+        processor_backend: Which implementation prepares images.
+        trust_remote_code: Whether the model's own Python code may run.
+        tensor_parallel_degree: 1 if the number of devices decides.
     """
 
     model_path: str
@@ -73,14 +78,21 @@ class _Found(msgspec.Struct, tag=True):
 
 
 FactsFinder = Callable[[ModelQuestion, Path, float | None], ModelFacts]
-"""Blocking, as `model_facts` is."""
+"""A blocking function, such as `model_facts`."""
 
 
 def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = None) -> ModelFacts:
-    """Blocking. folder: empty; afterwards the tokenizer's files are in its `tokenizer`.
+    """Find out about a model. Blocking.
 
-    Starts a process for just this, unless the auto classes are imported here already for other ends.
-    Raises ModelLoadError for a model that cannot be served, and when it takes longer than that many seconds.
+    A process is started just for this, unless the auto classes are already imported here for other reasons.
+
+    Args:
+        question: What to find out.
+        folder: An empty directory; afterwards its `tokenizer` contains the tokenizer's files.
+        seconds: The time limit; None for none.
+
+    Raises:
+        ModelLoadError: The model cannot be served, or it takes too long.
     """
     if _AUTO_CLASSES in sys.modules:
         return _found(question, folder)
@@ -98,7 +110,7 @@ def model_facts(question: ModelQuestion, folder: Path, seconds: float | None = N
 async def ask_engine(
     engine: EngineProcess, question: ModelQuestion, folder: Path, seconds: float | None
 ) -> ModelFacts:
-    """The same from an engine's process that is spawned and not started yet."""
+    """Do the same as `model_facts` in an engine's process that has been spawned but has not loaded a model."""
     if _AUTO_CLASSES in sys.modules:
         return await asyncio.to_thread(_found, question, folder)
     asked = msgspec.msgpack.encode((question, str(folder)))
@@ -116,7 +128,7 @@ async def ask_engine(
 
 
 def answer(asked: bytes) -> bytes:
-    """The engine's process calls this."""
+    """Answer a question; called in the engine's process."""
     question, folder = msgspec.msgpack.decode(asked, type=tuple[ModelQuestion, str])
     found: _Found | _Failed
     try:
@@ -127,12 +139,12 @@ def answer(asked: bytes) -> bytes:
 
 
 def _found(question: ModelQuestion, folder: Path) -> ModelFacts:
-    """Raises ModelLoadError alone."""
+    """Find out about the model. Raises only ModelLoadError."""
     try:
         return _look(question, folder)
     except ModelLoadError:
         raise
-    except Exception as error:  # a damaged file raises whatever the code stumbles over
+    except Exception as error:  # a damaged file can raise anything
         raise ModelLoadError(f"the model's files cannot be read: {one_line(error)}") from error
 
 
@@ -168,7 +180,7 @@ def _look(question: ModelQuestion, folder: Path) -> ModelFacts:
 
 
 def _save_plain(tokenizer: Any, folder: Path) -> bool:
-    """Write the tokenizer's files. Returns whether the plain class makes the same of them."""
+    """Write the tokenizer's files, and return whether the plain class makes the same tokenizer of them."""
     from transformers import PreTrainedTokenizerFast
 
     own: Any = type(tokenizer)

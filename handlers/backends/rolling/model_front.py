@@ -1,4 +1,4 @@
-"""What the front must know of a model, without its weights: tokenizer, template, preparation, endings, defaults."""
+"""What the front end must know of a model, without its weights: tokenizer, template, preparation, endings, defaults."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMAGE_SIZES = ((336, 336), (1344, 1344), (1920, 1080))
-"""(width, height) of images whose tokens are told to operators."""
+"""The (width, height) of images whose number of tokens is reported to operators."""
 
 _SMALLEST = 1 << 12
-"""Pixels of the smallest image that is looked at as one that may fill the context."""
+"""Pixels of the smallest image that is examined for whether it fills the context."""
 
 _ASPECTS = 12
-"""Half powers of two between the sides of the widest and tallest images that are looked at: 64:1 and 1:64."""
+"""Half powers of two between the sides of the widest and tallest images that are examined: 64:1 and 1:64."""
 
 _NO_LIMIT = 100
-"""So many images are allowed by who does not want to limit them, as scripts do."""
+"""A limit as high as this means that images are not limited, as in scripts."""
 
 
 class ModelFront:
-    """What the front knows of the model, without its weights. template: which chat template is used, for people."""
+    """What the front end knows of the model. template: which chat template is used, for people."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ModelFront:
         self.accelerators = accelerators
 
     def image_tokens(self, width: int, height: int) -> int | None:
-        """Tokens of a prompt that one image of that size takes; None where the model does not take it."""
+        """Return the tokens that one image of that size takes in a prompt; None if the model does not accept it."""
         try:
             layout = None if self.preprocessor is None else self.preprocessor.layout(width, height)
         except RequestRejected:
@@ -80,9 +80,10 @@ class ModelFront:
         return None if layout is None else len(layout.token_ids)
 
     def crowded(self, images: int, max_pixels: int, max_model_len: int) -> str | None:
-        """What to say where that many images, or one of them, can fill the context; else None.
+        """Return a message if that many images, or one of them, can fill the context; else None.
 
-        Of the shapes that `max_pixels` allows, the smallest that does is named, and the one of the most tokens.
+        Of the shapes that `max_pixels` allows, it names the smallest that fills the context, and the one of the most
+        tokens.
         """
         counts = {size: self.image_tokens(*size) or 0 for size in _shapes(max_pixels)}
         most = max(counts, key=lambda size: counts[size])
@@ -107,21 +108,27 @@ class ModelFront:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """For answers that must match a grammar."""
+        """Return the vocabulary, for answers that must match a grammar."""
         forbidden = () if self.preprocessor is None else tuple(self.preprocessor.forbidden_token_ids)
         return vocabulary_of(self.tokenizer, self.vocab_size, self.eos_token_ids, forbidden)
 
     @classmethod
     def load(cls, settings: Settings, path: str, find: FactsFinder = model_facts) -> ModelFront:
-        """Blocking: a few seconds, nearly all of them another process's. find: who is asked about the model.
+        """Read the model's files. Blocking: a few seconds, nearly all of them in another process.
 
-        Raises ModelLoadError.
+        Args:
+            settings: The options.
+            path: The model's directory.
+            find: Finds out what transformers knows about the model.
+
+        Raises:
+            ModelLoadError: The model cannot be served.
         """
         try:
             return cls._load(settings, path, find)
         except ModelLoadError:
             raise
-        except Exception as error:  # a damaged file raises whatever the code stumbles over
+        except Exception as error:  # a damaged file can raise anything
             raise ModelLoadError(f"the model's files cannot be used: {one_line(error)}") from error
 
     @classmethod
@@ -190,7 +197,7 @@ class ModelFront:
 
 
 def _shapes(max_pixels: int) -> list[tuple[int, int]]:
-    """(width, height) of images from small ones to those of `max_pixels`, and of those as large, squares first."""
+    """Return the (width, height) of images from small ones to those of `max_pixels`, squares first in each size."""
     areas = [max_pixels]
     while areas[-1] > _SMALLEST:
         areas.append(areas[-1] // 2)

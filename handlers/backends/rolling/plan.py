@@ -1,4 +1,4 @@
-"""From the user's settings to the embedded engine's processes: which devices, how many replicas, how much memory."""
+"""From the user's settings to the embedded engine's processes: devices, replicas, and memory."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def plan_engines(
 
 
 def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:
-    """A warning for each option about devices that the plan leaves without effect."""
+    """Return a warning for each option about devices that has no effect in this plan."""
     usable = len(_devices(settings.load_on_devices, accelerators))
     return unused_on(settings, usable, len(plan), plan[0].tensor_parallel_degree, memory=True)
 
 
 def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:
-    """Torch's names of the accelerators to use; empty on a machine without any."""
+    """Return torch's names of the accelerators to use; empty on a machine without any."""
     if not accelerators:
         return []
     numbers = range(accelerators) if wanted == "*" else wanted

@@ -86,7 +86,7 @@ class VllmEngine:
             ),
         )
         try:
-            # Before the engine, which takes long to start: what is missing from a model is often its tokenizer.
+            # Checked before the engine starts, which takes long: what a model lacks is often its tokenizer.
             tokenizer = await loop.run_in_executor(self._threads, read)
             parsers = await loop.run_in_executor(self._threads, vllm_parsers, self._settings, tokenizer)
             formats = None
@@ -253,7 +253,7 @@ class VllmEngine:
         supervisor, counters = self._supervisor, self._counters
         if supervisor is None or not self._loaded:
             return BackendStats()
-        # vLLM is silent once the last request is gone, so its last word on what runs is not the latest.
+        # vLLM reports nothing once the last request is gone, so its last report of running requests is outdated.
         usage = list(counters.cache_usage.values()) if self._open else []
         running = sum(stream.started for stream in self._open)
         return BackendStats(
@@ -282,7 +282,7 @@ class VllmEngine:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _engine(self) -> Any:
-        """The one that serves now. Raises Unavailable."""
+        """Return the engine that serves now. Raises Unavailable."""
         supervisor = self._supervisor
         if supervisor is None or not self._loaded:
             raise Unavailable("the model is still loading", retry_after=5)
@@ -292,7 +292,7 @@ class VllmEngine:
         return supervisor.engine
 
     async def _give_adapters(self, engine: Any) -> None:
-        """Give a new engine those that the one before it had."""
+        """Load the adapters of the previous engine into a new one."""
         await self._adapters.load(engine, again=self._loaded)
 
     def _forget(self, stream: VllmStream, adapter: LoadedAdapter | None) -> None:
@@ -308,7 +308,7 @@ class VllmEngine:
         if isinstance(error, self._vllm.EngineDeadError) and not self._loaded:
             return Unavailable("the server is stopping", retry_after=5)
         param = None if constraint is None else constraint.param
-        # Where vLLM's output loop has failed, what it failed with is told before an output, too.
+        # If vLLM's output loop has failed, its exception can arrive before the first output, too.
         return failed(self._vllm, error, param, accepted=begun or engine.errored)
 
 
@@ -331,6 +331,6 @@ class VllmPrompt:
         self.images = sorted((int(place.offset), int(place.length)) for place in placeholders(self.prompt))
 
     def discard(self) -> None:
-        """Give back the adapter."""
+        """Release the adapter."""
         if self.adapter is not None:
             self.adapter.give_back()

@@ -108,7 +108,7 @@ class VllmBackend:
         bfloat16 = not machine.accelerators or machine.computes_bfloat16()
         dtype, reason = served_dtype(settings.dtype, stored_dtype(directory, config), bfloat16=bfloat16)
         shapes = config if settings.trust_remote_code else completed(directory, config)
-        # It may be told to serve more tokens than the model has positions; the embedded engine refuses that.
+        # vLLM can be set to serve more tokens than the model has positions; the embedded engine refuses that.
         warnings = too_long(configuration, context_length(shapes))
         return Needs(dtype, reason, shapes, takes_all=True, encoder_cache=False, warnings=warnings)
 

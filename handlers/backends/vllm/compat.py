@@ -1,6 +1,6 @@
 """The one file that imports vLLM and knows its internals.
 
-Nothing is imported before `load`: `lmi check` and a server with the embedded engine do without vLLM.
+Nothing is imported before `load`: `lmi check` and a server with the embedded engine do not need vLLM.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _RANGE = f"vllm>={OLDEST[0]}.{OLDEST[1]},<{BEFORE[0]}.{BEFORE[1]}"
 INSTALL = f"install {_RANGE} (pip install '{_RANGE}')"
 
 _ENVIRONMENT = {
-    # A forked child would inherit the threads of the front; vLLM's own command sets the same.
+    # A forked child would inherit the front end's threads; vLLM's own command does the same.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # Nothing about an operator's model is sent anywhere unless the operator says so.
+    # Usage statistics are not sent unless the operator asks for it.
     "VLLM_NO_USAGE_STATS": "1",
 }
 
@@ -52,25 +52,25 @@ _NAMES = {
     "get_prometheus_registry": "vllm.v1.metrics.prometheus",
     "parse_model_prompt": "vllm.renderers.inputs.preprocess",
 }
-"""What every server uses of vLLM -> the module that has it."""
+"""The names that every server uses of vLLM, with their modules."""
 
 
 class Vllm(SimpleNamespace):
-    """The names of `_NAMES`, and `version`. They are typed Any, since vLLM is absent where types are checked."""
+    """The names in `_NAMES`, and `version`. They are typed Any, since vLLM is absent where types are checked."""
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:
-        """What vLLM raises for a bad request: its own errors, and Python's where it has not moved to them."""
+        """The exceptions that vLLM raises for a bad request: its own, and Python's where it still uses them."""
         return (self.VLLMClientError, ValueError, TypeError, OverflowError)
 
     @property
     def server_context(self) -> Any:
-        """What vLLM's own server says it is: otherwise a step has 2,048 tokens instead of 8,192 on an H100."""
+        """The context of vLLM's own server; with another one, a step has 2,048 tokens instead of 8,192 on an H100."""
         return self.UsageContext.OPENAI_API_SERVER
 
 
 def installed_version() -> str | None:
-    """The version of the installed vLLM, without importing it; None where there is none."""
+    """Return the version of the installed vLLM without importing it; None if it is not installed."""
     spec = find_spec("vllm")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         try:
@@ -85,7 +85,7 @@ def installed_version() -> str | None:
 
 
 def check_version(version: str | None) -> None:
-    """Raise InvalidConfiguration, saying what to install, unless the version is one that is supported."""
+    """Raise InvalidConfiguration, saying what to install, unless the version is supported."""
     if version is None:
         raise InvalidConfiguration(f"vLLM is not installed: {INSTALL}, or set option.rolling_batch=rolling")
     numbers = version.split(".")[:2]
@@ -103,7 +103,7 @@ def load() -> Vllm:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        import_module("vllm")  # first: it sets up the environment for its other modules
+        import_module("vllm")  # imported first, because it sets up the environment for the other modules
         return Vllm(version=version, **{name: _find(module, name) for name, module in _NAMES.items()})
     except (ImportError, AttributeError, OSError) as error:
         raise InvalidConfiguration(
@@ -116,7 +116,7 @@ def _find(module: str, name: str) -> Any:
 
 
 class VllmParsing(NamedTuple):
-    """What is used of vLLM to read completions with its own parsers."""
+    """What is used of vLLM to parse completions with its own parsers."""
 
     ParserManager: Any
     ChatCompletionRequest: Any
@@ -125,7 +125,7 @@ class VllmParsing(NamedTuple):
 
 @cache
 def load_parsing() -> VllmParsing:
-    """Apart from `load`, as most servers do without. Raises InvalidConfiguration like it."""
+    """Import what `load` does not, as most servers do not need it. Raises InvalidConfiguration like `load`."""
     version = load().version
     try:
         return VllmParsing(
@@ -138,7 +138,7 @@ def load_parsing() -> VllmParsing:
 
 
 def registered_names() -> dict[str, Collection[str]]:
-    """What may be named where vLLM's command line takes any text, plugins' own included: argument -> names."""
+    """Return the allowed names of arguments that vLLM's command line does not check, including those of plugins."""
     _find("vllm.plugins", "load_general_plugins")()
     return {
         "quantization": _find("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS"),
@@ -148,13 +148,13 @@ def registered_names() -> dict[str, Collection[str]]:
 
 
 def cpu_takes_block_size(tokens: int) -> bool:
-    """Whether the attention kernel for CPUs works with blocks of so many tokens."""
+    """Whether the attention kernel for CPUs supports blocks of so many tokens."""
     backend = _find("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend")
     return bool(backend.supports_block_size(tokens))
 
 
 def logits_processor_classes() -> tuple[Any, Any]:
-    """The two classes named LogitsProcessor: of the older model runner, and of the newer."""
+    """Return the classes named LogitsProcessor of the older and of the newer model runner."""
     return (
         _find("vllm.v1.sample.logits_processor", "LogitsProcessor"),
         _find("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
@@ -162,22 +162,22 @@ def logits_processor_classes() -> tuple[Any, Any]:
 
 
 def process_dict_updates() -> Callable[..., bool]:
-    """What keeps a dictionary of rows in step with the older runner's batch."""
+    """Return vLLM's function that keeps a dictionary of rows in step with the older runner's batch."""
     return _find("vllm.v1.sample.logits_processor", "process_dict_updates")  # type: ignore[no-any-return]
 
 
 class RunnerRequests:
-    """What the newer model runner keeps of its requests, by their places in its batch (LogitsProcRequestState)."""
+    """What the newer model runner keeps of its requests, by their index in its batch (LogitsProcRequestState)."""
 
     def __init__(self, states: Any) -> None:
         self._states = states
 
     def is_prefilled(self, place: int, length: int) -> bool:
-        """Whether so many tokens are the whole prompt, or more."""
+        """Whether so many tokens are at least the whole prompt."""
         return length >= int(self._states.prefill_len.np[place])
 
     def tokens(self, place: int, length: int) -> tuple[list[int], list[int]]:
-        """The prompt and the output of so many tokens together. They are on the device, which is waited for."""
+        """Return the tokens of prompt and output together. This waits for the device that holds them."""
         tokens = self._states.all_token_ids.gpu[place, :length].tolist()
         prompt = int(self._states.prompt_len.np[place])
         return tokens[:prompt], tokens[prompt:]
@@ -197,7 +197,7 @@ class RunnerLimits(NamedTuple):
 
 
 def runner_limits(vllm_config: Any) -> RunnerLimits | None:
-    """None where the older runner serves, which has no such limits."""
+    """Return the limits of the model runner; None with the older one, which has none."""
     return newer_runner_limits() if vllm_config.use_v2_model_runner else None
 
 
@@ -218,7 +218,7 @@ ENGINE_PROCESSES = ("EngineCore", "DP_Coordinator")
 
 
 def engine_process_ids(engine: Any) -> list[int]:
-    """Ids of what vLLM's front end has started for this `AsyncLLM`; none where Ray has started all."""
+    """Return the ids of what vLLM's front end has started for this `AsyncLLM`; none if Ray has started everything."""
     resources = engine.engine_core.resources
     processes = list(getattr(resources.engine_manager, "processes", ()))
     if resources.coordinator is not None:
@@ -227,19 +227,19 @@ def engine_process_ids(engine: Any) -> list[int]:
 
 
 def fail_requests(engine: Any) -> None:
-    """Tell all requests of an `AsyncLLM` that it is dead: by itself it does when it has seen its processes end."""
+    """Report to all requests of an `AsyncLLM` that it is dead. vLLM does so only when it notices its processes' end."""
     engine.output_processor.propagate_error(engine.dead_error)
 
 
 def expect_the_end(engine: Any) -> None:
-    """Have an `AsyncLLM` not take the death of its processes for a failure, and log it as one."""
+    """Keep an `AsyncLLM` from treating, and logging, the end of its processes as a failure."""
     if engine.output_handler is not None:
         engine.output_handler.cancel()
     engine.engine_core.resources.engine_dead = True
 
 
 class ImageProcessing:
-    """How an engine prepares images. Only for a model that takes some, or other media."""
+    """How an engine prepares images. Only for a model that accepts images or other media."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -251,17 +251,17 @@ class ImageProcessing:
 
     @property
     def hf_processor(self) -> Any:
-        """transformers' processor of the model, or vLLM's stand-in for one."""
+        """The model's processor from transformers, or vLLM's substitute for one."""
         return self._info.get_hf_processor()
 
     @property
     def embedding_fields(self) -> frozenset[str]:
-        """What the model takes in place of an image: its embeddings, and what it has to know beside them."""
+        """The embeddings that the model accepts in place of an image, and what it needs to know beside them."""
         return frozenset(self._info.data_parser.embedding_fields.get("image", ()))
 
     @property
     def most_rows(self) -> int:
-        """Encoder rows that one image may have; 0 where there is no such limit."""
+        """The most encoder rows of one image; 0 if there is no such limit."""
         return int(self._engine.input_processor.mm_encoder_cache_size)
 
 
@@ -290,5 +290,5 @@ def image_placeholder(vllm: Vllm, config: Any) -> tuple[Callable[[int], str | No
 
 
 def multiproc_executor() -> Any:
-    """The class that runs the workers of one machine."""
+    """Return the class that runs the workers of one machine."""
     return _find("vllm.v1.executor.multiproc_executor", "MultiprocExecutor")

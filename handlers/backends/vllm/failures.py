@@ -1,4 +1,4 @@
-"""vLLM's exceptions as ours: what a client and an operator read of them."""
+"""Converts vLLM's exceptions to ours, with messages for clients and operators."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ if TYPE_CHECKING:
 _LONGEST_REASON = 300
 _LONGEST_CONFIGURATION_REASON = 600
 _ELSEWHERE = "Engine core initialization failed"
-"""vLLM's words where the engine's process knows why, and has logged it, and the front does not."""
+"""vLLM's message when the engine's process has logged the reason, but the front end does not know it."""
 
 
 def failed(vllm: Vllm, error: Exception, param: str | None = None, *, accepted: bool = False) -> ServingError:
-    """What a client is told when its request ended with an exception of vLLM's.
+    """Return the client's error for a request that ended with an exception of vLLM's.
 
-    param: the client's field, where a refusal names none. accepted: whether the engine had the request. What fails
-    then is not a refusal of it, whatever its type: vLLM hands a failure of its own loop to all requests.
+    Args:
+        vllm: The imported names.
+        error: vLLM's exception.
+        param: The client's field, if a refusal names none.
+        accepted: Whether the engine had accepted the request. A later failure is not a refusal, whatever its type: vLLM
+            passes a failure of its own loop to all requests.
     """
     if isinstance(error, vllm.EngineDeadError):
         return EngineFailed("the engine process died while it worked on this request; try again")
@@ -35,9 +39,11 @@ def failed(vllm: Vllm, error: Exception, param: str | None = None, *, accepted: 
 
 
 def refused(error: BaseException, param: str | None = None) -> InvalidRequest:
-    """vLLM's own refusal of a request as ours: its first line, without names of its internals.
+    """Return vLLM's refusal of a request as ours: its first line, without internal names.
 
-    param: the client's field, where vLLM does not name one.
+    Args:
+        error: vLLM's exception.
+        param: The client's field, if vLLM does not name one.
     """
     lines = (str(getattr(error, "message", "")) or str(error.args[0] if error.args else "")).splitlines()
     reason = lines[0][:_LONGEST_REASON].rstrip(". ") if lines else type(error).__name__
@@ -47,7 +53,7 @@ def refused(error: BaseException, param: str | None = None) -> InvalidRequest:
 
 
 def refusal_reason(error: BaseException) -> str:
-    """Why vLLM refuses a configuration, on one line."""
+    """Return why vLLM refuses a configuration, on one line."""
     if found := wrong_fields(error):
         text = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in found)
     else:
@@ -61,7 +67,7 @@ def refusal_reason(error: BaseException) -> str:
 
 
 def wrong_fields(error: BaseException | None) -> Sequence[Mapping[str, Any]]:
-    """What pydantic says of each wrong field: `loc`, where it is, and `msg`. Empty for another exception."""
+    """Return pydantic's description of each wrong field: `loc`, its path, and `msg`. Empty for other exceptions."""
     listed = getattr(error, "errors", None)
     try:
         return listed(include_url=False, include_input=False) if callable(listed) else ()

@@ -48,7 +48,7 @@ class VllmStream:
         self._first: Any = None
 
     async def start(self) -> None:
-        """Wait for the first output, so that whatever vLLM refuses is raised before any reply has begun."""
+        """Wait for the first output, so that every refusal is raised before a reply has begun."""
         try:
             self._first = await anext(self._outputs)
         except StopAsyncIteration:
@@ -61,8 +61,8 @@ class VllmStream:
             self._end()
             raise
         if self._images and any(map(_failed_unseen, self._first.outputs)):
-            # Its own image, or another client's that it shares. vLLM has taken note that it must be sent again.
-            # Each of several choices misses it by itself; those that have not told yet are aborted.
+            # An image of its own, or one that it shares with another client. vLLM knows that it must be sent again.
+            # Each of several choices reports this separately; those that have not reported it yet are aborted.
             await self.aclose()
             raise ImagesLost("the engine has lost an image of this request; try again")
         self.started = True
@@ -96,7 +96,7 @@ class VllmStream:
             self._end()
 
     def abort(self, index: int) -> None:
-        """See `TokenStream`. vLLM goes on with a choice until it finds the stop string itself, or none is open."""
+        """See `TokenStream`. vLLM continues a choice until it finds the stop string itself, or until all have ended."""
         self._open.discard(index)
 
     async def aclose(self) -> None:
@@ -104,7 +104,7 @@ class VllmStream:
         try:
             await self._outputs.aclose()
         except RuntimeError:
-            # Somebody waits for the next output at this moment; that somebody's cancellation aborts.
+            # Another task is waiting for the next output; its cancellation aborts the request.
             pass
         finally:
             self._end()
@@ -117,7 +117,7 @@ class VllmStream:
     def _read(self, completion: Any) -> TokenOutput:
         reason, stop_reason = completion.finish_reason, completion.stop_reason
         if reason == "error" and self._constrained:
-            # The grammar did not allow the token, which is chosen from what the grammar allows.
+            # The grammar refused the token, although tokens are chosen only from those that it allows.
             raise InvalidRequest(NO_TOKEN_LEFT)
         if reason == "error":
             raise EngineFailed("the engine failed on this request")
@@ -147,7 +147,7 @@ def _read_all(token_ids: Sequence[int], entries: Sequence[Any], count: int) -> l
 
 
 def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
-    """The chosen token, and the `count` likeliest ones."""
+    """Return the chosen token and the `count` most likely ones."""
     ranked = sorted(entry.items(), key=lambda item: item[1].rank or 0)
     items = [(token, entry[token]), *ranked[:count]]
     return Logprobs(
@@ -158,5 +158,5 @@ def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
 
 
 def _failed_unseen(completion: Any) -> bool:
-    """Whether a choice ends by a failure of the engine's, without a token."""
+    """Whether a choice ends because the engine failed, without a token."""
     return completion.finish_reason == "error" and not completion.token_ids

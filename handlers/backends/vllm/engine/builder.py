@@ -1,4 +1,4 @@
-"""How vLLM's engine is built from the configuration: what it is told, and what is found wrong before it starts."""
+"""How vLLM's engine is built from the configuration: its arguments, and the problems found before it starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineBuilder:
-    """All of it is blocking. samplers: those of ours that the engine was told of."""
+    """Builds engines; all methods block. samplers: those of ours that the engine was given."""
 
     samplers: Samplers
 

@@ -83,7 +83,7 @@ class Probes:
 def _likeliest(engine: Any) -> dict[str, Any]:
     """The likeliest token, as this engine's options let it be asked for."""
     if getattr(engine.model_config, "return_sampling_mask", False):
-        # What it is drawn from is told, too: it has to be drawn, and from a bounded number.
+        # The candidates are limited, too: the token has to be sampled, and from a bounded number.
         return {"temperature": 1.0, "top_k": 1}
     return {"temperature": 0.0}
 

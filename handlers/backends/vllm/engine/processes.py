@@ -146,7 +146,7 @@ def _segments(processes: Iterable[psutil.Process]) -> frozenset[str]:
 
 
 def _mapped(pid: int | str) -> frozenset[str]:
-    """The names of those segments in /dev/shm, of which containers have little, that a process has mapped.
+    """Return the names of the segments in /dev/shm, which is small in containers, that a process has mapped.
 
     psutil would read `smaps`, for which the kernel walks all pages of a process that may hold a model.
     """

@@ -162,7 +162,7 @@ class _Running:
         return reason
 
     async def stop(self) -> None:
-        """All whose requests a lost one holds are told at once: vLLM tells them when it has seen all processes end."""
+        """Fail the requests of a lost engine at once; vLLM would do so only after all of its processes have ended."""
         self._fail_requests()
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._supervisor.end(self.engine, self.watch.tree))

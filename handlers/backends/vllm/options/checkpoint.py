@@ -62,7 +62,7 @@ def weight_problems(folder: Path) -> list[Problem]:
 
 
 def replaced_formats(configuration: Configuration, folder: Path) -> dict[str, str]:
-    """vLLM's argument -> the format that it has to be told, so that it reads what this server reads."""
+    """Return the format arguments that vLLM needs to read the same files as this server."""
     load_format = configuration.settings.load_format.lower()
     told: dict[str, str] = {}
     if load_format == "pt" and not any(folder.glob("*.pt")):

@@ -69,7 +69,7 @@ def engine_argument_names() -> frozenset[str]:
     """Every `AsyncEngineArgs` field of the installed vLLM; empty where there is none.
 
     They are options here: `option.<name>`. Milliseconds instead of the seconds that the import takes, so that an
-    unknown option can be told at once, whichever backend serves.
+    unknown option can be reported at once, whichever backend serves.
     """
     return frozenset(
         item.target.id

@@ -63,7 +63,7 @@ def in_vllms_words(constraint: Constraint, grammar: str) -> Constraint:
 def choose_library(arguments: Any, tokenizer: Any) -> None:
     """Set it in vLLM's engine arguments unless the operator named one.
 
-    Left to itself vLLM picks one for each request, of which the first serves all later ones.
+    Otherwise vLLM picks one for the first request and uses it for all later ones.
     """
     config = arguments.structured_outputs_config
     fast = hasattr(tokenizer, "backend_tokenizer") and arguments.tokenizer_mode in ("auto", "hf")

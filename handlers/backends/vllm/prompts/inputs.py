@@ -46,7 +46,7 @@ class Inputs:
             raise refused(error) from error
         except (AssertionError, ValueError, TypeError, RuntimeError) as error:
             if engine.errored:
-                # Its renderer has been shut down, which is no fault of the request.
+                # The renderer has been shut down, which is not the fault of the request.
                 raise Unavailable("the engine is being restarted; try again", retry_after=5) from error
             if not parts:
                 raise refused(error) from error
