@@ -184,6 +184,8 @@ class App:
                 await self._reply(call, json_reply(Version(VERSION)))
             case "openapi":
                 await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
+            case "page" if call.path.endswith("/page/"):
+                await self._reply(call, Reply(308, _JSON, b"{}\n", headers={"location": "../page"}))
             case "page":
                 await self._reply(call, self._page(match.name))
             case "model":

@@ -75,6 +75,7 @@ class Pipeline:
         self._engine = engine
         self._compile_seconds = compile_seconds
         self._compiler: GrammarCompiler | None = None
+        self._capabilities: Capabilities | None = None
         self._loaded = False
 
     async def load(self) -> None:
@@ -98,7 +99,7 @@ class Pipeline:
     @property
     def capabilities(self) -> Capabilities:
         """What requests may ask for. Valid once `load` has returned."""
-        assert self._loaded, "load() has not returned"
+        assert self._capabilities is not None, "load() has not returned"
         return self._capabilities
 
     @property
@@ -116,7 +117,7 @@ class Pipeline:
         """
         if not self._loaded:
             raise Unavailable("the model is still loading", retry_after=5)
-        model, longest = self._model, self._capabilities.max_model_len
+        model, longest = self._model, self.capabilities.max_model_len
         constraint, grammar = await self.compiled(request.constraint)
         rendered = await self._rendered(request)
         token_ids, parts = rendered.token_ids, list(request.images())

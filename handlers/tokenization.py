@@ -21,7 +21,7 @@ from handlers.protocols.misspelt import warning
 from handlers.protocols.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
 from handlers.request import media_parts
 
-MOST_TEXT_BYTES = 2**20
+MOST_TOKENIZED_BYTES = 2**20
 """Of a body, its images not counted, that is turned into tokens; never more than a prompt may have."""
 
 LONG_TEXT_BYTES = 20_000
@@ -61,7 +61,7 @@ class Tokenization:
         parts = list(media_parts(task.prompt))
         self._check_images(len(parts), self._backend.capabilities.images)
         size = max(0, incoming.size - sum(part.characters for part in parts))
-        most = min(MOST_TEXT_BYTES, longest_prompt(self._backend.capabilities.max_model_len))
+        most = min(MOST_TOKENIZED_BYTES, longest_prompt(self._backend.capabilities.max_model_len))
         if size > most:
             raise InvalidRequest(
                 f"the text is too long to be tokenised at once: {size} bytes; allowed: {most}"
@@ -94,7 +94,7 @@ class Tokenization:
                 else:
                     async with self._long:
                         text = await self._backend.detokenize(token_ids)
-        if len(text) > MOST_TEXT_BYTES:
+        if len(text) > MOST_TOKENIZED_BYTES:
             return Reply(200, JSON, await asyncio.to_thread(detokenize_reply, text))
         return Reply(200, JSON, detokenize_reply(text))
 

@@ -93,7 +93,7 @@ class ModelPage:
                 "request_bytes": settings.max_request_size,
                 "requests": settings.max_rolling_batch_size,
             },
-            "options": _options(self._configuration),
+            "options": self.options(),
             "examples": [
                 {"question": question, "image": f"page/examples/{number}"}
                 for number, (question, _) in enumerate(self._examples)
@@ -102,6 +102,14 @@ class ModelPage:
             "version": VERSION,
         }
         return Reply(200, "application/json", json.dumps(body).encode() + b"\n")
+
+    def options(self) -> list[dict[str, str]]:
+        """Return the options that somebody set; secrets are masked, and a model's directory has its name only."""
+        return [
+            {"name": name, "value": _shown(name, row["value"]), "source": row["source"]}
+            for name, row in effective_options(self._configuration).items()
+            if row["given"]
+        ]
 
     def example(self, number: str) -> Reply:
         """An example's image.
@@ -115,17 +123,10 @@ class ModelPage:
         return Reply(200, _IMAGES[path.suffix], path.read_bytes(), headers=dict(_HEADERS))
 
 
-def _options(configuration: Configuration) -> list[dict[str, str]]:
-    """Those that somebody set. Secrets are masked, and of a file that set one only the name is shown."""
-    return [
-        {
-            "name": name,
-            "value": row["value"] if isinstance(row["value"], str) else json.dumps(row["value"]),
-            "source": row["source"],
-        }
-        for name, row in effective_options(configuration).items()
-        if row["given"]
-    ]
+def _shown(name: str, value: Any) -> str:
+    if name == "option.model_id" and Path(value).is_absolute():
+        return Path(value).name  # where on the machine it lies is nobody's business
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _examples(directory: Path) -> list[tuple[str, Path]]:

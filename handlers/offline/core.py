@@ -12,8 +12,8 @@ from pathlib import Path
 
 from handlers.artefacts.fetch import fetch
 from handlers.backends.select import backend_of
-from handlers.build import build_backend, build_images, choose_backend
-from handlers.errors import InvalidRequest
+from handlers.build import build_backend, build_images, build_part, choose_backend
+from handlers.errors import InvalidConfiguration, InvalidRequest
 from handlers.images.loader import ImageLoader
 from handlers.offline.background import LoopThread, script_not_run_again
 from handlers.offline.batch import Batch, Outcome
@@ -49,6 +49,11 @@ class Core:
         if not backend_of(choice.backend).takes_engine_arguments:
             check_names(configuration)
             warn_of_names(configuration)
+        if build_part(configuration, self.directory) is not None:
+            raise InvalidConfiguration(
+                "node_rank: a script generates on the first machine only; on the others, which hold parts of the "
+                "model, run lmi serve with the same options"
+            )
         self.backend = build_backend(configuration, self.directory)
         self._images: ImageLoader | None = None
         self._loop = LoopThread()

@@ -51,3 +51,9 @@ def test_a_list_of_examples_that_is_none_is_like_no_list(tmp_path: Path, example
 def test_only_the_files_of_the_page_are_shown(name: str) -> None:
     with pytest.raises(NotFound):
         page.file(name)
+
+
+def test_where_the_model_lies_is_not_shown(tmp_path: Path) -> None:
+    shown = model_page(tmp_path, "[]")
+    options = {option["name"]: option["value"] for option in shown.options()}
+    assert options["option.model_id"] == tmp_path.name
