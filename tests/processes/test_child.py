@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 
 from processes.child import Child, Limits, Log
 
@@ -39,7 +40,7 @@ def with_child(
             child.kill()
             await child.wait()
 
-    asyncio.run(main())
+    uvloop.run(main())  # as the server does
 
 
 async def ask(child: Child, question: str, descriptor: int | None = None) -> Any:
