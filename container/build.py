@@ -11,6 +11,7 @@ from pathlib import Path
 from container.state import Answers
 from handlers import build
 from handlers.backends.base import Lifecycle
+from handlers.backends.select import Choice
 from handlers.custom.backend import CustomBackend
 from handlers.custom.find import find_formatters, find_handler, find_unused
 from handlers.custom.formatters import Formatters
@@ -38,15 +39,17 @@ class Served:
     Attributes:
         backend: Not loaded at first.
         service: Makes what answers requests; None if another machine answers them.
+        choice: The backend and why it serves; None if the model's own code answers.
     """
 
     backend: Lifecycle
     service: ServiceMaker | None
+    choice: Choice | None = None
 
     @classmethod
-    def by(cls, pipeline: Pipeline) -> Served:
+    def by(cls, pipeline: Pipeline, choice: Choice | None = None) -> Served:
         """Return an engine that answers requests on this machine."""
-        return cls(pipeline, partial(_service, pipeline))
+        return cls(pipeline, partial(_service, pipeline), choice)
 
 
 def build_backend(configuration: Configuration, model_path: Path) -> Served:
@@ -69,10 +72,11 @@ def build_backend(configuration: Configuration, model_path: Path) -> Served:
                 if named is None
                 else f"option.entryPoint names {named}",
             )
-        part = build.build_part(configuration, model_path)
+        choice = build.choose_backend(configuration, model_path)
+        part = build.build_part(configuration, model_path, choice)
         if part is not None:
             return Served(part, None)
-        return Served.by(build.build_backend(configuration, model_path))
+        return Served.by(build.build_backend(configuration, model_path, choice), choice)
     logger.warning("%s of the model answers requests; no engine is started", own.file)
     _warn_of_requirements(own.directory)
     backend = CustomBackend.from_configuration(configuration, model_path, own)

@@ -31,7 +31,7 @@ from container.state import ServerState
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Lifecycle
-from handlers.build import build_images, choose_backend
+from handlers.build import build_images
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
@@ -193,10 +193,8 @@ class Server:
         await words
         gc.collect()
         gc.freeze()  # What is loaded stays; collecting it again would stop all threads for 0.2 s each time.
-        # Without a context length the model's own code answers, and the page has nothing to show.
-        if page.is_on(configuration) and backend.capabilities.max_model_len:
-            choice = await in_daemon_thread(lambda: choose_backend(configuration, directory))
-            self._app.model_page = page.ModelPage(configuration, directory, choice)
+        if page.is_on(configuration) and served.choice is not None:
+            self._app.model_page = page.ModelPage(configuration, directory, served.choice)
         self.state.serve(backend, service)
         if backend.capabilities.images:
             self._images.decoders.warm_up()

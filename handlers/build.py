@@ -36,28 +36,32 @@ def _accelerators() -> int:
     return len(this_machine().accelerators)
 
 
-def build_part(configuration: Configuration, model_path: Path) -> Lifecycle | None:
+def build_part(configuration: Configuration, model_path: Path, choice: Choice) -> Lifecycle | None:
     """Return what runs on a machine that holds a part of the model for another one; None on all other machines.
 
     It is not loaded yet. Raises as `build_backend` does.
     """
-    choice = choose_backend(configuration, model_path)
     part = backend_of(choice.backend).part(configuration, model_path)
     if part is not None:
         _examine(configuration, model_path, choice)
     return part
 
 
-def build_backend(configuration: Configuration, model_path: Path) -> Pipeline:
+def build_backend(configuration: Configuration, model_path: Path, choice: Choice | None = None) -> Pipeline:
     """Return the engine that serves the model, with its pipeline, not loaded yet.
 
     It is slow, because it imports what it needs; call it in a thread.
+
+    Args:
+        configuration: The options.
+        model_path: The model's directory.
+        choice: What `choose_backend` returned; None to choose here.
 
     Raises:
         ConfigurationError: The options do not fit the model or the machine.
         ServingError: The model cannot be served.
     """
-    choice = choose_backend(configuration, model_path)
+    choice = choice or choose_backend(configuration, model_path)
     _examine(configuration, model_path, choice)
     engine = backend_of(choice.backend).build(configuration, model_path)
     return Pipeline(engine, configuration.settings.guided_decoding_timeout)

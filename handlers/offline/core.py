@@ -49,12 +49,12 @@ class Core:
         if not backend_of(choice.backend).takes_engine_arguments:
             check_names(configuration)
             warn_of_names(configuration)
-        if build_part(configuration, self.directory) is not None:
+        if build_part(configuration, self.directory, choice) is not None:
             raise InvalidConfiguration(
                 "node_rank: a script generates on the first machine only; on the others, which hold parts of the "
                 "model, run lmi serve with the same options"
             )
-        self.backend = build_backend(configuration, self.directory)
+        self.backend = build_backend(configuration, self.directory, choice)
         self._images: ImageLoader | None = None
         self._loop = LoopThread()
         try:
