@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
 
+from handlers.artefacts.local import local_path
 from handlers.errors import InvalidConfiguration, InvalidRequest, NotFound, short_of
 from processes.shortage import shortage
 
@@ -17,9 +16,6 @@ _NAME = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
 _NAME_RULE = "allowed in an adapter's name: letters, digits, `_`, `.` and `-`"
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/))?", re.IGNORECASE)
-_LONGEST_SRC = 4096
 
 
 def adapter_directories(home: Path) -> dict[str, Path]:
@@ -50,26 +46,14 @@ def adapter_directory(src: str, home: Path, allowed: str) -> Path:
     allowed: the directory below which it may lie, besides `home`'s own adapters/; empty for none. Nothing is told of
     what lies elsewhere, nor whether there is anything. Raises InvalidRequest, and NotFound where there is nothing.
     """
-    if len(src) > _LONGEST_SRC or "\0" in src or not src.strip():
-        raise InvalidRequest("src: the path of a directory", param="src")
-    if match := _FILE_URL.match(src):
-        src = unquote(src[match.end() :])
-    elif _URL.match(src):
-        raise InvalidRequest(
-            "src: adapters are loaded from this machine's directories only; copy the files there first",
-            param="src",
-        )
-    try:
-        path = Path(os.path.realpath(home / src))
-        roots = [os.path.realpath(root) for root in (home / "adapters", allowed) if root]
-    except (OSError, ValueError):
-        raise InvalidRequest("src: no path of a directory", param="src") from None
-    if not any(path.is_relative_to(root) and path != Path(root) for root in roots):
-        raise InvalidRequest(
-            "src: not below a directory that adapters may be loaded from (the model's adapters/ and "
-            "option.allowed_adapter_path)",
-            param="src",
-        )
+    path = local_path(
+        "src",
+        src,
+        home,
+        (home / "adapters", allowed),
+        "adapters",
+        "the model's adapters/ and option.allowed_adapter_path",
+    )
     try:
         if not path.is_dir():
             raise NotFound("src: there is no such directory", param="src")
