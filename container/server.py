@@ -26,6 +26,7 @@ from container.config import configured, unreadable
 from container.connections import Connections, raise_descriptor_limit
 from container.logs import logging_to
 from container.metrics import Metrics
+from container.models.models import Models
 from container.protocol import Protocol
 from container.state import ServerState
 from handlers.artefacts.error import ArtefactError
@@ -76,28 +77,43 @@ class EngineLost(Exception):
 
 
 class Server:
-    """One model on one port, from start to end."""
+    """One model, or several, on one port, from start to end.
 
-    def __init__(self, configuration: Configuration, build: BackendBuilder = build_backend) -> None:
+    Attributes:
+        failure: Why it cannot go on, once `run` has found out.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        build: BackendBuilder = build_backend,
+        listener: socket.socket | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         """Listen on the configured port; `run` serves.
 
         Args:
             configuration: The options.
             build: Called in a thread once the model's files are on this machine.
+            listener: Listens already; None for the configured port.
+            ready: Called when the model can answer.
 
         Raises:
             OSError: The port is taken.
         """
+        self.failure: BaseException | None = None
         self.configuration = configuration
         self.state = ServerState()
         self.metrics = Metrics(self.state.stats)
-        self.listener = bind(configuration.settings.host, configuration.settings.port)
+        self.listener = listener or bind(configuration.settings.host, configuration.settings.port)
         self._build = build
+        self._ready = ready
         self._images: ImageLoader | None = None
         self._backend: Lifecycle | None = None
         self._formatters: Formatters | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
+        self._several = configuration.settings.multi_model
         self._app = App(configuration, self.state, self.metrics)
 
     async def run(self) -> int:
@@ -122,6 +138,7 @@ class Server:
             failure = EngineLost(self.state.health().reason)
         losing.cancel()
         if failure is not None:
+            self.failure = failure
             self._report(failure)
         await self._shut_down(http, serving, loading)
         return 0 if failure is None else 1
@@ -149,12 +166,23 @@ class Server:
         began = time.monotonic()
         try:
             async with asyncio.timeout(seconds):
-                await self._fetch_and_load()
+                await (self._load_several() if self._several else self._fetch_and_load())
         except TimeoutError as error:
             raise LoadFailed(
                 f"the model was not ready within {seconds:.0f} s; raise option.model_loading_timeout"
             ) from error
         logger.info("ready after %.1f s", time.monotonic() - began)
+        self._ready()
+
+    async def _load_several(self) -> None:
+        """Begin to serve models that are loaded later, and those of the configured directory. Raises LoadFailed."""
+        self.state.reason = "the models are loading"
+        self._backend = models = Models(self.configuration)
+        try:
+            await models.load()
+        except ServingError as error:
+            raise LoadFailed(error.message) from error
+        self.state.serve(models, models)
 
     async def _fetch_and_load(self) -> None:
         # Prepared now, because the first refused request would have to wait for it.
@@ -285,8 +313,8 @@ def start(
 
 
 def _announce(configuration: Configuration) -> None:
-    location = configuration.model_location
-    logger.info("model %s (%s)", location.value, location.kind)
+    location, several = configuration.model_location, configuration.settings.multi_model
+    logger.info("%s %s (%s)", "models in" if several else "model", location.value, location.kind)
     for problem in configuration.warnings:
         logger.warning("%s", problem)
 
@@ -391,7 +419,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Return the listener's address as `host:port`, for the log."""
-    name: tuple[Any, ...] = listener.getsockname()
+    """Return the listener's address as `host:port`, or that of a Unix socket, for the log."""
+    name: tuple[Any, ...] | str = listener.getsockname()
+    if isinstance(name, str):
+        return name
     host, port = name[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
