@@ -180,8 +180,8 @@ class Server:
         self._backend = models = Models(self.configuration)
         try:
             await models.load()
-        except ServingError as error:
-            raise LoadFailed(error.message) from error
+        except (ServingError, ArtefactError) as error:
+            raise LoadFailed(str(error)) from error
         self.state.serve(models, models)
 
     async def _fetch_and_load(self) -> None:

@@ -23,7 +23,7 @@ from handlers.errors import ServingError
 from processes.inside import Parent
 from properties.configuration import Configuration
 from properties.model import holds_model
-from properties.problem import ConfigurationError
+from properties.problem import ConfigurationError, Problem
 
 _UNPACKING_BYTES = 256 * 2**20
 """Memory of the process while it unpacks an archive."""
@@ -89,7 +89,7 @@ def _root(place: Path) -> Path:
 def _measured(directory: Path, options: list[str]) -> Prepared:
     """Fetch what the model's serving.properties names, and estimate with the arithmetic of `lmi check`."""
     from container.config import configured, unreadable
-    from handlers.artefacts.error import ArtefactError
+    from handlers.artefacts import ArtefactError
     from handlers.artefacts.fetch import fetch
 
     try:
@@ -98,7 +98,7 @@ def _measured(directory: Path, options: list[str]) -> Prepared:
         configuration = configuration.with_model_directory(files)
         return _estimated(replace(configuration, home=configuration.home or files), directory, files)
     except ArtefactError as error:
-        raise ServingError(str(error)) from error
+        raise ConfigurationError([Problem(str(error), "model_id")]) from error
     except OSError as error:
         raise ConfigurationError([unreadable(error)]) from error
 
