@@ -71,6 +71,7 @@ class Model:
         self._settings = settings
         self._admit = admit
         self._prepared: Prepared | None = None
+        self._measured = asyncio.Event()
         self._child: Child | None = None
         self._line: Line | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -93,15 +94,18 @@ class Model:
         """Unpack and measure it, and start its server. Raises ServingError."""
         files = self._place / "files"
         files.mkdir()
-        async with one_at_a_time:  # The estimate takes memory itself, which no estimate counts.
-            answer, child = await self._asked(
-                "container.models.prepare", Prepare(str(source), str(files), self._options), Log(logger)
-            )
-            await child.stop(_STOP_SECONDS)
-        if isinstance(answer, Failure):
-            raise self._error(answer, source, files)
-        assert isinstance(answer, Prepared)
-        self._prepared = answer
+        try:
+            async with one_at_a_time:  # The estimate takes memory itself, which no estimate counts.
+                answer, child = await self._asked(
+                    "container.models.prepare", Prepare(str(source), str(files), self._options), Log(logger)
+                )
+                await child.stop(_STOP_SECONDS)
+            if isinstance(answer, Failure):
+                raise self._error(answer, source, files)
+            assert isinstance(answer, Prepared)
+            self._prepared = answer
+        finally:
+            self._measured.set()
         await self._running()
 
     async def answer(self, incoming: Incoming) -> Reply:
@@ -139,10 +143,9 @@ class Model:
     async def _running(self) -> Line:
         if self._line is not None:
             return self._line
+        await self._measured.wait()
         if self._closed or self._prepared is None:
-            raise Unavailable(
-                f"model {self.name!r} is being {'un' * self._closed}loaded; try again", retry_after=5
-            )
+            raise NotFound(f"Model or workflow not found: {self.name}")
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(self._prepared), name=f"start {self.name}")
             self._starting.add_done_callback(looked_at)  # Whoever waits for it may leave.

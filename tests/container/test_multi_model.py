@@ -73,6 +73,7 @@ def server(models: Path, downloads: Path, tmp_path_factory: pytest.TempPathFacto
     options = {"SERVING_ALLOWED_MODEL_PATH": str(models), "SERVING_DOWNLOAD_DIR": str(downloads)}
     memory = {"SERVING_MODELS_MEMORY_MB": "2500", "SERVING_MAX_MODELS": "3", "SAGEMAKER_MULTI_MODEL": "true"}
     with LiveServer(tmp_path_factory.mktemp("store"), **options, **memory) as live:
+        live.http.timeout = 150  # A model takes seconds to load, and more on a busy machine.
         yield live
 
 
@@ -294,6 +295,14 @@ def test_a_model_whose_server_dies_is_started_by_its_next_request(server: LiveSe
     with ThreadPoolExecutor(4) as pool:
         replies = list(pool.map(lambda _: said(ask(server, "two", SQUARE, WHAT)), range(4)))
     assert replies == ["a blue square"] * 4
+
+
+def test_a_request_for_a_model_that_is_being_loaded_waits_for_it(server: LiveServer, models: Path) -> None:
+    assert server.http.delete("/models/two").status_code == 200
+    query = {"model_name": "two", "url": str(models / "hash2/model.tar.gz"), "synchronous": "false"}
+    reply = server.http.post("/models", params=query)
+    assert (reply.status_code, reply.json()["status"]) == (202, 'Model "two" registration scheduled.')
+    assert said(ask(server, "two", SQUARE, WHAT)) == "a blue square"
 
 
 def test_a_client_that_leaves_aborts_its_request(server: LiveServer) -> None:
