@@ -7,7 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 MOST_PART_BYTES = 64 << 20
-"""Of a whole reply, or of one part of a stream."""
+"""Greatest size of a whole reply, or of one part of a stream."""
 
 
 class Start(msgspec.Struct, tag=True):

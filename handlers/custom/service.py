@@ -10,9 +10,8 @@ from collections.abc import AsyncIterator, Mapping
 import msgspec
 
 from handlers.admission import Admission, Permit
-from handlers.custom.backend import CustomBackend
+from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
-from handlers.custom.process import HandlerCall
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
