@@ -14,7 +14,7 @@ from handlers.errors import CustomCodeError, DeadlineExceeded, ServingError
 from handlers.protocols.errors import log_error
 from handlers.protocols.lmi.replies import lmi_error
 
-_MOST_SECONDS = 60.0
+_MAX_SECONDS = 60.0
 """Time for one call of a formatter; after it the process is replaced."""
 
 
@@ -51,7 +51,7 @@ class Formatters:
         call = None
         parts = []
         try:
-            async with asyncio.timeout(_MOST_SECONDS):
+            async with asyncio.timeout(_MAX_SECONDS):
                 call = await self._processes.call({"formatter": formatter}, body)
                 await call.next()
                 while isinstance(message := await call.next(), Part):

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-MOST_PART_BYTES = 64 << 20
+MAX_PART_BYTES = 64 << 20
 """Greatest size of a whole reply, or of one part of a stream."""
 
 

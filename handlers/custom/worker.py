@@ -23,7 +23,7 @@ import msgspec
 
 from handlers.custom import djl
 from handlers.custom.messages import (
-    MOST_PART_BYTES,
+    MAX_PART_BYTES,
     Call,
     Cancel,
     End,
@@ -137,7 +137,7 @@ def is_concurrent(function: Callable[..., Any]) -> bool:
 
 
 def first_input(start: Start) -> djl.Input:
-    """The empty call at start, in which a handler loads its model."""
+    """Return the input of the first, empty call, in which a handler loads its model."""
     inputs = djl.Input()
     inputs.function_name = start.function
     inputs.properties.update(start.properties)
@@ -145,7 +145,7 @@ def first_input(start: Start) -> djl.Input:
 
 
 def input_of(call: Call, function: str | None) -> djl.Input:
-    """Return what the handler is called with for one request."""
+    """Return the input of the call for a request."""
     inputs = djl.Input()
     inputs.function_name = function
     inputs.properties.update(call.properties)
@@ -278,9 +278,9 @@ def whole(number: int, output: djl.Output) -> Iterator[FromHandler]:
 
 def part(number: int, data: bytes, what: str) -> Part:
     """Make a message. Raises ReplyTooLarge, since the server would hold the data in memory, too."""
-    if len(data) > MOST_PART_BYTES:
+    if len(data) > MAX_PART_BYTES:
         raise ReplyTooLarge(
-            f"a {what} of {len(data)} bytes is larger than {MOST_PART_BYTES} bytes, the most that is sent on; "
+            f"a {what} of {len(data)} bytes is larger than {MAX_PART_BYTES} bytes, the most that is sent on; "
             "stream it in smaller parts"
         )
     return Part(number, data)
