@@ -13,7 +13,7 @@ from typing import Any
 from properties.field import BackendName, Level
 from properties.legacy import RENAMED
 from properties.lmi_handlers import PACKAGE, handler_named
-from properties.model import ModelLocation, find_home, holds_model, locate, recommended
+from properties.model import SCRIPTS, ModelLocation, find_home, holds_model, locate, recommended
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Source
 from properties.resolution import Resolution, Sourced, resolve_values
@@ -428,7 +428,11 @@ def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path |
     if location is not None and location.kind != "s3":
         reasons["download_dir"] = "has no effect: only models from s3:// are kept there"
     unseen = location is None or (location.kind == "s3" and home is None)
-    if settings.entry_point is None and not unseen and not (home and (home / "model.py").is_file()):
+    if (
+        settings.entry_point is None
+        and not unseen
+        and not (home and any((home / name).is_file() for name in SCRIPTS))
+    ):
         reasons["handler"] = "has no effect: the model has no model.py, and no entry point is named"
     return [
         Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name, sources[name])
