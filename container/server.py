@@ -30,7 +30,7 @@ from container.metrics import Metrics
 from container.protocol import Protocol
 from container.requirements import install, requirements_to_install
 from container.state import ServerState
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Lifecycle
 from handlers.build import build_images
