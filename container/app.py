@@ -35,6 +35,7 @@ from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
 from handlers.protocols.api import Route
 from handlers.protocols.errors import client_error, error_reply
+from handlers.protocols.lmi.lines import MOST_SECONDS, are_lines
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
@@ -244,7 +245,11 @@ class App:
     async def _work(self, call: Call, route: Route, work: Work) -> None:
         """Answer a request that has a body and needs the model."""
         settings, queued = self._settings, route.queued
-        longest = settings.model_loading_timeout if route.action == REGISTRY else settings.predict_timeout
+        longest = settings.predict_timeout
+        if route.action == REGISTRY:
+            longest = settings.model_loading_timeout
+        elif are_lines(call.template, call.headers):
+            longest = max(longest, MOST_SECONDS)
         self.calls.add(call)
         self.idle.clear()
         body = Body(
@@ -371,7 +376,8 @@ class App:
     def _note(self, call: Call) -> None:
         """Count the request and log its line, which never contains its prompt, its answer or its images."""
         exchange = call.exchange
-        facts = self._metrics.facts.pop(call.request_id, None) or call.facts
+        finished = self._metrics.facts.pop(call.request_id, None)
+        facts = call.facts or finished
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
         if (call.logged and call.error is None) or (
