@@ -379,6 +379,7 @@ def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -
     with LiveServer(
         store, "multi_model=true", "model_idle_timeout=2", "max_models=1", "api_key=secret", "log_format=json"
     ) as live:
+        live.wait_for(r"ready after")  # The model's server and the one in front of it each say so.
         assert live.http.get("/ping").status_code == 200
         for method, path in (("GET", "/models"), ("POST", "/models"), ("DELETE", "/models/shapes")):
             assert live.http.request(method, path).status_code == 401
@@ -387,8 +388,10 @@ def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -
         assert said(live.http.post("/invocations", json=chat_body(CIRCLE, WHAT))) == "a red circle"
         reply = live.http.post("/models?url=shapes.tar.gz&model_name=more")
         assert (reply.status_code, "max_models" in reply.text) == (507, True)
+        until = time.monotonic() + 60
+        while live.http.get("/models/shapes").json()["status"] != "IDLE":
+            assert time.monotonic() < until
         live.wait_for("model shapes was put out")
-        assert live.http.get("/models/shapes").json()["status"] == "IDLE"
         assert psutil.Process(live.process.pid).children() == []
         with live.http.stream("POST", "/models/shapes/invoke", json=LONG) as reply:
             parts = reply.iter_bytes()
