@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from handlers.backends.vllm.compat import INSTALL, check_version, installed_version
-from handlers.backends.vllm.options.fields import TESTED_ARCHITECTURES, TESTED_VERSION
-from handlers.backends.vllm.options.fields import architectures as vllm_architectures
+from handlers.backends.vllm.names import TESTED_ARCHITECTURES, TESTED_VERSION
+from handlers.backends.vllm.names import architectures as vllm_architectures
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from handlers.backends.base import DevicePlan, Needs, PromptFacts
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.options import checkpoint
-from handlers.backends.vllm.options.checkpoint import missing_weights, served_dtype, stored_dtype
-from handlers.backends.vllm.options.fields import reasoning_parser_names, tool_parser_names
-from handlers.backends.vllm.options.plan import follows, heads_of, plan_devices
+from handlers.backends.vllm import checkpoint
+from handlers.backends.vllm.checkpoint import missing_weights, served_dtype, stored_dtype
+from handlers.backends.vllm.devices import follows, heads_of, plan_devices
+from handlers.backends.vllm.names import reasoning_parser_names, tool_parser_names
 from handlers.backends.weight_files import vllm_weight_problems
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length
@@ -22,7 +22,7 @@ from properties.problem import Problem
 if TYPE_CHECKING:
     from engine.machine import Machine
     from handlers.backends.base import Lifecycle
-    from handlers.backends.vllm.async_engine import VllmEngine
+    from handlers.backends.vllm.engine import VllmEngine
     from properties.configuration import Configuration
     from properties.settings import Settings
 
@@ -47,7 +47,7 @@ class VllmBackend:
 
     def build(self, configuration: Configuration, model_path: Path) -> VllmEngine:
         """See `Backend`."""
-        from handlers.backends.vllm.async_engine import VllmEngine
+        from handlers.backends.vllm.engine import VllmEngine
 
         return VllmEngine(configuration, model_path)
 
@@ -55,7 +55,7 @@ class VllmBackend:
         """See `Backend`."""
         if not follows(_given(configuration)):
             return None
-        from handlers.backends.vllm.nodes.follower import VllmFollower
+        from handlers.backends.vllm.follower import VllmFollower
 
         return VllmFollower(configuration, model_path)
 
@@ -120,7 +120,7 @@ class VllmBackend:
         self, configuration: Configuration, directory: Path | None, machine: Machine
     ) -> list[Problem]:
         """See `Backend`. Imports vLLM."""
-        from handlers.backends.vllm.options.arguments import refused_options
+        from handlers.backends.vllm.arguments import refused_options
 
         return refused_options(configuration, directory, machine)
 

@@ -203,7 +203,7 @@ def runner_limits(vllm_config: Any) -> RunnerLimits | None:
 
 @cache
 def newer_runner_limits() -> RunnerLimits:
-    """Return the limits of vLLM's newer model runner."""
+    """Return the limits of the newer model runner."""
     bias = import_module("vllm.v1.worker.gpu.sample.logit_bias")
     return RunnerLimits(
         bias.MAX_NUM_ALLOWED_TOKEN_IDS,
@@ -224,6 +224,11 @@ def engine_process_ids(engine: Any) -> list[int]:
     if resources.coordinator is not None:
         processes.append(resources.coordinator.proc)
     return [process.pid for process in processes if process.pid]
+
+
+def replica_count(engine: Any) -> int:
+    """Return how many replicas of the model an `AsyncLLM` holds."""
+    return int(engine.vllm_config.parallel_config.data_parallel_size)
 
 
 def fail_requests(engine: Any) -> None:
@@ -250,9 +255,27 @@ class ImageProcessing:
         return "image" in self._info.supported_mm_limits
 
     @property
-    def hf_processor(self) -> Any:
-        """The model's processor from transformers, or vLLM's substitute for one."""
-        return self._info.get_hf_processor()
+    def mistral_tokens(self) -> Callable[[int, tuple[int, int]], list[int]] | None:
+        """`ImagePlaceholders.written` for a model in Mistral's own format, else None.
+
+        vLLM expects every token of such a model's images in the prompt, as mistral_common writes them.
+        """
+        processor = self._info.get_hf_processor()
+        break_id, end_id = (
+            getattr(processor, "image_break_id", None),
+            getattr(processor, "image_end_id", None),
+        )
+        pixels: Any = getattr(processor, "image_processor", None)
+        if break_id is None or not hasattr(pixels, "get_number_of_image_patches"):
+            return None
+
+        def written(number: int, size: tuple[int, int]) -> list[int]:
+            _, rows, columns = pixels.get_number_of_image_patches(size[1], size[0])
+            tokens = [*[processor.image_token_id] * columns, break_id] * rows
+            tokens[-1] = end_id
+            return tokens
+
+        return written
 
     @property
     def embedding_fields(self) -> frozenset[str]:
