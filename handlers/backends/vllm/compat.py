@@ -54,9 +54,15 @@ _NAMES = {
 }
 """The names that every server uses of vLLM, with their modules."""
 
+_PARSING = {
+    "ChatCompletionRequest": "vllm.entrypoints.openai.chat_completion.protocol",
+    "ParserManager": "vllm.parser",
+    "get_cached_tokenizer": "vllm.tokenizers.hf",
+}
+
 
 class Vllm(SimpleNamespace):
-    """The names in `_NAMES`, and `version`. They are typed Any, since vLLM is absent where types are checked."""
+    """The names in `_NAMES`, typed Any since vLLM is absent where types are checked, and `version`."""
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:
@@ -115,24 +121,12 @@ def _find(module: str, name: str) -> Any:
     return getattr(import_module(module), name)
 
 
-class VllmParsing(NamedTuple):
-    """What is used of vLLM to parse completions with its own parsers."""
-
-    ParserManager: Any
-    ChatCompletionRequest: Any
-    get_cached_tokenizer: Callable[[Any], Any]
-
-
 @cache
-def load_parsing() -> VllmParsing:
-    """Import what `load` does not, as most servers do not need it. Raises InvalidConfiguration like `load`."""
+def load_parsing() -> Vllm:
+    """Import the names in `_PARSING`, which most servers do not need. Raises InvalidConfiguration like `load`."""
     version = load().version
     try:
-        return VllmParsing(
-            _find("vllm.parser", "ParserManager"),
-            _find("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
-            _find("vllm.tokenizers.hf", "get_cached_tokenizer"),
-        )
+        return Vllm(**{name: _find(module, name) for name, module in _PARSING.items()})
     except (ImportError, AttributeError, OSError) as error:
         raise InvalidConfiguration(f"the parsers of vLLM {version} cannot be imported: {error}") from error
 

@@ -48,18 +48,23 @@ def stat_logger(vllm: Vllm, counters: Counters) -> Any:
         ) -> None:
             counters.signs[engine_idx] = time.monotonic()
             if scheduler_stats is not None:
-                counters.cache_usage[engine_idx] = float(getattr(scheduler_stats, "kv_cache_usage", 0.0))
+                counters.cache_usage[engine_idx] = float(_number(scheduler_stats, "kv_cache_usage"))
                 prefix = getattr(scheduler_stats, "prefix_cache_stats", None)
-                counters.prefix_queries += int(getattr(prefix, "queries", 0))
-                counters.prefix_hits += int(getattr(prefix, "hits", 0))
-            counters.preemptions += int(getattr(iteration_stats, "num_preempted_reqs", 0))
-            counters.mm_queries += int(getattr(mm_cache_stats, "queries", 0))
-            counters.mm_hits += int(getattr(mm_cache_stats, "hits", 0))
+                counters.prefix_queries += int(_number(prefix, "queries"))
+                counters.prefix_hits += int(_number(prefix, "hits"))
+            counters.preemptions += int(_number(iteration_stats, "num_preempted_reqs"))
+            counters.mm_queries += int(_number(mm_cache_stats, "queries"))
+            counters.mm_hits += int(_number(mm_cache_stats, "hits"))
 
         def log_engine_initialized(self) -> None:
             pass
 
     return Recorder
+
+
+def _number(source: Any, name: str) -> float:
+    value = getattr(source, name, 0)
+    return value if isinstance(value, int | float) else 0
 
 
 def series(vllm: Vllm) -> Iterator[Any]:

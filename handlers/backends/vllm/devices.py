@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from handlers.backends.estimate import completed
 from handlers.backends.unused import unused_on
 from handlers.errors import InvalidConfiguration
 from processes.environment import child_command, child_environment
@@ -91,12 +92,7 @@ def model_heads(directory: Path, config: Mapping[str, Any], *, trust_remote_code
     """
     if trust_remote_code or {"num_attention_heads", "num_key_value_heads"} <= text_config(config).keys():
         return heads_of(config)
-    from transformers import AutoConfig
-
-    try:
-        return heads_of(AutoConfig.from_pretrained(directory, local_files_only=True).to_dict())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    return heads_of(completed(directory, config))
 
 
 def _count(config: Mapping[str, Any], *names: str) -> int | None:

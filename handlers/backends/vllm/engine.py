@@ -71,7 +71,6 @@ class VllmEngine:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
 
     async def load(self) -> None:
-        """See `Lifecycle`."""
         settings = self._settings
         builder = await self._in_thread(EngineBuilder, self._configuration, self._path)
         self._vllm, self._samplers = builder.vllm, builder.samplers
@@ -174,24 +173,20 @@ class VllmEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        """See `Lifecycle`."""
         assert self._capabilities is not None, "load() has not returned"
         return self._capabilities
 
     @property
     def model(self) -> PromptModel:
-        """See `Engine`."""
         return self._model
 
     @property
     def adapters(self) -> AdapterStore | None:
-        """See `Engine`."""
         return self._adapters if self._settings.enable_lora else None
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> VllmPrompt:
-        """See `Engine`."""
         engine = self._engine()
         theirs, adapter = None, None
         if request is not None:
@@ -225,7 +220,6 @@ class VllmEngine:
         return theirs
 
     async def generate(self, prompt: VllmPrompt, request: EngineRequest) -> VllmStream:
-        """See `Engine`."""
         engine, theirs, most = prompt.engine, prompt.parameters, request.params.max_tokens
         assert self._supervisor is not None, "load() has not returned"
         try:
@@ -258,13 +252,11 @@ class VllmEngine:
         return stream
 
     def health(self) -> Health:
-        """See `Lifecycle`."""
         if self._supervisor is None or not self._loaded:
             return Health(False, "the model is loading")
         return self._supervisor.health()
 
     def stats(self) -> BackendStats:
-        """See `Lifecycle`."""
         supervisor, counters = self._supervisor, self._counters
         if supervisor is None or not self._loaded:
             return BackendStats()
@@ -288,7 +280,6 @@ class VllmEngine:
         )
 
     async def close(self) -> None:
-        """See `Lifecycle`."""
         if self._loaded:
             self._adapters.close()
         self._loaded = False

@@ -64,14 +64,12 @@ class VllmFollower:
         return None
 
     def health(self) -> Health:
-        supervisor = self._supervisor
-        if supervisor is not None and supervisor.current is not None:
+        if self._supervisor is None:
+            return Health(False, "this machine's part of the engine is being started")
+        if self._supervisor.current is not None:
             return Health(True, "ready")
-        if supervisor is not None and supervisor.given_up:
-            return Health(False, "the workers of this machine failed too often", lost=True)
-        if supervisor is None or supervisor.short is None:
-            return Health(False, "the workers of this machine are being started")
-        return Health(False, supervisor.reason("this machine's part of the engine"))
+        reason = self._supervisor.reason("this machine's part of the engine")
+        return Health(False, reason, lost=self._supervisor.given_up)
 
     def stats(self) -> BackendStats:
         return BackendStats(engine_restarts=0 if self._supervisor is None else self._supervisor.restarts)

@@ -61,7 +61,6 @@ class VllmParsers:
         self._vllm = load_parsing()
         # The parsers ask for the whole vocabulary, which takes a tenth of a second unless it is cached.
         self.tokenizer = self._vllm.get_cached_tokenizer(tokenizer)
-        self.added_tokens = {token_id: text for text, token_id in self.tokenizer.get_added_vocab().items()}
         self.model_config: Any = None
 
     def formats(self, settings: Settings) -> AnswerFormats:
@@ -214,27 +213,13 @@ class VllmParser:
         return list(self._model.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _cut(self, text: str, token_ids: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
-        """Cut a delta into its tokens, as far as their texts can be told apart, added tokens in any case.
+        """Cut a delta into its tokens, unless their texts are not those of the delta.
 
-        Some parsers lose what comes in one delta with such a token, or with the end of a call.
+        In vLLM 0.32 some parsers (deepseek_v3, deepseek_r1) lose what comes in one delta with a special token.
         """
         parts: list[tuple[str, Sequence[int]]] = []
-        begin = first = 0
-        for number, token_id in enumerate(token_ids if len(token_ids) > 1 else ()):
-            mark = self._model.added_tokens.get(token_id)
-            at = -1 if mark is None else text.find(mark, begin)
-            if mark is not None and at >= 0:
-                parts += self._singly(text[begin:at], token_ids[first:number])
-                parts.append((mark, [token_id]))
-                begin, first = at + len(mark), number + 1
-        return [*parts, *self._singly(text[begin:], token_ids[first:])]
-
-    def _singly(self, text: str, token_ids: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
-        if len(token_ids) < 2:
-            return [(text, token_ids)] if text or token_ids else []
-        parts: list[tuple[str, Sequence[int]]] = []
         held: list[int] = []
-        for token_id in token_ids:
+        for token_id in token_ids if len(token_ids) > 1 else ():
             held.append(token_id)
             more = str(self._model.tokenizer.decode(held, skip_special_tokens=False))
             if not more.endswith("\ufffd"):

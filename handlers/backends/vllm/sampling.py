@@ -171,6 +171,8 @@ def check_runner_limits(vllm: Vllm, engine: Any, theirs: Any, eos_token_ids: Col
         theirs: vLLM's SamplingParams. With bad words this is slow, since they become tokens.
         eos_token_ids: The model's own.
     """
+    if not (theirs.allowed_token_ids or theirs.logit_bias or theirs.min_tokens or theirs.bad_words):
+        return
     limits = runner_limits(engine.vllm_config)
     if limits is None:
         return

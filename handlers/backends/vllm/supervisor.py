@@ -31,8 +31,8 @@ Ask = Callable[[Any, int], Awaitable[None]]
 """Has one replica of an engine, by its number, generate a token."""
 
 
-class EngineSupervisor:
-    """Holds the engine that serves now; `engine` is None while there is none."""
+class EngineSupervisor(Supervisor["_Running"]):
+    """Keeps an engine running; `engine` is None while there is none."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class EngineSupervisor:
         suspect_seconds: float = 20.0,
         stuck_seconds: float = 300.0,
     ) -> None:
-        """Prepare to hold an engine; `start` builds it.
+        """Prepare to keep an engine running; `start` builds the first and raises what `build` and `prepare` raise.
 
         Args:
             build: Makes an engine. It is slow and called in a thread.
@@ -60,53 +60,40 @@ class EngineSupervisor:
                 ready. For the first half of that time it is only waited for; then it is asked for a token.
             stuck_seconds: How long the token may take; longer than the engine's longest step.
         """
+        super().__init__(
+            "the engine", self._launched, retry_threshold=retry_threshold, start_seconds=loading_seconds
+        )
         self._build = build
-        self._ask = ask
+        self.ask = ask
         self._prepare = prepare
-        self._signs = counters.signs
-        self._quiet = suspect_seconds / 2
-        self._stuck = stuck_seconds
+        self.signs = counters.signs
+        self.quiet = suspect_seconds / 2
+        self.stuck = stuck_seconds
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
         self._guard = Guard()
-        self._supervisor = Supervisor(
-            "the engine", self._start, retry_threshold=retry_threshold, start_seconds=loading_seconds
-        )
         self.in_flight = 0
         self.answered = False
         """Whether the engine that serves now has answered a request."""
 
     @property
     def engine(self) -> Any:
-        running = self._supervisor.current
-        return None if running is None else running.engine
-
-    @property
-    def restarts(self) -> int:
-        return self._supervisor.restarts
-
-    @property
-    def given_up(self) -> bool:
-        return self._supervisor.given_up
-
-    async def start(self) -> None:
-        """Build the first engine and keep it running. Raises what `build` and `prepare` raise."""
-        await self._supervisor.start()
+        return None if self.current is None else self.current.engine
 
     def health(self) -> Health:
-        running = self._supervisor.current
-        if running is None or running.engine.errored:
-            return Health(False, self._supervisor.reason("the engine"), lost=self.given_up)
-        if running.suspect:
+        """Return whether the engine serves now."""
+        if self.current is None or self.current.engine.errored:
+            return Health(False, self.reason("the engine"), lost=self.given_up)
+        if self.current.suspect:
             return Health(False, "the engine does not answer")
         return Health(True, "ready")
 
     async def close(self) -> None:
         """End the engine's processes. Never raises; safe to call twice."""
-        await self._supervisor.close()
+        await super().close()
         await self._guard.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _start(self) -> _Running:
+    async def _launched(self) -> _Running:
         others = engine_children()
         building = asyncio.get_running_loop().run_in_executor(self._threads, self._build)
         engine = tree = None
@@ -121,12 +108,12 @@ class EngineSupervisor:
                 await self._prepare(engine)
         except BaseException:
             building.cancel()
-            await self._end(engine, tree or ProcessTree(engine_children() - others))
+            await self.end(engine, tree or ProcessTree(engine_children() - others))
             raise
         self.answered = False
         return _Running(self, engine, tree)
 
-    async def _end(self, engine: Any, tree: ProcessTree) -> None:
+    async def end(self, engine: Any, tree: ProcessTree) -> None:
         """End an engine's processes and free what the front end holds of it. engine: None if it was not built."""
         try:
             if engine is not None:
@@ -159,7 +146,7 @@ class _Running:
     def suspect(self) -> bool:
         """Whether a replica has owed its token for too long."""
         now = time.monotonic()
-        return any(now - asked > self._owner._quiet for asked in self._asked.values())
+        return any(now - asked > self._owner.quiet for asked in self._asked.values())
 
     async def lost(self) -> str:
         watching = [asyncio.create_task(self._until_dead())]
@@ -178,7 +165,7 @@ class _Running:
         if self._lost:
             fail_requests(self.engine)
         if self._ending is None:
-            self._ending = asyncio.ensure_future(self._owner._end(self.engine, self._tree))
+            self._ending = asyncio.ensure_future(self._owner.end(self.engine, self._tree))
         await asyncio.shield(self._ending)
         if self._lost:
             fail_requests(self.engine)  # those that came in between
@@ -193,24 +180,24 @@ class _Running:
 
     async def _until_silent(self, replica: int) -> str:
         owner = self._owner
-        owner._signs[replica] = time.monotonic()
+        owner.signs[replica] = time.monotonic()
         while True:
-            await asyncio.sleep(min(LOOK_SECONDS, owner._quiet))
-            allowed = owner._quiet if owner.in_flight else max(owner._quiet, IDLE_SECONDS)
-            silent = time.monotonic() - owner._signs[replica]
+            await asyncio.sleep(min(LOOK_SECONDS, owner.quiet))
+            allowed = owner.quiet if owner.in_flight else max(owner.quiet, IDLE_SECONDS)
+            silent = time.monotonic() - owner.signs[replica]
             if silent > allowed and not await self._answers(replica):
                 which = f" (replica {replica} of {self._replicas})" if self._replicas > 1 else ""
-                return f"has not answered for {owner._stuck:.0f} s{which}"
+                return f"has not answered for {owner.stuck:.0f} s{which}"
 
     async def _answers(self, replica: int) -> bool:
         """Ask for a token. Progress of any other request counts as an answer too; a death is not noticed here."""
         owner = self._owner
-        asking = asyncio.ensure_future(owner._ask(self.engine, replica))
+        asking = asyncio.ensure_future(owner.ask(self.engine, replica))
         asked = self._asked[replica] = time.monotonic()
         try:
             while True:
                 await asyncio.wait({asking}, timeout=LOOK_SECONDS)
-                if owner._signs[replica] > asked:
+                if owner.signs[replica] > asked:
                     return True
                 if asking.done():
                     # A refusal is no answer, since the requests that a hung engine holds fill its queue. Replicas share
@@ -218,14 +205,14 @@ class _Running:
                     if (not asking.cancelled() and asking.exception() is None) or self._replicas > 1:
                         return True
                     await asyncio.sleep(LOOK_SECONDS)
-                    asking = asyncio.ensure_future(owner._ask(self.engine, replica))
-                if time.monotonic() - asked > owner._stuck:
+                    asking = asyncio.ensure_future(owner.ask(self.engine, replica))
+                if time.monotonic() - asked > owner.stuck:
                     return False
         finally:
             del self._asked[replica]
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            owner._signs[replica] = max(asked, owner._signs[replica])
+            owner.signs[replica] = max(asked, owner.signs[replica])
 
 
 def _kill(engine: Any, tree: ProcessTree) -> None:
