@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from handlers.backends.estimate import completed
 from handlers.backends.unused import unused_on
 from handlers.errors import InvalidConfiguration
 from processes.environment import child_command, child_environment
@@ -92,6 +91,8 @@ def model_heads(directory: Path, config: Mapping[str, Any], *, trust_remote_code
     """
     if trust_remote_code or {"num_attention_heads", "num_key_value_heads"} <= text_config(config).keys():
         return heads_of(config)
+    from handlers.backends.estimate import completed
+
     return heads_of(completed(directory, config))
 
 
