@@ -33,18 +33,16 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 
 from handlers.backends.vllm.arguments import ALWAYS, GONE, WHERE_GIVEN
 from handlers.backends.vllm.compat import (
+    architectures,
     cpu_takes_block_size,
+    engine_argument_names,
     load,
     load_parsing,
     logits_processor_classes,
     newer_runner_limits,
     process_dict_updates,
-    registered_names,
-)
-from handlers.backends.vllm.names import (
-    architectures,
-    engine_argument_names,
     reasoning_parser_names,
+    registered_names,
     tool_parser_names,
 )
 from handlers.backends.vllm.sampling import SAME, TRANSLATED

@@ -11,8 +11,7 @@ import pytest
 from container.check import describe, run_check
 from engine.machine import Device, Machine
 from handlers.backends.vllm.arguments import engine_arguments, refused_options
-from handlers.backends.vllm.compat import load
-from handlers.backends.vllm.names import engine_argument_names
+from handlers.backends.vllm.compat import engine_argument_names, load
 from properties.configuration import resolve
 from properties.legacy import IGNORED
 from properties.problem import ConfigurationError

@@ -15,9 +15,8 @@ from engine.machine import Device, Machine
 from handlers.backends.vllm import devices as device_plan
 from handlers.backends.vllm.arguments import engine_arguments
 from handlers.backends.vllm.checkpoint import served_dtype
-from handlers.backends.vllm.compat import load
+from handlers.backends.vllm.compat import engine_argument_names, load
 from handlers.backends.vllm.devices import Cluster
-from handlers.backends.vllm.names import engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
 from tests.support.shapes import SHAPES

@@ -10,8 +10,8 @@ from handlers.backends.base import DevicePlan, Needs, PromptFacts
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.checkpoint import format_warnings, missing_weights, served_dtype, stored_dtype
+from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
 from handlers.backends.vllm.devices import follows, heads_of, plan_devices
-from handlers.backends.vllm.names import reasoning_parser_names, tool_parser_names
 from handlers.backends.weight_files import vllm_weight_problems
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineError
+from engine.machine import this_machine
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -21,38 +22,104 @@ from handlers.backends.base import (
     PromptModel,
     compute_type,
 )
-from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters
-from handlers.backends.vllm.builder import EngineBuilder
+from handlers.backends.vision_flags import contradictions
+from handlers.backends.vllm import compat
+from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_directories, adapter_slots
+from handlers.backends.vllm.arguments import engine_arguments
+from handlers.backends.vllm.checkpoint import missing_weights
 from handlers.backends.vllm.compat import replica_count
-from handlers.backends.vllm.counters import Counters, series
-from handlers.backends.vllm.failures import failed
+from handlers.backends.vllm.devices import choose_devices, share_cores
+from handlers.backends.vllm.failures import failed, refusal_reason
 from handlers.backends.vllm.parsers import vllm_parsers
 from handlers.backends.vllm.probes import Probes
 from handlers.backends.vllm.prompts import VllmPrompts, place_images, placeholders
+from handlers.backends.vllm.samplers import offer
 from handlers.backends.vllm.sampling import (
     check_prompt_logprobs,
     check_runner_limits,
+    choose_library,
     constraint_for_vllm,
     constraint_vocabulary,
     to_vllm,
     usual_sampling,
 )
 from handlers.backends.vllm.stream import VllmStream
-from handlers.backends.vllm.supervisor import EngineSupervisor
-from handlers.errors import InvalidRequest, ServingError, Unavailable
+from handlers.backends.vllm.supervisor import Counters, EngineSupervisor, series, stat_logger
+from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
 from handlers.prompts.tokenizer import load_tokenizer
+from properties.configuration import Configuration
+from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from handlers.backends.adapters import AdapterStore
     from handlers.request import Constraint, MediaPart
-    from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
 
 T = TypeVar("T")
+
+
+class EngineBuilder:
+    """Builds engines. Everything here blocks.
+
+    Attributes:
+        arguments: For `AsyncEngineArgs`.
+        samplers: Those of ours that the engines have.
+        adapter_directories: The adapters to load at the start, by their names.
+        most_adapters: How many adapters there may be.
+        home: The directory of the model's own adapters/.
+    """
+
+    def __init__(self, configuration: Configuration, model_path: Path) -> None:
+        """Import vLLM. Raises InvalidConfiguration if it cannot serve this model."""
+        settings = configuration.settings
+        if wrong := contradictions(settings, model_path, None):
+            raise InvalidConfiguration("; ".join(wrong))
+        if reason := missing_weights(model_path, settings.load_format):
+            raise InvalidConfiguration(reason)
+        self.machine = this_machine()
+        choose_devices(settings, len(self.machine.accelerators))
+        self.vllm = compat.load()
+        self.arguments = engine_arguments(self.vllm, configuration, model_path, self.machine)
+        self.samplers = offer(self.arguments)
+        self.home = configuration.home or model_path
+        self.most_adapters = settings.max_cpu_loras or settings.max_loras
+        self.adapter_directories: dict[str, Path] = {}
+        if settings.enable_lora:
+            self.adapter_directories = adapter_directories(self.home)
+            count, cpu = len(self.adapter_directories), not self.machine.accelerators
+            if count > self.most_adapters:
+                logger.warning(
+                    "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory",
+                    count,
+                    self.most_adapters,
+                )
+            self.arguments |= adapter_slots(
+                self.arguments, max(self.most_adapters, count if cpu else 0), cpu=cpu
+            )
+
+    def build(self, tokenizer: Any, counters: Counters) -> Any:
+        """Return an `AsyncLLM`. Raises InvalidConfiguration with vLLM's reason if it refuses the configuration."""
+        vllm, given = self.vllm, self.arguments
+        if not self.machine.accelerators:
+            share_cores(
+                given["tensor_parallel_size"] * given["pipeline_parallel_size"] * given["data_parallel_size"]
+            )
+        try:
+            arguments = vllm.AsyncEngineArgs(**given)
+            choose_library(arguments, tokenizer)
+            return vllm.AsyncLLM.from_engine_args(
+                arguments, usage_context=vllm.server_context, stat_loggers=[stat_logger(vllm, counters)]
+            )
+        except (ConfigurationError, ServingError):
+            raise
+        except Exception as error:
+            raise InvalidConfiguration(
+                f"vLLM {vllm.version} cannot serve the model as configured: {refusal_reason(error)}"
+            ) from error
 
 
 class VllmEngine:

@@ -42,7 +42,7 @@ class VllmFollower:
         self._supervisor: Supervisor[Workers] | None = None
 
     async def load(self) -> None:
-        from handlers.backends.vllm.builder import EngineBuilder
+        from handlers.backends.vllm.engine import EngineBuilder
 
         # Made as on the first machine, so that the parts of the engine agree about samplers and adapters.
         arguments = (await asyncio.to_thread(EngineBuilder, self._configuration, self._path)).arguments

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from handlers.backends.vllm import supervisor as watching
-from handlers.backends.vllm.counters import Counters
-from handlers.backends.vllm.supervisor import EngineSupervisor
+from handlers.backends.vllm.supervisor import Counters, EngineSupervisor
 from processes import supervisor
 
 

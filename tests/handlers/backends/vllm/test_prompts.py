@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import ModelLoadError
-from handlers.backends.vllm.placeholders import image_placeholders
+from handlers.backends.vllm.prompts import image_placeholders
 from tests.support.models import CHAT_TEMPLATE, make_tokenizer
 
 TOKENIZER = make_tokenizer()
