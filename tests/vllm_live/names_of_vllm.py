@@ -46,7 +46,7 @@ from handlers.backends.vllm.compat import (
     tool_parser_names,
 )
 from handlers.backends.vllm.sampling import SAME, TRANSLATED
-from properties.legacy import IGNORED
+from properties.lmi import IGNORED
 
 vllm = load()
 

@@ -13,7 +13,7 @@ from engine.machine import Device, Machine
 from handlers.backends.vllm.arguments import engine_arguments, refused_options
 from handlers.backends.vllm.compat import engine_argument_names, load
 from properties.configuration import resolve
-from properties.legacy import IGNORED
+from properties.lmi import IGNORED
 from properties.problem import ConfigurationError
 from tests.support.shapes import SHAPES
 

@@ -158,6 +158,7 @@ class VllmEngine:
                 model_names={*accepted_names(self._configuration), *ANYBODYS}
                 if settings.enable_lora
                 else None,
+                secure=self._configuration.secure,
             )
             self._probes = Probes(self._vllm, self._numbers)
             self._supervisor = EngineSupervisor(
