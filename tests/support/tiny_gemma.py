@@ -48,9 +48,7 @@ GEMMA3_TEMPLATE = (
 )
 
 
-def make_gemma3(
-    path: Path, *, seed: int = 0, tokens: int = 4, newlines: bool = VLLM, **text: Any
-) -> Path:
+def make_gemma3(path: Path, *, seed: int = 0, tokens: int = 4, newlines: bool = VLLM, **text: Any) -> Path:
     """28-pixel images of 16 patches, pooled to `tokens`; a layer with a window and one without.
 
     newlines: whether line breaks are tokens, as in Gemma's vocabulary, without which vLLM does not start.

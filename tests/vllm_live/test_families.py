@@ -27,9 +27,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     # token sees nothing more, and the keys of a single layer depend on no attention.
     "gemma3": lambda path: make_gemma3(path, tokens=1, initializer_range=0.02),
     "paligemma": lambda path: make_paligemma(path, num_hidden_layers=1, initializer_range=0.02),
-    "paligemma2": lambda path: make_paligemma(
-        path, second=True, num_hidden_layers=1, initializer_range=0.02
-    ),
+    "paligemma2": lambda path: make_paligemma(path, second=True, num_hidden_layers=1, initializer_range=0.02),
 }
 OPTIONS = ("dtype=float32", 'limit_mm_per_prompt={"image": 2}')
 OWN = dict.fromkeys(("pixtral", "mistral3"), ("image_placeholder_token=[IMG]",))
