@@ -44,7 +44,7 @@ def local_path(param: str, text: str, base: Path, roots: Iterable[str | Path], w
         path = Path(os.path.realpath(base / text))
         allowed = [os.path.realpath(root) for root in roots if root]
     except (OSError, ValueError):
-        raise InvalidRequest(f"{param}: no path of a directory", param=param) from None
+        raise InvalidRequest(f"{param}: not a path of a directory", param=param) from None
     if not any(path.is_relative_to(root) and path != Path(root) for root in allowed):
         raise InvalidRequest(
             f"{param}: not below a directory that {what} may be loaded from ({named})", param=param

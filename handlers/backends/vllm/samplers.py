@@ -1,8 +1,8 @@
 """Samplers that vLLM does not have: which requests need them, and how they reach the engine's process.
 
-There `processor.py` chooses the tokens of such requests with the embedded engine's own sampler, whole chain and draw,
-so that a seed gives the same draw on both backends. vLLM is told to sample these requests by nothing but their logits,
-in which one token is left.
+There `processor.py` chooses the tokens of such requests with the embedded engine's sampler, so that a seed draws the
+same tokens on both backends. It masks all other tokens, and the request's remaining parameters leave vLLM to take the
+one that is left.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from engine.warping import Warping
 from handlers.model_json import read_object
 from handlers.sampling import RequestSampling
 
-PROCESSOR = "handlers.backends.vllm.samplers.processor:SamplerProcessor"
+PROCESSOR = "handlers.backends.vllm.processor:SamplerProcessor"
 """As vLLM's `logits_processors` names a class."""
 
 KEY = "lmi_samplers"
-"""Where in vLLM's `extra_args` a request's samplers are."""
+"""The key of a request's samplers in vLLM's `extra_args`."""
 
 NEUTRAL: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, "logit_bias": None,
 }  # fmt: skip
-"""Of vLLM's parameters, for a request whose token is chosen before they are looked at."""
+"""Parameters of vLLM's that must not change a token that is already chosen."""
 
 _LEFT_TO_VLLM = (
     "max_tokens", "min_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs",
     "allowed_token_ids",
 )  # fmt: skip
-"""Masks among them are on the logits already when the processor sees them; vLLM has a seed for each completion."""
+"""vLLM applies its masks before the processor runs, and has a seed for each choice."""
 
 HOTTEST = 2.0
-"""The highest temperature that vLLM takes itself."""
+"""The highest temperature that vLLM accepts."""
 
 _PLAIN = SamplingParams()
 
 
 class Carried(msgspec.Struct, frozen=True):
-    """What travels in `extra_args`. request: a number of its own, the same for all its completions."""
+    """What `extra_args` holds. request: a number of its own, the same for all its choices."""
 
     params: SamplingParams
     request: int
@@ -54,10 +54,11 @@ class Carried(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Samplers:
-    """Whether this engine has them.
+    """Whether an engine has our samplers.
 
-    lacking: why not, as words after "vLLM"; None where it has them.
-    reports_choice: the log probabilities that vLLM tells are those of the token left (`logprobs_mode`).
+    Attributes:
+        lacking: Why not, to follow "vLLM"; None if it has them.
+        reports_choice: Whether vLLM reports the log probabilities of the token that is left (`logprobs_mode`).
     """
 
     lacking: str | None = None
@@ -68,7 +69,7 @@ HAS_ALL = Samplers()
 
 
 def wanted(params: SamplingParams) -> bool:
-    """Whether the samplers that vLLM does not have change the completion."""
+    """Whether samplers that vLLM does not have change the completion."""
     if Repetition.of(params, ()) is not None:
         return True
     return not params.greedy and (
@@ -77,23 +78,15 @@ def wanted(params: SamplingParams) -> bool:
 
 
 def extra_args(params: RequestSampling) -> dict[str, bytes]:
-    """vLLM's `extra_args` for such a request. params: words spelled."""
+    """Return vLLM's `extra_args` for a request that wants our samplers."""
     kept = msgspec.structs.replace(
         params.for_engine(), **{name: getattr(_PLAIN, name) for name in _LEFT_TO_VLLM}
     )
     return {KEY: msgspec.msgpack.encode(Carried(kept, secrets.randbits(63)))}
 
 
-def some_seed() -> int:
-    """For a request without one: all ranks of an engine must draw alike. Its other completions count on from it."""
-    return secrets.randbits(62)
-
-
 def offer(arguments: MutableMapping[str, Any]) -> Samplers:
-    """Name the processor to vLLM, beside the operator's own, where nothing of vLLM's is lost by it.
-
-    arguments: for `AsyncEngineArgs`.
-    """
+    """Add the processor to the arguments for `AsyncEngineArgs`, unless that would cost a feature of vLLM's."""
     given = list(arguments.get("logits_processors") or ())
     lacking = None
     if arguments.get("speculative_config") or _drafts_by_itself(Path(arguments["model"])):
@@ -107,7 +100,7 @@ def offer(arguments: MutableMapping[str, Any]) -> Samplers:
 
 
 def _drafts_by_itself(model: Path) -> bool:
-    """The model names its own speculative decoding, which vLLM then switches on."""
+    """Whether the model's config.json has vLLM switch speculative decoding on."""
     try:
         return bool(read_object(model / "config.json").get("speculators_config"))
     except (OSError, ValueError):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.backends.vllm.options.checkpoint import missing_weights
+from handlers.backends.vllm.checkpoint import missing_weights
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from engine.machine import Device, Machine
 from handlers.backends.fit import fit
 from handlers.backends.select import backend_of
-from handlers.backends.vllm.options.plan import Heads, Plan, heads_of, model_heads, plan_devices
+from handlers.backends.vllm.devices import Heads, Plan, heads_of, model_heads, plan_devices
 from properties.configuration import resolve
 
 QWEN2_VL_7B = Heads(28, 4)

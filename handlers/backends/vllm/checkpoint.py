@@ -1,8 +1,8 @@
 """What vLLM reads of a model's files: the format, the data type, and whether there are weights at all.
 
-vLLM itself finds out when all its processes have started; here nothing is loaded, and vLLM is not imported. Prompts are
-rendered and tokenised by this server, with tokenizer.json. vLLM takes Mistral's own files where it sees them, so it is
-told which to take: Mistral's for a model that has its weights in nothing else, as Pixtral-12B-2409.
+vLLM itself finds this out after it has started all its processes. Prompts are tokenised by this server, with
+tokenizer.json; vLLM would use Mistral's own files if it saw them, so it is told which to use: Mistral's for a model
+that has its weights in nothing else, such as Pixtral-12B-2409.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OWN_WEIGHTS = "consolidated*.safetensors"
 
 
 def missing_weights(folder: Path, load_format: str) -> str | None:
-    """Why the model in this folder cannot be loaded; None where it may be. Other formats than `auto` find their own."""
+    """Return why this folder holds nothing to load; None if it does. Other formats than `auto` find their own."""
     if load_format != "auto" or any(file.suffix in _KINDS for file in folder.rglob("*")):
         return None
     return (
@@ -36,10 +36,10 @@ def missing_weights(folder: Path, load_format: str) -> str | None:
 
 
 def weight_problems(folder: Path) -> list[Problem]:
-    """Weights that vLLM would read twice, or cannot read.
+    """Return a problem for weights that vLLM would read twice, or cannot read.
 
-    It leaves Mistral's own out where an index names the others, and else reads both. Those alone it reads with
-    params.json and Mistral's own tokenizer.
+    vLLM leaves Mistral's own weights out if an index names the others, and reads both otherwise. If they are alone, it
+    reads them with params.json and Mistral's own tokenizer.
     """
     if mistral_weights_alone(folder):
         tokenizer = None if mistral_tokenizer(folder) else "tekken.json"
@@ -64,21 +64,21 @@ def weight_problems(folder: Path) -> list[Problem]:
 def replaced_formats(configuration: Configuration, folder: Path) -> dict[str, str]:
     """Return the format arguments that vLLM needs to read the same files as this server."""
     load_format = configuration.settings.load_format.lower()
-    told: dict[str, str] = {}
+    formats: dict[str, str] = {}
     if load_format == "pt" and not any(folder.glob("*.pt")):
-        told["load_format"] = "auto"  # vLLM's `pt` takes *.pt alone, and `auto` also .bin
+        formats["load_format"] = "auto"  # vLLM's `pt` reads *.pt only, and `auto` also *.bin
     alone = mistral_weights_alone(folder)
     own = mistral_tokenizer(folder) is not None or any(folder.glob(_OWN_WEIGHTS))
     if alone or own or _asked_for_mistral(configuration):
         format = "mistral" if alone else "hf"
-        told |= {"tokenizer_mode": format, "config_format": format}
+        formats |= {"tokenizer_mode": format, "config_format": format}
         if load_format in ("auto", "mistral"):
-            told["load_format"] = format
-    return told
+            formats["load_format"] = format
+    return formats
 
 
 def format_warnings(configuration: Configuration, folder: Path) -> list[Problem]:
-    """The options that ask for Mistral's own format where the other is served."""
+    """Return a warning for each option that asks for Mistral's own format where the other is served."""
     if mistral_weights_alone(folder):
         return []
     return [
@@ -92,7 +92,7 @@ def format_warnings(configuration: Configuration, folder: Path) -> list[Problem]
 
 
 def _asked_for_mistral(configuration: Configuration) -> dict[str, str]:
-    """The options that name Mistral's own format, and where; vLLM wants all three or none."""
+    """Return the options that name Mistral's own format, and where; vLLM wants all three or none."""
     settings, sources = configuration.settings, configuration.sources
     found = {
         name: sources[name].location
@@ -106,9 +106,9 @@ def _asked_for_mistral(configuration: Configuration) -> dict[str, str]:
 
 
 def stored_dtype(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The type that config.json names, else the one of the safetensors headers that holds all others.
+    """Return the type that config.json names, or else the widest one of the weights; None if neither is clear.
 
-    As `get_torch_dtype` of vllm/transformers_utils/model_arch_config_convertor.py. None where neither tells.
+    As vLLM's vllm/transformers_utils/model_arch_config_convertor.py, `get_torch_dtype`.
     """
     vision = config.get("vision_config")
     named = model_dtype(config) or (model_dtype(vision) if isinstance(vision, Mapping) else None)
@@ -123,9 +123,15 @@ def stored_dtype(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def served_dtype(name: str, stored: str | None, *, bfloat16: bool) -> tuple[str, str]:
-    """(type, reason). name: option.dtype. stored: see `stored_dtype`. bfloat16: whether the device computes in it.
+    """Return the type in which vLLM computes, and the reason.
 
-    The rule is `_resolve_auto_dtype` of vllm/config/model.py: float32 becomes the first type that the device supports.
+    The rule is vLLM's vllm/config/model.py, `_resolve_auto_dtype`: float32 becomes the first type that the device
+    supports.
+
+    Args:
+        name: option.dtype.
+        stored: See `stored_dtype`.
+        bfloat16: Whether the device computes in it.
     """
     if name != "auto":
         return name, "option.dtype says so"

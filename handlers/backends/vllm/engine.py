@@ -1,19 +1,19 @@
-"""vLLM as an engine of the pipeline: its processes, and how prompts reach them."""
+"""vLLM as an engine of the pipeline."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineError
-from handlers.backends.adapters import AdapterStore
+from engine.machine import this_machine
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -22,32 +22,104 @@ from handlers.backends.base import (
     PromptModel,
     compute_type,
 )
-from handlers.backends.vllm.adapters.store import LoadedAdapter, VllmAdapters
-from handlers.backends.vllm.answers.parsers import vllm_parsers
-from handlers.backends.vllm.engine.builder import EngineBuilder
-from handlers.backends.vllm.engine.counters import Counters, series
-from handlers.backends.vllm.engine.probes import Probes
-from handlers.backends.vllm.engine.supervisor import EngineSupervisor
-from handlers.backends.vllm.engine.watch import Patience
-from handlers.backends.vllm.failures import failed
-from handlers.backends.vllm.prompts.constraints import constraint_vocabulary, in_vllms_words
-from handlers.backends.vllm.prompts.front import VllmFront
-from handlers.backends.vllm.prompts.inputs import Inputs
-from handlers.backends.vllm.prompts.rendered import placeholders
-from handlers.backends.vllm.prompts.runner_limits import check_runner_limits
-from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs, to_vllm, usual_sampling
+from handlers.backends.vision_flags import contradictions
+from handlers.backends.vllm import compat
+from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_directories, adapter_slots
+from handlers.backends.vllm.arguments import engine_arguments
+from handlers.backends.vllm.checkpoint import missing_weights
+from handlers.backends.vllm.compat import replica_count
+from handlers.backends.vllm.devices import choose_devices, share_cores
+from handlers.backends.vllm.failures import failed, refusal_reason
+from handlers.backends.vllm.parsers import vllm_parsers
+from handlers.backends.vllm.probes import Probes
+from handlers.backends.vllm.prompts import VllmPrompts, place_images, placeholders
+from handlers.backends.vllm.samplers import offer
+from handlers.backends.vllm.sampling import (
+    check_prompt_logprobs,
+    check_runner_limits,
+    choose_library,
+    constraint_for_vllm,
+    constraint_vocabulary,
+    to_vllm,
+    usual_sampling,
+)
 from handlers.backends.vllm.stream import VllmStream
-from handlers.errors import InvalidRequest, ServingError, Unavailable
+from handlers.backends.vllm.supervisor import Counters, EngineSupervisor, series, stat_logger
+from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
 from handlers.prompts.tokenizer import load_tokenizer
+from properties.configuration import Configuration
+from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
+    from handlers.backends.adapters import AdapterStore
     from handlers.request import Constraint, MediaPart
-    from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
+
+T = TypeVar("T")
+
+
+class EngineBuilder:
+    """Builds engines. Everything here blocks.
+
+    Attributes:
+        arguments: For `AsyncEngineArgs`.
+        samplers: Those of ours that the engines have.
+        adapter_directories: The adapters to load at the start, by their names.
+        most_adapters: How many adapters there may be.
+        home: The directory of the model's own adapters/.
+    """
+
+    def __init__(self, configuration: Configuration, model_path: Path) -> None:
+        """Import vLLM. Raises InvalidConfiguration if it cannot serve this model."""
+        settings = configuration.settings
+        if wrong := contradictions(settings, model_path, None):
+            raise InvalidConfiguration("; ".join(wrong))
+        if reason := missing_weights(model_path, settings.load_format):
+            raise InvalidConfiguration(reason)
+        self.machine = this_machine()
+        choose_devices(settings, len(self.machine.accelerators))
+        self.vllm = compat.load()
+        self.arguments = engine_arguments(self.vllm, configuration, model_path, self.machine)
+        self.samplers = offer(self.arguments)
+        self.home = configuration.home or model_path
+        self.most_adapters = settings.max_cpu_loras or settings.max_loras
+        self.adapter_directories: dict[str, Path] = {}
+        if settings.enable_lora:
+            self.adapter_directories = adapter_directories(self.home)
+            count, cpu = len(self.adapter_directories), not self.machine.accelerators
+            if count > self.most_adapters:
+                logger.warning(
+                    "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory",
+                    count,
+                    self.most_adapters,
+                )
+            self.arguments |= adapter_slots(
+                self.arguments, max(self.most_adapters, count if cpu else 0), cpu=cpu
+            )
+
+    def build(self, tokenizer: Any, counters: Counters) -> Any:
+        """Return an `AsyncLLM`. Raises InvalidConfiguration with vLLM's reason if it refuses the configuration."""
+        vllm, given = self.vllm, self.arguments
+        if not self.machine.accelerators:
+            share_cores(
+                given["tensor_parallel_size"] * given["pipeline_parallel_size"] * given["data_parallel_size"]
+            )
+        try:
+            arguments = vllm.AsyncEngineArgs(**given)
+            choose_library(arguments, tokenizer)
+            return vllm.AsyncLLM.from_engine_args(
+                arguments, usage_context=vllm.server_context, stat_loggers=[stat_logger(vllm, counters)]
+            )
+        except (ConfigurationError, ServingError):
+            raise
+        except Exception as error:
+            raise InvalidConfiguration(
+                f"vLLM {vllm.version} cannot serve the model as configured: {refusal_reason(error)}"
+            ) from error
 
 
 class VllmEngine:
@@ -66,86 +138,75 @@ class VllmEngine:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
 
     async def load(self) -> None:
-        """See `Lifecycle`."""
-        loop = asyncio.get_running_loop()
-        builder = await loop.run_in_executor(self._threads, EngineBuilder, self._configuration, self._path)
+        settings = self._settings
+        builder = await self._in_thread(EngineBuilder, self._configuration, self._path)
         self._vllm, self._samplers = builder.vllm, builder.samplers
-        self._inputs = Inputs(self._vllm)
-        probes = Probes(self._vllm, self._inputs, self._numbers)
-        read = partial(load_tokenizer, str(self._path), trust_remote_code=self._settings.trust_remote_code)
-        self._supervisor = supervisor = EngineSupervisor(
-            lambda: builder.build(tokenizer, self._counters),
-            probes.ask,
-            self._counters,
-            warm=probes.warm,
-            prepare=self._give_adapters,
-            retry_threshold=self._settings.retry_threshold,
-            loading_seconds=self._settings.model_loading_timeout,
-            patience=Patience(
-                self._settings.engine_suspect_timeout, self._settings.engine_stuck_timeout or Patience.stuck
-            ),
-        )
         try:
-            # Checked before the engine starts, which takes long: what a model lacks is often its tokenizer.
-            tokenizer = await loop.run_in_executor(self._threads, read)
-            parsers = await loop.run_in_executor(self._threads, vllm_parsers, self._settings, tokenizer)
-            formats = None
-            if parsers is not None:
-                formats = await loop.run_in_executor(self._threads, parsers.formats, self._settings)
+            # Read before the engine starts, which takes long: what a model lacks is often its tokenizer.
+            tokenizer = await self._in_thread(
+                partial(load_tokenizer, str(self._path), trust_remote_code=settings.trust_remote_code)
+            )
+            parsers = await self._in_thread(vllm_parsers, settings, tokenizer)
+            formats = None if parsers is None else await self._in_thread(parsers.formats, settings)
             self._adapters = VllmAdapters(
                 self._vllm,
                 builder.adapter_directories,
                 builder.most_adapters,
                 self._engine,
                 home=builder.home,
-                allowed=self._settings.allowed_adapter_path,
+                allowed=settings.allowed_adapter_path,
                 model_names={*accepted_names(self._configuration), *ANYBODYS}
-                if self._settings.enable_lora
+                if settings.enable_lora
                 else None,
                 secure=self._configuration.secure,
             )
-            await supervisor.start()
-            config = supervisor.engine.vllm_config
-            self._front = front = await loop.run_in_executor(
-                self._threads,
-                VllmFront,
-                self._settings,
-                str(self._path),
-                tokenizer,
-                self._vllm,
-                supervisor.engine,
+            self._probes = Probes(self._vllm, self._numbers)
+            self._supervisor = EngineSupervisor(
+                lambda: builder.build(tokenizer, self._counters),
+                self._probes.ask,
+                self._counters,
+                prepare=self._prepare,
+                retry_threshold=settings.retry_threshold,
+                loading_seconds=settings.model_loading_timeout,
+                suspect_seconds=settings.engine_suspect_timeout,
+                stuck_seconds=settings.engine_stuck_timeout or 300.0,
             )
-            vocabulary = await loop.run_in_executor(
-                self._threads, constraint_vocabulary, config.structured_outputs_config, front
+            await self._supervisor.start()
+            engine = self._supervisor.engine
+            config = engine.vllm_config
+            self._prompts = prompts = await self._in_thread(
+                VllmPrompts, settings, self._path, tokenizer, self._vllm, engine
             )
-            if self._settings.enable_mm_embeds and front.images:
-                await probes.try_embeddings(supervisor.engine, front)
+            structured = config.structured_outputs_config
+            vocabulary = await self._in_thread(constraint_vocabulary, structured, prompts)
+            if settings.enable_mm_embeds and prompts.images:
+                prompts.embeddings = await self._probes.embeddings(engine, prompts)
         except EngineError as error:
-            await supervisor.close()
+            await self.close()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         except BaseException:
-            await supervisor.close()
+            await self.close()
             raise
         if parsers is not None:
             parsers.model_config = config.model_config
         self._model = PromptModel(
-            front.tokenizer,
-            front.renderer,
-            front.vocab_size,
+            prompts.tokenizer,
+            prompts.renderer,
+            prompts.vocab_size,
             self._threads,
             vocabulary,
-            json_whitespace="" if config.structured_outputs_config.disable_any_whitespace else None,
+            json_whitespace="" if structured.disable_any_whitespace else None,
             spells_words=True,
         )
         parallel, accelerators = config.parallel_config, builder.machine.accelerators
         self._blocks = int(config.cache_config.num_gpu_blocks or 0)  # of all replicas
-        self._replicas = int(config.parallel_config.data_parallel_size)
+        self._replicas = replica_count(engine)
         self._capabilities = Capabilities(
             max_model_len=int(config.model_config.max_model_len),
-            images=front.images,
-            embeddings=self._settings.enable_mm_embeds,
-            default_sampling=usual_sampling(front.default_sampling, self._samplers),
-            adapters=self._settings.enable_lora,
+            images=prompts.images,
+            embeddings=settings.enable_mm_embeds,
+            default_sampling=usual_sampling(prompts.default_sampling, self._samplers),
+            adapters=settings.enable_lora,
             structured_outputs=True,
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device_type="cuda" if accelerators else "cpu",
@@ -167,51 +228,66 @@ class VllmEngine:
             config.scheduler_config.max_num_batched_tokens,
         )  # fmt: skip
 
+    async def _prepare(self, engine: Any) -> None:
+        """Make a new engine ready to serve."""
+        await engine.reset_mm_cache()  # vLLM's profiling leaves dummy images there
+        await asyncio.gather(
+            *(self._probes.warm(engine, replica) for replica in range(replica_count(engine)))
+        )
+        await self._adapters.load(engine, again=self._loaded)
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+
     @property
     def capabilities(self) -> Capabilities:
-        """See `Lifecycle`."""
         assert self._capabilities is not None, "load() has not returned"
         return self._capabilities
 
     @property
     def model(self) -> PromptModel:
-        """See `Engine`."""
         return self._model
 
     @property
     def adapters(self) -> AdapterStore | None:
-        """See `Engine`."""
         return self._adapters if self._settings.enable_lora else None
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> VllmPrompt:
-        """See `Engine`."""
         engine = self._engine()
         theirs, adapter = None, None
         if request is not None:
             adapter = self._adapters.taken(request.adapter, request.model)
         try:
             if request is not None:
-                theirs = self._parameters(request)
-                await check_runner_limits(
-                    self._vllm, engine, theirs, self._front.eos_token_ids, self._threads
-                )
-            prompt = await self._inputs.placed(engine, self._front.exchanged(token_ids, parts), parts)
+                theirs = await self._parameters(engine, request)
+            prompt = await place_images(
+                self._vllm,
+                engine,
+                self._prompts.with_placeholders(token_ids, parts),
+                parts,
+                self._prompts.embeddings,
+            )
         except BaseException:
             if adapter is not None:
                 adapter.give_back()
             raise
         return VllmPrompt(engine, prompt, theirs, adapter)
 
-    def _parameters(self, request: EngineRequest) -> Any:
+    async def _parameters(self, engine: Any, request: EngineRequest) -> Any:
         constraint = request.constraint
         if constraint is not None and request.grammar is not None:
-            constraint = in_vllms_words(constraint, request.grammar)
-        return to_vllm(self._vllm, request.params, request.n, constraint, self._samplers)
+            constraint = constraint_for_vllm(constraint, request.grammar)
+        theirs = to_vllm(self._vllm, request.params, request.n, constraint, self._samplers)
+        check = partial(check_runner_limits, self._vllm, engine, theirs, self._prompts.eos_token_ids)
+        if theirs.bad_words:
+            await self._in_thread(check)  # which makes tokens of them
+        else:
+            check()
+        return theirs
 
     async def generate(self, prompt: VllmPrompt, request: EngineRequest) -> VllmStream:
-        """See `Engine`."""
         engine, theirs, most = prompt.engine, prompt.parameters, request.params.max_tokens
         assert self._supervisor is not None, "load() has not returned"
         try:
@@ -233,9 +309,9 @@ class VllmEngine:
             choices=request.n,
             images=bool(prompt.images),
             constrained=request.constraint is not None,
-            eos_token_ids=self._front.eos_token_ids,
+            eos_token_ids=self._prompts.eos_token_ids,
             failure=partial(self._failure, engine, request.constraint),
-            ended=partial(self._forget, adapter=prompt.adapter),
+            ended=partial(self._forget, prompt=prompt),
         )
         self._open.add(stream)
         self._supervisor.in_flight = len(self._open)
@@ -244,17 +320,15 @@ class VllmEngine:
         return stream
 
     def health(self) -> Health:
-        """See `Lifecycle`."""
         if self._supervisor is None or not self._loaded:
             return Health(False, "the model is loading")
         return self._supervisor.health()
 
     def stats(self) -> BackendStats:
-        """See `Lifecycle`."""
         supervisor, counters = self._supervisor, self._counters
         if supervisor is None or not self._loaded:
             return BackendStats()
-        # vLLM reports nothing once the last request is gone, so its last report of running requests is outdated.
+        # vLLM reports nothing after the last request has ended, so its last report is outdated then.
         usage = list(counters.cache_usage.values()) if self._open else []
         running = sum(stream.started for stream in self._open)
         return BackendStats(
@@ -274,7 +348,6 @@ class VllmEngine:
         )
 
     async def close(self) -> None:
-        """See `Lifecycle`."""
         if self._loaded:
             self._adapters.close()
         self._loaded = False
@@ -292,13 +365,8 @@ class VllmEngine:
             raise Unavailable(f"the engine {reason}", retry_after=5)
         return supervisor.engine
 
-    async def _give_adapters(self, engine: Any) -> None:
-        """Load the adapters of the previous engine into a new one."""
-        await self._adapters.load(engine, again=self._loaded)
-
-    def _forget(self, stream: VllmStream, adapter: LoadedAdapter | None) -> None:
-        if adapter is not None:
-            adapter.give_back()
+    def _forget(self, stream: VllmStream, prompt: VllmPrompt) -> None:
+        prompt.discard()
         self._open.discard(stream)
         if self._supervisor is not None:
             self._supervisor.in_flight = len(self._open)
@@ -317,7 +385,11 @@ class VllmEngine:
 class VllmPrompt:
     """See `handlers.backends.base.PreparedPrompt`.
 
-    engine: that it was rendered for. prompt: vLLM's input. parameters: vLLM's; None where only tokens are wanted.
+    Attributes:
+        engine: The one that it was rendered for.
+        prompt: vLLM's input.
+        parameters: vLLM's; None if only tokens are wanted.
+        adapter: The adapter that the request uses.
     """
 
     engine: Any

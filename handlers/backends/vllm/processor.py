@@ -1,7 +1,7 @@
 """The logits processor that vLLM loads into its engine's process, for both of its model runners.
 
-It stands before everything in vLLM that draws, and holds only rows of the batch whose requests need it: with none,
-`apply` returns the logits as they are.
+It runs before vLLM draws, and knows only the rows of the batch that need our samplers; without any, `apply` returns
+the logits unchanged.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.backends.vllm.compat import RunnerRequests, logits_processor_classes, process_dict_updates
-from handlers.backends.vllm.samplers.extra_args import KEY, Carried
+from handlers.backends.vllm.samplers import KEY, Carried
 
 _REMEMBERED = 4096
-"""Completions whose Mirostat may be taken up again after they lost their place in the batch."""
+"""Completions whose Mirostat state outlasts a preemption."""
 
 _ELEMENTS = 1 << 22
-"""Of the logits that are sampled at a time: vLLM leaves little memory beside its cache."""
+"""The most logits that are sampled at a time, since vLLM leaves little memory."""
 
 _Older, _Newer = logits_processor_classes()
 
 
 class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
-    """See vLLM's `LogitsProcessor`, of which there are two with one name.
+    """Implements both of vLLM's classes named `LogitsProcessor`.
 
-    The older runner calls `update_state` with who came, went and moved, then `apply(logits)`; its lists of output
-    tokens grow by themselves. The newer one calls `add_request` with a place, then `apply(logits, context)`; which
-    tokens a place has is on the device, so that they cost one wait for it, in steps with such requests alone.
+    The older runner calls `update_state` with the changes of its batch, then `apply(logits)`; its lists of output
+    tokens grow by themselves. The newer one calls `add_request` with an index, then `apply(logits, context)`; its
+    tokens are on the device, so a step that has such requests waits for the device once.
     """
 
     def __init__(self, vllm_config: Any, where: Any, pinned: bool = False) -> None:
-        """where: a device, or what the newer runner keeps of its requests. pinned: the older runner's alone."""
+        """where: the older runner's device, or the newer one's state of its requests."""
         self._made = Rows()
         self._requests = RunnerRequests(where)
         self._asking: dict[int, Any] = {}
@@ -53,7 +53,7 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
             self._update(self._rows, batch_update, self._made.row)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Whether the request that takes this place needs the processor."""
+        """Return whether this request needs the processor."""
         self._rows.pop(req_idx, None)
         self._asking.pop(req_idx, None)
         if needed := _asks(sampling_params):
@@ -67,7 +67,7 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
         return logits
 
     def _present(self, context: Any) -> dict[int, Row]:
-        """The newer runner's rows -> ours, with the tokens that they have now."""
+        """Return the rows of the newer runner's batch that are ours, with their current tokens."""
         places = {
             row: place for row, place in enumerate(context.idx_mapping_np.tolist()) if place in self._asking
         }
@@ -78,12 +78,12 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
         return {
             row: self._grown(place, length, last)
             for (row, place), length, last in zip(places.items(), *seen, strict=True)
-            # Before a prompt's end there is nothing to choose: vLLM drops the token.
+            # Before the end of a prompt there is nothing to choose: vLLM drops the token.
             if self._requests.is_prefilled(place, length)
         }
 
     def _grown(self, place: int, length: int, last: int) -> Row:
-        """length: tokens of prompt and output by now. last: the newest of them."""
+        """length: the tokens of prompt and output. last: the newest of them."""
         row = self._rows.get(place)
         known = 0 if row is None else len(row.prompt) + len(row.output)
         if row is None or not known <= length <= known + 1:
@@ -96,10 +96,12 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
 
 
 class Row:
-    """A row of the batch whose tokens our sampler chooses: one completion.
+    """A completion whose tokens our sampler chooses.
 
-    prompt, output: token ids; output grows while the completion does, and nobody but its owner changes it.
-    constrained: a grammar has masked the logits already.
+    Attributes:
+        prompt: Its token ids.
+        output: Its token ids; they grow while the completion does.
+        constrained: Whether a grammar has masked the logits already.
     """
 
     __slots__ = ("_followed", "_params", "_seed", "_state", "_warping", "constrained", "output", "prompt")
@@ -120,9 +122,9 @@ class Row:
 
     @property
     def state(self) -> SamplingState:
-        """Of the sampler, following the output as it is now."""
+        """The sampler's state, at the end of the output."""
         if len(self.output) < self._followed:
-            self._state = self._begun()  # vLLM took tokens back that the old one has followed
+            self._state = self._begun()  # vLLM has taken tokens back
         self._followed = len(self.output)
         return self._state
 
@@ -133,13 +135,13 @@ class Row:
 
 
 class Rows:
-    """Makes the rows of one engine, and remembers Mirostat for those that were preempted."""
+    """Makes the rows of one engine, and remembers the Mirostat state of completions that were preempted."""
 
     def __init__(self) -> None:
         self._mirostats: OrderedDict[tuple[int, int], Warping] = OrderedDict()
 
     def row(self, params: Any, prompt: Sequence[int] | None, output: list[int]) -> Row | None:
-        """None for a request that vLLM samples by itself. params: vLLM's SamplingParams of one completion."""
+        """Return the row of a completion; None if vLLM samples it by itself. params: vLLM's SamplingParams."""
         if not _asks(params):
             return None
         carried = msgspec.msgpack.decode(params.extra_args[KEY], type=Carried)
@@ -155,15 +157,14 @@ class Rows:
 
 
 def _asks(params: Any) -> bool:
-    """Whether a request needs a row, by vLLM's SamplingParams."""
     return KEY in (params.extra_args or ())
 
 
 def leave_chosen(logits: Tensor, rows: Mapping[int, Row]) -> None:
     """Choose a token for some rows of the logits [B, V] and mask all others in them, in place.
 
-    A row that has no token (NaN, +inf, or nothing but -inf) stays as it is; but where the samplers leave nothing of
-    what a grammar allows, a token that it does not allow is chosen, at which vLLM ends the completion as failed.
+    A row without a token (NaN, +inf, or nothing but -inf) stays as it is; but if the samplers leave nothing of what a
+    grammar allows, a token that it does not allow is chosen, at which vLLM ends the completion as failed.
     """
     vocab_size = logits.shape[-1]
     sampler = Sampler(vocab_size, logits.device)
@@ -173,12 +174,13 @@ def leave_chosen(logits: Tensor, rows: Mapping[int, Row]) -> None:
         part = numbers[start : start + some]
         where = torch.tensor(part, dtype=torch.int64).to(logits.device, non_blocking=True)
         chosen, _ = sampler.sample(logits[where], [rows[row].state for row in part])
-        found = [(row, token) for row, token in zip(part, chosen, strict=True) if token >= 0]
+        found = []
         for row, token in zip(part, chosen, strict=True):
             if token < 0 and rows[row].constrained:
                 lowest = int(logits[row].argmin())
-                if logits[row, lowest] == -torch.inf:
-                    found.append((row, lowest))
+                token = lowest if logits[row, lowest] == -torch.inf else token
+            if token >= 0:
+                found.append((row, token))
         if found:
             where, tokens = torch.tensor(found, dtype=torch.int64).to(logits.device).unbind(1)
             logits[where] = -torch.inf

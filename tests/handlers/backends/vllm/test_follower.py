@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm import compat
-from handlers.backends.vllm.nodes import workers
+from handlers.backends.vllm import compat, follower
 
 
 def test_they_take_steps_of_the_first_machines_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,4 +25,4 @@ def test_they_take_steps_of_the_first_machines_size(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         compat, "multiproc_executor", lambda: lambda config, monitor_workers: (config, monitor_workers)
     )
-    assert workers._joining({"nnodes": 2}) == (({"nnodes": 2}, "a server", True), False)
+    assert follower._joined({"nnodes": 2}) == (({"nnodes": 2}, "a server", True), False)

@@ -1,17 +1,18 @@
-"""The LoRA adapters that vLLM has loaded: at the start, and as they come and go while it serves."""
+"""LoRA adapters: which directories are adapters, and those that vLLM has loaded."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
+import re
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from handlers.artefacts.local import local_path
 from handlers.backends.adapters import AdapterInfo
-from handlers.backends.vllm.adapters.directories import adapter_directory, check_name
 from handlers.backends.vllm.compat import Vllm
 from handlers.errors import (
     Conflict,
@@ -30,16 +31,79 @@ from properties.secure_mode import OPEN, SecureMode
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-"""Pause between two looks at whether the engine that owes an answer still lives."""
+"""How often an engine that owes an answer is checked."""
 
+_NAME = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
+_NAME_RULE = "allowed in an adapter's name: letters, digits, `_`, `.` and `-`"
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 _LONGEST_REASON = 300
 
 
-def adapter_slots(arguments: Mapping[str, Any], most: int, *, cpu: bool) -> dict[str, int]:
-    """vLLM's arguments for `most` adapters, one of which may be there twice while it is replaced.
+def adapter_directories(home: Path) -> dict[str, Path]:
+    """Return the directory of each adapter in `adapters/` by its name. Raises InvalidConfiguration."""
+    found: dict[str, Path] = {}
+    place = home / "adapters"
+    for path in sorted(place.iterdir()) if place.is_dir() else ():
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        if not (path / _CONFIG).is_file():
+            raise InvalidConfiguration(f"adapters/{path.name} holds no {_CONFIG}: it is not a LoRA adapter")
+        if not _NAME.fullmatch(path.name):
+            raise InvalidConfiguration(f"adapters/{path.name[:80]}: {_NAME_RULE}")
+        _warn_of_code(path, f"adapters/{path.name}")
+        found[path.name] = path
+    return found
 
-    On a CPU, vLLM's kernels give requests without an adapter what is in the last place, which must stay empty: all
-    adapters have a place there, the one that replaces another has one, and the last has none.
+
+def adapter_directory(src: str, home: Path, allowed: str) -> Path:
+    """Return the directory that a client names, which may be relative to `home`.
+
+    Nothing is said about what lies outside the allowed directories, not even whether it exists.
+
+    Args:
+        src: What the client has sent: a path or a `file:` URL.
+        home: The directory that holds the model's own adapters/, which is always allowed.
+        allowed: A further directory; empty for none.
+
+    Raises:
+        InvalidRequest: It is not an adapter, or not in an allowed directory.
+        NotFound: It does not exist.
+    """
+    path = local_path(
+        "src",
+        src,
+        home,
+        (home / "adapters", allowed),
+        "adapters",
+        "the model's adapters/ and option.allowed_adapter_path",
+    )
+    try:
+        if not path.is_dir():
+            raise NotFound("src: there is no such directory", param="src")
+        files = {entry.name for entry in path.iterdir() if entry.is_file()}
+    except (OSError, ValueError) as error:
+        if (what := shortage(error)) is not None:
+            raise short_of(what) from error
+        raise InvalidRequest("src: the directory cannot be read", param="src") from None
+    if _CONFIG not in files or files.isdisjoint(_WEIGHTS):
+        raise InvalidRequest(
+            f"src: a LoRA adapter is a directory with {_CONFIG} and {_WEIGHTS[0]}", param="src"
+        )
+    _warn_of_code(path, path.name)
+    return path
+
+
+def _warn_of_code(path: Path, shown: str) -> None:
+    if (path / "model.py").is_file():
+        logger.warning("%s/model.py is not used: handlers and formatters are the model's alone", shown)
+
+
+def adapter_slots(arguments: Mapping[str, Any], most: int, *, cpu: bool) -> dict[str, int]:
+    """Return vLLM's arguments for `most` adapters, one of which may be loaded twice while it is replaced.
+
+    On a CPU, vLLM's kernels apply the last slot to requests without an adapter, so it must stay empty: there each
+    adapter has a slot, the one that replaces another has one, and the last has none.
     """
     loras = int(arguments["max_loras"])
     return {"max_loras": max(loras, most) + 2 if cpu else loras, "max_cpu_loras": max(loras, most) + 2}
@@ -47,9 +111,15 @@ def adapter_slots(arguments: Mapping[str, Any], most: int, *, cpu: bool) -> dict
 
 @dataclass(slots=True, eq=False)
 class LoadedAdapter:
-    """One loading of an adapter. request: vLLM's LoRARequest, its name and number used for nothing else ever.
+    """One load of an adapter.
 
-    users: requests that hold it. free: set while there are none.
+    Attributes:
+        info: What clients see of it.
+        path: Its directory.
+        request: vLLM's LoRARequest, whose name and number are never used again: vLLM finds cached keys and values by
+            the name.
+        users: The requests that use it.
+        free: Set while there are none.
     """
 
     info: AdapterInfo
@@ -82,10 +152,17 @@ class VllmAdapters:
         model_names: Collection[str] | None = None,
         secure: SecureMode = OPEN,
     ) -> None:
-        """directories: of the adapters that are there from the start. most: how many may be added to.
+        """Know the first adapters; `load` loads them.
 
-        model_names: what the model itself may be called by; None for anything.
-        engine: the one that serves now; raises Unavailable. home, allowed: where adapters may come from.
+        Args:
+            vllm: The imported names.
+            directories: The adapters that are there from the start.
+            most: How many there may be.
+            engine: Returns the engine that serves now, or raises Unavailable.
+            home: See `adapter_directory`.
+            allowed: See `adapter_directory`.
+            model_names: The model's own names; None if any name means the model.
+            secure: What SageMaker's secure mode forbids.
         """
         self._vllm = vllm
         self._most = most
@@ -105,10 +182,16 @@ class VllmAdapters:
         self._places = max(most, len(self._known))
 
     def taken(self, adapter: str | None, model: str | None) -> LoadedAdapter | None:
-        """The adapter that a request names, else one that its model is called like; to be given back.
+        """Return the adapter that a request names, also as its model; it must be given back.
 
-        None for the model itself. Raises NotFound, which does not tell the others' names, also for a model that is
-        neither: it may be an adapter that is misspelt or gone, and the answer of another would not be noticed.
+        A name that is neither an adapter nor the model may be an adapter that is misspelt or gone, and a completion by
+        another one would not be noticed.
+
+        Returns:
+            None for the model itself.
+
+        Raises:
+            NotFound: There is none of that name. The message does not list the others.
         """
         if adapter is not None:
             found: LoadedAdapter | None = self._one(adapter)
@@ -124,9 +207,14 @@ class VllmAdapters:
         return found
 
     async def load(self, engine: Any, *, again: bool = False) -> None:
-        """Have a new engine load each, so that a bad one is told now. Raises InvalidConfiguration.
+        """Load all adapters into a new engine.
 
-        again: the engine replaces another; what it cannot load any more is forgotten, and the log says so.
+        Args:
+            engine: The new engine.
+            again: Whether it replaces another one. Then an adapter that cannot be loaded is forgotten, and logged.
+
+        Raises:
+            InvalidConfiguration: An adapter cannot be loaded into the first engine.
         """
         for name, loaded in list(self._known.items()):
             try:
@@ -146,7 +234,8 @@ class VllmAdapters:
         return [loaded.info for loaded in self._known.values()]
 
     async def add(self, name: str, src: str, *, pin: bool = False) -> None:
-        check_name(name)
+        if not _NAME.fullmatch(name):
+            raise InvalidRequest(f"name {name[:80]!r}: {_NAME_RULE}, 128 characters at most", param="name")
         await self._through(self._add(AdapterInfo(name, src, pin)))
 
     async def update(self, name: str, src: str | None = None, *, pin: bool | None = None) -> None:
@@ -162,7 +251,7 @@ class VllmAdapters:
             task.cancel()
 
     async def _through(self, change: Coroutine[Any, Any, None]) -> None:
-        """Make a change to its end, also where its caller is cancelled."""
+        """Complete a change even if its caller is cancelled."""
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._ended)
@@ -171,7 +260,7 @@ class VllmAdapters:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._changes.discard(task)
         if not task.cancelled():
-            task.exception()  # Told to the caller; where that has left, to nobody.
+            task.exception()  # Raised to the caller; if that one has left, to nobody.
 
     async def _add(self, info: AdapterInfo) -> None:
         async with self._changing:
@@ -196,7 +285,7 @@ class VllmAdapters:
             )
             self._known[name] = new
             self._retire(old)
-        logger.info("adapter %s is loaded anew", name)
+        logger.info("adapter %s is loaded again", name)
 
     async def _remove(self, name: str) -> None:
         async with self._changing:
@@ -226,65 +315,53 @@ class VllmAdapters:
         return loaded
 
     def _numbered(self, info: AdapterInfo, path: Path) -> LoadedAdapter:
-        # vLLM finds cached keys and values again by the name.
         number = next(self._numbers)
         return LoadedAdapter(info, path, self._vllm.LoRARequest(f"{info.name}#{number}", number, str(path)))
 
     async def _loaded(self, engine: Any, adapter: LoadedAdapter) -> None:
         """Have the engine load it. Raises InvalidRequest with vLLM's reason, and Unavailable."""
+        what = "load"
         try:
-            loaded = await self._answer(engine, engine.add_lora(adapter.request))
+            if not await self._answer(engine, engine.add_lora(adapter.request)):
+                raise RuntimeError("the engine cannot load it; its log says why")
+            # vLLM takes the slot of a pinned adapter from the batches of the others, but does not make these smaller:
+            # where slots are short, an adapter of a batch could be without one.
+            if adapter.info.pin and int(engine.vllm_config.lora_config.max_loras) > self._places:
+                what = "pin"
+                await self._answer(engine, engine.pin_lora(adapter.request.lora_int_id))
         except (ServingError, asyncio.CancelledError):
             raise
         except Exception as error:
             await self._dropped(engine, adapter)
-            if (what := shortage(error)) is not None:
-                raise short_of(what) from error
-            raise InvalidRequest(f"src: {_reason(error, adapter)}", param="src") from error
-        if not loaded:
-            await self._dropped(engine, adapter)
-            raise InvalidRequest("src: the engine cannot load it; its log says why", param="src")
-        if adapter.info.pin and self._may_pin(engine):
-            try:
-                await self._answer(engine, engine.pin_lora(adapter.request.lora_int_id))
-            except (ServingError, asyncio.CancelledError):
-                raise
-            except Exception as error:
-                await self._dropped(engine, adapter)
+            if what == "pin":
                 raise EngineFailed("the engine cannot pin the adapter; load it without pin") from error
-
-    def _may_pin(self, engine: Any) -> bool:
-        """Whether there is a place on the device for each adapter, and for one that replaces another.
-
-        vLLM takes a pinned adapter's place from the batches of the others, but makes these as large as before: where
-        places are short, one of a batch could be without.
-        """
-        return int(engine.vllm_config.lora_config.max_loras) > self._places
+            if (short := shortage(error)) is not None:
+                raise short_of(short) from error
+            raise InvalidRequest(f"src: {_reason(error, adapter)}", param="src") from error
 
     def _retire(self, adapter: LoadedAdapter) -> asyncio.Task[None]:
-        """Have the engine let go of it when the last request has."""
+        """Have the engine release an adapter after its last request."""
         task = asyncio.create_task(self._retired(adapter))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
         return task
 
     async def _retired(self, adapter: LoadedAdapter) -> None:
-        # Until then vLLM might look for its files again.
-        await adapter.free.wait()
+        await adapter.free.wait()  # until then vLLM may read its files again
         try:
             engine = self._engine()
         except Unavailable:
-            return  # With the engine that had it, it is gone.
+            return  # it is gone with the engine that had it
         await self._dropped(engine, adapter)
 
     async def _dropped(self, engine: Any, adapter: LoadedAdapter) -> None:
         try:
             await self._answer(engine, engine.remove_lora(adapter.request.lora_int_id))
         except Exception as error:
-            logger.warning("vLLM did not let go of adapter %s: %s", adapter.info.name, error)
+            logger.warning("vLLM did not release adapter %s: %s", adapter.info.name, error)
 
     async def _answer(self, engine: Any, question: Coroutine[Any, Any, Any]) -> Any:
-        """vLLM's answer; where its process dies it would never come. Raises Unavailable then."""
+        """Return vLLM's answer, which never comes if its process dies. Raises Unavailable then."""
         asking = asyncio.ensure_future(question)
         try:
             while not asking.done() and not engine.errored:
@@ -299,7 +376,7 @@ class VllmAdapters:
 
 
 def _reason(error: Exception, adapter: LoadedAdapter) -> str:
-    """The last line of what vLLM says, without the directory's path."""
+    """Return the last line of vLLM's message, without the directory's path."""
     lines = str(error.__cause__ or error).strip().splitlines()
-    told = lines[-1] if lines else type(error).__name__
-    return told.replace(str(adapter.path), "the directory")[:_LONGEST_REASON]
+    reason = lines[-1] if lines else type(error).__name__
+    return reason.replace(str(adapter.path), "the directory")[:_LONGEST_REASON]
