@@ -23,10 +23,9 @@ from container import page
 from container.app import App
 from container.build import Served, build_backend, build_formatters
 from container.config import configured, unreadable
-from container.connections import Connections, raise_descriptor_limit
 from container.logs import logging_to
 from container.metrics import Metrics
-from container.protocol import Protocol
+from container.protocol import Connections, Protocol, raise_descriptor_limit
 from container.state import ServerState
 from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch

@@ -12,8 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from container.access import Cors
-from container.app import App
+from container.app import App, Cors
 from container.metrics import Metrics
 from container.routes import ROUTES, MethodNotAllowed, find
 from container.state import ServerState
