@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 from tests.support import (
     tiny_fuyu,
     tiny_gemma,

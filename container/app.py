@@ -27,13 +27,12 @@ from container.openapi import document
 from container.page import ModelPage
 from container.routes import Match, MethodNotAllowed, find
 from container.state import Answers, ServerState, Version, json_reply
-from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply
+from handlers.generation_task import RETRY_AFTER, overloaded
 from handlers.model_names import accepted_names, public_names
-from handlers.own_words import own_words_of
-from handlers.protocols.api import Route
-from handlers.protocols.errors import client_error, error_reply
+from handlers.protocols.base import Route
+from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration

@@ -20,10 +20,10 @@ from handlers.backends.instances import Instance
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vllm.options.fields import SECRET
+from handlers.build import parser_problems
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.model_names import public_names
-from handlers.parsers.names import parser_problems
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
 from properties.names import key_of

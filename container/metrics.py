@@ -1,6 +1,6 @@
 """What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export.
 
-Implements `handlers.observer.Observer`.
+Implements `handlers.exchange.Observer`.
 """
 
 from __future__ import annotations

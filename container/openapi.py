@@ -13,8 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from container.routes import ROUTES
-from handlers.protocols.api import REFERENCE, Route
-from handlers.protocols.base import JSON, JSON_LINES
+from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
 from handlers.protocols.select import ERRORS_ANYWHERE
 from handlers.version import VERSION
 

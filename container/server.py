@@ -34,7 +34,7 @@ from handlers.build import build_images
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
-from handlers.own_words import own_words
+from handlers.protocols.errors import own_words
 from processes.environment import forget_keys
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError

@@ -11,22 +11,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from handlers.admission import Admission
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidRequest, NotFound
-from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
+from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
 from handlers.images.loader import ImageLoader
-from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
 from handlers.pipeline import Pipeline
-from handlers.prompts.limits import check_totals
-from handlers.protocols.api import Gate
-from handlers.protocols.base import JSON, JSON_LINES, Answered, ServerContext, Task
+from handlers.protocols.base import JSON, JSON_LINES, Answered, Gate, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
 from handlers.protocols.select import CALLS, error_format, read_task
-from handlers.reply_stream import ReplyStream
-from handlers.run import Run, is_cancelled, refusal
+from handlers.request import check_totals
 from handlers.tokenization import Tokenization
 from properties.settings import OutputFormat
 
@@ -257,7 +253,7 @@ class Service:
         for request in task.requests:
             request.deadline = deadline
         facts.stream = task.stream
-        run = Run(task, permit, self._images, facts, self._observer, deadline, keep)
+        run = GenerationTask(task, permit, self._images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None
         try:
             async with run.time_limit():
@@ -311,5 +307,5 @@ def _is_long(body: bytes) -> bool:
 
 
 async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
-    """Run the work, in a thread if it is long."""
+    """GenerationTask the work, in a thread if it is long."""
     return await asyncio.to_thread(work, *given) if long else work(*given)

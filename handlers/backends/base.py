@@ -17,8 +17,7 @@ from engine.config import Vocabulary
 from engine.messages import Logprobs
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
-from handlers.request import Constraint, MediaPart
-from handlers.sampling import RequestSampling
+from handlers.request import Constraint, MediaPart, RequestSampling
 from properties.problem import Problem
 
 if TYPE_CHECKING:

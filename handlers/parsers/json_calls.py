@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Container
 
+from handlers.parsers.base import Machine, Pieces, State, possible_beginning
 from handlers.parsers.json_scanner import JsonScanner, is_object, skip_space
-from handlers.parsers.machine import Machine, Pieces, State, possible_beginning
 
 _ARGUMENTS = ("arguments", "parameters")
 _OTHERS = ("id", "type", "index", "description")

@@ -10,9 +10,9 @@ import re
 import secrets
 import string
 
+from handlers.parsers.base import Pieces, possible_beginning
 from handlers.parsers.json_calls import CallArray
 from handlers.parsers.json_scanner import JsonScanner, skip_space
-from handlers.parsers.machine import Pieces, possible_beginning
 
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 

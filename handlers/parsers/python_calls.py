@@ -8,8 +8,8 @@ import re
 from collections.abc import Container
 from dataclasses import dataclass
 
+from handlers.parsers.base import Machine, Pieces, possible_beginning
 from handlers.parsers.json_scanner import MAX_DEPTH, skip_space
-from handlers.parsers.machine import Machine, Pieces, possible_beginning
 
 _LONGEST_WORD = 1000
 """Greatest number of characters of a name, a constant or a number."""

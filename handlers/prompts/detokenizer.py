@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from handlers.prompts.tokenizer import skipped_tokens
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

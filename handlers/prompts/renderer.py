@@ -15,7 +15,7 @@ from handlers.prompts.chat_templates import ChatTemplates, TemplateSource
 from handlers.prompts.special_tokens import ControlTokens, Hidden, LiteralEncoder, encode, token_places
 from handlers.protocols.body import SHORT_BYTES
 from handlers.protocols.body_limits import check_body
-from handlers.protocols.constraints import MAX_DEPTH, depth
+from handlers.protocols.fields import MAX_DEPTH, depth
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_parts, prompt_parts
 
 if TYPE_CHECKING:

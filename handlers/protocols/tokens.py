@@ -14,12 +14,10 @@ from msgspec import Meta
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import Api, Route
-from handlers.protocols.base import ServerContext, Task, TokenCount, TokenId
-from handlers.protocols.body import convert
+from handlers.protocols.base import Api, Route, ServerContext, Task, TokenCount, TokenId
+from handlers.protocols.body import KnownNames, convert
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
 from handlers.request import Prompt, TextPrompt

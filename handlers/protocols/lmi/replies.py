@@ -12,8 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, Writer, finite
-from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer, finite
 from handlers.protocols.tgi.replies import FinishReason, TgiWriter, finish_reason
 
 _encode = msgspec.json.Encoder().encode

@@ -15,7 +15,6 @@ from msgspec import Meta
 
 from engine.sampling_params import shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.api import described_as
 from handlers.protocols.base import (
     MAX_ANSWERS,
     MAX_PROMPTS,
@@ -23,18 +22,23 @@ from handlers.protocols.base import (
     Task,
     TokenCount,
     TokenId,
+    described_as,
     sampling_params,
 )
-from handlers.protocols.body import convert
-from handlers.protocols.constraints import GUIDED, read_constraint
+from handlers.protocols.body import KnownNames, convert
+from handlers.protocols.fields import (
+    GUIDED,
+    ChoiceCount,
+    MaxTokens,
+    SamplerFields,
+    read_constraint,
+    sampler_values,
+)
 from handlers.protocols.lmi.replies import JsonLines, LmiTgiWriter, LmiWriter
 from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.writers import CompletionWriter
-from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import Constraint, GenerationRequest, TextPrompt
-from handlers.sampling import MAX_STOP_STRINGS, RequestSampling
+from handlers.request import MAX_STOP_STRINGS, Constraint, GenerationRequest, RequestSampling, TextPrompt
 
 log = logging.getLogger(__name__)
 

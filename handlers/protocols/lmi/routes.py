@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from handlers.exchange import Incoming
-from handlers.protocols.api import SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import JSON_LINES, ServerContext, Task
+from handlers.protocols.base import JSON_LINES, SSE_TYPE, Api, Reader, Route, ServerContext, Task
 from handlers.protocols.lmi import adapters
 from handlers.protocols.lmi.replies import (
     LMI_ERRORS,

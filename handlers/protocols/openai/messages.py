@@ -13,9 +13,8 @@ from msgspec import Meta, Struct
 from PIL.Image import Image
 
 from handlers.errors import InvalidRequest
-from handlers.protocols.api import described, reference
-from handlers.protocols.body import kind_of, refuse_unknown, shown_value
-from handlers.protocols.misspelt import KnownNames
+from handlers.protocols.base import described, reference
+from handlers.protocols.body import KnownNames, kind_of, refuse_unknown, shown_value
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")

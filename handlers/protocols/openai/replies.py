@@ -12,8 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.backends.base import PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import finite
-from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.base import ErrorFormat, finite
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 

@@ -11,27 +11,39 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, shown
 from handlers.errors import InvalidRequest
-from handlers.prompts.limits import MOST_TOKEN_IDS
-from handlers.protocols.api import described, reference
-from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task, TokenId, sampling_params
-from handlers.protocols.body import convert, refuse_unknown
-from handlers.protocols.constraints import GUIDED, read_constraint
-from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.answers import answer_form
-from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
-from handlers.protocols.openai.tools import Tools, read_tools
-from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
-from handlers.protocols.sampler_fields import (
+from handlers.protocols.base import (
+    MAX_ANSWERS,
+    MAX_PROMPTS,
+    ServerContext,
+    Task,
+    TokenId,
+    described,
+    reference,
+    sampling_params,
+)
+from handlers.protocols.body import KnownNames, convert, refuse_unknown
+from handlers.protocols.fields import (
+    GUIDED,
     ChoiceCount,
     LogprobsCount,
     MaxTokens,
     SamplerFields,
+    read_constraint,
     sampler_names,
     sampler_values,
 )
-from handlers.request import ChatPrompt, GenerationRequest, TextPart, TextPrompt
-from handlers.sampling import MAX_STOP_STRINGS
+from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
+from handlers.protocols.openai.tools import Tools, answer_form, read_tools
+from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    MOST_TOKEN_IDS,
+    ChatPrompt,
+    GenerationRequest,
+    TextPart,
+    TextPrompt,
+)
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from msgspec import UNSET, Struct, UnsetType
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
 from handlers.protocols.base import SSE, Answer, Answered, finite
-from handlers.protocols.openai.answers import ParsedAnswers, first_deltas
 from handlers.protocols.openai.replies import (
     ChatChoice,
     ChatCompletion,
@@ -31,6 +30,7 @@ from handlers.protocols.openai.replies import (
     prompt_position,
     token_text,
 )
+from handlers.protocols.openai.tools import ParsedAnswers, first_deltas
 from handlers.version import FINGERPRINT
 
 _encode = msgspec.json.Encoder().encode

@@ -24,8 +24,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.protocols.base import Answer, Answered, finite
-from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.base import Answer, Answered, ErrorFormat, finite
 
 _encode = msgspec.json.Encoder().encode
 

@@ -13,13 +13,9 @@ import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.api import described_as
-from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, sampling_params
-from handlers.protocols.body import convert
-from handlers.protocols.constraints import read_constraint
-from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.sampler_fields import (
+from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, described_as, sampling_params
+from handlers.protocols.body import KnownNames, convert
+from handlers.protocols.fields import (
     ChoiceCount,
     Fraction,
     MaxTokens,
@@ -27,10 +23,11 @@ from handlers.protocols.sampler_fields import (
     RepetitionPenalty,
     Temperature,
     TopK,
+    read_constraint,
 )
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import GenerationRequest, TextPrompt
-from handlers.sampling import MAX_STOP_STRINGS, RequestSampling
+from handlers.request import MAX_STOP_STRINGS, GenerationRequest, RequestSampling, TextPrompt
 
 log = logging.getLogger(__name__)
 

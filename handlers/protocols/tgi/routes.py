@@ -10,14 +10,23 @@ import msgspec
 from msgspec import Struct
 
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task
+from handlers.protocols.base import (
+    JSON,
+    MAX_ANSWERS,
+    MAX_PROMPTS,
+    READ,
+    SSE_TYPE,
+    Api,
+    Reader,
+    Route,
+    ServerContext,
+    Task,
+)
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.replies import TGI_ERRORS, TgiEvent, TgiReply
 from handlers.protocols.tgi.requests import GENERATE_ROUTES, TgiBody, read_tgi
-from handlers.request import GenerationRequest, TextPart, prompt_parts
-from handlers.sampling import MAX_STOP_STRINGS
+from handlers.request import MAX_STOP_STRINGS, GenerationRequest, TextPart, prompt_parts
 from handlers.version import VERSION
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.machine import Device, Machine
 from engine.memory import cache_blocks, image_budget
 from handlers.backends.fit import fit
-from handlers.backends.rolling.plan import plan_engines, unused_devices
+from handlers.backends.rolling.backend import plan_engines, unused_devices
 from handlers.backends.select import backend_of
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.options.plan import plan_devices

@@ -20,7 +20,7 @@ from handlers.backends.vllm.samplers.extra_args import (
     wanted,
 )
 from handlers.errors import InvalidParameter
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 if TYPE_CHECKING:
     from handlers.backends.vllm.compat import Vllm
