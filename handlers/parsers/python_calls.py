@@ -124,7 +124,7 @@ class PythonCall:
         return written is not None
 
     def _structure(self, text: str, at: int) -> int:
-        """Takes the character between words and strings; -1 where it does not fit."""
+        """Process a character between words and strings; return -1 if it is invalid."""
         character, expects = text[at], self._expects
         opened = self._open[-1] if self._open else None
         if (
@@ -194,7 +194,7 @@ class PythonCall:
 
     def _close(self, opened: _Open) -> bool:
         if opened.closing == ")" and len(self._open) > 1 and opened.count == 1 and not opened.comma:
-            return False  # a value in parentheses is no tuple
+            return False  # a value in parentheses is not a tuple
         self._write(opened.json_closing)
         self._open.pop()
         self._expects = "after"

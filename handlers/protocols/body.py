@@ -35,7 +35,7 @@ SHORT_BYTES = 2**16
 """A body of at most this size is parsed without being counted first: that takes a few milliseconds at worst."""
 
 MOST_KEYS = 4096
-"""The most keys of the body itself."""
+"""The most keys at the top level of a body."""
 
 _JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _PYTHON_TYPE = re.compile(rf"\b(?:{'|'.join(_JSON_TYPES)})\b")
@@ -55,7 +55,7 @@ class _HugeNumber(ValueError):
 
 
 def _number(digits: str) -> float:
-    """A number that is too large for a float counts as infinite."""
+    """Return a number; one that is too large for a float becomes infinite."""
     return float(digits) if len(digits) > 4000 or "e" in digits.lower() else 0.0
 
 
@@ -141,7 +141,7 @@ def kind_of(value: object) -> str:
 
 
 def shown_value(value: object) -> str:
-    """Shows a value where only some texts are allowed, for a message."""
+    """Return a value for a message, where only some texts are allowed."""
     return repr(value[:40]) if isinstance(value, str) else kind_of(value)
 
 
@@ -240,7 +240,7 @@ def _refuse_huge_numbers(text: str) -> None:
 
 
 def _plain(message: str, size: int, moved: bool) -> str:
-    """msgspec's message in our words. moved: positions in it are not those of the body that the client sent."""
+    """Rephrase msgspec's message. moved: its positions are not those of the client's body."""
     message = message.removeprefix("JSON is malformed: ").partition(" - at ")[0]
     if message == "Input data was truncated":
         return f"it ends too early, or has half a surrogate pair (byte {size})"
@@ -251,20 +251,20 @@ def _plain(message: str, size: int, moved: bool) -> str:
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,31}")
 _CUTOFF = 0.74
-"""Least ratio of difflib's that counts as near: that of max_output_tokens and max_tokens."""
+"""The lowest ratio of difflib that counts as similar: that of max_output_tokens and max_tokens."""
 
 _MOST_KEYS = 256
-"""Unread keys of a body that are looked at."""
+"""The most unread keys of a body that are examined."""
 
 _MOST_NAMES = 64
-"""Names among them that are compared letter by letter, which takes up to 0.1 ms for each."""
+"""The most names among them that are compared letter by letter, which takes up to 0.1 ms for each."""
 
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 _MOST_WARNINGS = 3
 
 _LONGEST = 40
-"""Longest name that is looked at."""
+"""The longest name that is examined."""
 
 _WRAPPER = "extra_body"
 """The argument of OpenAI's Python client whose keys it puts into the body; other clients send it as it is."""
@@ -288,15 +288,18 @@ _ELSEWHERE = {
 
 
 class KnownNames:
-    """The names that are known in one kind of object.
-
-    own: names that are read. silent: names that are ignored on purpose. inside: names that are read in an object
-    inside it -> their path there.
-    """
+    """The names that are known in one kind of object."""
 
     def __init__(
         self, own: Collection[str], silent: Collection[str] = (), inside: Mapping[str, str] | None = None
     ) -> None:
+        """Collect the names.
+
+        Args:
+            own: Names that are read.
+            silent: Names that are ignored on purpose.
+            inside: Names that are read in an object inside it -> their path there.
+        """
         self._own = frozenset(own) | frozenset(silent)
         self._shown = {**(inside or {}), **{name: name for name in own}}
         self._letters = [(name, _letters(name)) for name in sorted(self._shown)]
@@ -324,7 +327,7 @@ class KnownNames:
                 yield name, known
 
     def _near(self, word: str) -> list[str]:
-        """The known names that difflib may find near, judged by the letters that only one of the two has."""
+        """Return the known names that difflib may find similar, judged by the letters that only one of the two has."""
         if elsewhere := [name for name in (word, *_ELSEWHERE.get(word, ())) if name in self._shown]:
             return elsewhere
         letters = _letters(word)
@@ -343,7 +346,7 @@ class KnownNames:
 
 
 def _words(name: str) -> str:
-    """The name as ours are written: `max_tokens` for "maxTokens", "max-tokens" and "Max tokens "; "" if impossible."""
+    """Return a name in our spelling: `max_tokens` for "maxTokens", "max-tokens" and "Max tokens "; "" if impossible."""
     if len(name) > _LONGEST:
         return ""
     word = re.sub("[- ]+", "_", _HUMP.sub("_", name.strip(" "))).lower()
@@ -351,7 +354,7 @@ def _words(name: str) -> str:
 
 
 def _letters(word: str) -> int:
-    """The set of its letters, as bits."""
+    """Return the set of a word's letters, as bits."""
     return sum(1 << ord(letter) for letter in set(word))
 
 

@@ -33,7 +33,7 @@ from handlers.request import Constraint, RequestSampling
 
 _Texts = Annotated[list[str], Meta(max_length=MAX_BREAKERS)]
 _TextsInText = Annotated[str, Meta(max_length=MAX_BREAKERS * 16)]
-"""A JSON list in a string, with its brackets or without: so some front ends send it."""
+"""A JSON list in a string, with or without its brackets, as some front ends send it."""
 
 _Sampler = Annotated[str, Meta(max_length=32)] | Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 
@@ -55,7 +55,7 @@ def _range(name: str) -> Meta:
 
 
 class SamplerFields(msgspec.Struct, kw_only=True):
-    """What each does: `RequestSampling`. Those of the first block are OpenAI's and vLLM's, the others Aphrodite's."""
+    """Fields that `RequestSampling` describes: OpenAI's and vLLM's in the first block, then Aphrodite's."""
 
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
@@ -120,7 +120,7 @@ _NAMES = tuple(
 
 
 def sampler_values(asked: SamplerFields) -> dict[str, Any]:
-    """Fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
+    """Return fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
     values: dict[str, Any] = {}
     for name in _NAMES:
         value = getattr(asked, name)
@@ -139,7 +139,7 @@ def sampler_values(asked: SamplerFields) -> dict[str, Any]:
 
 
 def sampler_names(asked: SamplerFields) -> dict[str, str]:
-    """What the client calls a field of RequestSampling where it used an alias."""
+    """Return the client's names for fields of RequestSampling, where it used an alias."""
     return {
         name: alias
         for alias, name in _ALIASES.items()
@@ -158,10 +158,10 @@ def _texts(text: str) -> tuple[str, ...]:
 
 
 MAX_BYTES = 2**18
-"""Largest schema, expression, grammar, or all choices together."""
+"""The most bytes of a schema, an expression, a grammar, or all choices together."""
 
 MAX_DEPTH = 100
-"""Most lists and objects within each other in a schema."""
+"""The most levels of lists and objects in a schema."""
 
 MAX_WHITESPACE_PATTERN = 200
 
@@ -176,7 +176,7 @@ _WITHOUT_EFFECT = frozenset({"backend", "disable_fallback"})
 _OUTPUTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 MOST_CHOICES = MAX_BYTES // 4
-"""Each choice takes at least a letter, its quotes and a comma."""
+"""The most choices: each takes at least a letter, its quotes and a comma."""
 
 _SPACE = r"[ \t\n\r]"
 _WHITESPACE = re.compile(
@@ -239,7 +239,7 @@ def _named_schema(given: object, where: str, param: str) -> Constraint:
 
 
 def _typed(given: object, param: str) -> Constraint:
-    """TGI's `{"type", "value"}`."""
+    """Read TGI's `{"type", "value"}`."""
     fields = _object(given, param)
     kind, value = fields.get("type"), fields.get("value")
     where = f"{param}.value"
@@ -293,7 +293,7 @@ def _guided(fields: Mapping[str, Any]) -> Iterator[Constraint]:
 
 
 def _one(what: str, value: object, where: str, param: str) -> Constraint:
-    """vLLM's `json`, `regex`, `choice`, `grammar` or `json_object`."""
+    """Read vLLM's `json`, `regex`, `choice`, `grammar` or `json_object`."""
     if what == "json":
         return _schema(value, where, param)
     if what == "choice":
@@ -306,7 +306,7 @@ def _one(what: str, value: object, where: str, param: str) -> Constraint:
 
 
 def _schema(given: object, where: str, param: str) -> Constraint:
-    """A JSON schema, as an object or as the text of one."""
+    """Read a JSON schema, given as an object or as text."""
     if isinstance(given, str):
         _check_size(given, where, param)
         try:
@@ -323,7 +323,7 @@ def _schema(given: object, where: str, param: str) -> Constraint:
 
 
 def _of_object(constraint: Constraint, kind: str) -> Constraint:
-    """An empty schema allows every JSON value, but `json_object` promises an object."""
+    """Return the constraint of an object for an empty schema, which would allow any value."""
     if kind == "json_object" and constraint.value == "{}":
         return Constraint("json_object", None, constraint.param)
     return constraint
@@ -353,7 +353,7 @@ def _text(kind: Any, given: object, where: str, param: str) -> Constraint:
 
 
 def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Constraint:
-    """Adds the expression for white space inside JSON. It must match nothing else, or the answer would not be JSON."""
+    """Add the expression for white space inside JSON. It may match nothing else, so that the answer remains JSON."""
     if pattern is None:
         return constraint
     if constraint.kind not in ("json_schema", "json_object"):
@@ -372,7 +372,7 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
 
 
 def depth(value: object) -> int:
-    """Returns how many lists and objects stand within each other, counted to one past the limit."""
+    """Return how deeply lists and objects are nested, counted up to one level beyond the limit."""
     level, deep = [value], 0
     while deep <= MAX_DEPTH:
         nodes = [node for node in level if isinstance(node, dict | list)]

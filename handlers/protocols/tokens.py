@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from handlers.service import Service
 
 MOST_TOKENS = 2**20
-"""Most tokens that are turned into text at once."""
+"""The most tokens that are turned into text at once."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -49,7 +49,7 @@ class TokenTask:
 
 
 class TokenParameters(msgspec.Struct):
-    """TGI's parameters, as far as they matter for tokens."""
+    """TGI's parameters that affect tokens."""
 
     truncate: TokenCount | None = None
 
@@ -86,7 +86,7 @@ class TokensToText(msgspec.Struct):
 
 
 class SimpleToken(msgspec.Struct):
-    """A token of TGI's. start, stop: in bytes of UTF-8; both 0 for a token that was added to the text."""
+    """A token as TGI shows it; `start` and `stop` are in bytes of UTF-8, both 0 for a token added to the text."""
 
     id: int
     text: str
@@ -95,14 +95,14 @@ class SimpleToken(msgspec.Struct):
 
 
 class ChatTokens(msgspec.Struct, forbid_unknown_fields=True):
-    """TGI's reply to a chat. templated_text: what the chat template made of the messages."""
+    """TGI's reply to a chat; `templated_text` is the prompt that the chat template rendered."""
 
     tokenize_response: list[SimpleToken]
     templated_text: str
 
 
 class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's reply. token_strs: null unless they were asked for."""
+    """vLLM's reply; `token_strs` is null unless asked for."""
 
     count: int
     max_model_len: int
@@ -184,7 +184,7 @@ def _noted(reply: Reply, facts: RequestFacts, arrival: float) -> Reply:
 
 
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:
-    """Encodes the tokens in pieces: other threads run between them."""
+    """Encode the tokens in pieces, so that other threads can run in between."""
     tokens = _simple_tokens(found)
     pieces = [_encode(tokens[at : at + 4096])[1:-1] for at in range(0, len(tokens), 4096)]
     return b"[" + b",".join(pieces) + b"]"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine.config import EngineConfig, Vocabulary
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
-from handlers.backends.base import DevicePlan, Needs, PromptFacts
+from handlers.backends.base import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.select import remedy
 from handlers.backends.unused import unused_by_text, unused_on
@@ -130,25 +130,25 @@ class RollingBackend:
         """See `Backend`: those of the embedded engine are all read by `properties`."""
         return []
 
-    def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
+    def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
         """See `Backend`. Imports torch and transformers where old options about images are to be compared."""
         from handlers.backends.rolling.model_front import IMAGE_SIZES, ModelFront
 
         settings = configuration.settings
         if problems := _contradictions(settings, directory):
-            return PromptFacts(errors=problems)
+            return PromptCheck(errors=problems)
         if settings.trust_remote_code:
-            return PromptFacts()
+            return PromptCheck()
         try:
             plan_engines(settings, str(directory), len(machine.accelerators))
             front = ModelFront.load(settings, str(directory))
         except (InvalidConfiguration, ModelLoadError) as error:
-            return PromptFacts(errors=[Problem(str(error))])
+            return PromptCheck(errors=[Problem(str(error))])
         sizes = {f"{width}x{height}": front.image_tokens(width, height) for width, height in IMAGE_SIZES}
         length = configuration.effective("max_model_len")
         images = settings.limit_mm_per_prompt.get("image", 1)
         crowded = None if length is None else front.crowded(images, settings.max_image_pixels, length)
-        return PromptFacts(
+        return PromptCheck(
             front.template,
             None if front.preprocessor is None else sizes,
             warnings=[] if crowded is None else [Problem(crowded, "limit_mm_per_prompt")],
@@ -167,7 +167,7 @@ def _unserved(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
 
 
 def _contradictions(settings: Settings, directory: Path) -> list[Problem]:
-    """What old options about images say that the model does not."""
+    """Return which old options about images contradict the model."""
     if not wanted(settings):
         return []
     from engine.loader import load_preprocessor
@@ -184,11 +184,14 @@ def _contradictions(settings: Settings, directory: Path) -> list[Problem]:
 def plan_engines(
     settings: Settings, model_path: str, accelerators: int, vocabulary: Vocabulary | None = None
 ) -> list[EngineConfig]:
-    """One config per replica. vocabulary: for constrained answers.
+    """Return one config for each replica. vocabulary: for constrained answers.
 
-    With accelerators: as many replicas as the devices divided by tensor_parallel_degree, or max_workers where
-    that is fewer. Without: max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is 1).
-    Raises InvalidConfiguration when there are too few devices.
+    With accelerators, there are as many replicas as tensor_parallel_degree fits into the devices, but at most
+    max_workers. Without, there are max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is
+    1).
+
+    Raises:
+        InvalidConfiguration: There are too few devices.
     """
     devices = _devices(settings.load_on_devices, accelerators)
     degree = settings.tensor_parallel_degree

@@ -338,7 +338,7 @@ class ImagePreparer:
         cache_bytes: int,
         embeddings: EmbeddingsWanted,
     ) -> None:
-        """embeddings: what the engine takes in place of images."""
+        """Prepare with threads of a pool. embeddings: what the engine takes in place of images."""
         self._embeddings = embeddings
         self._preprocessor = preprocessor
         self._pool = pool
@@ -356,7 +356,7 @@ class ImagePreparer:
         embeddings = [part for part in parts if isinstance(part, EmbeddingsPart)]
         if embeddings and not self._preprocessor.takes_embeddings:
             raise ImageError(0, "this model takes no image_embeds; send the image itself")
-        embedded = self._embeddings.checked(embeddings)
+        embedded = self._embeddings.checked(embeddings) if embeddings else []
         ready = [self._as_they_are(loaded) for loaded in embedded]
         variant = self._preprocessor.variant(len(parts))
         for index, part in enumerate(parts):

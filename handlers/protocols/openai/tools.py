@@ -54,7 +54,7 @@ _TOOL = frozenset({"type", "function", "id", "strict", "defer_loading", "cache_c
 _FUNCTION = KnownNames(
     {"name", "description", "parameters", "arguments", "strict"}, {"return", "defer_loading", "cache_control"}
 )
-"""All keys of a function reach the chat template, those that nobody knows, too: models are trained with some."""
+"""All keys of a function, unknown ones included, reach the chat template: models are trained with some."""
 
 _CHOICE = frozenset({"type", "function", "name", "allowed_tools"})
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -64,8 +64,12 @@ _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additiona
 class Tools:
     """What a request may call.
 
-    offered: for the chat template, each {"type": "function", "function": {...}}. callable: those that may be called;
-    `named` has only one. parallel: several calls in one answer. legacy: the client speaks of functions, not of tools.
+    Attributes:
+        offered: All functions, for the chat template, each as {"type": "function", "function": {...}}.
+        callable: Those that may be called; only one if the choice is "named".
+        choice: Whether the model may choose to call, must call, or must call the one function.
+        parallel: Whether an answer may contain several calls.
+        legacy: Whether the client uses OpenAI's older `functions` instead of `tools`.
     """
 
     offered: list[dict[str, Any]]
@@ -79,9 +83,9 @@ class Tools:
         return self.choice != "auto"
 
     def constraint(self) -> Constraint:
-        """What a forced answer must look like: an array of {"name", "parameters"}, or one call's arguments alone.
+        """Return the form of a forced answer: an array of {"name", "parameters"}, or one call's arguments alone.
 
-        White space is kept to where models write it in a line of JSON, so that no answer is made of it.
+        White space is limited to what a line of JSON has, so that an answer cannot consist of it.
         """
         functions = [tool["function"] for tool in self.callable]
         named = self.choice == "named"
@@ -100,9 +104,10 @@ def read_tools(
     function_call: object = None,
     formats: AnswerFormats,
 ) -> Tools | None:
-    """The tools of a request, None where none is to be called. `functions` and `function_call` are the older names.
+    """Return the tools of a request; None if none may be called. `functions` and `function_call` are the older names.
 
-    Raises InvalidRequest with the path of what is wrong.
+    Raises:
+        InvalidRequest: It names the path of what is wrong.
     """
     legacy = not tools and bool(functions)
     if legacy:
@@ -144,7 +149,7 @@ def read_tools(
 
 
 def _choice(given: object, param: str) -> tuple[str | None, list[str] | None]:
-    """Mode and allowed names. A string that is no mode is a function's name, as in TGI."""
+    """Return the mode and the allowed names. Any other string is a function's name, as in TGI."""
     if given is None or isinstance(given, str):
         return given or None, None
     correct = '{"type": "function", "function": {"name": "..."}}'
@@ -213,7 +218,7 @@ def _definitions(offered: Sequence[object], field: str) -> list[dict[str, Any]]:
 
 
 def _function(given: object, path: str) -> dict[str, Any]:
-    """A copy with `parameters` under that name; TGI's clients also call them `arguments`."""
+    """Return a checked copy; `parameters`, which TGI's clients also call `arguments`, have their usual name there."""
     if not isinstance(given, dict):
         raise InvalidRequest(f"{path} must be an object with the function's name", param=path)
     name = given.get("name")
@@ -254,7 +259,7 @@ def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """An array of calls. Each function's schema is a definition of its own, its references led there."""
+    """Return the schema of an array of calls, with each function's own schema, adjusted, among the definitions."""
     places = [f"#/$defs/{number}" for number in range(len(functions))]
     call = [
         {
@@ -278,7 +283,7 @@ def _calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dic
 
 
 def _moved(schema: Mapping[str, Any], place: str) -> Any:
-    """A copy of a whole schema for `place` in another one."""
+    """Return a copy of a schema whose references fit its `place` in another schema."""
     copy = msgspec.json.decode(msgspec.json.encode(schema))
     for node in subschemas(copy):
         for key in ("$schema", "$id"):
@@ -297,8 +302,11 @@ MakeParser = Callable[[PromptStats], Parser]
 class AnswerForm:
     """What a request's answers look like, to the engine and to the client.
 
-    parsed: None for plain text. keeps_special_tokens: calls or reasoning are marked by some. hides_tokens: they
-    would show what is not to be shown.
+    Attributes:
+        constraint: The form that every answer must have; None for free text.
+        parsed: Parses the answers; None for plain text.
+        keeps_special_tokens: Whether special tokens mark calls or reasoning, so that they must stay in the text.
+        hides_tokens: Whether tokens are not shown, because they would reveal hidden reasoning.
     """
 
     constraint: Constraint | None
@@ -384,12 +392,7 @@ def _forced(tools: Tools, server: ServerContext) -> MakeParser:
 
 
 class ParsedAnswers:
-    """Parses the answers to one prompt.
-
-    called: the finish reason of an answer that made calls and was not cut short. parallel: False shows an answer's
-    first call only. hide_reasoning: reasoning is not shown. legacy: a call is a `function_call`, of which an answer
-    has one.
-    """
+    """Parses the answers to one prompt."""
 
     def __init__(
         self,
@@ -400,6 +403,15 @@ class ParsedAnswers:
         hide_reasoning: bool = False,
         legacy: bool = False,
     ) -> None:
+        """Prepare to parse.
+
+        Args:
+            make: Makes a parser for each answer.
+            called: The finish reason of a complete answer with calls.
+            parallel: False to show only an answer's first call.
+            hide_reasoning: Whether to leave out reasoning.
+            legacy: Whether a call is shown as `function_call`, of which an answer has one.
+        """
         self._make = make
         self._called = called
         self._only_first = legacy or not parallel
@@ -408,7 +420,7 @@ class ParsedAnswers:
         self._open: dict[int, _Streamed] = {}
 
     def message(self, answer: Answer, stats: PromptStats) -> tuple[ChatMessage, FinishReason | None]:
-        """A whole answer's message and its finish reason."""
+        """Return a whole answer's message and its finish reason."""
         parser = self._make(stats)
         content: list[str] = []
         reasoning: list[str] = []
@@ -445,7 +457,7 @@ class ParsedAnswers:
         return message, self._reason(answer.finish_reason, bool(calls))
 
     def deltas(self, delta: Delta, stats: PromptStats) -> tuple[list[ChatDelta], FinishReason | None]:
-        """What a delta adds to its answer's message, one kind of thing in each, and its finish reason."""
+        """Return what a delta adds to its answer's message, each of one kind, and the finish reason."""
         answer = self._open.get(delta.index)
         if answer is None:
             answer = self._open[delta.index] = _Streamed(self._make(stats), self._only_first)
@@ -481,7 +493,7 @@ class ParsedAnswers:
 
 
 class _Streamed:
-    """One answer on its way."""
+    """An answer that is being streamed."""
 
     def __init__(self, parser: Parser, only_first: bool) -> None:
         self.parser = parser
@@ -502,7 +514,7 @@ class _Streamed:
 
 
 def first_deltas(deltas: Sequence[ChatDelta], echo: str) -> list[ChatDelta]:
-    """The deltas with an answer's role in front, and what is shown before it."""
+    """Return the deltas with the answer's role and echo in front."""
     if echo or not deltas:
         return [ChatDelta("assistant", echo), *deltas]
     first = deltas[0]

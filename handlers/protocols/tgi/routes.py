@@ -44,10 +44,10 @@ _AROUND_AN_IMAGE = len("![]()")
 
 
 class Info(Struct):
-    """`/info`: what is served and within which limits, today's keys and those of earlier versions.
+    """`/info`: what is served and within which limits, with the keys of TGI's current and earlier versions.
 
-    `router` names the protocol, by which clients know what they talk to. A prompt that waits joins the next step:
-    hence the zeros.
+    `router` names the protocol, so that clients recognise it. Some values are 0, because a waiting prompt joins the
+    next step.
     """
 
     model_id: str
@@ -105,10 +105,10 @@ async def _info(service: Service, incoming: Incoming) -> Reply:
 def compute_headers(
     requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
 ) -> dict[str, str]:
-    """Times are whole milliseconds, but for `x-compute-time`, which is seconds.
+    """Return the headers. Times are whole milliseconds, except `x-compute-time`, which is in seconds.
 
-    Validation ends when the engine has the prompt, inference begins with its first step. A stream's headers are sent
-    with its first token, when nothing of its times is known.
+    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
+    sent with its first token, when its times are not known yet.
     """
     own = {
         "x-compute-type": compute_type or "unknown",
@@ -136,7 +136,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _characters(request: GenerationRequest) -> int:
-    """Characters of the prompt as it is written, images included."""
+    """Return the number of characters of the prompt as it was sent, images included."""
     return sum(
         len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
         for part in prompt_parts(request.prompt)

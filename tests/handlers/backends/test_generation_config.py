@@ -148,7 +148,7 @@ def lmi(**parameters: Any) -> Task:
         (read_tgi({"inputs": "a"}, ALL, request_id="r", route="/generate"), None, True),
     ],
 )
-def test_the_length_of_an_answer_is_the_clients_then_the_dialects_then_the_models(
+def test_the_length_of_an_answer_is_the_clients_then_the_apis_then_the_models(
     task: Task, tokens: int | None, default: bool
 ) -> None:
     (request,) = task.requests

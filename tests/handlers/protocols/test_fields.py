@@ -1,4 +1,4 @@
-"""Structured answers in every dialect's words, and what they become."""
+"""Structured answers in every API's words, and what they become."""
 
 from __future__ import annotations
 
