@@ -130,7 +130,6 @@ class GenerationTask:
         self._observer = observer
         self._deadline = deadline
         self._keep = keep
-        self._arrival = task.requests[0].arrival
         self._media = [list(request.images()) for request in task.requests]
         facts.images = sum(map(len, self._media))
         self._generations: dict[int, Generation] = {}
@@ -138,7 +137,6 @@ class GenerationTask:
         self._forwarding: list[asyncio.Task[None]] = []
         self._closed = False
         self._limit = asyncio.timeout(None)
-        facts.arrival = self._arrival
         facts.max_tokens = sum(request.n * (request.sampling.max_tokens or 0) for request in task.requests)
         observer.on_admitted(facts)
 
@@ -276,7 +274,7 @@ class GenerationTask:
                 error.rename(self.task.names)
                 raise
         self._generations[number] = generation
-        self.facts.prepared = time.monotonic() - self._arrival
+        self.facts.prepared = time.monotonic() - self.facts.arrival
         self._running.append(generation)
         if len(self._generations) == len(self.task.requests):
             self._forget_images()
@@ -312,7 +310,7 @@ class GenerationTask:
         if last[delta.index]:
             self._observer.on_token_gap(now - last[delta.index])
         elif facts.first_token is None:
-            facts.first_token = now - self._arrival
+            facts.first_token = now - facts.arrival
             self._observer.on_first_token(facts.first_token)
         last[delta.index] = now
         facts.completion_tokens += len(delta.token_ids)
@@ -328,7 +326,7 @@ class GenerationTask:
 
     def _complete_facts(self) -> None:
         facts = self.facts
-        facts.total = time.monotonic() - self._arrival
+        facts.total = time.monotonic() - facts.arrival
         for generation in self._generations.values():
             facts.prompt_tokens += generation.stats.prompt_tokens
             facts.image_tokens += generation.stats.image_tokens

@@ -6,7 +6,6 @@ the words that samplers match.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -248,7 +247,6 @@ class GenerationRequest:
         model: The model's name as the client wrote it.
         adapter: The adapter's name.
         priority: A smaller one is scheduled first.
-        deadline: The `time.monotonic()` seconds after which the answer is useless and aborted; None for never.
         truncate_prompt_tokens: Keep only this many tokens of a prompt without images; -1 for as many as fit into the
             context.
         truncation_side: The side that is cut off.
@@ -256,7 +254,6 @@ class GenerationRequest:
             into the context.
         text_bytes: The size of the body without its images, a measure of what rendering may cost.
         constraint: Applies to each of the n answers; None for free text.
-        arrival: The `time.monotonic()` seconds at which the request arrived.
     """
 
     request_id: str
@@ -267,13 +264,11 @@ class GenerationRequest:
     model: str | None = None
     adapter: str | None = None
     priority: int = 0
-    deadline: float | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] = "left"
     max_tokens_is_default: bool = False
     text_bytes: int = 0
     constraint: Constraint | None = None
-    arrival: float = field(default_factory=time.monotonic)
 
     def images(self) -> Iterator[MediaPart]:
         """Return the request's images in reading order, by which error messages number them.

@@ -29,8 +29,8 @@ from properties.settings import OutputFormat
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Work = Callable[[dict[str, Any], Incoming, RequestFacts, float, bool], Awaitable[Reply]]
-"""Its arguments: the body, its request, the facts to fill in, the time of arrival, and whether the body is long."""
+Work = Callable[[dict[str, Any], Incoming, RequestFacts, bool], Awaitable[Reply]]
+"""Its arguments: the body, its request, the facts to fill in, and whether the body is long."""
 
 LONG_REPLY_BYTES = 2**20
 """A larger reply is written in a thread, so that other requests' tokens do not wait."""
@@ -157,17 +157,16 @@ class Service:
 
         It raises only when it is cancelled, and everything is given back in that case.
         """
-        facts = RequestFacts(incoming.request_id, incoming.route)
+        facts = RequestFacts(incoming.request_id, incoming.route, arrival=time.monotonic())
         written = error_format(incoming.route, incoming.headers)
-        arrival = time.monotonic()
         try:
             long = _is_long(incoming.body)
             body = await self._parsed(incoming, long)
             written = error_format(incoming.route, incoming.headers, body.keys())
-            return await work(body, incoming, facts, arrival, long)
+            return await work(body, incoming, facts, long)
         except (Exception, asyncio.CancelledError) as error:
             reply = refusal(error, facts, written, self._observer)
-            facts.total = time.monotonic() - arrival
+            facts.total = time.monotonic() - facts.arrival
             return reply
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
@@ -179,7 +178,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(_PARSER, read_body, *given)
 
     async def _answer(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
     ) -> Reply:
         for gate in self._gates:
             if (reply := gate.answer(body, incoming)) is not None:
@@ -188,8 +187,6 @@ class Service:
             body = await self._formatters.read(body)
         task = await _aside(long, self._task, body, incoming)
         body.clear()
-        for request in task.requests:
-            request.arrival = arrival
         facts.model = task.requests[0].model
         if task.misspelt:
             log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
@@ -249,9 +246,7 @@ class Service:
         permit = self.admission.admit(sum(request.n for request in task.requests))
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         timeout = self.limits.predict_timeout
-        deadline = None if timeout is None else task.requests[0].arrival + timeout
-        for request in task.requests:
-            request.deadline = deadline
+        deadline = None if timeout is None else facts.arrival + timeout
         facts.stream = task.stream
         run = GenerationTask(task, permit, self._images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None

@@ -159,26 +159,22 @@ def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Ta
 
 
 async def _tokenize(service: Service, incoming: Incoming) -> Reply:
-    async def work(
-        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
-    ) -> Reply:
+    async def work(body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
         reply = await service.tokenization.tokenize(body, service.context, incoming, long)
-        return _noted(reply, facts, arrival)
+        return _noted(reply, facts)
 
     return await service.reply(incoming, work)
 
 
 async def _detokenize(service: Service, incoming: Incoming) -> Reply:
-    async def work(
-        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
-    ) -> Reply:
-        return _noted(await service.tokenization.detokenize(body, incoming, long), facts, arrival)
+    async def work(body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
+        return _noted(await service.tokenization.detokenize(body, incoming, long), facts)
 
     return await service.reply(incoming, work)
 
 
-def _noted(reply: Reply, facts: RequestFacts, arrival: float) -> Reply:
-    facts.status, facts.total = reply.status, time.monotonic() - arrival
+def _noted(reply: Reply, facts: RequestFacts) -> Reply:
+    facts.status, facts.total = reply.status, time.monotonic() - facts.arrival
     reply.facts = facts
     return reply
 
