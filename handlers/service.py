@@ -158,13 +158,14 @@ class Service:
         It raises only when it is cancelled, and everything is given back in that case.
         """
         facts = RequestFacts(incoming.request_id, incoming.route, arrival=time.monotonic())
-        written = error_format(incoming.route, incoming.headers)
+        keys: Collection[str] = ()
         try:
             long = _is_long(incoming.body)
             body = await self._parsed(incoming, long)
-            written = error_format(incoming.route, incoming.headers, body.keys())
+            keys = tuple(body)
             return await work(body, incoming, facts, long)
         except (Exception, asyncio.CancelledError) as error:
+            written = error_format(incoming.route, incoming.headers, keys)
             reply = refusal(error, facts, written, self._observer)
             facts.total = time.monotonic() - facts.arrival
             return reply

@@ -7,15 +7,19 @@ from collections.abc import Callable, Collection
 
 from handlers.parsers.base import AnswerFormats, Asked, Parser, Pieces, ReasoningFormat, ToolFormat
 from handlers.parsers.json_calls import (
+    ARGS,
+    CALL_ID,
     HERMES_CLOSE,
     HERMES_OPEN,
     TAG,
+    TOOL_CALLS,
     CallArray,
     HermesParser,
     Llama3JsonParser,
+    MistralParser,
     OnlyArguments,
+    new_call_id,
 )
-from handlers.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralParser, new_call_id
 from handlers.parsers.python_calls import END, START, PythonicParser
 from handlers.parsers.reasoning import Begins, ThinkParser, in_prompt
 
