@@ -1,4 +1,7 @@
-"""What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export."""
+"""What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export.
+
+Implements `handlers.exchange.Observer`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from container.bodies import Bodies
 from container.protocol import Connections
 from handlers.backends.base import BackendStats
-from handlers.exchange import Observer, RequestFacts
+from handlers.exchange import RequestFacts
 from handlers.images.loader import ImageLoader
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
@@ -20,7 +23,7 @@ _GAP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240, 480)
 
 
-class Metrics(Observer):
+class Metrics:
     """The server's metrics since its start, and a registry of its own that exports them.
 
     Attributes:

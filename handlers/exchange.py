@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 @dataclass(slots=True)
@@ -93,11 +94,11 @@ class Reply:
     facts: RequestFacts | None = None
 
 
-class Observer:
-    """Receives the events of requests on the event loop; this one ignores them.
+class Observer(Protocol):
+    """Receives the events on the event loop; `on_token_gap` for each step of each stream, so it must be cheap.
 
     Every admitted request ends in exactly one `on_finished`, failed or not; `on_error` also counts those that
-    were never admitted. `on_token_gap` is called for each step of each stream, so it must be cheap. Times are seconds.
+    were never admitted. Times are seconds.
     """
 
     def on_admitted(self, facts: RequestFacts) -> None:
@@ -111,3 +112,22 @@ class Observer:
     def on_finished(self, facts: RequestFacts) -> None: ...
 
     def on_error(self, kind: str) -> None: ...
+
+
+class Unobserved:
+    """Ignores all events."""
+
+    def on_admitted(self, facts: RequestFacts) -> None:
+        pass
+
+    def on_first_token(self, seconds: float) -> None:
+        pass
+
+    def on_token_gap(self, seconds: float) -> None:
+        pass
+
+    def on_finished(self, facts: RequestFacts) -> None:
+        pass
+
+    def on_error(self, kind: str) -> None:
+        pass

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidRequest, NotFound
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts
+from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
 from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
 from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
@@ -121,7 +121,7 @@ class Service:
         self._formats = formats if formats is not None else AnswerFormats()
         self._gates = gates
         self._formatters = formatters
-        self._observer = observer or Observer()
+        self._observer: Observer = observer if observer is not None else Unobserved()
         self.admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
         self.tokenization = Tokenization(
             backend, images, self.admission, self._check_images, limits.predict_timeout

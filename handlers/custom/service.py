@@ -13,7 +13,7 @@ from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import End, Head, Part
 from handlers.custom.process import HandlerCall
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts
+from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
 from handlers.generation_task import Admission, Permit, refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
@@ -51,7 +51,7 @@ class CustomService:
     ) -> None:
         self._backend = backend
         self._limits = limits
-        self._observer = observer or Observer()
+        self._observer: Observer = observer if observer is not None else Unobserved()
         self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
 
     @property
