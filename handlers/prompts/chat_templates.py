@@ -52,6 +52,13 @@ class ChatTemplates:
         template = Template(text, origin)
         return cls({DEFAULT: template}, template, template)
 
+    def chosen(self, asked: str | None, tools: bool) -> str | None:
+        """Return the source for a request. asked: a name, or a source of its own; None for the model's choice."""
+        if asked is not None:
+            return self.named[asked].text if asked in self.named else asked
+        template = self.with_tools if tools else self.default
+        return None if template is None else template.text
+
     @property
     def all(self) -> dict[str, str]:
         """Each source once, with a description of it."""

@@ -165,13 +165,9 @@ class PromptRenderer:
         return self._text(prompt, spans)
 
     def _chat(self, prompt: ChatPrompt, spans: bool) -> RenderedPrompt:
-        templates, template = self.templates, prompt.template
-        if template is None or template in templates.named:
-            usual = templates.with_tools if prompt.tools else templates.default
-            chosen = usual if template is None else templates.named[template]
-            if chosen is None:
-                raise self._no_template()
-            template = chosen.text
+        template = self.templates.chosen(prompt.template, bool(prompt.tools))
+        if template is None:
+            raise self._no_template()
         source = self._sources.get(template)
         if source is None:
             try:
