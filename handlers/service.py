@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from handlers.custom.formatters import FormattedStream, Formatters
@@ -21,6 +21,7 @@ from handlers.pipeline import Pipeline
 from handlers.protocols.base import JSON, JSON_LINES, Answered, Gate, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
+from handlers.protocols.lmi.lines import MOST_SECONDS, answer_lines, are_lines
 from handlers.protocols.select import CALLS, error_format, read_task
 from handlers.request import check_totals
 from handlers.tokenization import Tokenization
@@ -142,7 +143,19 @@ class Service:
 
         A stream is returned together with its first token, so that any earlier failure has a status code of its own.
         """
-        return await self.reply(incoming, self._answer)
+        if not are_lines(incoming.route, incoming.headers):
+            return await self.reply(incoming, self._answer)
+        facts = RequestFacts(incoming.request_id, incoming.route)
+        try:
+            return await answer_lines(
+                incoming,
+                lambda line: self.reply(line, partial(self._answer_line, incoming.request_id)),
+                together=self.limits.max_rolling_batch_size,
+                seconds=self.limits.predict_timeout or MOST_SECONDS,
+                facts=facts,
+            )
+        except (Exception, asyncio.CancelledError) as error:
+            return refusal(error, facts, error_format(incoming.route, incoming.headers), self._observer)
 
     async def call(self, action: str, incoming: Incoming) -> Reply:
         """Answer a request that does not generate text. action: a key of `handlers.protocols.select.CALLS`."""
@@ -193,6 +206,15 @@ class Service:
             log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
         incoming.parsed()
         return await self._run(task, facts, incoming.keep)
+
+    async def _answer_line(
+        self, request_id: str, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
+    ) -> Reply:
+        """Answer a line of a body, whole whatever it says of a stream. request_id: the whole body's."""
+        facts.request_id = request_id
+        body["stream"] = False
+        body.pop("stream_options", None)
+        return await self._answer(body, incoming, facts, long)
 
     @cached_property
     def context(self) -> ServerContext:

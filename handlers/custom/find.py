@@ -8,6 +8,7 @@ from pathlib import Path
 
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
+from properties.model import SCRIPTS
 
 _OWN_PACKAGES = ("container", "engine", "handlers", "properties")
 _BUILT_IN = "djl_python"
@@ -41,9 +42,9 @@ def find_handler(configuration: Configuration, fetched: Path | None = None) -> O
     """
     if configuration.lmi_handler is not None:
         return None
-    settings, home = configuration.settings, _home(configuration, fetched)
+    settings, home = configuration.settings, own_directory(configuration, fetched)
     explicit = settings.entry_point is not None
-    own = OwnHandler(home or Path.cwd(), settings.entry_point or "model.py")
+    own = OwnHandler(home or Path.cwd(), settings.entry_point or _script(home))
     functions = _functions(own.directory / own.file) if explicit or home is not None else []
     if any(one.name == settings.handler for one in functions):
         return own
@@ -52,10 +53,10 @@ def find_handler(configuration: Configuration, fetched: Path | None = None) -> O
 
 def find_formatters(configuration: Configuration, fetched: Path | None = None) -> OwnFormatters | None:
     """The formatters in the same file, where it has some and no handler; see `find_handler`."""
-    home, entry_point = _home(configuration, fetched), configuration.settings.entry_point
+    home, entry_point = own_directory(configuration, fetched), configuration.settings.entry_point
     if (home is None and entry_point is None) or find_handler(configuration, fetched) is not None:
         return None
-    directory, file = home or Path.cwd(), entry_point or "model.py"
+    directory, file = home or Path.cwd(), entry_point or _script(home)
     kinds = _kinds(_functions(directory / file))
     if not kinds:
         return None
@@ -64,18 +65,24 @@ def find_formatters(configuration: Configuration, fetched: Path | None = None) -
 
 def find_unused(configuration: Configuration, fetched: Path | None = None) -> Path | None:
     """A model.py whose author may think that it is used; see `find_handler`."""
-    home = _home(configuration, fetched)
-    if home is None or not (home / "model.py").is_file():
+    home = own_directory(configuration, fetched)
+    if home is None or not (home / _script(home)).is_file():
         return None
     used = find_handler(configuration, fetched) or find_formatters(configuration, fetched)
-    return None if used else home / "model.py"
+    return None if used else home / _script(home)
 
 
-def _home(configuration: Configuration, fetched: Path | None) -> Path | None:
-    """The directory whose code counts."""
+def own_directory(configuration: Configuration, fetched: Path | None) -> Path | None:
+    """The directory whose code counts; None for a model from the hub alone."""
     if configuration.home is None and configuration.model_location.kind == "s3":
         return fetched
     return configuration.home
+
+
+def _script(home: Path | None) -> str:
+    """model.py, or where SageMaker's SDK packs it."""
+    packed = home is not None and not (home / SCRIPTS[0]).is_file() and (home / SCRIPTS[1]).is_file()
+    return SCRIPTS[packed]
 
 
 def _functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -17,6 +17,7 @@ from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserve
 from handlers.generation_task import Admission, Permit, refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
+from handlers.protocols.lmi.lines import execution_reply
 from handlers.protocols.lmi.replies import lmi_error
 from handlers.protocols.lmi.routes import request_properties
 from handlers.protocols.select import error_format
@@ -73,6 +74,8 @@ class CustomService:
 
     async def call(self, action: str, incoming: Incoming) -> Reply:
         """Refuse what only an engine could answer."""
+        if action == "execution":
+            return execution_reply(self._limits.max_rolling_batch_size)
         if action == "adapters":
             raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
         return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))

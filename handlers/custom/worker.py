@@ -76,9 +76,9 @@ class Channel:
 def load(start: Start) -> Callable[[djl.Input], Any]:
     """Import the user's file and return its function. Raises whatever the file raises, and HandlerError."""
     os.chdir(start.directory)
-    sys.path.insert(0, start.directory)
     djl.install()
     path = Path(start.directory, start.file)
+    sys.path[:0] = dict.fromkeys([str(path.parent), start.directory])
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise HandlerError(f"{start.file} is no Python file")
