@@ -19,7 +19,7 @@ from handlers.backends.base import Backend
 from handlers.backends.instances import Instance
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
-from handlers.backends.vllm.options.fields import SECRET
+from handlers.backends.vllm.compat import SECRET
 from handlers.build import parser_problems
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration

@@ -11,7 +11,7 @@ from handlers.backends.base import Backend, Lifecycle
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.options.fields import reasoning_parser_names, tool_parser_names
+from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, VLLM_PARSER, of_vllm

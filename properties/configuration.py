@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from properties.field import BackendName, Level
-from properties.legacy import RENAMED
-from properties.lmi_handlers import PACKAGE, handler_named
+from properties.lmi import PACKAGE, RENAMED, handler_named
 from properties.model import SCRIPTS, ModelLocation, find_home, holds_model, locate, recommended
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Source

@@ -271,7 +271,9 @@ class EngineSettings(BaseModel):
         aliases=("cpu_offload_gb",),
     )
     speculative_config: JsonObject | None = option(
-        "Speculative decoding, as vLLM's speculative_config.", default=None, backends=VLLM
+        "Speculative decoding, as vLLM's speculative_config. The embedded engine has method ngram: "
+        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}.',
+        default=None,
     )
     kv_transfer_config: JsonObject | None = option(
         "Key/value cache transfer, as vLLM's kv_transfer_config.", default=None, backends=VLLM

@@ -15,9 +15,9 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.loader import load_model
 from engine.weights import weight_files
-from handlers.backends.rolling.backend import plan_engines
 from handlers.backends.rolling.model_front import ModelFront
-from handlers.backends.vllm.options.checkpoint import replaced_formats
+from handlers.backends.rolling.plan import plan_engines
+from handlers.backends.vllm.checkpoint import replaced_formats
 from handlers.errors import ImageError
 from tests.support.checked import configure
 from tests.support.embeddings import loaded as uploaded

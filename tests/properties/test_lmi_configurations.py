@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from engine.machine import computes_bfloat16
-from handlers.backends.rolling.backend import plan_engines
+from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.select import choose_for
 from handlers.custom.find import find_handler
 from properties.configuration import Configuration, ConfigurationError, resolve
-from properties.lmi_handlers import HANDLERS
+from properties.lmi import HANDLERS
 from tests.support.live import LiveServer
 from tests.support.shapes import SHAPES
 

@@ -1,18 +1,18 @@
-"""The embedded engine before it is started: what it says of a model and a machine, and which processes it would run."""
+"""The embedded engine before it is started: what it says of a model and a machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from engine.config import EngineConfig, Vocabulary
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
 from handlers.backends.base import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
+from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import remedy
-from handlers.backends.unused import unused_by_text, unused_on
+from handlers.backends.unused import unused_by_text
 from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.weight_files import engine_weight_problems
 from handlers.errors import InvalidConfiguration
@@ -179,72 +179,3 @@ def _contradictions(settings: Settings, directory: Path) -> list[Problem]:
     except (ModelLoadError, OSError, ValueError) as error:
         return [Problem(f"the model's image processor cannot be loaded: {error}")]
     return [Problem(text) for text in contradictions(settings, directory, preprocessor)]
-
-
-def plan_engines(
-    settings: Settings, model_path: str, accelerators: int, vocabulary: Vocabulary | None = None
-) -> list[EngineConfig]:
-    """Return one config for each replica. vocabulary: for constrained answers.
-
-    With accelerators, there are as many replicas as tensor_parallel_degree fits into the devices, but at most
-    max_workers. Without, there are max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is
-    1).
-
-    Raises:
-        InvalidConfiguration: There are too few devices.
-    """
-    devices = _devices(settings.load_on_devices, accelerators)
-    degree = settings.tensor_parallel_degree
-    if devices:
-        ranks = len(devices) if degree == "max" else degree
-        if ranks > len(devices):
-            raise InvalidConfiguration(
-                f"option.tensor_parallel_degree is {ranks}, but {len(devices)} devices are there; lower it or set max"
-            )
-        groups = [tuple(devices[at : at + ranks]) for at in range(0, len(devices) - ranks + 1, ranks)]
-        groups = groups[: settings.max_workers or len(groups)]
-    else:
-        ranks = 1 if degree == "max" else degree
-        workers = settings.max_workers or settings.min_workers or 1
-        groups = [("cpu",) * ranks] * workers
-    cache = settings.kv_cache_memory_mb
-    encoder_cache = settings.encoder_cache_mb
-    return [
-        EngineConfig(
-            model_path=model_path,
-            dtype=settings.dtype,
-            devices=group,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=1 if settings.rolling_batch == "disable" else settings.max_rolling_batch_size,
-            max_num_batched_tokens=settings.max_rolling_batch_prefill_tokens,
-            max_step_seconds=settings.max_step_ms / 1000,
-            block_size=settings.block_size,
-            kv_cache_bytes=None if cache is None else cache << 20,
-            cpu_share=1.0 / len(groups),
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            encoder_cache_bytes=None if encoder_cache is None else encoder_cache << 20,
-            enable_prefix_caching=settings.enable_prefix_caching,
-            pickled_weights=settings.load_format.lower() == "pt",
-            vocabulary=vocabulary,
-        )
-        for group in groups
-    ]
-
-
-def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:
-    """Return a warning for each option about devices that has no effect in this plan."""
-    usable = len(_devices(settings.load_on_devices, accelerators))
-    return unused_on(settings, usable, len(plan), plan[0].tensor_parallel_degree, memory=True)
-
-
-def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:
-    """Return torch's names of the accelerators to use; empty on a machine without any."""
-    if not accelerators:
-        return []
-    numbers = range(accelerators) if wanted == "*" else wanted
-    for number in numbers:
-        if number >= accelerators:
-            raise InvalidConfiguration(
-                f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}"
-            )
-    return [f"cuda:{number}" for number in numbers]

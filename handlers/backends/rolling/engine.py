@@ -30,9 +30,9 @@ from handlers.backends.base import (
     compute_type,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.rolling.backend import plan_engines, unused_devices
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.rolling.model_front import ModelFront
+from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.rolling.replicas import STUCK_SECONDS, EngineGroup, EngineProcess, Ticket
 from handlers.backends.unused import unused_by_text
 from handlers.errors import EngineFailed, ImageError, InvalidRequest, Unavailable, short_of
@@ -211,6 +211,8 @@ class RollingEngine:
             encoder_cache_queries=now.encoder_queries,
             encoder_cache_hits=now.encoder_hits,
             preemptions=now.preemptions,
+            draft_tokens=now.draft_tokens,
+            accepted_tokens=now.accepted_tokens,
             engine_restarts=group.restarts,
             replicas=len(group.replicas),
             replicas_ready=len(group.alive),

@@ -16,8 +16,8 @@ from container.check import describe
 from engine.errors import EngineError
 from engine.executor import load_runner
 from engine.machine import this_machine
-from handlers.backends.rolling.backend import plan_engines
 from handlers.backends.rolling.model_front import ModelFront
+from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.weight_files import read_header
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError

@@ -1,0 +1,115 @@
+"""From the user's settings to the embedded engine's processes: devices, replicas, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+
+from engine.config import EngineConfig, LookupConfig, Vocabulary
+from handlers.backends.unused import unused_on
+from handlers.errors import InvalidConfiguration
+
+if TYPE_CHECKING:
+    from properties.problem import Problem
+    from properties.settings import Settings
+
+_Drafted = Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
+def plan_engines(
+    settings: Settings, model_path: str, accelerators: int, vocabulary: Vocabulary | None = None
+) -> list[EngineConfig]:
+    """One config per replica. vocabulary: for constrained answers.
+
+    With accelerators: as many replicas as the devices divided by tensor_parallel_degree, or max_workers where
+    that is fewer. Without: max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is 1).
+    Raises InvalidConfiguration when there are too few devices, or for speculative decoding that this engine lacks.
+    """
+    devices = _devices(settings.load_on_devices, accelerators)
+    degree = settings.tensor_parallel_degree
+    if devices:
+        ranks = len(devices) if degree == "max" else degree
+        if ranks > len(devices):
+            raise InvalidConfiguration(
+                f"option.tensor_parallel_degree is {ranks}, but {len(devices)} devices are there; lower it or set max"
+            )
+        groups = [tuple(devices[at : at + ranks]) for at in range(0, len(devices) - ranks + 1, ranks)]
+        groups = groups[: settings.max_workers or len(groups)]
+    else:
+        ranks = 1 if degree == "max" else degree
+        workers = settings.max_workers or settings.min_workers or 1
+        groups = [("cpu",) * ranks] * workers
+    cache = settings.kv_cache_memory_mb
+    encoder_cache = settings.encoder_cache_mb
+    lookup = _lookup(settings.speculative_config)
+    return [
+        EngineConfig(
+            model_path=model_path,
+            dtype=settings.dtype,
+            devices=group,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=1 if settings.rolling_batch == "disable" else settings.max_rolling_batch_size,
+            max_num_batched_tokens=settings.max_rolling_batch_prefill_tokens,
+            max_step_seconds=settings.max_step_ms / 1000,
+            block_size=settings.block_size,
+            kv_cache_bytes=None if cache is None else cache << 20,
+            cpu_share=1.0 / len(groups),
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            encoder_cache_bytes=None if encoder_cache is None else encoder_cache << 20,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            pickled_weights=settings.load_format.lower() == "pt",
+            vocabulary=vocabulary,
+            lookup=lookup,
+        )
+        for group in groups
+    ]
+
+
+def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:
+    """Return a warning for each option about devices that has no effect in this plan."""
+    usable = len(_devices(settings.load_on_devices, accelerators))
+    return unused_on(settings, usable, len(plan), plan[0].tensor_parallel_degree, memory=True)
+
+
+class _Ngram(msgspec.Struct, forbid_unknown_fields=True):
+    """option.speculative_config for the embedded engine; the fields and their defaults are vLLM's."""
+
+    method: Literal["ngram"]
+    num_speculative_tokens: _Drafted
+    prompt_lookup_min: _Drafted | None = None
+    prompt_lookup_max: _Drafted | None = None
+
+
+def _lookup(asked: Mapping[str, object] | None) -> LookupConfig | None:
+    """Read option.speculative_config. Raises InvalidConfiguration."""
+    if asked is None:
+        return None
+    try:
+        ngram = msgspec.convert(asked, _Ngram)
+    except msgspec.ValidationError as error:
+        raise InvalidConfiguration(
+            f"option.speculative_config: {error}; the embedded engine has the method ngram only, "
+            f"with {', '.join(_Ngram.__struct_fields__[1:])}"
+        ) from None
+    longest = ngram.prompt_lookup_max or ngram.prompt_lookup_min or 5
+    shortest = ngram.prompt_lookup_min or longest
+    if shortest > longest:
+        raise InvalidConfiguration(
+            f"option.speculative_config: prompt_lookup_min is {shortest}, above prompt_lookup_max, {longest}"
+        )
+    return LookupConfig(ngram.num_speculative_tokens, shortest, longest)
+
+
+def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:
+    """Return torch's names of the accelerators to use; empty on a machine without any."""
+    if not accelerators:
+        return []
+    numbers = range(accelerators) if wanted == "*" else wanted
+    for number in numbers:
+        if number >= accelerators:
+            raise InvalidConfiguration(
+                f"load_on_devices names {number}, but the devices are 0 to {accelerators - 1}"
+            )
+    return [f"cuda:{number}" for number in numbers]
