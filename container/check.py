@@ -13,13 +13,13 @@ from pydantic import SecretStr
 
 from container.config import SERVE_DEFAULTS, configured, unreadable
 from engine.machine import Machine, this_machine
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import here
 from handlers.backends.base import Backend
 from handlers.backends.instances import Instance
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
-from handlers.backends.vllm.options.fields import SECRET
+from handlers.backends.vllm.compat import SECRET
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.model_names import public_names

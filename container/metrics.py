@@ -186,6 +186,8 @@ def _of_backend(stats: BackendStats) -> Iterator[Metric]:
         ),
         ("lmi_encoder_cache_hits", "Images found there.", stats.encoder_cache_hits),
         ("lmi_preemptions", "Requests put back into the queue for want of memory.", stats.preemptions),
+        ("lmi_draft_tokens", "Tokens that speculative decoding drafted.", stats.draft_tokens),
+        ("lmi_accepted_draft_tokens", "Of them, those that were right.", stats.accepted_tokens),
         ("lmi_engine_restarts", "Engine processes that were restarted.", stats.engine_restarts),
     )
 

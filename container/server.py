@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import uvicorn
@@ -27,8 +28,9 @@ from container.connections import Connections, raise_descriptor_limit
 from container.logs import logging_to
 from container.metrics import Metrics
 from container.protocol import Protocol
+from container.requirements import install, requirements_to_install
 from container.state import ServerState
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Lifecycle
 from handlers.build import build_images
@@ -96,6 +98,7 @@ class Server:
         self._images: ImageLoader | None = None
         self._backend: Lifecycle | None = None
         self._formatters: Formatters | None = None
+        self._installed: TemporaryDirectory[str] | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
         self._app = App(configuration, self.state, self.metrics)
@@ -152,7 +155,8 @@ class Server:
                 await self._fetch_and_load()
         except TimeoutError as error:
             raise LoadFailed(
-                f"the model was not ready within {seconds:.0f} s; raise option.model_loading_timeout"
+                f"the model was not ready within {seconds:.0f} s ({self.state.reason}); raise "
+                "option.model_loading_timeout"
             ) from error
         logger.info("ready after %.1f s", time.monotonic() - began)
 
@@ -169,13 +173,16 @@ class Server:
             )
         except ArtefactError as error:
             raise LoadFailed(str(error)) from error
-        self.state.reason = "the model is loading"
         configuration = self.configuration.with_model_directory(directory)
         for problem in configuration.warnings:
             if problem not in self.configuration.warnings:
                 logger.warning("%s", problem)
         self.configuration = configuration
         self._app.configure(configuration)
+        if (file := requirements_to_install(configuration, directory)) is not None:
+            self.state.reason = "requirements.txt is being installed"
+            self._installed = await install(file, configuration.settings.offline)
+        self.state.reason = "the model is loading"
         served = await in_daemon_thread(lambda: self._build(configuration, directory))
         self._backend = backend = served.backend
         self._formatters = formatters = await in_daemon_thread(
@@ -234,6 +241,8 @@ class Server:
             call.exchange.stop("shutdown")
         http.should_exit = True
         await asyncio.wait({serving})
+        if self._installed is not None:
+            self._installed.cleanup()
         logger.info("stopped")
 
     async def _close_backend(self) -> None:

@@ -150,6 +150,8 @@ class BackendStats:
     encoder_cache_queries: int = 0
     encoder_cache_hits: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     engine_restarts: int = 0
     replicas: int = 0
     replicas_ready: int = 0

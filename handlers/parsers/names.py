@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Sequence, Set
 from typing import TYPE_CHECKING
 
-from handlers.backends.vllm.options.fields import reasoning_parser_names, tool_parser_names
+from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS
 from properties.configuration import Configuration
 from properties.names import key_of

@@ -23,8 +23,7 @@ from engine.repetition import Repetition
 from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import RANGES, SAMPLERS
 from engine.warping import _OTHER_STREAM, uniform, warp
-from handlers.backends.vllm.prompts.sampling import to_vllm
-from handlers.backends.vllm.samplers.extra_args import (
+from handlers.backends.vllm.samplers import (
     KEY,
     NEUTRAL,
     PROCESSOR,
@@ -32,6 +31,7 @@ from handlers.backends.vllm.samplers.extra_args import (
     Samplers,
     offer,
 )
+from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import InvalidRequest
 from handlers.prompts.limits import DRY_BREAKERS, spelled
 from handlers.sampling import RequestSampling

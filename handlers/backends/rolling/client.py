@@ -314,6 +314,8 @@ class EngineClient:
             encoder_hits=self.stats.encoder_hits,
             preemptions=self.stats.preemptions,
             steps=self.stats.steps,
+            draft_tokens=self.stats.draft_tokens,
+            accepted_tokens=self.stats.accepted_tokens,
         )
         for stream in self._streams.values():
             stream.fail(error)

@@ -206,6 +206,8 @@ class RollingEngine:
             encoder_cache_queries=now.encoder_queries,
             encoder_cache_hits=now.encoder_hits,
             preemptions=now.preemptions,
+            draft_tokens=now.draft_tokens,
+            accepted_tokens=now.accepted_tokens,
             engine_restarts=group.restarts,
             replicas=len(group.replicas),
             replicas_ready=len(group.alive),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -15,9 +16,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from container.check import describe
 from engine.errors import ModelLoadError
 from handlers import LLM, SamplingParams
-from handlers.artefacts.error import ArtefactError
-from handlers.artefacts.mistral import completed, lacks_hub_files
-from handlers.artefacts.mistral_template import chat_template
+from handlers.artefacts import ArtefactError
+from handlers.artefacts.mistral import chat_template, completed, lacks_hub_files
 from handlers.artefacts.tekken import read_tekken, tokenizer_files
 from tests.support.checked import CPU, configure
 from tests.support.engine_driver import Oracle, Prompt, load_engine
@@ -191,7 +191,7 @@ def test_the_tokenizer_gives_back_every_text(tmp_path: Path) -> None:
         ({"q_lora_rank": 1536}, "has q_lora_rank = 1536"),
         ({"model_type": "mamba"}, 'has model_type = "mamba"'),
         ({"sliding_window": [4096, None]}, r"Expected `int \| null`, got `array` - at `\$\.sliding_window`"),
-        ({"n_layers": 0}, "n_layers = 0; it must be at least 1"),
+        ({"n_layers": 0}, r"Expected `int` >= 1 - at `\$\.n_layers`"),
         ({"dim": "wide"}, r"at `\$\.dim`"),
         ({"vision_encoder": {"hidden_size": 64}}, "missing required field"),
         (
@@ -211,11 +211,10 @@ def test_what_is_not_read_in_this_format_is_named(
     assert error.startswith("params.json of the model")
 
 
-@pytest.mark.parametrize("version", ["v11", "v13"])
-def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path, version: str) -> None:
+def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path) -> None:
     """Also where the model has a config.json, so that its tokenizer is all that is completed."""
-    alone = make_mistral(tmp_path / "model", images=False, version=version)
-    with_config = make_mistral(tmp_path / "with_config", images=False, version=version)
+    alone = make_mistral(tmp_path / "model", images=False, version="v99")
+    with_config = make_mistral(tmp_path / "with_config", images=False, version="v99")
     (with_config / "config.json").write_bytes((completed(alone, tmp_path) / "config.json").read_bytes())
     for model in (alone, with_config):
         warnings = describe(configure(model, f"download_dir={tmp_path}"), CPU)["warnings"]
@@ -233,7 +232,7 @@ def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path, vers
         ({"config": {}}, "missing required field"),
         ({"special_tokens": [{"rank": 1, "token_str": "<s>"}]}, "numbered from 0"),
         ({"vocab": [{"token_bytes": "AA=="}] * 400}, "lists a token twice"),
-        ({"vocab": [{"token_bytes": "é"}] * 400}, "no base64"),
+        ({"vocab": [{"token_bytes": "é"}] * 400}, "not base64"),
     ],
 )
 def test_a_damaged_tokenizer_is_told(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -306,8 +305,8 @@ CHATS: dict[str, list[dict[str, Any]]] = {
                 {"id": "abcdefghj", "type": "function", "function": {"name": "g", "arguments": "{}"}},
             ],
         },
-        {"role": "tool", "content": "rain", "tool_call_id": "abcdefghi"},
         {"role": "tool", "content": "12", "tool_call_id": "abcdefghj"},
+        {"role": "tool", "content": "rain", "tool_call_id": "abcdefghi"},
         {"role": "assistant", "content": "wet"},
         {"role": "user", "content": "and tomorrow?"},
     ],
@@ -330,14 +329,18 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("version", ["v3", "v7"])
+VERSIONS = ("v3", "v7", "v11", "v13", "v15")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_are_written_as_mistral_common_writes_them(tmp_path: Path, version: str, chat: str) -> None:
     """Token for token, by its own tokenizer, where it is installed."""
     common = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
     request = pytest.importorskip("mistral_common.protocol.instruct.request")
     (tmp_path / "tekken.json").write_text(json.dumps(tekken(version=version)))
-    for name, content in tokenizer_files(read_tekken(tmp_path / "tekken.json")).items():
+    read = read_tekken(tmp_path / "tekken.json")
+    for name, content in tokenizer_files(read).items():
         (tmp_path / name).write_text(json.dumps(content))
     tools = TOOLS if chat == "tools" else None
     image = noise(16, 8)
@@ -353,16 +356,30 @@ def test_chats_are_written_as_mistral_common_writes_them(tmp_path: Path, version
         }
         for turn in CHATS[chat]
     ]
+    more = {"reasoning_effort": "high"} if version == "v15" and chat == "tools" else {}
     wanted = common.MistralTokenizer.from_file(tmp_path / "tekken.json").encode_chat_completion(
-        request.ChatCompletionRequest(messages=theirs, tools=tools)
+        request.ChatCompletionRequest(messages=theirs, tools=tools, **more)
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, mistral_format=False)
-    ours = tokenizer.apply_chat_template(CHATS[chat], tools=tools, chat_template=chat_template(version))[
+    ours = tokenizer.apply_chat_template(CHATS[chat], tools=tools, chat_template=chat_template(read), **more)[
         "input_ids"
     ]
     expanded = [each for token in ours for each in ([IMG, IMG, 13] if token == IMG else [token])]
     assert expanded == wanted.tokens
 
 
-def test_other_versions_have_no_template() -> None:
-    assert chat_template("v13") is None
+def test_an_effort_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(version="v15")))
+    read = read_tekken(tmp_path / "tekken.json")
+    for name, content in tokenizer_files(read).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, mistral_format=False)
+    with pytest.raises(TemplateError, match="reasoning_effort of this model is one of none, high"):
+        tokenizer.apply_chat_template(
+            CHATS["a question"], chat_template=chat_template(read), reasoning_effort="low"
+        )
+
+
+def test_other_versions_have_no_template(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(version="v99")))
+    assert chat_template(read_tekken(tmp_path / "tekken.json")) is None

@@ -11,8 +11,8 @@ import pytest
 from transformers import GenerationConfig
 
 from handlers.backends.rolling.model_front import ModelFront
-from handlers.backends.vllm.prompts.sampling import usual_sampling
-from handlers.backends.vllm.samplers.extra_args import Samplers
+from handlers.backends.vllm.samplers import Samplers
+from handlers.backends.vllm.sampling import usual_sampling
 from handlers.prompts.generation_config import read_default_sampling
 from handlers.prompts.limits import checked_sampling, checked_tokens
 from handlers.protocols.base import ServerContext, Task
