@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from bench import load, report, servers
 from engine.families import phi3_v
 from engine.loader import load_preprocessor
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 from tests.support import (
     tiny_fuyu,
     tiny_gemma,

@@ -1,6 +1,6 @@
 """What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export.
 
-Implements `handlers.observer.Observer`.
+Implements `handlers.exchange.Observer`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from container.bodies import Bodies
-from container.connections import Connections
+from container.protocol import Connections
 from handlers.backends.base import BackendStats
 from handlers.exchange import RequestFacts
 from handlers.images.loader import ImageLoader
