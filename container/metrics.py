@@ -1,6 +1,6 @@
 """What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export.
 
-Implements `handlers.observer.Observer`.
+Implements `handlers.exchange.Observer`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
 from container.bodies import Bodies
-from container.connections import Connections
+from container.protocol import Connections
 from handlers.backends.base import BackendStats
 from handlers.exchange import RequestFacts
 from handlers.images.loader import ImageLoader

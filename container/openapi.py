@@ -14,13 +14,12 @@ from msgspec import Struct
 
 from container.models.routes import REGISTRY
 from container.routes import ONE, Router
-from handlers.protocols.api import REFERENCE, Route
-from handlers.protocols.base import JSON, JSON_LINES
+from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
 from handlers.protocols.select import ERRORS_ANYWHERE
 from handlers.version import VERSION
 
 _STATUSES = {
-    400: "The body is no valid request; the message names the field.",
+    400: "The body is not a valid request; the message names the field.",
     401: "The server's key is missing or wrong.",
     404: "There is no such model or adapter.",
     408: "The body, an image or the answer took too long.",

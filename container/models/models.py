@@ -33,8 +33,7 @@ from handlers.errors import (
     Unavailable,
 )
 from handlers.exchange import Incoming, Reply
-from handlers.protocols.api import READ
-from handlers.protocols.base import JSON
+from handlers.protocols.base import JSON, READ
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
 from handlers.protocols.lmi.adapters import page_of
 from properties.configuration import Configuration

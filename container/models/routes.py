@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from handlers.protocols.api import READ, Route
+from handlers.protocols.base import READ, Route
 from handlers.protocols.lmi.replies import LmiError
 
 REGISTRY = "registry"
