@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from container.config import SERVE_DEFAULTS, configured, unreadable
 from engine.machine import Machine, this_machine
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import here
 from handlers.backends.base import Backend
 from handlers.backends.instances import Instance

@@ -28,7 +28,7 @@ from container.logs import logging_to
 from container.metrics import Metrics
 from container.protocol import Protocol
 from container.state import ServerState
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.base import Lifecycle
 from handlers.build import build_images

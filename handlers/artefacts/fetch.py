@@ -1,19 +1,16 @@
-"""Getting the model onto this machine: a directory, a hub repository or an S3 prefix become a directory."""
+"""Returns the directory of a model, which may be a directory already, a repository of the hub, or an S3 prefix."""
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import threading
 from pathlib import Path
 
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.mistral import completed, lacks_hub_files
 from properties.model import ModelLocation
 from properties.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Event) -> Path:
@@ -22,31 +19,16 @@ def fetch(location: ModelLocation, settings: Settings, cancelled: threading.Even
     For a model in Mistral's own format, the directory also contains what the model lacks of the Hugging Face format.
     cancelled: set it to stop the download soon. Raises ArtefactError.
     """
-    return _completed(_fetched(location, settings, cancelled), settings)
-
-
-def _completed(directory: Path, settings: Settings) -> Path:
-    if not lacks_hub_files(directory):
-        return directory
-    try:
-        return completed(directory, download_root(settings.download_dir))
-    except ArtefactError:
-        if (directory / "model.py").is_file():  # code of its own may read what this server does not
-            return directory
-        raise
-
-
-def _fetched(location: ModelLocation, settings: Settings, cancelled: threading.Event) -> Path:
     if location.kind == "directory":
-        return Path(location.value)
+        return _completed(Path(location.value), settings)
     root = download_root(settings.download_dir)
     if location.kind == "s3":
         from handlers.artefacts.s3 import fetch_s3
 
-        return fetch_s3(location.value, root, cancelled)
+        return _completed(fetch_s3(location.value, root, cancelled), settings)
     from handlers.artefacts.hub import fetch_hub
 
-    return fetch_hub(
+    directory = fetch_hub(
         location.value,
         location.revision,
         root,
@@ -54,20 +36,16 @@ def _fetched(location: ModelLocation, settings: Settings, cancelled: threading.E
         offline=settings.offline,
         with_code=settings.trust_remote_code,
     )
+    return _completed(directory, settings)
 
 
 def here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool]:
     """Return what `fetch` would return without a download, and whether it is final; (None, False) before the first one.
 
-    Downloads nothing. Raises ArtefactError if it is certain that `fetch` will.
+    Raises ArtefactError if it is certain that `fetch` will.
     """
-    found, final = _here(location, settings)
-    return (found if found is None else _completed(found, settings)), final
-
-
-def _here(location: ModelLocation, settings: Settings) -> tuple[Path | None, bool]:
     if location.kind == "directory":
-        return Path(location.value), True
+        return _completed(Path(location.value), settings), True
     if location.kind == "s3":
         from handlers.artefacts.s3 import parse_url, require_client
 
@@ -78,7 +56,7 @@ def _here(location: ModelLocation, settings: Settings) -> tuple[Path | None, boo
 
     root = download_root(settings.download_dir)
     found = cached_hub(location.value, location.revision, root, offline=settings.offline)
-    return found, settings.offline
+    return (None if found is None else _completed(found, settings)), settings.offline
 
 
 def download_root(configured: str | None) -> Path:
@@ -94,3 +72,16 @@ def download_root(configured: str | None) -> Path:
     if configured is None and owner != os.getuid():
         raise ArtefactError(f"{root} belongs to another user; set SERVING_DOWNLOAD_DIR")
     return root
+
+
+def _completed(directory: Path, settings: Settings) -> Path:
+    if not lacks_hub_files(directory):
+        return directory
+    try:
+        return completed(directory, download_root(settings.download_dir))
+    except ArtefactError:
+        if (
+            directory / "model.py"
+        ).is_file():  # The model's own code may read formats that this server does not.
+            return directory
+        raise

@@ -1,32 +1,40 @@
-"""Models from the Hugging Face hub: only the files that serving needs."""
+"""Models from the Hugging Face hub, of which only the files that serving needs are fetched."""
 
 from __future__ import annotations
 
 import fnmatch
+import glob
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from handlers.artefacts.error import ArtefactError
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from handlers.artefacts import ArtefactError
 
 logger = logging.getLogger(__name__)
 
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-_CODE = ("*.py",)
-_WEIGHTS = (("*.safetensors",), ("pytorch_model*.bin",))
-"""Kinds of weights, best first; only those at the top of the repository, and only the first kind that is there."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Formats of weights. Only the first one that a repository has at its top is fetched."""
 
 
 def fetch_hub(
     name: str, revision: str | None, root: Path, *, token: str | None, offline: bool, with_code: bool
 ) -> Path:
-    """The snapshot directory of a repository, in the hub's own cache where that can be written to, else in `root`.
+    """Return the directory of a repository's snapshot, after fetching what is missing. Blocks.
 
-    revision: None is the main branch. with_code: fetch Python files too. Blocks. Raises ArtefactError.
+    It is in the hub's own cache if that can be written to, else below `root`. revision: None is the main branch.
+    with_code: also fetch Python files. Raises ArtefactError.
     """
-    from huggingface_hub import constants, snapshot_download
-
     cache = Path(constants.HF_HUB_CACHE)
     offline = offline or constants.HF_HUB_OFFLINE
     if not offline and not _writable(cache):
@@ -36,7 +44,7 @@ def fetch_hub(
         files = None if offline else _files(name, revision, token, with_code)
         if files is None:
             return _cached(name, revision, cache, offline)
-        patterns = [_literal(file) for file in files]
+        patterns = [glob.escape(file) for file in files]
         return Path(
             snapshot_download(name, revision=revision, cache_dir=cache, token=token, allow_patterns=patterns)
         )
@@ -47,49 +55,25 @@ def fetch_hub(
 
 
 def cached_hub(name: str, revision: str | None, root: Path, *, offline: bool) -> Path | None:
-    """What `fetch_hub` would serve without asking the hub: offline its result, else what it would bring up to date.
-
-    None where that has to be fetched. Raises ArtefactError as it does.
-    """
-    from huggingface_hub import constants
-
+    """Return the snapshot that an earlier `fetch_hub` left, or None. Raises ArtefactError if offline there is none."""
+    cache = Path(constants.HF_HUB_CACHE)
     if offline:
-        return _cached(name, revision, Path(constants.HF_HUB_CACHE), offline=True)
-    places = (Path(constants.HF_HUB_CACHE), root / "hub")
-    return next((found for place in places if (found := _snapshot(name, revision, place)) is not None), None)
+        return _cached(name, revision, cache, offline=True)
+    return _snapshot(name, revision, cache) or _snapshot(name, revision, root / "hub")
 
 
-def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
-    """One that an earlier run fetched. The hub's own offline look-up wants files that we never fetch."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for file in ("config.json", "params.json"):
-        try:
-            found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
-        except HFValidationError as error:
-            raise ArtefactError(_message(name, revision, cache, error)) from error
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
-
-
-def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path:
-    """Raises ArtefactError where there is no snapshot."""
-    found = _snapshot(name, revision, cache)
-    if found is not None:
-        return found
-    why = "option.offline or HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-    raise ArtefactError(
-        f"{name} is not in {cache} and {why}; check the network, or give a directory or s3://bucket/prefix/"
-    )
+def wanted(files: Sequence[str], with_code: bool) -> list[str]:
+    """Return those of a repository's files that serving needs."""
+    patterns = (*_SMALL, "*.py") if with_code else _SMALL
+    small = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)]
+    top = [file for file in files if "/" not in file]
+    if fnmatch.filter(top, "model*.safetensors"):  # The others are the same weights in Mistral's own format.
+        top = [file for file in top if not file.startswith("consolidated")]
+    return small + next((found for kind in _WEIGHTS if (found := fnmatch.filter(top, kind))), [])
 
 
 def _files(name: str, revision: str | None, token: str | None, with_code: bool) -> list[str] | None:
-    """What to fetch; None if the hub cannot be reached, so that a copy in the cache can still serve."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
+    """Return the files to fetch, or None if the hub cannot be reached, so that a copy in the cache can still serve."""
     try:
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
     except (HfHubHTTPError, HFValidationError):
@@ -106,50 +90,43 @@ def _files(name: str, revision: str | None, token: str | None, with_code: bool) 
     return files
 
 
-def wanted(files: Sequence[str], with_code: bool) -> list[str]:
-    """Of a repository's files those that serving needs."""
-    small = _SMALL + (_CODE if with_code else ())
-    chosen = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in small)]
-    top = [file for file in files if "/" not in file]
-    sharded = any(fnmatch.fnmatch(file, "model*.safetensors") for file in top)
-    for kind in _WEIGHTS:
-        weights = [file for file in top if any(fnmatch.fnmatch(file, pattern) for pattern in kind)]
-        if sharded:
-            weights = [file for file in weights if not file.startswith("consolidated")]
-        if weights:
-            return chosen + weights
-    return chosen
+def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path:
+    found = _snapshot(name, revision, cache)
+    if found is not None:
+        return found
+    why = "option.offline or HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    raise ArtefactError(
+        f"{name} is not in {cache} and {why}; check the network, or give a directory or s3://bucket/prefix/"
+    )
 
 
-def _literal(name: str) -> str:
-    """A pattern that matches this name alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
+    """Look a snapshot up in the cache. `snapshot_download` would miss there the files that are never fetched."""
+    for file in ("config.json", "params.json"):
+        try:
+            found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+        except HFValidationError as error:
+            raise ArtefactError(_message(name, revision, cache, error)) from error
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _message(name: str, revision: str | None, cache: Path, error: Exception) -> str:
-    """The message for an error of the hub's client: what to do about it."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, HFValidationError):
-        return f"{name!r} is not a hub id: write org/name"
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{name} is gated: accept its terms on its hub page and set HF_TOKEN to a token of that account"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return f"there is no model {name} on the hub, or it is private; check the id, or set HF_TOKEN"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no revision {revision!r}; check option.revision"
-    if isinstance(error, HfHubHTTPError):
-        return f"{name}: the hub answered: {str(error).splitlines()[0]}"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{name} cannot be kept in {cache}: {os.strerror(error.errno)}; set HF_HOME"
+    """Say what is wrong and what to do about it."""
+    match error:
+        case HFValidationError():
+            return f"{name!r} is not a hub id: write org/name"
+        case GatedRepoError():
+            return f"{name} is gated: accept its terms on its hub page and set HF_TOKEN to a token of that account"
+        case RepositoryNotFoundError():
+            return f"there is no model {name} on the hub, or it is private; check the id, or set HF_TOKEN"
+        case RevisionNotFoundError():
+            return f"{name} has no revision {revision!r}; check option.revision"
+        case HfHubHTTPError():
+            return f"{name}: the hub answered: {str(error).splitlines()[0]}"
+        case OSError(errno=int(number)):
+            return f"{name} cannot be kept in {cache}: {os.strerror(number)}; set HF_HOME"
     return f"{name} cannot be fetched: {type(error).__name__}"
 
 

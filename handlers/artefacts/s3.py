@@ -1,7 +1,12 @@
-"""Models from `s3://bucket/prefix/`: which objects belong to one, and errors that say what to do.
+"""Models from `s3://bucket/prefix/`, fetched by boto3's transfer manager: many ranges at a time, never of two versions.
 
-Layout below the download root, one directory per URL: `files/` (see `handlers.artefacts.transfer`), `unpacked/` for an
-archive, `lock`.
+Each URL has its own directory below the download root:
+
+* `files/`: the objects, each under a temporary name until it is complete
+* `manifest.json`: size and entity tag of each complete object, so that the next start fetches only what is missing or
+  has changed
+* `unpacked/`: what an archive contains
+* `lock`: locked by the process that fetches
 """
 
 from __future__ import annotations
@@ -11,35 +16,60 @@ import fcntl
 import hashlib
 import logging
 import os
+import queue
 import re
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from handlers.artefacts.error import ArtefactError
-from handlers.artefacts.transfer import ATTEMPTS, STREAMS, Cancelled, S3Object, Transfer
+import msgspec
+
+from handlers.artefacts import ArtefactError, Cancelled
 
 logger = logging.getLogger(__name__)
 
+PART_BYTES = 32 * 2**20
+STREAMS = 16
+ATTEMPTS = 6
+"""Attempts to fetch each range, and to send each of its requests."""
+
+_READ_BYTES = 2**20
+_MAX_UNWRITTEN = 64
+"""How many reads may wait for the disk."""
+
+_POLL_SECONDS = 0.2
+_REPORT_SECONDS = 5.0
 _ARCHIVES = (".tar.gz", ".tgz")
 
 
-def fetch_s3(url: str, root: Path, cancelled: threading.Event) -> Path:
-    """The directory that holds a copy of everything below `s3://bucket/prefix`, or of one .tar.gz unpacked.
+@dataclass(frozen=True)
+class S3Object:
+    """An object to fetch. `path` is where it belongs below the model's directory."""
 
-    What an earlier run fetched is kept where size and entity tag still agree. Credentials, region and endpoint
+    key: str
+    size: int
+    etag: str
+    path: PurePosixPath
+
+
+def fetch_s3(url: str, root: Path, cancelled: threading.Event) -> Path:
+    """Return a directory with a copy of everything below `s3://bucket/prefix`, or of what one .tar.gz contains.
+
+    What an earlier run fetched is kept if size and entity tag still agree. Credentials, region and endpoint
     are boto3's (environment, container role, ...). Raises ArtefactError, or Cancelled once `cancelled` is set.
     """
     bucket, prefix = parse_url(url)
     place = root / "s3" / hashlib.sha256(url.encode()).hexdigest()[:24]
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with _translated(url), _alone(place, cancelled):
+        with _translated(url, bucket), _locked(place, cancelled):
             return _fetch(url, bucket, prefix, place, cancelled)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -48,89 +78,32 @@ def fetch_s3(url: str, root: Path, cancelled: threading.Event) -> Path:
 
 
 def parse_url(url: str) -> tuple[str, str]:
-    """Bucket and prefix, which is empty for a whole bucket. Raises ArtefactError."""
+    """Return bucket and prefix, which is empty for a whole bucket. Raises ArtefactError."""
     match = re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?", url)
     if match is None:
         raise ArtefactError(f"{url}: write s3://bucket/prefix/")
     return match[1], match[2] or ""
 
 
+def require_client() -> None:
+    """Raises ArtefactError if boto3 is not installed."""
+    if find_spec("boto3") is None:
+        raise ArtefactError("models from s3:// need boto3: pip install boto3")
+
+
 def _fetch(url: str, bucket: str, prefix: str, place: Path, cancelled: threading.Event) -> Path:
     client = _client()
-    transfer = Transfer(client, bucket, place, cancelled)
     archive = prefix.endswith(_ARCHIVES)
     objects = [_head(client, bucket, prefix)] if archive else list(_listed(client, bucket, prefix))
     if not objects:
         raise ArtefactError(f"{url}: there is nothing below this prefix; check the name and the region")
     logger.info("%s: %d files", url, len(objects))
+    transfer = _Transfer(client, bucket, place, cancelled)
     fetched = transfer.run(objects)
     logger.info("%s: complete, %d files were fetched", url, fetched)
     if not archive:
         return transfer.files
     return _unpack(transfer.files / objects[0].path, place / "unpacked", changed=fetched > 0)
-
-
-def _head(client: Any, bucket: str, key: str) -> S3Object:
-    answer = client.head_object(Bucket=bucket, Key=key)
-    return S3Object(key, answer["ContentLength"], answer["ETag"], PurePosixPath(key.rpartition("/")[2]))
-
-
-def _listed(client: Any, bucket: str, prefix: str) -> Iterator[S3Object]:
-    """All objects below the prefix. Raises ArtefactError for a key that is not a harmless relative path."""
-    if prefix and not prefix.endswith("/"):
-        prefix += "/"
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for entry in page.get("Contents", ()):
-            relative = entry["Key"].removeprefix(prefix)
-            if relative and not relative.endswith("/"):
-                path = _safe_path(entry["Key"], relative)
-                yield S3Object(entry["Key"], entry["Size"], entry["ETag"], path)
-
-
-def _unpack(archive: Path, place: Path, changed: bool) -> Path:
-    """Unpack an archive, which cannot write outside its directory. The last rename marks it as complete."""
-    if place.is_dir() and not changed:
-        return place
-    draft = place.with_name("unpacking")
-    for old in (draft, place):
-        shutil.rmtree(old, ignore_errors=True)
-    draft.mkdir()
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            tar.extractall(draft, filter="data")
-    except (tarfile.TarError, EOFError) as error:
-        raise ArtefactError(f"{archive.name} cannot be unpacked: {error}") from error
-    os.replace(draft, place)
-    return place
-
-
-def _safe_path(key: str, relative: str) -> PurePosixPath:
-    parts = relative.split("/")
-    if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
-        raise ArtefactError(
-            f"the key {key!r} is not the name of a file below the model's directory; rename it"
-        )
-    return PurePosixPath(*parts)
-
-
-@contextmanager
-def _alone(place: Path, cancelled: threading.Event) -> Iterator[None]:
-    """Hold the directory's lock. One process fetches at a time; the others wait and find the files complete."""
-    with (place / "lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if cancelled.wait(0.2):
-                    raise Cancelled from None
-        yield
-
-
-def require_client() -> None:
-    """Raises ArtefactError if boto3 is not installed."""
-    if find_spec("boto3") is None:
-        raise ArtefactError("models from s3:// need boto3: pip install boto3")
 
 
 def _client() -> Any:
@@ -149,43 +122,224 @@ def _client() -> Any:
     )
 
 
+def _head(client: Any, bucket: str, key: str) -> S3Object:
+    answer = client.head_object(Bucket=bucket, Key=key)
+    return S3Object(key, answer["ContentLength"], answer["ETag"], PurePosixPath(key.rpartition("/")[2]))
+
+
+def _listed(client: Any, bucket: str, prefix: str) -> Iterator[S3Object]:
+    """Yield all objects below the prefix. Raises ArtefactError for a key that is not a harmless relative path."""
+    if prefix and not prefix.endswith("/"):
+        prefix += "/"
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", ()):
+            key = entry["Key"]
+            relative = key.removeprefix(prefix)
+            if not relative or relative.endswith("/"):
+                continue
+            parts = relative.split("/")
+            if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
+                raise ArtefactError(
+                    f"the key {key!r} is not the name of a file below the model's directory; rename it"
+                )
+            yield S3Object(key, entry["Size"], entry["ETag"], PurePosixPath(*parts))
+
+
+def _unpack(archive: Path, place: Path, changed: bool) -> Path:
+    """Unpack an archive, which cannot write outside its directory. Renaming the directory marks it as complete."""
+    if place.is_dir() and not changed:
+        return place
+    draft = place.with_name("unpacking")
+    for old in (draft, place):
+        shutil.rmtree(old, ignore_errors=True)
+    draft.mkdir()
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(draft, filter="data")
+    except (tarfile.TarError, EOFError) as error:
+        raise ArtefactError(f"{archive.name} cannot be unpacked: {error}") from error
+    os.replace(draft, place)
+    return place
+
+
 @contextmanager
-def _translated(url: str) -> Iterator[None]:
+def _locked(place: Path, cancelled: threading.Event) -> Iterator[None]:
+    """Hold the directory's lock. One process fetches at a time; the others wait and find the files complete."""
+    with (place / "lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if cancelled.wait(_POLL_SECONDS):
+                    raise Cancelled from None
+        yield
+
+
+class _Transfer:
+    """Makes `files/` equal to a list of objects. Call `run` once, in a thread that may block."""
+
+    def __init__(self, client: Any, bucket: str, place: Path, cancelled: threading.Event) -> None:
+        self.files = place / "files"
+        self._client = client
+        self._bucket = bucket
+        self._manifest = place / "manifest.json"
+        self._cancelled = cancelled
+        self._ended: queue.SimpleQueue[tuple[S3Object, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._received = 0
+
+    def run(self, objects: Sequence[S3Object]) -> int:
+        """Fetch what is missing or has changed, remove what is no longer listed, and count the fetched objects.
+
+        Raises ArtefactError, Cancelled, OSError for this machine's disk, and boto3's errors.
+        """
+        self.files.mkdir(exist_ok=True)
+        try:
+            known = msgspec.json.decode(self._manifest.read_bytes(), type=dict[str, tuple[int, str]])
+        except (OSError, msgspec.MsgspecError):
+            known = {}
+        missing = [item for item in objects if not self._has(item, known)]
+        self._remove_others({str(item.path) for item in objects})
+        if missing:
+            self._fetch(missing, known)
+        return len(missing)
+
+    def _has(self, item: S3Object, known: dict[str, tuple[int, str]]) -> bool:
+        path = self.files / item.path
+        return (
+            known.get(str(item.path)) == (item.size, item.etag)
+            and path.is_file()
+            and path.stat().st_size == item.size
+        )
+
+    def _remove_others(self, listed: set[str]) -> None:
+        """Remove files that are no longer listed, and those that a killed download left."""
+        for path in sorted(self.files.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.files).as_posix() not in listed:
+                path.unlink()
+
+    def _fetch(self, items: Sequence[S3Object], known: dict[str, tuple[int, str]]) -> None:
+        from s3transfer.manager import TransferConfig, TransferManager
+
+        total = sum(item.size for item in items)
+        free = shutil.disk_usage(self.files).free
+        if total > free:
+            raise ArtefactError(
+                f"no space: {_size(total)} are to be fetched from {self._bucket}, {_size(free)} are free in "
+                f"{self.files.parent}; set SERVING_DOWNLOAD_DIR"
+            )
+        logger.info("%s: fetching %d files, %s", self._bucket, len(items), _size(total))
+        config = TransferConfig(
+            multipart_threshold=1,  # Only requests for ranges name the entity tag that they expect.
+            multipart_chunksize=PART_BYTES,
+            max_request_concurrency=STREAMS,
+            max_io_queue_size=_MAX_UNWRITTEN,
+            io_chunksize=_READ_BYTES,
+            num_download_attempts=ATTEMPTS,
+        )
+        with TransferManager(self._client, config) as manager:  # An exception cancels what still runs.
+            for item in items:
+                target = self.files / item.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                manager.download(self._bucket, item.key, str(target), subscribers=[_Download(self, item)])
+            self._wait(len(items), total, known)
+
+    def _wait(self, left: int, total: int, known: dict[str, tuple[int, str]]) -> None:
+        """Register each file that is complete, and log progress. Raises the error of the first file that failed."""
+        from s3transfer.exceptions import RetriesExceededError
+
+        began = reported = time.monotonic()
+        while left:
+            if self._cancelled.is_set():
+                raise Cancelled
+            try:
+                item, download = self._ended.get(timeout=_POLL_SECONDS)
+                download.result()
+                known[str(item.path)] = (item.size, item.etag)
+                draft = self._manifest.with_suffix(".new")
+                draft.write_bytes(msgspec.json.encode(known))
+                os.replace(draft, self._manifest)
+                left -= 1
+            except queue.Empty:
+                pass
+            except RetriesExceededError as error:
+                raise ArtefactError(
+                    f"{self._bucket}: {item.key} cannot be read: {error.last_exception}; files that are complete are "
+                    "kept for the next start"
+                ) from error
+            now = time.monotonic()
+            if left and now - reported >= _REPORT_SECONDS:
+                reported = now
+                speed = _size(self._received / (now - began))
+                logger.info("%s: %s of %s, %s/s", self._bucket, _size(self._received), _size(total), speed)
+
+    def advance(self, item: S3Object, count: int) -> None:
+        """Count bytes received; a negative count takes back those of a range whose connection broke."""
+        with self._lock:
+            self._received += count
+        if count < 0:
+            logger.warning("%s: %s: the connection broke; trying again", self._bucket, item.key)
+
+    def end(self, item: S3Object, download: Any) -> None:
+        """Register a download that succeeded, failed or was cancelled."""
+        self._ended.put((item, download))
+
+
+class _Download:
+    """Receives what the transfer manager's threads report about one object."""
+
+    def __init__(self, transfer: _Transfer, item: S3Object) -> None:
+        self._transfer = transfer
+        self._item = item
+
+    def on_queued(self, future: Any, **_: Any) -> None:
+        future.meta.provide_transfer_size(self._item.size)
+        future.meta.provide_object_etag(self._item.etag)
+
+    def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
+        self._transfer.advance(self._item, bytes_transferred)
+
+    def on_done(self, future: Any, **_: Any) -> None:
+        self._transfer.end(self._item, future)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+_CHANGED = "an object changed while it was fetched; start again"
+_DENIED = (
+    "access is denied; the role needs s3:ListBucket on the bucket and s3:GetObject on its objects ({code})"
+)
+_NO_CREDENTIALS = (
+    "no AWS credentials were found; give the container a role, or set AWS_ACCESS_KEY_ID and its secret"
+)
+_ADVICE = {
+    "NoSuchBucket": "there is no bucket {bucket!r}; check the name",
+    "404": "there is no such object; check the bucket and the key",
+    "NoSuchKey": "an object was deleted while it was fetched; start again",
+    **dict.fromkeys(("412", "PreconditionFailed", "S3DownloadFailedError"), _CHANGED),
+    **dict.fromkeys(
+        ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"), _DENIED
+    ),
+    **dict.fromkeys(("NoCredentialsError", "PartialCredentialsError"), _NO_CREDENTIALS),
+}
+"""Messages by S3's error code, or by the class of an error of boto3's."""
+
+
+@contextmanager
+def _translated(url: str, bucket: str) -> Iterator[None]:
     """Turn boto3's errors into an ArtefactError that says what to do."""
-    bucket = url.removeprefix("s3://").partition("/")[0]
     try:
         yield
     except (ArtefactError, Cancelled, OSError):
         raise
     except Exception as error:
-        code = _code(error)
-        changed = "an object changed while it was fetched; start again"
-        known = {
-            "NoSuchBucket": f"there is no bucket {bucket!r}; check the name",
-            "404": "there is no such object; check the bucket and the key",
-            "NoSuchKey": "an object went away while it was fetched; start again",
-            "412": changed,
-            "PreconditionFailed": changed,
-        }
-        denied = (
-            "access is denied; the role needs s3:ListBucket on the bucket and s3:GetObject on its objects"
-        )
-        no_one = (
-            "no AWS credentials were found; give the container a role or set AWS_ACCESS_KEY_ID and its like"
-        )
-        if code in known:
-            message = known[code]
-        elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
-            message = f"{denied} ({code})"
-        elif type(error).__name__ == "S3DownloadFailedError":  # by its entity tag
-            message = changed
-        elif type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-            message = no_one
-        else:
-            message = f"{error}"
+        response: dict[str, Any] = getattr(error, "response", {})
+        code = str(response.get("Error", {}).get("Code") or type(error).__name__)
+        message = _ADVICE[code].format(bucket=bucket, code=code) if code in _ADVICE else str(error)
         raise ArtefactError(f"{url}: {message}") from error
-
-
-def _code(error: Exception) -> str:
-    response: dict[str, Any] = getattr(error, "response", {})
-    return str(response.get("Error", {}).get("Code", ""))

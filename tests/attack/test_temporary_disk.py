@@ -61,7 +61,7 @@ def test_a_server_whose_temporary_folder_fills_goes_on(disk: Path) -> None:
 
 
 def test_a_download_says_that_there_is_no_space(disk: Path) -> None:
-    from handlers.artefacts.error import ArtefactError
+    from handlers.artefacts import ArtefactError
     from handlers.artefacts.fetch import download_root
 
     for number in range(1 << 16):  # until there is no room for another directory

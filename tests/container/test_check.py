@@ -21,7 +21,7 @@ from container.cli import main
 from engine.families.registry import served
 from engine.machine import Device, Machine, host_memory
 from engine.memory import CUDA_RESERVE
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.backends.fit import fit

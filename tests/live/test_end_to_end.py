@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from tests.support.backend import BACK, VLLM
-from tests.support.engine_driver import Oracle, Prompt, random_image
+from tests.support.engine_driver import CAPITALS, Oracle, Prompt, random_image
 from tests.support.image_files import png
 from tests.support.live import LiveServer, chat_body, data_url, running, until_idle
 
@@ -165,9 +165,10 @@ def test_n_answers_are_numbered_and_seeded(server: LiveServer) -> None:
 
 
 def test_stop_strings_end_the_answer_and_are_not_part_of_it(server: LiveServer) -> None:
-    whole = server.chat("hello", max_tokens=24).json()["choices"][0]["message"]["content"]
-    stop = next(c for c in whole[2:] if c.isascii())
-    reply = server.chat("hello", max_tokens=24, stop=stop).json()["choices"][0]
+    letters = {"max_tokens": 24, "allowed_token_ids": list(CAPITALS)}
+    whole = server.chat("hello", **letters).json()["choices"][0]["message"]["content"]
+    stop = whole[2]
+    reply = server.chat("hello", **letters, stop=stop).json()["choices"][0]
     assert reply["message"]["content"] == whole[: whole.index(stop)]
     assert reply["finish_reason"] == "stop"
 

@@ -25,6 +25,8 @@ from engine.messages import Add, ImageInput, Output, TensorData
 from engine.sampling_params import SamplingParams
 
 EOS = (257, 263)
+# A to Z in the vocabulary of every tiny model. Otherwise a random model may write nothing but broken characters.
+CAPITALS = tuple(range(32, 58))
 
 
 def random_image(seed: int) -> Image.Image:

@@ -29,7 +29,7 @@ from handlers.request import (
     TextPart,
 )
 from handlers.sampling import RequestSampling
-from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
+from tests.support.engine_driver import CAPITALS, Oracle, Prompt, load_engine, run_all
 from tests.support.engine_process import answer, config, running
 from tests.support.model_front import learned
 from tests.support.rolling import loaded, tokens
@@ -175,9 +175,10 @@ def check_chat(path: Path, oracle: Oracle, template: str, images: Sequence[Image
             prompt_ids, deltas = await ask(n=2)
             assert prompt_ids == prompt.add(oracle.preprocessor, RequestSampling()).token_ids
             assert tokens(deltas, 0) == tokens(deltas, 1) == want
-            written = "".join(delta.text for delta in deltas if delta.index == 0)
-            stop = next(character for character in written[3:] if character != "\ufffd")
-            _, stopped = await ask(stop=(stop,))
+            _, letters = await ask(allowed_token_ids=CAPITALS)
+            written = "".join(delta.text for delta in letters)
+            stop = written[2]
+            _, stopped = await ask(allowed_token_ids=CAPITALS, stop=(stop,))
             assert "".join(delta.text for delta in stopped) == written[: written.index(stop)]
             assert stopped[-1].finish_reason == "stop"
             _, anything = await ask(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from handlers.request import (
 )
 from handlers.sampling import RequestSampling
 from properties.settings import Settings
-from tests.support.engine_driver import random_image
+from tests.support.engine_driver import CAPITALS, random_image
 
 
 @asynccontextmanager
@@ -49,6 +49,19 @@ def request(*content: str | int, sampling: dict[str, Any] | None = None, **field
 
 async def answer(backend: Pipeline, asked: GenerationRequest) -> list[Delta]:
     return [delta async for delta in await backend.generate(asked)]
+
+
+async def check_stop_string(
+    backend: Pipeline, make: Callable[..., GenerationRequest], *content: object
+) -> None:
+    """Stops an answer to the content at the third character of what it is otherwise: capital letters."""
+    letters: dict[str, Any] = {"allowed_token_ids": CAPITALS}
+    whole = "".join(delta.text for delta in await answer(backend, make(*content, sampling=letters)))
+    stop = whole[2]
+    stopped = await answer(backend, make(*content, sampling={**letters, "stop": (stop,)}))
+    assert "".join(delta.text for delta in stopped) == whole[: whole.index(stop)]
+    assert stopped[-1].finish_reason == "stop"
+    assert stopped[-1].stop_reason == stop
 
 
 def tokens(deltas: list[Delta], index: int = 0) -> list[int]:

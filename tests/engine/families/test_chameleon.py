@@ -12,7 +12,7 @@ from PIL import Image
 from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
-from tests.support.engine_driver import Oracle, Prompt, load_engine, random_image, run_all
+from tests.support.engine_driver import CAPITALS, Oracle, Prompt, load_engine, random_image, run_all
 from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with
 from tests.support.tiny_chameleon import CODES, END, FIRST_WORD, SEPARATOR, START, make_chameleon
@@ -93,10 +93,10 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
         anything = StructuredOutputsParams(regex="(.|\\n)*")
         hot = OfflineParams(temperature=2, max_tokens=40, seed=1, structured_outputs=anything)
         (free,) = llm.chat(turn, hot, use_tqdm=False)
-        written = output.outputs[0].text
-        stop = next(character for character in written[2:] if character != "\ufffd")
-        until = OfflineParams(temperature=0, max_tokens=10, ignore_eos=True, stop=[stop])
-        (stopped,) = llm.chat(turn, until, use_tqdm=False)
+        letters = {"temperature": 0, "max_tokens": 10, "ignore_eos": True, "allowed_token_ids": CAPITALS}
+        written = llm.chat(turn, OfflineParams(**letters), use_tqdm=False)[0].outputs[0].text
+        stop = written[2]
+        (stopped,) = llm.chat(turn, OfflineParams(**letters, stop=[stop]), use_tqdm=False)
     letter = ord("A") - 33
     for result in (output, completed):
         ids = result.prompt_token_ids

@@ -18,7 +18,7 @@ from engine.sampling_params import SamplingParams
 from handlers import LLM, StructuredOutputsParams
 from handlers import SamplingParams as OfflineParams
 from handlers.errors import InvalidRequest
-from tests.support.engine_driver import Oracle, Prompt
+from tests.support.engine_driver import CAPITALS, Oracle, Prompt
 from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load
 from tests.support.likeness import check_logprobs
@@ -119,10 +119,10 @@ def test_a_chat_through_the_whole_way(model: tuple[Path, Oracle]) -> None:
             turn, OfflineParams(temperature=0, max_tokens=9, structured_outputs=digits), use_tqdm=False
         )
         (text,) = llm.chat([{"role": "user", "content": "What is it?"}], greedy, use_tqdm=False)
-        written = output.outputs[0].text
-        stop = next(character for character in written[2:] if character != "\ufffd")
-        until = OfflineParams(temperature=0, max_tokens=10, ignore_eos=True, stop=[stop])
-        (stopped,) = llm.chat(turn, until, use_tqdm=False)
+        letters = {"temperature": 0, "max_tokens": 10, "ignore_eos": True, "allowed_token_ids": CAPITALS}
+        written = llm.chat(turn, OfflineParams(**letters), use_tqdm=False)[0].outputs[0].text
+        stop = written[2]
+        (stopped,) = llm.chat(turn, OfflineParams(**letters, stop=[stop]), use_tqdm=False)
         earlier = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, *turn]
         with pytest.raises(InvalidRequest, match="single user message"):
             llm.chat(earlier, greedy, use_tqdm=False)

@@ -29,7 +29,7 @@ from tests.support.engine_process import answer as answered
 from tests.support.engine_process import running
 from tests.support.exactness import check_logprobs, check_random_load, expanded, image_of, prompts_with
 from tests.support.model_front import learned
-from tests.support.rolling import answer, loaded, request, tokens
+from tests.support.rolling import answer, check_stop_string, loaded, request, tokens
 from tests.support.tiny_tiles import ROWS, TILE, make_idefics3
 
 SIZES = ((30, 40), (120, 4), (4, 120), (1, 1), (90, 60), (200, 190))
@@ -219,11 +219,7 @@ def test_chats_several_answers_stop_strings_and_grammars(one: tuple[Path, Oracle
             want = oracle.generate(prompt, 12, ignore_eos=True)
             assert [tokens(deltas, index) for index in range(2)] == [want, want]
 
-            whole = "".join(delta.text for delta in deltas if delta.index == 0)
-            stop = next(character for character in whole[1:] if character.isalnum() and character.isascii())
-            stopped = await answer(backend, request(1, "what", 2, " is it?", sampling={"stop": (stop,)}))
-            assert stopped[-1].stop_reason == stop
-            assert "".join(delta.text for delta in stopped) == whole[: whole.index(stop)]
+            await check_stop_string(backend, request, 1, "what", 2, " is it?")
 
             biased = {"logit_bias": dict.fromkeys((IMAGE, *range(264, 283)), 90.0)}
             free = await answer(backend, request(1, sampling={**biased, "skip_special_tokens": False}))

@@ -42,7 +42,7 @@ from tests.support.engine_process import config, running
 from tests.support.exactness import check_logprobs, check_random_load, image_of, prompts_with
 from tests.support.model_front import HEAVY, learned
 from tests.support.models import make_text_model, make_tokenizer
-from tests.support.rolling import answer, loaded, request, tokens
+from tests.support.rolling import answer, check_stop_string, loaded, request, tokens
 from tests.support.tiny_phi3_v import LIMIT, MOST, TEMPLATE, TILE, VISION, begin_with_bos, make_phi3_v
 
 IMAGE = 264
@@ -371,11 +371,7 @@ def test_chats_several_answers_stop_strings_and_grammars(model: Path, oracle: Re
             want = oracle.generate(prompt, 12, ignore_eos=True)
             assert [tokens(deltas, index) for index in range(2)] == [want, want]
 
-            whole = "".join(delta.text for delta in deltas if delta.index == 0)
-            stop = next(character for character in whole[1:] if character.isalnum() and character.isascii())
-            stopped = await answer(backend, request(1, "what", 2, " is it?", sampling={"stop": (stop,)}))
-            assert stopped[-1].stop_reason == stop
-            assert "".join(delta.text for delta in stopped) == whole[: whole.index(stop)]
+            await check_stop_string(backend, request, 1, "what", 2, " is it?")
 
             biased = {"logit_bias": {IMAGE: 90.0}}
             free = await answer(backend, request(1, sampling=biased))

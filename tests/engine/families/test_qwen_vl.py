@@ -43,7 +43,7 @@ from properties.settings import Settings
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.exactness import PromptMaker, check_random_load
 from tests.support.model_front import learned
-from tests.support.rolling import answer, loaded, tokens
+from tests.support.rolling import answer, check_stop_string, loaded, tokens
 from tests.support.tiny_qwen_vl import END, FAMILIES, HIDDEN, IMAGE, START, inputs, make_qwen_vl
 
 GREEDY = RequestSampling(temperature=0.0, max_tokens=16)
@@ -433,11 +433,7 @@ def test_what_a_backend_offers_works_with_deepstack(tmp_path: Path) -> None:
                 await backend.generate(asked(ODD, noise(402, 2)))
             assert caught.value.status == 400
 
-            text = "".join(delta.text for delta in plain)
-            stop = next(char for char in text[1:] if char not in text[0])
-            stopped = await answer(backend, asked("look ", ODD, " there", sampling={"stop": (stop,)}))
-            assert stopped[-1].stop_reason == stop
-            assert "".join(delta.text for delta in stopped) == text[: text.index(stop)]
+            await check_stop_string(backend, asked, "look ", ODD, " there")
 
             held = Constraint("grammar", 'start: /[a-z]{3}/ (<|image_pad|> | <|video_pad|> | "!")', "grammar")
             drawn = {"temperature": 1.0, "max_tokens": 8, "seed": 1, "ignore_eos": False}

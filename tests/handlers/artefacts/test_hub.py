@@ -85,7 +85,7 @@ def fetch(hub: str, home: Path, *names: str, offline: bool = False, code: bool =
     program = """
 import sys, threading
 from pathlib import Path
-from handlers.artefacts.error import ArtefactError
+from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from properties.model import locate
 from properties.settings import Settings

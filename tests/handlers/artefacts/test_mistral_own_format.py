@@ -15,9 +15,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from container.check import describe
 from engine.errors import ModelLoadError
 from handlers import LLM, SamplingParams
-from handlers.artefacts.error import ArtefactError
-from handlers.artefacts.mistral import completed, lacks_hub_files
-from handlers.artefacts.mistral_template import chat_template
+from handlers.artefacts import ArtefactError
+from handlers.artefacts.mistral import chat_template, completed, lacks_hub_files
 from handlers.artefacts.tekken import read_tekken, tokenizer_files
 from tests.support.checked import CPU, configure
 from tests.support.engine_driver import Oracle, Prompt, load_engine
@@ -191,7 +190,7 @@ def test_the_tokenizer_gives_back_every_text(tmp_path: Path) -> None:
         ({"q_lora_rank": 1536}, "has q_lora_rank = 1536"),
         ({"model_type": "mamba"}, 'has model_type = "mamba"'),
         ({"sliding_window": [4096, None]}, r"Expected `int \| null`, got `array` - at `\$\.sliding_window`"),
-        ({"n_layers": 0}, "n_layers = 0; it must be at least 1"),
+        ({"n_layers": 0}, r"Expected `int` >= 1 - at `\$\.n_layers`"),
         ({"dim": "wide"}, r"at `\$\.dim`"),
         ({"vision_encoder": {"hidden_size": 64}}, "missing required field"),
         (
@@ -233,7 +232,7 @@ def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path, vers
         ({"config": {}}, "missing required field"),
         ({"special_tokens": [{"rank": 1, "token_str": "<s>"}]}, "numbered from 0"),
         ({"vocab": [{"token_bytes": "AA=="}] * 400}, "lists a token twice"),
-        ({"vocab": [{"token_bytes": "é"}] * 400}, "no base64"),
+        ({"vocab": [{"token_bytes": "é"}] * 400}, "not base64"),
     ],
 )
 def test_a_damaged_tokenizer_is_told(tmp_path: Path, changed: dict[str, Any], message: str) -> None:

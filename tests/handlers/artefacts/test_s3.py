@@ -16,12 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from handlers.artefacts import ArtefactError, Cancelled
 from handlers.artefacts import s3 as s3_files
-from handlers.artefacts import transfer
-from handlers.artefacts.error import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.artefacts.s3 import fetch_s3
-from handlers.artefacts.transfer import Cancelled
 from properties.model import locate
 from properties.settings import Settings
 from tests.support.s3 import BUCKET
@@ -30,7 +28,7 @@ from tests.support.scripted_server import ServerProcess
 
 @pytest.fixture
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "PART_BYTES", 64 * 1024)
+    monkeypatch.setattr(s3_files, "PART_BYTES", 64 * 1024)
 
 
 class Proxy(socketserver.ThreadingTCPServer):
@@ -140,7 +138,7 @@ def test_a_range_whose_connection_breaks_is_fetched_again(
 def test_the_next_start_keeps_the_files_that_were_complete(
     s3: Any, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_files, "ATTEMPTS", 2)
     put(s3, first=b"1" * 10)
     get(tmp_path)
     put(s3, weights=b"2" * 100_000)
@@ -226,7 +224,7 @@ def test_errors_say_what_to_do(s3: Any, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ArtefactError, match="write s3://bucket/prefix/"):
         get(tmp_path, "s3://")
     put(s3, weights=b"123456")
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
+    monkeypatch.setattr(s3_files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
     with pytest.raises(ArtefactError, match="no space"):
         get(tmp_path)
 
