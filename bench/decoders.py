@@ -21,9 +21,10 @@ from PIL import Image
 
 from bench.load import jpegs
 from bench.report import machine
-from handlers.images.decode import WHITE, decode, prepare_pillow
+from handlers.images.decoder import decode, prepare_pillow
 from handlers.images.decoders import DecoderPool
-from handlers.images.image_file import read_header
+from handlers.images.formats import read_header
+from handlers.images.limits import ImageLimits
 
 MAX_PIXELS = 89_478_485
 LEAST = 40.0
@@ -66,7 +67,7 @@ def _processor_time() -> float:
 async def measured(count: int) -> dict[int, tuple[float, float, float]]:
     """Return medians by side length: plain, pooled, and the front end's milliseconds per image."""
     prepare_pillow(MAX_PIXELS)
-    pool = DecoderPool(max_pixels=MAX_PIXELS, max_bytes=20 << 20, background=WHITE, memory_bytes=1 << 30)
+    pool = DecoderPool(ImageLimits(max_pixels=MAX_PIXELS, memory_bytes=1 << 30))
     kept: Kept = deque(maxlen=64)
     rows = {}
     for side in SIDES:

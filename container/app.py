@@ -26,6 +26,7 @@ from handlers.model_names import accepted_names, public_names
 from handlers.own_words import own_words_of
 from handlers.protocols.api import Route
 from handlers.protocols.errors import client_error, error_reply
+from handlers.protocols.lmi.lines import MOST_SECONDS, are_lines
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
@@ -251,7 +252,12 @@ class App:
             await call.exchange.run(
                 self._answer(call, answering),
                 self._headers(call.request_id, call.headers),
-                longest=self._settings.predict_timeout + _GRACE_SECONDS,
+                longest=(
+                    max(self._settings.predict_timeout, MOST_SECONDS)
+                    if are_lines(call.template, call.headers)
+                    else self._settings.predict_timeout
+                )
+                + _GRACE_SECONDS,
                 pause=self._settings.chunked_read_timeout,
             )
         finally:
@@ -345,7 +351,8 @@ class App:
     def _note(self, call: Call) -> None:
         """Count the request and log its line, which never contains its prompt, its answer or its images."""
         exchange = call.exchange
-        facts = self._metrics.facts.pop(call.request_id, None) or call.facts
+        finished = self._metrics.facts.pop(call.request_id, None)
+        facts = call.facts or finished
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
         if call.route is not None and call.route.light and status != 401:

@@ -78,16 +78,8 @@ def build_backend(configuration: Configuration, model_path: Path) -> Served:
             return Served(part, None)
         return Served.by(build.build_backend(configuration, model_path, choice), choice)
     logger.warning("%s of the model answers requests; no engine is started", own.file)
-    _warn_of_requirements(own.directory)
     backend = CustomBackend.from_configuration(configuration, model_path, own)
     return Served(backend, partial(_custom_service, backend))
-
-
-def _warn_of_requirements(directory: Path) -> None:
-    if (directory / "requirements.txt").is_file():
-        logger.warning(
-            "requirements.txt of the model is not installed; build an image that has what it needs"
-        )
 
 
 def build_formatters(configuration: Configuration, model_path: Path) -> Formatters | None:
@@ -96,7 +88,6 @@ def build_formatters(configuration: Configuration, model_path: Path) -> Formatte
     if own is None:
         return None
     logger.warning("formatters in %s of the model change requests or replies", own.file)
-    _warn_of_requirements(own.directory)
     processes = CustomBackend.from_configuration(configuration, model_path, own)
     return Formatters(processes, reads=own.reads, writes=own.writes)
 

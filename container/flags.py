@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from properties.field import Level
-from properties.legacy import RENAMED, ignored_because
+from properties.lmi import RENAMED, ignored_because
 from properties.names import KEYS, OPTIONS, PREFIX, key_from_command_line, nearest
 from properties.settings import Settings
 from properties.sources import SAME, WITHOUT_EFFECT

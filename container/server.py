@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import uvicorn
@@ -28,6 +29,7 @@ from container.connections import Connections, raise_descriptor_limit
 from container.logs import logging_to, on_terminal
 from container.metrics import Metrics
 from container.protocol import Protocol
+from container.requirements import install, requirements_to_install
 from container.state import ServerState
 from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
@@ -98,6 +100,7 @@ class Server:
         self._images: ImageLoader | None = None
         self._backend: Lifecycle | None = None
         self._formatters: Formatters | None = None
+        self._installed: TemporaryDirectory[str] | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
         self._app = App(configuration, self.state, self.metrics)
@@ -156,7 +159,8 @@ class Server:
                     await self._fetch_and_load()
         except TimeoutError as error:
             raise LoadFailed(
-                f"the model was not ready within {seconds:.0f} s; raise option.model_loading_timeout"
+                f"the model was not ready within {seconds:.0f} s ({self.state.reason}); raise "
+                "option.model_loading_timeout"
             ) from error
         logger.info("ready after %.1f s", time.monotonic() - began)
 
@@ -176,13 +180,16 @@ class Server:
             )
         except ArtefactError as error:
             raise LoadFailed(str(error)) from error
-        self.state.reason = "the model is loading"
         configuration = self.configuration.with_model_directory(directory)
         for problem in configuration.warnings:
             if problem not in self.configuration.warnings:
                 logger.warning("%s", problem)
         self.configuration = configuration
         self._app.configure(configuration)
+        if (file := requirements_to_install(configuration, directory)) is not None:
+            self.state.reason = "requirements.txt is being installed"
+            self._installed = await install(file, configuration.settings.offline)
+        self.state.reason = "the model is loading"
         served = await in_daemon_thread(lambda: self._build(configuration, directory))
         self._backend = backend = served.backend
         self._formatters = formatters = await in_daemon_thread(
@@ -241,6 +248,8 @@ class Server:
             call.exchange.stop("shutdown")
         http.should_exit = True
         await asyncio.wait({serving})
+        if self._installed is not None:
+            self._installed.cleanup()
         logger.info("stopped")
 
     async def _close_backend(self) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from handlers.admission import Admission
@@ -24,6 +24,7 @@ from handlers.protocols.api import Gate
 from handlers.protocols.base import JSON, JSON_LINES, Answered, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
+from handlers.protocols.lmi.lines import MOST_SECONDS, answer_lines, are_lines
 from handlers.protocols.select import CALLS, error_format, read_task
 from handlers.reply_stream import ReplyStream
 from handlers.run import Run, is_cancelled, refusal
@@ -146,7 +147,19 @@ class Service:
 
         A stream is returned together with its first token, so that any earlier failure has a status code of its own.
         """
-        return await self.reply(incoming, self._answer)
+        if not are_lines(incoming.route, incoming.headers):
+            return await self.reply(incoming, self._answer)
+        facts = RequestFacts(incoming.request_id, incoming.route)
+        try:
+            return await answer_lines(
+                incoming,
+                lambda line: self.reply(line, partial(self._answer_line, incoming.request_id)),
+                together=self.limits.max_rolling_batch_size,
+                seconds=self.limits.predict_timeout or MOST_SECONDS,
+                facts=facts,
+            )
+        except (Exception, asyncio.CancelledError) as error:
+            return refusal(error, facts, error_format(incoming.route, incoming.headers), self._observer)
 
     async def call(self, action: str, incoming: Incoming) -> Reply:
         """Answer a request that does not generate text. action: a key of `handlers.protocols.select.CALLS`."""
@@ -199,6 +212,21 @@ class Service:
             log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
         incoming.parsed()
         return await self._run(task, facts, incoming.keep)
+
+    async def _answer_line(
+        self,
+        request_id: str,
+        body: dict[str, Any],
+        incoming: Incoming,
+        facts: RequestFacts,
+        arrival: float,
+        long: bool,
+    ) -> Reply:
+        """Answer a line of a body, whole whatever it says of a stream. request_id: the whole body's."""
+        facts.request_id = request_id
+        body["stream"] = False
+        body.pop("stream_options", None)
+        return await self._answer(body, incoming, facts, arrival, long)
 
     @cached_property
     def context(self) -> ServerContext:

@@ -17,7 +17,7 @@ _RESOURCES = {
 }
 _NO_PROCESS_OR_THREAD = "processes or threads"
 _NO_THREAD = "can't start new thread"
-_MOST_CAUSES = 20
+_MAX_CAUSES = 20
 
 _STARTS_OF_PROCESSES = frozenset(
     {
@@ -35,7 +35,7 @@ def shortage(error: BaseException | None) -> str | None:
 
     It examines the causes, too, because libraries wrap the operating system's errors.
     """
-    for _ in range(_MOST_CAUSES):
+    for _ in range(_MAX_CAUSES):
         if error is None:
             return None
         if (found := _named(error)) is not None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from properties.field import BackendName, Level
-from properties.legacy import RENAMED
-from properties.lmi_handlers import PACKAGE, handler_named
-from properties.model import ModelLocation, find_home, holds_model, locate, recommended
+from properties.lmi import PACKAGE, RENAMED, handler_named
+from properties.model import SCRIPTS, ModelLocation, find_home, holds_model, locate, recommended
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Source
 from properties.resolution import Resolution, Sourced, resolve_values
+from properties.secure_mode import OPEN, SecureMode, secure_mode
 from properties.settings import RETIRED, Settings
 from properties.sources import (
     FILE_NAME,
@@ -30,9 +30,6 @@ from properties.sources import (
 )
 
 MODEL_STORE = Path("/opt/ml/model")
-_SECURE_MODE = "SAGEMAKER_SECURE_MODE"
-"""LMI's switch for controls over the model's code. Ignoring it would mean doing what its operator forbids."""
-
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 """Name of one of a model's chat templates; which ones exist is only known from the model's files."""
 
@@ -71,6 +68,7 @@ class Configuration:
         backend_options: Those unknown names that vLLM knows: its engine arguments.
         lmi_handler: LMI's own handler named by `option.entryPoint`; then the model's own code is not used.
         vllm_asked_by: Description of the setting of LMI that means vLLM's asynchronous engine.
+        secure: What SageMaker's secure mode forbids.
     """
 
     settings: Settings
@@ -85,6 +83,7 @@ class Configuration:
     backend_options: frozenset[str] = field(default=frozenset(), repr=False)
     lmi_handler: str | None = None
     vllm_asked_by: str | None = None
+    secure: SecureMode = OPEN
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
         """Add what the model's config.json recommends, below everything that the user wrote."""
@@ -128,7 +127,10 @@ class Configuration:
                 self.home or directory,
                 self.model_location,
                 backend_options=self.backend_options,
+                secure=self.secure,
             )
+        if directory != self.home and (forbidden := list(self.secure.files(directory))):
+            raise ConfigurationError(forbidden)
         config = read_model_config(directory)
         return configuration if config is None else configuration.with_model_config(config)
 
@@ -206,10 +208,7 @@ def resolve(
     """
     problems: list[Problem] = []
     noted: list[Problem] = []
-    if environ.get(_SECURE_MODE, "").strip().lower() == "true":
-        problems.append(
-            Problem(f"{_SECURE_MODE} = 'true': there is no secure mode here; unset it to serve without")
-        )
+    secure = secure_mode(environ, problems)
     written = [*read_command_line(options, problems), *read_environment(environ)]
     written += read_containers(environ, noted, backend_options)
     written = _in_the_containers_order(list(_renamed(written, noted)), environ, model_store, noted)
@@ -222,7 +221,8 @@ def resolve(
     if home is not None and (home / FILE_NAME).is_file():
         written += _renamed(read_file(home / FILE_NAME, problems, noted), noted)
     written += _model_from_place(model, home, written, noted)
-    return _build(tuple(written), tuple(noted), home, None, problems, backend_options)
+    problems += [*secure.channel_files(), *secure.files(home)]
+    return _build(tuple(written), tuple(noted), home, None, problems, backend_options, secure)
 
 
 def read_model_config(directory: Path) -> dict[str, Any] | None:
@@ -311,12 +311,15 @@ def _build(
     location: ModelLocation | None,
     problems: Sequence[Problem] = (),
     backend_options: frozenset[str] = frozenset(),
+    secure: SecureMode = OPEN,
 ) -> Configuration:
     result = resolve_values(written, backend_options)
     result.problems[:0] = problems
     result.warnings[:0] = noted
     location = location or _locate(result, home)
     _check_together(result, home)
+    extra = {name: item.source for name, item in result.extra.items()}
+    result.problems += secure.options(result.settings, result.sources, extra, result.lmi_handler)
     result.warnings += _not_obeyed(result, location, home)
     if result.problems or location is None:
         raise ConfigurationError(result.problems, result.warnings)
@@ -333,6 +336,7 @@ def _build(
         backend_options,
         result.lmi_handler,
         result.vllm_asked_by,
+        secure,
     )
 
 
@@ -428,7 +432,11 @@ def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path |
     if location is not None and location.kind != "s3":
         reasons["download_dir"] = "has no effect: only models from s3:// are kept there"
     unseen = location is None or (location.kind == "s3" and home is None)
-    if settings.entry_point is None and not unseen and not (home and (home / "model.py").is_file()):
+    if (
+        settings.entry_point is None
+        and not unseen
+        and not (home and any((home / name).is_file() for name in SCRIPTS))
+    ):
         reasons["handler"] = "has no effect: the model has no model.py, and no entry point is named"
     return [
         Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name, sources[name])

@@ -66,47 +66,21 @@ class Option:
     """
 
     meaning: str
-    backends: tuple[BackendName, ...]
-    server: bool
-    aliases: tuple[str, ...]
-    variables: tuple[Variable, ...]
-    replaced: tuple[tuple[str, str], ...]
-    secret: bool
-    verbatim: bool
-    unit: str | None
-    embedded: tuple[str, ...]
+    backends: tuple[BackendName, ...] = BOTH
+    server: bool = False
+    aliases: tuple[str, ...] = ()
+    variables: tuple[Variable, ...] = ()
+    replaced: tuple[tuple[str, str], ...] = ()
+    secret: bool = False
+    verbatim: bool = False
+    unit: str | None = None
+    embedded: tuple[str, ...] = ()
 
 
-def option(
-    meaning: str,
-    *,
-    default: Any,
-    backends: tuple[BackendName, ...] = BOTH,
-    server: bool = False,
-    aliases: tuple[str, ...] = (),
-    variables: tuple[Variable, ...] = (),
-    replaced: tuple[tuple[str, str], ...] = (),
-    secret: bool = False,
-    verbatim: bool = False,
-    unit: str | None = None,
-    embedded: tuple[str, ...] = (),
-) -> Any:
-    """Define a field of the settings; see `Option` for the arguments."""
+def option(meaning: str, *, default: Any, **definition: Any) -> Any:
+    """Define a field of the settings; `definition` are the attributes of `Option`."""
     field = Field(default=default)
-    field.metadata.append(
-        Option(
-            meaning=meaning,
-            backends=backends,
-            server=server,
-            aliases=aliases,
-            variables=variables,
-            replaced=replaced,
-            secret=secret,
-            verbatim=verbatim,
-            unit=unit,
-            embedded=embedded,
-        )
-    )
+    field.metadata.append(Option(meaning, **definition))
     return field
 
 

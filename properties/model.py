@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_ARTEFACTS = ("config.json", "params.json", "model.py")
+SCRIPTS = ("model.py", "code/model.py")
+"""Where a model's own code may lie."""
+
+_ARTEFACTS = ("config.json", "params.json", *SCRIPTS)
 
 
 @dataclass(frozen=True)

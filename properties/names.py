@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from properties.field import Level
 from properties.settings import options
@@ -25,6 +25,11 @@ _BY_SPELLING = {key.removeprefix(PREFIX): key for key in KEYS}
 
 # A key that somebody wrote and nobody read would leave the server open.
 KEYS |= {PREFIX + name: name for name, option in OPTIONS.items() if option.server and option.secret}
+
+
+def by_name(groups: Mapping[str, str], prefix: str = "") -> dict[str, str]:
+    """Turn `{value: "name another"}` around: each name, with the prefix, gets its group's value."""
+    return {prefix + name: value for value, names in groups.items() for name in names.split()}
 
 
 def key_of(name: str) -> str:

@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from properties.field import Level
-from properties.legacy import SILENT, TRUE_MEANS, ignored_because
-from properties.lmi_handlers import REPLACED_BECAUSE, Meaning, taken_together
+from properties.lmi import REPLACED_BECAUSE, SILENT, TRUE_MEANS, Meaning, ignored_because, taken_together
 from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Problem, Source
 from properties.settings import Settings

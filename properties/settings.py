@@ -108,10 +108,16 @@ class ModelSettings(BaseModel):
     )
     entry_point: str | None = option(
         "Python file of a custom handler, relative to the model directory, which answers instead of an engine. "
-        "Default: model.py if it defines the handler.",
+        "Default: model.py, or code/model.py, if it defines the handler.",
         default=None,
         aliases=("entryPoint", "entrypoint"),
         variables=(Variable("DJL_ENTRY_POINT"),),
+    )
+    install_requirements: bool | None = server_key(
+        "Install the requirements.txt in the model's directory at the start, as LMI does. Default: if code of the "
+        "model's own runs. Never that of a model from the hub.",
+        default=None,
+        variables=(Variable("STANDARD_AUTO_INSTALL_REQ", Level.CONTAINER),),
     )
     handler: str = option("Function of the custom handler that is called.", default="handle")
     download_dir: str | None = server_key(

@@ -15,7 +15,7 @@ from pathlib import Path
 import javaproperties
 
 from properties.field import Level, Variable
-from properties.names import KEYS, OPTIONS, key_from_command_line, key_from_environment, key_of
+from properties.names import KEYS, OPTIONS, by_name, key_from_command_line, key_from_environment, key_of
 from properties.problem import Problem
 from properties.settings import Settings
 from properties.values import TRUE
@@ -131,100 +131,78 @@ Images are always prepared by the model's own processor, as vLLM did unless it w
 """
 
 _ADAPTERS = "put adapters into adapters/ beside the model, or send them to POST /adapters"
-_CORS = "pages of cors_allowed_origin may use every method and header that the server has"
-_SERVER = "of vLLM's own HTTP server, which this is not"
-_TLS = "the port speaks plain HTTP: end TLS in front of the server"
-VLLM_WITHOUT = {
-    "lora_modules": _ADAPTERS,
-    "allowed_methods": _CORS,
-    "allowed_headers": _CORS,
-    "allow_credentials": _CORS,
-    "middleware": _SERVER,
-    "root_path": _SERVER,
-    "uds": _SERVER,
-    "headless": _SERVER,
-    "api_server_count": "one process speaks HTTP",
-    "ssl_keyfile": _TLS,
-    "ssl_certfile": _TLS,
-    "ssl_ca_certs": _TLS,
-    "ssl_cert_reqs": _TLS,
-    "ssl_ciphers": _TLS,
-    "enable_ssl_refresh": _TLS,
-    "tokenizer": "the tokenizer is the model's own",
-    "skip_tokenizer_init": "prompts are tokenised here",
-    "response_role": "the role of replies is assistant",
-    "tool_parser_plugin": "the parsers are this server's and the installed vLLM's",
-    "tool_server": "tools are called by the client",
-    "return_tokens_as_token_ids": "a request asks for it",
-    "enable_prompt_tokens_details": "replies always tell the cached tokens",
-    "enable_log_outputs": "see log_prompts",
-}
-"""Flags of vLLM's server without an equivalent -> what to do instead. On the command line they are refused."""
+VLLM_WITHOUT = by_name(
+    {
+        _ADAPTERS: "lora_modules",
+        "pages of cors_allowed_origin may use every method and header that the server has": (
+            "allowed_methods allowed_headers allow_credentials"
+        ),
+        "of vLLM's own HTTP server, which this is not": "middleware root_path uds headless",
+        "one process speaks HTTP": "api_server_count",
+        "the port speaks plain HTTP: end TLS in front of the server": (
+            "ssl_keyfile ssl_certfile ssl_ca_certs ssl_cert_reqs ssl_ciphers enable_ssl_refresh"
+        ),
+        "the tokenizer is the model's own": "tokenizer",
+        "prompts are tokenised here": "skip_tokenizer_init",
+        "the role of replies is assistant": "response_role",
+        "the parsers are this server's and the installed vLLM's": "tool_parser_plugin",
+        "tools are called by the client": "tool_server",
+        "a request asks for it": "return_tokens_as_token_ids",
+        "replies always tell the cached tokens": "enable_prompt_tokens_details",
+        "see log_prompts": "enable_log_outputs",
+    }
+)
+"""Flag of vLLM's server without an equivalent -> what to do instead. On the command line they are refused."""
 
-SGLANG = {
-    "model_path": "model_id",
-    "model": "model_id",
-    "served_model_name": "served_model_name",
-    "revision": "revision",
-    "trust_remote_code": "trust_remote_code",
-    "load_format": "load_format",
-    "dtype": "dtype",
-    "quantization": "quantize",
-    "context_length": "max_model_len",
-    "kv_cache_dtype": "kv_cache_dtype",
-    "mem_fraction_static": "gpu_memory_utilization",
-    "max_running_requests": "max_rolling_batch_size",
-    "max_queued_requests": "job_queue_size",
-    "chunked_prefill_size": "max_rolling_batch_prefill_tokens",
-    "tp": "tensor_parallel_degree",
-    "tp_size": "tensor_parallel_degree",
-    "tensor_parallel_size": "tensor_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-    "pp_size": "pipeline_parallel_degree",
-    "pipeline_parallel_size": "pipeline_parallel_degree",
-    "dp": "data_parallel_degree",
-    "dp_size": "data_parallel_degree",
-    "data_parallel_size": "data_parallel_degree",
-    "random_seed": "seed",
-    "cpu_offload_gb": "cpu_offload_gb_per_gpu",
-    "watchdog_timeout": "engine_stuck_timeout",
-    "disable_cuda_graph": "enforce_eager",
-    "disable_radix_cache": "enable_prefix_caching",
-    "enable_lora": "enable_lora",
-    "max_lora_rank": "max_lora_rank",
-    "max_loras_per_batch": "max_loras",
-    "max_loaded_loras": "max_cpu_loras",
-    "limit_mm_data_per_request": "limit_mm_per_prompt",
-    "host": "host",
-    "port": "port",
-    "api_key": "api_key",
-    "chat_template": "chat_template",
-    "tool_call_parser": "tool_call_parser",
-    "reasoning_parser": "reasoning_parser",
-}
+_SAME_IN_SGLANG = (
+    "served_model_name revision trust_remote_code load_format dtype kv_cache_dtype enable_lora max_lora_rank host port "
+    "api_key chat_template tool_call_parser reasoning_parser"
+)
+SGLANG = {name: name for name in _SAME_IN_SGLANG.split()} | by_name(
+    {
+        "model_id": "model_path model",
+        "quantize": "quantization",
+        "max_model_len": "context_length",
+        "gpu_memory_utilization": "mem_fraction_static",
+        "max_rolling_batch_size": "max_running_requests",
+        "job_queue_size": "max_queued_requests",
+        "max_rolling_batch_prefill_tokens": "chunked_prefill_size",
+        "tensor_parallel_degree": "tp tp_size tensor_parallel_size",
+        "pipeline_parallel_degree": "pp pp_size pipeline_parallel_size",
+        "data_parallel_degree": "dp dp_size data_parallel_size",
+        "seed": "random_seed",
+        "cpu_offload_gb_per_gpu": "cpu_offload_gb",
+        "engine_stuck_timeout": "watchdog_timeout",
+        "enforce_eager": "disable_cuda_graph",
+        "enable_prefix_caching": "disable_radix_cache",
+        "max_loras": "max_loras_per_batch",
+        "max_cpu_loras": "max_loaded_loras",
+        "limit_mm_per_prompt": "limit_mm_data_per_request",
+    }
+)
 """Flag of SGLang -> our option."""
 
-_SPECULATION = "write option.speculative_config, as vLLM's"
-SGLANG_WITHOUT = {
-    "tokenizer_path": "the tokenizer is the model's own",
-    "tokenizer_mode": "see option.tokenizer_mode",
-    "skip_tokenizer_init": "prompts are tokenised here",
-    "max_total_tokens": "see option.kv_cache_memory_mb",
-    "max_prefill_tokens": "see option.max_rolling_batch_prefill_tokens",
-    "page_size": "see option.block_size",
-    "attention_backend": "kernels are chosen for the device",
-    "lora_paths": _ADAPTERS,
-    "speculative_algorithm": _SPECULATION,
-    "speculative_draft_model_path": _SPECULATION,
-    "speculative_num_steps": _SPECULATION,
-    "speculative_eagle_topk": _SPECULATION,
-    "speculative_num_draft_tokens": _SPECULATION,
-    "enable_priority_scheduling": "see option.request_priorities, with which lower numbers come first",
-    "enable_multimodal": "a model that takes images is served with them",
-    "enable_metrics": "/metrics is always served",
-    "is_embedding": "embeddings are not served",
-}
-"""Common flags of SGLang without an equivalent -> what to do instead."""
+SGLANG_WITHOUT = by_name(
+    {
+        "the tokenizer is the model's own": "tokenizer_path",
+        "see option.tokenizer_mode": "tokenizer_mode",
+        "prompts are tokenised here": "skip_tokenizer_init",
+        "see option.kv_cache_memory_mb": "max_total_tokens",
+        "see option.max_rolling_batch_prefill_tokens": "max_prefill_tokens",
+        "see option.block_size": "page_size",
+        "kernels are chosen for the device": "attention_backend",
+        _ADAPTERS: "lora_paths",
+        "write option.speculative_config, as vLLM's": (
+            "speculative_algorithm speculative_draft_model_path speculative_num_steps speculative_eagle_topk "
+            "speculative_num_draft_tokens"
+        ),
+        "see option.request_priorities, with which lower numbers come first": "enable_priority_scheduling",
+        "a model that takes images is served with them": "enable_multimodal",
+        "/metrics is always served": "enable_metrics",
+        "embeddings are not served": "is_embedding",
+    }
+)
+"""Common flag of SGLang without an equivalent -> what to do instead."""
 
 _SWITCHED_OFF = frozenset({"disable_radix_cache"})
 _PARSERS = {

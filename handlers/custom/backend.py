@@ -1,4 +1,4 @@
-"""The processes of the user's handler: who gets a call, and what happens when one of them dies."""
+"""The processes of the user's handler: how they are started, called and replaced, and which one gets a call."""
 
 from __future__ import annotations
 
@@ -6,30 +6,54 @@ import asyncio
 import logging
 import sys
 from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from pydantic import SecretStr
 
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.custom.find import OwnFormatters, OwnHandler, refuse_unusable
-from handlers.custom.messages import Start
-from handlers.custom.process import HandlerCall, HandlerProcess
-from handlers.errors import ServingError, Unavailable
+from handlers.custom.messages import (
+    Answer,
+    Call,
+    Cancel,
+    End,
+    Failed,
+    FromHandler,
+    LoadFailed,
+    Part,
+    Ready,
+    Start,
+    ToHandler,
+)
+from handlers.errors import CustomCodeError, EngineFailed, PayloadTooLarge, ServingError, Unavailable
+from processes.child import Child, Connection, Log
+from processes.inside import MAX_FRAME_BYTES
 from processes.supervisor import Supervisor, why_down
 from properties.configuration import Configuration
 from properties.field import Level
 
 logger = logging.getLogger(__name__)
+handler_log = logging.getLogger("handlers.custom")
+"""The log of what the user's handler prints."""
+
+MAX_WAITING_BYTES = 64 * 2**20
+"""How much of one streamed answer may wait for its client; beyond that it is aborted."""
+
+_STOP_SECONDS = 3.0
 
 
 class CustomBackend:
-    """See `handlers.backends.base.Lifecycle`. What it is asked by requests is `call`: it has no prompts, no tokens."""
+    """Implements `handlers.backends.base.Lifecycle`; requests use `call`, since there are no prompts and tokens."""
 
     adapters: AdapterStore | None = None
 
     def __init__(self, start: Start, processes: int, retry_threshold: int) -> None:
-        """retry_threshold: deaths of a process, with no answer between them, that a restart answers."""
+        """retry_threshold: how often a process is restarted without an answer in between."""
         self._start = start
         self._supervisors = [
             Supervisor(
@@ -46,7 +70,7 @@ class CustomBackend:
     def from_configuration(
         cls, configuration: Configuration, model_path: Path, own: OwnHandler
     ) -> CustomBackend:
-        """model_path: of the model's files, which may lie elsewhere than the handler. Raises InvalidConfiguration."""
+        """model_path: directory of the model's files, which may not be the handler's. Raises InvalidConfiguration."""
         refuse_unusable(own)
         settings = configuration.settings
         directory = str(own.directory.resolve())
@@ -55,7 +79,7 @@ class CustomBackend:
             "model_id": str(model_path.resolve()),
         }
         if isinstance(own, OwnFormatters):
-            # The engine would be of no use without them: they are started again for ever.
+            # The engine would be of no use without them, so they are restarted forever.
             return cls(Start(directory, own.file, None, properties), 1, sys.maxsize)
         start = Start(directory, own.file, settings.handler, properties)
         return cls(start, settings.max_workers or 1, settings.retry_threshold)
@@ -77,7 +101,7 @@ class CustomBackend:
         return Capabilities(max_model_len=0, images=False)
 
     async def call(self, properties: dict[str, str], body: bytes) -> HandlerCall:
-        """Begin a call as soon as a process is free for it, in the order of asking.
+        """Begin a call as soon as a process is free for it; the first to ask is the first served.
 
         Raises Unavailable. Cancelled, it leaves nothing behind.
         """
@@ -148,8 +172,212 @@ class CustomBackend:
                 future.set_exception(error)
 
 
+class OutOfMemory(ServingError):
+    """The user's handler ran out of memory."""
+
+    status = 507
+    kind = "out_of_memory"
+
+
+class HandlerCall:
+    """The messages of one answer, in order. Read it to its End, or `abandon` it."""
+
+    def __init__(self, process: HandlerProcess, number: int) -> None:
+        self.number = number
+        self.ended = asyncio.Event()
+        self._process = process
+        self._messages: asyncio.Queue[Answer | ServingError] = asyncio.Queue()
+        self._waiting = 0
+
+    async def next(self) -> Answer:
+        """Return the next message.
+
+        Raises:
+            CustomCodeError: The handler raised.
+            OutOfMemory: The handler ran out of memory.
+            EngineFailed: The process ended, or the reply is too large.
+        """
+        message = await self._messages.get()
+        if isinstance(message, ServingError):
+            raise message
+        if isinstance(message, Part):
+            self._waiting -= len(message.data)
+        if isinstance(message, Failed):
+            if message.status == 500:
+                raise EngineFailed(f"the model's own handler failed: {message.error}")
+            text = f"the model's own handler failed ({message.error}); the log has more"
+            raise OutOfMemory(text) if message.status == 507 else CustomCodeError(text)
+        return message
+
+    def abandon(self, grace: float) -> None:
+        """Stop waiting for the answer. A handler that does not end it within `grace` seconds is killed."""
+        if not self.ended.is_set():
+            self._process.cancel(self.number)
+            self._process.kill_unless(self.ended, grace)
+
+    def put(self, message: Answer | ServingError) -> None:
+        if isinstance(message, Part):
+            self._waiting += len(message.data)
+            if self._waiting > MAX_WAITING_BYTES:
+                message = EngineFailed(
+                    f"the stream is aborted: {MAX_WAITING_BYTES} bytes of it wait, because the client reads more slowly"
+                )
+                self.abandon(0.0)
+        self._messages.put_nowait(message)
+        if isinstance(message, End | Failed | ServingError):
+            self.ended.set()
+
+
+class HandlerProcess:
+    """One process that accepts calls, until it dies (see `processes.supervisor.Supervised`)."""
+
+    def __init__(
+        self, child: Child, connection: Connection, ready: Ready, on_free: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take over a process; use `start` to start one."""
+        self.concurrent = ready.concurrent
+        self.served = False
+        """Whether a call has ended well, or badly, in it."""
+        self.died = asyncio.Event()
+        self._child = child
+        self._connection = connection
+        self._on_free = on_free
+        self._calls: dict[int, HandlerCall] = {}
+        self._last = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._receive())
+
+    @classmethod
+    async def start(cls, start: Start, on_free: Callable[[], None]) -> HandlerProcess:
+        """Start a process; returns when the handler has answered its first, empty call.
+
+        If this fails, nothing is left running.
+
+        Args:
+            start: Which handler it is.
+            on_free: Called when another call can begin.
+
+        Raises:
+            CustomCodeError: The handler failed; the message is for the operator.
+            OSError: The process cannot be started.
+        """
+        child = await Child.start(
+            "handlers.custom.worker",
+            "handler",
+            Log(handler_log, levels=False),
+            variables={"PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            connection = await child.connect()
+            connection.send(msgspec.msgpack.encode(start))
+            frame = await connection.receive()
+            first = None if frame is None else msgspec.msgpack.decode(frame, type=FromHandler)
+            if isinstance(first, Ready):
+                return cls(child, connection, first, on_free)
+        except BaseException:
+            await child.stop(_STOP_SECONDS)
+            raise
+        await child.stop(_STOP_SECONDS)
+        reason = first.message if isinstance(first, LoadFailed) else "its process ended; the log says why"
+        raise CustomCodeError(f"the model's own handler cannot be loaded: {reason}")
+
+    @property
+    def load(self) -> int:
+        """The number of calls under way."""
+        return len(self._calls)
+
+    @property
+    def free(self) -> bool:
+        """Whether a call can begin now."""
+        return not self.died.is_set() and (self.concurrent or not self._calls)
+
+    def call(self, properties: dict[str, str], body: bytes) -> HandlerCall:
+        """Begin a call; the process must be `free`. Raises PayloadTooLarge."""
+        if len(body) > MAX_FRAME_BYTES // 2:
+            raise PayloadTooLarge(
+                f"{len(body)} bytes are more than the model's own handler can be given: {MAX_FRAME_BYTES // 2}"
+            )
+        self._last += 1
+        call = self._calls[self._last] = HandlerCall(self, self._last)
+        self._send(Call(self._last, properties, body))
+        return call
+
+    def cancel(self, number: int) -> None:
+        if number in self._calls and not self.died.is_set():
+            with suppress(Unavailable):
+                self._send(Cancel(number))
+
+    def kill_unless(self, ended: asyncio.Event, grace: float) -> None:
+        async def watch() -> None:
+            try:
+                async with asyncio.timeout(grace):
+                    await ended.wait()
+            except TimeoutError:
+                handler_log.warning("a call that nobody waits for does not end; its process is restarted")
+                self.kill()
+
+        self._spawn(watch())
+
+    def kill(self) -> None:
+        """Kill the process, and the processes that the handler has started."""
+        self._child.kill()
+
+    async def lost(self) -> str:
+        await self.died.wait()
+        return "ended"
+
+    async def stop(self) -> None:
+        """End the process, and what it has started. Never raises."""
+        self._bury(Unavailable("the server is stopping; send the request again", retry_after=5))
+        await self._child.stop(_STOP_SECONDS)
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        if tasks:
+            _, unfinished = await asyncio.wait(tasks, timeout=1.0)
+            for task in unfinished:
+                task.cancel()
+
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromHandler)
+        try:
+            while (frame := await self._connection.receive()) is not None:
+                message = decoder.decode(frame)
+                if isinstance(message, Ready | LoadFailed):
+                    continue
+                if (call := self._calls.get(message.id)) is None:
+                    continue
+                call.put(message)
+                if isinstance(message, End | Failed):
+                    self.served = True
+                    del self._calls[message.id]
+                    self._on_free()
+        except Exception:
+            logger.exception("what the handler's process sent cannot be used; it is killed")
+        finally:
+            self._bury(EngineFailed("the process of the model's own handler ended; try again"))
+            self.kill()
+
+    def _bury(self, error: ServingError) -> None:
+        self.died.set()
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.put(error)
+
+    def _send(self, message: ToHandler) -> None:
+        try:
+            self._connection.send(msgspec.msgpack.encode(message))
+        except OSError as error:
+            raise Unavailable(
+                "the model's own handler is being restarted; try again", retry_after=1
+            ) from error
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
 def _properties(configuration: Configuration) -> dict[str, str]:
-    """What the first call is told: every option that was given, as it was written, but no secret."""
+    """Return what the first call gets: every option that was given, as it was written, except secrets."""
     told = {
         name: source.raw or ""
         for name, source in configuration.sources.items()

@@ -1,4 +1,4 @@
-"""`djl_python` as handlers import it: `Input`, `Output`, `PairList`, `encode_decode`. Names are DJL Serving's."""
+"""The package `djl_python` that handlers import: the parts of DJL Serving's that they need, with its names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stream = Iterable[Any] | AsyncIterable[Any]
 
 
 class PairList:
-    """Values in order, each with a key or None."""
+    """Values in the order in which they were added, each with a key or None."""
 
     def __init__(self) -> None:
         self.keys: list[str | None] = []
@@ -51,7 +51,7 @@ class PairList:
 
 
 class Input:
-    """One request: its headers as properties, its body as content. The first, at start, has no content."""
+    """A request, with its headers as properties and its body as content. The first one has no content."""
 
     def __init__(self) -> None:
         self.function_name: str | None = None
@@ -77,7 +77,7 @@ class Input:
         return self.properties
 
     def get_property(self, key: str) -> str | None:
-        """Whatever the case of the key."""
+        """Return a property; the case of the key does not matter."""
         return next((value for name, value in self.properties.items() if name.lower() == key.lower()), None)
 
     def get_content(self) -> PairList:
@@ -87,7 +87,7 @@ class Input:
         return self.content.get(key) is not None
 
     def get_data(self, key: str | None = None) -> Any:
-        """As the content type says."""
+        """Return the content, decoded as its type says."""
         return None if self.is_empty() else decode(self, self.get_property("content-type") or "", key)
 
     def get_as_bytes(self, key: str | None = None) -> bytes | None:
@@ -120,7 +120,7 @@ class Input:
 
 
 class Output:
-    """One reply: a status code, properties that become headers, and either one content or a stream."""
+    """A reply: a status code, properties that become headers, and either one content or a stream."""
 
     def __init__(self, code: int = 200, message: str = "OK") -> None:
         self.code = code
@@ -139,7 +139,7 @@ class Output:
         return self
 
     def error(self, error: str, code: int = 424, message: str = "prediction failure") -> Output:
-        """Replace what was added by an error that the client is shown."""
+        """Replace what was added by an error, which the client sees."""
         self.code, self.message, self.content = code, message, PairList()
         self.add_property("content-type", "application/json")
         return self.add_as_json({"code": code, "message": message, "error": error})
@@ -171,16 +171,16 @@ class Output:
     def add_stream_content(
         self, stream_content: Stream, output_formatter: Callable[[Any], Any] | None = None
     ) -> Output:
-        """Send the items one by one; output_formatter: makes text or bytes of each.
+        """Send the items one by one. output_formatter: returns the text or bytes of an item.
 
-        Without it an item is a line of JSON, `{"outputs": item}`.
+        Without it, each item is sent as a line of JSON, `{"outputs": item}`.
         """
         self.stream_content, self.stream_formatter = stream_content, output_formatter
         return self
 
 
 def decode(inputs: Input, content_type: str, key: str | None = None) -> Any:
-    """The content as its type says: JSON, text, CSV rows, an image, arrays, or bytes."""
+    """Decode the content as its type says: JSON, text, CSV rows, an image, arrays, or bytes."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
         return inputs.get_as_json(key)
@@ -196,7 +196,7 @@ def decode(inputs: Input, content_type: str, key: str | None = None) -> Any:
 
 
 def encode(outputs: Output, prediction: Any, accept: str | None, key: str | None = None) -> Output:
-    """Add a prediction in the form that the client accepts, JSON unless it is another that can be made."""
+    """Add a prediction in the format that the client accepts; JSON if that format is not supported."""
     kind = (accept or "").partition(",")[0].partition(";")[0].strip().lower()
     if kind == "tensor/npz":
         outputs.add_property("content-type", kind)
@@ -213,7 +213,6 @@ def to_json(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers and arrays, and points in time."""
     if isinstance(value, datetime.datetime):
         return str(value)
     if callable(convert := getattr(value, "tolist", None)):
@@ -222,23 +221,23 @@ def _plain(value: Any) -> Any:
 
 
 FORMATTER = "_formats"
-"""Attribute of a function that formats: "input" or "output"."""
+"""Attribute of a formatter; its value is "input" or "output"."""
 
 
 def input_formatter(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a request's decoded body, `f(payload, **kwargs) -> payload`, before anything looks at it."""
+    """Mark a function, `f(payload, **kwargs) -> payload`, that changes each request's decoded body."""
     setattr(function, FORMATTER, "input")
     return function
 
 
 def output_formatter(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a whole reply, or of each event of a stream as text."""
+    """Mark a function that formats each whole reply, or each event of a stream as text."""
     setattr(function, FORMATTER, "output")
     return function
 
 
 class Response(dict[str, Any]):
-    """A reply whose fields can be read as attributes, as those of vLLM's response objects."""
+    """A reply whose fields are also attributes, as in vLLM's response objects."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -254,13 +253,13 @@ class Response(dict[str, Any]):
 
 
 def response_of(body: bytes) -> Any:
-    """Parse a JSON reply so that its keys can also be read as attributes."""
+    """Parse a JSON reply into objects whose keys are also attributes."""
     return json.loads(body, object_hook=Response)
 
 
 def install() -> None:
-    """Make `import djl_python` find this module, in the handler's process alone."""
-    package = ModuleType("djl_python", "What handlers need of DJL Serving's package.")
+    """Make `import djl_python` find this module. Only the handler's process calls it."""
+    package = ModuleType("djl_python", "The parts of DJL Serving's package that handlers need.")
     package.__path__ = []
     contents: dict[str, dict[str, Any]] = {
         "inputs": {"Input": Input},

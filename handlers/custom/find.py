@@ -1,4 +1,4 @@
-"""Whether a model brings a handler of its own, and whether it can be imported."""
+"""Finds out whether a model has its own handler or formatters, and whether they can be imported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
+from properties.model import SCRIPTS
 
 _OWN_PACKAGES = ("container", "engine", "handlers", "properties")
 _BUILT_IN = "djl_python"
@@ -15,7 +16,7 @@ _BUILT_IN = "djl_python"
 
 @dataclass(frozen=True)
 class OwnHandler:
-    """file: in directory, as configured."""
+    """A Python file of the model: `file`, as configured, in `directory`."""
 
     directory: Path
     file: str
@@ -23,7 +24,7 @@ class OwnHandler:
 
 @dataclass(frozen=True)
 class OwnFormatters(OwnHandler):
-    """reads, writes: whether requests and replies go through a function of the user's."""
+    """reads, writes: whether the user formats requests, and replies."""
 
     reads: bool
     writes: bool
@@ -41,9 +42,9 @@ def find_handler(configuration: Configuration, fetched: Path | None = None) -> O
     """
     if configuration.lmi_handler is not None:
         return None
-    settings, home = configuration.settings, _home(configuration, fetched)
+    settings, home = configuration.settings, own_directory(configuration, fetched)
     explicit = settings.entry_point is not None
-    own = OwnHandler(home or Path.cwd(), settings.entry_point or "model.py")
+    own = OwnHandler(home or Path.cwd(), settings.entry_point or _script(home))
     functions = _functions(own.directory / own.file) if explicit or home is not None else []
     if any(one.name == settings.handler for one in functions):
         return own
@@ -51,11 +52,11 @@ def find_handler(configuration: Configuration, fetched: Path | None = None) -> O
 
 
 def find_formatters(configuration: Configuration, fetched: Path | None = None) -> OwnFormatters | None:
-    """The formatters in the same file, where it has some and no handler; see `find_handler`."""
-    home, entry_point = _home(configuration, fetched), configuration.settings.entry_point
+    """Return the formatters in the same file, if there are any and no handler; see `find_handler`."""
+    home, entry_point = own_directory(configuration, fetched), configuration.settings.entry_point
     if (home is None and entry_point is None) or find_handler(configuration, fetched) is not None:
         return None
-    directory, file = home or Path.cwd(), entry_point or "model.py"
+    directory, file = home or Path.cwd(), entry_point or _script(home)
     kinds = _kinds(_functions(directory / file))
     if not kinds:
         return None
@@ -63,19 +64,25 @@ def find_formatters(configuration: Configuration, fetched: Path | None = None) -
 
 
 def find_unused(configuration: Configuration, fetched: Path | None = None) -> Path | None:
-    """A model.py whose author may think that it is used; see `find_handler`."""
-    home = _home(configuration, fetched)
-    if home is None or not (home / "model.py").is_file():
+    """Return a model.py that is not used although its author may think so; see `find_handler`."""
+    home = own_directory(configuration, fetched)
+    if home is None or not (home / _script(home)).is_file():
         return None
     used = find_handler(configuration, fetched) or find_formatters(configuration, fetched)
-    return None if used else home / "model.py"
+    return None if used else home / _script(home)
 
 
-def _home(configuration: Configuration, fetched: Path | None) -> Path | None:
-    """The directory whose code counts."""
+def own_directory(configuration: Configuration, fetched: Path | None) -> Path | None:
+    """Return the directory whose code counts; None for a model from the hub alone."""
     if configuration.home is None and configuration.model_location.kind == "s3":
         return fetched
     return configuration.home
+
+
+def _script(home: Path | None) -> str:
+    """model.py, or where SageMaker's SDK packs it."""
+    packed = home is not None and not (home / SCRIPTS[0]).is_file() and (home / SCRIPTS[1]).is_file()
+    return SCRIPTS[packed]
 
 
 def _functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -100,7 +107,7 @@ def _decorator(node: ast.expr) -> str:
 
 
 def refuse_unusable(own: OwnHandler) -> None:
-    """Raises InvalidConfiguration for what cannot be imported, or would import something else than is meant."""
+    """Raises InvalidConfiguration if the file is missing, or would import the server's modules instead of its own."""
     if own.file.startswith(("http:", "https:", _BUILT_IN)) or not (own.directory / own.file).is_file():
         raise InvalidConfiguration(
             f"option.entryPoint = {own.file!r}: no such file in {own.directory}; allowed: a Python file, relative to "

@@ -1,4 +1,4 @@
-"""The user's input and output formatters around an engine: what model.py decorates so, called in its own process."""
+"""The user's input and output formatters, decorated as such in model.py, which run in a process of their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from handlers.errors import CustomCodeError, DeadlineExceeded, ServingError
 from handlers.protocols.errors import log_error
 from handlers.protocols.lmi.replies import lmi_error
 
-_MOST_SECONDS = 60.0
-"""For one call of a formatter; then its process is replaced."""
+_MAX_SECONDS = 60.0
+"""Time for one call of a formatter; after it the process is replaced."""
 
 
 class Formatters:
-    """reads, writes: which of the two there are."""
+    """Calls the formatters. reads, writes: whether there is one for requests, and one for replies."""
 
     def __init__(self, processes: CustomBackend, *, reads: bool, writes: bool) -> None:
         self.reads = reads
@@ -33,25 +33,25 @@ class Formatters:
         await self._processes.close()
 
     async def read(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body that the APIs read. Raises CustomCodeError, DeadlineExceeded."""
+        """Format a request's body. Raises CustomCodeError and DeadlineExceeded."""
         changed = msgspec.json.decode(await self._call("input", msgspec.json.encode(body)))
         if not isinstance(changed, dict):
             raise CustomCodeError("the model's own input formatter returned no object")
         return changed
 
     async def write(self, reply: bytes) -> bytes:
-        """A whole reply."""
+        """Format a whole reply."""
         return await self._call("output", reply)
 
     async def write_event(self, event: bytes) -> bytes:
-        """An event of a stream, its frame included."""
+        """Format an event of a stream, its frame included."""
         return await self._call("event", event)
 
     async def _call(self, formatter: Literal["input", "output", "event"], body: bytes) -> bytes:
         call = None
         parts = []
         try:
-            async with asyncio.timeout(_MOST_SECONDS):
+            async with asyncio.timeout(_MAX_SECONDS):
                 call = await self._processes.call({"formatter": formatter}, body)
                 await call.next()
                 while isinstance(message := await call.next(), Part):
@@ -96,5 +96,5 @@ class FormattedStream:
 
 
 def _events(chunk: bytes) -> list[bytes]:
-    """Comments, which only keep the connection open, are not the formatter's business."""
+    """Return the events without comments, which only keep the connection open and are not formatted."""
     return [event for event in chunk.split(b"\n\n") if event.startswith(b"data:")]

@@ -6,8 +6,8 @@ from typing import TypeAlias
 
 import msgspec
 
-MOST_PART_BYTES = 64 << 20
-"""Of a whole reply, or of one part of a stream."""
+MAX_PART_BYTES = 64 << 20
+"""Greatest size of a whole reply, or of one part of a stream."""
 
 
 class Start(msgspec.Struct, tag=True):

@@ -1,4 +1,4 @@
-"""The way of one request to the user's own handler and back."""
+"""Passes requests to the user's own handler, and its answers back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Mapping
 import msgspec
 
 from handlers.admission import Admission, Permit
-from handlers.custom.backend import CustomBackend
+from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
-from handlers.custom.process import HandlerCall
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
 from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.observer import Observer, Unobserved
 from handlers.own_words import own_words_of
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error
+from handlers.protocols.lmi.lines import execution_reply
 from handlers.protocols.lmi.replies import lmi_error
 from handlers.protocols.lmi.routes import request_properties
 from handlers.protocols.select import error_format
@@ -29,20 +29,12 @@ _GRACE_SECONDS = 1.0
 """How long a handler may take to end a call whose time is up before its process is killed."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_OURS = frozenset(
-    {
-        "content-type",
-        "content-length",
-        "transfer-encoding",
-        "connection",
-        "keep-alive",
-        "upgrade",
-        "x-request-id",
-    }
-)
-"""Headers that no handler sets, or that are set from a property elsewhere."""
+_OURS = {
+    "content-type", "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "x-request-id",
+}  # fmt: skip
+"""Headers that a handler cannot set, or that are set from a property elsewhere."""
 
-_MOST_VALUE = 4096
+_MAX_VALUE = 4096
 _NOT_PASSED_ON = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
@@ -76,6 +68,8 @@ class CustomService:
 
     async def call(self, action: str, incoming: Incoming) -> Reply:
         """Refuse what only an engine could answer."""
+        if action == "execution":
+            return execution_reply(self._limits.max_rolling_batch_size)
         if action == "adapters":
             raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
         return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
@@ -87,29 +81,25 @@ class CustomService:
         incoming.parsed()
         permit = self._admission.admit(1)
         visit = Visit(permit, facts, self._observer, self._limits.predict_timeout)
-        streams = False
         try:
             async with visit.time_limit():
                 visit.call = await self._backend.call(_properties(incoming), incoming.body)
                 head = await visit.call.next()
                 assert isinstance(head, Head)
                 facts.status, facts.stream = head.status, head.streams
-                streams = head.streams
-                body = b"" if streams else await visit.rest()
-        except TimeoutError as error:
-            streams = False
-            raise visit.overdue() from error
-        except BaseException:
-            streams = False
+                body = b"" if head.streams else await visit.rest()
+        except BaseException as error:
+            visit.close()
+            if isinstance(error, TimeoutError):
+                raise visit.overdue() from error
             raise
-        finally:
-            if not streams:
-                visit.close()
+        if not head.streams:
+            visit.close()
         kind = next(
             (v for n, v in head.properties.items() if n.lower() == "content-type"), "application/octet-stream"
         )
         headers = _headers(head.properties)
-        if streams:
+        if head.streams:
             chunks = HandlerStream(visit, kind)
             return Reply(head.status, kind, chunks=chunks, headers=headers, facts=facts)
         return Reply(head.status, kind, body, headers=headers, facts=facts)
@@ -227,7 +217,7 @@ def _properties(incoming: Incoming) -> dict[str, str]:
 
 def _headers(properties: Mapping[str, str]) -> dict[str, str]:
     return {
-        name: value[:_MOST_VALUE]
+        name: value[:_MAX_VALUE]
         for name, value in properties.items()
         if _NAME.fullmatch(name) and name.lower() not in _OURS
     }

@@ -15,21 +15,23 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from handlers.custom import djl
-from handlers.custom.answers import ReplyTooLarge, answer, answer_async
 from handlers.custom.messages import (
+    MAX_PART_BYTES,
     Call,
     Cancel,
     End,
     Failed,
     FromHandler,
+    Head,
     LoadFailed,
+    Part,
     Ready,
     Start,
     ToHandler,
@@ -76,12 +78,12 @@ class Channel:
 def load(start: Start) -> Callable[[djl.Input], Any]:
     """Import the user's file and return its function. Raises whatever the file raises, and HandlerError."""
     os.chdir(start.directory)
-    sys.path.insert(0, start.directory)
     djl.install()
     path = Path(start.directory, start.file)
+    sys.path[:0] = dict.fromkeys([str(path.parent), start.directory])
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise HandlerError(f"{start.file} is no Python file")
+        raise HandlerError(f"{start.file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
@@ -111,7 +113,7 @@ def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], A
         if asked == "input":
             changed = found["input"](json.loads(body), **more)
             if not isinstance(changed, dict):
-                raise TypeError(f"the input formatter returned {type(changed).__name__}, no dict")
+                raise TypeError(f"the input formatter returned {type(changed).__name__}, not a dict")
             return changed
         given = djl.response_of(body) if asked == "output" else body.decode()
         changed = found["output"](given)
@@ -135,7 +137,7 @@ def is_concurrent(function: Callable[..., Any]) -> bool:
 
 
 def first_input(start: Start) -> djl.Input:
-    """The empty call at start, in which a handler loads its model."""
+    """Return the input of the first, empty call, in which a handler loads its model."""
     inputs = djl.Input()
     inputs.function_name = start.function
     inputs.properties.update(start.properties)
@@ -143,7 +145,7 @@ def first_input(start: Start) -> djl.Input:
 
 
 def input_of(call: Call, function: str | None) -> djl.Input:
-    """Return what the handler is called with for one request."""
+    """Return the input of the call for a request."""
     inputs = djl.Input()
     inputs.function_name = function
     inputs.properties.update(call.properties)
@@ -222,6 +224,114 @@ async def _result(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
+class ReplyTooLarge(Exception):
+    """A reply or a part of one is too large; the message is for the client, too."""
+
+
+def answer(number: int, result: Any) -> Iterator[FromHandler]:
+    """Yield the messages of an answer, except for the last one."""
+    output = as_output(result)
+    if output.stream_content is None:
+        yield from whole(number, output)
+        return
+    if not isinstance(output.stream_content, Iterable):
+        raise TypeError("an asynchronous stream needs an asynchronous handler")
+    begun = output is result
+    if begun:
+        yield head(number, output)
+    for item in output.stream_content:
+        if not begun:
+            begun = True
+            yield head_of_generated(number, item, output)
+        yield part(number, formatted(item, output), "part of its stream")
+    if not begun:
+        yield head(number, djl.Output(204))
+
+
+async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
+    """Yield the same for an asynchronous handler, whose streams may be of either kind."""
+    output = as_output(result)
+    if not isinstance(output.stream_content, AsyncIterable):
+        for message in answer(number, result):
+            yield message
+        return
+    begun = output is result
+    if begun:
+        yield head(number, output)
+    async for item in output.stream_content:
+        if not begun:
+            begun = True
+            yield head_of_generated(number, item, output)
+        yield part(number, formatted(item, output), "part of its stream")
+    if not begun:
+        yield head(number, djl.Output(204))
+
+
+def whole(number: int, output: djl.Output) -> Iterator[FromHandler]:
+    """Yield the messages of a reply that is not a stream. Raises TypeError and ReplyTooLarge."""
+    if output.content.size() > 1:
+        raise TypeError(f"the output holds {output.content.size()} contents; a reply can hold one")
+    parts = [part(number, bytes(value), "reply") for value in output.content.get_values()]
+    yield head(number, output)
+    yield from parts
+
+
+def part(number: int, data: bytes, what: str) -> Part:
+    """Make a message. Raises ReplyTooLarge, since the server would hold the data in memory, too."""
+    if len(data) > MAX_PART_BYTES:
+        raise ReplyTooLarge(
+            f"a {what} of {len(data)} bytes is larger than {MAX_PART_BYTES} bytes, the most that is sent on; "
+            "stream it in smaller parts"
+        )
+    return Part(number, data)
+
+
+def as_output(result: Any) -> djl.Output:
+    """Wrap what a handler returned in an Output, unless it is one. Raises TypeError."""
+    if isinstance(result, djl.Output):
+        return result
+    if result is None:
+        return djl.Output(204, "No content")
+    if isinstance(result, dict | list | int | float | bool):
+        return djl.Output().add_as_json(result)
+    if isinstance(result, str):
+        return djl.Output().add_property("content-type", "text/plain; charset=utf-8").add(result)
+    if isinstance(result, bytes):
+        return djl.Output().add(result)
+    if isinstance(result, Iterator | AsyncIterator):
+        return djl.Output().add_stream_content(result, lambda item: item)
+    raise TypeError(f"the handler returned {type(result).__name__}; return an Output")
+
+
+def head_of_generated(number: int, first: Any, stream: djl.Output) -> Head:
+    """Return the head for a handler that is a generator: its first Output sets status and headers."""
+    if isinstance(first, djl.Output):
+        stream.code, stream.properties = first.code, first.properties
+    return head(number, stream)
+
+
+def head(number: int, output: djl.Output) -> Head:
+    """Return the message with which the reply for an Output begins; 424 stands for a status that is not one."""
+    code = output.code if isinstance(output.code, int) and 200 <= output.code <= 599 else 424
+    properties = {str(name): str(value) for name, value in output.properties.items()}
+    streams = output.stream_content is not None
+    if streams and not any(name.lower() == "content-type" for name in properties):
+        properties["content-type"] = "application/jsonlines"
+    return Head(number, code, properties, streams)
+
+
+def formatted(item: Any, output: djl.Output) -> bytes:
+    """Return the bytes of one part of a stream."""
+    if isinstance(item, djl.Output):
+        return b"".join(item.content.get_values())
+    if output.stream_formatter is not None:
+        item = output.stream_formatter(item)
+        if isinstance(item, str):
+            return item.encode()
+        return bytes(item) if isinstance(item, bytes | bytearray) else djl.to_json(item) + b"\n"
+    return djl.to_json({"outputs": item}) + b"\n"
+
+
 def failed(number: int, error: Exception) -> Failed:
     """Return the message for an exception of the handler: its class for the client; text and trace are only logged."""
     logger.error("the handler failed", exc_info=error)
@@ -235,7 +345,7 @@ def main() -> int:
     """Load the handler and serve its calls until the server is gone; returns the exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parent = Parent()
-    # otherwise this process's end would go unnoticed while a process lives that the handler has forked
+    # Otherwise the end of this process would go unnoticed while a process that the handler forked is alive.
     os.register_at_fork(after_in_child=parent.close)
     channel = Channel(parent)
     start = channel.start()

@@ -17,11 +17,11 @@ from PIL import Image
 
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
-from handlers.images.decode import Color
-from handlers.images.decoder_worker import QUESTION, SLACK_BYTES, Question, Settings
-from handlers.images.image_file import Header, unknown_header
+from handlers.images import ImageProblem
+from handlers.images.decoder import QUESTION, SLACK_BYTES, Question, Settings
+from handlers.images.formats import Header, unknown_header
+from handlers.images.limits import ImageLimits
 from handlers.images.memory import ImageMemory, Share
-from handlers.images.problem import ImageProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
 from processes.child import Child, Limits, Log
 
@@ -48,23 +48,18 @@ WALL_FACTOR, WALL_SECONDS = 10, 30.0
 """A decoder that has not answered after this many seconds, plus this many times the processor time, is not running at
 all: it is killed."""
 
-_MOST_PASSES = 64
+_MAX_PASSES = 64
 """Number of images that may overtake a large one that waits for memory."""
 
 STOPPED_SECONDS = 1.0
 """After that time with an image, a decoder that is stopped (SIGSTOP) is killed, and another one gets the image."""
 
-_LONGEST_ANSWER = 2**14
+_MAX_ANSWER_BYTES = 2**14
 _OPEN_FILES = 64
 _RESERVE_BYTES = 256 << 20
 """Memory of a decoder in addition to an image's own: Python, Pillow, and the file twice."""
 
 _ERRORS = {error.__name__: error for error in (ImageError, ImageTooLarge)}
-
-
-def most_decoders() -> int:
-    """Return the number of decoders for this machine."""
-    return min(8, max(2, usable_cores()))
 
 
 class DecoderPool:
@@ -78,31 +73,15 @@ class DecoderPool:
         memory: Memory that decoders may use for all images being decoded.
     """
 
-    def __init__(
-        self,
-        *,
-        max_pixels: int,
-        max_bytes: int,
-        background: Color,
-        memory_bytes: int,
-        most: int | None = None,
-    ) -> None:
-        """Create a pool without decoders.
-
-        Args:
-            max_pixels: Greatest width times height of an image.
-            max_bytes: Greatest size of a file.
-            background: Colour that shows where an image is transparent.
-            memory_bytes: Memory of all decoders.
-            most: Greatest number of decoders.
-        """
-        self.most = most_decoders() if most is None else most
+    def __init__(self, limits: ImageLimits, most: int | None = None) -> None:
+        """Create a pool without decoders. most: greatest number of decoders; None for one per core, from 2 to 8."""
+        self.most = min(8, max(2, usable_cores())) if most is None else most
         self.started = 0
         self.died = 0
         self.killed = 0
-        self.memory = ImageMemory(memory_bytes, _MOST_PASSES)
-        self._settings: Settings = {"max_pixels": max_pixels, "background": list(background)}
-        self._largest = unknown_header(max_pixels).working_bytes + 2 * max_bytes
+        self.memory = ImageMemory(limits.memory_bytes, _MAX_PASSES)
+        self._settings: Settings = {"max_pixels": limits.max_pixels, "background": list(limits.background)}
+        self._largest = unknown_header(limits.max_pixels).working_bytes + 2 * limits.max_bytes
         self._idle: list[_Decoder] = []
         self._alive: set[_Decoder] = set()
         self._starting = 0
@@ -334,18 +313,17 @@ class DecoderPool:
         self._task(self._start(), "start-decoder")
 
     async def _start(self) -> None:
+        worker = None
         try:
             worker = await self._started()
         except Exception as error:  # whatever it was, those who wait get an error
             logger.error("an image decoder could not be started: %s", error or type(error).__name__)
+        finally:
             self._starting -= 1
+        if worker is None:
             if not self._alive and not self._starting:
                 self._fail_waiting()
             return
-        except BaseException:
-            self._starting -= 1
-            raise
-        self._starting -= 1
         self.started += 1
         self._alive.add(worker)
         self._give(worker)
@@ -360,7 +338,7 @@ class DecoderPool:
 
     async def _ready_child(self, descriptor: int) -> Child:
         child = await Child.start(
-            "handlers.images.decoder_worker",
+            "handlers.images.decoder",
             "plain",
             Log(decoder_log, logging.DEBUG, bounded=True),
             limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
@@ -408,11 +386,7 @@ class _DecoderLost(Unavailable):
 
 
 class _Answer(msgspec.Struct):
-    """An answer of `decoder_worker`; see there.
-
-    Attributes:
-        last: The decoder ends now.
-    """
+    """An answer of `handlers.images.decoder`; see there. last: the decoder ends now."""
 
     last: bool
     size: tuple[int, int] = (0, 0)
@@ -427,7 +401,7 @@ def _kill_stopped(worker: _Decoder) -> None:
 
 
 async def _received(worker: _Decoder, question: Question) -> _Answer:
-    answer = msgspec.json.decode(await worker.child.receive(_LONGEST_ANSWER), type=_Answer)
+    answer = msgspec.json.decode(await worker.child.receive(_MAX_ANSWER_BYTES), type=_Answer)
     width, height = answer.size
     if answer.decoded and not 0 < width * height * 4 <= question.pixel_bytes:
         raise EOFError("the decoder claims pixels that cannot be there")

@@ -22,16 +22,16 @@ from typing import Any, cast
 import numpy as np
 import pybase64
 
-from handlers.images.problem import ImageProblem, too_many_bytes
+from handlers.images import ImageProblem, too_many_bytes
 from handlers.request import EmbeddingsPart, Grid, LoadedEmbeddings
 
 _DIRECTORY_END = struct.Struct("<4s4H2LH")
 _DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_MOST_ENTRIES = 64
-_LONGEST_DIRECTORY = 2**14
-_LONGEST_PICKLE = 2**12
-_MOST_DIMENSIONS = 8
+_MAX_ENTRIES = 64
+_MAX_DIRECTORY_BYTES = 2**14
+_MAX_PICKLE_BYTES = 2**12
+_MAX_DIMENSIONS = 8
 _LARGEST = 2**40
 
 _STORAGES = {
@@ -85,7 +85,7 @@ def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
     if order is not None and bytes(order.content[:16]) != b"little":
         raise BadTensorFile("it was saved on a big-endian machine; save it on a little-endian one")
     pickled = entries[pickles[0]]
-    if len(pickled.content) > _LONGEST_PICKLE:
+    if len(pickled.content) > _MAX_PICKLE_BYTES:
         raise BadTensorFile(f"it holds more than a tensor; {_SAVE_ANEW}")
     view = _view(bytes(pickled.checked()))
     dtype, itemsize = _STORAGES.get(view.storage.kind, (view.storage.kind, 0))
@@ -110,12 +110,7 @@ def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An entry of the archive.
-
-    Attributes:
-        content: A view, so that overlapping entries cost nothing.
-        crc: The checksum in the directory.
-    """
+    """An entry of the archive. `content` is a view, so that overlapping entries cost nothing."""
 
     content: memoryview
     crc: int
@@ -132,7 +127,7 @@ def _entries(file: memoryview) -> Iterator[tuple[str, _Entry]]:
     if end < 0 or bytes(file[:4]) != b"PK\3\4" or bytes(file[end : end + 4]) != b"PK\5\6":
         raise BadTensorFile(f"it is not a file of torch.save, or is cut short; {_SAVE_ANEW}")
     _, _, _, _, count, length, at, comment = _DIRECTORY_END.unpack_from(file, end)
-    if count > _MOST_ENTRIES or length > _LONGEST_DIRECTORY or at + length > end or comment:
+    if count > _MAX_ENTRIES or length > _MAX_DIRECTORY_BYTES or at + length > end or comment:
         raise BadTensorFile(f"its directory is not one that torch.save writes; {_SAVE_ANEW}")
     for _ in range(count):
         if at + _DIRECTORY_ENTRY.size > end:
@@ -263,7 +258,7 @@ def _rebuilt(function: Any, arguments: Any) -> Any:
         case (
             _Name("torch._utils", "_rebuild_tensor_v2"),
             (_Storage() as storage, int(offset), tuple(shape), tuple(strides), bool(), hooks),
-        ) if hooks is _HOOKS and len(shape) == len(strides) <= _MOST_DIMENSIONS:
+        ) if hooks is _HOOKS and len(shape) == len(strides) <= _MAX_DIMENSIONS:
             return _View(storage, _whole(offset), tuple(map(_whole, shape)), tuple(map(_whole, strides)))
         case _Name("torch._utils", "_rebuild_parameter"), (_View() as view, bool(), hooks) if hooks is _HOOKS:
             return view

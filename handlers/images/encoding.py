@@ -18,8 +18,8 @@ import numpy as np
 import pybase64
 
 from handlers.errors import ImageFetchFailed, ImageTooLarge
-from handlers.images.image_file import kind_of
-from handlers.images.problem import ImageProblem, too_many_bytes
+from handlers.images import ImageProblem, too_many_bytes
+from handlers.images.formats import kind_of
 
 MAX_HEADER = 1024
 ACCEPTED_TYPES = {"", "image", "application/octet-stream", "binary/octet-stream"}

@@ -1,35 +1,49 @@
 """Fetches images over HTTP from hosts that may be hostile: one deadline, a limit on bytes, every redirect checked."""
 
+# ruff: noqa: ASYNC109 (the timeouts are httpcore's interface)
+
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import logging
 import ssl
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import anyio
 import httpcore
 
 from handlers.errors import ImageFetchFailed, ImageFetchTimeout, short_of
-from handlers.images.connect import AllowedPrivate, CheckedBackend, Resolver, checked, resolve
+from handlers.images import ImageProblem, too_many_bytes
 from handlers.images.encoding import codings_of
-from handlers.images.fetch_slots import FetchSlot, FetchSlots, claim_for
+from handlers.images.fetch_slots import FetchSlots, claim_for
 from handlers.images.limits import ImageLimits
-from handlers.images.problem import ImageProblem, too_many_bytes
-from handlers.images.target import Target, canonical_host, parse_target
+from handlers.images.target import (
+    AllowedPrivate,
+    Resolver,
+    Target,
+    canonical_host,
+    checked,
+    parse_target,
+    resolve,
+)
 from processes.shortage import shortage
 
 logging.getLogger("httpcore").setLevel(logging.INFO)  # below, it writes redirects with their secrets
 
 REDIRECTS = {301, 302, 303, 307, 308}
 USER_AGENT = "lmi-handler"
-BREATH = 64  # pieces of a body taken before other tasks get a turn
-LEAST_PIECE = 64  # bytes per piece, on average, from the second breath on
-MOST_LOOK_UPS = 32  # of host names at a time, each in a thread
+BREATH = 64  # pieces of a body after which other tasks get a turn
+MIN_PIECE_BYTES = 64  # average size of a piece, after the first BREATH pieces
+HEAD_BYTES = 32 * 1024
+HEAD_READ = 2 * 1024
+BODY_READ = 64 * 1024
+MAX_LOOK_UPS = 32  # host names looked up at a time, each in a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +61,7 @@ class Body:
 
 @dataclass(slots=True)
 class _Fetch:
-    """An image being fetched.
-
-    Attributes:
-        request: The request that it belongs to.
-        left: Remaining seconds, while it does not wait for a slot.
-    """
+    """An image being fetched: its request, and the seconds left, to which waiting for a slot does not count."""
 
     request: Hashable
     left: float
@@ -83,7 +92,7 @@ class Fetcher:
         """
         self._limits = limits
         self.transfers = FetchSlots(limits.max_concurrent_fetches)
-        self.look_ups = FetchSlots(min(MOST_LOOK_UPS, limits.max_concurrent_fetches))
+        self.look_ups = FetchSlots(min(MAX_LOOK_UPS, limits.max_concurrent_fetches))
         domains = limits.allowed_domains
         self._domains = None if domains is None else set(map(canonical_host, domains))
         self._allow_private = AllowedPrivate(limits.allow_private)
@@ -180,7 +189,7 @@ class Fetcher:
         try:
             looking = self._threads.submit(self._resolver, target.host, target.port)
         except BaseException:
-            slot.release()
+            slot.close()
             raise
         _release_after(looking, slot)
         try:
@@ -257,19 +266,19 @@ class Fetcher:
                 raise too_many_bytes(self._limits.max_bytes)
             pieces.append(piece)
             if len(pieces) % BREATH == 0:
-                if self._limits.max_bytes - left < (len(pieces) - BREATH) * LEAST_PIECE:
+                if self._limits.max_bytes - left < (len(pieces) - BREATH) * MIN_PIECE_BYTES:
                     raise ImageProblem("its host sends it in absurdly small pieces", ImageFetchFailed)
                 await asyncio.sleep(0)
         return pieces
 
 
-def _release_after(looking: Future[Sequence[str]], slot: FetchSlot) -> None:
+def _release_after(looking: Future[Sequence[str]], slot: ExitStack) -> None:
     """Release the slot when the thread has ended, which may be long after its caller was cancelled."""
     loop = asyncio.get_running_loop()
 
     def release(_: Future[Sequence[str]]) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(slot.release)
+            loop.call_soon_threadsafe(slot.close)
 
     looking.add_done_callback(release)
 
@@ -281,3 +290,107 @@ def _unreachable(error: httpcore.ConnectError) -> str:
     if isinstance(cause, ssl.SSLCertVerificationError):
         return "its host's TLS certificate cannot be verified"
     return "its host cannot be reached" if cause is None else "its host does not speak proper TLS"
+
+
+class CheckedBackend(httpcore.AsyncNetworkBackend):
+    """The network for one request of an image. TLS still verifies the host's name: only the connection is pinned.
+
+    It has no timeouts of its own, because one deadline covers the fetch. `close` leaves no socket open, even
+    if the fetch is cancelled during a handshake.
+    """
+
+    def __init__(self, addresses: Sequence[str], deadline: float) -> None:
+        """Create a backend without connections.
+
+        Args:
+            addresses: Checked addresses, tried in order.
+            deadline: In seconds of the event loop's clock; the time is divided among the addresses.
+        """
+        self._addresses = addresses
+        self._deadline = deadline
+        self._network = httpcore.AnyIOBackend()
+        self._opened: list[httpcore.AsyncNetworkStream] = []
+        self.budget = ReadBudget()
+
+    @property
+    def connected(self) -> bool:
+        """Whether an address has accepted the connection."""
+        return bool(self._opened)
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = self._addresses
+        failure: Exception = httpcore.ConnectError()
+        loop = asyncio.get_running_loop()
+        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            share = (self._deadline - loop.time()) / left if left > 1 else None
+            try:
+                stream = await self._network.connect_tcp(address, port, timeout=share)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+            else:
+                self._opened.append(stream)
+                return BudgetedStream(stream, self.budget)
+        raise failure
+
+    async def close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            for stream in self._opened:
+                await stream.aclose()
+
+
+class ReadBudget:
+    """Number of bytes that may still be read.
+
+    Until the reply's header is complete, they are read in small portions: a flood of interim replies is
+    parsed without a pause, and so must not arrive in one piece.
+    """
+
+    def __init__(self) -> None:
+        self.left = HEAD_BYTES
+        self.portion = HEAD_READ
+        self.problem = ImageProblem("its host sent too large a reply header", ImageFetchFailed)
+
+    def begin_body(self, max_bytes: int) -> None:
+        """Allow the body; chunk framing may add a quarter to it."""
+        self.left = max_bytes + max_bytes // 4 + HEAD_BYTES
+        self.portion = BODY_READ
+        self.problem = too_many_bytes(max_bytes)
+
+    def spend(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise self.problem
+
+
+class BudgetedStream(httpcore.AsyncNetworkStream):
+    """A stream whose reads are charged to a `ReadBudget`."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream, budget: ReadBudget) -> None:
+        self._stream = stream
+        self._budget = budget
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        data = await self._stream.read(min(max_bytes, self._budget.portion))
+        self._budget.spend(len(data))
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        return BudgetedStream(await self._stream.start_tls(ssl_context, server_hostname), self._budget)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)

@@ -12,55 +12,39 @@ import ipaddress
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TypeAlias
 
-MOST_REMEMBERED = 4096
+MAX_REMEMBERED = 4096
 """Number of most recently used hosts and addresses whose record is kept."""
 
 RECOVERY_SECONDS = 30.0
 """After this long without a time-out, a host's reduced share doubles; and again after the same time."""
 
-MOST_PASSED_OVER = 512
+MAX_PASSED_OVER = 512
 """Number of waiting requests that are considered when a slot becomes free. The remaining ones come first the
 next time."""
 
-SHARED_SUFFIXES = {
-    "akamaihd.net": 1,
-    "akamaized.net": 1,
+_ONE_LABEL = (
+    "akamaihd.net akamaized.net azureedge.net azurewebsites.net b-cdn.net blogspot.com cloudfront.net firebaseapp.com "
+    "fly.dev github.io gitlab.io herokuapp.com netlify.app onrender.com pages.dev r2.dev supabase.co vercel.app "
+    "web.app workers.dev"
+)
+SHARED_SUFFIXES = dict.fromkeys(_ONE_LABEL.split(), 1) | {
     "aliyuncs.com": 2,  # bucket.oss-region
     "amazonaws.com": 3,  # bucket.s3.region
     "appspot.com": 3,  # name.region.r
-    "azureedge.net": 1,
     "azurefd.net": 2,
-    "azurewebsites.net": 1,
-    "b-cdn.net": 1,
     "backblazeb2.com": 3,  # bucket.s3.region
-    "blogspot.com": 1,
     "cdn77.org": 2,
     "cloudflarestorage.com": 2,  # account.r2
-    "cloudfront.net": 1,
     "digitaloceanspaces.com": 3,  # bucket.region.cdn
     "fastly.net": 3,  # name.global.ssl
-    "firebaseapp.com": 1,
-    "fly.dev": 1,
-    "github.io": 1,
-    "gitlab.io": 1,
     "googleapis.com": 2,  # bucket.storage
-    "herokuapp.com": 1,
     "myqcloud.com": 3,  # bucket.cos.region
-    "netlify.app": 1,
-    "onrender.com": 1,
-    "pages.dev": 1,
-    "r2.dev": 1,
     "run.app": 2,
-    "supabase.co": 1,
-    "vercel.app": 1,
-    "web.app": 1,
     "windows.net": 3,  # account.blob.core
-    "workers.dev": 1,
 }
 """Suffixes below which anybody may have a name, and the number of labels before them that distinguish the owners.
 
@@ -144,8 +128,8 @@ class FetchSlots:
         """Return how many slots a host or an address may hold now."""
         return self._current(host_or_address).share
 
-    async def take(self, claim: Claim) -> FetchSlot:
-        """Wait for a slot; cancelled, it leaves nothing behind. Use the slot as a context manager."""
+    async def take(self, claim: Claim) -> ExitStack:
+        """Wait for a slot, which is held until it is closed. Cancelled, it leaves nothing behind."""
         if claim.host not in self._queues and self._may(claim):
             return self._granted(claim)
         waiting = _Waiting(claim)
@@ -157,7 +141,7 @@ class FetchSlots:
             return await waiting.turn
         except asyncio.CancelledError:
             if waiting.turn.done() and not waiting.turn.cancelled():
-                waiting.turn.result().release()
+                waiting.turn.result().close()
             else:
                 self._leave(waiting)
             raise
@@ -209,11 +193,13 @@ class FetchSlots:
             return together < self._most
         return of_site < self._quarter and together < self._most_open
 
-    def _granted(self, claim: Claim) -> FetchSlot:
+    def _granted(self, claim: Claim) -> ExitStack:
         unproven = not self._current(claim.host).proven
         self.held += 1
         self._count(claim, unproven, 1)
-        return FetchSlot(self, claim, unproven)
+        slot = ExitStack()
+        slot.callback(self._release, claim, unproven)
+        return slot
 
     def _count(self, claim: Claim, unproven: bool, change: int) -> None:
         for counter, key, counts in (
@@ -236,7 +222,7 @@ class FetchSlots:
 
     def _serve(self) -> None:
         """Give free slots to waiting requests: the hosts in turn, and each host's requests in turn."""
-        looks, granted = MOST_PASSED_OVER, True
+        looks, granted = MAX_PASSED_OVER, True
         while granted:
             granted = False
             for _ in range(len(self._queues)):
@@ -278,7 +264,7 @@ class FetchSlots:
         record = self._records.get(key)
         if record is None:
             record = self._records[key] = HostRecord(self._quarter, now)
-            while len(self._records) > MOST_REMEMBERED:
+            while len(self._records) > MAX_REMEMBERED:
                 self._records.popitem(last=False)
             return record
         self._records.move_to_end(key)
@@ -313,31 +299,10 @@ def site_of(host: str) -> str:
     return ".".join(labels[-3 if second_level else -2 :])
 
 
-class FetchSlot(AbstractContextManager["FetchSlot"]):
-    """A slot, held until `release`."""
-
-    def __init__(self, slots: FetchSlots, claim: Claim, unproven: bool) -> None:
-        self._slots = slots
-        self._claim = claim
-        self._unproven = unproven
-        self._held = True
-
-    def release(self) -> None:
-        """Release the slot; safe to call twice."""
-        if self._held:
-            self._held = False
-            self._slots._release(self._claim, self._unproven)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
 @dataclass(slots=True, eq=False)
 class _Waiting:
     claim: Claim
-    turn: asyncio.Future[FetchSlot] = field(
+    turn: asyncio.Future[ExitStack] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from handlers.images.decode import WHITE, Color
+from handlers.images.decoder import WHITE, Color
 from properties.settings import VisionSettings
 
 _DEFAULTS = VisionSettings()

@@ -11,71 +11,42 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from PIL.Image import Image
 
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
-from handlers.images.connect import Resolver
-from handlers.images.decode import convert, decoded_bytes, prepare_pillow
+from handlers.images import ImageProblem, too_many_pixels
+from handlers.images.decoder import convert, decoded_bytes, prepare_pillow
 from handlers.images.decoders import DecoderPool
-from handlers.images.embeddings import EncodedEmbeddings, read_embeddings
+from handlers.images.embeddings import read_embeddings
 from handlers.images.encoding import decode_data_url, is_data_url, without_codings
 from handlers.images.fetch import Body, Fetcher
-from handlers.images.image_file import Header, read_header
+from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.memory import DecodedCache, ImageMemory, digest_of
-from handlers.images.problem import ImageProblem, too_many_pixels
+from handlers.images.target import Resolver
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, MediaPart
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
-    """An image's file, and what it says about itself."""
-
-    data: bytes
-    digest: bytes
-    header: Header
-
-    @property
-    def size(self) -> int:
-        """Bytes of its decoded pixels."""
-        return self.header.pixels * 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """An image object that the caller passed.
+class _Source:
+    """An image, or embeddings, that have been read but not decoded.
 
     Attributes:
-        digest: A unique placeholder; the content is not hashed.
+        digest: Of the file; a unique placeholder for an image object and for embeddings, of which each request has
+            its own copy.
+        size: Bytes of the decoded pixels or numbers.
+        decode: Decodes them.
     """
 
-    image: Image
     digest: bytes
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Embedded:
-    """Embeddings.
-
-    Attributes:
-        digest: A unique placeholder, since each request has its own copy of the numbers.
-    """
-
-    encoded: EncodedEmbeddings
-    digest: bytes
-
-    @property
-    def size(self) -> int:
-        return self.encoded.size
-
-
-_File = _Encoded | _Given | _Embedded
+    decode: Callable[[], Awaitable[LoadedImage | LoadedEmbeddings]]
 
 
 class ImageLoader:
@@ -115,12 +86,7 @@ class ImageLoader:
         self.memory = ImageMemory(limits.memory_bytes)
         self._cache = DecodedCache(limits.cache_bytes)
         self._fetcher = Fetcher(limits, resolver=resolver, ssl_context=ssl_context)
-        self.decoders = DecoderPool(
-            max_pixels=limits.max_pixels,
-            max_bytes=limits.max_bytes,
-            background=limits.background,
-            memory_bytes=limits.memory_bytes,
-        )
+        self.decoders = DecoderPool(limits)
         self._threads = ThreadPoolExecutor(min(8, max(2, usable_cores())), "image-read")
         self._numbers = itertools.count()
         self._reading = [threading.Lock() for _ in range(64)]
@@ -149,12 +115,12 @@ class ImageLoader:
         wanted = [(first_index + i, part) for i, part in enumerate(parts) if part.loaded is None]
         request = object()  # its images share the fetch slots of one request
         try:
-            files, failed = await _until_one_fails(
+            sources, failed = await _until_one_fails(
                 [self._in_time(index, deadline, self._obtain, part, request) for index, part in wanted]
             )
-            if files:
-                wanted = wanted[: len(files)]
-                await self._decode_all(wanted, files, deadline)
+            if sources:
+                wanted = wanted[: len(sources)]
+                await self._decode_all(wanted, sources, deadline)
             if failed is not None:
                 raise failed
         except BaseException:
@@ -172,17 +138,17 @@ class ImageLoader:
     async def _decode_all(
         self,
         wanted: Sequence[tuple[int, MediaPart]],
-        files: Sequence[_File],
+        sources: Sequence[_Source],
         deadline: float | None,
     ) -> None:
-        sizes = [(file.digest, file.size) for file in files]
+        sizes = [(source.digest, source.size) for source in sources]
         shares = await self._in_time(wanted[0][0], deadline, self.memory.take, sizes)
         for (_, part), share in zip(wanted, shares, strict=True):
             part.share = share
         loaded, failed = await _until_one_fails(
             [
-                self._in_time(index, deadline, self._decoded, file)
-                for (index, _), file in zip(wanted, files, strict=True)
+                self._in_time(index, deadline, source.decode)
+                for (index, _), source in zip(wanted, sources, strict=True)
             ]
         )
         if failed is not None:
@@ -206,13 +172,16 @@ class ImageLoader:
                 index, "it was not ready when the request's time was up (predict_timeout)"
             ) from error
 
-    async def _obtain(self, part: MediaPart, request: object) -> _File:
+    async def _obtain(self, part: MediaPart, request: object) -> _Source:
         if isinstance(part, EmbeddingsPart):
             embedded = await self._in_thread(read_embeddings, part, self.limits.max_bytes)
-            return _Embedded(embedded, b"embeddings %d" % next(self._numbers))
-        url = part.url
+            digest = b"embeddings %d" % next(self._numbers)
+            return _Source(digest, embedded.size, partial(self._in_thread, embedded.decode))
         if part.given is not None:
-            return _Given(part.given, b"given %d" % next(self._numbers), decoded_bytes(part.given))
+            digest = b"given %d" % next(self._numbers)
+            convert_it = partial(self._in_thread, self._convert, part.given)
+            return _Source(digest, decoded_bytes(part.given), convert_it)
+        url = part.url
         if url[:1].isspace() or url[-1:].isspace():
             url = url.strip()
         if is_data_url(url):
@@ -222,13 +191,13 @@ class ImageLoader:
         self.bytes += sum(map(len, body.pieces))
         return await self._encoded(body)
 
-    async def _encoded(self, source: str | Body) -> _Encoded:
+    async def _encoded(self, source: str | Body) -> _Source:
         data, digest, header = await self._in_thread(self._read, source)
         if header is None:
             header = await self.decoders.measure(data)
         if header.pixels > self.limits.max_pixels:
             raise too_many_pixels(self.limits.max_pixels)
-        return _Encoded(data, digest, header)
+        return _Source(digest, header.pixels * 4, partial(self._decoded, digest, data, header))
 
     def _read(self, source: str | Body) -> tuple[bytes, bytes, Header | None]:
         most = self.limits.max_bytes
@@ -247,14 +216,8 @@ class ImageLoader:
         digest.update(flat.tobytes())
         return LoadedImage(flat, digest.digest())
 
-    async def _decoded(self, file: _File) -> LoadedImage | LoadedEmbeddings:
-        if isinstance(file, _Embedded):
-            return await self._in_thread(file.encoded.decode)
-        if isinstance(file, _Given):
-            return await self._in_thread(self._convert, file.image)
-        image, decoded = await self._cache.obtain(
-            file.digest, lambda: self.decoders.decode(file.data, file.header)
-        )
+    async def _decoded(self, digest: bytes, data: bytes, header: Header) -> LoadedImage:
+        image, decoded = await self._cache.obtain(digest, lambda: self.decoders.decode(data, header))
         self.decoded += decoded
         self.cache_hits += not decoded
         return image

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from PIL.Image import Image
 
-from handlers.images.decode import decoded_bytes
+from handlers.images.decoder import decoded_bytes
 from handlers.request import LoadedImage
 
 Wanted = tuple[bytes, int]
@@ -133,11 +133,7 @@ class _Held:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A prompt that waits.
-
-    Attributes:
-        passes: Number of later prompts that have overtaken it.
-    """
+    """A prompt that waits. passes: how many later prompts have overtaken it."""
 
     images: Sequence[Wanted]
     passes: int = 0

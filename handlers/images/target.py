@@ -1,15 +1,21 @@
-"""Parses image URLs once: what is checked here is, byte for byte, what is requested."""
+"""Where images may be fetched from: URLs, parsed once, so that what is checked is what is requested; and addresses."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+import socket
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from urllib.parse import quote, urljoin, urlsplit
 
 from handlers.errors import ImageFetchFailed
-from handlers.images.problem import ImageProblem
+from handlers.images import ImageProblem
 
+Resolver = Callable[[str, int], Sequence[str]]
+
+MAX_ADDRESSES = 4
 MAX_URL_CHARACTERS = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_HOST_CHARACTERS = 253
@@ -130,3 +136,86 @@ def _host(name: str | None) -> str:
         return canonical_host(name)
     except ValueError as error:
         raise ImageProblem("its URL's host name is malformed") from error
+
+
+IPAddress = IPv4Address | IPv6Address
+
+GLOBAL_UNICAST = IPv6Network("2000::/3")  # all that IANA has assigned; RFC 4291, section 2.4
+NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+DOCUMENTATION = IPv6Network("3fff::/20")  # RFC 9637, newer than this Python's tables
+V4_NOT_PUBLIC = (
+    IPv4Network("192.0.0.0/24"),  # protocol assignments, RFC 6890; Python knows only parts of it
+    IPv4Network("192.88.99.0/24"),  # 6to4 relays, RFC 7526
+    IPv4Network("168.63.129.16/32"),  # Azure's host agent: metadata behind a global address
+)
+
+
+def is_public(address: IPAddress) -> bool:
+    """Tell whether an address is globally reachable unicast; an IPv4 address inside an IPv6 address is what counts."""
+    if isinstance(address, IPv4Address):
+        return (
+            address.is_global
+            and not address.is_multicast
+            and not address.is_reserved
+            and not any(address in network for network in V4_NOT_PUBLIC)
+        )
+    if address.scope_id is not None:
+        return False
+    carried = _carried(address)
+    if carried is not None:
+        return is_public(carried)
+    return address in GLOBAL_UNICAST and address.is_global and address not in DOCUMENTATION
+
+
+def _carried(address: IPv6Address) -> IPv4Address | None:
+    """Return the IPv4 address that packets end up at. Teredo is missing because `is_global` denies all of it."""
+    if address in NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+class AllowedPrivate:
+    """The operator's exceptions: host names, addresses and networks (`option.image_fetch_allow_private`)."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        """Parse the entries. Raises ValueError for one that is neither a host name nor an address or a network."""
+        self.hosts: set[str] = set()
+        self.networks: list[IPv4Network | IPv6Network] = []
+        for entry in entries:
+            try:
+                self.networks.append(ipaddress.ip_network(entry.strip("[]"), strict=False))
+            except ValueError:
+                self.hosts.add(canonical_host(entry))
+
+    def admits(self, host: str, address: IPAddress) -> bool:
+        """Tell whether `host`, as the URL spells it, may be fetched from `address` although it is not public."""
+        if host in self.hosts:
+            return True
+        candidates = [address]
+        if isinstance(address, IPv6Address) and (carried := _carried(address)) is not None:
+            candidates.append(carried)
+        return any(candidate in network for candidate in candidates for network in self.networks)
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """Return the addresses of a host in the order in which the system would try them. Blocks; raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def checked(host: str, found: Sequence[str], allowed: AllowedPrivate) -> list[str]:
+    """Return the addresses of a host that may be connected to.
+
+    Raises:
+        ImageProblem: An address is not public, or there is none.
+    """
+    for text in found:
+        address = ipaddress.ip_address(text)
+        if not is_public(address) and not allowed.admits(host, address):
+            raise ImageProblem(
+                "its host's address is not public; send the image as a data: URL, or have the operator "
+                "allow the host with option.image_fetch_allow_private"
+            )
+    if not found:
+        raise ImageProblem("its host name cannot be resolved", ImageFetchFailed)
+    return list(found[:MAX_ADDRESSES])

@@ -1,4 +1,4 @@
-"""`LLM`: a model in a script, with the methods and results of vLLM's and Aphrodite's class of that name."""
+"""`LLM`: a model in a script, with the methods and results of the class of that name in vLLM and Aphrodite."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from handlers.errors import InvalidRequest, ServingError
-from handlers.offline.batch import Outcome
-from handlers.offline.core import Core
-from handlers.offline.multimodal import PromptImages, prompts_with_data
+from handlers.offline.core import Core, Outcome
 from handlers.offline.options import configure
 from handlers.offline.outputs import RequestOutput, answered, failed
 from handlers.offline.params import SamplingParams
 from handlers.offline.prompts import (
+    PromptImages,
     conversations_in,
     prompt_text,
     prompts_in,
+    prompts_with_data,
     read_conversation,
     read_prompt,
 )
@@ -40,9 +39,9 @@ Reader = Callable[[Any], Prompt]
 
 
 class LLM:
-    """A loaded model. Close it, use it as a context manager, or just drop it: its processes end with it.
+    """A loaded model. Its processes end when it is closed, left as a context manager, or no longer referenced.
 
-    Its methods block and may be called from any thread, also where an event loop runs (a notebook).
+    Its methods block. They may be called from any thread, even from one with a running event loop (a notebook).
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -50,8 +49,8 @@ class LLM:
 
         Args:
             model: A directory, a hub id or an s3:// URL.
-            **options: Those of serving.properties by their names, and the arguments of vLLM's constructor. Environment
-                variables count as they do for a server.
+            **options: Options by their names in serving.properties, and the arguments of vLLM's constructor.
+                Environment variables have the same effect as for a server.
 
         Raises:
             TypeError: An argument is unknown.
@@ -62,7 +61,7 @@ class LLM:
         with shown_to_script():
             self._core = Core(configure(str(model), options))
         self._prompt_images = PromptImages(
-            Path(self._core.directory),
+            self._core.directory,
             self._core.image_tokens,
             self._core.configuration.settings.image_feature_size,
         )
@@ -83,21 +82,30 @@ class LLM:
         mm_processor_kwargs: None = None,
         raise_on_error: bool | None = None,
     ) -> list[RequestOutput]:
-        """Continue prompts in the model's own format; results in the order of the prompts.
+        """Continue prompts in the model's own format. Results are in the order of the prompts.
 
-        prompts: one or a list of: a text; `{"prompt": text, "multi_modal_data": {"image": image or images}}`;
-        the same with `prompt_token_ids`; token ids. An image is a PIL image or an array of bytes, its embeddings, or
-        one of the wrappers of vLLM's older pages, and comes where the prompt has a placeholder, or as many adjacent
-        ones as it has tokens, or before the text of one that has none.
-        sampling_params: for all, or one for each; None for the model's own defaults.
-        use_tqdm: whether to show progress, or what to make the bar with.
-        raise_on_error: True raises the first error; False puts each into the `error` of its result, where the
-        answers are then empty; None, the default, raises for a prompt that was given alone, not in a list.
+        Args:
+            prompts: One prompt or a list. A prompt is a text; token ids; or a dict such as `{"prompt": text,
+                "multi_modal_data": {"image": image or images}}`, with `prompt_token_ids` instead of `prompt` if it is
+                tokenised. An image is a PIL image, an array of bytes, embeddings, or a wrapper of vLLM's older pages.
+                It takes the place of a placeholder, or of as many adjacent ones as it has tokens; without
+                placeholders, images come before the text.
+            sampling_params: For all prompts, or one for each; None for the model's defaults.
+            prompt_token_ids: Of the prompts, as in vLLM up to 0.5.
+            multi_modal_data: The same.
+            multi_modal_datas: The same.
+            use_tqdm: Whether to show progress, or a function that makes the progress bar.
+            lora_request: Only None, as for tokenization_kwargs and mm_processor_kwargs.
+            priority: For all prompts, or one for each.
+            tokenization_kwargs: Only None.
+            mm_processor_kwargs: Only None.
+            raise_on_error: True raises the first error. False puts each error into its result, whose answers are then
+                empty. None raises if a single prompt was given, not in a list.
 
-        prompt_token_ids, multi_modal_data, multi_modal_datas: of the prompts, as vLLM took them up to 0.5.
-        lora_request, tokenization_kwargs, mm_processor_kwargs: None, which vLLM's users write out too.
-
-        Raises ServingError (see raise_on_error), TypeError and ValueError for arguments that do not fit together.
+        Raises:
+            ServingError: See raise_on_error.
+            TypeError: An argument is not supported.
+            ValueError: Arguments do not fit together.
         """
         _refuse(
             lora_request=lora_request,
@@ -131,11 +139,10 @@ class LLM:
         mm_processor_kwargs: None = None,
         raise_on_error: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them; results in their order.
+        """Answer one conversation or a list of them. Results are in their order. See also `generate`.
 
-        messages: as OpenAI's chat completions take them; images as `{"type": "image_url", "image_url": {"url":
-        ...}}` or `{"type": "image_pil", "image_pil": image}`. chat_template: a template's text, in place of the
-        model's. The others as for `generate`.
+        messages: as in OpenAI's chat completions; images as `{"type": "image_url", "image_url": {"url": ...}}` or
+        `{"type": "image_pil", "image_pil": image}`. chat_template: text of a template to use instead of the model's.
         """
         _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in (
@@ -162,11 +169,11 @@ class LLM:
         return self._answers(given, read, sampling_params, use_tqdm, priority, strict)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json recommends."""
+        """Return what the model's generation_config.json recommends."""
         return SamplingParams(**self._core.backend.capabilities.default_sampling)  # type: ignore[arg-type]
 
     def get_tokenizer(self) -> Any:
-        """The model's tokenizer, as transformers loads it."""
+        """Return the model's tokenizer, as transformers loads it."""
         return load_tokenizer(
             str(self._core.directory),
             trust_remote_code=self._core.configuration.settings.trust_remote_code,
@@ -213,17 +220,15 @@ class LLM:
             else:
                 requests.append(request)
                 places.append(place)
-        bar = use_tqdm if callable(use_tqdm) else tqdm
-        shown = {
-            "desc": "Processed prompts",
-            "unit": "prompt",
-            "dynamic_ncols": True,
-            "disable": not use_tqdm,
-        }
-        with (
-            bar(total=len(given), **shown) as progress,
-            closing(self._core.outcomes(requests)) as outcomes,
-        ):
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        bar = make_bar(
+            total=len(given),
+            desc="Processed prompts",
+            unit="prompt",
+            dynamic_ncols=True,
+            disable=not use_tqdm,
+        )
+        with bar as progress, closing(self._core.outcomes(requests)) as outcomes:
             progress.update(len(given) - len(requests))
             began, tokens = time.monotonic(), 0
             for number, outcome in outcomes:
@@ -236,13 +241,19 @@ class LLM:
                     f"{tokens / max(1e-9, time.monotonic() - began):.0f} tokens/s", refresh=False
                 )
                 progress.update()
-        whole = [result for result in results if result is not None]
-        _report([result.error for result in whole if result.error is not None], len(whole))
-        return whole
+        complete = [result for result in results if result is not None]
+        errors = [result.error for result in complete if result.error is not None]
+        if errors:
+            logger.warning(
+                "%d of %d prompts failed, see `error` of their results; the first: %s",
+                len(errors),
+                len(complete),
+                errors[0],
+            )
+        return complete
 
 
 def _request(request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> GenerationRequest:
-    """Raises InvalidRequest."""
     count, _ = params.answers()
     parts = prompt.parts if isinstance(prompt, TextPrompt) else [p for m in prompt.messages for p in m.parts]
     return GenerationRequest(
@@ -272,14 +283,14 @@ def _result(request: GenerationRequest, outcome: Outcome, item: Any, params: Sam
 
 
 def _refuse(**given: object) -> None:
-    """Raises TypeError for an argument of vLLM's that cannot be obeyed and asks for something."""
+    """Raises TypeError for an argument of vLLM's that is not supported and has a value."""
     for name, value in given.items():
         if value and not (isinstance(value, list) and not any(value)):
             raise TypeError(f"{name} is not supported: leave it out")
 
 
 def _count(params: SamplingParams) -> int:
-    """Of empty answers where there are none, whatever `n` has been set to."""
+    """Return how many empty answers to show after an error, whatever `n` has been set to."""
     try:
         return params.answers()[1] or params.answers()[0]
     except InvalidRequest:
@@ -287,7 +298,7 @@ def _count(params: SamplingParams) -> int:
 
 
 def _one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:
-    """The same for each, or the list of them."""
+    """Return one value for each: the given one repeated, or the given list."""
     if isinstance(given, kind):
         return [given] * count
     several = list(given)
@@ -301,13 +312,3 @@ def _one_each(name: str, given: Any, count: int, kind: type) -> list[Any]:
 def _shown(item: Any) -> str | None:
     text = item.get("prompt") if isinstance(item, Mapping) else item
     return text if isinstance(text, str) else None
-
-
-def _report(errors: Sequence[ServingError], count: int) -> None:
-    if errors:
-        logger.warning(
-            "%d of %d prompts failed, see `error` of their results; the first: %s",
-            len(errors),
-            count,
-            errors[0],
-        )

@@ -1,4 +1,4 @@
-"""What offline inference returns: the attributes that vLLM's `RequestOutput` has, and an error where there is one."""
+"""Results of offline inference, with the attributes of vLLM's `RequestOutput` and, in addition, an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from handlers.protocols.base import Answer
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One candidate at one position. rank: 1 is the most likely token."""
+    """A candidate at a position. rank: 1 for the most likely token."""
 
     logprob: float
     rank: int
@@ -24,10 +24,14 @@ class Logprob:
 class CompletionOutput:
     """One answer to a prompt.
 
-    logprobs: per token, candidate's token id -> `Logprob`, the chosen one first; None unless asked for, and so is
-    cumulative_logprob, the sum over the chosen tokens.
-    finish_reason: "error" stands where there is no answer (see `RequestOutput.error`).
-    stop_reason: the stop string or stop id that ended the answer; None for end-of-sequence and for length.
+    Attributes:
+        index: Number of the answer among those to the prompt.
+        text: The answer.
+        token_ids: Its tokens.
+        cumulative_logprob: Sum of the chosen tokens' log probabilities; None unless log probabilities were requested.
+        logprobs: For each token, token id -> `Logprob` of each candidate, the chosen one first; None unless requested.
+        finish_reason: Why it ended; "error" if there is no answer (see `RequestOutput.error`).
+        stop_reason: Stop string or stop token that ended it; None if the end-of-sequence token or the length did.
     """
 
     index: int
@@ -46,9 +50,17 @@ class CompletionOutput:
 class RequestOutput:
     """One prompt and its answers.
 
-    prompt: as text, after the chat template; None where it was given as token ids. prompt_token_ids: with the
-    tokens of images. error: why there is no answer; `outputs` then holds empty ones. metrics, lora_request: always
-    None.
+    Attributes:
+        request_id: Unique id.
+        prompt: Text after the chat template; None if the prompt was given as token ids.
+        prompt_token_ids: Tokens of the prompt, those of images included.
+        outputs: The answers; empty ones if there is an error.
+        prompt_logprobs: For each token of the prompt, as in `CompletionOutput.logprobs`; None unless requested.
+        num_cached_tokens: Tokens of the prompt that were in the cache.
+        error: Why there is no answer.
+        finished: Always true.
+        metrics: Always None.
+        lora_request: Always None.
     """
 
     request_id: str
@@ -72,7 +84,7 @@ def answered(
     logprobs: bool,
     best: int | None,
 ) -> RequestOutput:
-    """logprobs: whether to show them. best: keep only so many answers, those with the most likely tokens."""
+    """Make a result. best: how many answers to keep, those with the most likely tokens; None for all."""
     outputs = [_completion(index, answer) for index, answer in enumerate(answers)]
     if best is not None:
         outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0))
@@ -95,7 +107,7 @@ def answered(
 
 
 def failed(request_id: str, prompt: str | None, count: int, error: ServingError) -> RequestOutput:
-    """count: of empty answers."""
+    """Make a result with an error and `count` empty answers."""
     empty = [CompletionOutput(index, finish_reason="error") for index in range(count)]
     return RequestOutput(request_id, prompt, [], empty, error=error)
 

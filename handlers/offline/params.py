@@ -23,32 +23,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (None,),
     "use_beam_search": (False,),
 }
-"""Fields of vLLM's that would change answers and are taken only with a value that asks for nothing."""
+"""Fields of vLLM's that would change answers, and the values with which they do not, which are accepted."""
 
-_IGNORED = frozenset(
-    {
-        "detokenize",
-        "extra_args",
-        "flat_logprobs",
-        "output_kind",
-        "skip_clone",
-        "skip_reading_prefix_cache",
-        "spaces_between_special_tokens",
-        "stream_interval",
-        "watermarking",
-    }
-)
-"""Fields of vLLM's that change no answer."""
+_IGNORED = {
+    "detokenize", "extra_args", "flat_logprobs", "output_kind", "skip_clone", "skip_reading_prefix_cache",
+    "spaces_between_special_tokens", "stream_interval", "watermarking",
+}  # fmt: skip
+"""Fields of vLLM's that do not change answers."""
 
 MAX_ANSWERS = 16384
-"""To one prompt; vLLM's limit."""
+"""Answers to one prompt; vLLM's limit."""
 
 _ENGINE = frozenset(EngineParams.__struct_fields__)
 
 
 @dataclass(slots=True)
 class StructuredOutputsParams:
-    """What every answer must look like: one of json (a schema), regex, choice, grammar or json_object."""
+    """Form of each answer: one of json (a schema), regex, choice, grammar or json_object."""
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
@@ -62,16 +53,17 @@ class StructuredOutputsParams:
 
 
 GuidedDecodingParams = StructuredOutputsParams
-"""What vLLM called them before 0.11. `backend` has no meaning here."""
+"""Name of the class in vLLM before 0.11. `backend` has no effect here."""
 
 
 class SamplingParams:
-    """How answers are sampled, as vLLM's `SamplingParams`: the same names, defaults and meanings.
+    """How answers are sampled: names, defaults and meanings are those of vLLM's `SamplingParams`.
 
-    best_of: generate so many and keep the n with the most likely tokens. structured_outputs, guided_decoding: a
-    `StructuredOutputsParams` or a dict of its fields. samplers: fields of the engine's sampling parameters.
-    Raises TypeError for an unknown name and ValueError for a bad value; attributes may be set later, and are
-    checked again when a prompt is generated.
+    best_of: how many answers to generate, of which the n with the most likely tokens are kept. structured_outputs,
+    guided_decoding: a `StructuredOutputsParams` or a dict of its fields. samplers: fields of the engine's sampling
+    parameters. Attributes may be set later; they are checked again when a prompt is generated.
+
+    Raises TypeError for an unknown name and ValueError for a bad value.
     """
 
     def __init__(
@@ -117,7 +109,7 @@ class SamplingParams:
             raise ValueError(error.message) from None
 
     def engine_params(self) -> EngineParams:
-        """For the engine. Raises InvalidRequest naming the field."""
+        """Return the parameters for the engine. Raises InvalidRequest, naming the field."""
         values = {name: value for name, value in self.__dict__.items() if name in _ENGINE}
         stop = values.get("stop")
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
@@ -130,7 +122,7 @@ class SamplingParams:
         return sampling_params({name: getattr(asked, name) for name in values}, {})
 
     def answers(self) -> tuple[int, int | None]:
-        """(answers to generate, answers to keep; None for all). Raises InvalidRequest."""
+        """Return how many answers to generate and how many to keep (None for all). Raises InvalidRequest."""
         n, best_of = self.__dict__["n"], self.__dict__["best_of"]
         for name, value in (("n", n), ("best_of", n if best_of is None else best_of)):
             if not isinstance(value, int) or not 1 <= value <= MAX_ANSWERS:
@@ -142,7 +134,7 @@ class SamplingParams:
         return best_of, n
 
     def truncation(self) -> int | None:
-        """Tokens of the prompt to keep; None for all, -1 for what fits. Raises InvalidRequest."""
+        """Return how many of the prompt's last tokens to keep: None for all, -1 for as many as fit."""
         kept: int | None = self.__dict__["truncate_prompt_tokens"]
         if kept is not None and (not isinstance(kept, int) or (kept < 1 and kept != -1)):
             raise InvalidRequest(
@@ -152,7 +144,7 @@ class SamplingParams:
         return kept
 
     def constraint(self) -> Constraint | None:
-        """What structured_outputs or guided_decoding ask for. Raises InvalidRequest."""
+        """Return what structured_outputs or guided_decoding require. Raises InvalidRequest."""
         asked = [
             asdict(given) if isinstance(given, StructuredOutputsParams) else dict(given)
             for given in (self.__dict__["structured_outputs"], self.__dict__["guided_decoding"])
@@ -166,7 +158,7 @@ class SamplingParams:
         return copy.deepcopy(self)
 
     def __getattr__(self, name: str) -> Any:
-        """A sampler that was not given has the engine's default."""
+        """Return the engine's default of a sampler that was not given."""
         if name in _ENGINE:
             return getattr(EngineParams(), name)
         raise AttributeError(f"SamplingParams has no {name!r}")

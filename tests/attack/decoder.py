@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from handlers.images.decode import decode, measure, prepare_pillow
-from handlers.images.image_file import kind_of
-from handlers.images.problem import ImageProblem
+from handlers.images import ImageProblem
+from handlers.images.decoder import decode, opened, prepare_pillow
+from handlers.images.formats import kind_of
 
 MAX_PIXELS = 89_478_485
 _LIBC = ctypes.CDLL(None)
@@ -57,7 +57,8 @@ def _cost_of(data: bytes) -> dict[str, Any]:
     start = time.process_time()
     pixels, outcome = 0, "decoded"
     try:
-        pixels = measure(data, MAX_PIXELS) // 4
+        with opened(data, MAX_PIXELS) as opening:
+            pixels = opening.width * opening.height
     except ImageProblem as problem:
         outcome = problem.reason
     header = time.process_time() - start

@@ -20,9 +20,8 @@ import pytest
 from container import logs
 from container.bodies import Bodies, Body
 from handlers.errors import InvalidRequest, MalformedBody
-from handlers.images import encoding
+from handlers.images import ImageProblem, encoding
 from handlers.images.encoding import decode_data_url
-from handlers.images.problem import ImageProblem
 from handlers.protocols import body_limits
 from handlers.protocols.body import read_body
 from handlers.protocols.body_limits import BodyCount, counted, with_plain_slashes

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import pytest
 from PIL import Image
 
-from handlers.images.decode import convert, decode
-from handlers.images.problem import ImageProblem
+from handlers.images import ImageProblem
+from handlers.images.decoder import convert, decode
 from tests.attack.corpus import GENERATORS, good, hostile, mutations, small
 from tests.attack.decoder import MAX_PIXELS
 from tests.attack.samples import encoded, photo

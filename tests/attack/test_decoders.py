@@ -22,13 +22,12 @@ import pytest
 from PIL import Image
 
 from handlers.errors import ImageTooLarge, Unavailable
-from handlers.images import decoders
-from handlers.images.decode import FORMATS, decode
+from handlers.images import ImageProblem, decoders
+from handlers.images.decoder import FORMATS, decode
 from handlers.images.decoders import DecoderPool
-from handlers.images.image_file import Header, read_header
+from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
-from handlers.images.problem import ImageProblem
 from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.attack import corpus
@@ -83,13 +82,7 @@ def url_of(file: bytes) -> str:
 
 def with_pool(work: Callable[[DecoderPool], Awaitable[None]], most: int = 2, memory: int = 1 << 30) -> None:
     async def main() -> None:
-        pool = DecoderPool(
-            max_pixels=MAX_PIXELS,
-            max_bytes=20 << 20,
-            background=(255, 255, 255),
-            memory_bytes=memory,
-            most=most,
-        )
+        pool = DecoderPool(ImageLimits(max_pixels=MAX_PIXELS, memory_bytes=memory), most)
         before = {child.pid for child in psutil.Process().children(recursive=True)}
         try:
             await asyncio.wait_for(work(pool), 120)
@@ -576,7 +569,7 @@ def test_the_cheap_look_at_a_header_finds_what_pillow_finds(file: bytes) -> None
 
 
 def test_a_decoder_loads_little_and_takes_little_memory() -> None:
-    script = "import sys, handlers.images.decoder_worker; print(*sys.modules)"
+    script = "import sys, handlers.images.decoder; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -608,7 +601,7 @@ def server() -> Iterator[LiveServer]:
 
 def decoders_of(live: LiveServer) -> list[psutil.Process]:
     children = psutil.Process(live.process.pid).children(recursive=True)
-    return [child for child in children if any("decoder_worker" in part for part in child.cmdline())]
+    return [child for child in children if any("handlers.images.decoder" in part for part in child.cmdline())]
 
 
 def wait_until(what: Callable[[], bool], seconds: float = 60) -> None:
@@ -643,7 +636,7 @@ def test_after_clients_with_slow_images_have_left_a_good_one_is_answered(server:
 
 
 def test_clients_that_leave_decoders_which_do_not_run(server: LiveServer) -> None:
-    wait_until(lambda: len(decoders_of(server)) >= 2)
+    wait_until(lambda: server.metrics()["lmi_image_decoders_started_total"] >= 2)
     stopped = decoders_of(server)
     before = server.metrics()["lmi_image_decoders_killed_total"]
     for process in stopped:
@@ -683,7 +676,7 @@ def test_strips_by_the_million_take_no_more_than_their_bytes(server: LiveServer)
     for process in [root, *root.children(recursive=True)]:
         peak = _peak(process)
         allowed = 3 * 4 * len(file) // 3 + (50 << 20) + before.get(process.pid, 45 << 20)
-        if "decoder_worker" in " ".join(process.cmdline()):
+        if "handlers.images.decoder" in " ".join(process.cmdline()):
             header = read_header(file)
             assert header is not None
             allowed = (110 << 20) + header.working_bytes + header.pixels * 4 + 2 * len(file)
@@ -744,7 +737,7 @@ llm = LLM(model={str(SHAPES)!r})
 image = Image.open({str(image)!r})
 one = SamplingParams(max_tokens=2)
 def decoders():
-    return [c.pid for c in psutil.Process().children(recursive=True) if "decoder_worker" in " ".join(c.cmdline())]
+    return [c.pid for c in psutil.Process().children(recursive=True) if "images.decoder" in " ".join(c.cmdline())]
 llm.chat([{{"role": "user", "content": [{{"type": "image_pil", "image_pil": image}}]}}], one)
 assert not decoders(), "a given image needs none"
 url = "data:image/png;base64," + base64.b64encode(open({str(image)!r}, "rb").read()).decode()

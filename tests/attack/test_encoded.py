@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from handlers.images import ImageProblem
 from handlers.images.embeddings import (
     BadTensorFile,
     EncodedEmbeddings,
@@ -22,7 +23,6 @@ from handlers.images.embeddings import (
     read_tensor,
 )
 from handlers.images.encoding import without_codings
-from handlers.images.problem import ImageProblem
 from handlers.request import EmbeddingsPart
 
 MEGA = 2**20

@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 import pytest
 
 from handlers.images.fetch_slots import (
-    MOST_REMEMBERED,
+    MAX_REMEMBERED,
     RECOVERY_SECONDS,
     Claim,
-    FetchSlot,
     FetchSlots,
     claim_for,
     site_of,
@@ -302,8 +301,8 @@ async def flooding(places: FetchSlots, claims: Iterable[Claim]) -> AsyncIterator
         for task in tasks:
             task.cancel()
         for done in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(done, FetchSlot):
-                done.release()
+            if isinstance(done, contextlib.ExitStack):
+                done.close()
         assert places.held == before
 
 
@@ -311,7 +310,7 @@ async def has_a_place(places: FetchSlots, claim: Claim) -> bool:
     task = asyncio.create_task(places.take(claim))
     await asyncio.sleep(0)
     if task.done():
-        task.result().release()
+        task.result().close()
     else:
         task.cancel()
     return task.done() and not task.cancelled()
@@ -412,11 +411,11 @@ def test_one_host_that_delivers_holds_three_quarters_of_idle_places() -> None:
 def test_what_is_remembered_of_hosts_is_bounded() -> None:
     async def main() -> None:
         places = FetchSlots(PLACES)
-        for number in range(3 * MOST_REMEMBERED):
+        for number in range(3 * MAX_REMEMBERED):
             claim = claim_for(number, f"host{number}.test", 80, "2001:db8::1")
             with await places.take(claim):
                 places.timed_out(claim, connected=True)
-        assert len(places._records) == MOST_REMEMBERED
+        assert len(places._records) == MAX_REMEMBERED
         assert not places._hosts
         assert not places._queues
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from handlers.custom.messages import MOST_PART_BYTES
+from handlers.custom.messages import MAX_PART_BYTES
 from handlers.grammars.compiler import MOST_OUTCOME_BYTES, _Worker
 from handlers.grammars.messages import Job
 from processes.child import Child, Log
@@ -38,18 +38,18 @@ def test_a_handlers_reply_above_the_limit_says_so(tmp_path: Path) -> None:
             return server.http.post("/invocations", json=body)
 
         pid = ask(do="pid").text
-        largest = ask(do="whole", bytes=MOST_PART_BYTES)
-        assert (largest.status_code, len(largest.content)) == (200, MOST_PART_BYTES)
-        for size in (MOST_PART_BYTES + 1, 3 * MOST_PART_BYTES):
+        largest = ask(do="whole", bytes=MAX_PART_BYTES)
+        assert (largest.status_code, len(largest.content)) == (200, MAX_PART_BYTES)
+        for size in (MAX_PART_BYTES + 1, 3 * MAX_PART_BYTES):
             refused = ask(do="whole", bytes=size)
             assert refused.status_code == 500
             assert refused.json()["message"] == (
-                f"the model's own handler failed: a reply of {size} bytes is larger than {MOST_PART_BYTES} bytes, the "
+                f"the model's own handler failed: a reply of {size} bytes is larger than {MAX_PART_BYTES} bytes, the "
                 "most that is sent on; stream it in smaller parts"
             )
-        streamed = ask(do="stream", bytes=MOST_PART_BYTES + 1).text
+        streamed = ask(do="stream", bytes=MAX_PART_BYTES + 1).text
         assert streamed.startswith("a{")
-        assert f"a part of its stream of {MOST_PART_BYTES + 1} bytes is larger than" in streamed
+        assert f"a part of its stream of {MAX_PART_BYTES + 1} bytes is larger than" in streamed
         assert ask(do="pid").text == pid, "the process lives on"
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.errors import ImageError, InvalidRequest
-from handlers.images.problem import ImageProblem
+from handlers.images import ImageProblem
 from handlers.images.target import parse_target
 from handlers.own_words import own_words_of
 from tests.support.scripted_server import ServerProcess

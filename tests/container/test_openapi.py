@@ -165,6 +165,7 @@ RIGHT: list[tuple[str, str, dict[str, Any] | None]] = [
     ("get", "/info", None),
     ("get", "/openapi.json", None),
     ("get", "/engine/state", None),
+    ("get", "/execution-parameters", None),
     ("get", "/engine/model", None),
     ("get", "/page", None),
     ("get", "/page/{name}", None),

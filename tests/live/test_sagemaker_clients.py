@@ -150,7 +150,6 @@ def test_several_answers_the_best_first(client: Any) -> None:
         ("DELETE", "/models/model"),
         ("POST", "/workflows"),
         ("POST", "/invocations-bidirectional-stream"),
-        ("GET", "/execution-parameters"),
     ],
 )
 def test_routes_that_are_not_offered(server: LiveServer, method: str, path: str) -> None:

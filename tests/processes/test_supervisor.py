@@ -29,11 +29,12 @@ class Scripted:
 
 
 class House:
-    """errors: what the next starts fail with."""
+    """errors: what the next starts fail with. hanging: whether they never end."""
 
     def __init__(self, retry_threshold: int = 3, **options: Any) -> None:
         self.made: list[Scripted] = []
         self.errors: list[Exception] = []
+        self.hanging = False
         self.news = asyncio.Event()
         self.supervisor = Supervisor(
             "it", self.start, retry_threshold=retry_threshold, changed=self.news.set, **options
@@ -42,6 +43,8 @@ class House:
     async def start(self) -> Scripted:
         if self.errors:
             raise self.errors.pop(0)
+        if self.hanging:
+            await asyncio.Event().wait()
         self.made.append(Scripted())
         return self.made[-1]
 
@@ -142,7 +145,7 @@ def test_a_start_that_takes_too_long_is_a_failure() -> None:
     async def scenario() -> None:
         house = House(retry_threshold=1, start_seconds=0.01)
         await house.supervisor.start()
-        house.supervisor._start = asyncio.Event().wait  # type: ignore[assignment]
+        house.hanging = True
         await house.lose()
         assert house.supervisor.given_up
 

@@ -6,7 +6,7 @@ import pytest
 
 from properties import document
 from properties.configuration import resolve
-from properties.legacy import IGNORED, TRUE_MEANS
+from properties.lmi import IGNORED, TRUE_MEANS
 from properties.names import KEYS
 from properties.settings import Settings, options
 

@@ -11,7 +11,7 @@ from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.select import choose_for
 from handlers.custom.find import find_handler
 from properties.configuration import Configuration, ConfigurationError, resolve
-from properties.lmi_handlers import HANDLERS
+from properties.lmi import HANDLERS
 from tests.support.live import LiveServer
 from tests.support.shapes import SHAPES
 

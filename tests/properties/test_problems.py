@@ -245,9 +245,3 @@ def test_an_entry_point_must_be_a_file_of_the_model(tmp_path: Path, entry: str) 
 def test_inference_address_must_be_http() -> None:
     with pytest.raises(ConfigurationError, match=r"allowed: http://HOST:PORT"):
         configure(SERVING_INFERENCE_ADDRESS="unix:/tmp/s")
-
-
-def test_a_secure_mode_that_is_not_there_is_not_ignored() -> None:
-    with pytest.raises(ConfigurationError, match="no secure mode"):
-        configure(SAGEMAKER_SECURE_MODE="True")
-    assert configure(SAGEMAKER_SECURE_MODE="false").warnings == []

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from handlers.backends.vllm.adapters.store import VllmAdapters
+from properties.secure_mode import OPEN, SecureMode
 
 
 class Request(NamedTuple):
@@ -70,12 +71,12 @@ class LoraEngine:
 
 
 def scripted_adapters(
-    home: Path, most: int, *, allowed: str = "", places: int = 1
+    home: Path, most: int, *, allowed: str = "", places: int = 1, secure: SecureMode = OPEN
 ) -> tuple[VllmAdapters, LoraEngine]:
     """None are loaded yet."""
     engine = LoraEngine(places)
     names: Any = Names()
-    return VllmAdapters(names, {}, most, lambda: engine, home=home, allowed=allowed), engine
+    return VllmAdapters(names, {}, most, lambda: engine, home=home, allowed=allowed, secure=secure), engine
 
 
 def make_adapter(directory: Path, *more: str) -> Path:

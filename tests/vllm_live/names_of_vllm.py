@@ -49,7 +49,7 @@ from handlers.backends.vllm.options.fields import (
 )
 from handlers.backends.vllm.options.values import GONE
 from handlers.backends.vllm.prompts.sampling import SAME, TRANSLATED
-from properties.legacy import IGNORED
+from properties.lmi import IGNORED
 
 vllm = load()
 

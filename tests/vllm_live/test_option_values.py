@@ -14,7 +14,7 @@ from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.options.arguments import engine_arguments, refused_options
 from handlers.backends.vllm.options.fields import engine_argument_names
 from properties.configuration import resolve
-from properties.legacy import IGNORED
+from properties.lmi import IGNORED
 from properties.problem import ConfigurationError
 from tests.support.shapes import SHAPES
 

@@ -102,6 +102,7 @@ class VllmEngine:
                 model_names={*accepted_names(self._configuration), *ANYBODYS}
                 if self._settings.enable_lora
                 else None,
+                secure=self._configuration.secure,
             )
             await supervisor.start()
             config = supervisor.engine.vllm_config

@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from handlers.images import ImageProblem, too_many_pixels
 from handlers.images.formats.parts import LOOKS, Pieces, Size, check_count, check_pixels, counted
-from handlers.images.problem import ImageProblem, too_many_pixels
 
 MAX_ITEMS = 2**12
 """Greatest number of images, tiles and metadata; libavif searches all of them for each."""
@@ -69,11 +69,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
 
 @dataclass(slots=True)
 class _Changes:
-    """Changes to the names of boxes.
-
-    Attributes:
-        to: Position -> the four bytes that are written there.
-    """
+    """Changes to the names of boxes. to: position -> the four bytes that are written there."""
 
     data: bytes
     to: dict[int, bytes] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 
+from handlers.images import ImageProblem
 from handlers.images.formats.parts import (
     LOOKS,
     Pieces,
@@ -16,7 +17,6 @@ from handlers.images.formats.parts import (
     orientation_exif,
     xmp_orientation,
 )
-from handlers.images.problem import ImageProblem
 
 MAX_TABLE_BYTES = 2**16
 """Greatest size of quantization, Huffman and other tables before the first scan; four full ones of each kind

@@ -6,7 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 
-from handlers.images.problem import ImageProblem, too_many_pixels
+from handlers.images import ImageProblem, too_many_pixels
 
 MAX_PARTS = 2**16
 """Greatest number of chunks, blocks, boxes or directory entries of a file that are looked at. Each costs half

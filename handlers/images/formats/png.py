@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 
+from handlers.images import ImageProblem
 from handlers.images.formats.parts import (
     MAX_TEXT,
     Pieces,
@@ -15,7 +16,6 @@ from handlers.images.formats.parts import (
     orientation_exif,
     xmp_orientation,
 )
-from handlers.images.problem import ImageProblem
 
 _CHUNK = struct.Struct(">I4s")
 _FEW = 2**12  # chunks of pixels that are not joined: decoders take two microseconds for each

@@ -6,8 +6,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from handlers.images import ImageProblem
 from handlers.images.formats.parts import LOOKS, MAX_PARTS, Pieces, Size, check_count, check_pixels
-from handlers.images.problem import ImageProblem
 
 MAX_STRIPS = 2**17
 """Greatest number of strips or tiles. libtiff takes about 40 bytes and a microsecond for each."""
@@ -46,12 +46,7 @@ _SIZE_TYPES = (3, 4, 16)
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a file stores directories.
-
-    Attributes:
-        order: Byte order, for `struct`.
-        big: Whether it is a BigTIFF.
-    """
+    """How a file stores directories: byte order, as `struct` writes it, and whether it is a BigTIFF."""
 
     order: str
     big: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from handlers.images import ImageProblem
 from handlers.images.formats.parts import (
     Pieces,
     Size,
@@ -13,7 +14,6 @@ from handlers.images.formats.parts import (
     orientation_exif,
     xmp_orientation,
 )
-from handlers.images.problem import ImageProblem
 
 _IMAGES = (b"VP8 ", b"VP8L", b"ANMF")
 _KEPT = (b"VP8X", b"ALPH", b"ANIM", *_IMAGES)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from handlers.exchange import Incoming
-from handlers.protocols.api import SSE_TYPE, Api, Reader, Route
+from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
 from handlers.protocols.base import JSON_LINES, ServerContext, Task
 from handlers.protocols.lmi import adapters
+from handlers.protocols.lmi.lines import ExecutionParameters, execution_parameters
 from handlers.protocols.lmi.replies import (
     LMI_ERRORS,
     JsonLines,
@@ -93,18 +94,27 @@ _EVENTS = (ChatCompletionChunk, Completion, LmiLine, LmiBrokenLine)
 _ANSWER = Route(
     "/invocations",
     "answer",
-    "Answer a body of any API, which its keys tell: messages, prompt, inputs or requestType",
+    "Answer a body of any API, which its keys tell (messages, prompt, inputs or requestType), or JSON lines of them",
     queued=True,
     bodies=(ChatBody, CompletionBody, LmiBody, SessionBody),
     plain_text=True,
     replies=(ChatCompletion, Completion, LmiReply, list[LmiReply], SessionReply),
-    events={SSE_TYPE: _EVENTS, JSON_LINES: _EVENTS},
+    events={SSE_TYPE: _EVENTS, JSON_LINES: (*_EVENTS, ChatCompletion, LmiReply)},
     errors=(OpenAIError, LmiError),
 )
 
 ROUTES = (
     *adapters.ROUTES,
     _ANSWER,
+    Route(
+        "/execution-parameters",
+        "execution",
+        "How batch transform sends records if its user does not say",
+        methods=READ,
+        light=True,
+        replies=(ExecutionParameters,),
+        errors=(OpenAIError, LmiError),
+    ),
     replace(_ANSWER, path="/models/{name}/invoke", template="/models/{model}/invoke"),
     replace(_ANSWER, path="/predictions/{name}", template="/predictions/{model}"),
 )
@@ -116,7 +126,7 @@ LMI = Api(
     ROUTES,
     frames=dict.fromkeys(INVOKE_ROUTES, _framed),
     adapter=adapter_of,
-    calls={"adapters": adapters.answer_adapters},
+    calls={"adapters": adapters.answer_adapters, "execution": execution_parameters},
     request_id=f"{_PREFIX}inference-id",
     gate=lambda settings: Sessions(
         enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration

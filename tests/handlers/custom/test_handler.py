@@ -435,8 +435,6 @@ def test_processes_of_the_handlers_own_hide_no_death_and_do_not_stay(
 def test_another_file_and_function(tmp_path: Path) -> None:
     path = tmp_path / "own"
     path.mkdir()
-    (path / "requirements.txt").write_text("anything")
     (path / "mine.py").write_text("def answer(inputs):\n    return None if inputs.is_empty() else 'mine'\n")
     with LiveServer(path, "entryPoint=mine.py", "handler=answer") as live:
         assert live.http.post("/invocations", json={}).text == "mine"
-        assert "requirements.txt of the model is not installed" in live.log

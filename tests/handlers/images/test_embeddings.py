@@ -220,8 +220,8 @@ def test_a_file_with_a_flipped_bit_is_refused_or_reads_as_a_tensor_of_the_right_
 
 
 def _decoded(file: bytes) -> list[LoadedEmbeddings]:
+    from handlers.images import ImageProblem
     from handlers.images.embeddings import read_embeddings
-    from handlers.images.problem import ImageProblem
 
     try:
         part = EmbeddingsPart(base64.b64encode(file).decode())

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.errors import ImageFetchFailed, ImageTooLarge
+from handlers.images import ImageProblem
 from handlers.images.encoding import codings_of, without_codings
-from handlers.images.problem import ImageProblem
 
 LIMIT = 100_000
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from handlers.errors import ImageError, ImageTooLarge
+from handlers.images import ImageProblem
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
 from handlers.images.memory import DecodedCache
-from handlers.images.problem import ImageProblem
 from handlers.request import ImagePart, LoadedImage
 from tests.support.image_files import BAD, data_url
 

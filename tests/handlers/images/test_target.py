@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.errors import ImageFetchFailed
-from handlers.images.connect import AllowedPrivate, is_public
-from handlers.images.problem import ImageProblem
-from handlers.images.target import Target, parse_target
+from handlers.images import ImageProblem
+from handlers.images.target import AllowedPrivate, Target, is_public, parse_target
 
 NOT_PUBLIC = """
 0.0.0.0 0.1.2.3 10.0.0.1 100.64.0.1 100.100.100.200 127.0.0.1 127.255.255.254 169.254.169.254

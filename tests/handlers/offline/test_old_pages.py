@@ -23,8 +23,7 @@ from transformers import (
 
 from handlers import LLM, ImageFeatureData, ImagePixelData, MultiModalData, SamplingParams
 from handlers.errors import ImageError, InvalidRequest
-from handlers.offline.multimodal import ImageTokens, PromptImages, prompts_with_data
-from handlers.offline.prompts import read_prompt
+from handlers.offline.prompts import ImageTokens, PromptImages, prompts_with_data, read_prompt
 from handlers.request import EmbeddingsPart, ImagePart, TextPart
 from tests.support.models import text_config
 from tests.support.shapes import SHAPES, drawing, tower_features, tower_pixels

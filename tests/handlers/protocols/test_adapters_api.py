@@ -18,6 +18,7 @@ from handlers.backends.adapters import AdapterInfo
 from handlers.backends.vllm.adapters.store import VllmAdapters, adapter_slots
 from handlers.errors import EngineFailed, InvalidRequest, NotFound, ServingError, Unavailable
 from handlers.exchange import Incoming
+from properties.secure_mode import SecureMode
 from tests.support.scripted import ScriptedBackend, service
 from tests.support.scripted_adapters import LoraEngine, make_adapter, scripted_adapters
 from tests.support.scripted_server import ServerProcess
@@ -358,6 +359,18 @@ async def test_what_an_operator_allows_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="allowed_adapter_path"):
         await adapters.add("a", str(tmp_path / "allowedish" / "a"))
     await adapters.add("a", str(tmp_path / "allowed" / "a"))
+    assert of(engine) == ["a"]
+
+
+@run
+async def test_secure_mode_holds_for_an_adapter_that_is_added(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "home" / "adapters" / "a")
+    make_adapter(tmp_path / "home" / "adapters" / "b", "more.bin")
+    secure = SecureMode(frozenset({"DISALLOW_PICKLE_FILES"}))
+    adapters, engine = scripted_adapters(tmp_path / "home", 2, secure=secure)
+    await adapters.add("a", "adapters/a")
+    with pytest.raises(InvalidRequest, match="secure mode forbids"):
+        await adapters.add("b", "adapters/b")
     assert of(engine) == ["a"]
 
 

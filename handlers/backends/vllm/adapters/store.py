@@ -25,6 +25,7 @@ from handlers.errors import (
     short_of,
 )
 from processes.shortage import shortage
+from properties.secure_mode import OPEN, SecureMode
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class VllmAdapters:
         home: Path,
         allowed: str = "",
         model_names: Collection[str] | None = None,
+        secure: SecureMode = OPEN,
     ) -> None:
         """directories: of the adapters that are there from the start. most: how many may be added to.
 
@@ -91,6 +93,7 @@ class VllmAdapters:
         self._home = home
         self._allowed = allowed
         self._model_names = model_names
+        self._secure = secure
         self._numbers = itertools.count(1)
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
@@ -212,6 +215,12 @@ class VllmAdapters:
         while len(self._known) + len(self._retiring) > self._places:
             await asyncio.wait(self._retiring, return_when=asyncio.FIRST_COMPLETED)
         path = await asyncio.to_thread(adapter_directory, info.src, self._home, self._allowed)
+        if forbidden := await asyncio.to_thread(lambda: list(self._secure.files(path))):
+            for problem in forbidden:
+                logger.warning("adapter %s: %s", info.name, problem)
+            raise InvalidRequest(
+                "src: the adapter has a file that SageMaker's secure mode forbids", param="src"
+            )
         loaded = self._numbered(info, path)
         await self._loaded(self._engine(), loaded)
         return loaded

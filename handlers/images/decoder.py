@@ -1,24 +1,57 @@
-"""Decodes files to upright RGB images with Pillow, limited in pixels.
+"""Decodes files to upright RGB images with Pillow, limited in pixels; and the process that does so for the server.
 
-Files are decoded in separate processes (`handlers.images.decoders`), which import this module: it must stay
-small.
+A file may be made to decode for minutes, to fill the memory, or to crash a codec. Threads could not be stopped then,
+but a process can: `python -m handlers.images.decoder DESCRIPTOR` sets its limits for each image, and the kernel ends it
+when the time is up. It must stay small.
+
+It receives `Settings`, with the memory for small images; then for each image a `Question` and the file, with separate
+memory for a large image. It sends an empty message when it is ready, and one JSON object for each image (see
+`_answer`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
+import json
+import resource
+import signal
+import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, TypedDict
 
-from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin, features
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
 
 from handlers.errors import ImageTooLarge
-from handlers.images.image_file import kind_of, without_metadata
-from handlers.images.problem import ImageProblem, too_many_pixels
+from handlers.images import ImageProblem, too_many_pixels
+from handlers.images.formats import kind_of, without_metadata
+from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory
+from processes.inside import Parent, data_bytes
 
-# The plugins above are imported so that Pillow finds them without importing all of its others.
-PLUGINS = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)
+PLUGINS = (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+"""Imported before the first image comes, so that Pillow does not import all of its others."""
+
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
 
 Color = tuple[int, int, int]
@@ -97,12 +130,6 @@ def _load(image: Image.Image) -> None:
     except Exception:
         if getattr(image, "tile", True):  # Pillow empties it when the pixels are there; then metadata follows
             raise
-
-
-def measure(data: bytes, max_pixels: int) -> int:
-    """Return the bytes of the decoded image, from its header. Raises ImageProblem."""
-    with opened(data, max_pixels) as image:
-        return decoded_bytes(image)
 
 
 @contextmanager
@@ -193,3 +220,137 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
 
 def _too_much_memory() -> ImageProblem:
     return ImageProblem("decoding it takes more memory than an image of its size may take", ImageTooLarge)
+
+
+SLACK_BYTES = 48 << 20
+"""Memory beyond what an image is charged for: codecs' tables and rows, Pillow's plugins, Python itself."""
+
+_KEPT_BYTES = 32 << 20
+"""When the process has grown by that much, it ends after its answer."""
+
+_M_TRIM_THRESHOLD = -1
+"""From glibc's malloc.h."""
+
+
+class Settings(TypedDict):
+    """Arguments of `decode` that are the same for all images."""
+
+    max_pixels: int
+    background: list[int]
+
+
+class Question(NamedTuple):
+    """Limits for one image.
+
+    Attributes:
+        pixel_bytes: Memory for the image's pixels, which came with the question, or is the one for small
+            images; 0 to ask for the image's size only.
+        working_bytes: Memory that decoding may use in addition.
+        seconds: Processor time that decoding may use.
+    """
+
+    pixel_bytes: int
+    working_bytes: int
+    seconds: float
+
+
+QUESTION = struct.Struct("<QQd")
+"""A `Question` in a message; the file follows."""
+
+
+def main() -> None:
+    """Decode images until the parent closes the connection."""
+    parent = Parent()
+    first = parent.receive_with_descriptor()
+    if first is None or first[1] is None:
+        return
+    reused = PixelMemory(first[1], REUSED_BYTES)
+    settings: Settings = json.loads(first[0])
+    prepare_pillow(settings["max_pixels"])
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # by default one for each core, each with memory of its own
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it is in
+    _keep_memory()
+    gc.freeze()
+    start = data_bytes()
+    now, grown = start, 0
+    limits = _data_limits()
+    parent.send(b"")
+    while (message := parent.receive_with_descriptor()) is not None:
+        body, descriptor = message
+        question = Question._make(QUESTION.unpack_from(body))
+        data = body[QUESTION.size :]
+        del body, message
+        memory = reused if descriptor is None else PixelMemory(descriptor, question.pixel_bytes)
+        with _limited(question, limits, now):
+            answer = _answer(data, memory, question.pixel_bytes, settings)
+        del data, memory
+        grown += question.working_bytes
+        if grown > _KEPT_BYTES:  # small images do not reach it, so the look-up is rare
+            _give_back_memory()
+            now, grown = data_bytes(), 0
+        answer["last"] = start is not None and now is not None and now > start + _KEPT_BYTES
+        parent.send(json.dumps(answer).encode())
+        if answer["last"]:
+            return
+
+
+def _data_limits() -> tuple[int, int] | None:
+    """Return the current limits; None where the system or a sandbox does not allow changing them."""
+    try:
+        limits = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    except (OSError, ValueError):
+        return None
+    return limits
+
+
+@contextmanager
+def _limited(question: Question, limits: tuple[int, int] | None, now: int | None) -> Iterator[None]:
+    """limits: of data, outside of images. now: what counts against them before the image, or a little less."""
+    try:
+        if limits is not None and now is not None:
+            most, hard = now + question.working_bytes + SLACK_BYTES, limits[1]
+            if hard == resource.RLIM_INFINITY or most <= hard:
+                resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        signal.setitimer(signal.ITIMER_PROF, question.seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if limits is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def _answer(data: bytes, memory: PixelMemory, pixel_bytes: int, settings: Settings) -> dict[str, Any]:
+    """Decode an image and describe the result.
+
+    Returns:
+        `size`, width and height, and `decoded`, whether the pixels were written, which they are not if they
+            do not fit. Or `problem` and `error`, the reason and the name of the class of an ImageProblem.
+    """
+    red, green, blue = settings["background"]
+    background: Color = (red, green, blue)
+    try:
+        with opened(data, settings["max_pixels"]) as image:
+            if image.width * image.height * 4 > pixel_bytes:
+                return {"size": image.size, "decoded": False}
+            flat = flattened(image, background, memory.canvas(image.size))
+        memory.write(flat)
+        return {"size": flat.size, "decoded": True}
+    except ImageProblem as problem:
+        return {"problem": problem.reason, "error": problem.error.__name__}
+
+
+def _keep_memory() -> None:
+    """Keep freed memory for the next image instead of returning it; `_give_back_memory` bounds it."""
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def _give_back_memory() -> None:
+    gc.collect()
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+if __name__ == "__main__":
+    main()

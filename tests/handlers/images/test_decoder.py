@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from handlers.errors import ImageError, ImageTooLarge
-from handlers.images.decode import FORMATS, convert, decode, prepare_pillow
+from handlers.images import ImageProblem
+from handlers.images.decoder import FORMATS, convert, decode, prepare_pillow
 from handlers.images.formats.jpeg import MAX_SCANS
-from handlers.images.problem import ImageProblem
 from tests.support.image_files import png
 
 LIMIT = 1_000_000

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from handlers.images.decode import convert, decode, measure
+from handlers.images import ImageProblem
+from handlers.images.decoder import convert, decode
+from handlers.images.formats import without_metadata
 from handlers.images.formats.jpeg import MAX_SCANS, MAX_SEGMENTS
 from handlers.images.formats.parts import MAX_PARTS
-from handlers.images.image_file import without_metadata
-from handlers.images.problem import ImageProblem
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
@@ -67,7 +67,6 @@ def jpeg(*segments: bytes) -> bytes:
 
 
 def pixels(data: bytes) -> bytes:
-    assert measure(data, LIMIT)
     return decode(data, LIMIT).tobytes()
 
 
@@ -291,7 +290,7 @@ def test_a_file_without_metadata_is_not_copied() -> None:
 )
 def test_a_file_of_very_many_parts_is_refused(kind: str, most: int, flood: bytes) -> None:
     with pytest.raises(ImageProblem, match=f"its {kind} data has more than {most} parts"):
-        measure(flood, LIMIT)
+        decode(flood, LIMIT)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from handlers.backends.base import Delta, Health
 from handlers.errors import EngineFailed, InvalidRequest, ServingError, Unavailable
-from handlers.offline.batch import Batch, Outcome
+from handlers.offline.core import Batch, Outcome
 from handlers.protocols.base import Answered
 from handlers.request import GenerationRequest, TextPart, TextPrompt
 from handlers.sampling import RequestSampling
@@ -68,7 +68,7 @@ def text(outcome: Outcome) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.offline.batch._POLL_SECONDS", 0.001)
+    monkeypatch.setattr("handlers.offline.core._POLL_SECONDS", 0.001)
 
 
 def test_no_more_than_the_window_are_under_way() -> None:
