@@ -39,7 +39,7 @@ from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
 from handlers.own_words import own_words
-from handlers.progress import LOG_SECONDS, TERMINAL_SECONDS, Progress, shown
+from handlers.progress import LOG_SECONDS, TERMINAL_SECONDS, Progress, current, shown
 from processes.environment import forget_keys
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError
@@ -180,6 +180,7 @@ class Server:
             )
         except ArtefactError as error:
             raise LoadFailed(str(error)) from error
+        current().begin("")
         configuration = self.configuration.with_model_directory(directory)
         for problem in configuration.warnings:
             if problem not in self.configuration.warnings:

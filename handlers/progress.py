@@ -36,7 +36,7 @@ class Progress:
         self._began = 0.0
 
     def begin(self, what: str, total: int = 0, size: int | None = None) -> None:
-        """Begin a phase.
+        """Begin a phase; without a name and a total, one of which nothing is known.
 
         Args:
             what: Its name, which may be "" where the phase needs none.
