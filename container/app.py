@@ -1,16 +1,24 @@
-"""The HTTP application: it finds the route of each request, answers it, and logs it in one line if that is useful."""
+"""The HTTP application: it finds the route of each request, checks its key, answers it, and logs it in one line.
+
+`Keys` decides who may call the server, and `Cors` which web pages may call it from a browser.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
+import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
+from pydantic import SecretStr
+
 from container import page
-from container.access import Cors, Keys
 from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
 from container.exchange import Call, Exchange, Scope, Send, has_body, header_lines, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
@@ -19,13 +27,12 @@ from container.openapi import document
 from container.page import ModelPage
 from container.routes import Match, MethodNotAllowed, find
 from container.state import Answers, ServerState, Version, json_reply
-from handlers.admission import RETRY_AFTER, overloaded
 from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
 from handlers.exchange import Incoming, Reply
+from handlers.generation_task import RETRY_AFTER, overloaded
 from handlers.model_names import accepted_names, public_names
-from handlers.own_words import own_words_of
-from handlers.protocols.api import Route
-from handlers.protocols.errors import client_error, error_reply
+from handlers.protocols.base import Route
+from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.lmi.lines import MOST_SECONDS, are_lines
 from handlers.protocols.select import error_format
 from handlers.version import VERSION
@@ -37,6 +44,12 @@ _JSON = "application/json"
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
 _GRACE_SECONDS = 5.0
 """Extra time in which the handlers can report a timeout themselves."""
+
+METHODS = "GET, POST, OPTIONS"
+_PREFLIGHT_SECONDS = "86400"
+_HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:\s*,\s*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
+_MOST_HEADER_CHARACTERS = 2000
+"""Characters of all header names in one preflight request."""
 
 Work = Callable[[bytes, Body], Awaitable[Reply]]
 """Answers a request's body, whose content is the first argument."""
@@ -358,3 +371,73 @@ class App:
         if call.route is not None and call.route.light and status != 401:
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
+
+
+class Keys:
+    """The keys that the server accepts: one, or several as a JSON list of strings; with None no key is needed."""
+
+    def __init__(self, secret: SecretStr | None) -> None:
+        texts = [] if secret is None else _several(secret.get_secret_value())
+        self._digests = [_digest(text.encode()) for text in texts]
+
+    def admit(self, headers: Mapping[str, str]) -> bool:
+        """Whether a valid `Authorization: Bearer KEY` is present; every wrong key takes the same time.
+
+        Args:
+            headers: Decoded as latin-1, so that their bytes can be restored.
+        """
+        if not self._digests:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        sent = _digest(given.strip().encode("latin-1", "replace"))
+        found = False
+        for digest in self._digests:
+            found |= hmac.compare_digest(sent, digest)
+        return found and scheme.lower() == "bearer"
+
+
+def _several(text: str) -> list[str]:
+    try:
+        listed = json.loads(text)
+    except ValueError:
+        return [text]
+    if isinstance(listed, list) and listed and all(isinstance(key, str) and key for key in listed):
+        return listed
+    return [text]
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class Cors:
+    """The web pages that may call the server.
+
+    Origins are written as browsers send them, "https://app.example", or "*" for any page. Credentials that a browser
+    adds by itself are never allowed, so one page cannot use another's key.
+    """
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._any = "*" in origins
+        self._origins = frozenset(origins)
+
+    def headers(self, asked: Mapping[str, str]) -> dict[str, str]:
+        """The CORS headers of any reply. asked: the request's headers, names in lower case."""
+        if not self._origins:
+            return {}
+        origin = asked.get("origin")
+        shown = {} if self._any else {"vary": "origin"}
+        if origin is None or not (self._any or origin in self._origins):
+            return shown
+        allowed = "*" if self._any else origin
+        return {**shown, "access-control-allow-origin": allowed, "access-control-expose-headers": "*"}
+
+    def preflight(self, method: str, asked: Mapping[str, str]) -> dict[str, str] | None:
+        """The headers that answer a browser's preflight request; None for any other request."""
+        if method != "OPTIONS" or "access-control-request-method" not in asked or not self._origins:
+            return None
+        names = asked.get("access-control-request-headers", "")
+        found = {"access-control-allow-methods": METHODS, "access-control-max-age": _PREFLIGHT_SECONDS}
+        if len(names) <= _MOST_HEADER_CHARACTERS and _HEADER_NAMES.fullmatch(names):
+            found["access-control-allow-headers"] = names
+        return found

@@ -23,11 +23,11 @@ from handlers.backends.base import Backend
 from handlers.backends.instances import Instance
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
-from handlers.backends.vllm.options.fields import SECRET
+from handlers.backends.vllm.compat import SECRET
+from handlers.build import parser_problems
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.model_names import public_names
-from handlers.parsers.names import parser_problems
 from handlers.progress import size_text
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
@@ -251,18 +251,18 @@ def _as_the_start_finds(
     """Add what the files alone do not show: the memory estimate and `prompts`, from the code that a start runs."""
     from handlers.backends.fit import fit  # imports torch, which the other reports do not need
 
-    facts = backend.prompt_facts(configuration, directory, machine)
-    warnings += facts.warnings
-    errors += facts.errors
-    if facts.errors:
+    prompts = backend.check_prompts(configuration, directory, machine)
+    warnings += prompts.warnings
+    errors += prompts.errors
+    if prompts.errors:
         return None, None
     estimate = fit(configuration, backend, directory, config, machine)
     errors += estimate.errors
     warnings += estimate.warnings
     if not errors:
         errors += backend.refused_options(configuration, directory, machine)
-    prompts = {"template": facts.template, "image_tokens": facts.image_tokens}
-    return estimate.numbers(), None if facts.template is None else prompts
+    shown = {"template": prompts.template, "image_tokens": prompts.image_tokens}
+    return estimate.numbers(), None if prompts.template is None else shown
 
 
 def _choose(

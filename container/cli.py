@@ -138,7 +138,7 @@ def _instances(name: str) -> list[Instance]:
 
 
 def _flags(parser: argparse.ArgumentParser, arguments: list[str]) -> Flags:
-    from handlers.backends.vllm.options.fields import engine_argument_names
+    from handlers.backends.vllm.compat import engine_argument_names
 
     try:
         flags = read_flags(arguments, _OWN, engine_argument_names())

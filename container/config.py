@@ -11,7 +11,7 @@ from typing import Any
 
 import javaproperties
 
-from handlers.backends.vllm.options.fields import SECRET, engine_argument_names
+from handlers.backends.vllm.compat import SECRET, engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import Level
 from properties.names import OPTIONS, PREFIX, key_of

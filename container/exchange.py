@@ -18,7 +18,7 @@ from urllib.parse import parse_qs
 
 from container.bodies import Receive
 from handlers.exchange import Reply, RequestFacts
-from handlers.protocols.api import Route
+from handlers.protocols.base import Route
 from handlers.protocols.select import REQUEST_ID_HEADERS
 
 Scope = MutableMapping[str, Any]

@@ -1,6 +1,6 @@
 """What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export.
 
-Implements `handlers.observer.Observer`.
+Implements `handlers.exchange.Observer`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from container.bodies import Bodies
-from container.connections import Connections
+from container.protocol import Connections
 from handlers.backends.base import BackendStats
 from handlers.exchange import RequestFacts
 from handlers.images.loader import ImageLoader
@@ -186,6 +186,8 @@ def _of_backend(stats: BackendStats) -> Iterator[Metric]:
         ),
         ("lmi_encoder_cache_hits", "Images found there.", stats.encoder_cache_hits),
         ("lmi_preemptions", "Requests put back into the queue for want of memory.", stats.preemptions),
+        ("lmi_draft_tokens", "Tokens that speculative decoding drafted.", stats.draft_tokens),
+        ("lmi_accepted_draft_tokens", "Of them, those that were right.", stats.accepted_tokens),
         ("lmi_engine_restarts", "Engine processes that were restarted.", stats.engine_restarts),
     )
 

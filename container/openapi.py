@@ -13,13 +13,12 @@ import msgspec
 from msgspec import Struct
 
 from container.routes import ROUTES
-from handlers.protocols.api import REFERENCE, Route
-from handlers.protocols.base import JSON, JSON_LINES
+from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
 from handlers.protocols.select import ERRORS_ANYWHERE
 from handlers.version import VERSION
 
 _STATUSES = {
-    400: "The body is no valid request; the message names the field.",
+    400: "The body is not a valid request; the message names the field.",
     401: "The server's key is missing or wrong.",
     404: "There is no such model or adapter.",
     408: "The body, an image or the answer took too long.",

@@ -12,7 +12,7 @@ from typing import Any
 
 from container.state import EngineState, Healthy, Ping, Unhealthy, Version
 from handlers.errors import NotFound, ServingError
-from handlers.protocols.api import READ, Route
+from handlers.protocols.base import READ, Route
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
 from handlers.protocols.select import ROUTES as API_ROUTES

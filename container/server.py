@@ -25,10 +25,9 @@ from container import page
 from container.app import App
 from container.build import Served, build_backend, build_formatters
 from container.config import configured, unreadable
-from container.connections import Connections, raise_descriptor_limit
 from container.logs import logging_to, on_terminal
 from container.metrics import Metrics
-from container.protocol import Protocol
+from container.protocol import Connections, Protocol, raise_descriptor_limit
 from container.requirements import install, requirements_to_install
 from container.state import ServerState
 from handlers.artefacts import ArtefactError
@@ -38,8 +37,8 @@ from handlers.build import build_images
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
-from handlers.own_words import own_words
 from handlers.progress import LOG_SECONDS, TERMINAL_SECONDS, Progress, current, shown
+from handlers.protocols.errors import own_words
 from processes.environment import forget_keys
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError

@@ -27,6 +27,20 @@ class Vocabulary(msgspec.Struct, frozen=True):
     forbidden: tuple[int, ...] = ()
 
 
+class LookupConfig(msgspec.Struct, frozen=True):
+    """Speculative decoding by prompt lookup (see `engine.prompt_lookup`).
+
+    Attributes:
+        tokens: Greatest number of tokens drafted for a sequence in a step; at least 1.
+        shortest: Fewest tokens at the end of the sequence that must occur before; at least 1.
+        longest: Most tokens that are compared; at least `shortest`.
+    """
+
+    tokens: int
+    shortest: int
+    longest: int
+
+
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     """Settings of one engine: one replica, which is one device or one tensor-parallel group.
 
@@ -50,6 +64,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
             processes.
         attention: Name of the attention kernel, or "auto".
         vocabulary: Needed to constrain output by grammars; None where no request may ask for it.
+        lookup: Speculative decoding; None for one token at a step.
     """
 
     model_path: str
@@ -69,6 +84,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     threads: int | None = None
     attention: str = "auto"
     vocabulary: Vocabulary | None = None
+    lookup: LookupConfig | None = None
 
     @property
     def tensor_parallel_degree(self) -> int:

@@ -17,6 +17,7 @@ from engine.executor import Executor
 from engine.guidance import Built, GrammarError, Guidance, Guide
 from engine.logits import INVALID
 from engine.messages import Add, FinishReason, ImageInput, Logprobs, Output, Stats
+from engine.prompt_lookup import PromptLookup
 from engine.runner import StepLogits
 from engine.sampler import Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
@@ -60,6 +61,7 @@ class Engine:
             self.pool,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(budget, config.max_num_seqs),
+            vocab_size=runner.vocab_size,
             image_slots=runner.image_slots,
             max_step_seconds=config.max_step_seconds,
         )
@@ -69,6 +71,8 @@ class Engine:
         self._arrivals = 0
         self._lost_steps = 0
         self._steps = 0
+        self._lookup = config.lookup
+        self._drafted = self._accepted = 0
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -123,6 +127,7 @@ class Engine:
         for image in add.images:
             self.runner.encoder_cache.count(hit=image.digest in self.runner.encoder_cache)
         for sequence in sequences:
+            sequence.lookup = None if self._lookup is None else PromptLookup(self._lookup)
             self._sequences[sequence.request_id] = sequence
             self.scheduler.add(sequence)
         return []
@@ -155,7 +160,7 @@ class Engine:
         if not outputs or outputs[-1].finish != "length":
             reason = outputs[-1].error if outputs else "it gave no token"
             raise ModelLoadError(f"the model was loaded but cannot generate: {reason}")
-        self.pool.queries = self.pool.hits = self._steps = 0
+        self.pool.queries = self.pool.hits = self._steps = self._drafted = self._accepted = 0
 
     def abort(self, request_id: int) -> None:
         """Forget the request; unknown ids, such as of a request that has just finished, are ignored."""
@@ -195,6 +200,8 @@ class Engine:
             encoder_hits=cache.hits,
             preemptions=self.scheduler.preemptions,
             steps=self._steps,
+            draft_tokens=self._drafted,
+            accepted_tokens=self._accepted,
         )
 
     def _encode_images(self, chunks: list[Chunk], outputs: list[Output]) -> tuple[list[Chunk], list[bytes]]:
@@ -299,27 +306,64 @@ class Engine:
             self.pool.register(chunk.sequence)
         for index, hidden in logits.prompts.items():
             self._note_prompt_logprobs(chunks[index], hidden)
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not sampling:
-            return
-        self._constrain(sampling)
-        for row, (sequence, token_id, logprob) in enumerate(self._sample(sampling, logits.samples)):
+        rows = 0
+        pending: list[tuple[Chunk, int]] = []
+        for chunk in chunks:
+            if chunk.samples:
+                pending.append((chunk, rows))
+                rows += 1 + len(chunk.drafts)
+        for number in range(1 + max((len(chunk.drafts) for chunk, _ in pending), default=0)):
+            if not pending:
+                break
+            picked = [row + number for _, row in pending]
+            scores = logits.samples if len(picked) == len(logits.samples) else logits.samples[picked]
+            sampled = self._sample_and_append([chunk.sequence for chunk, _ in pending], scores, outputs)
+            pending = [
+                place
+                for place, token_id in zip(pending, sampled, strict=True)
+                if self._continues(place[0], number, token_id)
+            ]
+
+    def _continues(self, chunk: Chunk, number: int, token_id: int) -> bool:
+        """Whether the next token of the sequence can be sampled too: the last one is the one that was drafted."""
+        sequence, drafts = chunk.sequence, chunk.drafts
+        if not drafts:
+            return False
+        if (
+            number < len(drafts)
+            and token_id == drafts[number]
+            and not sequence.finished
+            and sequence.num_computed
+        ):
+            sequence.num_computed += 1
+            self.pool.register(sequence)
+            return True
+        assert sequence.lookup is not None
+        sequence.lookup.verified(len(drafts), number)
+        self._drafted += len(drafts)
+        self._accepted += number
+        return False
+
+    def _sample_and_append(
+        self, sequences: list[Sequence], logits: torch.Tensor, outputs: list[Output]
+    ) -> list[int]:
+        """Return the token of each sequence; below 0 for one that has failed."""
+        self._constrain(sequences)
+        sampled = self._sample(sequences, logits)
+        for row, (sequence, token_id, logprob) in enumerate(sampled):
             guide = sequence.guide
             if guide is not None and guide.reason is not None:
                 outputs.append(_invalid(sequence.request_id, guide.reason))
                 self._drop(sequence)
             elif token_id >= 0:
                 self._append(sequence, token_id, logprob, outputs)
-            elif (
-                token_id == INVALID
-                and sequence.sampling.edited
-                and bool(logits.samples[row].amax().isfinite())
-            ):
+            elif token_id == INVALID and sequence.sampling.edited and bool(logits[row].amax().isfinite()):
                 outputs.append(_invalid(sequence.request_id, NO_TOKEN_LEFT))
                 self._drop(sequence)
             else:
                 self.executor.scrub(self.pool.discard(sequence))
                 self._fail(sequence, "the model gave no usable probabilities for this request", outputs)
+        return [token_id for _, token_id, _ in sampled]
 
     def _append(
         self, sequence: Sequence, token_id: int, logprob: Logprobs | None, outputs: list[Output]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from engine.config import EngineConfig
 from engine.loader import check_ranks, load_model
-from engine.machine import usable_cores
+from engine.machine import keep_freed_memory, usable_cores
 from engine.messages import ImageInput
 from engine.runner import ModelRunner, StepLogits
 from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
@@ -136,6 +136,7 @@ def follow(first: Frames) -> None:
     setup = msgspec.msgpack.decode(frame, type=RankSetup)
     torch.set_num_threads(threads_for(setup.config))
     runner = load_rank(setup)
+    keep_freed_memory()
     torch.set_num_threads(threads_for(setup.config, runner.weight_bytes))
     decoder = msgspec.msgpack.Decoder(Command)
     while (frame := first.receive()) is not None:
@@ -151,7 +152,7 @@ def threads_for(config: EngineConfig, weight_bytes: int | None = None) -> int:
     """Choose the number of threads of a process.
 
     That is the configured number; else OMP_NUM_THREADS, where it is set; else this engine's part of the
-    cores, without one for the front end, and no more than the weights keep busy.
+    cores, without one for the front end where there are more than two, and no more than the weights keep busy.
 
     Args:
         config: Settings of the engine.
@@ -162,7 +163,8 @@ def threads_for(config: EngineConfig, weight_bytes: int | None = None) -> int:
     wished = os.environ.get("OMP_NUM_THREADS", "")
     if wished.isdecimal() and int(wished) > 0:
         return int(wished)
-    cores = (usable_cores() - 1) * config.cpu_share
+    usable = usable_cores()
+    cores = (usable - 1 if usable > 2 else usable) * config.cpu_share
     if weight_bytes is not None:
         cores = min(cores, config.tensor_parallel_degree * weight_bytes / BYTES_PER_THREAD)
     return max(1, int(cores / config.tensor_parallel_degree))

@@ -19,6 +19,7 @@ from engine.errors import ModelLoadError, one_line
 from engine.families.base import Family, FamilyModel, Preprocessor
 from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, kind_of, register, served
+from engine.fused import FusedDecoder, stack
 from engine.machine import computes_bfloat16
 from engine.messages import Loading
 from engine.packed_linear import pack
@@ -194,6 +195,8 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
         loaded.shard(ranks)
     torch.nn.Module.to(loaded.model, device)
     if device.type == "cpu":
+        stack(loaded.decoder)
+        loaded.fused = FusedDecoder.of(loaded.decoder)
         pack(loaded.model)
     return loaded
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""From glibc's malloc.h."""
+
+_KEPT_BYTES = 256 << 20
 
 _MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
@@ -92,6 +99,14 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def keep_freed_memory() -> None:
+    """Keep up to 256 MiB of freed memory for the next step: new pages take a tenth of the time of a prompt's step."""
+    with suppress(AttributeError):  # only glibc has it
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def _accelerators() -> tuple[Device, ...]:

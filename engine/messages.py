@@ -243,6 +243,8 @@ class Stats(msgspec.Struct, array_like=True):
     encoder_hits: int = 0
     preemptions: int = 0
     steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class StepDone(msgspec.Struct, tag=True):

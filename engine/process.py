@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import queue
 import sys
 import threading
@@ -21,7 +22,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
-from engine.machine import device_name
+from engine.machine import device_name, keep_freed_memory
 from engine.messages import (
     Abort,
     Add,
@@ -94,6 +95,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     try:
         with counted_weights(Path(config.model_path), channel.send):
             engine = Engine.load(config)
+        keep_freed_memory()
         torch.set_num_threads(threads_for(config, engine.runner.weight_bytes))
         channel.send(Loading("warming up"))
         engine.warm_up()
@@ -171,8 +173,10 @@ def _import_engine() -> None:
     """Import the engine, which takes seconds.
 
     What is imported stays, so the garbage collector need not search it, now or later: that would take a fifth
-    of the time.
+    of the time. Threads that wait for each other must sleep: where the front end or another program has taken a core,
+    one that spins keeps the one it waits for from running, and a step takes several times as long.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     gc.disable()
     import engine.engine  # noqa: F401
 

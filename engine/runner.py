@@ -31,7 +31,7 @@ class StepLogits:
     """Result of a step.
 
     Attributes:
-        samples: [number of chunks that sample, V], in the chunks' order.
+        samples: [rows, V]: the rows that each chunk asks for, in the order of the chunks.
         prompts: Hidden states [chunk length, D] of each chunk that needs the log probabilities of its prompt.
             All of its logits at once could take gigabytes.
     """
@@ -183,7 +183,7 @@ class ModelRunner:
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         step, token_ids, positions = self._pack([chunks[i] for i in order])
         embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
-        rows: dict[int, int] = {}
+        rows: dict[int, range] = {}
         whole: dict[int, slice] = {}
         attended: list[AttendedChunk] = []
         beyond: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -195,7 +195,7 @@ class ModelRunner:
                 features = [self.encoder_cache[image.digest] for image in chunk.images]
                 attended.append(AttendedChunk(start, chunk.start, chunk.stop, chunk.images, features))
             if chunk.samples:
-                rows[index] = start + chunk.length - 1
+                rows[index] = range(start + chunk.length - chunk.samples, start + chunk.length)
             if chunk.prompt_logits:
                 whole[index] = slice(start, start + chunk.length)
         self.kernel.begin(step)
@@ -215,7 +215,7 @@ class ModelRunner:
             **({"attended": attended} if attended else {}),
             **({"beyond": tuple(torch.cat(parts) for parts in zip(*beyond, strict=True))} if beyond else {}),
         )
-        wanted = [rows[i] for i in range(len(chunks)) if i in rows]
+        wanted = [row for i in range(len(chunks)) for row in rows.get(i, ())]
         picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]
         return StepLogits(
             samples=self.model.logits(picked)[: len(wanted)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -16,11 +16,16 @@ from engine.step_time import StepTime
 
 @dataclass(slots=True)
 class Chunk:
-    """The tokens [start, start + length) of a sequence, to be computed in one step."""
+    """The tokens [start, start + length) of a sequence, to be computed in one step.
+
+    Attributes:
+        drafts: Tokens that may follow, and are computed as well to find out. Only decodes have them.
+    """
 
     sequence: Sequence
     start: int
     length: int
+    drafts: list[int] = field(default_factory=list)
 
     @property
     def stop(self) -> int:
@@ -48,6 +53,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        vocab_size: int,
         image_slots: int | None = None,
         max_step_seconds: float | None = None,
     ) -> None:
@@ -57,6 +63,7 @@ class Scheduler:
             pool: Key/value blocks.
             max_num_seqs: Greatest number of running sequences.
             max_num_batched_tokens: Token budget of a step; at least `max_num_seqs`.
+            vocab_size: Number of tokens that can be drafted.
             image_slots: Number of images that all running sequences may hold together; None where there is no
                 limit.
             max_step_seconds: See `StepTime`.
@@ -65,6 +72,7 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.vocab_size = vocab_size
         self.image_slots = image_slots
         self.time = StepTime(max_step_seconds)
         self.waiting: list[Sequence] = []
@@ -92,6 +100,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
         prompts = self._prompt_tokens()
+        spare = budget - len(self.running)  # drafts leave a token for every running sequence
         preempted: set[int] = set()
         for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.rank)):
             left = budget if sequence.is_decoding else min(budget, prompts)
@@ -103,13 +112,26 @@ class Scheduler:
             if length == 0:
                 continue
             if self._allocate(sequence, sequence.num_computed + length, chunks, preempted):
-                chunks.append(Chunk(sequence, sequence.num_computed, length))
-                budget = max(0, budget - length)
+                drafts = self._draft(sequence, spare)
+                spare -= len(drafts)
+                chunks.append(Chunk(sequence, sequence.num_computed, length, drafts))
+                budget = max(0, budget - length - len(drafts))
                 prompts -= 0 if sequence.is_decoding else min(length, prompts)
-        budget = self.max_num_batched_tokens - sum(chunk.length for chunk in chunks)
+        budget = self.max_num_batched_tokens - sum(chunk.length + len(chunk.drafts) for chunk in chunks)
         if not preempted:
             self._admit(chunks, min(budget, prompts))
         return chunks
+
+    def _draft(self, sequence: Sequence, budget: int) -> list[int]:
+        """Draft what fits into the budget, the answer, and the free blocks: nothing is preempted for a draft."""
+        if sequence.lookup is None or not sequence.is_decoding or self.pool.num_free <= len(self.running):
+            return []
+        # The token after the drafted ones is sampled in the same step.
+        left = sequence.max_tokens - sequence.num_output_tokens - 1
+        drafts = sequence.lookup.draft(sequence.token_ids, min(budget, left))
+        outside = next((i for i, token in enumerate(drafts) if token >= self.vocab_size), len(drafts))
+        drafts = drafts[:outside]  # the token of an image may have no embedding
+        return drafts if self.pool.allocate(sequence, sequence.num_tokens + len(drafts)) else []
 
     def _prompt_tokens(self) -> int:
         """Return how many prompt tokens the step may compute: all, unless requests that stream would wait too long."""
@@ -215,11 +237,13 @@ class ImagePlace(msgspec.Struct, array_like=True):
 class ChunkInput(msgspec.Struct, array_like=True):
     """A `Chunk` as plain data, in the form in which every rank receives it: the tokens [start, start + len(token_ids)).
 
+    Drafted tokens are tokens like any other.
+
     Attributes:
         token_ids: The tokens.
         start: Index of the first token in its sequence.
         block_table: Blocks of the sequence.
-        samples: Whether the logits of the last token are needed.
+        samples: For how many tokens, counted from the last one, the logits are needed.
         prompt_logits: Whether the logits of all tokens are needed.
         images: Images that the chunk needs.
         spans: Spans of the sequence with bidirectional attention that have a token in the chunk.
@@ -231,7 +255,7 @@ class ChunkInput(msgspec.Struct, array_like=True):
     token_ids: list[int]
     start: int
     block_table: list[int]
-    samples: bool
+    samples: int
     prompt_logits: bool
     images: list[ImagePlace]
     spans: list[tuple[int, int]] = []
@@ -249,13 +273,13 @@ class ChunkInput(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, chunk: Chunk) -> ChunkInput:
-        sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+        sequence, start, stop = chunk.sequence, chunk.start, chunk.stop + len(chunk.drafts)
         positions = sequence.positions_within(start, stop)
         return cls(
-            token_ids=sequence.token_ids[start:stop],
+            token_ids=sequence.token_ids[start : chunk.stop] + chunk.drafts,
             start=start,
             block_table=sequence.block_table,
-            samples=stop == sequence.num_tokens,
+            samples=1 + len(chunk.drafts) if chunk.samples else 0,
             prompt_logits=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens,
             images=[
                 ImagePlace(p.digest, p.offset, p.length, p.is_embed) for p in sequence.images_for(start, stop)

@@ -16,6 +16,7 @@ from engine.sampler import SamplingState
 
 if TYPE_CHECKING:
     from engine.guidance import Guide
+    from engine.prompt_lookup import PromptLookup
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +39,7 @@ class Sequence:
             set of frequencies.
         positions: See `engine.families.base.Preprocessor.positions`.
         position_delta: See `engine.families.base.Preprocessor.positions`.
+        lookup: Drafts the next tokens; None without speculative decoding.
         arrived: Time of arrival by `time.monotonic`.
         queued: Seconds from then to the first step that included it.
     """
@@ -67,6 +69,7 @@ class Sequence:
     long_after: int | None = None
     positions: npt.NDArray[np.int64] | None = None
     position_delta: int = 0
+    lookup: PromptLookup | None = None
     finished: bool = False
     arrived: float = field(default_factory=time.monotonic)
     queued: float = 0.0

@@ -43,6 +43,15 @@ _LORA = (
     "fully_sharded_loras",
     "allowed_adapter_path",
 )
+_STANDARDS = {
+    "CUSTOM_FASTAPI_PING_HANDLER": "/ping says whether the engine, or the model's own handler, can answer",
+    "CUSTOM_FASTAPI_MIDDLEWARE_THROTTLE": "job_queue_size and option.max_rolling_batch_size limit requests",
+} | dict.fromkeys(
+    ("CUSTOM_FASTAPI_MIDDLEWARE_PRE_POST_PROCESS", "CUSTOM_PRE_PROCESS", "CUSTOM_POST_PROCESS"),
+    "model.py may have formatters of djl_python, which change requests and replies",
+)
+"""Variables of the package that AWS's vLLM and SGLang images follow, and what takes the place of what they name."""
+
 _NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_stateful_sessions"}
 """Option -> the switch without which it has no effect."""
 
@@ -209,6 +218,9 @@ def resolve(
     problems: list[Problem] = []
     noted: list[Problem] = []
     secure = secure_mode(environ, problems)
+    for name, reason in _STANDARDS.items():
+        if environ.get(name):
+            noted.append(Problem(f"{name} has no effect here: {reason}"))
     written = [*read_command_line(options, problems), *read_environment(environ)]
     written += read_containers(environ, noted, backend_options)
     written = _in_the_containers_order(list(_renamed(written, noted)), environ, model_store, noted)

@@ -35,6 +35,17 @@ from properties.values import (
     Word,
 )
 
+STANDARD_HANDLER = "CUSTOM_FASTAPI_INVOCATION_HANDLER"
+"""The variable of AWS's vLLM and SGLang images that names a handler as FILE.py:FUNCTION."""
+
+
+def _standard_handler(text: str) -> tuple[str, str]:
+    file, _, function = text.partition(":")
+    file = "model.py" if file == "model" else file
+    if not file.endswith(".py") or not function.isidentifier():
+        raise ValueError("FILE.py:FUNCTION in the model's directory, or model:FUNCTION")
+    return file, function
+
 
 class ModelSettings(BaseModel):
     """Model and loading"""
@@ -111,7 +122,11 @@ class ModelSettings(BaseModel):
         "Default: model.py, or code/model.py, if it defines the handler.",
         default=None,
         aliases=("entryPoint", "entrypoint"),
-        variables=(Variable("DJL_ENTRY_POINT"),),
+        variables=(
+            Variable("DJL_ENTRY_POINT"),
+            Variable(STANDARD_HANDLER, Level.CONTAINER, lambda text: _standard_handler(text)[0]),
+            Variable("CUSTOM_SCRIPT_FILENAME", Level.CONTAINER, rank=1),
+        ),
     )
     install_requirements: bool | None = server_key(
         "Install the requirements.txt in the model's directory at the start, as LMI does. Default: if code of the "
@@ -119,7 +134,11 @@ class ModelSettings(BaseModel):
         default=None,
         variables=(Variable("STANDARD_AUTO_INSTALL_REQ", Level.CONTAINER),),
     )
-    handler: str = option("Function of the custom handler that is called.", default="handle")
+    handler: str = option(
+        "Function of the custom handler that is called.",
+        default="handle",
+        variables=(Variable(STANDARD_HANDLER, Level.CONTAINER, lambda text: _standard_handler(text)[1]),),
+    )
     download_dir: str | None = server_key(
         "Where models from s3:// are kept. Default: below the temporary directory.", default=None
     )
@@ -271,7 +290,9 @@ class EngineSettings(BaseModel):
         aliases=("cpu_offload_gb",),
     )
     speculative_config: JsonObject | None = option(
-        "Speculative decoding, as vLLM's speculative_config.", default=None, backends=VLLM
+        "Speculative decoding, as vLLM's speculative_config. The embedded engine has method ngram: "
+        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}.',
+        default=None,
     )
     kv_transfer_config: JsonObject | None = option(
         "Key/value cache transfer, as vLLM's kv_transfer_config.", default=None, backends=VLLM

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+    from engine.fused import FusedDecoder
     from engine.messages import ImageInput
     from engine.scheduler import ImagePlace
     from engine.tensor_parallel import Ranks
@@ -416,6 +417,7 @@ class FamilyModel:
 
         self.model = model
         self.long_rope = LongRope.of(self.decoder)
+        self.fused: FusedDecoder | None = None
 
     @classmethod
     def check(cls, config: PretrainedConfig) -> None:
@@ -529,6 +531,8 @@ class FamilyModel:
         Returns:
             Hidden states [T, D].
         """
+        if self.fused is not None and kernel.keys() == {"kernel", "tokens"}:
+            return self.fused(embeddings, positions.unsqueeze(-2), **kernel)
         out = self.decoder(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=positions.unsqueeze(-2),

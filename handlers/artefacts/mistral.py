@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 PARAMS, TEKKEN = "params.json", "tekken.json"
 
-_FORMAT = b"1"
+_FORMAT = b"2"
 """Version of what is written here; directories that another version wrote are not used."""
 
 _DEFAULT_POSITIONS = 128_000  # as in vLLM
@@ -43,8 +43,8 @@ _IGNORED: Mapping[str, tuple[object, ...]] = {
 }
 """Values with which a field that is not read here changes nothing, besides null, false and whatever is empty."""
 
-_SYSTEM_PROMPTS_STAY = {"v3": False, "v7": True}
-"""By the tokenizer's version: whether system prompts stay where they are, instead of joining the user's last turn."""
+_VERSIONS = ("v3", "v7", "v11", "v13", "v15")
+"""Versions of the tokenizer whose chats mistral.jinja writes."""
 
 _Size = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -129,13 +129,16 @@ def completed(directory: Path, root: Path) -> Path:
     return place
 
 
-def chat_template(version: str) -> str | None:
-    """Return the chat template for a version of Mistral's tokenizer; None if the format of its chats is not known."""
-    if version not in _SYSTEM_PROMPTS_STAY:
+def chat_template(tekken: Tekken) -> str | None:
+    """Return the chat template for a tokenizer of Mistral's; None if the format of its chats is not known."""
+    version = tekken.config.version
+    if version not in _VERSIONS:
         return None
-    stay = str(_SYSTEM_PROMPTS_STAY[version]).lower()
     template = Path(__file__).with_name("mistral.jinja").read_text(encoding="utf-8")
-    return f"{{%- set system_prompts_stay = {stay} -%}}\n{template}"
+    effort = tekken.reasoning_effort
+    known = {"version": int(version[1:]), "efforts": effort.values, "default_effort": effort.default}
+    values = (f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in known.items())
+    return "".join(values) + template
 
 
 def _lacks(directory: Path, theirs: str, ours: str) -> bool:
@@ -169,7 +172,7 @@ def _files(directory: Path) -> dict[str, str]:
     if tekken is not None and _lacks(directory, TEKKEN, "tokenizer.json"):
         files |= tokenizer_files(tekken)
         if not any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-            template = chat_template(tekken.config.version)
+            template = chat_template(tekken)
     made = {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
     return made if template is None else made | {"chat_template.jinja": template}
 

@@ -14,7 +14,7 @@ import msgspec
 
 from handlers.artefacts import ArtefactError
 
-_UNLISTED_SPECIAL = (
+UNLISTED_SPECIAL = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
     "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
     "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
@@ -42,6 +42,17 @@ class _Image(msgspec.Struct):
     max_image_size: int
 
 
+class _Effort(msgspec.Struct):
+    """Efforts of reasoning that the model knows, and which it takes where a request does not say."""
+
+    values: list[str] = []
+    default: str = ""
+
+
+class _Settings(msgspec.Struct):
+    reasoning_effort: _Effort | None = None
+
+
 class Tekken(msgspec.Struct):
     """tekken.json. `multimodal` is the older name of `image`."""
 
@@ -50,6 +61,13 @@ class Tekken(msgspec.Struct):
     special_tokens: list[_Special] | None = None
     image: _Image | None = None
     multimodal: _Image | None = None
+    model_settings_builder: _Settings | None = None
+
+    @property
+    def reasoning_effort(self) -> _Effort:
+        """The efforts of reasoning that are written into a prompt; there are none before version 15."""
+        settings = self.model_settings_builder
+        return (settings and settings.reasoning_effort) or _Effort()
 
     @property
     def longest(self) -> int | None:
@@ -60,7 +78,7 @@ class Tekken(msgspec.Struct):
     @property
     def special(self) -> list[str]:
         """The special tokens in the order of their ids, with those that fill up their number."""
-        named = list(_UNLISTED_SPECIAL)
+        named = list(UNLISTED_SPECIAL)
         if self.special_tokens is not None:
             named = [token.token_str for token in sorted(self.special_tokens, key=lambda token: token.rank)]
         return named + [f"<SPECIAL_{at}>" for at in range(len(named), self.config.default_num_special_tokens)]

@@ -8,9 +8,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from handlers.backends.vllm.compat import INSTALL, check_version, installed_version
-from handlers.backends.vllm.options.fields import TESTED_ARCHITECTURES, TESTED_VERSION
-from handlers.backends.vllm.options.fields import architectures as vllm_architectures
+from handlers.backends.vllm.compat import (
+    INSTALL,
+    TESTED_ARCHITECTURES,
+    TESTED_VERSION,
+    check_version,
+    installed_version,
+)
+from handlers.backends.vllm.compat import architectures as vllm_architectures
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.field import BackendName

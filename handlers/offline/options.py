@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.backends.select import vllm_backend_present, vllm_installed
-from handlers.backends.vllm.options.fields import engine_argument_names
+from handlers.backends.vllm.compat import engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import Level
 from properties.names import by_name, nearest

@@ -139,7 +139,7 @@ def test_the_time_per_token_leaves_out_the_first() -> None:
     assert numbers["itl_ms"]["p50"] == pytest.approx(500)
 
 
-def test_every_dialect_costs_less_than_its_bounds() -> None:
+def test_every_api_costs_less_than_its_bounds() -> None:
     """Processor time, not the clock's; thrice the bounds, for a machine that has more to do."""
     costs = overhead.measured()
     assert len(costs) == 6

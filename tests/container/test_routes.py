@@ -12,8 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from container.access import Cors
-from container.app import App
+from container.app import App, Cors
 from container.metrics import Metrics
 from container.routes import ROUTES, MethodNotAllowed, find
 from container.state import ServerState
@@ -43,7 +42,7 @@ def client(server: ServerProcess) -> Iterator[httpx.Client]:
 
 
 def said(reply: httpx.Response) -> tuple[str, str]:
-    """The dialect of a reply, and its text."""
+    """The API of a reply, and its text."""
     assert reply.status_code == 200, (reply.url, reply.text)
     body = reply.json()
     if isinstance(body, list):
@@ -243,7 +242,7 @@ def test_ping_and_health_in_every_form(client: httpx.Client) -> None:
         assert client.request(method, path).status_code == 200, (method, path)
 
 
-def test_a_server_that_is_not_ready_in_every_dialects_words(tmp_path: Path) -> None:
+def test_a_server_that_is_not_ready_in_every_apis_words(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "shapes", SCRIPTED_LOAD="600") as loading:
         loading.listening()
         with httpx.Client(base_url=loading.url, timeout=20) as client:

@@ -37,6 +37,9 @@ def test_threads_are_shared_by_replicas_and_ranks(monkeypatch: pytest.MonkeyPatc
     assert threads_for(EngineConfig(model_path="")) == 16
     assert threads_for(EngineConfig(model_path="", cpu_share=0.5, devices=("cpu", "cpu"))) == 4
     assert threads_for(EngineConfig(model_path="", cpu_share=0.01)) == 1
+    monkeypatch.setattr("engine.executor.usable_cores", lambda: 2)
+    assert threads_for(EngineConfig(model_path=""), 1 << 30) == 2
+    assert threads_for(EngineConfig(model_path="", cpu_share=0.5), 1 << 30) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_for(EngineConfig(model_path="")) == 3
 

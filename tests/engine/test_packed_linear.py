@@ -9,7 +9,7 @@ import torch
 from engine import packed_linear
 from engine.config import EngineConfig
 from engine.loader import load_model
-from engine.packed_linear import PackedLinear, pack
+from engine.packed_linear import HalfLinear, PackedLinear, exact_in_half, pack
 
 
 class Layers(torch.nn.Module):
@@ -34,6 +34,33 @@ def test_packed_layers_give_the_same_numbers_for_any_number_of_rows(dtype: torch
     for rows in (1, 2, 3, 16, 17, 64, 300):
         data = torch.randn(1, rows, 640, dtype=dtype)
         torch.testing.assert_close(packed(data), plain(data), atol=tolerance, rtol=tolerance)
+
+
+@torch.inference_mode()
+def test_float32_weights_stored_in_bfloat16_take_half_the_memory_and_are_as_exact() -> None:
+    torch.manual_seed(0)
+    plain = Layers(torch.float32)
+    plain.large.weight.copy_(plain.large.weight.bfloat16())
+    packed = copy.deepcopy(plain)
+    pack(packed)
+    assert isinstance(packed.large, HalfLinear)
+    assert packed.large.weight_bytes == 640 * 512 * 2
+    for rows in (1, 3, 16, 65):
+        data = torch.randn(1, rows, 640)
+        exact = torch.nn.functional.linear(
+            data.double(), plain.large.weight.double(), plain.large.bias.double()
+        )
+        theirs, ours = ((layers.large(data).double() - exact).norm() for layers in (plain, packed))
+        assert ours < 4 * theirs
+
+
+def test_weights_that_float16_does_not_hold_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    stored = torch.randn(512, 640).bfloat16().float()
+    assert exact_in_half(stored / 32)
+    assert not exact_in_half(torch.randn(512, 640))  # has more digits
+    assert not exact_in_half(stored * 2**15)  # infinite in float16
+    assert not exact_in_half(stored * 2**-16)  # subnormal in float16
 
 
 def test_small_layers_stay_as_they_are_and_large_weights_are_held_once() -> None:

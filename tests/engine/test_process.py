@@ -18,8 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
-from handlers.backends.rolling.client import EngineClient, EngineProcess, OutputStream
-from handlers.backends.rolling.group import EngineGroup
+from handlers.backends.rolling.replicas import EngineClient, EngineGroup, EngineProcess, OutputStream
 from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
 from tests.support.engine_process import answer, config, finish, running
 from tests.support.models import make_llava
@@ -177,7 +176,7 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
 def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
     llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handlers.backends.rolling.client.PING_SECONDS", 0.05)
+    monkeypatch.setattr("handlers.backends.rolling.replicas.PING_SECONDS", 0.05)
 
     async def scenario() -> None:
         async with running_group([config(llava)], retry_threshold=1) as group:

@@ -23,8 +23,7 @@ from engine.repetition import Repetition
 from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import RANGES, SAMPLERS
 from engine.warping import _OTHER_STREAM, uniform, warp
-from handlers.backends.vllm.prompts.sampling import to_vllm
-from handlers.backends.vllm.samplers.extra_args import (
+from handlers.backends.vllm.samplers import (
     KEY,
     NEUTRAL,
     PROCESSOR,
@@ -32,9 +31,9 @@ from handlers.backends.vllm.samplers.extra_args import (
     Samplers,
     offer,
 )
+from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import InvalidRequest
-from handlers.prompts.limits import DRY_BREAKERS, spelled
-from handlers.sampling import RequestSampling
+from handlers.request import DRY_BREAKERS, RequestSampling, spelled
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
 from tests.support.models import make_llava, make_tokenizer

@@ -17,7 +17,7 @@ from engine.loader import load_model
 from engine.weights import weight_files
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines
-from handlers.backends.vllm.options.checkpoint import replaced_formats
+from handlers.backends.vllm.checkpoint import replaced_formats
 from handlers.errors import ImageError
 from tests.support.checked import configure
 from tests.support.embeddings import loaded as uploaded

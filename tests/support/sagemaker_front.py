@@ -79,6 +79,14 @@ class SageMakerFront:
         self._server.shutdown()
         self._server.server_close()
 
+    def container_of(self, endpoint: str) -> str | None:
+        """The URL of an endpoint's container; None if there is no such endpoint."""
+        return self.container if endpoint == ENDPOINT else None
+
+    def control(self, call: str, sent: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The reply to a call of the control plane, which this stand-in does not have."""
+        return 400, {"__type": "UnknownOperationException", "message": call}
+
     def client(self, secret: str = KEYS.secret_key) -> Any:
         """An unmodified `sagemaker-runtime` client; each call is made once."""
         return boto3.client(
@@ -106,8 +114,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", "0")))
+        target = self.headers.get("x-amz-target", "")
+        if self.path == "/" and target.startswith("SageMaker."):
+            if not self._signed(body):
+                return self._refuse(403, "InvalidSignatureException", message="The signature does not match.")
+            status, told = self.front.control(target.removeprefix("SageMaker."), json.loads(body))
+            return self._send(
+                status, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(told).encode()
+            )
         path = _PATH.fullmatch(self.path)
-        if path is None or path[1] != ENDPOINT:
+        container = None if path is None else self.front.container_of(path[1])
+        if path is None or container is None:
             return self._refuse(400, "ValidationError", Message="Endpoint not found.")
         if not self._signed(body):
             return self._refuse(403, "InvalidSignatureException", message="The signature does not match.")
@@ -117,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = self.front.passed = self._container_headers(streamed)
         try:
             with httpx.stream(
-                "POST", f"{self.front.container}/invocations", content=body, headers=headers,
+                "POST", f"{container}/invocations", content=body, headers=headers,
                 timeout=self.front.seconds,
             ) as reply:  # fmt: skip
                 if reply.status_code // 100 != 2:

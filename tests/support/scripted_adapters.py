@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from handlers.backends.vllm.adapters.store import VllmAdapters
+from handlers.backends.vllm.adapters import VllmAdapters
 from properties.secure_mode import OPEN, SecureMode
 
 

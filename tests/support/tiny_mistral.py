@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from handlers.artefacts.tekken import UNLISTED_SPECIAL
+
 SPECIAL, VOCAB = 20, 320
 IMG, IMG_BREAK, IMG_END = 10, 12, 13
 UNIT, LONGEST = 8, 64
 """Pixels of a token's edge, and of the longest that an image may have."""
+
+NEWER = ("[AUDIO]", "[BEGIN_AUDIO]", "[ARGS]", "[CALL_ID]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")
+"""Special tokens of version 11 and later, whose files list all of them; the first are as before."""
 
 WORDS = (b" a", b" red", b" circle", b"th", b"the", b"\n\n", b" the")
 
@@ -51,11 +56,13 @@ def tekken(*, version: str = "v3", merge: int = 1, images: bool = True) -> dict[
     """More tokens are listed than the model has, as in the published files."""
     pieces = [bytes([byte]) for byte in range(256)]
     pieces += [b"re", b"ed", b" c", b"ir", b" r", b"le", *WORDS]
-    pieces += [f"{number:03}".encode() for number in range(VOCAB - SPECIAL - len(pieces) + 7)]
+    newer = int(version[1:]) >= 11
+    special = SPECIAL + len(NEWER) if newer else SPECIAL
+    pieces += [f"{number:03}".encode() for number in range(VOCAB - special - len(pieces) + 7)]
     found: dict[str, Any] = {
         "config": {
             "pattern": PATTERN, "num_vocab_tokens": len(pieces), "default_vocab_size": VOCAB,
-            "default_num_special_tokens": SPECIAL, "version": version,
+            "default_num_special_tokens": special, "version": version,
         },
         "vocab": [
             {
@@ -66,6 +73,14 @@ def tekken(*, version: str = "v3", merge: int = 1, images: bool = True) -> dict[
             for rank, piece in enumerate(pieces)
         ],
     }  # fmt: skip
+    if newer:
+        names = [*UNLISTED_SPECIAL, *NEWER]
+        found["special_tokens"] = [
+            {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)
+        ]
+    if version == "v15":
+        effort = {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]}
+        found["model_settings_builder"] = {"reasoning_effort": effort}
     if images:
         found["image"] = {"image_patch_size": UNIT // merge, "max_image_size": LONGEST}
         if merge > 1:

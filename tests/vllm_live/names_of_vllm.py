@@ -31,24 +31,21 @@ from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, PrefixCacheStats, SchedulerStats
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
+from handlers.backends.vllm.arguments import ALWAYS, GONE, WHERE_GIVEN
 from handlers.backends.vllm.compat import (
+    architectures,
     cpu_takes_block_size,
+    engine_argument_names,
     load,
     load_parsing,
     logits_processor_classes,
     newer_runner_limits,
     process_dict_updates,
-    registered_names,
-)
-from handlers.backends.vllm.options.arguments import ALWAYS, WHERE_GIVEN
-from handlers.backends.vllm.options.fields import (
-    architectures,
-    engine_argument_names,
     reasoning_parser_names,
+    registered_names,
     tool_parser_names,
 )
-from handlers.backends.vllm.options.values import GONE
-from handlers.backends.vllm.prompts.sampling import SAME, TRANSLATED
+from handlers.backends.vllm.sampling import SAME, TRANSLATED
 from properties.lmi import IGNORED
 
 vllm = load()
@@ -194,7 +191,7 @@ has(Logprob, "logprob rank")
 record = parameters(vllm.StatLoggerBase.record)
 assert record[1:] == ["scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"]
 assert vllm.StatLoggerBase.__abstractmethods__ <= {"__init__", "record", "log_engine_initialized"}
-has(SchedulerStats, "num_running_reqs kv_cache_usage prefix_cache_stats")
+has(SchedulerStats, "kv_cache_usage prefix_cache_stats")
 has(IterationStats, "num_preempted_reqs")
 has(PrefixCacheStats, "queries hits")
 has(MultiModalCacheStats, "queries hits")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.options.fields import TESTED_ARCHITECTURES, TESTED_VERSION, architectures
+from handlers.backends.vllm.compat import TESTED_ARCHITECTURES, TESTED_VERSION, architectures
 from handlers.errors import InvalidConfiguration
 
 OTHERS = [*map(Path, filter(None, os.environ.get("LMI_TEST_VLLM", "").split(os.pathsep)))]

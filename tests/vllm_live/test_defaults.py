@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.config import ModelConfig
 
-from handlers.backends.vllm.prompts.front import generation_defaults
+from handlers.backends.vllm.prompts import generation_defaults
 from handlers.prompts.generation_config import read_default_sampling
 from tests.support.models import make_text_model
 

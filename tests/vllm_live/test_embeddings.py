@@ -12,7 +12,7 @@ SCRIPT = """
 import asyncio, os, sys
 from dataclasses import replace
 from pathlib import Path
-from handlers.backends.vllm.engine import probes as module
+from handlers.backends.vllm import probes as module
 from handlers.build import build_backend
 from properties.configuration import resolve
 

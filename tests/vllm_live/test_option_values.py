@@ -10,9 +10,8 @@ import pytest
 
 from container.check import describe, run_check
 from engine.machine import Device, Machine
-from handlers.backends.vllm.compat import load
-from handlers.backends.vllm.options.arguments import engine_arguments, refused_options
-from handlers.backends.vllm.options.fields import engine_argument_names
+from handlers.backends.vllm.arguments import engine_arguments, refused_options
+from handlers.backends.vllm.compat import engine_argument_names, load
 from properties.configuration import resolve
 from properties.lmi import IGNORED
 from properties.problem import ConfigurationError

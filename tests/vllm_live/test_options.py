@@ -12,12 +12,11 @@ import torch
 
 from container.check import run_check
 from engine.machine import Device, Machine
-from handlers.backends.vllm.compat import load
-from handlers.backends.vllm.nodes.cluster import Cluster
-from handlers.backends.vllm.options import plan
-from handlers.backends.vllm.options.arguments import engine_arguments
-from handlers.backends.vllm.options.checkpoint import served_dtype
-from handlers.backends.vllm.options.fields import engine_argument_names
+from handlers.backends.vllm import devices as device_plan
+from handlers.backends.vllm.arguments import engine_arguments
+from handlers.backends.vllm.checkpoint import served_dtype
+from handlers.backends.vllm.compat import engine_argument_names, load
+from handlers.backends.vllm.devices import Cluster
 from properties.configuration import Configuration, resolve
 from properties.problem import ConfigurationError
 from tests.support.shapes import SHAPES
@@ -201,13 +200,13 @@ def test_what_is_not_written_fills_the_ray_cluster(
     monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], devices_there: int, sizes: tuple[int, int, int]
 ) -> None:
     """That a real cluster is counted, test_ray.py shows. With too few devices vLLM waits for more."""
-    monkeypatch.setattr(plan, "running_cluster", lambda: Cluster(devices_there, 2))
+    monkeypatch.setattr(device_plan, "running_cluster", lambda: Cluster(devices_there, 2))
     found = arguments("distributed_executor_backend=ray", *options, machine=devices(8))
     assert tuple(found[f"{kind}_parallel_size"] for kind in ("tensor", "pipeline", "data")) == sizes
 
 
 def test_where_no_ray_cluster_runs_there_is_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "running_cluster", lambda: None)
+    monkeypatch.setattr(device_plan, "running_cluster", lambda: None)
     (problem,) = problems("distributed_executor_backend=ray", "tensor_parallel_degree=16", machine=devices(8))
     assert "needs 16 devices, but 8 are there: no Ray cluster runs" in problem
     assert "`ray start --head`" in problem

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm.answers.answer_parser import VllmParser
-from handlers.backends.vllm.answers.parsers import VllmParsers, vllm_parsers
-from handlers.backends.vllm.async_engine import VllmEngine
+from handlers.backends.vllm.engine import VllmEngine
+from handlers.backends.vllm.parsers import VllmParser, VllmParsers, vllm_parsers
 from handlers.build import build_backend
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import (

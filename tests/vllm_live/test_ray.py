@@ -22,8 +22,8 @@ import pytest
 
 from container.check import run_check
 from engine.machine import this_machine
-from handlers.backends.vllm.nodes import cluster
-from handlers.backends.vllm.nodes.cluster import Cluster, running_cluster
+from handlers.backends.vllm import devices
+from handlers.backends.vllm.devices import Cluster, running_cluster
 from handlers.errors import InvalidConfiguration
 from tests.support.backend import BACK
 from tests.support.live import LiveServer
@@ -140,9 +140,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    cluster._asked.cache_clear()
+    devices._asked.cache_clear()
     yield
-    cluster._asked.cache_clear()
+    devices._asked.cache_clear()
 
 
 @pytest.mark.machines
@@ -198,7 +198,7 @@ def test_a_model_is_served_across_machines_and_survives_the_loss_of_one(pair: Pa
 def test_without_ray_it_is_said_what_to_install(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
     assert run_check(str(model), RAY, False, {}) == 1
     assert "ray is not installed: install ray>=2.40 beside vLLM (pip install 'ray>=2.40')" in (
         capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_a_cluster_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch)
         pytest.skip("ray is not installed")
     with taken_port() as port:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        monkeypatch.setattr(cluster, "ASK_SECONDS", 5.0)
+        monkeypatch.setattr(devices, "ASK_SECONDS", 5.0)
         with pytest.raises(InvalidConfiguration, match=rf"RAY_ADDRESS = '127.0.0.1:{port}'"):
             running_cluster()
 

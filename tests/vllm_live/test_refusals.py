@@ -14,10 +14,10 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValida
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from handlers.backends.vllm.async_engine import VllmEngine
 from handlers.backends.vllm.compat import load
+from handlers.backends.vllm.engine import VllmEngine
 from handlers.backends.vllm.failures import failed
-from handlers.backends.vllm.prompts.inputs import Inputs
+from handlers.backends.vllm.prompts import place_images
 from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import (
     EngineFailed,
@@ -28,8 +28,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.request import ImagePart
-from handlers.sampling import RequestSampling
+from handlers.request import ImagePart, RequestSampling
 from tests.support.shapes import SHAPES
 
 VLLM = load()
@@ -164,7 +163,7 @@ def test_a_renderer_that_was_shut_down_under_a_request_is_not_its_fault(images: 
     )
     parts = [ImagePart("", cast(Any, SimpleNamespace(digest=b"1", image=None))) for _ in range(images)]
     with pytest.raises(ServingError) as raised:
-        asyncio.run(Inputs(VLLM).placed(engine, [1], parts))
+        asyncio.run(place_images(VLLM, engine, [1], parts))
     expected = Unavailable if lost else ImageError if images else InvalidRequest
     assert type(raised.value) is expected
     assert (raised.value.retry_after == 5) is lost

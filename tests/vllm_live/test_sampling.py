@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +12,11 @@ import pytest
 from vllm.config import VllmConfig
 
 from engine.sampling_params import MAX_INTEGER, MAX_SEED
-from handlers.backends.vllm import compat
+from handlers.backends.vllm import compat, sampling
 from handlers.backends.vllm.compat import RunnerLimits, load
-from handlers.backends.vllm.prompts import runner_limits
-from handlers.backends.vllm.prompts.sampling import to_vllm
+from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import InvalidRequest
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 LIMITS = RunnerLimits(allowed_token_ids=4, logit_bias=3, stop_token_ids=5, bad_word_tokens=6)
 
@@ -60,8 +57,7 @@ def test_min_tokens_without_an_end_stays_a_length() -> None:
 def check(config: VllmConfig, made: Any) -> None:
     """For a model with two ends of its own."""
     engine = SimpleNamespace(vllm_config=config, get_tokenizer=lambda: LETTERS)
-    with ThreadPoolExecutor(1) as threads:
-        asyncio.run(runner_limits.check_runner_limits(load(), engine, made, (8, 9), threads))
+    sampling.check_runner_limits(load(), engine, made, (8, 9))
 
 
 @pytest.mark.parametrize(
@@ -155,11 +151,11 @@ class TestVllmsOwn:
 
         most = getattr(limits, name)
         states(params(most))
-        runner_limits.check_ids(limits, params(most), ())
+        sampling.check_ids(limits, params(most), ())
         with pytest.raises(ValueError, match="Too many"):
             states(params(most + 1))
         with pytest.raises(InvalidRequest, match=f"^{name} "):
-            runner_limits.check_ids(limits, params(most + 1), ())
+            sampling.check_ids(limits, params(most + 1), ())
 
     def test_words(self) -> None:
         states = Taking("bad_words", "BadWordsState")
@@ -176,14 +172,14 @@ class TestVllmsOwn:
 
         most = limits.bad_word_tokens
         states(spelled(most))
-        runner_limits.check_bad_words(load(), limits, params(most), LETTERS)
+        sampling.check_bad_words(load(), limits, params(most), LETTERS)
         with pytest.raises(ValueError, match="Too many"):
             states(spelled(most + 1))
         with pytest.raises(InvalidRequest, match=f"^bad_words are {most + 1} tokens"):
-            runner_limits.check_bad_words(load(), limits, params(most + 1), LETTERS)
+            sampling.check_bad_words(load(), limits, params(most + 1), LETTERS)
 
     def test_it_counts_the_words_itself(self) -> None:
         made = asked(bad_words=tuple(map(str, range(200))))
         with pytest.raises(InvalidRequest, match="Too many bad words") as caught:
-            runner_limits.check_bad_words(load(), compat.newer_runner_limits(), made, LETTERS)
+            sampling.check_bad_words(load(), compat.newer_runner_limits(), made, LETTERS)
         assert caught.value.param == "bad_words"

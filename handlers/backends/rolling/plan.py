@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from engine.config import EngineConfig, Vocabulary
+import msgspec
+
+from engine.config import EngineConfig, LookupConfig, Vocabulary
 from handlers.backends.unused import unused_on
 from handlers.errors import InvalidConfiguration
 
 if TYPE_CHECKING:
     from properties.problem import Problem
     from properties.settings import Settings
+
+_Drafted = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
 def plan_engines(
@@ -21,7 +25,7 @@ def plan_engines(
 
     With accelerators: as many replicas as the devices divided by tensor_parallel_degree, or max_workers where
     that is fewer. Without: max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is 1).
-    Raises InvalidConfiguration when there are too few devices.
+    Raises InvalidConfiguration when there are too few devices, or for speculative decoding that this engine lacks.
     """
     devices = _devices(settings.load_on_devices, accelerators)
     degree = settings.tensor_parallel_degree
@@ -39,6 +43,7 @@ def plan_engines(
         groups = [("cpu",) * ranks] * workers
     cache = settings.kv_cache_memory_mb
     encoder_cache = settings.encoder_cache_mb
+    lookup = _lookup(settings.speculative_config)
     return [
         EngineConfig(
             model_path=model_path,
@@ -56,6 +61,7 @@ def plan_engines(
             enable_prefix_caching=settings.enable_prefix_caching,
             pickled_weights=settings.load_format.lower() == "pt",
             vocabulary=vocabulary,
+            lookup=lookup,
         )
         for group in groups
     ]
@@ -65,6 +71,35 @@ def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerator
     """Return a warning for each option about devices that has no effect in this plan."""
     usable = len(_devices(settings.load_on_devices, accelerators))
     return unused_on(settings, usable, len(plan), plan[0].tensor_parallel_degree, memory=True)
+
+
+class _Ngram(msgspec.Struct, forbid_unknown_fields=True):
+    """option.speculative_config for the embedded engine; the fields and their defaults are vLLM's."""
+
+    method: Literal["ngram"]
+    num_speculative_tokens: _Drafted
+    prompt_lookup_min: _Drafted | None = None
+    prompt_lookup_max: _Drafted | None = None
+
+
+def _lookup(asked: Mapping[str, object] | None) -> LookupConfig | None:
+    """Read option.speculative_config. Raises InvalidConfiguration."""
+    if asked is None:
+        return None
+    try:
+        ngram = msgspec.convert(asked, _Ngram)
+    except msgspec.ValidationError as error:
+        raise InvalidConfiguration(
+            f"option.speculative_config: {error}; the embedded engine has the method ngram only, "
+            f"with {', '.join(_Ngram.__struct_fields__[1:])}"
+        ) from None
+    longest = ngram.prompt_lookup_max or ngram.prompt_lookup_min or 5
+    shortest = ngram.prompt_lookup_min or longest
+    if shortest > longest:
+        raise InvalidConfiguration(
+            f"option.speculative_config: prompt_lookup_min is {shortest}, above prompt_lookup_max, {longest}"
+        )
+    return LookupConfig(ngram.num_speculative_tokens, shortest, longest)
 
 
 def _devices(wanted: Sequence[int] | Literal["*"], accelerators: int) -> list[str]:

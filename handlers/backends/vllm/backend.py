@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.base import DevicePlan, Needs, PromptFacts
+from handlers.backends.base import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.options import checkpoint
-from handlers.backends.vllm.options.checkpoint import missing_weights, served_dtype, stored_dtype
-from handlers.backends.vllm.options.fields import reasoning_parser_names, tool_parser_names
-from handlers.backends.vllm.options.plan import follows, heads_of, plan_devices
+from handlers.backends.vllm.checkpoint import format_warnings, missing_weights, served_dtype, stored_dtype
+from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
+from handlers.backends.vllm.devices import follows, heads_of, plan_devices
 from handlers.backends.weight_files import vllm_weight_problems
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length
@@ -22,7 +20,7 @@ from properties.problem import Problem
 if TYPE_CHECKING:
     from engine.machine import Machine
     from handlers.backends.base import Lifecycle
-    from handlers.backends.vllm.async_engine import VllmEngine
+    from handlers.backends.vllm.engine import VllmEngine
     from properties.configuration import Configuration
     from properties.settings import Settings
 
@@ -35,27 +33,23 @@ class VllmBackend:
 
     takes_engine_arguments = True
 
-    @cached_property
+    @property
     def tool_parsers(self) -> frozenset[str]:
-        """See `Backend`."""
         return tool_parser_names()
 
-    @cached_property
+    @property
     def reasoning_parsers(self) -> frozenset[str]:
-        """See `Backend`."""
         return reasoning_parser_names()
 
     def build(self, configuration: Configuration, model_path: Path) -> VllmEngine:
-        """See `Backend`."""
-        from handlers.backends.vllm.async_engine import VllmEngine
+        from handlers.backends.vllm.engine import VllmEngine
 
         return VllmEngine(configuration, model_path)
 
     def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
-        """See `Backend`."""
         if not follows(_given(configuration)):
             return None
-        from handlers.backends.vllm.nodes.follower import VllmFollower
+        from handlers.backends.vllm.follower import VllmFollower
 
         return VllmFollower(configuration, model_path)
 
@@ -67,7 +61,6 @@ class VllmBackend:
         config: Mapping[str, Any],
         contents: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """See `Backend`."""
         there = any(
             (directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
         )
@@ -77,18 +70,15 @@ class VllmBackend:
     def weight_problems(
         self, settings: Settings, directory: Path, config: Mapping[str, Any]
     ) -> Iterator[str]:
-        """See `Backend`."""
         if (missing := missing_weights(directory, settings.load_format)) is not None:
             yield missing
         elif settings.load_format.lower() in _READ_AS_THEY_ARE:
             yield from vllm_weight_problems(directory)
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
-        """See `Backend`."""
         return None
 
     def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
-        """See `Backend`."""
         plan = plan_devices(
             configuration.settings, _given(configuration), len(machine.accelerators), heads_of(shapes)
         )
@@ -113,21 +103,20 @@ class VllmBackend:
         return Needs(dtype, reason, shapes, takes_all=True, encoder_cache=False, warnings=warnings)
 
     def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        """See `Backend`."""
-        return checkpoint.format_warnings(configuration, directory)
+        return format_warnings(configuration, directory)
 
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine
     ) -> list[Problem]:
         """See `Backend`. Imports vLLM."""
-        from handlers.backends.vllm.options.arguments import refused_options
+        from handlers.backends.vllm.arguments import refused_options
 
         return refused_options(configuration, directory, machine)
 
-    def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
+    def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
         """See `Backend`: vLLM has a processor of its own, which is not asked."""
         wrong = contradictions(configuration.settings, directory, None)
-        return PromptFacts(errors=[Problem(text) for text in wrong])
+        return PromptCheck(errors=[Problem(text) for text in wrong])
 
 
 def _given(configuration: Configuration) -> dict[str, str]:

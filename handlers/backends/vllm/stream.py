@@ -1,4 +1,4 @@
-"""vLLM's outputs as the pipeline reads tokens."""
+"""vLLM's outputs, as the tokens that the pipeline reads."""
 
 from __future__ import annotations
 
@@ -30,11 +30,17 @@ class VllmStream:
         failure: Callable[[Exception, bool], ServingError],
         ended: Callable[[VllmStream], None],
     ) -> None:
-        """outputs: vLLM's, each holding what is new. choices: that it makes. images: the prompt has some.
+        """Prepare to read a request's outputs; `start` waits for the first.
 
-        constrained: by a grammar.
-        failure: what a client is told of vLLM's exception, and whether an output came before it.
-        ended: called once, when nothing runs any more.
+        Args:
+            outputs: vLLM's, each with what is new.
+            params: The request's.
+            choices: The number of choices.
+            images: Whether the prompt has images.
+            constrained: Whether a grammar constrains the choices.
+            eos_token_ids: The model's own.
+            failure: Makes the client's error of vLLM's exception, and of whether an output came before it.
+            ended: Called once, when nothing runs any more.
         """
         self.started = False
         self._outputs = outputs
@@ -51,18 +57,18 @@ class VllmStream:
         """Wait for the first output, so that every refusal is raised before a reply has begun."""
         try:
             self._first = await anext(self._outputs)
-        except StopAsyncIteration:
+        except BaseException as error:
             self._end()
-            raise EngineFailed("the engine ended the answer before it began") from None
-        except Exception as error:
-            self._end()
-            raise self._failure(error, False) from error
-        except BaseException:
-            self._end()
+            if isinstance(error, StopAsyncIteration):
+                raise EngineFailed("the engine ended the answer before it began") from None
+            if isinstance(error, Exception):
+                raise self._failure(error, False) from error
             raise
-        if self._images and any(map(_failed_unseen, self._first.outputs)):
-            # An image of its own, or one that it shares with another client. vLLM knows that it must be sent again.
-            # Each of several choices reports this separately; those that have not reported it yet are aborted.
+        if self._images and any(
+            one.finish_reason == "error" and not one.token_ids for one in self._first.outputs
+        ):
+            # vLLM knows now that the image must be sent again. Each of several choices reports this separately; those
+            # that have not reported it yet are aborted.
             await self.aclose()
             raise ImagesLost("the engine has lost an image of this request; try again")
         self.started = True
@@ -100,7 +106,6 @@ class VllmStream:
         self._open.discard(index)
 
     async def aclose(self) -> None:
-        """See `TokenStream`."""
         try:
             await self._outputs.aclose()
         except RuntimeError:
@@ -116,8 +121,7 @@ class VllmStream:
 
     def _read(self, completion: Any) -> TokenOutput:
         reason, stop_reason = completion.finish_reason, completion.stop_reason
-        if reason == "error" and self._constrained:
-            # The grammar refused the token, although tokens are chosen only from those that it allows.
+        if reason == "error" and self._constrained:  # its grammar has refused the token
             raise InvalidRequest(NO_TOKEN_LEFT)
         if reason == "error":
             raise EngineFailed("the engine failed on this request")
@@ -155,8 +159,3 @@ def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
         [float(one.logprob) for _, one in items],
         [int(one.rank or 0) for _, one in items],
     )
-
-
-def _failed_unseen(completion: Any) -> bool:
-    """Whether a choice ends because the engine failed, without a token."""
-    return completion.finish_reason == "error" and not completion.token_ids

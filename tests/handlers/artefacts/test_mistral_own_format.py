@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -210,11 +211,10 @@ def test_what_is_not_read_in_this_format_is_named(
     assert error.startswith("params.json of the model")
 
 
-@pytest.mark.parametrize("version", ["v11", "v13"])
-def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path, version: str) -> None:
+def test_a_tokenizer_whose_chats_are_not_known_is_warned_of(tmp_path: Path) -> None:
     """Also where the model has a config.json, so that its tokenizer is all that is completed."""
-    alone = make_mistral(tmp_path / "model", images=False, version=version)
-    with_config = make_mistral(tmp_path / "with_config", images=False, version=version)
+    alone = make_mistral(tmp_path / "model", images=False, version="v99")
+    with_config = make_mistral(tmp_path / "with_config", images=False, version="v99")
     (with_config / "config.json").write_bytes((completed(alone, tmp_path) / "config.json").read_bytes())
     for model in (alone, with_config):
         warnings = describe(configure(model, f"download_dir={tmp_path}"), CPU)["warnings"]
@@ -305,8 +305,8 @@ CHATS: dict[str, list[dict[str, Any]]] = {
                 {"id": "abcdefghj", "type": "function", "function": {"name": "g", "arguments": "{}"}},
             ],
         },
-        {"role": "tool", "content": "rain", "tool_call_id": "abcdefghi"},
         {"role": "tool", "content": "12", "tool_call_id": "abcdefghj"},
+        {"role": "tool", "content": "rain", "tool_call_id": "abcdefghi"},
         {"role": "assistant", "content": "wet"},
         {"role": "user", "content": "and tomorrow?"},
     ],
@@ -329,14 +329,18 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("version", ["v3", "v7"])
+VERSIONS = ("v3", "v7", "v11", "v13", "v15")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_are_written_as_mistral_common_writes_them(tmp_path: Path, version: str, chat: str) -> None:
     """Token for token, by its own tokenizer, where it is installed."""
     common = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
     request = pytest.importorskip("mistral_common.protocol.instruct.request")
     (tmp_path / "tekken.json").write_text(json.dumps(tekken(version=version)))
-    for name, content in tokenizer_files(read_tekken(tmp_path / "tekken.json")).items():
+    read = read_tekken(tmp_path / "tekken.json")
+    for name, content in tokenizer_files(read).items():
         (tmp_path / name).write_text(json.dumps(content))
     tools = TOOLS if chat == "tools" else None
     image = noise(16, 8)
@@ -352,16 +356,30 @@ def test_chats_are_written_as_mistral_common_writes_them(tmp_path: Path, version
         }
         for turn in CHATS[chat]
     ]
+    more = {"reasoning_effort": "high"} if version == "v15" and chat == "tools" else {}
     wanted = common.MistralTokenizer.from_file(tmp_path / "tekken.json").encode_chat_completion(
-        request.ChatCompletionRequest(messages=theirs, tools=tools)
+        request.ChatCompletionRequest(messages=theirs, tools=tools, **more)
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, mistral_format=False)
-    ours = tokenizer.apply_chat_template(CHATS[chat], tools=tools, chat_template=chat_template(version))[
+    ours = tokenizer.apply_chat_template(CHATS[chat], tools=tools, chat_template=chat_template(read), **more)[
         "input_ids"
     ]
     expanded = [each for token in ours for each in ([IMG, IMG, 13] if token == IMG else [token])]
     assert expanded == wanted.tokens
 
 
-def test_other_versions_have_no_template() -> None:
-    assert chat_template("v13") is None
+def test_an_effort_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(version="v15")))
+    read = read_tekken(tmp_path / "tekken.json")
+    for name, content in tokenizer_files(read).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, mistral_format=False)
+    with pytest.raises(TemplateError, match="reasoning_effort of this model is one of none, high"):
+        tokenizer.apply_chat_template(
+            CHATS["a question"], chat_template=chat_template(read), reasoning_effort="low"
+        )
+
+
+def test_other_versions_have_no_template(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(version="v99")))
+    assert chat_template(read_tekken(tmp_path / "tekken.json")) is None

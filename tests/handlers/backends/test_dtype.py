@@ -13,7 +13,7 @@ from engine.loader import resolve_dtype
 from engine.machine import Device, Machine, computes_bfloat16
 from handlers.backends.fit import fit
 from handlers.backends.select import backend_of
-from handlers.backends.vllm.options.checkpoint import served_dtype, stored_dtype
+from handlers.backends.vllm.checkpoint import served_dtype, stored_dtype
 from properties.configuration import resolve
 from tests.support.models import make_text_model
 

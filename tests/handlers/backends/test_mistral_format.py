@@ -10,7 +10,7 @@ import pytest
 
 from container.check import describe
 from engine.errors import ModelLoadError
-from handlers.backends.vllm.options.checkpoint import (
+from handlers.backends.vllm.checkpoint import (
     format_warnings,
     replaced_formats,
     weight_problems,

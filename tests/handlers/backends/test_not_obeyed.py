@@ -17,7 +17,7 @@ from handlers.backends.fit import fit
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import backend_of
 from handlers.backends.unused import unused_by_text
-from handlers.backends.vllm.options.plan import plan_devices
+from handlers.backends.vllm.devices import plan_devices
 from properties.configuration import Configuration, resolve
 from properties.settings import Settings
 from tests.support.engine_driver import load_engine

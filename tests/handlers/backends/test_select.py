@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from handlers.backends.select import RollingBatch, choose, remedy
-from handlers.backends.vllm.options.fields import architectures
+from handlers.backends.vllm.compat import architectures
 from properties.problem import ConfigurationError
 
 LLAVA = ["LlavaForConditionalGeneration"]

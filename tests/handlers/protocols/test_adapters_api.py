@@ -15,7 +15,7 @@ import schemathesis
 
 from container.routes import ROUTES
 from handlers.backends.adapters import AdapterInfo
-from handlers.backends.vllm.adapters.store import VllmAdapters, adapter_slots
+from handlers.backends.vllm.adapters import VllmAdapters, adapter_slots
 from handlers.errors import EngineFailed, InvalidRequest, NotFound, ServingError, Unavailable
 from handlers.exchange import Incoming
 from properties.secure_mode import SecureMode

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.backends.vllm.adapters.directories import adapter_directories
+from handlers.backends.vllm.adapters import adapter_directories
 from handlers.errors import InvalidConfiguration
 
 

@@ -13,7 +13,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from handlers.backends.base import Capabilities, PromptModel
-from handlers.backends.vllm.prompts.constraints import choose_library, constraint_vocabulary, in_vllms_words
+from handlers.backends.vllm.sampling import choose_library, constraint_for_vllm, constraint_vocabulary
 from handlers.errors import InvalidRequest
 from handlers.pipeline import Pipeline
 from handlers.prompts.renderer import PromptRenderer
@@ -50,7 +50,7 @@ def checked(constraint: Constraint, library: str = "guidance", *, compact: bool 
         finally:
             await pipeline.close()
         assert meant is not None
-        return meant if grammar is None else in_vllms_words(meant, grammar)
+        return meant if grammar is None else constraint_for_vllm(meant, grammar)
 
     found = asyncio.run(run())
     assert found is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm.engine.probes import Probes
+from handlers.backends.vllm.probes import Probes
 
 
 class ClientError(Exception):
@@ -61,7 +61,7 @@ class Engine:
         self.served: list[SimpleNamespace] = []
 
     async def generate(
-        self, prompt: list[int], params: Any, request_id: str, **_: Any
+        self, prompt: dict[str, Any], params: Any, request_id: str, **_: Any
     ) -> AsyncGenerator[None, None]:
         if self.fails:
             raise EngineGenerateError from RuntimeError()
@@ -72,18 +72,14 @@ class Engine:
             raise ClientError("incorrect logprobs for prompt tokens")
         if self.model_config.return_sampling_mask and (params.temperature <= 0 or params.top_k <= 0):
             raise EngineGenerateError from ValueError("sampling distribution replay requires top_k > 0")
-        if len(prompt) + params.max_tokens > self.max_model_len:
+        if len(prompt["prompt_token_ids"]) + params.max_tokens > self.max_model_len:
             raise ClientError("the prompt is too long")
         self.served.append(params)
         yield
 
 
 def probes() -> Probes:
-    async def placed(engine: Any, prompt: list[int], parts: Any) -> list[int]:
-        return prompt
-
-    inputs: Any = SimpleNamespace(placed=placed)
-    return Probes(VLLM, inputs, itertools.count())
+    return Probes(VLLM, itertools.count())
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from handlers.backends.vllm.engine.processes import ProcessTree
+from handlers.backends.vllm.processes import ProcessTree
 from processes.guard import Guard
 
 if not sys.platform.startswith("linux"):

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm.prompts.sampling import check_prompt_logprobs
+from handlers.backends.vllm.sampling import check_prompt_logprobs
 from handlers.errors import InvalidRequest
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 
 class TestPromptLogprobs:

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm.engine import watch as watching
-from handlers.backends.vllm.engine.counters import Counters
-from handlers.backends.vllm.engine.supervisor import EngineSupervisor
-from handlers.backends.vllm.engine.watch import Patience
+from handlers.backends.vllm import supervisor as watching
+from handlers.backends.vllm.supervisor import Counters, EngineSupervisor
 from processes import supervisor
 
 
@@ -37,9 +35,6 @@ class ScriptedEngine:
         )
         self.output_handler = None
 
-    async def reset_mm_cache(self) -> None:
-        pass
-
     def shutdown(self, timeout: float | None = None) -> None:
         self.shut_down = True
 
@@ -60,8 +55,9 @@ class House:
         self.process: Any = None
         """What the next engine is."""
         self.counters = Counters()
-        patience = Patience(suspect=0.04, stuck=stuck)
-        self.supervisor = EngineSupervisor(self.build, self.ask, self.counters, patience=patience, **options)
+        self.supervisor = EngineSupervisor(
+            self.build, self.ask, self.counters, suspect_seconds=0.04, stuck_seconds=stuck, **options
+        )
 
     def build(self) -> ScriptedEngine:
         if self.fail:

@@ -1,1 +1,0 @@
-"""LoRA adapters: where they lie, and which the engine holds."""

@@ -1,1 +1,0 @@
-"""vLLM's engine and its processes: built, watched, asked, replaced, ended."""

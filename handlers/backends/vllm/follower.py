@@ -1,0 +1,164 @@
+"""A machine's part of an engine whose first machine is another one (`option.nnodes`, vLLM's own launcher).
+
+The engine on the first machine reaches the workers of all machines. Those of one further machine run in a process of
+their own, which this module is when it is run as a script. They end whenever the engine does, and are started again,
+as the engine is on the first machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handlers.backends.base import BackendStats, Capabilities, Health
+from handlers.backends.vllm import compat
+from handlers.errors import InvalidConfiguration
+from processes.child import Child, Log
+from processes.inside import Parent
+from processes.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from handlers.backends.adapters import AdapterStore
+    from properties.configuration import Configuration
+
+logger = logging.getLogger(__name__)
+
+_JOINED = b""
+
+
+class VllmFollower:
+    """See `handlers.backends.base.Lifecycle`: ready while its workers are part of an engine; it answers no requests."""
+
+    def __init__(self, configuration: Configuration, model_path: Path) -> None:
+        self._configuration = configuration
+        self._settings = configuration.settings
+        self._path = model_path
+        self._supervisor: Supervisor[Workers] | None = None
+
+    async def load(self) -> None:
+        from handlers.backends.vllm.engine import EngineBuilder
+
+        # Made as on the first machine, so that the parts of the engine agree about samplers and adapters.
+        arguments = (await asyncio.to_thread(EngineBuilder, self._configuration, self._path)).arguments
+        supervisor = Supervisor(
+            "this machine's part of the engine",
+            lambda: Workers.start(arguments, self._settings.model_loading_timeout),
+            # One more, since their end with the engine is not a failure of theirs.
+            retry_threshold=self._settings.retry_threshold + 1,
+        )
+        await supervisor.start()
+        self._supervisor = supervisor
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(max_model_len=self._settings.max_model_len or 0, images=False)
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        return None
+
+    def health(self) -> Health:
+        if self._supervisor is None:
+            return Health(False, "this machine's part of the engine is being started")
+        if self._supervisor.current is not None:
+            return Health(True, "ready")
+        reason = self._supervisor.reason("this machine's part of the engine")
+        return Health(False, reason, lost=self._supervisor.given_up)
+
+    def stats(self) -> BackendStats:
+        return BackendStats(engine_restarts=0 if self._supervisor is None else self._supervisor.restarts)
+
+    async def close(self) -> None:
+        if self._supervisor is not None:
+            await self._supervisor.close()
+
+
+class Workers:
+    """The workers of this machine, which are part of an engine (see `processes.supervisor.Supervised`)."""
+
+    served = True
+    """An engine that has accepted them has started, so earlier failures no longer count."""
+
+    def __init__(self, child: Child) -> None:
+        """Use `start`."""
+        self._child = child
+
+    @classmethod
+    async def start(cls, arguments: dict[str, Any], seconds: float) -> Workers:
+        """Return when they are part of an engine, which the first machine starts. If this fails, nothing is left.
+
+        Args:
+            arguments: For `AsyncEngineArgs`.
+            seconds: How long the first machine may take to accept them.
+
+        Raises:
+            InvalidConfiguration: With the reason.
+            OSError: The process cannot be started.
+        """
+        child = await Child.start(__name__, "vllm", Log(logger))
+        failed = "the workers of this machine did not start: "
+        try:
+            child.send(pickle.dumps(arguments))
+            async with asyncio.timeout(seconds):
+                reason = await child.receive()
+            if reason != _JOINED:
+                raise InvalidConfiguration(failed + reason.decode(errors="replace"))
+        except BaseException as error:
+            child.kill()
+            await child.wait()
+            if isinstance(error, TimeoutError):
+                raise InvalidConfiguration(
+                    "the first machine did not accept the workers of this one in time"
+                ) from error
+            if isinstance(error, EOFError):
+                raise InvalidConfiguration(failed + "their process ended") from error
+            raise
+        return cls(child)
+
+    async def lost(self) -> str:
+        await self._child.wait()
+        return "ended, as it does with the engine"
+
+    async def stop(self) -> None:
+        self._child.kill()
+        await self._child.wait()
+
+
+def main() -> None:
+    """Run the workers until one of them ends, as all do with the engine."""
+    parent = Parent(die_with_it=False)
+    arguments = parent.receive()
+    if arguments is None:
+        return
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        executor = _joined(pickle.loads(arguments))
+    except Exception as error:
+        parent.send((str(error) or type(error).__name__).encode())
+        raise
+    parent.send(_JOINED)
+    executor.start_worker_monitor(inline=True)
+
+
+def _joined(arguments: dict[str, Any]) -> Any:
+    """Return the executor of this machine's workers, once the first machine has accepted them."""
+    vllm = compat.load()
+    # From the context vLLM derives the size of a step, and so of all buffers, which must be the first machine's.
+    config = vllm.AsyncEngineArgs(**arguments).create_engine_config(vllm.server_context, headless=True)
+    return compat.multiproc_executor()(config, monitor_workers=False)
+
+
+def _end_with(parent: Parent) -> None:
+    """Kill this process's group when the parent is gone: workers that wait for the other machine do not notice."""
+    parent.receive()
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

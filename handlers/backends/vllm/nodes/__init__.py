@@ -1,1 +1,0 @@
-"""More machines than one."""

@@ -1,1 +1,0 @@
-"""From our request to vLLM's input, sampling parameters and constraints."""

@@ -1,0 +1,298 @@
+"""Keeps a vLLM engine running: starts it, watches what it reports, and replaces it when it dies or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from handlers.backends.base import Health
+from handlers.backends.vllm.compat import (
+    Vllm,
+    engine_process_ids,
+    expect_the_end,
+    fail_requests,
+    replica_count,
+)
+from handlers.backends.vllm.processes import ProcessTree, engine_children
+from processes.guard import Guard
+from processes.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+"""How often the engine's processes and its latest output are checked."""
+
+IDLE_SECONDS = 30.0
+"""A replica that is silent for so long is asked for a token, even if no request is in flight."""
+
+JOIN_SECONDS = 30.0
+"""How long killed processes may take to end and free their memory."""
+
+Ask = Callable[[Any, int], Awaitable[None]]
+"""Has one replica of an engine, by its number, generate a token."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts since the process began, over all engines.
+
+    Attributes:
+        cache_usage: By replica, the share of the KV cache that was used at the latest step.
+        signs: By replica, the time of its latest report (`time.monotonic()`).
+    """
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    mm_queries: int = 0
+    mm_hits: int = 0
+    preemptions: int = 0
+    cache_usage: dict[int, float] = field(default_factory=dict)
+    signs: dict[int, float] = field(default_factory=dict)
+
+
+def stat_logger(vllm: Vllm, counters: Counters) -> Any:
+    """Return a factory for `AsyncLLM`'s `stat_loggers` that updates the counters.
+
+    vLLM does not promise that this interface is stable, so a missing field counts as 0.
+    """
+
+    class Recorder(vllm.StatLoggerBase):  # type: ignore[misc, name-defined]
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def record(
+            self,
+            scheduler_stats: Any = None,
+            iteration_stats: Any = None,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+            **more: Any,
+        ) -> None:
+            counters.signs[engine_idx] = time.monotonic()
+            if scheduler_stats is not None:
+                counters.cache_usage[engine_idx] = float(_number(scheduler_stats, "kv_cache_usage"))
+                prefix = getattr(scheduler_stats, "prefix_cache_stats", None)
+                counters.prefix_queries += int(_number(prefix, "queries"))
+                counters.prefix_hits += int(_number(prefix, "hits"))
+            counters.preemptions += int(_number(iteration_stats, "num_preempted_reqs"))
+            counters.mm_queries += int(_number(mm_cache_stats, "queries"))
+            counters.mm_hits += int(_number(mm_cache_stats, "hits"))
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return Recorder
+
+
+def _number(source: Any, name: str) -> float:
+    value = getattr(source, name, 0)
+    return value if isinstance(value, int | float) else 0
+
+
+def series(vllm: Vllm) -> Iterator[Any]:
+    """Yield vLLM's own metric families."""
+    for family in vllm.get_prometheus_registry().collect():
+        if family.name.startswith("vllm:"):
+            yield family
+
+
+class EngineSupervisor(Supervisor["_Running"]):
+    """Keeps an engine running; `engine` is None while there is none."""
+
+    def __init__(
+        self,
+        build: Callable[[], Any],
+        ask: Ask,
+        counters: Counters,
+        *,
+        prepare: Callable[[Any], Awaitable[None]] | None = None,
+        retry_threshold: int = 3,
+        loading_seconds: float = 1800.0,
+        suspect_seconds: float = 20.0,
+        stuck_seconds: float = 300.0,
+    ) -> None:
+        """Prepare to keep an engine running; `start` builds the first and raises what `build` and `prepare` raise.
+
+        Args:
+            build: Makes an engine. It is slow and called in a thread.
+            ask: Has one replica generate a token.
+            counters: The progress that vLLM last reported.
+            prepare: Makes a new engine ready to serve.
+            retry_threshold: The number of failures, with no answered request between them, after which the engine is
+                still restarted.
+            loading_seconds: The time limit of one restart.
+            suspect_seconds: How long a replica may be silent, with requests in flight, before the engine counts as not
+                ready. For the first half of that time it is only waited for; then it is asked for a token.
+            stuck_seconds: How long the token may take; longer than the engine's longest step.
+        """
+        super().__init__(
+            "the engine", self._launched, retry_threshold=retry_threshold, start_seconds=loading_seconds
+        )
+        self._build = build
+        self.ask = ask
+        self._prepare = prepare
+        self.signs = counters.signs
+        self.quiet = suspect_seconds / 2
+        self.stuck = stuck_seconds
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
+        self._guard = Guard()
+        self.in_flight = 0
+        self.answered = False
+        """Whether the engine that serves now has answered a request."""
+
+    @property
+    def engine(self) -> Any:
+        return None if self.current is None else self.current.engine
+
+    def health(self) -> Health:
+        """Return whether the engine serves now."""
+        if self.current is None or self.current.engine.errored:
+            return Health(False, self.reason("the engine"), lost=self.given_up)
+        if self.current.suspect:
+            return Health(False, "the engine does not answer")
+        return Health(True, "ready")
+
+    async def close(self) -> None:
+        """End the engine's processes. Never raises; safe to call twice."""
+        await super().close()
+        await self._guard.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _launched(self) -> _Running:
+        others = engine_children()
+        building = asyncio.get_running_loop().run_in_executor(self._threads, self._build)
+        engine = tree = None
+        try:
+            while not building.done():  # which takes minutes with a large model
+                await asyncio.wait({building}, timeout=LOOK_SECONDS)
+                await self._guard.protect(ProcessTree(engine_children() - others).members)
+            engine = building.result()
+            tree = ProcessTree(engine_process_ids(engine))
+            await self._guard.protect(tree.members)
+            if self._prepare is not None:
+                await self._prepare(engine)
+        except BaseException:
+            building.cancel()
+            await self.end(engine, tree or ProcessTree(engine_children() - others))
+            raise
+        self.answered = False
+        return _Running(self, engine, tree)
+
+    async def end(self, engine: Any, tree: ProcessTree) -> None:
+        """End an engine's processes and free what the front end holds of it. engine: None if it was not built."""
+        try:
+            if engine is not None:
+                expect_the_end(engine)
+            await asyncio.get_running_loop().run_in_executor(self._threads, _kill, engine, tree)
+        finally:
+            await self._guard.protect([])
+
+
+class _Running:
+    """An engine that serves (see `processes.supervisor.Supervised`).
+
+    With data parallelism each replica is watched by itself: one may hang while the others answer.
+    """
+
+    def __init__(self, owner: EngineSupervisor, engine: Any, tree: ProcessTree) -> None:
+        self.engine = engine
+        self._owner = owner
+        self._tree = tree
+        self._replicas = replica_count(engine)
+        self._asked: dict[int, float] = {}
+        self._ending: asyncio.Future[None] | None = None
+        self._lost = False
+
+    @property
+    def served(self) -> bool:
+        return self._owner.answered
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a replica has owed its token for too long."""
+        now = time.monotonic()
+        return any(now - asked > self._owner.quiet for asked in self._asked.values())
+
+    async def lost(self) -> str:
+        watching = [asyncio.create_task(self._until_dead())]
+        watching += [asyncio.create_task(self._until_silent(replica)) for replica in range(self._replicas)]
+        try:
+            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            self._lost = True
+            return done.pop().result()
+        finally:
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """Fail the requests of a lost engine at once; vLLM would do so only after all of its processes have ended."""
+        if self._lost:
+            fail_requests(self.engine)
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._owner.end(self.engine, self._tree))
+        await asyncio.shield(self._ending)
+        if self._lost:
+            fail_requests(self.engine)  # those that came in between
+
+    async def _until_dead(self) -> str:
+        # vLLM reports the death of a worker only when the other workers have ended too, seconds later.
+        while not self.engine.errored:
+            if dead := self._tree.dead:
+                return f"lost {dead}"
+            await asyncio.sleep(LOOK_SECONDS)
+        return "process died"
+
+    async def _until_silent(self, replica: int) -> str:
+        owner = self._owner
+        owner.signs[replica] = time.monotonic()
+        while True:
+            await asyncio.sleep(min(LOOK_SECONDS, owner.quiet))
+            allowed = owner.quiet if owner.in_flight else max(owner.quiet, IDLE_SECONDS)
+            silent = time.monotonic() - owner.signs[replica]
+            if silent > allowed and not await self._answers(replica):
+                which = f" (replica {replica} of {self._replicas})" if self._replicas > 1 else ""
+                return f"has not answered for {owner.stuck:.0f} s{which}"
+
+    async def _answers(self, replica: int) -> bool:
+        """Ask for a token. Progress of any other request counts as an answer too; a death is not noticed here."""
+        owner = self._owner
+        asking = asyncio.ensure_future(owner.ask(self.engine, replica))
+        asked = self._asked[replica] = time.monotonic()
+        try:
+            while True:
+                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
+                if owner.signs[replica] > asked:
+                    return True
+                if asking.done():
+                    # A refusal is no answer, since the requests that a hung engine holds fill its queue. Replicas share
+                    # one queue, which the other ones may have filled.
+                    if (not asking.cancelled() and asking.exception() is None) or self._replicas > 1:
+                        return True
+                    await asyncio.sleep(LOOK_SECONDS)
+                    asking = asyncio.ensure_future(owner.ask(self.engine, replica))
+                if time.monotonic() - asked > owner.stuck:
+                    return False
+        finally:
+            del self._asked[replica]
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            owner.signs[replica] = max(asked, owner.signs[replica])
+
+
+def _kill(engine: Any, tree: ProcessTree) -> None:
+    if left := tree.kill(JOIN_SECONDS):
+        pids = ", ".join(str(process.pid) for process in left)
+        logger.error(
+            "%.0f s after they were killed, %d processes of the engine still hold their memory: %s",
+            JOIN_SECONDS,
+            len(left),
+            pids,
+        )
+    if engine is not None:
+        engine.shutdown(timeout=0)

@@ -1,0 +1,505 @@
+"""A request while its answers are generated: its admission, its task with deadline and counts, its streamed reply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+from handlers.backends.base import Delta, PromptStats, total
+from handlers.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    ImagesLost,
+    InvalidRequest,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
+from handlers.exchange import Observer, Reply, RequestFacts
+from handlers.images.loader import ImageLoader
+from handlers.pipeline import Generation, Pipeline
+from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
+from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
+from handlers.request import GenerationRequest, MediaPart
+
+RETRY_AFTER = 1.0
+
+
+class Admission:
+    """Counts answers that are generated or waited for. `capacity` is max_rolling_batch_size + job_queue_size."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.taken = 0
+
+    @property
+    def free(self) -> int:
+        return self.capacity - self.taken
+
+    def admit(self, answers: int) -> Permit:
+        """Return a permit for this many answers at once.
+
+        Raises:
+            Overloaded: There is no space for them now.
+            InvalidRequest: They are more than `capacity`.
+        """
+        if answers > self.capacity:
+            raise InvalidRequest(
+                f"the request asks for {answers} answers (n for each prompt); this server takes at most "
+                f"{self.capacity} at once (max_rolling_batch_size and job_queue_size)"
+            )
+        if self.taken + answers > self.capacity:
+            raise overloaded()
+        self.taken += answers
+        return Permit(self, answers)
+
+
+def overloaded() -> Overloaded:
+    """Return the refusal for a request that finds the queue full."""
+    return Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
+
+
+class Permit:
+    """The queue places of one request. Releasing it twice has no effect."""
+
+    def __init__(self, admission: Admission, answers: int) -> None:
+        self._admission = admission
+        self._answers = answers
+
+    def release(self) -> None:
+        self._admission.taken -= self._answers
+        self._answers = 0
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_TRIES = 3
+"""How often a request is handed to an engine that has lost its images."""
+
+_MOST_MERGED = 256
+"""The most deltas of several prompts that may wait to be written."""
+
+
+class GenerationTask:
+    """Holds the permit, the images and the generations of one task, and gives them back once, in `close`.
+
+    Call `answers` or, for a stream, `deltas`, and only once. Whoever made one must `close` it, also after an error
+    or a cancellation.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        permit: Permit,
+        images: ImageLoader,
+        facts: RequestFacts,
+        observer: Observer,
+        deadline: float | None,
+        keep: Callable[[int], None],
+    ) -> None:
+        """Take over an admitted task.
+
+        Args:
+            task: What the client asked for.
+            permit: The admission, released by `close`.
+            images: Loads the task's images.
+            facts: Filled in as the task proceeds.
+            observer: Notified of what happens to the task, for metrics.
+            deadline: In `time.monotonic()` seconds; None for none.
+            keep: See `Incoming`.
+        """
+        self.task = task
+        self.facts = facts
+        self._images = images
+        self._permit = permit
+        self._observer = observer
+        self._deadline = deadline
+        self._keep = keep
+        self._media = [list(request.images()) for request in task.requests]
+        facts.images = sum(map(len, self._media))
+        self._generations: dict[int, Generation] = {}
+        self._running: list[Generation] = []
+        self._forwarding: list[asyncio.Task[None]] = []
+        self._closed = False
+        self._limit = asyncio.timeout(None)
+        facts.max_tokens = sum(request.n * (request.sampling.max_tokens or 0) for request in task.requests)
+        observer.on_admitted(facts)
+
+    @property
+    def stats(self) -> PromptStats:
+        """The counts of all prompts together."""
+        return total([generation.stats for generation in self._generations.values()])
+
+    def stats_of(self, index: int) -> PromptStats:
+        """Return the counts of the prompt to which the delta with this index belongs."""
+        return self._generations[index // self.task.requests[0].n].stats
+
+    def time_limit(self) -> asyncio.Timeout:
+        """Return the rest of the request's time, for `async with`; `failure` recognises when it has expired."""
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        self._limit = asyncio.timeout(left)
+        return self._limit
+
+    def failure(self, error: Exception | asyncio.CancelledError) -> ServingError:
+        """Convert an exception of this run to the error that the client gets, and note it in the facts.
+
+        Args:
+            error: If it is a CancelledError, one for which `is_cancelled` is false.
+        """
+        if isinstance(error, TimeoutError) and self._limit.expired():
+            known: ServingError = DeadlineExceeded("the request's time (option.predict_timeout) is up")
+            known.__cause__ = error
+        elif isinstance(error, asyncio.CancelledError):
+            known = stopping(error)
+        else:
+            known = client_error(error, self.facts.request_id)
+        self.facts.error, self.facts.reason = known.kind, own_words_of(known)
+        return known
+
+    async def answers(self, backend: Pipeline) -> list[Answered]:
+        """Return the complete answers to all prompts.
+
+        The prompts are generated together; the first failure ends all of them.
+        """
+        requests = self.task.requests
+        if len(requests) == 1:
+            return [await self._answer(backend, 0)]
+        return await _together(self._answer(backend, number) for number in range(len(requests)))
+
+    async def deltas(self, backend: Pipeline) -> AsyncIterator[Delta]:
+        """Yield the deltas of a stream. Answer i of prompt p has the index p * n + i.
+
+        All prompts are given to the engine before the first delta arrives, so a mistake in any of them is raised first.
+        """
+        count = len(self.task.requests)
+        if count == 1:
+            await self._generate(backend, 0)
+            async for delta in self._checked(0):
+                yield delta
+            return
+        await _together(self._generate(backend, number) for number in range(count))
+        merged: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MOST_MERGED)
+        self._forwarding = [asyncio.create_task(self._forward(number, merged)) for number in range(count)]
+        while count:
+            item = await merged.get()
+            if item is None:
+                count -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+
+    async def _forward(self, number: int, merged: asyncio.Queue[Delta | Exception | None]) -> None:
+        before = number * self.task.requests[0].n
+        try:
+            async for delta in self._checked(number):
+                await merged.put(replace(delta, index=before + delta.index) if before else delta)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            await merged.put(error if isinstance(error, Exception) else stopping(error))
+        else:
+            await merged.put(None)
+
+    async def _checked(self, number: int) -> AsyncIterator[Delta]:
+        """Yield the deltas of a prompt that is being generated, and count them."""
+        unfinished = self.task.requests[number].n
+        last = [0.0] * unfinished
+        async for delta in self._generations[number]:
+            self._count(delta, last)
+            unfinished -= delta.finish_reason is not None
+            yield delta
+        if unfinished:
+            raise EngineFailed("the engine ended the answer too early")
+
+    async def stop(self) -> None:
+        """Abort what is still running and release the images; the permit is kept. Safe to call twice."""
+        for parts in self._media:
+            _release(parts)
+        for task in self._forwarding:
+            task.cancel()
+        cancelled: asyncio.CancelledError | None = None
+        while self._running:
+            generation = self._running.pop()
+            try:
+                await generation.aclose()
+            except asyncio.CancelledError as error:
+                if is_cancelled():
+                    cancelled = error
+            except Exception:
+                log.exception("request %s: the backend failed to abort", self.facts.request_id)
+        if cancelled is not None:
+            raise cancelled
+
+    async def close(self) -> None:
+        """Call `stop`, release the permit and complete the facts. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self.stop()
+        finally:
+            self._permit.release()
+            self._complete_facts()
+            self._observer.on_finished(self.facts)
+
+    async def _generate(self, backend: Pipeline, number: int) -> Generation:
+        """Start the generation of prompt `number`. Its images are loaded, and held until its answer ends at most."""
+        request, parts = self.task.requests[number], self._media[number]
+        for left in reversed(range(_TRIES)):
+            if parts:
+                await self._images.load(parts, self._deadline, sum(map(len, self._media[:number])))
+            try:
+                generation = await backend.generate(request)
+                break
+            except ImagesLost:
+                if not left:
+                    raise
+            except InvalidRequest as error:
+                error.rename(self.task.names)
+                raise
+        self._generations[number] = generation
+        self.facts.prepared = time.monotonic() - self.facts.arrival
+        self._running.append(generation)
+        if len(self._generations) == len(self.task.requests):
+            self._forget_images()
+        return generation
+
+    def _forget_images(self) -> None:
+        """Drop what the images were loaded from: no engine will be given them again."""
+        for parts in self._media:
+            for part in parts:
+                part.forget()
+        self._keep(self.task.requests[0].text_bytes)
+
+    async def _answer(self, backend: Pipeline, number: int) -> Answered:
+        try:
+            return await self._answered(await self._generate(backend, number), self.task.requests[number])
+        finally:
+            _release(self._media[number])
+
+    async def _answered(self, generation: Generation, request: GenerationRequest) -> Answered:
+        answers = [Answer() for _ in range(request.n)]
+        last = [0.0] * request.n
+        async for delta in generation:
+            self._count(delta, last)
+            answers[delta.index].add(delta)
+        if any(answer.finish_reason is None for answer in answers):
+            raise EngineFailed("the engine ended the answer too early")
+        return Answered(generation.stats, answers)
+
+    def _count(self, delta: Delta, last: list[float]) -> None:
+        """Count a delta. last: the time of each answer's last token."""
+        now = time.monotonic()
+        facts = self.facts
+        if last[delta.index]:
+            self._observer.on_token_gap(now - last[delta.index])
+        elif facts.first_token is None:
+            facts.first_token = now - facts.arrival
+            self._observer.on_first_token(facts.first_token)
+        last[delta.index] = now
+        facts.completion_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            if delta.finish_reason == "abort":
+                raise self._aborted()
+            facts.finish_reason = delta.finish_reason
+
+    def _aborted(self) -> DeadlineExceeded | EngineFailed:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return DeadlineExceeded("the request's time (option.predict_timeout) is up")
+        return EngineFailed("the engine aborted the request")
+
+    def _complete_facts(self) -> None:
+        facts = self.facts
+        facts.total = time.monotonic() - facts.arrival
+        for generation in self._generations.values():
+            facts.prompt_tokens += generation.stats.prompt_tokens
+            facts.image_tokens += generation.stats.image_tokens
+            facts.cached_tokens += generation.stats.cached_tokens
+            facts.queued = max(facts.queued, generation.stats.queued)
+        if facts.finish_reason is None and facts.error is None:
+            facts.finish_reason = "abort"
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results in order. The first failure, or a cancellation, ends all of them before it is raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def is_cancelled() -> bool:
+    """Whether a CancelledError is about this task, rather than about something that it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def refusal(
+    error: Exception | asyncio.CancelledError, facts: RequestFacts, written: ErrorFormat, observer: Observer
+) -> Reply:
+    """Return the reply to a request that failed before its reply began; it is logged, counted and noted in its facts.
+
+    Raises:
+        CancelledError: The error itself, if it cancels this very task.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        if is_cancelled():
+            raise error
+        known: ServingError = stopping(error)
+    else:
+        known = client_error(error, facts.request_id)
+    log_error(known, facts.request_id)
+    observer.on_error(known.kind)
+    reply = error_reply(known, written)
+    facts.status, facts.error, facts.reason = reply.status, known.kind, own_words_of(known)
+    reply.facts = facts
+    return reply
+
+
+def stopping(error: asyncio.CancelledError) -> Unavailable:
+    """Return the error for work that was cancelled while a request waited for it: only a stopping server does that."""
+    known = Unavailable("the server is stopping; send the request again", retry_after=5)
+    known.__cause__ = error
+    return known
+
+
+def _release(parts: Sequence[MediaPart]) -> None:
+    for part in parts:
+        part.release()
+
+
+MOST_WAITING = 2**20
+"""Bytes of a reply that may wait for its client; one chunk may exceed this."""
+
+
+class ReplyStream:
+    """The chunks of one run that has its first delta. Exhaust it or `aclose` it.
+
+    A separate task reads the engine, so that a slow client delays nobody and gets everything that has waited in one
+    chunk. It stops the run at the end of generation; the run is closed, and its places are free, once everything has
+    been read. While more than `MOST_WAITING` bytes are waiting it stops reading, and it gives up after `read_timeout`.
+    """
+
+    def __init__(
+        self,
+        run: GenerationTask,
+        first: Delta,
+        rest: AsyncIterator[Delta],
+        observer: Observer,
+        *,
+        keep_alive: float | None,
+        read_timeout: float,
+    ) -> None:
+        """keep_alive: seconds of silence after which a comment is sent; None for never."""
+        self._run = run
+        self._rest = rest
+        self._observer = observer
+        self._writer = run.task.writer
+        self._read_timeout = read_timeout
+        self._ready: list[bytes] = []
+        self._size = 0
+        self._room: asyncio.Future[None] | None = None
+        self._waiting: asyncio.Future[None] | None = None
+        self._silent = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._interval = keep_alive if self._writer.keep_alive else None
+        self._put(self._writer.chunk(first, run.stats_of(first.index)))
+        self._reader = asyncio.create_task(self._read())
+        self._tick()
+
+    def __aiter__(self) -> ReplyStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._ready:
+            if self._reader.done():
+                await self.aclose()
+                raise StopAsyncIteration
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        chunks, self._ready, self._size = self._ready, [], 0
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def aclose(self) -> None:
+        """Abort what is still running; safe to call twice, and from another task than the one that iterates."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._reader.cancel()
+        try:
+            await asyncio.wait([self._reader])
+        finally:
+            await self._run.close()
+            self._wake()
+
+    async def _read(self) -> None:
+        run, writer = self._run, self._writer
+        try:
+            async with run.time_limit():
+                async for delta in self._rest:
+                    self._put(writer.chunk(delta, run.stats_of(delta.index)))
+                    if self._size > MOST_WAITING:
+                        await self._wait_for_room()
+            self._put(writer.end(run.stats))
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            known = run.failure(error)
+            log_error(known, run.facts.request_id)
+            self._observer.on_error(known.kind)
+            self._put(writer.failed(known))
+        finally:
+            self._reader.add_done_callback(lambda _: self._wake())
+            await run.stop()
+
+    async def _wait_for_room(self) -> None:
+        self._room = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._read_timeout) as limit:
+                await self._room
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"the reply was not read for {self._read_timeout:g} seconds (chunked_read_timeout)"
+            ) from error
+
+    def _put(self, chunk: bytes) -> None:
+        if chunk:
+            self._silent = False
+            self._ready.append(chunk)
+            self._size += len(chunk)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _tick(self) -> None:
+        """Add a comment at each interval in which nothing else was added."""
+        if self._interval is None or self._reader.done():
+            return
+        if self._silent and not self._ready:
+            self._put(self._writer.keep_alive)
+        self._silent = True
+        self._timer = asyncio.get_running_loop().call_later(self._interval, self._tick)
