@@ -13,7 +13,7 @@ import pytest
 
 from engine.config import EngineConfig
 from handlers import progress
-from handlers.backends.rolling.client import EngineProcess
+from handlers.backends.rolling.replicas import EngineProcess
 from handlers.progress import Progress, shown, size_text
 
 
