@@ -322,6 +322,8 @@ class App:
     def _model_page(self) -> Reply:
         if not self._page_is_on:
             raise NotFound("there is no page here (option.page)")
+        if self._state.phase == "loading":
+            raise Unavailable(f"not ready: {self._state.health().reason}", retry_after=5)
         self._service()
         if self.model_page is None or self._state.backend is None:
             raise NotFound("the model's own code answers: the page has nothing to show of it")

@@ -7,6 +7,7 @@ import json
 import logging
 import queue
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ import msgspec
 
 from handlers.errors import ServingError
 from handlers.exchange import Reply
+from handlers.progress import ERASE
 from handlers.protocols.body_limits import check_body
 
 LogFormat = Literal["text", "json"]
@@ -104,6 +106,32 @@ class JsonFormatter(_Formatter):
         return json.dumps(line, default=str)
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes a record whose `passing` is true as a line that the next one takes the place of, for a terminal."""
+
+    _over = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        passing = getattr(record, "passing", False)
+        try:
+            if self._over:
+                self.stream.write(self._over)
+            self._over = ERASE if passing else ""
+            if passing:
+                columns = shutil.get_terminal_size().columns
+                self.stream.write(one_line(record.getMessage())[: columns - 1])
+                self.flush()
+        except Exception:
+            self.handleError(record)
+        if not passing:
+            super().emit(record)
+
+
+def on_terminal() -> bool:
+    """Whether people see the log as it is written."""
+    return sys.stdout.isatty()
+
+
 class _Queue(QueueHandler):
     """Passes records on unchanged, since a thread of this process writes them."""
 
@@ -127,7 +155,7 @@ def logging_to(
     the context ends.
     """
     lowest = logging.getLevelNamesMapping()[level.upper()]
-    handler = logging.StreamHandler(stream or sys.stdout)
+    handler = _Handler(stream or sys.stdout)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
     listener = QueueListener(lines, handler)

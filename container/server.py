@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from container import page
 from container.app import App
 from container.build import Served, build_backend, build_formatters
 from container.config import configured, unreadable
-from container.logs import logging_to
+from container.logs import logging_to, on_terminal
 from container.metrics import Metrics
 from container.protocol import Connections, Protocol, raise_descriptor_limit
 from container.requirements import install, requirements_to_install
@@ -36,6 +37,7 @@ from handlers.build import build_images
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
+from handlers.progress import LOG_SECONDS, TERMINAL_SECONDS, Progress, current, shown
 from handlers.protocols.errors import own_words
 from processes.environment import forget_keys
 from properties.configuration import Configuration
@@ -150,14 +152,19 @@ class Server:
         seconds = self.configuration.settings.model_loading_timeout
         began = time.monotonic()
         try:
-            async with asyncio.timeout(seconds):
-                await self._fetch_and_load()
+            every = LOG_SECONDS if not on_terminal() else TERMINAL_SECONDS
+            with shown(self._tell, every) as self.state.progress:
+                async with asyncio.timeout(seconds):
+                    await self._fetch_and_load()
         except TimeoutError as error:
             raise LoadFailed(
                 f"the model was not ready within {seconds:.0f} s ({self.state.reason}); raise "
                 "option.model_loading_timeout"
             ) from error
         logger.info("ready after %.1f s", time.monotonic() - began)
+
+    def _tell(self, progress: Progress) -> None:
+        logger.info("%s: %s", self.state.reason, progress, extra={"passing": on_terminal()})
 
     async def _fetch_and_load(self) -> None:
         # Prepared now, because the first refused request would have to wait for it.
@@ -172,6 +179,7 @@ class Server:
             )
         except ArtefactError as error:
             raise LoadFailed(str(error)) from error
+        current().begin("")
         configuration = self.configuration.with_model_directory(directory)
         for problem in configuration.warnings:
             if problem not in self.configuration.warnings:
@@ -341,7 +349,8 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=run, daemon=True, name="load").start()
+    context = copy_context()  # which says where progress is reported
+    threading.Thread(target=context.run, args=(run,), daemon=True, name="load").start()
     return await done
 
 

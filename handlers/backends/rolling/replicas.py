@@ -20,6 +20,7 @@ from engine.messages import (
     Ask,
     FromEngine,
     LoadFailed,
+    Loading,
     Output,
     Ping,
     Pong,
@@ -28,6 +29,7 @@ from engine.messages import (
     StepDone,
     ToEngine,
 )
+from handlers import progress
 from processes.child import Child, Connection, Log
 from processes.inside import MAX_FRAME_BYTES
 from processes.supervisor import Supervisor, why_down
@@ -126,7 +128,11 @@ class EngineProcess:
         """
         try:
             _send(self._connection, msgspec.msgpack.encode(config))
-            first = await self._receive()
+            loading, phase = progress.current(), None
+            while isinstance(first := await self._receive(), Loading):
+                if phase != first.what:
+                    loading.begin(phase := first.what, first.total, first.size)
+                loading.done = first.done
             if isinstance(first, Ready):
                 return EngineClient(self._child, self._connection, first, stuck_seconds)
             if isinstance(first, LoadFailed):
