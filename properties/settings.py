@@ -238,6 +238,11 @@ class EngineSettings(BaseModel):
         aliases=("max_num_batched_tokens",),
         variables=(Variable("MAX_BATCH_PREFILL_TOKENS", Level.TGI),),
     )
+    spare_engine: bool = option(
+        "Keep a process waiting that has imported the engine (250 MB of memory): one that dies is replaced sooner.",
+        default=True,
+        backends=ROLLING,
+    )
     max_step_ms: Positive = option(
         "While answers are generated, prompts and images of other requests are spread over steps of about this time, "
         "or of three times what the answers alone take. Smaller: streams flow more evenly; larger: prompts are "
