@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.vllm.engine import VllmEngine
 from handlers.backends.vllm.parsers import VllmParser, VllmParsers, vllm_parsers
@@ -169,6 +171,30 @@ def test_calls_are_those_of_the_whole_extraction_wherever_the_stream_is_cut(
     for count in (1, 5):
         pieces = streamed(found.parser(asked), list(deltas(tokenizer, plain, count)))
         assert told(pieces) == ("", plain, [])
+
+
+def test_calls_are_found_in_deltas_of_a_tokenizer_of_sentencepiece() -> None:
+    texts = ["<unk>", "\u2581", *map(chr, range(33, 127)), *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [f"\u2581{chr(letter)}" for letter in range(97, 123)]
+    vocabulary = {text: number for number, text in enumerate([*texts, *words])}
+    merges = [("\u2581", word[1]) for word in words]
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    own = PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=MARKS)
+    text, content, calls = CALLS["deepseek_v3"]
+    found = formats(own, "tool_call_parser=deepseek_v3").tools
+    assert found is not None
+    for count in (1, 2, 7, 1000):
+        pieces = streamed(found.parser(Asked(TOOLS)), list(deltas(own, text, count)))
+        assert told(pieces) == ("", content, calls), count
 
 
 @pytest.mark.parametrize("name", ["kimi_k2", "vllm:deepseek_r1", "vllm:qwen3"])
