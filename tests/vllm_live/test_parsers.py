@@ -173,7 +173,18 @@ def test_calls_are_those_of_the_whole_extraction_wherever_the_stream_is_cut(
         assert told(pieces) == ("", plain, [])
 
 
-def test_calls_are_found_in_deltas_of_a_tokenizer_of_sentencepiece() -> None:
+@pytest.mark.parametrize("name", ["kimi_k2", "vllm:deepseek_r1", "vllm:qwen3"])
+def test_reasoning_is_that_of_the_whole_extraction(name: str, tokenizer: Any) -> None:
+    text = "<think>Hmm, the square is red.</think>It is red."
+    found = formats(tokenizer, f"reasoning_parser={name}").reasoning
+    assert found is not None
+    expected = ("Hmm, the square is red.", "It is red.", list[Any]())
+    assert told(parse_whole(found.parser(Asked()), text, ids_of(tokenizer, text))) == expected
+    for count in (1, 2, 1000):
+        assert told(streamed(found.parser(Asked()), list(deltas(tokenizer, text, count)))) == expected
+
+
+def test_reasoning_is_found_in_deltas_of_a_tokenizer_of_sentencepiece() -> None:
     texts = ["<unk>", "\u2581", *map(chr, range(33, 127)), *(f"<0x{byte:02X}>" for byte in range(256))]
     words = [f"\u2581{chr(letter)}" for letter in range(97, 123)]
     vocabulary = {text: number for number, text in enumerate([*texts, *words])}
@@ -188,24 +199,13 @@ def test_calls_are_found_in_deltas_of_a_tokenizer_of_sentencepiece() -> None:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    own = PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=MARKS)
-    text, content, calls = CALLS["deepseek_v3"]
-    found = formats(own, "tool_call_parser=deepseek_v3").tools
+    own = PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=["<think>", "</think>"])
+    text = "<think>Hmm, the square is red.</think>It is red."
+    found = formats(own, "reasoning_parser=vllm:deepseek_r1").reasoning
     assert found is not None
     for count in (1, 2, 7, 1000):
-        pieces = streamed(found.parser(Asked(TOOLS)), list(deltas(own, text, count)))
-        assert told(pieces) == ("", content, calls), count
-
-
-@pytest.mark.parametrize("name", ["kimi_k2", "vllm:deepseek_r1", "vllm:qwen3"])
-def test_reasoning_is_that_of_the_whole_extraction(name: str, tokenizer: Any) -> None:
-    text = "<think>Hmm, the square is red.</think>It is red."
-    found = formats(tokenizer, f"reasoning_parser={name}").reasoning
-    assert found is not None
-    expected = ("Hmm, the square is red.", "It is red.", list[Any]())
-    assert told(parse_whole(found.parser(Asked()), text, ids_of(tokenizer, text))) == expected
-    for count in (1, 2, 1000):
-        assert told(streamed(found.parser(Asked()), list(deltas(tokenizer, text, count)))) == expected
+        pieces = streamed(found.parser(Asked()), list(deltas(own, text, count)))
+        assert told(pieces) == ("Hmm, the square is red.", "It is red.", []), count
 
 
 @pytest.mark.parametrize(
