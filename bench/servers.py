@@ -35,12 +35,13 @@ class Sample:
 
 @dataclass
 class Server:
-    """A server that answers at ``host`` and ``port`` as ``model``; it has no samples if it was not started here."""
+    """A server that answers at ``host`` and ``port`` as ``model``; one not started here has no pid and no samples."""
 
     name: str
     host: str
     port: int
     model: str
+    pid: int = 0
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -115,7 +116,7 @@ def started(
         watch = _Watch(process.pid)
         try:
             model = _wait(process, port, log, patience)
-            yield Server(name, HOST, port, model, watch.samples)
+            yield Server(name, HOST, port, model, process.pid, watch.samples)
         finally:
             watch.stop()
             _end(process, watch.seen)
