@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+from collections.abc import Sequence, Set
 from pathlib import Path
 
-from handlers.backends.base import Lifecycle
+from handlers.backends.base import Backend, Lifecycle
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
+from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
-from handlers.parsers.names import parser_problems
+from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, VLLM_PARSER, of_vllm
 from handlers.pipeline import Pipeline
 from properties.configuration import Configuration, read_model_config
+from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 from properties.settings import Settings
 
@@ -84,3 +88,54 @@ def _examine(configuration: Configuration, model_path: Path, choice: Choice) -> 
 def build_images(settings: Settings) -> ImageLoader:
     """Return the image loader with the limits that the options set."""
     return ImageLoader(ImageLimits.of(settings))
+
+
+def parser_problems(configuration: Configuration, backend: Backend | None = None) -> list[Problem]:
+    """Report configured parsers that do not exist, or that the backend cannot use.
+
+    Args:
+        configuration: The configuration.
+        backend: None if it is not known yet.
+    """
+    problems = []
+    for option, ours, theirs, usable in (
+        (
+            "tool_call_parser",
+            TOOL_FORMATS,
+            tool_parser_names(),
+            None if backend is None else backend.tool_parsers,
+        ),
+        (
+            "reasoning_parser",
+            REASONING_FORMATS,
+            reasoning_parser_names(),
+            None if backend is None else backend.reasoning_parsers,
+        ),
+    ):
+        name, source = getattr(configuration.settings, option), configuration.sources[option]
+        text = _parser_problem(name, sorted(ours), sorted(theirs), theirs if usable is None else usable)
+        if text is not None:
+            text = f"{key_of(option)} = {name!r} ({source.location}): {text}"
+            problems.append(Problem(text, option, source))
+    return problems
+
+
+def _parser_problem(
+    name: str | None, ours: Sequence[str], theirs: Sequence[str], usable: Set[str]
+) -> str | None:
+    """theirs: vLLM's parsers. usable: those of them that the backend can use."""
+    vllms = of_vllm(name, ours)
+    if name is None or vllms is None:
+        return None
+    allowed = f"allowed: {', '.join(ours)}"
+    if vllms in theirs:
+        if vllms in usable:
+            return None
+        return f"this is a parser of vLLM, and vLLM is not what serves this model; {allowed}"
+    others = [one for one in theirs if one in usable and one not in ours]
+    if others:
+        allowed += f"; by vLLM, where it serves: {', '.join(others)}"
+    elif not theirs:
+        allowed += f"; vLLM has more ({VLLM_PARSER}hermes forces one of its own), but is not installed"
+    near = difflib.get_close_matches(vllms.lower(), [*ours, *others], n=1)
+    return f"there is no such parser{f'; did you mean {near[0]}?' if near else ''}; {allowed}"

@@ -1,9 +1,10 @@
-"""What the HTTP server and the handlers exchange: a request in, a reply out, no sockets."""
+"""What the HTTP server and the handlers exchange: a request in, a reply out, and events for metrics. No sockets."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 @dataclass(slots=True)
@@ -81,6 +82,8 @@ class RequestFacts:
 class Reply:
     """A reply, complete (`body`) or streamed (`chunks`, already framed; exactly one of the two is used).
 
+    `logged` says that another process has written the request's line to the log.
+
     Whoever holds a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
     the queue and aborts it in the engine.
     """
@@ -91,3 +94,43 @@ class Reply:
     chunks: AsyncIterator[bytes] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     facts: RequestFacts | None = None
+    logged: bool = False
+
+
+class Observer(Protocol):
+    """Receives the events on the event loop; `on_token_gap` for each step of each stream, so it must be cheap.
+
+    Every admitted request ends in exactly one `on_finished`, failed or not; `on_error` also counts those that
+    were never admitted. Times are seconds.
+    """
+
+    def on_admitted(self, facts: RequestFacts) -> None:
+        """Note an admitted request. facts: they change until `on_finished`."""
+
+    def on_first_token(self, seconds: float) -> None:
+        """Note the time from the request's arrival to its first token."""
+
+    def on_token_gap(self, seconds: float) -> None: ...
+
+    def on_finished(self, facts: RequestFacts) -> None: ...
+
+    def on_error(self, kind: str) -> None: ...
+
+
+class Unobserved:
+    """Ignores all events."""
+
+    def on_admitted(self, facts: RequestFacts) -> None:
+        pass
+
+    def on_first_token(self, seconds: float) -> None:
+        pass
+
+    def on_token_gap(self, seconds: float) -> None:
+        pass
+
+    def on_finished(self, facts: RequestFacts) -> None:
+        pass
+
+    def on_error(self, kind: str) -> None:
+        pass

@@ -34,18 +34,23 @@ from handlers.backends.base import (
 from handlers.errors import InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
 from handlers.prompts.detokenizer import Detokenizer, TokenTexts
-from handlers.prompts.limits import (
+from handlers.prompts.renderer import RenderedPrompt
+from handlers.request import (
     MANY_CHARACTERS,
+    ChatPrompt,
+    Constraint,
+    GenerationRequest,
+    Prompt,
+    RequestSampling,
+    TextPrompt,
     checked_sampling,
     checked_tokens,
     count_characters,
     longest_prompt,
+    media_parts,
     require_known,
     spelled,
 )
-from handlers.prompts.renderer import RenderedPrompt
-from handlers.request import ChatPrompt, Constraint, GenerationRequest, Prompt, TextPrompt, media_parts
-from handlers.sampling import RequestSampling
 
 T = TypeVar("T")
 

@@ -11,31 +11,27 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from handlers.admission import Admission
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidRequest, NotFound
-from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
+from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
 from handlers.images.loader import ImageLoader
-from handlers.observer import Observer, Unobserved
 from handlers.parsers.base import AnswerFormats
 from handlers.pipeline import Pipeline
-from handlers.prompts.limits import check_totals
-from handlers.protocols.api import Gate
-from handlers.protocols.base import JSON, JSON_LINES, Answered, ServerContext, Task
+from handlers.protocols.base import JSON, JSON_LINES, Answered, Gate, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
 from handlers.protocols.lmi.lines import MOST_SECONDS, answer_lines, are_lines
 from handlers.protocols.select import CALLS, error_format, read_task
-from handlers.reply_stream import ReplyStream
-from handlers.run import Run, is_cancelled, refusal
+from handlers.request import check_totals
 from handlers.tokenization import Tokenization
 from properties.settings import OutputFormat
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Work = Callable[[dict[str, Any], Incoming, RequestFacts, float, bool], Awaitable[Reply]]
-"""Its arguments: the body, its request, the facts to fill in, the time of arrival, and whether the body is long."""
+Work = Callable[[dict[str, Any], Incoming, RequestFacts, bool], Awaitable[Reply]]
+"""Its arguments: the body, its request, the facts to fill in, and whether the body is long."""
 
 LONG_REPLY_BYTES = 2**20
 """A larger reply is written in a thread, so that other requests' tokens do not wait."""
@@ -174,17 +170,17 @@ class Service:
 
         It raises only when it is cancelled, and everything is given back in that case.
         """
-        facts = RequestFacts(incoming.request_id, incoming.route)
-        written = error_format(incoming.route, incoming.headers)
-        arrival = time.monotonic()
+        facts = RequestFacts(incoming.request_id, incoming.route, arrival=time.monotonic())
+        keys: Collection[str] = ()
         try:
             long = _is_long(incoming.body)
             body = await self._parsed(incoming, long)
-            written = error_format(incoming.route, incoming.headers, body.keys())
-            return await work(body, incoming, facts, arrival, long)
+            keys = tuple(body)
+            return await work(body, incoming, facts, long)
         except (Exception, asyncio.CancelledError) as error:
+            written = error_format(incoming.route, incoming.headers, keys)
             reply = refusal(error, facts, written, self._observer)
-            facts.total = time.monotonic() - arrival
+            facts.total = time.monotonic() - facts.arrival
             return reply
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
@@ -196,7 +192,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(_PARSER, read_body, *given)
 
     async def _answer(
-        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
+        self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
     ) -> Reply:
         for gate in self._gates:
             if (reply := gate.answer(body, incoming)) is not None:
@@ -205,8 +201,6 @@ class Service:
             body = await self._formatters.read(body)
         task = await _aside(long, self._task, body, incoming)
         body.clear()
-        for request in task.requests:
-            request.arrival = arrival
         facts.model = task.requests[0].model
         if task.misspelt:
             log.warning("request %s: %s", incoming.request_id, " ".join(task.misspelt))
@@ -214,19 +208,13 @@ class Service:
         return await self._run(task, facts, incoming.keep)
 
     async def _answer_line(
-        self,
-        request_id: str,
-        body: dict[str, Any],
-        incoming: Incoming,
-        facts: RequestFacts,
-        arrival: float,
-        long: bool,
+        self, request_id: str, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
     ) -> Reply:
         """Answer a line of a body, whole whatever it says of a stream. request_id: the whole body's."""
         facts.request_id = request_id
         body["stream"] = False
         body.pop("stream_options", None)
-        return await self._answer(body, incoming, facts, arrival, long)
+        return await self._answer(body, incoming, facts, long)
 
     @cached_property
     def context(self) -> ServerContext:
@@ -281,11 +269,9 @@ class Service:
         permit = self.admission.admit(sum(request.n for request in task.requests))
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         timeout = self.limits.predict_timeout
-        deadline = None if timeout is None else task.requests[0].arrival + timeout
-        for request in task.requests:
-            request.deadline = deadline
+        deadline = None if timeout is None else facts.arrival + timeout
         facts.stream = task.stream
-        run = Run(task, permit, self._images, facts, self._observer, deadline, keep)
+        run = GenerationTask(task, permit, self._images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None
         try:
             async with run.time_limit():
@@ -339,5 +325,5 @@ def _is_long(body: bytes) -> bool:
 
 
 async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
-    """Run the work, in a thread if it is long."""
+    """GenerationTask the work, in a thread if it is long."""
     return await asyncio.to_thread(work, *given) if long else work(*given)

@@ -9,17 +9,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from handlers.admission import Admission
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.exchange import Incoming, Reply
+from handlers.generation_task import Admission
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Pipeline
-from handlers.prompts.limits import longest_prompt
 from handlers.protocols.base import JSON, ServerContext
-from handlers.protocols.misspelt import warning
+from handlers.protocols.body import warning
 from handlers.protocols.tokens import TokenTask, detokenize_reply, read_detokenize, read_tokenize
-from handlers.request import media_parts
+from handlers.request import longest_prompt, media_parts
 
 MOST_TOKENIZED_BYTES = 2**20
 """Of a body, its images not counted, that is turned into tokens; never more than a prompt may have."""

@@ -21,6 +21,10 @@ from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 _QUERIES = 64
 """Number of queries whose scores are computed at a time, where they are stored."""
 
+MASK_ENTRIES = 1 << 25
+"""Greatest size of a mask, [queries, context]: the queries of a larger one are computed some at a time. An entry takes
+up to 8 bytes while `scaled_dot_product_attention` runs, so a mask takes up to 256 MiB."""
+
 
 @dataclass(slots=True)
 class _DecodeGroup:
@@ -49,7 +53,6 @@ class _Chunk:
     context: int
     blocks: torch.Tensor | None
     masks: dict[int | None, torch.Tensor | CausalBias | None]
-    hidden: dict[int | None, torch.Tensor]
 
 
 class GatherKernel(AttentionKernel):
@@ -204,16 +207,16 @@ class GatherKernel(AttentionKernel):
         groups = query.shape[1] // self.shape.kv_heads
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
-        mask = self._chunk_mask(chunk, window)
-        out = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-        )
-        return out[0].transpose(0, 1)
+        some = max(1, MASK_ENTRIES // chunk.context)
+        if len(query) <= some or self._is_causal(chunk, window):
+            return _masked(query, keys, values, self._chunk_mask(chunk, window), scale)
+        assert self._step is not None
+        out = torch.empty_like(query)
+        for start in range(0, len(query), some):
+            part = slice(start, start + some)
+            mask = ~self._step.hidden(chunk.index, window, self.shape.device, part)
+            out[part] = _masked(query[part], keys, values, mask, scale)
+        return out
 
     def _in_parts(
         self,
@@ -227,9 +230,6 @@ class GatherKernel(AttentionKernel):
     ) -> torch.Tensor:
         """Compute some queries at a time, which bounds the scores' memory; keys, values [kv_heads, context, dim]."""
         assert self._step is not None
-        if window not in chunk.hidden:
-            chunk.hidden[window] = self._step.hidden(chunk.index, window, self.shape.device)
-        hidden = chunk.hidden[window]
         count, heads, dim = query.shape
         kv_heads = self.shape.kv_heads
         out = torch.empty_like(query)
@@ -243,7 +243,8 @@ class GatherKernel(AttentionKernel):
             )
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)
-            scores.view(*part.shape[:3], seen).masked_fill_(hidden[start:stop, :seen], float("-inf"))
+            hidden = self._step.hidden(chunk.index, window, self.shape.device, slice(start, stop))[:, :seen]
+            scores.view(*part.shape[:3], seen).masked_fill_(hidden, float("-inf"))
             weights = torch.softmax(scores, -1).to(values.dtype)
             out[start:stop] = (
                 torch.bmm(weights, values[:, :seen]).view(part.shape).permute(2, 0, 1, 3).flatten(1, 2)
@@ -260,12 +261,19 @@ class GatherKernel(AttentionKernel):
 
     def _build_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:
         assert self._step is not None
-        if window is None and not (self._step.spans and self._step.spans[chunk.index]):
-            if chunk.blocks is None:
-                return None
-            if self.shape.device.type == "cuda":
-                return causal_lower_right(chunk.stop - chunk.start, chunk.context)
+        if self._is_causal(chunk, window):
+            fresh = chunk.blocks is None
+            return None if fresh else causal_lower_right(chunk.stop - chunk.start, chunk.context)
         return ~self._step.hidden(chunk.index, window, self.shape.device)
+
+    def _is_causal(self, chunk: _Chunk, window: int | None) -> bool:
+        """Whether `scaled_dot_product_attention` needs no mask, since it knows this kind."""
+        assert self._step is not None
+        if window is not None and window < chunk.context:
+            return False
+        if self._step.spans and self._step.spans[chunk.index]:
+            return False
+        return chunk.blocks is None or self.shape.device.type == "cuda"
 
     def _gather(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """[kv_heads, blocks, block_size * head_dim] -> [kv_heads, len(blocks) * block_size, head_dim]."""
@@ -278,7 +286,7 @@ class GatherKernel(AttentionKernel):
         fresh = context == stop - start
         used = -(-context // self.shape.block_size)
         blocks = None if fresh else torch.tensor(step.block_tables[index][:used], device=self.shape.device)
-        return _Chunk(index, start, stop, context, blocks, {}, {})
+        return _Chunk(index, start, stop, context, blocks, {})
 
     def _group_decodes(self, step: PackedStep) -> list[_DecodeGroup]:
         count, size = step.num_decodes, step.block_size
@@ -313,6 +321,25 @@ class CpuKernel(GatherKernel):
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
         return None if shape.device.type == "cpu" else f"it runs on a CPU only, not on {shape.device.type}"
+
+
+def _masked(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | CausalBias | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attend with queries [queries, heads, dim] to keys and values [heads, context, dim]; None masks causally."""
+    out = scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    return out[0].transpose(0, 1)
 
 
 def padded_tables(step: PackedStep, members: list[int]) -> list[list[int]]:

@@ -17,8 +17,7 @@ from engine.config import Vocabulary
 from engine.messages import Logprobs
 from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
-from handlers.request import Constraint, MediaPart
-from handlers.sampling import RequestSampling
+from handlers.request import Constraint, MediaPart, RequestSampling
 from properties.problem import Problem
 
 if TYPE_CHECKING:
@@ -414,7 +413,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """replicas: how many are started, each on `per_replica` devices of the `available` ones on `machines` machines."""
+    """How many replicas are started, each on `per_replica` of the `available` devices on `machines` machines."""
 
     replicas: int
     per_replica: int
@@ -424,7 +423,7 @@ class DevicePlan:
 
 
 @dataclass(frozen=True)
-class PromptFacts:
+class PromptCheck:
     """What `lmi check` reports about prompts.
 
     Attributes:
@@ -483,7 +482,7 @@ class Backend(Protocol):
         """Return the template of the model's family, for a model without one; None if there is none."""
 
     def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
-        """Replicas and their devices. shapes: see `Needs`. Raises InvalidConfiguration for too few devices."""
+        """Return replicas and their devices. shapes: see `Needs`. Raises InvalidConfiguration for too few devices."""
 
     def estimate(
         self, configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine
@@ -504,5 +503,5 @@ class Backend(Protocol):
             machine: Where the engine would run.
         """
 
-    def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
+    def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
         """Return what a start would find out about prompts and images. Slow: it may start a process."""

@@ -9,20 +9,17 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
-from handlers.admission import Admission, Permit
 from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.observer import Observer, Unobserved
-from handlers.own_words import own_words_of
+from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
+from handlers.generation_task import Admission, Permit, refusal
 from handlers.protocols.base import JSON_LINES
-from handlers.protocols.errors import error_reply, log_error
+from handlers.protocols.errors import error_reply, log_error, own_words_of
 from handlers.protocols.lmi.lines import execution_reply
 from handlers.protocols.lmi.replies import lmi_error
 from handlers.protocols.lmi.routes import request_properties
 from handlers.protocols.select import error_format
-from handlers.run import refusal
 from handlers.service import ServiceLimits
 
 _GRACE_SECONDS = 1.0

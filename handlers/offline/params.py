@@ -11,9 +11,9 @@ from typing import Any
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import sampling_params
 from handlers.protocols.body import convert
-from handlers.protocols.constraints import read_constraint
+from handlers.protocols.fields import read_constraint
 from handlers.request import Constraint
-from handlers.sampling import RequestSampling as EngineParams
+from handlers.request import RequestSampling as EngineParams
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),

@@ -8,8 +8,8 @@ import re
 from collections.abc import Container
 from dataclasses import dataclass
 
+from handlers.parsers.base import Machine, Pieces, possible_beginning
 from handlers.parsers.json_scanner import MAX_DEPTH, skip_space
-from handlers.parsers.machine import Machine, Pieces, possible_beginning
 
 _LONGEST_WORD = 1000
 """Greatest number of characters of a name, a constant or a number."""
@@ -124,7 +124,7 @@ class PythonCall:
         return written is not None
 
     def _structure(self, text: str, at: int) -> int:
-        """Takes the character between words and strings; -1 where it does not fit."""
+        """Process a character between words and strings; return -1 if it is invalid."""
         character, expects = text[at], self._expects
         opened = self._open[-1] if self._open else None
         if (
@@ -194,7 +194,7 @@ class PythonCall:
 
     def _close(self, opened: _Open) -> bool:
         if opened.closing == ")" and len(self._open) > 1 and opened.count == 1 and not opened.comma:
-            return False  # a value in parentheses is no tuple
+            return False  # a value in parentheses is not a tuple
         self._write(opened.json_closing)
         self._open.pop()
         self._expects = "after"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from handlers.parsers.base import Asked, Content, Parser, Piece, Reasoning, parse_whole
+from handlers.parsers.base import Asked, Content, Parser, Piece, Reasoning, parse_whole, possible_beginning
 from handlers.parsers.json_scanner import skip_space
-from handlers.parsers.machine import possible_beginning
 
 Begins = Literal["reasoning", "content", "tagged"]
 

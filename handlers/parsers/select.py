@@ -1,22 +1,25 @@
-"""Parsers by their names in the options, which are vLLM's."""
+"""Our parsers by their names in the options, which are vLLM's."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from handlers.parsers.base import AnswerFormats, Asked, Parser, ReasoningFormat, ToolFormat
+from handlers.parsers.base import AnswerFormats, Asked, Parser, Pieces, ReasoningFormat, ToolFormat
 from handlers.parsers.json_calls import (
+    ARGS,
+    CALL_ID,
     HERMES_CLOSE,
     HERMES_OPEN,
     TAG,
+    TOOL_CALLS,
     CallArray,
     HermesParser,
     Llama3JsonParser,
+    MistralParser,
     OnlyArguments,
+    new_call_id,
 )
-from handlers.parsers.machine import Pieces
-from handlers.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralParser, new_call_id
 from handlers.parsers.python_calls import END, START, PythonicParser
 from handlers.parsers.reasoning import Begins, ThinkParser, in_prompt
 
@@ -135,3 +138,14 @@ def answer_formats(
         auto=auto and tools is not None,
         reasoning=None if reasoning is None else REASONING_FORMATS[reasoning],
     )
+
+
+VLLM_PARSER = "vllm:"
+"""Selects vLLM's parser where both have one of that name."""
+
+
+def of_vllm(name: str | None, ours: Collection[str]) -> str | None:
+    """Return vLLM's name of the parser; None if it is ours, or if there is none."""
+    if name is None or name in ours:
+        return None
+    return name.removeprefix(VLLM_PARSER)

@@ -48,6 +48,7 @@ class ChatTemplates:
 
     @classmethod
     def only(cls, text: str, origin: str = "") -> ChatTemplates:
+        """Return a single template that is used for every request."""
         template = Template(text, origin)
         return cls({DEFAULT: template}, template, template)
 
@@ -60,13 +61,13 @@ class ChatTemplates:
 
     @property
     def all(self) -> dict[str, str]:
-        """Each source once, with what to call it."""
+        """Each source once, with a description of it."""
         found = {template.text: f"the chat template {name!r}" for name, template in self.named.items()}
         usual = (self.default, self.with_tools)
         return found | {template.text: "the chat template" for template in usual if template is not None}
 
     def told(self) -> str:
-        """Which is used, for people: "chat_template.jinja; with tools tool_use of tokenizer_config.json"."""
+        """Describe which is used, as "chat_template.jinja; with tools tool_use of tokenizer_config.json"."""
         if self.default is None and self.with_tools is None:
             return f"none by default, of {', '.join(sorted(self.named))}" if self.named else "none"
         told = "none without tools" if self.default is None else self._told(self.default)
@@ -85,12 +86,16 @@ class _Entry(msgspec.Struct):
 
 
 def read_chat_templates(setting: str | None, path: Path, otherwise: object = None) -> ChatTemplates:
-    """The templates that a model in `path` is served with; reads a few small files.
+    """Return the templates that a model is served with. It reads a few small files.
 
-    setting: `option.chat_template`, which is the name of one of the model's, a file (absolute, or in the model's
-    directory), or a template's text; the last two are used in place of all of the model's own.
-    otherwise: what the code for its tokenizer or family has, for a model whose files show none.
-    Raises ModelLoadError for a setting that is none of these and for files that cannot be read.
+    Args:
+        setting: `option.chat_template`: the name of one of the model's templates, a file (absolute, or in the model's
+            directory), or a template's text. The last two replace all of the model's own.
+        path: The model's directory.
+        otherwise: What the code for the model's tokenizer or family has, for a model whose files contain none.
+
+    Raises:
+        ModelLoadError: The setting is none of these, or a file cannot be read.
     """
     if setting is not None and ("{" in setting or "\n" in setting):
         return ChatTemplates.only(setting, "option.chat_template")
@@ -110,10 +115,10 @@ def read_chat_templates(setting: str | None, path: Path, otherwise: object = Non
 
 
 def _of_model(path: Path, otherwise: object) -> ChatTemplates:
-    """As transformers finds them, and as vLLM chooses between those of a processor and those of its tokenizer.
+    """Return the templates that transformers finds; vLLM's rule chooses between the processor's and the tokenizer's.
 
-    Without tools the processor's default wins over the tokenizer's, as images need it; with tools the tokenizer's
-    templates come first, as a processor chooses none by that.
+    Without tools the processor's default takes precedence, as images need it; with tools the tokenizer's templates do,
+    as a processor has no template for them.
     """
     tokenizer = _tokenizers(path) or _named(otherwise, "the code for the model")
     processor = _processors(path) if _has_processor(path) or not tokenizer else {}
@@ -191,7 +196,7 @@ _PART_FILTERS = frozenset({"selectattr", "rejectattr", "map"})
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, transformers' own block: parsed here only to look inside."""
+    """`{% generation %}`, a block of transformers' own; it is parsed only to examine its content."""
 
     tags = {"generation"}  # noqa: RUF012 - the base class has it as a plain set
 
@@ -208,12 +213,14 @@ _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
 
 @dataclass(frozen=True, slots=True)
 class TemplateSource:
-    """Facts about one template.
+    """What the source of a template shows.
 
-    content_format: "openai" where the template loops over a message's content, else "string".
-    accepts_strings: the template asks somewhere whether a value `is string`, so a bare string is safe.
-    variables: names that it reads from outside and that are no Jinja globals.
-    printed: the text that it prints itself; searched: strings that it compares, splits or filters by.
+    Attributes:
+        content_format: "openai" if the template loops over a message's content, or else "string".
+        accepts_strings: The template tests somewhere whether a value `is string`, so a plain string is safe.
+        variables: The variables that it reads, without Jinja's globals.
+        printed: The text that it prints itself.
+        searched: The strings that it compares, splits or filters by.
     """
 
     content_format: ContentFormat

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from handlers.prompts.tokenizer import skipped_tokens
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,11 +26,7 @@ MOST_TEXTLESS = 16
 class Detokenizer:
     """The text of one answer.
 
-    stop: strings that end the answer. Text that may turn out to be the beginning of one is held back until it
-    is decided. min_tokens: a stop string that is complete with the first that many tokens is not one.
-    prime: the prompt's last token ids: a word's space is known by what stands before it. anew: the answer goes on with
-    no text, so a first space that only parts it from the prompt is not shown; stop strings may begin with it.
-    skipped: token ids that have no text, in any company.
+    Text that may be the beginning of a stop string is held back until that is decided.
     """
 
     def __init__(
@@ -45,6 +41,19 @@ class Detokenizer:
         anew: bool = False,
         skipped: Set[int] = frozenset(),
     ) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: The model's.
+            stop: Strings that end the answer.
+            include_stop: Whether the text includes the stop string.
+            min_tokens: A stop string that is complete within this many tokens does not count.
+            skip_special_tokens: Whether special tokens are left out of the text.
+            prime: The prompt's last tokens, since a word's space depends on what precedes it.
+            anew: Whether the answer begins a new text: a first space that only separates it from the prompt is not
+                shown, but stop strings may begin with it.
+            skipped: Tokens that never have text.
+        """
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._skipped = skipped
@@ -138,7 +147,7 @@ class Detokenizer:
         return text
 
     def _begun_anew(self) -> str:
-        """What is waiting, as the text after the last token that had one; further tokens follow it."""
+        """Return the text that is waiting, after the last token that had text; further tokens follow it."""
         before, both = self._decoded(self._last), self._decoded(self._last + self._textless)
         text = both[len(before) :] if both.startswith(before) else self._decoded(self._textless)
         self._stream = self._primed(self._textless[-1:] if text else self._last, goes_on=True)
@@ -147,12 +156,11 @@ class Detokenizer:
         return text
 
     def _primed(self, token_ids: list[int], *, goes_on: bool) -> DecodeStream:
-        """A stream of what follows these tokens, which the text is not to show.
+        """Return a stream of the text that follows these tokens, without theirs.
 
-        It shows them nevertheless where their text ends in the middle of a character: it must not know so many of them,
-        and what it makes of the rest is left out. Where they begin in the middle of one, some tokenizers make nothing
-        of all the bytes that follow: it must not know the first. goes_on: whether a character that they begin may be
-        completed.
+        A stream would show them, too, if their text ended within a character: so it gets fewer of them, and what it
+        makes of the rest is removed. If they begin within a character, some tokenizers lose all bytes that follow: so
+        the first is left out. goes_on: whether a character that they begin may be completed.
         """
         for last in range(len(token_ids), 0, -1):
             for first in range(min(LONGEST_CHARACTER, last)):
@@ -220,7 +228,7 @@ class TokenTexts:
     def detokenizer(
         self, params: RequestSampling, *, prime: Sequence[int] = (), anew: bool = False
     ) -> Detokenizer:
-        """What makes the text of one answer. prime, anew: see `Detokenizer`."""
+        """Return a detokenizer for one answer. prime, anew: see `Detokenizer`."""
         return Detokenizer(
             self._backend,
             stop=params.stop,

@@ -15,7 +15,7 @@ from handlers.prompts.chat_templates import ChatTemplates, TemplateSource
 from handlers.prompts.special_tokens import ControlTokens, Hidden, LiteralEncoder, encode, token_places
 from handlers.protocols.body import SHORT_BYTES
 from handlers.protocols.body_limits import check_body
-from handlers.protocols.constraints import MAX_DEPTH, depth
+from handlers.protocols.fields import MAX_DEPTH, depth
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_parts, prompt_parts
 
 if TYPE_CHECKING:
@@ -26,21 +26,25 @@ log = logging.getLogger(__name__)
 _LONGEST_REASON = 300
 _LONGEST_PROMPT = 2**22
 _CHARACTERS_PER_TOKEN = 4
-"""In the longest text that is looked at: a rough mean, so that a prompt may have 8 times the context, to be cut."""
+"""A rough mean for the longest text: with it, a prompt that will be truncated may have 8 times the context."""
 
 _FEWEST_TOKENS = 2**20
-"""That a prompt may have before it is cut."""
+"""The number of tokens that every prompt may have before it is truncated."""
 
 _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
-"""Variables of a template that a request has fields for."""
+"""Template variables that requests set by fields of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """token_ids hold exactly one image-token id per image, in reading order; `text` is for people.
+    """A prompt as text and as tokens.
 
-    spans: where each token stands in `text`, (start, stop) in characters, (0, 0) for one that the tokenizer added by
-    itself; None where they were not asked for, or the client sent ids.
+    Attributes:
+        text: The prompt for people to read.
+        token_ids: Its tokens, with exactly one image token for each image, in reading order.
+        n_images: The number of images.
+        spans: The (start, stop) of each token in `text`, in characters; (0, 0) for a token that the tokenizer added.
+            None if they were not asked for, or if the client sent token ids.
     """
 
     text: str
@@ -52,23 +56,12 @@ class RenderedPrompt:
 class PromptRenderer:
     """Renders prompts for one model. Pure and CPU-bound: long prompts belong in a worker thread.
 
-    tokenizer: a fast tokenizer that nobody else asks to truncate or to pad.
-    chat_template: the model's templates, or the source of its only one; None where it has none (chat prompts are
-        then refused).
-    content_format: what a template wants as a message's content; "auto" looks into its source.
-    image_token: the one token that stands for an image; None for a model that sees none.
-    placeholder: what is written where the template does not write an image itself, `image_token` unless the
-        family wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It holds image_token once.
-    printed: what the template prints for an image where that is not the placeholder, which then takes its place
-        before the prompt is tokenised (Gemma 3 prints "<start_of_image>").
-    texts_apart: what stands before, between and after images is tokenised apart, each as a prompt of its own (Phi-3
-        Vision).
-    adds_special_tokens, arrange, around, max_images: see `engine.families.base.Preprocessor` (`arranged`).
-
-    Raises ValueError when these do not fit together.
-
-    longest: characters of a prompt, or tokens that the client sent, which are looked at at all. Encoding takes some
-    hundred bytes of memory and a microsecond for each; whoever knows the model's context sets it.
+    Attributes:
+        longest: The most characters of a prompt, or tokens that a client sends, before it is refused unread. Encoding
+            takes some hundred bytes of memory and a microsecond for each. Set it once the model's context is known.
+        templates: The model's chat templates.
+        image_token_id: The token that stands for an image; None for a model that takes no images.
+        placeholder: The text that stands for an image in a prompt.
     """
 
     def __init__(
@@ -86,6 +79,27 @@ class PromptRenderer:
         around: Callable[[int], tuple[list[int], list[int]]] | None = None,
         max_images: int | None = None,
     ) -> None:
+        """Prepare to render prompts.
+
+        Args:
+            tokenizer: A fast tokenizer; nothing else may set its truncation or padding.
+            chat_template: The model's templates, or the source of its only one; None if it has none, so that chats are
+                refused.
+            content_format: The form in which templates expect a message's content; "auto" derives it from their source.
+            image_token: The token that stands for an image; None for a model that takes no images.
+            placeholder: The text for an image where the template does not print one: `image_token`, unless the family
+                wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It contains image_token once.
+            printed: What the template prints for an image if that is not the placeholder, which replaces it before
+                the prompt is tokenised (Gemma 3 prints "<start_of_image>").
+            texts_apart: The texts before, between and after images are tokenised separately (Phi-3 Vision).
+            adds_special_tokens: See `engine.families.base.Preprocessor`, as for the next three.
+            arrange: Arranges the text of a prompt without turns (`arranged`).
+            around: The tokens before and after a prompt with so many images.
+            max_images: The most images of one prompt; None for any number.
+
+        Raises:
+            ValueError: The arguments contradict each other.
+        """
         self.longest = _LONGEST_PROMPT
         self._adds_special_tokens = adds_special_tokens
         self._arrange = arrange
@@ -128,7 +142,7 @@ class PromptRenderer:
 
     @property
     def variables(self) -> dict[str, frozenset[str]]:
-        """Those that each of the model's templates reads and a request may set, by its name."""
+        """The variables that a request may set, for each of the model's templates by name."""
         named = self.templates.named
         return {name: self._settable(self._sources[template.text]) for name, template in named.items()}
 
@@ -136,9 +150,14 @@ class PromptRenderer:
         return source.variables - _OURS - self._tokenizer.special_tokens_map.keys()
 
     def render(self, prompt: ChatPrompt | TextPrompt, *, spans: bool = False) -> RenderedPrompt:
-        """Text and ids of a prompt. spans: with the place of each token in the text.
+        """Return a prompt's text and tokens.
 
-        Raises InvalidRequest for what the client can mend.
+        Args:
+            prompt: The turns, or the text.
+            spans: Whether to return the place of each token in the text.
+
+        Raises:
+            InvalidRequest: The client can correct the prompt.
         """
         self._require_room(_characters(prompt))
         if isinstance(prompt, ChatPrompt):
@@ -186,7 +205,7 @@ class PromptRenderer:
         return self._encoded(text, hidden, n_images, add_special_tokens, spans)
 
     def _decoded(self, token_ids: list[int]) -> str:
-        """In a batch, because other threads run meanwhile."""
+        """Decode as a batch, which lets other threads run."""
         (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=False)
         return str(text)
 
@@ -302,7 +321,7 @@ class PromptRenderer:
     def _ids_apart(
         self, texts: list[str], hidden: Hidden, add_special_tokens: bool, with_spans: bool
     ) -> tuple[list[int], list[tuple[int, int]] | None]:
-        """Of texts with an image between each and the next."""
+        """Tokenise texts separately, with an image token between each and the next."""
         image, image_id = self.placeholder, self.image_token_id
         assert image is not None
         assert image_id is not None
@@ -351,7 +370,7 @@ class PromptRenderer:
             )
 
     def _require_tokens(self, count: int) -> None:
-        """Before they become a list, which is one step for other threads."""
+        """Refuse too many tokens before they become a list, since that lets no other thread run."""
         if count > (most := max(_FEWEST_TOKENS, self.longest // _CHARACTERS_PER_TOKEN)):
             raise InvalidRequest(
                 f"the prompt has {count} tokens, far more than this model's context holds; allowed: at most {most}"
@@ -371,7 +390,7 @@ class PromptRenderer:
 
 
 def _characters(prompt: ChatPrompt | TextPrompt) -> int:
-    """Of all texts that the client sent for the prompt: those of its turns, and what else a template may print."""
+    """Count the characters of a prompt: its turns, and everything else of the client's that a template may print."""
     count = sum(len(part.text) for part in prompt_parts(prompt) if isinstance(part, TextPart))
     if isinstance(prompt, TextPrompt):
         return count
@@ -400,10 +419,10 @@ def _parse(template: str, what: str) -> TemplateSource:
 def _control_tokens(
     tokenizer: PreTrainedTokenizerFast, images: Sequence[str], sources: Collection[TemplateSource]
 ) -> set[str]:
-    """Special tokens, the image's, and added tokens that only the templates are meant to print.
+    """Return special tokens, image tokens, and added tokens that only templates should print.
 
-    The last are turn markers that a conversion did not flag as special. Tokens that a template searches the
-    messages for ("</think>") are mark-up that clients may well send, and runs of white space are text.
+    The last are markers of turns that were not flagged as special when the model was converted. Tokens that a template
+    looks for in messages ("</think>") are mark-up that clients may send, and runs of white space are text.
     """
     printed, searched = "\x00".join(s.printed for s in sources), "\x00".join(s.searched for s in sources)
     control = {token for token in tokenizer.all_special_tokens if token}
@@ -424,7 +443,7 @@ def _single_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 class _Result(str):
-    """What a tool answered: a string, as templates want it, and its one part for those that loop over parts only."""
+    """A tool's result: a string for most templates, which yields one part to templates that loop over parts."""
 
     __slots__ = ()
 
@@ -433,7 +452,7 @@ class _Result(str):
 
 
 def _is_plain(message: Message) -> bool:
-    """Whether a template that knows strings gets one: the client sent one, or a lone system text."""
+    """Whether to pass the content as a string: the client sent a string, or one text as the system's message."""
     if message.text_only or not message.parts:
         return True
     lone_text = len(message.parts) == 1 and isinstance(message.parts[0], TextPart)
@@ -445,10 +464,10 @@ def _ends_with_text(prompt: ChatPrompt) -> bool:
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends the arguments as a JSON string; templates written for transformers want an object.
+    """Parse a call's arguments: OpenAI's clients send JSON text, but templates for transformers expect an object.
 
-    What is none becomes an empty one, as in vLLM: a call that was cut short must not end the conversation. So does
-    what escapes half a surrogate pair, which no prompt can hold, and what is nested too deeply to be rendered.
+    Anything else becomes an empty object, as in vLLM, since a call that was cut short must not end the conversation.
+    So do arguments with half a surrogate pair, which no prompt can contain, and those nested too deeply to be rendered.
     """
     function = call.get("function")
     if not isinstance(function, dict):

@@ -24,7 +24,7 @@ _MARKS = re.compile(_MARK)
 _LONGEST_MARK = 32
 
 _WINDOW = 2**17
-"""Characters that are searched in one step: no other thread runs while an expression is sought."""
+"""Characters searched in one step, since no other thread runs during a search."""
 
 LONG_TEXT = 10_000
 """Characters of a text that is encoded without stopping all other threads."""
@@ -75,9 +75,11 @@ class ControlTokens:
         self._longest = len(self.tokens[0]) - 1 if self.tokens else 0
 
     def spans(self, text: str, *, alone: bool) -> list[tuple[int, int]]:
-        """Where `text` holds a control token, or a piece of one at an end (past white space).
+        """Return where the text contains a control token, or at either end (apart from white space) part of one.
 
-        alone: also the whole text where it is the middle of a control token.
+        Args:
+            text: The client's text.
+            alone: Whether to include a text that is, as a whole, the middle of a control token.
         """
         spans = [match.span() for match in _matches(self._whole, text, self._longest + 1)]
         if not self.tokens or not text:
@@ -110,7 +112,7 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Hidden:
-    """The marks of one prompt. Their name is drawn anew for each prompt, so no client can write one."""
+    """The marks of one prompt. They contain a random name, new for each prompt, so that no client can write one."""
 
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
@@ -118,6 +120,7 @@ class Hidden:
         self.literals: dict[str, str] = {}
 
     def text(self, text: str, *, alone: bool = False) -> str:
+        """Return a text with marks in place of control tokens. alone: see `ControlTokens.spans`."""
         spans = self._control.spans(text, alone=alone)
         if not spans:
             return text
@@ -153,10 +156,13 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class LiteralEncoding:
-    """ids: of the prompt. The rest is what `spans` needs.
+    """The tokens of a prompt, and what is needed to find them in its text.
 
-    sources: the number of each id's token in the encoding. borders: where the pieces of the encoded text begin, in it
-    and in the text that people see.
+    Attributes:
+        ids: The tokens.
+        sources: For each of them, the number of its token in `encoding`.
+        encoding: The encoding with anchors.
+        borders: Where each piece begins, in the encoded text and in the text that people see.
     """
 
     ids: list[int]
@@ -165,7 +171,7 @@ class LiteralEncoding:
     borders: list[tuple[int, int]]
 
     def spans(self) -> list[tuple[int, int]]:
-        """Where each token stands in the text that people see."""
+        """Return the (start, stop) of each token in the text that people see, in characters."""
         starts = [encoded for encoded, _ in self.borders]
         shifts = [seen - encoded for encoded, seen in self.borders]
 
@@ -226,9 +232,13 @@ class LiteralEncoder:
         add_special_tokens: bool,
         require_room: Callable[[int], None] = lambda count: None,
     ) -> LiteralEncoding:
-        """A rendered prompt: its visible control tokens count, its marks stand for literal text.
+        """Encode a rendered prompt, in which visible control tokens count and marks stand for literal text.
 
-        require_room: is told the number of tokens before they are made a list.
+        Args:
+            rendered: The prompt with marks.
+            hidden: What the marks stand for.
+            add_special_tokens: Whether the tokenizer adds its own.
+            require_room: Called with the number of tokens before they become a list; it may raise.
         """
         pieces: list[str] = []
         counted: list[int] = []
@@ -255,9 +265,10 @@ class LiteralEncoder:
     def _with_ids(
         self, ids: Sequence[int], added: Sequence[int], counted: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Anchors become what they stand for; a control id that plain text gave by itself is spelled out.
+        """Replace anchors by their tokens, and spell out control tokens that plain text happened to become.
 
-        Also the number that each id's token had.
+        Returns:
+            The ids, and for each the number of the token that it came from.
         """
         result: list[int] = []
         sources: list[int] = []
@@ -279,6 +290,6 @@ class LiteralEncoder:
 
 
 def _unknown_ids(model: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
-    """The id that honest text gets where the vocabulary has no other: by name, for Unigram by number."""
+    """Return the ids that mean "unknown", which ordinary text may get: given by name, by Unigram models by number."""
     ids = {vocabulary[token] for token in [model.get("unk_token")] if token in vocabulary}
     return ids | {model["unk_id"]} if model.get("unk_id") is not None else ids

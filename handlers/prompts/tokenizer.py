@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
-    """The model's tokenizer as transformers loads it. Slow. Raises ModelLoadError."""
+    """Return the model's tokenizer as transformers loads it. Slow. Raises ModelLoadError."""
     theirs = mistral_tokenizer(Path(path))
     if theirs is not None and not Path(path, "tokenizer.json").is_file():
         raise ModelLoadError(only_mistral(theirs))
     from transformers import AutoTokenizer
 
-    # Where mistral_common is installed, transformers would take Mistral's own tokenizer, which is no fast one.
+    # Where mistral_common is installed, transformers would take Mistral's own tokenizer, which is not a fast one.
     format: dict[str, Any] = {} if theirs is None else {"mistral_format": False}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **format)
@@ -38,7 +38,14 @@ def vocabulary_of(
     eos_token_ids: tuple[int, ...],
     forbidden: tuple[int, ...] = (),
 ) -> Vocabulary:
-    """size: of the model's logits. forbidden: tokens that no answer may hold."""
+    """Return what the engine must know of a vocabulary.
+
+    Args:
+        tokenizer: The model's.
+        size: The number of the model's logits.
+        eos_token_ids: Tokens that end an answer.
+        forbidden: Tokens that no answer may contain.
+    """
     backend = copy.copy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
@@ -52,5 +59,5 @@ def vocabulary_of(
 
 
 def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    """What a text without special tokens is without."""
+    """Return the tokens that are left out of a text without special tokens."""
     return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)

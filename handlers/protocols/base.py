@@ -1,22 +1,114 @@
-"""What an API consists of: a function that parses a body into a `Task`, and the writer that this task carries."""
+"""What an API consists of: routes, readers that parse a body into a `Task`, and the writer that this task carries.
+
+`select.py` lists the APIs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from operator import attrgetter
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from engine.sampling_params import MAX_INTEGER, MAX_SEED
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidParameter, InvalidRequest, ServingError
-from handlers.exchange import RequestFacts
+from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.parsers.base import AnswerFormats
-from handlers.protocols.misspelt import warning
-from handlers.request import GenerationRequest
-from handlers.sampling import RequestSampling
-from properties.settings import OutputFormat
+from handlers.protocols.body import warning
+from handlers.request import GenerationRequest, RequestSampling
+from properties.settings import OutputFormat, Settings
+
+if TYPE_CHECKING:
+    from handlers.service import Service
+
+
+READ = ("GET", "HEAD")
+SSE_TYPE = "text/event-stream"
+REFERENCE = "#/components/schemas/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFormat:
+    """How one API writes errors.
+
+    Attributes:
+        body: Makes of an error what is encoded as JSON.
+        status: The HTTP status of its reply, where that is not the error's own.
+    """
+
+    body: Callable[[ServingError], object]
+    status: Callable[[ServingError], int] = attrgetter("status")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route and what it takes and gives. Several types of body, reply or event are alternatives.
+
+    Attributes:
+        path: `{name}` stands for a model's name, `{adapter}` for an adapter's.
+        action: What answers it: "answer" for the model, a name in an API's `calls`, or one of the server's own.
+        summary: One line for the document.
+        methods: The HTTP methods that it answers.
+        template: What logs, metrics and handlers call the route; the path itself unless several paths share one name.
+        light: Answered from the head of the request, unlimited and without a line in the log, as monitoring asks it.
+        queued: Takes a place in the queue.
+        open: Answered without the server's key, as the platform asks it.
+        appended: Also answered where a client appends the path to that of any route that answers.
+        bodies: Structs of the request's body.
+        plain_text: The body may be a prompt alone.
+        query: Parameter of the query -> what it means.
+        replies: Structs of the reply, or lists of them.
+        texts: Content types of replies that are not JSON.
+        events: Content type of a stream -> the structs of its events or lines.
+        errors: Structs of a refusal, beside those that every route may answer with.
+        not_ready: Structs of the reply with 503, where they are not those of `errors`.
+        codes: Statuses of errors, where they are not those of every route with such a body.
+    """
+
+    path: str
+    action: str
+    summary: str
+    methods: tuple[str, ...] = ("POST",)
+    template: str = ""
+    light: bool = False
+    queued: bool = False
+    open: bool = False
+    appended: bool = False
+    bodies: Sequence[type] = ()
+    plain_text: bool = False
+    query: Mapping[str, str] = field(default_factory=dict)
+    replies: Sequence[Any] = ()
+    texts: Sequence[str] = ()
+    events: Mapping[str, Sequence[type]] = field(default_factory=dict)
+    errors: Sequence[type] = ()
+    not_ready: Sequence[type] = ()
+    codes: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not self.template:
+            object.__setattr__(self, "template", self.path)
+
+
+def described(*parts: type[Struct], **schema: Any) -> Meta:
+    """Returns what `/openapi.json` says of a field beyond its type, where its reader checks or takes it apart by hand.
+
+    parts: structs that the schema names with `reference`. schema: keywords of JSON Schema.
+    """
+    return Meta(extra_json_schema=schema, extra={"parts": parts} if parts else None)
+
+
+def described_as(part: type[Struct]) -> Meta:
+    """Returns what `/openapi.json` says of an object, or null, that is read as a struct of its own afterwards."""
+    return described(part, anyOf=[reference(part), {"type": "null"}])
+
+
+def reference(part: type[Struct]) -> dict[str, str]:
+    """Returns the JSON Schema that names a struct."""
+    return {"$ref": REFERENCE.format(name=part.__name__)}
+
 
 SSE = "text/event-stream; charset=utf-8"
 JSON = "application/json"
@@ -139,7 +231,7 @@ class Task:
     """What a body asks for. Several requests are several prompts, answered together and in order.
 
     Attributes:
-        misspelt: A sentence for each name in the body that nobody reads (`handlers.protocols.misspelt`).
+        misspelt: A sentence for each name in the body that nobody reads (`handlers.protocols.body`).
         names: A field of `SamplingParams` -> what the client calls it, where that is another name.
         route_headers: What its route adds to the headers of the reply.
     """
@@ -160,6 +252,61 @@ class Task:
         if self.route_headers is None:
             return own
         return own | self.route_headers(self.requests, compute_type, facts)
+
+
+Reader = Callable[[dict[str, Any], ServerContext, Incoming, str | None], Task]
+"""Makes a task of a body, for the adapter that the request's head names. Raises InvalidRequest naming the field."""
+
+Frame = Callable[[Reader, dict[str, Any], ServerContext, Incoming, str | None], Task]
+"""Reads a body with its API's own reader and changes how the reply is framed."""
+
+
+Call = Callable[["Service", Incoming], Awaitable[Reply]]
+"""Answers a request with what the service knows. Raises ServingError."""
+
+
+class Gate(Protocol):
+    """Sees every request for an answer before it is parsed, and may answer it without the model."""
+
+    def answer(self, body: Mapping[str, Any], incoming: Incoming) -> Reply | None:
+        """Returns the reply to a body that does not ask the model; None for all others.
+
+        Raises:
+            ServingError: The request cannot be answered.
+        """
+
+    def may_answer(self, route: str, size: int, content: bytes | None = None) -> bool:
+        """Whether `answer` may reply to a body of this size, or to this very body: it needs no queue place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One API.
+
+    Attributes:
+        errors: How it writes errors.
+        claims: Whether it writes the errors of a request, by the route's template, the headers (names in lower case)
+            and the keys of the body, which are empty before the body has been read.
+        reads: What reads a body with these keys on a route; None where it is another API's.
+        routes: Its routes, for the router and the OpenAPI document.
+        headers: Route -> what it adds to the headers of replies there, whichever API has read the body.
+        frames: Route -> how replies are framed there, whichever API has read the body.
+        adapter: The adapter that a request's head names.
+        calls: Name of an action, as routes have it -> what answers it, where that is not a text of the model's.
+        request_id: The header in which the caller names the request.
+        gate: Makes the gate of a server.
+    """
+
+    errors: ErrorFormat
+    claims: Callable[[str, Mapping[str, str], Collection[str]], bool]
+    reads: Callable[[Collection[str], str], Reader | None]
+    routes: Sequence[Route]
+    headers: Mapping[str, ReplyHeaders] = field(default_factory=dict)
+    frames: Mapping[str, Frame] = field(default_factory=dict)
+    adapter: Callable[[Incoming], str | None] | None = None
+    calls: Mapping[str, Call] = field(default_factory=dict)
+    request_id: str = ""
+    gate: Callable[[Settings], Gate] | None = None
 
 
 def sampling_params(

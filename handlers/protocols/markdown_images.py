@@ -8,17 +8,16 @@ from handlers.errors import InvalidRequest
 from handlers.request import ImagePart, Part, TextPart
 
 MOST_IMAGES = 1024
-"""In one text, whatever `option.limit_mm_per_prompt` says: no prompt holds as many, but a long text could hold
-millions."""
+"""The most images of a text, whatever `option.limit_mm_per_prompt` says: a long text could name millions."""
 
 _WINDOW = 2**17
-"""Characters that are searched in one step."""
+"""Characters searched in one step."""
 
 _LONGEST_START = 1020
-"""Characters that `_START` matches or looks at, at most."""
+"""The most characters that `_START` examines."""
 
 _LONGEST_WITH_PARENTHESES = 2**14
-"""Characters of a link with parentheses in its URL; data URLs have none."""
+"""The most characters of a link with parentheses in its URL; data URLs have none."""
 
 _START = re.compile(r"!\[[^\[\]\n]{0,1000}\]\(\s{0,8}(?=(?i:https?:|data:))")
 
@@ -31,9 +30,10 @@ _IMAGE = re.compile(
 
 
 def image_parts(text: str) -> list[Part]:
-    """Text with its `![](url)` images cut out, in order. Linear in the text's length, whatever it holds.
+    """Split a text at its `![](url)` images, in order. Takes time linear in the text's length, whatever it contains.
 
-    Raises InvalidRequest for more than `MOST_IMAGES`.
+    Raises:
+        InvalidRequest: There are more than `MOST_IMAGES`.
     """
     parts: list[Part] = []
     position = searched = images = 0
@@ -60,7 +60,7 @@ def image_parts(text: str) -> list[Part]:
 
 
 def _start(text: str, position: int) -> re.Match[str] | None:
-    """The next start of an image. A search is one step for other threads, so it is made in windows."""
+    """Find the next start of an image, in windows, since no other thread runs during a search."""
     for at in range(position, len(text), _WINDOW):
         # the end is that of a whole start that begins in the window
         if (start := _START.search(text, at, at + _WINDOW + _LONGEST_START)) is not None:

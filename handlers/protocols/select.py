@@ -7,9 +7,7 @@ from typing import Any
 
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming
-from handlers.protocols.api import Gate
-from handlers.protocols.base import ServerContext, Task
-from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.base import ErrorFormat, Gate, ServerContext, Task
 from handlers.protocols.lmi.routes import LMI
 from handlers.protocols.openai.routes import OPENAI
 from handlers.protocols.tgi.replies import TgiError

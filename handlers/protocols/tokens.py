@@ -14,12 +14,10 @@ from msgspec import Meta
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import InvalidRequest
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import Api, Route
-from handlers.protocols.base import ServerContext, Task, TokenCount, TokenId
-from handlers.protocols.body import convert
+from handlers.protocols.base import Api, Route, ServerContext, Task, TokenCount, TokenId
+from handlers.protocols.body import KnownNames, convert
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
 from handlers.request import Prompt, TextPrompt
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from handlers.service import Service
 
 MOST_TOKENS = 2**20
-"""Most tokens that are turned into text at once."""
+"""The most tokens that are turned into text at once."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -51,7 +49,7 @@ class TokenTask:
 
 
 class TokenParameters(msgspec.Struct):
-    """TGI's parameters, as far as they matter for tokens."""
+    """TGI's parameters that affect tokens."""
 
     truncate: TokenCount | None = None
 
@@ -88,7 +86,7 @@ class TokensToText(msgspec.Struct):
 
 
 class SimpleToken(msgspec.Struct):
-    """A token of TGI's. start, stop: in bytes of UTF-8; both 0 for a token that was added to the text."""
+    """A token as TGI shows it; `start` and `stop` are in bytes of UTF-8, both 0 for a token added to the text."""
 
     id: int
     text: str
@@ -97,14 +95,14 @@ class SimpleToken(msgspec.Struct):
 
 
 class ChatTokens(msgspec.Struct, forbid_unknown_fields=True):
-    """TGI's reply to a chat. templated_text: what the chat template made of the messages."""
+    """TGI's reply to a chat; `templated_text` is the prompt that the chat template rendered."""
 
     tokenize_response: list[SimpleToken]
     templated_text: str
 
 
 class TokenCounts(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's reply. token_strs: null unless they were asked for."""
+    """vLLM's reply; `token_strs` is null unless asked for."""
 
     count: int
     max_model_len: int
@@ -161,32 +159,28 @@ def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Ta
 
 
 async def _tokenize(service: Service, incoming: Incoming) -> Reply:
-    async def work(
-        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
-    ) -> Reply:
+    async def work(body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
         reply = await service.tokenization.tokenize(body, service.context, incoming, long)
-        return _noted(reply, facts, arrival)
+        return _noted(reply, facts)
 
     return await service.reply(incoming, work)
 
 
 async def _detokenize(service: Service, incoming: Incoming) -> Reply:
-    async def work(
-        body: dict[str, Any], incoming: Incoming, facts: RequestFacts, arrival: float, long: bool
-    ) -> Reply:
-        return _noted(await service.tokenization.detokenize(body, incoming, long), facts, arrival)
+    async def work(body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
+        return _noted(await service.tokenization.detokenize(body, incoming, long), facts)
 
     return await service.reply(incoming, work)
 
 
-def _noted(reply: Reply, facts: RequestFacts, arrival: float) -> Reply:
-    facts.status, facts.total = reply.status, time.monotonic() - arrival
+def _noted(reply: Reply, facts: RequestFacts) -> Reply:
+    facts.status, facts.total = reply.status, time.monotonic() - facts.arrival
     reply.facts = facts
     return reply
 
 
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:
-    """Encodes the tokens in pieces: other threads run between them."""
+    """Encode the tokens in pieces, so that other threads can run in between."""
     tokens = _simple_tokens(found)
     pieces = [_encode(tokens[at : at + 4096])[1:-1] for at in range(0, len(tokens), 4096)]
     return b"[" + b",".join(pieces) + b"]"

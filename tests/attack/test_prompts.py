@@ -15,9 +15,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from handlers.errors import InvalidRequest
-from handlers.own_words import own_words
 from handlers.prompts import special_tokens
 from handlers.prompts.renderer import PromptRenderer
+from handlers.protocols.errors import own_words
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt
 from tests.attack.sending import TRIES
 from tests.support.scripted import ScriptedBackend, incoming, said, service

@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 
-from container.access import Keys
+from container.app import Keys
 from container.cli import main
 from container.flags import FlagError, read_flags
 from engine.errors import ModelLoadError

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from handlers.errors import ImageError, InvalidRequest
 from handlers.images import ImageProblem
 from handlers.images.target import parse_target
-from handlers.own_words import own_words_of
+from handlers.protocols.errors import own_words_of
 from tests.support.scripted_server import ServerProcess
 
 SENT = "xyzzy plugh7"

@@ -12,10 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from container.access import Cors
-from container.app import App
+from container.app import App, Cors
 from container.metrics import Metrics
-from container.routes import ROUTES, MethodNotAllowed, find
+from container.routes import ONE, ROUTES, MethodNotAllowed
 from container.state import ServerState
 from handlers.errors import NotFound
 from properties.configuration import resolve
@@ -43,7 +42,7 @@ def client(server: ServerProcess) -> Iterator[httpx.Client]:
 
 
 def said(reply: httpx.Response) -> tuple[str, str]:
-    """The dialect of a reply, and its text."""
+    """The API of a reply, and its text."""
     assert reply.status_code == 200, (reply.url, reply.text)
     body = reply.json()
     if isinstance(body, list):
@@ -82,7 +81,7 @@ def said(reply: httpx.Response) -> tuple[str, str]:
     ],
 )
 def test_paths_that_clients_build(path: str, template: str, name: str) -> None:
-    match = find(path, "POST")
+    match = ONE.find(path, "POST")
     assert (match.route.template, match.name) == (template, name)
 
 
@@ -97,7 +96,7 @@ def test_paths_that_clients_build(path: str, template: str, name: str) -> None:
 )
 def test_paths_that_are_read(path: str, template: str, name: str) -> None:
     for method in ("GET", "HEAD"):
-        match = find(path, method)
+        match = ONE.find(path, method)
         assert (match.route.template, match.name) == (template, name)
 
 
@@ -139,7 +138,7 @@ def test_paths_that_are_read(path: str, template: str, name: str) -> None:
 def test_paths_that_are_none(path: str) -> None:
     for method in ("GET", "POST"):
         with pytest.raises(NotFound):
-            find(path, method)
+            ONE.find(path, method)
 
 
 def test_an_unknown_route_of_openais_says_so_in_its_words(client: httpx.Client) -> None:
@@ -154,7 +153,7 @@ def test_a_path_of_a_megabyte_is_looked_at_once() -> None:
     began = time.process_time()
     for part in ("/", "/v1/chat/completions", "/models/", "/invoke", "a/"):
         with pytest.raises(NotFound):
-            find("/x" + part * (2**20 // len(part)), "POST")
+            ONE.find("/x" + part * (2**20 // len(part)), "POST")
     assert time.process_time() - began < 2
 
 
@@ -165,7 +164,7 @@ def test_a_wrong_method_names_the_right_ones() -> None:
         ("/info", ("GET", "HEAD")),
     ):
         with pytest.raises(MethodNotAllowed) as caught:
-            find(path, "DELETE")
+            ONE.find(path, "DELETE")
         assert caught.value.allowed == allowed
 
 
@@ -243,7 +242,7 @@ def test_ping_and_health_in_every_form(client: httpx.Client) -> None:
         assert client.request(method, path).status_code == 200, (method, path)
 
 
-def test_a_server_that_is_not_ready_in_every_dialects_words(tmp_path: Path) -> None:
+def test_a_server_that_is_not_ready_in_every_apis_words(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "shapes", SCRIPTED_LOAD="600") as loading:
         loading.listening()
         with httpx.Client(base_url=loading.url, timeout=20) as client:

@@ -18,8 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineStopped, ModelLoadError, RequestRejected
 from engine.messages import Add
 from engine.sampling_params import SamplingParams
-from handlers.backends.rolling.client import EngineClient, EngineProcess, OutputStream
-from handlers.backends.rolling.group import EngineGroup
+from handlers.backends.rolling.replicas import EngineClient, EngineGroup, EngineProcess, OutputStream
 from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
 from tests.support.engine_process import answer, config, finish, running
 from tests.support.models import make_llava
@@ -157,6 +156,48 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
     asyncio.run(scenario())
 
 
+def processes_beside(group: EngineGroup) -> list[psutil.Process]:
+    """The engine processes of this one that serve no replica."""
+    serving = {replica.client.pid for replica in group.replicas}
+    children = psutil.Process().children()
+    return [child for child in children if "engine.process" in child.cmdline() and child.pid not in serving]
+
+
+def test_a_spare_process_takes_the_place_of_one_that_dies(llava: Path) -> None:
+    async def next_spare(group: EngineGroup) -> psutil.Process:
+        async with asyncio.timeout(60):
+            while not (found := processes_beside(group)):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        (spare,) = found
+        return spare
+
+    async def dies(group: EngineGroup) -> None:
+        changed = asyncio.create_task(group.changed())
+        os.kill(group.replicas[0].client.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            await changed
+            while not group.alive:
+                await group.changed()
+
+    async def scenario() -> None:
+        async with running_group([config(llava)], spare_after=0.0) as group:
+            first = await next_spare(group)
+            await dies(group)
+            assert group.replicas[0].client.pid == first.pid
+            second = await next_spare(group)
+            second.kill()  # one that has died itself is of no use
+            async with asyncio.timeout(10):
+                while second.is_running() and second.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            await dies(group)
+            assert group.restarts == 2
+            assert len(await finish(group.submit(endless(5)).stream)) == 5
+            third = await next_spare(group)
+        assert not third.is_running()
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)], stuck_seconds=1.0) as group:
@@ -177,7 +218,7 @@ def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
 def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
     llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handlers.backends.rolling.client.PING_SECONDS", 0.05)
+    monkeypatch.setattr("handlers.backends.rolling.replicas.PING_SECONDS", 0.05)
 
     async def scenario() -> None:
         async with running_group([config(llava)], retry_threshold=1) as group:

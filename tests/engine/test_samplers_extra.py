@@ -33,8 +33,7 @@ from handlers.backends.vllm.samplers import (
 )
 from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import InvalidRequest
-from handlers.prompts.limits import DRY_BREAKERS, spelled
-from handlers.sampling import RequestSampling
+from handlers.request import DRY_BREAKERS, RequestSampling, spelled
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
 from tests.support.models import make_llava, make_tokenizer

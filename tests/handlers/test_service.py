@@ -556,14 +556,20 @@ async def test_images_are_let_go_with_their_answer() -> None:
 
 
 @run
-async def test_the_deadline_of_the_backend_is_the_services() -> None:
-    backend = ScriptedBackend(said("a"))
-    await service(backend, predict_timeout=5.0).answer(incoming(chat()))
-    request = backend.requests[0]
-    assert request.deadline is not None
-    assert request.deadline - request.arrival == pytest.approx(5.0)
-    await service(backend, predict_timeout=None).answer(incoming(chat()))
-    assert backend.requests[1].deadline is None
+async def test_images_have_the_time_that_the_request_has() -> None:
+    deadlines: list[float | None] = []
+
+    class Asked(ScriptedImages):
+        async def load(self, parts: Any, deadline: float | None = None, first_index: int = 0) -> None:
+            deadlines.append(deadline)
+
+    asked = chat([{"type": "image_url", "image_url": "https://images.example/0.png"}])
+    before = time.monotonic()
+    await service(ScriptedBackend(said("a")), Asked(), predict_timeout=5.0).answer(incoming(asked))
+    assert deadlines[0] is not None
+    assert before + 5.0 <= deadlines[0] <= time.monotonic() + 5.0
+    await service(ScriptedBackend(said("a")), Asked(), predict_timeout=None).answer(incoming(asked))
+    assert deadlines[1] is None
 
 
 @run

@@ -175,8 +175,8 @@ def forced(text: str) -> dict[str, Any]:
     return {"structured_outputs": {"choice": [text]}, "temperature": 0}
 
 
-async def dialects(client: httpx.AsyncClient, text: str, image: str) -> dict[str, str]:
-    """The answer in each dialect's whole and streamed words; every prompt holds the text, too."""
+async def apis(client: httpx.AsyncClient, text: str, image: str) -> dict[str, str]:
+    """The answer in each API's whole and streamed words; every prompt holds the text, too."""
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
     chat = {"messages": [{"role": "user", "content": content}], "max_tokens": 200, **forced(text)}
     prompt = f"![]({image}){text}"
@@ -231,11 +231,11 @@ def escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\.+*?()|[]{}^$-" else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def test_every_kind_of_text_is_answered_whole_in_every_dialect(live: LiveServer) -> None:
+def test_every_kind_of_text_is_answered_whole_in_every_api(live: LiveServer) -> None:
     async def ask() -> None:
         async with httpx.AsyncClient(base_url=live.url, timeout=120) as client:
             image = data_url(png(64))
-            asking = [dialects(client, text, image) for text in KINDS.values()]
+            asking = [apis(client, text, image) for text in KINDS.values()]
             for (kind, text), found in zip(KINDS.items(), await asyncio.gather(*asking), strict=True):
                 for name, got in found.items():
                     assert got == text, (kind, name)

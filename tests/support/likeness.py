@@ -26,9 +26,9 @@ from handlers.request import (
     ImagePart,
     LoadedImage,
     Message,
+    RequestSampling,
     TextPart,
 )
-from handlers.sampling import RequestSampling
 from tests.support.engine_driver import CAPITALS, Oracle, Prompt, load_engine, run_all
 from tests.support.engine_process import answer, config, running
 from tests.support.model_front import learned

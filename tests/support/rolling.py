@@ -17,9 +17,9 @@ from handlers.request import (
     ImagePart,
     LoadedImage,
     Message,
+    RequestSampling,
     TextPart,
 )
-from handlers.sampling import RequestSampling
 from properties.settings import Settings
 from tests.support.engine_driver import CAPITALS, random_image
 

@@ -16,7 +16,7 @@ import asyncio, json, os, sys
 from pathlib import Path
 from handlers.build import build_backend
 from handlers.request import ChatPrompt, GenerationRequest, Message, TextPart
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 from properties.configuration import resolve
 
 shapes, adapter = sys.argv[1:]

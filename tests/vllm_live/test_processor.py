@@ -18,7 +18,7 @@ from handlers.backends.vllm import compat
 from handlers.backends.vllm import processor as processor_rows
 from handlers.backends.vllm.samplers import KEY, PROCESSOR, wanted
 from handlers.backends.vllm.sampling import to_vllm
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 from tests.support.sampling import EOS, KINDS, random_logits
 from tests.support.shapes import ROOT
 

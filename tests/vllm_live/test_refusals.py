@@ -28,8 +28,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.request import ImagePart
-from handlers.sampling import RequestSampling
+from handlers.request import ImagePart, RequestSampling
 from tests.support.shapes import SHAPES
 
 VLLM = load()

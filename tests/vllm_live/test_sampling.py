@@ -16,7 +16,7 @@ from handlers.backends.vllm import compat, sampling
 from handlers.backends.vllm.compat import RunnerLimits, load
 from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import InvalidRequest
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 LIMITS = RunnerLimits(allowed_token_ids=4, logit_bias=3, stop_token_ids=5, bad_word_tokens=6)
 

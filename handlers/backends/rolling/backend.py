@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
-from handlers.backends.base import DevicePlan, Needs, PromptFacts
+from handlers.backends.base import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import remedy
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engine.machine import Machine
     from handlers.backends.rolling.engine import RollingEngine
     from properties.configuration import Configuration
+    from properties.problem import Problem
     from properties.settings import Settings
 
 
@@ -129,25 +130,25 @@ class RollingBackend:
         """See `Backend`: those of the embedded engine are all read by `properties`."""
         return []
 
-    def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
+    def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
         """See `Backend`. Imports torch and transformers where old options about images are to be compared."""
         from handlers.backends.rolling.model_front import IMAGE_SIZES, ModelFront
 
         settings = configuration.settings
         if problems := _contradictions(settings, directory):
-            return PromptFacts(errors=problems)
+            return PromptCheck(errors=problems)
         if settings.trust_remote_code:
-            return PromptFacts()
+            return PromptCheck()
         try:
             plan_engines(settings, str(directory), len(machine.accelerators))
             front = ModelFront.load(settings, str(directory))
         except (InvalidConfiguration, ModelLoadError) as error:
-            return PromptFacts(errors=[Problem(str(error))])
+            return PromptCheck(errors=[Problem(str(error))])
         sizes = {f"{width}x{height}": front.image_tokens(width, height) for width, height in IMAGE_SIZES}
         length = configuration.effective("max_model_len")
         images = settings.limit_mm_per_prompt.get("image", 1)
         crowded = None if length is None else front.crowded(images, settings.max_image_pixels, length)
-        return PromptFacts(
+        return PromptCheck(
             front.template,
             None if front.preprocessor is None else sizes,
             warnings=[] if crowded is None else [Problem(crowded, "limit_mm_per_prompt")],
@@ -166,7 +167,7 @@ def _unserved(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
 
 
 def _contradictions(settings: Settings, directory: Path) -> list[Problem]:
-    """What old options about images say that the model does not."""
+    """Return which old options about images contradict the model."""
     if not wanted(settings):
         return []
     from engine.loader import load_preprocessor

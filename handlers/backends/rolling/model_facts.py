@@ -18,7 +18,7 @@ import msgspec
 
 from engine.errors import EngineDead, ModelLoadError, one_line
 from engine.families.pixels import ProcessorBackend
-from handlers.backends.rolling.client import EngineProcess
+from handlers.backends.rolling.replicas import EngineProcess
 from handlers.prompts.tokenizer import load_tokenizer
 
 TOKENIZER = "tokenizer"

@@ -49,7 +49,7 @@ _NO_LIMIT = 100
 
 
 class ModelFront:
-    """What the front end knows of the model. template: which chat template is used, for people."""
+    """What the front end knows of the model; `template` describes the chat template that is used."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.base import DevicePlan, Needs, PromptFacts
+from handlers.backends.base import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.checkpoint import format_warnings, missing_weights, served_dtype, stored_dtype
@@ -113,10 +113,10 @@ class VllmBackend:
 
         return refused_options(configuration, directory, machine)
 
-    def prompt_facts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptFacts:
+    def check_prompts(self, configuration: Configuration, directory: Path, machine: Machine) -> PromptCheck:
         """See `Backend`: vLLM has a processor of its own, which is not asked."""
         wrong = contradictions(configuration.settings, directory, None)
-        return PromptFacts(errors=[Problem(text) for text in wrong])
+        return PromptCheck(errors=[Problem(text) for text in wrong])
 
 
 def _given(configuration: Configuration) -> dict[str, str]:

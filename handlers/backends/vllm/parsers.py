@@ -21,8 +21,7 @@ from handlers.parsers.base import (
     ReasoningFormat,
     ToolFormat,
 )
-from handlers.parsers.names import of_vllm
-from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats, openai_call_id
+from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats, of_vllm, openai_call_id
 from handlers.prompts.tokenizer import skipped_tokens
 from properties.names import key_of
 

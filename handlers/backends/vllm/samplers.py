@@ -19,7 +19,7 @@ from engine.repetition import Repetition
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.model_json import read_object
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 PROCESSOR = "handlers.backends.vllm.processor:SamplerProcessor"
 """As vLLM's `logits_processors` names a class."""

@@ -18,8 +18,7 @@ from handlers.backends.vllm.failures import refused
 from handlers.backends.vllm.samplers import HAS_ALL, HOTTEST, NEUTRAL, Samplers, extra_args, wanted
 from handlers.errors import InvalidParameter
 from handlers.prompts.tokenizer import vocabulary_of
-from handlers.request import Constraint
-from handlers.sampling import RequestSampling
+from handlers.request import Constraint, RequestSampling
 
 if TYPE_CHECKING:
     from engine.config import Vocabulary

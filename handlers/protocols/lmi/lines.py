@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from handlers.admission import RETRY_AFTER
 from handlers.errors import MalformedBody, PayloadTooLarge
 from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.generation_task import RETRY_AFTER
 from handlers.protocols.base import JSON, JSON_LINES
 from handlers.protocols.lmi.requests import INVOKE_ROUTES
 

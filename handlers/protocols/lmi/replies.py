@@ -12,8 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, Writer, finite
-from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer, finite
 from handlers.protocols.tgi.replies import FinishReason, TgiWriter, finish_reason
 
 _encode = msgspec.json.Encoder().encode
@@ -29,9 +28,9 @@ class LmiToken(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class LmiSequence(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What `details` says of one answer; of a streamed one without its tokens.
+    """The `details` of one answer; those of a streamed one have no tokens.
 
-    generated_text: only of answers that are not the most likely one of several.
+    `generated_text` is there only for answers that are not the most likely of several.
     """
 
     generated_text: str | UnsetType = UNSET
@@ -125,7 +124,7 @@ class LmiWriter:
         return _encode(replies if self._many else replies[0])
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
-        """A line for each token."""
+        """Return a line for each token."""
         self._answer.add(delta)
         lines = [LmiLine(token=token) for token in _shown(delta, last=delta.finish_reason is not None)]
         if self._top_tokens:
@@ -185,10 +184,10 @@ class LmiWriter:
 
 
 class LmiTgiWriter:
-    """`option.tgi_compat`: a list with TGI's object for each prompt; the stream of a single one."""
+    """Writes replies for `option.tgi_compat`: a list with TGI's object for each prompt, or a stream for one."""
 
     def __init__(self, writers: list[TgiWriter]) -> None:
-        """writers: one for each prompt."""
+        """Prepare to write. writers: one for each prompt."""
         self._writers = writers
         self.stream_type = writers[0].stream_type
         self.keep_alive = writers[0].keep_alive
@@ -242,18 +241,18 @@ LMI_ERRORS = ErrorFormat(lmi_error)
 
 
 def _lines(events: bytes) -> bytes:
-    """Leaves out comments and `[DONE]`, which is not JSON."""
+    """Return the lines of events without comments and `[DONE]`, which is not JSON."""
     data = [event[5:].strip() for event in events.split(b"\n\n") if event[:5] == b"data:"]
     return b"".join([line + b"\n" for line in data if line != b"[DONE]"])
 
 
 def _likelihood(answer: Answer) -> float:
-    """The logarithm of the probability of the whole answer."""
+    """Return the log probability of the whole answer."""
     return sum(position.chosen.logprob for position in answer.logprobs)
 
 
 def _shown(delta: Delta, *, last: bool) -> list[LmiToken]:
-    """The delta's tokens with what each added to the text, which clients join."""
+    """Return the delta's tokens with the text that each added, which clients join."""
     tokens = [_token(position.chosen) for position in delta.logprobs or ()]
     if len(tokens) != len(delta.token_ids):
         tokens = [LmiToken(token_id, "", None) for token_id in delta.token_ids]
@@ -265,7 +264,7 @@ def _shown(delta: Delta, *, last: bool) -> list[LmiToken]:
 
 
 def _prefill(stats: PromptStats) -> list[LmiToken]:
-    """The prompt's tokens; the first one has no probability."""
+    """Return the prompt's tokens; the first one has no probability."""
     ids = stats.prompt_token_ids
     return [
         _token(position.chosen)

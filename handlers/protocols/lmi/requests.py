@@ -15,7 +15,6 @@ from msgspec import Meta
 
 from engine.sampling_params import shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.api import described_as
 from handlers.protocols.base import (
     MAX_ANSWERS,
     MAX_PROMPTS,
@@ -23,18 +22,23 @@ from handlers.protocols.base import (
     Task,
     TokenCount,
     TokenId,
+    described_as,
     sampling_params,
 )
-from handlers.protocols.body import convert
-from handlers.protocols.constraints import GUIDED, read_constraint
+from handlers.protocols.body import KnownNames, convert
+from handlers.protocols.fields import (
+    GUIDED,
+    ChoiceCount,
+    MaxTokens,
+    SamplerFields,
+    read_constraint,
+    sampler_values,
+)
 from handlers.protocols.lmi.replies import JsonLines, LmiTgiWriter, LmiWriter
 from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
 from handlers.protocols.openai.writers import CompletionWriter
-from handlers.protocols.sampler_fields import ChoiceCount, MaxTokens, SamplerFields, sampler_values
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import Constraint, GenerationRequest, TextPrompt
-from handlers.sampling import MAX_STOP_STRINGS, RequestSampling
+from handlers.request import MAX_STOP_STRINGS, Constraint, GenerationRequest, RequestSampling, TextPrompt
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +73,7 @@ class LmiParameters(SamplerFields, kw_only=True):
 
     @property
     def top_tokens(self) -> int:
-        """Candidates to show at each position."""
+        """The number of candidates to show at each position."""
         return self.top_n_tokens or int(self.logprobs or 0)
 
     @property
@@ -81,12 +85,12 @@ class LmiParameters(SamplerFields, kw_only=True):
 
     @property
     def answers(self) -> int:
-        """How many to generate: as many as are returned, or more to choose the best from."""
+        """The number of answers to generate: those returned, or more to choose the best from."""
         return max(self.n or 1, self.best_of or 1)
 
     @property
     def returned(self) -> int:
-        """How many to return; `best_of` alone returns all, the best first."""
+        """The number of answers to return; `best_of` alone returns all, best first."""
         return self.answers if self.n is None else self.n
 
 
@@ -129,9 +133,17 @@ def read_lmi(
     adapter: str | None = None,
     accept: str = "",
 ) -> Task:
-    """Raises InvalidRequest naming the field.
+    """Read a body.
 
-    adapter: named in a header; it wins over the body's `adapters`. accept: the request's `Accept` header in lower case.
+    Args:
+        body: The JSON object.
+        server: What holds for every request.
+        request_id: Of the request.
+        adapter: The adapter named in a header, which takes precedence over the body's `adapters`.
+        accept: The request's `Accept` header in lower case.
+
+    Raises:
+        InvalidRequest: It names the field at fault.
     """
     asked = convert(body, LmiBody)
     for name in body.keys() - LmiBody.__struct_fields__:
@@ -196,7 +208,7 @@ def read_lmi(
 
 
 def _streams(asked: bool | None, prompts: int, parameters: LmiParameters, server: ServerContext) -> bool:
-    """What the client says; else what the operator's formatter does with a request that can be streamed."""
+    """Whether to stream, as the client says, or else as the operator's formatter does where that is possible."""
     single = prompts == 1 and parameters.answers == 1
     if asked is None:
         return single and server.output_formatter in ("jsonlines", "sse")
@@ -234,7 +246,7 @@ def wants_lines(accept: str) -> bool:
 def _tgi_writer(
     prompts: list[str], requests: list[GenerationRequest], parameters: LmiParameters, server: ServerContext
 ) -> LmiTgiWriter:
-    """The writer of a task; a request that draws without a seed gets one, because the reply shows it."""
+    """Return the writer. A request that draws without a seed gets one, because the reply shows it."""
     writers = []
     for prompt, request in zip(prompts, requests, strict=True):
         seeds: list[int | None] = [None] * request.n
@@ -256,7 +268,7 @@ def _tgi_writer(
 
 
 def _read_parameters(given: dict[str, Any]) -> LmiParameters:
-    """Raises InvalidRequest naming the parameter."""
+    """Read the parameters. Raises InvalidRequest naming the one at fault."""
     if given.get("num_beams") not in (None, 1):
         raise InvalidRequest(
             "parameters.num_beams: there is no beam search; best_of chooses the best of several answers",
@@ -310,7 +322,7 @@ def _read_sampling(
 
 
 def _constraint_of(given: dict[str, Any]) -> Constraint | None:
-    """What the answer must look like, in any of the words that LMI's backends take. Raises InvalidRequest."""
+    """Read what the answer must look like, in any field that LMI's backends take. Raises InvalidRequest."""
     if not _CONSTRAINTS & given.keys():
         return None
     try:

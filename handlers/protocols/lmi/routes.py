@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from handlers.exchange import Incoming
-from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import JSON_LINES, ServerContext, Task
+from handlers.protocols.base import JSON_LINES, READ, SSE_TYPE, Api, Reader, Route, ServerContext, Task
 from handlers.protocols.lmi import adapters
 from handlers.protocols.lmi.lines import ExecutionParameters, execution_parameters
 from handlers.protocols.lmi.replies import (
@@ -28,26 +27,29 @@ _PREFIX = "x-amzn-sagemaker-"
 _ADAPTER = f"{_PREFIX}adapter-identifier"
 _ATTRIBUTES = f"{_PREFIX}custom-attributes"
 _MOST_ATTRIBUTES = 1024
-"""Characters of the header: SageMaker's own limit."""
+"""The most characters of the header: SageMaker's own limit."""
 
 
 def accept_of(headers: Mapping[str, str]) -> str:
-    """The media types that the client asks for, in lower case; empty where it does not say.
+    """Return the media types that the client accepts, in lower case; empty if it does not say.
 
-    headers: names in lower case. Asynchronous and streamed invocations may bring it under SageMaker's own name.
+    Asynchronous and streamed invocations may name them in a header of SageMaker's own.
+
+    Args:
+        headers: With names in lower case.
     """
     return (headers.get("accept") or headers.get(f"{_PREFIX}accept") or "").lower()
 
 
 def adapter_of(incoming: Incoming) -> str | None:
-    """The adapter that SageMaker's header, the query or a custom attribute asks for."""
+    """Return the adapter that SageMaker's header, the query or a custom attribute names."""
     return request_properties(incoming).get(_ADAPTER) or None
 
 
 def request_properties(incoming: Incoming) -> dict[str, str]:
-    """The headers and, where no header has their name, the adapter of the query and the custom attributes.
+    """Return the headers, and under other names the query's adapter and the custom attributes.
 
-    Attributes have the form `name=value;name=value`; their names are read in lower case, as LMI does.
+    Attributes have the form `name=value;name=value`; their names are read in lower case, as in LMI.
     """
     text = incoming.headers.get(_ATTRIBUTES, "")[:_MOST_ATTRIBUTES]
     pairs = (part.partition("=") for part in text.split(";") if "=" in part)
@@ -76,7 +78,7 @@ def _framed(
     incoming: Incoming,
     adapter: str | None,
 ) -> Task:
-    """Whether and how other APIs' bodies are streamed here, by `option.output_formatter` and the `Accept` header."""
+    """Read another API's body; `option.output_formatter` and the `Accept` header decide whether and how to stream."""
     if "inputs" in body:
         return read(body, server, incoming, adapter)
     formatter = server.output_formatter

@@ -13,9 +13,8 @@ from msgspec import Meta, Struct
 from PIL.Image import Image
 
 from handlers.errors import InvalidRequest
-from handlers.protocols.api import described, reference
-from handlers.protocols.body import kind_of, refuse_unknown, shown_value
-from handlers.protocols.misspelt import KnownNames
+from handlers.protocols.base import described, reference
+from handlers.protocols.body import KnownNames, kind_of, refuse_unknown, shown_value
 from handlers.request import EmbeddingsPart, Grid, ImagePart, Message, Part, TextPart
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -33,7 +32,7 @@ _DETAILS = (None, "auto", "low", "high", "original")
 _PART = 'send it as a part of the content: {"type": "image_url", "image_url": {"url": "..."}}'
 _CONTINUE = "send continue_final_message: true with the request"
 _NOT_READ = {"prefix": _CONTINUE, "partial": _CONTINUE}
-"""Keys of messages that other servers obey -> what to send."""
+"""Keys of messages that other servers follow -> what to send instead."""
 
 _MEDIA = {
     "image": _PART,
@@ -42,7 +41,7 @@ _MEDIA = {
     "audio": "it takes text and images only",
     "video": "it takes text and images only",
 }
-"""What a key of a message or a text part has in its name that brings more than text -> what to send."""
+"""Parts of the names of keys that bring more than text -> what to send instead."""
 
 _NAMES = KnownNames(
     {
@@ -59,10 +58,10 @@ _NAMES = KnownNames(
     _NOT_READ,
 )
 _MOST_MESSAGES = 32
-"""Messages whose names are looked at, the last ones: a client writes all of them alike."""
+"""The number of last messages whose keys are checked: a client writes all of them in the same way."""
 
 FEWEST_PARTS = 4096
-"""That a chat may have, messages or parts of their contents, whatever the model's context."""
+"""The number of messages, or of parts, that a chat may have whatever the model's context."""
 
 _ROWS, _GRID = "image_embeds", "image_grid_thw"
 
@@ -71,7 +70,7 @@ _NotEmpty = Annotated[str, Meta(min_length=1)]
 
 
 class ImageUrl(Struct):
-    """url: https:, http: or data:. detail: without effect."""
+    """An image's URL: https:, http: or data:. `detail` has no effect."""
 
     url: _NotEmpty
     detail: str | None = None
@@ -85,7 +84,7 @@ class ImageContent(Struct):
 
 
 class Embeddings(Struct):
-    """Each what torch.save writes of one tensor, in base64; the grid as numbers, too."""
+    """Tensors as torch.save writes them, in base64; the grid may also be given as numbers."""
 
     image_embeds: _NotEmpty
     image_grid_thw: str | list[int | list[int]] | None = None
@@ -122,7 +121,7 @@ class RequestMessage(Struct):
 
 
 class AssistantMessage(Struct):
-    """An earlier answer of the model's, which may be calls alone."""
+    """An earlier answer of the model, which may consist of calls only."""
 
     role: Literal["assistant"]
     tool_calls: Annotated[list[dict[str, Any]], Meta(min_length=1)]
@@ -130,10 +129,15 @@ class AssistantMessage(Struct):
 
 
 def read_messages(messages: list[Any], *, embeddings: bool = False, context: int = 0) -> list[Message]:
-    """Raises InvalidRequest with the path of what is wrong, as in "messages[1].content[0].image_url.url".
+    """Return the messages of a chat.
 
-    embeddings: the operator lets clients send them in place of images. context: tokens that the model takes, 0 where
-    that is not known; each message, and each part of one, takes one at least.
+    Args:
+        messages: As the client sent them.
+        embeddings: Whether clients may send embeddings in place of images.
+        context: The model's context in tokens, 0 if not known; each message, and each part of one, takes at least one.
+
+    Raises:
+        InvalidRequest: It names the path of what is wrong, as in "messages[1].content[0].image_url.url".
     """
     if not messages:
         raise InvalidRequest("messages is empty: send at least one", param="messages")
@@ -165,7 +169,7 @@ def _check_number(count: int, what: str, context: int) -> None:
 
 
 def misspelt(messages: list[Any]) -> list[str]:
-    """As `KnownNames.misspelt`, of messages that were read; a name is told where the one that is meant is not given."""
+    """Return warnings about the names in messages (see `KnownNames.misspelt`), unless the name meant is given, too."""
     found: list[str] = []
     for i in range(max(0, len(messages) - _MOST_MESSAGES), len(messages)):
         found += _NAMES.misspelt(messages[i], f"messages[{i}]", only_missing=True)
@@ -213,7 +217,7 @@ def _message(message: Any, path: str) -> Message:
 
 
 def _refuse_media(fields: dict[str, Any], path: str, param: str | None = None) -> None:
-    """param: of the error, where it is not the key's own path."""
+    """Refuse keys that seem to bring media. param: the error's, if it is not the key's own path."""
     for key, value in fields.items():
         if not isinstance(value, str | list | dict | Image) or not value:
             continue
@@ -224,7 +228,7 @@ def _refuse_media(fields: dict[str, Any], path: str, param: str | None = None) -
 
 
 def _refuse_instead_of_content(message: dict[str, Any], path: str) -> None:
-    """A message that says nothing, but under another name: nobody wants the answer to the empty one."""
+    """Refuse a message without content whose text seems to be under another name, rather than answer an empty one."""
     for name, known in _NAMES.nearest(message):
         if known == "content" and message[name]:
             raise InvalidRequest(
@@ -234,7 +238,7 @@ def _refuse_instead_of_content(message: dict[str, Any], path: str) -> None:
 
 
 def _calls(message: dict[str, Any], path: str) -> list[dict[str, Any]] | None:
-    """The calls of an earlier answer; `function_call` is OpenAI's older form of one."""
+    """Return the calls of an earlier answer; `function_call` is OpenAI's older form for a single call."""
     calls = message.get("tool_calls")
     if calls is None and isinstance(message.get("function_call"), dict):
         return [{"type": "function", "function": message["function_call"]}]
@@ -259,7 +263,7 @@ def _content(content: Any, path: str) -> list[Part]:
 
 
 def _is_empty(part: Any) -> bool:
-    """A text part whose text is null, as clients send that fill in a form; vLLM skips it, too."""
+    """Whether a text part's text is null, as some clients send it; vLLM skips it, too."""
     return (
         isinstance(part, dict)
         and part.get("type") in ("text", "refusal")
@@ -298,7 +302,7 @@ def _part(part: Any, path: str) -> Part:
 
 
 def _url(image_url: Any, path: str) -> str:
-    """`image_url` is an object with a `url`, or the URL itself; `detail` has no meaning for these models."""
+    """Return the URL, which may be in an object with a `url`; `detail` has no meaning for these models."""
     if isinstance(image_url, dict):
         refuse_unknown(image_url, _URL_KEYS, path)
         _check_detail(image_url, path)
@@ -318,7 +322,7 @@ def _check_detail(fields: dict[str, Any], path: str) -> None:
 
 
 def _embeddings(given: Any, path: str) -> EmbeddingsPart:
-    """One tensor, or an object of it and what else the model wants to know; each as `torch.save` writes it."""
+    """Read one tensor, or an object with it and the grid; each as `torch.save` writes it."""
     if not isinstance(given, dict):
         return EmbeddingsPart(_string(given, path))
     if unknown := given.keys() - {_ROWS, _GRID}:
@@ -331,7 +335,7 @@ def _embeddings(given: Any, path: str) -> EmbeddingsPart:
 
 
 def _grid(given: Any, path: str) -> Grid:
-    """As numbers: [frames, rows, columns], or a list of that alone."""
+    """Read a grid given as numbers: [frames, rows, columns], or a list that contains only this list."""
     if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list):
         given = given[0]
     match given:

@@ -12,8 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.backends.base import PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import finite
-from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.base import ErrorFormat, finite
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
@@ -52,7 +51,7 @@ class Usage(Struct, forbid_unknown_fields=True):
 
 
 class Candidate(Struct, forbid_unknown_fields=True):
-    """bytes: null for a piece of a character, which its text cannot show."""
+    """A token that was likely. `bytes` is null for part of a character, which its text cannot show."""
 
     token: str
     logprob: float
@@ -101,7 +100,7 @@ PromptPosition = dict[str, PromptCandidate] | None
 
 
 class CalledFunction(Struct):
-    """arguments: a JSON object as text."""
+    """A function that is called; `arguments` is a JSON object as text."""
 
     name: str
     arguments: str
@@ -116,14 +115,14 @@ class ToolCall(Struct):
 
 
 class CalledFunctionDelta(Struct, kw_only=True):
-    """name: with the beginning of the call. arguments: the next piece of their text."""
+    """What a chunk adds to a call: the name comes first, then pieces of the arguments' text."""
 
     name: str | UnsetType = UNSET
     arguments: str
 
 
 class ToolCallDelta(Struct, kw_only=True):
-    """What a chunk adds to a call; the first one of a call has its id and its type."""
+    """What a chunk adds to a call; the first chunk of a call has its id and type."""
 
     index: int
     id: str | UnsetType = UNSET
@@ -132,7 +131,7 @@ class ToolCallDelta(Struct, kw_only=True):
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
-    """A whole answer. reasoning is vLLM's name; reasoning_content its former one, which DeepSeek's clients read."""
+    """A whole answer. `reasoning` is vLLM's name; `reasoning_content` its former name, for DeepSeek's clients."""
 
     role: str
     content: str | None
@@ -144,7 +143,7 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
 
 
 class ChatDelta(Struct, forbid_unknown_fields=True):
-    """What a chunk adds to the message. role: in a choice's first chunk."""
+    """What a chunk adds to the message; the role is in a choice's first chunk."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
@@ -155,7 +154,7 @@ class ChatDelta(Struct, forbid_unknown_fields=True):
 
 
 class ChatChoice(Struct, forbid_unknown_fields=True):
-    """stop_reason: the stop string or token id that ended the answer."""
+    """One choice; `stop_reason` is the stop string or token id that ended it."""
 
     index: int
     message: ChatMessage
@@ -166,7 +165,7 @@ class ChatChoice(Struct, forbid_unknown_fields=True):
 
 
 class ChunkChoice(Struct, forbid_unknown_fields=True):
-    """stop_reason: given with the finish_reason."""
+    """What a chunk adds to a choice; `stop_reason` comes with the finish_reason."""
 
     index: int
     delta: ChatDelta
@@ -199,7 +198,7 @@ class CompletionChoice(Struct, forbid_unknown_fields=True):
 
 
 class _Head(Struct, forbid_unknown_fields=True):
-    """The first fields of every reply and chunk. created: seconds since the epoch."""
+    """The first fields of every reply and chunk; `created` is in seconds since the epoch."""
 
     id: str
     created: int
@@ -208,7 +207,7 @@ class _Head(Struct, forbid_unknown_fields=True):
 
 
 class ChatCompletion(_Head):
-    """A whole reply to a chat. prompt_text: the prompt as the chat template rendered it."""
+    """A whole reply to a chat; `prompt_text` is the prompt as the chat template rendered it."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
@@ -219,7 +218,7 @@ class ChatCompletion(_Head):
 
 
 class ChatCompletionChunk(_Head):
-    """`data:` of one event; the last event is `[DONE]`. The first chunk tells about the prompt."""
+    """The `data:` of one event; the last event is `[DONE]`. The first chunk has what is shown of the prompt."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
@@ -237,7 +236,7 @@ class Completion(_Head):
 
 
 class Model(Struct, forbid_unknown_fields=True):
-    """parent: the model that an adapter belongs to."""
+    """A served model, or an adapter, whose `parent` is its model."""
 
     id: str
     object: Literal["model"]
@@ -256,7 +255,7 @@ class Models(Struct, forbid_unknown_fields=True):
 
 
 class OpenAIErrorFields(Struct, forbid_unknown_fields=True):
-    """param: the path of the field that is at fault."""
+    """An error; `param` is the path of the field at fault."""
 
     message: str
     type: str
@@ -280,7 +279,7 @@ OPENAI_ERRORS = ErrorFormat(OpenAIError.of)
 
 
 def prompt_position(position: PositionLogprobs | None, top: int | None = None) -> PromptPosition:
-    """The token and the `top` best others (all that there are for None), by token id."""
+    """Return the token and the `top` most likely others, or all others for None, by token id."""
     if position is None:
         return None
     return {
@@ -290,7 +289,7 @@ def prompt_position(position: PositionLogprobs | None, top: int | None = None) -
 
 
 def token_text(token: TokenLogprob, as_id: bool) -> str:
-    """as_id: for clients that must tell apart tokens that look the same."""
+    """Return a token's text; with as_id its id, for clients that must distinguish tokens that look the same."""
     return f"token_id:{token.token_id}" if as_id else token.text
 
 

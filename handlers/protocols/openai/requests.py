@@ -11,36 +11,48 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, shown
 from handlers.errors import InvalidRequest
-from handlers.prompts.limits import MOST_TOKEN_IDS
-from handlers.protocols.api import described, reference
-from handlers.protocols.base import MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task, TokenId, sampling_params
-from handlers.protocols.body import convert, refuse_unknown
-from handlers.protocols.constraints import GUIDED, read_constraint
-from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.openai.answers import answer_form
-from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
-from handlers.protocols.openai.tools import Tools, read_tools
-from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
-from handlers.protocols.sampler_fields import (
+from handlers.protocols.base import (
+    MAX_ANSWERS,
+    MAX_PROMPTS,
+    ServerContext,
+    Task,
+    TokenId,
+    described,
+    reference,
+    sampling_params,
+)
+from handlers.protocols.body import KnownNames, convert, refuse_unknown
+from handlers.protocols.fields import (
+    GUIDED,
     ChoiceCount,
     LogprobsCount,
     MaxTokens,
     SamplerFields,
+    read_constraint,
     sampler_names,
     sampler_values,
 )
-from handlers.request import ChatPrompt, GenerationRequest, TextPart, TextPrompt
-from handlers.sampling import MAX_STOP_STRINGS
+from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
+from handlers.protocols.openai.tools import Tools, answer_form, read_tools
+from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    MOST_TOKEN_IDS,
+    ChatPrompt,
+    GenerationRequest,
+    TextPart,
+    TextPrompt,
+)
 
 log = logging.getLogger(__name__)
 
 MOST_NAMES = 8
-"""Of templates that an error lists."""
+"""The most names of templates that an error lists."""
 
 DEFAULT_MAX_TOKENS = 16
-"""Of a text completion whose body has no `max_tokens`, as OpenAI has it; null means the model's own default, else up to
-the context's end."""
+"""For a text completion without `max_tokens`, as in OpenAI's API; null means the model's own default, or else up to the
+end of the context."""
 
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
 Name = Annotated[str, Meta(max_length=512)]
@@ -50,7 +62,7 @@ _Priority = Annotated[int, Meta(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)]
 _SIDES = ("left", "right")
 
 _Truncation = Annotated[int, Meta(ge=-1, le=MAX_INTEGER)]
-"""-1 for as much as the context has room for."""
+"""-1 for as much as fits into the context."""
 
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -155,7 +167,7 @@ class CompletionBody(CommonBody, kw_only=True):
 
 
 def known_names(shape: type[CommonBody]) -> KnownNames:
-    """Of a body of this shape."""
+    """Return the names that are known in a body of this shape."""
     return KnownNames(
         {*shape.__struct_fields__, *READ_ELSEWHERE}, {*IGNORED, *UNSUPPORTED, *FALSE_ONLY, "best_of"}
     )
@@ -168,9 +180,16 @@ _COMPLETION_NAMES = known_names(CompletionBody)
 def read_chat(
     body: dict[str, Any], server: ServerContext, *, request_id: str, adapter: str | None = None
 ) -> Task:
-    """Raises InvalidRequest naming the field; nothing has been fetched or generated then.
+    """Read a body. Nothing has been fetched or generated if this fails.
 
-    adapter: named in a header; it wins over the body's `adapters`.
+    Args:
+        body: The JSON object.
+        server: What holds for every request.
+        request_id: Of the request.
+        adapter: The adapter named in a header, which takes precedence over the body's `adapters`.
+
+    Raises:
+        InvalidRequest: It names the field at fault.
     """
     refuse_unsupported(body, ChatBody)
     asked = convert(body, ChatBody)
@@ -273,7 +292,7 @@ def _chat_prompt(asked: ChatBody, server: ServerContext, tools: Tools | None) ->
 
 
 def _echo(prompt: ChatPrompt) -> str:
-    """The text that the answer goes on from, where the last turn is the answer's own."""
+    """Return the text that the answer continues, if the last turn is the assistant's."""
     last = prompt.messages[-1]
     if last.role != "assistant" and prompt.add_generation_prompt:
         return ""
@@ -295,7 +314,7 @@ def _chat_sampling(asked: ChatBody) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """A prompt, and what `echo` shows of it; None for the text of its tokens."""
+    """A prompt, and what `echo` shows of it; None stands for the text of its tokens."""
 
     prompt: TextPrompt
     echo: str | None
@@ -304,9 +323,16 @@ class _Shown:
 def read_completion(
     body: dict[str, Any], server: ServerContext, *, request_id: str, adapter: str | None = None
 ) -> Task:
-    """Raises InvalidRequest naming the field; nothing has been fetched or generated then.
+    """Read a body. Nothing has been fetched or generated if this fails.
 
-    adapter: named in a header; it wins over the body's `adapters`.
+    Args:
+        body: The JSON object.
+        server: What holds for every request.
+        request_id: Of the request.
+        adapter: The adapter named in a header, which takes precedence over the body's `adapters`.
+
+    Raises:
+        InvalidRequest: It names the field at fault.
     """
     refuse_unsupported(body, CompletionBody)
     asked = convert(body, CompletionBody)
@@ -375,7 +401,7 @@ def _best_of(asked: CompletionBody, n: int, stream: bool) -> int:
 def _completion_sampling(
     body: dict[str, Any], asked: CompletionBody, choose: bool, echo_only: bool
 ) -> dict[str, Any]:
-    """choose: the best answers are chosen by their probability. echo_only: no answer is shown."""
+    """Return fields of RequestSampling. choose: answers are chosen by probability. echo_only: none is shown."""
     values = common_sampling(asked)
     if "max_tokens" not in body:
         values["max_tokens"] = DEFAULT_MAX_TOKENS
@@ -417,7 +443,7 @@ def _ids(token_ids: list[int]) -> _Shown:
 
 
 def common_sampling(asked: CommonBody) -> dict[str, Any]:
-    """Fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
+    """Return fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     if stop is not None and "" in stop:
         raise InvalidRequest("stop: an empty string cannot end an answer", param="stop")
@@ -433,7 +459,7 @@ def common_sampling(asked: CommonBody) -> dict[str, Any]:
 
 
 def check_stream(asked: CommonBody) -> bool:
-    """Whether a stream is asked for. Raises InvalidRequest for what only one of both forms can have."""
+    """Return whether a stream is asked for. Raises InvalidRequest for fields that do not go with it."""
     stream = bool(asked.stream)
     if asked.stream_options is not None and not stream:
         raise InvalidRequest("stream_options needs stream: true", param="stream_options")
@@ -451,7 +477,7 @@ def count_answers(asked: CommonBody) -> int:
 
 
 def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
-    """What would change the answer and is not there is refused; all else that `shape` does not know is dropped."""
+    """Refuse fields that would change the answer and are not supported; other unknown fields are ignored."""
     if isinstance(options := body.get("stream_options"), dict):
         refuse_unknown(options, StreamOptions.__struct_fields__, "stream_options")
     side = body.get("truncation_side")
@@ -481,5 +507,5 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
         )
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
-            raise InvalidRequest(f"logit_bias: {key[:40]!r} is no token id", param="logit_bias")
+            raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")
     return {int(key): value for key, value in bias.items()}

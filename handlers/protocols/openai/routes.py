@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from handlers.exchange import Incoming
-from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import ServerContext, Task
+from handlers.protocols.base import READ, SSE_TYPE, Api, Reader, Route, ServerContext, Task
 from handlers.protocols.openai.replies import (
     OPENAI_ERRORS,
     ChatCompletion,

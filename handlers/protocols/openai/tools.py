@@ -1,21 +1,49 @@
-"""Tools as OpenAI's clients offer them: which may be called, which must be, and the schema that forces a call."""
+"""Tools and reasoning of a chat: what a request offers, and what its answers look like because of it.
+
+`Tools` are what may be called, what must be, and the schema that forces a call. `AnswerForm` is the grammar that
+answers must match, the parser that reads them, and the messages and streamed deltas that show calls and reasoning.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
+from msgspec import UNSET
 
+from handlers.backends.base import Delta, PromptStats
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
-from handlers.parsers.base import AnswerFormats
-from handlers.protocols.body import refuse_unknown, shown_value
-from handlers.protocols.constraints import MAX_BYTES, MAX_DEPTH, depth
-from handlers.protocols.misspelt import KnownNames
-from handlers.request import Constraint
+from handlers.parsers.base import (
+    AnswerFormats,
+    Asked,
+    CallArguments,
+    CallBroken,
+    CallStart,
+    Content,
+    Parser,
+    Piece,
+    Reasoning,
+    parse_whole,
+)
+from handlers.parsers.reasoning import ReasoningThenCalls
+from handlers.parsers.select import named_parser, openai_call_id, required_parser
+from handlers.protocols.base import Answer, ServerContext
+from handlers.protocols.body import KnownNames, refuse_unknown, shown_value
+from handlers.protocols.fields import MAX_BYTES, MAX_DEPTH, depth
+from handlers.protocols.openai.replies import (
+    CalledFunction,
+    CalledFunctionDelta,
+    ChatDelta,
+    ChatMessage,
+    FinishReason,
+    ToolCall,
+    ToolCallDelta,
+)
+from handlers.request import Constraint, RequestSampling
 
 MAX_TOOLS = 128
 """OpenAI's limit."""
@@ -26,7 +54,7 @@ _TOOL = frozenset({"type", "function", "id", "strict", "defer_loading", "cache_c
 _FUNCTION = KnownNames(
     {"name", "description", "parameters", "arguments", "strict"}, {"return", "defer_loading", "cache_control"}
 )
-"""All keys of a function reach the chat template, those that nobody knows, too: models are trained with some."""
+"""All keys of a function, unknown ones included, reach the chat template: models are trained with some."""
 
 _CHOICE = frozenset({"type", "function", "name", "allowed_tools"})
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -36,8 +64,12 @@ _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additiona
 class Tools:
     """What a request may call.
 
-    offered: for the chat template, each {"type": "function", "function": {...}}. callable: those that may be called;
-    `named` has only one. parallel: several calls in one answer. legacy: the client speaks of functions, not of tools.
+    Attributes:
+        offered: All functions, for the chat template, each as {"type": "function", "function": {...}}.
+        callable: Those that may be called; only one if the choice is "named".
+        choice: Whether the model may choose to call, must call, or must call the one function.
+        parallel: Whether an answer may contain several calls.
+        legacy: Whether the client uses OpenAI's older `functions` instead of `tools`.
     """
 
     offered: list[dict[str, Any]]
@@ -51,9 +83,9 @@ class Tools:
         return self.choice != "auto"
 
     def constraint(self) -> Constraint:
-        """What a forced answer must look like: an array of {"name", "parameters"}, or one call's arguments alone.
+        """Return the form of a forced answer: an array of {"name", "parameters"}, or one call's arguments alone.
 
-        White space is kept to where models write it in a line of JSON, so that no answer is made of it.
+        White space is limited to what a line of JSON has, so that an answer cannot consist of it.
         """
         functions = [tool["function"] for tool in self.callable]
         named = self.choice == "named"
@@ -72,9 +104,10 @@ def read_tools(
     function_call: object = None,
     formats: AnswerFormats,
 ) -> Tools | None:
-    """The tools of a request, None where none is to be called. `functions` and `function_call` are the older names.
+    """Return the tools of a request; None if none may be called. `functions` and `function_call` are the older names.
 
-    Raises InvalidRequest with the path of what is wrong.
+    Raises:
+        InvalidRequest: It names the path of what is wrong.
     """
     legacy = not tools and bool(functions)
     if legacy:
@@ -116,7 +149,7 @@ def read_tools(
 
 
 def _choice(given: object, param: str) -> tuple[str | None, list[str] | None]:
-    """Mode and allowed names. A string that is no mode is a function's name, as in TGI."""
+    """Return the mode and the allowed names. Any other string is a function's name, as in TGI."""
     if given is None or isinstance(given, str):
         return given or None, None
     correct = '{"type": "function", "function": {"name": "..."}}'
@@ -185,7 +218,7 @@ def _definitions(offered: Sequence[object], field: str) -> list[dict[str, Any]]:
 
 
 def _function(given: object, path: str) -> dict[str, Any]:
-    """A copy with `parameters` under that name; TGI's clients also call them `arguments`."""
+    """Return a checked copy; `parameters`, which TGI's clients also call `arguments`, have their usual name there."""
     if not isinstance(given, dict):
         raise InvalidRequest(f"{path} must be an object with the function's name", param=path)
     name = given.get("name")
@@ -226,7 +259,7 @@ def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """An array of calls. Each function's schema is a definition of its own, its references led there."""
+    """Return the schema of an array of calls, with each function's own schema, adjusted, among the definitions."""
     places = [f"#/$defs/{number}" for number in range(len(functions))]
     call = [
         {
@@ -250,7 +283,7 @@ def _calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dic
 
 
 def _moved(schema: Mapping[str, Any], place: str) -> Any:
-    """A copy of a whole schema for `place` in another one."""
+    """Return a copy of a schema whose references fit its `place` in another schema."""
     copy = msgspec.json.decode(msgspec.json.encode(schema))
     for node in subschemas(copy):
         for key in ("$schema", "$id"):
@@ -259,3 +292,233 @@ def _moved(schema: Mapping[str, Any], place: str) -> Any:
         if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
             node["$ref"] = place + reference[1:]
     return copy
+
+
+MakeParser = Callable[[PromptStats], Parser]
+"""A parser for one more answer to the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """What a request's answers look like, to the engine and to the client.
+
+    Attributes:
+        constraint: The form that every answer must have; None for free text.
+        parsed: Parses the answers; None for plain text.
+        keeps_special_tokens: Whether special tokens mark calls or reasoning, so that they must stay in the text.
+        hides_tokens: Whether tokens are not shown, because they would reveal hidden reasoning.
+    """
+
+    constraint: Constraint | None
+    parsed: ParsedAnswers | None = None
+    keeps_special_tokens: bool = False
+    hides_tokens: bool = False
+
+    def applied(self, sampling: RequestSampling) -> RequestSampling:
+        if self.keeps_special_tokens and sampling.skip_special_tokens:
+            return msgspec.structs.replace(sampling, skip_special_tokens=False)
+        return sampling
+
+
+def answer_form(
+    tools: Tools | None,
+    constraint: Constraint | None,
+    server: ServerContext,
+    template_kwargs: Mapping[str, Any],
+    *,
+    hide_reasoning: bool = False,
+) -> AnswerForm:
+    """Return the form of the answers to a chat.
+
+    A constraint holds from the first token on, so a constrained answer has neither reasoning nor calls that the model
+    chooses to make.
+
+    Raises:
+        InvalidRequest: A constraint is given although a call is forced.
+    """
+    formats = server.formats
+    if tools is not None and tools.forced:
+        if constraint is not None:
+            choice = "function_call" if tools.legacy else "tool_choice"
+            raise InvalidRequest(
+                f"{constraint.param} and a {choice} that forces a call exclude each other: send one of them",
+                param=constraint.param,
+            )
+        named = tools.choice == "named"
+        called: FinishReason = "stop" if named else "function_call" if tools.legacy else "tool_calls"
+        return AnswerForm(
+            tools.constraint(),
+            ParsedAnswers(
+                _forced(tools, server), called=called, parallel=tools.parallel, legacy=tools.legacy
+            ),
+        )
+    calls = formats.tools if tools is not None else None
+    if constraint is not None or (calls is None and formats.reasoning is None):
+        return AnswerForm(constraint)
+    reasoning = formats.reasoning
+    definitions = [] if tools is None else tools.callable
+
+    def make(stats: PromptStats) -> Parser:
+        asked = Asked(definitions, stats.prompt_text, stats.prompt_token_ids, template_kwargs)
+        if reasoning is None or calls is None:
+            return (calls or reasoning).parser(asked)  # type: ignore[union-attr]
+        if formats.together is not None:
+            return formats.together(asked)
+        return ReasoningThenCalls(reasoning.parser(asked), calls.parser(asked))
+
+    markers = frozenset[str]().union(*(known.markers for known in (calls, reasoning) if known is not None))
+    legacy = tools is not None and tools.legacy
+    return AnswerForm(
+        None,
+        ParsedAnswers(
+            make,
+            called="function_call" if legacy else "tool_calls",
+            parallel=tools is None or tools.parallel,
+            hide_reasoning=hide_reasoning,
+            legacy=legacy,
+        ),
+        keeps_special_tokens=not markers.isdisjoint(server.special_tokens),
+        hides_tokens=hide_reasoning and reasoning is not None,
+    )
+
+
+def _forced(tools: Tools, server: ServerContext) -> MakeParser:
+    formats = server.formats
+    call_id = openai_call_id if formats.tools is None else formats.tools.call_id
+    if tools.choice == "named":
+        name: str = tools.callable[0]["function"]["name"]
+        return lambda stats: named_parser(name, call_id)
+    return lambda stats: required_parser(call_id)
+
+
+class ParsedAnswers:
+    """Parses the answers to one prompt."""
+
+    def __init__(
+        self,
+        make: MakeParser,
+        *,
+        called: FinishReason = "tool_calls",
+        parallel: bool = True,
+        hide_reasoning: bool = False,
+        legacy: bool = False,
+    ) -> None:
+        """Prepare to parse.
+
+        Args:
+            make: Makes a parser for each answer.
+            called: The finish reason of a complete answer with calls.
+            parallel: False to show only an answer's first call.
+            hide_reasoning: Whether to leave out reasoning.
+            legacy: Whether a call is shown as `function_call`, of which an answer has one.
+        """
+        self._make = make
+        self._called = called
+        self._only_first = legacy or not parallel
+        self.hide_reasoning = hide_reasoning
+        self._legacy = legacy
+        self._open: dict[int, _Streamed] = {}
+
+    def message(self, answer: Answer, stats: PromptStats) -> tuple[ChatMessage, FinishReason | None]:
+        """Return a whole answer's message and its finish reason."""
+        parser = self._make(stats)
+        content: list[str] = []
+        reasoning: list[str] = []
+        calls: dict[int, tuple[CallStart, list[str]]] = {}
+        for piece in parse_whole(parser, answer.text, answer.token_ids):
+            match piece:
+                case Content(more):
+                    content.append(more)
+                case Reasoning(more):
+                    reasoning.append(more)
+                case CallStart(index):
+                    calls[index] = (piece, [])
+                case CallArguments(index, more):
+                    calls[index][1].append(more)
+                case CallBroken(index, more):
+                    del calls[index]
+                    content.append(more)
+        message = ChatMessage("assistant", "".join(content))
+        if not content and (calls or reasoning):
+            message.content = None
+        if reasoning and not self.hide_reasoning:
+            message.reasoning = message.reasoning_content = "".join(reasoning)
+        if calls:
+            made = [
+                ToolCall(start.id, "function", CalledFunction(start.name, "".join(arguments)))
+                for start, arguments in calls.values()
+            ]
+            if self._only_first:
+                del made[1:]
+            if self._legacy:
+                message.function_call = made[0].function
+            else:
+                message.tool_calls = made
+        return message, self._reason(answer.finish_reason, bool(calls))
+
+    def deltas(self, delta: Delta, stats: PromptStats) -> tuple[list[ChatDelta], FinishReason | None]:
+        """Return what a delta adds to its answer's message, each of one kind, and the finish reason."""
+        answer = self._open.get(delta.index)
+        if answer is None:
+            answer = self._open[delta.index] = _Streamed(self._make(stats), self._only_first)
+        pieces = answer.parser.push(delta.text, delta.token_ids)
+        if delta.finish_reason is not None:
+            pieces += answer.parser.finish()
+        shown = [self._delta(piece) for piece in pieces if answer.shows(piece)]
+        reason = self._reason(delta.finish_reason, bool(answer.calls))
+        return [delta for delta in shown if delta is not None], reason
+
+    def _delta(self, piece: Piece) -> ChatDelta | None:
+        match piece:
+            case Content(text):
+                return ChatDelta(content=text)
+            case Reasoning(text):
+                return None if self.hide_reasoning else ChatDelta(reasoning=text, reasoning_content=text)
+            case CallStart(index, call_id, name):
+                begun = CalledFunctionDelta(name=name, arguments="")
+                if self._legacy:
+                    return ChatDelta(function_call=begun)
+                call = ToolCallDelta(index=index, id=call_id, type="function", function=begun)
+                return ChatDelta(tool_calls=[call])
+            case CallArguments(index, text):
+                more = CalledFunctionDelta(arguments=text)
+                if self._legacy:
+                    return ChatDelta(function_call=more)
+                return ChatDelta(tool_calls=[ToolCallDelta(index=index, function=more)])
+            case CallBroken():
+                return None
+
+    def _reason(self, finish: str | None, called: bool) -> FinishReason | None:
+        return self._called if called and finish == "stop" else cast("FinishReason | None", finish)
+
+
+class _Streamed:
+    """An answer that is being streamed."""
+
+    def __init__(self, parser: Parser, only_first: bool) -> None:
+        self.parser = parser
+        self.calls: set[int] = set()
+        self._only_first = only_first
+
+    def shows(self, piece: Piece) -> bool:
+        match piece:
+            case CallStart(index):
+                if self._only_first and self.calls:
+                    return False
+                self.calls.add(index)
+            case CallArguments(index):
+                return index in self.calls
+            case CallBroken(index):
+                self.calls.discard(index)
+        return True
+
+
+def first_deltas(deltas: Sequence[ChatDelta], echo: str) -> list[ChatDelta]:
+    """Return the deltas with the answer's role and echo in front."""
+    if echo or not deltas:
+        return [ChatDelta("assistant", echo), *deltas]
+    first = deltas[0]
+    first.role = "assistant"
+    if first.content is UNSET:
+        first.content = None
+    return [*deltas]

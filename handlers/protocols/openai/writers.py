@@ -13,7 +13,6 @@ from msgspec import UNSET, Struct, UnsetType
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
 from handlers.protocols.base import SSE, Answer, Answered, finite
-from handlers.protocols.openai.answers import ParsedAnswers, first_deltas
 from handlers.protocols.openai.replies import (
     ChatChoice,
     ChatCompletion,
@@ -31,6 +30,7 @@ from handlers.protocols.openai.replies import (
     prompt_position,
     token_text,
 )
+from handlers.protocols.openai.tools import ParsedAnswers, first_deltas
 from handlers.version import FINGERPRINT
 
 _encode = msgspec.json.Encoder().encode
@@ -41,7 +41,7 @@ _ENCODED_TEXT = _encode(_TEXT)
 
 _DONE = b"data: [DONE]\n\n"
 _SEARCHED = 8
-"""Characters past its expected place in which a token's text is looked for."""
+"""The number of characters after its expected place in which a token's text is searched."""
 
 
 @dataclass(kw_only=True)
@@ -75,25 +75,25 @@ class _OpenAIWriter:
         """The beginning of every chunk, up to its choice."""
 
     def _reply(self, choices: list[Any], usage: Usage | UnsetType | None) -> Struct:
-        """A chunk, whose last fields are these two."""
+        """Return a chunk; these two are its last fields."""
         raise NotImplementedError
 
     def failed(self, error: ServingError) -> bytes:
         return _event(OpenAIError.of(error))
 
     def _usage(self, stats: PromptStats, completion_tokens: int) -> Usage | UnsetType | None:
-        """What a chunk shows before the end."""
+        """Return the usage that a chunk before the last one shows."""
         if self.continuous_usage:
             return Usage.of(stats, completion_tokens)
         return None if self.include_usage else UNSET
 
     def _chunk_of(self, choice: Struct, usage: Usage | UnsetType | None) -> bytes:
-        """The event of `_reply` with one choice. All that chunks have in common is encoded once."""
+        """Return an event with one choice. What all chunks have in common is encoded only once."""
         line = self._start + _encode(choice)
         return line + (b"]}\n\n" if usage is UNSET else b'],"usage":' + _encode(usage) + b"}\n\n")
 
     def _remember(self, index: int, plain: Struct) -> None:
-        """plain: a chunk's choice with `_TEXT` for its text."""
+        """Encode what is around the text of a choice's chunks. plain: a choice with `_TEXT` as its text."""
         before, _, after = self._chunk_of(plain, None if self.include_usage else UNSET).rpartition(
             _ENCODED_TEXT
         )
@@ -105,7 +105,7 @@ def _event(data: Any) -> bytes:
 
 
 def _finish(answer: Delta | Answer) -> FinishReason | None:
-    """An aborted answer is an error, and never written."""
+    """Return the finish reason. An aborted answer is an error, and never written."""
     return cast("FinishReason | None", answer.finish_reason)
 
 
@@ -177,19 +177,19 @@ class ChatWriter(_OpenAIWriter):
         return ChatChoice(index, message, logprobs, finish, answer.stop_reason, token_ids)
 
     def _about_prompt(self, stats: PromptStats) -> tuple[list[int] | UnsetType, str | UnsetType]:
-        """What is shown of the prompt once, at the beginning: its tokens and its text."""
+        """Return what is shown of the prompt, once at the beginning: its tokens and its text."""
         return (
             stats.prompt_token_ids if self.token_ids else UNSET,
             stats.prompt_text if self.prompt_text else UNSET,
         )
 
     def _begin(self, index: int) -> bool:
-        """Whether the stream begins with this choice."""
+        """Note that a choice begins; return whether it is the stream's first."""
         self._remember(index, ChunkChoice(index, ChatDelta(content=_TEXT), None, None))
         return len(self._around) == 1
 
     def _parsed_chunks(self, delta: Delta, parsed: ParsedAnswers, stats: PromptStats) -> bytes:
-        """A chunk for each kind of thing in the delta; the last one shows its tokens. Empty while it is undecided."""
+        """Return a chunk for each kind of content in the delta, the last with its tokens; empty while undecided."""
         deltas, finish = parsed.deltas(delta, stats)
         plain = self._plain and finish is None
         if not deltas and (plain or not (finish or delta.logprobs or self.token_ids)):
@@ -321,7 +321,7 @@ class CompletionWriter(_OpenAIWriter):
     def _choice(
         self, index: int, added: Delta | Answer, stats: PromptStats | None = None
     ) -> CompletionChoice:
-        """stats: given where the choice begins, which is where its prompt is shown."""
+        """Return a choice. stats: given when the choice begins, which is when its prompt is shown."""
         text, positions = added.text, added.logprobs or []
         shown: list[PositionLogprobs | TokenLogprob] = [*positions]
         if stats is not None and self.echo is not None:
@@ -345,7 +345,7 @@ class CompletionWriter(_OpenAIWriter):
 
 
 def _prompt_positions(stats: PromptStats) -> list[PositionLogprobs | TokenLogprob]:
-    """Empty where nobody asked for them."""
+    """Return the prompt's positions; empty if they were not asked for."""
     if stats.prompt_logprobs is None:
         return []
     first = TokenLogprob(stats.prompt_token_ids[0], stats.first_token_text, 0.0, 1)
@@ -353,7 +353,7 @@ def _prompt_positions(stats: PromptStats) -> list[PositionLogprobs | TokenLogpro
 
 
 def _best(answers: list[Answer], n: int) -> list[Answer]:
-    """The n answers of the highest mean log-probability of a token, the best first; in order if they are n."""
+    """Return the n answers whose tokens have the highest mean log probability, best first; all n in their own order."""
     if len(answers) == n:
         return answers
     return sorted(answers, key=_mean_logprob, reverse=True)[:n]
@@ -371,7 +371,7 @@ class _TokenLists:
     """
 
     def __init__(self, top: int, *, as_ids: bool = False) -> None:
-        """top: alternatives beside each token. as_ids: tokens are written as "token_id:ID"."""
+        """Start the lists. top: the alternatives beside each token. as_ids: write tokens as "token_id:ID"."""
         self._top = top
         self._as_ids = as_ids
         self._before = 0
@@ -379,7 +379,7 @@ class _TokenLists:
         self._at = 0
 
     def add(self, text: str, positions: Sequence[PositionLogprobs | TokenLogprob]) -> CompletionLogprobs:
-        """What `positions` adds to the lists and `text` to the text. A bare token has no probability."""
+        """Return what new positions add to the lists, and `text` to the text. A token alone has no probability."""
         seen = min(self._at, len(self._pending))
         self._pending = self._pending[seen:] + text
         self._before += seen
@@ -398,7 +398,7 @@ class _TokenLists:
         return lists
 
     def _alternatives(self, position: PositionLogprobs) -> dict[str, float]:
-        """The chosen token and the best others. Of several that look the same the most likely one is shown."""
+        """Return the chosen token and the most likely others; of several that look the same, the most likely."""
         shown: dict[str, float] = {}
         for token in (position.chosen, *position.top[: self._top]):
             shown.setdefault(token_text(token, self._as_ids), finite(token.logprob))

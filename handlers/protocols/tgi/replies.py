@@ -24,13 +24,12 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.protocols.base import Answer, Answered, finite
-from handlers.protocols.errors import ErrorFormat
+from handlers.protocols.base import Answer, Answered, ErrorFormat, finite
 
 _encode = msgspec.json.Encoder().encode
 
 _DRAWN_BITS = 53
-"""Bits of a seed that the client did not choose: as many as a JavaScript number holds, because the reply shows it."""
+"""Bits of a seed that the client did not choose: as many as a JavaScript number has, because the reply shows it."""
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
@@ -53,7 +52,7 @@ class TgiPrefillToken(Struct, forbid_unknown_fields=True):
 
 
 class TgiSequence(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What `details` says of one answer. generated_text: only of those that are not the best of several."""
+    """The `details` of one answer; `generated_text` is there only for answers that are not the best of several."""
 
     generated_text: str | UnsetType = UNSET
     finish_reason: FinishReason
@@ -73,7 +72,7 @@ class TgiReply(Struct, forbid_unknown_fields=True):
 
 
 class TgiStreamDetails(Struct, forbid_unknown_fields=True):
-    """What the last event of a stream says of the answer."""
+    """The details of the answer in the last event of a stream."""
 
     finish_reason: FinishReason
     generated_tokens: int
@@ -82,7 +81,7 @@ class TgiStreamDetails(Struct, forbid_unknown_fields=True):
 
 
 class TgiEvent(Struct, kw_only=True, forbid_unknown_fields=True):
-    """`data:` of one event: a token. The last one has the whole text, and details if they were asked for."""
+    """The `data:` of one event: a token. The last one has the whole text, and details if they were asked for."""
 
     index: int
     token: TgiToken
@@ -92,7 +91,7 @@ class TgiEvent(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class TgiError(Struct, forbid_unknown_fields=True):
-    """`error_type` is what TGI's clients choose their exception by; some also know the words."""
+    """TGI's clients choose their exception by `error_type`; some also know the words."""
 
     error: str
     error_type: str
@@ -116,9 +115,17 @@ class TgiWriter:
         seeds: Sequence[int | None] = (None,),
         special_token_ids: Set[int] = frozenset(),
     ) -> None:
-        """inputs: the prompt as it was sent. array: whether the object is wrapped in a list.
+        """Prepare to write.
 
-        seeds: one for each answer, None for greedy ones. special_token_ids: tokens that add no text.
+        Args:
+            inputs: The prompt as it was sent.
+            array: Whether the object is wrapped in a list.
+            details: Whether to show details.
+            full_text: Whether the text begins with the prompt.
+            prefill: Whether details show the prompt's tokens.
+            top_tokens: The number of alternatives to show at each position.
+            seeds: One for each answer, None for greedy ones.
+            special_token_ids: Tokens that add no text.
         """
         self._inputs = inputs
         self._array = array
@@ -149,7 +156,7 @@ class TgiWriter:
         return _encode([reply] if self._array else reply)
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
-        """An event for each token."""
+        """Return an event for each token."""
         self._answer.add(delta)
         events: list[TgiEvent] = []
         for token, position in self._tokens(delta):
@@ -191,7 +198,7 @@ class TgiWriter:
         }
 
     def _all_tokens(self, answer: Answer) -> list[TgiToken]:
-        """A token's text is what it added to the answer; a special one that added none shows itself."""
+        """Return all tokens with the text that each added; a special token that added none shows itself."""
         tokens = [self._token(position.chosen) for position in answer.logprobs]
         if len(tokens) != len(answer.token_ids):
             return tokens
@@ -203,7 +210,7 @@ class TgiWriter:
         return tokens
 
     def _tokens(self, delta: Delta) -> Iterator[tuple[TgiToken, PositionLogprobs | None]]:
-        """The delta's tokens with what each added to the text: clients join that of tokens that are not special."""
+        """Return the delta's tokens with the text that each added, which clients join for all but special ones."""
         positions: Sequence[PositionLogprobs | None] = delta.logprobs or ()
         if len(positions) != len(delta.token_ids):
             positions = [None] * len(delta.token_ids)
@@ -225,7 +232,7 @@ class TgiWriter:
 
 
 def finish_reason(answer: Answer) -> FinishReason:
-    """Why an answer ended, in TGI's words."""
+    """Return why an answer ended, in TGI's words."""
     if answer.finish_reason == "length":
         return "length"
     return "eos_token" if answer.eos or answer.stop_reason is None else "stop_sequence"
@@ -238,7 +245,7 @@ def shown_seeds(seed: int | None, answers: int) -> list[int | None]:
 
 
 def _mean_logprob(answer: Answer) -> float:
-    """By which TGI chooses the best of several answers."""
+    """Return the number by which TGI chooses the best of several answers."""
     logprobs = [position.chosen.logprob for position in answer.logprobs]
     return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
@@ -281,7 +288,7 @@ def _length(error: ContextExceeded) -> str:
 
 
 def _status(error: ServingError) -> int:
-    """TGI's status codes; 429 where others say 503, as its JavaScript client would not wait before it calls again."""
+    """Return TGI's status code; 429 instead of 503, after which its JavaScript client would call again at once."""
     if isinstance(error, InvalidRequest):
         return 400 if isinstance(error, MalformedBody) else 422
     if isinstance(error, Unavailable):

@@ -13,13 +13,9 @@ import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.api import described_as
-from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, sampling_params
-from handlers.protocols.body import convert
-from handlers.protocols.constraints import read_constraint
-from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.misspelt import KnownNames
-from handlers.protocols.sampler_fields import (
+from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, described_as, sampling_params
+from handlers.protocols.body import KnownNames, convert
+from handlers.protocols.fields import (
     ChoiceCount,
     Fraction,
     MaxTokens,
@@ -27,10 +23,11 @@ from handlers.protocols.sampler_fields import (
     RepetitionPenalty,
     Temperature,
     TopK,
+    read_constraint,
 )
+from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import GenerationRequest, TextPrompt
-from handlers.sampling import MAX_STOP_STRINGS, RequestSampling
+from handlers.request import MAX_STOP_STRINGS, GenerationRequest, RequestSampling, TextPrompt
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ class TgiParameters(msgspec.Struct):
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn: asked for, or implied by any value that would change how they are."""
+        """Whether tokens are drawn, as asked for or implied by a value that changes how they are drawn."""
         return bool(
             self.do_sample
             or self.temperature not in (None, 1.0)
@@ -105,10 +102,17 @@ def read_tgi(
     route: str,
     adapter: str | None = None,
 ) -> Task:
-    """Raises InvalidRequest in TGI's words.
+    """Read a body.
 
-    route: one of `GENERATE_ROUTES`, which decides on streaming and on whether the reply is a list.
-    adapter: named in a header; it wins over the body's `adapter_id`.
+    Args:
+        body: The JSON object.
+        server: What holds for every request.
+        request_id: Of the request.
+        route: One of `GENERATE_ROUTES`, which decides whether to stream, and whether the reply is a list.
+        adapter: The adapter named in a header, which takes precedence over the body's `adapter_id`.
+
+    Raises:
+        InvalidRequest: In TGI's words.
     """
     asked = convert(body, TgiBody)
     for name in body.keys() - TgiBody.__struct_fields__:
@@ -150,7 +154,7 @@ def read_tgi(
 
 
 def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:
-    """Raises InvalidRequest in TGI's words, in the order in which TGI checks."""
+    """Read and check parameters in TGI's order. Raises InvalidRequest in TGI's words."""
     asked = convert(given, TgiParameters, under="parameters")
     for name in given.keys() - TgiParameters.__struct_fields__:
         log.debug("unknown parameter ignored: %.80s", name)
@@ -213,14 +217,14 @@ def _check_truncate(truncate: int | None, context: int) -> None:
 
 
 def _seeds(asked: TgiParameters, answers: int) -> list[int | None]:
-    """What the reply says of each answer: nothing where none was drawn from."""
+    """Return the seeds that the reply shows for each answer: none for answers that were not drawn."""
     if not asked.samples:
         return [None] * answers
     return shown_seeds(asked.seed, answers)
 
 
 def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bool) -> RequestSampling:
-    """TGI knows no defaults of the model's own, and keeps a stop string in the text."""
+    """Return the sampling. TGI knows no defaults of the model's own, and keeps a stop string in the text."""
     seed = seeds[0]
     stops = asked.stops
     values = {

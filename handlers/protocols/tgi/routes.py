@@ -10,14 +10,23 @@ import msgspec
 from msgspec import Struct
 
 from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.api import READ, SSE_TYPE, Api, Reader, Route
-from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, ServerContext, Task
+from handlers.protocols.base import (
+    JSON,
+    MAX_ANSWERS,
+    MAX_PROMPTS,
+    READ,
+    SSE_TYPE,
+    Api,
+    Reader,
+    Route,
+    ServerContext,
+    Task,
+)
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.replies import TGI_ERRORS, TgiEvent, TgiReply
 from handlers.protocols.tgi.requests import GENERATE_ROUTES, TgiBody, read_tgi
-from handlers.request import GenerationRequest, TextPart, prompt_parts
-from handlers.sampling import MAX_STOP_STRINGS
+from handlers.request import MAX_STOP_STRINGS, GenerationRequest, TextPart, prompt_parts
 from handlers.version import VERSION
 
 if TYPE_CHECKING:
@@ -35,10 +44,10 @@ _AROUND_AN_IMAGE = len("![]()")
 
 
 class Info(Struct):
-    """`/info`: what is served and within which limits, today's keys and those of earlier versions.
+    """`/info`: what is served and within which limits, with the keys of TGI's current and earlier versions.
 
-    `router` names the protocol, by which clients know what they talk to. A prompt that waits joins the next step:
-    hence the zeros.
+    `router` names the protocol, so that clients recognise it. Some values are 0, because a waiting prompt joins the
+    next step.
     """
 
     model_id: str
@@ -96,10 +105,10 @@ async def _info(service: Service, incoming: Incoming) -> Reply:
 def compute_headers(
     requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
 ) -> dict[str, str]:
-    """Times are whole milliseconds, but for `x-compute-time`, which is seconds.
+    """Return the headers. Times are whole milliseconds, except `x-compute-time`, which is in seconds.
 
-    Validation ends when the engine has the prompt, inference begins with its first step. A stream's headers are sent
-    with its first token, when nothing of its times is known.
+    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
+    sent with its first token, when its times are not known yet.
     """
     own = {
         "x-compute-type": compute_type or "unknown",
@@ -127,7 +136,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _characters(request: GenerationRequest) -> int:
-    """Characters of the prompt as it is written, images included."""
+    """Return the number of characters of the prompt as it was sent, images included."""
     return sum(
         len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
         for part in prompt_parts(request.prompt)

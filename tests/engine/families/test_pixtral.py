@@ -17,7 +17,7 @@ from engine.errors import ModelLoadError, RequestRejected
 from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.rolling.images import ImagePreparer
+from handlers.backends.rolling.engine import ImagePreparer
 from handlers.errors import ImageError
 from handlers.request import (
     ChatPrompt,
@@ -27,8 +27,8 @@ from handlers.request import (
     LoadedEmbeddings,
     LoadedImage,
     Message,
+    RequestSampling,
 )
-from handlers.sampling import RequestSampling
 from tests.support.engine_driver import Oracle, Prompt
 from tests.support.exactness import check_random_load, prompts_with
 from tests.support.likeness import (

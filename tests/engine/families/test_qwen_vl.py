@@ -36,9 +36,9 @@ from handlers.request import (
     LoadedEmbeddings,
     LoadedImage,
     Message,
+    RequestSampling,
     TextPart,
 )
-from handlers.sampling import RequestSampling
 from properties.settings import Settings
 from tests.support.engine_driver import Oracle, Prompt, load_engine, run_all
 from tests.support.exactness import PromptMaker, check_random_load

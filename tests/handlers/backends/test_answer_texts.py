@@ -16,8 +16,16 @@ from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import EngineFailed
 from handlers.pipeline import Generation, texts_of
 from handlers.prompts.detokenizer import TokenTexts
-from handlers.request import ChatPrompt, Constraint, GenerationRequest, Message, Prompt, TextPart, TextPrompt
-from handlers.sampling import RequestSampling
+from handlers.request import (
+    ChatPrompt,
+    Constraint,
+    GenerationRequest,
+    Message,
+    Prompt,
+    RequestSampling,
+    TextPart,
+    TextPrompt,
+)
 
 WORDS = ["▁a", "▁red", "▁circle", "s", "</s>", "▁"]
 A, RED, CIRCLE, S, END, SPACE = range(len(WORDS))

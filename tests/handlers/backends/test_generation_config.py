@@ -14,12 +14,11 @@ from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.vllm.samplers import Samplers
 from handlers.backends.vllm.sampling import usual_sampling
 from handlers.prompts.generation_config import read_default_sampling
-from handlers.prompts.limits import checked_sampling, checked_tokens
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi.requests import read_tgi
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling, checked_sampling, checked_tokens
 from properties.settings import Settings
 from tests.support.models import make_text_model
 from tests.support.scripted import chat
@@ -149,7 +148,7 @@ def lmi(**parameters: Any) -> Task:
         (read_tgi({"inputs": "a"}, ALL, request_id="r", route="/generate"), None, True),
     ],
 )
-def test_the_length_of_an_answer_is_the_clients_then_the_dialects_then_the_models(
+def test_the_length_of_an_answer_is_the_clients_then_the_apis_then_the_models(
     task: Task, tokens: int | None, default: bool
 ) -> None:
     (request,) = task.requests

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, processors
 
 import handlers.backends.rolling.model_facts as facts_module
 from engine.errors import ModelLoadError
-from handlers.backends.rolling.client import EngineProcess
 from handlers.backends.rolling.model_facts import TOKENIZER, ModelQuestion, ask_engine, model_facts
+from handlers.backends.rolling.replicas import EngineProcess
 from handlers.prompts.tokenizer import load_tokenizer
 from tests.support.model_front import _LOAD, HEAVY, ROOT, learned
 from tests.support.models import make_llava

@@ -12,10 +12,10 @@ import pytest
 from handlers.errors import InvalidRequest, ServingError
 from handlers.request import (
     GenerationRequest,
+    RequestSampling,
     TextPart,
     TextPrompt,
 )
-from handlers.sampling import RequestSampling
 from tests.support.models import CHAT_TEMPLATE, make_llava
 from tests.support.rolling import answer, loaded, request, tokens
 

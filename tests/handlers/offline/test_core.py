@@ -11,8 +11,7 @@ from handlers.backends.base import Delta, Health
 from handlers.errors import EngineFailed, InvalidRequest, ServingError, Unavailable
 from handlers.offline.core import Batch, Outcome
 from handlers.protocols.base import Answered
-from handlers.request import GenerationRequest, TextPart, TextPrompt
-from handlers.sampling import RequestSampling
+from handlers.request import GenerationRequest, RequestSampling, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, ScriptedGeneration, ScriptedImages, Step, said
 
 

@@ -24,7 +24,7 @@ from handlers import LLM, SamplingParams, StructuredOutputsParams
 from handlers.errors import ImageError, ImageTooLarge, InvalidRequest
 from handlers.offline.prompts import ImageTokens, PromptImages, read_prompt
 from handlers.request import ImagePart, TextPart
-from handlers.sampling import RequestSampling as EngineParams
+from handlers.request import RequestSampling as EngineParams
 from properties.problem import ConfigurationError
 from tests.support.live import data_url
 from tests.support.s3 import BUCKET

@@ -18,8 +18,7 @@ from handlers.exchange import Reply
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.markdown_images import image_parts
-from handlers.request import GenerationRequest, ImagePart, TextPart, TextPrompt
-from handlers.sampling import RequestSampling
+from handlers.request import GenerationRequest, ImagePart, RequestSampling, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://images.example/cat.png"

@@ -30,8 +30,7 @@ from handlers.protocols.openai.requests import (
     CompletionBody,
     read_chat,
 )
-from handlers.request import ChatPrompt, GenerationRequest, ImagePart, TextPart
-from handlers.sampling import RequestSampling
+from handlers.request import ChatPrompt, GenerationRequest, ImagePart, RequestSampling, TextPart
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 
 CAT = "https://images.example/cat.png"

@@ -14,8 +14,7 @@ from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, InvalidRequest
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.openai.requests import read_chat, read_completion
-from handlers.request import Constraint, GenerationRequest, ImagePart, TextPart, TextPrompt
-from handlers.sampling import RequestSampling
+from handlers.request import Constraint, GenerationRequest, ImagePart, RequestSampling, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://images.example/cat.png"

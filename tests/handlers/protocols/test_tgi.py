@@ -16,8 +16,7 @@ from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unava
 from handlers.exchange import Reply
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.tgi.requests import read_tgi
-from handlers.request import ImagePart, TextPart, TextPrompt
-from handlers.sampling import RequestSampling
+from handlers.request import ImagePart, RequestSampling, TextPart, TextPrompt
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import (
     ScriptedBackend,

@@ -8,7 +8,7 @@ import pytest
 
 from handlers.backends.vllm.sampling import check_prompt_logprobs
 from handlers.errors import InvalidRequest
-from handlers.sampling import RequestSampling
+from handlers.request import RequestSampling
 
 
 class TestPromptLogprobs:

@@ -1,4 +1,4 @@
-"""Structured answers in every dialect's words, and what they become."""
+"""Structured answers in every API's words, and what they become."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from handlers.errors import InvalidRequest
-from handlers.protocols.constraints import MAX_BYTES, MAX_DEPTH, read_constraint
+from handlers.protocols.fields import MAX_BYTES, MAX_DEPTH, read_constraint
 from handlers.request import Constraint
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}

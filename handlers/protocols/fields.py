@@ -1,7 +1,8 @@
-"""Reads into one `Constraint` what an answer must look like, in the words of every API.
+"""Fields that several APIs share: those of the sampler, and those that constrain an answer.
 
-response_format: OpenAI's, which TGI's chat also takes with a `value`. structured_outputs: vLLM's.
-guided: vLLM's and Aphrodite's older `guided_*` fields. grammar: TGI's.
+Samplers' fields have vLLM's names, and Aphrodite's beyond them. What an answer must look like is read into one
+`Constraint`: `response_format` is OpenAI's, which TGI's chat also takes with a `value`, `structured_outputs` is vLLM's,
+`guided_*` are vLLM's and Aphrodite's older fields, and `grammar` is TGI's.
 """
 
 from __future__ import annotations
@@ -9,20 +10,158 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
+from engine.sampling_params import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_BREAKERS,
+    MAX_INTEGER,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    RANGES,
+    SAMPLERS,
+)
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
+from handlers.protocols.base import MAX_ANSWERS, TokenId, described
 from handlers.protocols.body import refuse_unknown, shown_value
-from handlers.request import Constraint
+from handlers.request import Constraint, RequestSampling
+
+_Texts = Annotated[list[str], Meta(max_length=MAX_BREAKERS)]
+_TextsInText = Annotated[str, Meta(max_length=MAX_BREAKERS * 16)]
+"""A JSON list in a string, with or without its brackets, as some front ends send it."""
+
+_Sampler = Annotated[str, Meta(max_length=32)] | Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+
+
+# Described, not checked here: `RequestSampling.validate` says what is wrong in words that name the bounds.
+Temperature = Annotated[float, described(minimum=0, maximum=100)]
+TopK = Annotated[int, described(minimum=-1, maximum=MAX_INTEGER)]
+Fraction = Annotated[float, described(exclusiveMinimum=0, maximum=1)]
+Penalty = Annotated[float, described(minimum=-2, maximum=2)]
+RepetitionPenalty = Annotated[float, described(exclusiveMinimum=0, maximum=100)]
+MaxTokens = Annotated[int, described(minimum=1, maximum=MAX_INTEGER)]
+LogprobsCount = Annotated[int, described(minimum=0, maximum=MAX_LOGPROBS)]
+ChoiceCount = Annotated[int, described(minimum=1, maximum=MAX_ANSWERS)]
+
+
+def _range(name: str) -> Meta:
+    least, greatest, _ = RANGES[name]
+    return described(minimum=least, maximum=greatest)
+
+
+class SamplerFields(msgspec.Struct, kw_only=True):
+    """Fields that `RequestSampling` describes: OpenAI's and vLLM's in the first block, then Aphrodite's."""
+
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    temperature: Temperature | None = None
+    top_p: Fraction | None = None
+    top_k: TopK | None = None
+    min_p: Annotated[float, described(minimum=0, maximum=1)] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: Annotated[int, described(minimum=0, maximum=MAX_INTEGER)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: LogprobsCount | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
+    bad_words: Annotated[list[str], Meta(max_length=MAX_BAD_WORDS)] | None = None
+
+    typical_p: Fraction | None = None
+    top_a: Annotated[float, _range("top_a")] | None = None
+    tfs: Fraction | None = None
+    eta_cutoff: Annotated[float, _range("eta_cutoff")] | None = None
+    epsilon_cutoff: Annotated[float, _range("epsilon_cutoff")] | None = None
+    smoothing_factor: Annotated[float, _range("smoothing_factor")] | None = None
+    smoothing_curve: Annotated[float, _range("smoothing_curve")] | None = None
+    dynatemp_min: Annotated[float, _range("dynatemp_min")] | None = None
+    dynatemp_max: Annotated[float, _range("dynatemp_max")] | None = None
+    dynatemp_exponent: Annotated[float, _range("dynatemp_exponent")] | None = None
+    temperature_last: bool | None = None
+    xtc_threshold: Annotated[float, _range("xtc_threshold")] | None = None
+    xtc_probability: Annotated[float, _range("xtc_probability")] | None = None
+    nsigma: Annotated[float, _range("nsigma")] | None = None
+    dry_multiplier: Annotated[float, _range("dry_multiplier")] | None = None
+    dry_base: Annotated[float, _range("dry_base")] | None = None
+    dry_allowed_length: Annotated[int, _range("dry_allowed_length")] | None = None
+    dry_range: Annotated[int, _range("dry_range")] | None = None
+    dry_sequence_breakers: _Texts | _TextsInText | None = None
+    dry_sequence_breaker_ids: Annotated[list[TokenId], Meta(max_length=MAX_BREAKERS)] | None = None
+    mirostat_mode: int | None = None
+    mirostat_tau: Annotated[float, _range("mirostat_tau")] | None = None
+    mirostat_eta: Annotated[float, _range("mirostat_eta")] | None = None
+    no_repeat_ngram_size: Annotated[int, _range("no_repeat_ngram_size")] | None = None
+    skew: Annotated[float, _range("skew")] | None = None
+    sampler_priority: Annotated[list[_Sampler], Meta(max_length=len(SAMPLERS))] | None = None
+    custom_token_bans: Annotated[list[TokenId], Meta(max_length=MAX_BAD_WORDS)] | None = None
+
+    dry_penalty_last_n: int | None = None
+    dynatemp_low: float | None = None
+    dynatemp_high: float | None = None
+
+
+_ALIASES = {
+    "dry_penalty_last_n": "dry_range",
+    "dynatemp_low": "dynatemp_min",
+    "dynatemp_high": "dynatemp_max",
+    "custom_token_bans": "bad_words_token_ids",
+}
+_NAMES = tuple(
+    name for name in SamplerFields.__struct_fields__ if name in set(RequestSampling.__struct_fields__)
+)
+
+
+def sampler_values(asked: SamplerFields) -> dict[str, Any]:
+    """Return fields of RequestSampling, None for what was not given. Raises InvalidRequest."""
+    values: dict[str, Any] = {}
+    for name in _NAMES:
+        value = getattr(asked, name)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    if asked.allowed_token_ids is not None:
+        # Once for each: repeated a million times, it would be copied for every answer.
+        values["allowed_token_ids"] = tuple(dict.fromkeys(asked.allowed_token_ids))
+    if isinstance(asked.dry_sequence_breakers, str):
+        values["dry_sequence_breakers"] = _texts(asked.dry_sequence_breakers)
+    for alias, name in _ALIASES.items():
+        if values.get(name) is None:
+            values[name] = getattr(asked, alias)
+    if asked.custom_token_bans is not None:
+        values["bad_words_token_ids"] = tuple((token,) for token in asked.custom_token_bans)
+    return values
+
+
+def sampler_names(asked: SamplerFields) -> dict[str, str]:
+    """Return the client's names for fields of RequestSampling, where it used an alias."""
+    return {
+        name: alias
+        for alias, name in _ALIASES.items()
+        if getattr(asked, alias) is not None and getattr(asked, name, None) is None
+    }
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    try:
+        found = msgspec.json.decode(text if text.lstrip().startswith("[") else f"[{text}]", type=_Texts)
+    except msgspec.MsgspecError:
+        raise InvalidRequest(
+            "dry_sequence_breakers: send a list of texts", param="dry_sequence_breakers"
+        ) from None
+    return tuple(found)
+
 
 MAX_BYTES = 2**18
-"""Largest schema, expression, grammar, or all choices together."""
+"""The most bytes of a schema, an expression, a grammar, or all choices together."""
 
 MAX_DEPTH = 100
-"""Most lists and objects within each other in a schema."""
+"""The most levels of lists and objects in a schema."""
 
 MAX_WHITESPACE_PATTERN = 200
 
@@ -37,7 +176,7 @@ _WITHOUT_EFFECT = frozenset({"backend", "disable_fallback"})
 _OUTPUTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 MOST_CHOICES = MAX_BYTES // 4
-"""Each choice takes at least a letter, its quotes and a comma."""
+"""The most choices: each takes at least a letter, its quotes and a comma."""
 
 _SPACE = r"[ \t\n\r]"
 _WHITESPACE = re.compile(
@@ -100,7 +239,7 @@ def _named_schema(given: object, where: str, param: str) -> Constraint:
 
 
 def _typed(given: object, param: str) -> Constraint:
-    """TGI's `{"type", "value"}`."""
+    """Read TGI's `{"type", "value"}`."""
     fields = _object(given, param)
     kind, value = fields.get("type"), fields.get("value")
     where = f"{param}.value"
@@ -154,7 +293,7 @@ def _guided(fields: Mapping[str, Any]) -> Iterator[Constraint]:
 
 
 def _one(what: str, value: object, where: str, param: str) -> Constraint:
-    """vLLM's `json`, `regex`, `choice`, `grammar` or `json_object`."""
+    """Read vLLM's `json`, `regex`, `choice`, `grammar` or `json_object`."""
     if what == "json":
         return _schema(value, where, param)
     if what == "choice":
@@ -167,7 +306,7 @@ def _one(what: str, value: object, where: str, param: str) -> Constraint:
 
 
 def _schema(given: object, where: str, param: str) -> Constraint:
-    """A JSON schema, as an object or as the text of one."""
+    """Read a JSON schema, given as an object or as text."""
     if isinstance(given, str):
         _check_size(given, where, param)
         try:
@@ -184,7 +323,7 @@ def _schema(given: object, where: str, param: str) -> Constraint:
 
 
 def _of_object(constraint: Constraint, kind: str) -> Constraint:
-    """An empty schema allows every JSON value, but `json_object` promises an object."""
+    """Return the constraint of an object for an empty schema, which would allow any value."""
     if kind == "json_object" and constraint.value == "{}":
         return Constraint("json_object", None, constraint.param)
     return constraint
@@ -214,7 +353,7 @@ def _text(kind: Any, given: object, where: str, param: str) -> Constraint:
 
 
 def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Constraint:
-    """Adds the expression for white space inside JSON. It must match nothing else, or the answer would not be JSON."""
+    """Add the expression for white space inside JSON. It may match nothing else, so that the answer remains JSON."""
     if pattern is None:
         return constraint
     if constraint.kind not in ("json_schema", "json_object"):
@@ -233,7 +372,7 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
 
 
 def depth(value: object) -> int:
-    """Returns how many lists and objects stand within each other, counted to one past the limit."""
+    """Return how deeply lists and objects are nested, counted up to one level beyond the limit."""
     level, deep = [value], 0
     while deep <= MAX_DEPTH:
         nodes = [node for node in level if isinstance(node, dict | list)]

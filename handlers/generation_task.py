@@ -1,4 +1,4 @@
-"""One admitted task, from its admission to its last delta: its deadline, how it is aborted, and its counts."""
+"""A request while its answers are generated: its admission, its task with deadline and counts, its streamed reply."""
 
 from __future__ import annotations
 
@@ -7,26 +7,82 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, TypeVar
 
-from handlers.admission import Permit
 from handlers.backends.base import Delta, PromptStats, total
 from handlers.errors import (
     DeadlineExceeded,
     EngineFailed,
     ImagesLost,
     InvalidRequest,
+    Overloaded,
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Reply, RequestFacts
+from handlers.exchange import Observer, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
-from handlers.observer import Observer
-from handlers.own_words import own_words_of
 from handlers.pipeline import Generation, Pipeline
-from handlers.protocols.base import Answer, Answered, Task
-from handlers.protocols.errors import ErrorFormat, client_error, error_reply, log_error
+from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
+from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
 from handlers.request import GenerationRequest, MediaPart
+
+RETRY_AFTER = 1.0
+
+
+class Admission:
+    """Counts answers that are generated or waited for. `capacity` is max_rolling_batch_size + job_queue_size."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.taken = 0
+
+    @property
+    def free(self) -> int:
+        return self.capacity - self.taken
+
+    def admit(self, answers: int) -> Permit:
+        """Return a permit for this many answers at once.
+
+        Raises:
+            Overloaded: There is no space for them now.
+            InvalidRequest: They are more than `capacity`.
+        """
+        if answers > self.capacity:
+            raise InvalidRequest(
+                f"the request asks for {answers} answers (n for each prompt); this server takes at most "
+                f"{self.capacity} at once (max_rolling_batch_size and job_queue_size)"
+            )
+        if self.taken + answers > self.capacity:
+            raise overloaded()
+        self.taken += answers
+        return Permit(self, answers)
+
+
+def overloaded() -> Overloaded:
+    """Return the refusal for a request that finds the queue full."""
+    return Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
+
+
+class Permit:
+    """The queue places of one request. Releasing it twice has no effect."""
+
+    def __init__(self, admission: Admission, answers: int) -> None:
+        self._admission = admission
+        self._answers = answers
+
+    def release(self) -> None:
+        self._admission.taken -= self._answers
+        self._answers = 0
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +95,10 @@ _MOST_MERGED = 256
 """The most deltas of several prompts that may wait to be written."""
 
 
-class Run:
+class GenerationTask:
     """Holds the permit, the images and the generations of one task, and gives them back once, in `close`.
 
-    Call `answers` or, for a stream, `deltas`, and only once. Whoever made a Run must `close` it, also after an error
+    Call `answers` or, for a stream, `deltas`, and only once. Whoever made one must `close` it, also after an error
     or a cancellation.
     """
 
@@ -74,7 +130,6 @@ class Run:
         self._observer = observer
         self._deadline = deadline
         self._keep = keep
-        self._arrival = task.requests[0].arrival
         self._media = [list(request.images()) for request in task.requests]
         facts.images = sum(map(len, self._media))
         self._generations: dict[int, Generation] = {}
@@ -82,7 +137,6 @@ class Run:
         self._forwarding: list[asyncio.Task[None]] = []
         self._closed = False
         self._limit = asyncio.timeout(None)
-        facts.arrival = self._arrival
         facts.max_tokens = sum(request.n * (request.sampling.max_tokens or 0) for request in task.requests)
         observer.on_admitted(facts)
 
@@ -220,7 +274,7 @@ class Run:
                 error.rename(self.task.names)
                 raise
         self._generations[number] = generation
-        self.facts.prepared = time.monotonic() - self._arrival
+        self.facts.prepared = time.monotonic() - self.facts.arrival
         self._running.append(generation)
         if len(self._generations) == len(self.task.requests):
             self._forget_images()
@@ -256,7 +310,7 @@ class Run:
         if last[delta.index]:
             self._observer.on_token_gap(now - last[delta.index])
         elif facts.first_token is None:
-            facts.first_token = now - self._arrival
+            facts.first_token = now - facts.arrival
             self._observer.on_first_token(facts.first_token)
         last[delta.index] = now
         facts.completion_tokens += len(delta.token_ids)
@@ -272,7 +326,7 @@ class Run:
 
     def _complete_facts(self) -> None:
         facts = self.facts
-        facts.total = time.monotonic() - self._arrival
+        facts.total = time.monotonic() - facts.arrival
         for generation in self._generations.values():
             facts.prompt_tokens += generation.stats.prompt_tokens
             facts.image_tokens += generation.stats.image_tokens
@@ -331,3 +385,121 @@ def stopping(error: asyncio.CancelledError) -> Unavailable:
 def _release(parts: Sequence[MediaPart]) -> None:
     for part in parts:
         part.release()
+
+
+MOST_WAITING = 2**20
+"""Bytes of a reply that may wait for its client; one chunk may exceed this."""
+
+
+class ReplyStream:
+    """The chunks of one run that has its first delta. Exhaust it or `aclose` it.
+
+    A separate task reads the engine, so that a slow client delays nobody and gets everything that has waited in one
+    chunk. It stops the run at the end of generation; the run is closed, and its places are free, once everything has
+    been read. While more than `MOST_WAITING` bytes are waiting it stops reading, and it gives up after `read_timeout`.
+    """
+
+    def __init__(
+        self,
+        run: GenerationTask,
+        first: Delta,
+        rest: AsyncIterator[Delta],
+        observer: Observer,
+        *,
+        keep_alive: float | None,
+        read_timeout: float,
+    ) -> None:
+        """keep_alive: seconds of silence after which a comment is sent; None for never."""
+        self._run = run
+        self._rest = rest
+        self._observer = observer
+        self._writer = run.task.writer
+        self._read_timeout = read_timeout
+        self._ready: list[bytes] = []
+        self._size = 0
+        self._room: asyncio.Future[None] | None = None
+        self._waiting: asyncio.Future[None] | None = None
+        self._silent = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._interval = keep_alive if self._writer.keep_alive else None
+        self._put(self._writer.chunk(first, run.stats_of(first.index)))
+        self._reader = asyncio.create_task(self._read())
+        self._tick()
+
+    def __aiter__(self) -> ReplyStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._ready:
+            if self._reader.done():
+                await self.aclose()
+                raise StopAsyncIteration
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        chunks, self._ready, self._size = self._ready, [], 0
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def aclose(self) -> None:
+        """Abort what is still running; safe to call twice, and from another task than the one that iterates."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._reader.cancel()
+        try:
+            await asyncio.wait([self._reader])
+        finally:
+            await self._run.close()
+            self._wake()
+
+    async def _read(self) -> None:
+        run, writer = self._run, self._writer
+        try:
+            async with run.time_limit():
+                async for delta in self._rest:
+                    self._put(writer.chunk(delta, run.stats_of(delta.index)))
+                    if self._size > MOST_WAITING:
+                        await self._wait_for_room()
+            self._put(writer.end(run.stats))
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            known = run.failure(error)
+            log_error(known, run.facts.request_id)
+            self._observer.on_error(known.kind)
+            self._put(writer.failed(known))
+        finally:
+            self._reader.add_done_callback(lambda _: self._wake())
+            await run.stop()
+
+    async def _wait_for_room(self) -> None:
+        self._room = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._read_timeout) as limit:
+                await self._room
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"the reply was not read for {self._read_timeout:g} seconds (chunked_read_timeout)"
+            ) from error
+
+    def _put(self, chunk: bytes) -> None:
+        if chunk:
+            self._silent = False
+            self._ready.append(chunk)
+            self._size += len(chunk)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _tick(self) -> None:
+        """Add a comment at each interval in which nothing else was added."""
+        if self._interval is None or self._reader.done():
+            return
+        if self._silent and not self._ready:
+            self._put(self._writer.keep_alive)
+        self._silent = True
+        self._timer = asyncio.get_running_loop().call_later(self._interval, self._tick)

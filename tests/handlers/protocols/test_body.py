@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.exchange import Reply
-from handlers.protocols.misspelt import KnownNames, warning
+from handlers.protocols.body import KnownNames, warning
 from handlers.protocols.openai.requests import ChatBody, known_names
 from tests.support.scripted import ScriptedBackend, chat, everything, incoming, said, service
 
