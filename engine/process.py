@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,6 +30,7 @@ from engine.messages import (
     Ask,
     FromEngine,
     LoadFailed,
+    Loading,
     Opening,
     Output,
     Ping,
@@ -87,12 +89,15 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     from engine.engine import Engine
     from engine.executor import threads_for
     from engine.guidance import Built, GuideBuilder
+    from engine.loader import counted_weights
 
     torch.set_num_threads(threads_for(config))
     try:
-        engine = Engine.load(config)
+        with counted_weights(Path(config.model_path), channel.send):
+            engine = Engine.load(config)
         keep_freed_memory()
         torch.set_num_threads(threads_for(config, engine.runner.weight_bytes))
+        channel.send(Loading("warming up"))
         engine.warm_up()
     except EngineError as error:
         channel.send(LoadFailed(str(error)))

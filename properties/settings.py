@@ -238,6 +238,11 @@ class EngineSettings(BaseModel):
         aliases=("max_num_batched_tokens",),
         variables=(Variable("MAX_BATCH_PREFILL_TOKENS", Level.TGI),),
     )
+    spare_engine: bool = option(
+        "Keep a process waiting that has imported the engine (250 MB of memory): one that dies is replaced sooner.",
+        default=True,
+        backends=ROLLING,
+    )
     max_step_ms: Positive = option(
         "While answers are generated, prompts and images of other requests are spread over steps of about this time, "
         "or of three times what the answers alone take. Smaller: streams flow more evenly; larger: prompts are "
@@ -548,6 +553,30 @@ class ServerSettings(BaseModel):
         default=30,
         unit="s",
         variables=(Variable("GRACEFUL_TERMINATION_TIMEOUT", Level.TGI),),
+    )
+    multi_model: bool = server_key(
+        "Serve several models, each in processes of its own, which are loaded and unloaded through `/models`; MODEL "
+        "is a directory of those to load at the start.",
+        default=False,
+        variables=(Variable("SAGEMAKER_MULTI_MODEL", Level.SAGEMAKER),),
+    )
+    max_models: Positive = server_key("With multi_model: models that may be loaded.", default=16)
+    models_memory_mb: Positive | None = server_key(
+        "With multi_model: host memory for all models together, as estimated before each is loaded. Default: nine "
+        "tenths of the container's.",
+        default=None,
+        unit="MiB",
+    )
+    model_idle_timeout: Seconds | None = server_key(
+        "With multi_model: time without requests after which a model's processes are ended; its next request starts "
+        "them again. Default: never.",
+        default=None,
+        unit="s",
+    )
+    allowed_model_path: str = server_key(
+        "With multi_model: directory below which the models lie that `POST /models` may name, besides MODEL. Empty: "
+        "none.",
+        default="/opt/ml",
     )
     cors_allowed_origin: Names = server_key(
         "Origins of web pages that may call the server from a browser, such as https://app.example; * for any. "

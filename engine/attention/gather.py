@@ -20,6 +20,10 @@ from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 _CAPPED_QUERIES = 64
 """Number of queries whose capped scores are computed at a time."""
 
+MASK_ENTRIES = 1 << 25
+"""Greatest size of a mask, [queries, context]: the queries of a larger one are computed some at a time. An entry takes
+up to 8 bytes while `scaled_dot_product_attention` runs, so a mask takes up to 256 MiB."""
+
 
 @dataclass(slots=True)
 class _DecodeGroup:
@@ -202,16 +206,16 @@ class GatherKernel(AttentionKernel):
             keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
         if softcap is not None:
             return self._capped(chunk, query, keys, values, scale, window, softcap)
-        mask = self._chunk_mask(chunk, window)
-        out = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-        )
-        return out[0].transpose(0, 1)
+        some = max(1, MASK_ENTRIES // chunk.context)
+        if len(query) <= some or self._is_causal(chunk, window):
+            return _masked(query, keys, values, self._chunk_mask(chunk, window), scale)
+        assert self._step is not None
+        out = torch.empty_like(query)
+        for start in range(0, len(query), some):
+            part = slice(start, start + some)
+            mask = ~self._step.hidden(chunk.index, window, self.shape.device, part)
+            out[part] = _masked(query[part], keys, values, mask, scale)
+        return out
 
     def _capped(
         self,
@@ -225,12 +229,12 @@ class GatherKernel(AttentionKernel):
     ) -> torch.Tensor:
         """Compute some queries at a time, which bounds the memory of the scores; keys, values [heads, context, dim]."""
         assert self._step is not None
-        hidden = self._step.hidden(chunk.index, window, self.shape.device)
         out = torch.empty_like(query)
         for start in range(0, len(query), _CAPPED_QUERIES):
             part = slice(start, start + _CAPPED_QUERIES)
+            hidden = self._step.hidden(chunk.index, window, self.shape.device, part)
             scores = torch.matmul(query[part].transpose(0, 1), keys.transpose(1, 2)).float().mul_(scale)
-            scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden[part], float("-inf"))
+            scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden, float("-inf"))
             weights = torch.softmax(scores, -1).to(values.dtype)
             out[part] = torch.matmul(weights, values).transpose(0, 1)
         return out
@@ -245,12 +249,19 @@ class GatherKernel(AttentionKernel):
 
     def _build_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:
         assert self._step is not None
-        if window is None and not (self._step.spans and self._step.spans[chunk.index]):
-            if chunk.blocks is None:
-                return None
-            if self.shape.device.type == "cuda":
-                return causal_lower_right(chunk.stop - chunk.start, chunk.context)
+        if self._is_causal(chunk, window):
+            fresh = chunk.blocks is None
+            return None if fresh else causal_lower_right(chunk.stop - chunk.start, chunk.context)
         return ~self._step.hidden(chunk.index, window, self.shape.device)
+
+    def _is_causal(self, chunk: _Chunk, window: int | None) -> bool:
+        """Whether `scaled_dot_product_attention` needs no mask, since it knows this kind."""
+        assert self._step is not None
+        if window is not None and window < chunk.context:
+            return False
+        if self._step.spans and self._step.spans[chunk.index]:
+            return False
+        return chunk.blocks is None or self.shape.device.type == "cuda"
 
     def _gather(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """[kv_heads, blocks, block_size * head_dim] -> [kv_heads, len(blocks) * block_size, head_dim]."""
@@ -298,6 +309,25 @@ class CpuKernel(GatherKernel):
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
         return None if shape.device.type == "cpu" else f"it runs on a CPU only, not on {shape.device.type}"
+
+
+def _masked(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | CausalBias | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attend with queries [queries, heads, dim] to keys and values [heads, context, dim]; None masks causally."""
+    out = scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    return out[0].transpose(0, 1)
 
 
 def padded_tables(step: PackedStep, members: list[int]) -> list[list[int]]:

@@ -208,7 +208,7 @@ def test_what_platforms_read_of_the_image(image: str) -> None:
     config = facts["Config"]
     assert facts["Size"] < 1.6e9
     assert config["Labels"]["com.amazonaws.sagemaker.capabilities.accept-bind-to-port"] == "true"
-    assert "com.amazonaws.sagemaker.capabilities.multi-models" not in config["Labels"]
+    assert config["Labels"]["com.amazonaws.sagemaker.capabilities.multi-models"] == "true"
     assert config["User"] == "10001:0"
     assert config["ExposedPorts"] == {"8080/tcp": {}}
     assert config["Entrypoint"] == ["tini", "-s", "--", "lmi-entrypoint"]
