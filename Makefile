@@ -17,7 +17,7 @@ VLLM_COMPARED := $(addprefix tests/engine/families/test_, \
 	fuyu.py::test_patches_and_tokens_equal_the_joint_processors \
 	phi3_v.py::test_vllm_puts_the_rows_of_tiles_together_alike) \
 	tests/handlers/artefacts/test_mistral_own_format.py::test_chats_are_written_as_mistral_common_writes_them
-VLLM_TESTS := $(VLLM_COMPARED) tests/vllm_live tests/live tests/container/test_cli_run.py tests/container/test_openapi.py \
+VLLM_TESTS := $(VLLM_COMPARED) tests/handlers/custom/test_standards.py tests/vllm_live tests/live tests/container/test_cli_run.py tests/container/test_openapi.py \
 	$(addprefix tests/handlers/protocols/test_, tgi.py tokenize.py tools_chat.py)
 CONTAINER_TOOL ?= docker
 TARGET ?= cpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from dataclasses import dataclass, field
 from typing import cast
@@ -71,10 +72,10 @@ class Connection(asyncio.Protocol):
         self._rest = b""
         self._now = 0.0
 
-    async def send(self, request: bytes, start: float, patience: float) -> Reply:
-        """Send one whole HTTP request and return its reply, read to the end; never raises."""
+    async def send(self, request: bytes, reply: Reply, patience: float) -> None:
+        """Send one whole HTTP request and fill in its reply, read to the end; never raises."""
         assert self.transport is not None
-        self._reply = reply = Reply(start)
+        self._reply = reply
         self._rest = b""
         self._parser = httptools.HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
@@ -86,7 +87,6 @@ class Connection(asyncio.Protocol):
             self.close()
         if reply.status == 200 and not reply.error and not reply.completion_tokens:
             reply.error = "the stream ended without its usage"
-        return reply
 
     def close(self) -> None:
         self.usable = False
@@ -134,7 +134,11 @@ class Connection(asyncio.Protocol):
     def _event(self, reply: Reply, data: bytes) -> None:
         if data == b"[DONE]":
             return
-        event = _decode(data)
+        try:
+            event = _decode(data)
+        except msgspec.MsgspecError as error:
+            reply.error = f"an event of the stream is not OpenAI's: {error}"
+            return
         if event.error and bytes(event.error) != b"null":
             reply.error = bytes(event.error).decode(errors="replace")[:500]
         if event.usage is not None:
@@ -161,23 +165,26 @@ class Connection(asyncio.Protocol):
 class Connections:
     """A pool of keep-alive connections to one server, grown as needed."""
 
-    def __init__(self, host: str, port: int, patience: float = 300.0) -> None:
+    def __init__(self, host: str, port: int, tls: bool = False, patience: float = 300.0) -> None:
         self._host, self._port, self._patience = host, port, patience
+        self._tls = ssl.create_default_context() if tls else None
         self._idle: list[Connection] = []
 
-    async def send(self, request: bytes, start: float | None = None) -> Reply:
-        """Send one request; ``start`` is when it was due, for a load that arrives at a rate; never raises."""
-        start = time.perf_counter() if start is None else start
+    async def send(self, request: bytes, reply: Reply) -> None:
+        """Send one request and fill in its reply as it arrives; never raises.
+
+        The reply's ``start`` is when the request is sent or, for a load that arrives at a rate, was due.
+        """
         try:
             connection = await self._connection()
         except OSError as error:
-            return Reply(start, error=str(error), end=time.perf_counter())
-        reply = await connection.send(request, start, self._patience)
+            reply.error, reply.end = str(error), time.perf_counter()
+            return
+        await connection.send(request, reply, self._patience)
         if connection.usable:
             self._idle.append(connection)
         else:
             connection.close()
-        return reply
 
     def close(self) -> None:
         for connection in self._idle:
@@ -190,5 +197,5 @@ class Connections:
             if connection.usable:
                 return connection
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, self._host, self._port)
+        _, connection = await loop.create_connection(Connection, self._host, self._port, ssl=self._tls)
         return connection

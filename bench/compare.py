@@ -20,11 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import load, plots, report, servers
-from bench.run import add_model_arguments, complain, measure, model_folder, results_folder, save
-
-HIGHER_IS_BETTER = ("requests_per_s", "tokens_per_s")
-LOWER_IS_BETTER = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
+from bench import load, page, plots, report, servers, sweep
+from bench.live import View
+from bench.run import add_model_arguments, complain, model_folder, results_folder, save
 
 
 def main() -> None:
@@ -60,27 +58,28 @@ def main() -> None:
     out = results_folder("compare")
     rounds: dict[str, list[dict[str, dict[str, Any]]]] = {}
     lines: dict[str, dict[str, Any]] = {}
-    with both(arguments, out) as pair:
+    with both(arguments, out) as pair, View() as view:
         for name, one in _loads(arguments).items():
             rounds[name] = []
             for turn in range(arguments.rounds):
-                runs = _round(pair, dataclasses.replace(one, seed=one.seed + 1000 * turn), turn)
+                runs = _round(pair, dataclasses.replace(one, seed=one.seed + 1000 * turn), turn, view)
                 rounds[name].append({k: report.summary(run, pair[k].samples) for k, run in runs.items()})
                 _add_idle(rounds[name][-1], runs, pair)
                 lines = {f"{k}: {one}": report.timeline(run, pair[k].samples) for k, run in runs.items()}
 
     medians = {name: {k: _median([r[k] for r in of]) for k in of[0]} for name, of in rounds.items()}
     ours, peer = pair
-    ratios = {name: _ratios([(r[ours], r[peer]) for r in of]) for name, of in rounds.items()}
+    ratios = {name: report.times_better([(r[ours], r[peer]) for r in of]) for name, of in rounds.items()}
     save(
         out / "results.json",
         {"machine": report.machine(), "medians": medians, "ratios": ratios, "rounds": rounds},
     )
-    plots.latency_against_load(out / "latency.png", {k: [m[k] for m in medians.values()] for k in pair})
+    levels = [sweep.level(name, [*of.values()]) for name, of in medians.items()]
+    (out / "report.html").write_text(page.html(sweep.results([*pair.values()], "medians of rounds", levels)))
     plots.timelines(out / "timeline.png", lines)
     text = _markdown(medians, ratios, peer)
     (out / "results.md").write_text(text)
-    print(f"\n{text}\n{out}/results.json, results.md, latency.png, timeline.png")
+    print(f"\n{text}\n{out}/results.json, results.md, report.html, timeline.png")
     complain({f"{name}, {k}": row for name, of in medians.items() for k, row in of.items()})
 
 
@@ -129,9 +128,11 @@ def _loads(arguments: argparse.Namespace) -> dict[str, load.Load]:
     return chosen
 
 
-def _round(pair: dict[str, servers.Server], one: load.Load, turn: int) -> dict[str, load.Run]:
-    order = [*pair.values()] if turn % 2 == 0 else [*pair.values()][::-1]
-    runs = {target.name: measure(target, one, f"round {turn + 1}, {target.name}") for target in order}
+def _round(pair: dict[str, servers.Server], one: load.Load, turn: int, view: View) -> dict[str, load.Run]:
+    runs = {}
+    for target in [*pair.values()] if turn % 2 == 0 else [*pair.values()][::-1]:
+        runs[target.name] = load.run(one, target, view.watch)
+        view.add(target, one, report.summary(runs[target.name], target.samples))
     return {name: runs[name] for name in pair}
 
 
@@ -150,24 +151,6 @@ def _median(rows: list[Any]) -> Any:
     if isinstance(first, float):
         return statistics.median(rows)
     return first
-
-
-def _ratios(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
-    """Return, for each number, the median over the rounds of how many times better ours is: above 1 is better."""
-    found = {
-        key: statistics.median(_over(ours[key], peer[key]) for ours, peer in pairs)
-        for key in HIGHER_IS_BETTER
-    }
-    for key in LOWER_IS_BETTER:
-        for percentile in ("p50", "p90", "p99"):
-            found[f"{key} {percentile}"] = statistics.median(
-                _over(peer[key][percentile], ours[key][percentile]) for ours, peer in pairs
-            )
-    return found
-
-
-def _over(above: float, below: float) -> float:
-    return above / below if below else 0.0
 
 
 def _markdown(medians: dict[str, dict[str, Any]], ratios: dict[str, dict[str, float]], peer: str) -> str:

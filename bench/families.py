@@ -434,9 +434,9 @@ def against_vllm(path: Path, python: Path, rounds: int, logs: Path) -> tuple[flo
             for target in targets if turn % 2 else targets[::-1]:
                 made = load.Load(**{**asdict(one), "seed": 1000 * turn})
                 run = load.run(made, target.host, target.port, load.requests(made, target.host, target.model))
-                failed = [reply for reply in run.replies if reply.error]
+                failed = [reply for reply in run.replies if not reply.ok]
                 if failed:
-                    raise SystemExit(f"{path.name}, {target.name}: {len(failed)} failed: {failed[0].error}")
+                    raise SystemExit(f"{path.name}, {target.name}: {len(failed)} failed: {failed[0].outcome}")
                 found[target.name].append(REQUESTS / (run.end - run.begin))
     return statistics.median(found["ours"]), statistics.median(found["vllm"])
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import functools
 import gc
 import io
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
 import uvloop
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from bench.client import Connections, Reply
+from bench.servers import INTERVAL, Server
 
 WORDS = """
     a the one some red blue green small large old new round square light dark picture house tree river road
@@ -49,15 +51,26 @@ class Load:
     height: int = 336
     shared: bool = False  # every request shows the same images
     words: int = 16  # of text in a request
-    tokens: int = 64  # asked for in every reply, which never stops earlier
+    tokens: int = 64  # asked for in every reply
+    ignore_eos: bool = True  # a reply never stops earlier; a field that OpenAI itself refuses
     warmup: int = 32  # requests before the clock starts
+    seconds: float | None = None  # after which no request is sent any more
     seed: int = 0
 
     def __str__(self) -> str:
-        arrival = f"{self.streams} streams" if self.rate is None else f"{self.rate:g} requests/s"
+        return f"{self.arrival}, {self.content}"
+
+    @property
+    def arrival(self) -> str:
+        if self.rate is not None:
+            return f"{self.rate:g} requests/s"
+        return f"{self.streams} stream{'' if self.streams == 1 else 's'}"
+
+    @property
+    def content(self) -> str:
         kind = "shared" if self.shared else "unique"
         shown = f"{self.images} {kind} {self.width}x{self.height}" if self.images else "no"
-        return f"{arrival}, {shown} images, {self.tokens} tokens"
+        return f"{shown} images, {self.tokens} tokens"
 
 
 LOADS = {
@@ -90,76 +103,99 @@ def bodies(load: Load, model: str) -> list[bytes]:
     ]
 
 
-def requests(load: Load, host: str, model: str, path: str = "/v1/chat/completions") -> list[bytes]:
-    """Return whole HTTP requests, the warm-up's first, so that sending one is a single write."""
-    return [http_request(host, path, body) for body in bodies(load, model)]
+def http_request(target: Server, body: bytes) -> bytes:
+    """Return a whole HTTP request, so that sending it is a single write."""
+    key = f"authorization: Bearer {target.key}\r\n" if target.key else ""
+    head = (
+        f"POST {target.path}/v1/chat/completions HTTP/1.1\r\nhost: {target.netloc}\r\n{key}"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
-def http_request(host: str, path: str, body: bytes) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+Watch = Callable[[Server, Load, list[Reply]], contextlib.AbstractContextManager[object]]
+"""Entered while a load runs, with the list to which the measured replies are added when their requests are sent."""
 
 
-def run(load: Load, host: str, port: int, made: list[bytes], label: str = "") -> Run:
-    """Send the warm-up, then the load, and return what came back."""
-    return uvloop.run(_run(load, host, port, made, label))
+def unwatched(target: Server, load: Load, replies: list[Reply]) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext()
 
 
-async def _run(load: Load, host: str, port: int, made: list[bytes], label: str) -> Run:
-    connections = Connections(host, port)
+def run(load: Load, target: Server, watch: Watch = unwatched) -> Run:
+    """Send the warm-up, then the load, and return what came back.
+
+    If the server was started here, the last sample of its processes is later than the last reply.
+    """
+    replies: list[Reply] = []
+    with watch(target, load, replies):
+        made = [http_request(target, body) for body in bodies(load, target.model)]
+        result = uvloop.run(_run(load, target, made, replies))
+    if target.samples:
+        time.sleep(2 * INTERVAL)
+    return result
+
+
+async def _run(load: Load, target: Server, made: list[bytes], replies: list[Reply]) -> Run:
+    connections = Connections(target.host, target.port, target.tls)
     warmup, measured = made[: load.warmup], made[load.warmup :]
     try:
-        await _closed(connections, warmup, min(load.streams, len(warmup)), None)
+        await _closed(connections, warmup, min(load.streams, len(warmup)), load.seconds, [])
         gc.collect()
         gc.freeze()
         gc.disable()
-        with tqdm(total=len(measured), desc=label or str(load), unit="req", mininterval=0.5) as bar:
-            begin, cpu = time.perf_counter(), time.process_time()
-            if load.rate is None:
-                replies = await _closed(connections, measured, load.streams, bar)
-            else:
-                replies = await _open(connections, measured, load.rate, load.seed, bar)
-            end, cpu = time.perf_counter(), time.process_time() - cpu
+        begin, cpu = time.perf_counter(), time.process_time()
+        if load.rate is None:
+            await _closed(connections, measured, load.streams, load.seconds, replies)
+        else:
+            await _open(connections, measured, load.rate, load.seconds, load.seed, replies)
+        end, cpu = time.perf_counter(), time.process_time() - cpu
     finally:
         gc.enable()
         gc.unfreeze()
         connections.close()
+    if target.key:  # which a server may repeat in what it complains of
+        for reply in replies:
+            reply.error = reply.error.replace(target.key, "***")
     return Run(load, replies, begin, end, cpu)
 
 
 async def _closed(
-    connections: Connections, made: list[bytes], streams: int, bar: tqdm[None] | None
-) -> list[Reply]:
+    connections: Connections, made: list[bytes], streams: int, seconds: float | None, replies: list[Reply]
+) -> None:
     pending: Iterator[bytes] = iter(made)
-    replies: list[Reply] = []
+    last = time.perf_counter() + (seconds or float("inf"))
 
     async def stream() -> None:
         for request in pending:
-            replies.append(await connections.send(request))
-            if bar is not None:
-                bar.update()
+            reply = Reply(time.perf_counter())
+            replies.append(reply)
+            await connections.send(request, reply)
+            if reply.end > last:
+                return
 
     await asyncio.gather(*(stream() for _ in range(streams)))
-    return replies
 
 
 async def _open(
-    connections: Connections, made: list[bytes], rate: float, seed: int, bar: tqdm[None]
-) -> list[Reply]:
+    connections: Connections,
+    made: list[bytes],
+    rate: float,
+    seconds: float | None,
+    seed: int,
+    replies: list[Reply],
+) -> None:
     chance = random.Random(seed)
-
-    async def one(request: bytes, due: float) -> Reply:
-        reply = await connections.send(request, due)
-        bar.update()
-        return reply
-
     due = time.perf_counter()
+    last = due + (seconds or float("inf"))
     tasks = []
     for request in made:
         due += chance.expovariate(rate)
+        if due > last:
+            break
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(request, due)))
-    return await asyncio.gather(*tasks)
+        replies.append(Reply(due))
+        tasks.append(asyncio.create_task(connections.send(request, replies[-1])))
+    await asyncio.gather(*tasks)
 
 
 def jpegs(seed: int, count: int, width: int, height: int) -> Iterator[bytes]:
@@ -197,7 +233,7 @@ def _background(index: int, width: int, height: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=1)
 def _image_urls(seed: int, count: int, width: int, height: int) -> tuple[str, ...]:
-    made = tqdm(jpegs(seed, count, width, height), "images", count, leave=False, mininterval=0.5)
+    made = jpegs(seed, count, width, height)
     return tuple("data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for jpeg in made)
 
 
@@ -209,7 +245,7 @@ def _body(load: Load, model: str, images: tuple[str, ...], chance: random.Random
             "model": model,
             "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
             "max_tokens": load.tokens,
-            "ignore_eos": True,
+            **({"ignore_eos": True} if load.ignore_eos else {}),
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -217,28 +253,47 @@ def _body(load: Load, model: str, images: tuple[str, ...], chance: random.Random
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser, streams: str) -> None:
-    """Add the options that describe loads, with the default numbers of streams."""
+def add_arguments(
+    parser: argparse.ArgumentParser, streams: str, warmup: int = Load.warmup, seconds: float | None = None
+) -> None:
+    """Add the options that describe loads, with these defaults."""
     load = Load()
     group = parser.add_argument_group("load", "several --streams or --rate, separated by commas, run in turn")
-    group.add_argument("--streams", default=streams, metavar="N,..", help="requests at once (%(default)s)")
-    group.add_argument(
-        "--rate", metavar="N,..", help="requests per second at random times, in place of --streams"
+    add = group.add_argument
+    add(
+        "--streams",
+        type=_list(_whole(1)),
+        default=streams,
+        metavar="N,..",
+        help="requests at once (%(default)s)",
     )
-    group.add_argument(
-        "--requests", type=int, help="measured (8 for each stream, or 10 s of --rate; at least 32)"
+    add(
+        "--rate",
+        type=_list(_positive),
+        metavar="N,..",
+        help="requests per second at random times, in place of --streams",
     )
-    group.add_argument(
-        "--images", "--pictures", type=int, default=load.images, help="per request (%(default)s)"
+    add("--requests", type=_whole(1), help="measured (8 for each stream, or 10 s of --rate; at least 32)")
+    add("--images", "--pictures", type=_whole(0), default=load.images, help="per request (%(default)s)")
+    add("--size", type=_size, default=(load.width, load.height), metavar="WxH", help="of images (336x336)")
+    add("--shared", action="store_true", help="the same images in every request")
+    add("--words", type=_whole(1), default=load.words, help="of text in a request (%(default)s)")
+    add("--tokens", type=_whole(1), default=load.tokens, help="in every reply (%(default)s)")
+    add(
+        "--no-ignore-eos",
+        dest="ignore_eos",
+        action="store_false",
+        help="replies end where the model ends them: for servers that refuse the field ignore_eos",
     )
-    group.add_argument(
-        "--size", type=_size, default=(load.width, load.height), metavar="WxH", help="(336x336)"
+    add("--warmup", type=_whole(0), default=warmup, help="requests not measured (%(default)s)")
+    add(
+        "--seconds",
+        type=_positive,
+        default=seconds,
+        metavar="S",
+        help=f"of each load, after which no request is sent any more ({seconds or 'no end'})",
     )
-    group.add_argument("--shared", action="store_true", help="the same images in every request")
-    group.add_argument("--words", type=int, default=load.words, help="of text in a request (%(default)s)")
-    group.add_argument("--tokens", type=int, default=load.tokens, help="in every reply (%(default)s)")
-    group.add_argument("--warmup", type=int, default=load.warmup, help="requests not measured (%(default)s)")
-    group.add_argument("--seed", type=int, default=load.seed, help="(%(default)s)")
+    add("--seed", type=int, default=load.seed, help="(%(default)s)")
 
 
 def from_arguments(arguments: argparse.Namespace) -> list[Load]:
@@ -251,20 +306,46 @@ def from_arguments(arguments: argparse.Namespace) -> list[Load]:
         shared=arguments.shared,
         words=arguments.words,
         tokens=arguments.tokens,
+        ignore_eos=arguments.ignore_eos,
         warmup=arguments.warmup,
+        seconds=arguments.seconds,
     )
     if arguments.rate is not None:
-        rates = [float(rate) for rate in arguments.rate.split(",")]
-        loads = [dataclasses.replace(base, rate=rate, requests=max(32, round(10 * rate))) for rate in rates]
+        loads = [
+            dataclasses.replace(base, rate=rate, requests=max(32, round(10 * rate)))
+            for rate in arguments.rate
+        ]
     else:
-        counts = [int(count) for count in arguments.streams.split(",")]
-        loads = [dataclasses.replace(base, streams=count, requests=max(32, 8 * count)) for count in counts]
+        loads = [
+            dataclasses.replace(base, streams=count, requests=max(32, 8 * count))
+            for count in arguments.streams
+        ]
     return [
         dataclasses.replace(load, requests=arguments.requests or load.requests, seed=arguments.seed + place)
         for place, load in enumerate(loads)
     ]
 
 
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
-    return int(width), int(height or width)
+    return _whole(1)(width), _whole(1)(height or width)

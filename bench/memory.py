@@ -28,7 +28,6 @@ def main() -> None:
         prog="python -m bench.memory",
     )
     add_model_arguments(parser)
-    parser.add_argument("--url", help=argparse.SUPPRESS, default=None)
     parser.add_argument("--count", type=int, default=10000, help="images (%(default)s)")
     parser.add_argument(
         "--skip", type=int, help="first images not judged, which fill the caches (half of them)"
@@ -45,8 +44,7 @@ def main() -> None:
     with server(arguments, out) as target:
         for turn in tqdm(range(arguments.count // BATCH), "batches"):
             batch = dataclasses.replace(one, seed=turn)
-            made = load.requests(batch, target.host, target.model)
-            run = load.run(batch, target.host, target.port, made, f"batch {turn + 1}")
+            run = load.run(batch, target)
             complain({f"batch {turn + 1}": report.summary(run, [])})
             last = target.samples[-1]
             seen.append(BATCH * (turn + 1))

@@ -1,4 +1,4 @@
-"""PNG plots of the results: latency against load, and one run over time."""
+"""PNG plots of the results: one run over time, and memory over the images sent."""
 
 from __future__ import annotations
 
@@ -11,33 +11,6 @@ import numpy as np
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-
-Summaries = dict[str, list[dict[str, Any]]]
-"""A server's name -> its summaries, one per load."""
-
-
-def latency_against_load(path: Path, servers: Summaries) -> None:
-    """Draw the latencies over the requests per second that each load reached; p50 solid, p99 dashed."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    panels = (
-        ("ttft_ms", "time to first token, ms"),
-        ("itl_ms", "inter-token latency, ms"),
-        ("e2e_ms", "whole reply, ms"),
-    )
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for color, (name, rows) in enumerate(servers.items()):
-            rates = [row["requests_per_s"] for row in rows]
-            for percentile, style in (("p50", "o-"), ("p99", "o--")):
-                values = [row[key][percentile] for row in rows]
-                axis.plot(rates, values, style, color=f"C{color}", label=f"{name} {percentile}")
-            for rate, row in zip(rates, rows, strict=True):
-                axis.annotate(_arrival(row["load"]), (rate, row[key]["p50"]), fontsize=8, xytext=(3, 3),
-                              textcoords="offset points")  # fmt: skip
-        axis.set(title=title, xlabel="requests/s", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def timelines(path: Path, runs: dict[str, dict[str, Any]]) -> None:
@@ -79,7 +52,3 @@ def memory(path: Path, images: list[int], front: list[float], workers: list[floa
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _arrival(load: dict[str, Any]) -> str:
-    return f"{load['streams']}" if load["rate"] is None else f"{load['rate']:g}/s"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import platform
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +16,9 @@ from bench.load import Run
 from bench.servers import MB, Sample
 
 PERCENTILES = (50, 90, 99)
+HIGHER_IS_BETTER = ("requests_per_s", "tokens_per_s")
+LOWER_IS_BETTER = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
+MOST_FAILED = 0.01  # of the requests, at a knee
 
 
 def summary(run: Run, samples: list[Sample]) -> dict[str, Any]:
@@ -94,6 +99,38 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def failed(row: dict[str, Any]) -> int:
     """Return how many of a summary's requests did not bring a whole reply."""
     return int(row["requests"] - row["outcomes"].get("200", 0))
+
+
+def knee(rows: Sequence[dict[str, Any]]) -> int | None:
+    """Return which of a server's loads is at the knee of latency against throughput.
+
+    It is where whole replies a second, divided by the mean time that one takes, are most: Kleinrock's power ("Power and
+    deterministic rules of thumb for probabilistic problems in computer communications", ICC 1979). With a fixed
+    number of clients, twice as many beyond it bring less than 1.41 times the throughput. Loads of which more than
+    1 % failed are left out. None if that leaves none, or the last load: the knee may lie beyond it.
+    """
+    power = [
+        row["requests_per_s"] / row["e2e_ms"]["mean"]
+        if row["e2e_ms"]["mean"] and failed(row) <= MOST_FAILED * row["requests"]
+        else 0.0
+        for row in rows
+    ]
+    found = power.index(max(power))
+    return found if any(power) and found < len(rows) - 1 else None
+
+
+def times_better(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
+    """Return, for each number, the median over pairs of summaries of how many times better the first is."""
+    found = {
+        key: statistics.median(_ratio(one[key], other[key]) for one, other in pairs)
+        for key in HIGHER_IS_BETTER
+    }
+    for key in LOWER_IS_BETTER:
+        for p in (f"p{percentile}" for percentile in PERCENTILES):
+            found[f"{key} {p}"] = statistics.median(
+                _ratio(other[key][p], one[key][p]) for one, other in pairs
+            )
+    return found
 
 
 def cores(run: Run, samples: list[Sample]) -> float:

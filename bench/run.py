@@ -1,8 +1,8 @@
-"""Measure one server under load: ours, started here, or any OpenAI-compatible one that is up.
+"""Measure our server under load, started here. `lmi bench` measures any that is up.
 
 python -m bench.run --streams 1,4,16,32
 python -m bench.run --model examples/shapes --option max_rolling_batch_size=64
-python -m bench.run --url http://10.0.0.7:8080 --rate 2,4,8 --size 1024x1024
+python -m bench.run --rate 2,4,8 --size 1024x1024
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import load, models, plots, report, servers
+from bench import load, models, page, plots, report, servers, sweep
+from bench.live import View
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,41 +26,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m bench.run"
     )
     add_model_arguments(parser)
-    parser.add_argument("--url", help="measure a server that is already up, http://host:port")
     load.add_arguments(parser, streams="1,4,16,32")
     arguments = parser.parse_args()
     out = results_folder("run")
-    with server(arguments, out) as target:
-        runs = [measure(target, one, target.name) for one in load.from_arguments(arguments)]
-    rows = {str(run.load): report.summary(run, target.samples) for run in runs}
-    lines = {str(run.load): report.timeline(run, target.samples) for run in runs}
-    save(out / "results.json", {"machine": report.machine(), "server": target.name, "runs": [*rows.values()]})
-    plots.latency_against_load(out / "latency.png", {target.name: [*rows.values()]})
-    plots.timelines(out / "timeline.png", dict([*lines.items()][-1:]))
-    print(f"\n{report.table(rows)}\n\n{out}/results.json, latency.png, timeline.png")
+    with server(arguments, out) as target, View() as view:
+        runs: list[load.Run] = []
+        results = sweep.sweep([target], load.from_arguments(arguments), view, runs)
+        line = report.timeline(runs[-1], target.samples)
+    save(out / "results.json", results)
+    (out / "report.html").write_text(page.html(results))
+    plots.timelines(out / "timeline.png", {str(runs[-1].load): line})
+    rows = {level["name"]: level["servers"][0] for level in results["levels"]}
+    print(f"\n{report.table(rows)}\n\n{out}/results.json, report.html, timeline.png")
     complain(rows)
 
 
 @contextlib.contextmanager
 def server(arguments: argparse.Namespace, out: Path) -> Iterator[servers.Server]:
-    """Yield the server that the options name, started here unless it is already up."""
+    """Yield our server with the model and the options that the arguments name."""
     servers.interrupt_on_termination()
-    if arguments.url:
-        yield servers.running(arguments.url)
-        return
     port = servers.free_port()
     command = servers.our_command(model_folder(arguments), port, arguments.option, arguments.python)
     with servers.started("ours", command, port, out / "ours.log") as target:
         yield target
-
-
-def measure(target: servers.Server, one: load.Load, label: str) -> load.Run:
-    """Run one load against a server, and wait until a sample of its processes follows it."""
-    made = load.requests(one, target.host, target.model)
-    run = load.run(one, target.host, target.port, made, f"{label}: {one}")
-    if target.samples:
-        time.sleep(2 * servers.INTERVAL)
-    return run
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

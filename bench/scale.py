@@ -42,15 +42,12 @@ def loads(replicas: int, batch: int, answers: int) -> dict[str, load.Load]:
     }
 
 
-def measure(target: Server, one: load.Load, label: str) -> dict[str, Any]:
+def measure(target: Server, one: load.Load) -> dict[str, Any]:
     """Run a load; return its summary with the front's processor time."""
-    made = load.requests(one, target.host, target.model)
-    warmup = dataclasses.replace(one, requests=0)
-    load.run(warmup, target.host, target.port, made[: one.warmup], f"{label}: warm-up")
+    unsampled = dataclasses.replace(target, samples=[])
+    load.run(dataclasses.replace(one, requests=one.warmup, warmup=0, seed=one.seed + 1), unsampled)
     process, main = _front_seconds(target.pid)
-    run = load.run(
-        dataclasses.replace(one, warmup=0), target.host, target.port, made[one.warmup :], f"{label}: {one}"
-    )
+    run = load.run(dataclasses.replace(one, warmup=0), unsampled)
     ended, main_ended = _front_seconds(target.pid)
     row = report.summary(run, [])
     return {
@@ -82,9 +79,8 @@ def measured(
     }
     with started("ours", command, port, out / f"{replicas}.log", environment) as target:
         chosen = loads(replicas, arguments.batch, arguments.answers)
-        names = {name: f"{name}, {replicas} replica{'s' * (replicas > 1)}" for name in chosen}
         return {
-            names[name]: measure(target, one, names[name])
+            f"{name}, {replicas} replica{'s' * (replicas > 1)}": measure(target, one)
             for name, one in chosen.items()
             if name in arguments.workloads.split(",")
         }

@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -35,7 +36,12 @@ class Sample:
 
 @dataclass
 class Server:
-    """A server that answers at ``host`` and ``port`` as ``model``; one not started here has no pid and no samples."""
+    """A server that answers as ``model``; it has no pid and no samples if it was not started here.
+
+    Attributes:
+        path: What precedes ``/v1`` in its URLs.
+        key: The API key that requests carry, if any.
+    """
 
     name: str
     host: str
@@ -43,6 +49,13 @@ class Server:
     model: str
     pid: int = 0
     samples: list[Sample] = field(default_factory=list)
+    path: str = ""
+    tls: bool = False
+    key: str = field(default="", repr=False)
+
+    @property
+    def netloc(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def our_command(
@@ -122,13 +135,65 @@ def started(
             _end(process, watch.seen)
 
 
-def running(url: str) -> Server:
-    """Return a server that somebody else started, at ``http://host:port``."""
-    host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
-    model = _model(host, int(port or 80))
-    if model is None:
-        raise RuntimeError(f"{url} does not answer GET /v1/models with 200: is the server up?")
-    return Server(url, host, int(port or 80), model)
+class Unusable(Exception):
+    """A server that cannot be measured; says why."""
+
+
+def running(url: str, model: str = "", key: str = "") -> Server:
+    """Return a server that somebody else started.
+
+    Args:
+        url: ``http://host:port`` or ``https://host/path``, with or without ``/v1``.
+        model: The model to ask; "" for the first that the server lists.
+        key: API key; "" for none.
+
+    Raises:
+        Unusable: If the URL is not such a URL, or the server does not list its models.
+    """
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (KeyError, ValueError):
+        raise Unusable(f"{url} is not a URL such as http://127.0.0.1:8080") from None
+    if not parts.hostname or parts.username or parts.password or parts.query or parts.fragment:
+        raise Unusable("a URL has the form http://host:port/path, without a user, a password or a query")
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    if not (path + key).isascii() or not (path + key).isprintable() or " " in path + key:
+        raise Unusable("the URL's path and the API key must be printable ASCII without spaces")
+    target = Server(
+        parts.netloc + path, parts.hostname, port, model, path=path, tls=parts.scheme == "https", key=key
+    )
+    if not model:
+        target.model = _listed_model(target)
+    return target
+
+
+def _listed_model(target: Server) -> str:
+    make = http.client.HTTPSConnection if target.tls else http.client.HTTPConnection
+    connection = make(target.host, target.port, timeout=30)
+    try:
+        headers = {"authorization": f"Bearer {target.key}"} if target.key else {}
+        connection.request("GET", f"{target.path}/v1/models", headers=headers)
+        reply = connection.getresponse()
+        content = reply.read(1 << 20)
+    except (OSError, http.client.HTTPException) as error:
+        raise Unusable(f"{target.name} does not answer GET /v1/models: {error}") from error
+    finally:
+        connection.close()
+    if reply.status in (401, 403):
+        raise Unusable(
+            f"{target.name} refuses the API key, or wants one (status {reply.status}): --key-variable"
+        )
+    if reply.status != 200:
+        raise Unusable(
+            f"{target.name} answers GET /v1/models with status {reply.status}; name a model with --model"
+        )
+    try:
+        return str(json.loads(content)["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        raise Unusable(
+            f"{target.name} does not list a model in GET /v1/models; name one with --model"
+        ) from None
 
 
 def leave_cores(cores: Collection[int]) -> None:

@@ -23,11 +23,20 @@ from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
 from container.exchange import Call, Exchange, Scope, Send, has_body, header_lines, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
+from container.models.models import Models
+from container.models.routes import REGISTRY
 from container.openapi import document
 from container.page import ModelPage
-from container.routes import Match, MethodNotAllowed, find
+from container.routes import ONE, SEVERAL, Match, MethodNotAllowed
 from container.state import Answers, ServerState, Version, json_reply
-from handlers.errors import DeadlineExceeded, NotFound, Overloaded, ServingError, Unavailable
+from handlers.errors import (
+    DeadlineExceeded,
+    InsufficientStorage,
+    NotFound,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
 from handlers.exchange import Incoming, Reply
 from handlers.generation_task import RETRY_AFTER, overloaded
 from handlers.model_names import accepted_names, public_names
@@ -89,11 +98,13 @@ class App:
     def configure(self, configuration: Configuration) -> None:
         """Apply a configuration. It is called again if the model's files contain options."""
         self._settings = configuration.settings
-        self._names = public_names(configuration)
+        self._public = public_names(configuration)
         self._accepted = accepted_names(configuration)
         self._cors = Cors(configuration.settings.cors_allowed_origin)
         self._keys = Keys(configuration.settings.api_key)
-        self._page_is_on = page.is_on(configuration)
+        several = configuration.settings.multi_model
+        self._router = SEVERAL if several else ONE
+        self._page_is_on = page.is_on(configuration) and not several
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
     def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
@@ -111,7 +122,7 @@ class App:
             None for any other request, which `__call__` answers.
         """
         try:
-            match = find(path, method)
+            match = self._router.find(path, method)
         except ServingError:
             return None
         action = match.route.action
@@ -178,7 +189,7 @@ class App:
             await self._reply(call, Reply(200, _JSON, b"{}\n", headers=preflight))
             return
         try:
-            match = find(call.path, call.method)
+            match = self._router.find(call.path, call.method)
         except MethodNotAllowed as error:
             call.route = error.route
             raise
@@ -191,13 +202,15 @@ class App:
             case "health":
                 await self._reply(call, self._state.health_page())
             case "metrics":
-                await self._reply(call, self._metrics_page(call))
+                await self._reply(call, await self._metrics_page(call))
             case "models":
-                await self._reply(call, self._state.models(self._names, match.name))
+                models = self._models()
+                names = self._public if models is None else models.names
+                await self._reply(call, self._state.models(names, match.name))
             case "version":
                 await self._reply(call, json_reply(Version(VERSION)))
             case "openapi":
-                await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document)))
+                await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document, self._router)))
             case "page" if call.path.endswith("/page/"):
                 await self._reply(call, Reply(308, _JSON, b"{}\n", headers={"location": "../page"}))
             case "page":
@@ -210,9 +223,11 @@ class App:
                 incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
                 await self._reply(call, await self._service().call(action, incoming))
             case _:
-                named = match.name or parse_qs(call.query).get("model_name", [""])[0]
+                named = match.name
+                if not named and match.route.action != REGISTRY:
+                    named = parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
-                await self._work(call, match.route.queued, self._asked(call, match))
+                await self._work(call, match.route, self._asked(call, match))
 
     def _service(self) -> Answers:
         if self._state.phase != "serving":
@@ -240,8 +255,14 @@ class App:
             )
         )
 
-    async def _work(self, call: Call, queued: bool, work: Work) -> None:
+    async def _work(self, call: Call, route: Route, work: Work) -> None:
         """Answer a request that has a body and needs the model."""
+        settings, queued = self._settings, route.queued
+        longest = settings.predict_timeout
+        if route.action == REGISTRY:
+            longest = settings.model_loading_timeout
+        elif are_lines(call.template, call.headers):
+            longest = max(longest, MOST_SECONDS)
         self.calls.add(call)
         self.idle.clear()
         body = Body(
@@ -265,13 +286,8 @@ class App:
             await call.exchange.run(
                 self._answer(call, answering),
                 self._headers(call.request_id, call.headers),
-                longest=(
-                    max(self._settings.predict_timeout, MOST_SECONDS)
-                    if are_lines(call.template, call.headers)
-                    else self._settings.predict_timeout
-                )
-                + _GRACE_SECONDS,
-                pause=self._settings.chunked_read_timeout,
+                longest=longest + _GRACE_SECONDS,
+                pause=settings.chunked_read_timeout,
             )
         finally:
             body.release()
@@ -295,15 +311,24 @@ class App:
 
     async def _answer(self, call: Call, answering: Any) -> Reply:
         reply: Reply = await answering
-        call.facts = reply.facts
+        call.facts, call.logged = reply.facts, reply.logged
         if self._settings.log_prompts:
             log_answer(call.request_id, reply)
         return reply
 
+    def _models(self) -> Models | None:
+        """Return the models of a server of several, once it is ready."""
+        service = self._state.service
+        return service if isinstance(service, Models) else None
+
     def _known(self, path: str) -> str:
         """Return the model that a path names, `NAME` or `NAME/VERSION`. Raises NotFound with LMI's message."""
+        if self._settings.multi_model:
+            self._service()  # Before that none is known.
+        models = self._models()
+        accepted = self._accepted if models is None else models.names
         for name in (path, path.rpartition("/")[0]):
-            if name in self._accepted:
+            if name in accepted:
                 return name
         raise NotFound(f"Model or workflow not found: {path[:200]}")
 
@@ -322,14 +347,18 @@ class App:
     def _model_page(self) -> Reply:
         if not self._page_is_on:
             raise NotFound("there is no page here (option.page)")
+        if self._state.phase == "loading":
+            raise Unavailable(f"not ready: {self._state.health().reason}", retry_after=5)
         self._service()
         if self.model_page is None or self._state.backend is None:
             raise NotFound("the model's own code answers: the page has nothing to show of it")
         return self.model_page.describe(self._state.backend)
 
-    def _metrics_page(self, call: Call) -> Reply:
+    async def _metrics_page(self, call: Call) -> Reply:
         names = parse_qs(call.query).get("name[]", [])
-        body, content_type = self._metrics.export(call.headers.get("accept", ""), names)
+        models = self._models()
+        texts = None if models is None else await models.metrics()
+        body, content_type = self._metrics.export(call.headers.get("accept", ""), names, texts)
         return Reply(200, content_type, body)
 
     async def _reply(self, call: Call, reply: Reply, close: bool = False) -> None:
@@ -346,7 +375,7 @@ class App:
         known = client_error(error, call.request_id)
         call.error, call.reason = known.kind, own_words_of(known)
         self._metrics.on_error(known.kind)
-        if known.status >= 500 and not isinstance(error, Unavailable):
+        if known.status >= 500 and not isinstance(error, Unavailable | InsufficientStorage):
             logger.error(
                 "the request failed", exc_info=error, extra={"facts": {"request_id": call.request_id}}
             )
@@ -366,7 +395,9 @@ class App:
         facts = call.facts or finished
         status = exchange.status or (499 if exchange.ending == "client_gone" else 500)
         self._metrics.on_http(call.template, status)
-        if call.route is not None and call.route.light and status != 401:
+        if (call.logged and call.error is None) or (
+            call.route is not None and call.route.light and status != 401
+        ):
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
 

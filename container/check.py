@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,12 +28,30 @@ from handlers.build import parser_problems
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
 from handlers.model_names import public_names
+from handlers.progress import size_text
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
 from properties.names import key_of
 from properties.problem import DEFAULT, MASK, ConfigurationError, Problem
 
 _WIDEST = 72
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+_ALIGNED = (32, 20)
+"""How wide the columns of names and of values are at most; longer ones stick out."""
+_COLUMN = re.compile(r"(error|warning): |\S+ {2,}|instance | +")
+_ROWS = (
+    "model",
+    "files",
+    "address",
+    "backend",
+    "instance",
+    "handler",
+    "formats",
+    "memory",
+    "prompts",
+    "option",
+)
+"""What lines of the report begin with."""
 _EMBEDDED = "vLLM is not installed here: this is what the embedded engine needs, also where vLLM would serve"
 
 
@@ -276,8 +298,33 @@ def _texts(problems: Sequence[Problem]) -> list[str]:
 
 
 def _print(report: Mapping[str, Any], as_json: bool, everything: bool = False) -> None:
-    text = json.dumps(report, indent=2) if as_json else "\n".join(_lines(report, everything))
-    sys.stdout.write(text + "\n")
+    if as_json:
+        lines = [json.dumps(report, indent=2)]
+    elif sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [_for_terminal(line, width) for line in _lines(report, everything)]
+        lines[0] = _colored(
+            lines[0], "1;31" if report["errors"] else "1;33" if report["warnings"] else "1;32"
+        )
+    else:
+        lines = _lines(report, everything)
+    sys.stdout.write("\n".join(lines).replace(_NO_BREAK, " ") + "\n")
+
+
+def _for_terminal(line: str, width: int) -> str:
+    """Break a line below its second column, and colour what it begins with."""
+    label, space = line.split(" ")[0], _COLUMN.match(line)
+    indent = " " * min(0 if space is None else space.end(), width // 2)
+    text = textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    color = {"error:": "1;31", "warning:": "1;33"}.get(label, "2" if label in _ROWS else "")
+    return _colored(label, color) + text[len(label) :] if color else text
+
+
+def _colored(text: str, color: str) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{color}m{text}\x1b[0m"
 
 
 def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
@@ -300,18 +347,22 @@ def _lines(report: Mapping[str, Any], everything: bool) -> list[str]:
         lines.append(f"backend  {report['backend']['backend']}: {report['backend']['reason']}")
     instance = report["instance"]
     if instance is not None:
-        lines += [f"instance {text}" for text in _instance(instance, report["backend"])]
+        lines += _row_of("instance", _instance(instance, report["backend"]))
     if report["handler"] is not None:
         lines.append(f"handler  {report['handler']}: the model's own, which answers instead of an engine")
     if report["formatters"] is not None:
-        lines.append(f"formatters in {report['formatters']}: they change requests or replies")
-    lines += [f"memory   {text}" for text in _memory(report["memory"], model, instance)]
+        lines.append(f"formats  {report['formatters']}: the model's own, which change requests or replies")
+    lines += _row_of("memory", _memory(report["memory"], model, instance))
     if report["prompts"] is not None:
-        lines.append(f"chat template: {report['prompts']['template']}")
+        texts = [f"chat template: {report['prompts']['template']}"]
         tokens = report["prompts"]["image_tokens"] or {}
         told = (f"{size}: {count}" for size, count in tokens.items() if count is not None)
-        lines += [f"tokens of an image: {', '.join(told)}"] if tokens else []
+        lines += _row_of("prompts", [*texts, *([f"tokens of an image: {', '.join(told)}"] if tokens else [])])
     return [*lines, "", *_options(options, report["extra"], everything)]
+
+
+def _row_of(label: str, texts: Sequence[str]) -> list[str]:
+    return [f"{label if not at else '':<8} {text}" for at, text in enumerate(texts)]
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
@@ -338,8 +389,8 @@ def _counted(count: int, noun: str) -> str:
 
 def _instance(instance: Mapping[str, Any], backend: Mapping[str, Any] | None) -> list[str]:
     lines = [
-        f"{instance['name']}: {_gpus(instance)}, {instance['vcpus']} vCPUs, {_size(instance['host_memory'])} of host "
-        "memory"
+        f"{instance['name']}: {_gpus(instance)}, {instance['vcpus']} vCPUs, "
+        f"{size_text(instance['host_memory'])} of host memory"
     ]
     if instance["gpus"] and backend is not None and not vllm_installed():
         lines.append(_EMBEDDED)
@@ -348,7 +399,7 @@ def _instance(instance: Mapping[str, Any], backend: Mapping[str, Any] | None) ->
 
 def _gpus(instance: Mapping[str, Any]) -> str:
     return (
-        f"{instance['gpus']} x {instance['gpu']}, {_size(instance['gpu_memory'])} each"
+        f"{instance['gpus']} x {instance['gpu']}, {size_text(instance['gpu_memory'])} each"
         if instance["gpus"]
         else "no GPU"
     )
@@ -356,21 +407,22 @@ def _gpus(instance: Mapping[str, Any]) -> str:
 
 def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each family and number of GPUs that is alike in all but the host."""
-    lines: list[tuple[str, ...]] = [
-        ("instance", "devices", "fits", "replicas", "devices per replica", "context", "cache tokens")
-    ]
+    lines: list[tuple[str, ...]] = [("instance", "devices", "fits", "replicas", "context", "cache tokens")]
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         host = None if row["gpus"] else row["name"]
         kinds.setdefault((row["name"].partition(".")[0], row["gpus"], host), []).append(row)
     for first, *others in kinds.values():
-        names = ", ".join([first["name"], *(other["name"].partition(".")[2] for other in others)])
-        devices = (
-            f"{first['gpus']} x {first['gpu']}" if first["gpus"] else f"CPU, {_size(first['host_memory'])}"
+        sizes = [other["name"].partition(".")[2] for other in others]
+        names = first["name"] + (
+            f" to {sizes[-1]}" if len(sizes) > 1 else "".join(f", {size}" for size in sizes)
         )
-        numbers = [first[name] for name in ("copies", "devices_per_copy", "max_model_len", "cache_tokens")]
-        told = ["-" if number is None or not first["fits"] else str(number) for number in numbers]
-        lines.append((names, devices, {True: "yes", False: "no", None: "unknown"}[first["fits"]], *told))
+        gpu = (first["gpu"] or "").removeprefix("NVIDIA ")
+        devices = f"{first['gpus']} x {gpu}" if first["gpus"] else f"CPU, {size_text(first['host_memory'])}"
+        replicas = first["copies"] and f"{first['copies']} on {first['devices_per_copy']}"
+        facts = [replicas, first["max_model_len"], first["cache_tokens"]]
+        told = ["-" if fact is None or not first["fits"] else str(fact) for fact in facts]
+        lines.append((names, devices, {True: "yes", False: "no", None: "?"}[first["fits"]], *told))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -399,8 +451,14 @@ def _options(
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return [f"{name:<{first}}  {value:<{second}}  {source}".rstrip() for name, value, source in rows]
+    first, second = (
+        min(widest, max(len(row[column]) for row in rows)) for column, widest in enumerate(_ALIGNED)
+    )
+    # The spaces of a source are those at which a terminal's line is not broken.
+    return [
+        f"{name:<{first}}  {value:<{second}}  {source.replace(' ', _NO_BREAK)}".rstrip()
+        for name, value, source in rows
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -418,7 +476,7 @@ def _memory(
         return ["unknown" if model["directory"] else "unknown until the model has been downloaded"]
     lines = [
         f"replicas: {memory['copies']}, devices per replica: {memory['devices_per_copy']} "
-        f"({memory['device']}, {_size(memory['device_memory'])}), {memory['dtype']}",
+        f"({memory['device']}, {size_text(memory['device_memory'])})",
         f"computing in {memory['dtype']}: {memory['dtype_reason']}",
     ]
     if memory["devices"]:
@@ -427,19 +485,15 @@ def _memory(
         lines.append(f"devices needed: {memory['devices_needed']}, there: {memory['devices']} on {machines}")
     if memory["weights"] is not None:
         lines.append(
-            f"weights {_size(memory['weights'])} ({memory['weights_basis']}), "
-            f"{_size(memory['weights_per_device'])} per device"
+            f"weights {size_text(memory['weights'])} ({memory['weights_basis']}), "
+            f"{size_text(memory['weights_per_device'])} per device"
         )
     if memory["cache_per_device"] is not None:
-        lines.append(f"key/value cache {_size(memory['cache_per_device'])} per device")
+        lines.append(f"key/value cache {size_text(memory['cache_per_device'])} per device")
     if memory["cache_tokens"] is not None:
         lines.append(
             f"room for {memory['cache_tokens']} tokens, {memory['cache_bytes_per_token']} bytes each"
         )
     if memory["image_bytes"] is not None:
-        lines.append(f"{_size(memory['image_bytes'])} more for each image of a running request")
+        lines.append(f"{size_text(memory['image_bytes'])} more for each image of a running request")
     return lines
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

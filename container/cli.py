@@ -1,4 +1,4 @@
-"""The command line: `lmi serve`, `lmi run`, `lmi check`, and `serve` as SageMaker starts a container."""
+"""The command line: `lmi serve`, `run`, `check` and `bench`, and `serve` as SageMaker starts a container."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ _FLAGS_HELP = (
 def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
     """Run the `lmi` command and return its exit status. build: makes the backend; None for what the options select."""
     given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["bench"]:
+        return _bench(given[1:])
     parser = _parser()
     parser.add_argument("--version", action="version", version=f"lmi-handler {VERSION}")
     if not given or given[0] not in ("serve", "run", "check"):
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="show what would be served and how, without loading the model", epilog=_FLAGS_HELP
     )
+    commands.add_parser("bench", help="measure servers that are up, and write a page about them")
     for command in (serve, run, check):
         command.add_argument(
             "model",
@@ -109,6 +112,18 @@ def _parser() -> argparse.ArgumentParser:
         "table that says which of them it fits",
     )
     return parser
+
+
+def _bench(arguments: list[str]) -> int:
+    try:
+        from bench.sweep import main as bench
+    except ModuleNotFoundError as error:
+        print(
+            f"lmi bench needs {str(error.name).partition('.')[0]}: pip install 'lmi-handler[bench]'",
+            file=sys.stderr,
+        )
+        return 1
+    return bench(arguments)
 
 
 def _instances(name: str) -> list[Instance]:

@@ -151,7 +151,7 @@ class Exchange:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request while it is answered. route: None if no route matches."""
+    """One request while it is answered. route: None if no route matches. logged: whether a model's process logs it."""
 
     method: str
     path: str
@@ -166,6 +166,7 @@ class Call:
     facts: RequestFacts | None = None
     error: str | None = None
     reason: str | None = None
+    logged: bool = False
     arrival: float = field(default_factory=time.monotonic)
 
     @property

@@ -7,6 +7,7 @@ import json
 import logging
 import queue
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ import msgspec
 
 from handlers.errors import ServingError
 from handlers.exchange import Reply
+from handlers.progress import ERASE
 from handlers.protocols.body_limits import check_body
 
 LogFormat = Literal["text", "json"]
@@ -27,6 +29,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _OURS = ("container", "handlers", "engine", "processes", "properties")
 """The loggers with the configured level; libraries never log below `info`."""
+
+WRITTEN = "container.written"
+"""The logger of lines that a child process has written in the form of this log already."""
 
 _MOST_WAITING = 20_000
 """Lines that may wait for a slow reader of the output; more are dropped, so that the server never waits."""
@@ -63,6 +68,18 @@ def one_line(text: str) -> str:
 class _Formatter(logging.Formatter):
     """What both forms share: facts are in a record's `facts`, an exception in its `exc_info`."""
 
+    def __init__(self, model: str | None) -> None:
+        super().__init__()
+        self._more = {"model": model}
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name == WRITTEN:
+            return record.getMessage()
+        return self.line(record, {**self._more, **getattr(record, "facts", {})})
+
+    def line(self, record: logging.LogRecord, facts: dict[str, Any]) -> str:
+        raise NotImplementedError
+
     @staticmethod
     def stamp(record: logging.LogRecord) -> str:
         whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -79,9 +96,8 @@ class _Formatter(logging.Formatter):
 class TextFormatter(_Formatter):
     """`TIME LEVEL logger: message key=value ...`; a traceback's lines follow, each marked with `  | `."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def line(self, record: logging.LogRecord, facts: dict[str, Any]) -> str:
         words = [f"{self.stamp(record)} {record.levelname} {record.name}: {one_line(record.getMessage())}"]
-        facts: dict[str, Any] = getattr(record, "facts", {})
         words += [f"{name}={_text(value)}" for name, value in facts.items() if value is not None]
         return "\n".join([" ".join(words), *(f"  | {one_line(line)}" for line in self.trace(record))])
 
@@ -89,19 +105,44 @@ class TextFormatter(_Formatter):
 class JsonFormatter(_Formatter):
     """One JSON object a line, a traceback in its field `traceback`."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def line(self, record: logging.LogRecord, facts: dict[str, Any]) -> str:
         line: dict[str, Any] = {
             "time": self.stamp(record),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        facts: dict[str, Any] = getattr(record, "facts", {})
         line.update((name, value) for name, value in facts.items() if value is not None)
         trace = self.trace(record)
         if trace:
             line["traceback"] = "\n".join(trace)
         return json.dumps(line, default=str)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes a record whose `passing` is true as a line that the next one takes the place of, for a terminal."""
+
+    _over = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        passing = getattr(record, "passing", False)
+        try:
+            if self._over:
+                self.stream.write(self._over)
+            self._over = ERASE if passing else ""
+            if passing:
+                columns = shutil.get_terminal_size().columns
+                self.stream.write(one_line(record.getMessage())[: columns - 1])
+                self.flush()
+        except Exception:
+            self.handleError(record)
+        if not passing:
+            super().emit(record)
+
+
+def on_terminal() -> bool:
+    """Whether people see the log as it is written."""
+    return sys.stdout.isatty()
 
 
 class _Queue(QueueHandler):
@@ -119,16 +160,19 @@ class _Queue(QueueHandler):
 
 @contextmanager
 def logging_to(
-    stream: TextIO | None = None, form: LogFormat = "text", level: LogLevel = "info"
+    stream: TextIO | None = None,
+    form: LogFormat = "text",
+    level: LogLevel = "info",
+    model: str | None = None,
 ) -> Iterator[None]:
     """Write the whole program's log to a stream (standard output) while the context is open.
 
     A thread writes it, so that a slow reader of the log never blocks the event loop. Waiting lines are written before
-    the context ends.
+    the context ends. With a model's name, each line has it.
     """
     lowest = logging.getLevelNamesMapping()[level.upper()]
-    handler = logging.StreamHandler(stream or sys.stdout)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler = _Handler(stream or sys.stdout)
+    handler.setFormatter(JsonFormatter(model) if form == "json" else TextFormatter(model))
     lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
     listener = QueueListener(lines, handler)
     root = logging.getLogger()

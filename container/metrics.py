@@ -5,12 +5,14 @@ Implements `handlers.exchange.Observer`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.parser import text_string_to_metric_families
 
 from container.bodies import Bodies
 from container.protocol import Connections
@@ -21,6 +23,10 @@ from handlers.images.loader import ImageLoader
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240, 480)
+
+_OF_THE_SOCKET = ("lmi_connections", "lmi_request_bodies", "lmi_http_requests")
+_OF_THE_SERVER = (*_OF_THE_SOCKET, "lmi_errors", "process_")
+"""What a server of several models counts itself; of its models' metrics it leaves out those of its own connections."""
 
 
 class Metrics:
@@ -113,16 +119,22 @@ class Metrics:
         """Count a reply on a route; status 499 is a client that left before it."""
         self._http.labels(route, status).inc()
 
-    def export(self, accept: str, names: Sequence[str] = ()) -> tuple[bytes, str]:
+    def export(
+        self, accept: str, names: Sequence[str] = (), models: Mapping[str, str] | None = None
+    ) -> tuple[bytes, str]:
         """Return the exposition and its content type, in the format that an Accept header prefers.
 
         Args:
             accept: The header.
             names: Export only these series, e.g. "lmi_requests_running"; all if empty.
+            models: Of a server of several models, what each of them exports, by its name.
         """
         encode, content_type = choose_encoder(accept)
-        registry = self._exported.restricted_registry(names) if names else self._exported
-        return encode(registry), content_type
+        registry: Any = self._exported
+        if models is not None:
+            registry = CollectorRegistry(auto_describe=False)
+            registry.register(_Several(self._exported, models))
+        return encode(registry.restricted_registry(names) if names else registry), content_type
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics; called by the registry."""
@@ -143,6 +155,28 @@ class Metrics:
             yield family
         if self.images is not None:
             yield from _of_images(self.images)
+
+
+class _Several:
+    """The metrics of a server of several models: its own connections and bodies, and each model's, with its name."""
+
+    def __init__(self, own: CollectorRegistry, models: Mapping[str, str]) -> None:
+        self._own = own
+        self._models = models
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        families = {one.name: one for one in self._own.collect() if one.name.startswith(_OF_THE_SERVER)}
+        for model, text in self._models.items():
+            for family in text_string_to_metric_families(text):
+                if family.name.startswith(_OF_THE_SOCKET):
+                    continue
+                samples, family.samples = family.samples, []
+                into = families.setdefault(family.name, family)
+                into.samples += [one._replace(labels={"model": model, **one.labels}) for one in samples]
+        yield from families.values()
 
 
 def _of_images(loader: ImageLoader) -> Iterator[Metric]:

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from container.routes import ROUTES
+from container.models.routes import REGISTRY
+from container.routes import ONE, Router
 from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
 from handlers.protocols.select import ERRORS_ANYWHERE
 from handlers.version import VERSION
@@ -30,7 +31,7 @@ _STATUSES = {
     429: "Too many requests are waiting: try again after `Retry-After` seconds.",
     500: "An error of the server's own; its log has more under the request's id.",
     503: "The model is not ready, or the server is stopping.",
-    507: "No place is left for another adapter.",
+    507: "No place is left for another adapter or model.",
 }
 _QUERY = {
     "model_name": "The model, where the path names none.",
@@ -46,10 +47,10 @@ _HEADERS = {
 
 
 @functools.cache
-def document() -> bytes:
+def document(router: Router = ONE) -> bytes:
     """Returns the document as JSON."""
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
+    for route in router.routes:
         for method in route.methods:
             paths.setdefault(route.path, {})[method.lower()] = _operation(route, method)
     body = {
@@ -63,7 +64,7 @@ def document() -> bytes:
         "servers": [{"url": "/"}],
         "paths": paths,
         "components": {
-            "schemas": _schemas(),
+            "schemas": _schemas(router.routes),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -89,7 +90,10 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         content: dict[str, Any] = {JSON: {"schema": _any_of(route.bodies)}}
         if route.plain_text:
             content["text/plain"] = {"schema": {"type": "string"}}
-        operation["requestBody"] = {"required": route.action != "adapters", "content": content}
+        operation["requestBody"] = {
+            "required": route.action not in ("adapters", REGISTRY),
+            "content": content,
+        }
     return operation
 
 
@@ -146,11 +150,11 @@ def _any_of(kinds: Sequence[Any]) -> dict[str, Any]:
     return found[0] if len(found) == 1 else {"anyOf": list(found)}
 
 
-def _schemas() -> dict[str, Any]:
+def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
     """Every struct that some route names, and the parts of those that are taken apart by hand."""
     named = [
         kind
-        for route in ROUTES
+        for route in routes
         for kinds in (route.bodies, route.replies, *route.events.values(), route.errors, route.not_ready)
         for kind in kinds
     ]

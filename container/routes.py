@@ -7,9 +7,11 @@ Clients append paths of their own to the address that they are given. A path bui
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from container.models.routes import ROUTES as MODEL_ROUTES
 from container.state import EngineState, Healthy, Ping, Unhealthy, Version
 from handlers.errors import NotFound, ServingError
 from handlers.protocols.base import READ, Route
@@ -91,65 +93,67 @@ ROUTES = (
     ),
     _own("/openapi.json", "openapi", "This document", replies=(dict[str, Any],)),
 )
-"""Every route; of those that share a path, each has methods of its own."""
+"""Every route of a server of one model; of those that share a path, each has methods of its own."""
 
-_APPENDED = {route.path: route for route in ROUTES if route.appended}
-"""Paths that Hugging Face's clients append to any address."""
+_OF_ONE = frozenset({"state", "model", "page"})
+"""What only the server of one model can show."""
 
 _NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
 _SLASHES = re.compile(r"//+")
 
 
-def _by_path() -> tuple[dict[str, tuple[Route, ...]], list[tuple[re.Pattern[str], tuple[Route, ...]]]]:
-    paths: dict[str, tuple[Route, ...]] = {}
-    for route in ROUTES:
-        paths[route.path] = (*paths.get(route.path, ()), route)
-    plain = {path: routes for path, routes in paths.items() if "{" not in path}
-    named = []
-    for path, routes in paths.items():
-        if path in plain:
-            continue
-        pattern = path
-        for name, group in _NAMES.items():
-            pattern = pattern.replace(name, group)
-        named.append((re.compile(pattern), routes))
-    return plain, named
+class Router:
+    """A table of routes, in which a request finds its own."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        paths: dict[str, tuple[Route, ...]] = {}
+        for route in self.routes:
+            paths[route.path] = (*paths.get(route.path, ()), route)
+        self._appended = {route.path: route for route in self.routes if route.appended}
+        self._plain = {path: found for path, found in paths.items() if "{" not in path}
+        self._named = [(_pattern(path), found) for path, found in paths.items() if "{" in path]
+
+    def find(self, path: str, method: str) -> Match:
+        """Return the route of a request.
+
+        Raises:
+            NotFound: There is no route with this path.
+            MethodNotAllowed: The path has routes for other methods only.
+        """
+        found, names = self._at(_SLASHES.sub("/", path).rstrip("/") or "/")
+        if not found:
+            raise NotFound(
+                "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer "
+                "requests"
+            )
+        for route in found:
+            if method in route.methods:
+                return Match(route, **names)
+        raise MethodNotAllowed(method, found)
+
+    def _at(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
+        for tail, route in self._appended.items():
+            if path.endswith(tail) and path != tail:
+                found, names = self._listed(path.removesuffix(tail))
+                return ((route,), names) if any(one.action == "answer" for one in found) else ((), {})
+        return self._listed(path)
+
+    def _listed(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
+        if path in self._plain:
+            return self._plain[path], {}
+        for pattern, routes in self._named:
+            if match := pattern.fullmatch(path):
+                return routes, match.groupdict()
+        return (), {}
 
 
-_PLAIN, _NAMED = _by_path()
+def _pattern(path: str) -> re.Pattern[str]:
+    for name, group in _NAMES.items():
+        path = path.replace(name, group)
+    return re.compile(path)
 
 
-def find(path: str, method: str) -> Match:
-    """Return the route of a request.
-
-    Raises:
-        NotFound: There is no route with this path.
-        MethodNotAllowed: The path has routes for other methods only.
-    """
-    found, names = _at(_SLASHES.sub("/", path).rstrip("/") or "/")
-    if not found:
-        raise NotFound(
-            "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer requests"
-        )
-    for route in found:
-        if method in route.methods:
-            return Match(route, **names)
-    raise MethodNotAllowed(method, found)
-
-
-def _at(path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
-    found, names = _listed(path)
-    for tail, route in _APPENDED.items():
-        if path.endswith(tail) and path != tail:
-            found, names = _listed(path.removesuffix(tail))
-            return ((route,), names) if any(one.action == "answer" for one in found) else ((), {})
-    return found, names
-
-
-def _listed(path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
-    if path in _PLAIN:
-        return _PLAIN[path], {}
-    for pattern, routes in _NAMED:
-        if match := pattern.fullmatch(path):
-            return routes, match.groupdict()
-    return (), {}
+ONE = Router(ROUTES)
+SEVERAL = Router((*(route for route in ROUTES if route.action not in _OF_ONE), *MODEL_ROUTES))
+"""The routes of a server of one model, and of one of several."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +25,9 @@ from container import page
 from container.app import App
 from container.build import Served, build_backend, build_formatters
 from container.config import configured, unreadable
-from container.logs import logging_to
+from container.logs import logging_to, on_terminal
 from container.metrics import Metrics
+from container.models.models import Models
 from container.protocol import Connections, Protocol, raise_descriptor_limit
 from container.requirements import install, requirements_to_install
 from container.state import ServerState
@@ -36,6 +38,7 @@ from handlers.build import build_images
 from handlers.custom.formatters import Formatters
 from handlers.errors import ServingError
 from handlers.images.loader import ImageLoader
+from handlers.progress import LOG_SECONDS, TERMINAL_SECONDS, Progress, current, shown
 from handlers.protocols.errors import own_words
 from processes.environment import forget_keys
 from properties.configuration import Configuration
@@ -77,29 +80,44 @@ class EngineLost(Exception):
 
 
 class Server:
-    """One model on one port, from start to end."""
+    """One model, or several, on one port, from start to end.
 
-    def __init__(self, configuration: Configuration, build: BackendBuilder = build_backend) -> None:
+    Attributes:
+        failure: Why it cannot go on, once `run` has found out.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        build: BackendBuilder = build_backend,
+        listener: socket.socket | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         """Listen on the configured port; `run` serves.
 
         Args:
             configuration: The options.
             build: Called in a thread once the model's files are on this machine.
+            listener: Listens already; None for the configured port.
+            ready: Called when the model can answer.
 
         Raises:
             OSError: The port is taken.
         """
+        self.failure: BaseException | None = None
         self.configuration = configuration
         self.state = ServerState()
         self.metrics = Metrics(self.state.stats)
-        self.listener = bind(configuration.settings.host, configuration.settings.port)
+        self.listener = listener or bind(configuration.settings.host, configuration.settings.port)
         self._build = build
+        self._ready = ready
         self._images: ImageLoader | None = None
         self._backend: Lifecycle | None = None
         self._formatters: Formatters | None = None
         self._installed: TemporaryDirectory[str] | None = None
         self._fetch_cancelled = threading.Event()
         self._stop = asyncio.Event()
+        self._several = configuration.settings.multi_model
         self._app = App(configuration, self.state, self.metrics)
 
     async def run(self) -> int:
@@ -124,6 +142,7 @@ class Server:
             failure = EngineLost(self.state.health().reason)
         losing.cancel()
         if failure is not None:
+            self.failure = failure
             self._report(failure)
         await self._shut_down(http, serving, loading)
         return 0 if failure is None else 1
@@ -150,14 +169,30 @@ class Server:
         seconds = self.configuration.settings.model_loading_timeout
         began = time.monotonic()
         try:
-            async with asyncio.timeout(seconds):
-                await self._fetch_and_load()
+            every = LOG_SECONDS if not on_terminal() else TERMINAL_SECONDS
+            with shown(self._tell, every) as self.state.progress:
+                async with asyncio.timeout(seconds):
+                    await (self._load_several() if self._several else self._fetch_and_load())
         except TimeoutError as error:
             raise LoadFailed(
                 f"the model was not ready within {seconds:.0f} s ({self.state.reason}); raise "
                 "option.model_loading_timeout"
             ) from error
         logger.info("ready after %.1f s", time.monotonic() - began)
+        self._ready()
+
+    async def _load_several(self) -> None:
+        """Begin to serve models that are loaded later, and those of the configured directory. Raises LoadFailed."""
+        self.state.reason = "the models are loading"
+        self._backend = models = Models(self.configuration)
+        try:
+            await models.load()
+        except (ServingError, ArtefactError) as error:
+            raise LoadFailed(str(error)) from error
+        self.state.serve(models, models)
+
+    def _tell(self, progress: Progress) -> None:
+        logger.info("%s: %s", self.state.reason, progress, extra={"passing": on_terminal()})
 
     async def _fetch_and_load(self) -> None:
         # Prepared now, because the first refused request would have to wait for it.
@@ -172,6 +207,7 @@ class Server:
             )
         except ArtefactError as error:
             raise LoadFailed(str(error)) from error
+        current().begin("")
         configuration = self.configuration.with_model_directory(directory)
         for problem in configuration.warnings:
             if problem not in self.configuration.warnings:
@@ -293,8 +329,8 @@ def start(
 
 
 def _announce(configuration: Configuration) -> None:
-    location = configuration.model_location
-    logger.info("model %s (%s)", location.value, location.kind)
+    location, several = configuration.model_location, configuration.settings.multi_model
+    logger.info("%s %s (%s)", "models in" if several else "model", location.value, location.kind)
     for problem in configuration.warnings:
         logger.warning("%s", problem)
 
@@ -341,7 +377,8 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=run, daemon=True, name="load").start()
+    context = copy_context()  # which says where progress is reported
+    threading.Thread(target=context.run, args=(run,), daemon=True, name="load").start()
     return await done
 
 
@@ -399,7 +436,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Return the listener's address as `host:port`, for the log."""
-    name: tuple[Any, ...] = listener.getsockname()
+    """Return the listener's address as `host:port`, or that of a Unix socket, for the log."""
+    name: tuple[Any, ...] | str = listener.getsockname()
+    if isinstance(name, str):
+        return name
     host, port = name[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -14,6 +14,7 @@ from msgspec import UNSET, Struct
 from handlers.backends.base import BackendStats, Health, Lifecycle
 from handlers.errors import NotFound
 from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.progress import Progress
 from handlers.protocols.base import JSON
 from handlers.protocols.openai.replies import Model, Models
 
@@ -97,6 +98,7 @@ class ServerState:
         backend: None until the model can generate.
         service: None until then, too; it stays None if this machine holds a part of the model for another one that
             answers.
+        progress: How far loading is, which is told with the reason; None before and after it.
         created: When the process started, in Unix seconds.
     """
 
@@ -104,6 +106,7 @@ class ServerState:
     reason: str = "the model is loading"
     backend: Lifecycle | None = None
     service: Answers | None = None
+    progress: Progress | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def serve(self, backend: Lifecycle, service: Answers | None) -> None:
@@ -124,7 +127,8 @@ class ServerState:
     def health(self) -> Health:
         """Whether a request can be answered now. Returns at once."""
         if self.phase != "serving" or self.backend is None:
-            return Health(ready=False, reason=self.reason)
+            told = "" if self.phase != "loading" or self.progress is None else str(self.progress)
+            return Health(ready=False, reason=f"{self.reason}: {told}" if told else self.reason)
         return self.backend.health()
 
     def stats(self) -> BackendStats | None:

@@ -82,6 +82,8 @@ class RequestFacts:
 class Reply:
     """A reply, complete (`body`) or streamed (`chunks`, already framed; exactly one of the two is used).
 
+    `logged` says that another process has written the request's line to the log.
+
     Whoever holds a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
     the queue and aborts it in the engine.
     """
@@ -92,6 +94,7 @@ class Reply:
     chunks: AsyncIterator[bytes] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     facts: RequestFacts | None = None
+    logged: bool = False
 
 
 class Observer(Protocol):

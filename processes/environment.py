@@ -5,6 +5,7 @@
 | engine and its ranks | what Python, the devices, the compute libraries and a local model need, by name |
 | grammar compilers, image decoders, the guard of vLLM's processes | what Python and the system need, by name |
 | the model's own handler | everything but the server's own keys: it is the operator's program and reads what it likes |
+| the server of one of several models | everything but the server's own keys: it starts all of these |
 | vLLM, on any machine, and questions to Ray | everything but the server's own keys: vLLM copies the environment to its workers itself, and may read weights with the operator's credentials |
 """  # noqa: E501
 
@@ -54,7 +55,7 @@ _BY_NAME: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "plain": (_SYSTEM, (*_SYSTEM_FAMILIES, "OMP_", "OPENBLAS_", "RAYON_")),
 }
 
-Kind = Literal["engine", "plain", "handler", "vllm"]
+Kind = Literal["engine", "plain", "handler", "server", "vllm"]
 
 
 def child_command(module: str, *arguments: str) -> list[str]:

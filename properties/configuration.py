@@ -28,6 +28,7 @@ from properties.sources import (
     read_environment,
     read_file,
 )
+from properties.values import TRUE
 
 MODEL_STORE = Path("/opt/ml/model")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -43,6 +44,15 @@ _LORA = (
     "fully_sharded_loras",
     "allowed_adapter_path",
 )
+_STANDARDS = {
+    "CUSTOM_FASTAPI_PING_HANDLER": "/ping says whether the engine, or the model's own handler, can answer",
+    "CUSTOM_FASTAPI_MIDDLEWARE_THROTTLE": "job_queue_size and option.max_rolling_batch_size limit requests",
+} | dict.fromkeys(
+    ("CUSTOM_FASTAPI_MIDDLEWARE_PRE_POST_PROCESS", "CUSTOM_PRE_PROCESS", "CUSTOM_POST_PROCESS"),
+    "model.py may have formatters of djl_python, which change requests and replies",
+)
+"""Variables of the package that AWS's vLLM and SGLang images follow, and what takes the place of what they name."""
+
 _NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_stateful_sessions"}
 """Option -> the switch without which it has no effect."""
 
@@ -134,6 +144,10 @@ class Configuration:
         config = read_model_config(directory)
         return configuration if config is None else configuration.with_model_config(config)
 
+    def of_the_command_line(self) -> list[str]:
+        """Return what the command line sets, each as NAME=VALUE."""
+        return [f"{item.key}={item.raw}" for item in self._written if item.level is Level.COMMAND_LINE]
+
     def effective(self, name: str) -> Any:
         """Return an option's value, or the recommended one if nobody wrote any."""
         return self.recommended.get(name, getattr(self.settings, name))
@@ -209,9 +223,15 @@ def resolve(
     problems: list[Problem] = []
     noted: list[Problem] = []
     secure = secure_mode(environ, problems)
+    for name, reason in _STANDARDS.items():
+        if environ.get(name):
+            noted.append(Problem(f"{name} has no effect here: {reason}"))
     written = [*read_command_line(options, problems), *read_environment(environ)]
     written += read_containers(environ, noted, backend_options)
     written = _in_the_containers_order(list(_renamed(written, noted)), environ, model_store, noted)
+    if (several := _first(written, "multi_model")) is not None and several.raw.strip().lower() in TRUE:
+        problems += secure.channel_files()
+        return _of_several(written, noted, model, model_store, problems, backend_options, secure)
     named = _first(written, _MODEL_KEY)
     try:
         home = find_home(model, named.raw.strip() if named else None, model_store)
@@ -223,6 +243,27 @@ def resolve(
     written += _model_from_place(model, home, written, noted)
     problems += [*secure.channel_files(), *secure.files(home)]
     return _build(tuple(written), tuple(noted), home, None, problems, backend_options, secure)
+
+
+def _of_several(
+    written: list[RawValue],
+    noted: list[Problem],
+    model: str | None,
+    store: Path,
+    problems: list[Problem],
+    backend_options: frozenset[str],
+    secure: SecureMode,
+) -> Configuration:
+    """The configuration of a server of several models: MODEL, or the store, is the directory that holds them."""
+    if (named := _first(written, _MODEL_KEY)) is not None:
+        noted.append(
+            Problem(f"{named.location} is not used: multi_model serves a directory of models", "model_id")
+        )
+    if model is not None and not os.path.isdir(model):
+        problems.append(Problem(f"{model}: with multi_model, MODEL is a directory of models", "model_id"))
+    place = ModelLocation("directory", str(Path(model or store).resolve()), "models")
+    kept = tuple(item for item in written if item.key != _MODEL_KEY)
+    return _build(kept, tuple(noted), None, place, problems, backend_options, secure)
 
 
 def read_model_config(directory: Path) -> dict[str, Any] | None:
@@ -320,7 +361,8 @@ def _build(
     _check_together(result, home)
     extra = {name: item.source for name, item in result.extra.items()}
     result.problems += secure.options(result.settings, result.sources, extra, result.lmi_handler)
-    result.warnings += _not_obeyed(result, location, home)
+    if not result.settings.multi_model:
+        result.warnings += _not_obeyed(result, location, home)
     if result.problems or location is None:
         raise ConfigurationError(result.problems, result.warnings)
     return Configuration(

@@ -152,7 +152,7 @@ _IGNORED_KEYS = {
     "pages of cors_allowed_origin may use every method and header that the server has": (
         "cors_allowed_methods cors_allowed_headers"
     ),
-    "this server serves one model": "model_url_pattern load_models model_store",
+    "this server serves one model; see multi_model": "model_url_pattern load_models model_store",
     "of DJL's Java server, which this is not": (
         "number_of_netty_threads netty_client_threads use_native_io io_ratio plugin_folder"
     ),

@@ -75,7 +75,7 @@ def find_home(model: str | None, named: str | None, store: Path) -> Path | None:
         if len(entries) > 1:
             names = ", ".join(sorted(entry.name for entry in entries))
             raise ValueError(
-                f"{store} holds several models ({names}); this server serves one: name it as MODEL"
+                f"{store} holds several models ({names}); name one as MODEL, or set multi_model=true"
             )
         return entries[0]
     return store

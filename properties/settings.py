@@ -35,6 +35,17 @@ from properties.values import (
     Word,
 )
 
+STANDARD_HANDLER = "CUSTOM_FASTAPI_INVOCATION_HANDLER"
+"""The variable of AWS's vLLM and SGLang images that names a handler as FILE.py:FUNCTION."""
+
+
+def _standard_handler(text: str) -> tuple[str, str]:
+    file, _, function = text.partition(":")
+    file = "model.py" if file == "model" else file
+    if not file.endswith(".py") or not function.isidentifier():
+        raise ValueError("FILE.py:FUNCTION in the model's directory, or model:FUNCTION")
+    return file, function
+
 
 class ModelSettings(BaseModel):
     """Model and loading"""
@@ -111,7 +122,11 @@ class ModelSettings(BaseModel):
         "Default: model.py, or code/model.py, if it defines the handler.",
         default=None,
         aliases=("entryPoint", "entrypoint"),
-        variables=(Variable("DJL_ENTRY_POINT"),),
+        variables=(
+            Variable("DJL_ENTRY_POINT"),
+            Variable(STANDARD_HANDLER, Level.CONTAINER, lambda text: _standard_handler(text)[0]),
+            Variable("CUSTOM_SCRIPT_FILENAME", Level.CONTAINER, rank=1),
+        ),
     )
     install_requirements: bool | None = server_key(
         "Install the requirements.txt in the model's directory at the start, as LMI does. Default: if code of the "
@@ -119,7 +134,11 @@ class ModelSettings(BaseModel):
         default=None,
         variables=(Variable("STANDARD_AUTO_INSTALL_REQ", Level.CONTAINER),),
     )
-    handler: str = option("Function of the custom handler that is called.", default="handle")
+    handler: str = option(
+        "Function of the custom handler that is called.",
+        default="handle",
+        variables=(Variable(STANDARD_HANDLER, Level.CONTAINER, lambda text: _standard_handler(text)[1]),),
+    )
     download_dir: str | None = server_key(
         "Where models from s3:// are kept. Default: below the temporary directory.", default=None
     )
@@ -218,6 +237,11 @@ class EngineSettings(BaseModel):
         unit="tokens",
         aliases=("max_num_batched_tokens",),
         variables=(Variable("MAX_BATCH_PREFILL_TOKENS", Level.TGI),),
+    )
+    spare_engine: bool = option(
+        "Keep a process waiting that has imported the engine (250 MB of memory): one that dies is replaced sooner.",
+        default=True,
+        backends=ROLLING,
     )
     max_step_ms: Positive = option(
         "While answers are generated, prompts and images of other requests are spread over steps of about this time, "
@@ -529,6 +553,30 @@ class ServerSettings(BaseModel):
         default=30,
         unit="s",
         variables=(Variable("GRACEFUL_TERMINATION_TIMEOUT", Level.TGI),),
+    )
+    multi_model: bool = server_key(
+        "Serve several models, each in processes of its own, which are loaded and unloaded through `/models`; MODEL "
+        "is a directory of those to load at the start.",
+        default=False,
+        variables=(Variable("SAGEMAKER_MULTI_MODEL", Level.SAGEMAKER),),
+    )
+    max_models: Positive = server_key("With multi_model: models that may be loaded.", default=16)
+    models_memory_mb: Positive | None = server_key(
+        "With multi_model: host memory for all models together, as estimated before each is loaded. Default: nine "
+        "tenths of the container's.",
+        default=None,
+        unit="MiB",
+    )
+    model_idle_timeout: Seconds | None = server_key(
+        "With multi_model: time without requests after which a model's processes are ended; its next request starts "
+        "them again. Default: never.",
+        default=None,
+        unit="s",
+    )
+    allowed_model_path: str = server_key(
+        "With multi_model: directory below which the models lie that `POST /models` may name, besides MODEL. Empty: "
+        "none.",
+        default="/opt/ml",
     )
     cors_allowed_origin: Names = server_key(
         "Origins of web pages that may call the server from a browser, such as https://app.example; * for any. "

@@ -67,10 +67,15 @@ class PackedStep:
     spans: Sequence[Sequence[tuple[int, int]]] = ()
     spans_pass_windows: bool = False
 
-    def hidden(self, index: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """Return a mask [query tokens, context] of what the queries of sequence `index` may not see."""
+    def hidden(
+        self, index: int, window: int | None, device: torch.device, queries: slice = slice(None)
+    ) -> torch.Tensor:
+        """Return a mask [query tokens, context] of what the queries of sequence `index` may not see.
+
+        `queries` selects some of them.
+        """
         context = self.context_lens[index]
-        position = torch.arange(context - self.query_length(index), context, device=device)[:, None]
+        position = torch.arange(context - self.query_length(index), context, device=device)[queries, None]
         key = torch.arange(context, device=device)[None, :]
         hidden = key > position
         spans = self.spans[index] if self.spans else ()

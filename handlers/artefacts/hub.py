@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -17,8 +18,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from tqdm.auto import tqdm
 
+from handlers import progress
 from handlers.artefacts import ArtefactError
+from handlers.progress import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +45,19 @@ def fetch_hub(
         cache = root / "hub"
         logger.info("the hub's cache cannot be written to; using %s", cache)
     try:
-        files = None if offline else _files(name, revision, token, with_code)
+        files = None if offline else _files(name, revision, token, with_code, cache)
         if files is None:
             return _cached(name, revision, cache, offline)
         patterns = [glob.escape(file) for file in files]
         return Path(
-            snapshot_download(name, revision=revision, cache_dir=cache, token=token, allow_patterns=patterns)
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache,
+                token=token,
+                allow_patterns=patterns,
+                tqdm_class=_bar(progress.current()),
+            )
         )
     except ArtefactError:
         raise
@@ -72,7 +83,9 @@ def wanted(files: Sequence[str], with_code: bool) -> list[str]:
     return small + next((found for kind in _WEIGHTS if (found := fnmatch.filter(top, kind))), [])
 
 
-def _files(name: str, revision: str | None, token: str | None, with_code: bool) -> list[str] | None:
+def _files(
+    name: str, revision: str | None, token: str | None, with_code: bool, cache: Path
+) -> list[str] | None:
     """Return the files to fetch, or None if the hub cannot be reached, so that a copy in the cache can still serve."""
     try:
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
@@ -85,9 +98,38 @@ def _files(name: str, revision: str | None, token: str | None, with_code: bool) 
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     files = wanted(list(sizes), with_code)
-    gigabytes = sum(sizes[file] for file in files) / 2**30
-    logger.info("%s at %s: %d files, %.2f GiB", name, info.sha, len(files), gigabytes)
+    logger.info(
+        "%s at %s: %d files, %s", name, info.sha, len(files), size_text(sum(sizes[file] for file in files))
+    )
+    missing = [
+        file
+        for file in files
+        if not isinstance(try_to_load_from_cache(name, file, cache_dir=cache, revision=info.sha), str)
+    ]
+    progress.current().begin("", sum(sizes[file] for file in missing))
     return files
+
+
+def _bar(loading: progress.Progress) -> type:
+    """Return the class of bars that show nothing and count for us.
+
+    The hub's client makes a bar of the bytes that it receives and one of those that it has written, and uses one or
+    both of them, depending on how a file is stored.
+    """
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts = options.get("unit") == "B"
+            self._count = 0
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self._counts:
+                self._count += int(n or 0)
+                loading.done = max(loading.done, self._count)
+            return None
+
+    return Bar
 
 
 def _cached(name: str, revision: str | None, cache: Path, offline: bool) -> Path:

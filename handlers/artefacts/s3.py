@@ -21,7 +21,6 @@ import re
 import shutil
 import tarfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,9 @@ from typing import Any
 
 import msgspec
 
+from handlers import progress
 from handlers.artefacts import ArtefactError, Cancelled
+from handlers.progress import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,6 @@ _MAX_UNWRITTEN = 64
 """How many reads may wait for the disk."""
 
 _POLL_SECONDS = 0.2
-_REPORT_SECONDS = 5.0
 _ARCHIVES = (".tar.gz", ".tgz")
 
 
@@ -185,9 +185,9 @@ class _Transfer:
         self._bucket = bucket
         self._manifest = place / "manifest.json"
         self._cancelled = cancelled
+        self._progress = progress.current()
         self._ended: queue.SimpleQueue[tuple[S3Object, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._received = 0
 
     def run(self, objects: Sequence[S3Object]) -> int:
         """Fetch what is missing or has changed, remove what is no longer listed, and count the fetched objects.
@@ -229,10 +229,11 @@ class _Transfer:
         free = shutil.disk_usage(self.files).free
         if total > free:
             raise ArtefactError(
-                f"no space: {_size(total)} are to be fetched from {self._bucket}, {_size(free)} are free in "
+                f"no space: {size_text(total)} are to be fetched from {self._bucket}, {size_text(free)} are free in "
                 f"{self.files.parent}; set SERVING_DOWNLOAD_DIR"
             )
-        logger.info("%s: fetching %d files, %s", self._bucket, len(items), _size(total))
+        logger.info("%s: fetching %d files, %s", self._bucket, len(items), size_text(total))
+        self._progress.begin("", total)
         config = TransferConfig(
             multipart_threshold=1,  # Only requests for ranges name the entity tag that they expect.
             multipart_chunksize=PART_BYTES,
@@ -246,13 +247,12 @@ class _Transfer:
                 target = self.files / item.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 manager.download(self._bucket, item.key, str(target), subscribers=[_Download(self, item)])
-            self._wait(len(items), total, known)
+            self._wait(len(items), known)
 
-    def _wait(self, left: int, total: int, known: dict[str, tuple[int, str]]) -> None:
-        """Register each file that is complete, and log progress. Raises the error of the first file that failed."""
+    def _wait(self, left: int, known: dict[str, tuple[int, str]]) -> None:
+        """Register each file that is complete. Raises the error of the first file that failed."""
         from s3transfer.exceptions import RetriesExceededError
 
-        began = reported = time.monotonic()
         while left:
             if self._cancelled.is_set():
                 raise Cancelled
@@ -271,16 +271,11 @@ class _Transfer:
                     f"{self._bucket}: {item.key} cannot be read: {error.last_exception}; files that are complete are "
                     "kept for the next start"
                 ) from error
-            now = time.monotonic()
-            if left and now - reported >= _REPORT_SECONDS:
-                reported = now
-                speed = _size(self._received / (now - began))
-                logger.info("%s: %s of %s, %s/s", self._bucket, _size(self._received), _size(total), speed)
 
     def advance(self, item: S3Object, count: int) -> None:
         """Count bytes received; a negative count takes back those of a range whose connection broke."""
         with self._lock:
-            self._received += count
+            self._progress.done += count
         if count < 0:
             logger.warning("%s: %s: the connection broke; trying again", self._bucket, item.key)
 
@@ -305,10 +300,6 @@ class _Download:
 
     def on_done(self, future: Any, **_: Any) -> None:
         self._transfer.end(self._item, future)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 _CHANGED = "an object changed while it was fetched; start again"

@@ -81,7 +81,7 @@ class CustomBackend:
         if isinstance(own, OwnFormatters):
             # The engine would be of no use without them, so they are restarted forever.
             return cls(Start(directory, own.file, None, properties), 1, sys.maxsize)
-        start = Start(directory, own.file, settings.handler, properties)
+        start = Start(directory, own.file, own.function, properties, own.standard)
         return cls(start, settings.max_workers or 1, settings.retry_threshold)
 
     async def load(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from handlers.custom.standards import DECORATOR, FUNCTION
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.model import SCRIPTS
+from properties.settings import STANDARD_HANDLER
 
 _OWN_PACKAGES = ("container", "engine", "handlers", "properties")
 _BUILT_IN = "djl_python"
@@ -16,18 +18,27 @@ _BUILT_IN = "djl_python"
 
 @dataclass(frozen=True)
 class OwnHandler:
-    """A Python file of the model: `file`, as configured, in `directory`."""
+    """A Python file of the model, and its handler if there is one.
+
+    Attributes:
+        directory: The model's.
+        file: In that directory, as configured.
+        function: Its name; None for formatters.
+        standard: Whether it is one of `handlers.custom.standards`.
+    """
 
     directory: Path
     file: str
+    function: str | None = None
+    standard: bool = False
 
 
 @dataclass(frozen=True)
 class OwnFormatters(OwnHandler):
     """reads, writes: whether the user formats requests, and replies."""
 
-    reads: bool
-    writes: bool
+    reads: bool = False
+    writes: bool = False
 
 
 def find_handler(configuration: Configuration, fetched: Path | None = None) -> OwnHandler | None:
@@ -44,10 +55,14 @@ def find_handler(configuration: Configuration, fetched: Path | None = None) -> O
         return None
     settings, home = configuration.settings, own_directory(configuration, fetched)
     explicit = settings.entry_point is not None
-    own = OwnHandler(home or Path.cwd(), settings.entry_point or _script(home))
+    named = configuration.sources["handler"].location == STANDARD_HANDLER
+    own = OwnHandler(home or Path.cwd(), settings.entry_point or _script(home), settings.handler, named)
     functions = _functions(own.directory / own.file) if explicit or home is not None else []
     if any(one.name == settings.handler for one in functions):
         return own
+    for one in functions:
+        if one.name == FUNCTION or DECORATOR in map(_decorator, one.decorator_list):
+            return replace(own, function=one.name, standard=True)
     return own if explicit and not _kinds(functions) else None
 
 
@@ -60,7 +75,9 @@ def find_formatters(configuration: Configuration, fetched: Path | None = None) -
     kinds = _kinds(_functions(directory / file))
     if not kinds:
         return None
-    return OwnFormatters(directory, file, "input_formatter" in kinds, "output_formatter" in kinds)
+    return OwnFormatters(
+        directory, file, reads="input_formatter" in kinds, writes="output_formatter" in kinds
+    )
 
 
 def find_unused(configuration: Configuration, fetched: Path | None = None) -> Path | None:

@@ -18,12 +18,14 @@ class Start(msgspec.Struct, tag=True):
         file: The handler's file in it.
         function: The function's name; None for formatters, which are called by the name in the property "formatter".
         properties: The options, as the handler's first, empty call sees them.
+        standard: Whether it is one of `handlers.custom.standards`.
     """
 
     directory: str
     file: str
     function: str | None
     properties: dict[str, str]
+    standard: bool = False
 
 
 class Call(msgspec.Struct, tag=True):

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from handlers.custom import djl
+from handlers.custom import djl, standards
 from handlers.custom.messages import (
     MAX_PART_BYTES,
     Call,
@@ -92,7 +92,7 @@ def load(start: Start) -> Callable[[djl.Input], Any]:
     function = getattr(module, start.function, None)
     if not callable(function):
         raise HandlerError(f"{start.file} defines no function {start.function!r}")
-    return function  # type: ignore[no-any-return]
+    return standards.adapted(function) if start.standard else function
 
 
 def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], Any]:
@@ -102,6 +102,10 @@ def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], A
         kind = getattr(member, djl.FORMATTER, None)
         if kind is not None and found.setdefault(kind, member) is not member:
             raise HandlerError(f"{start.file} has two functions with @{kind}_formatter")
+    if not found:
+        raise HandlerError(
+            f"{start.file}: formatters are those of djl_python.input_parser and .output_formatter"
+        )
     wants = "tokenizer" in inspect.signature(found["input"]).parameters if "input" in found else False
     more = {"tokenizer": _tokenizer(start)} if wants else {}
 

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from handlers import progress
 from handlers.artefacts.fetch import fetch
 from handlers.backends.select import backend_of
 from handlers.build import build_backend, build_images, build_part, choose_backend
@@ -51,6 +52,7 @@ class Core:
             self.directory = fetch(configuration.model_location, configuration.settings, cancelled)
         finally:
             cancelled.set()
+        progress.current().begin("")
         known = {problem.message for problem in configuration.warnings}
         self.configuration = configuration = configuration.with_model_directory(self.directory)
         for problem in configuration.warnings:

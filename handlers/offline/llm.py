@@ -27,6 +27,7 @@ from handlers.offline.prompts import (
     read_conversation,
     read_prompt,
 )
+from handlers.progress import shown_to_script
 from handlers.prompts.tokenizer import load_tokenizer
 from handlers.protocols.errors import client_error
 from handlers.request import GenerationRequest, Prompt, TextPart, TextPrompt
@@ -57,7 +58,8 @@ class LLM:
             ArtefactError: The model cannot be fetched.
             ServingError: The model cannot be loaded.
         """
-        self._core = Core(configure(str(model), options))
+        with shown_to_script():
+            self._core = Core(configure(str(model), options))
         self._prompt_images = PromptImages(
             self._core.directory,
             self._core.image_tokens,

@@ -11,6 +11,7 @@ import pytest
 
 from bench import load, overhead, report
 from bench.client import Reply
+from bench.servers import Server
 
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -64,8 +65,7 @@ def run(answer: Answer, one: load.Load) -> load.Run:
     async def both() -> load.Run:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        made = load.requests(one, "127.0.0.1", "model")
-        result = await asyncio.to_thread(load.run, one, "127.0.0.1", port, made)
+        result = await asyncio.to_thread(load.run, one, Server("", "127.0.0.1", port, "model"))
         server.close()
         return result
 
@@ -128,7 +128,7 @@ def test_at_a_rate_latency_counts_from_when_the_request_was_due() -> None:
 
 
 def test_nothing_answers_where_no_server_listens() -> None:
-    result = load.run(SMALL, "127.0.0.1", 9, load.requests(SMALL, "127.0.0.1", "model"))
+    result = load.run(SMALL, Server("", "127.0.0.1", 9, "model"))
     assert {reply.outcome for reply in result.replies} == {"connection"}
 
 

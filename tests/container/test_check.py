@@ -2,11 +2,15 @@
 
 import json
 import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +410,33 @@ def test_the_verdict_and_the_problems_come_first(model: Path, capsys: pytest.Cap
     rows = [line.split()[0] for line in lines[lines.index("") :] if line]
     assert "option.max_loras" in rows
     assert "option.seed" not in rows
+
+
+@pytest.mark.parametrize("environ", [{}, {"NO_COLOR": "1"}])
+def test_a_terminal_of_80_columns_shows_it_without_broken_words(model: Path, environ: dict[str, str]) -> None:
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "container.cli", "check", str(model), "--option", "max_model_len=257"]
+    done = subprocess.run(
+        [*command, "--option", "foo=1"],
+        stdout=terminal,
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm", **environ},
+        check=False,
+    )
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # the end of what was written
+        while piece := os.read(controller, 65536):
+            shown += piece
+    os.close(controller)
+    text = shown.decode().replace("\r\n", "\n")
+    assert done.returncode == 1
+    assert ("\x1b[1;31merror:" in text) is (not environ)
+    assert ("\x1b" in text) is (not environ)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+    assert lines[0] == "1 error, 1 warning: this cannot be served"
+    assert lines[1].startswith("error: option.max_model_len = 257")
+    assert lines[2].startswith("       ")
+    assert not [line for line in lines if len(line) > 80 and str(model) not in line]
 
 
 def test_all_options_are_shown_when_asked_for(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

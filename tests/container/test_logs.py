@@ -47,6 +47,20 @@ def test_a_json_line_is_one_object() -> None:
     assert second["traceback"].startswith("Traceback")
 
 
+def test_a_passing_line_gives_way_to_the_next() -> None:
+    stream = io.StringIO()
+    log = logging.getLogger("test")
+    with logging_to(stream):
+        log.info("half of it\x1b", extra={"passing": True})
+        log.info("x" * 1000, extra={"passing": True})
+        log.info("ready")
+    half, cut, ready = stream.getvalue().split("\r\x1b[K")
+    assert half == "half of it\\x1b"
+    assert {*cut} == {"x"}
+    assert len(cut) < 1000
+    assert ready.endswith("INFO test: ready\n")
+
+
 def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
     class Stuck(io.StringIO):
         def write(self, text: str) -> int:

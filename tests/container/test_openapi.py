@@ -19,7 +19,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
 from container.openapi import document
-from container.routes import ROUTES
+from container.routes import ONE, ROUTES, SEVERAL, Router
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.tgi.requests import TgiParameters
 from tests.support.live import LiveServer
@@ -53,8 +53,8 @@ def _lines(context: Any, response: Any) -> list[Any]:
     return [json.loads(line) for line in response.content.splitlines()]
 
 
-def described() -> dict[str, Any]:
-    found = json.loads(document())
+def described(router: Router = ONE) -> dict[str, Any]:
+    found = json.loads(document(router))
     assert isinstance(found, dict)
     return found
 
@@ -62,15 +62,17 @@ def described() -> dict[str, Any]:
 # The document
 
 
-def test_the_document_is_valid_openapi() -> None:
-    validate(described())
-    assert described()["openapi"].startswith("3.1.")
+@pytest.mark.parametrize("router", [ONE, SEVERAL], ids=["one", "several"])
+def test_the_document_is_valid_openapi(router: Router) -> None:
+    validate(described(router))
+    assert described(router)["openapi"].startswith("3.1.")
 
 
-def test_every_route_is_in_the_document_with_all_its_methods() -> None:
-    paths = described()["paths"]
+@pytest.mark.parametrize("router", [ONE, SEVERAL], ids=["one", "several"])
+def test_every_route_is_in_the_document_with_all_its_methods(router: Router) -> None:
+    paths = described(router)["paths"]
     routes: dict[str, set[str]] = {}
-    for route in ROUTES:
+    for route in router.routes:
         path = route.path
         routes.setdefault(path, set()).update(method.lower() for method in route.methods)
     assert {path: set(operations) for path, operations in paths.items()} == routes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -57,6 +58,18 @@ def test_the_port_answers_while_the_model_loads(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
         server.ready()
         assert httpx.get(f"{server.url}/ping").status_code == 200
+
+
+def test_a_probe_is_told_how_far_loading_is(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD="halfway") as server:
+        server.listening()
+        reason = ""
+        while "GiB" not in reason:
+            ping = httpx.get(f"{server.url}/ping")
+            assert ping.status_code == 503
+            assert ping.json()["status"] == "Loading"
+            reason = ping.json()["reason"]
+        assert re.fullmatch(r"the model is loading: 1\.00 GiB of 2\.00 GiB, \S+ GiB/s, \S+ s left", reason)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

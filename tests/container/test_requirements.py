@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import zipfile
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ import pytest
 
 from tests.support.live import LiveServer
 from tests.support.shapes import SHAPES
+from tests.support.wheels import wheel
 
 MODEL = """
 import greeting
@@ -22,18 +22,6 @@ import greeting
 def handle(inputs):
     return None if inputs.is_empty() else greeting.TEXT
 """
-
-
-def wheel(folder: Path, name: str, version: str, source: str = "") -> None:
-    folder.mkdir(exist_ok=True)
-    about = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
-        file.writestr(f"{name}/__init__.py", source)
-        file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        file.writestr(
-            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        file.writestr(f"{about}/RECORD", "")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from container.app import App, Cors
 from container.metrics import Metrics
-from container.routes import ROUTES, MethodNotAllowed, find
+from container.routes import ONE, ROUTES, MethodNotAllowed
 from container.state import ServerState
 from handlers.errors import NotFound
 from properties.configuration import resolve
@@ -81,7 +81,7 @@ def said(reply: httpx.Response) -> tuple[str, str]:
     ],
 )
 def test_paths_that_clients_build(path: str, template: str, name: str) -> None:
-    match = find(path, "POST")
+    match = ONE.find(path, "POST")
     assert (match.route.template, match.name) == (template, name)
 
 
@@ -96,7 +96,7 @@ def test_paths_that_clients_build(path: str, template: str, name: str) -> None:
 )
 def test_paths_that_are_read(path: str, template: str, name: str) -> None:
     for method in ("GET", "HEAD"):
-        match = find(path, method)
+        match = ONE.find(path, method)
         assert (match.route.template, match.name) == (template, name)
 
 
@@ -138,7 +138,7 @@ def test_paths_that_are_read(path: str, template: str, name: str) -> None:
 def test_paths_that_are_none(path: str) -> None:
     for method in ("GET", "POST"):
         with pytest.raises(NotFound):
-            find(path, method)
+            ONE.find(path, method)
 
 
 def test_an_unknown_route_of_openais_says_so_in_its_words(client: httpx.Client) -> None:
@@ -153,7 +153,7 @@ def test_a_path_of_a_megabyte_is_looked_at_once() -> None:
     began = time.process_time()
     for part in ("/", "/v1/chat/completions", "/models/", "/invoke", "a/"):
         with pytest.raises(NotFound):
-            find("/x" + part * (2**20 // len(part)), "POST")
+            ONE.find("/x" + part * (2**20 // len(part)), "POST")
     assert time.process_time() - began < 2
 
 
@@ -164,7 +164,7 @@ def test_a_wrong_method_names_the_right_ones() -> None:
         ("/info", ("GET", "HEAD")),
     ):
         with pytest.raises(MethodNotAllowed) as caught:
-            find(path, "DELETE")
+            ONE.find(path, "DELETE")
         assert caught.value.allowed == allowed
 
 

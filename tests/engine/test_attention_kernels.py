@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine.attention.varlen
+from engine.attention import gather
 from engine.attention.gather import CpuKernel, GatherKernel
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 from engine.attention.reference import ReferenceKernel
@@ -204,12 +205,16 @@ def test_cpu_kernel_answers_as_the_formula_on_long_contexts(
     shapes(block_sizes=[1, 4, 16], head_dims=[16, 32], dtypes=ALL_DTYPES, longest=150),
     SEEDS,
     st.sampled_from([None, 1.5, 50.0]),
+    st.sampled_from([gather.MASK_ENTRIES, 700]),
 )
 def test_spans_seen_both_ways_and_capped_scores(
-    drawn: tuple[CacheShape, int, int | None], seed: int, softcap: float | None
+    drawn: tuple[CacheShape, int, int | None], seed: int, softcap: float | None, entries: int
 ) -> None:
+    """entries: the size of a mask; a larger one is made in parts."""
     shape, heads, window = drawn
-    compare(CpuKernel, shape, heads, window, seed, softcap=softcap, sequences=5, longest=150, spans=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "MASK_ENTRIES", entries)
+        compare(CpuKernel, shape, heads, window, seed, softcap=softcap, sequences=5, longest=150, spans=True)
 
 
 @pytest.mark.parametrize(("pass_windows", "seen"), [(False, {3, 4, 5, 6}), (True, {2, 3, 4, 5, 6})])

@@ -156,6 +156,48 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
     asyncio.run(scenario())
 
 
+def processes_beside(group: EngineGroup) -> list[psutil.Process]:
+    """The engine processes of this one that serve no replica."""
+    serving = {replica.client.pid for replica in group.replicas}
+    children = psutil.Process().children()
+    return [child for child in children if "engine.process" in child.cmdline() and child.pid not in serving]
+
+
+def test_a_spare_process_takes_the_place_of_one_that_dies(llava: Path) -> None:
+    async def next_spare(group: EngineGroup) -> psutil.Process:
+        async with asyncio.timeout(60):
+            while not (found := processes_beside(group)):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        (spare,) = found
+        return spare
+
+    async def dies(group: EngineGroup) -> None:
+        changed = asyncio.create_task(group.changed())
+        os.kill(group.replicas[0].client.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            await changed
+            while not group.alive:
+                await group.changed()
+
+    async def scenario() -> None:
+        async with running_group([config(llava)], spare_after=0.0) as group:
+            first = await next_spare(group)
+            await dies(group)
+            assert group.replicas[0].client.pid == first.pid
+            second = await next_spare(group)
+            second.kill()  # one that has died itself is of no use
+            async with asyncio.timeout(10):
+                while second.is_running() and second.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            await dies(group)
+            assert group.restarts == 2
+            assert len(await finish(group.submit(endless(5)).stream)) == 5
+            third = await next_spare(group)
+        assert not third.is_running()
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)], stuck_seconds=1.0) as group:

@@ -17,6 +17,7 @@ from tests.image.images import podman
 from tests.image.running import Container, free_port, run
 from tests.support.live import chat_body
 from tests.support.shapes import SHAPES, circle, square
+from tests.support.wheels import wheel
 
 WHAT = "What is this an image of?"
 OFFLINE = ("--network=none", "--read-only", "--tmpfs=/tmp:rw,size=64m,mode=1777")
@@ -114,6 +115,25 @@ def test_serving_properties_beside_the_model(image: str, tmp_path: Path) -> None
         assert httpx.get(f"{container.url}/v1/models").json()["data"][0]["id"] == "drawn"
 
 
+def test_wheels_beside_a_models_own_code_without_network(image: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    wheel(model / "lib", "greeting", "1.0", "TEXT = 'hello from a wheel'")
+    (model / "requirements.txt").write_text("greeting\nmsgspec\n")
+    (model / "model.py").write_text(
+        "import greeting\ndef handle(inputs):\n    return None if inputs.is_empty() else greeting.TEXT\n"
+    )
+    ask = (
+        "import http.client; c = http.client.HTTPConnection('127.0.0.1', 8080);"
+        "c.request('POST', '/invocations', '{}', {'content-type': 'application/json'});"
+        "print(c.getresponse().read().decode())"
+    )
+    options = (*OFFLINE, "--user", "1234567", "--volume", f"{model}:/opt/ml/model:ro")
+    with Container(image, "serve", options=options) as container:
+        container.wait_for("ready after")
+        assert container.execute("python", "-c", ask).stdout.strip() == "hello from a wheel"
+
+
 @pytest.mark.parametrize(
     ("command", "options", "status", "told"),
     [
@@ -188,7 +208,7 @@ def test_what_platforms_read_of_the_image(image: str) -> None:
     config = facts["Config"]
     assert facts["Size"] < 1.6e9
     assert config["Labels"]["com.amazonaws.sagemaker.capabilities.accept-bind-to-port"] == "true"
-    assert "com.amazonaws.sagemaker.capabilities.multi-models" not in config["Labels"]
+    assert config["Labels"]["com.amazonaws.sagemaker.capabilities.multi-models"] == "true"
     assert config["User"] == "10001:0"
     assert config["ExposedPorts"] == {"8080/tcp": {}}
     assert config["Entrypoint"] == ["tini", "-s", "--", "lmi-entrypoint"]

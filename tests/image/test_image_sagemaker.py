@@ -5,10 +5,18 @@ from __future__ import annotations
 import pytest
 
 from tests.image.running import Container
-from tests.live.test_sagemaker_clients import *  # noqa: F403 - its tests are this file's
+from tests.live.test_batch_transform import *  # noqa: F403 - its tests are this file's
+from tests.live.test_sagemaker_clients import *  # noqa: F403 - and so are its
 
-# It kills a server whose answers are scripted, which the image has not.
+# They need a server whose answers are scripted, which the image has not.
 del test_what_happens_to_a_stream_after_its_first_token  # noqa: F821
+del test_a_failure_of_the_server_is_not_written_into_the_output  # noqa: F821
+del test_lines_wait_for_places_that_others_have, test_a_client_that_leaves_ends_all_its_lines  # noqa: F821
+
+
+@pytest.fixture(scope="module")
+def shapes_server(shapes_container: Container) -> Container:
+    return shapes_container
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from botocore.exceptions import ClientError, EventStreamError
 
 from tests.support.live import LiveServer, data_url, message
 from tests.support.sagemaker_front import ENDPOINT, KEYS, REGION, SageMakerFront
+from tests.support.sagemaker_platform import sdk_python
 from tests.support.scripted_server import ServerProcess
 from tests.support.shapes import circle, square
 
@@ -361,20 +361,8 @@ print(json.dumps({
 """
 
 
-def _sdk_python() -> str | None:
-    """The SDK pins packages that clash with this project's: it may live in an environment of its own."""
-    named = os.environ.get("SAGEMAKER_SDK_PYTHON")
-    if named:
-        return named
-    try:
-        import sagemaker.djl_inference  # noqa: F401
-    except ImportError:
-        return None
-    return sys.executable
-
-
 def test_the_sdks_predictors(front: SageMakerFront) -> None:
-    python = _sdk_python()
+    python = sdk_python()
     if python is None:
         pytest.skip("no SageMaker SDK 2: name a Python that has it in SAGEMAKER_SDK_PYTHON")
     result = subprocess.run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,14 @@ class Watched:
             ),
         )
         page.goto(url)
+
+
+@pytest.fixture
+def watched(browser: Browser) -> Iterator[Callable[[str], Watched]]:
+    """Opens URLs, each in a page of its own."""
+    context = browser.new_context()
+    yield lambda url: Watched(context.new_page(), url)
+    context.close()
 
 
 @pytest.fixture

@@ -7,16 +7,19 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.live import LiveServer
+from tests.support.scripted_server import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+
+    from tests.page.conftest import Watched
 
 IMAGES = Path(__file__).parents[2] / "examples" / "shapes" / "pictures"
 DROP = """([target, files]) => {
@@ -218,6 +221,12 @@ def test_the_batch_shows_each_request(tiny_page: Page, tiny_server: LiveServer) 
     tiny_page.get_by_text("No request is running.").wait_for()
     plot = tiny_page.locator(".plot", has_text="Tokens generated")
     plot.locator("path[d]").wait_for(state="attached")  # two readings of the metrics later
+
+
+def test_the_page_shows_how_far_loading_is(watched: Callable[[str], Watched], tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD="halfway") as server:
+        page = watched(server.listening().url).page
+        page.locator("#status", has_text="the model is loading: 1.00 GiB of 2.00 GiB").wait_for()
 
 
 def test_a_key_is_asked_for(browser: Browser, tiny_llava: Path) -> None:

@@ -8,13 +8,14 @@ it is or as an event stream whose parts are cut anywhere, or its error as a Mode
 from __future__ import annotations
 
 import binascii
+import hashlib
 import hmac
 import json
 import re
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
@@ -48,11 +49,22 @@ _AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256 Credential=(\S+), SignedHeaders=(
 class SageMakerFront:
     """Use as a context manager. `passed` is what the container was last sent: headers by name in lower case."""
 
-    def __init__(self, container: str, *, seconds: float = 60.0, part_bytes: int = 7) -> None:
+    def __init__(
+        self,
+        container: str,
+        *,
+        seconds: float = 60.0,
+        part_bytes: int = 7,
+        models: Mapping[str, str] | None = None,
+    ) -> None:
         """container: its URL. seconds: for a whole reply, and between the parts of a streamed one.
 
-        part_bytes: the largest payload part, small so that characters and lines are cut.
+        part_bytes: the largest payload part, small so that characters and lines are cut. models: of a multi-model
+        endpoint, what a client names as TargetModel -> where the platform has put it on the container's disk.
         """
+        self.models = models
+        self.loaded: list[str] = []  # the one that was used last at the end
+        self.evicted: list[str] = []
         self.container = container
         self.seconds = seconds
         self.part_bytes = part_bytes
@@ -64,6 +76,7 @@ class SageMakerFront:
                 self.front = front
                 super().__init__(*given)
 
+        self._placing = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -79,15 +92,47 @@ class SageMakerFront:
         self._server.shutdown()
         self._server.server_close()
 
-    def client(self, secret: str = KEYS.secret_key) -> Any:
-        """An unmodified `sagemaker-runtime` client; each call is made once."""
+    def container_of(self, endpoint: str) -> str | None:
+        """The URL of an endpoint's container; None if there is no such endpoint."""
+        return self.container if endpoint == ENDPOINT else None
+
+    def control(self, call: str, sent: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The reply to a call of the control plane, which this stand-in does not have."""
+        return 400, {"__type": "UnknownOperationException", "message": call}
+
+    def path_for(self, target: str | None) -> str | None:
+        """The container's path for a request; the model is loaded if need be. None if there is no such model.
+
+        Where the container has no memory for it, those that were used the longest ago are unloaded.
+        """
+        if self.models is None:
+            return "/invocations"
+        if target not in self.models:
+            return None
+        name = hashlib.sha256(target.encode()).hexdigest()[:32]
+        with self._placing:
+            if name in self.loaded:
+                self.loaded.remove(name)
+            else:
+                body = {"model_name": name, "url": self.models[target]}
+                while (
+                    reply := httpx.post(f"{self.container}/models", json=body, timeout=90)
+                ).status_code == 507:
+                    self.evicted.append(self.loaded.pop(0))
+                    httpx.delete(f"{self.container}/models/{self.evicted[-1]}", timeout=90).raise_for_status()
+                reply.raise_for_status()
+            self.loaded.append(name)
+        return f"/models/{name}/invoke"
+
+    def client(self, secret: str = KEYS.secret_key, seconds: float = 60) -> Any:
+        """An unmodified `sagemaker-runtime` client; each call is made once. seconds: for which it waits for a reply."""
         return boto3.client(
             "sagemaker-runtime",
             endpoint_url=self.url,
             region_name=REGION,
             aws_access_key_id=KEYS.access_key,
             aws_secret_access_key=secret,
-            config=Config(retries={"total_max_attempts": 1}, read_timeout=60),
+            config=Config(retries={"total_max_attempts": 1}, read_timeout=seconds),
         )
 
 
@@ -106,18 +151,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", "0")))
-        path = _PATH.fullmatch(self.path)
-        if path is None or path[1] != ENDPOINT:
+        target = self.headers.get("x-amz-target", "")
+        if self.path == "/" and target.startswith("SageMaker."):
+            if not self._signed(body):
+                return self._refuse(403, "InvalidSignatureException", message="The signature does not match.")
+            status, told = self.front.control(target.removeprefix("SageMaker."), json.loads(body))
+            return self._send(
+                status, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(told).encode()
+            )
+        called = _PATH.fullmatch(self.path)
+        container = None if called is None else self.front.container_of(called[1])
+        if called is None or container is None:
             return self._refuse(400, "ValidationError", Message="Endpoint not found.")
         if not self._signed(body):
             return self._refuse(403, "InvalidSignatureException", message="The signature does not match.")
         if len(body) > 25 * 2**20:
             return self._refuse(413, "ModelError", Message="The payload is too large.")
-        streamed = path[2] is not None
+        streamed = called[2] is not None
         headers = self.front.passed = self._container_headers(streamed)
+        path = self.front.path_for(headers.get(f"{_PREFIX}target-model"))
+        if path is None:
+            return self._refuse(400, "ValidationError", Message="There is no such target model.")
         try:
             with httpx.stream(
-                "POST", f"{self.front.container}/invocations", content=body, headers=headers,
+                "POST", container + path, content=body, headers=headers,
                 timeout=self.front.seconds,
             ) as reply:  # fmt: skip
                 if reply.status_code // 100 != 2:

@@ -2,7 +2,8 @@
 
 The user's message is JSON: `tokens` to say, `pause` seconds before each, `fail` to raise after them, `say` for the
 text of each, to which `digests` adds those of the images. The environment says how loading goes: `SCRIPTED_LOAD`
-is seconds to take, or the text of an error; `SCRIPTED_ADAPTERS` is how many adapters have a place.
+is seconds to take, `halfway` to stay there, or the text of an error; `SCRIPTED_ADAPTERS` is how many adapters have a
+place.
 Tests use `ServerProcess`; the process itself runs this file.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from handlers import progress
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import BackendStats, Delta, Health
 from handlers.errors import EngineFailed, Unavailable
@@ -51,6 +53,11 @@ class ObedientBackend(ScriptedBackend):
         plan = os.environ.get("SCRIPTED_LOAD", "0")
         if re.fullmatch(r"[\d.]+", plan):
             await asyncio.sleep(float(plan))
+        elif plan == "halfway":
+            loading = progress.current()
+            loading.begin("", 2 << 30)
+            loading.done = 1 << 30
+            await asyncio.Event().wait()
         elif plan == "crash":
             raise RuntimeError("secret detail")
         else:

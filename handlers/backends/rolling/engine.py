@@ -33,7 +33,13 @@ from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines, unused_devices
-from handlers.backends.rolling.replicas import STUCK_SECONDS, EngineGroup, EngineProcess, Ticket
+from handlers.backends.rolling.replicas import (
+    SPARE_AFTER_SECONDS,
+    STUCK_SECONDS,
+    EngineGroup,
+    EngineProcess,
+    Ticket,
+)
 from handlers.backends.unused import unused_by_text
 from handlers.errors import EngineFailed, ImageError, InvalidRequest, Unavailable, short_of
 from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings, LoadedImage, MediaPart
@@ -90,6 +96,7 @@ class RollingEngine:
                 loading_seconds=self._settings.model_loading_timeout,
                 stuck_seconds=self._settings.engine_stuck_timeout or STUCK_SECONDS,
                 spawned=engine,
+                spare_after=SPARE_AFTER_SECONDS if self._settings.spare_engine else None,
             )
         except BaseException as error:
             await engine.stop()

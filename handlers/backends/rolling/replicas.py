@@ -20,6 +20,7 @@ from engine.messages import (
     Ask,
     FromEngine,
     LoadFailed,
+    Loading,
     Output,
     Ping,
     Pong,
@@ -28,6 +29,7 @@ from engine.messages import (
     StepDone,
     ToEngine,
 )
+from handlers import progress
 from processes.child import Child, Connection, Log
 from processes.inside import MAX_FRAME_BYTES
 from processes.supervisor import Supervisor, why_down
@@ -126,7 +128,11 @@ class EngineProcess:
         """
         try:
             _send(self._connection, msgspec.msgpack.encode(config))
-            first = await self._receive()
+            loading, phase = progress.current(), None
+            while isinstance(first := await self._receive(), Loading):
+                if phase != first.what:
+                    loading.begin(phase := first.what, first.total, first.size)
+                loading.done = first.done
             if isinstance(first, Ready):
                 return EngineClient(self._child, self._connection, first, stuck_seconds)
             if isinstance(first, LoadFailed):
@@ -135,6 +141,10 @@ class EngineProcess:
         except BaseException:
             await self.stop()
             raise
+
+    @property
+    def ended(self) -> bool:
+        return self._child.returncode is not None
 
     async def stop(self) -> None:
         """Stop the process. Never raises; safe to call twice."""
@@ -336,6 +346,9 @@ def _send(connection: Connection, body: bytes) -> None:
         raise EngineDead("the engine process is going away") from error
 
 
+SPARE_AFTER_SECONDS = 30.0
+"""The pause before a spare process is started: it takes no time from a start and the first requests."""
+
 SUSPECT_SECONDS = 10.0
 """An engine whose loop has been silent for this long gets no new requests while others respond."""
 
@@ -347,6 +360,55 @@ AFFINITY_KEYS = 4096
 """Remembered places of prefixes and images."""
 
 
+class SpareProcess:
+    """A process that has imported the engine and waits until another one has died."""
+
+    def __init__(self, process: EngineProcess | None, pause: float | None) -> None:
+        """Hold a process for the first replica. pause: see `EngineGroup.start`."""
+        self._process = process
+        self._pause = pause
+        self._timer: asyncio.TimerHandle | None = None
+        self._spawning: asyncio.Task[None] | None = None
+
+    async def take(self) -> EngineProcess:
+        """Return the process that waits, or a new one. Raises OSError."""
+        if self._spawning is not None:
+            await asyncio.wait({self._spawning})
+        process, self._process = self._process, None
+        if process is not None and process.ended:
+            await process.stop()
+            process = None
+        return process or await EngineProcess.spawn()
+
+    def replace(self) -> None:
+        """Have the next one started after the pause, if none is waiting by then."""
+        if self._pause is not None:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_later(self._pause, self._begin)
+
+    async def close(self) -> None:
+        """Stop the process. Never raises; safe to call twice."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._spawning is not None:
+            self._spawning.cancel()
+            await asyncio.wait({self._spawning})
+        process, self._process = self._process, None
+        if process is not None:
+            await process.stop()
+
+    def _begin(self) -> None:
+        if self._process is None:
+            self._spawning = asyncio.create_task(self._spawn(), name="spare engine")
+
+    async def _spawn(self) -> None:
+        try:
+            self._process = await EngineProcess.spawn()
+        except OSError as error:
+            logger.info("no spare engine process was started: %s", error)
+
+
 class Replica:
     """A sequence of engine processes under one name."""
 
@@ -354,7 +416,7 @@ class Replica:
         self,
         number: int,
         config: EngineConfig,
-        spawned: EngineProcess | None,
+        spare: SpareProcess,
         *,
         retry_threshold: int,
         loading_seconds: float,
@@ -370,7 +432,7 @@ class Replica:
             changed=changed,
         )
         self._config = config
-        self._spawned = spawned
+        self._spare = spare
         self._stuck_seconds = stuck_seconds
         self._client: EngineClient | None = None
         self._past = Stats()
@@ -391,9 +453,9 @@ class Replica:
         return self._past if self._client is None else _sum([self._past, self._client.stats])
 
     async def _start(self) -> EngineClient:
-        process, self._spawned = self._spawned, None
-        client = await (process or await EngineProcess.spawn()).load(self._config, self._stuck_seconds)
+        client = await (await self._spare.take()).load(self._config, self._stuck_seconds)
         self._past, self._client = self.stats, client
+        self._spare.replace()
         return client
 
 
@@ -418,7 +480,7 @@ class EngineGroup:
     def __init__(
         self,
         configs: Sequence[EngineConfig],
-        spawned: EngineProcess | None,
+        spare: SpareProcess,
         retry_threshold: int,
         loading_seconds: float,
         stuck_seconds: float,
@@ -428,7 +490,7 @@ class EngineGroup:
             Replica(
                 number,
                 config,
-                None if number else spawned,
+                spare,
                 retry_threshold=retry_threshold,
                 loading_seconds=loading_seconds,
                 stuck_seconds=stuck_seconds,
@@ -436,6 +498,7 @@ class EngineGroup:
             )
             for number, config in enumerate(configs)
         ]
+        self._spare = spare
         self._change = asyncio.Event()
         self._places: OrderedDict[bytes, int] = OrderedDict()
 
@@ -448,6 +511,7 @@ class EngineGroup:
         loading_seconds: float = 1800.0,
         stuck_seconds: float = STUCK_SECONDS,
         spawned: EngineProcess | None = None,
+        spare_after: float | None = None,
     ) -> EngineGroup:
         """Start the first replica, then the others at the same time. Raises what `EngineClient.start` raises.
 
@@ -458,8 +522,11 @@ class EngineGroup:
             loading_seconds: The time limit of one restart.
             stuck_seconds: A replica whose loop has been silent for this long is killed.
             spawned: A process that is waiting for its configuration, to become the first replica's.
+            spare_after: The pause after a start before a spare process is started, in seconds; None for no spare.
         """
-        group = cls(configs, spawned, retry_threshold, loading_seconds, stuck_seconds)
+        group = cls(
+            configs, SpareProcess(spawned, spare_after), retry_threshold, loading_seconds, stuck_seconds
+        )
         try:
             first, *others = (replica.supervisor for replica in group.replicas)
             await first.start()
@@ -532,6 +599,7 @@ class EngineGroup:
     async def close(self) -> None:
         """End all processes. Never raises."""
         await asyncio.gather(*(replica.supervisor.close() for replica in self.replicas))
+        await self._spare.close()
 
     def _choose(self, keys: Sequence[bytes]) -> Replica:
         alive = self.responsive or self.alive

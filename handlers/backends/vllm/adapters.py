@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import re
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
+from handlers.artefacts.local import local_path
 from handlers.backends.adapters import AdapterInfo
 from handlers.backends.vllm.compat import Vllm
 from handlers.errors import (
@@ -38,9 +37,6 @@ _NAME = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
 _NAME_RULE = "allowed in an adapter's name: letters, digits, `_`, `.` and `-`"
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/))?", re.IGNORECASE)
-_LONGEST_SRC = 4096
 _LONGEST_REASON = 300
 
 
@@ -74,26 +70,14 @@ def adapter_directory(src: str, home: Path, allowed: str) -> Path:
         InvalidRequest: It is not an adapter, or not in an allowed directory.
         NotFound: It does not exist.
     """
-    if len(src) > _LONGEST_SRC or "\0" in src or not src.strip():
-        raise InvalidRequest("src: the path of a directory", param="src")
-    if match := _FILE_URL.match(src):
-        src = unquote(src[match.end() :])
-    elif _URL.match(src):
-        raise InvalidRequest(
-            "src: adapters are loaded from this machine's directories only; copy the files there first",
-            param="src",
-        )
-    try:
-        path = Path(os.path.realpath(home / src))
-        roots = [os.path.realpath(root) for root in (home / "adapters", allowed) if root]
-    except (OSError, ValueError):
-        raise InvalidRequest("src: not a path of a directory", param="src") from None
-    if not any(path.is_relative_to(root) and path != Path(root) for root in roots):
-        raise InvalidRequest(
-            "src: not below a directory that adapters may be loaded from (the model's adapters/ and "
-            "option.allowed_adapter_path)",
-            param="src",
-        )
+    path = local_path(
+        "src",
+        src,
+        home,
+        (home / "adapters", allowed),
+        "adapters",
+        "the model's adapters/ and option.allowed_adapter_path",
+    )
     try:
         if not path.is_dir():
             raise NotFound("src: there is no such directory", param="src")

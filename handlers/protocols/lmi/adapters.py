@@ -5,9 +5,9 @@ Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -21,10 +21,12 @@ from handlers.protocols.lmi.replies import LmiError
 if TYPE_CHECKING:
     from handlers.service import Service
 
+T = TypeVar("T")
+
 _ALIAS = "x-amzn-sagemaker-adapter-alias"
 _LONGEST_ALIAS = 128
 MOST_LISTED = 100
-"""Most adapters in one page: LMI's limit."""
+"""Most items in one page: LMI's limit."""
 
 
 class AdapterBody(msgspec.Struct):
@@ -68,7 +70,7 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
         )
     if incoming.method in READ:
         return _reply(
-            _one(store, incoming.adapter) if incoming.adapter else _page(store.infos(), incoming.query)
+            _one(store, incoming.adapter) if incoming.adapter else _list(store.infos(), incoming.query)
         )
     if incoming.method == "DELETE":
         await store.remove(incoming.adapter)
@@ -118,12 +120,20 @@ def _one(store: AdapterStore, name: str) -> Adapter:
     raise NotFound(f"there is no adapter {name[:80]!r}", param="adapters")
 
 
-def _page(infos: Collection[AdapterInfo], query: Mapping[str, str]) -> AdapterList:
+def _list(infos: Collection[AdapterInfo], query: Mapping[str, str]) -> AdapterList:
+    shown, token = page_of(list(infos), query)
+    return AdapterList([_shown(info) for info in shown], token)
+
+
+def page_of(items: Sequence[T], query: Mapping[str, str]) -> tuple[Sequence[T], str | None]:
+    """Return the items of the page that `limit` and `next_page_token` ask for, and the token of the next one.
+
+    Raises:
+        InvalidRequest: One of them is not a number.
+    """
     first = _count(query, "next_page_token", 0)
-    most = _count(query, "limit", MOST_LISTED) or MOST_LISTED
-    last = first + min(most, MOST_LISTED)
-    shown = [_shown(info) for info in list(infos)[first:last]]
-    return AdapterList(shown, str(last) if last < len(infos) else None)
+    last = first + min(_count(query, "limit", MOST_LISTED) or MOST_LISTED, MOST_LISTED)
+    return items[first:last], str(last) if last < len(items) else None
 
 
 def _count(query: Mapping[str, str], name: str, default: int) -> int:

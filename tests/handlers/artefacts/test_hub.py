@@ -88,13 +88,16 @@ from pathlib import Path
 from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from properties.model import locate
+from handlers.progress import shown
 from properties.settings import Settings
 root, offline, code, *names = sys.argv[1:]
 settings = Settings(download_dir=root, offline=offline == "True", trust_remote_code=code == "True")
 for name in names:
     name, _, revision = name.partition("@")
     try:
-        print(fetch(locate(name, revision or None, None), settings, threading.Event()))
+        with shown(lambda progress: None, 60) as progress:
+            directory = fetch(locate(name, revision or None, None), settings, threading.Event())
+        print(f"{progress.done} of {progress.total}: {directory}" if progress.total else directory)
     except ArtefactError as error:
         print("error:", error)
 """
@@ -111,9 +114,12 @@ for name in names:
 
 
 def test_only_what_serving_needs_is_fetched(hub: str, tmp_path: Path) -> None:
-    directory, again, gated, missing, revision = fetch(
+    first, again, gated, missing, revision = fetch(
         hub, tmp_path, "org/llava", "org/llava", "org/gated", "org/other", "org/llava@v9"
     )
+    progress, _, directory = first.partition(": ")
+    size = sum(path.stat().st_size for path in Path(directory).iterdir())
+    assert progress == f"{size} of {size}"
     assert sorted(path.name for path in Path(directory).iterdir()) == [
         "chat_template.jinja",
         "config.json",
@@ -134,7 +140,7 @@ def test_only_what_serving_needs_is_fetched(hub: str, tmp_path: Path) -> None:
 
 
 def test_code_is_fetched_only_when_it_may_run(hub: str, tmp_path: Path) -> None:
-    (directory,) = fetch(hub, tmp_path, "org/llava", code=True)
+    directory = fetch(hub, tmp_path, "org/llava", code=True)[0].partition(": ")[2]
     assert Path(directory, "modeling_llava.py").is_file()
 
 

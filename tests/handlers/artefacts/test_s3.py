@@ -19,6 +19,7 @@ from handlers.artefacts import ArtefactError, Cancelled
 from handlers.artefacts import s3 as s3_files
 from handlers.artefacts.fetch import fetch
 from handlers.artefacts.s3 import fetch_s3
+from handlers.progress import shown
 from properties.model import locate
 from properties.settings import Settings
 from tests.support.s3 import BUCKET
@@ -107,7 +108,9 @@ def test_a_prefix_becomes_a_directory(s3: Any, tmp_path: Path) -> None:
     s3.put_object(Bucket=BUCKET, Key="llava-next/config", Body=b"another model")
     location = locate(f"s3://{BUCKET}/llava", None, None)
     settings = Settings(download_dir=str(tmp_path))
-    directory = fetch(location, settings, threading.Event())
+    with shown(lambda progress: None, 60) as progress:
+        directory = fetch(location, settings, threading.Event())
+    assert (progress.done, progress.total) == (1002, 1002)
     found = {
         str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
     }

@@ -1,0 +1,1 @@
+"""Several models in one container, as SageMaker's multi-model endpoints load them: each behind a server of its own."""
