@@ -59,7 +59,7 @@ test: $(VENV)/installed-dev clients  ## Run the whole test suite, in WORKERS pro
 
 # Other people's clients that the tests ask with, each where it is in nobody's way. One that cannot be installed
 # here is no reason to stop: its tests are skipped and say so.
-CLIENTS := .venv-clients/openai-1 .venv-clients/text-generation tests/clients/js/node_modules
+CLIENTS := .venv-clients/openai-1 .venv-clients/sagemaker .venv-clients/text-generation tests/clients/js/node_modules
 
 clients: $(VENV)/installed-dev $(CLIENTS:=/installed)  ## Install the clients of other projects that the tests use
 
