@@ -26,7 +26,7 @@ GPU := $(shell command -v nvidia-smi)
 TORCH := 2.13.0
 TRANSFORMERS := 5.19.0
 
-.PHONY: help install serve test clients lint format docs bench compare memory attack install-vllm test-vllm test-machines test-page image test-image remove-test-image freeze clean
+.PHONY: help install serve test clients lint format docs bench scale compare memory attack install-vllm test-vllm test-machines test-page image test-image remove-test-image freeze clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -59,7 +59,7 @@ test: $(VENV)/installed-dev clients  ## Run the whole test suite, in WORKERS pro
 
 # Other people's clients that the tests ask with, each where it is in nobody's way. One that cannot be installed
 # here is no reason to stop: its tests are skipped and say so.
-CLIENTS := .venv-clients/openai-1 .venv-clients/text-generation tests/clients/js/node_modules
+CLIENTS := .venv-clients/openai-1 .venv-clients/sagemaker .venv-clients/text-generation tests/clients/js/node_modules
 
 clients: $(VENV)/installed-dev $(CLIENTS:=/installed)  ## Install the clients of other projects that the tests use
 
@@ -92,6 +92,9 @@ docs: $(VENV)/installed-dev  ## Write the generated pages again
 bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" lists the options)
 	$(BIN)/python -m bench.run $(ARGS)
 	$(BIN)/python -m bench.overhead
+
+scale: $(VENV)/installed-dev  ## Measure what one front carries with 1, 2, 4 and 8 replicas (ARGS="--replicas 8")
+	$(BIN)/python -m bench.scale $(ARGS)
 
 compare: $(VENV)/installed-dev  ## Measure our server and vLLM's side by side (after make install-vllm)
 	$(BIN)/python -m bench.compare $(ARGS)

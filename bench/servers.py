@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass
 class Server:
-    """A server that answers as ``model``; it has no samples if it was not started here.
+    """A server that answers as ``model``; it has no pid and no samples if it was not started here.
 
     Attributes:
         path: What precedes ``/v1`` in its URLs.
@@ -47,6 +47,7 @@ class Server:
     host: str
     port: int
     model: str
+    pid: int = 0
     samples: list[Sample] = field(default_factory=list)
     path: str = ""
     tls: bool = False
@@ -128,7 +129,7 @@ def started(
         watch = _Watch(process.pid)
         try:
             model = _wait(process, port, log, patience)
-            yield Server(name, HOST, port, model, watch.samples)
+            yield Server(name, HOST, port, model, process.pid, watch.samples)
         finally:
             watch.stop()
             _end(process, watch.seen)

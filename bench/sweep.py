@@ -30,7 +30,10 @@ Results = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 1 if a server gave no whole reply, or could not be asked."""
     given = _parser().parse_args(arguments)
+    path: Path = given.report or Path(time.strftime("lmi-bench-%Y%m%d-%H%M%S.html"))
     try:
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise servers.Unusable(f"{path} cannot be written; name another file with --report")
         targets = _targets(given)
     except servers.Unusable as error:
         print(f"lmi bench: {error}", file=sys.stderr)
@@ -40,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found["levels"]:
         print("lmi bench: stopped before the first load had run", file=sys.stderr)
         return 1
-    path = given.report or Path(time.strftime("lmi-bench-%Y%m%d-%H%M%S.html"))
     path.write_text(page.html(found), encoding="utf-8", errors="replace")
     print(json.dumps(found, indent=2) if given.json else "\n".join(verdict(found)))
     print(f"report: {path}", file=sys.stderr)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from handlers.custom.find import find_formatters, find_handler, own_directory
 from handlers.errors import InvalidConfiguration
-from processes.environment import child_environment
+from processes.environment import child_command, child_environment
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _command(file: Path, target: str, offline: bool) -> list[str]:
     links = [folder for folder in folders if any(folder.glob("*.whl")) or any(folder.glob("*.tar.gz"))]
     # fmt: off
     return [
-        sys.executable, "-m", "pip", "install", "--no-input", "--no-cache-dir", "--disable-pip-version-check",
+        *child_command("pip", "install"), "--no-input", "--no-cache-dir", "--disable-pip-version-check",
         "--progress-bar=off", "--prefix", target, "-c", str(constraints), "-r", file.name,
         *(f"--find-links={folder}" for folder in links),
         *(["--no-index"] if offline or folders[0] in links else []),

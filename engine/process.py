@@ -22,7 +22,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
-from engine.machine import device_name, keep_freed_memory
+from engine.machine import device_name, keep_freed_memory, usable_cores
 from engine.messages import (
     Abort,
     Add,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from engine.guidance import Built
 
 logger = logging.getLogger("engine.process")
+
+WAIT_POLICY, SLEEP = "OMP_WAIT_POLICY", "PASSIVE"
 
 MESSAGES_PER_STEP = 64
 """Greatest number of messages taken between two steps, so that a flood of new requests does not stop the
@@ -96,7 +98,10 @@ def serve(channel: Channel, config: EngineConfig) -> None:
         with counted_weights(Path(config.model_path), channel.send):
             engine = Engine.load(config)
         keep_freed_memory()
-        torch.set_num_threads(threads_for(config, engine.runner.weight_bytes))
+        threads = threads_for(config, engine.runner.weight_bytes)
+        torch.set_num_threads(threads)
+        if os.environ.get(WAIT_POLICY) == SLEEP:
+            engine.runner.sleeping_threads = threads
         channel.send(Loading("warming up"))
         engine.warm_up()
     except EngineError as error:
@@ -173,10 +178,11 @@ def _import_engine() -> None:
     """Import the engine, which takes seconds.
 
     What is imported stays, so the garbage collector need not search it, now or later: that would take a fifth
-    of the time. Threads that wait for each other must sleep: where the front end or another program has taken a core,
-    one that spins keeps the one it waits for from running, and a step takes several times as long.
+    of the time. On two cores, both of which the engine uses, threads that wait for each other must sleep: where the
+    front end or another program has taken a core, one that spins keeps the one it waits for from running.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    if usable_cores() == 2:
+        os.environ.setdefault(WAIT_POLICY, SLEEP)  # read once, when torch is imported
     gc.disable()
     import engine.engine  # noqa: F401
 

@@ -25,6 +25,9 @@ from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
 
 logger = logging.getLogger(__name__)
 
+FEW_ROWS = 16
+"""Below so many rows, waking a thread that sleeps costs more than it saves."""
+
 
 @dataclass(slots=True)
 class StepLogits:
@@ -93,7 +96,12 @@ class EncoderCache:
 
 
 class ModelRunner:
-    """Holds the model, the paged cache and the encoder cache of one rank."""
+    """Holds the model, the paged cache and the encoder cache of one rank.
+
+    Attributes:
+        sleeping_threads: Threads of a step with at least FEW_ROWS rows, where those that wait sleep; with 1 their
+            number is left alone.
+    """
 
     def __init__(self, config: EngineConfig, model: FamilyModel, device: torch.device) -> None:
         text, layout = model.text_config, model.cache_layout(model.model.config)
@@ -128,6 +136,7 @@ class ModelRunner:
                 image_bytes / 2**20,
             )
         self.encoder_cache = EncoderCache(images)
+        self.sleeping_threads = 1
         self.max_model_len, num_blocks = cache_blocks(config, shape, text)
         self.kernel = kernel(replace(shape, num_blocks=num_blocks))
 
@@ -158,6 +167,8 @@ class ModelRunner:
 
         The images must differ in digest and must not be cached.
         """
+        if self.sleeping_threads > 1:
+            torch.set_num_threads(self.sleeping_threads)
         batch = self.model.encode_batch
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
@@ -182,6 +193,8 @@ class ModelRunner:
         """Compute the chunks' keys and values, and the logits of those that sample or need prompt log probabilities."""
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         step, token_ids, positions = self._pack([chunks[i] for i in order])
+        if self.sleeping_threads > 1:
+            torch.set_num_threads(self.sleeping_threads if step.num_tokens >= FEW_ROWS else 1)
         embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
         rows: dict[int, range] = {}
         whole: dict[int, slice] = {}

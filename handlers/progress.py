@@ -49,14 +49,15 @@ class Progress:
     def __str__(self) -> str:
         """Return a part of a sentence, or "" where nothing is known."""
         seconds = max(1e-9, time.monotonic() - self._began)
-        if not self.total:
+        total, size = self.total, self._size  # another thread may begin the next phase now
+        if not total:
             return f"{self._what}, {_duration(seconds)}" if self._what else ""
-        done = min(self.done, self.total)
-        if self._size is None:
-            told = f"{size_text(done)} of {size_text(self.total)}, {size_text(done / seconds)}/s"
+        done = min(self.done, total)
+        if size is None:
+            told = f"{size_text(done)} of {size_text(total)}, {size_text(done / seconds)}/s"
         else:
-            told = f"{100 * done // self.total} %" + (f" of {size_text(self._size)}" if self._size else "")
-        left = f", {_duration(seconds * (self.total - done) / done)} left" if done else ""
+            told = f"{100 * done // total} %" + (f" of {size_text(size)}" if size else "")
+        left = f", {_duration(seconds * (total - done) / done)} left" if done else ""
         return f"{self._what}{' ' if self._what else ''}{told}{left}"
 
 

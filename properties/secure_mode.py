@@ -82,14 +82,10 @@ class SecureMode:
         """Yield what is forbidden in the directory of a model or adapter, and in all that it contains."""
         if directory is None or not self.controls:
             return
-        for control, names in (
-            (_SCRIPTS, SCRIPTS),
-            (_REQUIREMENTS, ("requirements.txt", "code/requirements.txt")),
-        ):
-            if control in self.controls:
-                for name in names:
-                    if (directory / name).is_file():
-                        yield _file(directory / name, control)
+        if _SCRIPTS in self.controls:
+            for name in SCRIPTS:
+                if (directory / name).is_file():
+                    yield _file(directory / name, _SCRIPTS)
         yield from self._searched(directory)
 
     def channel_files(self) -> Iterator[Problem]:
@@ -110,6 +106,9 @@ class SecureMode:
                 return
             for name in sorted(names):
                 path = Path(folder, name)
+                # One is installed from wherever the entry point lies.
+                if _REQUIREMENTS in self.controls and name == "requirements.txt":
+                    yield _file(path, _REQUIREMENTS)
                 if _PICKLES in self.controls and _PICKLE.fullmatch(name):
                     yield _file(path, _PICKLES)
                 if _TEMPLATES in self.controls and _brings_template(path):

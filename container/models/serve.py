@@ -8,7 +8,9 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import cast
 
 import msgspec
@@ -20,6 +22,8 @@ from container.server import LoadFailed, Server
 from handlers.errors import InvalidConfiguration, ServingError
 from processes.inside import Parent
 from processes.shortage import shortage
+from properties.configuration import Configuration
+from properties.field import Level
 from properties.problem import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,16 @@ def main() -> None:
     os._exit(status)  # Unloading torch takes seconds, and a thread still reads the connection.
 
 
+def configuration_of(order: Start, environ: Mapping[str, str]) -> Configuration:
+    """Return the options of a model's server. Raises ConfigurationError."""
+    defaults = {"served_model_name": order.name, "page": "false"}
+    found = configured(order.directory, order.options, environ, defaults)
+    if found.sources["spare_engine"].level < Level.DEFAULT:
+        return found
+    # One for each model would take memory that nobody has counted.
+    return replace(found, settings=found.settings.model_copy(update={"spare_engine": False}))
+
+
 def _serve(order: Start, parent: Parent) -> int:
     import uvloop
 
@@ -50,9 +64,7 @@ def _serve(order: Start, parent: Parent) -> int:
         parent.send(msgspec.json.encode(message))
 
     try:
-        configuration = configured(
-            order.directory, order.options, os.environ, {"served_model_name": order.name, "page": "false"}
-        )
+        configuration = configuration_of(order, os.environ)
     except ConfigurationError as error:
         answer(_failure(error))
         return 1

@@ -2,7 +2,8 @@
 
 The blocks are gathered. Then batched matmuls compute the one-token queries, and
 `scaled_dot_product_attention` the chunks. On a CPU the latter is several times slower than two plain batched
-matmuls when every query is one token, so decodes do not use it (`bench/attention.py` measures both).
+matmuls when every query is one token, so decodes do not use it (`bench/attention.py` measures both), and a third
+slower in bfloat16, so there chunks do not use it either.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 
-_CAPPED_QUERIES = 64
-"""Number of queries whose capped scores are computed at a time."""
+_QUERIES = 64
+"""Number of queries whose scores are computed at a time, where they are stored."""
 
 MASK_ENTRIES = 1 << 25
 """Greatest size of a mask, [queries, context]: the queries of a larger one are computed some at a time. An entry takes
@@ -201,11 +202,11 @@ class GatherKernel(AttentionKernel):
             keys, values = (
                 self._gather(cache, chunk.blocks)[:, : chunk.context] for cache in self._layers[layer][:2]
             )
+        if softcap is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
+            return self._in_parts(chunk, query, keys, values, scale, window, softcap)
         groups = query.shape[1] // self.shape.kv_heads
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
-        if softcap is not None:
-            return self._capped(chunk, query, keys, values, scale, window, softcap)
         some = max(1, MASK_ENTRIES // chunk.context)
         if len(query) <= some or self._is_causal(chunk, window):
             return _masked(query, keys, values, self._chunk_mask(chunk, window), scale)
@@ -217,7 +218,7 @@ class GatherKernel(AttentionKernel):
             out[part] = _masked(query[part], keys, values, mask, scale)
         return out
 
-    def _capped(
+    def _in_parts(
         self,
         chunk: _Chunk,
         query: torch.Tensor,
@@ -225,18 +226,29 @@ class GatherKernel(AttentionKernel):
         values: torch.Tensor,
         scale: float,
         window: int | None,
-        softcap: float,
+        softcap: float | None,
     ) -> torch.Tensor:
-        """Compute some queries at a time, which bounds the memory of the scores; keys, values [heads, context, dim]."""
+        """Compute some queries at a time, which bounds the scores' memory; keys, values [kv_heads, context, dim]."""
         assert self._step is not None
+        count, heads, dim = query.shape
+        kv_heads = self.shape.kv_heads
         out = torch.empty_like(query)
-        for start in range(0, len(query), _CAPPED_QUERIES):
-            part = slice(start, start + _CAPPED_QUERIES)
-            hidden = self._step.hidden(chunk.index, window, self.shape.device, part)
-            scores = torch.matmul(query[part].transpose(0, 1), keys.transpose(1, 2)).float().mul_(scale)
-            scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden, float("-inf"))
+        for start in range(0, count, _QUERIES):
+            stop = min(start + _QUERIES, count)
+            # Without spans no query of this part sees the tokens of the later ones.
+            seen = chunk.context if self._step.spans else chunk.context - (count - stop)
+            part = query[start:stop].view(-1, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+            scores = (
+                torch.bmm(part.reshape(kv_heads, -1, dim), keys[:, :seen].transpose(1, 2)).float().mul_(scale)
+            )
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            hidden = self._step.hidden(chunk.index, window, self.shape.device, slice(start, stop))[:, :seen]
+            scores.view(*part.shape[:3], seen).masked_fill_(hidden, float("-inf"))
             weights = torch.softmax(scores, -1).to(values.dtype)
-            out[part] = torch.matmul(weights, values).transpose(0, 1)
+            out[start:stop] = (
+                torch.bmm(weights, values[:, :seen]).view(part.shape).permute(2, 0, 1, 3).flatten(1, 2)
+            )
         return out
 
     def _chunk_mask(self, chunk: _Chunk, window: int | None) -> torch.Tensor | CausalBias | None:

@@ -36,6 +36,8 @@ MOST_STALL = 0.05
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
+LINES = "/invocations#application/jsonlines"
+"""A route, and the body's type where that is not JSON."""
 
 
 def _of_prompt(value: bytes) -> bytes:
@@ -149,6 +151,9 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         "image 0",
     ),
     "Markdown": ("/invocations", lambda: b'{"inputs":"' + b"![" * (10 * M) + b'"}', 200, ""),
+    "empty lines": (LINES, lambda: b"\n" * (62 * M), 400, "lines"),
+    "a line of spaces": (LINES, lambda: b" " * (62 * M), 200, "outside of texts"),
+    "lines with mistakes": (LINES, lambda: (b'{"user":"' + b"a" * 6180 + b'"}\n') * 10_000, 200, "neither"),
 }
 
 
@@ -185,7 +190,8 @@ def test_no_body_takes_three_times_its_memory_or_holds_the_event_loop_up(
 def _post(server: ServerProcess, route: str, body: bytes) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     try:
-        connection.request("POST", route, body, {"content-type": "application/json"})
+        path, _, kind = route.partition("#")
+        connection.request("POST", path, body, {"content-type": kind or "application/json"})
         reply = connection.getresponse()
         return reply.status, reply.read().decode()
     finally:

@@ -101,6 +101,16 @@ def test_two_servers_are_asked_in_turns_and_compared(capsys: pytest.CaptureFixtu
         assert ratios["ttft_ms p50"] == pytest.approx(second["ttft_ms"]["p50"] / first["ttft_ms"]["p50"])
 
 
+@pytest.mark.parametrize("file", ["missing/page.html", "."])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_sent(
+    capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    with StandIn().open() as server:
+        status, found, said = bench(capsys, server.url, *SMALL, "--report", file)
+    assert (status, found, server.log) == (1, None, [])
+    assert f"{file} cannot be written; name another file with --report" in said
+
+
 def test_refused_requests_are_counted_by_status(
     capsys: pytest.CaptureFixture[str], in_a_folder: Path
 ) -> None:

@@ -20,6 +20,8 @@ import psutil
 import pytest
 import schemathesis
 
+from container.models.messages import Start
+from container.models.serve import configuration_of
 from tests.support.live import LiveServer, chat_body, message
 from tests.support.sagemaker_front import ENDPOINT, SageMakerFront
 from tests.support.shapes import SHAPES, circle, square
@@ -158,6 +160,12 @@ def test_models_are_listed_by_pages_and_described(server: LiveServer, models: Pa
     assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == ["one", "two"]
     assert server.http.get("/models?next_page_token=x").status_code == 400
     assert server.http.get("/ping").status_code == 200
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], False), (["spare_engine=true"], True)])
+def test_no_model_keeps_a_spare_engine_unless_asked_to(models: Path, options: list[str], kept: bool) -> None:
+    order = Start("m", str(models / "hash1" / "model"), "", options, "text", "info")
+    assert configuration_of(order, {}).settings.spare_engine is kept
 
 
 def test_what_is_not_loaded_is_404(server: LiveServer) -> None:

@@ -121,6 +121,15 @@ def test_it_is_installed_for_an_engine_only_if_the_operator_says_so(model: Path)
         assert Path(site, "greeting", "__init__.py").is_file()
 
 
+def test_a_file_of_the_model_is_not_taken_for_one_of_pythons(model: Path) -> None:
+    for name in ("pip", "queue", "platform"):
+        (model / f"{name}.py").write_text("raise SystemExit('this is not the module that pip needs')\n")
+    shutil.copytree(SHAPES, model, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "pictures"))
+    (model / "model.py").unlink()
+    with LiveServer(model, SERVING_INSTALL_REQUIREMENTS="true") as live:
+        assert f"installing {model}/requirements.txt" in live.log
+
+
 @pytest.mark.parametrize("variable", ["SERVING_INSTALL_REQUIREMENTS", "STANDARD_AUTO_INSTALL_REQ"])
 def test_an_operator_can_switch_it_off(model: Path, variable: str) -> None:
     log = ended(model, **{variable: "false"})

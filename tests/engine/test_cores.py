@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.executor import threads_for
 from engine.machine import usable_cores
+from engine.messages import Add
+from engine.runner import FEW_ROWS
+from engine.sampling_params import SamplingParams
+from tests.support.engine_driver import load_engine
 
 
 @pytest.mark.parametrize(
@@ -55,3 +60,20 @@ def test_a_small_model_takes_no_more_threads_than_its_weights_keep_busy(
     assert threads_for(one, 8 << 30) == 8
     assert threads_for(EngineConfig(model_path="", devices=("cpu", "cpu")), 200 << 20) == 3
     assert threads_for(EngineConfig(model_path="", threads=5), 4 << 20) == 5
+
+
+def test_threads_that_sleep_are_not_woken_for_a_few_rows(tiny_llava: Path) -> None:
+    engine = load_engine(tiny_llava)
+    engine.runner.sleeping_threads = 2
+    before = torch.get_num_threads()
+    try:
+        engine.add(
+            Add(0, [65] * FEW_ROWS, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True), [0], ())
+        )
+        threads = []
+        while engine.has_work:
+            engine.step()
+            threads.append(torch.get_num_threads())
+        assert threads == [2, 1]
+    finally:
+        torch.set_num_threads(before)

@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-
-import pytest
+from pathlib import Path
 
 from tests.support.live import LiveServer
-from tests.support.sagemaker_front import ENDPOINT, KEYS, REGION, SageMakerFront
-from tests.support.shapes import ROOT
+from tests.support.sagemaker_platform import Platform, environment, sdk
+from tests.support.shapes import ROOT, SHAPES
 
 FOLDER = ROOT / "examples" / "notebooks"
 
@@ -24,7 +22,9 @@ def run(name: str, **environ: str) -> list[str]:
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell.get("outputs") for cell in notebook["cells"])
     program = (
-        "import json, sys\nscope = {'__name__': '__main__'}\n"
+        "import json, sys, time\nsleep = time.sleep\n"
+        "time.sleep = lambda seconds: sleep(min(seconds, 0.2))\n"  # SageMaker's SDK looks every 30 s
+        "scope = {'__name__': '__main__'}\n"
         "for number, cell in enumerate(json.load(sys.stdin)):\n"
         "    exec(compile(cell, f'cell {number}', 'exec'), scope)"
     )
@@ -53,28 +53,13 @@ def test_a_model_answers_in_a_script() -> None:
     assert run("offline.ipynb") == ["a red circle", "a green triangle; a yellow star", "two"]
 
 
-@pytest.fixture(scope="module")
-def aws() -> Iterator[str]:
-    """The API with which endpoints are made."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-def test_an_endpoint_is_made_asked_and_deleted(shapes_server: LiveServer, aws: str) -> None:
-    with SageMakerFront(shapes_server.url) as front:
-        lines = run(
-            "sagemaker.ipynb",
-            NAME=ENDPOINT,
-            INSTANCE="ml.g4dn.xlarge",
-            AWS_ENDPOINT_URL_SAGEMAKER=aws,
-            AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME=front.url,
-            AWS_ACCESS_KEY_ID=KEYS.access_key,
-            AWS_SECRET_ACCESS_KEY=KEYS.secret_key,
-            AWS_DEFAULT_REGION=REGION,
-        )
-    assert lines == ["InService", "a red circle", "a red circle"]
+def test_an_endpoint_is_made_asked_and_deleted(tmp_path: Path) -> None:
+    with Platform(OMP_NUM_THREADS="1", TMPDIR=str(tmp_path)) as platform:
+        lines = run("sagemaker.ipynb", MODEL=str(SHAPES), PYTHONPATH=sdk(), **environment(platform))
+        assert platform.container_of("lmi-llava") is None
+        assert [call for call, _ in platform.asked if call.startswith("Delete")] == [
+            "DeleteEndpointConfig",
+            "DeleteEndpoint",
+            "DeleteModel",
+        ]
+    assert [line.lstrip("-!") for line in lines[-2:]] == ["a red circle"] * 2  # the SDK draws while it waits

@@ -119,6 +119,8 @@ def test_bodies_that_no_record_can_be_read_from(shapes_server: LiveServer) -> No
     assert "the body has no line" in refused(b"")
     assert "the body has no line" in refused(b"\n \n")
     assert f"more than {MOST_LINES} lines" in refused(b"\n" * (MOST_LINES + 1))
+    blank = shapes_server.http.post("/invocations", content=b" " * 2**20, headers=LINES)
+    assert (blank.status_code, blank.json()["code"]) == (200, 400)
     many = shapes_server.http.post("/invocations", content=b"{}\n" * MOST_LINES, headers=LINES)
     assert many.status_code == 200
     assert len(many.content.splitlines()) == MOST_LINES

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from botocore.exceptions import ClientError, EventStreamError
 
 from tests.support.live import LiveServer, data_url, message
 from tests.support.sagemaker_front import ENDPOINT, KEYS, REGION, SageMakerFront
-from tests.support.sagemaker_platform import sdk_python
+from tests.support.sagemaker_platform import sdk
 from tests.support.scripted_server import ServerProcess
 from tests.support.shapes import circle, square
 
@@ -362,16 +363,13 @@ print(json.dumps({
 
 
 def test_the_sdks_predictors(front: SageMakerFront) -> None:
-    python = sdk_python()
-    if python is None:
-        pytest.skip("no SageMaker SDK 2: name a Python that has it in SAGEMAKER_SDK_PYTHON")
     result = subprocess.run(
-        [python, "-c", SDK, front.url, ENDPOINT, REGION, KEYS.access_key, KEYS.secret_key],
+        [sys.executable, "-c", SDK, front.url, ENDPOINT, REGION, KEYS.access_key, KEYS.secret_key],
         input=json.dumps([CHAT, LMI]),
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "SAGEMAKER_SUPPRESS_V2_WARNING": "1"},
+        env={**os.environ, "PYTHONPATH": sdk(), "SAGEMAKER_SUPPRESS_V2_WARNING": "1"},
     )
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.live import data_url
-from tests.support.sagemaker_platform import Platform, environment, sdk_python
+from tests.support.sagemaker_platform import Platform, environment, sdk
 from tests.support.shapes import ROOT, SHAPES, circle
 
 PAGE = (ROOT / "docs" / "sagemaker.md").read_text()
@@ -30,19 +30,24 @@ def platform(tmp_path: Path) -> Iterator[Platform]:
         yield running
 
 
-def run(python: str, title: str, platform: Platform) -> str:
+def run(title: str, platform: Platform, **environ: str) -> str:
     code = SNIPPETS[title]
     assert "llava-hf/llava-1.5-7b-hf" in code
     code = code.replace("llava-hf/llava-1.5-7b-hf", str(SHAPES))
     code = code.replace("https://example.com/image.png", data_url(circle("red")))
     code = code.replace("USER: ", "<|user|>").replace(" ASSISTANT:", "</s><|assistant|>")
     done = subprocess.run(
-        [python, "-c", _RUN],
+        [sys.executable, "-c", _RUN],
         input=code,
         capture_output=True,
         text=True,
         timeout=200,
-        env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment(platform)},
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": os.environ.get("HOME", "/"),
+            **environment(platform),
+            **environ,
+        },
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].lstrip("-!")  # which the SDK draws while it waits
@@ -53,7 +58,7 @@ def test_the_page_has_the_snippets_that_are_run() -> None:
 
 
 def test_boto3(platform: Platform) -> None:
-    assert run(sys.executable, "boto3", platform) == "a red circle"
+    assert run("boto3", platform) == "a red circle"
     assert [call for call, _ in platform.asked[:3]] == [
         "CreateModel",
         "CreateEndpointConfig",
@@ -63,10 +68,7 @@ def test_boto3(platform: Platform) -> None:
 
 @pytest.mark.parametrize("title", ["DJLModel", "Model"])
 def test_the_sdk(platform: Platform, title: str) -> None:
-    python = sdk_python()
-    if python is None:
-        pytest.skip("no SageMaker SDK 2: name a Python that has it in SAGEMAKER_SDK_PYTHON")
-    assert run(python, title, platform) == "a red circle"
+    assert run(title, platform, PYTHONPATH=sdk()) == "a red circle"
     (model,) = [sent for call, sent in platform.asked if call == "CreateModel"]
     container = model["PrimaryContainer"]
     assert container["Image"].endswith("/lmi-handler:gpu")

@@ -48,6 +48,7 @@ def forbidden(model: Path | str, *options: str, controls: str = ALL, **environ: 
     [
         ("requirements.txt", "x", "DISALLOW_REQUIREMENTS_TXT"),
         ("code/requirements.txt", "x", "DISALLOW_REQUIREMENTS_TXT"),
+        ("deep/down/requirements.txt", "x", "DISALLOW_REQUIREMENTS_TXT"),
         ("model.py", "", "DISALLOW_CUSTOM_INFERENCE_SCRIPTS"),
         ("code/model.py", "", "DISALLOW_CUSTOM_INFERENCE_SCRIPTS"),
         ("pytorch_model.bin", "", "DISALLOW_PICKLE_FILES"),
@@ -96,6 +97,22 @@ def test_code_of_the_models_own_under_another_name(model: Path) -> None:
         model, DJL_ENTRY_POINT="mine.py"
     )
     secured(model, "entryPoint=djl_python.huggingface")
+
+
+@pytest.mark.parametrize("place", ["model/mine", "channel"])
+def test_requirements_beside_an_entry_point_elsewhere(model: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "channel").mkdir()
+    folder = tmp_path / place
+    folder.mkdir(exist_ok=True)
+    (folder / "handler.py").write_text("")
+    (folder / "requirements.txt").write_text("x")
+    told = forbidden(
+        model,
+        f"entryPoint={folder}/handler.py",
+        controls="DISALLOW_REQUIREMENTS_TXT",
+        SAGEMAKER_UNTRUSTED_CHANNELS=f"{tmp_path}/channel",
+    )
+    assert told.startswith(f"{folder}/requirements.txt is forbidden by DISALLOW_REQUIREMENTS_TXT")
 
 
 def test_options_that_only_vllm_knows_are_forbidden(model: Path) -> None:

@@ -10,13 +10,14 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.support.sagemaker_front import KEYS, REGION, SageMakerFront
+from tests.support.shapes import ROOT
 
 _SERVE = "import sys; from container.cli import serve_main; sys.exit(serve_main(sys.argv[1:]))"
 
@@ -88,7 +89,7 @@ class Platform(SageMakerFront):
         }
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE],
-            env={**here, "PYTHONPATH": str(Path(__file__).parents[2]), **told},
+            env={**here, "PYTHONPATH": str(ROOT), **told},
             stdout=subprocess.DEVNULL,
         )
         self._containers[endpoint] = process, f"http://127.0.0.1:{port}"
@@ -112,16 +113,12 @@ class Platform(SageMakerFront):
             process.wait()
 
 
-def sdk_python() -> str | None:
-    """The Python that has SageMaker's SDK 2, or None. It may be another: the SDK's pins clash with this project's."""
-    named = os.environ.get("SAGEMAKER_SDK_PYTHON")
-    if named:
-        return named
-    try:
-        import sagemaker.djl_inference  # noqa: F401
-    except ImportError:
-        return None
-    return sys.executable
+def sdk() -> str:
+    """Return the directory of SageMaker's SDK 2. `make clients` installs it aside, as its pins clash with ours."""
+    path = ROOT / ".venv-clients" / "sagemaker"
+    if not (path / "installed").is_file():
+        pytest.skip("SageMaker's SDK is not installed (make clients)")
+    return str(path)
 
 
 def environment(platform: Platform) -> dict[str, str]:

@@ -399,7 +399,7 @@ class SpareProcess:
             await process.stop()
 
     def _begin(self) -> None:
-        if self._process is None:
+        if self._process is None and (self._spawning is None or self._spawning.done()):
             self._spawning = asyncio.create_task(self._spawn(), name="spare engine")
 
     async def _spawn(self) -> None:

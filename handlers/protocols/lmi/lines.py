@@ -7,7 +7,7 @@ fails them all: the platform then sends the same lines again, but would keep an 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from handlers.service import Service
 
 MOST_LINES = 10_000
-MOST_REPLY_BYTES = 256 * 2**20
+MOST_REPLY_BYTES = 64 * 2**20
 
 MOST_SECONDS = 3600.0
 """The time limit of all lines together: the longest that batch transform waits. Each line has `predict_timeout`."""
 
 _TYPES = frozenset({JSON_LINES, "application/jsonl", "application/x-jsonlines", "application/x-ndjson"})
-_LONG_BYTES = 2**20
+_LONGEST_BLANK = 4096
+"""A longer line is a request whatever it holds: looking through all of it would hold up the event loop."""
 
 _PAYLOAD_MB = 6
 """What batch transform sends at most where its user says nothing."""
@@ -104,23 +105,26 @@ async def answer_lines(
         raise MalformedBody(
             f"the body has more than {MOST_LINES} lines; send fewer at a time (MaxPayloadInMB, or SingleRecord)"
         )
-    parts = await asyncio.to_thread(body.split, b"\n") if len(body) > _LONG_BYTES else body.split(b"\n")
+    together = min(together, 1 + body.count(b"\n"))
+    lines = _lines(body)
     del body
-    lines = [line for line in parts if line.strip()]
-    if not lines:
-        raise MalformedBody("the body has no line: send one JSON object on each")
     incoming.parsed()
     # A body's memory is the request's until all of it is answered.
     headers = {**incoming.headers, "content-type": JSON, "accept": JSON}
     alone: dict[str, Any] = {"headers": headers, "parsed": lambda: None, "keep": lambda _: None}
-    numbers = iter(range(len(lines)))
-    answers: list[bytes] = [b""] * len(lines)
+    answers: list[bytes] = []
+    turn = asyncio.Lock()
     size = 0
 
     async def work() -> None:
         nonlocal size
-        for number in numbers:
-            line, lines[number] = lines[number], b""
+        while True:
+            async with turn:  # one line in each pass of the event loop: reading all at once would hold it up
+                await asyncio.sleep(0)
+                if (line := next(lines, None)) is None:
+                    return
+                number = len(answers)
+                answers.append(b"")
             answers[number] = _one_line(await answered(line, number))
             size += len(answers[number])
             if size > MOST_REPLY_BYTES:
@@ -143,20 +147,32 @@ async def answer_lines(
             if reply.facts is not None:
                 for name in _SUMS:
                     setattr(facts, name, getattr(facts, name) + getattr(reply.facts, name))
-            await asyncio.sleep(0)  # a line that is refused waits for nothing else
             return reply.body
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(together, len(lines))):
+            for _ in range(together):
                 group.create_task(work())
     except ExceptionGroup as failures:
         first = failures.exceptions[0]
         if isinstance(first, _Refused):
             return first.reply
         raise first from None
+    if not answers:
+        raise MalformedBody("the body has no line: send one JSON object on each")
     facts.status = 200
     return Reply(200, JSON_LINES, b"\n".join([*answers, b""]), facts=facts)
+
+
+def _lines(body: bytes) -> Iterator[bytes]:
+    """Yield the lines one by one: cutting a long body at once would hold up the event loop."""
+    start = 0
+    while start < len(body):
+        end = body.find(b"\n", start)
+        line = body[start : len(body) if end < 0 else end]
+        start += len(line) + 1
+        if len(line) > _LONGEST_BLANK or line.strip():
+            yield line
 
 
 def _one_line(body: bytes) -> bytes:
