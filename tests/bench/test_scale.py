@@ -19,7 +19,8 @@ def test_both_workloads_are_measured_with_two_stub_engines(tmp_path: Path) -> No
     assert [*runs] == ["streams, 2 replicas", "images, 2 replicas"]
     for name, row in runs.items():
         assert row["outcomes"] == {"200": row["requests"]}
-        assert row["front_cores"] > 0 and row["loop_cores"] < row["front_cores"] + 0.001
+        assert row["front_cores"] > 0
+        assert row["loop_cores"] < row["front_cores"] + 0.001
         assert f"| {name} | {row['load']['streams']} | {row['requests_per_s']:.0f} |" in done.stdout
     log = (tmp_path / "2.log").read_text()
     assert "2 replicas, float32, attention stub" in log
