@@ -1,4 +1,4 @@
-"""A child process for `test_child_process.py`: answers each message with what it was asked for."""
+"""A child process for `test_child.py`: answers each message with what it was asked for."""
 
 from __future__ import annotations
 

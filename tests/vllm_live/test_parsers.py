@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.vllm.engine import VllmEngine
 from handlers.backends.vllm.parsers import VllmParser, VllmParsers, vllm_parsers
@@ -180,6 +182,30 @@ def test_reasoning_is_that_of_the_whole_extraction(name: str, tokenizer: Any) ->
     assert told(parse_whole(found.parser(Asked()), text, ids_of(tokenizer, text))) == expected
     for count in (1, 2, 1000):
         assert told(streamed(found.parser(Asked()), list(deltas(tokenizer, text, count)))) == expected
+
+
+def test_reasoning_is_found_in_deltas_of_a_tokenizer_of_sentencepiece() -> None:
+    texts = ["<unk>", "\u2581", *map(chr, range(33, 127)), *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [f"\u2581{chr(letter)}" for letter in range(97, 123)]
+    vocabulary = {text: number for number, text in enumerate([*texts, *words])}
+    merges = [("\u2581", word[1]) for word in words]
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    own = PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=["<think>", "</think>"])
+    text = "<think>Hmm, the square is red.</think>It is red."
+    found = formats(own, "reasoning_parser=vllm:deepseek_r1").reasoning
+    assert found is not None
+    for count in (1, 2, 7, 1000):
+        pieces = streamed(found.parser(Asked()), list(deltas(own, text, count)))
+        assert told(pieces) == ("Hmm, the square is red.", "It is red.", []), count
 
 
 @pytest.mark.parametrize(

@@ -214,17 +214,24 @@ class VllmParser:
     def _cut(self, text: str, token_ids: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
         """Cut a delta into its tokens, unless their texts are not those of the delta.
 
-        In vLLM 0.32 some parsers (deepseek_v3, deepseek_r1) lose what comes in one delta with a special token.
+        In vLLM 0.32 some parsers (deepseek_v3, deepseek_r1) lose what comes in one delta with a special token. A token
+        without text is passed on too, since parsers recognise special tokens by their ids.
         """
         parts: list[tuple[str, Sequence[int]]] = []
         held: list[int] = []
+        at = 0
         for token_id in token_ids if len(token_ids) > 1 else ():
             held.append(token_id)
             more = str(self._model.tokenizer.decode(held, skip_special_tokens=False))
-            if not more.endswith("\ufffd"):
-                parts.append((more, held))
-                held = []
-        return parts if not held and "".join(part for part, _ in parts) == text else [(text, token_ids)]
+            if more.endswith("\ufffd"):
+                continue
+            if not text.startswith(more, at):
+                more = f" {more}"  # SentencePiece's decoders omit the blank with which a text begins
+            if not text.startswith(more, at):
+                break
+            parts.append((more, held))
+            at, held = at + len(more), []
+        return parts if parts and not held and at == len(text) else [(text, token_ids)]
 
     def _parser(self) -> tuple[Any, Any]:
         if self._opened is None:

@@ -70,8 +70,7 @@ class VllmPrompts:
                 inserts=inserts,
                 printed="\x00".join(templates.all),
             )
-            if mistral_weights_alone(path):
-                written = ImageProcessing(engine).mistral_tokens
+            if mistral_weights_alone(path) and (written := ImageProcessing(engine).mistral_tokens):
                 self._placeholders = replace(self._placeholders, written=written)
         try:
             self.renderer = PromptRenderer(
