@@ -119,7 +119,8 @@ def test_many_images_at_once_all_come_out_right() -> None:
         images = await asyncio.gather(*(decoded(pool, file) for file in files.values()))
         for number, image in zip(files, images, strict=True):
             assert image.tobytes() == noise(number, image.width).tobytes()
-        assert (pool.started, pool.died, pool.killed) == (2, 0, 0)
+        assert (pool.died, pool.killed) == (0, 0)
+        assert 1 <= pool.started <= 2  # the first may be done with all before the second is there
 
     with_pool(work)
 

@@ -156,17 +156,13 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
     asyncio.run(scenario())
 
 
-def processes_beside(group: EngineGroup) -> list[psutil.Process]:
-    """The engine processes of this one that serve no replica."""
-    serving = {replica.client.pid for replica in group.replicas}
-    children = psutil.Process().children()
-    return [child for child in children if "engine.process" in child.cmdline() and child.pid not in serving]
-
-
 def test_a_spare_process_takes_the_place_of_one_that_dies(llava: Path) -> None:
+    others = {child.pid for child in psutil.Process().children()}
+
     async def next_spare(group: EngineGroup) -> psutil.Process:
+        known = {*others, group.replicas[0].client.pid}
         async with asyncio.timeout(60):
-            while not (found := processes_beside(group)):  # noqa: ASYNC110
+            while not (found := [c for c in psutil.Process().children() if c.pid not in known]):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         (spare,) = found
         return spare
