@@ -102,7 +102,12 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Keep up to 256 MiB of freed memory for the next step: new pages take a tenth of the time of a prompt's step."""
+    """Keep up to 256 MiB of freed memory for the next step: new pages take a tenth of the time of a prompt's step.
+
+    An operator who has set the allocator's thresholds by its own variables keeps them.
+    """
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return
     with suppress(AttributeError):  # only glibc has it
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

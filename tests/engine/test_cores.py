@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from engine.messages import Add
 from engine.runner import FEW_ROWS
 from engine.sampling_params import SamplingParams
 from tests.support.engine_driver import load_engine
+from tests.support.shapes import ROOT
 
 
 @pytest.mark.parametrize(
@@ -77,3 +81,28 @@ def test_threads_that_sleep_are_not_woken_for_a_few_rows(tiny_llava: Path) -> No
         assert threads == [2, 1]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.parametrize(("environ", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_unless_the_operator_says_otherwise(environ: dict[str, str], kept: bool) -> None:
+    program = (
+        "import psutil\n"
+        "from engine.machine import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "memory = bytearray(100 << 20)\n"
+        "memory[::4096] = b'x' * len(memory[::4096])\n"
+        "del memory\n"
+        "print(psutil.Process().memory_info().rss - before)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**clean, **environ},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (int(done.stdout) > 90 << 20) is kept
