@@ -95,6 +95,12 @@ class Configuration:
     vllm_asked_by: str | None = None
     secure: SecureMode = OPEN
 
+    def with_default(self, name: str, value: object) -> Configuration:
+        """Give an option another default, which holds where no source sets it."""
+        if self.sources[name].level is not Level.DEFAULT:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={name: value}))
+
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
         """Add what the model's config.json recommends, below everything that the user wrote."""
         hints = {

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import cast
 
 import msgspec
@@ -23,7 +22,6 @@ from handlers.errors import InvalidConfiguration, ServingError
 from processes.inside import Parent
 from processes.shortage import shortage
 from properties.configuration import Configuration
-from properties.field import Level
 from properties.problem import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -51,10 +49,7 @@ def configuration_of(order: Start, environ: Mapping[str, str]) -> Configuration:
     """Return the options of a model's server. Raises ConfigurationError."""
     defaults = {"served_model_name": order.name, "page": "false"}
     found = configured(order.directory, order.options, environ, defaults)
-    if found.sources["spare_engine"].level < Level.DEFAULT:
-        return found
-    # One for each model would take memory that nobody has counted.
-    return replace(found, settings=found.settings.model_copy(update={"spare_engine": False}))
+    return found.with_default("spare_engine", False)  # nobody has counted the memory of one for each model
 
 
 def _serve(order: Start, parent: Parent) -> int:

@@ -84,9 +84,7 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
         check_names(configuration)
     if configuration.sources["limit_mm_per_prompt"].level is Level.DEFAULT:
         configuration = _resolve(model, [*options, f"limit_mm_per_prompt=image={_MAX_IMAGES}"])
-    if configuration.sources["spare_engine"].level is Level.DEFAULT:  # a script can be run again
-        settings = configuration.settings.model_copy(update={"spare_engine": False})
-        configuration = replace(configuration, settings=settings)
+    configuration = configuration.with_default("spare_engine", False)  # a script can be run again
     own = tuple(f"option.{name} (--option" for name in WITHOUT_EFFECT)
     for problem in configuration.warnings:
         if not problem.message.startswith(own):
