@@ -320,7 +320,7 @@ class GatherKernel(AttentionKernel):
 class CpuKernel(GatherKernel):
     """`GatherKernel` with its cache in huge pages, where the system has them for who asks.
 
-    A request's blocks lie anywhere in the cache, and finding the page of each takes a third of a gather's time otherwise.
+    A request's blocks lie anywhere in the cache, and finding their pages takes a third of a gather's time otherwise.
     """
 
     name: ClassVar[str] = "cpu"
