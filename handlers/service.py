@@ -21,7 +21,7 @@ from handlers.pipeline import Pipeline
 from handlers.protocols.base import JSON, JSON_LINES, Answered, Gate, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
-from handlers.protocols.lmi.lines import MOST_SECONDS, answer_lines, are_lines
+from handlers.protocols.lmi.sagemaker import MOST_SECONDS, answer_lines, are_lines
 from handlers.protocols.select import CALLS, error_format, read_task
 from handlers.request import check_totals
 from handlers.tokenization import Tokenization

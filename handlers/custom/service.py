@@ -16,9 +16,8 @@ from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserve
 from handlers.generation_task import Admission, Permit, refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
-from handlers.protocols.lmi.lines import execution_reply
 from handlers.protocols.lmi.replies import lmi_error
-from handlers.protocols.lmi.routes import request_properties
+from handlers.protocols.lmi.sagemaker import execution_reply, request_properties
 from handlers.protocols.select import error_format
 from handlers.service import ServiceLimits
 

@@ -255,7 +255,11 @@ class Task:
 
 
 Reader = Callable[[dict[str, Any], ServerContext, Incoming, str | None], Task]
-"""Makes a task of a body, for the adapter that the request's head names. Raises InvalidRequest naming the field."""
+"""Makes a task of a body; nothing has been fetched or generated yet. Raises InvalidRequest naming the field at fault.
+
+Arguments: the JSON object; what holds for every request; the request; and the adapter that the request's head names,
+which takes precedence over one in the body.
+"""
 
 Frame = Callable[[Reader, dict[str, Any], ServerContext, Incoming, str | None], Task]
 """Reads a body with its API's own reader and changes how the reply is framed."""

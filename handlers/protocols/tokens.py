@@ -155,7 +155,7 @@ def detokenize_reply(text: str) -> bytes:
 def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
     """Reads a chat, to the same prompt that would be answered."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-    return read_chat(asked, server, request_id=incoming.request_id)
+    return read_chat(asked, server, incoming)
 
 
 async def _tokenize(service: Service, incoming: Incoming) -> Reply:

@@ -13,7 +13,7 @@ import pytest
 
 from handlers.errors import InvalidRequest, Overloaded
 from handlers.protocols.lmi import sessions
-from handlers.protocols.lmi.sessions import MOST_SESSIONS, Sessions
+from handlers.protocols.lmi.sagemaker import MOST_SESSIONS, Sessions
 from tests.support.scripted import incoming
 from tests.support.scripted_server import ServerProcess
 

@@ -36,7 +36,7 @@ END = 2
 
 def task(inputs: Any = "hi", route: str = "/generate", **parameters: Any) -> Task:
     context = ServerContext("shapes", {"temperature": 0.3, "top_k": 7}, max_model_len=64)
-    return read_tgi({"inputs": inputs, "parameters": parameters}, context, request_id="r1", route=route)
+    return read_tgi({"inputs": inputs, "parameters": parameters}, context, incoming({}, route))
 
 
 def sampling(**parameters: Any) -> RequestSampling:
@@ -95,7 +95,7 @@ def ended(*texts: str, text_at_end: str = "") -> list[Step]:
 def test_without_parameters_it_draws_and_with_an_empty_object_it_does_not() -> None:
     context = ServerContext("shapes", {"temperature": 0.3}, max_model_len=64)
     for body in ({"inputs": "x"}, {"inputs": "x", "parameters": None}):
-        drawn = read_tgi(body, context, request_id="r", route="/generate").requests[0].sampling
+        drawn = read_tgi(body, context, incoming({}, "/generate")).requests[0].sampling
         assert (drawn.temperature, drawn.max_tokens) == (1.0, None)
         assert drawn.seed is not None
     assert sampling() == RequestSampling(temperature=0.0)
