@@ -221,7 +221,7 @@ def are_lines(route: str, headers: Mapping[str, str]) -> bool:
 
 async def execution_parameters(service: Service, incoming: Incoming) -> Reply:
     """Answer `GET /execution-parameters`."""
-    return execution_reply(service.limits.max_rolling_batch_size)
+    return execution_reply(service.settings.max_rolling_batch_size)
 
 
 def execution_reply(most: int) -> Reply:

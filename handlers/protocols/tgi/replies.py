@@ -359,7 +359,7 @@ async def info(service: Service, incoming: Incoming) -> Reply:
         waiting_served_ratio=0.0,
         max_batch_total_tokens=capabilities.cache_tokens or None,
         max_waiting_tokens=0,
-        max_batch_size=service.limits.max_rolling_batch_size,
+        max_batch_size=service.settings.max_rolling_batch_size,
     )
     return Reply(200, JSON, msgspec.json.encode(body))
 
