@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 
 @dataclass(slots=True)
@@ -97,11 +96,12 @@ class Reply:
     logged: bool = False
 
 
-class Observer(Protocol):
-    """Receives the events on the event loop; `on_token_gap` for each step of each stream, so it must be cheap.
+class Observer:
+    """Receives the events of requests, and ignores them where a method is not overridden.
 
-    Every admitted request ends in exactly one `on_finished`, failed or not; `on_error` also counts those that
-    were never admitted. Times are seconds.
+    The methods are called on the event loop, `on_token_gap` for each step of each stream, so they must be cheap. Every
+    admitted request ends in exactly one `on_finished`, failed or not; `on_error` also counts those that were never
+    admitted. Times are seconds.
     """
 
     def on_admitted(self, facts: RequestFacts) -> None:
@@ -110,27 +110,11 @@ class Observer(Protocol):
     def on_first_token(self, seconds: float) -> None:
         """Note the time from the request's arrival to its first token."""
 
-    def on_token_gap(self, seconds: float) -> None: ...
-
-    def on_finished(self, facts: RequestFacts) -> None: ...
-
-    def on_error(self, kind: str) -> None: ...
-
-
-class Unobserved:
-    """Ignores all events."""
-
-    def on_admitted(self, facts: RequestFacts) -> None:
-        pass
-
-    def on_first_token(self, seconds: float) -> None:
-        pass
-
     def on_token_gap(self, seconds: float) -> None:
-        pass
+        """Note the time between two steps that brought tokens."""
 
     def on_finished(self, facts: RequestFacts) -> None:
-        pass
+        """Note the end of an admitted request."""
 
     def on_error(self, kind: str) -> None:
-        pass
+        """Note an error that a client got."""

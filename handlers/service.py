@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from handlers.custom.formatters import FormattedStream, Formatters
 from handlers.errors import InvalidRequest, NotFound
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
+from handlers.exchange import Incoming, Observer, Reply, RequestFacts
 from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
 from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
@@ -91,7 +91,7 @@ class Service:
         self._formats = formats if formats is not None else AnswerFormats()
         self._gates = gates
         self._formatters = formatters
-        self._observer: Observer = observer if observer is not None else Unobserved()
+        self._observer = observer or Observer()
         self._keep_alive = keep_alive
         self.admission = Admission(settings.job_queue_size + settings.max_rolling_batch_size)
         self.long_texts = asyncio.Semaphore(1)

@@ -12,7 +12,7 @@ import msgspec
 from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
+from handlers.exchange import Incoming, Observer, Reply, RequestFacts
 from handlers.generation_task import Admission, Permit, refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
@@ -40,7 +40,7 @@ class CustomService:
     def __init__(self, backend: CustomBackend, settings: Settings, observer: Observer | None = None) -> None:
         self._backend = backend
         self._settings = settings
-        self._observer: Observer = observer if observer is not None else Unobserved()
+        self._observer = observer or Observer()
         self._admission = Admission(settings.job_queue_size + settings.max_rolling_batch_size)
 
     @property
