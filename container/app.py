@@ -48,13 +48,13 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Incoming, Reply
 from handlers.generation_task import RETRY_AFTER, overloaded
 from handlers.model_names import accepted_names, public_names
 from handlers.protocols.base import Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.lmi.sagemaker import MOST_SECONDS, are_lines
 from handlers.protocols.select import error_format
+from handlers.request import Incoming, Reply
 from handlers.version import VERSION
 from properties.configuration import Configuration
 

@@ -16,12 +16,12 @@ from handlers.custom.backend import CustomBackend
 from handlers.custom.find import find_formatters, find_handler, find_unused
 from handlers.custom.formatters import Formatters
 from handlers.custom.service import CustomService
-from handlers.exchange import Observer
 from handlers.images.loader import ImageLoader
 from handlers.model_names import accepted_names, public_names
 from handlers.parsers.select import answer_formats
 from handlers.pipeline import Pipeline
 from handlers.protocols.select import gates
+from handlers.request import Observer
 from handlers.service import Service
 from properties.configuration import Configuration
 

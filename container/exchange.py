@@ -20,9 +20,9 @@ from typing import Any, Literal
 from urllib.parse import parse_qs
 
 from handlers.errors import Overloaded, PayloadTooLarge, ServingError
-from handlers.exchange import Reply, RequestFacts
 from handlers.protocols.base import Route
 from handlers.protocols.select import REQUEST_ID_HEADERS
+from handlers.request import Reply, RequestFacts
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from container.exchange import Bodies
 from container.protocol import Connections
 from handlers.backends.base import BackendStats
-from handlers.exchange import Observer, RequestFacts
 from handlers.images.loader import ImageLoader
+from handlers.request import Observer, RequestFacts
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)

@@ -20,12 +20,11 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Observer, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
 from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
-from handlers.request import GenerationRequest, MediaPart
+from handlers.request import GenerationRequest, MediaPart, Observer, Reply, RequestFacts
 
 RETRY_AFTER = 1.0
 

@@ -11,8 +11,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from handlers.custom.formatters import FormattedStream, Formatters
-from handlers.errors import InvalidRequest, NotFound
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts
+from handlers.errors import InvalidParameter, InvalidRequest, NotFound
 from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
 from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
@@ -22,7 +21,7 @@ from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
 from handlers.protocols.lmi.sagemaker import answer_lines, are_lines
 from handlers.protocols.select import CALLS, error_format, read_task
-from handlers.request import check_totals
+from handlers.request import GenerationRequest, Incoming, Observer, Reply, RequestFacts
 from properties.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,12 @@ _JSON_PER_LOGPROB = 64
 HIGHEST_PRIORITY = 1000
 """The limit of a request's priority, in either direction."""
 
+
+MOST_ALLOWED_TOKENS = 2**20
+"""Some vocabularies are 260,000 tokens; a million hold the others up for about half a second."""
+
+MOST_BAD_WORDS = 2**14
+"""Spelled with a space and without, these take about as long."""
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds of silence in a stream of server-sent events after which a comment is sent."""
@@ -207,7 +212,7 @@ class Service:
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
         capabilities = self.backend.capabilities
         task = read_task(body, self.context, incoming)
-        check_totals(task.requests)
+        _check_totals(task.requests)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
@@ -280,6 +285,21 @@ class Service:
                 return Reply(200, JSON_LINES, chunks=events, headers=headers, facts=facts)
             return Reply(200, task.writer.stream_type, chunks=stream, headers=headers, facts=facts)
         return Reply(200, JSON, body, headers=headers, facts=facts)
+
+
+def _check_totals(requests: Sequence[GenerationRequest]) -> None:
+    """Raise InvalidRequest if the requests of one body ask for too much together."""
+    answers = sum(request.n for request in requests)
+    sampling = requests[0].sampling
+    allowed = sampling.allowed_token_ids or ()
+    for name, size, times, of, most in (
+        ("allowed_token_ids", len(allowed), answers, "answers", MOST_ALLOWED_TOKENS),
+        ("bad_words", len(sampling.bad_words), len(requests), "prompts", MOST_BAD_WORDS),
+    ):
+        if size * times > most:
+            raise InvalidParameter(
+                name, f"has {size} entries, for {times} {of}; allowed: {most} for all of them together"
+            )
 
 
 def _logprobs(answered: Answered) -> int:

@@ -31,11 +31,11 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import JSON, READ, Route
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
 from handlers.protocols.lmi.adapters import page_of
 from handlers.protocols.lmi.replies import LmiError
+from handlers.request import Incoming, Reply
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)

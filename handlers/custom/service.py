@@ -12,13 +12,13 @@ import msgspec
 from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts
 from handlers.generation_task import Admission, Permit, refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
 from handlers.protocols.lmi.replies import lmi_error
 from handlers.protocols.lmi.sagemaker import execution_reply, request_properties
 from handlers.protocols.select import error_format
+from handlers.request import Incoming, Observer, Reply, RequestFacts
 from properties.settings import Settings
 
 _GRACE_SECONDS = 1.0

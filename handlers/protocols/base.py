@@ -15,10 +15,9 @@ from msgspec import Meta, Struct
 from engine.sampling_params import MAX_INTEGER, MAX_SEED
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidParameter, InvalidRequest, ServingError
-from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.parsers.base import AnswerFormats
 from handlers.protocols.body import warning
-from handlers.request import GenerationRequest, RequestSampling
+from handlers.request import GenerationRequest, Incoming, Reply, RequestFacts, RequestSampling
 from properties.settings import OutputFormat, Settings
 
 if TYPE_CHECKING:

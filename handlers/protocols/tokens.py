@@ -16,14 +16,14 @@ from msgspec import Meta
 
 from handlers.backends.base import TokenizedPrompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
-from handlers.exchange import Incoming, Reply, RequestFacts
+from handlers.pipeline import longest_prompt
 from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, TokenCount, TokenId
 from handlers.protocols.body import KnownNames, convert, warning
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
-from handlers.request import Prompt, TextPrompt, longest_prompt, media_parts
+from handlers.request import Incoming, Prompt, Reply, RequestFacts, TextPrompt, media_parts
 
 if TYPE_CHECKING:
     from handlers.service import Service

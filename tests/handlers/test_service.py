@@ -17,9 +17,8 @@ import pytest
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, ImageFetchFailed, ImagesLost, InvalidRequest, Unavailable
-from handlers.exchange import Reply
 from handlers.protocols.openai.writers import ChatWriter
-from handlers.request import GenerationRequest
+from handlers.request import GenerationRequest, Reply
 from handlers.service import KEEP_ALIVE_SECONDS
 from tests.support.scripted import (
     ScriptedBackend,

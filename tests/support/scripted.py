@@ -19,8 +19,16 @@ from handlers.backends.base import (
     TokenLogprob,
 )
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.request import GenerationRequest, ImagePart, Prompt, TextPart, prompt_parts
+from handlers.request import (
+    GenerationRequest,
+    ImagePart,
+    Incoming,
+    Prompt,
+    Reply,
+    RequestFacts,
+    TextPart,
+    prompt_parts,
+)
 from handlers.service import Service
 from properties.settings import Settings
 

@@ -15,7 +15,6 @@ from msgspec import Meta
 
 from engine.sampling_params import shown
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming
 from handlers.protocols.base import (
     JSON_LINES,
     MAX_ANSWERS,
@@ -67,7 +66,14 @@ from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChun
 from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.openai.writers import CompletionWriter
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import MAX_STOP_STRINGS, Constraint, GenerationRequest, RequestSampling, TextPrompt
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    Constraint,
+    GenerationRequest,
+    Incoming,
+    RequestSampling,
+    TextPrompt,
+)
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ import msgspec
 from msgspec import Struct
 
 from handlers.errors import InvalidRequest, MalformedBody, Overloaded, PayloadTooLarge
-from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.generation_task import RETRY_AFTER
 from handlers.protocols.base import JSON, JSON_LINES
 from handlers.protocols.body import shown_value
+from handlers.request import Incoming, Reply, RequestFacts
 
 if TYPE_CHECKING:
     from handlers.service import Service

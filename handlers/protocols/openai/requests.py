@@ -12,7 +12,6 @@ from msgspec import Meta
 
 from engine.sampling_params import MAX_INTEGER, MAX_LOGPROBS, shown
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming
 from handlers.protocols.base import (
     MAX_ANSWERS,
     MAX_PROMPTS,
@@ -57,6 +56,7 @@ from handlers.request import (
     MOST_TOKEN_IDS,
     ChatPrompt,
     GenerationRequest,
+    Incoming,
     TextPart,
     TextPrompt,
 )

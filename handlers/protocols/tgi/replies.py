@@ -25,9 +25,12 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Answer, Answered, ErrorFormat, finite
-from handlers.request import MAX_STOP_STRINGS, GenerationRequest, TextPart, prompt_parts
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    Incoming,
+    Reply,
+)
 from handlers.version import VERSION
 
 if TYPE_CHECKING:
@@ -301,8 +304,6 @@ def _status(error: ServingError) -> int:
 
 TGI_ERRORS = ErrorFormat(tgi_error, _status)
 
-_AROUND_AN_IMAGE = len("![]()")
-
 
 class Info(Struct):
     """`/info`: what is served and within which limits, with the keys of TGI's current and earlier versions.
@@ -362,44 +363,3 @@ async def info(service: Service, incoming: Incoming) -> Reply:
         max_batch_size=service.settings.max_rolling_batch_size,
     )
     return Reply(200, JSON, msgspec.json.encode(body))
-
-
-def compute_headers(
-    requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
-) -> dict[str, str]:
-    """Return the headers. Times are whole milliseconds, except `x-compute-time`, which is in seconds.
-
-    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
-    sent with its first token, when its times are not known yet.
-    """
-    own = {
-        "x-compute-type": compute_type or "unknown",
-        "x-compute-characters": str(sum(map(_characters, requests))),
-    }
-    if facts.stream:
-        return {**own, "x-accel-buffering": "no"}
-    total = facts.total or 0.0
-    inference = max(0.0, total - facts.prepared - facts.queued)
-    return {
-        **own,
-        "x-compute-time": f"{total:.6f}",
-        "x-total-time": _milliseconds(total),
-        "x-validation-time": _milliseconds(facts.prepared),
-        "x-queue-time": _milliseconds(facts.queued),
-        "x-inference-time": _milliseconds(inference),
-        "x-time-per-token": _milliseconds(inference / max(1, facts.completion_tokens)),
-        "x-prompt-tokens": str(facts.prompt_tokens),
-        "x-generated-tokens": str(facts.completion_tokens),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(int(seconds * 1000))
-
-
-def _characters(request: GenerationRequest) -> int:
-    """Return the number of characters of the prompt as it was sent, images included."""
-    return sum(
-        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
-        for part in prompt_parts(request.prompt)
-    )

@@ -7,7 +7,7 @@ are wider, the wording has our number.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -15,7 +15,6 @@ import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, shown
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming
 from handlers.protocols.base import (
     MAX_ANSWERS,
     READ,
@@ -48,11 +47,19 @@ from handlers.protocols.tgi.replies import (
     TgiEvent,
     TgiReply,
     TgiWriter,
-    compute_headers,
     info,
     shown_seeds,
 )
-from handlers.request import MAX_STOP_STRINGS, GenerationRequest, RequestSampling, TextPrompt
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    GenerationRequest,
+    Incoming,
+    RequestFacts,
+    RequestSampling,
+    TextPart,
+    TextPrompt,
+    prompt_parts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -266,6 +273,50 @@ _BROWSER_CLIENT = "@huggingface/"
 and for ever where the status is 503: it gets TGI's errors."""
 
 
+_AROUND_AN_IMAGE = len("![]()")
+
+
+def _compute_headers(
+    requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
+) -> dict[str, str]:
+    """Return the headers. Times are whole milliseconds, except `x-compute-time`, which is in seconds.
+
+    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
+    sent with its first token, when its times are not known yet.
+    """
+    own = {
+        "x-compute-type": compute_type or "unknown",
+        "x-compute-characters": str(sum(map(_characters, requests))),
+    }
+    if facts.stream:
+        return {**own, "x-accel-buffering": "no"}
+    total = facts.total or 0.0
+    inference = max(0.0, total - facts.prepared - facts.queued)
+    return {
+        **own,
+        "x-compute-time": f"{total:.6f}",
+        "x-total-time": _milliseconds(total),
+        "x-validation-time": _milliseconds(facts.prepared),
+        "x-queue-time": _milliseconds(facts.queued),
+        "x-inference-time": _milliseconds(inference),
+        "x-time-per-token": _milliseconds(inference / max(1, facts.completion_tokens)),
+        "x-prompt-tokens": str(facts.prompt_tokens),
+        "x-generated-tokens": str(facts.completion_tokens),
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))
+
+
+def _characters(request: GenerationRequest) -> int:
+    """Return the number of characters of the prompt as it was sent, images included."""
+    return sum(
+        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
+        for part in prompt_parts(request.prompt)
+    )
+
+
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
     return (
         route in _ERROR_ROUTES
@@ -304,6 +355,6 @@ TGI = Api(
     _claims,
     _reads,
     ROUTES,
-    headers=dict.fromkeys(_HEADER_ROUTES, compute_headers),
+    headers=dict.fromkeys(_HEADER_ROUTES, _compute_headers),
     calls={"info": info},
 )

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest
-from handlers.exchange import Reply
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.markdown_images import image_parts
-from handlers.request import GenerationRequest, ImagePart, RequestSampling, TextPart, TextPrompt
+from handlers.request import GenerationRequest, ImagePart, Reply, RequestSampling, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://images.example/cat.png"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.exchange import Reply
 from handlers.protocols.lmi.sagemaker import Sessions
+from handlers.request import Reply
 from handlers.service import Service
 from tests.support.scripted import ScriptedBackend, chat, incoming, said, service
 from tests.support.shapes import ROOT

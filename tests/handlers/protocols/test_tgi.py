@@ -13,10 +13,9 @@ from PIL import Image, ImageDraw
 from engine.sampling_params import MAX_SEED
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
-from handlers.exchange import Reply
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.tgi.requests import read_tgi
-from handlers.request import ImagePart, RequestSampling, TextPart, TextPrompt
+from handlers.request import ImagePart, Reply, RequestSampling, TextPart, TextPrompt
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import (
     ScriptedBackend,
@@ -430,12 +429,12 @@ def test_an_error_before_the_first_token_has_a_status(
 
 def test_overload_and_time() -> None:
     async def crowd() -> list[Reply]:
-        server = service(ScriptedBackend(said("a", pause=0.2)), job_queue_size=0, max_rolling_batch_size=1)
+        server = service(ScriptedBackend(said("a", pause=0.2)), job_queue_size=1, max_rolling_batch_size=1)
         return list(
-            await asyncio.gather(*(server.answer(incoming({"inputs": "x"}, "/generate")) for _ in range(2)))
+            await asyncio.gather(*(server.answer(incoming({"inputs": "x"}, "/generate")) for _ in range(3)))
         )
 
-    _, refused = asyncio.run(crowd())
+    *_, refused = asyncio.run(crowd())
     assert (refused.status, json.loads(refused.body)) == (
         429,
         {"error": "Model is overloaded", "error_type": "overloaded"},

@@ -14,9 +14,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.base import TokenizedPrompt
-from handlers.exchange import Reply
 from handlers.prompts.renderer import PromptRenderer
-from handlers.request import Prompt, TextPart, TextPrompt
+from handlers.request import Prompt, Reply, TextPart, TextPrompt
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import ScriptedBackend, ScriptedImages, everything, incoming, service
