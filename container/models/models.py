@@ -241,7 +241,13 @@ class Models:
     def _source(self, url: str) -> Path:
         allowed = (self._store, self._settings.allowed_model_path)
         path = local_path("url", url, self._store, allowed, "models", "MODEL and allowed_model_path")
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:  # a directory above it that this user may not enter
+            raise InvalidRequest(
+                f"url: {error.strerror}; let user {os.getuid()} read it", param="url"
+            ) from None
+        if not there:
             raise NotFound("url: there is no such directory or archive", param="url")
         if not path.is_dir() and not path.name.endswith(SUFFIXES):
             raise InvalidRequest("url: a directory, or a .tar.gz archive", param="url")
