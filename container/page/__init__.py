@@ -13,8 +13,8 @@ from container.check import effective_options
 from handlers.backends.base import Lifecycle
 from handlers.backends.select import Choice
 from handlers.errors import NotFound
-from handlers.exchange import Reply
 from handlers.model_names import accepted_names, public_names
+from handlers.request import Reply
 from handlers.version import VERSION
 from properties.configuration import Configuration
 from properties.field import Level
