@@ -88,6 +88,7 @@ format: $(VENV)/installed-dev  ## Format the sources and fix what ruff can fix
 
 docs: $(VENV)/installed-dev  ## Write the generated pages again
 	$(BIN)/python -m properties.document
+	$(BIN)/python -m tests.support.instance_table
 
 bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" lists the options)
 	$(BIN)/python -m bench.run $(ARGS)
