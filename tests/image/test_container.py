@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from tests.image.images import podman
-from tests.image.running import Container, free_port, run
-from tests.support.live import chat_body
+from tests.image.running import Container, run
+from tests.support.live import chat_body, free_port
 from tests.support.shapes import SHAPES, circle, square
 from tests.support.wheels import wheel
 
