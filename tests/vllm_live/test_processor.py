@@ -16,8 +16,7 @@ from engine.logits import best
 from engine.sampler import Sampler, SamplingState
 from handlers.backends.vllm import compat
 from handlers.backends.vllm import processor as processor_rows
-from handlers.backends.vllm.samplers import KEY, PROCESSOR, wanted
-from handlers.backends.vllm.sampling import to_vllm
+from handlers.backends.vllm.sampling import KEY, PROCESSOR, to_vllm, wanted
 from handlers.request import RequestSampling
 from tests.support.sampling import EOS, KINDS, random_logits
 from tests.support.shapes import ROOT

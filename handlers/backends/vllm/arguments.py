@@ -22,7 +22,7 @@ from handlers.backends.vllm.checkpoint import (
 )
 from handlers.backends.vllm.compat import SECRET, Vllm, cpu_takes_block_size, load, registered_names
 from handlers.backends.vllm.devices import model_heads, plan_devices
-from handlers.backends.vllm.failures import refusal_reason, wrong_fields
+from handlers.backends.vllm.outputs import refusal_reason, wrong_fields
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level

@@ -29,21 +29,20 @@ from handlers.backends.vllm.arguments import engine_arguments
 from handlers.backends.vllm.checkpoint import missing_weights
 from handlers.backends.vllm.compat import replica_count
 from handlers.backends.vllm.devices import choose_devices, share_cores
-from handlers.backends.vllm.failures import failed, refusal_reason
+from handlers.backends.vllm.outputs import VllmStream, failed, refusal_reason
 from handlers.backends.vllm.parsers import vllm_parsers
 from handlers.backends.vllm.probes import Probes
 from handlers.backends.vllm.prompts import VllmPrompts, place_images, placeholders
-from handlers.backends.vllm.samplers import offer
 from handlers.backends.vllm.sampling import (
     check_prompt_logprobs,
     check_runner_limits,
     choose_library,
     constraint_for_vllm,
     constraint_vocabulary,
+    offer,
     to_vllm,
     usual_sampling,
 )
-from handlers.backends.vllm.stream import VllmStream
 from handlers.backends.vllm.supervisor import Counters, EngineSupervisor, series, stat_logger
 from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.compat import replica_count
-from handlers.backends.vllm.failures import failed
+from handlers.backends.vllm.outputs import failed
 from handlers.backends.vllm.prompts import embeddings_wanted, place_images, smallest_embeddings
 from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError
 
