@@ -149,10 +149,6 @@ def to_vllm(
     does not have a sampler, or if vLLM refuses a value.
     """
     fields: dict[str, Any] = {name: getattr(params, name) for name in SAME}
-    if params.greedy:
-        # For a seed vLLM would keep state, which a greedy choice does not need.
-        fields |= {"seed": None, "top_p": 1.0, "min_p": 0.0}
-    fields["top_k"] = 0 if params.greedy else max(params.top_k, 0)
     fields["logit_bias"] = params.logit_bias or None
     if wanted(params):
         _check_samplers(params, samplers)
