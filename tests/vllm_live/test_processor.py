@@ -328,7 +328,7 @@ def test_what_is_loaded_into_the_engines_process_is_light() -> None:
     )
     found = subprocess.run([sys.executable, "-P", "-c", look], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert set(eval(found.stdout.splitlines()[-1])) <= {"engine", "handlers", "vllm"}
+    assert set(eval(found.stdout.splitlines()[-1])) <= {"engine", "handlers", "properties", "vllm"}
 
 
 def test_a_request_carries_only_what_changes_its_answer() -> None:
