@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineError
 from engine.machine import this_machine
+from handlers.backends.adapters import AdapterFiles
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -24,7 +25,7 @@ from handlers.backends.base import (
 )
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_directories, adapter_slots
+from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_slots
 from handlers.backends.vllm.arguments import engine_arguments
 from handlers.backends.vllm.checkpoint import missing_weights
 from handlers.backends.vllm.compat import replica_count
@@ -69,7 +70,7 @@ class EngineBuilder:
         samplers: Those of ours that the engines have.
         adapter_directories: The adapters to load at the start, by their names.
         most_adapters: How many adapters there may be.
-        home: The directory of the model's own adapters/.
+        adapter_files: Which others may be loaded.
     """
 
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
@@ -84,11 +85,13 @@ class EngineBuilder:
         self.vllm = compat.load()
         self.arguments = engine_arguments(self.vllm, configuration, model_path, self.machine)
         self.samplers = offer(self.arguments)
-        self.home = configuration.home or model_path
+        self.adapter_files = AdapterFiles(
+            configuration.home or model_path, settings.allowed_adapter_path, configuration.secure
+        )
         self.most_adapters = settings.max_cpu_loras or settings.max_loras
         self.adapter_directories: dict[str, Path] = {}
         if settings.enable_lora:
-            self.adapter_directories = adapter_directories(self.home)
+            self.adapter_directories = self.adapter_files.at_start()
             count, cpu = len(self.adapter_directories), not self.machine.accelerators
             if count > self.most_adapters:
                 logger.warning(
@@ -147,17 +150,14 @@ class VllmEngine:
             )
             parsers = await self._in_thread(vllm_parsers, settings, tokenizer)
             formats = None if parsers is None else await self._in_thread(parsers.formats, settings)
+            names = {*accepted_names(self._configuration), *ANYBODYS} if settings.enable_lora else None
             self._adapters = VllmAdapters(
                 self._vllm,
+                builder.adapter_files,
                 builder.adapter_directories,
                 builder.most_adapters,
                 self._engine,
-                home=builder.home,
-                allowed=settings.allowed_adapter_path,
-                model_names={*accepted_names(self._configuration), *ANYBODYS}
-                if settings.enable_lora
-                else None,
-                secure=self._configuration.secure,
+                names,
             )
             self._probes = Probes(self._vllm, self._numbers)
             self._supervisor = EngineSupervisor(
