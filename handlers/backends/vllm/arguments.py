@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from handlers.backends.mistral_format import format_problems
 from handlers.backends.vllm.checkpoint import (
     format_warnings,
     replaced_formats,
     served_dtype,
     stored_dtype,
-    weight_problems,
 )
 from handlers.backends.vllm.compat import SECRET, Vllm, cpu_takes_block_size, load, registered_names
 from handlers.backends.vllm.devices import model_heads, plan_devices
@@ -133,7 +131,7 @@ def engine_arguments(
     heads = model_heads(model_path, config, trust_remote_code=settings.trust_remote_code)
     plan = plan_devices(settings, texts, len(machine.accelerators), heads)
     arguments |= plan.sizes() | replaced_formats(configuration, model_path)
-    problems += plan.problems + format_problems(model_path) + weight_problems(model_path)
+    problems += plan.problems
     for warning in plan.warnings + format_warnings(configuration, model_path):
         logger.info("%s", warning)  # info, because `lmi check` prints it itself
     stored = stored_dtype(model_path, config)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from handlers.backends.base import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.checkpoint import format_warnings, missing_weights, served_dtype, stored_dtype
+from handlers.backends.vllm.checkpoint import format_warnings, served_dtype, stored_dtype, weight_problems
 from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
 from handlers.backends.vllm.devices import follows, heads_of, plan_devices
-from handlers.backends.weight_files import vllm_weight_problems
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length
 from properties.problem import Problem
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from handlers.backends.vllm.engine import VllmEngine
     from properties.configuration import Configuration
     from properties.settings import Settings
-
-_READ_AS_THEY_ARE = frozenset({"auto", "hf", "safetensors"})
-"""Formats of option.load_format that take the checkpoint's files as they lie there."""
 
 
 class VllmBackend:
@@ -70,10 +66,7 @@ class VllmBackend:
     def weight_problems(
         self, settings: Settings, directory: Path, config: Mapping[str, Any]
     ) -> Iterator[str]:
-        if (missing := missing_weights(directory, settings.load_format)) is not None:
-            yield missing
-        elif settings.load_format.lower() in _READ_AS_THEY_ARE:
-            yield from vllm_weight_problems(directory)
+        return weight_problems(directory, settings.load_format)
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
         return None

@@ -287,12 +287,7 @@ class _Running:
 
 def _kill(engine: Any, tree: ProcessTree) -> None:
     if left := tree.kill(JOIN_SECONDS):
-        pids = ", ".join(str(process.pid) for process in left)
-        logger.error(
-            "%.0f s after they were killed, %d processes of the engine still hold their memory: %s",
-            JOIN_SECONDS,
-            len(left),
-            pids,
-        )
+        text = "%.0f s after they were killed, %d processes of the engine still hold their memory: %s"
+        logger.error(text, JOIN_SECONDS, len(left), ", ".join(str(process.pid) for process in left))
     if engine is not None:
         engine.shutdown(timeout=0)
