@@ -72,9 +72,10 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
     if "kv_lora_rank" in text:  # with latent attention the devices share no keys and values
         key_values = None
     tower = config.get("vision_config")
-    shared = isinstance(tower, Mapping) and tower.get("model_type") in _SHARED_TOWERS
-    vision = _count(tower, "num_attention_heads") if shared else None
-    return Heads(attention, key_values or attention, vision or 0)
+    vision = 0
+    if isinstance(tower, Mapping) and tower.get("model_type") in _SHARED_TOWERS:
+        vision = _count(tower, "num_attention_heads") or 0
+    return Heads(attention, key_values or attention, vision)
 
 
 def model_heads(directory: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> Heads | None:
