@@ -31,7 +31,7 @@ from handlers.backends.vllm.compat import replica_count
 from handlers.backends.vllm.devices import choose_devices, share_cores
 from handlers.backends.vllm.outputs import VllmStream, failed, refusal_reason
 from handlers.backends.vllm.parsers import VllmParsers, vllm_parsers
-from handlers.backends.vllm.probes import Probes
+from handlers.backends.vllm.probes import Counters, Probes, series, stat_logger
 from handlers.backends.vllm.processes import engine_children
 from handlers.backends.vllm.prompts import VllmPrompts, place_images, placeholders
 from handlers.backends.vllm.sampling import (
@@ -44,7 +44,7 @@ from handlers.backends.vllm.sampling import (
     to_vllm,
     usual_sampling,
 )
-from handlers.backends.vllm.supervisor import Counters, EngineSupervisor, series, stat_logger
+from handlers.backends.vllm.supervisor import EngineSupervisor
 from handlers.backends.weights_read import weights_told
 from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
