@@ -108,11 +108,6 @@ def vllm_version_problem() -> str | None:
     return None
 
 
-def vllm_backend_present() -> bool:
-    """Whether this build has an adapter for vLLM."""
-    return find_spec("handlers.backends.vllm") is not None
-
-
 def choose_for(
     configuration: Configuration, config: Mapping[str, Any], accelerators: int, *, vllm: bool | None = None
 ) -> Choice:
@@ -146,7 +141,6 @@ def choose(
     accelerators: int,
     *,
     vllm: bool | None = None,
-    adapter: bool | None = None,
     listed: Collection[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Choice:
@@ -157,7 +151,6 @@ def choose(
         architectures: From the model's config.json; empty if it is not known.
         accelerators: Devices that the process sees.
         vllm: Whether vLLM is installed; None to find out.
-        adapter: Whether this build can drive vLLM; None to find out.
         listed: The architectures that vLLM lists; None to find out.
         trust_remote_code: Whether the model's own Python code may run.
 
@@ -165,10 +158,9 @@ def choose(
         ConfigurationError: vLLM is demanded and cannot serve.
     """
     installed = vllm_installed() if vllm is None else vllm
-    present = vllm_backend_present() if adapter is None else adapter
     if listed is None:
         listed = vllm_architectures() if installed else ()
-    refusal = _refusal(architectures, installed, present, trust_remote_code, listed)
+    refusal = _refusal(architectures, installed, trust_remote_code)
     if vllm is None and refusal is None:
         refusal = vllm_version_problem()
     if rolling_batch == "vllm":
@@ -195,7 +187,7 @@ def remedy(architectures: Sequence[str], *, vllm: bool | None = None) -> str:
     installed = vllm_installed() if vllm is None else vllm
     listed = vllm_architectures() if installed else TESTED_ARCHITECTURES
     for name in architectures:
-        if name in _DROPPED_BY_VLLM and name not in listed:
+        if name in _DROPPED_BY_VLLM:
             return (
                 f"vLLM {_DROPPED_BY_VLLM[name]} was the last to serve {name}: serve a model of another family"
             )
@@ -208,20 +200,12 @@ def remedy(architectures: Sequence[str], *, vllm: bool | None = None) -> str:
     return f"{theirs} does not list {named} either: serve a model of a family that is served"
 
 
-def _refusal(
-    architectures: Sequence[str],
-    installed: bool,
-    present: bool,
-    remote_code: bool,
-    listed: Collection[str],
-) -> str | None:
+def _refusal(architectures: Sequence[str], installed: bool, remote_code: bool) -> str | None:
     """Return why vLLM cannot serve; None if it can."""
-    if not present:
-        return "this build has no vLLM backend"
     if not installed:
         return "vLLM is not installed"
     for name in architectures:
-        if name in _DROPPED_BY_VLLM and name not in listed:
+        if name in _DROPPED_BY_VLLM:
             return f"vLLM {_DROPPED_BY_VLLM[name]} was the last to serve {name}"
         if name in _REMOTE_CODE_IN_VLLM and not remote_code:
             return f"vLLM serves {name} only with option.trust_remote_code=true"
