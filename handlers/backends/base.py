@@ -489,9 +489,6 @@ class Backend(Protocol):
     ) -> Needs:
         """Return how much memory the model needs. May import torch and transformers."""
 
-    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        """Return what is served differently from the options because of the format of the model's files."""
-
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine
     ) -> list[Problem]:

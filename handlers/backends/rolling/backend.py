@@ -120,10 +120,6 @@ class RollingBackend:
             warnings=unused_by_text(configuration.settings) if family.preprocessor is None else (),
         )
 
-    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        """See `Backend`."""
-        return []
-
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine
     ) -> list[Problem]:

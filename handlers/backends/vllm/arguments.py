@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from handlers.backends.vllm.checkpoint import (
-    format_warnings,
     replaced_formats,
     served_dtype,
     stored_dtype,
@@ -132,7 +131,7 @@ def engine_arguments(
     plan = plan_devices(settings, texts, len(machine.accelerators), heads)
     arguments |= plan.sizes() | replaced_formats(configuration, model_path)
     problems += plan.problems
-    for warning in plan.warnings + format_warnings(configuration, model_path):
+    for warning in plan.warnings:
         logger.info("%s", warning)  # info, because `lmi check` prints it itself
     stored = stored_dtype(model_path, config)
     dtype, reason = served_dtype(settings.dtype, stored, bfloat16=cpu or machine.computes_bfloat16())

@@ -62,6 +62,7 @@ class VllmBackend:
         )
         if "vision_config" in config and not there and not configuration.settings.trust_remote_code:
             found.add(iter([no_processor(directory)]))
+        found.warnings += format_warnings(configuration, directory)
 
     def weight_problems(
         self, settings: Settings, directory: Path, config: Mapping[str, Any]
@@ -94,9 +95,6 @@ class VllmBackend:
         # vLLM can be set to serve more tokens than the model has positions; the embedded engine refuses that.
         warnings = too_long(configuration, context_length(shapes))
         return Needs(dtype, reason, shapes, takes_all=True, encoder_cache=False, warnings=warnings)
-
-    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        return format_warnings(configuration, directory)
 
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine
