@@ -60,13 +60,9 @@ class RollingBackend:
         there = there or "image_processor" in contents.get("processor_config.json", {})
         if sees and not there and not configuration.settings.trust_remote_code:
             found.add(iter([no_processor(directory)]))
-
-    def weight_problems(
-        self, settings: Settings, directory: Path, config: Mapping[str, Any]
-    ) -> Iterator[str]:
-        """See `Backend`."""
-        pickled, named = settings.load_format.lower() == "pt", config.get("transformers_weights")
-        return engine_weight_problems(directory, pickled=pickled, named=named)
+        pickled = configuration.settings.load_format.lower() == "pt"
+        named = config.get("transformers_weights")
+        found.add(engine_weight_problems(directory, pickled=pickled, named=named))
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
         """See `Backend`."""

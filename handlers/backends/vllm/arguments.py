@@ -125,10 +125,9 @@ def engine_arguments(
             problems.append(Problem(text, name))
     arguments |= extra
 
-    texts = {name: item.value for name, item in configuration.extra.items()}
     config = read_model_config(model_path) or {}
     heads = model_heads(model_path, config, trust_remote_code=settings.trust_remote_code)
-    plan = plan_devices(settings, texts, len(machine.accelerators), heads)
+    plan = plan_devices(settings, configuration.extra_texts, len(machine.accelerators), heads)
     arguments |= plan.sizes() | replaced_formats(configuration, model_path)
     problems += plan.problems
     for warning in plan.warnings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from handlers.backends.base import Lifecycle
     from handlers.backends.vllm.engine import VllmEngine
     from properties.configuration import Configuration
-    from properties.settings import Settings
 
 
 class VllmBackend:
@@ -43,7 +42,7 @@ class VllmBackend:
         return VllmEngine(configuration, model_path)
 
     def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
-        if not follows(_given(configuration)):
+        if not follows(configuration.extra_texts):
             return None
         from handlers.backends.vllm.follower import VllmFollower
 
@@ -62,20 +61,15 @@ class VllmBackend:
         )
         if "vision_config" in config and not there and not configuration.settings.trust_remote_code:
             found.add(iter([no_processor(directory)]))
+        found.add(weight_problems(directory, configuration.settings.load_format))
         found.warnings += format_warnings(configuration, directory)
-
-    def weight_problems(
-        self, settings: Settings, directory: Path, config: Mapping[str, Any]
-    ) -> Iterator[str]:
-        return weight_problems(directory, settings.load_format)
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
         return None
 
     def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
-        plan = plan_devices(
-            configuration.settings, _given(configuration), len(machine.accelerators), heads_of(shapes)
-        )
+        settings, extra, heads = configuration.settings, configuration.extra_texts, heads_of(shapes)
+        plan = plan_devices(settings, extra, len(machine.accelerators), heads)
         if plan.problems:
             raise InvalidConfiguration("; ".join(str(problem) for problem in plan.problems))
         return DevicePlan(
@@ -108,7 +102,3 @@ class VllmBackend:
         """See `Backend`: vLLM has a processor of its own, which is not asked."""
         wrong = contradictions(configuration.settings, directory, None)
         return PromptCheck(errors=[Problem(text) for text in wrong])
-
-
-def _given(configuration: Configuration) -> dict[str, str]:
-    return {name: item.value for name, item in configuration.extra.items()}
