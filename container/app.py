@@ -11,9 +11,8 @@ import hmac
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
-from typing import Any
 from urllib.parse import parse_qs
 
 from pydantic import SecretStr
@@ -70,9 +69,6 @@ _PREFLIGHT_SECONDS = "86400"
 _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:\s*,\s*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
 _MOST_HEADER_CHARACTERS = 2000
 """Characters of all header names in one preflight request."""
-
-Work = Callable[[bytes, Body], Awaitable[Reply]]
-"""Answers a request's body, whose content is the first argument."""
 
 AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
 """A complete reply and all of its headers except the length."""
@@ -205,8 +201,8 @@ class App:
             call.route = error.route
             raise
         call.route = match.route
-        if not match.route.open:
-            self._authorize(call)
+        if not match.route.open and not self._keys.admit(call.headers):
+            raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
         match match.route.action:
             case "ping":
                 await self._reply(call, self._state.ping())
@@ -238,7 +234,7 @@ class App:
                 if not named and match.route.action != REGISTRY:
                     named = parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
-                await self._work(call, match.route, self._asked(call, match))
+                await self._work(call, match)
 
     def _service(self) -> Answers:
         if self._state.phase != "serving":
@@ -247,12 +243,32 @@ class App:
             raise Unavailable(self._state.reason)
         return self._state.service
 
-    def _asked(self, call: Call, match: Match) -> Work:
-        """Return the function that answers the request's body. Raises Unavailable."""
-        service, action = self._service(), match.route.action
-        work = service.answer if action == "answer" else partial(service.call, action)
-        return lambda content, body: work(
-            Incoming(
+    async def _work(self, call: Call, match: Match) -> None:
+        """Answer a request that has a body and needs the model."""
+        service, settings, route = self._service(), self._settings, match.route
+        work = service.answer if route.action == "answer" else partial(service.call, route.action)
+        longest = settings.predict_timeout
+        if route.action == REGISTRY:
+            longest = settings.model_loading_timeout
+        elif are_lines(call.template, call.headers):
+            longest = max(longest, MOST_SECONDS)
+        self.calls.add(call)
+        self.idle.clear()
+        body = Body(self.bodies, call.headers, settings.max_request_size, settings.predict_timeout)
+        try:
+            size = declared_size(call.headers)
+            if route.queued and not service.takes_no_place(call.template, size):
+                self._expect(body)
+            content = await body.read(call.receive)
+            call.body_read = True
+            if route.queued and not service.takes_no_place(call.template, size, content):
+                self._expect(body)
+            if settings.log_prompts:
+                if len(content) > LONG_BYTES:
+                    await asyncio.to_thread(log_prompt, call.request_id, content)
+                else:
+                    log_prompt(call.request_id, content)
+            incoming = Incoming(
                 call.template,
                 content,
                 call.headers,
@@ -264,38 +280,10 @@ class App:
                 query=call.parameters(),
                 adapter=match.adapter,
             )
-        )
-
-    async def _work(self, call: Call, route: Route, work: Work) -> None:
-        """Answer a request that has a body and needs the model."""
-        settings, queued = self._settings, route.queued
-        longest = settings.predict_timeout
-        if route.action == REGISTRY:
-            longest = settings.model_loading_timeout
-        elif are_lines(call.template, call.headers):
-            longest = max(longest, MOST_SECONDS)
-        self.calls.add(call)
-        self.idle.clear()
-        body = Body(
-            self.bodies, call.headers, self._settings.max_request_size, self._settings.predict_timeout
-        )
-        try:
-            placeless, size = self._service().takes_no_place, declared_size(call.headers)
-            if queued and not placeless(call.template, size):
-                self._expect(body)
-            content = await body.read(call.receive)
-            call.body_read = True
-            if queued and not placeless(call.template, size, content):
-                self._expect(body)
-            if self._settings.log_prompts:
-                if len(content) > LONG_BYTES:
-                    await asyncio.to_thread(log_prompt, call.request_id, content)
-                else:
-                    log_prompt(call.request_id, content)
-            answering = work(content, body)
-            del content  # otherwise it would be held until the reply is sent
+            answering = self._answer(call, work(incoming))
+            del content, incoming  # otherwise they would be held until the reply is sent
             await call.exchange.run(
-                self._answer(call, answering),
+                answering,
                 self._headers(call.request_id, call.headers),
                 longest=longest + _GRACE_SECONDS,
                 pause=settings.chunked_read_timeout,
@@ -320,32 +308,28 @@ class App:
             raise overloaded()
         body.expect()
 
-    async def _answer(self, call: Call, answering: Any) -> Reply:
-        reply: Reply = await answering
+    async def _answer(self, call: Call, answering: Awaitable[Reply]) -> Reply:
+        reply = await answering
         call.facts, call.logged = reply.facts, reply.logged
         if self._settings.log_prompts:
             log_answer(call.request_id, reply)
         return reply
 
     def _models(self) -> Models | None:
-        """Return the models of a server of several, once it is ready."""
+        """Return what a server of several models serves, once it is ready; None for any other server."""
         service = self._state.service
         return service if isinstance(service, Models) else None
 
     def _known(self, path: str) -> str:
         """Return the model that a path names, `NAME` or `NAME/VERSION`. Raises NotFound with LMI's message."""
         if self._settings.multi_model:
-            self._service()  # Before that none is known.
+            self._service()  # Before the server is ready, no model is known.
         models = self._models()
         accepted = self._accepted if models is None else models.names
         for name in (path, path.rpartition("/")[0]):
             if name in accepted:
                 return name
         raise NotFound(f"Model or workflow not found: {path[:200]}")
-
-    def _authorize(self, call: Call) -> None:
-        if not self._keys.admit(call.headers):
-            raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
 
     def _page(self, name: str) -> Reply:
         """Return a file of the page; "" stands for the page itself. Raises NotFound."""
@@ -454,7 +438,7 @@ class Cors:
     """The web pages that may call the server.
 
     Origins are written as browsers send them, "https://app.example", or "*" for any page. Credentials that a browser
-    adds by itself are never allowed, so one page cannot use another's key.
+    adds by itself are never allowed, so that no page can use another's key.
     """
 
     def __init__(self, origins: Sequence[str]) -> None:

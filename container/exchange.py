@@ -32,7 +32,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 Ending = Literal["client_gone", "overdue", "stalled", "shutdown"]
-"""Why a request was cancelled: its client left, its time was up, no part of its reply could be sent for too long, or
+"""Why a request was cancelled: its client left, its time was up, nothing of its reply could be sent for too long, or
 the server stopped."""
 
 
@@ -267,7 +267,7 @@ class BodyTimeout(ServingError):
 
 
 class Bodies:
-    """The memory of all request bodies.
+    """The memory of all request bodies, and its limit.
 
     A body is held from its arrival until its reply has ended, its images only until the engine has them. Bytes are
     counted as they arrive, never as they are declared: a client that declares much and sends nothing takes nothing
