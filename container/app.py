@@ -29,7 +29,6 @@ from container.exchange import (
     Send,
     declared_size,
     has_body,
-    header_lines,
     request_id,
 )
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
@@ -70,8 +69,8 @@ _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:\s*,\s*[\w!#$%&'*+.^`|~-]+)*"
 _MOST_HEADER_CHARACTERS = 2000
 """Characters of all header names in one preflight request."""
 
-AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
-"""A complete reply and all of its headers except the length."""
+_DROPPED_BYTES = 64 * 1024
+"""The most bytes of a refused request's body that are read and discarded to keep the connection."""
 
 
 class Unauthorized(ServingError):
@@ -114,57 +113,19 @@ class App:
         self._page_is_on = page.is_on(configuration) and not several
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
-    def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
-        """Return the reply to a request whose head suffices: a probe, or a request that is refused.
-
-        Probes wait for nothing that is running, and a refusal needs neither parsing nor a task.
-
-        Args:
-            method: The request's method.
-            path: The request's path.
-            headers: The request's headers, with names in lower case.
-            crowded: Whether more connections are open than allowed.
-
-        Returns:
-            None for any other request, which `__call__` answers.
-        """
-        try:
-            match = self._router.find(path, method)
-        except ServingError:
-            return None
-        action = match.route.action
-        if (
-            path == "/"
-            and action == "health"
-            and self._page_is_on
-            and "text/html" in headers.get("accept", "")
-        ):
-            reply = page.file("index.html")
-        elif action == "ping" or action == "health":
-            reply = self._state.ping() if action == "ping" else self._state.health_page()
-        else:
-            if match.route.light or self._state.phase != "serving" or self._state.service is None:
-                return None
-            error = self._refusal(match.route, declared_size(headers), crowded)
-            if error is None or not self._keys.admit(headers):
-                return None
-            self._metrics.on_error(error.kind)
-            self._refusals.add(error)
-            reply = error_reply(error, error_format(match.route.template, headers))
-        self._metrics.on_http(match.route.template, reply.status)
-        own = self._headers(request_id(headers, self._settings.request_id_header_key), headers)
-        return reply, header_lines(reply, own)
-
     def on_malformed(self, status: int) -> None:
         """Count input that was not a request and was answered with `status`."""
         self._metrics.on_http("unknown", status)
 
-    def _refusal(self, route: Route, declared: int, crowded: bool) -> ServingError | None:
+    def _refusal(self, route: Route, call: Call) -> ServingError | None:
         """Return the reason not to read a request's body, if there is one."""
-        if crowded:
+        if route.light or self._state.phase != "serving" or (service := self._state.service) is None:
+            return None
+        declared = declared_size(call.headers)
+        if call.crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
-        full = route.queued and self._service().free <= self.bodies.expected
-        if full and not self._service().takes_no_place(route.template, declared):
+        full = route.queued and service.free <= self.bodies.expected
+        if full and not service.takes_no_place(route.template, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -180,6 +141,7 @@ class App:
             receive=receive,
             exchange=Exchange(receive, send),
             request_id=request_id(headers, self._settings.request_id_header_key),
+            crowded=scope.get("state", {}).get("crowded", False),
         )
         try:
             await self._respond(call)
@@ -203,11 +165,24 @@ class App:
         call.route = match.route
         if not match.route.open and not self._keys.admit(call.headers):
             raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
+        if (refusal := self._refusal(match.route, call)) is not None:
+            self._metrics.on_error(refusal.kind)
+            self._refusals.add(refusal)
+            call.logged = True
+            await self._reply(
+                call,
+                error_reply(refusal, error_format(call.template, call.headers)),
+                close=_is_long(call.headers),
+            )
+            return
         match match.route.action:
             case "ping":
                 await self._reply(call, self._state.ping())
             case "health":
-                await self._reply(call, self._state.health_page())
+                shown = (
+                    call.path == "/" and self._page_is_on and "text/html" in call.headers.get("accept", "")
+                )
+                await self._reply(call, page.file("index.html") if shown else self._state.health_page())
             case "metrics":
                 await self._reply(call, await self._metrics_page(call))
             case "models":
@@ -284,7 +259,7 @@ class App:
             del content, incoming  # otherwise they would be held until the reply is sent
             await call.exchange.run(
                 answering,
-                self._headers(call.request_id, call.headers),
+                self._headers(call),
                 longest=longest + _GRACE_SECONDS,
                 pause=settings.chunked_read_timeout,
             )
@@ -357,11 +332,11 @@ class App:
         return Reply(200, content_type, body)
 
     async def _reply(self, call: Call, reply: Reply, close: bool = False) -> None:
-        await call.exchange.send(reply, self._headers(call.request_id, call.headers), close)
+        await call.exchange.send(reply, self._headers(call), close)
 
-    def _headers(self, request_id: str, asked: Mapping[str, str]) -> dict[str, str]:
-        headers = {**_UNCACHED, "x-request-id": request_id, **self._cors.headers(asked)}
-        if self._state.phase == "draining":
+    def _headers(self, call: Call) -> dict[str, str]:
+        headers = {**_UNCACHED, "x-request-id": call.request_id, **self._cors.headers(call.headers)}
+        if self._state.phase == "draining" or call.crowded:
             headers["connection"] = "close"
         return headers
 
@@ -395,6 +370,11 @@ class App:
         ):
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
+
+
+def _is_long(headers: Mapping[str, str]) -> bool:
+    """Whether a refused request's body is, or may be, too long to be discarded."""
+    return "transfer-encoding" in headers or "expect" in headers or declared_size(headers) > _DROPPED_BYTES
 
 
 class Keys:

@@ -36,14 +36,6 @@ Ending = Literal["client_gone", "overdue", "stalled", "shutdown"]
 the server stopped."""
 
 
-def header_lines(reply: Reply, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Return the reply's headers and `headers`, without characters that could end a line."""
-    lines = [(b"content-type", reply.content_type.encode("latin-1", "replace"))]
-    for name, value in (*headers.items(), *reply.headers.items()):
-        lines.append((name.lower().encode("ascii"), _CONTROL.sub("", value).encode("latin-1", "replace")))
-    return lines
-
-
 class Exchange:
     """Sends the reply to one request, and cancels the work on it when nobody can receive it any more.
 
@@ -131,7 +123,9 @@ class Exchange:
 
     async def _start(self, reply: Reply, headers: Mapping[str, str]) -> None:
         self.status = reply.status
-        lines = header_lines(reply, headers)
+        lines = [(b"content-type", reply.content_type.encode("latin-1", "replace"))]
+        for name, value in (*headers.items(), *reply.headers.items()):  # without what could end a line
+            lines.append((name.lower().encode("ascii"), _CONTROL.sub("", value).encode("latin-1", "replace")))
         await self._send({"type": "http.response.start", "status": reply.status, "headers": lines})
 
     async def _watch_client(self) -> None:
@@ -155,7 +149,13 @@ class Exchange:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request while it is answered. route: None if no route matches. logged: whether a model's process logs it."""
+    """One request while it is answered.
+
+    Attributes:
+        crowded: Whether more connections than allowed were open when its head arrived.
+        route: None if no route matches.
+        logged: Whether its line in the log is written elsewhere.
+    """
 
     method: str
     path: str
@@ -164,6 +164,7 @@ class Call:
     receive: Receive
     exchange: Exchange
     request_id: str
+    crowded: bool = False
     route: Route | None = None
     model: str | None = None
     body_read: bool = False
