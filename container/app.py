@@ -169,11 +169,7 @@ class App:
             self._metrics.on_error(refusal.kind)
             self._refusals.add(refusal)
             call.logged = True
-            await self._reply(
-                call,
-                error_reply(refusal, error_format(call.template, call.headers)),
-                close=_is_long(call.headers),
-            )
+            await self._reply(call, error_reply(refusal, error_format(call.template, call.headers)))
             return
         match match.route.action:
             case "ping":
@@ -336,7 +332,8 @@ class App:
 
     def _headers(self, call: Call) -> dict[str, str]:
         headers = {**_UNCACHED, "x-request-id": call.request_id, **self._cors.headers(call.headers)}
-        if self._state.phase == "draining" or call.crowded:
+        unread = not call.body_read and _is_long(call.headers)
+        if self._state.phase == "draining" or call.crowded or unread:
             headers["connection"] = "close"
         return headers
 
@@ -373,7 +370,7 @@ class App:
 
 
 def _is_long(headers: Mapping[str, str]) -> bool:
-    """Whether a refused request's body is, or may be, too long to be discarded."""
+    """Whether the body is, or may be, too long to be discarded if the request is answered without it."""
     return "transfer-encoding" in headers or "expect" in headers or declared_size(headers) > _DROPPED_BYTES
 
 

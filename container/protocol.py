@@ -272,6 +272,11 @@ class Protocol(HttpToolsProtocol):
         else:
             self._application.on_malformed(status)
             own = self._is_free()
+            if (
+                not own and not self.pipeline and not self._in_body
+            ):  # The request before it gets its reply first.
+                self._deaf, self.cycle.keep_alive = True, False
+                return
         if own:
             lines = [
                 (b"content-type", b"text/plain; charset=utf-8"),
