@@ -20,13 +20,13 @@ from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images import ImageProblem, too_many_pixels
 from handlers.images.decoder import convert, decoded_bytes, prepare_pillow
-from handlers.images.decoders import DecoderPool
+from handlers.images.decoder_pool import DecoderPool
 from handlers.images.embeddings import read_embeddings
 from handlers.images.encoding import decode_data_url, is_data_url, without_codings
 from handlers.images.fetch import Body, Fetcher
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
-from handlers.images.memory import DecodedCache, ImageMemory, digest_of
+from handlers.images.memory import DecodedCache, ImageMemory
 from handlers.images.target import Resolver
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, MediaPart
 
@@ -70,13 +70,7 @@ class ImageLoader:
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """Create a loader.
-
-        Args:
-            limits: Limits of each image.
-            resolver: Replaces the system's name resolution.
-            ssl_context: Replaces the system's certificate authorities.
-        """
+        """resolver, ssl_context: replace the system's name resolution and its certificate authorities."""
         prepare_pillow(limits.max_pixels)
         self.limits = limits
         self.fetched = 0
@@ -206,7 +200,7 @@ class ImageLoader:
             if isinstance(source, str)
             else without_codings(b"".join(source.pieces), source.codings, most)
         )
-        return data, digest_of(data), read_header(data)
+        return data, hashlib.sha256(data).digest(), read_header(data)
 
     def _convert(self, image: Image) -> LoadedImage:
         # An image that several prompts share is read from its file by the first: Pillow has no lock for that.
