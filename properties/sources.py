@@ -72,9 +72,7 @@ def read_environment(environ: Mapping[str, str]) -> Iterator[RawValue]:
                 yield RawValue(own.level, key_of(name), value, own.name, own.rank, own)
 
 
-def read_file(
-    path: Path, problems: list[Problem], warnings: list[Problem], level: Level = Level.FILE
-) -> Iterator[RawValue]:
+def read_file(path: Path, problems: list[Problem], warnings: list[Problem]) -> Iterator[RawValue]:
     """Read a file in Java's properties syntax: UTF-8, or Latin-1 if it is not valid UTF-8.
 
     If a key is written twice the later one counts, as in Java, with a warning.
@@ -99,7 +97,7 @@ def read_file(
                     warnings.append(
                         Problem(f"{element.key} is written twice; {location} counts, not {before.location}")
                     )
-                found[element.key] = RawValue(level, element.key, element.value, location)
+                found[element.key] = RawValue(Level.FILE, element.key, element.value, location)
             line += len(re.findall(r"\r\n|\r|\n", element.source))
     except javaproperties.InvalidUEscapeError as error:
         problems.append(
