@@ -76,7 +76,7 @@ class SecureMode:
         for control, name, used in forbidden:
             if used and control in self.controls:
                 where = f"{name} ({sources[name].location})"
-                yield Problem(f"{where} is forbidden by {control} of {_CONTROLS}", name, sources[name])
+                yield Problem(f"{where} is forbidden by {control} of {_CONTROLS}", name)
 
     def files(self, directory: Path | None) -> Iterator[Problem]:
         """Yield what is forbidden in the directory of a model or adapter, and in all that it contains."""
