@@ -189,25 +189,13 @@ def _tokenizer(start: Start) -> Any:
     return AutoTokenizer.from_pretrained(start.properties["model_id"])
 
 
-def is_concurrent(function: Callable[..., Any]) -> bool:
-    """Whether calls of the function may overlap, because it is `async def`."""
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-
-
-def first_input(start: Start) -> djl.Input:
-    """Return the input of the first, empty call, in which a handler loads its model."""
+def input_of(start: Start, call: Call | None = None) -> djl.Input:
+    """Return the input of a call; by default, of the first, empty one, in which a handler loads its model."""
     inputs = djl.Input()
     inputs.function_name = start.function
-    inputs.properties.update(start.properties)
-    return inputs
-
-
-def input_of(call: Call, function: str | None) -> djl.Input:
-    """Return the input of the call for a request."""
-    inputs = djl.Input()
-    inputs.function_name = function
-    inputs.properties.update(call.properties)
-    inputs.content.add("data", call.body)
+    inputs.properties.update(start.properties if call is None else call.properties)
+    if call is not None:
+        inputs.content.add("data", call.body)
     return inputs
 
 
@@ -220,7 +208,7 @@ def check_first(result: Any) -> None:
 
 def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
     """Answer calls in the order in which they arrive, in this thread."""
-    check_first(function(first_input(start)))
+    check_first(function(input_of(start)))
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
 
     def on_cancel(number: int) -> None:
@@ -231,7 +219,7 @@ def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Inp
     while True:
         call = calls.get()
         try:
-            for message in answer(call.id, function(input_of(call, start.function))):
+            for message in answer(call.id, function(input_of(start, call))):
                 channel.send(message)
                 if channel.cancelled == call.id:
                     break
@@ -242,13 +230,13 @@ def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Inp
 
 async def serve_together(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
     """Answer each call in a task of its own."""
-    check_first(await _result(function(first_input(start))))
+    check_first(await _result(function(input_of(start))))
     loop = asyncio.get_running_loop()
     tasks: dict[int, asyncio.Task[None]] = {}
 
     async def run(call: Call) -> None:
         try:
-            result = await _result(function(input_of(call, start.function)))
+            result = await _result(function(input_of(start, call)))
             async for message in answer_async(call.id, result):
                 channel.send(message)
             channel.send(End(call.id))
@@ -408,7 +396,7 @@ def main() -> int:
     start = channel.start()
     try:
         function = load(start)
-        if is_concurrent(function):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             asyncio.run(serve_together(channel, start, function))
         else:
             serve_one_by_one(channel, start, function)
