@@ -147,8 +147,8 @@ class ImageLoader:
         )
         if failed is not None:
             raise failed
-        for (_, part), image in zip(wanted, loaded, strict=True):
-            _give(part, image)
+        for (_, part), result in zip(wanted, loaded, strict=True):
+            part.loaded = result
 
     async def _in_time(
         self, index: int, deadline: float | None, work: Callable[..., Awaitable[T]], *given: Any
@@ -220,15 +220,6 @@ class ImageLoader:
         if self._closed:
             raise Unavailable("the server is stopping", retry_after=5)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
-
-
-def _give(part: MediaPart, loaded: LoadedImage | LoadedEmbeddings) -> None:
-    if isinstance(part, EmbeddingsPart):
-        assert isinstance(loaded, LoadedEmbeddings)
-        part.loaded = loaded
-    else:
-        assert isinstance(loaded, LoadedImage)
-        part.loaded = loaded
 
 
 async def _until_one_fails(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[list[T], ImageError | None]:
