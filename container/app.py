@@ -19,12 +19,23 @@ from urllib.parse import parse_qs
 from pydantic import SecretStr
 
 from container import page
-from container.bodies import Bodies, Body, ClientGone, Receive, declared_size
-from container.exchange import Call, Exchange, Scope, Send, has_body, header_lines, request_id
+from container.exchange import (
+    Bodies,
+    Body,
+    Call,
+    ClientGone,
+    Exchange,
+    Receive,
+    Scope,
+    Send,
+    declared_size,
+    has_body,
+    header_lines,
+    request_id,
+)
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
-from container.models.models import Models
-from container.models.routes import REGISTRY
+from container.models.models import REGISTRY, Models
 from container.openapi import document
 from container.page import ModelPage
 from container.routes import ONE, SEVERAL, Match, MethodNotAllowed
@@ -37,13 +48,13 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Incoming, Reply
 from handlers.generation_task import RETRY_AFTER, overloaded
 from handlers.model_names import accepted_names, public_names
 from handlers.protocols.base import Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
-from handlers.protocols.lmi.lines import MOST_SECONDS, are_lines
+from handlers.protocols.lmi.sagemaker import MOST_SECONDS, are_lines
 from handlers.protocols.select import error_format
+from handlers.request import Incoming, Reply
 from handlers.version import VERSION
 from properties.configuration import Configuration
 

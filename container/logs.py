@@ -20,9 +20,9 @@ from typing import Any, Literal, TextIO
 import msgspec
 
 from handlers.errors import ServingError
-from handlers.exchange import Reply
 from handlers.progress import ERASE
 from handlers.protocols.body_limits import check_body
+from handlers.request import Reply
 
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from container.models.routes import REGISTRY
+from container.models.models import REGISTRY
 from container.routes import ONE, Router
 from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
 from handlers.protocols.select import ERRORS_ANYWHERE

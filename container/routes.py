@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from container.models.routes import ROUTES as MODEL_ROUTES
+from container.models.models import ROUTES as MODEL_ROUTES
 from container.state import EngineState, Healthy, Ping, Unhealthy, Version
 from handlers.errors import NotFound, ServingError
 from handlers.protocols.base import READ, Route

@@ -13,10 +13,10 @@ from msgspec import UNSET, Struct
 
 from handlers.backends.base import BackendStats, Health, Lifecycle
 from handlers.errors import NotFound
-from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.progress import Progress
 from handlers.protocols.base import JSON
 from handlers.protocols.openai.replies import Model, Models
+from handlers.request import Incoming, Reply, RequestFacts
 
 Phase = Literal["loading", "serving", "draining", "failed"]
 

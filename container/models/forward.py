@@ -8,9 +8,9 @@ from urllib.parse import quote, urlencode
 import httpcore
 
 from handlers.errors import Unavailable
-from handlers.exchange import Incoming, Reply
 from handlers.model_names import LMI_DEFAULT
 from handlers.protocols.base import JSON
+from handlers.request import Incoming, Reply
 
 _NOT_SENT = frozenset(
     {

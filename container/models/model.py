@@ -16,7 +16,7 @@ from container.logs import WRITTEN
 from container.models.forward import Line
 from container.models.messages import Answer, Failure, Prepare, Prepared, Start
 from handlers.errors import InsufficientStorage, InvalidRequest, NotFound, ServingError, Unavailable
-from handlers.exchange import Incoming, Reply
+from handlers.request import Incoming, Reply
 from processes.child import Child, Log
 from properties.settings import Settings
 

@@ -11,14 +11,13 @@ import sys
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from container.models.archive import SUFFIXES
 from container.models.messages import Prepared
 from container.models.model import Model, looked_at
-from container.models.routes import REGISTRY, LoadBody, LoadedModel, LoadedModels, ModelStatus
+from container.models.prepare import SUFFIXES
 from engine.machine import host_memory
 from handlers.artefacts.fetch import download_root
 from handlers.artefacts.local import local_path
@@ -32,10 +31,11 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Incoming, Reply
-from handlers.protocols.base import JSON, READ
+from handlers.protocols.base import JSON, READ, Route
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
 from handlers.protocols.lmi.adapters import page_of
+from handlers.protocols.lmi.replies import LmiError
+from handlers.request import Incoming, Reply
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,38 @@ _OF_THE_CONTAINER = frozenset(
     {"host", "port", "api_key", "cors_allowed_origin", "cors_allow_origin", *_OF_EACH}
 )
 """Options of the command line that are not passed on to the models' servers."""
+
+
+REGISTRY = "registry"
+"""The action of these routes."""
+
+
+class LoadBody(msgspec.Struct):
+    """Loads a model. url: a directory or an archive on this machine. model_name: default: the last part of the url."""
+
+    url: str | None = None
+    model_name: str | None = None
+
+
+class LoadedModel(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    """One model. status: LMI's; IDLE: its next request loads it again."""
+
+    model_name: str
+    model_url: str
+    status: Literal["PENDING", "READY", "IDLE"]
+
+
+class LoadedModels(msgspec.Struct, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+    """A page of models. next_page_token: only if there are more."""
+
+    models: list[LoadedModel]
+    next_page_token: str | None = None
+
+
+class ModelStatus(msgspec.Struct, forbid_unknown_fields=True):
+    """Says what has been done."""
+
+    status: str
 
 
 class _Named(msgspec.Struct):
@@ -209,7 +241,13 @@ class Models:
     def _source(self, url: str) -> Path:
         allowed = (self._store, self._settings.allowed_model_path)
         path = local_path("url", url, self._store, allowed, "models", "MODEL and allowed_model_path")
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:  # a directory above it that this user may not enter
+            raise InvalidRequest(
+                f"url: {error.strerror}; let user {os.getuid()} read it", param="url"
+            ) from None
+        if not there:
             raise NotFound("url: there is no such directory or archive", param="url")
         if not path.is_dir() and not path.name.endswith(SUFFIXES):
             raise InvalidRequest("url: a directory, or a .tar.gz archive", param="url")
@@ -305,3 +343,50 @@ def _shown(model: Model) -> LoadedModel:
 
 def _reply(body: msgspec.Struct, status: int = 200) -> Reply:
     return Reply(status, JSON, msgspec.json.encode(body) + b"\n")
+
+
+ROUTES = (
+    Route(
+        "/models",
+        REGISTRY,
+        "The loaded models (SageMaker, LMI)",
+        methods=READ,
+        query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
+        replies=(LoadedModels,),
+        errors=(LmiError,),
+        codes=(400,),
+    ),
+    Route(
+        "/models",
+        REGISTRY,
+        "Load a model, named in the query or in the body; answered when it can be asked (SageMaker, LMI)",
+        query={
+            "url": "A directory or a .tar.gz archive on this machine; wins over the body.",
+            "model_name": "What requests call it; wins over the body.",
+        },
+        bodies=(LoadBody,),
+        replies=(ModelStatus,),
+        errors=(LmiError,),
+        codes=(400, 404, 408, 409, 413, 415, 507),
+    ),
+    Route(
+        "/models/{name}",
+        REGISTRY,
+        "One model (SageMaker)",
+        methods=READ,
+        template="/models/{model}",
+        replies=(LoadedModel,),
+        errors=(LmiError,),
+        codes=(404,),
+    ),
+    Route(
+        "/models/{name}",
+        REGISTRY,
+        "Unload a model; answered when its requests have ended and its memory is free (SageMaker, LMI)",
+        methods=("DELETE",),
+        template="/models/{model}",
+        replies=(ModelStatus,),
+        errors=(LmiError,),
+        codes=(404, 408),
+    ),
+)

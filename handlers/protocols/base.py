@@ -15,10 +15,9 @@ from msgspec import Meta, Struct
 from engine.sampling_params import MAX_INTEGER, MAX_SEED
 from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidParameter, InvalidRequest, ServingError
-from handlers.exchange import Incoming, Reply, RequestFacts
 from handlers.parsers.base import AnswerFormats
 from handlers.protocols.body import warning
-from handlers.request import GenerationRequest, RequestSampling
+from handlers.request import GenerationRequest, Incoming, Reply, RequestFacts, RequestSampling
 from properties.settings import OutputFormat, Settings
 
 if TYPE_CHECKING:
@@ -255,7 +254,11 @@ class Task:
 
 
 Reader = Callable[[dict[str, Any], ServerContext, Incoming, str | None], Task]
-"""Makes a task of a body, for the adapter that the request's head names. Raises InvalidRequest naming the field."""
+"""Makes a task of a body; nothing has been fetched or generated yet. Raises InvalidRequest naming the field at fault.
+
+Arguments: the JSON object; what holds for every request; the request; and the adapter that the request's head names,
+which takes precedence over one in the body.
+"""
 
 Frame = Callable[[Reader, dict[str, Any], ServerContext, Incoming, str | None], Task]
 """Reads a body with its API's own reader and changes how the reply is framed."""

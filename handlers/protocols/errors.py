@@ -20,8 +20,8 @@ from types import CodeType
 import msgspec
 
 from handlers.errors import Overloaded, ServingError, Unavailable, raised_at, short_of
-from handlers.exchange import Reply
 from handlers.protocols.base import JSON, ErrorFormat
+from handlers.request import Reply
 from processes.shortage import shortage
 
 log = logging.getLogger(__name__)

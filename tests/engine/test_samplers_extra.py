@@ -33,7 +33,8 @@ from handlers.backends.vllm.samplers import (
 )
 from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import InvalidRequest
-from handlers.request import DRY_BREAKERS, RequestSampling, spelled
+from handlers.pipeline import DRY_BREAKERS, spelled
+from handlers.request import RequestSampling
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
 from tests.support.models import make_llava, make_tokenizer

@@ -13,10 +13,10 @@ import msgspec
 
 from handlers.backends.adapters import AdapterInfo, AdapterStore
 from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
-from handlers.exchange import Incoming, Reply
 from handlers.protocols.base import JSON, READ, Route
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
 from handlers.protocols.lmi.replies import LmiError
+from handlers.request import Incoming, Reply
 
 if TYPE_CHECKING:
     from handlers.service import Service
