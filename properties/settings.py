@@ -227,9 +227,9 @@ class EngineSettings(BaseModel):
     )
     max_step_ms: Positive = option(
         "While answers are generated, prompts and images of other requests are spread over steps of about this time, "
-        "or of three times what the answers alone take. Smaller: streams flow more evenly; larger: prompts are "
-        "computed sooner.",
-        default=300,
+        "or of two and a half times what the answers alone take. Smaller: streams flow more evenly; larger: prompts "
+        "are computed sooner.",
+        default=80,
         unit="ms",
         backends=ROLLING,
     )

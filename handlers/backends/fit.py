@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.machine import Device, Machine
-from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
+from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE, encoder_share
 from handlers.backends.base import Backend, Needs
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.errors import InvalidConfiguration
@@ -142,19 +142,26 @@ def _useful(
 ) -> int:
     """Set and return the number of cache bytes per device.
 
-    That is the size that was asked for, or else as much of `room` as `requests` of the longest requests fill. It is
-    never more than a full batch of them could fill, unless the backend `takes_all`.
+    That is the size that was asked for, or else as much of `room` as encoder outputs leave, and no more than `requests`
+    of the longest requests fill. It is never more than a full batch could fill, unless the backend `takes_all`.
     """
     settings, length = configuration.settings, configuration.effective("max_model_len")
     asked = settings.kv_cache_memory_mb
-    cache = room if asked is None else asked * 2**20
+    batch = settings.max_rolling_batch_size
+    batch = min(batch, requests) if requests is not None and asked is None else batch
+    if asked is not None:
+        cache = asked * 2**20
+    elif needs.encoder_cache:
+        given, each = settings.encoder_cache_mb, (result.image_bytes or 0) // result.devices_per_replica
+        given = None if given is None else given * 2**20
+        cache = room - encoder_share(room, batch, each, given, on_cpu=result.devices == 0)
+    else:
+        cache = room
     if (
         length is not None
         and result.cache_bytes_per_token is not None
         and (asked is None or not needs.takes_all)
     ):
-        batch = settings.max_rolling_batch_size
-        batch = min(batch, requests) if requests is not None and asked is None else batch
         tokens = batch * _blocks(settings, length)
         fills = tokens * result.cache_bytes_per_token // result.devices_per_replica
         if asked is not None and fills < cache:
