@@ -192,7 +192,10 @@ class Server:
         self.state.serve(models, models)
 
     def _tell(self, progress: Progress) -> None:
-        logger.info("%s: %s", self.state.reason, progress, extra={"passing": on_terminal()})
+        if on_terminal():
+            logger.info("%s%s", progress.bar, progress, extra={"passing": True})
+        else:
+            logger.info("%s: %s", self.state.reason, progress)
 
     async def _fetch_and_load(self) -> None:
         # Prepared now, because the first refused request would have to wait for it.

@@ -77,13 +77,13 @@ class Option:
     embedded: tuple[str, ...] = ()
 
 
-def option(meaning: str, *, default: Any, **definition: Any) -> Any:
+def option(meaning: str, *, default: Any = None, **definition: Any) -> Any:
     """Define a field of the settings; `definition` are the attributes of `Option`."""
     field = Field(default=default)
     field.metadata.append(Option(meaning, **definition))
     return field
 
 
-def server_key(meaning: str, *, default: Any, **definition: Any) -> Any:
+def server_key(meaning: str, *, default: Any = None, **definition: Any) -> Any:
     """Define a field of the HTTP server or the process, written without `option.` and set by SERVING_*."""
     return option(meaning, default=default, server=True, **definition)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from properties.field import Level
 
@@ -52,15 +52,27 @@ class Problem:
     Attributes:
         message: A complete message: it names the option, the value, where it was written and what is allowed.
         option: Attribute of `Settings` at fault, if there is one.
-        source: Where the value was written.
     """
 
     message: str
     option: str | None = None
-    source: Source | None = None
 
     def __str__(self) -> str:
         return self.message
+
+
+@dataclass
+class Report:
+    """What was found in a configuration. problems: what is wrong. warnings: what is only doubtful."""
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+    def problem(self, message: str, option: str | None = None) -> None:
+        self.problems.append(Problem(message, option))
+
+    def warn(self, message: str, option: str | None = None) -> None:
+        self.warnings.append(Problem(message, option))
 
 
 class ConfigurationError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,13 @@ from properties.field import Level
 _HERE = Path(__file__).parent
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 _FILES = frozenset(path.name for path in _HERE.iterdir() if path.suffix in _TYPES)
+
+_INSTALLED = Path(sys.prefix) / "share/doc/lmi-handler"
+_DOCS = {
+    path.name: path
+    for path in sorted((_INSTALLED if _INSTALLED.is_dir() else _HERE.parents[1] / "docs").glob("*.md"))
+}
+"""The documentation, where pip installs it or in a checkout."""
 
 _EXAMPLES = "examples.json"
 """Beside a model: a list of {"question", "image"}, the image a file's name below the model's directory."""
@@ -44,7 +52,9 @@ def is_on(configuration: Configuration) -> bool:
 
 
 def file(name: str) -> Reply:
-    """Return a file of the page. Raises NotFound."""
+    """Return a file of the page, or of the documentation (`docs/NAME.md`). Raises NotFound."""
+    if (document := _DOCS.get(name.removeprefix("docs/"))) is not None and name.startswith("docs/"):
+        return Reply(200, "text/plain; charset=utf-8", document.read_bytes(), headers=dict(_HEADERS))
     if name not in _FILES:
         raise NotFound("the page has no such file")
     path = _HERE / name
@@ -94,6 +104,7 @@ class ModelPage:
                 {"question": question, "image": f"page/examples/{number}"}
                 for number, (question, _) in enumerate(self._examples)
             ],
+            "documentation": list(_DOCS),
             "key": settings.api_key is not None,
             "version": VERSION,
         }

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -19,8 +20,8 @@ from engine.messages import (
     Answer,
     Ask,
     FromEngine,
+    Loaded,
     LoadFailed,
-    Loading,
     Output,
     Ping,
     Pong,
@@ -30,6 +31,7 @@ from engine.messages import (
     ToEngine,
 )
 from handlers import progress
+from handlers.backends.weights_read import WARM_UP, weights_told
 from processes.child import Child, Connection, Log
 from processes.inside import MAX_FRAME_BYTES
 from processes.supervisor import Supervisor, why_down
@@ -128,11 +130,11 @@ class EngineProcess:
         """
         try:
             _send(self._connection, msgspec.msgpack.encode(config))
-            loading, phase = progress.current(), None
-            while isinstance(first := await self._receive(), Loading):
-                if phase != first.what:
-                    loading.begin(phase := first.what, first.total, first.size)
-                loading.done = first.done
+            async with weights_told(Path(config.model_path), lambda: (self._child.pid,)):
+                first = await self._receive()
+            if isinstance(first, Loaded):
+                progress.current().begin(WARM_UP)
+                first = await self._receive()
             if isinstance(first, Ready):
                 return EngineClient(self._child, self._connection, first, stuck_seconds)
             if isinstance(first, LoadFailed):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineError
 from engine.machine import this_machine
+from handlers import progress
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -32,6 +33,7 @@ from handlers.backends.vllm.devices import choose_devices, share_cores
 from handlers.backends.vllm.failures import failed, refusal_reason
 from handlers.backends.vllm.parsers import vllm_parsers
 from handlers.backends.vllm.probes import Probes
+from handlers.backends.vllm.processes import engine_children
 from handlers.backends.vllm.prompts import VllmPrompts, place_images, placeholders
 from handlers.backends.vllm.samplers import offer
 from handlers.backends.vllm.sampling import (
@@ -45,6 +47,7 @@ from handlers.backends.vllm.sampling import (
 )
 from handlers.backends.vllm.stream import VllmStream
 from handlers.backends.vllm.supervisor import Counters, EngineSupervisor, series, stat_logger
+from handlers.backends.weights_read import weights_told
 from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
 from handlers.prompts.tokenizer import load_tokenizer
@@ -139,6 +142,7 @@ class VllmEngine:
 
     async def load(self) -> None:
         settings = self._settings
+        progress.current().begin("starting vLLM")
         builder = await self._in_thread(EngineBuilder, self._configuration, self._path)
         self._vllm, self._samplers = builder.vllm, builder.samplers
         try:
@@ -171,7 +175,9 @@ class VllmEngine:
                 suspect_seconds=settings.engine_suspect_timeout,
                 stuck_seconds=settings.engine_stuck_timeout or 300.0,
             )
-            await self._supervisor.start()
+            others = engine_children()
+            async with weights_told(self._path, lambda: engine_children() - others):
+                await self._supervisor.start()
             engine = self._supervisor.engine
             config = engine.vllm_config
             self._prompts = prompts = await self._in_thread(
