@@ -164,33 +164,26 @@ class Configuration:
             for name, sourced in self.extra.items()
             if backend != "vllm" and name in self.backend_options
         ]
-        return theirs + [
-            Problem(
-                f"{key_of(name)} ({source.location}) has no effect with the {backend} backend; "
-                f"honoured by: {', '.join(_honouring(name, getattr(self.settings, name))) or 'none yet'}",
-                name,
-            )
-            for name, source in self.sources.items()
-            if backend not in _honouring(name, getattr(self.settings, name))
-            and _changed(self.settings, self.sources, name)
-        ]
+        honouring = {name: _honouring(name, getattr(self.settings, name)) for name in self.sources}
+        reasons = {
+            name: f"has no effect with the {backend} backend; honoured by: {', '.join(others) or 'none yet'}"
+            for name, others in honouring.items()
+            if backend not in others
+        }
+        return theirs + _warnings(self.settings, self.sources, reasons)
 
     def without_effect(self, backend: BackendName) -> list[Problem]:
         """Return the same, and a warning for each option that has no effect because of other options."""
         reasons = {
-            name: f"without {key_of(needed)}=true"
+            name: f"has no effect without {key_of(needed)}=true"
             for name, needed in _NEEDS.items()
             if backend in OPTIONS[name].backends and not getattr(self.settings, needed)
         }
         if self.settings.rolling_batch == "disable":
             reasons["max_rolling_batch_size"] = (
-                "beside option.rolling_batch=disable, which serves one request at a time"
+                "has no effect beside option.rolling_batch=disable, which serves one request at a time"
             )
-        return self.unhonoured(backend) + [
-            Problem(f"{key_of(name)} ({self.sources[name].location}) has no effect {reason}", name)
-            for name, reason in reasons.items()
-            if _changed(self.settings, self.sources, name)
-        ]
+        return self.unhonoured(backend) + _warnings(self.settings, self.sources, reasons)
 
 
 def _honouring(name: str, value: Any) -> tuple[BackendName, ...]:
@@ -415,10 +408,13 @@ def _check_together(result: Resolution, home: Path | None) -> None:
             result.problem(f"{written('chat_template')}: no such file, and no template text", "chat_template")
 
 
-def _changed(settings: Settings, sources: Mapping[str, Source], name: str) -> bool:
-    """Tell whether the user wrote another value than the default."""
-    written = sources[name].level < Level.RECOMMENDED
-    return written and getattr(settings, name) != getattr(_DEFAULTS, name)
+def _warnings(settings: Settings, sources: Mapping[str, Source], reasons: Mapping[str, str]) -> list[Problem]:
+    """Return a warning for each of these options for which the user wrote another value than the default."""
+    return [
+        Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name)
+        for name, reason in reasons.items()
+        if sources[name].level < Level.RECOMMENDED and getattr(settings, name) != getattr(_DEFAULTS, name)
+    ]
 
 
 def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path | None) -> list[Problem]:
@@ -445,8 +441,4 @@ def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path |
         and not (home and any((home / name).is_file() for name in SCRIPTS))
     ):
         reasons["handler"] = "has no effect: the model has no model.py, and no entry point is named"
-    return [
-        Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name)
-        for name, reason in reasons.items()
-        if _changed(settings, sources, name)
-    ]
+    return _warnings(settings, sources, reasons)

@@ -9,18 +9,6 @@ from properties.field import Level
 
 MASK = "********"
 
-_KINDS = {
-    Level.COMMAND_LINE: "command line",
-    Level.SAGEMAKER: "SageMaker variable",
-    Level.FILE: "serving.properties",
-    Level.ENVIRONMENT: "environment option",
-    Level.CONTAINER: "vLLM or SGLang container variable",
-    Level.DEDICATED: "environment variable",
-    Level.TGI: "TGI variable",
-    Level.RECOMMENDED: "recommended from config.json",
-    Level.DEFAULT: "default",
-}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -38,8 +26,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """The level in words, such as "command line"."""
-        return _KINDS[self.level]
+        return self.level.words
 
 
 DEFAULT = Source(Level.DEFAULT, "default")

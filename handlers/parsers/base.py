@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
 
+from handlers.parsers.json_scanner import skip_space
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -377,3 +379,29 @@ class Machine:
         self._content(text, at, found)
         self._state = following
         return self._source(text, found, found + len(mark))
+
+    def _next_of_list(self, text: str, at: int, item: State, closed: State) -> int:
+        """Look for what follows a call in a list: a comma, or the bracket that closes it."""
+        if (end := self._content(text, at, skip_space(text, at))) > at:
+            return end
+        if text[at] == ",":
+            self._state = item
+            return self._source(text, at, at + 1)
+        self._state = self._outside
+        if text[at] != "]":
+            return at
+        self._pieces.mark_ended()
+        self._state = closed
+        return at + 1
+
+    def _closing(self, mark: str, text: str, at: int) -> int | None:
+        """Look for the mark that may close calls; white space may precede it."""
+        if (end := self._content(text, at, skip_space(text, at))) > at:
+            return end
+        if mark.startswith(text[at:]) and text[at:] != mark:
+            return None
+        self._state = self._outside
+        if not text.startswith(mark, at):
+            return at
+        self._pieces.mark_ended()
+        return at + len(mark)

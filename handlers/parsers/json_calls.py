@@ -229,16 +229,7 @@ class CallArray(Machine):
     def _after_call(self, text: str, at: int) -> int | None:
         if not self._array:
             return super()._after_call(text, at)
-        if (end := self._content(text, at, skip_space(text, at))) > at:
-            return end
-        if text[at] == ",":
-            self._state = self._item
-            return self._source(text, at, at + 1)
-        self._state = self._outside
-        if text[at] != "]":
-            return at
-        self._pieces.mark_ended()
-        return at + 1
+        return self._next_of_list(text, at, self._item, self._outside)
 
 
 class OnlyArguments(Machine):
@@ -278,15 +269,7 @@ class HermesParser(Machine):
         return self._begin(CallObject(self._pieces), at)
 
     def _after_call(self, text: str, at: int) -> int | None:
-        if (end := self._content(text, at, skip_space(text, at))) > at:
-            return end
-        if self._close.startswith(text[at:]) and text[at:] != self._close:
-            return None
-        self._state = self._outside
-        if not text.startswith(self._close, at):
-            return at
-        self._pieces.mark_ended()
-        return at + len(self._close)
+        return self._closing(self._close, text, at)
 
     def _cut_short(self, held: str) -> None:
         if self._state != self._after_call:

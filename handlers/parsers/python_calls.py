@@ -300,30 +300,12 @@ class PythonicParser(Machine):
         return self._begin(PythonCall(self._pieces, self._names), at)
 
     def _after_call(self, text: str, at: int) -> int:
-        if (end := self._content(text, at, skip_space(text, at))) > at:
-            return end
-        if text[at] == ",":
-            self._state = self._item
-            return self._source(text, at, at + 1)
-        self._state = self._outside
-        if text[at] != "]":
-            return at
-        self._pieces.mark_ended()
-        self._state = self._closing
-        return at + 1
+        return self._next_of_list(text, at, self._item, self._after_list)
 
-    def _closing(self, text: str, at: int) -> int | None:
+    def _after_list(self, text: str, at: int) -> int | None:
         """Handle what follows the list, which may be Llama 4's second mark."""
-        if (end := self._content(text, at, skip_space(text, at))) > at:
-            return end
-        if END.startswith(text[at:]) and text[at:] != END:
-            return None
-        self._state = self._outside
-        if not text.startswith(END, at):
-            return at
-        self._pieces.mark_ended()
-        return at + len(END)
+        return self._closing(END, text, at)
 
     def _cut_short(self, held: str) -> None:
-        if self._state != self._closing:
+        if self._state != self._after_list:
             super()._cut_short(held)
