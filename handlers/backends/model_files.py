@@ -89,7 +89,7 @@ def too_long(configuration: Configuration, positions: int | None) -> list[Proble
         f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
         "model's config.json states; lower it"
     )
-    return [Problem(text, "max_model_len", source)]
+    return [Problem(text, "max_model_len")]
 
 
 def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:

@@ -296,7 +296,7 @@ def _refused_values(configuration: Configuration, given: Mapping[str, str], fiel
             source = configuration.sources[name]
             shown = source.raw if source.raw is not None else value
             text = f"{key_of(name)} = {shown!r} ({source.location}): {bad}"
-            problems.append(Problem(text, name, source))
+            problems.append(Problem(text, name))
     return problems
 
 
