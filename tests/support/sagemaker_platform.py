@@ -131,7 +131,7 @@ def sdk() -> str:
     return str(path)
 
 
-def environment(platform: Platform) -> dict[str, str]:
+def environment(platform: SageMakerFront) -> dict[str, str]:
     """Return the variables with which AWS's clients find the stand-in, and nothing else."""
     return {
         "AWS_ENDPOINT_URL": platform.url,
