@@ -95,6 +95,11 @@ class Configuration:
     vllm_asked_by: str | None = None
     secure: SecureMode = OPEN
 
+    @property
+    def extra_texts(self) -> dict[str, str]:
+        """The values of `extra`."""
+        return {name: item.value for name, item in self.extra.items()}
+
     def with_default(self, name: str, value: object) -> Configuration:
         """Give an option another default, which holds where no source sets it."""
         if self.sources[name].level is not Level.DEFAULT:

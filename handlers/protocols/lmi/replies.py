@@ -160,7 +160,7 @@ class LmiWriter:
         return reply
 
     def _sequence(self, inputs: str, answer: Answer) -> dict[str, Any]:
-        """Returns the fields of an `LmiSequence`."""
+        """Return the fields of an `LmiSequence`."""
         tokens = [_token(position.chosen) for position in answer.logprobs]
         if answer.eos and len(tokens) == len(answer.token_ids) > 0:
             tokens[-1].special_token = True
@@ -209,7 +209,7 @@ class JsonLines:
 
 
 def lmi_error(error: ServingError) -> LmiError:
-    """Returns the error in LMI's words."""
+    """Return the error in LMI's words."""
     return LmiError(error.status, error.kind, error.message, error.message)
 
 

@@ -190,7 +190,7 @@ class TgiWriter:
         return inputs + answer.text if self.full_text else answer.text
 
     def _sequence(self, answer: Answer, seed: int | None, stats: PromptStats) -> dict[str, Any]:
-        """Returns the fields of a `TgiSequence`."""
+        """Return the fields of a `TgiSequence`."""
         tops = [self._top(position) for position in answer.logprobs] if self.top_tokens else UNSET
         return {
             "finish_reason": finish_reason(answer),
@@ -245,7 +245,7 @@ def finish_reason(answer: Answer) -> FinishReason:
 
 
 def shown_seeds(seed: int | None, answers: int) -> list[int | None]:
-    """Returns the seeds of answers that are drawn from `seed`, or from a new one where the client chose none."""
+    """Return the seeds of answers that are drawn from `seed`, or from a new one where the client chose none."""
     first = secrets.randbits(_DRAWN_BITS) if seed is None else seed
     return [first + number for number in range(answers)]
 
@@ -267,7 +267,7 @@ def _prefill(stats: PromptStats) -> list[TgiPrefillToken]:
 
 
 def tgi_error(error: ServingError) -> TgiError:
-    """Returns the error in TGI's words."""
+    """Return the error in TGI's words."""
     if isinstance(error, InvalidRequest):
         words = _length(error) if isinstance(error, ContextExceeded) else error.message
         return TgiError(f"Input validation error: {words}", "validation")
