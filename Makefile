@@ -52,6 +52,7 @@ install: $(VENV)/installed-dev  ## Install the project and its development tools
 
 serve: $(VENV)/installed-base  ## Serve the small model in examples/shapes on PORT (8080)
 	@sh examples/curl.sh $(PORT) $(PICTURE)
+	@echo "Or open http://127.0.0.1:$(PORT) in a browser."
 	$(BIN)/lmi serve examples/shapes --port $(PORT)
 
 test: $(VENV)/installed-dev clients  ## Run the whole test suite, in WORKERS processes (2), or what ARGS says in one

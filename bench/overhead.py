@@ -22,10 +22,10 @@ import msgspec
 
 from bench.load import jpegs
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
-from handlers.exchange import Incoming
 from handlers.protocols.base import Answer, Answered, ServerContext, Task
 from handlers.protocols.body import read_body
 from handlers.protocols.select import read_task
+from handlers.request import Incoming
 
 TOKENS = 200
 WORDS = (" The", " small", " round", " shape", " is", " ré", "d", ",", "\n", ' "so')

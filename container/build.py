@@ -1,4 +1,4 @@
-"""What serves a model: its backend, and what answers requests with it."""
+"""Builds what serves a model: its backend, and the service that answers requests with it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from handlers.custom.backend import CustomBackend
 from handlers.custom.find import find_formatters, find_handler, find_unused
 from handlers.custom.formatters import Formatters
 from handlers.custom.service import CustomService
-from handlers.exchange import Observer
 from handlers.images.loader import ImageLoader
 from handlers.model_names import accepted_names, public_names
 from handlers.parsers.select import answer_formats
 from handlers.pipeline import Pipeline
 from handlers.protocols.select import gates
-from handlers.service import Service, ServiceLimits
+from handlers.request import Observer
+from handlers.service import Service
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _custom_service(
     observer: Observer,
     formatters: Formatters | None,
 ) -> Answers:
-    return CustomService(backend, _limits(configuration), observer)
+    return CustomService(backend, configuration.settings, observer)
 
 
 def _service(
@@ -113,11 +113,9 @@ def _service(
     return Service(
         pipeline,
         images,
-        _limits(configuration),
+        settings,
         model_name=public_names(configuration)[0],
         other_names=accepted_names(configuration),
-        output_formatter=settings.output_formatter,
-        tgi_compat=settings.tgi_compat,
         formats=pipeline.capabilities.formats
         or answer_formats(
             settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser
@@ -125,19 +123,4 @@ def _service(
         gates=gates(settings),
         formatters=formatters,
         observer=observer,
-    )
-
-
-def _limits(configuration: Configuration) -> ServiceLimits:
-    settings = configuration.settings
-    return ServiceLimits(
-        job_queue_size=settings.job_queue_size,
-        max_rolling_batch_size=settings.max_rolling_batch_size,
-        predict_timeout=settings.predict_timeout,
-        limit_mm_per_prompt=settings.limit_mm_per_prompt,
-        request_priorities=settings.request_priorities,
-        trust_request_chat_template=settings.trust_request_chat_template,
-        enable_mm_embeds=settings.enable_mm_embeds,
-        max_image_bytes=settings.max_image_bytes,
-        chunked_read_timeout=settings.chunked_read_timeout,
     )

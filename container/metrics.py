@@ -1,7 +1,4 @@
-"""What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export.
-
-Implements `handlers.exchange.Observer`.
-"""
+"""The metrics for Prometheus: the server's own, and the backend's, which are requested at each export."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
-from container.bodies import Bodies
+from container.exchange import Bodies
 from container.protocol import Connections
 from handlers.backends.base import BackendStats
-from handlers.exchange import RequestFacts
 from handlers.images.loader import ImageLoader
+from handlers.request import Observer, RequestFacts
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
@@ -26,17 +23,17 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240,
 
 _OF_THE_SOCKET = ("lmi_connections", "lmi_request_bodies", "lmi_http_requests")
 _OF_THE_SERVER = (*_OF_THE_SOCKET, "lmi_errors", "process_")
-"""What a server of several models counts itself; of its models' metrics it leaves out those of its own connections."""
+"""What a server of several models counts itself. It omits its models' counts of their own connections."""
 
 
-class Metrics:
+class Metrics(Observer):
     """The server's metrics since its start, and a registry of its own that exports them.
 
     Attributes:
         bodies: Read at each export, once it is set.
         connections: Likewise.
         images: Likewise.
-        facts: Those of finished requests by request id, until the request's log line has been written.
+        facts: The facts of finished requests by request id, until the request's log line has been written.
     """
 
     def __init__(self, stats: Callable[[], BackendStats | None]) -> None:
@@ -64,16 +61,14 @@ class Metrics:
         gauge(
             "lmi_connections_idle", "Of them those without a request, or with an unfinished head."
         ).set_function(lambda: len(self.connections.idle) if self.connections else 0)
-        first_token = histogram(
+        self._first_token = histogram(
             "lmi_time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=_TTFT
         )
-        token_gap = histogram(
+        self._token_gap = histogram(
             "lmi_inter_token_latency_seconds",
             "Between two steps of one request that brought tokens.",
             buckets=_GAP,
         )
-        self.on_first_token = first_token.observe
-        self.on_token_gap = token_gap.observe
         self._duration = histogram(
             "lmi_request_duration_seconds", "From a request's arrival to its end.", buckets=_WHOLE
         )
@@ -111,6 +106,12 @@ class Metrics:
         self._finished.labels("error" if facts.error else facts.finish_reason or "abort").inc()
         if facts.total is not None:
             self._duration.observe(facts.total)
+
+    def on_first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def on_token_gap(self, seconds: float) -> None:
+        self._token_gap.observe(seconds)
 
     def on_error(self, kind: str) -> None:
         self._errors.labels(kind).inc()

@@ -26,7 +26,9 @@ _MOST_CHARACTERS = 600
 """The length of pip's reason in the message; the log has all of it."""
 
 _LOGGED_LINES = 100
-_PASSWORD = re.compile(r"(?<=//)[^/\s@]+@")
+_LOGIN = re.compile(r"(?<=://)[^/\s]+@")
+_QUERY = re.compile(r"(://[^\s?]*\?)[^\s#]+")
+"""What follows the question mark of a URL, where indexes that know no login take their tokens."""
 
 
 def requirements_to_install(configuration: Configuration, model_path: Path) -> Path | None:
@@ -131,7 +133,7 @@ async def _run(command: Sequence[str], directory: Path) -> tuple[int, list[str]]
         await process.wait()
         raise
     assert process.returncode is not None
-    text = _PASSWORD.sub("****@", output.decode(errors="replace"))
+    text = _QUERY.sub(r"\1****", _LOGIN.sub("****@", output.decode(errors="replace")))
     return process.returncode, [line.strip() for line in text.splitlines() if line.strip()]
 
 

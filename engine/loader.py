@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,6 @@ from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, kind_of, register, served
 from engine.fused import FusedDecoder, stack
 from engine.machine import computes_bfloat16
-from engine.messages import Loading
 from engine.packed_linear import pack, quantize
 from engine.tensor_parallel import Ranks
 from engine.weights import MISTRAL_CLASSES, are_mistrals, mistral_state_dict, weight_files
@@ -46,9 +43,6 @@ def read_config(model_path: str) -> PretrainedConfig:
         raise ModelLoadError(f"config.json of the model cannot be read: {one_line(error)}") from error
     _family(config).model.check(config)
     return config
-
-
-PROGRESS_SECONDS = 0.2
 
 
 def quiet_transformers() -> None:
@@ -201,40 +195,6 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
             quantize(loaded.decoder)
         pack(loaded.model)
     return loaded
-
-
-@contextmanager
-def counted_weights(folder: Path, tell: Callable[[Loading], None]) -> Iterator[None]:
-    """Report, while the context is open, how many of the tensors that transformers loads are loaded.
-
-    Args:
-        folder: Directory of the model.
-        tell: Called a few times a second, by the thread that loads.
-    """
-    try:
-        size = sum(file.stat().st_size for file in weight_files(folder, pickled=True))
-    except (ModelLoadError, OSError):
-        size = 0  # loading will say what is wrong
-
-    def counted(items: Sequence[Any]) -> Iterator[Any]:
-        told = 0.0
-        for done, item in enumerate(items):
-            if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
-                told = now
-                tell(Loading("weights", done, len(items), size))
-            yield item
-
-    def bar(make: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if options.get("desc") == "Loading weights" and arguments:
-            return counted(arguments[0])
-        return make(*arguments, **options)
-
-    library: Any = transformers_logging
-    before = library.set_tqdm_hook(bar)
-    try:
-        yield
-    finally:
-        library.set_tqdm_hook(before)
 
 
 def _load_mistrals(

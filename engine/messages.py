@@ -168,20 +168,8 @@ class Ready(msgspec.Struct, tag=True):
     row_size: int = 0
 
 
-class Loading(msgspec.Struct, tag=True):
-    """How far the loading is.
-
-    Attributes:
-        what: The phase.
-        done: Tensors that are loaded.
-        total: All tensors; 0 in a phase that does not count any.
-        size: Bytes of the files that hold them.
-    """
-
-    what: str
-    done: int = 0
-    total: int = 0
-    size: int = 0
+class Loaded(msgspec.Struct, tag=True):
+    """The model is in memory; the engine warms up."""
 
 
 class LoadFailed(msgspec.Struct, tag=True):
@@ -261,4 +249,4 @@ class Pong(msgspec.Struct, tag=True):
     stats: Stats
 
 
-FromEngine = Answer | Loading | Ready | LoadFailed | StepDone | Pong
+FromEngine = Answer | Loaded | Ready | LoadFailed | StepDone | Pong

@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,8 +28,8 @@ from engine.messages import (
     Answer,
     Ask,
     FromEngine,
+    Loaded,
     LoadFailed,
-    Loading,
     Opening,
     Output,
     Ping,
@@ -91,18 +90,16 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     from engine.engine import Engine
     from engine.executor import threads_for
     from engine.guidance import Built, GuideBuilder
-    from engine.loader import counted_weights
 
     torch.set_num_threads(threads_for(config))
     try:
-        with counted_weights(Path(config.model_path), channel.send):
-            engine = Engine.load(config)
+        engine = Engine.load(config)
         keep_freed_memory()
         threads = threads_for(config, engine.runner.weight_bytes)
         torch.set_num_threads(threads)
         if os.environ.get(WAIT_POLICY) == SLEEP:
             engine.runner.sleeping_threads = threads
-        channel.send(Loading("warming up"))
+        channel.send(Loaded())
         engine.warm_up()
     except EngineError as error:
         channel.send(LoadFailed(str(error)))

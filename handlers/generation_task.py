@@ -20,12 +20,11 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Observer, Reply, RequestFacts
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
 from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
-from handlers.request import GenerationRequest, MediaPart
+from handlers.request import GenerationRequest, MediaPart, Observer, Reply, RequestFacts
 
 RETRY_AFTER = 1.0
 
@@ -109,7 +108,7 @@ class GenerationTask:
         images: ImageLoader,
         facts: RequestFacts,
         observer: Observer,
-        deadline: float | None,
+        deadline: float,
         keep: Callable[[int], None],
     ) -> None:
         """Take over an admitted task.
@@ -120,7 +119,7 @@ class GenerationTask:
             images: Loads the task's images.
             facts: Filled in as the task proceeds.
             observer: Notified of what happens to the task, for metrics.
-            deadline: In `time.monotonic()` seconds; None for none.
+            deadline: In `time.monotonic()` seconds.
             keep: See `Incoming`.
         """
         self.task = task
@@ -151,8 +150,7 @@ class GenerationTask:
 
     def time_limit(self) -> asyncio.Timeout:
         """Return the rest of the request's time, for `async with`; `failure` recognises when it has expired."""
-        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        self._limit = asyncio.timeout(left)
+        self._limit = asyncio.timeout(max(0.0, self._deadline - time.monotonic()))
         return self._limit
 
     def failure(self, error: Exception | asyncio.CancelledError) -> ServingError:
@@ -320,7 +318,7 @@ class GenerationTask:
             facts.finish_reason = delta.finish_reason
 
     def _aborted(self) -> DeadlineExceeded | EngineFailed:
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if time.monotonic() >= self._deadline:
             return DeadlineExceeded("the request's time (option.predict_timeout) is up")
         return EngineFailed("the engine aborted the request")
 
@@ -406,10 +404,10 @@ class ReplyStream:
         rest: AsyncIterator[Delta],
         observer: Observer,
         *,
-        keep_alive: float | None,
+        keep_alive: float,
         read_timeout: float,
     ) -> None:
-        """keep_alive: seconds of silence after which a comment is sent; None for never."""
+        """keep_alive: seconds of silence after which a comment is sent."""
         self._run = run
         self._rest = rest
         self._observer = observer

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 ERASE = "\r\x1b[K"
 """Makes a terminal's line empty."""
 
+BAR_COLUMNS = 16
 LOG_SECONDS = 10.0
 TERMINAL_SECONDS = 0.5
 
@@ -24,41 +25,47 @@ class Progress:
     """What is done now, and how much of it. One thread changes it; any may read it.
 
     Attributes:
-        done: Units of `total` so far: bytes of a download, tensors of weights.
-        total: 0 if it is not known.
+        what: The name of the phase, which may be "" where it needs none.
+        done: Bytes so far.
+        total: Bytes at the end; 0 in a phase that has none, or where they are not known.
     """
 
     def __init__(self) -> None:
-        self.done = 0
-        self.total = 0
-        self._what = ""
-        self._size: int | None = None
+        self.what = ""
+        self.done = self.total = 0
         self._began = 0.0
 
-    def begin(self, what: str, total: int = 0, size: int | None = None) -> None:
-        """Begin a phase; without a name and a total, one of which nothing is known.
+    def begin(self, what: str, total: int = 0, ago: float = 0.0) -> None:
+        """Begin a phase, unless it is the current one; without a name and a total, one of which nothing is known.
 
         Args:
-            what: Its name, which may be "" where the phase needs none.
-            total: What `done` will be at the end; 0 if that is not known.
-            size: Bytes of the whole, where `total` does not count bytes; 0 if that is not known.
+            what: See above.
+            total: See above.
+            ago: Seconds since it began.
         """
-        self.done, self.total, self._what, self._size = 0, total, what, size
-        self._began = time.monotonic()
+        if (what, total) != (self.what, self.total):
+            self.what, self.done, self.total = what, 0, total
+            self._began = time.monotonic() - ago
 
     def __str__(self) -> str:
         """Return a part of a sentence, or "" where nothing is known."""
         seconds = max(1e-9, time.monotonic() - self._began)
-        total, size = self.total, self._size  # another thread may begin the next phase now
+        total = self.total  # another thread may begin the next phase now
         if not total:
-            return f"{self._what}, {_duration(seconds)}" if self._what else ""
+            return f"{self.what}, {_duration(seconds)}" if self.what else ""
         done = min(self.done, total)
-        if size is None:
-            told = f"{size_text(done)} of {size_text(total)}, {size_text(done / seconds)}/s"
-        else:
-            told = f"{100 * done // total} %" + (f" of {size_text(size)}" if size else "")
         left = f", {_duration(seconds * (total - done) / done)} left" if done else ""
-        return f"{self._what}{' ' if self._what else ''}{told}{left}"
+        return (
+            f"{self.what}{' ' if self.what else ''}{size_text(done)} of {size_text(total)}, "
+            f"{size_text(done / seconds)}/s{left}"
+        )
+
+    @property
+    def bar(self) -> str:
+        """A bar and a blank for a terminal, or "" in a phase without bytes."""
+        total = self.total
+        filled = total and BAR_COLUMNS * min(self.done, total) // total
+        return f"[{'#' * filled}{'.' * (BAR_COLUMNS - filled)}] " if total else ""
 
 
 _current: ContextVar[Progress] = ContextVar("progress")
@@ -97,7 +104,8 @@ def shown_to_script() -> Iterator[None]:
 
     def tell(progress: Progress) -> None:
         if terminal:
-            sys.stderr.write(f"{ERASE}{str(progress)[: shutil.get_terminal_size().columns - 1]}")
+            told = f"{progress.bar}{progress}"
+            sys.stderr.write(f"{ERASE}{told[: shutil.get_terminal_size().columns - 1]}")
             sys.stderr.flush()
         else:
             logger.info("loading the model: %s", progress)

@@ -1,27 +1,61 @@
-"""The one request type in the middle: every API is read into it, every backend is driven by it.
+"""A request on its way: as it arrived, as every API is read into and every engine is driven by, and its reply.
 
-The functions at the end check what a request asks for against the model: the length of its prompt, its token ids, and
-the words that samplers match.
+`GenerationRequest` is the one type in the middle. Metrics get the events of requests through an `Observer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-
-from engine.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BREAKERS, SamplingParams, bounded
-from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest
+from engine.sampling_params import MAX_BAD_WORDS, MAX_BREAKERS, SamplingParams, bounded
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL.Image import Image
-    from transformers import PreTrainedTokenizerFast
 
     from handlers.images.memory import Share
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A request as it arrived.
+
+    Attributes:
+        route: The matched route's template, e.g. "/invocations" or "/v1/chat/completions".
+        body: Complete and within `max_request_size`, until it is taken.
+        headers: With names in lower case.
+        request_id: The caller's own id, or a new one.
+        model: The model named in the path; None if the route names none.
+        parsed: Called once the body has been parsed, just before the request enters the queue.
+        keep: Called once the engine has all images, with the number of bytes of the body that are still held.
+        method: The HTTP method.
+        query: The first value of each parameter.
+        adapter: The adapter named in the path; "" if the route names none.
+        size: The size of the body, in bytes.
+    """
+
+    route: str
+    body: bytes
+    headers: Mapping[str, str]
+    request_id: str
+    model: str | None = None
+    parsed: Callable[[], None] = lambda: None
+    keep: Callable[[int], None] = lambda _: None
+    method: str = "POST"
+    query: Mapping[str, str] = field(default_factory=dict)
+    adapter: str = ""
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.body)
+
+    def take_body(self) -> bytes:
+        """Return the body and drop it here, so that its memory is free once the caller has read it."""
+        body, self.body = self.body, b""
+        return body
 
 
 Role = str
@@ -333,160 +367,77 @@ def _require_texts(name: str, texts: Sequence[str], most: int) -> None:
 MOST_TOKEN_IDS = 1024
 """The most tokens that logit_bias or stop_token_ids may name."""
 
-MOST_ALLOWED_TOKENS = 2**20
-"""Some vocabularies are 260,000 tokens; a million hold the others up for about half a second."""
 
-MOST_BAD_WORDS = 2**14
-"""Spelled with a space and without, these take about as long."""
+@dataclass(slots=True)
+class RequestFacts:
+    """What one log record says about a request; complete once its reply has been sent or closed.
 
-DRY_BREAKERS = ("\n", ":", '"', "*")
-"""DRY's own sequence breakers, for requests that name none."""
-
-MANY_CHARACTERS = 2000
-"""Of words: more are tokenised in a thread, not on the event loop."""
-
-_CHARACTERS_PER_TOKEN = 32
-"""Far more than the tokens of any text have on average."""
-
-_FEWEST = 2**17
-"""Where the context is short. While it is tokenised, a character takes about 210 bytes."""
-
-
-def longest_prompt(max_model_len: int) -> int:
-    """Return the number of characters, or of a client's own token ids, beyond which a prompt is not processed.
-
-    Tokenising a body of 60 MB would take a thread a minute and the process 8 GB, only to find that the tokens are too
-    many.
+    Times are seconds from the request's arrival, and token counts are sums over the request's prompts; `first_token` is
+    None until there is one. `prepared` is the time until the engine had the last prompt, and `queued` the time from
+    then until it began. `error` is the kind of the error that ended the request, `reason` its message as far as the log
+    may show it. `arrival` is in `time.monotonic()` seconds. `max_tokens` is the most that were asked for; 0 if not
+    known.
     """
-    return max(_FEWEST, _CHARACTERS_PER_TOKEN * max_model_len)
+
+    request_id: str
+    route: str
+    model: str | None = None
+    status: int = 0
+    stream: bool = False
+    images: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prepared: float = 0.0
+    queued: float = 0.0
+    first_token: float | None = None
+    total: float | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    reason: str | None = None
+    arrival: float = 0.0
+    max_tokens: int = 0
 
 
-def require_known(request: GenerationRequest, vocab_size: int, image_token_id: int | None = None) -> None:
-    """Raise InvalidRequest for token ids from the client that the model does not know.
+@dataclass(slots=True)
+class Reply:
+    """A reply, complete (`body`) or streamed (`chunks`, already framed; exactly one of the two is used).
 
-    image_token_id may lie outside the vocabulary.
+    `logged` says that another process has written the request's line to the log.
+
+    Whoever holds a streamed reply must exhaust `chunks` or `aclose()` it: that frees the request's place in
+    the queue and aborts it in the engine.
     """
-    prompt = request.prompt
-    if not isinstance(prompt, TextPrompt) or prompt.token_ids is None:
-        return
-    bad = next((t for t in prompt.token_ids if not 0 <= t < vocab_size and t != image_token_id), None)
-    if bad is not None:
-        raise InvalidRequest(
-            f"the prompt holds the token id {str(bad)[:40]}; this model's are 0 to {vocab_size - 1}",
-            param="prompt",
-        )
+
+    status: int
+    content_type: str
+    body: bytes = b""
+    chunks: AsyncIterator[bytes] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    facts: RequestFacts | None = None
+    logged: bool = False
 
 
-def checked_tokens(
-    request: GenerationRequest, token_ids: list[int], max_model_len: int, vocab_size: int
-) -> list[int]:
-    """Return the tokens of a prompt without images, truncated as the request says. Raises as `require_known`.
+class Observer:
+    """Receives the events of requests, and ignores them where a method is not overridden.
 
-    `checked_sampling`, which counts the tokens, refuses whatever is longer than the context.
+    The methods are called on the event loop, `on_token_gap` for each step of each stream, so they must be cheap. Every
+    admitted request ends in exactly one `on_finished`, failed or not; `on_error` also counts those that were never
+    admitted. Times are seconds.
     """
-    if request.truncate_prompt_tokens is None and len(token_ids) >= max_model_len:
-        return token_ids
-    require_known(request, vocab_size)
-    most = request.truncate_prompt_tokens
-    if most is None:
-        return token_ids
-    if most == -1:
-        most = max_model_len - (request.sampling.max_tokens or 1)
-        # A default leaves the prompt half of the context at least.
-        most = max(1, most, max_model_len // 2 if request.max_tokens_is_default else 1)
-    return token_ids[:most] if request.truncation_side == "right" else token_ids[-most:]
 
+    def on_admitted(self, facts: RequestFacts) -> None:
+        """Note an admitted request. facts: they change until `on_finished`."""
 
-def checked_sampling(
-    request: GenerationRequest, used: int, max_model_len: int, vocab_size: int
-) -> RequestSampling:
-    """Return the sampling parameters to use. used: tokens of the prompt, including images.
+    def on_first_token(self, seconds: float) -> None:
+        """Note the time from the request's arrival to its first token."""
 
-    Raises:
-        InvalidRequest: The engine would have to refuse them.
-    """
-    params = request.sampling
-    wanted = params.max_tokens
-    if used == 0:
-        raise InvalidRequest("the prompt is empty")
-    if used >= max_model_len:
-        raise ContextExceeded(prompt_tokens=used, max_tokens=None, context=max_model_len)
-    if wanted is not None and used + wanted > max_model_len:
-        if not request.max_tokens_is_default:
-            raise ContextExceeded(prompt_tokens=used, max_tokens=wanted, context=max_model_len)
-        params = msgspec.structs.replace(params, max_tokens=max_model_len - used)
-    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-        if len(ids) > MOST_TOKEN_IDS:
-            raise InvalidParameter(name, f"names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}")
-        if (bad := next((t for t in ids if not 0 <= t < vocab_size), None)) is not None:
-            raise InvalidParameter(name, f"names a token that is not in the vocabulary: {str(bad)[:40]}")
-    for name, ids in (
-        ("allowed_token_ids", params.allowed_token_ids or ()),
-        ("bad_words_token_ids", tuple(token for run in params.bad_words_token_ids for token in run)),
-        ("dry_sequence_breaker_ids", params.dry_sequence_breaker_ids),
-    ):
-        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-            bad = max(ids) if min(ids) >= 0 else min(ids)
-            raise InvalidParameter(name, f"names a token that is not in the vocabulary: {str(bad)[:40]}")
-    try:
-        params.validate()
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from error
-    return params
+    def on_token_gap(self, seconds: float) -> None:
+        """Note the time between two steps that brought tokens."""
 
+    def on_finished(self, facts: RequestFacts) -> None:
+        """Note the end of an admitted request."""
 
-def check_totals(requests: Sequence[GenerationRequest]) -> None:
-    """Raise InvalidRequest if the requests of one body ask for too much together."""
-    answers = sum(request.n for request in requests)
-    sampling = requests[0].sampling
-    allowed = sampling.allowed_token_ids or ()
-    for name, size, times, of, most in (
-        ("allowed_token_ids", len(allowed), answers, "answers", MOST_ALLOWED_TOKENS),
-        ("bad_words", len(sampling.bad_words), len(requests), "prompts", MOST_BAD_WORDS),
-    ):
-        if size * times > most:
-            raise InvalidParameter(
-                name, f"has {size} entries, for {times} {of}; allowed: {most} for all of them together"
-            )
-
-
-def count_characters(params: RequestSampling) -> int:
-    """Return how many characters of bad words and sequence breakers have to be tokenised."""
-    return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
-
-
-def spelled(
-    params: RequestSampling, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
-) -> RequestSampling:
-    """Return the parameters with token ids instead of the words; unchanged if there are none. words: also bad_words.
-
-    A bad word is matched as it is tokenised at the beginning of a text and after a space (as in vLLM), a breaker by
-    the last token that it ends with inside a text (as DRY's author does).
-
-    Raises:
-        InvalidRequest: There are too many words, or they are too long.
-    """
-    if params.bad_words and words:
-        runs = dict.fromkeys(params.bad_words_token_ids)
-        for word in params.bad_words:
-            for spelling in (word.lstrip(), f" {word.lstrip()}"):
-                if run := tuple(_encode(tokenizer, spelling)):
-                    runs[run] = None
-        if (total := sum(map(len, runs))) > MAX_BAD_WORD_TOKENS:
-            raise InvalidParameter(
-                "bad_words",
-                f"are {total} tokens, as they begin a text and after a space; allowed: {MAX_BAD_WORD_TOKENS} in all",
-            )
-        params = msgspec.structs.replace(params, bad_words=(), bad_words_token_ids=tuple(runs))
-    texts = params.dry_sequence_breakers
-    if params.dry_multiplier > 0.0 and (texts or (texts is None and not params.dry_sequence_breaker_ids)):
-        ends = [_encode(tokenizer, f"a{text}")[-1:] for text in (DRY_BREAKERS if texts is None else texts)]
-        ids = {*params.dry_sequence_breaker_ids, *(token for end in ends for token in end)}
-        params = msgspec.structs.replace(
-            params, dry_sequence_breakers=None, dry_sequence_breaker_ids=tuple(sorted(ids))
-        )
-    return params
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    def on_error(self, kind: str) -> None:
+        """Note an error that a client got."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from handlers.custom.formatters import FormattedStream, Formatters
-from handlers.errors import InvalidRequest, NotFound
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
+from handlers.errors import InvalidParameter, InvalidRequest, NotFound
 from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_cancelled, refusal
 from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
@@ -21,11 +19,10 @@ from handlers.pipeline import Pipeline
 from handlers.protocols.base import JSON, JSON_LINES, Answered, Gate, ServerContext, Task
 from handlers.protocols.body import SHORT_BYTES, read_body
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
-from handlers.protocols.lmi.lines import MOST_SECONDS, answer_lines, are_lines
+from handlers.protocols.lmi.sagemaker import answer_lines, are_lines
 from handlers.protocols.select import CALLS, error_format, read_task
-from handlers.request import check_totals
-from handlers.tokenization import Tokenization
-from properties.settings import OutputFormat
+from handlers.request import GenerationRequest, Incoming, Observer, Reply, RequestFacts
+from properties.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -50,33 +47,14 @@ HIGHEST_PRIORITY = 1000
 """The limit of a request's priority, in either direction."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceLimits:
-    """The limits that the options of the same names set.
+MOST_ALLOWED_TOKENS = 2**20
+"""Some vocabularies are 260,000 tokens; a million hold the others up for about half a second."""
 
-    Attributes:
-        job_queue_size: Answers that may wait in the queue.
-        max_rolling_batch_size: Answers that are generated at the same time.
-        predict_timeout: Seconds from a request's arrival to the end of its answer; None for no limit.
-        limit_mm_per_prompt: The most items of each modality in one prompt.
-        keep_alive: Seconds of silence in a stream of server-sent events after which a comment is sent; None for never.
-        chunked_read_timeout: Seconds for which a client may leave a stream unread although enough of it is waiting.
-        request_priorities: Whether a request's priority counts.
-        trust_request_chat_template: Whether requests may bring a chat template.
-        enable_mm_embeds: Whether clients may send embeddings in place of images.
-        max_image_bytes: The largest file of an image.
-    """
+MOST_BAD_WORDS = 2**14
+"""Spelled with a space and without, these take about as long."""
 
-    job_queue_size: int = 1000
-    max_rolling_batch_size: int = 256
-    predict_timeout: float | None = 240.0
-    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 1})
-    keep_alive: float | None = 15.0
-    chunked_read_timeout: float = 120.0
-    request_priorities: bool = False
-    trust_request_chat_template: bool = False
-    enable_mm_embeds: bool = False
-    max_image_bytes: int = 20 * 2**20
+KEEP_ALIVE_SECONDS = 15.0
+"""Seconds of silence in a stream of server-sent events after which a comment is sent."""
 
 
 class Service:
@@ -86,47 +64,43 @@ class Service:
         self,
         backend: Pipeline,
         images: ImageLoader,
-        limits: ServiceLimits,
+        settings: Settings,
         *,
         model_name: str,
         other_names: Collection[str] = (),
-        output_formatter: OutputFormat | None = None,
-        tgi_compat: bool = False,
         formats: AnswerFormats | None = None,
         gates: Sequence[Gate] = (),
         formatters: Formatters | None = None,
         observer: Observer | None = None,
+        keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         """Prepare to answer requests; the backend may still be loading.
 
         Args:
             backend: Generates the answers.
             images: Loads the requests' images.
-            limits: What the options allow.
+            settings: The options.
             model_name: Shown in replies to requests that name no model.
             other_names: Further names that requests may call the model by.
-            output_formatter: The option.
-            tgi_compat: The option.
             formats: How answers with calls and reasoning are parsed.
             gates: They may answer requests of their APIs without the model.
             formatters: The user's own, called before and after each request.
             observer: Notified of what happens to requests, for metrics.
+            keep_alive: See `KEEP_ALIVE_SECONDS`.
         """
         self.backend = backend
-        self._images = images
-        self.limits = limits
+        self.images = images
+        self.settings = settings
         self.model_name = model_name
         self.names = frozenset((model_name, *other_names))
-        self._output_formatter = output_formatter
-        self._tgi_compat = tgi_compat
         self._formats = formats if formats is not None else AnswerFormats()
         self._gates = gates
         self._formatters = formatters
-        self._observer: Observer = observer if observer is not None else Unobserved()
-        self.admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
-        self.tokenization = Tokenization(
-            backend, images, self.admission, self._check_images, limits.predict_timeout
-        )
+        self._observer = observer or Observer()
+        self._keep_alive = keep_alive
+        self.admission = Admission(settings.job_queue_size + settings.max_rolling_batch_size)
+        self.long_texts = asyncio.Semaphore(1)
+        """Held while a long text is tokenised."""
 
     @property
     def in_flight(self) -> int:
@@ -150,8 +124,8 @@ class Service:
             return await answer_lines(
                 incoming,
                 lambda line: self.reply(line, partial(self._answer_line, incoming.request_id)),
-                together=self.limits.max_rolling_batch_size,
-                seconds=self.limits.predict_timeout or MOST_SECONDS,
+                together=self.settings.max_rolling_batch_size,
+                seconds=self.settings.predict_timeout,
                 facts=facts,
             )
         except (Exception, asyncio.CancelledError) as error:
@@ -184,7 +158,7 @@ class Service:
             return reply
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
-        longest_text = max(MOST_TEXT_BYTES, 4 * self.limits.max_image_bytes // 3 + SHORT_BYTES)  # in base64
+        longest_text = max(MOST_TEXT_BYTES, 4 * self.settings.max_image_bytes // 3 + SHORT_BYTES)  # in base64
         context = self.backend.capabilities.max_model_len
         given = (incoming.take_body(), incoming.headers, context, longest_text)
         if not long:
@@ -223,22 +197,22 @@ class Service:
         return ServerContext(
             self.model_name,
             capabilities.default_sampling,
-            self._output_formatter,
-            self._tgi_compat,
-            self.limits.trust_request_chat_template,
+            self.settings.output_formatter,
+            self.settings.tgi_compat,
+            self.settings.trust_request_chat_template,
             capabilities.max_model_len,
             capabilities.special_token_ids,
             capabilities.special_tokens,
             self._formats,
             custom_output=self._formatters is not None and self._formatters.writes,
-            embeddings=self.limits.enable_mm_embeds,
+            embeddings=self.settings.enable_mm_embeds,
             chat_templates=capabilities.chat_templates,
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
         capabilities = self.backend.capabilities
         task = read_task(body, self.context, incoming)
-        check_totals(task.requests)
+        _check_totals(task.requests)
         for request in task.requests:
             if request.adapter is not None and not capabilities.adapters:
                 raise NotFound(f"there is no adapter {request.adapter[:80]!r}", param="adapters")
@@ -247,18 +221,19 @@ class Service:
                     f"{constraint.param}: this server cannot constrain answers; leave it out",
                     param=constraint.param,
                 )
-            self._check_images(sum(1 for _ in request.images()), capabilities.images)
+            self.check_images(sum(1 for _ in request.images()))
             priority = min(max(request.priority, -HIGHEST_PRIORITY), HIGHEST_PRIORITY)
-            request.priority = priority if self.limits.request_priorities else 0
+            request.priority = priority if self.settings.request_priorities else 0
         in_images = sum(part.characters for request in task.requests for part in request.images())
         for request in task.requests:
             request.text_bytes = max(0, incoming.size - in_images)
         return task
 
-    def _check_images(self, count: int, allowed: bool) -> None:
-        if count and not allowed:
+    def check_images(self, count: int) -> None:
+        """Raise InvalidRequest if a prompt may not have this many images."""
+        if count and not self.backend.capabilities.images:
             raise InvalidRequest("this model does not take images")
-        most = self.limits.limit_mm_per_prompt.get("image", 1)
+        most = self.settings.limit_mm_per_prompt.get("image", 1)
         if count > most:
             raise InvalidRequest(
                 f"the prompt holds {count} images; this server takes at most {most} "
@@ -268,10 +243,9 @@ class Service:
     async def _run(self, task: Task, facts: RequestFacts, keep: Callable[[int], None]) -> Reply:
         permit = self.admission.admit(sum(request.n for request in task.requests))
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
-        timeout = self.limits.predict_timeout
-        deadline = None if timeout is None else facts.arrival + timeout
+        deadline = facts.arrival + self.settings.predict_timeout
         facts.stream = task.stream
-        run = GenerationTask(task, permit, self._images, facts, self._observer, deadline, keep)
+        run = GenerationTask(task, permit, self.images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None
         try:
             async with run.time_limit():
@@ -289,8 +263,8 @@ class Service:
                         first,
                         deltas,
                         self._observer,
-                        keep_alive=self.limits.keep_alive,
-                        read_timeout=self.limits.chunked_read_timeout,
+                        keep_alive=self._keep_alive,
+                        read_timeout=self.settings.chunked_read_timeout,
                     )
             facts.status = 200
         except (Exception, asyncio.CancelledError) as error:
@@ -313,6 +287,21 @@ class Service:
         return Reply(200, JSON, body, headers=headers, facts=facts)
 
 
+def _check_totals(requests: Sequence[GenerationRequest]) -> None:
+    """Raise InvalidRequest if the requests of one body ask for too much together."""
+    answers = sum(request.n for request in requests)
+    sampling = requests[0].sampling
+    allowed = sampling.allowed_token_ids or ()
+    for name, size, times, of, most in (
+        ("allowed_token_ids", len(allowed), answers, "answers", MOST_ALLOWED_TOKENS),
+        ("bad_words", len(sampling.bad_words), len(requests), "prompts", MOST_BAD_WORDS),
+    ):
+        if size * times > most:
+            raise InvalidParameter(
+                name, f"has {size} entries, for {times} {of}; allowed: {most} for all of them together"
+            )
+
+
 def _logprobs(answered: Answered) -> int:
     """Return how many log probabilities a reply with this prompt and its answers may show."""
     lists = [answered.stats.prompt_logprobs or (), *(answer.logprobs for answer in answered.answers)]
@@ -325,5 +314,5 @@ def _is_long(body: bytes) -> bool:
 
 
 async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
-    """GenerationTask the work, in a thread if it is long."""
+    """Do the work, in a thread if it takes long."""
     return await asyncio.to_thread(work, *given) if long else work(*given)

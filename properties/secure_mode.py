@@ -28,6 +28,9 @@ _SCRIPTS = "DISALLOW_CUSTOM_INFERENCE_SCRIPTS"
 _TEMPLATES = "DISALLOW_CHAT_TEMPLATE"
 _KNOWN = (_REQUIREMENTS, _PICKLES, _REMOTE_CODE, _SCRIPTS, _TEMPLATES)
 
+_DRAFTING = frozenset({"method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"})
+"""Fields of speculative_config that name nothing but how the prompt, the answer and the model's own files draft."""
+
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)", re.IGNORECASE)
 _MOST_FILES = 100_000
 _TEMPLATE_ENTRIES = ("tokenizer_config.json", "processor_config.json")
@@ -63,20 +66,22 @@ class SecureMode:
             yield Problem(
                 f"option.{name} ({source.location}) is forbidden by {SECURE_MODE}: it is not known", name
             )
-        transfer = settings.kv_transfer_config or {}
+        drafts_alone = set(settings.speculative_config or ()) <= _DRAFTING
         forbidden = (
+            (None, "speculative_config", not drafts_alone),
+            (None, "kv_transfer_config", settings.kv_transfer_config),
             (_REMOTE_CODE, "trust_remote_code", settings.trust_remote_code),
             (_SCRIPTS, "entry_point", settings.entry_point is not None and handler is None),
-            (_SCRIPTS, "kv_transfer_config", "kv_connector_module_path" in transfer),
             (_REQUIREMENTS, "install_requirements", settings.install_requirements),
             (_PICKLES, "load_format", settings.load_format not in ("auto", "safetensors")),
             (_TEMPLATES, "chat_template", settings.chat_template is not None),
             (_TEMPLATES, "trust_request_chat_template", settings.trust_request_chat_template),
         )
         for control, name, used in forbidden:
-            if used and control in self.controls:
+            if used and (control is None or control in self.controls):
                 where = f"{name} ({sources[name].location})"
-                yield Problem(f"{where} is forbidden by {control} of {_CONTROLS}", name, sources[name])
+                by = SECURE_MODE if control is None else f"{control} of {_CONTROLS}"
+                yield Problem(f"{where} is forbidden by {by}", name)
 
     def files(self, directory: Path | None) -> Iterator[Problem]:
         """Yield what is forbidden in the directory of a model or adapter, and in all that it contains."""

@@ -1,4 +1,4 @@
-"""The models of a server of several: which are loaded, what they take, and which of them a request is for."""
+"""The models of a server of several: what is loaded, the memory it takes, the model of a request, and the routes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import sys
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from container.models.archive import SUFFIXES
 from container.models.messages import Prepared
 from container.models.model import Model, looked_at
-from container.models.routes import REGISTRY, LoadBody, LoadedModel, LoadedModels, ModelStatus
+from container.models.prepare import SUFFIXES
 from engine.machine import host_memory
 from handlers.artefacts.fetch import download_root
 from handlers.artefacts.local import local_path
@@ -32,10 +31,11 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.exchange import Incoming, Reply
-from handlers.protocols.base import JSON, READ
+from handlers.protocols.base import JSON, READ, Route
 from handlers.protocols.body import SHORT_BYTES, convert, read_body
 from handlers.protocols.lmi.adapters import page_of
+from handlers.protocols.lmi.replies import LmiError
+from handlers.request import Incoming, Reply
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _TARGET = "x-amzn-sagemaker-target-model"
 _NAME = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
 _SHARE = 0.9
-"""The part of the container's memory that models may take unless an option says."""
+"""The part of the container's memory that models may take if no option says so."""
 
 _METRICS_SECONDS = 2.0
 """How long the metrics of one model are waited for."""
@@ -57,18 +57,50 @@ _OF_THE_CONTAINER = frozenset(
 """Options of the command line that are not passed on to the models' servers."""
 
 
+REGISTRY = "registry"
+"""The action of these routes."""
+
+
+class LoadBody(msgspec.Struct):
+    """Loads a model. url: a directory or an archive on this machine. model_name: default: the last part of the url."""
+
+    url: str | None = None
+    model_name: str | None = None
+
+
+class LoadedModel(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    """One model. status: LMI's; IDLE: its next request loads it again."""
+
+    model_name: str
+    model_url: str
+    status: Literal["PENDING", "READY", "IDLE"]
+
+
+class LoadedModels(msgspec.Struct, forbid_unknown_fields=True, rename="camel", omit_defaults=True):
+    """A page of models. next_page_token: only if there are more."""
+
+    models: list[LoadedModel]
+    next_page_token: str | None = None
+
+
+class ModelStatus(msgspec.Struct, forbid_unknown_fields=True):
+    """Says what has been done."""
+
+    status: str
+
+
 class _Named(msgspec.Struct):
-    """What is read of a body here."""
+    """The part of a request's body that is read here."""
 
     model: str | None = None
 
 
 class Models:
-    """The loaded models; to the rest of the server both the backend and what answers requests.
+    """The loaded models. For the rest of the server they are both the backend and the service.
 
     Attributes:
-        free: As for any service: how many more answers are accepted. Each model's own server has its own queue.
-        adapters: None: those of a model are its server's.
+        free: As for any service. Each model's own server has its own queue.
+        adapters: None, since the adapters of a model belong to its server.
     """
 
     free = sys.maxsize
@@ -199,7 +231,7 @@ class Models:
         return _reply(ModelStatus(f'Model "{name}" registered.'))
 
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run what goes on even if the client that asked for it leaves."""
+        """Run work that continues even if the client that asked for it leaves."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -209,14 +241,20 @@ class Models:
     def _source(self, url: str) -> Path:
         allowed = (self._store, self._settings.allowed_model_path)
         path = local_path("url", url, self._store, allowed, "models", "MODEL and allowed_model_path")
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:  # a directory above it that this user may not enter
+            raise InvalidRequest(
+                f"url: {error.strerror}; let user {os.getuid()} read it", param="url"
+            ) from None
+        if not there:
             raise NotFound("url: there is no such directory or archive", param="url")
         if not path.is_dir() and not path.name.endswith(SUFFIXES):
             raise InvalidRequest("url: a directory, or a .tar.gz archive", param="url")
         return path
 
     async def _add(self, name: str, url: str, source: Path) -> None:
-        """Load a model; if this raises, nothing of it is left."""
+        """Load a model. If this raises, everything of it has been removed."""
         if name in self._models:
             raise Conflict(f'Model "{name}" is loaded already.', param="model_name")
         if len(self._models) >= self._settings.max_models:
@@ -252,7 +290,7 @@ class Models:
         logger.info("model %s is unloaded", model.name)
 
     def _admit(self, model: Model, needs: Prepared) -> None:
-        """Raises InsufficientStorage where a model does not fit beside those that are running."""
+        """Raise InsufficientStorage if a model does not fit beside those that are running."""
         running = [one.taken for one in self._models.values() if one.taken is not None]
         free = self._memory - sum(one.host for one in running)
         if needs.host > free:
@@ -273,7 +311,7 @@ def _too_large(name: str, needed: int, free: int, total: int, where: str) -> Ins
 
 
 def _name_of(url: str) -> str:
-    """The name of a model that is given none: the last part of its path, without what an archive's name ends in."""
+    """Return the name of a model for which the client gives none: the last part of its path, without the suffix."""
     last = url.rstrip("/").rpartition("/")[2]
     for suffix in SUFFIXES:
         last = last.removesuffix(suffix)
@@ -281,7 +319,7 @@ def _name_of(url: str) -> str:
 
 
 async def _in_body(incoming: Incoming) -> str | None:
-    """The model that the body names, if it does."""
+    """Return the model that the body names; None if it names none."""
     body = incoming.body
     try:
         if len(body) <= SHORT_BYTES:
@@ -305,3 +343,50 @@ def _shown(model: Model) -> LoadedModel:
 
 def _reply(body: msgspec.Struct, status: int = 200) -> Reply:
     return Reply(status, JSON, msgspec.json.encode(body) + b"\n")
+
+
+ROUTES = (
+    Route(
+        "/models",
+        REGISTRY,
+        "The loaded models (SageMaker, LMI)",
+        methods=READ,
+        query={"limit": "How many at most; 100 at most.", "next_page_token": "Of the page before."},
+        replies=(LoadedModels,),
+        errors=(LmiError,),
+        codes=(400,),
+    ),
+    Route(
+        "/models",
+        REGISTRY,
+        "Load a model, named in the query or in the body; answered when it can be asked (SageMaker, LMI)",
+        query={
+            "url": "A directory or a .tar.gz archive on this machine; wins over the body.",
+            "model_name": "What requests call it; wins over the body.",
+        },
+        bodies=(LoadBody,),
+        replies=(ModelStatus,),
+        errors=(LmiError,),
+        codes=(400, 404, 408, 409, 413, 415, 507),
+    ),
+    Route(
+        "/models/{name}",
+        REGISTRY,
+        "One model (SageMaker)",
+        methods=READ,
+        template="/models/{model}",
+        replies=(LoadedModel,),
+        errors=(LmiError,),
+        codes=(404,),
+    ),
+    Route(
+        "/models/{name}",
+        REGISTRY,
+        "Unload a model; answered when its requests have ended and its memory is free (SageMaker, LMI)",
+        methods=("DELETE",),
+        template="/models/{model}",
+        replies=(ModelStatus,),
+        errors=(LmiError,),
+        codes=(404, 408),
+    ),
+)

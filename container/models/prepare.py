@@ -1,6 +1,6 @@
-"""The process that makes a model ready to be loaded, and ends: it unpacks, fetches and measures it.
+"""The process that prepares a model and ends: it unpacks, fetches and measures it.
 
-What an archive's headers make Python's reader take, and the libraries that the estimate needs, stay out of the server.
+Unpacking hostile archives, and the libraries that the estimate needs, take memory that the server must not lose.
 """
 
 from __future__ import annotations
@@ -8,37 +8,56 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shutil
 import sys
+import tarfile
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from container.models.archive import unpack
 from container.models.messages import Answer, Failure, Prepare, Prepared
-from handlers.errors import ServingError
+from handlers.errors import InsufficientStorage, InvalidRequest, ServingError
 from processes.inside import Parent
 from properties.configuration import Configuration
 from properties.model import holds_model
 from properties.problem import ConfigurationError, Problem
 
+SUFFIXES = (".tar.gz", ".tgz")
+
+_MOST_ENTRIES = 10_000
+_MOST_PARTS = 16
+_LONGEST_NAME = 1024
+
+_RATIO = 100
+_SMALL_BYTES = 64 * 2**20
+"""An archive may unpack to this and `_RATIO` times its size. Weights shrink to a half, tokenizers to a fifth."""
+
+_SPARE_BYTES = 256 * 2**20
+"""Bytes of the disk that stay free."""
+
+_COPY_BYTES = 2**20
+_MOST_READS_AFTER = 16
+"""The most reads of padding and of anything else that follows the last entry."""
+
 _UNPACKING_BYTES = 256 * 2**20
 """Memory of the process while it unpacks an archive."""
 
 _PROCESSES_BYTES = 640 * 2**20
-"""Host memory of a model's processes beside weights and caches: its server, its engine and two image decoders."""
+"""Host memory of a model's processes without weights and caches: its server, its engine and two image decoders."""
 
 _ENGINE_BYTES = 400 * 2**20
-"""Of it, an engine's process, of which there is one for each replica and rank."""
+"""The part of it that an engine's process takes, of which there is one for each replica and rank."""
 
 _ENCODER_MB = 32
-"""The encoder's cache on a CPU where no option says."""
+"""The size of the encoder's cache on a CPU if no option sets it."""
 
 _OWN_CODE_FACTOR = 1.2
-"""What a model's own code is taken to need for each byte of its files: LMI's number."""
+"""Bytes that a model's own code is assumed to need for each byte of its files: LMI's number."""
 
 
 def main() -> None:
@@ -76,6 +95,82 @@ def _limited() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def unpack(archive: Path, place: Path) -> None:
+    """Unpack an archive into an empty directory of ours; if this raises, the caller removes what is there.
+
+    The memory that it takes must be limited from outside: a header may claim any size, and Python's reader believes it.
+
+    Args:
+        archive: The file.
+        place: The directory.
+
+    Raises:
+        InvalidRequest: It is not such an archive, is cut off, or holds what a model does not.
+        InsufficientStorage: The disk has no space for it.
+    """
+    try:
+        most = _SMALL_BYTES + _RATIO * archive.stat().st_size
+        with tarfile.open(archive, "r:gz") as tar:
+            _unpack(tar, place, most)
+    except MemoryError:
+        raise _refused("one of its headers is too long") from None
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, UnicodeError) as error:
+        raise _refused(f"it is cut off, or not a gzipped tar: {error}") from error
+    except OSError as error:
+        if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+            raise _refused("it holds a path twice") from error
+        raise _refused(f"it cannot be unpacked: {error.strerror or error}") from error
+
+
+def _unpack(tar: tarfile.TarFile, place: Path, most: int) -> None:
+    total = 0
+    for count, member in enumerate(tar, 1):
+        if count > _MOST_ENTRIES:
+            raise _refused(f"it holds more than {_MOST_ENTRIES} entries")
+        path = _path(member.name)
+        if member.isdir():
+            (place / path).mkdir(parents=True, exist_ok=True)
+            continue
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+            raise _refused(f"{_shown(member.name)} is neither a plain file nor a directory")
+        total += member.size
+        if total > most:
+            raise _refused(f"it unpacks to more than {most / 2**20:.0f} MiB, which its size does not explain")
+        if member.size > (free := max(0, shutil.disk_usage(place).free - _SPARE_BYTES)):
+            raise InsufficientStorage(
+                f"url: {_shown(member.name)} has {member.size / 2**30:.2f} GiB; {free / 2**30:.2f} GiB of the disk are "
+                "left for models: unload one, or set SERVING_DOWNLOAD_DIR"
+            )
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        source = tar.extractfile(member)
+        assert source is not None
+        with source, open(place / path, "xb") as target:
+            shutil.copyfileobj(source, target, _COPY_BYTES)
+        if (place / path).stat().st_size != member.size:
+            raise _refused(f"{_shown(member.name)} is cut off")
+    assert tar.fileobj is not None
+    for _ in range(_MOST_READS_AFTER):
+        if not tar.fileobj.read(_COPY_BYTES):  # The last read checks the sum of all that came before it.
+            break
+
+
+def _path(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
+        raise _refused(f"{_shown(name)} leads out of it")
+    if len(path.parts) > _MOST_PARTS or len(name) > _LONGEST_NAME:
+        raise _refused(f"{_shown(name)} is too long a path")
+    return path
+
+
+def _shown(name: str) -> str:
+    return repr(name[:80])
+
+
+def _refused(why: str) -> InvalidRequest:
+    return InvalidRequest(f"url: the archive is refused: {why}", param="url")
 
 
 def _root(place: Path) -> Path:

@@ -1,8 +1,9 @@
-"""The page for people: its files, and what it shows of the model. The scripts beside this file do the rest."""
+"""The page for people: its files, and what it shows of the model. The scripts in this folder do the rest."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +13,8 @@ from container.check import effective_options
 from handlers.backends.base import Lifecycle
 from handlers.backends.select import Choice
 from handlers.errors import NotFound
-from handlers.exchange import Reply
 from handlers.model_names import accepted_names, public_names
+from handlers.request import Reply
 from handlers.version import VERSION
 from properties.configuration import Configuration
 from properties.field import Level
@@ -21,6 +22,13 @@ from properties.field import Level
 _HERE = Path(__file__).parent
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 _FILES = frozenset(path.name for path in _HERE.iterdir() if path.suffix in _TYPES)
+
+_INSTALLED = Path(sys.prefix) / "share/doc/lmi-handler"
+_DOCS = {
+    path.name: path
+    for path in sorted((_INSTALLED if _INSTALLED.is_dir() else _HERE.parents[1] / "docs").glob("*.md"))
+}
+"""The documentation, where pip installs it or in a checkout."""
 
 _EXAMPLES = "examples.json"
 """Beside a model: a list of {"question", "image"}, the image a file's name below the model's directory."""
@@ -44,11 +52,9 @@ def is_on(configuration: Configuration) -> bool:
 
 
 def file(name: str) -> Reply:
-    """A file of the page.
-
-    Raises:
-        NotFound: There is none of this name.
-    """
+    """Return a file of the page, or of the documentation (`docs/NAME.md`). Raises NotFound."""
+    if (document := _DOCS.get(name.removeprefix("docs/"))) is not None and name.startswith("docs/"):
+        return Reply(200, "text/plain; charset=utf-8", document.read_bytes(), headers=dict(_HEADERS))
     if name not in _FILES:
         raise NotFound("the page has no such file")
     path = _HERE / name
@@ -62,8 +68,8 @@ class ModelPage:
         """Create the description.
 
         Args:
-            configuration: With what the model's own files add.
-            directory: The model's.
+            configuration: The options, with those in the model's own files.
+            directory: The model's directory.
             choice: The backend and why it serves.
         """
         self._configuration = configuration
@@ -71,7 +77,7 @@ class ModelPage:
         self._examples = _examples(directory)
 
     def describe(self, backend: Lifecycle) -> Reply:
-        """The reply to `GET /engine/model`; the backend is loaded."""
+        """Return the reply to `GET /engine/model`. backend: loaded already."""
         settings, can = self._configuration.settings, backend.capabilities
         choice = self._choice
         body = {
@@ -98,6 +104,7 @@ class ModelPage:
                 {"question": question, "image": f"page/examples/{number}"}
                 for number, (question, _) in enumerate(self._examples)
             ],
+            "documentation": list(_DOCS),
             "key": settings.api_key is not None,
             "version": VERSION,
         }
@@ -112,11 +119,7 @@ class ModelPage:
         ]
 
     def example(self, number: str) -> Reply:
-        """An example's image.
-
-        Raises:
-            NotFound: There is none of this number.
-        """
+        """Return an example's image. Raises NotFound."""
         path = {str(known): path for known, (_, path) in enumerate(self._examples)}.get(number)
         if path is None:
             raise NotFound("the model has no such example")
@@ -130,7 +133,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _examples(directory: Path) -> list[tuple[str, Path]]:
-    """Questions and images that the model's directory proposes, but for those that cannot be read."""
+    """Return the questions and images that the model's directory proposes, without those that cannot be read."""
     try:
         listed: Any = json.loads((directory / _EXAMPLES).read_text())
     except (OSError, ValueError, RecursionError):

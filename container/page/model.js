@@ -29,4 +29,7 @@ export function showModel(model) {
       element("td", { textContent: option.value }),
       element("td", { textContent: option.source }))),
   );
+  $("documentation").hidden = !model.documentation.length;
+  $("documentation").append(...model.documentation.flatMap((name, at) => [
+    at ? " · " : "", element("a", { href: `page/docs/${name}`, textContent: name.replace(".md", "") })]));
 }

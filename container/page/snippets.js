@@ -10,7 +10,7 @@ function python(value) {
     (all, text, word) => text ?? { true: "True", false: "False", null: "None" }[word]);
 }
 
-/** Headers of a shell command; the key is named, not shown. */
+/** Headers of a shell command; the key is named, not shown, as SageMaker's endpoint is. */
 const headers = (hasKey) => "-H 'content-type: application/json'" + (hasKey ? ' -H "authorization: Bearer $API_KEY"' : "");
 
 const curl = (url, body, hasKey) => `curl -s ${quoted(url)} ${headers(hasKey)} -d @- <<'JSON'\n${json(body)}\nJSON\n`;
@@ -30,12 +30,15 @@ print(reply.choices[0].message.content)
 `;
 }
 
-const sagemaker = (body) => `# The name of your endpoint, and a session with its credentials:
+const sagemaker = (body) => `import os
+
 from sagemaker.deserializers import JSONDeserializer
 from sagemaker.predictor import Predictor
 from sagemaker.serializers import JSONSerializer
 
-predictor = Predictor("my-endpoint", serializer=JSONSerializer(), deserializer=JSONDeserializer())
+predictor = Predictor(
+    os.environ["ENDPOINT_NAME"], serializer=JSONSerializer(), deserializer=JSONDeserializer()
+)
 reply = predictor.predict(${python(body)})
 print(reply["choices"][0]["message"]["content"])
 `;

@@ -12,15 +12,14 @@ import msgspec
 from handlers.custom.backend import CustomBackend, HandlerCall
 from handlers.custom.messages import End, Head, Part
 from handlers.errors import DeadlineExceeded, InvalidRequest, NotFound, ServingError
-from handlers.exchange import Incoming, Observer, Reply, RequestFacts, Unobserved
 from handlers.generation_task import Admission, Permit, refusal
 from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
-from handlers.protocols.lmi.lines import execution_reply
 from handlers.protocols.lmi.replies import lmi_error
-from handlers.protocols.lmi.routes import request_properties
+from handlers.protocols.lmi.sagemaker import execution_reply, request_properties
 from handlers.protocols.select import error_format
-from handlers.service import ServiceLimits
+from handlers.request import Incoming, Observer, Reply, RequestFacts
+from properties.settings import Settings
 
 _GRACE_SECONDS = 1.0
 """How long a handler may take to end a call whose time is up before its process is killed."""
@@ -38,13 +37,11 @@ _NOT_PASSED_ON = frozenset({"authorization", "cookie", "proxy-authorization"})
 class CustomService:
     """Passes requests to the handler as they are, whatever their schema; see `handlers.service.Service`."""
 
-    def __init__(
-        self, backend: CustomBackend, limits: ServiceLimits, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, backend: CustomBackend, settings: Settings, observer: Observer | None = None) -> None:
         self._backend = backend
-        self._limits = limits
-        self._observer: Observer = observer if observer is not None else Unobserved()
-        self._admission = Admission(limits.job_queue_size + limits.max_rolling_batch_size)
+        self._settings = settings
+        self._observer = observer or Observer()
+        self._admission = Admission(settings.job_queue_size + settings.max_rolling_batch_size)
 
     @property
     def in_flight(self) -> int:
@@ -66,7 +63,7 @@ class CustomService:
     async def call(self, action: str, incoming: Incoming) -> Reply:
         """Refuse what only an engine could answer."""
         if action == "execution":
-            return execution_reply(self._limits.max_rolling_batch_size)
+            return execution_reply(self._settings.max_rolling_batch_size)
         if action == "adapters":
             raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
         return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
@@ -77,7 +74,7 @@ class CustomService:
     async def _answer(self, incoming: Incoming, facts: RequestFacts) -> Reply:
         incoming.parsed()
         permit = self._admission.admit(1)
-        visit = Visit(permit, facts, self._observer, self._limits.predict_timeout)
+        visit = Visit(permit, facts, self._observer, self._settings.predict_timeout)
         try:
             async with visit.time_limit():
                 visit.call = await self._backend.call(_properties(incoming), incoming.body)
@@ -105,15 +102,13 @@ class CustomService:
 class Visit:
     """One admitted request: its queue place, its time limit and its call, all of which `close` gives back."""
 
-    def __init__(
-        self, permit: Permit, facts: RequestFacts, observer: Observer, seconds: float | None
-    ) -> None:
+    def __init__(self, permit: Permit, facts: RequestFacts, observer: Observer, seconds: float) -> None:
         self.call: HandlerCall | None = None
         self.facts = facts
         self.observer = observer
         self._permit = permit
         self._began = time.monotonic()
-        self._end = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        self._end = asyncio.get_running_loop().time() + seconds
         self._closed = False
         facts.arrival = self._began
         observer.on_admitted(facts)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from handlers.backends.select import vllm_backend_present, vllm_installed
+from handlers.backends.select import vllm_installed
 from handlers.backends.vllm.compat import engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import Level
@@ -80,7 +80,7 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
         else:
             options.append(f"{name}={_text(name, value)}")
     configuration = _resolve(model, options)
-    if not (vllm_installed() and vllm_backend_present()):
+    if not vllm_installed():
         check_names(configuration)
     if configuration.sources["limit_mm_per_prompt"].level is Level.DEFAULT:
         configuration = _resolve(model, [*options, f"limit_mm_per_prompt=image={_MAX_IMAGES}"])

@@ -20,15 +20,15 @@ from types import CodeType
 import msgspec
 
 from handlers.errors import Overloaded, ServingError, Unavailable, raised_at, short_of
-from handlers.exchange import Reply
 from handlers.protocols.base import JSON, ErrorFormat
+from handlers.request import Reply
 from processes.shortage import shortage
 
 log = logging.getLogger(__name__)
 
 
 def error_reply(error: ServingError, written: ErrorFormat) -> Reply:
-    """Returns the reply to a request that failed before its reply began."""
+    """Return the reply to a request that failed before its reply began."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

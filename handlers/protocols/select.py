@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming
 from handlers.protocols.base import ErrorFormat, Gate, ServerContext, Task
-from handlers.protocols.lmi.routes import LMI
-from handlers.protocols.openai.routes import OPENAI
+from handlers.protocols.lmi.requests import LMI
+from handlers.protocols.openai.requests import OPENAI
 from handlers.protocols.tgi.replies import TgiError
-from handlers.protocols.tgi.routes import TGI
+from handlers.protocols.tgi.requests import TGI
 from handlers.protocols.tokens import TOKENS
+from handlers.request import Incoming
 from properties.settings import Settings
 
 APIS = (TGI, OPENAI, LMI, TOKENS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,21 +15,27 @@ import msgspec
 from msgspec import Meta
 
 from handlers.backends.base import TokenizedPrompt
-from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.protocols.base import Api, Route, ServerContext, Task, TokenCount, TokenId
-from handlers.protocols.body import KnownNames, convert
+from handlers.errors import DeadlineExceeded, InvalidRequest
+from handlers.pipeline import longest_prompt
+from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, TokenCount, TokenId
+from handlers.protocols.body import KnownNames, convert, warning
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.replies import OPENAI_ERRORS, OpenAIError
 from handlers.protocols.openai.requests import ChatBody, read_chat
-from handlers.request import Prompt, TextPrompt
+from handlers.request import Incoming, Prompt, Reply, RequestFacts, TextPrompt, media_parts
 
 if TYPE_CHECKING:
     from handlers.service import Service
 
 MOST_TOKENS = 2**20
 """The most tokens that are turned into text at once."""
+
+MOST_TOKENIZED_BYTES = 2**20
+"""The most bytes of a body, its images not counted, that are tokenised; never more than a prompt may have."""
+
+LONG_TEXT_BYTES = 20_000
+"""Longer texts are tokenised one at a time, which leaves the other threads to requests for answers."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -117,7 +126,7 @@ class Detokenized(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_tokenize(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> TokenTask:
-    """Reads TGI's `inputs`, or vLLM's `prompt` or `messages`. Raises InvalidRequest naming the field."""
+    """Read TGI's `inputs`, or vLLM's `prompt` or `messages`. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
         asked_chat = _chat(body, server, incoming)
         return TokenTask(asked_chat.requests[0].prompt, _chat_tokens, misspelt=asked_chat.misspelt)
@@ -142,41 +151,90 @@ def read_tokenize(body: dict[str, Any], server: ServerContext, incoming: Incomin
     raise InvalidRequest("the body has neither inputs, prompt nor messages", param="prompt")
 
 
-def read_detokenize(body: dict[str, Any]) -> list[int]:
-    """Returns the tokens that are to become text. Raises InvalidRequest naming the field."""
-    return convert(body, TokensToText).tokens
-
-
-def detokenize_reply(text: str) -> bytes:
-    """Returns the body of the reply with the text of tokens."""
-    return _encode(Detokenized(text))
-
-
 def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
-    """Reads a chat, to the same prompt that would be answered."""
+    """Read a chat, to the same prompt that would be answered."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-    return read_chat(asked, server, request_id=incoming.request_id)
+    return read_chat(asked, server, incoming)
 
 
 async def _tokenize(service: Service, incoming: Incoming) -> Reply:
-    async def work(body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
-        reply = await service.tokenization.tokenize(body, service.context, incoming, long)
-        return _noted(reply, facts)
+    return await service.reply(incoming, partial(_tokens, service))
 
-    return await service.reply(incoming, work)
+
+async def _tokens(
+    service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
+) -> Reply:
+    """Answer with the tokens of a prompt. long: reading the body takes long."""
+    given = (body, service.context, incoming)
+    task = await asyncio.to_thread(read_tokenize, *given) if long else read_tokenize(*given)
+    parts = list(media_parts(task.prompt))
+    service.check_images(len(parts))
+    size = max(0, incoming.size - sum(part.characters for part in parts))
+    most = min(MOST_TOKENIZED_BYTES, longest_prompt(service.backend.capabilities.max_model_len))
+    if size > most:
+        raise InvalidRequest(f"the text is too long to be tokenised at once: {size} bytes; allowed: {most}")
+    deadline = time.monotonic() + service.settings.predict_timeout
+    incoming.parsed()
+    try:
+        async with _place(service):
+            if parts:
+                await service.images.load(parts, deadline)
+            async with service.long_texts if size > LONG_TEXT_BYTES else nullcontext():
+                found = await service.backend.tokenize(task.prompt)
+                if len(found.token_ids) <= LONG_TEXT_BYTES // 8:
+                    written = _written(task, found)
+                else:
+                    written = await asyncio.to_thread(_written, task, found)
+    finally:
+        for part in parts:
+            part.release()
+    return _noted(Reply(200, JSON, written, headers=warning(task.misspelt)), facts)
 
 
 async def _detokenize(service: Service, incoming: Incoming) -> Reply:
-    async def work(body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool) -> Reply:
-        return _noted(await service.tokenization.detokenize(body, incoming, long), facts)
+    return await service.reply(incoming, partial(_text, service))
 
-    return await service.reply(incoming, work)
+
+async def _text(
+    service: Service, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
+) -> Reply:
+    """Answer with the text of tokens. long: reading the body takes long."""
+    read = partial(convert, body, TokensToText)
+    asked = await asyncio.to_thread(read) if long else read()
+    incoming.parsed()
+    async with _place(service), service.long_texts if incoming.size > LONG_TEXT_BYTES else nullcontext():
+        reply = Detokenized(await service.backend.detokenize(asked.tokens))
+    long = len(reply.prompt) > MOST_TOKENIZED_BYTES
+    written = await asyncio.to_thread(_encode, reply) if long else _encode(reply)
+    return _noted(Reply(200, JSON, written), facts)
+
+
+@asynccontextmanager
+async def _place(service: Service) -> AsyncIterator[None]:
+    """Hold a place in the queue, for as long as the request may take."""
+    with service.admission.admit(1):
+        try:
+            async with asyncio.timeout(service.settings.predict_timeout) as limit:
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded("the request's time (option.predict_timeout) is up") from error
 
 
 def _noted(reply: Reply, facts: RequestFacts) -> Reply:
     facts.status, facts.total = reply.status, time.monotonic() - facts.arrival
     reply.facts = facts
     return reply
+
+
+def _written(task: TokenTask, found: TokenizedPrompt) -> bytes:
+    if task.keep is not None:
+        keep = slice(max(0, len(found.token_ids) - task.keep), None)
+        found = replace(
+            found, token_ids=found.token_ids[keep], pieces=found.pieces[keep], spans=found.spans[keep]
+        )
+    return task.write(found)
 
 
 def _tgi_tokens(found: TokenizedPrompt) -> bytes:

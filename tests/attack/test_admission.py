@@ -22,9 +22,9 @@ import uvloop
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from container import bodies, protocol
+from container import exchange, protocol
 from container.app import App
-from container.bodies import Bodies, Body, BodyTimeout
+from container.exchange import Bodies, Body, BodyTimeout
 from container.metrics import Metrics
 from container.server import HttpServer, bind
 from container.state import ServerState
@@ -676,8 +676,8 @@ def test_a_body_is_read_up_to_its_limit() -> None:
 
 @pytest.mark.parametrize("dripping", [False, True])
 def test_a_body_that_is_too_slow_ends(monkeypatch: pytest.MonkeyPatch, dripping: bool) -> None:
-    monkeypatch.setattr(bodies, "FLOOR_SECONDS", 0.2)
-    monkeypatch.setattr(bodies, "_SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(exchange, "FLOOR_SECONDS", 0.2)
+    monkeypatch.setattr(exchange, "_SWEEP_SECONDS", 0.02)
 
     async def drip() -> MutableMapping[str, Any]:
         await (asyncio.sleep(0.001) if dripping else asyncio.Event().wait())

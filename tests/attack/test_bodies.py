@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from container import logs
-from container.bodies import Bodies, Body
+from container.exchange import Bodies, Body
 from handlers.errors import InvalidRequest, MalformedBody
 from handlers.images import ImageProblem, encoding
 from handlers.images.encoding import decode_data_url

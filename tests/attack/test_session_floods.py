@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.protocols.lmi import sessions
-from handlers.protocols.lmi.sessions import MOST_SESSIONS, Sessions
+from handlers.protocols.lmi.sagemaker import MOST_SESSIONS, Sessions
 from tests.support.scripted import incoming
 from tests.support.scripted_server import ServerProcess
 
@@ -111,4 +110,4 @@ def test_the_number_is_bounded_and_time_makes_room() -> None:
     assert reply is not None
     assert json.loads(reply.body)["result"].endswith("created")
     assert len(kept._ends) == 1, "those that ended are forgotten"
-    assert sessions.MOST_SESSIONS == 100_000
+    assert MOST_SESSIONS == 100_000

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from container.exchange import Exchange
-from handlers.exchange import Reply
+from handlers.request import Reply
 
 Message = MutableMapping[str, Any]
 

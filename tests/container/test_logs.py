@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from container.logs import logging_to
 from container.metrics import Metrics
 from handlers.backends.base import BackendStats
-from handlers.exchange import RequestFacts
+from handlers.request import RequestFacts
 
 HOSTILE = "a\r\n2026-01-01T00:00:00.000Z INFO fake: line\x1b[31m\u2028"
 

@@ -11,6 +11,7 @@ from container import page
 from handlers.backends.select import Choice
 from handlers.errors import NotFound
 from properties.configuration import resolve
+from tests.support.shapes import ROOT
 
 
 def model_page(directory: Path, examples: str) -> page.ModelPage:
@@ -47,10 +48,19 @@ def test_a_list_of_examples_that_is_none_is_like_no_list(tmp_path: Path, example
         model_page(tmp_path, examples).example("0")
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "../app.py", "", "examples.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["__init__.py", "../app.py", "", "examples.json", "docs/../README.md", "docs/page-try.png", "deploy.md"],
+)
 def test_only_the_files_of_the_page_are_shown(name: str) -> None:
     with pytest.raises(NotFound):
         page.file(name)
+
+
+def test_the_documentation_is_there() -> None:
+    reply = page.file("docs/configuration.md")
+    assert reply.content_type == "text/plain; charset=utf-8"
+    assert reply.body == (ROOT / "docs" / "configuration.md").read_bytes()
 
 
 def test_where_the_model_lies_is_not_shown(tmp_path: Path) -> None:

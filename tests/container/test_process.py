@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import shutil
 import signal
@@ -70,6 +72,24 @@ def test_a_probe_is_told_how_far_loading_is(tmp_path: Path) -> None:
             assert ping.json()["status"] == "Loading"
             reason = ping.json()["reason"]
         assert re.fullmatch(r"the model is loading: 1\.00 GiB of 2\.00 GiB, \S+ GiB/s, \S+ s left", reason)
+
+
+def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    ours, theirs = pty.openpty()
+    command = ["-m", "tests.support.scripted_server", "lmi", str(tmp_path), "--port", "0"]
+    server = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, "SCRIPTED_LOAD": "halfway"}, stdout=theirs
+    )
+    os.close(theirs)
+    try:
+        shown = b""
+        while re.search(rb"\[#{8}\.{8}\] 1\.00 GiB of 2\.00 GiB, \S+ GiB/s, \d+ s left", shown) is None:
+            shown += os.read(ours, 1000)
+    finally:
+        server.kill()
+        server.wait()
+        os.close(ours)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -95,6 +95,14 @@ def test_what_pip_cannot_install_ends_the_start_with_pips_reason(
     assert "Traceback" not in log
 
 
+def test_what_a_url_keeps_secret_is_not_told(model: Path) -> None:
+    url = "http://name:pa@ss@127.0.0.1:9/nowhere-1.0.tar.gz?token=hush&x=(hush)'hush"
+    (model / "requirements.txt").write_text(f"--find-links {url}\nnowhere @ {url}#egg=nowhere\n")
+    log = ended(model, PIP_RETRIES="0")
+    assert "http://****@127.0.0.1:9/nowhere-1.0.tar.gz?****" in log
+    assert not [secret for secret in ("hush", "name:", "pa@", "ss@") if secret in log]
+
+
 def test_a_package_of_the_servers_own_keeps_its_version(model: Path) -> None:
     wheel(model / "lib", "msgspec", "99.0")
     (model / "requirements.txt").write_text("greeting\nmsgspec\n")

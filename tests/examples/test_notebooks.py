@@ -6,13 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.support.live import LiveServer
 from tests.support.sagemaker_platform import Platform, environment, sdk
 from tests.support.shapes import ROOT, SHAPES
 
 FOLDER = ROOT / "examples" / "notebooks"
+
+
+@pytest.fixture
+def platform(tmp_path: Path) -> Iterator[Platform]:
+    with Platform(OMP_NUM_THREADS="1", TMPDIR=str(tmp_path)) as running:
+        yield running
 
 
 def run(name: str, **environ: str) -> list[str]:
@@ -53,13 +62,12 @@ def test_a_model_answers_in_a_script() -> None:
     assert run("offline.ipynb") == ["a red circle", "a green triangle; a yellow star", "two"]
 
 
-def test_an_endpoint_is_made_asked_and_deleted(tmp_path: Path) -> None:
-    with Platform(OMP_NUM_THREADS="1", TMPDIR=str(tmp_path)) as platform:
-        lines = run("sagemaker.ipynb", MODEL=str(SHAPES), PYTHONPATH=sdk(), **environment(platform))
-        assert platform.container_of("lmi-llava") is None
-        assert [call for call, _ in platform.asked if call.startswith("Delete")] == [
-            "DeleteEndpointConfig",
-            "DeleteEndpoint",
-            "DeleteModel",
-        ]
+def test_an_endpoint_is_made_asked_and_deleted(platform: Platform) -> None:
+    lines = run("sagemaker.ipynb", MODEL=str(SHAPES), PYTHONPATH=sdk(), **environment(platform))
+    assert platform.container_of("lmi-llava") is None
+    assert [call for call, _ in platform.asked if call.startswith("Delete")] == [
+        "DeleteEndpointConfig",
+        "DeleteEndpoint",
+        "DeleteModel",
+    ]
     assert [line.lstrip("-!") for line in lines[-2:]] == ["a red circle"] * 2  # the SDK draws while it waits

@@ -7,13 +7,10 @@ import logging
 import queue
 import re
 import threading
-from pathlib import Path
 
 import pytest
 
-from engine.config import EngineConfig
 from handlers import progress
-from handlers.backends.rolling.replicas import EngineProcess
 from handlers.progress import Progress, shown, size_text
 
 
@@ -28,13 +25,16 @@ def test_a_download_is_told_in_bytes_rate_and_time() -> None:
     assert str(loading).startswith("2.00 GiB of 2.00 GiB")
 
 
-def test_weights_are_told_in_percent_and_a_phase_without_numbers_in_seconds() -> None:
+def test_a_phase_without_bytes_is_told_in_seconds() -> None:
     loading = Progress()
-    loading.begin("weights", 300, 14 << 30)
-    loading.done = 100
-    assert re.fullmatch(r"weights 33 % of 14\.00 GiB, \d+ s left", str(loading))
+    loading.begin("weights", 300 << 20)
+    loading.done = 100 << 20
+    assert re.fullmatch(r"weights 100\.0 MiB of 300\.0 MiB, \S+ \wiB/s, \d+ s left", str(loading))
+    assert loading.bar == "[#####...........] "
+    loading.begin("warming up", ago=200)
     loading.begin("warming up")
-    assert str(loading) == "warming up, 0 s"
+    assert str(loading) == "warming up, 3 min"
+    assert loading.bar == ""
 
 
 def test_a_load_reports_to_whom_it_belongs_and_only_while_it_lasts() -> None:
@@ -48,30 +48,6 @@ def test_a_load_reports_to_whom_it_belongs_and_only_while_it_lasts() -> None:
         assert asyncio.run(work()) is loading
         assert told.get(timeout=10).startswith("0.0 MiB of 0.0 MiB")
     assert progress.current() is not loading
-
-
-def test_an_engine_reports_its_weights_and_its_warm_up(
-    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    phases: list[tuple[str, int, int | None]] = []
-    begin = Progress.begin
-
-    def noted(self: Progress, what: str, total: int = 0, size: int | None = None) -> None:
-        phases.append((what, total, size))
-        begin(self, what, total, size)
-
-    monkeypatch.setattr(Progress, "begin", noted)
-
-    async def load() -> None:
-        engine = await EngineProcess.spawn()
-        client = await engine.load(EngineConfig(model_path=str(tiny_llava), devices=("cpu",)))
-        await client.stop()
-
-    asyncio.run(load())
-    (weights, tensors, size), (warm_up, *rest) = phases
-    assert (weights, warm_up, rest) == ("weights", "warming up", [0, 0])
-    assert tensors > 10
-    assert size == sum(file.stat().st_size for file in tiny_llava.glob("*.safetensors"))
 
 
 def test_a_script_without_a_terminal_finds_it_in_the_log(

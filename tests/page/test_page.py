@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.live import LiveServer
+from tests.support.sagemaker_front import ENDPOINT, SageMakerFront
+from tests.support.sagemaker_platform import environment, sdk
 from tests.support.scripted_server import ServerProcess
 
 if TYPE_CHECKING:
@@ -119,8 +122,10 @@ def test_an_answer_can_be_held_to_a_schema(shapes_page: Page) -> None:
     assert answered(shapes_page) == '"yes"'
 
 
-@pytest.mark.parametrize("kind", ["curl", "openai", "tgi"])
-def test_a_request_copied_runs_as_pasted(shapes_page: Page, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["curl", "openai", "sagemaker", "tgi"])
+def test_a_request_copied_runs_as_pasted(
+    shapes_page: Page, shapes_server: LiveServer, kind: str, tmp_path: Path
+) -> None:
     drop(shapes_page, image("red-circle.png"))
     shapes_page.get_by_label("Message", exact=True).fill("What is this an image of?")
     shapes_page.get_by_label("Copy the request as").select_option(kind)
@@ -128,8 +133,18 @@ def test_a_request_copied_runs_as_pasted(shapes_page: Page, kind: str, tmp_path:
     shapes_page.get_by_role("status").filter(has_text="Copied.").wait_for()
     program = tmp_path / "pasted"
     program.write_text(shapes_page.evaluate("navigator.clipboard.readText()"))
-    run = [sys.executable] if kind == "openai" else ["bash"]
-    done = subprocess.run([*run, str(program)], capture_output=True, text=True, timeout=60, check=False)
+    with SageMakerFront(shapes_server.url) as front:
+        environ = dict(os.environ)
+        if kind == "sagemaker":
+            environ |= {**environment(front), "PYTHONPATH": sdk(), "ENDPOINT_NAME": ENDPOINT}
+        done = subprocess.run(
+            ["bash" if kind in ("curl", "tgi") else sys.executable, str(program)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=environ,
+        )
     assert "red circle" in done.stdout, done.stdout + done.stderr
 
 
@@ -166,6 +181,8 @@ def test_the_model_is_described(shapes_page: Page) -> None:
     row = shapes_page.locator("#options tr", has_text="limit_mm_per_prompt").inner_text()
     assert '{"image": 4' in row
     assert "command line" in row
+    shapes_page.get_by_role("link", name="deploy").click()
+    shapes_page.get_by_text("# Deploy").wait_for()
 
 
 # A model that answers until it is told to stop

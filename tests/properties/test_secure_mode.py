@@ -32,7 +32,10 @@ def model(tmp_path: Path) -> Path:
 def secured(model: Path | str, *options: str, controls: str = ALL, **environ: str) -> Configuration:
     variables = {"SAGEMAKER_SECURE_MODE": "True", "SAGEMAKER_SECURITY_CONTROLS": controls, **environ}
     return resolve(
-        model=str(model), environ=variables, options=options, backend_options=frozenset({"worker_cls"})
+        model=str(model),
+        environ=variables,
+        options=options,
+        backend_options=frozenset({"worker_cls", "compilation_config", "hf_overrides"}),
     )
 
 
@@ -77,7 +80,6 @@ def test_a_forbidden_file_is_named_with_its_control(
     ("option", "control"),
     [
         ("trust_remote_code=true", "DISALLOW_TRUST_REMOTE_CODE"),
-        ('kv_transfer_config={"kv_connector_module_path": "x.y"}', "DISALLOW_CUSTOM_INFERENCE_SCRIPTS"),
         ("install_requirements=true", "DISALLOW_REQUIREMENTS_TXT"),
         ("load_format=pt", "DISALLOW_PICKLE_FILES"),
         ("chat_template={{ messages }}", "DISALLOW_CHAT_TEMPLATE"),
@@ -115,10 +117,35 @@ def test_requirements_beside_an_entry_point_elsewhere(model: Path, tmp_path: Pat
     assert told.startswith(f"{folder}/requirements.txt is forbidden by DISALLOW_REQUIREMENTS_TXT")
 
 
-def test_options_that_only_vllm_knows_are_forbidden(model: Path) -> None:
-    assert "option.worker_cls (OPTION_WORKER_CLS) is forbidden" in forbidden(
-        model, OPTION_WORKER_CLS="mine.Worker"
-    )
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("worker_cls", "mine.Worker"),
+        ("compilation_config", '{"backend": "mine.compile"}'),
+        ("hf_overrides", '{"architectures": ["Mine"]}'),
+    ],
+)
+def test_options_that_only_vllm_knows_are_forbidden(model: Path, name: str, value: str) -> None:
+    variable = f"OPTION_{name.upper()}"
+    assert f"option.{name} ({variable}) is forbidden" in forbidden(model, **{variable: value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        'speculative_config={"method": "eagle", "model": "org/draft", "num_speculative_tokens": 2}',
+        'speculative_config={"method": "custom_class", "model": "mine.Proposer", "num_speculative_tokens": 2}',
+        'speculative_config={"method": "ngram", "draft_load_config": {"load_format": "pt"}}',
+        'kv_transfer_config={"kv_connector_module_path": "x.y"}',
+        'kv_transfer_config={"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": []}}',
+    ],
+)
+def test_what_can_bring_code_or_files_past_the_controls_is_forbidden_by_each(
+    model: Path, option: str
+) -> None:
+    name = option.partition("=")[0]
+    told = forbidden(model, option, controls="DISALLOW_PICKLE_FILES")
+    assert told == f"{name} (--option {name}) is forbidden by SAGEMAKER_SECURE_MODE"
 
 
 def test_the_options_that_vision_models_need_are_allowed(model: Path) -> None:
@@ -127,6 +154,7 @@ def test_the_options_that_vision_models_need_are_allowed(model: Path) -> None:
         "tool_call_parser=hermes",
         "max_model_len=4096",
         "async_mode=true",
+        'speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}',
     )
     assert secured(model, *options).settings.limit_mm_per_prompt["image"] == 4
 

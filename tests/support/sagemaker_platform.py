@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -25,9 +26,15 @@ _SERVE = "import sys; from container.cli import serve_main; sys.exit(serve_main(
 class Platform(SageMakerFront):
     """Use as a context manager. `asked` is every call of the control plane: its name and what was sent."""
 
-    def __init__(self, **usual: str) -> None:
-        """usual: variables that each container gets besides the model's own."""
+    def __init__(
+        self, start: Callable[[Mapping[str, str]], subprocess.Popen[bytes]] | None = None, **usual: str
+    ) -> None:
+        """start: starts a container with these variables, in place of a process of this checkout.
+
+        usual: variables that each container gets besides the model's own.
+        """
         super().__init__("")
+        self._start_container = start or _serve
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self._usual = usual
         self._known: dict[str, dict[str, dict[str, Any]]] = {
@@ -80,17 +87,13 @@ class Platform(SageMakerFront):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        here = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-        told = {
-            "SAGEMAKER_BIND_TO_PORT": port,
-            "SERVING_HOST": "127.0.0.1",
-            **self._usual,
-            **container["Environment"],
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE],
-            env={**here, "PYTHONPATH": str(ROOT), **told},
-            stdout=subprocess.DEVNULL,
+        process = self._start_container(
+            {
+                "SAGEMAKER_BIND_TO_PORT": port,
+                "SERVING_HOST": "127.0.0.1",
+                **self._usual,
+                **container["Environment"],
+            }
         )
         self._containers[endpoint] = process, f"http://127.0.0.1:{port}"
 
@@ -113,6 +116,15 @@ class Platform(SageMakerFront):
             process.wait()
 
 
+def _serve(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    here = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE],
+        env={**here, "PYTHONPATH": str(ROOT), **environ},
+        stdout=subprocess.DEVNULL,
+    )
+
+
 def sdk() -> str:
     """Return the directory of SageMaker's SDK 2. `make clients` installs it aside, as its pins clash with ours."""
     path = ROOT / ".venv-clients" / "sagemaker"
@@ -121,7 +133,7 @@ def sdk() -> str:
     return str(path)
 
 
-def environment(platform: Platform) -> dict[str, str]:
+def environment(platform: SageMakerFront) -> dict[str, str]:
     """Return the variables with which AWS's clients find the stand-in, and nothing else."""
     return {
         "AWS_ENDPOINT_URL": platform.url,

@@ -19,9 +19,18 @@ from handlers.backends.base import (
     TokenLogprob,
 )
 from handlers.errors import InvalidRequest
-from handlers.exchange import Incoming, Reply, RequestFacts
-from handlers.request import GenerationRequest, ImagePart, Prompt, TextPart, prompt_parts
-from handlers.service import Service, ServiceLimits
+from handlers.request import (
+    GenerationRequest,
+    ImagePart,
+    Incoming,
+    Prompt,
+    Reply,
+    RequestFacts,
+    TextPart,
+    prompt_parts,
+)
+from handlers.service import Service
+from properties.settings import Settings
 
 Step = Delta | float | BaseException
 """A delta to give, seconds to wait, or an error to raise."""
@@ -169,12 +178,10 @@ class Watched:
 
 def service(backend: ScriptedBackend, images: ScriptedImages | None = None, **options: Any) -> Service:
     own = {
-        name: options.pop(name)
-        for name in ("observer", "output_formatter", "tgi_compat", "formats", "gates")
-        if name in options
+        name: options.pop(name) for name in ("observer", "formats", "gates", "keep_alive") if name in options
     }
-    limits = ServiceLimits(**options)
-    return Service(backend, images or ScriptedImages(), limits, model_name="shapes", **own)  # type: ignore[arg-type]
+    settings = Settings(**options)
+    return Service(backend, images or ScriptedImages(), settings, model_name="shapes", **own)  # type: ignore[arg-type]
 
 
 def incoming(body: Any, route: str = "/v1/chat/completions", **headers: str) -> Incoming:

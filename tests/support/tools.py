@@ -45,7 +45,7 @@ HERMES = answer_formats("hermes", auto=True)
 
 
 def read(body: dict[str, Any], formats: AnswerFormats = HERMES, **context: Any) -> GenerationRequest:
-    task = read_chat(body, ServerContext("shapes", formats=formats, **context), request_id="r")
+    task = read_chat(body, ServerContext("shapes", formats=formats, **context), incoming({}))
     return task.requests[0]
 
 

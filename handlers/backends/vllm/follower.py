@@ -16,8 +16,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from handlers import progress
 from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.backends.vllm import compat
+from handlers.backends.weights_read import weights_told
 from handlers.errors import InvalidConfiguration
 from processes.child import Child, Log
 from processes.inside import Parent
@@ -44,6 +46,7 @@ class VllmFollower:
     async def load(self) -> None:
         from handlers.backends.vllm.engine import EngineBuilder
 
+        progress.current().begin("starting vLLM")
         # Made as on the first machine, so that the parts of the engine agree about samplers and adapters.
         arguments = (await asyncio.to_thread(EngineBuilder, self._configuration, self._path)).arguments
         supervisor = Supervisor(
@@ -105,7 +108,7 @@ class Workers:
         failed = "the workers of this machine did not start: "
         try:
             child.send(pickle.dumps(arguments))
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds), weights_told(Path(arguments["model"]), lambda: (child.pid,)):
                 reason = await child.receive()
             if reason != _JOINED:
                 raise InvalidConfiguration(failed + reason.decode(errors="replace"))

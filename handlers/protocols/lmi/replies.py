@@ -5,6 +5,8 @@ The structs are both what is written and what `/openapi.json` describes. Fields 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -13,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
 from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer, finite
-from handlers.protocols.tgi.replies import FinishReason, TgiWriter, finish_reason
+from handlers.protocols.tgi.replies import FinishReason, finish_reason
 
 _encode = msgspec.json.Encoder().encode
 
@@ -82,60 +84,57 @@ class LmiBrokenLine(LmiError, forbid_unknown_fields=True):
     details: LmiFailure = msgspec.field(default_factory=LmiFailure)
 
 
+@dataclass(kw_only=True)
 class LmiWriter:
-    """Writes one reply to LMI's body."""
+    """Writes one reply to LMI's body.
 
-    def __init__(
-        self,
-        inputs: list[str],
-        *,
-        many: bool = False,
-        returned: int = 1,
-        details: bool = False,
-        prefill: bool = False,
-        full_text: bool = False,
-        top_tokens: int = 0,
-        seed: int | None = None,
-        sse: bool = False,
-    ) -> None:
-        """inputs: the prompts as they were sent. many: whether they were a list, which is answered by a list.
+    Attributes:
+        inputs: The prompts as they were sent.
+        many: Whether they were a list, which is answered by a list.
+        returned: How many answers to a prompt are shown: the most likely one, and the next ones among its details.
+        details: Show details.
+        prefill: Details show the prompt's tokens.
+        full_text: The text begins with the prompt.
+        top_tokens: The number of alternatives to show at each position.
+        seed: As the client sent it.
+        sse: Stream server-sent events, not JSON lines.
+    """
 
-        returned: how many of the answers to a prompt are shown: the most likely one is the reply, the next ones are
-        among its details.
-        """
-        self._inputs = inputs
-        self._many = many
-        self._returned = returned
-        self._details = details
-        self._prefill = prefill
-        self._full_text = full_text
-        self._top_tokens = top_tokens
-        self._seed = seed
-        self._before, self._after = (b"data: ", b"\n\n") if sse else (b"", b"\n")
+    inputs: Sequence[str]
+    many: bool = False
+    returned: int = 1
+    details: bool = False
+    prefill: bool = False
+    full_text: bool = False
+    top_tokens: int = 0
+    seed: int | None = None
+    sse: bool = False
+
+    def __post_init__(self) -> None:
+        self._before, self._after = (b"data: ", b"\n\n") if self.sse else (b"", b"\n")
         self._answer = Answer()
-        self.stream_type = SSE if sse else JSON_LINES
-        self.keep_alive = b": keep-alive\n\n" if sse else b""
+        self.stream_type = SSE if self.sse else JSON_LINES
+        self.keep_alive = b": keep-alive\n\n" if self.sse else b""
 
     def whole(self, answered: list[Answered]) -> bytes:
         replies = [
-            self._reply(text, one.stats, one.answers)
-            for text, one in zip(self._inputs, answered, strict=True)
+            self._reply(text, one.stats, one.answers) for text, one in zip(self.inputs, answered, strict=True)
         ]
-        return _encode(replies if self._many else replies[0])
+        return _encode(replies if self.many else replies[0])
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
         """Return a line for each token."""
         self._answer.add(delta)
         lines = [LmiLine(token=token) for token in _shown(delta, last=delta.finish_reason is not None)]
-        if self._top_tokens:
+        if self.top_tokens:
             for line, position in zip(lines, delta.logprobs or (), strict=False):
                 line.top_tokens = self._top(position)
         if delta.finish_reason is not None:
             if not lines:
                 lines.append(LmiLine(token=LmiToken(None, delta.text, None)))
-            lines[-1].generated_text = self._text(self._inputs[0], self._answer)
-            if self._details:
-                lines[-1].details = LmiSequence(**self._summary(self._inputs[0], self._answer))
+            lines[-1].generated_text = self._text(self.inputs[0], self._answer)
+            if self.details:
+                lines[-1].details = LmiSequence(**self._summary(self.inputs[0], self._answer))
         return b"".join([self._before + _encode(line) + self._after for line in lines])
 
     def end(self, stats: PromptStats) -> bytes:
@@ -147,11 +146,11 @@ class LmiWriter:
 
     def _reply(self, inputs: str, stats: PromptStats, answers: list[Answer]) -> LmiReply:
         ranked = sorted(answers, key=_likelihood, reverse=True) if len(answers) > 1 else answers
-        best, *others = ranked[: self._returned]
+        best, *others = ranked[: self.returned]
         reply = LmiReply(self._text(inputs, best))
-        if self._details:
+        if self.details:
             reply.details = details = LmiSequence(**self._sequence(inputs, best))
-            if self._prefill:
+            if self.prefill:
                 details.prefill = _prefill(stats)
             if others:
                 details.best_of_sequences = [
@@ -161,49 +160,26 @@ class LmiWriter:
         return reply
 
     def _sequence(self, inputs: str, answer: Answer) -> dict[str, Any]:
-        """Returns the fields of an `LmiSequence`."""
+        """Return the fields of an `LmiSequence`."""
         tokens = [_token(position.chosen) for position in answer.logprobs]
         if answer.eos and len(tokens) == len(answer.token_ids) > 0:
             tokens[-1].special_token = True
-        tops = [self._top(position) for position in answer.logprobs] if self._top_tokens else UNSET
+        tops = [self._top(position) for position in answer.logprobs] if self.top_tokens else UNSET
         return {**self._summary(inputs, answer), "tokens": tokens, "top_tokens": tops}
 
     def _text(self, inputs: str, answer: Answer) -> str:
-        return inputs + answer.text if self._full_text else answer.text
+        return inputs + answer.text if self.full_text else answer.text
 
     def _summary(self, inputs: str, answer: Answer) -> dict[str, Any]:
         return {
             "finish_reason": finish_reason(answer),
             "generated_tokens": len(answer.token_ids),
-            "seed": self._seed,
+            "seed": self.seed,
             "inputs": inputs,
         }
 
     def _top(self, position: PositionLogprobs) -> list[LmiToken]:
-        return [_token(candidate) for candidate in position.top[: self._top_tokens]]
-
-
-class LmiTgiWriter:
-    """Writes replies for `option.tgi_compat`: a list with TGI's object for each prompt, or a stream for one."""
-
-    def __init__(self, writers: list[TgiWriter]) -> None:
-        """Prepare to write. writers: one for each prompt."""
-        self._writers = writers
-        self.stream_type = writers[0].stream_type
-        self.keep_alive = writers[0].keep_alive
-
-    def whole(self, answered: list[Answered]) -> bytes:
-        replies = [writer.whole([one]) for writer, one in zip(self._writers, answered, strict=True)]
-        return b"[" + b",".join(replies) + b"]"
-
-    def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
-        return self._writers[0].chunk(delta, stats)
-
-    def end(self, stats: PromptStats) -> bytes:
-        return self._writers[0].end(stats)
-
-    def failed(self, error: ServingError) -> bytes:
-        return self._writers[0].failed(error)
+        return [_token(candidate) for candidate in position.top[: self.top_tokens]]
 
 
 class JsonLines:
@@ -233,7 +209,7 @@ class JsonLines:
 
 
 def lmi_error(error: ServingError) -> LmiError:
-    """Returns the error in LMI's words."""
+    """Return the error in LMI's words."""
     return LmiError(error.status, error.kind, error.message, error.message)
 
 

@@ -1,12 +1,12 @@
-"""The LMI body: `inputs`, `parameters`, `stream`. From the body to a `Task`.
+"""LMI's API, which SageMaker calls: its body (`inputs`, `parameters`, `stream`), and its routes.
 
-Names, defaults and bounds are those of the LMI input and output schema (djl-serving's documentation).
+Names, defaults and bounds are those of LMI's input and output schema (djl-serving's documentation).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -16,8 +16,14 @@ from msgspec import Meta
 from engine.sampling_params import shown
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import (
+    JSON_LINES,
     MAX_ANSWERS,
     MAX_PROMPTS,
+    READ,
+    SSE_TYPE,
+    Api,
+    Reader,
+    Route,
     ServerContext,
     Task,
     TokenCount,
@@ -34,16 +40,42 @@ from handlers.protocols.fields import (
     read_constraint,
     sampler_values,
 )
-from handlers.protocols.lmi.replies import JsonLines, LmiTgiWriter, LmiWriter
+from handlers.protocols.lmi import adapters
+from handlers.protocols.lmi.replies import (
+    LMI_ERRORS,
+    JsonLines,
+    LmiBrokenLine,
+    LmiError,
+    LmiLine,
+    LmiReply,
+    LmiWriter,
+)
+from handlers.protocols.lmi.sagemaker import (
+    INVOKE_ROUTES,
+    PREFIX,
+    ExecutionParameters,
+    SessionBody,
+    SessionReply,
+    Sessions,
+    accept_of,
+    adapter_of,
+    execution_parameters,
+)
 from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion, OpenAIError
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
 from handlers.protocols.openai.writers import CompletionWriter
 from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import MAX_STOP_STRINGS, Constraint, GenerationRequest, RequestSampling, TextPrompt
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    Constraint,
+    GenerationRequest,
+    Incoming,
+    RequestSampling,
+    TextPrompt,
+)
 
 log = logging.getLogger(__name__)
-
-INVOKE_ROUTES = frozenset({"/invocations", "/predictions/{model}", "/models/{model}/invoke"})
-"""The routes on which LMI takes every schema."""
 
 DEFAULT_NEW_TOKENS = 30
 
@@ -126,25 +158,9 @@ _BODY_NAMES = KnownNames(LmiBody.__struct_fields__, inside=_READ)
 
 
 def read_lmi(
-    body: dict[str, Any],
-    server: ServerContext,
-    *,
-    request_id: str,
-    adapter: str | None = None,
-    accept: str = "",
+    body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
 ) -> Task:
-    """Read a body.
-
-    Args:
-        body: The JSON object.
-        server: What holds for every request.
-        request_id: Of the request.
-        adapter: The adapter named in a header, which takes precedence over the body's `adapters`.
-        accept: The request's `Accept` header in lower case.
-
-    Raises:
-        InvalidRequest: It names the field at fault.
-    """
+    """See `Reader`."""
     asked = convert(body, LmiBody)
     for name in body.keys() - LmiBody.__struct_fields__:
         log.debug("unknown field ignored: %.80s", name)
@@ -166,6 +182,7 @@ def read_lmi(
         shows_prompt=parameters.prefill and not stream,
     )
     constraint = _constraint_of(given)
+    request_id, accept = incoming.request_id, accept_of(incoming.headers)
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
     requests = [
         GenerationRequest(
@@ -191,10 +208,19 @@ def read_lmi(
         )
         return Task(requests, completion, misspelt, _FIELDS)
     if server.tgi_compat:
-        events = _tgi_writer(prompts, requests, parameters, server)
+        events = TgiWriter(
+            inputs=prompts,
+            array=True,
+            details=details,
+            prefill=sampling.prompt_logprobs is not None,
+            full_text=bool(parameters.return_full_text),
+            top_tokens=parameters.top_tokens,
+            seeds=[_seeded(request) for request in requests],
+            special_token_ids=server.special_token_ids,
+        )
         return Task(requests, JsonLines(events) if wants_lines(accept) else events, misspelt, _FIELDS)
     writer = LmiWriter(
-        prompts,
+        inputs=prompts,
         many=many,
         returned=parameters.returned,
         details=details,
@@ -243,28 +269,13 @@ def wants_lines(accept: str) -> bool:
     return "jsonlines" in accept and "text/event-stream" not in accept
 
 
-def _tgi_writer(
-    prompts: list[str], requests: list[GenerationRequest], parameters: LmiParameters, server: ServerContext
-) -> LmiTgiWriter:
-    """Return the writer. A request that draws without a seed gets one, because the reply shows it."""
-    writers = []
-    for prompt, request in zip(prompts, requests, strict=True):
-        seeds: list[int | None] = [None] * request.n
-        if not request.sampling.greedy:
-            seeds = shown_seeds(request.sampling.seed, request.n)
-            request.sampling = msgspec.structs.replace(request.sampling, seed=seeds[0])
-        writers.append(
-            TgiWriter(
-                prompt,
-                details=bool(parameters.details),
-                prefill=request.sampling.prompt_logprobs is not None,
-                full_text=bool(parameters.return_full_text),
-                top_tokens=parameters.top_tokens,
-                seeds=seeds,
-                special_token_ids=server.special_token_ids,
-            )
-        )
-    return LmiTgiWriter(writers)
+def _seeded(request: GenerationRequest) -> list[int | None]:
+    """Return the seed of each answer, which TGI's reply shows. A request that draws without a seed gets one."""
+    if request.sampling.greedy:
+        return [None] * request.n
+    seeds = shown_seeds(request.sampling.seed, request.n)
+    request.sampling = msgspec.structs.replace(request.sampling, seed=seeds[0])
+    return seeds
 
 
 def _read_parameters(given: dict[str, Any]) -> LmiParameters:
@@ -345,3 +356,76 @@ def _samples(parameters: LmiParameters) -> bool:
 
 def _strings(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
+
+
+def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
+    return True
+
+
+def _reads(keys: Collection[str], route: str) -> Reader | None:
+    return read_lmi if "inputs" in keys else None
+
+
+def _framed(
+    read: Reader,
+    body: dict[str, Any],
+    server: ServerContext,
+    incoming: Incoming,
+    adapter: str | None,
+) -> Task:
+    """Read another API's body; `option.output_formatter` and the `Accept` header decide whether and how to stream."""
+    if "inputs" in body:
+        return read(body, server, incoming, adapter)
+    formatter = server.output_formatter
+    if body.get("stream") is None and formatter in ("jsonlines_chat", "sse_chat"):
+        body = {**body, "stream": True}
+    task = read(body, server, incoming, adapter)
+    accept = accept_of(incoming.headers)
+    lines = formatter == "jsonlines_chat" and "text/event-stream" not in accept
+    if task.stream and (lines or wants_lines(accept)) and not server.custom_output:
+        task.writer = JsonLines(task.writer)
+    return task
+
+
+_EVENTS = (ChatCompletionChunk, Completion, LmiLine, LmiBrokenLine)
+_ANSWER = Route(
+    "/invocations",
+    "answer",
+    "Answer a body of any API, which its keys tell (messages, prompt, inputs or requestType), or JSON lines of them",
+    queued=True,
+    bodies=(ChatBody, CompletionBody, LmiBody, SessionBody),
+    plain_text=True,
+    replies=(ChatCompletion, Completion, LmiReply, list[LmiReply], SessionReply),
+    events={SSE_TYPE: _EVENTS, JSON_LINES: (*_EVENTS, ChatCompletion, LmiReply)},
+    errors=(OpenAIError, LmiError),
+)
+
+ROUTES = (
+    *adapters.ROUTES,
+    _ANSWER,
+    Route(
+        "/execution-parameters",
+        "execution",
+        "How batch transform sends records if its user does not say",
+        methods=READ,
+        light=True,
+        replies=(ExecutionParameters,),
+        errors=(OpenAIError, LmiError),
+    ),
+    replace(_ANSWER, path="/models/{name}/invoke", template="/models/{model}/invoke"),
+    replace(_ANSWER, path="/predictions/{name}", template="/predictions/{model}"),
+)
+
+LMI = Api(
+    LMI_ERRORS,
+    _claims,
+    _reads,
+    ROUTES,
+    frames=dict.fromkeys(INVOKE_ROUTES, _framed),
+    adapter=adapter_of,
+    calls={"adapters": adapters.answer_adapters, "execution": execution_parameters},
+    request_id=f"{PREFIX}inference-id",
+    gate=lambda settings: Sessions(
+        enabled=settings.enable_stateful_sessions, expiration=settings.sessions_expiration
+    ),
+)

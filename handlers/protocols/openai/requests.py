@@ -1,8 +1,9 @@
-"""The bodies of chat and text completions, as OpenAI documents them and vLLM extends them: from JSON to a `Task`."""
+"""OpenAI's API: the bodies of chat and text completions, as OpenAI documents and vLLM extends them, and its routes."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,11 @@ from handlers.errors import InvalidRequest
 from handlers.protocols.base import (
     MAX_ANSWERS,
     MAX_PROMPTS,
+    READ,
+    SSE_TYPE,
+    Api,
+    Reader,
+    Route,
     ServerContext,
     Task,
     TokenId,
@@ -34,6 +40,15 @@ from handlers.protocols.fields import (
 )
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
+from handlers.protocols.openai.replies import (
+    OPENAI_ERRORS,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Model,
+    Models,
+    OpenAIError,
+)
 from handlers.protocols.openai.tools import Tools, answer_form, read_tools
 from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
 from handlers.request import (
@@ -41,6 +56,7 @@ from handlers.request import (
     MOST_TOKEN_IDS,
     ChatPrompt,
     GenerationRequest,
+    Incoming,
     TextPart,
     TextPrompt,
 )
@@ -178,19 +194,10 @@ _COMPLETION_NAMES = known_names(CompletionBody)
 
 
 def read_chat(
-    body: dict[str, Any], server: ServerContext, *, request_id: str, adapter: str | None = None
+    body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
 ) -> Task:
-    """Read a body. Nothing has been fetched or generated if this fails.
-
-    Args:
-        body: The JSON object.
-        server: What holds for every request.
-        request_id: Of the request.
-        adapter: The adapter named in a header, which takes precedence over the body's `adapters`.
-
-    Raises:
-        InvalidRequest: It names the field at fault.
-    """
+    """See `Reader`."""
+    request_id = incoming.request_id
     refuse_unsupported(body, ChatBody)
     asked = convert(body, ChatBody)
     if asked.modalities is not None and asked.modalities != ["text"]:
@@ -321,19 +328,10 @@ class _Shown:
 
 
 def read_completion(
-    body: dict[str, Any], server: ServerContext, *, request_id: str, adapter: str | None = None
+    body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
 ) -> Task:
-    """Read a body. Nothing has been fetched or generated if this fails.
-
-    Args:
-        body: The JSON object.
-        server: What holds for every request.
-        request_id: Of the request.
-        adapter: The adapter named in a header, which takes precedence over the body's `adapters`.
-
-    Raises:
-        InvalidRequest: It names the field at fault.
-    """
+    """See `Reader`."""
+    request_id = incoming.request_id
     refuse_unsupported(body, CompletionBody)
     asked = convert(body, CompletionBody)
     if asked.suffix:
@@ -509,3 +507,70 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INTEGER):
             raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")
     return {int(key): value for key, value in bias.items()}
+
+
+_ERRORS = (OpenAIError,)
+
+ROUTES = (
+    Route(
+        "/v1/models",
+        "models",
+        "The served models",
+        methods=READ,
+        light=True,
+        replies=(Models,),
+        errors=_ERRORS,
+    ),
+    Route(
+        "/v1/models/{name}",
+        "models",
+        "One served model",
+        methods=READ,
+        light=True,
+        template="/v1/models",
+        replies=(Model,),
+        errors=_ERRORS,
+    ),
+    Route(
+        "/v1/chat/completions",
+        "answer",
+        "Chat completion (OpenAI)",
+        queued=True,
+        appended=True,
+        bodies=(ChatBody,),
+        replies=(ChatCompletion,),
+        events={SSE_TYPE: (ChatCompletionChunk,)},
+        errors=_ERRORS,
+    ),
+    Route(
+        "/v1/completions",
+        "answer",
+        "Text completion (OpenAI); images stand in the prompt as `![](url)`",
+        queued=True,
+        appended=True,
+        bodies=(CompletionBody,),
+        replies=(Completion,),
+        events={SSE_TYPE: (Completion,)},
+        errors=_ERRORS,
+    ),
+)
+
+_OTHER_ROUTES = frozenset({"/tokenize", "/detokenize", "/version"})
+"""Routes of vLLM's, which answers errors as OpenAI does."""
+
+
+def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
+    if "messages" in keys or "inputs" in keys:
+        return "messages" in keys
+    return "prompt" in keys or route.startswith("/v1/") or route in _OTHER_ROUTES
+
+
+def _reads(keys: Collection[str], route: str) -> Reader | None:
+    if route == "/v1/completions":
+        return read_completion
+    if "messages" in keys:
+        return read_chat
+    return read_completion if "prompt" in keys and "inputs" not in keys else None
+
+
+OPENAI = Api(OPENAI_ERRORS, _claims, _reads, ROUTES)

@@ -1,14 +1,15 @@
-"""TGI's replies: one JSON object, or that in a list, or a server-sent event for each token; and its errors.
+"""TGI's replies: one JSON object, alone or in a list, or an event for each token; its headers, errors and `/info`.
 
-The structs are both what is written and what `/openapi.json` describes. Their fields stand in TGI's order, and those
-that TGI leaves out are `UNSET`.
+The structs are both what is written and what `/openapi.json` describes. Their fields are in TGI's order, and those that
+TGI leaves out are `UNSET`.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence, Set
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -24,7 +25,16 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.protocols.base import Answer, Answered, ErrorFormat, finite
+from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Answer, Answered, ErrorFormat, finite
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    Incoming,
+    Reply,
+)
+from handlers.version import VERSION
+
+if TYPE_CHECKING:
+    from handlers.service import Service
 
 _encode = msgspec.json.Encoder().encode
 
@@ -97,63 +107,57 @@ class TgiError(Struct, forbid_unknown_fields=True):
     error_type: str
 
 
+@dataclass(kw_only=True)
 class TgiWriter:
-    """Writes one reply to TGI's body."""
+    """Writes the reply to TGI's body, or to LMI's under `option.tgi_compat`; only one prompt can be streamed.
+
+    Attributes:
+        inputs: The prompts as they were sent.
+        array: The objects are in a list.
+        details: Show details.
+        prefill: Details show the prompt's tokens.
+        full_text: The text begins with the prompt.
+        top_tokens: The number of alternatives to show at each position.
+        seeds: Those of each prompt's answers, None for greedy ones.
+        special_token_ids: Tokens that add no text.
+    """
+
+    inputs: Sequence[str]
+    seeds: Sequence[Sequence[int | None]]
+    array: bool = False
+    details: bool = False
+    prefill: bool = False
+    full_text: bool = False
+    top_tokens: int = 0
+    special_token_ids: Set[int] = frozenset()
 
     stream_type = "text/event-stream"
     keep_alive = b":\n\n"
 
-    def __init__(
-        self,
-        inputs: str,
-        *,
-        array: bool = False,
-        details: bool = False,
-        prefill: bool = False,
-        full_text: bool = False,
-        top_tokens: int = 0,
-        seeds: Sequence[int | None] = (None,),
-        special_token_ids: Set[int] = frozenset(),
-    ) -> None:
-        """Prepare to write.
-
-        Args:
-            inputs: The prompt as it was sent.
-            array: Whether the object is wrapped in a list.
-            details: Whether to show details.
-            full_text: Whether the text begins with the prompt.
-            prefill: Whether details show the prompt's tokens.
-            top_tokens: The number of alternatives to show at each position.
-            seeds: One for each answer, None for greedy ones.
-            special_token_ids: Tokens that add no text.
-        """
-        self._inputs = inputs
-        self._array = array
-        self._details = details
-        self._prefill = prefill
-        self._full_text = full_text
-        self._top_tokens = top_tokens
-        self._seeds = seeds
-        self._special = special_token_ids
+    def __post_init__(self) -> None:
         self._answer = Answer()
         self._index = 0
 
     def whole(self, answered: list[Answered]) -> bytes:
-        (only,) = answered
-        seeded = list(zip(only.answers, self._seeds, strict=True))
+        replies = [self._reply(*given) for given in zip(self.inputs, self.seeds, answered, strict=True)]
+        return _encode(replies if self.array else replies[0])
+
+    def _reply(self, inputs: str, seeds: Sequence[int | None], answered: Answered) -> TgiReply:
+        seeded = list(zip(answered.answers, seeds, strict=True))
         seeded.sort(key=lambda pair: _mean_logprob(pair[0]), reverse=True)
         (best, seed), *others = seeded
-        reply = TgiReply(self._text(best))
-        if self._details:
-            reply.details = TgiSequence(**self._sequence(best, seed, only.stats))
+        reply = TgiReply(self._text(inputs, best))
+        if self.details:
+            reply.details = TgiSequence(**self._sequence(best, seed, answered.stats))
             if others:
                 reply.details.best_of_sequences = [
                     TgiSequence(
-                        generated_text=self._text(other), **self._sequence(other, its_seed, only.stats)
+                        generated_text=self._text(inputs, other),
+                        **self._sequence(other, its_seed, answered.stats),
                     )
                     for other, its_seed in others
                 ]
-        return _encode([reply] if self._array else reply)
+        return reply
 
     def chunk(self, delta: Delta, stats: PromptStats) -> bytes:
         """Return an event for each token."""
@@ -162,16 +166,16 @@ class TgiWriter:
         for token, position in self._tokens(delta):
             self._index += 1
             event = TgiEvent(index=self._index, token=token, generated_text=None, details=None)
-            if self._top_tokens and position is not None:
+            if self.top_tokens and position is not None:
                 event.top_tokens = self._top(position)
             events.append(event)
         if delta.finish_reason is not None and events:
-            events[-1].generated_text = self._text(self._answer)
-            if self._details:
+            events[-1].generated_text = self._text(self.inputs[0], self._answer)
+            if self.details:
                 events[-1].details = TgiStreamDetails(
                     finish_reason(self._answer),
                     len(self._answer.token_ids),
-                    self._seeds[0],
+                    self.seeds[0][0],
                     stats.prompt_tokens,
                 )
         return b"".join([b"data: " + _encode(event) + b"\n\n" for event in events])
@@ -182,17 +186,17 @@ class TgiWriter:
     def failed(self, error: ServingError) -> bytes:
         return b"data: " + _encode(tgi_error(error)) + b"\n\n"
 
-    def _text(self, answer: Answer) -> str:
-        return self._inputs + answer.text if self._full_text else answer.text
+    def _text(self, inputs: str, answer: Answer) -> str:
+        return inputs + answer.text if self.full_text else answer.text
 
     def _sequence(self, answer: Answer, seed: int | None, stats: PromptStats) -> dict[str, Any]:
-        """Returns the fields of a `TgiSequence`."""
-        tops = [self._top(position) for position in answer.logprobs] if self._top_tokens else UNSET
+        """Return the fields of a `TgiSequence`."""
+        tops = [self._top(position) for position in answer.logprobs] if self.top_tokens else UNSET
         return {
             "finish_reason": finish_reason(answer),
             "generated_tokens": len(answer.token_ids),
             "seed": seed,
-            "prefill": _prefill(stats) if self._prefill else [],
+            "prefill": _prefill(stats) if self.prefill else [],
             "tokens": self._all_tokens(answer),
             "top_tokens": tops,
         }
@@ -214,7 +218,7 @@ class TgiWriter:
         positions: Sequence[PositionLogprobs | None] = delta.logprobs or ()
         if len(positions) != len(delta.token_ids):
             positions = [None] * len(delta.token_ids)
-        special = [token_id in self._special for token_id in delta.token_ids]
+        special = [token_id in self.special_token_ids for token_id in delta.token_ids]
         if delta.eos and special:
             special[-1] = True
         shown = zip(delta.token_ids, delta.pieces, special, positions, strict=False)
@@ -225,10 +229,12 @@ class TgiWriter:
             yield TgiToken(0, delta.text, None, not delta.text), None
 
     def _top(self, position: PositionLogprobs) -> list[TgiToken]:
-        return [self._token(candidate) for candidate in position.top[: self._top_tokens]]
+        return [self._token(candidate) for candidate in position.top[: self.top_tokens]]
 
     def _token(self, token: TokenLogprob) -> TgiToken:
-        return TgiToken(token.token_id, token.text, finite(token.logprob), token.token_id in self._special)
+        return TgiToken(
+            token.token_id, token.text, finite(token.logprob), token.token_id in self.special_token_ids
+        )
 
 
 def finish_reason(answer: Answer) -> FinishReason:
@@ -239,7 +245,7 @@ def finish_reason(answer: Answer) -> FinishReason:
 
 
 def shown_seeds(seed: int | None, answers: int) -> list[int | None]:
-    """Returns the seeds of answers that are drawn from `seed`, or from a new one where the client chose none."""
+    """Return the seeds of answers that are drawn from `seed`, or from a new one where the client chose none."""
     first = secrets.randbits(_DRAWN_BITS) if seed is None else seed
     return [first + number for number in range(answers)]
 
@@ -261,7 +267,7 @@ def _prefill(stats: PromptStats) -> list[TgiPrefillToken]:
 
 
 def tgi_error(error: ServingError) -> TgiError:
-    """Returns the error in TGI's words."""
+    """Return the error in TGI's words."""
     if isinstance(error, InvalidRequest):
         words = _length(error) if isinstance(error, ContextExceeded) else error.message
         return TgiError(f"Input validation error: {words}", "validation")
@@ -297,3 +303,63 @@ def _status(error: ServingError) -> int:
 
 
 TGI_ERRORS = ErrorFormat(tgi_error, _status)
+
+
+class Info(Struct):
+    """`/info`: what is served and within which limits, with the keys of TGI's current and earlier versions.
+
+    `router` names the protocol, so that clients recognise it. Some values are 0, because a waiting prompt joins the
+    next step.
+    """
+
+    model_id: str
+    model_sha: None
+    model_pipeline_tag: str
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int
+    max_total_tokens: int
+    validation_workers: int
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: None
+    docker_label: None
+    model_dtype: str | None
+    model_device_type: str | None
+    max_input_length: int
+    waiting_served_ratio: float
+    max_batch_total_tokens: int | None
+    max_waiting_tokens: int
+    max_batch_size: int
+
+
+async def info(service: Service, incoming: Incoming) -> Reply:
+    """Answer `GET /info`."""
+    capabilities = service.backend.capabilities
+    longest = capabilities.max_model_len
+    body = Info(
+        model_id=service.model_name,
+        model_sha=None,
+        model_pipeline_tag="image-text-to-text" if capabilities.images else "text-generation",
+        max_concurrent_requests=service.admission.capacity,
+        max_best_of=MAX_ANSWERS,
+        max_stop_sequences=MAX_STOP_STRINGS,
+        max_input_tokens=longest - 1,
+        max_total_tokens=longest,
+        validation_workers=capabilities.prompt_threads,
+        max_client_batch_size=MAX_PROMPTS,
+        router="text-generation-router",
+        version=VERSION,
+        sha=None,
+        docker_label=None,
+        model_dtype=capabilities.dtype or None,
+        model_device_type=capabilities.device_type or None,
+        max_input_length=longest - 1,
+        waiting_served_ratio=0.0,
+        max_batch_total_tokens=capabilities.cache_tokens or None,
+        max_waiting_tokens=0,
+        max_batch_size=service.settings.max_rolling_batch_size,
+    )
+    return Reply(200, JSON, msgspec.json.encode(body))

@@ -1,19 +1,32 @@
-"""The body of Text Generation Inference (TGI): `inputs`, `parameters`, `stream`. From the body to a `Task`.
+"""The API of Text Generation Inference (TGI): its body (`inputs`, `parameters`, `stream`), and its routes.
 
-Names, defaults and the wording of what is wrong are those of TGI's router, on whose texts clients match; where our
-limits are wider, the wording has our number.
+Names, defaults and the wording of errors are those of TGI's router, since clients match on its texts. Where our limits
+are wider, the wording has our number.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
 
 from engine.sampling_params import MAX_LOGPROBS, MAX_SEED, shown
 from handlers.errors import InvalidRequest
-from handlers.protocols.base import MAX_ANSWERS, ServerContext, Task, described_as, sampling_params
+from handlers.protocols.base import (
+    MAX_ANSWERS,
+    READ,
+    SSE_TYPE,
+    Api,
+    Reader,
+    Route,
+    ServerContext,
+    Task,
+    described_as,
+    sampling_params,
+)
 from handlers.protocols.body import KnownNames, convert
 from handlers.protocols.fields import (
     ChoiceCount,
@@ -26,8 +39,27 @@ from handlers.protocols.fields import (
     read_constraint,
 )
 from handlers.protocols.markdown_images import image_parts
-from handlers.protocols.tgi.replies import TgiWriter, shown_seeds
-from handlers.request import MAX_STOP_STRINGS, GenerationRequest, RequestSampling, TextPrompt
+from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
+from handlers.protocols.openai.requests import ChatBody, CompletionBody
+from handlers.protocols.tgi.replies import (
+    TGI_ERRORS,
+    Info,
+    TgiEvent,
+    TgiReply,
+    TgiWriter,
+    info,
+    shown_seeds,
+)
+from handlers.request import (
+    MAX_STOP_STRINGS,
+    GenerationRequest,
+    Incoming,
+    RequestFacts,
+    RequestSampling,
+    TextPart,
+    TextPrompt,
+    prompt_parts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,25 +127,13 @@ _BODY_NAMES = KnownNames(
 
 
 def read_tgi(
-    body: dict[str, Any],
-    server: ServerContext,
-    *,
-    request_id: str,
-    route: str,
-    adapter: str | None = None,
+    body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
 ) -> Task:
-    """Read a body.
+    """See `Reader`. Raises InvalidRequest in TGI's words.
 
-    Args:
-        body: The JSON object.
-        server: What holds for every request.
-        request_id: Of the request.
-        route: One of `GENERATE_ROUTES`, which decides whether to stream, and whether the reply is a list.
-        adapter: The adapter named in a header, which takes precedence over the body's `adapter_id`.
-
-    Raises:
-        InvalidRequest: In TGI's words.
+    The route, one of `GENERATE_ROUTES`, decides whether the reply is a stream, and whether it is a list.
     """
+    route = incoming.route
     asked = convert(body, TgiBody)
     for name in body.keys() - TgiBody.__struct_fields__:
         log.debug("unknown field ignored: %.80s", name)
@@ -128,7 +148,7 @@ def read_tgi(
     seeds = _seeds(parameters, answers)
     details = bool(parameters.details or parameters.decoder_input_details)
     request = GenerationRequest(
-        request_id=request_id,
+        request_id=incoming.request_id,
         prompt=TextPrompt(image_parts(asked.inputs)),
         sampling=_sampling(parameters, seeds, shows_tokens=stream or details or answers > 1),
         n=answers,
@@ -140,13 +160,13 @@ def read_tgi(
         constraint=read_constraint(grammar=parameters.grammar),
     )
     writer = TgiWriter(
-        asked.inputs,
+        inputs=[asked.inputs],
         array=route == "/",
         details=details,
         prefill=bool(parameters.decoder_input_details),
         full_text=bool(parameters.return_full_text),
         top_tokens=parameters.top_n_tokens or 0,
-        seeds=seeds,
+        seeds=[seeds],
         special_token_ids=server.special_token_ids,
     )
     misspelt = [*_BODY_NAMES.misspelt(body), *_PARAMETER_NAMES.misspelt(given, "parameters")]
@@ -242,3 +262,99 @@ def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bo
         "prompt_logprobs": 0 if asked.decoder_input_details else None,
     }
     return sampling_params(values, {}, _NAMES)
+
+
+_ERROR_ROUTES = frozenset({*GENERATE_ROUTES, "/chat_tokenize", "/info"})
+_HEADER_ROUTES = frozenset({*GENERATE_ROUTES, "/v1/chat/completions", "/v1/completions"})
+"""The routes that TGI has for answers."""
+
+_BROWSER_CLIENT = "@huggingface/"
+"""Hugging Face's JavaScript client shows an error only where it is a string, on every route, and calls again at once
+and for ever where the status is 503: it gets TGI's errors."""
+
+
+_AROUND_AN_IMAGE = len("![]()")
+
+
+def _compute_headers(
+    requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
+) -> dict[str, str]:
+    """Return the headers. Times are whole milliseconds, except `x-compute-time`, which is in seconds.
+
+    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
+    sent with its first token, when its times are not known yet.
+    """
+    own = {
+        "x-compute-type": compute_type or "unknown",
+        "x-compute-characters": str(sum(map(_characters, requests))),
+    }
+    if facts.stream:
+        return {**own, "x-accel-buffering": "no"}
+    total = facts.total or 0.0
+    inference = max(0.0, total - facts.prepared - facts.queued)
+    return {
+        **own,
+        "x-compute-time": f"{total:.6f}",
+        "x-total-time": _milliseconds(total),
+        "x-validation-time": _milliseconds(facts.prepared),
+        "x-queue-time": _milliseconds(facts.queued),
+        "x-inference-time": _milliseconds(inference),
+        "x-time-per-token": _milliseconds(inference / max(1, facts.completion_tokens)),
+        "x-prompt-tokens": str(facts.prompt_tokens),
+        "x-generated-tokens": str(facts.completion_tokens),
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))
+
+
+def _characters(request: GenerationRequest) -> int:
+    """Return the number of characters of the prompt as it was sent, images included."""
+    return sum(
+        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
+        for part in prompt_parts(request.prompt)
+    )
+
+
+def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
+    return (
+        route in _ERROR_ROUTES
+        or headers.get("user-agent", "").startswith(_BROWSER_CLIENT)
+        or (route == "/tokenize" and "inputs" in keys)
+    )
+
+
+def _reads(keys: Collection[str], route: str) -> Reader | None:
+    if route not in GENERATE_ROUTES or "messages" in keys:
+        return None
+    return read_tgi if "inputs" in keys or "prompt" not in keys else None
+
+
+_ANSWER = Route(
+    "/generate",
+    "answer",
+    "Generate text (TGI)",
+    queued=True,
+    bodies=(TgiBody, ChatBody, CompletionBody),
+    replies=(TgiReply, list[TgiReply], ChatCompletion, Completion),
+    events={SSE_TYPE: (TgiEvent, ChatCompletionChunk, Completion)},
+)
+
+ROUTES = (
+    _ANSWER,
+    replace(_ANSWER, path="/generate_stream", template="/generate_stream"),
+    replace(_ANSWER, path="/", template="/"),
+    # Hugging Face's Python client also asks for text at the address that it was given for chat.
+    replace(_ANSWER, path="/v1", template="/"),
+    Route("/info", "info", "What is served, and its limits (TGI)", methods=READ, light=True, replies=(Info,)),
+)
+
+TGI = Api(
+    TGI_ERRORS,
+    _claims,
+    _reads,
+    ROUTES,
+    headers=dict.fromkeys(_HEADER_ROUTES, _compute_headers),
+    calls={"info": info},
+)

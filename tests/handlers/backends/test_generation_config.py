@@ -11,17 +11,17 @@ import pytest
 from transformers import GenerationConfig
 
 from handlers.backends.rolling.model_front import ModelFront
-from handlers.backends.vllm.samplers import Samplers
-from handlers.backends.vllm.sampling import usual_sampling
+from handlers.backends.vllm.sampling import Samplers, usual_sampling
+from handlers.pipeline import checked_sampling, checked_tokens
 from handlers.prompts.generation_config import read_default_sampling
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.openai.requests import read_chat, read_completion
 from handlers.protocols.tgi.requests import read_tgi
-from handlers.request import RequestSampling, checked_sampling, checked_tokens
+from handlers.request import RequestSampling
 from properties.settings import Settings
 from tests.support.models import make_text_model
-from tests.support.scripted import chat
+from tests.support.scripted import chat, incoming
 
 OBEYED: dict[str, Any] = {
     "temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.05,
@@ -123,21 +123,21 @@ def test_vllm_without_our_samplers_is_not_asked_for_them_by_default() -> None:
 
 
 def completion(**fields: Any) -> Task:
-    return read_completion({"prompt": "a", **fields}, ALL, request_id="r")
+    return read_completion({"prompt": "a", **fields}, ALL, incoming({}))
 
 
 def lmi(**parameters: Any) -> Task:
-    return read_lmi({"inputs": "a", "parameters": parameters}, ALL, request_id="r")
+    return read_lmi({"inputs": "a", "parameters": parameters}, ALL, incoming({}))
 
 
 @pytest.mark.parametrize(
     ("task", "tokens", "default"),
     [
-        (read_chat(chat(), ALL, request_id="r"), 9, True),
-        (read_chat(chat(max_tokens=None, max_completion_tokens=None), ALL, request_id="r"), 9, True),
-        (read_chat(chat(max_tokens=20), ALL, request_id="r"), 20, False),
-        (read_chat(chat(max_completion_tokens=20), ALL, request_id="r"), 20, False),
-        (read_chat(chat(), ServerContext("shapes"), request_id="r"), None, False),
+        (read_chat(chat(), ALL, incoming({})), 9, True),
+        (read_chat(chat(max_tokens=None, max_completion_tokens=None), ALL, incoming({})), 9, True),
+        (read_chat(chat(max_tokens=20), ALL, incoming({})), 20, False),
+        (read_chat(chat(max_completion_tokens=20), ALL, incoming({})), 20, False),
+        (read_chat(chat(), ServerContext("shapes"), incoming({})), None, False),
         # OpenAI's own default comes first, as in vLLM; null asks for the model's.
         (completion(), 16, True),
         (completion(max_tokens=None), 9, True),
@@ -145,7 +145,7 @@ def lmi(**parameters: Any) -> Task:
         # LMI documents 30; TGI's router knows no defaults of the model's.
         (lmi(), 30, True),
         (lmi(max_new_tokens=20), 20, False),
-        (read_tgi({"inputs": "a"}, ALL, request_id="r", route="/generate"), None, True),
+        (read_tgi({"inputs": "a"}, ALL, incoming({}, "/generate")), None, True),
     ],
 )
 def test_the_length_of_an_answer_is_the_clients_then_the_apis_then_the_models(
@@ -156,7 +156,7 @@ def test_the_length_of_an_answer_is_the_clients_then_the_apis_then_the_models(
 
 
 def test_the_models_default_never_refuses_a_prompt_or_takes_its_room() -> None:
-    (request,) = read_chat(chat(), ServerContext("shapes", {"max_tokens": 500}), request_id="r").requests
+    (request,) = read_chat(chat(), ServerContext("shapes", {"max_tokens": 500}), incoming({})).requests
     assert checked_sampling(request, 60, 64, 300) == RequestSampling(max_tokens=4)
     request.truncate_prompt_tokens = -1
     assert len(checked_tokens(request, [1] * 100, 64, 300)) == 32

@@ -17,7 +17,7 @@ from container.routes import ROUTES
 from handlers.backends.adapters import AdapterInfo
 from handlers.backends.vllm.adapters import VllmAdapters, adapter_slots
 from handlers.errors import EngineFailed, InvalidRequest, NotFound, ServingError, Unavailable
-from handlers.exchange import Incoming
+from handlers.request import Incoming
 from properties.secure_mode import SecureMode
 from tests.support.scripted import ScriptedBackend, service
 from tests.support.scripted_adapters import LoraEngine, make_adapter, scripted_adapters

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handlers.errors import ContextExceeded, InvalidParameter
-from handlers.exchange import Reply
-from handlers.request import GenerationRequest
+from handlers.request import GenerationRequest, Reply
 from tests.support.scripted import (
     ScriptedBackend,
     ScriptedGeneration,

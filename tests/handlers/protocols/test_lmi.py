@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest
-from handlers.exchange import Reply
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi
 from handlers.protocols.markdown_images import image_parts
-from handlers.request import GenerationRequest, ImagePart, RequestSampling, TextPart, TextPrompt
+from handlers.request import GenerationRequest, ImagePart, Reply, RequestSampling, TextPart, TextPrompt
 from tests.support.scripted import ScriptedBackend, Step, everything, incoming, said, service, token
 
 CAT = "https://images.example/cat.png"
@@ -26,7 +25,7 @@ CAT = "https://images.example/cat.png"
 
 def task(inputs: Any = "hi", *, defaults: dict[str, Any] | None = None, **parameters: Any) -> Task:
     body = {"inputs": inputs, "parameters": parameters}
-    return read_lmi(body, ServerContext("shapes", defaults or {}), request_id="r1")
+    return read_lmi(body, ServerContext("shapes", defaults or {}), incoming({}))
 
 
 def sampling(defaults: dict[str, Any] | None = None, **parameters: Any) -> RequestSampling:
@@ -135,7 +134,7 @@ def test_unknown_and_harmless_parameters_are_accepted(caplog: pytest.LogCaptureF
     assert sampling(best_of=1, n=1, whatever=[1], details=None, **harmless) == sampling()
     assert caplog.messages == ["unknown parameter ignored: whatever"]
     body = {"inputs": "x", "parameters": None, "stream": None, "unknown": 1}
-    assert read_lmi(body, ServerContext("m"), request_id="r").requests[0].sampling.max_tokens == 30
+    assert read_lmi(body, ServerContext("m"), incoming({})).requests[0].sampling.max_tokens == 30
 
 
 def test_images_are_markdown_links_in_place() -> None:
@@ -221,7 +220,7 @@ def test_prompts_are_raw_text() -> None:
 )
 def test_a_bad_value_is_named_with_its_path(body: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read_lmi(body, ServerContext("m"), request_id="r")
+        read_lmi(body, ServerContext("m"), incoming({}))
     assert caught.value.param == path
     assert path in caught.value.message
 
@@ -262,9 +261,9 @@ def test_samplers_of_the_engine_that_lmi_has_no_name_for_are_taken_by_the_engine
 
 def test_adapters_go_to_their_prompts() -> None:
     body = {"inputs": ["x", "y", "z"], "adapters": ["a", "", "b"]}
-    requests = read_lmi(body, ServerContext("m"), request_id="r").requests
+    requests = read_lmi(body, ServerContext("m"), incoming({})).requests
     assert [request.adapter for request in requests] == ["a", None, "b"]
-    requests = read_lmi(body, ServerContext("m"), request_id="r", adapter="h").requests
+    requests = read_lmi(body, ServerContext("m"), incoming({}), adapter="h").requests
     assert [request.adapter for request in requests] == ["h"] * 3
 
 

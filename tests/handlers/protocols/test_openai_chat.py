@@ -37,7 +37,7 @@ CAT = "https://images.example/cat.png"
 
 
 def read(body: dict[str, Any], **defaults: Any) -> GenerationRequest:
-    task = read_chat(body, ServerContext("shapes", defaults), request_id="r1")
+    task = read_chat(body, ServerContext("shapes", defaults), incoming({}))
     (request,) = task.requests
     return request
 
@@ -733,18 +733,18 @@ def test_a_template_of_the_request_needs_the_operators_trust() -> None:
     body = chat(chat_template="{{ messages }}")
     assert "trust_request_chat_template" in refused(body).message
     trusting = ServerContext("shapes", trust_chat_templates=True)
-    asked = read_chat(body, trusting, request_id="r1").requests[0].prompt
+    asked = read_chat(body, trusting, incoming({})).requests[0].prompt
     assert isinstance(asked, ChatPrompt)
     assert asked.template == "{{ messages }}"
 
 
 def test_a_template_may_be_chosen_by_its_name() -> None:
     own = ServerContext("shapes", chat_templates={"default": set(), "tool_use": set()})
-    task = read_chat(chat(chat_template="tool_use"), own, request_id="r")
+    task = read_chat(chat(chat_template="tool_use"), own, incoming({}))
     assert isinstance(task.requests[0].prompt, ChatPrompt)
     assert task.requests[0].prompt.template == "tool_use"
     with pytest.raises(InvalidRequest, match="by name: default, tool_use") as caught:
-        read_chat(chat(chat_template="rag"), own, request_id="r")
+        read_chat(chat(chat_template="rag"), own, incoming({}))
     assert caught.value.param == "chat_template"
 
 

@@ -22,7 +22,7 @@ ROUTE = "/v1/completions"
 
 
 def read(body: dict[str, Any], **defaults: Any) -> Task:
-    return read_completion(body, ServerContext("shapes", defaults), request_id="r1")
+    return read_completion(body, ServerContext("shapes", defaults), incoming({}))
 
 
 def only(body: dict[str, Any], **defaults: Any) -> GenerationRequest:
@@ -99,7 +99,7 @@ def test_a_prompt_is_a_text_several_texts_token_ids_or_several_of_them() -> None
     assert [parts(r).token_ids for r in read({"prompt": [1, 2]}).requests] == [[1, 2]]
     several = read({"prompt": [[1, 2], [3]]}).requests
     assert [parts(r).token_ids for r in several] == [[1, 2], [3]]
-    assert [r.request_id for r in several] == ["r1-0", "r1-1"]
+    assert [r.request_id for r in several] == ["req-1-0", "req-1-1"]
 
 
 def test_images_stand_in_the_prompt() -> None:
@@ -515,7 +515,7 @@ SAMPLERS: dict[str, Any] = {
 def test_aphrodites_samplers_have_their_names_in_both_bodies() -> None:
     expected = {name: tuple(v) if isinstance(v, list) else v for name, v in SAMPLERS.items()}
     chat = read_chat(
-        {"messages": [{"role": "user", "content": "a"}], **SAMPLERS}, ServerContext("m"), request_id="r"
+        {"messages": [{"role": "user", "content": "a"}], **SAMPLERS}, ServerContext("m"), incoming({})
     )
     for request in (only({"prompt": "a", **SAMPLERS}), *chat.requests):
         assert {name: getattr(request.sampling, name) for name in SAMPLERS} == expected

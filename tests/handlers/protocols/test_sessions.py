@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from handlers.errors import InvalidRequest, Overloaded
-from handlers.exchange import Reply
-from handlers.protocols.lmi.sessions import Sessions
+from handlers.protocols.lmi.sagemaker import Sessions
+from handlers.request import Reply
 from handlers.service import Service
 from tests.support.scripted import ScriptedBackend, chat, incoming, said, service
 from tests.support.shapes import ROOT
@@ -121,7 +121,7 @@ def test_a_body_with_a_prompt_is_answered_whatever_its_request_type() -> None:
 
 
 def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.protocols.lmi.sessions.MOST_SESSIONS", 2)
+    monkeypatch.setattr("handlers.protocols.lmi.sagemaker.MOST_SESSIONS", 2)
     clock = Clock()
     sessions, call = Sessions(clock=clock), incoming(OPEN, "/invocations")
     for _ in range(2):

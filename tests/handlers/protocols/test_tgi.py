@@ -13,10 +13,9 @@ from PIL import Image, ImageDraw
 from engine.sampling_params import MAX_SEED
 from handlers.backends.base import Delta, PositionLogprobs, PromptStats
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
-from handlers.exchange import Reply
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.tgi.requests import read_tgi
-from handlers.request import ImagePart, RequestSampling, TextPart, TextPrompt
+from handlers.request import ImagePart, Reply, RequestSampling, TextPart, TextPrompt
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import (
     ScriptedBackend,
@@ -36,7 +35,7 @@ END = 2
 
 def task(inputs: Any = "hi", route: str = "/generate", **parameters: Any) -> Task:
     context = ServerContext("shapes", {"temperature": 0.3, "top_k": 7}, max_model_len=64)
-    return read_tgi({"inputs": inputs, "parameters": parameters}, context, request_id="r1", route=route)
+    return read_tgi({"inputs": inputs, "parameters": parameters}, context, incoming({}, route))
 
 
 def sampling(**parameters: Any) -> RequestSampling:
@@ -95,7 +94,7 @@ def ended(*texts: str, text_at_end: str = "") -> list[Step]:
 def test_without_parameters_it_draws_and_with_an_empty_object_it_does_not() -> None:
     context = ServerContext("shapes", {"temperature": 0.3}, max_model_len=64)
     for body in ({"inputs": "x"}, {"inputs": "x", "parameters": None}):
-        drawn = read_tgi(body, context, request_id="r", route="/generate").requests[0].sampling
+        drawn = read_tgi(body, context, incoming({}, "/generate")).requests[0].sampling
         assert (drawn.temperature, drawn.max_tokens) == (1.0, None)
         assert drawn.seed is not None
     assert sampling() == RequestSampling(temperature=0.0)
@@ -430,12 +429,12 @@ def test_an_error_before_the_first_token_has_a_status(
 
 def test_overload_and_time() -> None:
     async def crowd() -> list[Reply]:
-        server = service(ScriptedBackend(said("a", pause=0.2)), job_queue_size=0, max_rolling_batch_size=1)
+        server = service(ScriptedBackend(said("a", pause=0.2)), job_queue_size=1, max_rolling_batch_size=1)
         return list(
-            await asyncio.gather(*(server.answer(incoming({"inputs": "x"}, "/generate")) for _ in range(2)))
+            await asyncio.gather(*(server.answer(incoming({"inputs": "x"}, "/generate")) for _ in range(3)))
         )
 
-    _, refused = asyncio.run(crowd())
+    *_, refused = asyncio.run(crowd())
     assert (refused.status, json.loads(refused.body)) == (
         429,
         {"error": "Model is overloaded", "error_type": "overloaded"},

@@ -14,9 +14,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.base import TokenizedPrompt
-from handlers.exchange import Reply
 from handlers.prompts.renderer import PromptRenderer
-from handlers.request import Prompt, TextPart, TextPrompt
+from handlers.request import Prompt, Reply, TextPart, TextPrompt
 from tests.support.backend import VLLM
 from tests.support.live import LiveServer, data_url
 from tests.support.scripted import ScriptedBackend, ScriptedImages, everything, incoming, service
@@ -244,9 +243,9 @@ def counted(bodies: list[Any], backend: ScriptedBackend, **options: Any) -> list
 
 
 def test_a_place_is_taken_and_given_back() -> None:
-    first, second = counted([{"prompt": "a"}] * 2, Slow(), job_queue_size=0, max_rolling_batch_size=1)
-    assert (first.status, json.loads(first.body)["count"]) == (200, 2)
-    assert second.status == 429
+    *served, last = counted([{"prompt": "a"}] * 3, Slow(), job_queue_size=1, max_rolling_batch_size=1)
+    assert [(reply.status, json.loads(reply.body)["count"]) for reply in served] == [(200, 2)] * 2
+    assert last.status == 429
     (late,) = counted([{"inputs": "a"}], Slow(), predict_timeout=0.01)
     assert (late.status, json.loads(late.body)["error_type"]) == (408, "incomplete_generation")
 
