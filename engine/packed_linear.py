@@ -68,7 +68,9 @@ class Int8Linear(PackedLinear):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [..., in_features] to [..., out_features]."""
         flat = rows.reshape(-1, self.in_features)
-        scale = flat.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+        scale = (
+            flat.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+        )
         # The processor multiplies unsigned by signed numbers: 128 stands for 0.
         rounded = (flat / scale).round_().add_(128).to(torch.uint8)
         out = _int8_product(rounded, self._packed, self._scales, self._zeros).mul_(scale)
