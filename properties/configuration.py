@@ -53,6 +53,8 @@ _STANDARDS = {
 )
 """Variables of the package that AWS's vLLM and SGLang images follow, and what takes the place of what they name."""
 
+_PROGRAM = "a handler is model.py, beside the model or in code/, or the file that option.entryPoint names"
+
 _NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_stateful_sessions"}
 """Option -> the switch without which it has no effect."""
 
@@ -224,6 +226,8 @@ def resolve(
     for name, reason in _STANDARDS.items():
         if environ.get(name):
             report.warn(f"{name} has no effect here: {reason}")
+    if environ.get("SAGEMAKER_PROGRAM", "") not in ("", "model.py"):
+        report.warn(f"SAGEMAKER_PROGRAM has no effect here: {_PROGRAM}")
     written = [*read_command_line(options, report), *read_environment(environ)]
     written += read_containers(environ, report, backend_options)
     written = _in_the_containers_order(list(_renamed(written, report)), environ, model_store, report)
