@@ -145,7 +145,6 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             warnings += found.errors
         else:
             errors += found.errors
-        warnings += backend.format_warnings(configuration, directory)
         if not found.errors:
             memory, prompts = _as_the_start_finds(
                 configuration, directory, config or {}, backend, machine, errors, warnings
