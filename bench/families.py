@@ -6,9 +6,10 @@
 16 requests at a time, each with an image and a text of 16 to 96 tokens, on random models with the family's
 structure and published proportions, scaled down to --size:
 
-* `generate`: answers of 8 to 120 tokens in one process. `generate` gets batches of 16, padded on the left, and runs
-  each to the end of its longest answer.
-* vLLM: answers of 64 tokens, both servers over HTTP at their defaults.
+* `generate`: answers of 8 to 120 tokens in one process, each side on one thread and by its processor time, which other
+  work on the machine hardly changes. `generate` gets batches of 16, padded on the left, and runs each to the end of its
+  longest answer.
+* vLLM: answers of 64 tokens, both servers over HTTP at their defaults, which include vLLM's compilation.
 
 Sides take turns, and the medians of the rounds are compared.
 """
@@ -21,9 +22,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ WIDTH, HEIGHT = 224, 168
 HEAD = 64
 PAD = 258
 
+TEXT_ALONE = "{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}\n"
+"""vLLM has no template for PaliGemma, and puts the image and the beginning-of-sequence token before the text."""
+
 Inputs = Callable[[Any, list[Image.Image], torch.Tensor], dict[str, Any]]
 
 
@@ -95,7 +99,7 @@ class Family:
         inputs: What `generate` gets for an image; None for all that transformers' processor returns.
         scale: Factor for the edges of images and tiles, in pixels.
         hub_names: Names of weights on the hub, which vLLM's loader expects; None where they are transformers'.
-        vllm: Whether vLLM's CPU build serves the family.
+        vllm: Further arguments of vLLM's server; None where its CPU build does not serve the family.
         more: Further entries of config.json.
     """
 
@@ -103,7 +107,7 @@ class Family:
     inputs: Inputs | None = None
     scale: int = 2
     hub_names: Any = None
-    vllm: bool = True
+    vllm: Sequence[str] | None = ()
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,8 +117,8 @@ def _qwen(kind: str) -> Family:
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(make_llava, scale=4, hub_names=HUB_NAMES),
-    "chameleon": Family(make_chameleon, vllm=False),
-    "fuyu": Family(make_fuyu, tiny_fuyu.patches_of, vllm=False),
+    "chameleon": Family(make_chameleon, vllm=None),
+    "fuyu": Family(make_fuyu, tiny_fuyu.patches_of, vllm=None),
     "gemma3": Family(
         lambda path: make_gemma3(path, newlines=True), tiny_gemma.inputs, scale=4, hub_names=HUB_NAMES
     ),
@@ -125,15 +129,19 @@ FAMILIES: dict[str, Family] = {
         lambda path: make_llava_onevision(path, most_tiles=9), tiny_llava_onevision.inputs,
         hub_names=HUB_NAMES,
     ),
-    "mllama": Family(make_mllama, tiny_mllama.inputs, vllm=False),
+    "mistral3": Family(
+        lambda path: make_pixtral(path, merge=2), tiny_pixtral.inputs, hub_names=HUB_NAMES_OF_PIXTRAL
+    ),
+    "mllama": Family(make_mllama, tiny_mllama.inputs, vllm=None),
     "paligemma": Family(
-        lambda path: make_paligemma(path, newlines=True), tiny_gemma.inputs, scale=4, hub_names=HUB_NAMES
+        lambda path: make_paligemma(path, newlines=True), tiny_gemma.inputs, scale=4, hub_names=HUB_NAMES,
+        vllm=("--chat-template", TEXT_ALONE),
     ),
     "paligemma2": Family(
         lambda path: make_paligemma(path, second=True, newlines=True), tiny_gemma.inputs, scale=4,
-        hub_names=HUB_NAMES,
+        hub_names=HUB_NAMES, vllm=("--chat-template", TEXT_ALONE),
     ),
-    "phi3_v": Family(make_phi3_v, vllm=False),
+    "phi3_v": Family(make_phi3_v, vllm=None),
     "pixtral": Family(make_pixtral, tiny_pixtral.inputs, hub_names=HUB_NAMES_OF_PIXTRAL),
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),
@@ -144,13 +152,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass
 class Measured:
-    """Results for a family: requests per second are medians over the rounds.
+    """Results for a family: medians over the rounds.
 
     Attributes:
         family: Name of the family.
         parameters: Number of parameters.
-        ours: Requests per second of the embedded engine in one process.
-        generate: Requests per second of `generate`.
+        ours: Requests per second of processor time of the embedded engine in one process.
+        generate: Requests per second of processor time of `generate`.
         over_generate: The former divided by the latter.
         served: Requests per second of our server; None where vLLM does not serve the family.
         vllm: Requests per second of vLLM's server.
@@ -313,9 +321,9 @@ class Bench:
             Image.fromarray(random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
             for _ in range(REQUESTS)
         ]
-        started = time.perf_counter()
+        started = time.process_time()
         prepared = [preprocessor.prepare(image) for image in images]
-        self.prepared_per_second = REQUESTS / (time.perf_counter() - started)
+        self.prepared_per_second = REQUESTS / (time.process_time() - started)
         self.tokens_per_image = len(prepared[0].token_ids)
         texts = random.integers(TEXT_SHORTEST, TEXT_LONGEST + 1, REQUESTS)
         self.prompts = [
@@ -326,7 +334,7 @@ class Bench:
         self._batches = [self._batch(start) for start in range(0, REQUESTS, STREAMS)]
 
     def ours(self) -> float:
-        """Requests per second, with a new engine, so that nothing is cached."""
+        """Requests per second of processor time, with a new engine, so that nothing is cached."""
         engine = load_engine(
             self.path, max_num_seqs=STREAMS, kv_cache_bytes=512 << 20, dtype=str(self.dtype)[6:]
         )
@@ -337,9 +345,9 @@ class Bench:
             )
             for prompt, length in zip(self.prompts, self.lengths, strict=True)
         ]
-        started = time.perf_counter()
+        started = time.process_time()
         run_all(engine, adds)
-        return REQUESTS / (time.perf_counter() - started)
+        return REQUESTS / (time.process_time() - started)
 
     @torch.inference_mode()
     def generate(self) -> float:
@@ -348,14 +356,14 @@ class Bench:
         seconds = 0.0
         for place, batch in enumerate(self._batches):
             length = max(self.lengths[place * STREAMS : (place + 1) * STREAMS])
-            started = time.perf_counter()
+            started = time.process_time()
             if encoder is not None:
                 batch = self._embedded(encoder, batch)
             model.generate(
                 **batch, max_new_tokens=length, min_new_tokens=length, do_sample=False, eos_token_id=None,
                 pad_token_id=PAD,
             )  # fmt: skip
-            seconds += time.perf_counter() - started
+            seconds += time.process_time() - started
         return REQUESTS / seconds
 
     def _model(self) -> Any:
@@ -414,34 +422,41 @@ def _padded(value: torch.Tensor, length: int, fill: int) -> torch.Tensor:
     return torch.cat([torch.full(shape, fill, dtype=value.dtype), value], dim=1)
 
 
-def against_vllm(path: Path, python: Path, rounds: int, logs: Path) -> tuple[float, float]:
-    """Requests per second of our server and of vLLM's, both up all the while."""
+@contextmanager
+def both_servers(name: str, path: Path, python: Path, logs: Path) -> Iterator[list[servers.Server]]:
+    """Run our server and vLLM's until the block ends."""
+    arguments = FAMILIES[name].vllm
+    assert arguments is not None
+    ports = [servers.free_port() for _ in range(2)]
+    ours = servers.our_command(path, ports[0], ["rolling_batch=rolling"], python)
+    theirs = servers.vllm_command(python, path, ports[1], arguments)
+    with (
+        servers.started("ours", ours, ports[0], logs / f"{name}-ours.log") as first,
+        servers.started(
+            "vllm", theirs, ports[1], logs / f"{name}-vllm.log", servers.VLLM_ENVIRONMENT
+        ) as second,
+    ):
+        yield [first, second]
+
+
+def compare(targets: list[servers.Server], rounds: int) -> list[float]:
+    """Return each server's requests per second, the median over the rounds."""
     one = load.Load(requests=REQUESTS, streams=STREAMS, width=WIDTH, height=HEIGHT, words=6, warmup=STREAMS)
-    found: dict[str, list[float]] = {"ours": [], "vllm": []}
-    with ExitStack() as stack:
-        targets = []
-        for name in found:
-            port = servers.free_port()
-            command = (
-                servers.our_command(path, port, ["rolling_batch=rolling"], python)
-                if name == "ours"
-                else servers.vllm_command(python, path, port)
-            )
-            environment = None if name == "ours" else servers.VLLM_ENVIRONMENT
-            started = servers.started(name, command, port, logs / f"{path.name}-{name}.log", environment)
-            targets.append(stack.enter_context(started))
-        for turn in range(rounds):
-            for target in targets if turn % 2 else targets[::-1]:
-                made = load.Load(**{**asdict(one), "seed": 1000 * turn})
-                run = load.run(made, target.host, target.port, load.requests(made, target.host, target.model))
-                failed = [reply for reply in run.replies if not reply.ok]
-                if failed:
-                    raise SystemExit(f"{path.name}, {target.name}: {len(failed)} failed: {failed[0].outcome}")
-                found[target.name].append(REQUESTS / (run.end - run.begin))
-    return statistics.median(found["ours"]), statistics.median(found["vllm"])
+    found: dict[str, list[float]] = {target.name: [] for target in targets}
+    for turn in range(rounds):
+        for target in targets if turn % 2 else targets[::-1]:
+            run = load.run(replace(one, seed=1000 * turn), target)
+            failed = [reply for reply in run.replies if not reply.ok]
+            if failed:
+                raise SystemExit(
+                    f"{target.model}, {target.name}: {len(failed)} failed: {failed[0].outcome} {failed[0].error}"
+                )
+            found[target.name].append(REQUESTS / (run.end - run.begin))
+    return [statistics.median(found[target.name]) for target in targets]
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> Measured:
+    torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
     path = write(name, folder / name, SIZES[options.size], dtype)
     bench = Bench(name, path, dtype)
@@ -453,12 +468,13 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> Measured:
         theirs.append(bench.generate())
         gc.collect()
     mine, other = statistics.median(ours), statistics.median(theirs)
-    served: tuple[float | None, float | None] = (None, None)
-    if FAMILIES[name].vllm and not options.no_vllm:
-        served = against_vllm(path, options.vllm_python, options.rounds, options.output.parent)
-    ratio = None if served[0] is None or served[1] is None else served[0] / served[1]
+    served = vllm = ratio = None
+    if FAMILIES[name].vllm is not None and not options.no_vllm:
+        with both_servers(name, path, options.vllm_python, options.output.parent) as targets:
+            served, vllm = compare(targets, options.rounds)
+        ratio = served / vllm
     return Measured(
-        name, parameters, mine, other, mine / other, *served, ratio, bench.prepared_per_second,
+        name, parameters, mine, other, mine / other, served, vllm, ratio, bench.prepared_per_second,
         bench.tokens_per_image,
     )  # fmt: skip
 

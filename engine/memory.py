@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import msgspec
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
@@ -39,13 +38,16 @@ CUDA_RESERVE = 1 << 30
 """Bytes left free for activations beside the cache on an accelerator."""
 
 
-def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig) -> tuple[int, int]:
+def cache_blocks(
+    config: EngineConfig, shape: CacheShape, text: PretrainedConfig, image_bytes: int = 0
+) -> tuple[int, int]:
     """Compute the longest request and the number of key/value blocks.
 
     Args:
         config: Settings of the engine.
         shape: Shape of the cache; its `num_blocks` is ignored.
         text: Configuration of the language model.
+        image_bytes: Bytes of each image of a running request, as for `encoder_budget`.
 
     Returns:
         `max_model_len` in tokens, and the number of blocks.
@@ -59,12 +61,16 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
             f"max_model_len {config.max_model_len} is more than the model's own {declared} positions; lower it"
         )
     wanted = config.max_model_len or declared
-    budget = (
-        config.kv_cache_bytes if config.kv_cache_bytes is not None else _default_budget(config, shape.device)
-    )
-    affordable = budget // shape.bytes_per_block
     by_itself = shape.device.type == "cpu" and config.kv_cache_bytes is None
     requests = min(config.max_num_seqs, CPU_REQUESTS) if by_itself else config.max_num_seqs
+    if config.kv_cache_bytes is not None:
+        budget = config.kv_cache_bytes
+    else:
+        budget = _default_budget(config, shape.device)
+        budget -= encoder_share(
+            budget, requests, image_bytes, config.encoder_cache_bytes, on_cpu=shape.device.type == "cpu"
+        )
+    affordable = budget // shape.bytes_per_block
     useful = requests * -(-wanted // shape.block_size)
     num_blocks = min(affordable, useful)
     if config.kv_cache_bytes is not None and useful < affordable:
@@ -86,18 +92,13 @@ def cache_blocks(config: EngineConfig, shape: CacheShape, text: PretrainedConfig
     return min(wanted, capacity), num_blocks
 
 
-def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -> tuple[int, EngineConfig]:
-    """Divide the memory between encoder outputs and the key/value cache.
+def encoder_budget(config: EngineConfig, device: torch.device, image_bytes: int) -> int:
+    """Return the bytes for encoder outputs.
 
     Args:
         config: Settings of the engine.
-        device: Device that holds both caches.
-        image_bytes: Bytes of each image of a running request, for models whose tokens attend to images; else
-            0. Unless `encoder_cache_bytes` is set, these images take up to half of the key/value cache's
-            memory.
-
-    Returns:
-        Bytes for encoder outputs, and the configuration with what is left for the key/value cache.
+        device: Device that holds them beside the key/value cache.
+        image_bytes: Bytes of each image of a running request, for models whose tokens attend to images; else 0.
     """
     given = config.encoder_cache_bytes
     cuda = device.type == "cuda"
@@ -115,11 +116,32 @@ def image_budget(config: EngineConfig, device: torch.device, image_bytes: int) -
         )  # fmt: skip
     usual = given if given is not None else ENCODER_CACHE if cuda else CPU_ENCODER_CACHE
     if not image_bytes or given is not None or config.kv_cache_bytes is not None:
-        return max(usual, image_bytes), config
-    budget = _default_budget(config, device)
+        return max(usual, image_bytes)
     requests = config.max_num_seqs if cuda else min(config.max_num_seqs, CPU_REQUESTS)
-    images = max(usual, image_bytes, min(budget // 2, requests * image_bytes))
-    return images, msgspec.structs.replace(config, kv_cache_bytes=max(0, budget - images))
+    return max(
+        usual, encoder_share(_default_budget(config, device), requests, image_bytes, given, on_cpu=not cuda)
+    )
+
+
+def encoder_share(budget: int, requests: int, image_bytes: int, given: int | None, *, on_cpu: bool) -> int:
+    """Return how many bytes of a budget encoder outputs take from the key/value cache.
+
+    Without a size that was asked for they fit beside the budget, but for images of running requests: those take up to
+    half of it, and at least one has a place. A size that was asked for fits beside it on a CPU alone, where the budget
+    is a part of the memory.
+
+    Args:
+        budget: Bytes for both caches.
+        requests: Greatest number of requests.
+        image_bytes: Bytes of each image of a running request.
+        given: The size that was asked for.
+        on_cpu: Whether the caches are in a CPU's memory.
+    """
+    if given is None:
+        share = max(image_bytes, min(budget // 2, requests * image_bytes))
+    else:
+        share = 0 if on_cpu else max(given, image_bytes)
+    return min(budget, share)
 
 
 def _default_budget(config: EngineConfig, device: torch.device) -> int:

@@ -18,7 +18,7 @@ from engine.attention.kernel import CacheShape, PackedStep
 from engine.attention.select import choose_kernel
 from engine.config import EngineConfig
 from engine.families.base import AttendedChunk, FamilyModel
-from engine.memory import cache_blocks, image_budget
+from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
 from engine.packed_linear import PackedLinear
 from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
@@ -127,7 +127,7 @@ class ModelRunner:
         )
         self.block_size = shape.block_size
         image_bytes = layout.image_values // config.tensor_parallel_degree * self.dtype.itemsize
-        images, config = image_budget(config, device, image_bytes)
+        images = encoder_budget(config, device, image_bytes)
         self.image_slots = images // image_bytes if image_bytes else None
         if image_bytes:
             logger.info(
@@ -137,7 +137,7 @@ class ModelRunner:
             )
         self.encoder_cache = EncoderCache(images)
         self.sleeping_threads = 1
-        self.max_model_len, num_blocks = cache_blocks(config, shape, text)
+        self.max_model_len, num_blocks = cache_blocks(config, shape, text, image_bytes)
         self.kernel = kernel(replace(shape, num_blocks=num_blocks))
 
     @property
@@ -243,7 +243,7 @@ class ModelRunner:
         """
         if self.device.type != "cpu" or self.dtype == torch.float32 or rows == 0:
             return 0
-        unit = 8 if rows <= 64 else 32 if rows <= 256 else 128
+        unit = 8 if rows <= 128 else 32 if rows <= 256 else 64
         return -rows % unit if rows > 4 else 0
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:

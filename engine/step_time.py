@@ -14,8 +14,9 @@ FEWEST_TOKENS = 16
 class StepTime:
     """Bounds the time that requests which are being streamed wait for the prompts and images of others.
 
-    A step with decodes gets so many prompt tokens and images that it takes about `seconds`, or three times as long as
-    the decodes alone where that is longer. Without decodes nobody waits between two tokens, and nothing is bounded.
+    A step with decodes gets so many prompt tokens and images that it takes about `seconds`, or two and a half times as
+    long as the decodes alone where that is longer. Without decodes nobody waits between two tokens, and nothing is
+    bounded.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -27,7 +28,7 @@ class StepTime:
 
     @property
     def _bound(self) -> float:
-        return math.inf if self._seconds is None else max(self._seconds, 3 * self._decodes)
+        return math.inf if self._seconds is None else max(self._seconds, 2.5 * self._decodes)
 
     def prompt_tokens(self) -> int | None:
         """Return the greatest number of prompt tokens in a step with decodes; None for no limit."""

@@ -9,6 +9,8 @@ slower in bfloat16, so there chunks do not use it either.
 from __future__ import annotations
 
 import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,8 +68,7 @@ class GatherKernel(AttentionKernel):
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
         size = (shape.num_layers, shape.kv_heads, shape.num_blocks, shape.block_size * shape.head_dim)
-        self._keys = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        self._values = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self._keys, self._values = self._zeros(size), self._zeros(size)
         slots = (shape.kv_heads, shape.num_blocks * shape.block_size, shape.head_dim)
         self._layers = [
             (keys, values, keys.view(slots), values.view(slots))
@@ -76,6 +77,9 @@ class GatherKernel(AttentionKernel):
         self._step: PackedStep | None = None
         self._groups: list[_DecodeGroup] = []
         self._chunks: list[_Chunk] = []
+
+    def _zeros(self, size: tuple[int, ...]) -> torch.Tensor:
+        return torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
 
     def begin(self, step: PackedStep) -> None:
         self._step = step
@@ -314,9 +318,19 @@ class GatherKernel(AttentionKernel):
 
 
 class CpuKernel(GatherKernel):
-    """`GatherKernel` under the name that an operator sees on a CPU."""
+    """`GatherKernel` with its cache in huge pages, where the system has them for who asks.
+
+    A request's blocks lie anywhere in the cache, and finding their pages takes a third of a gather's time otherwise.
+    """
 
     name: ClassVar[str] = "cpu"
+
+    def _zeros(self, size: tuple[int, ...]) -> torch.Tensor:
+        length = math.prod(size) * self.shape.dtype.itemsize
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):  # not on this system, or not in this kernel
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=self.shape.dtype).view(size)
 
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.machine import Device, Machine
-from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE
+from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE, encoder_share
 from handlers.backends.base import Backend, Needs
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.errors import InvalidConfiguration
@@ -142,19 +142,26 @@ def _useful(
 ) -> int:
     """Set and return the number of cache bytes per device.
 
-    That is the size that was asked for, or else as much of `room` as `requests` of the longest requests fill. It is
-    never more than a full batch of them could fill, unless the backend `takes_all`.
+    That is the size that was asked for, or else as much of `room` as encoder outputs leave, and no more than `requests`
+    of the longest requests fill. It is never more than a full batch could fill, unless the backend `takes_all`.
     """
     settings, length = configuration.settings, configuration.effective("max_model_len")
     asked = settings.kv_cache_memory_mb
-    cache = room if asked is None else asked * 2**20
+    batch = settings.max_rolling_batch_size
+    batch = min(batch, requests) if requests is not None and asked is None else batch
+    if asked is not None:
+        cache = asked * 2**20
+    elif needs.encoder_cache:
+        given, each = settings.encoder_cache_mb, (result.image_bytes or 0) // result.devices_per_replica
+        given = None if given is None else given * 2**20
+        cache = room - encoder_share(room, batch, each, given, on_cpu=result.devices == 0)
+    else:
+        cache = room
     if (
         length is not None
         and result.cache_bytes_per_token is not None
         and (asked is None or not needs.takes_all)
     ):
-        batch = settings.max_rolling_batch_size
-        batch = min(batch, requests) if requests is not None and asked is None else batch
         tokens = batch * _blocks(settings, length)
         fills = tokens * result.cache_bytes_per_token // result.devices_per_replica
         if asked is not None and fills < cache:
@@ -163,7 +170,7 @@ def _useful(
                 f"option.kv_cache_memory_mb = {asked} ({source.location}): about {fills / 2**20:.0f} MiB are used, "
                 f"which {batch} requests of {length} tokens fill (option.max_rolling_batch_size, option.max_model_len)"
             )
-            result.warnings.append(Problem(text, "kv_cache_memory_mb", source))
+            result.warnings.append(Problem(text, "kv_cache_memory_mb"))
         cache = min(cache, fills)
     result.cache_per_device = cache
     return cache
@@ -202,9 +209,9 @@ def _compare_with_cache(result: Fit, configuration: Configuration, name: str | N
         f"({source.location})"
     )
     if configuration.settings.max_model_len is None:
-        result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len", source))
+        result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len"))
     else:
-        result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len", source))
+        result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len"))
 
 
 def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> None:
@@ -221,7 +228,7 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
             f"option.encoder_cache_mb = {asked} ({source.location}) is more than the {memory / 2**30:.2f} GiB of "
             f"{result.device.name}: memory runs out before the cache is full; lower it"
         )
-        result.warnings.append(Problem(text, "encoder_cache_mb", source))
+        result.warnings.append(Problem(text, "encoder_cache_mb"))
     each = (result.image_bytes or 0) // result.devices_per_replica
     if asked is not None and asked * 2**20 < each:
         source = configuration.sources["encoder_cache_mb"]
@@ -229,4 +236,4 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
             f"option.encoder_cache_mb = {asked} ({source.location}) is less than the {math.ceil(each / 2**20)} MiB "
             "that one image of a running request takes: it is raised to that"
         )
-        result.warnings.append(Problem(text, "encoder_cache_mb", source))
+        result.warnings.append(Problem(text, "encoder_cache_mb"))

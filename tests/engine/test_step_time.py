@@ -136,8 +136,8 @@ def test_nothing_is_bounded_while_no_request_streams(
 def test_a_model_whose_decodes_alone_take_long_still_computes_prompts() -> None:
     time = StepTime(0.1)
     time.note_step(100, 1.0)
-    time.note_step(0, 0.4)
-    assert time.prompt_tokens() == 80  # twice as long as the decodes take
+    time.note_step(0, 0.5)
+    assert time.prompt_tokens() == 75  # one and a half times as long as the decodes take
     for _ in range(50):
         time.note_step(20, 20.0)
     assert time.prompt_tokens() == FEWEST_TOKENS

@@ -15,6 +15,7 @@ from tests.support.live import LiveServer, message
 from tests.support.tiny_gemma import make_gemma3, make_paligemma
 from tests.support.tiny_llava_next import make_llava_next
 from tests.support.tiny_llava_onevision import make_llava_onevision
+from tests.support.tiny_phi3_v import make_phi3_v
 from tests.support.tiny_pixtral import make_pixtral
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -28,18 +29,30 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "gemma3": lambda path: make_gemma3(path, tokens=1, initializer_range=0.02),
     "paligemma": lambda path: make_paligemma(path, num_hidden_layers=1, initializer_range=0.02),
     "paligemma2": lambda path: make_paligemma(path, second=True, num_hidden_layers=1, initializer_range=0.02),
+    "phi3_v": make_phi3_v,
 }
 OPTIONS = ("dtype=float32", 'limit_mm_per_prompt={"image": 2}')
-OWN = dict.fromkeys(("pixtral", "mistral3"), ("image_placeholder_token=[IMG]",))
-"""By family: the tiny tokenizer, unlike Pixtral's, also has the token that vLLM writes for a Llava's image."""
+OWN = dict.fromkeys(("pixtral", "mistral3"), ("image_placeholder_token=[IMG]",)) | {
+    "phi3_v": ("max_model_len=2048",)
+}
+"""By family: the tiny tokenizer, unlike Pixtral's, also has the token that vLLM writes for a Llava's image; and vLLM's
+default is the context with short frequencies."""
 TEXT_AND_NEWLINE = (
     "chat_template={% for part in messages[0].content %}"
     "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}\n"
 )
 """vLLM itself puts PaliGemma's image and the beginning-of-sequence token before the text."""
-THEIRS = dict.fromkeys(("paligemma", "paligemma2"), (TEXT_AND_NEWLINE,))
+THEIRS = dict.fromkeys(("paligemma", "paligemma2"), (TEXT_AND_NEWLINE,)) | {
+    # vLLM counts from the end of the published tower's 24 layers, of which this one has the first two
+    "phi3_v": (
+        "trust_remote_code=true",
+        'hf_overrides={"img_processor": {"image_dim_out": 1024, "num_img_tokens": 144, "layer_idx": -24}}',
+    ),
+}
 """Options with vLLM alone."""
-FEW = {"llava_onevision", *THEIRS}
+IMAGES_ALONE = {"paligemma", "paligemma2", "phi3_v"}
+"""PaliGemma answers no text alone; for Phi-3 Vision vLLM chooses the rotary frequencies of long prompts always."""
+FEW = {"llava_onevision", "paligemma", "paligemma2"}
 """vLLM cuts images of Llava-OneVision into tiles also where there are several, unlike transformers, and takes one image
 for PaliGemma."""
 SIZES = [(56, 56), (30, 90), (200, 40), (9, 9), (150, 140), (64, 33)]
@@ -48,7 +61,7 @@ SIZES = [(56, 56), (30, 90), (200, 40), (9, 9), (150, 140), (64, 33)]
 def chats(family: str) -> list[dict[str, Any]]:
     images: list[Image.Image] = [noise(*size, seed) for seed, size in enumerate(SIZES)]
     said = [message("look: ", image) for image in images]
-    if family not in THEIRS:
+    if family not in IMAGES_ALONE:
         said.append(message("no image at all"))
     if family not in FEW:
         said += [message(images[0], " and ", images[1]), message(images[4], images[2], "?")]

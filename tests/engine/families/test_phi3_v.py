@@ -42,6 +42,7 @@ from tests.support.engine_process import config, running
 from tests.support.exactness import check_logprobs, check_random_load, image_of, prompts_with
 from tests.support.model_front import HEAVY, learned
 from tests.support.models import make_text_model, make_tokenizer
+from tests.support.phi3_v_code import prepared
 from tests.support.rolling import answer, check_stop_string, loaded, request, tokens
 from tests.support.tiny_phi3_v import LIMIT, MOST, TEMPLATE, TILE, VISION, begin_with_bos, make_phi3_v
 
@@ -72,7 +73,7 @@ class Reference(Oracle):
 
     @torch.inference_mode()
     def rows(self, image: Image.Image) -> torch.Tensor:
-        tiles, (down, across) = prepared(image, MOST)
+        tiles, (down, across) = prepared(image, MOST, TILE)
         patches = self._tower(tiles, output_hidden_states=True).hidden_states[-2][:, 1:]
         side = TILE // VISION["patch_size"]
         rows: list[torch.Tensor] = []
@@ -121,31 +122,6 @@ class Reference(Oracle):
     def logits(self, prompt: Prompt) -> torch.Tensor:
         logits: torch.Tensor = self.model(inputs_embeds=self._embedded(prompt), use_cache=False).logits[0]
         return logits
-
-
-def prepared(image: Image.Image, most: int, tile: int = TILE) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The whole image and its tiles, as the checkpoint's processor makes them."""
-    upright = image.width < image.height
-    if upright:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    ratio = image.width / image.height
-    scale = max(n for n in range(1, most + 1) if n * np.ceil(n / ratio) <= most)
-    image = image.resize((scale * tile, max(int(scale * tile / ratio), 1)), Image.Resampling.BILINEAR)
-    padded = Image.new("RGB", (image.width, -(-image.height // tile) * tile), (255, 255, 255))
-    padded.paste(image, (0, (padded.height - image.height) // 2))
-    if upright:
-        padded = padded.transpose(Image.Transpose.TRANSPOSE)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-    pixels = (torch.from_numpy(np.array(padded)).permute(2, 0, 1).float().div(255) - mean) / std
-    whole = torch.nn.functional.interpolate(pixels[None], size=(tile, tile), mode="bicubic")
-    across, down = padded.width // tile, padded.height // tile
-    cut = [
-        pixels[None, :, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
-        for row in range(down)
-        for column in range(across)
-    ]
-    return torch.cat([whole, *cut]), (down, across)
 
 
 def images() -> list[Image.Image]:
@@ -229,7 +205,7 @@ def pixels(request: pytest.FixtureRequest, model: Path) -> Phi3VPreprocessor:
 def test_pixels_and_tiles_equal_the_checkpoints_own(pixels: Phi3VPreprocessor, size: tuple[int, int]) -> None:
     image = image_of(*size, seed=sum(size))
     got = pixels.prepare(image)
-    want, (down, across) = prepared(image, pixels.metadata.most)
+    want, (down, across) = prepared(image, pixels.metadata.most, TILE)
     assert got.tensors["grid"].tolist() == [down, across]
     np.testing.assert_array_equal(got.tensors["pixel_values"][1:], want[1:].numpy())
     # torch adds up in another order on some machines

@@ -12,12 +12,13 @@ from container.check import describe
 from engine.attention.kernel import CacheShape
 from engine.config import EngineConfig
 from engine.machine import Device, Machine
-from engine.memory import cache_blocks, image_budget
+from engine.memory import cache_blocks, encoder_budget
 from handlers.backends.fit import fit
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import backend_of
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.devices import plan_devices
+from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, resolve
 from properties.settings import Settings
 from tests.support.engine_driver import load_engine
@@ -106,6 +107,17 @@ def test_one_request_at_a_time_needs_no_batch_size() -> None:
     assert configure("rolling_batch=disable").without_effect("rolling") == []
 
 
+def test_8_bits_are_for_a_cpu_and_said_to_change_answers() -> None:
+    (engine,) = plan_engines(Settings(quantize="int8"), "", 0)
+    assert engine.int8
+    assert not plan_engines(Settings(), "", 0)[0].int8
+    with pytest.raises(InvalidConfiguration, match="is int8, which the embedded engine has on a CPU only"):
+        plan_engines(Settings(quantize="int8"), "", 1)
+    (warning,) = configure("quantize=fp8").without_effect("rolling")
+    assert "option.quantize" in str(warning)
+    assert configure("quantize=INT8").without_effect("rolling") == []
+
+
 def unused(accelerators: int, **settings: Any) -> list[str]:
     chosen = Settings(**settings)
     found = unused_devices(chosen, plan_engines(chosen, "", accelerators), accelerators)
@@ -190,12 +202,28 @@ def test_the_engine_says_so_too(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_engine_says_that_an_encoder_cache_is_too_large(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        image_budget(EngineConfig(model_path="", encoder_cache_bytes=500 << 20), torch.device("cpu"), 0)
+        encoder_budget(EngineConfig(model_path="", encoder_cache_bytes=500 << 20), torch.device("cpu"), 0)
         assert caplog.text == ""
-        image_budget(
+        encoder_budget(
             EngineConfig(model_path="", encoder_cache_bytes=900_000_000 << 20), torch.device("cpu"), 0
         )
     assert "encoder_cache_mb = 900000000 is more than the memory of" in caplog.text
+
+
+@pytest.mark.parametrize(("machine", "less"), [(GPUS, 100 << 20), (CPU, 0)], ids=["GPU", "CPU"])
+def test_an_encoder_cache_that_was_asked_for_comes_out_of_an_accelerators_memory(
+    model: Path, machine: Machine, less: int
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+
+    def room(*options: str) -> int:
+        many = ("max_rolling_batch_size=1000000", *options)
+        configuration = resolve(model=str(model), environ={}, options=many).with_model_config(config)
+        found = fit(configuration, backend_of("rolling"), model, config, machine)
+        assert found.cache_per_device is not None
+        return found.cache_per_device
+
+    assert room() - room("encoder_cache_mb=100") == less
 
 
 def test_an_encoder_cache_smaller_than_an_image_that_a_request_keeps(

@@ -1,4 +1,4 @@
-"""Every family in bfloat16, as it is served by default, beside itself in float32."""
+"""What holds for every family, one test for all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from engine.loader import load_preprocessor
+from engine.messages import TensorData
 from engine.sampling_params import SamplingParams
+from tests.support.checked import CPU, report
 from tests.support.engine_driver import Prompt, load_engine, run_all
 from tests.support.exactness import image_of
 from tests.support.models import make_llava
@@ -65,10 +67,42 @@ def logprobs(path: Path, dtype: str) -> torch.Tensor:
     return torch.tensor([entry.logprobs[0] for entry in output.prompt_logprobs])
 
 
-@pytest.mark.parametrize("family", MAKERS)
-def test_bfloat16_is_close_to_float32(family: str, tmp_path: Path) -> None:
-    path = MAKERS[family](tmp_path / "model")
+@pytest.fixture(params=MAKERS)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return MAKERS[request.param](tmp_path / "model")
+
+
+def test_bfloat16_is_close_to_float32(path: Path) -> None:
+    """As it is served by default, beside itself in float32."""
     exact, rounded = logprobs(path, "float32"), logprobs(path, "bfloat16")
     assert rounded.isfinite().all()
     error = (rounded - exact).square().mean().sqrt() / exact.std()
     assert error < FAR
+
+
+def test_an_image_whose_encoder_fails_fails_its_request_alone(path: Path) -> None:
+    preprocessor = load_preprocessor(str(path))
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    prompts = [Prompt([image_of(60, 40, seed), 65, 66]) for seed in range(3)]
+    adds = [prompt.add(preprocessor, greedy) for prompt in prompts]
+    (want, *_) = run_all(load_engine(path), [adds[0]]).values()
+    tensors = adds[1].images[0].tensors
+    name = max(tensors, key=lambda name: tensors[name].unpack().size)
+    tensors[name] = TensorData.pack(tensors[name].unpack().ravel()[:-1])
+    engine = load_engine(path)
+    results = run_all(engine, adds)
+    assert [results[number].finish for number in range(3)] == ["length", "error", "length"]
+    assert results[1].outputs[-1].error == "an image of this request could not be encoded"
+    assert results[0].token_ids == want.token_ids
+
+
+def test_lmi_check_says_what_the_engine_takes(path: Path) -> None:
+    found, engine = report(path, CPU, "dtype=fp32"), load_engine(path, max_num_seqs=1)
+    shape = engine.runner.kernel.shape
+    assert found["errors"] == []
+    assert found["memory"]["cache_bytes_per_token"] == shape.bytes_per_block // shape.block_size
+    preprocessor = load_preprocessor(str(path))
+    assert preprocessor is not None
+    shown = preprocessor.prepare(image_of(336, 336), preprocessor.variant(1))
+    assert found["prompts"]["image_tokens"]["336x336"] == len(shown.token_ids)
+    assert found["prompts"]["template"]
