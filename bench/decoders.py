@@ -22,7 +22,7 @@ from PIL import Image
 from bench.load import jpegs
 from bench.report import machine
 from handlers.images.decoder import decode, prepare_pillow
-from handlers.images.decoders import DecoderPool
+from handlers.images.decoder_pool import DecoderPool
 from handlers.images.formats import read_header
 from handlers.images.limits import ImageLimits
 

@@ -243,7 +243,7 @@ class ModelRunner:
         """
         if self.device.type != "cpu" or self.dtype == torch.float32 or rows == 0:
             return 0
-        unit = 8 if rows <= 64 else 32 if rows <= 256 else 128
+        unit = 8 if rows <= 128 else 32 if rows <= 256 else 64
         return -rows % unit if rows > 4 else 0
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:

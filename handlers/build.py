@@ -116,7 +116,7 @@ def parser_problems(configuration: Configuration, backend: Backend | None = None
         text = _parser_problem(name, sorted(ours), sorted(theirs), theirs if usable is None else usable)
         if text is not None:
             text = f"{key_of(option)} = {name!r} ({source.location}): {text}"
-            problems.append(Problem(text, option, source))
+            problems.append(Problem(text, option))
     return problems
 
 

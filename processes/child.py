@@ -140,15 +140,8 @@ class Child:
     ) -> Child:
         """Run `python -m module DESCRIPTOR` in a session of its own. If this fails, nothing is left running.
 
-        Args:
-            module: One of our modules, which finds its end of the connection with `processes.inside.Parent`.
-            kind: Which environment variables it gets (see `processes.environment`).
-            log: Where its output is logged.
-            limits: Its resource limits; none by default.
-            variables: Further environment variables.
-
-        Raises:
-            OSError: The process cannot be started.
+        The module finds its end of the connection with `processes.inside.Parent`. kind: which environment variables it
+        gets (see `processes.environment`), besides `variables`. Raises OSError if the process cannot be started.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -222,14 +215,9 @@ class Child:
             return False
 
     def send(self, *parts: bytes, descriptor: int | None = None) -> None:
-        """Send one message. The event loop sends what does not fit into the socket's buffer yet.
+        """Send one message, its parts joined. The event loop sends what does not fit into the socket's buffer yet.
 
-        Args:
-            *parts: The message's content, joined in this order.
-            descriptor: A file descriptor that the child gets a duplicate of; the caller may close it at once.
-
-        Raises:
-            OSError: The child is gone.
+        descriptor: the child gets a duplicate of it; the caller may close it at once. Raises OSError if it is gone.
         """
         self._unsent = [memoryview(part) for part in (FRAME.pack(sum(map(len, parts))), *parts) if part]
         if descriptor is not None:
@@ -241,10 +229,7 @@ class Child:
             asyncio.get_running_loop().add_writer(self._socket, self._write_on)
 
     async def receive(self, most: int = 2**24) -> bytearray:
-        """Return the next message. A call that was cancelled can be repeated, and nothing is lost.
-
-        Args:
-            most: The largest message that is accepted, in bytes.
+        """Return the next message, of at most `most` bytes. A cancelled call can be repeated: nothing is lost.
 
         Raises:
             EOFError: The child is gone, announces more than `most` bytes, or sends more than one message.

@@ -66,11 +66,8 @@ def child_command(module: str, *arguments: str) -> list[str]:
 def child_environment(kind: Kind, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment variables of a child process, with our packages importable.
 
-    They are named because `python -P` keeps the working directory out of the module path.
-
-    Args:
-        kind: Which variables the child gets.
-        environ: The variables to choose from; by default those of this process.
+    They are named because `python -P` keeps the working directory out of the module path. environ: the variables to
+    choose from; by default those of this process.
     """
     given = os.environ if environ is None else environ
     if kind in _BY_NAME:

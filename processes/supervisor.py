@@ -155,11 +155,7 @@ class Restarts:
     """
 
     def __init__(self, most_failures: int) -> None:
-        """Begin without failures.
-
-        Args:
-            most_failures: Failures in a row, with no answered request between them, after which it is still restarted.
-        """
+        """most_failures: how many in a row, with no answered request between them, are still followed by a restart."""
         self._most_failures = most_failures
         self._waits = 0
         self.failures = 0

@@ -12,9 +12,9 @@ from typing import Any
 
 from properties.field import BackendName, Level
 from properties.lmi import PACKAGE, RENAMED, handler_named
-from properties.model import SCRIPTS, ModelLocation, find_home, holds_model, locate, recommended
+from properties.model import SCRIPTS, ModelLocation, context_length, find_home, holds_model, locate
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
-from properties.problem import ConfigurationError, Problem, Source
+from properties.problem import ConfigurationError, Problem, Report, Source
 from properties.resolution import Resolution, Sourced, resolve_values
 from properties.secure_mode import OPEN, SecureMode, secure_mode
 from properties.settings import RETIRED, Settings
@@ -52,6 +52,8 @@ _STANDARDS = {
     "model.py may have formatters of djl_python, which change requests and replies",
 )
 """Variables of the package that AWS's vLLM and SGLang images follow, and what takes the place of what they name."""
+
+_PROGRAM = "a handler is model.py, beside the model or in code/, or the file that option.entryPoint names"
 
 _NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_stateful_sessions"}
 """Option -> the switch without which it has no effect."""
@@ -95,6 +97,11 @@ class Configuration:
     vllm_asked_by: str | None = None
     secure: SecureMode = OPEN
 
+    @property
+    def extra_texts(self) -> dict[str, str]:
+        """The values of `extra`."""
+        return {name: item.value for name, item in self.extra.items()}
+
     def with_default(self, name: str, value: object) -> Configuration:
         """Give an option another default, which holds where no source sets it."""
         if self.sources[name].level is not Level.DEFAULT:
@@ -102,16 +109,16 @@ class Configuration:
         return replace(self, settings=self.settings.model_copy(update={name: value}))
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
-        """Add what the model's config.json recommends, below everything that the user wrote."""
-        hints = {
-            name: value
-            for name, value in recommended(config).items()
-            if self.sources[name].level >= Level.RECOMMENDED
-        }
-        sources = {
-            name: Source(Level.RECOMMENDED, "config.json", str(value)) for name, value in hints.items()
-        }
-        return replace(self, recommended=hints, sources=self.sources | sources)
+        """Add the context length that the model's config.json states, below everything that the user wrote.
+
+        The type of the weights is not among them: a default of auto leaves it to the backend, which knows the device.
+        """
+        length = context_length(config)
+        if length is None or self.sources["max_model_len"].level < Level.RECOMMENDED:
+            return self
+        source = Source(Level.RECOMMENDED, "config.json", str(length))
+        sources = self.sources | {"max_model_len": source}
+        return replace(self, recommended={"max_model_len": length}, sources=sources)
 
     def with_model_directory(self, directory: Path) -> Configuration:
         """Add what is known once the model has been downloaded to `directory`.
@@ -124,26 +131,22 @@ class Configuration:
         """
         configuration = self
         if self.model_location.kind == "s3" and (directory / FILE_NAME).is_file():
-            problems: list[Problem] = []
-            noted = list(self._noted)
-            added = []
-            for item in _renamed(read_file(directory / FILE_NAME, problems, noted), noted):
+            report = Report(warnings=[*self._noted])
+            written = [*self._written]
+            for item in _renamed(read_file(directory / FILE_NAME, report), report):
                 if item.key == _MODEL_KEY:
-                    noted.append(
-                        Problem(f"{item.location}: {item.key} is not used: the file lies in the model")
-                    )
+                    report.warn(f"{item.location}: {item.key} is not used: the file lies in the model")
                 else:
-                    added.append(item)
-            if problems:
-                raise ConfigurationError(problems, noted)
-            written = self._written + tuple(added)
+                    written.append(item)
+            if report.problems:
+                raise ConfigurationError(report.problems, report.warnings)
             configuration = _build(
                 written,
-                tuple(noted),
+                report,
                 self.home or directory,
                 self.model_location,
-                backend_options=self.backend_options,
-                secure=self.secure,
+                self.backend_options,
+                self.secure,
             )
         if directory != self.home and (forbidden := list(self.secure.files(directory))):
             raise ConfigurationError(forbidden)
@@ -168,34 +171,26 @@ class Configuration:
             for name, sourced in self.extra.items()
             if backend != "vllm" and name in self.backend_options
         ]
-        return theirs + [
-            Problem(
-                f"{key_of(name)} ({source.location}) has no effect with the {backend} backend; "
-                f"honoured by: {', '.join(_honouring(name, getattr(self.settings, name))) or 'none yet'}",
-                name,
-                source,
-            )
-            for name, source in self.sources.items()
-            if backend not in _honouring(name, getattr(self.settings, name))
-            and _changed(self.settings, self.sources, name)
-        ]
+        honouring = {name: _honouring(name, getattr(self.settings, name)) for name in self.sources}
+        reasons = {
+            name: f"has no effect with the {backend} backend; honoured by: {', '.join(others) or 'none yet'}"
+            for name, others in honouring.items()
+            if backend not in others
+        }
+        return theirs + _warnings(self.settings, self.sources, reasons)
 
     def without_effect(self, backend: BackendName) -> list[Problem]:
         """Return the same, and a warning for each option that has no effect because of other options."""
         reasons = {
-            name: f"without {key_of(needed)}=true"
+            name: f"has no effect without {key_of(needed)}=true"
             for name, needed in _NEEDS.items()
             if backend in OPTIONS[name].backends and not getattr(self.settings, needed)
         }
         if self.settings.rolling_batch == "disable":
             reasons["max_rolling_batch_size"] = (
-                "beside option.rolling_batch=disable, which serves one request at a time"
+                "has no effect beside option.rolling_batch=disable, which serves one request at a time"
             )
-        return self.unhonoured(backend) + [
-            Problem(f"{key_of(name)} ({self.sources[name].location}) has no effect {reason}", name)
-            for name, reason in reasons.items()
-            if _changed(self.settings, self.sources, name)
-        ]
+        return self.unhonoured(backend) + _warnings(self.settings, self.sources, reasons)
 
 
 def _honouring(name: str, value: Any) -> tuple[BackendName, ...]:
@@ -226,50 +221,37 @@ def resolve(
     Raises:
         ConfigurationError: Lists all problems.
     """
-    problems: list[Problem] = []
-    noted: list[Problem] = []
-    secure = secure_mode(environ, problems)
+    report = Report()
+    secure = secure_mode(environ, report.problems)
     for name, reason in _STANDARDS.items():
         if environ.get(name):
-            noted.append(Problem(f"{name} has no effect here: {reason}"))
-    written = [*read_command_line(options, problems), *read_environment(environ)]
-    written += read_containers(environ, noted, backend_options)
-    written = _in_the_containers_order(list(_renamed(written, noted)), environ, model_store, noted)
-    if (several := _first(written, "multi_model")) is not None and several.raw.strip().lower() in TRUE:
-        problems += secure.channel_files()
-        return _of_several(written, noted, model, model_store, problems, backend_options, secure)
+            report.warn(f"{name} has no effect here: {reason}")
+    if environ.get("SAGEMAKER_PROGRAM", "") not in ("", "model.py"):
+        report.warn(f"SAGEMAKER_PROGRAM has no effect here: {_PROGRAM}")
+    written = [*read_command_line(options, report), *read_environment(environ)]
+    written += read_containers(environ, report, backend_options)
+    written = _in_the_containers_order(list(_renamed(written, report)), environ, model_store, report)
+    report.problems += secure.channel_files()
     named = _first(written, _MODEL_KEY)
+    if (several := _first(written, "multi_model")) is not None and several.raw.strip().lower() in TRUE:
+        # MODEL, or the store, is the directory that holds the models.
+        if named is not None:
+            report.warn(f"{named.location} is not used: multi_model serves a directory of models", "model_id")
+        if model is not None and not os.path.isdir(model):
+            report.problem(f"{model}: with multi_model, MODEL is a directory of models", "model_id")
+        place = ModelLocation("directory", str(Path(model or model_store).resolve()), "models")
+        kept = [item for item in written if item.key != _MODEL_KEY]
+        return _build(kept, report, None, place, backend_options, secure)
     try:
         home = find_home(model, named.raw.strip() if named else None, model_store)
     except ValueError as error:
-        problems.append(Problem(str(error), "model_id"))
+        report.problem(str(error), "model_id")
         home = None
     if home is not None and (home / FILE_NAME).is_file():
-        written += _renamed(read_file(home / FILE_NAME, problems, noted), noted)
-    written += _model_from_place(model, home, written, noted)
-    problems += [*secure.channel_files(), *secure.files(home)]
-    return _build(tuple(written), tuple(noted), home, None, problems, backend_options, secure)
-
-
-def _of_several(
-    written: list[RawValue],
-    noted: list[Problem],
-    model: str | None,
-    store: Path,
-    problems: list[Problem],
-    backend_options: frozenset[str],
-    secure: SecureMode,
-) -> Configuration:
-    """The configuration of a server of several models: MODEL, or the store, is the directory that holds them."""
-    if (named := _first(written, _MODEL_KEY)) is not None:
-        noted.append(
-            Problem(f"{named.location} is not used: multi_model serves a directory of models", "model_id")
-        )
-    if model is not None and not os.path.isdir(model):
-        problems.append(Problem(f"{model}: with multi_model, MODEL is a directory of models", "model_id"))
-    place = ModelLocation("directory", str(Path(model or store).resolve()), "models")
-    kept = tuple(item for item in written if item.key != _MODEL_KEY)
-    return _build(kept, tuple(noted), None, place, problems, backend_options, secure)
+        written += _renamed(read_file(home / FILE_NAME, report), report)
+    written += _model_from_place(model, home, written, report)
+    report.problems += secure.files(home)
+    return _build(written, report, home, None, backend_options, secure)
 
 
 def read_model_config(directory: Path) -> dict[str, Any] | None:
@@ -290,17 +272,17 @@ def read_model_config(directory: Path) -> dict[str, Any] | None:
     return config
 
 
-def _renamed(written: Iterable[RawValue], noted: list[Problem]) -> Iterator[RawValue]:
+def _renamed(written: Iterable[RawValue], report: Report) -> Iterator[RawValue]:
     """Replace old names of options by their current ones."""
     for item in written:
         key = RENAMED.get(item.key)
         if key is not None:
-            noted.append(Problem(f"{item.location}: {item.key} is deprecated: write {key}", KEYS[key]))
+            report.warn(f"{item.location}: {item.key} is deprecated: write {key}", KEYS[key])
         yield item if key is None else replace(item, key=key, name=item.key)
 
 
 def _in_the_containers_order(
-    written: list[RawValue], environ: Mapping[str, str], store: Path, noted: list[Problem]
+    written: list[RawValue], environ: Mapping[str, str], store: Path, report: Report
 ) -> list[RawValue]:
     """AWS's vLLM and SGLang containers prefer the model in the store to that of HF_MODEL_ID."""
     models = [item for item in written if item.key == _MODEL_KEY]
@@ -310,12 +292,9 @@ def _in_the_containers_order(
     places = [store, *store.glob("*/")]
     if first.level is not Level.DEDICATED or not any(map(holds_model, places)):
         return written
-    noted.append(
-        Problem(
-            f"{first.location} is not used: beside SM_VLLM_* and SM_SGLANG_* variables, the model in {store} comes "
-            "first",
-            "model_id",
-        )
+    report.warn(
+        f"{first.location} is not used: beside SM_VLLM_* and SM_SGLANG_* variables, the model in {store} comes first",
+        "model_id",
     )
     return [item for item in written if item is not first]
 
@@ -326,7 +305,7 @@ def _first(written: Sequence[RawValue], key: str) -> RawValue | None:
 
 
 def _model_from_place(
-    model: str | None, home: Path | None, written: Sequence[RawValue], noted: list[Problem]
+    model: str | None, home: Path | None, written: Sequence[RawValue], report: Report
 ) -> list[RawValue]:
     """Return the model id that follows from MODEL or from the model directory itself."""
     above = _first(written, _MODEL_KEY)
@@ -338,31 +317,26 @@ def _model_from_place(
         if above is not None and above.level <= Level.FILE:
             return []
         if above is not None:
-            noted.append(Problem(f"{above.location} is not used: MODEL names a directory", "model_id"))
+            report.warn(f"{above.location} is not used: MODEL names a directory", "model_id")
         return [RawValue(Level.COMMAND_LINE, _MODEL_KEY, str(home), "MODEL")]
     if above is None:
         return [RawValue(Level.DEFAULT, _MODEL_KEY, str(home), str(home))]
     if (home / "config.json").is_file() and Path(above.raw.strip()) != home:
-        noted.append(
-            Problem(
-                f"the model in {home} is not served: {above.location} names {above.raw.strip()}", "model_id"
-            )
+        report.warn(
+            f"the model in {home} is not served: {above.location} names {above.raw.strip()}", "model_id"
         )
     return []
 
 
 def _build(
-    written: tuple[RawValue, ...],
-    noted: tuple[Problem, ...],
+    written: Sequence[RawValue],
+    report: Report,
     home: Path | None,
     location: ModelLocation | None,
-    problems: Sequence[Problem] = (),
-    backend_options: frozenset[str] = frozenset(),
-    secure: SecureMode = OPEN,
+    backend_options: frozenset[str],
+    secure: SecureMode,
 ) -> Configuration:
-    result = resolve_values(written, backend_options)
-    result.problems[:0] = problems
-    result.warnings[:0] = noted
+    result = resolve_values(written, report, backend_options)
     location = location or _locate(result, home)
     _check_together(result, home)
     extra = {name: item.source for name, item in result.extra.items()}
@@ -379,8 +353,8 @@ def _build(
         location,
         home,
         {},
-        written,
-        noted,
+        tuple(written),
+        tuple(report.warnings),
         backend_options,
         result.lmi_handler,
         result.vllm_asked_by,
@@ -392,27 +366,19 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
     settings, source = result.settings, result.sources["model_id"]
     if settings.model_id is None:
         if not any(problem.option == "model_id" for problem in result.problems):
-            result.problems.append(
-                Problem(
-                    "no model: give MODEL, set HF_MODEL_ID or OPTION_MODEL_ID, or put one in /opt/ml/model",
-                    "model_id",
-                )
+            result.problem(
+                "no model: give MODEL, set HF_MODEL_ID or OPTION_MODEL_ID, or put one in /opt/ml/model",
+                "model_id",
             )
         return None
     try:
         location = locate(settings.model_id, settings.revision, home)
     except ValueError as error:
-        result.problems.append(
-            Problem(
-                f"option.model_id = {settings.model_id!r} ({source.location}): {error}", "model_id", source
-            )
-        )
+        result.problem(f"option.model_id = {settings.model_id!r} ({source.location}): {error}", "model_id")
         return None
     custom = settings.entry_point is not None
     if location.kind == "directory" and not custom and not holds_model(Path(location.value)):
-        result.problems.append(
-            Problem(f"no model: {location.value} holds neither config.json nor model.py", "model_id", source)
-        )
+        result.problem(f"no model: {location.value} holds neither config.json nor model.py", "model_id")
     return location
 
 
@@ -422,28 +388,23 @@ def _check_together(result: Resolution, home: Path | None) -> None:
     for name in RETIRED:
         if sources[name].level is not Level.DEFAULT:
             message = f"{key_of(name)} ({sources[name].location}) is retired: the model now says so itself"
-            result.warnings.append(
-                Problem(f"{message}; it is checked against the model and changes nothing", name)
-            )
-
-    def problem(name: str, message: str) -> None:
-        result.problems.append(Problem(message, name, sources[name]))
+            result.warn(f"{message}; it is checked against the model and changes nothing", name)
 
     def written(name: str) -> str:
         return f"{key_of(name)} = {getattr(settings, name)!r} ({sources[name].location})"
 
     low, high = settings.min_workers, settings.max_workers
     if low is not None and high is not None and low > high:
-        problem("min_workers", f"{written('min_workers')} is more than {written('max_workers')}")
+        result.problem(f"{written('min_workers')} is more than {written('max_workers')}", "min_workers")
     if settings.enable_auto_tool_choice and settings.tool_call_parser is None:
-        problem(
-            "enable_auto_tool_choice", f"{written('enable_auto_tool_choice')} needs option.tool_call_parser"
+        result.problem(
+            f"{written('enable_auto_tool_choice')} needs option.tool_call_parser", "enable_auto_tool_choice"
         )
     entry = settings.entry_point
     if entry is not None and home is not None and not os.path.isfile(home / entry):
         lmis = f"{PACKAGE}.{entry.removesuffix('.py')}"
         meant = f"; LMI's own handler is written {lmis}" if handler_named(lmis) else ""
-        problem("entry_point", f"{written('entry_point')}: no such file in {home}{meant}")
+        result.problem(f"{written('entry_point')}: no such file in {home}{meant}", "entry_point")
     template = settings.chat_template
     if (
         template is not None
@@ -453,13 +414,16 @@ def _check_together(result: Resolution, home: Path | None) -> None:
     ):
         path = os.path.join(home or "", template)
         if (home is not None or os.path.isabs(path)) and not os.path.isfile(path):
-            problem("chat_template", f"{written('chat_template')}: no such file, and no template text")
+            result.problem(f"{written('chat_template')}: no such file, and no template text", "chat_template")
 
 
-def _changed(settings: Settings, sources: Mapping[str, Source], name: str) -> bool:
-    """Tell whether the user wrote another value than the default."""
-    written = sources[name].level < Level.RECOMMENDED
-    return written and getattr(settings, name) != getattr(_DEFAULTS, name)
+def _warnings(settings: Settings, sources: Mapping[str, Source], reasons: Mapping[str, str]) -> list[Problem]:
+    """Return a warning for each of these options for which the user wrote another value than the default."""
+    return [
+        Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name)
+        for name, reason in reasons.items()
+        if sources[name].level < Level.RECOMMENDED and getattr(settings, name) != getattr(_DEFAULTS, name)
+    ]
 
 
 def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path | None) -> list[Problem]:
@@ -486,8 +450,4 @@ def _not_obeyed(result: Resolution, location: ModelLocation | None, home: Path |
         and not (home and any((home / name).is_file() for name in SCRIPTS))
     ):
         reasons["handler"] = "has no effect: the model has no model.py, and no entry point is named"
-    return [
-        Problem(f"{key_of(name)} ({sources[name].location}) {reason}", name, sources[name])
-        for name, reason in reasons.items()
-        if _changed(settings, sources, name)
-    ]
+    return _warnings(settings, sources, reasons)

@@ -16,17 +16,24 @@ ROLLING: tuple[BackendName, ...] = ("rolling",)
 
 
 class Level(IntEnum):
-    """Where a value can come from; a lower number wins over a higher one."""
+    """Where a value can come from; a lower number wins over a higher one. words: for people."""
 
-    COMMAND_LINE = 0
-    SAGEMAKER = 1
-    FILE = 2
-    ENVIRONMENT = 3
-    CONTAINER = 4
-    DEDICATED = 5
-    TGI = 6
-    RECOMMENDED = 7
-    DEFAULT = 8
+    words: str
+
+    COMMAND_LINE = 0, "command line"
+    SAGEMAKER = 1, "SageMaker variable"
+    FILE = 2, "serving.properties"
+    ENVIRONMENT = 3, "environment option"
+    CONTAINER = 4, "vLLM or SGLang container variable"
+    DEDICATED = 5, "environment variable"
+    TGI = 6, "TGI variable"
+    RECOMMENDED = 7, "recommended from config.json"
+    DEFAULT = 8, "default"
+
+    def __new__(cls, number: int, words: str) -> Level:
+        level = int.__new__(cls, number)
+        level._value_, level.words = number, words
+        return level
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,13 @@ class Option:
     embedded: tuple[str, ...] = ()
 
 
-def option(meaning: str, *, default: Any, **definition: Any) -> Any:
+def option(meaning: str, *, default: Any = None, **definition: Any) -> Any:
     """Define a field of the settings; `definition` are the attributes of `Option`."""
     field = Field(default=default)
     field.metadata.append(Option(meaning, **definition))
     return field
 
 
-def server_key(meaning: str, *, default: Any, **definition: Any) -> Any:
+def server_key(meaning: str, *, default: Any = None, **definition: Any) -> Any:
     """Define a field of the HTTP server or the process, written without `option.` and set by SERVING_*."""
     return option(meaning, default=default, server=True, **definition)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from properties.names import PREFIX, by_name, key_of
-from properties.problem import Problem
+from properties.problem import Report
 from properties.sources import RawValue
 from properties.values import TRUE
 
@@ -277,22 +277,10 @@ class Meaning:
     used: tuple[RawValue, ...] = ()
 
 
-def taken_together(
-    values: Mapping[str, RawValue],
-    ignored: Collection[RawValue],
-    problems: list[Problem],
-    warnings: list[Problem],
-) -> Meaning:
-    """Combine the settings that LMI combines.
-
-    Args:
-        values: The value of each option.
-        ignored: Settings that have no effect alone.
-        problems: Receives what is wrong.
-        warnings: Receives what is doubtful.
-    """
+def taken_together(values: Mapping[str, RawValue], ignored: Collection[RawValue], report: Report) -> Meaning:
+    """Combine the settings that LMI combines. values: of each option. ignored: what has no effect alone."""
     meaning = Meaning(dict(values))
-    module = _built_in(meaning, problems, warnings)
+    module = _built_in(meaning, report)
     cause = values["entry_point"] if module is not None and module.asynchronous else _switched_on(values)
     if cause is not None and (module is None or module.vllm):
         meaning.asked_by = _told(cause)
@@ -321,7 +309,7 @@ def handler_named(entry_point: str) -> LmiHandler | None:
     return HANDLERS.get(_ALIASES.get(name, name)) if package == PACKAGE else None
 
 
-def _built_in(meaning: Meaning, problems: list[Problem], warnings: list[Problem]) -> LmiHandler | None:
+def _built_in(meaning: Meaning, report: Report) -> LmiHandler | None:
     """Remove one of LMI's own handlers from the values: it is not a file of the model."""
     written = meaning.values.get("entry_point")
     if written is None or written.raw.partition(".")[0] != PACKAGE:
@@ -331,15 +319,15 @@ def _built_in(meaning: Meaning, problems: list[Problem], warnings: list[Problem]
     module = handler_named(written.raw)
     if module is None:
         known = ", ".join(f"{PACKAGE}.{name}" for name, one in HANDLERS.items() if not one.refused)
-        problems.append(
-            Problem(f"{described}: not a handler of LMI's; allowed: a Python file, or {known}", "entry_point")
+        report.problem(
+            f"{described}: not a handler of LMI's; allowed: a Python file, or {known}", "entry_point"
         )
     elif module.refused:
-        problems.append(Problem(f"{described}: {module.note}", "entry_point"))
+        report.problem(f"{described}: {module.note}", "entry_point")
     else:
         meaning.handler = written.raw
         if module.note is not None:
-            warnings.append(Problem(f"{described} is deprecated: {module.note}", "entry_point"))
+            report.warn(f"{described} is deprecated: {module.note}", "entry_point")
     return module
 
 

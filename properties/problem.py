@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from properties.field import Level
 
 MASK = "********"
-
-_KINDS = {
-    Level.COMMAND_LINE: "command line",
-    Level.SAGEMAKER: "SageMaker variable",
-    Level.FILE: "serving.properties",
-    Level.ENVIRONMENT: "environment option",
-    Level.CONTAINER: "vLLM or SGLang container variable",
-    Level.DEDICATED: "environment variable",
-    Level.TGI: "TGI variable",
-    Level.RECOMMENDED: "recommended from config.json",
-    Level.DEFAULT: "default",
-}
 
 
 @dataclass(frozen=True)
@@ -38,8 +26,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """The level in words, such as "command line"."""
-        return _KINDS[self.level]
+        return self.level.words
 
 
 DEFAULT = Source(Level.DEFAULT, "default")
@@ -52,15 +39,27 @@ class Problem:
     Attributes:
         message: A complete message: it names the option, the value, where it was written and what is allowed.
         option: Attribute of `Settings` at fault, if there is one.
-        source: Where the value was written.
     """
 
     message: str
     option: str | None = None
-    source: Source | None = None
 
     def __str__(self) -> str:
         return self.message
+
+
+@dataclass
+class Report:
+    """What was found in a configuration. problems: what is wrong. warnings: what is only doubtful."""
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+    def problem(self, message: str, option: str | None = None) -> None:
+        self.problems.append(Problem(message, option))
+
+    def warn(self, message: str, option: str | None = None) -> None:
+        self.warnings.append(Problem(message, option))
 
 
 class ConfigurationError(Exception):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from properties.field import Level
 from properties.lmi import REPLACED_BECAUSE, SILENT, TRUE_MEANS, Meaning, ignored_because, taken_together
 from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
-from properties.problem import DEFAULT, MASK, Problem, Source
+from properties.problem import DEFAULT, MASK, Report, Source
 from properties.settings import Settings
 from properties.sources import RawValue
 from properties.values import TRUE, Allowed
@@ -29,36 +29,21 @@ class Sourced:
 
 
 @dataclass
-class Resolution:
-    """The result, complete or not.
-
-    Attributes:
-        settings: The values; an option named by `problems` has its default.
-        sources: Where each value came from.
-        extra: See `Configuration`.
-        problems: What is wrong.
-        warnings: What is doubtful.
-        lmi_handler: See `Configuration`.
-        vllm_asked_by: See `Configuration`.
-    """
+class Resolution(Report):
+    """The result, complete or not; an option named by `problems` has its default. See also `Configuration`."""
 
     settings: Settings = field(default_factory=Settings)
     sources: dict[str, Source] = field(default_factory=dict)
     extra: dict[str, Sourced] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
     lmi_handler: str | None = None
     vllm_asked_by: str | None = None
 
 
-def resolve_values(written: Iterable[RawValue], backend_options: Collection[str] = ()) -> Resolution:
-    """Choose, convert and check. Nothing is raised: every problem is collected.
-
-    Args:
-        written: All values.
-        backend_options: See `Configuration`.
-    """
-    result = Resolution()
+def resolve_values(
+    written: Iterable[RawValue], report: Report, backend_options: Collection[str] = ()
+) -> Resolution:
+    """Choose, convert and check. Nothing is raised: every problem is collected, after those of the report."""
+    result = Resolution([*report.problems], [*report.warnings])
     candidates: dict[str, list[RawValue]] = defaultdict(list)
     ignored: list[RawValue] = []
     unknown: list[RawValue] = []
@@ -71,8 +56,10 @@ def resolve_values(written: Iterable[RawValue], backend_options: Collection[str]
             unknown.append(item)
     chosen = {name: _choose(name, items, result) for name, items in candidates.items()}
     values = {name: item for name, item in chosen.items() if item is not None}
-    meaning = taken_together(values, ignored, result.problems, result.warnings)
-    _report_ignored([item for item in ignored if item not in meaning.used], result)
+    meaning = taken_together(values, ignored, result)
+    for item in ignored:
+        if item not in meaning.used:
+            result.warn(f"{item.location}: {item.key} has no effect here: {ignored_because(item.key)}")
     _validate(meaning, result)
     _report_unknown(unknown, result, backend_options)
     result.sources = {name: result.sources.get(name, DEFAULT) for name in OPTIONS}
@@ -107,11 +94,9 @@ def _expanded(written: Iterable[RawValue], result: Resolution) -> Iterator[RawVa
             yield from _address(item, result)
         elif item.key in TRUE_MEANS:
             name, value, instead = TRUE_MEANS[item.key]
-            result.warnings.append(
-                Problem(
-                    f"{item.location}: {item.key} is deprecated and stands for {key_of(name)}={value}: write {instead}",
-                    name,
-                )
+            result.warn(
+                f"{item.location}: {item.key} is deprecated and stands for {key_of(name)}={value}: write {instead}",
+                name,
             )
             if item.raw.strip().lower() in TRUE:
                 yield replace(item, key=key_of(name), raw=value)
@@ -127,8 +112,8 @@ def _address(item: RawValue, result: Resolution) -> Iterator[RawValue]:
         host = port = None
         url = urlsplit("")
     if url.scheme != "http" or host is None:
-        result.problems.append(
-            Problem(f"inference_address = {item.raw.strip()!r} ({item.location}): allowed: http://HOST:PORT")
+        result.problem(
+            f"inference_address = {item.raw.strip()!r} ({item.location}): allowed: http://HOST:PORT"
         )
         return
     yield replace(item, key="host", raw=host, rank=1)
@@ -142,7 +127,7 @@ def _choose(name: str, items: Sequence[RawValue], result: Resolution) -> RawValu
     chosen = [item for item in items if (item.level, item.rank) == best]
     for item in items:
         if item.variable is not None and item.level is best[0] and item.rank > best[1]:
-            result.warnings.append(Problem(f"{item.location} is not used: {chosen[0].location} wins", name))
+            result.warn(f"{item.location} is not used: {chosen[0].location} wins", name)
     ready = [prepared for item in chosen if (prepared := _prepare(name, item, result)) is not None]
     if len(ready) < len(chosen):
         return None
@@ -150,9 +135,7 @@ def _choose(name: str, items: Sequence[RawValue], result: Resolution) -> RawValu
         described = " and ".join(
             f"{item.name or item.key} = {_shown(name, item.raw)} ({item.location})" for item in ready
         )
-        result.problems.append(
-            Problem(f"{key_of(name)} has two different values: {described}", name, _source(name, ready[0]))
-        )
+        result.problem(f"{key_of(name)} has two different values: {described}", name)
         return None
     return ready[0]
 
@@ -163,26 +146,18 @@ def _prepare(name: str, item: RawValue, result: Resolution) -> RawValue | None:
     raw = item.raw if option.verbatim else item.raw.strip()
     if item.variable is not None:
         if item.variable.instead is not None:
-            result.warnings.append(
-                Problem(f"{item.location} is deprecated: write {item.variable.instead}", name)
-            )
+            result.warn(f"{item.location} is deprecated: write {item.variable.instead}", name)
         try:
             raw = item.variable.convert(raw)
         except ValueError as error:
-            result.problems.append(Problem(f"{item.location} = {raw!r}: allowed: {error}", name))
+            result.problem(f"{item.location} = {raw!r}: allowed: {error}", name)
             return None
     if not option.verbatim:
         raw = _words(name).get(raw.lower(), raw)
     meaning = {old.lower(): new for old, new in option.replaced}.get(raw.lower())
     if meaning is not None:
-        why = REPLACED_BECAUSE.get(raw.lower())
-        result.warnings.append(
-            Problem(
-                f"{key_of(name)} = {raw!r} ({item.location}) is deprecated: {meaning} is used"
-                + (f": {why}" if why else ""),
-                name,
-            )
-        )
+        why = f": {REPLACED_BECAUSE[raw.lower()]}" if raw.lower() in REPLACED_BECAUSE else ""
+        result.warn(f"{key_of(name)} = {raw!r} ({item.location}) is deprecated: {meaning} is used{why}", name)
         raw = meaning
     return replace(item, raw=raw)
 
@@ -221,7 +196,7 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
             own = error["type"] == "value_error"
             bad.setdefault(name, f"{error['msg'].removeprefix('Value error, ')}; " if own else "")
         for name, detail in bad.items():
-            result.problems.append(_bad_value(name, chosen[name], detail))
+            result.problem(_bad_value(name, chosen[name], detail), name)
         good = {name: item for name, item in chosen.items() if name not in bad}
         result.settings = Settings.model_validate({name: item.raw for name, item in good.items()})
     result.sources = {
@@ -232,16 +207,10 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
     }
 
 
-def _bad_value(name: str, item: RawValue, detail: str) -> Problem:
+def _bad_value(name: str, item: RawValue, detail: str) -> str:
     hint = " (a comment needs a line of its own)" if item.level is Level.FILE and " #" in item.raw else ""
     value = f"{item.name or key_of(name)} = {_shown(name, item.raw)} ({item.location})"
-    return Problem(f"{value}: {detail}allowed: {allowed(name)}{hint}", name, _source(name, item))
-
-
-def _report_ignored(ignored: Iterable[RawValue], result: Resolution) -> None:
-    for item in ignored:
-        reason = ignored_because(item.key)
-        result.warnings.append(Problem(f"{item.location}: {item.key} has no effect here: {reason}"))
+    return f"{value}: {detail}allowed: {allowed(name)}{hint}"
 
 
 def _report_unknown(
@@ -254,8 +223,8 @@ def _report_unknown(
             alone = item.level in (Level.ENVIRONMENT, Level.CONTAINER)
             written = item.location if alone else f"{item.key} ({item.location})"
             meant = f"; did you mean {known}?" if known else ""
-            report = result.problems if result.settings.strict_options else result.warnings
-            report.append(Problem(f"{written}: no such option{meant}"))
+            report = result.problem if result.settings.strict_options else result.warn
+            report(f"{written}: no such option{meant}")
         if item.key.startswith(PREFIX):
             name = item.key.removeprefix(PREFIX)
             before = result.extra.get(name)

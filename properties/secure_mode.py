@@ -81,7 +81,7 @@ class SecureMode:
             if used and (control is None or control in self.controls):
                 where = f"{name} ({sources[name].location})"
                 by = SECURE_MODE if control is None else f"{control} of {_CONTROLS}"
-                yield Problem(f"{where} is forbidden by {by}", name, sources[name])
+                yield Problem(f"{where} is forbidden by {by}", name)
 
     def files(self, directory: Path | None) -> Iterator[Problem]:
         """Yield what is forbidden in the directory of a model or adapter, and in all that it contains."""

@@ -52,12 +52,10 @@ class ModelSettings(BaseModel):
 
     model_id: str | None = option(
         "What to serve: a directory, a Hugging Face hub id, or s3://bucket/prefix/.",
-        default=None,
         variables=(Variable("HF_MODEL_ID"),),
     )
     revision: str | None = option(
         "Branch, tag or commit of a hub model.",
-        default=None,
         variables=(Variable("HF_REVISION"), Variable("HF_MODEL_REVISION", Level.TGI)),
     )
     served_model_name: Names = option(
@@ -65,9 +63,7 @@ class ModelSettings(BaseModel):
         default=[],
     )
     task: Task = option(
-        "What the model is for. Only generation is served.",
-        default="auto",
-        variables=(Variable("HF_TASK"),),
+        "What the model is for. Only generation is served.", default="auto", variables=(Variable("HF_TASK"),)
     )
     engine: Engine = server_key(
         "LMI's engine name; the only one is Python.",
@@ -79,10 +75,10 @@ class ModelSettings(BaseModel):
         default="auto",
     )
     quantize: Word | None = option(
-        "Quantise while loading, e.g. fp8 or int8_per_channel_weight_only. Leave it out for a model that is already "
-        "quantised: vLLM reads the method from its config.json.",
-        default=None,
-        backends=VLLM,
+        "Quantise while loading, e.g. fp8 or int8_per_channel_weight_only. The embedded engine has int8, on a CPU: "
+        "the decoder's weights and activations in 8 bits, in half the memory. Leave it out for a model that is "
+        "already quantised: vLLM reads the method from its config.json.",
+        embedded=("int8",),
         aliases=("quantization",),
         variables=(Variable("HF_MODEL_QUANTIZE", Level.TGI),),
     )
@@ -112,15 +108,11 @@ class ModelSettings(BaseModel):
         "Time limit until the model can generate.",
         default=1800,
         unit="s",
-        variables=(
-            Variable("SAGEMAKER_STARTUP_TIMEOUT", Level.SAGEMAKER),
-            Variable("MODEL_LOADING_TIMEOUT"),
-        ),
+        variables=(Variable("SAGEMAKER_STARTUP_TIMEOUT", Level.SAGEMAKER), Variable("MODEL_LOADING_TIMEOUT")),
     )
     entry_point: str | None = option(
         "Python file of a custom handler, relative to the model directory, which answers instead of an engine. "
         "Default: model.py, or code/model.py, if it defines the handler.",
-        default=None,
         aliases=("entryPoint", "entrypoint"),
         variables=(
             Variable("DJL_ENTRY_POINT"),
@@ -131,7 +123,6 @@ class ModelSettings(BaseModel):
     install_requirements: bool | None = server_key(
         "Install the requirements.txt in the model's directory at the start, as LMI does. Default: if code of the "
         "model's own runs. Never that of a model from the hub.",
-        default=None,
         variables=(Variable("STANDARD_AUTO_INSTALL_REQ", Level.CONTAINER),),
     )
     handler: str = option(
@@ -140,7 +131,7 @@ class ModelSettings(BaseModel):
         variables=(Variable(STANDARD_HANDLER, Level.CONTAINER, lambda text: _standard_handler(text)[1]),),
     )
     download_dir: str | None = server_key(
-        "Where models from s3:// are kept. Default: below the temporary directory.", default=None
+        "Where models from s3:// are kept. Default: below the temporary directory."
     )
     offline: bool = option(
         "Never contact the hub: use what is on this machine.",
@@ -153,19 +144,13 @@ class ModelSettings(BaseModel):
     )
     hf_token: SecretStr | None = option(
         "Hugging Face token for private and gated models.",
-        default=None,
         secret=True,
-        variables=(
-            Variable("HF_TOKEN"),
-            Variable("HUGGING_FACE_HUB_TOKEN", Level.TGI, instead="HF_TOKEN"),
-        ),
+        variables=(Variable("HF_TOKEN"), Variable("HUGGING_FACE_HUB_TOKEN", Level.TGI, instead="HF_TOKEN")),
     )
     enable_lora: bool = option("Serve LoRA adapters of the model.", default=False, backends=VLLM)
     max_loras: Positive = option("Adapters in one batch.", default=4, backends=VLLM)
     max_lora_rank: Positive = option("Highest rank of an adapter.", default=16, backends=VLLM)
-    max_cpu_loras: Count | None = option(
-        "Adapters kept in host memory. Default: max_loras.", default=None, backends=VLLM
-    )
+    max_cpu_loras: Count | None = option("Adapters kept in host memory. Default: max_loras.", backends=VLLM)
     allowed_adapter_path: str = option(
         "Directory that contains the adapters that `POST /adapters` may name, besides the model's own adapters/. "
         "Empty: none.",
@@ -221,7 +206,6 @@ class EngineSettings(BaseModel):
     data_parallel_degree: Positive | None = option(
         "Replicas of the model inside vLLM. Default: devices divided by the other degrees, at most max_workers; "
         "max_workers, min_workers or 1 without accelerators; 1 on several machines.",
-        default=None,
         backends=VLLM,
         aliases=("data_parallel_size",),
     )
@@ -233,7 +217,6 @@ class EngineSettings(BaseModel):
     )
     max_rolling_batch_prefill_tokens: Tokens = option(
         "Greatest number of tokens, of prompts and answers together, in one step. Default: chosen by the backend.",
-        default=None,
         unit="tokens",
         aliases=("max_num_batched_tokens",),
         variables=(Variable("MAX_BATCH_PREFILL_TOKENS", Level.TGI),),
@@ -253,7 +236,6 @@ class EngineSettings(BaseModel):
     )
     max_model_len: Length = option(
         "Greatest number of tokens of prompt and answer together. Default: that of the model's config.json.",
-        default=None,
         unit="tokens",
         variables=(Variable("MAX_TOTAL_TOKENS", Level.TGI),),
     )
@@ -263,14 +245,10 @@ class EngineSettings(BaseModel):
         variables=(Variable("CUDA_MEMORY_FRACTION", Level.TGI),),
     )
     kv_cache_memory_mb: Positive | None = option(
-        "Key/value cache per device. Default: computed from the free memory.",
-        default=None,
-        unit="MiB",
+        "Key/value cache per device. Default: computed from the free memory.", unit="MiB"
     )
     block_size: Positive | None = option(
-        "Tokens per block of the key/value cache. Default: chosen by the backend.",
-        default=None,
-        unit="tokens",
+        "Tokens per block of the key/value cache. Default: chosen by the backend.", unit="tokens"
     )
     kv_cache_dtype: Word = option(
         "Type of the key/value cache, e.g. auto, fp8.", default="auto", backends=VLLM
@@ -296,11 +274,10 @@ class EngineSettings(BaseModel):
     )
     speculative_config: JsonObject | None = option(
         "Speculative decoding, as vLLM's speculative_config. The embedded engine has method ngram: "
-        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}.',
-        default=None,
+        '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}.'
     )
     kv_transfer_config: JsonObject | None = option(
-        "Key/value cache transfer, as vLLM's kv_transfer_config.", default=None, backends=VLLM
+        "Key/value cache transfer, as vLLM's kv_transfer_config.", backends=VLLM
     )
 
 
@@ -316,9 +293,7 @@ class VisionSettings(BaseModel):
         default=False,
     )
     image_placeholder_token: str | None = option(
-        "Text that stands for an image in a prompt. Default: that of the model's processor.",
-        default=None,
-        verbatim=True,
+        "Text that stands for an image in a prompt. Default: that of the model's processor.", verbatim=True
     )
     image_fetch_timeout: Seconds = option(
         "Time limit for fetching one image: connections, redirects and transfer together.",
@@ -330,7 +305,7 @@ class VisionSettings(BaseModel):
         "Redirects followed for one image; every target is checked again.", default=3
     )
     allowed_media_domains: Names | None = option(
-        "Images are fetched only from these hosts (exact names). Default: any public host.", default=None
+        "Images are fetched only from these hosts (exact names). Default: any public host."
     )
     image_fetch_allow_private: Networks = option(
         "Hosts, addresses and networks from which images may be fetched even if private, loopback or link-local.",
@@ -360,7 +335,6 @@ class VisionSettings(BaseModel):
     encoder_cache_mb: Count | None = option(
         "Device memory for a cache of the vision encoder's outputs, by content. 0: no cache. Default: 256 on an "
         "accelerator, 32 on a CPU.",
-        default=None,
         backends=ROLLING,
         unit="MiB",
     )
@@ -374,11 +348,10 @@ class VisionSettings(BaseModel):
     )
     media_io_kwargs: MediaOptions | None = option(
         "Background of transparent images: rgba_background_color of image, as red, green and blue from 0 to 255. "
-        "Default: white.",
-        default=None,
+        "Default: white."
     )
     mm_processor_kwargs: JsonObject | None = option(
-        'Arguments for the model\'s image processor, e.g. {"max_pixels": 802816}.', default=None
+        'Arguments for the model\'s image processor, e.g. {"max_pixels": 802816}.'
     )
 
 
@@ -392,7 +365,6 @@ class ChatSettings(BaseModel):
         "Jinja chat template: a path (absolute, or relative to the model directory), the text itself, or the name of "
         "one of the model's own. Default: the model's own; of several `default`, and `tool_use` for requests with "
         "tools.",
-        default=None,
         verbatim=True,
     )
     chat_template_content_format: Literal["auto", "string", "openai"] = option(
@@ -419,8 +391,7 @@ class ChatSettings(BaseModel):
     output_formatter: OutputFormat | None = option(
         "Format of replies of the LMI schema (json, jsonlines, sse) or of chat on LMI's routes (json_chat, "
         "jsonlines_chat, sse_chat); with the last two of each, replies are streamed unless the client declines. "
-        "Default: JSON; streams as jsonlines and sse_chat. A client's Accept header wins.",
-        default=None,
+        "Default: JSON; streams as jsonlines and sse_chat. A client's Accept header wins."
     )
     tgi_compat: bool = option(
         "Answer the LMI schema as Text Generation Inference answers on managed endpoints: a list, TGI's keys, details "
@@ -450,14 +421,12 @@ class ChatSettings(BaseModel):
     tool_call_parser: Word | None = option(
         "How tool calls are read from the model's output: hermes (also qwen3_json), llama3_json (llama4_json), "
         "mistral, pythonic (llama4_pythonic) or longcat. Where vLLM serves, also the name of any of its own "
-        "(qwen3_coder, deepseek_v3, ...); vllm:hermes is vLLM's parser where both have one.",
-        default=None,
+        "(qwen3_coder, deepseek_v3, ...); vllm:hermes is vLLM's parser where both have one."
     )
     reasoning_parser: Word | None = option(
         "How reasoning is separated from the answer: think (if prompt or output open a think tag), deepseek_r1 "
         "(also olmo3, step3, minimax_m2), qwen3 (glm45, nemotron_v3, holo2), deepseek_v3, mistral or seed_oss. "
-        "Where vLLM serves, also the name of any of its own (granite, kimi_k2, ...), as for tools.",
-        default=None,
+        "Where vLLM serves, also the name of any of its own (granite, kimi_k2, ...), as for tools."
     )
 
 
@@ -473,14 +442,11 @@ class ServerSettings(BaseModel):
 
     host: str = server_key("Address to listen on; `lmi serve` and `lmi run`: 127.0.0.1.", default="0.0.0.0")
     port: Port = server_key(
-        "Port to listen on.",
-        default=8080,
-        variables=(Variable("SAGEMAKER_BIND_TO_PORT", Level.SAGEMAKER),),
+        "Port to listen on.", default=8080, variables=(Variable("SAGEMAKER_BIND_TO_PORT", Level.SAGEMAKER),)
     )
     api_key: SecretStr | None = server_key(
         "Key that clients must send as `Authorization: Bearer <key>`, or a JSON list of such keys; also written "
         "`option.api_key` and `OPTION_API_KEY`. Default: no key is required.",
-        default=None,
         secret=True,
         variables=(Variable("VLLM_API_KEY"), Variable("APHRODITE_API_KEY")),
     )
@@ -497,14 +463,12 @@ class ServerSettings(BaseModel):
     )
     min_workers: Positive | None = server_key(
         "Replicas of the model on a CPU if max_workers is not set; /ping is 200 when one is ready.",
-        default=None,
         aliases=("minWorkers",),
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )
     max_workers: Positive | None = server_key(
         "Replicas of the model. Default: devices divided by tensor_parallel_degree; min_workers or 1 without "
         "accelerators.",
-        default=None,
         aliases=("maxWorkers",),
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )
@@ -524,7 +488,6 @@ class ServerSettings(BaseModel):
         "Time that an engine has to give a requested sign of life, after which it is killed and restarted, and its "
         "requests fail. It must be longer than a step that compiles. Default: 300 with vLLM, as its own limit; else "
         "120.",
-        default=None,
         unit="s",
     )
     max_request_size: Positive = server_key(
@@ -564,13 +527,11 @@ class ServerSettings(BaseModel):
     models_memory_mb: Positive | None = server_key(
         "With multi_model: host memory for all models together, as estimated before each is loaded. Default: nine "
         "tenths of the container's.",
-        default=None,
         unit="MiB",
     )
     model_idle_timeout: Seconds | None = server_key(
         "With multi_model: time without requests after which a model's processes are ended; its next request starts "
         "them again. Default: never.",
-        default=None,
         unit="s",
     )
     allowed_model_path: str = server_key(
@@ -586,13 +547,11 @@ class ServerSettings(BaseModel):
         variables=(Variable("CORS_ALLOW_ORIGIN", Level.TGI),),
     )
     request_id_header_key: str | None = server_key(
-        "Header that carries the request's id. Default: X-Amzn-SageMaker-Inference-Id, else x-request-id.",
-        default=None,
+        "Header that carries the request's id. Default: X-Amzn-SageMaker-Inference-Id, else x-request-id."
     )
     log_format: Literal["text", "json"] = server_key("Format of log lines.", default="text")
     log_level: Literal["debug", "info", "warning", "error"] = server_key(
-        "Lowest severity that is logged. Only `debug` shows where in the code a start failed.",
-        default="info",
+        "Lowest severity that is logged. Only `debug` shows where in the code a start failed.", default="info"
     )
     log_prompts: bool = server_key("Write prompts and answers to the log. Images never are.", default=False)
     strict_options: bool = server_key("Make an unknown option an error instead of a warning.", default=False)
@@ -621,13 +580,11 @@ class RetiredSettings(BaseModel):
     """Retired: read from the model itself"""
 
     image_input_type: Literal["pixel_values", "image_features"] | None = option(
-        "Form of an image for the model; only pixel_values is served.", default=None
+        "Form of an image for the model; only pixel_values is served."
     )
-    image_token_id: Count | None = option("The token that stands for an image in a prompt.", default=None)
-    image_input_shape: Shape | None = option("Shape of the largest prepared image.", default=None)
-    image_feature_size: Positive | None = option(
-        "Tokens of an image with image_input_shape.", default=None, unit="tokens"
-    )
+    image_token_id: Count | None = option("The token that stands for an image in a prompt.")
+    image_input_shape: Shape | None = option("Shape of the largest prepared image.")
+    image_feature_size: Positive | None = option("Tokens of an image with image_input_shape.", unit="tokens")
 
 
 RETIRED = tuple(RetiredSettings.model_fields)

@@ -16,7 +16,7 @@ import javaproperties
 
 from properties.field import Level, Variable
 from properties.names import KEYS, OPTIONS, by_name, key_from_command_line, key_from_environment, key_of
-from properties.problem import Problem
+from properties.problem import Report
 from properties.settings import Settings
 from properties.values import TRUE
 
@@ -46,12 +46,12 @@ class RawValue:
     name: str | None = None
 
 
-def read_command_line(options: Sequence[str], problems: list[Problem]) -> Iterator[RawValue]:
+def read_command_line(options: Sequence[str], report: Report) -> Iterator[RawValue]:
     """Read `--option key=value` arguments, as "key=value", and options written as flags, as "--key=value"."""
     for text in options:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            problems.append(Problem(f"--option {text}: allowed: NAME=VALUE"))
+            report.problem(f"--option {text}: allowed: NAME=VALUE")
         elif value.strip():
             name = name.strip()
             flag = name.startswith("--")
@@ -72,9 +72,7 @@ def read_environment(environ: Mapping[str, str]) -> Iterator[RawValue]:
                 yield RawValue(own.level, key_of(name), value, own.name, own.rank, own)
 
 
-def read_file(
-    path: Path, problems: list[Problem], warnings: list[Problem], level: Level = Level.FILE
-) -> Iterator[RawValue]:
+def read_file(path: Path, report: Report) -> Iterator[RawValue]:
     """Read a file in Java's properties syntax: UTF-8, or Latin-1 if it is not valid UTF-8.
 
     If a key is written twice the later one counts, as in Java, with a warning.
@@ -82,7 +80,7 @@ def read_file(
     try:
         content = path.read_bytes()
     except OSError as error:
-        problems.append(Problem(f"{path.name} cannot be read: {error.strerror}"))
+        report.problem(f"{path.name} cannot be read: {error.strerror}")
         return
     try:
         text = content.decode("utf-8-sig")
@@ -96,15 +94,11 @@ def read_file(
                 location = f"{path.name} line {line}"
                 before = found.pop(element.key, None)
                 if before is not None:
-                    warnings.append(
-                        Problem(f"{element.key} is written twice; {location} counts, not {before.location}")
-                    )
-                found[element.key] = RawValue(level, element.key, element.value, location)
+                    report.warn(f"{element.key} is written twice; {location} counts, not {before.location}")
+                found[element.key] = RawValue(Level.FILE, element.key, element.value, location)
             line += len(re.findall(r"\r\n|\r|\n", element.source))
     except javaproperties.InvalidUEscapeError as error:
-        problems.append(
-            Problem(f"{path.name} line {line}: {error} (a backslash must be written twice in this file)")
-        )
+        report.problem(f"{path.name} line {line}: {error} (a backslash must be written twice in this file)")
     yield from (written for written in found.values() if written.raw.strip())
 
 
@@ -218,25 +212,22 @@ _PARSERS = {
 
 
 def read_containers(
-    environ: Mapping[str, str], warnings: list[Problem], backend_options: Collection[str] = ()
+    environ: Mapping[str, str], report: Report, backend_options: Collection[str] = ()
 ) -> Iterator[RawValue]:
     """Read the variables as the containers do: "true" sets a switch, and "false" omits a flag that is not a switch.
 
-    Args:
-        environ: The environment.
-        warnings: Receives a warning for each variable without effect.
-        backend_options: See `Configuration`. The backend takes those flags without effect that it knows.
+    backend_options: see `Configuration`. The backend takes those flags without effect that it knows.
     """
     for variable, text in environ.items():
         flag = variable.removeprefix(VLLM_PREFIX).lower()
         if not text.strip():
             continue
         if variable.startswith(SGLANG_PREFIX):
-            yield from _sglang(variable, text, warnings)
+            yield from _sglang(variable, text, report)
         elif variable.startswith(VLLM_PREFIX) and flag in WITHOUT_EFFECT and flag not in backend_options:
-            warnings.append(Problem(f"{variable} has no effect here: no answer depends on it"))
+            report.warn(f"{variable} has no effect here: no answer depends on it")
         elif variable.startswith(VLLM_PREFIX) and flag in VLLM_WITHOUT:
-            warnings.append(Problem(f"{variable} has no effect here: {VLLM_WITHOUT[flag]}"))
+            report.warn(f"{variable} has no effect here: {VLLM_WITHOUT[flag]}")
         elif variable.startswith(VLLM_PREFIX):
             positive = flag.removeprefix("no_")
             if positive != flag and KEYS.get(key_from_command_line(flag)) is None:
@@ -244,12 +235,12 @@ def read_containers(
             yield from _written(variable, key_from_command_line(SAME.get(flag, flag)), text)
 
 
-def _sglang(variable: str, text: str, warnings: list[Problem]) -> Iterator[RawValue]:
+def _sglang(variable: str, text: str, report: Report) -> Iterator[RawValue]:
     flag = variable.removeprefix(SGLANG_PREFIX).lower()
     name = SGLANG.get(flag)
     if name is None:
         reason = SGLANG_WITHOUT.get(flag, "SGLang's flag has no equivalent")
-        warnings.append(Problem(f"{variable} has no effect here: {reason}"))
+        report.warn(f"{variable} has no effect here: {reason}")
         return
     if flag in _SWITCHED_OFF:
         text = "false" if text.strip().lower() in TRUE else ""

@@ -170,7 +170,7 @@ def _useful(
                 f"option.kv_cache_memory_mb = {asked} ({source.location}): about {fills / 2**20:.0f} MiB are used, "
                 f"which {batch} requests of {length} tokens fill (option.max_rolling_batch_size, option.max_model_len)"
             )
-            result.warnings.append(Problem(text, "kv_cache_memory_mb", source))
+            result.warnings.append(Problem(text, "kv_cache_memory_mb"))
         cache = min(cache, fills)
     result.cache_per_device = cache
     return cache
@@ -209,9 +209,9 @@ def _compare_with_cache(result: Fit, configuration: Configuration, name: str | N
         f"({source.location})"
     )
     if configuration.settings.max_model_len is None:
-        result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len", source))
+        result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len"))
     else:
-        result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len", source))
+        result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len"))
 
 
 def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> None:
@@ -228,7 +228,7 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
             f"option.encoder_cache_mb = {asked} ({source.location}) is more than the {memory / 2**30:.2f} GiB of "
             f"{result.device.name}: memory runs out before the cache is full; lower it"
         )
-        result.warnings.append(Problem(text, "encoder_cache_mb", source))
+        result.warnings.append(Problem(text, "encoder_cache_mb"))
     each = (result.image_bytes or 0) // result.devices_per_replica
     if asked is not None and asked * 2**20 < each:
         source = configuration.sources["encoder_cache_mb"]
@@ -236,4 +236,4 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
             f"option.encoder_cache_mb = {asked} ({source.location}) is less than the {math.ceil(each / 2**20)} MiB "
             "that one image of a running request takes: it is raised to that"
         )
-        result.warnings.append(Problem(text, "encoder_cache_mb", source))
+        result.warnings.append(Problem(text, "encoder_cache_mb"))

@@ -75,7 +75,6 @@ def model_findings(configuration: Configuration, directory: Path, backend: Backe
     backend.examine(found, configuration, directory, config, contents)
     if not own_format:
         found.add(_tokenizer(directory, settings))
-        found.add(backend.weight_problems(settings, directory, config))
     _templates(directory, settings, backend.chat_template(config), found)
     found.add(_placeholder(directory, settings))
     return found
@@ -90,7 +89,7 @@ def too_long(configuration: Configuration, positions: int | None) -> list[Proble
         f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
         "model's config.json states; lower it"
     )
-    return [Problem(text, "max_model_len", source)]
+    return [Problem(text, "max_model_len")]
 
 
 def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ import ast
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from handlers.custom.standards import DECORATOR, FUNCTION
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
 from properties.model import SCRIPTS
@@ -14,6 +13,8 @@ from properties.settings import STANDARD_HANDLER
 
 _OWN_PACKAGES = ("container", "engine", "handlers", "properties")
 _BUILT_IN = "djl_python"
+_STANDARD_FUNCTION = "custom_sagemaker_invocation_handler"
+_STANDARD_DECORATOR = "custom_invocation_handler"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class OwnHandler:
         directory: The model's.
         file: In that directory, as configured.
         function: Its name; None for formatters.
-        standard: Whether it is one of `handlers.custom.standards`.
+        standard: Whether it is written for model-hosting-container-standards (see `worker.adapted`).
     """
 
     directory: Path
@@ -61,7 +62,7 @@ def find_handler(configuration: Configuration, fetched: Path | None = None) -> O
     if any(one.name == settings.handler for one in functions):
         return own
     for one in functions:
-        if one.name == FUNCTION or DECORATOR in map(_decorator, one.decorator_list):
+        if one.name == _STANDARD_FUNCTION or _STANDARD_DECORATOR in map(_decorator, one.decorator_list):
             return replace(own, function=one.name, standard=True)
     return own if explicit and not _kinds(functions) else None
 

@@ -18,7 +18,7 @@ class Start(msgspec.Struct, tag=True):
         file: The handler's file in it.
         function: The function's name; None for formatters, which are called by the name in the property "formatter".
         properties: The options, as the handler's first, empty call sees them.
-        standard: Whether it is one of `handlers.custom.standards`.
+        standard: Whether it is written for model-hosting-container-standards (see `worker.adapted`).
     """
 
     directory: str

@@ -15,13 +15,13 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from handlers.custom import djl, standards
+from handlers.custom import djl
 from handlers.custom.messages import (
     MAX_PART_BYTES,
     Call,
@@ -92,7 +92,7 @@ def load(start: Start) -> Callable[[djl.Input], Any]:
     function = getattr(module, start.function, None)
     if not callable(function):
         raise HandlerError(f"{start.file} defines no function {start.function!r}")
-    return standards.adapted(function) if start.standard else function
+    return adapted(function) if start.standard else function
 
 
 def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], Any]:
@@ -129,31 +129,73 @@ def formatting(members: dict[str, Any], start: Start) -> Callable[[djl.Input], A
     return handle
 
 
+def adapted(function: Callable[..., Any]) -> Callable[[djl.Input], Awaitable[Any]]:
+    """Return a handler in DJL's manner that calls one of AWS's vLLM and SGLang images. Raises ImportError.
+
+    Such a handler, of the package model-hosting-container-standards, is called with Starlette's request and returns a
+    response of Starlette's, or what is written as JSON. Starlette is installed from the handler's requirements.txt.
+    """
+    try:
+        from starlette.exceptions import HTTPException
+        from starlette.requests import Request
+        from starlette.responses import Response
+    except ImportError as error:
+        raise ImportError("it needs fastapi or starlette: name one in requirements.txt") from error
+    asynchronous = inspect.iscoroutinefunction(function)
+    takes_request = bool(inspect.signature(function).parameters)
+
+    async def handle(inputs: djl.Input) -> Any:
+        if inputs.is_empty():
+            return None
+        given = [_request(Request, inputs)] if takes_request else []
+        try:
+            result = await (function(*given) if asynchronous else asyncio.to_thread(function, *given))
+        except HTTPException as error:
+            return djl.Output().error(str(error.detail), error.status_code)
+        return _output(result) if isinstance(result, Response) else result
+
+    return handle
+
+
+def _request(kind: Any, inputs: djl.Input) -> Any:
+    headers = [
+        (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
+        for name, value in inputs.get_properties().items()
+    ]
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/invocations",
+        "raw_path": b"/invocations", "root_path": "", "query_string": b"", "headers": headers, "state": {},
+    }  # fmt: skip
+    body = inputs.get_as_bytes() or b""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return kind(scope, receive)
+
+
+def _output(response: Any) -> djl.Output:
+    output = djl.Output(response.status_code)
+    output.properties.update(response.headers)
+    stream = getattr(response, "body_iterator", None)
+    if stream is None:
+        return output.add(response.body)
+    return output.add_stream_content(stream, lambda part: part if isinstance(part, str) else bytes(part))
+
+
 def _tokenizer(start: Start) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(start.properties["model_id"])
 
 
-def is_concurrent(function: Callable[..., Any]) -> bool:
-    """Whether calls of the function may overlap, because it is `async def`."""
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-
-
-def first_input(start: Start) -> djl.Input:
-    """Return the input of the first, empty call, in which a handler loads its model."""
+def input_of(start: Start, call: Call | None = None) -> djl.Input:
+    """Return the input of a call; by default, of the first, empty one, in which a handler loads its model."""
     inputs = djl.Input()
     inputs.function_name = start.function
-    inputs.properties.update(start.properties)
-    return inputs
-
-
-def input_of(call: Call, function: str | None) -> djl.Input:
-    """Return the input of the call for a request."""
-    inputs = djl.Input()
-    inputs.function_name = function
-    inputs.properties.update(call.properties)
-    inputs.content.add("data", call.body)
+    inputs.properties.update(start.properties if call is None else call.properties)
+    if call is not None:
+        inputs.content.add("data", call.body)
     return inputs
 
 
@@ -166,7 +208,7 @@ def check_first(result: Any) -> None:
 
 def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
     """Answer calls in the order in which they arrive, in this thread."""
-    check_first(function(first_input(start)))
+    check_first(function(input_of(start)))
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
 
     def on_cancel(number: int) -> None:
@@ -177,7 +219,7 @@ def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Inp
     while True:
         call = calls.get()
         try:
-            for message in answer(call.id, function(input_of(call, start.function))):
+            for message in answer(call.id, function(input_of(start, call))):
                 channel.send(message)
                 if channel.cancelled == call.id:
                     break
@@ -188,13 +230,13 @@ def serve_one_by_one(channel: Channel, start: Start, function: Callable[[djl.Inp
 
 async def serve_together(channel: Channel, start: Start, function: Callable[[djl.Input], Any]) -> None:
     """Answer each call in a task of its own."""
-    check_first(await _result(function(first_input(start))))
+    check_first(await _result(function(input_of(start))))
     loop = asyncio.get_running_loop()
     tasks: dict[int, asyncio.Task[None]] = {}
 
     async def run(call: Call) -> None:
         try:
-            result = await _result(function(input_of(call, start.function)))
+            result = await _result(function(input_of(start, call)))
             async for message in answer_async(call.id, result):
                 channel.send(message)
             channel.send(End(call.id))
@@ -244,10 +286,8 @@ def answer(number: int, result: Any) -> Iterator[FromHandler]:
     if begun:
         yield head(number, output)
     for item in output.stream_content:
-        if not begun:
-            begun = True
-            yield head_of_generated(number, item, output)
-        yield part(number, formatted(item, output), "part of its stream")
+        yield from messages_of(number, item, output, first=not begun)
+        begun = True
     if not begun:
         yield head(number, djl.Output(204))
 
@@ -263,12 +303,20 @@ async def answer_async(number: int, result: Any) -> AsyncIterator[FromHandler]:
     if begun:
         yield head(number, output)
     async for item in output.stream_content:
-        if not begun:
-            begun = True
-            yield head_of_generated(number, item, output)
-        yield part(number, formatted(item, output), "part of its stream")
+        for message in messages_of(number, item, output, first=not begun):
+            yield message
+        begun = True
     if not begun:
         yield head(number, djl.Output(204))
+
+
+def messages_of(number: int, item: Any, stream: djl.Output, *, first: bool) -> Iterator[FromHandler]:
+    """Yield an item of a stream. first: the reply begins with it; an Output then sets status and headers."""
+    if first:
+        if isinstance(item, djl.Output):
+            stream.code, stream.properties = item.code, item.properties
+        yield head(number, stream)
+    yield part(number, formatted(item, stream), "part of its stream")
 
 
 def whole(number: int, output: djl.Output) -> Iterator[FromHandler]:
@@ -305,13 +353,6 @@ def as_output(result: Any) -> djl.Output:
     if isinstance(result, Iterator | AsyncIterator):
         return djl.Output().add_stream_content(result, lambda item: item)
     raise TypeError(f"the handler returned {type(result).__name__}; return an Output")
-
-
-def head_of_generated(number: int, first: Any, stream: djl.Output) -> Head:
-    """Return the head for a handler that is a generator: its first Output sets status and headers."""
-    if isinstance(first, djl.Output):
-        stream.code, stream.properties = first.code, first.properties
-    return head(number, stream)
 
 
 def head(number: int, output: djl.Output) -> Head:
@@ -355,7 +396,7 @@ def main() -> int:
     start = channel.start()
     try:
         function = load(start)
-        if is_concurrent(function):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             asyncio.run(serve_together(channel, start, function))
         else:
             serve_one_by_one(channel, start, function)

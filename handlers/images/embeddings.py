@@ -67,11 +67,7 @@ class SavedTensor:
 
 
 def read_tensor(file: bytes, allowed: Sequence[str]) -> SavedTensor:
-    """Read the one tensor in a file, without copying; the cost is one pass over its bytes.
-
-    Args:
-        file: Content of the file.
-        allowed: Allowed types, of float16, bfloat16, float32, float64, int32 and int64.
+    """Read the one tensor in a file, without copying; the cost is one pass over its bytes. allowed: its types.
 
     Raises:
         BadTensorFile: The file does not hold exactly one dense tensor of an allowed type.
@@ -326,11 +322,7 @@ _INTEGERS = ("int32", "int64")
 
 
 def read_embeddings(part: EmbeddingsPart, max_bytes: int) -> EncodedEmbeddings:
-    """Read the files of a part. Run it in a thread: it costs a few milliseconds per megabyte.
-
-    Args:
-        part: The part of the request.
-        max_bytes: Greatest size of the files together.
+    """Read the files of a part, together at most `max_bytes`. Run it in a thread: 1 MB takes a few milliseconds.
 
     Raises:
         ImageProblem: The files cannot be used.

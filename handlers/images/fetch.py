@@ -83,13 +83,7 @@ class Fetcher:
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """Create a fetcher.
-
-        Args:
-            limits: Limits of each image; waiting for a slot does not count as time.
-            resolver: Replaces the system's name resolution.
-            ssl_context: Replaces the system's certificate authorities.
-        """
+        """resolver, ssl_context: replace the system's name resolution and its certificate authorities."""
         self._limits = limits
         self.transfers = FetchSlots(limits.max_concurrent_fetches)
         self.look_ups = FetchSlots(min(MAX_LOOK_UPS, limits.max_concurrent_fetches))
@@ -106,12 +100,7 @@ class Fetcher:
         return self._given_ssl_context or httpcore.default_ssl_context()
 
     async def fetch(self, url: str, request: Hashable | None = None) -> Body:
-        """Fetch an image. Cancelled, it closes its socket.
-
-        Args:
-            url: The image's URL.
-            request: The request that the image belongs to, whose images share its slots; None for a request
-                of its own.
+        """Fetch an image for a request, whose images share its slots. Cancelled, it closes its socket.
 
         Raises:
             ImageProblem: The image cannot be fetched.
@@ -248,7 +237,7 @@ class Fetcher:
                 return fields[b"location"].decode("utf-8", "replace")
             if response.status != 200:
                 raise ImageProblem(f"its host answered with HTTP status {response.status}", ImageFetchFailed)
-            network.budget.begin_body(self._limits.max_bytes)
+            network.begin_body(self._limits.max_bytes)
             pieces = await self._pieces(response, fields.get(b"content-length", b"0"))
             encoding = b",".join(
                 value for name, value in response.headers if name.lower() == b"content-encoding"
@@ -297,20 +286,20 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
 
     It has no timeouts of its own, because one deadline covers the fetch. `close` leaves no socket open, even
     if the fetch is cancelled during a handshake.
+
+    What may be read is counted. Until the reply's header is complete, it is read in small portions: a flood of interim
+    replies is parsed without a pause, and so must not arrive in one piece.
     """
 
     def __init__(self, addresses: Sequence[str], deadline: float) -> None:
-        """Create a backend without connections.
-
-        Args:
-            addresses: Checked addresses, tried in order.
-            deadline: In seconds of the event loop's clock; the time is divided among the addresses.
-        """
+        """addresses: tried in order. deadline: by the event loop's clock; the time is divided among the addresses."""
         self._addresses = addresses
         self._deadline = deadline
         self._network = httpcore.AnyIOBackend()
         self._opened: list[httpcore.AsyncNetworkStream] = []
-        self.budget = ReadBudget()
+        self._left = HEAD_BYTES
+        self._problem = ImageProblem("its host sent too large a reply header", ImageFetchFailed)
+        self.portion = HEAD_READ
 
     @property
     def connected(self) -> bool:
@@ -336,8 +325,19 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
                 failure = error
             else:
                 self._opened.append(stream)
-                return BudgetedStream(stream, self.budget)
+                return CountedStream(stream, self)
         raise failure
+
+    def begin_body(self, max_bytes: int) -> None:
+        """Allow the body; chunk framing may add a quarter to it."""
+        self._left = max_bytes + max_bytes // 4 + HEAD_BYTES
+        self._problem = too_many_bytes(max_bytes)
+        self.portion = BODY_READ
+
+    def count(self, read: int) -> None:
+        self._left -= read
+        if self._left < 0:
+            raise self._problem
 
     async def close(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -345,40 +345,16 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
                 await stream.aclose()
 
 
-class ReadBudget:
-    """Number of bytes that may still be read.
+class CountedStream(httpcore.AsyncNetworkStream):
+    """A stream of a `CheckedBackend`, which counts what is read."""
 
-    Until the reply's header is complete, they are read in small portions: a flood of interim replies is
-    parsed without a pause, and so must not arrive in one piece.
-    """
-
-    def __init__(self) -> None:
-        self.left = HEAD_BYTES
-        self.portion = HEAD_READ
-        self.problem = ImageProblem("its host sent too large a reply header", ImageFetchFailed)
-
-    def begin_body(self, max_bytes: int) -> None:
-        """Allow the body; chunk framing may add a quarter to it."""
-        self.left = max_bytes + max_bytes // 4 + HEAD_BYTES
-        self.portion = BODY_READ
-        self.problem = too_many_bytes(max_bytes)
-
-    def spend(self, count: int) -> None:
-        self.left -= count
-        if self.left < 0:
-            raise self.problem
-
-
-class BudgetedStream(httpcore.AsyncNetworkStream):
-    """A stream whose reads are charged to a `ReadBudget`."""
-
-    def __init__(self, stream: httpcore.AsyncNetworkStream, budget: ReadBudget) -> None:
+    def __init__(self, stream: httpcore.AsyncNetworkStream, network: CheckedBackend) -> None:
         self._stream = stream
-        self._budget = budget
+        self._network = network
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        data = await self._stream.read(min(max_bytes, self._budget.portion))
-        self._budget.spend(len(data))
+        data = await self._stream.read(min(max_bytes, self._network.portion))
+        self._network.count(len(data))
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -390,7 +366,7 @@ class BudgetedStream(httpcore.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
-        return BudgetedStream(await self._stream.start_tls(ssl_context, server_hostname), self._budget)
+        return CountedStream(await self._stream.start_tls(ssl_context, server_hostname), self._network)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

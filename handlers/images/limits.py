@@ -12,21 +12,7 @@ _DEFAULTS = VisionSettings()
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image may cost, and where it may come from. The defaults are those of the options.
-
-    Attributes:
-        fetch_timeout: Seconds for one image, from resolving its host's name to its last byte, over all redirects.
-        max_bytes: Greatest size of the encoded image.
-        max_pixels: Greatest width times height.
-        max_redirects: Greatest number of redirects for one image.
-        allowed_domains: Exact host names, also of redirects; None for any public host.
-        allow_private: Hosts, addresses and networks (CIDR) that may be fetched from although they are not public.
-        max_concurrent_fetches: Greatest number of fetches of all requests together.
-        cache_bytes: Size of the cache of decoded images, which take four bytes per pixel.
-        memory_bytes: Memory for the decoded images of requests, cached or not, and the same again for what decoders
-            use in addition.
-        background: Colour that shows where an image is transparent.
-    """
+    """The options of `VisionSettings` about images, in bytes, and `max_concurrent_fetches` of all requests together."""
 
     fetch_timeout: float = _DEFAULTS.image_fetch_timeout
     max_bytes: int = _DEFAULTS.max_image_bytes

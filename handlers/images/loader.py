@@ -20,13 +20,13 @@ from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images import ImageProblem, too_many_pixels
 from handlers.images.decoder import convert, decoded_bytes, prepare_pillow
-from handlers.images.decoders import DecoderPool
+from handlers.images.decoder_pool import DecoderPool
 from handlers.images.embeddings import read_embeddings
 from handlers.images.encoding import decode_data_url, is_data_url, without_codings
 from handlers.images.fetch import Body, Fetcher
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
-from handlers.images.memory import DecodedCache, ImageMemory, digest_of
+from handlers.images.memory import DecodedCache, ImageMemory
 from handlers.images.target import Resolver
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, MediaPart
 
@@ -70,13 +70,7 @@ class ImageLoader:
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """Create a loader.
-
-        Args:
-            limits: Limits of each image.
-            resolver: Replaces the system's name resolution.
-            ssl_context: Replaces the system's certificate authorities.
-        """
+        """resolver, ssl_context: replace the system's name resolution and its certificate authorities."""
         prepare_pillow(limits.max_pixels)
         self.limits = limits
         self.fetched = 0
@@ -153,8 +147,8 @@ class ImageLoader:
         )
         if failed is not None:
             raise failed
-        for (_, part), image in zip(wanted, loaded, strict=True):
-            _give(part, image)
+        for (_, part), result in zip(wanted, loaded, strict=True):
+            part.loaded = result
 
     async def _in_time(
         self, index: int, deadline: float | None, work: Callable[..., Awaitable[T]], *given: Any
@@ -206,7 +200,7 @@ class ImageLoader:
             if isinstance(source, str)
             else without_codings(b"".join(source.pieces), source.codings, most)
         )
-        return data, digest_of(data), read_header(data)
+        return data, hashlib.sha256(data).digest(), read_header(data)
 
     def _convert(self, image: Image) -> LoadedImage:
         # An image that several prompts share is read from its file by the first: Pillow has no lock for that.
@@ -226,15 +220,6 @@ class ImageLoader:
         if self._closed:
             raise Unavailable("the server is stopping", retry_after=5)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
-
-
-def _give(part: MediaPart, loaded: LoadedImage | LoadedEmbeddings) -> None:
-    if isinstance(part, EmbeddingsPart):
-        assert isinstance(loaded, LoadedEmbeddings)
-        part.loaded = loaded
-    else:
-        assert isinstance(loaded, LoadedImage)
-        part.loaded = loaded
 
 
 async def _until_one_fails(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[list[T], ImageError | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +27,7 @@ class ImageMemory:
     """
 
     def __init__(self, capacity: int, most_passes: int = 0) -> None:
-        """Create a budget of which nothing is used.
-
-        Args:
-            capacity: Bytes.
-            most_passes: How many requests that fit may overtake one that is waiting and does not fit.
-        """
+        """capacity: in bytes. most_passes: how many requests that fit may overtake one that waits and does not fit."""
         self.capacity = capacity
         self._most_passes = most_passes
         self.used = 0
@@ -140,11 +134,6 @@ class _Waiting:
     turn: asyncio.Future[list[Share]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-
-
-def digest_of(data: bytes) -> bytes:
-    """Hash the encoded bytes of an image."""
-    return hashlib.sha256(data).digest()
 
 
 @dataclass(slots=True, eq=False)

@@ -21,7 +21,6 @@ from handlers.offline.params import SamplingParams
 from handlers.offline.prompts import (
     PromptImages,
     conversations_in,
-    prompt_text,
     prompts_in,
     prompts_with_data,
     read_conversation,
@@ -271,10 +270,10 @@ def _request(request_id: str, prompt: Prompt, params: SamplingParams, priority: 
 def _result(request: GenerationRequest, outcome: Outcome, item: Any, params: SamplingParams) -> RequestOutput:
     if isinstance(outcome, ServingError):
         return failed(request.request_id, _shown(item), _count(params), outcome)
-    text = prompt_text(request.prompt, outcome.stats.prompt_text)
+    as_ids = isinstance(request.prompt, TextPrompt) and request.prompt.token_ids is not None
     return answered(
         request.request_id,
-        text,
+        None if as_ids else outcome.stats.prompt_text,
         outcome.stats,
         outcome.answers,
         logprobs=params.logprobs is not None,

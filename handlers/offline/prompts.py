@@ -29,7 +29,6 @@ from handlers.request import (
     LoadedEmbeddings,
     MediaPart,
     Part,
-    Prompt,
     TextPart,
     TextPrompt,
 )
@@ -372,13 +371,6 @@ def read_conversation(
         template_kwargs=dict(chat_template_kwargs or {}),
         tools=tools,
     )
-
-
-def prompt_text(prompt: Prompt, rendered: str) -> str | None:
-    """Return the value of `RequestOutput.prompt`."""
-    if isinstance(prompt, ChatPrompt):
-        return rendered
-    return None if prompt.token_ids is not None else rendered
 
 
 def _parts(

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
 
+from handlers.parsers.json_scanner import skip_space
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -285,8 +287,30 @@ State = Callable[[str, int], int | None]
 continues. It returns None if it needs more text to decide; the undecided text is then short."""
 
 
+class CallReader(Protocol):
+    """Reads one call and writes it into the pieces as it arrives.
+
+    Attributes:
+        done: The call is complete.
+        broken: The text is not a call.
+    """
+
+    done: bool
+    broken: bool
+
+    def read(self, text: str, at: int) -> int:
+        """Read more text; not to be called after the end.
+
+        Returns:
+            The position after the part that belongs to the call; if the call breaks, that of the first invalid
+                character.
+        """
+
+
 class Machine:
     """Runs the states; the text before the position that they reach is never looked at again."""
+
+    _call: CallReader
 
     def __init__(self, pieces: Pieces, begin: State) -> None:
         self._pieces = pieces
@@ -312,3 +336,72 @@ class Machine:
     def _cut_short(self, held: str) -> None:
         """Handle undecided text at the end of the completion, such as half a mark."""
         self._pieces.content(held)
+
+    def _outside(self, text: str, at: int) -> int | None:
+        """Handle text that belongs to no call: by default, all that follows."""
+        return self._content(text, at, len(text))
+
+    def _after_call(self, text: str, at: int) -> int | None:
+        return self._outside(text, at)
+
+    def _in_call(self, text: str, at: int) -> int:
+        end = self._source(text, at, self._call.read(text, at))
+        if self._call.done:
+            self._pieces.call_ended()
+            self._state = self._after_call
+        elif self._call.broken:
+            self._failed(end)
+        return end
+
+    def _begin(self, call: CallReader, at: int) -> int:
+        self._call, self._state = call, self._in_call
+        return at
+
+    def _failed(self, at: int) -> int:
+        self._pieces.no_call()
+        self._state = self._outside
+        return at
+
+    def _content(self, text: str, at: int, end: int) -> int:
+        self._pieces.content(text[at:end])
+        return end
+
+    def _source(self, text: str, at: int, end: int) -> int:
+        self._pieces.source(text[at:end])
+        return end
+
+    def _until(self, mark: str, following: State, text: str, at: int) -> int | None:
+        """Look for a mark before a call; the text before it is content."""
+        found = text.find(mark, at)
+        if found < 0:
+            end = self._content(text, at, possible_beginning(text, at, mark))
+            return end if end > at else None
+        self._content(text, at, found)
+        self._state = following
+        return self._source(text, found, found + len(mark))
+
+    def _next_of_list(self, text: str, at: int, item: State, closed: State) -> int:
+        """Look for what follows a call in a list: a comma, or the bracket that closes it."""
+        if (end := self._content(text, at, skip_space(text, at))) > at:
+            return end
+        if text[at] == ",":
+            self._state = item
+            return self._source(text, at, at + 1)
+        self._state = self._outside
+        if text[at] != "]":
+            return at
+        self._pieces.mark_ended()
+        self._state = closed
+        return at + 1
+
+    def _closing(self, mark: str, text: str, at: int) -> int | None:
+        """Look for the mark that may close calls; white space may precede it."""
+        if (end := self._content(text, at, skip_space(text, at))) > at:
+            return end
+        if mark.startswith(text[at:]) and text[at:] != mark:
+            return None
+        self._state = self._outside
+        if not text.startswith(mark, at):
+            return at
+        self._pieces.mark_ended()
+        return at + len(mark)

@@ -8,7 +8,7 @@ import secrets
 import string
 from collections.abc import Container
 
-from handlers.parsers.base import Machine, Pieces, State, possible_beginning
+from handlers.parsers.base import Machine, Pieces, State
 from handlers.parsers.json_scanner import JsonScanner, is_object, skip_space
 
 _ARGUMENTS = ("arguments", "parameters")
@@ -18,7 +18,7 @@ _LONGEST_NAME = 600
 
 
 class CallObject:
-    """Reads one call, {"name": "f", "arguments": {...}}, and writes it into `pieces` as it arrives.
+    """A `CallReader` of one call, {"name": "f", "arguments": {...}}, with white space before it.
 
     It starts as soon as the name and the beginning of the arguments are known. The name may come after the
     arguments, which then wait for it. Arguments may also be the JSON text of an object, or null.
@@ -56,13 +56,7 @@ class CallObject:
         self._has_arguments = False
         self._started = False
 
-    def feed(self, text: str, at: int) -> int:
-        """Read more text; not to be called after the end.
-
-        Returns:
-            The position after the part that belongs to the object, leading white space included. If the
-                object breaks, the position of the first invalid character.
-        """
+    def read(self, text: str, at: int) -> int:
         length = len(text)
         while not self.done and not self.broken:
             if self._expects not in ("key", "value"):
@@ -194,109 +188,64 @@ def _is_text(decoded: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in decoded)
 
 
-class CallArray(Machine):
-    """Reads calls as an array, [{"name": "f", "arguments": {...}}, ...], or as one bare object.
+class Arguments(JsonScanner):
+    """A `CallReader` of the arguments of a call whose function is known."""
 
-    The state `_rest` follows the end of the array.
-    """
+    def __init__(self, pieces: Pieces, name: str, call_id: str | None = None) -> None:
+        super().__init__()
+        self._pieces = pieces
+        pieces.start(name, call_id)
+
+    def read(self, text: str, at: int) -> int:
+        end, piece = self.feed(text, at)
+        self._pieces.arguments(piece)
+        return end
+
+
+class CallArray(Machine):
+    """Reads calls as an array, [{"name": "f", "arguments": {...}}, ...], or as one bare object."""
 
     def __init__(self, pieces: Pieces, begin: State | None = None) -> None:
         super().__init__(pieces, begin if begin is not None else self._head)
-        self._call = CallObject(pieces)
         self._array = False
 
-    def _rest(self, text: str, at: int) -> int | None:
-        """Handle what follows the calls, or is not a call."""
-        self._pieces.content(text[at:])
-        return len(text)
-
     def _head(self, text: str, at: int) -> int:
-        if (end := skip_space(text, at)) > at:
-            return self._took(text, at, end)
+        if (end := self._source(text, at, skip_space(text, at))) > at:
+            return end
         self._array = text[at] == "["
         if self._array:
             self._state = self._item
-            return self._took(text, at, at + 1)
-        return self._begin_object(at) if text[at] == "{" else self._no_array(at)
+            return self._source(text, at, at + 1)
+        return self._begin(CallObject(self._pieces), at) if text[at] == "{" else self._no_array(at)
 
     def _no_array(self, at: int) -> int:
         return self._failed(at)
 
     def _item(self, text: str, at: int) -> int:
-        if (end := skip_space(text, at)) > at:
-            return self._took(text, at, end)
-        return self._begin_object(at) if text[at] == "{" else self._failed(at)
-
-    def _begin_object(self, at: int) -> int:
-        self._call = CallObject(self._pieces)
-        self._state = self._object
-        return at
-
-    def _object(self, text: str, at: int) -> int:
-        end = self._took(text, at, self._call.feed(text, at))
-        if self._call.done:
-            self._pieces.call_ended()
-            self._state = self._separator if self._array else self._rest
-        elif self._call.broken:
-            self._failed(end)
-        return end
-
-    def _separator(self, text: str, at: int) -> int:
-        if (end := skip_space(text, at)) > at:
-            self._pieces.content(text[at:end])
+        if (end := self._source(text, at, skip_space(text, at))) > at:
             return end
-        if text[at] == ",":
-            self._state = self._item
-            return self._took(text, at, at + 1)
-        self._state = self._rest
-        if text[at] != "]":
-            return at
-        self._pieces.mark_ended()
-        return at + 1
+        return self._begin(CallObject(self._pieces), at) if text[at] == "{" else self._failed(at)
 
-    def _took(self, text: str, at: int, end: int) -> int:
-        self._pieces.source(text[at:end])
-        return end
-
-    def _failed(self, at: int) -> int:
-        self._pieces.no_call()
-        self._state = self._rest
-        return at
+    def _after_call(self, text: str, at: int) -> int | None:
+        if not self._array:
+            return super()._after_call(text, at)
+        return self._next_of_list(text, at, self._item, self._outside)
 
 
 class OnlyArguments(Machine):
     """Reads nothing but the arguments of one call whose function is known beforehand."""
 
     def __init__(self, pieces: Pieces, name: str) -> None:
-        super().__init__(pieces, self._begin)
+        super().__init__(pieces, self._blank)
         self._name = name
-        self._scanner = JsonScanner()
 
-    def _begin(self, text: str, at: int) -> int:
-        if (end := skip_space(text, at)) == at:
-            self._state = self._rest
-            if text[at] == "{":
-                self._pieces.start(self._name)
-                self._state = self._arguments
-            return at
-        self._pieces.content(text[at:end])
-        return end
-
-    def _arguments(self, text: str, at: int) -> int:
-        end, piece = self._scanner.feed(text, at)
-        self._pieces.arguments(piece)
-        self._pieces.source(text[at:end])
-        if self._scanner.done:
-            self._pieces.call_ended()
-            self._state = self._rest
-        elif self._scanner.broken:
-            self._pieces.no_call()
-            self._state = self._rest
-        return end
-
-    def _rest(self, text: str, at: int) -> int:
-        self._pieces.content(text[at:])
-        return len(text)
+    def _blank(self, text: str, at: int) -> int:
+        if (end := self._content(text, at, skip_space(text, at))) > at:
+            return end
+        if text[at] == "{":
+            return self._begin(Arguments(self._pieces, self._name), at)
+        self._state = self._outside
+        return at
 
 
 HERMES_OPEN, HERMES_CLOSE = "<tool_call>", "</tool_call>"
@@ -310,48 +259,20 @@ class HermesParser(Machine):
     """
 
     def __init__(self, pieces: Pieces, opening: str = HERMES_OPEN, closing: str = HERMES_CLOSE) -> None:
-        super().__init__(pieces, self._text)
+        super().__init__(pieces, self._outside)
         self._open, self._close = opening, closing
-        self._call = CallObject(pieces)
 
-    def _text(self, text: str, at: int) -> int | None:
-        found = text.find(self._open, at)
-        if found < 0:
-            end = possible_beginning(text, at, self._open)
-            self._pieces.content(text[at:end])
-            return end if end > at else None
-        self._pieces.content(text[at:found])
-        self._pieces.source(self._open)
-        self._call = CallObject(self._pieces)
-        self._state = self._object
-        return found + len(self._open)
+    def _outside(self, text: str, at: int) -> int | None:
+        return self._until(self._open, self._object, text, at)
 
     def _object(self, text: str, at: int) -> int:
-        end = self._call.feed(text, at)
-        self._pieces.source(text[at:end])
-        if self._call.done:
-            self._pieces.call_ended()
-            self._state = self._closing
-        elif self._call.broken:
-            self._pieces.no_call()
-            self._state = self._text
-        return end
+        return self._begin(CallObject(self._pieces), at)
 
-    def _closing(self, text: str, at: int) -> int | None:
-        if (end := skip_space(text, at)) > at:
-            self._pieces.content(text[at:end])
-            return end
-        if text.startswith(self._close, at):
-            self._pieces.mark_ended()
-            self._state = self._text
-            return at + len(self._close)
-        if self._close.startswith(text[at:]):
-            return None
-        self._state = self._text
-        return at
+    def _after_call(self, text: str, at: int) -> int | None:
+        return self._closing(self._close, text, at)
 
     def _cut_short(self, held: str) -> None:
-        if self._state != self._closing:
+        if self._state != self._after_call:
             super()._cut_short(held)
 
 
@@ -370,65 +291,35 @@ class Llama3JsonParser(Machine):
     def __init__(self, pieces: Pieces, names: Container[str]) -> None:
         super().__init__(pieces, self._blank)
         self._names = names
-        self._call = self._new_call()
-
-    def _new_call(self) -> CallObject:
-        return CallObject(self._pieces, names=self._names, needs_arguments=True, strict=True)
 
     def _blank(self, text: str, at: int) -> int:
         """At the beginning of the completion, white space may precede the object."""
-        if (end := skip_space(text, at)) > at:
-            self._pieces.content(text[at:end])
+        if (end := self._content(text, at, skip_space(text, at))) > at:
             return end
-        self._state = self._line
-        return at
+        return self._line(text, at)
 
     def _line(self, text: str, at: int) -> int:
-        self._state = self._begin if text[at] == "{" else self._text
+        self._state = self._object if text[at] == "{" else self._outside
         return at
 
-    def _text(self, text: str, at: int) -> int | None:
+    def _outside(self, text: str, at: int) -> int | None:
         found = _STOP.search(text, at)
-        if found is None:
-            end = possible_beginning(text, at, TAG)
-            self._pieces.content(text[at:end])
-            return end if end > at else None
-        if found[0] == TAG:
-            self._pieces.content(text[at : found.start()])
-            self._pieces.source(TAG)
-            self._state = self._begin
-        else:
-            self._pieces.content(text[at : found.end()])
-            self._state = self._line
-        return found.end()
-
-    def _begin(self, text: str, at: int) -> int:
-        self._call = self._new_call()
-        self._state = self._object
-        return at
+        if found is None or found[0] == TAG:
+            return self._until(TAG, self._object, text, at)
+        self._state = self._line
+        return self._content(text, at, found.end())
 
     def _object(self, text: str, at: int) -> int:
-        end = self._call.feed(text, at)
-        self._pieces.source(text[at:end])
-        if self._call.done:
-            self._pieces.call_ended()
-            self._state = self._between
-        elif self._call.broken:
-            self._pieces.no_call()
-            self._state = self._text
-        return end
+        call = CallObject(self._pieces, names=self._names, needs_arguments=True, strict=True)
+        return self._begin(call, at)
 
-    def _between(self, text: str, at: int) -> int:
-        """Handle what follows a call."""
-        if (end := skip_space(text, at)) > at:
-            self._pieces.content(text[at:end])
+    def _after_call(self, text: str, at: int) -> int:
+        if (end := self._content(text, at, skip_space(text, at))) > at:
             return end
-        if text[at] in ";,":
-            self._pieces.source(text[at])
-            self._state = self._begin
-            return at + 1
-        self._state = self._line
-        return at
+        if text[at] not in ";,":
+            return self._line(text, at)
+        self._state = self._object
+        return self._source(text, at, at + 1)
 
 
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -453,20 +344,11 @@ class MistralParser(CallArray):
     """
 
     def __init__(self, pieces: Pieces) -> None:
-        super().__init__(pieces, self._rest)
-        self._scanner = JsonScanner()
+        super().__init__(pieces, self._outside)
         self._name = self._id = ""
 
-    def _rest(self, text: str, at: int) -> int | None:
-        found = text.find(TOOL_CALLS, at)
-        if found < 0:
-            end = possible_beginning(text, at, TOOL_CALLS)
-            self._pieces.content(text[at:end])
-            return end if end > at else None
-        self._pieces.content(text[at:found])
-        self._pieces.source(TOOL_CALLS)
-        self._state = self._head
-        return found + len(TOOL_CALLS)
+    def _outside(self, text: str, at: int) -> int | None:
+        return self._until(TOOL_CALLS, self._head, text, at)
 
     def _no_array(self, at: int) -> int:
         self._name = self._id = ""
@@ -474,54 +356,42 @@ class MistralParser(CallArray):
         return at
 
     def _in_name(self, text: str, at: int) -> int:
-        match = _MISTRAL_NAME.match(text, at, at + _LONGEST_MISTRAL_NAME - len(self._name))
+        word = self._word(_MISTRAL_NAME, text, at, self._name)
+        self._name += word
+        return self._word_ended(self._name, text, at + len(word)) if self._name else self._failed(at)
+
+    def _in_id(self, text: str, at: int) -> int:
+        word = self._word(_MISTRAL_ID, text, at, self._id)
+        self._id += word
+        return self._word_ended(self._id, text, at + len(word))
+
+    def _word(self, pattern: re.Pattern[str], text: str, at: int, before: str) -> str:
+        match = pattern.match(text, at, at + _LONGEST_MISTRAL_NAME - len(before))
         assert match is not None
-        self._name += match[0]
-        end = self._took(text, at, match.end())
-        if not self._name or len(self._name) == _LONGEST_MISTRAL_NAME:
+        self._pieces.source(match[0])
+        return match[0]
+
+    def _word_ended(self, word: str, text: str, end: int) -> int:
+        if len(word) == _LONGEST_MISTRAL_NAME:
             return self._failed(end)
         if end < len(text):
             self._state = self._after_name
         return end
 
     def _after_name(self, text: str, at: int) -> int | None:
-        if (end := skip_space(text, at)) > at:
-            return self._took(text, at, end)
+        if (end := self._source(text, at, skip_space(text, at))) > at:
+            return end
         if text[at] == "{":
-            self._pieces.start(self._name, self._id if len(self._id) == _ID_LENGTH else None)
-            self._scanner = JsonScanner()
-            self._state = self._arguments
-            return at
+            call_id = self._id if len(self._id) == _ID_LENGTH else None
+            return self._begin(Arguments(self._pieces, self._name, call_id), at)
         for mark in (ARGS, CALL_ID):
             if text.startswith(mark, at):
                 if mark == CALL_ID:
                     self._id, self._state = "", self._in_id
-                return self._took(text, at, at + len(mark))
+                return self._source(text, at, at + len(mark))
             if mark.startswith(text[at:]):
                 return None
         return self._failed(at)
-
-    def _in_id(self, text: str, at: int) -> int:
-        match = _MISTRAL_ID.match(text, at, at + _LONGEST_MISTRAL_NAME - len(self._id))
-        assert match is not None
-        self._id += match[0]
-        end = self._took(text, at, match.end())
-        if len(self._id) == _LONGEST_MISTRAL_NAME:
-            return self._failed(end)
-        if end < len(text):
-            self._state = self._after_name
-        return end
-
-    def _arguments(self, text: str, at: int) -> int:
-        end, piece = self._scanner.feed(text, at)
-        self._pieces.arguments(piece)
-        self._took(text, at, end)
-        if self._scanner.done:
-            self._pieces.call_ended()
-            self._state = self._rest
-        elif self._scanner.broken:
-            self._failed(end)
-        return end
 
     def _cut_short(self, held: str) -> None:
         if self._state == self._after_name:

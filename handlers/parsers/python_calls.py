@@ -8,7 +8,7 @@ import re
 from collections.abc import Container
 from dataclasses import dataclass
 
-from handlers.parsers.base import Machine, Pieces, possible_beginning
+from handlers.parsers.base import Machine, Pieces
 from handlers.parsers.json_scanner import MAX_DEPTH, skip_space
 
 _LONGEST_WORD = 1000
@@ -52,7 +52,7 @@ class _Open:
 
 
 class PythonCall:
-    """Reads one call with literal keyword arguments, f(a=1, b="x"), and writes it into `pieces` as JSON.
+    """A `CallReader` of one call with literal keyword arguments, f(a=1, b="x"), which it writes as JSON.
 
     Strings have one pair of quotes and no prefix; lists, tuples and dicts with strings as keys may be nested.
     Anything else is not a call: `broken` is set then.
@@ -73,13 +73,7 @@ class PythonCall:
         self._hex = ""
         self._hex_length = 0
 
-    def feed(self, text: str, at: int) -> int:
-        """Read more text; not to be called after the end.
-
-        Returns:
-            The position after the part that belongs to the call; if the call breaks, that of the first
-                invalid character.
-        """
+    def read(self, text: str, at: int) -> int:
         while at < len(text) and not self.done and not self.broken:
             if self._expects == "text":
                 at = self._in_text(text, at)
@@ -281,88 +275,37 @@ class PythonicParser(Machine):
     def __init__(self, pieces: Pieces, names: Container[str]) -> None:
         super().__init__(pieces, self._blank)
         self._names = names
-        self._call = PythonCall(pieces, names)
 
     def _blank(self, text: str, at: int) -> int:
-        if (end := skip_space(text, at)) > at:
-            self._pieces.content(text[at:end])
+        if (end := self._content(text, at, skip_space(text, at))) > at:
             return end
-        self._state = self._list if text[at] == "[" else self._text
+        self._state = self._list if text[at] == "[" else self._outside
         return at
 
-    def _text(self, text: str, at: int) -> int | None:
-        found = text.find(START, at)
-        if found < 0:
-            end = possible_beginning(text, at, START)
-            self._pieces.content(text[at:end])
-            return end if end > at else None
-        self._pieces.content(text[at:found])
-        self._pieces.source(START)
-        self._state = self._list
-        return found + len(START)
+    def _outside(self, text: str, at: int) -> int | None:
+        return self._until(START, self._list, text, at)
 
     def _list(self, text: str, at: int) -> int:
         """Expect the bracket; white space may precede it after the mark."""
-        if (end := skip_space(text, at)) > at:
-            return self._took(text, at, end)
+        if (end := self._source(text, at, skip_space(text, at))) > at:
+            return end
         if text[at] != "[":
             return self._failed(at)
-        self._state = self._begin
-        return self._took(text, at, at + 1)
+        self._state = self._item
+        return self._source(text, at, at + 1)
 
-    def _begin(self, text: str, at: int) -> int:
-        if (end := skip_space(text, at)) > at:
-            return self._took(text, at, end)
-        self._call = PythonCall(self._pieces, self._names)
-        self._state = self._in_call
-        return at
-
-    def _in_call(self, text: str, at: int) -> int:
-        end = self._call.feed(text, at)
-        self._took(text, at, end)
-        if self._call.done:
-            self._pieces.call_ended()
-            self._state = self._between
-        elif self._call.broken:
-            self._failed(end)
-        return end
-
-    def _between(self, text: str, at: int) -> int:
-        if (end := skip_space(text, at)) > at:
-            self._pieces.content(text[at:end])
+    def _item(self, text: str, at: int) -> int:
+        if (end := self._source(text, at, skip_space(text, at))) > at:
             return end
-        if text[at] == ",":
-            self._state = self._begin
-            return self._took(text, at, at + 1)
-        self._state = self._text
-        if text[at] != "]":
-            return at
-        self._pieces.mark_ended()
-        self._state = self._closing
-        return at + 1
+        return self._begin(PythonCall(self._pieces, self._names), at)
 
-    def _closing(self, text: str, at: int) -> int | None:
+    def _after_call(self, text: str, at: int) -> int:
+        return self._next_of_list(text, at, self._item, self._after_list)
+
+    def _after_list(self, text: str, at: int) -> int | None:
         """Handle what follows the list, which may be Llama 4's second mark."""
-        if (end := skip_space(text, at)) > at:
-            self._pieces.content(text[at:end])
-            return end
-        if END.startswith(text[at : at + len(END)]) and len(text) - at < len(END):
-            return None
-        self._state = self._text
-        if not text.startswith(END, at):
-            return at
-        self._pieces.mark_ended()
-        return at + len(END)
-
-    def _took(self, text: str, at: int, end: int) -> int:
-        self._pieces.source(text[at:end])
-        return end
-
-    def _failed(self, at: int) -> int:
-        self._pieces.no_call()
-        self._state = self._text
-        return at
+        return self._closing(END, text, at)
 
     def _cut_short(self, held: str) -> None:
-        if self._state != self._closing:
+        if self._state != self._after_list:
             super()._cut_short(held)

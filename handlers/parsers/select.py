@@ -72,20 +72,11 @@ def named_parser(name: str, call_id: Callable[[], str]) -> Parser:
     return OnlyArguments(Pieces(call_id), name)
 
 
-def _always(opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
-    """The completion begins with reasoning, unless the prompt has ended it."""
+def _tags(begins: Begins, opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
+    """begins: how a completion begins of which the prompt has opened and closed no reasoning (see `ThinkParser`)."""
 
     def parser(asked: Asked) -> Parser:
-        return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or "reasoning")
-
-    return ReasoningFormat(parser, frozenset({opening, closing}))
-
-
-def _tagged(opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
-    """There is reasoning if the prompt or the completion opens it."""
-
-    def parser(asked: Asked) -> Parser:
-        return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or "tagged")
+        return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or begins)
 
     return ReasoningFormat(parser, frozenset({opening, closing}))
 
@@ -109,12 +100,12 @@ def _switched(variables: tuple[str, ...], default: bool, *, interrupt: str = "")
     return ReasoningFormat(parser, frozenset({"<think>", "</think>"}))
 
 
-_R1 = _always()
+_R1 = _tags("reasoning")
 _QWEN3 = _switched(("enable_thinking",), True, interrupt=HERMES_OPEN)
 _SWITCHED = _switched(("enable_thinking", "thinking"), True)
 
 REASONING_FORMATS = {
-    "think": _tagged(),
+    "think": _tags("tagged"),
     "deepseek_r1": _R1,
     "olmo3": _R1,
     "step3": _R1,
@@ -124,8 +115,8 @@ REASONING_FORMATS = {
     "nemotron_v3": _SWITCHED,
     "holo2": _SWITCHED,
     "deepseek_v3": _switched(("thinking", "enable_thinking"), False),
-    "seed_oss": _always("<seed:think>", "</seed:think>"),
-    "mistral": _tagged("[THINK]", "[/THINK]"),
+    "seed_oss": _tags("reasoning", "<seed:think>", "</seed:think>"),
+    "mistral": _tags("tagged", "[THINK]", "[/THINK]"),
 }
 
 

@@ -118,25 +118,21 @@ def _of_model(path: Path, otherwise: object) -> ChatTemplates:
     """Return the templates that transformers finds; vLLM's rule chooses between the processor's and the tokenizer's.
 
     Without tools the processor's default takes precedence, as images need it; with tools the tokenizer's templates do,
-    as a processor has no template for them.
+    as a processor has no template for them. Of the tokenizer, separate files win over the entry in its configuration.
     """
-    tokenizer = _tokenizers(path) or _named(otherwise, "the code for the model")
-    processor = _processors(path) if _has_processor(path) or not tokenizer else {}
+    tokenizer = (
+        _files(path) or _entry(path, "tokenizer_config.json") or _named(otherwise, "the code for the model")
+    )
+    has_processor = any(
+        (path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
+    )
+    processor = _processors(path) if has_processor or not tokenizer else {}
     named = {**processor, **tokenizer}
     default = processor.get(DEFAULT, tokenizer.get(DEFAULT))
     with_tools = tokenizer.get(TOOL_USE, tokenizer.get(DEFAULT)) or processor.get(TOOL_USE, default)
     if default is not None:
         named[DEFAULT] = default
     return ChatTemplates(named, default, with_tools)
-
-
-def _has_processor(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-
-
-def _tokenizers(path: Path) -> dict[str, Template]:
-    """Return the tokenizer's templates. Separate files win over the entry in tokenizer_config.json."""
-    return _files(path) or _entry(path, "tokenizer_config.json")
 
 
 def _processors(path: Path) -> dict[str, Template]:

@@ -38,14 +38,7 @@ def vocabulary_of(
     eos_token_ids: tuple[int, ...],
     forbidden: tuple[int, ...] = (),
 ) -> Vocabulary:
-    """Return what the engine must know of a vocabulary.
-
-    Args:
-        tokenizer: The model's.
-        size: The number of the model's logits.
-        eos_token_ids: Tokens that end an answer.
-        forbidden: Tokens that no answer may contain.
-    """
+    """Return what the engine must know of a vocabulary. size: number of logits. forbidden: tokens never generated."""
     backend = copy.copy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()

@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 
 from handlers.errors import ImageTooLarge, Unavailable
-from handlers.images import ImageProblem, decoders
+from handlers.images import ImageProblem, decoder_pool
 from handlers.images.decoder import FORMATS, decode
-from handlers.images.decoders import DecoderPool
+from handlers.images.decoder_pool import DecoderPool
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
@@ -288,8 +288,8 @@ def test_a_decoder_that_does_not_run_is_our_fault(monkeypatch: pytest.MonkeyPatc
 
     async def work(pool: DecoderPool) -> None:
         await decoded(pool, saved(noise(0), "PNG"))
-        monkeypatch.setattr(decoders, "WALL_SECONDS", 0.0)
-        monkeypatch.setattr(decoders, "WALL_FACTOR", 0)
+        monkeypatch.setattr(decoder_pool, "WALL_SECONDS", 0.0)
+        monkeypatch.setattr(decoder_pool, "WALL_FACTOR", 0)
         with pytest.raises(Unavailable, match="could not be decoded in time"):
             await decoded(pool, large)
         monkeypatch.undo()
@@ -300,8 +300,8 @@ def test_a_decoder_that_does_not_run_is_our_fault(monkeypatch: pytest.MonkeyPatc
 
 
 def test_processor_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "CPU_SECONDS_PER_MEGAPIXEL", 0.0001)
-    monkeypatch.setattr(decoders, "CPU_SECONDS", 0.02)
+    monkeypatch.setattr(decoder_pool, "CPU_SECONDS_PER_MEGAPIXEL", 0.0001)
+    monkeypatch.setattr(decoder_pool, "CPU_SECONDS", 0.02)
     large = saved(Image.new("RGB", (8000, 8000)), "PNG")
 
     async def work(pool: DecoderPool) -> None:
@@ -508,7 +508,7 @@ def test_a_decoder_that_gets_no_memory_for_pixels_leaves_no_descriptor(
         await asyncio.sleep(0)
         before = psutil.Process().num_fds()
         for _ in range(3):
-            monkeypatch.setattr(decoders, "REUSED_BYTES", 0)  # which cannot be mapped
+            monkeypatch.setattr(decoder_pool, "REUSED_BYTES", 0)  # which cannot be mapped
             with pytest.raises(Unavailable, match="images cannot be decoded now"):
                 await pool.measure(saved(noise(1), "PNG"))
         assert psutil.Process().num_fds() == before

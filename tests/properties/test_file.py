@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties.configuration import Configuration, ConfigurationError, resolve
-from properties.problem import Problem
+from properties.problem import Report
 from properties.sources import read_file
 
 PRINTABLE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -80,7 +80,7 @@ def test_what_java_writes_is_read_back(
 ) -> None:
     path = tmp_path_factory.mktemp("java") / "serving.properties"
     path.write_text(javaproperties.dumps(entries, ensure_ascii=ascii_only), "utf-8", newline="")
-    problems: list[Problem] = []
-    read = {item.key: item.raw for item in read_file(path, problems, [])}
+    report = Report()
+    read = {item.key: item.raw for item in read_file(path, report)}
     assert read == {key: value for key, value in entries.items() if value.strip()}
-    assert problems == []
+    assert report.problems == []

@@ -3,6 +3,10 @@
 Pillow reads texts, colour profiles, previews and animation tables before it decodes anything, and rejects the whole
 file if one of them is damaged or larger than it accepts. The orientation is kept where Pillow can read it.
 
+Pillow alone is not enough: the limits of the decoder's process would end a hostile file, but only after seconds.
+Measured with files like those of `tests/attack`, of at most 64 x 64 pixels or of one column, Pillow takes 15 s for a
+JPEG of 400,000 segments, 8 s and 580 MB for a TIFF of two million strips, and 10 s for an AVIF of 400,000 frames.
+
 There is a module for each format, with `size(data)`, which returns a `Size`, and `reduced(data, max_pixels)`: the
 pieces of a file that decodes to the same image, or None if that is the file itself. They are called before a decoder
 sees the bytes. Both raise IndexError, ValueError or struct.error for a file that is damaged or cut short, and `reduced`
