@@ -11,9 +11,8 @@ import hmac
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
-from typing import Any
 from urllib.parse import parse_qs
 
 from pydantic import SecretStr
@@ -30,7 +29,6 @@ from container.exchange import (
     Send,
     declared_size,
     has_body,
-    header_lines,
     request_id,
 )
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
@@ -71,11 +69,8 @@ _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:\s*,\s*[\w!#$%&'*+.^`|~-]+)*"
 _MOST_HEADER_CHARACTERS = 2000
 """Characters of all header names in one preflight request."""
 
-Work = Callable[[bytes, Body], Awaitable[Reply]]
-"""Answers a request's body, whose content is the first argument."""
-
-AtOnce = tuple[Reply, list[tuple[bytes, bytes]]]
-"""A complete reply and all of its headers except the length."""
+_DROPPED_BYTES = 64 * 1024
+"""The most bytes of a refused request's body that are read and discarded to keep the connection."""
 
 
 class Unauthorized(ServingError):
@@ -118,57 +113,19 @@ class App:
         self._page_is_on = page.is_on(configuration) and not several
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
-    def at_once(self, method: str, path: str, headers: Mapping[str, str], crowded: bool) -> AtOnce | None:
-        """Return the reply to a request whose head suffices: a probe, or a request that is refused.
-
-        Probes wait for nothing that is running, and a refusal needs neither parsing nor a task.
-
-        Args:
-            method: The request's method.
-            path: The request's path.
-            headers: The request's headers, with names in lower case.
-            crowded: Whether more connections are open than allowed.
-
-        Returns:
-            None for any other request, which `__call__` answers.
-        """
-        try:
-            match = self._router.find(path, method)
-        except ServingError:
-            return None
-        action = match.route.action
-        if (
-            path == "/"
-            and action == "health"
-            and self._page_is_on
-            and "text/html" in headers.get("accept", "")
-        ):
-            reply = page.file("index.html")
-        elif action == "ping" or action == "health":
-            reply = self._state.ping() if action == "ping" else self._state.health_page()
-        else:
-            if match.route.light or self._state.phase != "serving" or self._state.service is None:
-                return None
-            error = self._refusal(match.route, declared_size(headers), crowded)
-            if error is None or not self._keys.admit(headers):
-                return None
-            self._metrics.on_error(error.kind)
-            self._refusals.add(error)
-            reply = error_reply(error, error_format(match.route.template, headers))
-        self._metrics.on_http(match.route.template, reply.status)
-        own = self._headers(request_id(headers, self._settings.request_id_header_key), headers)
-        return reply, header_lines(reply, own)
-
     def on_malformed(self, status: int) -> None:
         """Count input that was not a request and was answered with `status`."""
         self._metrics.on_http("unknown", status)
 
-    def _refusal(self, route: Route, declared: int, crowded: bool) -> ServingError | None:
+    def _refusal(self, route: Route, call: Call) -> ServingError | None:
         """Return the reason not to read a request's body, if there is one."""
-        if crowded:
+        if route.light or self._state.phase != "serving" or (service := self._state.service) is None:
+            return None
+        declared = declared_size(call.headers)
+        if call.crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
-        full = route.queued and self._service().free <= self.bodies.expected
-        if full and not self._service().takes_no_place(route.template, declared):
+        full = route.queued and service.free <= self.bodies.expected
+        if full and not service.takes_no_place(route.template, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -184,6 +141,7 @@ class App:
             receive=receive,
             exchange=Exchange(receive, send),
             request_id=request_id(headers, self._settings.request_id_header_key),
+            crowded=scope.get("state", {}).get("crowded", False),
         )
         try:
             await self._respond(call)
@@ -205,13 +163,22 @@ class App:
             call.route = error.route
             raise
         call.route = match.route
-        if not match.route.open:
-            self._authorize(call)
+        if not match.route.open and not self._keys.admit(call.headers):
+            raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
+        if (refusal := self._refusal(match.route, call)) is not None:
+            self._metrics.on_error(refusal.kind)
+            self._refusals.add(refusal)
+            call.logged = True
+            await self._reply(call, error_reply(refusal, error_format(call.template, call.headers)))
+            return
         match match.route.action:
             case "ping":
                 await self._reply(call, self._state.ping())
             case "health":
-                await self._reply(call, self._state.health_page())
+                shown = (
+                    call.path == "/" and self._page_is_on and "text/html" in call.headers.get("accept", "")
+                )
+                await self._reply(call, page.file("index.html") if shown else self._state.health_page())
             case "metrics":
                 await self._reply(call, await self._metrics_page(call))
             case "models":
@@ -238,7 +205,7 @@ class App:
                 if not named and match.route.action != REGISTRY:
                     named = parse_qs(call.query).get("model_name", [""])[0]
                 call.model = self._known(named) if named else None
-                await self._work(call, match.route, self._asked(call, match))
+                await self._work(call, match)
 
     def _service(self) -> Answers:
         if self._state.phase != "serving":
@@ -247,12 +214,32 @@ class App:
             raise Unavailable(self._state.reason)
         return self._state.service
 
-    def _asked(self, call: Call, match: Match) -> Work:
-        """Return the function that answers the request's body. Raises Unavailable."""
-        service, action = self._service(), match.route.action
-        work = service.answer if action == "answer" else partial(service.call, action)
-        return lambda content, body: work(
-            Incoming(
+    async def _work(self, call: Call, match: Match) -> None:
+        """Answer a request that has a body and needs the model."""
+        service, settings, route = self._service(), self._settings, match.route
+        work = service.answer if route.action == "answer" else partial(service.call, route.action)
+        longest = settings.predict_timeout
+        if route.action == REGISTRY:
+            longest = settings.model_loading_timeout
+        elif are_lines(call.template, call.headers):
+            longest = max(longest, MOST_SECONDS)
+        self.calls.add(call)
+        self.idle.clear()
+        body = Body(self.bodies, call.headers, settings.max_request_size, settings.predict_timeout)
+        try:
+            size = declared_size(call.headers)
+            if route.queued and not service.takes_no_place(call.template, size):
+                self._expect(body)
+            content = await body.read(call.receive)
+            call.body_read = True
+            if route.queued and not service.takes_no_place(call.template, size, content):
+                self._expect(body)
+            if settings.log_prompts:
+                if len(content) > LONG_BYTES:
+                    await asyncio.to_thread(log_prompt, call.request_id, content)
+                else:
+                    log_prompt(call.request_id, content)
+            incoming = Incoming(
                 call.template,
                 content,
                 call.headers,
@@ -264,39 +251,11 @@ class App:
                 query=call.parameters(),
                 adapter=match.adapter,
             )
-        )
-
-    async def _work(self, call: Call, route: Route, work: Work) -> None:
-        """Answer a request that has a body and needs the model."""
-        settings, queued = self._settings, route.queued
-        longest = settings.predict_timeout
-        if route.action == REGISTRY:
-            longest = settings.model_loading_timeout
-        elif are_lines(call.template, call.headers):
-            longest = max(longest, MOST_SECONDS)
-        self.calls.add(call)
-        self.idle.clear()
-        body = Body(
-            self.bodies, call.headers, self._settings.max_request_size, self._settings.predict_timeout
-        )
-        try:
-            placeless, size = self._service().takes_no_place, declared_size(call.headers)
-            if queued and not placeless(call.template, size):
-                self._expect(body)
-            content = await body.read(call.receive)
-            call.body_read = True
-            if queued and not placeless(call.template, size, content):
-                self._expect(body)
-            if self._settings.log_prompts:
-                if len(content) > LONG_BYTES:
-                    await asyncio.to_thread(log_prompt, call.request_id, content)
-                else:
-                    log_prompt(call.request_id, content)
-            answering = work(content, body)
-            del content  # otherwise it would be held until the reply is sent
+            answering = self._answer(call, work(incoming))
+            del content, incoming  # otherwise they would be held until the reply is sent
             await call.exchange.run(
-                self._answer(call, answering),
-                self._headers(call.request_id, call.headers),
+                answering,
+                self._headers(call),
                 longest=longest + _GRACE_SECONDS,
                 pause=settings.chunked_read_timeout,
             )
@@ -320,32 +279,28 @@ class App:
             raise overloaded()
         body.expect()
 
-    async def _answer(self, call: Call, answering: Any) -> Reply:
-        reply: Reply = await answering
+    async def _answer(self, call: Call, answering: Awaitable[Reply]) -> Reply:
+        reply = await answering
         call.facts, call.logged = reply.facts, reply.logged
         if self._settings.log_prompts:
             log_answer(call.request_id, reply)
         return reply
 
     def _models(self) -> Models | None:
-        """Return the models of a server of several, once it is ready."""
+        """Return what a server of several models serves, once it is ready; None for any other server."""
         service = self._state.service
         return service if isinstance(service, Models) else None
 
     def _known(self, path: str) -> str:
         """Return the model that a path names, `NAME` or `NAME/VERSION`. Raises NotFound with LMI's message."""
         if self._settings.multi_model:
-            self._service()  # Before that none is known.
+            self._service()  # Before the server is ready, no model is known.
         models = self._models()
         accepted = self._accepted if models is None else models.names
         for name in (path, path.rpartition("/")[0]):
             if name in accepted:
                 return name
         raise NotFound(f"Model or workflow not found: {path[:200]}")
-
-    def _authorize(self, call: Call) -> None:
-        if not self._keys.admit(call.headers):
-            raise Unauthorized("send the server's key as `Authorization: Bearer KEY`")
 
     def _page(self, name: str) -> Reply:
         """Return a file of the page; "" stands for the page itself. Raises NotFound."""
@@ -373,11 +328,12 @@ class App:
         return Reply(200, content_type, body)
 
     async def _reply(self, call: Call, reply: Reply, close: bool = False) -> None:
-        await call.exchange.send(reply, self._headers(call.request_id, call.headers), close)
+        await call.exchange.send(reply, self._headers(call), close)
 
-    def _headers(self, request_id: str, asked: Mapping[str, str]) -> dict[str, str]:
-        headers = {**_UNCACHED, "x-request-id": request_id, **self._cors.headers(asked)}
-        if self._state.phase == "draining":
+    def _headers(self, call: Call) -> dict[str, str]:
+        headers = {**_UNCACHED, "x-request-id": call.request_id, **self._cors.headers(call.headers)}
+        unread = not call.body_read and _is_long(call.headers)
+        if self._state.phase == "draining" or call.crowded or unread:
             headers["connection"] = "close"
         return headers
 
@@ -411,6 +367,11 @@ class App:
         ):
             return
         logger.info("request", extra={"facts": call.line(status, facts)})
+
+
+def _is_long(headers: Mapping[str, str]) -> bool:
+    """Whether the body is, or may be, too long to be discarded if the request is answered without it."""
+    return "transfer-encoding" in headers or "expect" in headers or declared_size(headers) > _DROPPED_BYTES
 
 
 class Keys:
@@ -454,7 +415,7 @@ class Cors:
     """The web pages that may call the server.
 
     Origins are written as browsers send them, "https://app.example", or "*" for any page. Credentials that a browser
-    adds by itself are never allowed, so one page cannot use another's key.
+    adds by itself are never allowed, so that no page can use another's key.
     """
 
     def __init__(self, origins: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What serves a model: its backend, and what answers requests with it."""
+"""Builds what serves a model: its backend, and the service that answers requests with it."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from properties.problem import DEFAULT, MASK, ConfigurationError, Problem
 _WIDEST = 72
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _ALIGNED = (32, 20)
-"""How wide the columns of names and of values are at most; longer ones stick out."""
+"""The greatest widths of the columns of names and of values; longer texts exceed them."""
 _COLUMN = re.compile(r"(error|warning): |\S+ {2,}|instance | +")
 _ROWS = (
     "model",
@@ -145,7 +145,6 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
             warnings += found.errors
         else:
             errors += found.errors
-        warnings += backend.format_warnings(configuration, directory)
         if not found.errors:
             memory, prompts = _as_the_start_finds(
                 configuration, directory, config or {}, backend, machine, errors, warnings
@@ -208,7 +207,7 @@ def _of_all(kind: str, reports: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _row(instance: Instance, report: Mapping[str, Any]) -> dict[str, Any]:
-    """fits: None where the model's files are not here, or its own code answers."""
+    """Describe one instance. Its `fits` is None if the model's files are not here, or if its own code answers."""
     memory = report["memory"] or {}
     fits = True if memory else None
     length, room = report["options"]["option.max_model_len"]["value"], memory.get("cache_tokens")
@@ -406,7 +405,7 @@ def _gpus(instance: Mapping[str, Any]) -> str:
 
 
 def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each family and number of GPUs that is alike in all but the host."""
+    """Return the table, with one line for instances that differ only in their host."""
     lines: list[tuple[str, ...]] = [("instance", "devices", "fits", "replicas", "context", "cache tokens")]
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -32,16 +32,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _TOKEN = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 Ending = Literal["client_gone", "overdue", "stalled", "shutdown"]
-"""Why a request was cancelled: its client left, its time was up, no part of its reply could be sent for too long, or
+"""Why a request was cancelled: its client left, its time was up, nothing of its reply could be sent for too long, or
 the server stopped."""
-
-
-def header_lines(reply: Reply, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Return the reply's headers and `headers`, without characters that could end a line."""
-    lines = [(b"content-type", reply.content_type.encode("latin-1", "replace"))]
-    for name, value in (*headers.items(), *reply.headers.items()):
-        lines.append((name.lower().encode("ascii"), _CONTROL.sub("", value).encode("latin-1", "replace")))
-    return lines
 
 
 class Exchange:
@@ -131,7 +123,9 @@ class Exchange:
 
     async def _start(self, reply: Reply, headers: Mapping[str, str]) -> None:
         self.status = reply.status
-        lines = header_lines(reply, headers)
+        lines = [(b"content-type", reply.content_type.encode("latin-1", "replace"))]
+        for name, value in (*headers.items(), *reply.headers.items()):  # without what could end a line
+            lines.append((name.lower().encode("ascii"), _CONTROL.sub("", value).encode("latin-1", "replace")))
         await self._send({"type": "http.response.start", "status": reply.status, "headers": lines})
 
     async def _watch_client(self) -> None:
@@ -155,7 +149,13 @@ class Exchange:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request while it is answered. route: None if no route matches. logged: whether a model's process logs it."""
+    """One request while it is answered.
+
+    Attributes:
+        crowded: Whether more connections than allowed were open when its head arrived.
+        route: None if no route matches.
+        logged: Whether its line in the log is written elsewhere.
+    """
 
     method: str
     path: str
@@ -164,6 +164,7 @@ class Call:
     receive: Receive
     exchange: Exchange
     request_id: str
+    crowded: bool = False
     route: Route | None = None
     model: str | None = None
     body_read: bool = False
@@ -267,7 +268,7 @@ class BodyTimeout(ServingError):
 
 
 class Bodies:
-    """The memory of all request bodies.
+    """The memory of all request bodies, and its limit.
 
     A body is held from its arrival until its reply has ended, its images only until the engine has them. Bytes are
     counted as they arrive, never as they are declared: a client that declares much and sends nothing takes nothing
@@ -413,21 +414,17 @@ class Body:
         self._pace = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._error: ServingError | None = None
-        self._expected = False
+        self.expected = False
 
     def expect(self) -> None:
         """Reserve a place for its answer until `settle`."""
-        if not self._expected:
-            self._expected = True
+        if not self.expected:
+            self.expected = True
             self._bodies.expected += 1
 
-    @property
-    def expected(self) -> bool:
-        return self._expected
-
     def settle(self) -> None:
-        if self._expected:
-            self._expected = False
+        if self.expected:
+            self.expected = False
             self._bodies.expected -= 1
 
     async def read(self, receive: Receive) -> bytes:

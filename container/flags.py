@@ -43,8 +43,8 @@ class Flags:
     Attributes:
         rest: The other arguments, in order.
         options: "--flag=value" for `properties.sources`.
-        secret: Likewise, for options that must not be shown.
-        warnings: For people.
+        secret: The same for options whose values must not be shown.
+        warnings: Sentences for the user.
     """
 
     rest: list[str] = field(default_factory=list)

@@ -120,7 +120,7 @@ class JsonFormatter(_Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes a record whose `passing` is true as a line that the next one takes the place of, for a terminal."""
+    """Writes a record whose `passing` is true as a line of a terminal that the next record replaces."""
 
     _over = ""
 
@@ -141,7 +141,7 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 def on_terminal() -> bool:
-    """Whether people see the log as it is written."""
+    """Whether the log is written to a terminal."""
     return sys.stdout.isatty()
 
 

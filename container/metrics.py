@@ -1,4 +1,4 @@
-"""What Prometheus reads: the server's own metrics, and the backend's, which are requested at each export."""
+"""The metrics for Prometheus: the server's own, and the backend's, which are requested at each export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240,
 
 _OF_THE_SOCKET = ("lmi_connections", "lmi_request_bodies", "lmi_http_requests")
 _OF_THE_SERVER = (*_OF_THE_SOCKET, "lmi_errors", "process_")
-"""What a server of several models counts itself; of its models' metrics it leaves out those of its own connections."""
+"""What a server of several models counts itself. It omits its models' counts of their own connections."""
 
 
 class Metrics(Observer):
@@ -33,7 +33,7 @@ class Metrics(Observer):
         bodies: Read at each export, once it is set.
         connections: Likewise.
         images: Likewise.
-        facts: Those of finished requests by request id, until the request's log line has been written.
+        facts: The facts of finished requests by request id, until the request's log line has been written.
     """
 
     def __init__(self, stats: Callable[[], BackendStats | None]) -> None:

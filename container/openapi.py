@@ -48,7 +48,7 @@ _HEADERS = {
 
 @functools.cache
 def document(router: Router = ONE) -> bytes:
-    """Returns the document as JSON."""
+    """Return the document as JSON."""
     paths: dict[str, dict[str, Any]] = {}
     for route in router.routes:
         for method in route.methods:
@@ -132,7 +132,7 @@ def _responses(route: Route, method: str) -> dict[str, Any]:
 
 
 def _stream(kind: str, item: dict[str, Any]) -> dict[str, Any]:
-    """Of events each one is described, which is the custom before OpenAPI 3.2; of JSON lines, all together."""
+    """Describe a stream: one event, as is customary before OpenAPI 3.2, or an array of all JSON lines."""
     if kind == JSON_LINES:
         return {"type": "array", "items": item, "description": "One JSON value on each line."}
     data = {"type": "string", "contentMediaType": JSON, "contentSchema": item}
@@ -151,7 +151,7 @@ def _any_of(kinds: Sequence[Any]) -> dict[str, Any]:
 
 
 def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
-    """Every struct that some route names, and the parts of those that are taken apart by hand."""
+    """Return the schemas of all structs that routes name, and of the parts that are read by hand."""
     named = [
         kind
         for route in routes
@@ -175,7 +175,7 @@ def _with_parts(kinds: Iterable[Any]) -> Iterator[Any]:
 
 
 def _described_fields(kind: Any) -> Iterator[tuple[msgspec.structs.FieldInfo, msgspec.Meta]]:
-    """The fields of a struct that say more of themselves than their types do."""
+    """Yield the fields of a struct whose schema says more than their types do."""
     if isinstance(kind, type) and issubclass(kind, Struct):
         for field in msgspec.structs.fields(kind):
             for meta in getattr(field.type, "__metadata__", ()):

@@ -1,4 +1,4 @@
-"""HTTP/1.1: uvicorn's protocol with the limits that it lacks, replies that need no task, and the set of connections.
+"""HTTP/1.1: uvicorn's protocol with the limits that it lacks, and the set of connections.
 
 `Protocol` is one connection; `Connections` limits how many may be open, and chooses which one is closed.
 """
@@ -9,7 +9,6 @@ import asyncio
 import logging
 import resource
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -40,9 +39,6 @@ _CHUNK_BYTES = 32
 _FRAMING_BYTES = 64 * 1024
 """Chunk sizes, extensions and trailers, in addition to a quarter of the body."""
 
-_DROPPED_BYTES = 64 * 1024
-"""The most bytes of a refused request's body that are read and discarded to keep the connection."""
-
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 64 * 2**20
 """The most bytes discarded of all bodies that are arriving when their connections are closed. Closing a socket with
@@ -65,7 +61,6 @@ class Protocol(HttpToolsProtocol):
         self._left: int | None = None  # bytes to throw away before the connection is closed
         self._lost = self._deaf = False
         self._in_head = self._in_body = self._upgrades = False
-        self._skipping = False  # the body of a request that has been answered
         self._head_bytes = self._head_read = self._fields = self._hosts = self._parsed = 0
         self._chunked = self._began = False
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
@@ -212,9 +207,11 @@ class Protocol(HttpToolsProtocol):
             return
         self._in_body = True
         self._chunks = self._body_bytes = self._body_read = self._declared = 0
-        if not self._answered_at_once():
-            self._connections.busy(self)
-            super().on_headers_complete()
+        declared = next((value for name, value in self.headers if name == b"content-length"), b"")
+        self._declared = int(declared) if declared.isdigit() else 0
+        self._connections.busy(self)
+        self.scope["state"]["crowded"] = self._connections.crowded
+        super().on_headers_complete()
         self._in_head = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -227,8 +224,6 @@ class Protocol(HttpToolsProtocol):
             self._chunks += 1
             if self._chunks > _FEW_CHUNKS + self._body_bytes // _CHUNK_BYTES:
                 raise ValueError("too many small chunks")
-        if self._skipping:
-            return
         if self.pipeline and len(self.cycle.body) + len(body) > _PIPELINED_BYTES:
             raise ValueError("a long body behind an unfinished reply")
         super().on_body(body)
@@ -237,14 +232,6 @@ class Protocol(HttpToolsProtocol):
         if self._upgrades:
             return
         self._in_body = False
-        if self._skipping:
-            self._skipping = False
-            self._stop_timer()
-            if self.lingers:  # The body came with its head: there is nothing to wait for.
-                self._socket.close()
-            else:
-                self.on_response_complete()
-            return
         super().on_message_complete()
         if self._is_free():  # The reply was complete before the body.
             self._stop_timer()
@@ -253,7 +240,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self.pipeline and not self.transport.is_closing():
-            if self._in_head and self._timer is None:
+            if (self._in_head or self._in_body) and self._timer is None:
                 self._start_timer(_HEAD_SECONDS, self._socket.abort)
             self._connections.rest(self)
 
@@ -272,39 +259,6 @@ class Protocol(HttpToolsProtocol):
         """Whether no earlier request of this connection is waiting for its reply."""
         return (self.cycle is None or self.cycle.response_complete) and not self.pipeline
 
-    def _answered_at_once(self) -> bool:
-        """Answer a request whose head suffices; returns False if it does not."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers}
-        declared = headers.get("content-length", "0")
-        self._declared = int(declared) if declared.isdecimal() else 0
-        if not self._is_free() or self.flow.write_paused or self.parser.should_upgrade():
-            return False
-        path = unquote(httptools.parse_url(self.url).path.decode("ascii"))
-        method = self.parser.get_method().decode("ascii")
-        found = self._application.at_once(method, path, headers, self._connections.crowded)
-        if found is None:
-            return False
-        reply, lines = found
-        keep = (
-            self.parser.get_http_version() != "1.0"
-            and self.parser.should_keep_alive()
-            and not self._chunked
-            and not self.expect_100_continue
-            and self._declared <= _DROPPED_BYTES
-            and not self._connections.crowded
-            and not any(name == b"connection" for name, _ in lines)
-        )
-        if not keep:
-            lines.append((b"connection", b"close"))
-        self._write(reply.status, lines, reply.body, whole=method != "HEAD")
-        self._skipping = True
-        if not keep:
-            self._in_body = (self._chunked or self._declared > 0) and not self.expect_100_continue
-            self.finish()
-        elif self._declared:
-            self._start_timer(_HEAD_SECONDS, self._socket.abort)
-        return True
-
     def _refuse(self) -> None:
         """Answer input that is not HTTP or exceeds a limit, and close. Never writes into another request's reply."""
         status, message = self._problem
@@ -312,23 +266,26 @@ class Protocol(HttpToolsProtocol):
             return
         logger.debug("refused what a client sent: %s", message)
         if self._in_body and not self._in_head and not self.pipeline:  # The application counts the request.
-            own = not self._skipping and not self.cycle.response_started
+            own = not self.cycle.response_started
             if own:
                 self.cycle.scope["state"]["refused"] = status
         else:
             self._application.on_malformed(status)
             own = self._is_free()
+            if (
+                not own and not self.pipeline and not self._in_body
+            ):  # The request before it gets its reply first.
+                self._deaf, self.cycle.keep_alive = True, False
+                return
         if own:
-            lines = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            self._write(status, lines, message.encode())
+            lines = [
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"connection", b"close"),
+                (b"content-length", b"%d" % len(message)),
+            ]
+            head = [b"%s: %s\r\n" % line for line in (*self.server_state.default_headers, *lines)]
+            self._socket.write(b"".join((STATUS_LINE[status], *head, b"\r\n", message.encode())))
         self._socket.close()
-
-    def _write(self, status: int, lines: list[tuple[bytes, bytes]], body: bytes, whole: bool = True) -> None:
-        content = [STATUS_LINE[status]]
-        length = (b"content-length", b"%d" % len(body))
-        for name, value in (*self.server_state.default_headers, *lines, length):
-            content += (name, b": ", value, b"\r\n")
-        self._socket.write(b"".join((*content, b"\r\n", body if whole else b"")))
 
     def _count(self, size: int) -> None:
         self._head_bytes += size

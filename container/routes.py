@@ -93,17 +93,17 @@ ROUTES = (
     ),
     _own("/openapi.json", "openapi", "This document", replies=(dict[str, Any],)),
 )
-"""Every route of a server of one model; of those that share a path, each has methods of its own."""
+"""All routes of a server of one model. Routes that share a path have different methods."""
 
 _OF_ONE = frozenset({"state", "model", "page"})
-"""What only the server of one model can show."""
+"""Actions of routes that only the server of one model has."""
 
 _NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
 _SLASHES = re.compile(r"//+")
 
 
 class Router:
-    """A table of routes, in which a request finds its own."""
+    """A table of routes, which finds the route of a request."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self.routes = tuple(routes)
@@ -156,4 +156,4 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 ONE = Router(ROUTES)
 SEVERAL = Router((*(route for route in ROUTES if route.action not in _OF_ONE), *MODEL_ROUTES))
-"""The routes of a server of one model, and of one of several."""
+"""The routes of a server of one model, and those of a server of several."""

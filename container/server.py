@@ -80,10 +80,10 @@ class EngineLost(Exception):
 
 
 class Server:
-    """One model, or several, on one port, from start to end.
+    """Serves one model or several on one port, from start to end.
 
     Attributes:
-        failure: Why it cannot go on, once `run` has found out.
+        failure: Why the server cannot go on, once that is known.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Server:
         Args:
             configuration: The options.
             build: Called in a thread once the model's files are on this machine.
-            listener: Listens already; None for the configured port.
+            listener: A listening socket; None for the configured port.
             ready: Called when the model can answer.
 
         Raises:

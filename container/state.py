@@ -1,4 +1,4 @@
-"""The state of the process between start and stop, whether it can answer, and the replies that report it."""
+"""The state of the server: how far it is between start and stop, whether it can answer, and the replies about it."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Version(Struct, forbid_unknown_fields=True):
 
 
 class RunningRequest(Struct, forbid_unknown_fields=True):
-    """One of `/engine/state`: nothing of its prompt or its answer. id: the request's, which its client may choose.
+    """A request in `/engine/state`, without its prompt and its answer. id: the request's id, which clients may choose.
 
     Attributes:
-        phase: `image` while its images are fetched, decoded and prepared; `queued` before that without images, and in
-            the engine's queue; `prefill` until its first token; `decode` then.
-        tokens: Generated so far, of all its choices.
+        phase: `image` while its images are fetched, decoded and prepared; `queued` while a prompt without images is
+            prepared, and in the engine's queue; `prefill` until its first token; then `decode`.
+        tokens: How many have been generated, for all its choices.
         max_tokens: The most that it may get; 0 if that is not known.
-        seconds: Since it arrived.
+        seconds: The time since it arrived.
     """
 
     id: str
@@ -70,13 +70,13 @@ class RunningRequest(Struct, forbid_unknown_fields=True):
 
 
 class EngineState(Struct, forbid_unknown_fields=True):
-    """`/engine/state`: the requests that were admitted and are not answered yet, the oldest first."""
+    """The reply to `/engine/state`: the admitted requests without a complete answer, the oldest first."""
 
     requests: list[RunningRequest]
 
 
 class Answers(Protocol):
-    """What the server needs of the handlers. free: how many more answers they can accept now."""
+    """What the server needs of a service. free: how many more answers it can accept now."""
 
     @property
     def free(self) -> int: ...
@@ -96,9 +96,8 @@ class ServerState:
         phase: How far the process is.
         reason: Why it is not serving; safe to show to a client.
         backend: None until the model can generate.
-        service: None until then, too; it stays None if this machine holds a part of the model for another one that
-            answers.
-        progress: How far loading is, which is told with the reason; None before and after it.
+        service: None until then, too; it stays None on a machine that holds a part of the model for another one.
+        progress: How far loading is, which is reported with the reason; None before and after it.
         created: When the process started, in Unix seconds.
     """
 
@@ -127,15 +126,15 @@ class ServerState:
     def health(self) -> Health:
         """Whether a request can be answered now. Returns at once."""
         if self.phase != "serving" or self.backend is None:
-            told = "" if self.phase != "loading" or self.progress is None else str(self.progress)
-            return Health(ready=False, reason=f"{self.reason}: {told}" if told else self.reason)
+            progress = "" if self.phase != "loading" or self.progress is None else str(self.progress)
+            return Health(ready=False, reason=f"{self.reason}: {progress}" if progress else self.reason)
         return self.backend.health()
 
     def stats(self) -> BackendStats | None:
         return None if self.backend is None else self.backend.stats()
 
     def ping(self) -> Reply:
-        """The reply to `/ping`."""
+        """Return the reply to `/ping`."""
         health = self.health()
         status = self.phase.capitalize()
         if self.phase == "serving":
@@ -143,7 +142,7 @@ class ServerState:
         return json_reply(Ping(status, health.reason), 200 if health.ready else 503)
 
     def health_page(self) -> Reply:
-        """The reply to `/health`."""
+        """Return the reply to `/health`."""
         health = self.health()
         if health.ready:
             return json_reply(Healthy("ok"))

@@ -1,4 +1,4 @@
-"""Passes a request on to the server of its model, and the reply back, whole or part by part as it comes."""
+"""Passes a request on to the server of its model, and the reply back, whole or as it arrives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOT_SENT = frozenset(
         "upgrade",
     }
 )
-"""Headers that are for this server only."""
+"""Headers that are meant for this server only."""
 
 _NOT_RETURNED = frozenset(
     {
@@ -124,7 +124,7 @@ class Line:
 
 
 async def _body(incoming: Incoming) -> AsyncIterator[bytes]:
-    """The body, of which nothing is kept here once it is sent."""
+    """Yield the body, which is not kept here once it has been sent."""
     yield incoming.take_body()
     incoming.keep(0)
 

@@ -1,4 +1,4 @@
-"""What the server and its child processes say to each other: one question and one answer each, as JSON."""
+"""The messages between the server and the process of a model: one question and one answer, as JSON."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import msgspec
 
 
 class Failure(msgspec.Struct, tag=True):
-    """It cannot be done. message: for the client. status: of the HTTP reply."""
+    """Answers that it cannot be done. message: for the client. status: of the HTTP reply."""
 
     message: str
     status: int
 
 
 class Prepare(msgspec.Struct):
-    """Asks for a model to be unpacked, fetched and measured.
+    """Asks to unpack, fetch and measure a model.
 
     Attributes:
         source: A directory, or an archive.
         place: An empty directory that an archive is unpacked into.
-        options: As of a command line, each NAME=VALUE.
+        options: As on a command line, each NAME=VALUE.
     """
 
     source: str
@@ -29,13 +29,13 @@ class Prepare(msgspec.Struct):
 
 
 class Prepared(msgspec.Struct, tag=True):
-    """A model that is on this machine, and what it takes. Sizes in bytes.
+    """Answers that a model is on this machine, and what it needs, in bytes.
 
     Attributes:
         directory: The model's.
-        host: Host memory, of all of its processes.
-        devices: Number of an accelerator -> its memory that is taken.
-        device_memory: All of an accelerator's memory.
+        host: The host memory of all its processes.
+        devices: Number of an accelerator -> the memory that the model needs there.
+        device_memory: The whole memory of one accelerator.
     """
 
     directory: str
@@ -45,13 +45,13 @@ class Prepared(msgspec.Struct, tag=True):
 
 
 class Start(msgspec.Struct):
-    """Asks for a model to be served.
+    """Asks to serve a model.
 
     Attributes:
-        name: What requests call it.
-        directory: The model's.
+        name: The model's name in requests.
+        directory: The model's directory.
         socket: The path of the Unix socket to listen on.
-        options: As of a command line, each NAME=VALUE.
+        options: As on a command line, each NAME=VALUE.
         log_format: The option.
         log_level: The option.
     """
@@ -65,7 +65,7 @@ class Start(msgspec.Struct):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The model answers requests."""
+    """Answers that the model can be asked."""
 
 
 Answer = Failure | Prepared | Ready

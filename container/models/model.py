@@ -1,4 +1,4 @@
-"""One model: its process, which is started, watched, put out and ended, and the requests that it answers."""
+"""One model: its process, which is started, watched and stopped, and the requests that it answers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _KILLED = -9
 class Model:
     """A model that is loaded, or being loaded.
 
-    Its process is started by `load`, and again by the next request after it has ended, or was put out because nobody
-    asked for it.
+    Its process is started by `load`. After it has ended by itself, or was stopped because it had no requests, the next
+    request starts it again.
 
     Attributes:
-        name: What requests call it.
+        name: The model's name in requests.
         url: As the client gave it.
-        taken: What it takes; None while no process of it runs.
+        taken: The memory that it takes; None while no process of it runs.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Model:
         """Prepare to load it.
 
         Args:
-            name: What requests call it.
+            name: The model's name in requests.
             url: As the client gave it.
-            place: An empty directory, which is removed in the end.
-            socket: The path of the socket on which its server is to listen.
-            options: As of a command line, each NAME=VALUE.
-            settings: The container's.
-            admit: Raises ServingError if what it takes is not there.
+            place: An empty directory, which `close` removes.
+            socket: The path of the socket on which its server will listen.
+            options: As on a command line, each NAME=VALUE.
+            settings: The container's options.
+            admit: Raises ServingError if the memory that the model needs is not free.
         """
         self.name = name
         self.url = url
@@ -195,9 +195,9 @@ class Model:
             ) from None
 
     async def _watch(self, child: Child) -> None:
-        """Notice that its server has ended by itself."""
+        """Clean up when its server has ended by itself."""
         with suppress(EOFError):
-            await child.receive()  # It says nothing more, unless it ends.
+            await child.receive()  # It sends nothing more; this raises when it ends.
         code = await child.wait()
         logger.error(
             "the server of model %s ended with code %d; its next request starts it again", self.name, code
@@ -206,7 +206,7 @@ class Model:
         await self._stop()
 
     async def _stop(self) -> None:
-        """End its server, if one runs. Nothing is told to requests that it still answers."""
+        """End its server, if one runs. Requests that it still answers are not notified."""
         child, line, watching = self._child, self._line, self._watching
         self._child = self._line = self._watching = None
         if watching is not None:
@@ -240,7 +240,7 @@ class Model:
         self._idling = asyncio.create_task(stop(), name=f"put out {self.name}")
 
     def _error(self, failure: Failure, *paths: Path) -> ServingError:
-        """The error for the client, with the url that it gave in place of what it stands for here."""
+        """Return the error for the client, with the url that it gave in place of paths of this machine."""
         message = failure.message
         for path in paths:
             message = message.replace(str(path), self.url)
@@ -251,7 +251,7 @@ class Model:
 
 
 def looked_at(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from complaining about a failure that nobody waits for any more."""
+    """Keep asyncio from logging a failure for which nobody waits any more."""
     if not task.cancelled():
         task.exception()
 

@@ -1,4 +1,4 @@
-"""The models of a server of several: which are loaded, what they take, and which of them a request is for."""
+"""The models of a server of several: what is loaded, the memory it takes, the model of a request, and the routes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _TARGET = "x-amzn-sagemaker-target-model"
 _NAME = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
 _SHARE = 0.9
-"""The part of the container's memory that models may take unless an option says."""
+"""The part of the container's memory that models may take if no option says so."""
 
 _METRICS_SECONDS = 2.0
 """How long the metrics of one model are waited for."""
@@ -90,17 +90,17 @@ class ModelStatus(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Named(msgspec.Struct):
-    """What is read of a body here."""
+    """The part of a request's body that is read here."""
 
     model: str | None = None
 
 
 class Models:
-    """The loaded models; to the rest of the server both the backend and what answers requests.
+    """The loaded models. For the rest of the server they are both the backend and the service.
 
     Attributes:
-        free: As for any service: how many more answers are accepted. Each model's own server has its own queue.
-        adapters: None: those of a model are its server's.
+        free: As for any service. Each model's own server has its own queue.
+        adapters: None, since the adapters of a model belong to its server.
     """
 
     free = sys.maxsize
@@ -231,7 +231,7 @@ class Models:
         return _reply(ModelStatus(f'Model "{name}" registered.'))
 
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run what goes on even if the client that asked for it leaves."""
+        """Run work that continues even if the client that asked for it leaves."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -254,7 +254,7 @@ class Models:
         return path
 
     async def _add(self, name: str, url: str, source: Path) -> None:
-        """Load a model; if this raises, nothing of it is left."""
+        """Load a model. If this raises, everything of it has been removed."""
         if name in self._models:
             raise Conflict(f'Model "{name}" is loaded already.', param="model_name")
         if len(self._models) >= self._settings.max_models:
@@ -290,7 +290,7 @@ class Models:
         logger.info("model %s is unloaded", model.name)
 
     def _admit(self, model: Model, needs: Prepared) -> None:
-        """Raises InsufficientStorage where a model does not fit beside those that are running."""
+        """Raise InsufficientStorage if a model does not fit beside those that are running."""
         running = [one.taken for one in self._models.values() if one.taken is not None]
         free = self._memory - sum(one.host for one in running)
         if needs.host > free:
@@ -311,7 +311,7 @@ def _too_large(name: str, needed: int, free: int, total: int, where: str) -> Ins
 
 
 def _name_of(url: str) -> str:
-    """The name of a model that is given none: the last part of its path, without what an archive's name ends in."""
+    """Return the name of a model for which the client gives none: the last part of its path, without the suffix."""
     last = url.rstrip("/").rpartition("/")[2]
     for suffix in SUFFIXES:
         last = last.removesuffix(suffix)
@@ -319,7 +319,7 @@ def _name_of(url: str) -> str:
 
 
 async def _in_body(incoming: Incoming) -> str | None:
-    """The model that the body names, if it does."""
+    """Return the model that the body names; None if it names none."""
     body = incoming.body
     try:
         if len(body) <= SHORT_BYTES:

@@ -1,6 +1,6 @@
-"""The process that makes a model ready to be loaded, and ends: it unpacks, fetches and measures it.
+"""The process that prepares a model and ends: it unpacks, fetches and measures it.
 
-What an archive's headers make Python's reader take, and the libraries that the estimate needs, stay out of the server.
+Unpacking hostile archives, and the libraries that the estimate needs, take memory that the server must not lose.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _SPARE_BYTES = 256 * 2**20
 
 _COPY_BYTES = 2**20
 _MOST_READS_AFTER = 16
-"""Padding and what else may follow the last entry."""
+"""The most reads of padding and of anything else that follows the last entry."""
 
 _UNPACKING_BYTES = 256 * 2**20
 """Memory of the process while it unpacks an archive."""
 
 _PROCESSES_BYTES = 640 * 2**20
-"""Host memory of a model's processes beside weights and caches: its server, its engine and two image decoders."""
+"""Host memory of a model's processes without weights and caches: its server, its engine and two image decoders."""
 
 _ENGINE_BYTES = 400 * 2**20
-"""Of it, an engine's process, of which there is one for each replica and rank."""
+"""The part of it that an engine's process takes, of which there is one for each replica and rank."""
 
 _ENCODER_MB = 32
-"""The encoder's cache on a CPU where no option says."""
+"""The size of the encoder's cache on a CPU if no option sets it."""
 
 _OWN_CODE_FACTOR = 1.2
-"""What a model's own code is taken to need for each byte of its files: LMI's number."""
+"""Bytes that a model's own code is assumed to need for each byte of its files: LMI's number."""
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""What torch, CUDA and vLLM say; their exceptions do not tell."""
+"""In messages of torch, CUDA and vLLM, whose exceptions have no class of their own for this."""
 
 
 def main() -> None:

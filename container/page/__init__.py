@@ -1,4 +1,4 @@
-"""The page for people: its files, and what it shows of the model. The scripts beside this file do the rest."""
+"""The page for people: its files, and what it shows of the model. The scripts in this folder do the rest."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ def is_on(configuration: Configuration) -> bool:
 
 
 def file(name: str) -> Reply:
-    """A file of the page, or of the documentation (`docs/NAME.md`).
-
-    Raises:
-        NotFound: There is none of this name.
-    """
+    """Return a file of the page, or of the documentation (`docs/NAME.md`). Raises NotFound."""
     if (document := _DOCS.get(name.removeprefix("docs/"))) is not None and name.startswith("docs/"):
         return Reply(200, "text/plain; charset=utf-8", document.read_bytes(), headers=dict(_HEADERS))
     if name not in _FILES:
@@ -72,8 +68,8 @@ class ModelPage:
         """Create the description.
 
         Args:
-            configuration: With what the model's own files add.
-            directory: The model's.
+            configuration: The options, with those in the model's own files.
+            directory: The model's directory.
             choice: The backend and why it serves.
         """
         self._configuration = configuration
@@ -81,7 +77,7 @@ class ModelPage:
         self._examples = _examples(directory)
 
     def describe(self, backend: Lifecycle) -> Reply:
-        """The reply to `GET /engine/model`; the backend is loaded."""
+        """Return the reply to `GET /engine/model`. backend: loaded already."""
         settings, can = self._configuration.settings, backend.capabilities
         choice = self._choice
         body = {
@@ -123,11 +119,7 @@ class ModelPage:
         ]
 
     def example(self, number: str) -> Reply:
-        """An example's image.
-
-        Raises:
-            NotFound: There is none of this number.
-        """
+        """Return an example's image. Raises NotFound."""
         path = {str(known): path for known, (_, path) in enumerate(self._examples)}.get(number)
         if path is None:
             raise NotFound("the model has no such example")
@@ -141,7 +133,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _examples(directory: Path) -> list[tuple[str, Path]]:
-    """Questions and images that the model's directory proposes, but for those that cannot be read."""
+    """Return the questions and images that the model's directory proposes, without those that cannot be read."""
     try:
         listed: Any = json.loads((directory / _EXAMPLES).read_text())
     except (OSError, ValueError, RecursionError):

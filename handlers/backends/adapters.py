@@ -1,10 +1,25 @@
-"""What a backend offers for LoRA adapters that are added and removed while it serves."""
+"""LoRA adapters: which directories are adapters, and what a backend offers that adds and removes them."""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+from handlers.artefacts.local import local_path
+from handlers.errors import InvalidConfiguration, InvalidRequest, NotFound, short_of
+from processes.shortage import shortage
+from properties.secure_mode import OPEN, SecureMode
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
+_NAME_RULE = "allowed in an adapter's name: letters, digits, `_`, `.` and `-`"
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +76,79 @@ class AdapterStore(Protocol):
         Raises:
             NotFound: There is no adapter of this name.
         """
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The directories that may be loaded as adapters.
+
+    Attributes:
+        home: The directory that holds the model's own adapters/, and where relative paths begin.
+        allowed: A further directory of adapters; empty for none.
+        secure: What SageMaker's secure mode forbids.
+    """
+
+    home: Path
+    allowed: str = ""
+    secure: SecureMode = OPEN
+
+    def at_start(self) -> dict[str, Path]:
+        """Return the directory of each adapter in `adapters/` by its name. Raises InvalidConfiguration."""
+        found: dict[str, Path] = {}
+        place = self.home / "adapters"
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if not path.is_dir() or path.name.startswith("."):
+                continue
+            if not (path / _CONFIG).is_file():
+                raise InvalidConfiguration(
+                    f"adapters/{path.name} holds no {_CONFIG}: it is not a LoRA adapter"
+                )
+            if not _NAME.fullmatch(path.name):
+                raise InvalidConfiguration(f"adapters/{path.name[:80]}: {_NAME_RULE}")
+            _warn_of_code(path, f"adapters/{path.name}")
+            found[path.name] = path
+        return found
+
+    def named(self, info: AdapterInfo) -> Path:
+        """Return the directory that a client names as `src`: a path or a `file:` URL.
+
+        Nothing is said about what lies outside the allowed directories, not even whether it exists.
+
+        Raises:
+            InvalidRequest: It is not an adapter, not in an allowed directory, or not allowed in secure mode.
+            NotFound: It does not exist.
+        """
+        roots = (self.home / "adapters", self.allowed)
+        named = "the model's adapters/ and option.allowed_adapter_path"
+        path = local_path("src", info.src, self.home, roots, "adapters", named)
+        try:
+            if not path.is_dir():
+                raise NotFound("src: there is no such directory", param="src")
+            files = {entry.name for entry in path.iterdir() if entry.is_file()}
+        except (OSError, ValueError) as error:
+            if (what := shortage(error)) is not None:
+                raise short_of(what) from error
+            raise InvalidRequest("src: the directory cannot be read", param="src") from None
+        if _CONFIG not in files or files.isdisjoint(_WEIGHTS):
+            raise InvalidRequest(
+                f"src: a LoRA adapter is a directory with {_CONFIG} and {_WEIGHTS[0]}", param="src"
+            )
+        _warn_of_code(path, path.name)
+        if forbidden := list(self.secure.files(path)):
+            for problem in forbidden:
+                logger.warning("adapter %s: %s", info.name, problem)
+            raise InvalidRequest(
+                "src: the adapter has a file that SageMaker's secure mode forbids", param="src"
+            )
+        return path
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise InvalidRequest for a name that an adapter may not have."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(f"name {name[:80]!r}: {_NAME_RULE}, 128 characters at most", param="name")
+
+
+def _warn_of_code(path: Path, shown: str) -> None:
+    if (path / "model.py").is_file():
+        logger.warning("%s/model.py is not used: handlers and formatters are the model's alone", shown)

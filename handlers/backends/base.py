@@ -7,7 +7,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from handlers.backends.model_files import Findings
     from handlers.prompts.renderer import PromptRenderer
     from properties.configuration import Configuration
-    from properties.settings import Settings
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: end of sequence, stop id or stop string (see `stop_reason`); length: max_tokens or the end of the context."""
@@ -471,12 +470,10 @@ class Backend(Protocol):
         config: Mapping[str, Any],
         contents: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Add this backend's objections to a model. contents: the JSON files that are complete."""
+        """Add this backend's objections to a model and to its weights, as far as their headers show.
 
-    def weight_problems(
-        self, settings: Settings, directory: Path, config: Mapping[str, Any]
-    ) -> Iterator[str]:
-        """Yield why the weights cannot be loaded, as far as their headers show."""
+        contents: the JSON files that are complete.
+        """
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
         """Return the template of the model's family, for a model without one; None if there is none."""
@@ -488,9 +485,6 @@ class Backend(Protocol):
         self, configuration: Configuration, directory: Path, config: Mapping[str, Any], machine: Machine
     ) -> Needs:
         """Return how much memory the model needs. May import torch and transformers."""
-
-    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        """Return what is served differently from the options because of the format of the model's files."""
 
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine

@@ -75,7 +75,6 @@ def model_findings(configuration: Configuration, directory: Path, backend: Backe
     backend.examine(found, configuration, directory, config, contents)
     if not own_format:
         found.add(_tokenizer(directory, settings))
-        found.add(backend.weight_problems(settings, directory, config))
     _templates(directory, settings, backend.chat_template(config), found)
     found.add(_placeholder(directory, settings))
     return found

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from handlers.backends.select import vllm_backend_present, vllm_installed
+from handlers.backends.select import vllm_installed
 from handlers.backends.vllm.compat import engine_argument_names
 from properties.configuration import Configuration, resolve
 from properties.field import Level
@@ -28,23 +28,21 @@ WITHOUT_EFFECT = by_name(
     {
         "open a file with Pillow and give the image": "allowed_local_media_path",
         "only one way is implemented": (
-            "async_scheduling attention_config compilation_config disable_async_output_proc disable_cascade_attn "
-            "disable_chunked_mm_input disable_custom_all_reduce distributed_executor_backend "
-            "max_context_len_to_capture max_seq_len_to_capture mm_encoder_tp_mode profiler_config skip_mm_profiling "
-            "use_v2_block_manager worker_use_ray"
+            "async_scheduling attention_config compilation_config disable_cascade_attn disable_chunked_mm_input "
+            "disable_custom_all_reduce distributed_executor_backend mm_encoder_tp_mode profiler_config "
+            "skip_mm_profiling"
         ),
         "only generation is served": "convert runner",
-        "set load_on_devices, or hide the devices from the process": "device",
         "tensors are recognised, and images are always prepared": "disable_image_processor no_image_processor",
         "nothing is logged": "disable_log_stats",
-        "see image_cache_mb": "disable_mm_preprocessor_cache mm_processor_cache_gb mm_processor_cache_type",
+        "see image_cache_mb": "mm_processor_cache_gb mm_processor_cache_type",
         "give SamplingParams": "generation_config",
         "the model's own processor is used": "image_processor_revision",
         "placeholders are always written in place": "interleave_mm_strings",
-        "a preempted request is computed again": "swap_space",
     }
 )
-"""Arguments of vLLM's constructor that change no answer, and why the embedded engine does not need them."""
+"""Arguments of vLLM's constructor that change no answer, and why the embedded engine does not need them, besides those
+that `properties.lmi` ignores."""
 
 REFUSED = by_name(
     {
@@ -80,7 +78,7 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
         else:
             options.append(f"{name}={_text(name, value)}")
     configuration = _resolve(model, options)
-    if not (vllm_installed() and vllm_backend_present()):
+    if not vllm_installed():
         check_names(configuration)
     if configuration.sources["limit_mm_per_prompt"].level is Level.DEFAULT:
         configuration = _resolve(model, [*options, f"limit_mm_per_prompt=image={_MAX_IMAGES}"])

@@ -1,4 +1,4 @@
-"""What an API consists of: routes, readers that parse a body into a `Task`, and the writer that this task carries.
+"""What an API consists of: routes, readers that make a `Task` of a body, and the writer of the task's reply.
 
 `select.py` lists the APIs.
 """
@@ -57,14 +57,14 @@ class Route:
         open: Answered without the server's key, as the platform asks it.
         appended: Also answered where a client appends the path to that of any route that answers.
         bodies: Structs of the request's body.
-        plain_text: The body may be a prompt alone.
-        query: Parameter of the query -> what it means.
+        plain_text: The body may also be a prompt as plain text.
+        query: Parameter of the query -> its description.
         replies: Structs of the reply, or lists of them.
         texts: Content types of replies that are not JSON.
         events: Content type of a stream -> the structs of its events or lines.
-        errors: Structs of a refusal, beside those that every route may answer with.
-        not_ready: Structs of the reply with 503, where they are not those of `errors`.
-        codes: Statuses of errors, where they are not those of every route with such a body.
+        errors: Structs of errors, in addition to `ERRORS_ANYWHERE`.
+        not_ready: Structs of the reply with 503, if they are not those of `errors`.
+        codes: Statuses of errors, if they are not those of every route with such a body.
     """
 
     path: str
@@ -92,7 +92,7 @@ class Route:
 
 
 def described(*parts: type[Struct], **schema: Any) -> Meta:
-    """Returns what `/openapi.json` says of a field beyond its type, where its reader checks or takes it apart by hand.
+    """Return what `/openapi.json` says of a field beyond its type, where its reader checks or takes it apart by hand.
 
     parts: structs that the schema names with `reference`. schema: keywords of JSON Schema.
     """
@@ -100,12 +100,12 @@ def described(*parts: type[Struct], **schema: Any) -> Meta:
 
 
 def described_as(part: type[Struct]) -> Meta:
-    """Returns what `/openapi.json` says of an object, or null, that is read as a struct of its own afterwards."""
+    """Return what `/openapi.json` says of an object, or null, that is read as a struct of its own afterwards."""
     return described(part, anyOf=[reference(part), {"type": "null"}])
 
 
 def reference(part: type[Struct]) -> dict[str, str]:
-    """Returns the JSON Schema that names a struct."""
+    """Return the JSON Schema that names a struct."""
     return {"$ref": REFERENCE.format(name=part.__name__)}
 
 
@@ -185,6 +185,15 @@ class Answer:
     def text(self) -> str:
         return "".join(self.pieces)
 
+    @property
+    def logprob(self) -> float:
+        """The log probability of all tokens together."""
+        return sum(position.chosen.logprob for position in self.logprobs)
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob / max(1, len(self.logprobs))
+
 
 @dataclass(slots=True)
 class Answered:
@@ -219,7 +228,7 @@ class Writer(Protocol):
 
 
 ReplyHeaders = Callable[[Sequence[GenerationRequest], str, RequestFacts], dict[str, str]]
-"""What an API says of a reply in headers: of its requests, the kind of device they ran on, and what is known of them.
+"""Makes the headers that an API adds to a reply, from its requests, the kind of device, and the facts so far.
 
 For a stream, they are sent with the first token. A whole reply's facts are complete.
 """
@@ -246,7 +255,7 @@ class Task:
         return self.requests[0].stream
 
     def headers(self, compute_type: str, facts: RequestFacts) -> dict[str, str]:
-        """Returns the headers of its reply. compute_type: the device's name, empty where it is not known."""
+        """Return the headers of its reply. compute_type: the device's name, empty where it is not known."""
         own = warning(self.misspelt)
         if self.route_headers is None:
             return own
@@ -272,14 +281,14 @@ class Gate(Protocol):
     """Sees every request for an answer before it is parsed, and may answer it without the model."""
 
     def answer(self, body: Mapping[str, Any], incoming: Incoming) -> Reply | None:
-        """Returns the reply to a body that does not ask the model; None for all others.
+        """Return the reply to a body that does not ask the model; None for all others.
 
         Raises:
             ServingError: The request cannot be answered.
         """
 
     def may_answer(self, route: str, size: int, content: bytes | None = None) -> bool:
-        """Whether `answer` may reply to a body of this size, or to this very body: it needs no queue place."""
+        """Whether `answer` may reply to a body of this size, or to this very body, which then needs no queue place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,14 +297,14 @@ class Api:
 
     Attributes:
         errors: How it writes errors.
-        claims: Whether it writes the errors of a request, by the route's template, the headers (names in lower case)
-            and the keys of the body, which are empty before the body has been read.
-        reads: What reads a body with these keys on a route; None where it is another API's.
+        claims: Says whether it writes the errors of a request, by the route's template, the headers (names in lower
+            case) and the keys of the body, which are empty before the body has been read.
+        reads: Returns the reader of a body with these keys on a route; None if the body belongs to another API.
         routes: Its routes, for the router and the OpenAPI document.
         headers: Route -> what it adds to the headers of replies there, whichever API has read the body.
         frames: Route -> how replies are framed there, whichever API has read the body.
-        adapter: The adapter that a request's head names.
-        calls: Name of an action, as routes have it -> what answers it, where that is not a text of the model's.
+        adapter: Returns the adapter that a request's head names.
+        calls: Action of a route -> what answers it, for routes that generate no text.
         request_id: The header in which the caller names the request.
         gate: Makes the gate of a server.
     """
@@ -315,7 +324,7 @@ class Api:
 def sampling_params(
     given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> RequestSampling:
-    """Returns the client's values over the model's defaults; None counts as not given.
+    """Return the client's values over the model's defaults; None counts as not given.
 
     The seed -1 means none, as in vLLM; another negative one, which OpenAI allows, stands for the seed 2^63 above it.
     names: as in `Task`.
@@ -347,5 +356,5 @@ def _checked(params: RequestSampling) -> RequestSampling:
 
 
 def finite(logprob: float) -> float:
-    """Returns a log probability that JSON can hold."""
+    """Return a log probability that JSON can hold."""
     return logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB

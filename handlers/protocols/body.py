@@ -78,7 +78,7 @@ _HUGE = json.JSONDecoder(
 def read_body(
     body: bytes, headers: Mapping[str, str], context: int = 0, longest_text: int = MOST_TEXT_BYTES
 ) -> dict[str, Any]:
-    """Returns the JSON object, or `{"inputs": text}` for text/plain. If a key is given twice, the last one counts.
+    """Return the JSON object, or `{"inputs": text}` for text/plain. If a key is given twice, the last one counts.
 
     A JSON object is also read if it is declared as a form, as curl declares all data by default.
 
@@ -105,7 +105,7 @@ def read_body(
 
 
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
-    """Returns `body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault.
+    """Return `body` as a msgspec Struct. Raises InvalidRequest with the path of the first field at fault.
 
     A whole number may be written as 16.0: JSON has one kind of number, and some clients write all of them so.
     under: the path of `body` itself.
@@ -129,14 +129,14 @@ def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
 
 
 def _cut(message: str) -> str:
-    """Shortens a message: msgspec quotes the whole of what the client sent."""
+    """Shorten a message: msgspec quotes the whole of what the client sent."""
     if len(message) <= 2 * _MOST_QUOTED:
         return message
     return f"{message[:_MOST_QUOTED]}... {message[-_MOST_QUOTED:]}"
 
 
 def kind_of(value: object) -> str:
-    """Names a JSON value's type, for a message."""
+    """Name a JSON value's type, for a message."""
     return _KINDS.get(type(value), "a number")
 
 
@@ -148,7 +148,7 @@ def shown_value(value: object) -> str:
 def refuse_unknown(
     fields: Mapping[str, Any], known: Collection[str], where: str, *, param: str | None = None
 ) -> None:
-    """Raises InvalidRequest for a key that is not read, where ignoring it would silently change the answer.
+    """Raise InvalidRequest for a key that is not read, where ignoring it would silently change the answer.
 
     Keys whose value is null count as absent. where: the object's path. param: the error's, if it is not `where`.
     """
@@ -166,7 +166,7 @@ def _in_json_words(expected: re.Match[str]) -> str:
 
 
 def _whole(value: Any, depth: int) -> Any:
-    """Returns the value with 16 for 16.0, down to the depth at which bodies have whole numbers."""
+    """Return the value with 16 for 16.0, down to the depth at which bodies have whole numbers."""
     if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         return int(value)
     if depth and isinstance(value, list):
@@ -306,7 +306,7 @@ class KnownNames:
         self._nearest = lru_cache(maxsize=1024)(self._find)
 
     def misspelt(self, given: Mapping[str, Any], under: str = "", *, only_missing: bool = False) -> list[str]:
-        """Returns a sentence for each of the first few unread names that look like one that is read.
+        """Return a sentence for each of the first few unread names that look like one that is read.
 
         under: the object's path. only_missing: skip names whose known neighbour is given as well.
         """
@@ -318,7 +318,7 @@ class KnownNames:
         return found[:_MOST_WARNINGS]
 
     def nearest(self, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yields each unread name, as it was given, with the known name that it looks like."""
+        """Yield each unread name, as it was given, with the known name that it looks like."""
         unknown = ((name, value) for name, value in given.items() if name not in self._own)
         words = ((name, _words(name)) for name, value in islice(unknown, _MOST_KEYS) if value is not None)
         likely = ((name, word) for name, word in words if word and self._near(word))

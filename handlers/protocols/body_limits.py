@@ -123,7 +123,7 @@ def with_plain_slashes(body: bytes) -> memoryview:
 
 
 def counted(body: bytes) -> Iterator[BodyCount]:
-    """Yields the count after each slice: always the same object, which grows. Takes memory for one slice."""
+    """Yield the count after each slice: always the same object, which grows. Takes memory for one slice."""
     count = BodyCount()
     inside = False  # in a text
     opened, flags = 0, 0  # where the text began, and of what was seen of it

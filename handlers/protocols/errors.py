@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def error_reply(error: ServingError, written: ErrorFormat) -> Reply:
-    """Returns the reply to a request that failed before its reply began."""
+    """Return the reply to a request that failed before its reply began."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

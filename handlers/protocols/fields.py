@@ -191,7 +191,7 @@ def read_constraint(
     guided: Mapping[str, Any] | None = None,
     grammar: object = None,
 ) -> Constraint | None:
-    """Returns the one constraint that these fields, each as the client sent it, ask for; None for free text.
+    """Return the one constraint that these fields, each as the client sent it, ask for; None for free text.
 
     guided: may hold other fields as well, which are not read.
 

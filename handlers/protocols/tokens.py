@@ -126,7 +126,7 @@ class Detokenized(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_tokenize(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> TokenTask:
-    """Reads TGI's `inputs`, or vLLM's `prompt` or `messages`. Raises InvalidRequest naming the field."""
+    """Read TGI's `inputs`, or vLLM's `prompt` or `messages`. Raises InvalidRequest naming the field."""
     if incoming.route == "/chat_tokenize":
         asked_chat = _chat(body, server, incoming)
         return TokenTask(asked_chat.requests[0].prompt, _chat_tokens, misspelt=asked_chat.misspelt)
@@ -152,7 +152,7 @@ def read_tokenize(body: dict[str, Any], server: ServerContext, incoming: Incomin
 
 
 def _chat(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
-    """Reads a chat, to the same prompt that would be answered."""
+    """Read a chat, to the same prompt that would be answered."""
     asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     return read_chat(asked, server, incoming)
 

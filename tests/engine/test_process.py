@@ -121,8 +121,7 @@ def test_killing_one_rank_ends_the_group_and_fails_its_requests(two_ranks: Kept)
     runner, client = two_ranks
 
     async def scenario() -> None:
-        stream = OutputStream()
-        client.submit(endless(), stream)
+        stream = client.submit(endless())
         await stream.get()
         (rank,) = psutil.Process(client.pid).children()
         rank.kill()
@@ -136,12 +135,12 @@ def test_killing_one_rank_ends_the_group_and_fails_its_requests(two_ranks: Kept)
 def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)]) as group:
-            ticket = group.submit(endless())
-            await ticket.stream.get()
+            stream = group.submit(endless())
+            await stream.get()
             pid = group.replicas[0].client.pid
             os.kill(pid, signal.SIGKILL)
             async with asyncio.timeout(2):
-                await fails(ticket.stream)
+                await fails(stream)
             assert not group.alive
             with pytest.raises(EngineDead):
                 group.submit(endless())
@@ -151,7 +150,7 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
             assert group.replicas[0].client.pid != pid
             assert group.restarts == 1
             again = group.submit(endless(5))
-            assert len(await finish(again.stream)) == 5
+            assert len(await finish(again)) == 5
 
     asyncio.run(scenario())
 
@@ -187,7 +186,7 @@ def test_a_spare_process_takes_the_place_of_one_that_dies(llava: Path) -> None:
                     await asyncio.sleep(0.05)
             await dies(group)
             assert group.restarts == 2
-            assert len(await finish(group.submit(endless(5)).stream)) == 5
+            assert len(await finish(group.submit(endless(5)))) == 5
             third = await next_spare(group)
         assert not third.is_running()
 
@@ -197,16 +196,16 @@ def test_a_spare_process_takes_the_place_of_one_that_dies(llava: Path) -> None:
 def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava)], stuck_seconds=1.0) as group:
-            ticket = group.submit(endless())
-            await ticket.stream.get()
+            stream = group.submit(endless())
+            await stream.get()
             pid = group.replicas[0].client.pid
             os.kill(pid, signal.SIGSTOP)
             async with asyncio.timeout(60):
-                await fails(ticket.stream)
+                await fails(stream)
                 while group.restarts == 0 or not group.alive:
                     await group.changed()
             again = group.submit(endless(3))
-            assert len(await finish(again.stream)) == 3
+            assert len(await finish(again)) == 3
 
     asyncio.run(scenario())
 
@@ -260,7 +259,7 @@ def test_a_request_that_cannot_be_sent_leaves_nothing_behind(one_rank: Kept) -> 
     add = endless(3)
     add.seeds = [1, 2**64]
     with pytest.raises(RequestRejected):
-        client.submit(add, OutputStream())
+        client.submit(add)
     assert client.num_requests == 0
     assert len(runner.run(answer(client, endless(3)))) == 3
 
@@ -269,10 +268,9 @@ def test_an_aborted_request_leaves_the_engine_within_a_step(one_rank: Kept) -> N
     runner, client = one_rank
 
     async def scenario() -> None:
-        stream = OutputStream()
-        (request_id,) = client.submit(endless(), stream)
+        stream = client.submit(endless())
         await stream.get()
-        client.abort([request_id])
+        stream.abort()
         assert await client.ping(1, 5.0)
         assert client.stats.running == 0
         assert client.stats.blocks_used == 0
@@ -285,8 +283,7 @@ def test_an_orderly_stop_is_told_apart_from_a_crash(one_rank: Kept) -> None:
     runner, client = one_rank
 
     async def scenario() -> None:
-        stream = OutputStream()
-        client.submit(endless(), stream)
+        stream = client.submit(endless())
         await client.stop()
         with pytest.raises(EngineStopped):
             await stream.get()
@@ -297,14 +294,14 @@ def test_an_orderly_stop_is_told_apart_from_a_crash(one_rank: Kept) -> None:
 def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> None:
     async def scenario() -> None:
         async with running_group([config(llava), config(llava)]) as group:
-            tickets = [group.submit(endless(30)) for _ in range(8)]
+            streams = [group.submit(endless(30)) for _ in range(8)]
             held = [replica.client.num_requests for replica in group.replicas]
             assert held == [4, 4]
-            await asyncio.gather(*(finish(ticket.stream) for ticket in tickets))
+            await asyncio.gather(*(finish(stream) for stream in streams))
             first = group.submit(endless(3), [b"image"])
-            await finish(first.stream)
+            await finish(first)
             second = group.submit(endless(3), [b"image"])
-            await finish(second.stream)
+            await finish(second)
             assert first.client is second.client
 
     asyncio.run(scenario())
@@ -313,7 +310,7 @@ def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> N
 def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
     async def scenario() -> int:
         client = await EngineClient.start(config(llava))
-        client.submit(endless(), OutputStream())
+        client.submit(endless())
         client._connection.close()
         async with asyncio.timeout(10):
             await client.wait_dead()

@@ -23,15 +23,15 @@ from engine.repetition import Repetition
 from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import RANGES, SAMPLERS
 from engine.warping import _OTHER_STREAM, uniform, warp
-from handlers.backends.vllm.samplers import (
+from handlers.backends.vllm.sampling import (
     KEY,
     NEUTRAL,
     PROCESSOR,
     Carried,
     Samplers,
     offer,
+    to_vllm,
 )
-from handlers.backends.vllm.sampling import to_vllm
 from handlers.errors import InvalidRequest
 from handlers.pipeline import DRY_BREAKERS, spelled
 from handlers.request import RequestSampling

@@ -33,6 +33,4 @@ async def finish(stream: OutputStream) -> list[Output]:
 
 
 async def answer(client: EngineClient, add: Add) -> list[int]:
-    stream = OutputStream()
-    client.submit(add, stream)
-    return [token for output in await finish(stream) for token in output.token_ids]
+    return [token for output in await finish(client.submit(add)) for token in output.token_ids]

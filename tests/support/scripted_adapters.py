@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from handlers.backends.adapters import AdapterFiles
 from handlers.backends.vllm.adapters import VllmAdapters
 from properties.secure_mode import OPEN, SecureMode
 
@@ -76,7 +77,7 @@ def scripted_adapters(
     """None are loaded yet."""
     engine = LoraEngine(places)
     names: Any = Names()
-    return VllmAdapters(names, {}, most, lambda: engine, home=home, allowed=allowed, secure=secure), engine
+    return VllmAdapters(names, AdapterFiles(home, allowed, secure), {}, most, lambda: engine), engine
 
 
 def make_adapter(directory: Path, *more: str) -> Path:

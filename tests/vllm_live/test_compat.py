@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from handlers.backends.select import TESTED_ARCHITECTURES, TESTED_VERSION
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.compat import TESTED_ARCHITECTURES, TESTED_VERSION, architectures
+from handlers.backends.vllm.compat import architectures
 from handlers.errors import InvalidConfiguration
 
 OTHERS = [*map(Path, filter(None, os.environ.get("LMI_TEST_VLLM", "").split(os.pathsep)))]

@@ -16,8 +16,7 @@ from engine.logits import best
 from engine.sampler import Sampler, SamplingState
 from handlers.backends.vllm import compat
 from handlers.backends.vllm import processor as processor_rows
-from handlers.backends.vllm.samplers import KEY, PROCESSOR, wanted
-from handlers.backends.vllm.sampling import to_vllm
+from handlers.backends.vllm.sampling import KEY, PROCESSOR, to_vllm, wanted
 from handlers.request import RequestSampling
 from tests.support.sampling import EOS, KINDS, random_logits
 from tests.support.shapes import ROOT
@@ -329,7 +328,7 @@ def test_what_is_loaded_into_the_engines_process_is_light() -> None:
     )
     found = subprocess.run([sys.executable, "-P", "-c", look], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert set(eval(found.stdout.splitlines()[-1])) <= {"engine", "handlers", "vllm"}
+    assert set(eval(found.stdout.splitlines()[-1])) <= {"engine", "handlers", "properties", "vllm"}
 
 
 def test_a_request_carries_only_what_changes_its_answer() -> None:

@@ -16,9 +16,8 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from handlers.backends.vllm.compat import load
 from handlers.backends.vllm.engine import VllmEngine
-from handlers.backends.vllm.failures import failed
+from handlers.backends.vllm.outputs import VllmStream, failed
 from handlers.backends.vllm.prompts import place_images
-from handlers.backends.vllm.stream import VllmStream
 from handlers.errors import (
     EngineFailed,
     ImageError,

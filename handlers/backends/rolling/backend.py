@@ -60,13 +60,9 @@ class RollingBackend:
         there = there or "image_processor" in contents.get("processor_config.json", {})
         if sees and not there and not configuration.settings.trust_remote_code:
             found.add(iter([no_processor(directory)]))
-
-    def weight_problems(
-        self, settings: Settings, directory: Path, config: Mapping[str, Any]
-    ) -> Iterator[str]:
-        """See `Backend`."""
-        pickled, named = settings.load_format.lower() == "pt", config.get("transformers_weights")
-        return engine_weight_problems(directory, pickled=pickled, named=named)
+        pickled = configuration.settings.load_format.lower() == "pt"
+        named = config.get("transformers_weights")
+        found.add(engine_weight_problems(directory, pickled=pickled, named=named))
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
         """See `Backend`."""
@@ -81,7 +77,7 @@ class RollingBackend:
             len(engines),
             engines[0].tensor_parallel_degree,
             accelerators,
-            warnings=unused_devices(settings, engines, accelerators),
+            warnings=[*unused_devices(settings, engines, accelerators), *_inexact(settings)],
         )
 
     def estimate(
@@ -119,10 +115,6 @@ class RollingBackend:
             0 if machine.accelerators else shared_output(shapes, dtype),
             warnings=unused_by_text(configuration.settings) if family.preprocessor is None else (),
         )
-
-    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        """See `Backend`."""
-        return []
 
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine
@@ -163,6 +155,15 @@ def _unserved(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
         yield (
             f"model type {model_type!r} is not served by the embedded engine, which serves {served()}; "
             f"{remedy(config.get('architectures') or [])}"
+        )
+
+
+def _inexact(settings: Settings) -> Iterator[Problem]:
+    if settings.quantize == "int8":
+        yield Problem(
+            "option.quantize = 'int8' changes answers: on examples/shapes 97.92 % of 5,396 were right instead of "
+            "97.94 %, and 3 differed; measure your own model",
+            "quantize",
         )
 
 

@@ -38,7 +38,7 @@ from handlers.backends.rolling.replicas import (
     STUCK_SECONDS,
     EngineGroup,
     EngineProcess,
-    Ticket,
+    OutputStream,
 )
 from handlers.backends.unused import unused_by_text
 from handlers.errors import EngineFailed, ImageError, InvalidRequest, Unavailable, short_of
@@ -175,7 +175,7 @@ class RollingEngine:
         keys = [image.digest for image in prompt.placed]
         keys.append(b"".join(token.to_bytes(4, "little") for token in token_ids[:PREFIX_KEY_TOKENS]))
         try:
-            ticket = group.submit(add, keys)
+            outputs = group.submit(add, keys)
         except EngineDead as error:
             reason = (
                 "the engine failed too often"
@@ -185,7 +185,7 @@ class RollingEngine:
             raise Unavailable(reason, retry_after=5) from error
         except RequestRejected as error:
             raise InvalidRequest(str(error)) from error
-        return RollingStream(ticket, self._front.eos_token_ids)
+        return RollingStream(outputs, self._front.eos_token_ids)
 
     def health(self) -> Health:
         """See `Lifecycle`."""
@@ -251,15 +251,15 @@ class RollingPrompt:
 class RollingStream:
     """See `handlers.backends.base.TokenStream`."""
 
-    def __init__(self, ticket: Ticket, eos_token_ids: Sequence[int]) -> None:
-        self._ticket = ticket
+    def __init__(self, outputs: OutputStream, eos_token_ids: Sequence[int]) -> None:
+        self._outputs = outputs
         self._eos_token_ids = eos_token_ids
-        self._open = set(ticket.ids)
+        self._open = set(outputs.ids)
 
     async def __aiter__(self) -> AsyncIterator[TokenOutput]:
         try:
             while self._open:
-                for output in await self._ticket.stream.get():
+                for output in await self._outputs.get():
                     if output.request_id in self._open:
                         yield self._read(output)
         except EngineStopped as error:
@@ -271,14 +271,14 @@ class RollingStream:
 
     def abort(self, index: int) -> None:
         """See `TokenStream`."""
-        request_id = self._ticket.ids[index]
+        request_id = self._outputs.ids[index]
         self._open.discard(request_id)
-        self._ticket.abort([request_id])
+        self._outputs.abort([request_id])
 
     async def aclose(self) -> None:
         """See `TokenStream`."""
         self._open.clear()
-        self._ticket.abort()
+        self._outputs.abort()
 
     def _read(self, output: Output) -> TokenOutput:
         finish = output.finish
@@ -290,7 +290,7 @@ class RollingStream:
             self._open.discard(output.request_id)
         entries = output.prompt_logprobs
         return TokenOutput(
-            output.request_id - self._ticket.ids.start,
+            output.request_id - self._outputs.ids.start,
             output.token_ids,
             finish,
             output.logprobs,

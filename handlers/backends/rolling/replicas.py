@@ -52,11 +52,18 @@ longer than the longest step."""
 
 
 class OutputStream:
-    """The outputs of one request, in order. One task reads it; the engine's client writes it."""
+    """The outputs of one request, in order. One task reads it; the engine's client writes it.
 
-    __slots__ = ("_error", "_items", "_waiter")
+    Attributes:
+        client: Where the request went.
+        ids: Those that this client gave it, one for each choice.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_error", "_items", "_waiter", "client", "ids")
+
+    def __init__(self, client: EngineClient, ids: range) -> None:
+        self.client = client
+        self.ids = ids
         self._items: deque[Output] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._error: EngineDead | None = None
@@ -82,6 +89,10 @@ class OutputStream:
         items = list(self._items)
         self._items.clear()
         return items
+
+    def abort(self, ids: Sequence[int] | None = None) -> None:
+        """Abort some of the choices, or all."""
+        self.client.abort(self.ids if ids is None else ids)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -201,10 +212,8 @@ class EngineClient:
         """Seconds for which the answer to a ping has been outstanding; 0 when none is due."""
         return 0.0 if self._asked is None else time.monotonic() - self._asked
 
-    def submit(self, add: Add, stream: OutputStream) -> range:
-        """Submit a request and return the ids that this client gave it, one for each choice.
-
-        All their outputs arrive in the one stream.
+    def submit(self, add: Add) -> OutputStream:
+        """Submit a request and return the stream in which the outputs of all its choices arrive.
 
         Raises:
             EngineDead: The process has ended.
@@ -221,8 +230,9 @@ class EngineClient:
             raise RequestRejected("the request's images are too large together")
         _send(self._connection, body)
         self._next_id += len(add.seeds)
-        self._streams.update(dict.fromkeys(add.choice_ids, stream))
-        return add.choice_ids
+        stream = OutputStream(self, add.choice_ids)
+        self._streams.update(dict.fromkeys(stream.ids, stream))
+        return stream
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Have the engine drop the requests before its next step. Ignores finished ones and never raises."""
@@ -461,21 +471,6 @@ class Replica:
         return client
 
 
-class Ticket:
-    """A submitted request: where it went, the ids of its choices, and the stream of their outputs."""
-
-    __slots__ = ("client", "ids", "stream")
-
-    def __init__(self, client: EngineClient, stream: OutputStream, ids: range) -> None:
-        self.client = client
-        self.stream = stream
-        self.ids = ids
-
-    def abort(self, ids: Sequence[int] | None = None) -> None:
-        """Abort some of the choices, or all."""
-        self.client.abort(self.ids if ids is None else ids)
-
-
 class EngineGroup:
     """Keeps the replicas running and distributes requests."""
 
@@ -573,7 +568,7 @@ class EngineGroup:
         """Wait until a replica has died, come back, or been given up."""
         await self._change.wait()
 
-    def submit(self, add: Add, keys: Sequence[bytes] = ()) -> Ticket:
+    def submit(self, add: Add, keys: Sequence[bytes] = ()) -> OutputStream:
         """Send a request to one replica.
 
         Args:
@@ -585,14 +580,13 @@ class EngineGroup:
             RequestRejected: It cannot be sent.
         """
         replica = self._choose(keys)
-        client, stream = replica.client, OutputStream()
-        ids = client.submit(add, stream)
+        stream = replica.client.submit(add)
         for key in keys:
             self._places[key] = replica.number
             self._places.move_to_end(key)
         while len(self._places) > AFFINITY_KEYS:
             self._places.popitem(last=False)
-        return Ticket(client, stream, ids)
+        return stream
 
     def stats(self) -> Stats:
         """Return the sum over the replicas; counters include processes that have died."""

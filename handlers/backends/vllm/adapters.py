@@ -1,18 +1,16 @@
-"""LoRA adapters: which directories are adapters, and those that vLLM has loaded."""
+"""The LoRA adapters that vLLM has loaded: added, replaced and removed one after the other while it serves."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-import re
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from handlers.artefacts.local import local_path
-from handlers.backends.adapters import AdapterInfo
+from handlers.backends.adapters import AdapterFiles, AdapterInfo, check_adapter_name
 from handlers.backends.vllm.compat import Vllm
 from handlers.errors import (
     Conflict,
@@ -26,77 +24,13 @@ from handlers.errors import (
     short_of,
 )
 from processes.shortage import shortage
-from properties.secure_mode import OPEN, SecureMode
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 """How often an engine that owes an answer is checked."""
 
-_NAME = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
-_NAME_RULE = "allowed in an adapter's name: letters, digits, `_`, `.` and `-`"
-_CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 _LONGEST_REASON = 300
-
-
-def adapter_directories(home: Path) -> dict[str, Path]:
-    """Return the directory of each adapter in `adapters/` by its name. Raises InvalidConfiguration."""
-    found: dict[str, Path] = {}
-    place = home / "adapters"
-    for path in sorted(place.iterdir()) if place.is_dir() else ():
-        if not path.is_dir() or path.name.startswith("."):
-            continue
-        if not (path / _CONFIG).is_file():
-            raise InvalidConfiguration(f"adapters/{path.name} holds no {_CONFIG}: it is not a LoRA adapter")
-        if not _NAME.fullmatch(path.name):
-            raise InvalidConfiguration(f"adapters/{path.name[:80]}: {_NAME_RULE}")
-        _warn_of_code(path, f"adapters/{path.name}")
-        found[path.name] = path
-    return found
-
-
-def adapter_directory(src: str, home: Path, allowed: str) -> Path:
-    """Return the directory that a client names, which may be relative to `home`.
-
-    Nothing is said about what lies outside the allowed directories, not even whether it exists.
-
-    Args:
-        src: What the client has sent: a path or a `file:` URL.
-        home: The directory that holds the model's own adapters/, which is always allowed.
-        allowed: A further directory; empty for none.
-
-    Raises:
-        InvalidRequest: It is not an adapter, or not in an allowed directory.
-        NotFound: It does not exist.
-    """
-    path = local_path(
-        "src",
-        src,
-        home,
-        (home / "adapters", allowed),
-        "adapters",
-        "the model's adapters/ and option.allowed_adapter_path",
-    )
-    try:
-        if not path.is_dir():
-            raise NotFound("src: there is no such directory", param="src")
-        files = {entry.name for entry in path.iterdir() if entry.is_file()}
-    except (OSError, ValueError) as error:
-        if (what := shortage(error)) is not None:
-            raise short_of(what) from error
-        raise InvalidRequest("src: the directory cannot be read", param="src") from None
-    if _CONFIG not in files or files.isdisjoint(_WEIGHTS):
-        raise InvalidRequest(
-            f"src: a LoRA adapter is a directory with {_CONFIG} and {_WEIGHTS[0]}", param="src"
-        )
-    _warn_of_code(path, path.name)
-    return path
-
-
-def _warn_of_code(path: Path, shown: str) -> None:
-    if (path / "model.py").is_file():
-        logger.warning("%s/model.py is not used: handlers and formatters are the model's alone", shown)
 
 
 def adapter_slots(arguments: Mapping[str, Any], most: int, *, cpu: bool) -> dict[str, int]:
@@ -143,34 +77,27 @@ class VllmAdapters:
     def __init__(
         self,
         vllm: Vllm,
+        files: AdapterFiles,
         directories: Mapping[str, Path],
         most: int,
         engine: Callable[[], Any],
-        *,
-        home: Path,
-        allowed: str = "",
         model_names: Collection[str] | None = None,
-        secure: SecureMode = OPEN,
     ) -> None:
         """Know the first adapters; `load` loads them.
 
         Args:
             vllm: The imported names.
+            files: What else may be loaded.
             directories: The adapters that are there from the start.
             most: How many there may be.
             engine: Returns the engine that serves now, or raises Unavailable.
-            home: See `adapter_directory`.
-            allowed: See `adapter_directory`.
             model_names: The model's own names; None if any name means the model.
-            secure: What SageMaker's secure mode forbids.
         """
         self._vllm = vllm
+        self._files = files
         self._most = most
         self._engine = engine
-        self._home = home
-        self._allowed = allowed
         self._model_names = model_names
-        self._secure = secure
         self._numbers = itertools.count(1)
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
@@ -182,16 +109,10 @@ class VllmAdapters:
         self._places = max(most, len(self._known))
 
     def taken(self, adapter: str | None, model: str | None) -> LoadedAdapter | None:
-        """Return the adapter that a request names, also as its model; it must be given back.
+        """Return the adapter that a request names, also as its model; it must be given back. None for the model itself.
 
         A name that is neither an adapter nor the model may be an adapter that is misspelt or gone, and a completion by
-        another one would not be noticed.
-
-        Returns:
-            None for the model itself.
-
-        Raises:
-            NotFound: There is none of that name. The message does not list the others.
+        another one would not be noticed: NotFound is raised. Its message does not list the others.
         """
         if adapter is not None:
             found: LoadedAdapter | None = self._one(adapter)
@@ -207,14 +128,9 @@ class VllmAdapters:
         return found
 
     async def load(self, engine: Any, *, again: bool = False) -> None:
-        """Load all adapters into a new engine.
+        """Load all adapters into a new engine. Raises InvalidConfiguration if the first engine cannot load one.
 
-        Args:
-            engine: The new engine.
-            again: Whether it replaces another one. Then an adapter that cannot be loaded is forgotten, and logged.
-
-        Raises:
-            InvalidConfiguration: An adapter cannot be loaded into the first engine.
+        If the engine replaces another one (`again`), an adapter that it cannot load is forgotten, and that is logged.
         """
         for name, loaded in list(self._known.items()):
             try:
@@ -234,8 +150,7 @@ class VllmAdapters:
         return [loaded.info for loaded in self._known.values()]
 
     async def add(self, name: str, src: str, *, pin: bool = False) -> None:
-        if not _NAME.fullmatch(name):
-            raise InvalidRequest(f"name {name[:80]!r}: {_NAME_RULE}, 128 characters at most", param="name")
+        check_adapter_name(name)
         await self._through(self._add(AdapterInfo(name, src, pin)))
 
     async def update(self, name: str, src: str | None = None, *, pin: bool | None = None) -> None:
@@ -280,9 +195,8 @@ class VllmAdapters:
     async def _update(self, name: str, src: str | None, pin: bool | None) -> None:
         async with self._changing:
             old = self._one(name)
-            new = await self._new(
-                AdapterInfo(name, old.info.src if src is None else src, old.info.pin if pin is None else pin)
-            )
+            pinned = old.info.pin if pin is None else pin
+            new = await self._new(AdapterInfo(name, old.info.src if src is None else src, pinned))
             self._known[name] = new
             self._retire(old)
         logger.info("adapter %s is loaded again", name)
@@ -303,14 +217,7 @@ class VllmAdapters:
     async def _new(self, info: AdapterInfo) -> LoadedAdapter:
         while len(self._known) + len(self._retiring) > self._places:
             await asyncio.wait(self._retiring, return_when=asyncio.FIRST_COMPLETED)
-        path = await asyncio.to_thread(adapter_directory, info.src, self._home, self._allowed)
-        if forbidden := await asyncio.to_thread(lambda: list(self._secure.files(path))):
-            for problem in forbidden:
-                logger.warning("adapter %s: %s", info.name, problem)
-            raise InvalidRequest(
-                "src: the adapter has a file that SageMaker's secure mode forbids", param="src"
-            )
-        loaded = self._numbered(info, path)
+        loaded = self._numbered(info, await asyncio.to_thread(self._files.named, info))
         await self._loaded(self._engine(), loaded)
         return loaded
 

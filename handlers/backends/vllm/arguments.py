@@ -12,17 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.mistral_format import format_problems
+from pydantic import TypeAdapter, ValidationError
+
 from handlers.backends.vllm.checkpoint import (
-    format_warnings,
     replaced_formats,
     served_dtype,
     stored_dtype,
-    weight_problems,
 )
 from handlers.backends.vllm.compat import SECRET, Vllm, cpu_takes_block_size, load, registered_names
 from handlers.backends.vllm.devices import model_heads, plan_devices
-from handlers.backends.vllm.failures import refusal_reason, wrong_fields
+from handlers.backends.vllm.outputs import refusal_reason, wrong_fields
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
@@ -74,20 +73,15 @@ GONE = {
     "smoothquant": "that is TensorRT-LLM's; int8_per_channel_weight_only or fp8 quantise while loading",
     "marlin": "vLLM chooses its kernels itself: leave the option out for a model that is quantised already",
     "gguf": "vLLM no longer reads GGUF: serve the model's safetensors",
-    "squeezellm": "vLLM no longer has it",
-    "aqlm": "vLLM no longer has it",
-    "deepspeedfp": "vLLM no longer has it",
     "eetq": "that is Text Generation Inference's; fp8 or int8_per_channel_weight_only quantise while loading",
     "exl2": "that is Text Generation Inference's",
-}
+} | dict.fromkeys(("squeezellm", "aqlm", "deepspeedfp"), "vLLM no longer has it")
 """Quantisations of LMI's, TGI's or older versions of vLLM -> why this one does not have them."""
 
 CPU_CACHE_MOST = 4 << 30
 """The most bytes of the KV cache on a CPU, where vLLM would take nearly all memory and we take a quarter."""
 
-_BOOLEANS = dict.fromkeys(("true", "1", "yes", "on", "t", "y"), True) | dict.fromkeys(
-    ("false", "0", "no", "off", "f", "n"), False
-)
+_BOOLEAN = TypeAdapter(bool)
 _KERNEL_TOKENS = 16
 """On accelerators, every attention kernel of vLLM's accepts blocks of a multiple of so many tokens."""
 
@@ -103,7 +97,7 @@ def engine_arguments(
     """Return keyword arguments for `AsyncEngineArgs`. Raises ConfigurationError with all problems."""
     settings = configuration.settings
     cpu = not machine.accelerators
-    fields = _Fields(vllm)
+    fields = _Fields(vllm, cpu=cpu)
     given = {
         field: name
         for name, field in (WHERE_GIVEN | ALWAYS).items()
@@ -113,15 +107,15 @@ def engine_arguments(
     arguments |= {field: getattr(settings, name) for field, name in given.items()}
     problems: list[Problem] = []
     extra = _extra(configuration, fields, problems)
-    problems += _refused_values(configuration, given, fields, cpu=cpu)
+    problems += _refused_values(configuration, given, fields)
     if settings.kv_cache_memory_mb is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_mb << 20
     if settings.request_priorities:
         arguments["scheduling_policy"] = "priority"
     images = settings.limit_mm_per_prompt.get("image", 1)
     arguments["limit_mm_per_prompt"] = {"image": images, "video": 0, "audio": 0}
-    for field, value in extra.items():
-        if field in given and arguments[field] != value:
+    for field in extra.keys() & given.keys():
+        if arguments[field] != extra[field]:
             written, name = configuration.extra[field], given[field]
             text = (
                 f"option.{field} = {written.value!r} ({written.source.location}) and {key_of(name)} = "
@@ -131,17 +125,15 @@ def engine_arguments(
             problems.append(Problem(text, name))
     arguments |= extra
 
-    texts = {name: item.value for name, item in configuration.extra.items()}
     config = read_model_config(model_path) or {}
     heads = model_heads(model_path, config, trust_remote_code=settings.trust_remote_code)
-    plan = plan_devices(settings, texts, len(machine.accelerators), heads)
+    plan = plan_devices(settings, configuration.extra_texts, len(machine.accelerators), heads)
     arguments |= plan.sizes() | replaced_formats(configuration, model_path)
-    problems += plan.problems + format_problems(model_path) + weight_problems(model_path)
-    for warning in plan.warnings + format_warnings(configuration, model_path):
+    problems += plan.problems
+    for warning in plan.warnings:
         logger.info("%s", warning)  # info, because `lmi check` prints it itself
-    dtype, reason = served_dtype(
-        settings.dtype, stored_dtype(model_path, config), bfloat16=cpu or machine.computes_bfloat16()
-    )
+    stored = stored_dtype(model_path, config)
+    dtype, reason = served_dtype(settings.dtype, stored, bfloat16=cpu or machine.computes_bfloat16())
     logger.info("vLLM computes in %s: %s", dtype, reason)
     said = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
     if cpu and not said & (given.keys() | extra.keys()) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -156,10 +148,7 @@ def engine_arguments(
 
 
 def refused_options(configuration: Configuration, model_path: Path | None, machine: Machine) -> list[Problem]:
-    """Return what is wrong with the options, as far as vLLM can say without loading the model. Slow: imports vLLM.
-
-    model_path: None if the model is not on this machine yet.
-    """
+    """See `Backend`: what is wrong with the options, as far as vLLM can say without loading the model."""
     try:
         vllm = load()
         if model_path is None:
@@ -198,10 +187,11 @@ class BadValue(Exception):
 class _Fields:
     """The fields of `AsyncEngineArgs`, which read text as vLLM's command line does."""
 
-    def __init__(self, vllm: Vllm) -> None:
+    def __init__(self, vllm: Vllm, *, cpu: bool) -> None:
         parser = vllm.AsyncEngineArgs.add_cli_args(vllm.FlexibleArgumentParser())
         self._actions = {action.dest: action for action in parser._actions}
         self._types = {field.name: str(field.type) for field in fields_of(vllm.AsyncEngineArgs)}
+        self._cpu = cpu
 
     def __contains__(self, name: str) -> bool:
         return name in self._types
@@ -214,15 +204,20 @@ class _Fields:
                 return json.loads(text)
             except ValueError:
                 return text
-        word = text.strip().lower()
-        flag = isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0
-        if flag or (action.nargs == "?" and word in _BOOLEANS):
-            if word not in _BOOLEANS:
-                raise BadValue("true or false")
-            return _BOOLEANS[word]
+        if isinstance(action, argparse.BooleanOptionalAction) or action.nargs in (0, "?"):
+            try:
+                return _BOOLEAN.validate_python(text.strip())
+            except ValidationError:
+                if action.nargs != "?":
+                    raise BadValue("true or false") from None
         if action.nargs in ("+", "*"):
             return [self._one(action, item) for item in _items(text)]
-        return self._one(action, text)
+        value = self._one(action, text)
+        if name in ("quantization", "load_format", "tokenizer_mode"):
+            _check_name(name, value)
+        elif name == "block_size":
+            _check_block_size(value, self._cpu)
+        return value
 
     def _one(self, action: argparse.Action, text: str) -> Any:
         value: Any = text
@@ -230,18 +225,18 @@ class _Fields:
             try:
                 value = action.type(_whole(text) if "int" in self._types[action.dest] else text)
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                found = (
-                    f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
-                    for item in wrong_fields(error.__cause__)
-                )
-                raise BadValue(self._allowed(action), "; ".join(found)[:_LONGEST]) from error
-        choices = list(action.choices or ())
-        if not choices or value in choices:
+                wrong = wrong_fields(error.__cause__)
+                found = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in wrong)
+                raise BadValue(self._allowed(action), found[:_LONGEST]) from error
+        choices = {
+            choice.lower() if isinstance(choice, str) else choice: choice for choice in action.choices or ()
+        }
+        if not choices or value in choices.values():
             return value
-        words = {choice.lower(): choice for choice in choices if isinstance(choice, str)}
-        if not isinstance(value, str) or value.strip().lower() not in words:
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word not in choices:
             raise BadValue(self._allowed(action))
-        return words[value.strip().lower()]
+        return choices[word]
 
     def _allowed(self, action: argparse.Action) -> str:
         if action.choices:
@@ -288,9 +283,7 @@ def _extra(configuration: Configuration, fields: _Fields, problems: list[Problem
     return values
 
 
-def _refused_values(
-    configuration: Configuration, given: Mapping[str, str], fields: _Fields, *, cpu: bool
-) -> list[Problem]:
+def _refused_values(configuration: Configuration, given: Mapping[str, str], fields: _Fields) -> list[Problem]:
     """Return a problem for each of our options that vLLM's command line would refuse. given: field -> option."""
     problems = []
     for field, name in given.items():
@@ -299,10 +292,6 @@ def _refused_values(
             continue
         try:
             fields.read(field, json.dumps(value) if isinstance(value, dict | list | bool) else str(value))
-            if field in ("quantization", "load_format", "tokenizer_mode"):
-                _check_name(field, value)
-            elif field == "block_size":
-                _check_block_size(value, cpu)
         except BadValue as bad:
             source = configuration.sources[name]
             shown = source.raw if source.raw is not None else value
@@ -312,7 +301,7 @@ def _refused_values(
 
 
 def _check_name(field: str, value: str) -> None:
-    """Check a name that vLLM's command line does not check, so that a wrong one would end the engine's process."""
+    """Raise BadValue for a name that vLLM's command line does not check: it would end the engine's process."""
     names, word = registered_names()[field], value.lower()
     if value in names or (field != "quantization" and word in names):
         return

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.base import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.checkpoint import format_warnings, missing_weights, served_dtype, stored_dtype
+from handlers.backends.vllm.checkpoint import format_warnings, served_dtype, stored_dtype, weight_problems
 from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
 from handlers.backends.vllm.devices import follows, heads_of, plan_devices
-from handlers.backends.weight_files import vllm_weight_problems
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length
 from properties.problem import Problem
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
     from handlers.backends.base import Lifecycle
     from handlers.backends.vllm.engine import VllmEngine
     from properties.configuration import Configuration
-    from properties.settings import Settings
-
-_READ_AS_THEY_ARE = frozenset({"auto", "hf", "safetensors"})
-"""Formats of option.load_format that take the checkpoint's files as they lie there."""
 
 
 class VllmBackend:
@@ -47,7 +42,7 @@ class VllmBackend:
         return VllmEngine(configuration, model_path)
 
     def part(self, configuration: Configuration, model_path: Path) -> Lifecycle | None:
-        if not follows(_given(configuration)):
+        if not follows(configuration.extra_texts):
             return None
         from handlers.backends.vllm.follower import VllmFollower
 
@@ -66,22 +61,15 @@ class VllmBackend:
         )
         if "vision_config" in config and not there and not configuration.settings.trust_remote_code:
             found.add(iter([no_processor(directory)]))
-
-    def weight_problems(
-        self, settings: Settings, directory: Path, config: Mapping[str, Any]
-    ) -> Iterator[str]:
-        if (missing := missing_weights(directory, settings.load_format)) is not None:
-            yield missing
-        elif settings.load_format.lower() in _READ_AS_THEY_ARE:
-            yield from vllm_weight_problems(directory)
+        found.add(weight_problems(directory, configuration.settings.load_format))
+        found.warnings += format_warnings(configuration, directory)
 
     def chat_template(self, config: Mapping[str, Any]) -> object:
         return None
 
     def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
-        plan = plan_devices(
-            configuration.settings, _given(configuration), len(machine.accelerators), heads_of(shapes)
-        )
+        settings, extra, heads = configuration.settings, configuration.extra_texts, heads_of(shapes)
+        plan = plan_devices(settings, extra, len(machine.accelerators), heads)
         if plan.problems:
             raise InvalidConfiguration("; ".join(str(problem) for problem in plan.problems))
         return DevicePlan(
@@ -102,9 +90,6 @@ class VllmBackend:
         warnings = too_long(configuration, context_length(shapes))
         return Needs(dtype, reason, shapes, takes_all=True, encoder_cache=False, warnings=warnings)
 
-    def format_warnings(self, configuration: Configuration, directory: Path) -> list[Problem]:
-        return format_warnings(configuration, directory)
-
     def refused_options(
         self, configuration: Configuration, directory: Path | None, machine: Machine
     ) -> list[Problem]:
@@ -117,7 +102,3 @@ class VllmBackend:
         """See `Backend`: vLLM has a processor of its own, which is not asked."""
         wrong = contradictions(configuration.settings, directory, None)
         return PromptCheck(errors=[Problem(text) for text in wrong])
-
-
-def _given(configuration: Configuration) -> dict[str, str]:
-    return {name: item.value for name, item in configuration.extra.items()}

@@ -7,12 +7,12 @@ that has its weights in nothing else, such as Pixtral-12B-2409.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.mistral_format import mistral_tokenizer, mistral_weights_alone
-from handlers.backends.weight_files import INDEX, read_header, safetensors_files
+from handlers.backends.weight_files import INDEX, read_header, safetensors_files, vllm_weight_problems
 from properties.model import model_dtype
 from properties.names import PREFIX
 from properties.problem import Problem
@@ -24,41 +24,40 @@ _KINDS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OWN_WEIGHTS = "consolidated*.safetensors"
 
-
-def missing_weights(folder: Path, load_format: str) -> str | None:
-    """Return why this folder holds nothing to load; None if it does. Other formats than `auto` find their own."""
-    if load_format != "auto" or any(file.suffix in _KINDS for file in folder.rglob("*")):
-        return None
-    return (
-        f"vLLM cannot serve the model: there are no weights in its folder (files that end in {', '.join(_KINDS)}); "
-        "give a complete one, or option.load_format"
-    )
+_READ_AS_THEY_ARE = frozenset({"auto", "hf", "safetensors"})
+"""Formats of option.load_format that take the checkpoint's files as they lie there."""
 
 
-def weight_problems(folder: Path) -> list[Problem]:
-    """Return a problem for weights that vLLM would read twice, or cannot read.
+def weight_problems(folder: Path, load_format: str) -> Iterator[str]:
+    """Yield why vLLM would find no weights in this folder, read them twice, or not be able to read them.
 
-    vLLM leaves Mistral's own weights out if an index names the others, and reads both otherwise. If they are alone, it
-    reads them with params.json and Mistral's own tokenizer.
+    Formats other than `auto` may have their weights elsewhere. vLLM leaves Mistral's own weights out if an index names
+    the others, and reads both otherwise; if they are alone, it reads them with params.json and Mistral's tokenizer.
     """
-    if mistral_weights_alone(folder):
-        tokenizer = None if mistral_tokenizer(folder) else "tekken.json"
-        missing = tokenizer if (folder / "params.json").is_file() else "params.json"
-        if missing is None:
-            return []
-        text = (
-            f"the model has its weights as {_OWN_WEIGHTS} only, Mistral's own format, which vLLM reads with {missing}, "
-            "and that is missing: complete the download, or serve the model in the Hugging Face format"
+    if load_format == "auto" and not any(file.suffix in _KINDS for file in folder.rglob("*")):
+        yield (
+            f"vLLM cannot serve the model: there are no weights in its folder (files that end in {', '.join(_KINDS)}); "
+            "give a complete one, or option.load_format"
         )
-    else:
-        others = [path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")]
-        if (folder / INDEX).is_file() or not others or not any(folder.glob(_OWN_WEIGHTS)):
-            return []
-        text = (
+        return
+    if load_format.lower() in _READ_AS_THEY_ARE:
+        yield from vllm_weight_problems(folder)
+    if mistral_weights_alone(folder):
+        missing = None if mistral_tokenizer(folder) else "tekken.json"
+        if not (folder / "params.json").is_file():
+            missing = "params.json"
+        if missing is not None:
+            yield (
+                f"the model has its weights as {_OWN_WEIGHTS} only, Mistral's own format, which vLLM reads with "
+                f"{missing}, and that is missing: complete the download, or serve the model in the Hugging Face format"
+            )
+        return
+    others = [path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")]
+    if others and any(folder.glob(_OWN_WEIGHTS)) and not (folder / INDEX).is_file():
+        yield (
             f"the model has {_OWN_WEIGHTS} beside {others[0].name} and no {INDEX}, so vLLM would read both: remove "
             f"{_OWN_WEIGHTS}, which are the same weights in Mistral's own format"
         )
-    return [Problem(text, "model_id")]
 
 
 def replaced_formats(configuration: Configuration, folder: Path) -> dict[str, str]:

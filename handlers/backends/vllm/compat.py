@@ -109,27 +109,26 @@ def load() -> Vllm:
     check_version(version)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    try:
-        import_module("vllm")  # imported first, because it sets up the environment for the other modules
-        return Vllm(version=version, **{name: _find(module, name) for name, module in _NAMES.items()})
-    except (ImportError, AttributeError, OSError) as error:
-        raise InvalidConfiguration(
-            f"vLLM {version} cannot be imported ({error}): {INSTALL} with the torch that it names"
-        ) from error
-
-
-def _find(module: str, name: str) -> Any:
-    return getattr(import_module(module), name)
+    remedy = f"{INSTALL} with the torch that it names"
+    return Vllm(version=version, **_found(_NAMES, f"vLLM {version} cannot be imported ({{}}): {remedy}"))
 
 
 @cache
 def load_parsing() -> Vllm:
     """Import the names in `_PARSING`, which most servers do not need. Raises InvalidConfiguration like `load`."""
-    version = load().version
+    return Vllm(**_found(_PARSING, f"the parsers of vLLM {load().version} cannot be imported: {{}}"))
+
+
+def _found(names: dict[str, str], failure: str) -> dict[str, Any]:
     try:
-        return Vllm(**{name: _find(module, name) for name, module in _PARSING.items()})
+        import_module("vllm")  # imported first, because it sets up the environment for the other modules
+        return {name: _find(module, name) for name, module in names.items()}
     except (ImportError, AttributeError, OSError) as error:
-        raise InvalidConfiguration(f"the parsers of vLLM {version} cannot be imported: {error}") from error
+        raise InvalidConfiguration(failure.format(error)) from error
+
+
+def _find(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)
 
 
 def registered_names() -> dict[str, Collection[str]]:
@@ -200,12 +199,9 @@ def runner_limits(vllm_config: Any) -> RunnerLimits | None:
 def newer_runner_limits() -> RunnerLimits:
     """Return the limits of the newer model runner."""
     bias = import_module("vllm.v1.worker.gpu.sample.logit_bias")
-    return RunnerLimits(
-        bias.MAX_NUM_ALLOWED_TOKEN_IDS,
-        bias.MAX_NUM_LOGIT_BIAS_TOKENS,
-        bias.MAX_NUM_STOP_TOKEN_IDS,
-        _find("vllm.envs", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS"),
-    )
+    most_ids, most_biases = bias.MAX_NUM_ALLOWED_TOKEN_IDS, bias.MAX_NUM_LOGIT_BIAS_TOKENS
+    words = _find("vllm.envs", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS")
+    return RunnerLimits(most_ids, most_biases, bias.MAX_NUM_STOP_TOKEN_IDS, words)
 
 
 ENGINE_PROCESSES = ("EngineCore", "DP_Coordinator")
@@ -256,10 +252,7 @@ class ImageProcessing:
         vLLM expects every token of such a model's images in the prompt, as mistral_common writes them.
         """
         processor = self._info.get_hf_processor()
-        break_id, end_id = (
-            getattr(processor, "image_break_id", None),
-            getattr(processor, "image_end_id", None),
-        )
+        break_id, end_id = (getattr(processor, f"image_{name}_id", None) for name in ("break", "end"))
         pixels: Any = getattr(processor, "image_processor", None)
         if break_id is None or not hasattr(pixels, "get_number_of_image_patches"):
             return None
@@ -314,47 +307,6 @@ def multiproc_executor() -> Any:
 
 SECRET = frozenset({"hf_token"})
 """Fields of `AsyncEngineArgs` whose value is never shown."""
-
-TESTED_VERSION = "0.32"
-
-_TESTED = {
-    "ForCausalLM": """
-    AXK1 Afmoe Apertus Arcee BailingMoe BailingMoeV2 BailingMoeV2_5 BailingMoeV3 Bloom Cohere Cohere2 Cohere2Moe
-    Cwm Dbrx DeciLM Deepseek DeepseekOCR DeepseekOCR2 DeepseekV2 DeepseekV3 DeepseekV32 DeepseekV4 DeepseekV41
-    DeepseekVLV2 Dots3Note DotsOCR Ernie4_5 Ernie4_5_Moe Exaone Exaone4 ExaoneMoE ExaoneMoe Falcon FalconH1
-    FalconMamba FlexOlmo GLM4V GPTBigCode GPTJ GPTNeoX Gemma Gemma2 Gemma3 Gemma3n Gemma4 Glm Glm4 Glm4Moe
-    Glm4MoeLite Glm5Next GlmMoeDsa GptOss Granite GraniteMoe GraniteMoeHybrid GraniteMoeSWA GraniteMoeShared
-    GraniteSWA HCXVisionV2 HYV3 HYV4 HrmText HunYuanDenseV1 HunYuanMoEV1 HyperCLOVAX IQuestCoder IQuestLoopCoder
-    Inkling InternLM2 InternLM3 Jais2 Jamba K2Horizon KimiLinear LLaMA Laguna Lfm2 Lfm2Moe Llama Llama4
-    LongcatFlash LongcatFlashNgram Mamba Mamba2 Mellum MiMo MiMoV2 MiMoV2Flash MiMoV2Omni MiniCPM MiniCPM3
-    MiniMaxM2 MiniMaxM3Sparse Ministral3 Mistral MistralLarge3 Mixtral Molmo Moondream3 MoonshotKimia MuseGlimmer
-    Nanbeige Nemotron NemotronH NemotronHPuzzle OPT Olmo Olmo2 Olmo3 OlmoHybrid Olmoe Orion Ovis2_6 Ovis2_6_Moe
-    PanguEmbedded PanguProMoEV2 PanguUltraMoE Param2MoE Phi Phi3 Phi3V Phi4MM PhiMoE Plamo3 Qwen2 Qwen2Moe Qwen3
-    Qwen3Moe Qwen3Next Qwen3_5 Qwen3_5Moe Qwen4Exp Rnj1 SarvamMLA SarvamMoE SeedOss SmolLM3 Solar StableLm
-    Starcoder2 Step1 Step3Text Step3p5 TeleChat2 TeleChat3 TeleFLM UnlimitedOCR VaultGemma Zamba2
-    """,
-    "ForConditionalGeneration": """
-    Aria AudioFlamingo3 Bagel BailingMoeV3VL Bee Blip2 ChatGLM Cohere2Vision CohereAsr CohereCompass Cosmos3
-    Cosmos3Edge DeepseekV4 Eagle2_5_VL Emu3 Ernie4_5_VLMoe Exaone4_5_ FireRedASR2 FunASR FunAudioChat Gemma3
-    Gemma3n Gemma4 Gemma4Unified Glm4v Glm4vMoe Glm5Next GlmAsr GlmOcr Granite4Vision GraniteSpeech
-    GraniteSpeechPlus HunYuanVL Idefics3 Inkling InternS1 InternS1Pro InternS2Mobius InternS2Preview InternVL
-    Isaac KananaV Keye KeyeVL1_5 KimiK25 KimiK3 KimiVL Lfm2Vl LightOnOCR Llama4 Llava LlavaNext LlavaNextVideo
-    LlavaOnevision LlavaOnevision2 MiniCPMV4_6 MiniCPMV4_7 MiniMaxM3Sparse Mistral3 Molmo2 MossTranscribeDiarize
-    MuseGlimmer NemotronParse OpenCUA OpenPanguVL PaddleOCRVL PaliGemma Pixtral QianfanOCR Qwen2Audio Qwen2VL
-    Qwen2_5Omni Qwen2_5_VL Qwen3ASR Qwen3OmniMoe Qwen3VL Qwen3VLMoe Qwen3_5 Qwen3_5Moe Qwen4Exp R SmolVLM Step3VL
-    Step3p7 StepVL VibeVoiceAsr Voxtral Whisper
-    """,
-    "": """
-    ChatGLMModel DiffusionGemmaForBlockDiffusion GPT2LMHeadModel H2OVLChatModel HfMoondream InternVLChatModel
-    Llama_Nemotron_Nano_VL MiDashengLMModel MiniCPMO MiniCPMV MossAudioModel NVLM_D
-    NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_VL_V2 NemotronH_Omni_Reasoning_V3
-    NemotronH_Super_Omni_Reasoning_V3 OpenVLAForActionPrediction Ovis Ovis2_5 Phi4ForCausalLMV Qwen2_5OmniModel
-    Qwen3ASRRealtimeGeneration SkyworkR1VChatModel UltravoxModel VoxtralRealtimeGeneration
-    """,
-}
-
-TESTED_ARCHITECTURES = frozenset(name + suffix for suffix, names in _TESTED.items() for name in names.split())
-"""What the vLLM that is tested serves, for where none is installed."""
 
 
 @cache

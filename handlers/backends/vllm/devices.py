@@ -42,13 +42,7 @@ _DEGREE = "tensor_parallel_degree"
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a model that the devices of a replica share.
-
-    Attributes:
-        attention: Query heads of the language model.
-        key_values: Its KV heads.
-        vision: Heads of the vision tower, if its devices must share it evenly too; otherwise 0.
-    """
+    """The heads of a model that the devices of a replica share; `vision` is 0 unless they must share the tower too."""
 
     attention: int
     key_values: int
@@ -78,10 +72,10 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
     if "kv_lora_rank" in text:  # with latent attention the devices share no keys and values
         key_values = None
     tower = config.get("vision_config")
-    vision = None
+    vision = 0
     if isinstance(tower, Mapping) and tower.get("model_type") in _SHARED_TOWERS:
-        vision = _count(tower, "num_attention_heads")
-    return Heads(attention, key_values or attention, vision or 0)
+        vision = _count(tower, "num_attention_heads") or 0
+    return Heads(attention, key_values or attention, vision)
 
 
 def model_heads(directory: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> Heads | None:
@@ -105,11 +99,7 @@ def _count(config: Mapping[str, Any], *names: str) -> int | None:
 class Plan:
     """How many devices are used: `tensor` x `pipeline` hold one replica, and there are `data` replicas.
 
-    Attributes:
-        available: The devices that may be used, including those of other machines.
-        machines: The number of machines.
-        problems: Why it cannot work.
-        warnings: What else the operator should know.
+    available: the devices that may be used, including those of other machines. problems: why it cannot work.
     """
 
     tensor: int
@@ -150,8 +140,8 @@ def plan_devices(
     Args:
         settings: The options.
         extra: vLLM's own options, as text.
-        accelerators: The devices of this machine.
-        heads: The model's attention heads, if they are known: the devices of a replica must share them evenly.
+        accelerators: The number of this machine's devices.
+        heads: Those of the model, if they are known: the devices of a replica must share them evenly.
     """
     if heads is not None and extra.get("mm_encoder_tp_mode", "").strip().lower() == "data":
         heads = replace(heads, vision=0)  # each device has the whole tower

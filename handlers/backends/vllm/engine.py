@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from engine.errors import EngineError
 from engine.machine import this_machine
 from handlers import progress
+from handlers.backends.adapters import AdapterFiles
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
@@ -23,30 +24,27 @@ from handlers.backends.base import (
     PromptModel,
     compute_type,
 )
-from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm import compat
-from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_directories, adapter_slots
+from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_slots
 from handlers.backends.vllm.arguments import engine_arguments
-from handlers.backends.vllm.checkpoint import missing_weights
 from handlers.backends.vllm.compat import replica_count
 from handlers.backends.vllm.devices import choose_devices, share_cores
-from handlers.backends.vllm.failures import failed, refusal_reason
-from handlers.backends.vllm.parsers import vllm_parsers
-from handlers.backends.vllm.probes import Probes
+from handlers.backends.vllm.outputs import VllmStream, failed, refusal_reason
+from handlers.backends.vllm.parsers import VllmParsers, vllm_parsers
+from handlers.backends.vllm.probes import Counters, Probes, series, stat_logger
 from handlers.backends.vllm.processes import engine_children
 from handlers.backends.vllm.prompts import VllmPrompts, place_images, placeholders
-from handlers.backends.vllm.samplers import offer
 from handlers.backends.vllm.sampling import (
     check_prompt_logprobs,
     check_runner_limits,
     choose_library,
     constraint_for_vllm,
     constraint_vocabulary,
+    offer,
     to_vllm,
     usual_sampling,
 )
-from handlers.backends.vllm.stream import VllmStream
-from handlers.backends.vllm.supervisor import Counters, EngineSupervisor, series, stat_logger
+from handlers.backends.vllm.supervisor import EngineSupervisor
 from handlers.backends.weights_read import weights_told
 from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.model_names import ANYBODYS, accepted_names
@@ -56,6 +54,7 @@ from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from handlers.backends.adapters import AdapterStore
+    from handlers.parsers.base import AnswerFormats
     from handlers.request import Constraint, MediaPart
 
 logger = logging.getLogger(__name__)
@@ -69,40 +68,36 @@ class EngineBuilder:
     """Builds engines. Everything here blocks.
 
     Attributes:
+        vllm: The imported names.
+        machine: This one.
         arguments: For `AsyncEngineArgs`.
         samplers: Those of ours that the engines have.
         adapter_directories: The adapters to load at the start, by their names.
         most_adapters: How many adapters there may be.
-        home: The directory of the model's own adapters/.
+        adapter_files: Which others may be loaded.
     """
 
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
         """Import vLLM. Raises InvalidConfiguration if it cannot serve this model."""
         settings = configuration.settings
-        if wrong := contradictions(settings, model_path, None):
-            raise InvalidConfiguration("; ".join(wrong))
-        if reason := missing_weights(model_path, settings.load_format):
-            raise InvalidConfiguration(reason)
         self.machine = this_machine()
         choose_devices(settings, len(self.machine.accelerators))
         self.vllm = compat.load()
         self.arguments = engine_arguments(self.vllm, configuration, model_path, self.machine)
         self.samplers = offer(self.arguments)
-        self.home = configuration.home or model_path
+        self.adapter_files = AdapterFiles(
+            configuration.home or model_path, settings.allowed_adapter_path, configuration.secure
+        )
         self.most_adapters = settings.max_cpu_loras or settings.max_loras
         self.adapter_directories: dict[str, Path] = {}
         if settings.enable_lora:
-            self.adapter_directories = adapter_directories(self.home)
+            self.adapter_directories = self.adapter_files.at_start()
             count, cpu = len(self.adapter_directories), not self.machine.accelerators
             if count > self.most_adapters:
-                logger.warning(
-                    "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory",
-                    count,
-                    self.most_adapters,
-                )
-            self.arguments |= adapter_slots(
-                self.arguments, max(self.most_adapters, count if cpu else 0), cpu=cpu
-            )
+                text = "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory"
+                logger.warning(text, count, self.most_adapters)
+            most = max(self.most_adapters, count if cpu else 0)
+            self.arguments |= adapter_slots(self.arguments, most, cpu=cpu)
 
     def build(self, tokenizer: Any, counters: Counters) -> Any:
         """Return an `AsyncLLM`. Raises InvalidConfiguration with vLLM's reason if it refuses the configuration."""
@@ -147,22 +142,15 @@ class VllmEngine:
         self._vllm, self._samplers = builder.vllm, builder.samplers
         try:
             # Read before the engine starts, which takes long: what a model lacks is often its tokenizer.
-            tokenizer = await self._in_thread(
-                partial(load_tokenizer, str(self._path), trust_remote_code=settings.trust_remote_code)
-            )
-            parsers = await self._in_thread(vllm_parsers, settings, tokenizer)
-            formats = None if parsers is None else await self._in_thread(parsers.formats, settings)
+            tokenizer, parsers, formats = await self._in_thread(self._read_answers)
+            names = {*accepted_names(self._configuration), *ANYBODYS} if settings.enable_lora else None
             self._adapters = VllmAdapters(
                 self._vllm,
+                builder.adapter_files,
                 builder.adapter_directories,
                 builder.most_adapters,
                 self._engine,
-                home=builder.home,
-                allowed=settings.allowed_adapter_path,
-                model_names={*accepted_names(self._configuration), *ANYBODYS}
-                if settings.enable_lora
-                else None,
-                secure=self._configuration.secure,
+                names,
             )
             self._probes = Probes(self._vllm, self._numbers)
             self._supervisor = EngineSupervisor(
@@ -234,6 +222,13 @@ class VllmEngine:
             config.scheduler_config.max_num_batched_tokens,
         )  # fmt: skip
 
+    def _read_answers(self) -> tuple[Any, VllmParsers | None, AnswerFormats | None]:
+        """Return the tokenizer, and vLLM's parsers and formats if the options name its parsers. Blocks."""
+        settings = self._settings
+        tokenizer = load_tokenizer(str(self._path), trust_remote_code=settings.trust_remote_code)
+        parsers = vllm_parsers(settings, tokenizer)
+        return tokenizer, parsers, None if parsers is None else parsers.formats(settings)
+
     async def _prepare(self, engine: Any) -> None:
         """Make a new engine ready to serve."""
         await engine.reset_mm_cache()  # vLLM's profiling leaves dummy images there
@@ -262,19 +257,11 @@ class VllmEngine:
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> VllmPrompt:
         engine = self._engine()
-        theirs, adapter = None, None
-        if request is not None:
-            adapter = self._adapters.taken(request.adapter, request.model)
+        adapter = None if request is None else self._adapters.taken(request.adapter, request.model)
         try:
-            if request is not None:
-                theirs = await self._parameters(engine, request)
-            prompt = await place_images(
-                self._vllm,
-                engine,
-                self._prompts.with_placeholders(token_ids, parts),
-                parts,
-                self._prompts.embeddings,
-            )
+            theirs = None if request is None else await self._parameters(engine, request)
+            written = self._prompts.with_placeholders(token_ids, parts)
+            prompt = await place_images(self._vllm, engine, written, parts, self._prompts.embeddings)
         except BaseException:
             if adapter is not None:
                 adapter.give_back()
@@ -389,14 +376,7 @@ class VllmEngine:
 
 @dataclass(slots=True)
 class VllmPrompt:
-    """See `handlers.backends.base.PreparedPrompt`.
-
-    Attributes:
-        engine: The one that it was rendered for.
-        prompt: vLLM's input.
-        parameters: vLLM's; None if only tokens are wanted.
-        adapter: The adapter that the request uses.
-    """
+    """See `handlers.backends.base.PreparedPrompt`. parameters are vLLM's; None if only tokens are wanted."""
 
     engine: Any
     prompt: Any

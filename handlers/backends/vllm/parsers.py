@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.compat import load_parsing
@@ -69,20 +70,19 @@ class VllmParsers:
         """
         tools, reasoning = settings.tool_call_parser, settings.reasoning_parser
         their_tools, their_reasoning = of_vllm(tools, TOOL_FORMATS), of_vllm(reasoning, REASONING_FORMATS)
-        ours = answer_formats(
+        formats = answer_formats(
             tools if their_tools is None else None,
             settings.enable_auto_tool_choice,
             reasoning if their_reasoning is None else None,
         )
-        tool_format, reasoning_format, together = ours.tools, ours.reasoning, None
         if their_tools is not None:
             tool_format = ToolFormat(*self._maker(their_tools, None), openai_call_id)
+            formats = replace(formats, tools=tool_format, auto=settings.enable_auto_tool_choice)
         if their_reasoning is not None:
-            reasoning_format = ReasoningFormat(*self._maker(None, their_reasoning))
+            formats = replace(formats, reasoning=ReasoningFormat(*self._maker(None, their_reasoning)))
         if their_tools is not None and their_reasoning is not None:
-            together, _ = self._maker(their_tools, their_reasoning)
-        auto = settings.enable_auto_tool_choice and tool_format is not None
-        return AnswerFormats(tool_format, auto, reasoning_format, together)
+            formats = replace(formats, together=self._maker(their_tools, their_reasoning)[0])
+        return formats
 
     def _maker(
         self, tools: str | None, reasoning: str | None
@@ -112,14 +112,11 @@ class VllmParsers:
 
     def _opened(self, kind: Any, asked: Asked) -> tuple[Any, Any]:
         """Return vLLM's parser and the request that it is given, with only those parts of tools that we check."""
+        checked = ("name", "description", "parameters")
         kept = [
             {
                 "type": "function",
-                "function": {
-                    key: tool["function"][key]
-                    for key in ("name", "description", "parameters")
-                    if key in tool["function"]
-                },
+                "function": {key: part for key, part in tool["function"].items() if key in checked},
             }
             for tool in asked.tools
         ]
@@ -261,13 +258,8 @@ class VllmParser:
         self._failed = True
         # Neither the error's text nor its traceback, which quote the completion.
         file, line, _ = next(iter(raised_at(error)), ("?", 0, ""))
-        logger.error(
-            "vLLM's parser %s failed with %s at %s:%d; the rest of the answer is shown as content",
-            self._name,
-            type(error).__name__,
-            file,
-            line,
-        )
+        text = "vLLM's parser %s failed with %s at %s:%d; the rest of the answer is shown as content"
+        logger.error(text, self._name, type(error).__name__, file, line)
 
 
 class _Shown:

@@ -18,7 +18,7 @@ from engine.sampler import Sampler, SamplingState
 from engine.sampling_params import SamplingParams
 from engine.warping import Warping
 from handlers.backends.vllm.compat import RunnerRequests, logits_processor_classes, process_dict_updates
-from handlers.backends.vllm.samplers import KEY, Carried
+from handlers.backends.vllm.sampling import KEY, Carried
 
 _REMEMBERED = 4096
 """Completions whose Mirostat state outlasts a preemption."""

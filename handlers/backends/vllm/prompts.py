@@ -21,7 +21,7 @@ from engine.errors import ModelLoadError
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.mistral_format import mistral_weights_alone
 from handlers.backends.vllm.compat import ImageProcessing, image_placeholder
-from handlers.backends.vllm.failures import refused
+from handlers.backends.vllm.outputs import refused
 from handlers.errors import ImageError, InvalidRequest, Unavailable
 from handlers.prompts.chat_templates import read_chat_templates
 from handlers.prompts.generation_config import (

@@ -1,4 +1,9 @@
-"""Sampling parameters and constraints, as vLLM takes them."""
+"""Sampling parameters and constraints, as vLLM takes them.
+
+For samplers that vLLM does not have, `processor.py` chooses the tokens in the engine's process with the embedded
+engine's sampler, so that a seed draws the same tokens on both backends. It masks all other tokens, and the request's
+remaining parameters leave vLLM to take the one that is left.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,21 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
 
-from engine.sampling_params import MAX_SEED
+from engine.repetition import Repetition
+from engine.sampling_params import MAX_SEED, SamplingParams
+from engine.warping import Warping
 from handlers.backends.vllm.compat import runner_limits
-from handlers.backends.vllm.failures import refused
-from handlers.backends.vllm.samplers import HAS_ALL, HOTTEST, NEUTRAL, Samplers, extra_args, wanted
+from handlers.backends.vllm.outputs import refused
 from handlers.errors import InvalidParameter
+from handlers.model_json import read_object
 from handlers.prompts.tokenizer import vocabulary_of
 from handlers.request import Constraint, RequestSampling
 
@@ -28,14 +37,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAME = (
-    "max_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "logprobs", "prompt_logprobs",
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "logprobs",
+    "prompt_logprobs",
 )  # fmt: skip
 """Fields with the same meaning in vLLM's parameters."""
 
-TRANSLATED = (
-    "min_tokens", "top_k", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
+TRANSLATED = ("min_tokens", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words")
+
+PROCESSOR = "handlers.backends.vllm.processor:SamplerProcessor"
+"""As vLLM's `logits_processors` names a class."""
+
+KEY = "lmi_samplers"
+"""The key of a request's samplers in vLLM's `extra_args`."""
+
+NEUTRAL: dict[str, Any] = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "logit_bias": None,
+}  # fmt: skip
+"""Parameters of vLLM's that must not change a token that is already chosen."""
+
+_LEFT_TO_VLLM = (
+    "max_tokens", "min_tokens", "seed", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs",
+    "allowed_token_ids",
 )  # fmt: skip
+"""vLLM applies its masks before the processor runs, and has a seed for each choice."""
+
+HOTTEST = 2.0
+"""The highest temperature that vLLM accepts."""
 
 MOST_PROMPT_LOGPROBS = 2**18
 """In one request, of all choices together, those of the prompt's own tokens included."""
@@ -53,6 +82,60 @@ _PLAIN = RequestSampling()
 _LARK_HEADER = re.compile(r"^\s*%llguidance\b", re.MULTILINE)
 
 
+class Carried(msgspec.Struct, frozen=True):
+    """What `extra_args` holds. request: a number of its own, the same for all its choices."""
+
+    params: SamplingParams
+    request: int
+
+
+@dataclass(frozen=True)
+class Samplers:
+    """Whether an engine has our samplers.
+
+    Attributes:
+        lacking: Why not, to follow "vLLM"; None if it has them.
+        reports_choice: Whether vLLM reports the log probabilities of the token that is left (`logprobs_mode`).
+    """
+
+    lacking: str | None = None
+    reports_choice: bool = False
+
+
+HAS_ALL = Samplers()
+
+
+def offer(arguments: MutableMapping[str, Any]) -> Samplers:
+    """Add the processor to the arguments for `AsyncEngineArgs`, unless that would cost a feature of vLLM's."""
+    given = list(arguments.get("logits_processors") or ())
+    lacking = None
+    if arguments.get("speculative_config") or _drafts_by_itself(Path(arguments["model"])):
+        lacking = "with speculative decoding"
+    elif arguments.get("return_sampling_mask"):
+        lacking = "with option.return_sampling_mask"
+    elif PROCESSOR not in given:
+        arguments["logits_processors"] = [*given, PROCESSOR]
+    mode = str(arguments.get("logprobs_mode") or "raw_logprobs")
+    return Samplers(lacking, mode.startswith("processed"))
+
+
+def _drafts_by_itself(model: Path) -> bool:
+    """Whether the model's config.json has vLLM switch speculative decoding on."""
+    try:
+        return bool(read_object(model / "config.json").get("speculators_config"))
+    except (OSError, ValueError):
+        return False
+
+
+def wanted(params: SamplingParams) -> bool:
+    """Whether samplers that vLLM does not have change the completion."""
+    if Repetition.of(params, ()) is not None:
+        return True
+    return not params.greedy and (
+        params.typical_p < 1.0 or params.temperature > HOTTEST or Warping.of(params, 0) is not None
+    )
+
+
 def to_vllm(
     vllm: Vllm,
     params: RequestSampling,
@@ -62,33 +145,18 @@ def to_vllm(
 ) -> Any:
     """Return vLLM's SamplingParams, with which each output holds only what is new.
 
-    Args:
-        vllm: The imported names.
-        params: Checked, with DRY's breakers as token ids.
-        n: The number of choices.
-        constraint: As vLLM reads it (see `constraint_for_vllm`).
-        samplers: Which of ours the engine has.
-
-    Raises:
-        InvalidRequest: The engine does not have a sampler, or vLLM refuses a value.
+    params are checked, and a constraint is as `constraint_for_vllm` returns it. Raises InvalidRequest if the engine
+    does not have a sampler, or if vLLM refuses a value.
     """
-    ours = wanted(params)
-    if ours:
-        _check_samplers(params, samplers)
     fields: dict[str, Any] = {name: getattr(params, name) for name in SAME}
-    if params.greedy:
-        # For a seed vLLM would keep state, which a greedy choice does not need.
-        fields |= {"seed": None, "top_p": 1.0, "min_p": 0.0}
-    fields["top_k"] = 0 if params.greedy else max(params.top_k, 0)
     fields["logit_bias"] = params.logit_bias or None
-    if ours:
+    if wanted(params):
+        _check_samplers(params, samplers)
         fields |= NEUTRAL | {"extra_args": extra_args(params)}
         if not params.greedy:
             # Without a seed, the ranks of an engine would draw differently.
-            fields |= {
-                "temperature": 1.0,
-                "seed": secrets.randbits(62) if params.seed is None else params.seed,
-            }
+            seed = secrets.randbits(62) if params.seed is None else params.seed
+            fields |= {"temperature": 1.0, "seed": seed}
     if fields["seed"] is not None:
         # Choice i is drawn with seed + i, and a seed of more than 63 bits ends the newer model runner.
         fields["seed"] = min(fields["seed"], MAX_SEED + 1 - n)
@@ -101,13 +169,21 @@ def to_vllm(
         fields["allowed_token_ids"] = list(dict.fromkeys(params.allowed_token_ids))
     if params.bad_words:
         fields["bad_words"] = list(params.bad_words)
-    if constraint is not None:
-        fields["structured_outputs"] = _structured(vllm, constraint)
-        fields["ignore_eos"] = False  # otherwise vLLM continues after the grammar's end, without the grammar
     try:
+        if constraint is not None:
+            fields["structured_outputs"] = _structured(vllm, constraint)
+            fields["ignore_eos"] = (
+                False  # otherwise vLLM continues after the grammar's end, without the grammar
+            )
         return vllm.SamplingParams(n=n, output_kind=vllm.RequestOutputKind.DELTA, **fields)
     except vllm.refusals as error:
         raise refused(error) from error
+
+
+def extra_args(params: RequestSampling) -> dict[str, bytes]:
+    """Return vLLM's `extra_args` for a request that wants our samplers."""
+    kept = replace(params.for_engine(), **{name: getattr(_PLAIN, name) for name in _LEFT_TO_VLLM})
+    return {KEY: msgspec.msgpack.encode(Carried(kept, secrets.randbits(63)))}
 
 
 def usual_sampling(defaults: Mapping[str, float | int], samplers: Samplers) -> dict[str, float | int]:
@@ -149,10 +225,8 @@ def check_prompt_logprobs(params: RequestSampling, prompt_tokens: int, choices: 
     It does so on the event loop, for each choice again: about 0.7 us for each.
     """
     count = params.prompt_logprobs
-    if count is None:
-        return
     most = MOST_PROMPT_LOGPROBS // (SLOWER_WITH_STOPS if params.stop else 1)
-    if (count + 1) * prompt_tokens * choices > most:
+    if count is not None and (count + 1) * prompt_tokens * choices > most:
         raise InvalidParameter(
             "prompt_logprobs",
             f"is {count}, for a prompt of {prompt_tokens} tokens"
@@ -164,20 +238,14 @@ def check_prompt_logprobs(params: RequestSampling, prompt_tokens: int, choices: 
 def check_runner_limits(vllm: Vllm, engine: Any, theirs: Any, eos_token_ids: Collection[int]) -> None:
     """Raise InvalidParameter for lists that are too long for vLLM's newer model runner: there they end the engine.
 
-    Args:
-        vllm: The imported names.
-        engine: The `AsyncLLM`.
-        theirs: vLLM's SamplingParams. With bad words this is slow, since they become tokens.
-        eos_token_ids: The model's own.
+    theirs are vLLM's SamplingParams. With bad words this is slow, since they become tokens.
     """
     if not (theirs.allowed_token_ids or theirs.logit_bias or theirs.min_tokens or theirs.bad_words):
         return
-    limits = runner_limits(engine.vllm_config)
-    if limits is None:
-        return
-    check_ids(limits, theirs, eos_token_ids)
-    if theirs.bad_words:
-        check_bad_words(vllm, limits, theirs, engine.get_tokenizer())
+    if (limits := runner_limits(engine.vllm_config)) is not None:
+        check_ids(limits, theirs, eos_token_ids)
+        if theirs.bad_words:
+            check_bad_words(vllm, limits, theirs, engine.get_tokenizer())
 
 
 def check_ids(limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int]) -> None:
@@ -188,10 +256,8 @@ def check_ids(limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int])
             raise InvalidParameter(name, f"names {count} tokens; allowed: {most}")
     count, most = len({*theirs.stop_token_ids, *eos_token_ids}), limits.stop_token_ids
     if theirs.min_tokens and count > most:
-        raise InvalidParameter(
-            "stop_token_ids",
-            f"and the model's own ends are {count} tokens; allowed: {most} with min_tokens",
-        )
+        text = f"and the model's own ends are {count} tokens; allowed: {most} with min_tokens"
+        raise InvalidParameter("stop_token_ids", text)
 
 
 def check_bad_words(vllm: Vllm, limits: RunnerLimits, theirs: Any, tokenizer: Any) -> None:
@@ -212,14 +278,8 @@ def constraint_vocabulary(config: Any, prompts: VllmPrompts) -> Vocabulary | Non
     """Return what our own compiler needs, which compiles every constraint before vLLM sees it. Slow.
 
     vLLM compiles constraints on the front end's event loop, where a hostile one would hold up every request and the
-    health check for minutes.
-
-    Args:
-        config: vLLM's StructuredOutputsConfig.
-        prompts: Those of the model.
-
-    Returns:
-        None if the operator has chosen another of vLLM's libraries, which gets what the client wrote.
+    health check for minutes. None if the operator has chosen another of vLLM's libraries in `config`, its
+    StructuredOutputsConfig; that library gets what the client wrote.
     """
     if config.backend == LIBRARY:
         return vocabulary_of(prompts.tokenizer, prompts.vocab_size, tuple(prompts.eos_token_ids))
@@ -261,7 +321,7 @@ def constraint_for_vllm(constraint: Constraint, grammar: str) -> Constraint:
 
 
 def _structured(vllm: Vllm, constraint: Constraint) -> Any:
-    """Return vLLM's StructuredOutputsParams."""
+    """Return vLLM's StructuredOutputsParams. Raises InvalidRequest."""
     kind, value = constraint.kind, constraint.value
     match kind:
         case "json_object":

@@ -5,19 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from handlers.backends.base import Health
-from handlers.backends.vllm.compat import (
-    Vllm,
-    engine_process_ids,
-    expect_the_end,
-    fail_requests,
-    replica_count,
-)
+from handlers.backends.vllm.compat import engine_process_ids, expect_the_end, fail_requests, replica_count
+from handlers.backends.vllm.probes import Counters
 from handlers.backends.vllm.processes import ProcessTree, engine_children
 from processes.guard import Guard
 from processes.supervisor import Supervisor
@@ -35,70 +29,6 @@ JOIN_SECONDS = 30.0
 
 Ask = Callable[[Any, int], Awaitable[None]]
 """Has one replica of an engine, by its number, generate a token."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Counts since the process began, over all engines.
-
-    Attributes:
-        cache_usage: By replica, the share of the KV cache that was used at the latest step.
-        signs: By replica, the time of its latest report (`time.monotonic()`).
-    """
-
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    mm_queries: int = 0
-    mm_hits: int = 0
-    preemptions: int = 0
-    cache_usage: dict[int, float] = field(default_factory=dict)
-    signs: dict[int, float] = field(default_factory=dict)
-
-
-def stat_logger(vllm: Vllm, counters: Counters) -> Any:
-    """Return a factory for `AsyncLLM`'s `stat_loggers` that updates the counters.
-
-    vLLM does not promise that this interface is stable, so a missing field counts as 0.
-    """
-
-    class Recorder(vllm.StatLoggerBase):  # type: ignore[misc, name-defined]
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def record(
-            self,
-            scheduler_stats: Any = None,
-            iteration_stats: Any = None,
-            mm_cache_stats: Any = None,
-            engine_idx: int = 0,
-            **more: Any,
-        ) -> None:
-            counters.signs[engine_idx] = time.monotonic()
-            if scheduler_stats is not None:
-                counters.cache_usage[engine_idx] = float(_number(scheduler_stats, "kv_cache_usage"))
-                prefix = getattr(scheduler_stats, "prefix_cache_stats", None)
-                counters.prefix_queries += int(_number(prefix, "queries"))
-                counters.prefix_hits += int(_number(prefix, "hits"))
-            counters.preemptions += int(_number(iteration_stats, "num_preempted_reqs"))
-            counters.mm_queries += int(_number(mm_cache_stats, "queries"))
-            counters.mm_hits += int(_number(mm_cache_stats, "hits"))
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return Recorder
-
-
-def _number(source: Any, name: str) -> float:
-    value = getattr(source, name, 0)
-    return value if isinstance(value, int | float) else 0
-
-
-def series(vllm: Vllm) -> Iterator[Any]:
-    """Yield vLLM's own metric families."""
-    for family in vllm.get_prometheus_registry().collect():
-        if family.name.startswith("vllm:"):
-            yield family
 
 
 class EngineSupervisor(Supervisor["_Running"]):
@@ -287,12 +217,7 @@ class _Running:
 
 def _kill(engine: Any, tree: ProcessTree) -> None:
     if left := tree.kill(JOIN_SECONDS):
-        pids = ", ".join(str(process.pid) for process in left)
-        logger.error(
-            "%.0f s after they were killed, %d processes of the engine still hold their memory: %s",
-            JOIN_SECONDS,
-            len(left),
-            pids,
-        )
+        text = "%.0f s after they were killed, %d processes of the engine still hold their memory: %s"
+        logger.error(text, JOIN_SECONDS, len(left), ", ".join(str(process.pid) for process in left))
     if engine is not None:
         engine.shutdown(timeout=0)

@@ -1,4 +1,4 @@
-"""The adapters API as LMI has it.
+"""The adapters API, as LMI has it.
 
 Parameters come in the query, as LMI reads them, or as a JSON body, as SageMaker's own container libraries do.
 """
@@ -30,7 +30,7 @@ MOST_LISTED = 100
 
 
 class AdapterBody(msgspec.Struct):
-    """Adds or updates an adapter. preload: has no effect: adapters are always loaded before the answer."""
+    """Adds or updates an adapter. preload: has no effect, since adapters are always loaded before the answer."""
 
     name: str | None = None
     src: str | None = None
@@ -91,7 +91,7 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
 
 
 def _asked(incoming: Incoming) -> AdapterBody:
-    """Reads query and body; the query wins. Raises InvalidRequest."""
+    """Read query and body; the query wins. Raises InvalidRequest."""
     body: dict[str, Any] = {}
     if len(incoming.body) > SHORT_BYTES:
         raise PayloadTooLarge(f"the body has {len(incoming.body)} bytes; allowed: at most {SHORT_BYTES}")
@@ -166,7 +166,7 @@ _PLACE = {
 
 
 def _route(path: str, summary: str, *codes: int, **given: Any) -> tuple[Route, Route]:
-    """The route, and the same below a model's name, which logs and metrics do not show."""
+    """Return the route, and the same below a model's name, which logs and metrics do not show."""
     route = Route(path, "adapters", summary, errors=(LmiError,), codes=(400, 404, *codes), **given)
     return route, replace(route, path="/models/{name}" + path)
 

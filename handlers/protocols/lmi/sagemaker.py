@@ -105,7 +105,7 @@ class Sessions:
         self._ends: dict[str, float] = {}
 
     def answer(self, body: Mapping[str, Any], incoming: Incoming) -> Reply | None:
-        """Returns the reply to a body that opens or closes a session; None for all others.
+        """Return the reply to a body that opens or closes a session; None for all others.
 
         Raises:
             InvalidRequest: The body, or the session that a header names, is not valid.

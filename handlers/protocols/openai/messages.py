@@ -1,7 +1,7 @@
 """Chat messages and their content parts, in the shapes that OpenAI's clients and vLLM's users send.
 
-The structs say in `/openapi.json` what is read; reading is done by hand, because many clients send slightly different
-shapes, and because an error names the path of what is wrong.
+The structs describe in `/openapi.json` what is read. Reading is done by hand, because many clients send slightly
+different shapes, and because an error names the path of the value at fault.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Usage(Struct, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, stats: PromptStats, completion_tokens: int) -> Usage:
-        """Returns the usage of a prompt and its choices."""
+        """Return the usage of a prompt and its choices."""
         details = PromptTokensDetails(stats.cached_tokens, stats.image_tokens)
         return cls(stats.prompt_tokens, completion_tokens, stats.prompt_tokens + completion_tokens, details)
 
@@ -75,7 +75,7 @@ class ChatLogprobs(Struct, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, positions: list[PositionLogprobs] | None, top: int, *, as_ids: bool) -> ChatLogprobs:
-        """Returns the object of some tokens, with `top` candidates for each. as_ids: see `token_text`."""
+        """Return the object of some tokens, with `top` candidates for each. as_ids: see `token_text`."""
         return cls(
             [
                 ChosenToken(
@@ -270,7 +270,7 @@ class OpenAIError(Struct, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, error: ServingError) -> OpenAIError:
-        """Returns what is written of an error."""
+        """Return what is written of an error."""
         kind = _ERROR_TYPES.get(error.status, "invalid_request_error")
         return cls(OpenAIErrorFields(error.message, kind, error.param, error.kind))
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.base import Delta, PromptStats
-from handlers.backends.vllm.stream import VllmStream
+from handlers.backends.vllm.outputs import VllmStream
 from handlers.errors import EngineFailed
 from handlers.pipeline import Generation, texts_of
 from handlers.prompts.detokenizer import TokenTexts

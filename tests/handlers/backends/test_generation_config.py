@@ -11,8 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from handlers.backends.rolling.model_front import ModelFront
-from handlers.backends.vllm.samplers import Samplers
-from handlers.backends.vllm.sampling import usual_sampling
+from handlers.backends.vllm.sampling import Samplers, usual_sampling
 from handlers.pipeline import checked_sampling, checked_tokens
 from handlers.prompts.generation_config import read_default_sampling
 from handlers.protocols.base import ServerContext, Task

@@ -86,18 +86,18 @@ def test_vllm_reads_weights_alone_as_mistral_has_them(tmp_path: Path) -> None:
         "config_format",
     }
     assert format_warnings(configure(model, "tokenizer_mode=mistral"), model) == []
-    assert weight_problems(model) == []
+    assert list(weight_problems(model, "auto")) == []
     (model / "params.json").unlink()
-    (problem,) = weight_problems(model)
-    assert "which vLLM reads with params.json, and that is missing" in str(problem)
+    (problem,) = weight_problems(model, "auto")
+    assert "which vLLM reads with params.json, and that is missing" in problem
 
 
 def test_weights_of_both_formats_without_an_index_are_told_for_vllm(both: Path) -> None:
-    (problem,) = weight_problems(both)
-    assert "remove consolidated*.safetensors" in str(problem)
+    (problem,) = weight_problems(both, "dummy")
+    assert "remove consolidated*.safetensors" in problem
     (both / "model.safetensors.index.json").write_text("{}")
-    assert weight_problems(both) == []
-    assert weight_problems(SHAPES) == []
+    assert list(weight_problems(both, "dummy")) == []
+    assert list(weight_problems(SHAPES, "auto")) == []
 
 
 def test_a_model_without_config_json_is_told_from_none(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.backends.select import RollingBatch, choose, remedy
+from handlers.backends.select import choose, remedy
 from handlers.backends.vllm.compat import architectures
 from properties.problem import ConfigurationError
 
@@ -14,32 +14,31 @@ LLAVA = ["LlavaForConditionalGeneration"]
 
 
 def test_auto_takes_vllm_where_everything_speaks_for_it() -> None:
-    choice = choose("auto", LLAVA, 1, vllm=True, adapter=True)
+    choice = choose("auto", LLAVA, 1, vllm=True)
     assert choice.backend == "vllm"
 
 
 @pytest.mark.parametrize(
-    ("architectures", "accelerators", "vllm", "adapter", "reason"),
+    ("architectures", "accelerators", "vllm", "reason"),
     [
-        (LLAVA, 1, True, False, "this build has no vLLM backend"),
-        (LLAVA, 1, False, True, "vLLM is not installed"),
-        (LLAVA, 0, True, True, "no accelerator is visible"),
-        (["MllamaForConditionalGeneration"], 1, True, True, "0.10.2"),
-        (["FuyuForCausalLM"], 1, True, True, "0.25"),
-        (["ChameleonForConditionalGeneration"], 1, True, True, "0.28"),
-        (["Phi3VForCausalLM"], 1, True, True, "trust_remote_code"),
+        (LLAVA, 1, False, "vLLM is not installed"),
+        (LLAVA, 0, True, "no accelerator is visible"),
+        (["MllamaForConditionalGeneration"], 1, True, "0.10.2"),
+        (["FuyuForCausalLM"], 1, True, "0.25"),
+        (["ChameleonForConditionalGeneration"], 1, True, "0.28"),
+        (["Phi3VForCausalLM"], 1, True, "trust_remote_code"),
     ],
 )
 def test_auto_falls_to_the_embedded_engine_and_says_why(
-    architectures: list[str], accelerators: int, vllm: bool, adapter: bool, reason: str
+    architectures: list[str], accelerators: int, vllm: bool, reason: str
 ) -> None:
-    choice = choose("auto", architectures, accelerators, vllm=vllm, adapter=adapter)
+    choice = choose("auto", architectures, accelerators, vllm=vllm)
     assert choice.backend == "rolling"
     assert reason in choice.reason
 
 
 def test_phi3_v_with_remote_code_is_vllms() -> None:
-    choice = choose("auto", ["Phi3VForCausalLM"], 1, vllm=True, adapter=True, trust_remote_code=True)
+    choice = choose("auto", ["Phi3VForCausalLM"], 1, vllm=True, trust_remote_code=True)
     assert choice.backend == "vllm"
 
 
@@ -58,19 +57,12 @@ def test_a_vllm_of_another_version_is_not_driven(tmp_path: Path, monkeypatch: py
 
 def test_auto_asks_whether_vllm_lists_the_model() -> None:
     def choice(listed: set[str]) -> str:
-        return choose("auto", LLAVA, 1, vllm=True, adapter=True, listed=listed).backend
+        return choose("auto", LLAVA, 1, vllm=True, listed=listed).backend
 
     assert choice({"OtherForCausalLM"}) == "rolling"
     assert choice({*LLAVA, "OtherForCausalLM"}) == "vllm"
     assert choice(set()) == "vllm", "a list that cannot be read says nothing"
-    assert choose("vllm", LLAVA, 1, vllm=True, adapter=True, listed={"Other"}).backend == "vllm"
-
-
-@pytest.mark.parametrize("rolling_batch", ["auto", "vllm"])
-def test_a_version_that_still_lists_a_model_serves_it(rolling_batch: RollingBatch) -> None:
-    chameleon = ["ChameleonForConditionalGeneration"]
-    listed = {*chameleon, *LLAVA}
-    assert choose(rolling_batch, chameleon, 1, vllm=True, adapter=True, listed=listed).backend == "vllm"
+    assert choose("vllm", LLAVA, 1, vllm=True, listed={"Other"}).backend == "vllm"
 
 
 def test_what_the_installed_version_lists_is_read_from_its_source(
@@ -80,43 +72,37 @@ def test_what_the_installed_version_lists_is_read_from_its_source(
     (package / "model_executor" / "models").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "_version.py").write_text("__version__ = version = '0.32.0'\n")
-    listing = "_MULTIMODAL_MODELS = {'ChameleonForConditionalGeneration': ('chameleon', 'Chameleon')}\n"
+    listing = "_MULTIMODAL_MODELS = {'NewForConditionalGeneration': ('new', 'New')}\n"
     (package / "model_executor" / "models" / "registry.py").write_text(listing)
     monkeypatch.syspath_prepend(str(tmp_path))
     architectures.cache_clear()
     try:
-        assert choose("auto", ["ChameleonForConditionalGeneration"], 1).backend == "vllm"
-        mllama = choose("auto", ["MllamaForConditionalGeneration"], 1)
+        assert choose("auto", ["NewForConditionalGeneration"], 1).backend == "vllm"
+        other = choose("auto", LLAVA, 1)
     finally:
         architectures.cache_clear()
-    assert (mllama.backend, mllama.reason) == (
-        "rolling",
-        "vLLM 0.10.2 was the last to serve MllamaForConditionalGeneration",
-    )
+    assert other.reason == "the installed vLLM does not list LlavaForConditionalGeneration"
 
 
 @pytest.mark.parametrize("rolling_batch", ["rolling", "disable"])
 def test_the_embedded_engine_on_demand(rolling_batch: str) -> None:
-    assert choose(rolling_batch, LLAVA, 8, vllm=True, adapter=True).backend == "rolling"  # type: ignore[arg-type]
+    assert choose(rolling_batch, LLAVA, 8, vllm=True).backend == "rolling"  # type: ignore[arg-type]
 
 
 def test_vllm_on_demand_needs_no_accelerator() -> None:
-    assert choose("vllm", LLAVA, 0, vllm=True, adapter=True).backend == "vllm"
+    assert choose("vllm", LLAVA, 0, vllm=True).backend == "vllm"
 
 
 @pytest.mark.parametrize(
-    ("architectures", "vllm", "adapter", "reason"),
+    ("architectures", "vllm", "reason"),
     [
-        (LLAVA, True, False, "this build has no vLLM backend; use rolling"),
-        (LLAVA, False, True, "vLLM is not installed"),
-        (["FuyuForCausalLM"], True, True, "FuyuForCausalLM"),
+        (LLAVA, False, "vLLM is not installed"),
+        (["FuyuForCausalLM"], True, "FuyuForCausalLM"),
     ],
 )
-def test_vllm_on_demand_is_refused_with_the_reason(
-    architectures: list[str], vllm: bool, adapter: bool, reason: str
-) -> None:
+def test_vllm_on_demand_is_refused_with_the_reason(architectures: list[str], vllm: bool, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
-        choose("vllm", architectures, 1, vllm=vllm, adapter=adapter)
+        choose("vllm", architectures, 1, vllm=vllm)
 
 
 def test_choosing_imports_no_engine() -> None:

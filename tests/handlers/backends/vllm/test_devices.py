@@ -19,8 +19,7 @@ QWEN2_VL_7B = Heads(28, 4)
 
 def plan(heads: Heads | None, devices: int, *options: str) -> Plan:
     configuration = resolve(model="org/model", environ={}, options=options)
-    extra = {name: item.value for name, item in configuration.extra.items()}
-    return plan_devices(configuration.settings, extra, devices, heads)
+    return plan_devices(configuration.settings, configuration.extra_texts, devices, heads)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from handlers.backends.vllm import supervisor as watching
-from handlers.backends.vllm.supervisor import Counters, EngineSupervisor
+from handlers.backends.vllm.probes import Counters
+from handlers.backends.vllm.supervisor import EngineSupervisor
 from processes import supervisor
 
 

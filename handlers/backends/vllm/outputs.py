@@ -1,22 +1,32 @@
-"""vLLM's outputs, as the tokens that the pipeline reads."""
+"""vLLM's outputs and exceptions, as the tokens and errors that the pipeline and the operator read."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import NO_TOKEN_LEFT
 from engine.messages import Logprobs
-from handlers.backends.base import FinishReason, TokenOutput
-from handlers.errors import EngineFailed, ImagesLost, InvalidRequest, ServingError
+from handlers.backends.base import TokenOutput
+from handlers.errors import EngineFailed, ImagesLost, InvalidRequest, Overloaded, ServingError
 
 if TYPE_CHECKING:
     from engine.sampling_params import SamplingParams
+    from handlers.backends.vllm.compat import Vllm
+
+_LONGEST_REASON = 300
+_LONGEST_CONFIGURATION_REASON = 600
+_ELSEWHERE = "Engine core initialization failed"
+"""vLLM's message when the engine's process has logged the reason, but the front end does not know it."""
 
 
 class VllmStream:
-    """See `handlers.backends.base.TokenStream`."""
+    """See `handlers.backends.base.TokenStream`.
+
+    Attributes:
+        started: Whether the first output has arrived.
+    """
 
     def __init__(
         self,
@@ -30,17 +40,10 @@ class VllmStream:
         failure: Callable[[Exception, bool], ServingError],
         ended: Callable[[VllmStream], None],
     ) -> None:
-        """Prepare to read a request's outputs; `start` waits for the first.
+        """Prepare to read a request's outputs, each with what is new; `start` waits for the first.
 
-        Args:
-            outputs: vLLM's, each with what is new.
-            params: The request's.
-            choices: The number of choices.
-            images: Whether the prompt has images.
-            constrained: Whether a grammar constrains the choices.
-            eos_token_ids: The model's own.
-            failure: Makes the client's error of vLLM's exception, and of whether an output came before it.
-            ended: Called once, when nothing runs any more.
+        failure makes the client's error of vLLM's exception, and of whether an output came before it. ended is called
+        once, when nothing runs any more.
         """
         self.started = False
         self._outputs = outputs
@@ -109,8 +112,7 @@ class VllmStream:
         try:
             await self._outputs.aclose()
         except RuntimeError:
-            # Another task is waiting for the next output; its cancellation aborts the request.
-            pass
+            pass  # Another task is waiting for the next output; its cancellation aborts the request.
         finally:
             self._end()
 
@@ -125,21 +127,17 @@ class VllmStream:
             raise InvalidRequest(NO_TOKEN_LEFT)
         if reason == "error":
             raise EngineFailed("the engine failed on this request")
-        token_ids, logprobs = list(completion.token_ids), completion.logprobs
-        if logprobs is not None:
-            logprobs = _read_all(token_ids, logprobs, self._params.logprobs or 0)
-        finish: FinishReason | None = None
         if reason is not None:
             self._open.discard(completion.index)
-            finish = reason if reason in ("length", "abort") else "stop"
+        token_ids, entries = list(completion.token_ids), completion.logprobs
         by_text = isinstance(stop_reason, str)
         return TokenOutput(
             completion.index,
             token_ids,
-            finish,
-            logprobs,
-            None if by_text or stop_reason in self._eos else stop_reason,
-            reason == "stop" and not by_text,
+            finish=reason if reason in (None, "length", "abort") else "stop",
+            logprobs=None if entries is None else _read_all(token_ids, entries, self._params.logprobs or 0),
+            stop_token=None if by_text or stop_reason in self._eos else stop_reason,
+            by_token=reason == "stop" and not by_text,
         )
 
 
@@ -159,3 +157,57 @@ def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
         [float(one.logprob) for _, one in items],
         [int(one.rank or 0) for _, one in items],
     )
+
+
+def failed(vllm: Vllm, error: Exception, param: str | None = None, *, accepted: bool = False) -> ServingError:
+    """Return the client's error for a request that ended with an exception of vLLM's.
+
+    Args:
+        vllm: The imported names.
+        error: vLLM's exception.
+        param: The client's field, if a refusal names none.
+        accepted: Whether the engine had accepted the request. A later failure is not a refusal, whatever its type: vLLM
+            passes a failure of its own loop to all requests.
+    """
+    if isinstance(error, vllm.EngineDeadError):
+        return EngineFailed("the engine process died while it worked on this request; try again")
+    if not accepted:
+        if isinstance(error, vllm.GracefulHTTPError):
+            return Overloaded("the engine's queue is full; try again later", retry_after=1)
+        cause = error.__cause__ if isinstance(error, vllm.EngineGenerateError) else None
+        cause = error if isinstance(error, vllm.VLLMClientError) else cause
+        if isinstance(cause, vllm.refusals):
+            return refused(cause, param)
+    return EngineFailed("the engine failed on this request")
+
+
+def refused(error: BaseException, param: str | None = None) -> InvalidRequest:
+    """Return vLLM's refusal of a request as ours: its first line. param: the client's field, if vLLM names none."""
+    lines = (str(getattr(error, "message", "")) or str(error.args[0] if error.args else "")).splitlines()
+    reason = lines[0][:_LONGEST_REASON].rstrip(". ") if lines else type(error).__name__
+    return InvalidRequest(
+        f"the engine refuses this request: {reason}", param=getattr(error, "parameter", None) or param
+    )
+
+
+def refusal_reason(error: BaseException) -> str:
+    """Return why vLLM refuses a configuration, on one line."""
+    if found := wrong_fields(error):
+        text = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in found)
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    if _ELSEWHERE in text:
+        return (
+            "its engine's processes did not start; the reason is in the log above, in the last lines that begin with "
+            "(Worker or (EngineCore"
+        )
+    return text[:_LONGEST_CONFIGURATION_REASON]
+
+
+def wrong_fields(error: BaseException | None) -> Sequence[Mapping[str, Any]]:
+    """Return pydantic's description of each wrong field: `loc`, its path, and `msg`. Empty for other exceptions."""
+    listed = getattr(error, "errors", None)
+    try:
+        return listed(include_url=False, include_input=False) if callable(listed) else ()
+    except TypeError:
+        return ()
