@@ -89,6 +89,7 @@ format: $(VENV)/installed-dev  ## Format the sources and fix what ruff can fix
 
 docs: $(VENV)/installed-dev  ## Write the generated pages again
 	$(BIN)/python -m properties.document
+	$(BIN)/python -m tests.support.instance_table
 
 bench: $(VENV)/installed-dev  ## Measure our server under load (ARGS="--help" lists the options)
 	$(BIN)/python -m bench.run $(ARGS)
@@ -127,7 +128,7 @@ image:  ## Build the container image lmi-handler:TARGET (cpu or gpu) with CONTAI
 	$(CONTAINER_TOOL) build -f docker/Dockerfile --target $(TARGET) -t lmi-handler:$(TARGET) $(ARGS) .
 
 # Building may take as long as the network does; a test that hangs is ended after five minutes.
-test-image: $(VENV)/installed-dev  ## Build the cpu image where there is no registry, and test it (as root, with buildah, podman, debootstrap)
+test-image: $(VENV)/installed-dev .venv-clients/sagemaker/installed  ## Build the cpu image where there is no registry, and test it (as root, with buildah, podman, debootstrap)
 	$(BIN)/python -m tests.image.images
 	$(BIN)/python -m pytest -m image --timeout=300 --durations=10 $(or $(ARGS),tests/image)
 

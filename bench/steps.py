@@ -36,6 +36,7 @@ def main() -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--dtype", default="auto", help="(%(default)s)")
+    parser.add_argument("--int8", action="store_true", help="with option.quantize=int8")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--rows", default="1,4,16", help="requests at once (%(default)s)")
     parser.add_argument("--prompt", type=int, default=2000, help="tokens; 0: no prompt (%(default)s)")
@@ -44,7 +45,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder = str(model_folder(arguments))
     config = EngineConfig(
-        model_path=folder, dtype=arguments.dtype, kv_cache_bytes=1 << 30, enable_prefix_caching=False
+        model_path=folder,
+        dtype=arguments.dtype,
+        int8=arguments.int8,
+        kv_cache_bytes=1 << 30,
+        enable_prefix_caching=False,
     )
     engine = Engine.load(config)
     keep_freed_memory()

@@ -414,21 +414,17 @@ class Body:
         self._pace = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._error: ServingError | None = None
-        self._expected = False
+        self.expected = False
 
     def expect(self) -> None:
         """Reserve a place for its answer until `settle`."""
-        if not self._expected:
-            self._expected = True
+        if not self.expected:
+            self.expected = True
             self._bodies.expected += 1
 
-    @property
-    def expected(self) -> bool:
-        return self._expected
-
     def settle(self) -> None:
-        if self._expected:
-            self._expected = False
+        if self.expected:
+            self.expected = False
             self._bodies.expected -= 1
 
     async def read(self, receive: Receive) -> bytes:

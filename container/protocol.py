@@ -240,7 +240,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self.pipeline and not self.transport.is_closing():
-            if self._in_head and self._timer is None:
+            if (self._in_head or self._in_body) and self._timer is None:
                 self._start_timer(_HEAD_SECONDS, self._socket.abort)
             self._connections.rest(self)
 

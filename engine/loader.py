@@ -19,7 +19,7 @@ from engine.families.pixels import ProcessorBackend
 from engine.families.registry import family_of, kind_of, register, served
 from engine.fused import FusedDecoder, stack
 from engine.machine import computes_bfloat16
-from engine.packed_linear import pack
+from engine.packed_linear import pack, quantize
 from engine.tensor_parallel import Ranks
 from engine.weights import MISTRAL_CLASSES, are_mistrals, mistral_state_dict, weight_files
 
@@ -191,6 +191,8 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
     if device.type == "cpu":
         stack(loaded.decoder)
         loaded.fused = FusedDecoder.of(loaded.decoder)
+        if config.int8:
+            quantize(loaded.decoder)
         pack(loaded.model)
     return loaded
 

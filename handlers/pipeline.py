@@ -213,15 +213,12 @@ class Pipeline:
         return await self._aside(partial(_detokenized, token_ids, self._model))
 
     def health(self) -> Health:
-        """See `Lifecycle`."""
         return self._engine.health()
 
     def stats(self) -> BackendStats:
-        """See `Lifecycle`."""
         return self._engine.stats()
 
     async def close(self) -> None:
-        """See `Lifecycle`."""
         self._loaded = False
         if self._compiler is not None:
             await self._compiler.close()

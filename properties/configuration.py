@@ -12,7 +12,7 @@ from typing import Any
 
 from properties.field import BackendName, Level
 from properties.lmi import PACKAGE, RENAMED, handler_named
-from properties.model import SCRIPTS, ModelLocation, find_home, holds_model, locate, recommended
+from properties.model import SCRIPTS, ModelLocation, context_length, find_home, holds_model, locate
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Report, Source
 from properties.resolution import Resolution, Sourced, resolve_values
@@ -52,6 +52,8 @@ _STANDARDS = {
     "model.py may have formatters of djl_python, which change requests and replies",
 )
 """Variables of the package that AWS's vLLM and SGLang images follow, and what takes the place of what they name."""
+
+_PROGRAM = "a handler is model.py, beside the model or in code/, or the file that option.entryPoint names"
 
 _NEEDS = dict.fromkeys(_LORA, "enable_lora") | {"sessions_expiration": "enable_stateful_sessions"}
 """Option -> the switch without which it has no effect."""
@@ -107,16 +109,16 @@ class Configuration:
         return replace(self, settings=self.settings.model_copy(update={name: value}))
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
-        """Add what the model's config.json recommends, below everything that the user wrote."""
-        hints = {
-            name: value
-            for name, value in recommended(config).items()
-            if self.sources[name].level >= Level.RECOMMENDED
-        }
-        sources = {
-            name: Source(Level.RECOMMENDED, "config.json", str(value)) for name, value in hints.items()
-        }
-        return replace(self, recommended=hints, sources=self.sources | sources)
+        """Add the context length that the model's config.json states, below everything that the user wrote.
+
+        The type of the weights is not among them: a default of auto leaves it to the backend, which knows the device.
+        """
+        length = context_length(config)
+        if length is None or self.sources["max_model_len"].level < Level.RECOMMENDED:
+            return self
+        source = Source(Level.RECOMMENDED, "config.json", str(length))
+        sources = self.sources | {"max_model_len": source}
+        return replace(self, recommended={"max_model_len": length}, sources=sources)
 
     def with_model_directory(self, directory: Path) -> Configuration:
         """Add what is known once the model has been downloaded to `directory`.
@@ -224,6 +226,8 @@ def resolve(
     for name, reason in _STANDARDS.items():
         if environ.get(name):
             report.warn(f"{name} has no effect here: {reason}")
+    if environ.get("SAGEMAKER_PROGRAM", "") not in ("", "model.py"):
+        report.warn(f"SAGEMAKER_PROGRAM has no effect here: {_PROGRAM}")
     written = [*read_command_line(options, report), *read_environment(environ)]
     written += read_containers(environ, report, backend_options)
     written = _in_the_containers_order(list(_renamed(written, report)), environ, model_store, report)

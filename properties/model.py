@@ -124,12 +124,3 @@ def context_length(config: Mapping[str, Any]) -> int | None:
             if isinstance(value, int) and value > 0:
                 return value
     return None
-
-
-def recommended(config: Mapping[str, Any]) -> dict[str, object]:
-    """Return attributes of `Settings` with recommended values.
-
-    dtype is not among them: its default, auto, leaves the choice to the backend, which knows the device.
-    """
-    length = context_length(config)
-    return {} if length is None else {"max_model_len": length}

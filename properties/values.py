@@ -59,7 +59,7 @@ def _networks(value: object) -> object:
 def _devices(value: object) -> object:
     if not isinstance(value, str) or value == "*":
         return value
-    parts = (part.strip() for part in re.split("[;,]", value))
+    parts = (part.strip() for part in re.split("[;,]", value.strip().removeprefix("[").removesuffix("]")))
     return [re.sub(r"^gpu(?=\d)", "", part, flags=re.IGNORECASE) for part in parts if part]
 
 
@@ -231,7 +231,7 @@ Networks = Annotated[
 Devices = Annotated[
     Literal["*"] | Annotated[list[Annotated[int, Ge(0)]], MinLen(1)],
     BeforeValidator(_devices),
-    Allowed("* for all, or device numbers: 0;1"),
+    Allowed("* for all, or device numbers: 0;1 or a JSON list"),
 ]
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object), Allowed("a JSON object")]
 MediaOptions = Annotated[

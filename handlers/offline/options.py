@@ -28,23 +28,21 @@ WITHOUT_EFFECT = by_name(
     {
         "open a file with Pillow and give the image": "allowed_local_media_path",
         "only one way is implemented": (
-            "async_scheduling attention_config compilation_config disable_async_output_proc disable_cascade_attn "
-            "disable_chunked_mm_input disable_custom_all_reduce distributed_executor_backend "
-            "max_context_len_to_capture max_seq_len_to_capture mm_encoder_tp_mode profiler_config skip_mm_profiling "
-            "use_v2_block_manager worker_use_ray"
+            "async_scheduling attention_config compilation_config disable_cascade_attn disable_chunked_mm_input "
+            "disable_custom_all_reduce distributed_executor_backend mm_encoder_tp_mode profiler_config "
+            "skip_mm_profiling"
         ),
         "only generation is served": "convert runner",
-        "set load_on_devices, or hide the devices from the process": "device",
         "tensors are recognised, and images are always prepared": "disable_image_processor no_image_processor",
         "nothing is logged": "disable_log_stats",
-        "see image_cache_mb": "disable_mm_preprocessor_cache mm_processor_cache_gb mm_processor_cache_type",
+        "see image_cache_mb": "mm_processor_cache_gb mm_processor_cache_type",
         "give SamplingParams": "generation_config",
         "the model's own processor is used": "image_processor_revision",
         "placeholders are always written in place": "interleave_mm_strings",
-        "a preempted request is computed again": "swap_space",
     }
 )
-"""Arguments of vLLM's constructor that change no answer, and why the embedded engine does not need them."""
+"""Arguments of vLLM's constructor that change no answer, and why the embedded engine does not need them, besides those
+that `properties.lmi` ignores."""
 
 REFUSED = by_name(
     {

@@ -185,6 +185,15 @@ class Answer:
     def text(self) -> str:
         return "".join(self.pieces)
 
+    @property
+    def logprob(self) -> float:
+        """The log probability of all tokens together."""
+        return sum(position.chosen.logprob for position in self.logprobs)
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob / max(1, len(self.logprobs))
+
 
 @dataclass(slots=True)
 class Answered:

@@ -33,6 +33,7 @@ from handlers.backends.instances import instance_of
 from handlers.backends.select import backend_of
 from handlers.version import VERSION
 from properties.configuration import resolve
+from tests.support import instance_table
 from tests.support.checked import CPU, GIB, report
 from tests.support.models import make_tokenizer
 from tests.support.tiny_qwen_vl import make_qwen_vl
@@ -300,6 +301,11 @@ def test_instances_are_compared(large: Path, capsys: pytest.CaptureFixture[str])
     ]
     assert run_check(str(large), [*options, "dtype=fp32"], False, {}, instances=some[:3]) == 1
     assert "this fits 0 of 3" in capsys.readouterr().out
+
+
+def test_the_page_has_the_tables_that_the_check_computes() -> None:
+    page = instance_table.PAGE.read_text("utf-8")
+    assert page == instance_table.rewritten(page), "run make docs"
 
 
 def test_an_unknown_instance_is_named_with_those_that_are_near(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from container.cli import main
-from container.config import SERVE_DEFAULTS, configured
+from container.config import SERVE_DEFAULTS, as_properties, configured
+from properties.problem import ConfigurationError
+from properties.settings import options
 
 GIVEN = (
     "dtype=fp16",
@@ -33,13 +35,44 @@ def test_the_same_configuration_comes_of_it(
     (model / "config.json").write_text("{}")
     monkeypatch.setenv("SAGEMAKER_MAX_PAYLOAD_IN_MB", "3")
     monkeypatch.setenv("OPTION_MAX_MODEL_LEN", "4k")
-    options = [part for option in GIVEN for part in ("--option", option)]
-    text = printed(capsys, str(model), *options)
+    text = printed(capsys, str(model), *(part for option in GIVEN for part in ("--option", option)))
     before = configured(str(model), GIVEN, os.environ, SERVE_DEFAULTS)
     (model / "serving.properties").write_text(text)
     after = configured(str(model), (), {}, SERVE_DEFAULTS)
     assert after.settings == before.settings
     assert after.settings.max_request_size == 3 * 2**20
+
+
+VALUES = (
+    "true", "false", "7", "0.5", "16", "a,b", "0;1", "mine.py", " =#! \\ text: ü\n\t", "json", "jsonlines", "debug",
+    "float16", '{"image": {"a=b": [1, "c"]}}', '{"image": {"rgba_background_color": [1, 2, 3]}}', '{"image": 3}',
+    "[336, 336]", "1,3,336,336", "rolling", "disable", "generate", "pixel_values", "pil", "string", "openai",
+    "torchvision", "127.0.0.0/8",
+)  # fmt: skip
+
+
+def test_every_option_comes_back_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "serving.properties"
+    (tmp_path / "mine.py").write_text("")
+    # The model's place; what has one value; what needs another; what no file of a model may say.
+    left_out = {"model_id", "engine", "enable_auto_tool_choice", "multi_model"}
+    tried = {name for name, _, option in options() if not option.secret} - left_out
+    changed = set()
+    for name in tried:
+        for value in VALUES:
+            file.unlink(missing_ok=True)
+            usual = configured(str(tmp_path), (), {}, SERVE_DEFAULTS).settings
+            try:
+                before = configured(str(tmp_path), [f"{name}={value}"], {}, SERVE_DEFAULTS)
+            except ConfigurationError:
+                continue
+            if before.settings != usual:
+                changed.add(name)
+            file.write_text(as_properties(before))
+            after = configured(str(tmp_path), (), {}, SERVE_DEFAULTS)
+            assert after.settings == before.settings, f"{name}={value}"
+    assert changed == tried
 
 
 def test_secrets_are_left_out_and_named(

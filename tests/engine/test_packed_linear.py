@@ -9,7 +9,8 @@ import torch
 from engine import packed_linear
 from engine.config import EngineConfig
 from engine.loader import load_model
-from engine.packed_linear import HalfLinear, PackedLinear, exact_in_half, pack
+from engine.machine import computes_bfloat16
+from engine.packed_linear import HalfLinear, Int8Linear, PackedLinear, exact_in_half, pack, quantize
 
 
 class Layers(torch.nn.Module):
@@ -29,7 +30,7 @@ def test_packed_layers_give_the_same_numbers_for_any_number_of_rows(dtype: torch
     plain = Layers(dtype)
     packed = copy.deepcopy(plain)
     pack(packed)
-    assert isinstance(packed.large, PackedLinear)
+    assert isinstance(packed.large, PackedLinear) == (dtype == torch.float32 or computes_bfloat16("cpu"))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for rows in (1, 2, 3, 16, 17, 64, 300):
         data = torch.randn(1, rows, 640, dtype=dtype)
@@ -97,3 +98,50 @@ def test_bfloat16_is_packed_only_where_the_cpu_can(monkeypatch: pytest.MonkeyPat
     full = Layers(torch.float32)
     pack(full)
     assert isinstance(full.large, PackedLinear)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_8_bits_are_close_whatever_rows_are_beside_one(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = Layers(dtype)
+    layers = copy.deepcopy(plain)
+    quantize(layers)
+    assert isinstance(layers.large, Int8Linear)
+    assert isinstance(layers.small, Int8Linear)
+    assert layers.large.weight_bytes == 640 * 512
+    data = torch.randn(1, 70, 640, dtype=dtype)
+    data[0, 3] *= 1000
+    exact, found = plain(data), layers(data)
+    assert found.dtype == dtype
+    assert ((found - exact).norm(dim=-1) < 0.05 * exact.norm(dim=-1)).all()
+    for row in (0, 3, 69):
+        assert torch.equal(layers(data[:, row : row + 1]), found[:, row : row + 1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_products_of_8_bits_do_not_overflow(rows: int) -> None:
+    layer = torch.nn.Linear(4096, 96)
+    layer.weight.fill_(1.0)
+    layer.bias.zero_()
+    quantize(layer)
+    torch.testing.assert_close(layer(torch.ones(rows, 4096)), torch.full((rows, 96), 4096.0))
+
+
+@torch.inference_mode()
+def test_rows_and_weights_of_zeros_give_zeros_in_8_bits() -> None:
+    layer = torch.nn.Linear(64, 32, bias=False)
+    layer.weight[5] = 0
+    quantize(layer)
+    assert not layer(torch.zeros(2, 64)).any()
+    assert not layer(torch.randn(2, 64))[:, 5].any()
+
+
+def test_a_decoder_in_8_bits_has_its_head_and_the_images_encoder_as_they_were(tiny_llava: Path) -> None:
+    config = EngineConfig(model_path=str(tiny_llava), dtype="float32", int8=True)
+    loaded = load_model(config, torch.device("cpu"))
+    linears = {m for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)}
+    decoders = {m for m in loaded.decoder.modules() if isinstance(m, torch.nn.Linear)}
+    assert decoders
+    assert {m for m in linears if isinstance(m, Int8Linear)} == decoders < linears

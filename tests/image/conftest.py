@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.image.images import CannotBuild, build
-from tests.image.running import Container, free_port
+from tests.image.running import Container
+from tests.support.live import free_port
 from tests.support.shapes import SHAPES
 
 HERE = Path(__file__).parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import re
-import socket
 import subprocess
 import threading
 import time
@@ -107,10 +106,3 @@ def run(image: str, *command: str, options: Sequence[str] = ()) -> subprocess.Co
         timeout=120,
         check=False,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

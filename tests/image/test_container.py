@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ import httpx
 import pytest
 
 from tests.image.images import podman
-from tests.image.running import Container, free_port, run
-from tests.support.live import chat_body
-from tests.support.shapes import SHAPES, circle, square
+from tests.image.running import Container, run
+from tests.support.live import chat_body, free_port
+from tests.support.shapes import ROOT, SHAPES, circle, square
 from tests.support.wheels import wheel
 
 WHAT = "What is this an image of?"
@@ -189,6 +190,36 @@ def test_commands(image: str) -> None:
         assert (done.returncode, report["errors"], report["options"]["host"]["value"]) == (0, [], "0.0.0.0")
     assert run(image, "--version").stdout.startswith("lmi-handler ")
     assert run(image, "sh", "-c", "echo any program").stdout == "any program\n"
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """The words after `docker run --rm` of each command of docker/README.md that needs neither registry nor GPU."""
+    text = (ROOT / "docker" / "README.md").read_text().replace("\\\n", " ").replace("$PWD", str(ROOT))
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith("    docker run --rm ") and "[registry]" not in line
+    ]
+    return [shlex.split(line, comments=True)[3:] for line in lines]
+
+
+def test_the_page_has_commands_of_each_kind() -> None:
+    assert len(commands_of_the_page()) == 5
+
+
+@pytest.mark.parametrize("words", commands_of_the_page(), ids=" ".join)
+def test_commands_as_the_page_has_them(image: str, words: list[str]) -> None:
+    at = words.index("lmi-handler:cpu")
+    options, command = words[:at], words[at + 1 :]
+    if "-p" in options:  # with the host's network, the container's port must be free on the host
+        options += ["--env", f"SERVING_PORT={free_port()}"]
+    if command[:1] not in ([], ["serve"]):
+        done = run(image, *command, options=options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    with Container(image, *command, options=options) as container:
+        container.wait_for("ready after")
+        assert container.execute("lmi-healthcheck").returncode == 0
 
 
 def test_what_is_in_the_image(image: str) -> None:

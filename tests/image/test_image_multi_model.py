@@ -11,7 +11,8 @@ from tests.container.test_multi_model import (
     models,  # noqa: F401
     test_boto3_names_a_target_model_and_the_platform_makes_room,  # noqa: F401
 )
-from tests.image.running import Container, free_port
+from tests.image.running import Container
+from tests.support.live import free_port
 
 
 @pytest.fixture(scope="module")

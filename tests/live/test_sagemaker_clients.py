@@ -227,6 +227,15 @@ def test_headers_that_mean_nothing_here_are_ignored(server: LiveServer) -> None:
     assert not {"x-next-token", "x-amzn-sagemaker-custom-attributes"} & reply.headers.keys()
 
 
+def test_an_asynchronous_invocation_is_answered_whole_and_says_how_long_it_is(server: LiveServer) -> None:
+    headers = {"X-Amzn-SageMaker-Accept": "application/jsonlines", "Accept": ""}
+    reply = server.http.post("/invocations", json={**LMI, "stream": True}, headers=headers)
+    assert reply.headers["content-type"] == "application/jsonlines"
+    reply = server.http.post("/invocations", json=LMI, headers=headers)
+    assert reply.json() == {"generated_text": "a red circle"}
+    assert int(reply.headers["content-length"]) == len(reply.content)
+
+
 def test_an_adapter_may_be_named_anywhere_and_no_other_is_told(server: LiveServer) -> None:
     for name in ("X-Amzn-SageMaker-Adapter-Identifier", "x-AMZN-sagemaker-ADAPTER-identifier"):
         reply = server.http.post("/invocations", json=LMI, headers={name: "poet"})

@@ -65,7 +65,7 @@ def report_of_a_benchmark(browser: Browser, server: LiveServer, other: LiveServe
         report = Path(folder) / "report.html"
         command = ("bench", server.url, other.url, "--streams", "1,2,4,8,16,32", "--tokens", "32")
         subprocess.run([sys.executable, "-m", "container.cli", *command, "--report", str(report)], check=True)
-        page = browser.new_page(viewport={"width": 1100, "height": 1120})
+        page = browser.new_page(viewport={"width": 1100, "height": 1050})
         page.goto(report.as_uri())
         page.screenshot(path=ROOT / "docs" / "bench-report.png")
 

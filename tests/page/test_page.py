@@ -66,6 +66,22 @@ def test_an_image_that_is_dropped_is_answered_about(shapes_page: Page) -> None:
     assert re.search(r"\d+ prompt tokens, \d+ of them images · \d+ tokens · first after \d+ ms", note)
 
 
+def test_images_are_chosen_and_pasted_and_keys_alone_send_them(shapes_page: Page) -> None:
+    shapes_page.locator("#files").set_input_files(IMAGES / "red-circle.png")
+    name, kind, data = image("yellow-star.png")
+    given = {"name": name, "type": kind, "bytes": base64.b64encode(data).decode()}
+    shapes_page.locator("#images li").first.wait_for()
+    shapes_page.evaluate(
+        DROP.replace('DragEvent("drop", { dataTransfer', 'ClipboardEvent("paste", { clipboardData'),
+        ["body", [given]],
+    )
+    shapes_page.locator("#images li").nth(1).wait_for()
+    shapes_page.get_by_label("Message", exact=True).focus()
+    shapes_page.keyboard.type("What is in the second image?")
+    shapes_page.keyboard.press("Enter")
+    assert "yellow star" in answered(shapes_page)
+
+
 def test_the_order_of_images_is_that_of_the_page(shapes_page: Page) -> None:
     drop(shapes_page, image("red-circle.png"), image("yellow-star.png"))
     shapes_page.get_by_role("button", name="Move yellow-star.png to the left").click()

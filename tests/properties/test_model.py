@@ -55,6 +55,18 @@ def test_what_sagemakers_sdk_sends_needs_no_warning(tmp_path: Path) -> None:
         assert found.model_location.value == environ["HF_MODEL_ID"]
 
 
+def test_a_program_of_another_toolkit_is_not_run_and_said_so(tmp_path: Path) -> None:
+    for program, warnings in (("model.py", 0), ("inference.py", 1)):
+        environ = {
+            "HF_MODEL_ID": "org/m",
+            "SAGEMAKER_PROGRAM": program,
+            "SAGEMAKER_SUBMIT_DIRECTORY": "/opt/ml/model/code",
+        }
+        found = resolve(model=None, environ=environ, model_store=tmp_path)
+        assert len(found.warnings) == warnings
+        assert all("SAGEMAKER_PROGRAM has no effect" in str(warning) for warning in found.warnings)
+
+
 def test_hub_id_without_any_store(tmp_path: Path) -> None:
     found = resolve(model=None, environ={"HF_MODEL_ID": "org/m"}, model_store=tmp_path / "none")
     assert found.model_location.value == "org/m"

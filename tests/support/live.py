@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -161,3 +162,10 @@ def until_idle(server: LiveServer, seconds: float) -> None:
     end = time.monotonic() + seconds
     while running(server) > 0:
         assert time.monotonic() < end, f"still running after {seconds} s"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

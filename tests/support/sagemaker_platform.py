@@ -7,7 +7,6 @@ container is `serve` with the model's variables and a port, in a process of its 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.live import free_port
 from tests.support.sagemaker_front import KEYS, REGION, SageMakerFront
 from tests.support.shapes import ROOT
 
@@ -84,9 +84,7 @@ class Platform(SageMakerFront):
         (variant,) = config["ProductionVariants"]
         model = self._known["Model"][variant["ModelName"]]
         container = model.get("PrimaryContainer") or model["Containers"][0]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         process = self._start_container(
             {
                 "SAGEMAKER_BIND_TO_PORT": port,

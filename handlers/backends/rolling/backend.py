@@ -77,7 +77,7 @@ class RollingBackend:
             len(engines),
             engines[0].tensor_parallel_degree,
             accelerators,
-            warnings=unused_devices(settings, engines, accelerators),
+            warnings=[*unused_devices(settings, engines, accelerators), *_inexact(settings)],
         )
 
     def estimate(
@@ -155,6 +155,15 @@ def _unserved(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
         yield (
             f"model type {model_type!r} is not served by the embedded engine, which serves {served()}; "
             f"{remedy(config.get('architectures') or [])}"
+        )
+
+
+def _inexact(settings: Settings) -> Iterator[Problem]:
+    if settings.quantize == "int8":
+        yield Problem(
+            "option.quantize = 'int8' changes answers: on examples/shapes 97.92 % of 5,396 were right instead of "
+            "97.94 %, and 3 differed; measure your own model",
+            "quantize",
         )
 
 

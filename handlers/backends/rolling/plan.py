@@ -25,7 +25,8 @@ def plan_engines(
 
     With accelerators: as many replicas as the devices divided by tensor_parallel_degree, or max_workers where
     that is fewer. Without: max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is 1).
-    Raises InvalidConfiguration when there are too few devices, or for speculative decoding that this engine lacks.
+    Raises InvalidConfiguration when there are too few devices, or for what this engine lacks: int8 on an
+    accelerator, other kinds of speculative decoding.
     """
     devices = _devices(settings.load_on_devices, accelerators)
     degree = settings.tensor_parallel_degree
@@ -41,6 +42,11 @@ def plan_engines(
         ranks = 1 if degree == "max" else degree
         workers = settings.max_workers or settings.min_workers or 1
         groups = [("cpu",) * ranks] * workers
+    int8 = settings.quantize == "int8"
+    if int8 and devices:
+        raise InvalidConfiguration(
+            "option.quantize is int8, which the embedded engine has on a CPU only; leave it out"
+        )
     cache = settings.kv_cache_memory_mb
     encoder_cache = settings.encoder_cache_mb
     lookup = _lookup(settings.speculative_config)
@@ -60,6 +66,7 @@ def plan_engines(
             encoder_cache_bytes=None if encoder_cache is None else encoder_cache << 20,
             enable_prefix_caching=settings.enable_prefix_caching,
             pickled_weights=settings.load_format.lower() == "pt",
+            int8=int8,
             vocabulary=vocabulary,
             lookup=lookup,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from handlers.images import ImageProblem, too_many_pixels
 from handlers.images.formats.parts import LOOKS, Pieces, Size, check_count, check_pixels, counted
@@ -47,46 +47,31 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
     The decoder allocates what the coded data says, not what the boxes say, so both are checked.
     """
     parts = counted("AVIF")
-    change = _Changes(data)
+    renamed: dict[int, bytes] = {}
     moov: _Box | None = None
     for name, start, end in _boxes(data, 0, len(data), parts):
         if name == b"ftyp":
-            change.brands(start, end)
+            for at in (start, *range(start + 8, min(end, start + 1024) - 3, 4)):
+                if data[at : at + 4] == b"avis":  # the brand of a sequence
+                    renamed[at] = b"avif"
         elif name == b"moov" and moov is None:
             moov = (name, start, end)
         elif name == b"meta":
             inner = {box[0]: box for box in _boxes(data, start + 4, end, parts)}
             if inner.keys() >= {b"pitm", b"iinf", b"iloc", b"iprp"}:
-                _check_items(data, inner, change, max_pixels, parts)
+                _check_items(data, inner, renamed, max_pixels, parts)
                 if moov:
-                    change.to[moov[1] - 4] = b"free"
-                return change.pieces()
+                    renamed[moov[1] - 4] = b"free"
+                if not renamed:
+                    return None
+                copy = bytearray(data)
+                for at, name in renamed.items():
+                    copy[at : at + 4] = name
+                return [copy]
     if moov is None:
         raise ValueError("no image")
     _check_tracks(data, moov, max_pixels, parts)
     return None
-
-
-@dataclass(slots=True)
-class _Changes:
-    """Changes to the names of boxes. to: position -> the four bytes that are written there."""
-
-    data: bytes
-    to: dict[int, bytes] = field(default_factory=dict)
-
-    def brands(self, start: int, end: int) -> None:
-        """Turn the brand of a sequence into that of an image."""
-        for at in (start, *range(start + 8, min(end, start + 1024) - 3, 4)):
-            if self.data[at : at + 4] == b"avis":
-                self.to[at] = b"avif"
-
-    def pieces(self) -> Pieces | None:
-        if not self.to:
-            return None
-        copy = bytearray(self.data)
-        for at, name in self.to.items():
-            copy[at : at + 4] = name
-        return [copy]
 
 
 def _boxes(data: bytes, at: int, end: int, parts: Iterator[None]) -> Iterator[_Box]:
@@ -105,8 +90,9 @@ def _boxes(data: bytes, at: int, end: int, parts: Iterator[None]) -> Iterator[_B
 
 
 def _check_items(
-    data: bytes, meta: dict[bytes, _Box], change: _Changes, max_pixels: int, parts: Iterator[None]
+    data: bytes, meta: dict[bytes, _Box], renamed: dict[int, bytes], max_pixels: int, parts: Iterator[None]
 ) -> None:
+    """Check the items, and add those that no decoder needs to `renamed`: position -> the name to write there."""
     kinds: dict[int, bytes] = {}
     _, start, end = meta[b"iinf"]
     for name, at, stop in _boxes(data, start + (8 if data[start] else 6), end, parts):
@@ -117,7 +103,7 @@ def _check_items(
             kinds[number] = data[place : place + 4]
             check_count("AVIF", "items", len(kinds), MAX_ITEMS)
             if kinds[number] in (b"Exif", b"mime"):
-                change.to[place] = b"skip"
+                renamed[place] = b"skip"
     if b"iref" in meta:
         _, start, end = meta[b"iref"]
         check_count("AVIF", "bytes of references", end - start, _MAX_REFERENCE_BYTES)

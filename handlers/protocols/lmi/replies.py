@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -145,7 +146,7 @@ class LmiWriter:
         return self._before + _encode(broken) + self._after
 
     def _reply(self, inputs: str, stats: PromptStats, answers: list[Answer]) -> LmiReply:
-        ranked = sorted(answers, key=_likelihood, reverse=True) if len(answers) > 1 else answers
+        ranked = sorted(answers, key=attrgetter("logprob"), reverse=True) if len(answers) > 1 else answers
         best, *others = ranked[: self.returned]
         reply = LmiReply(self._text(inputs, best))
         if self.details:
@@ -160,7 +161,6 @@ class LmiWriter:
         return reply
 
     def _sequence(self, inputs: str, answer: Answer) -> dict[str, Any]:
-        """Return the fields of an `LmiSequence`."""
         tokens = [_token(position.chosen) for position in answer.logprobs]
         if answer.eos and len(tokens) == len(answer.token_ids) > 0:
             tokens[-1].special_token = True
@@ -220,11 +220,6 @@ def _lines(events: bytes) -> bytes:
     """Return the lines of events without comments and `[DONE]`, which is not JSON."""
     data = [event[5:].strip() for event in events.split(b"\n\n") if event[:5] == b"data:"]
     return b"".join([line + b"\n" for line in data if line != b"[DONE]"])
-
-
-def _likelihood(answer: Answer) -> float:
-    """Return the log probability of the whole answer."""
-    return sum(position.chosen.logprob for position in answer.logprobs)
 
 
 def _shown(delta: Delta, *, last: bool) -> list[LmiToken]:

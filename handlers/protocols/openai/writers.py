@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import msgspec
@@ -356,11 +357,7 @@ def _best(answers: list[Answer], n: int) -> list[Answer]:
     """Return the n answers whose tokens have the highest mean log probability, best first; all n in their own order."""
     if len(answers) == n:
         return answers
-    return sorted(answers, key=_mean_logprob, reverse=True)[:n]
-
-
-def _mean_logprob(answer: Answer) -> float:
-    return sum(position.chosen.logprob for position in answer.logprobs) / max(1, len(answer.logprobs))
+    return sorted(answers, key=attrgetter("mean_logprob"), reverse=True)[:n]
 
 
 class _TokenLists:

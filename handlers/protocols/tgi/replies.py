@@ -144,7 +144,7 @@ class TgiWriter:
 
     def _reply(self, inputs: str, seeds: Sequence[int | None], answered: Answered) -> TgiReply:
         seeded = list(zip(answered.answers, seeds, strict=True))
-        seeded.sort(key=lambda pair: _mean_logprob(pair[0]), reverse=True)
+        seeded.sort(key=lambda pair: pair[0].mean_logprob, reverse=True)
         (best, seed), *others = seeded
         reply = TgiReply(self._text(inputs, best))
         if self.details:
@@ -190,7 +190,6 @@ class TgiWriter:
         return inputs + answer.text if self.full_text else answer.text
 
     def _sequence(self, answer: Answer, seed: int | None, stats: PromptStats) -> dict[str, Any]:
-        """Return the fields of a `TgiSequence`."""
         tops = [self._top(position) for position in answer.logprobs] if self.top_tokens else UNSET
         return {
             "finish_reason": finish_reason(answer),
@@ -248,12 +247,6 @@ def shown_seeds(seed: int | None, answers: int) -> list[int | None]:
     """Return the seeds of answers that are drawn from `seed`, or from a new one where the client chose none."""
     first = secrets.randbits(_DRAWN_BITS) if seed is None else seed
     return [first + number for number in range(answers)]
-
-
-def _mean_logprob(answer: Answer) -> float:
-    """Return the number by which TGI chooses the best of several answers."""
-    logprobs = [position.chosen.logprob for position in answer.logprobs]
-    return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
 def _prefill(stats: PromptStats) -> list[TgiPrefillToken]:

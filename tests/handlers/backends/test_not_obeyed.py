@@ -18,6 +18,7 @@ from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import backend_of
 from handlers.backends.unused import unused_by_text
 from handlers.backends.vllm.devices import plan_devices
+from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, resolve
 from properties.settings import Settings
 from tests.support.engine_driver import load_engine
@@ -104,6 +105,17 @@ def test_one_request_at_a_time_needs_no_batch_size() -> None:
     found = configure("rolling_batch=disable", "max_rolling_batch_size=8").without_effect("rolling")
     assert "beside option.rolling_batch=disable, which serves one request at a time" in told(found)
     assert configure("rolling_batch=disable").without_effect("rolling") == []
+
+
+def test_8_bits_are_for_a_cpu_and_said_to_change_answers() -> None:
+    (engine,) = plan_engines(Settings(quantize="int8"), "", 0)
+    assert engine.int8
+    assert not plan_engines(Settings(), "", 0)[0].int8
+    with pytest.raises(InvalidConfiguration, match="is int8, which the embedded engine has on a CPU only"):
+        plan_engines(Settings(quantize="int8"), "", 1)
+    (warning,) = configure("quantize=fp8").without_effect("rolling")
+    assert "option.quantize" in str(warning)
+    assert configure("quantize=INT8").without_effect("rolling") == []
 
 
 def unused(accelerators: int, **settings: Any) -> list[str]:

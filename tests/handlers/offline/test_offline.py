@@ -65,6 +65,18 @@ def texts(outputs: list) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
+def test_8_bits_are_slightly_other_numbers_and_the_same_answers(llm: LLM) -> None:
+    talks = [turn(Image.open(file)) for file in sorted(IMAGES.iterdir())]
+    params = SamplingParams(temperature=0, max_tokens=32, logprobs=0)
+    with LLM(str(SHAPES), quantize="int8") as quantised:
+        found = quantised.chat(talks, params, use_tqdm=False)
+    expected = llm.chat(talks, params, use_tqdm=False)
+    assert texts(found) == texts(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = abs(ours.outputs[0].cumulative_logprob - theirs.outputs[0].cumulative_logprob)
+        assert 0 < difference < 0.5
+
+
 def test_the_snippets_of_the_documentation() -> None:
     """As a script of its own without a `__main__` guard, which also must end by itself and leave nothing."""
     done = subprocess.run(
