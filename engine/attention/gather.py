@@ -332,6 +332,24 @@ class CpuKernel(GatherKernel):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=self.shape.dtype).view(size)
 
+    def _attend_decodes(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Use one thread where there are two: to wake the other takes longer than it saves."""
+        threads = torch.get_num_threads()
+        if threads != 2:
+            return super()._attend_decodes(layer, query, scale, window, softcap)
+        torch.set_num_threads(1)
+        try:
+            return super()._attend_decodes(layer, query, scale, window, softcap)
+        finally:
+            torch.set_num_threads(threads)
+
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
         return None if shape.device.type == "cpu" else f"it runs on a CPU only, not on {shape.device.type}"

@@ -37,6 +37,8 @@ _JOINED = b""
 class VllmFollower:
     """See `handlers.backends.base.Lifecycle`: ready while its workers are part of an engine; it answers no requests."""
 
+    adapters: AdapterStore | None = None
+
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
         self._configuration = configuration
         self._settings = configuration.settings
@@ -61,10 +63,6 @@ class VllmFollower:
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(max_model_len=self._settings.max_model_len or 0, images=False)
-
-    @property
-    def adapters(self) -> AdapterStore | None:
-        return None
 
     def health(self) -> Health:
         if self._supervisor is None:
