@@ -67,7 +67,7 @@ class Int8Linear(PackedLinear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [..., in_features] to [..., out_features]."""
-        flat = rows.reshape(-1, self.in_features)
+        flat = rows.reshape(-1, rows.shape[-1])  # not in_features, which tensor parallelism leaves as it was
         scale = (
             flat.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
         )
@@ -76,7 +76,7 @@ class Int8Linear(PackedLinear):
         out = _int8_product(rounded, self._packed, self._scales, self._zeros).mul_(scale)
         if self.bias is not None:
             out += self.bias
-        return out.to(rows.dtype).view(*rows.shape[:-1], self.out_features)
+        return out.to(rows.dtype).view(*rows.shape[:-1], out.shape[-1])
 
 
 def packable(weight: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.loader import load_model
 from engine.machine import computes_bfloat16
 from engine.packed_linear import HalfLinear, Int8Linear, PackedLinear, exact_in_half, pack, quantize
+from engine.tensor_parallel import Ranks, _cut
 
 
 class Layers(torch.nn.Module):
@@ -136,6 +137,25 @@ def test_rows_and_weights_of_zeros_give_zeros_in_8_bits() -> None:
     quantize(layer)
     assert not layer(torch.zeros(2, 64)).any()
     assert not layer(torch.randn(2, 64))[:, 5].any()
+
+
+@torch.inference_mode()
+def test_layers_that_ranks_share_are_quantised() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 48)
+    data = torch.randn(1, 5, 64)
+    found = []
+    for dim in (0, 1):
+        layers = [copy.deepcopy(plain) for _ in range(2)]
+        for rank, layer in enumerate(layers):
+            _cut(layer, Ranks(rank, 2), dim)
+            quantize(layer)
+        if dim == 0:
+            found.append(torch.cat([layer(data) for layer in layers], -1))
+        else:
+            found.append(sum(layer(part) for layer, part in zip(layers, data.chunk(2, -1), strict=True)))
+    for each in found:
+        assert (each - plain(data)).norm() < 0.05 * plain(data).norm()
 
 
 def test_a_decoder_in_8_bits_has_its_head_and_the_images_encoder_as_they_were(tiny_llava: Path) -> None:
