@@ -115,8 +115,10 @@ def knee(rows: Sequence[dict[str, Any]]) -> int | None:
         else 0.0
         for row in rows
     ]
+    if not any(power):
+        return None
     found = power.index(max(power))
-    return found if any(power) and found < len(rows) - 1 else None
+    return found if found < len(rows) - 1 else None
 
 
 def times_better(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:

@@ -32,6 +32,8 @@ def main() -> None:
     with server(arguments, out) as target, View() as view:
         runs: list[load.Run] = []
         results = sweep.sweep([target], load.from_arguments(arguments), view, runs)
+        if not runs:
+            raise SystemExit("interrupted before the first load was complete")
         line = report.timeline(runs[-1], target.samples)
     save(out / "results.json", results)
     (out / "report.html").write_text(page.html(results))

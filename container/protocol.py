@@ -100,8 +100,7 @@ class Protocol(HttpToolsProtocol):
         """
         if self.lingers:
             return
-        waiting = self.cycle is not None and self.cycle.waiting_for_100_continue
-        if self._lost or not self._in_body or waiting or self._socket.is_closing():
+        if self._lost or not self._in_body or self._socket.is_closing():
             self._socket.close()
             return
         share = _LINGER_BYTES // (len(self._connections.lingering) + 1)
@@ -265,16 +264,15 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         logger.debug("refused what a client sent: %s", message)
-        if self._in_body and not self._in_head and not self.pipeline:  # The application counts the request.
+        in_body = self._in_body and not self._in_head
+        if in_body and not self.pipeline:  # The application counts the request.
             own = not self.cycle.response_started
             if own:
                 self.cycle.scope["state"]["refused"] = status
         else:
             self._application.on_malformed(status)
             own = self._is_free()
-            if (
-                not own and not self.pipeline and not self._in_body
-            ):  # The request before it gets its reply first.
+            if not own and not in_body:  # The requests before it get their replies first.
                 self._deaf, self.cycle.keep_alive = True, False
                 return
         if own:

@@ -537,6 +537,37 @@ def test_a_head_that_begins_during_a_reply_does_not_cut_it(
     uvloop.run(check())
 
 
+@pytest.mark.parametrize("requests", [1, 3])
+@pytest.mark.parametrize("rest", [b"\x00\r\n\r\n", b"GET /ping HTTP/1.1\r\n\r\n", b"GET /%s HTTP" % bytes(9)])
+def test_requests_before_bytes_that_are_not_http_get_their_replies(
+    tmp_path: Path, requests: int, rest: bytes
+) -> None:
+    class Waits(App):
+        go: asyncio.Event
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await Waits.go.wait()
+            await super().__call__(scope, receive, send)
+
+    async def check() -> None:
+        Waits.go = asyncio.Event()
+        async with listening(tmp_path, Waits) as (http, address), asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write((PING + b"\r\n") * requests + rest)
+            while not http.server_state.connections:  # noqa: ASYNC110 - without an event
+                await asyncio.sleep(0)
+            (connection,) = http.server_state.connections
+            while not connection._deaf:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
+                await asyncio.sleep(0)
+            Waits.go.set()
+            replies = await reader.read()
+            assert replies.count(b"HTTP/1.1 ") == replies.count(b'"status"') == requests
+            assert replies.count(b"connection: close") == 1
+            writer.close()
+
+    uvloop.run(check())
+
+
 def test_a_connection_is_closed_whose_refused_body_came_with_its_head(server: ServerProcess) -> None:
     until(server, "lmi_connections", 1)
     with ExitStack() as stack:

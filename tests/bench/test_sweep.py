@@ -234,6 +234,7 @@ def test_the_knee_is_where_throughput_over_time_is_most() -> None:
     assert report.knee(refused) == 1
     assert report.knee([row(10, 0.1, refused=1), row(11, 0.2)]) == 0  # 1 %
     assert report.knee([row(0, 0, refused=100)] * 2) is None
+    assert report.knee([]) is None  # interrupted before the first load was complete
 
 
 def test_a_sentence_says_where_the_knee_is() -> None:

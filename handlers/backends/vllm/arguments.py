@@ -114,7 +114,7 @@ def engine_arguments(
         arguments["scheduling_policy"] = "priority"
     images = settings.limit_mm_per_prompt.get("image", 1)
     arguments["limit_mm_per_prompt"] = {"image": images, "video": 0, "audio": 0}
-    for field in extra.keys() & given.keys():
+    for field in sorted(extra.keys() & given.keys()):
         if arguments[field] != extra[field]:
             written, name = configuration.extra[field], given[field]
             text = (
