@@ -54,6 +54,7 @@ class RollingBackend:
         """See `Backend`."""
         found.add(_unserved(config, directory))
         found.errors += too_long(configuration, context_length(config))
+        found.warnings += _inexact(configuration.settings)
         family = family_of(str(config.get("model_type")))
         sees = family is not None and family.preprocessor is not None
         there = (directory / "preprocessor_config.json").is_file()
@@ -77,7 +78,7 @@ class RollingBackend:
             len(engines),
             engines[0].tensor_parallel_degree,
             accelerators,
-            warnings=[*unused_devices(settings, engines, accelerators), *_inexact(settings)],
+            warnings=unused_devices(settings, engines, accelerators),
         )
 
     def estimate(

@@ -198,6 +198,16 @@ def test_no_chat_template_is_a_warning_in_both(
     assert describe(configure(whole["vision"]), this_machine())["warnings"] == []
 
 
+def test_that_8_bits_change_answers_is_a_warning_in_both(
+    whole: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    configuration = configure(whole["vision"], "quantize=int8")
+    (warning,) = describe(configuration, this_machine())["warnings"]
+    assert warning.startswith("option.quantize = 'int8' changes answers")
+    start(configuration, whole["vision"])
+    assert warning in caplog.text
+
+
 @pytest.mark.parametrize("size", [0, 7, 8, 100, -1])
 def test_a_weights_file_of_another_size_is_damaged(whole: dict[str, Path], tmp_path: Path, size: int) -> None:
     content = (whole["vision"] / "model.safetensors").read_bytes()
