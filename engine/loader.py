@@ -192,7 +192,7 @@ def load_model(config: EngineConfig, device: torch.device, ranks: Ranks | None =
         stack(loaded.decoder)
         loaded.fused = FusedDecoder.of(loaded.decoder)
         if config.int8:
-            quantize(loaded.decoder)
+            _quantize(loaded.decoder)
         pack(loaded.model)
     return loaded
 
@@ -214,3 +214,12 @@ def _load_mistrals(
             None, config=config, state_dict=weights, dtype=dtype, attn_implementation=family.attention(config)
         )
     )
+
+
+def _quantize(decoder: torch.nn.Module) -> None:
+    try:
+        quantize(decoder)
+    except (AttributeError, RuntimeError) as error:  # oneDNN's operators are missing, or refuse
+        raise ModelLoadError(
+            f"option.quantize=int8 does not work on this CPU; leave it out: {one_line(error)}"
+        ) from error

@@ -8,6 +8,7 @@ import torch
 
 from engine import packed_linear
 from engine.config import EngineConfig
+from engine.errors import ModelLoadError
 from engine.loader import load_model
 from engine.machine import computes_bfloat16
 from engine.packed_linear import HalfLinear, Int8Linear, PackedLinear, exact_in_half, pack, quantize
@@ -165,3 +166,17 @@ def test_a_decoder_in_8_bits_has_its_head_and_the_images_encoder_as_they_were(ti
     decoders = {m for m in loaded.decoder.modules() if isinstance(m, torch.nn.Linear)}
     assert decoders
     assert {m for m in linears if isinstance(m, Int8Linear)} == decoders < linears
+
+
+def test_a_cpu_that_does_not_multiply_8_bits_is_told(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(packed_linear, "_int8_product", refuse)
+    config = EngineConfig(model_path=str(tiny_llava), dtype="float32", int8=True)
+    with pytest.raises(
+        ModelLoadError, match="int8 does not work on this CPU; leave it out: could not create"
+    ):
+        load_model(config, torch.device("cpu"))
