@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from engine.config import Vocabulary
 from engine.messages import Logprobs
-from handlers.backends.adapters import AdapterStore
 from handlers.parsers.base import AnswerFormats
 from handlers.request import Constraint, MediaPart, RequestSampling
 from properties.problem import Problem
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from engine.machine import Machine
+    from handlers.backends.adapters import AdapterStore
     from handlers.backends.model_files import Findings
     from handlers.prompts.renderer import PromptRenderer
     from properties.configuration import Configuration
