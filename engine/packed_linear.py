@@ -68,9 +68,7 @@ class Int8Linear(PackedLinear):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [..., in_features] to [..., out_features]."""
         flat = rows.reshape(-1, rows.shape[-1])  # not in_features, which tensor parallelism leaves as it was
-        scale = (
-            flat.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
-        )
+        scale = _scales(flat, 127)
         # The processor multiplies unsigned by signed numbers: 128 stands for 0.
         rounded = (flat / scale).round_().add_(128).to(torch.uint8)
         out = _int8_product(rounded, self._packed, self._scales, self._zeros).mul_(scale)
@@ -130,14 +128,20 @@ def quantize(decoder: torch.nn.Module) -> None:
     for layer in decoder.modules():
         if type(layer) is not torch.nn.Linear:
             continue
-        weight = layer.weight.detach().float()
-        scales = weight.abs().amax(1).div_(greatest).clamp_min_(torch.finfo(torch.float32).tiny)
-        rounded = weight.div_(scales[:, None]).round_().to(torch.int8)
+        weight = layer.weight.detach()
+        scales = _scales(weight, greatest)
+        rounded = (weight / scales).round_().to(torch.int8)
         del layer.weight
         layer.__class__ = Int8Linear
         assert isinstance(layer, Int8Linear)
         layer._packed, layer.weight_bytes = torch.ops.onednn.qlinear_prepack(rounded, None), rounded.nbytes
-        layer._scales, layer._zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
+        layer._scales, layer._zeros = scales[:, 0], torch.zeros(len(scales), dtype=torch.int32)
+
+
+def _scales(matrix: torch.Tensor, greatest: int) -> torch.Tensor:
+    """Return by what each row, of [rows, columns], is divided so that `greatest` is its greatest value: [rows, 1]."""
+    largest = matrix.abs().amax(-1, keepdim=True).float()
+    return largest.div_(greatest).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def _greatest_weight() -> int:
