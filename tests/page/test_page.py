@@ -20,7 +20,7 @@ from tests.support.sagemaker_platform import environment, sdk
 from tests.support.scripted_server import ServerProcess
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
     from tests.page.conftest import Watched
 
@@ -214,22 +214,28 @@ def tiny_page(browser: Browser, tiny_server: LiveServer) -> Iterator[Page]:
     context.close()
 
 
-def test_stop_ends_an_answer_in_the_engine_too(tiny_page: Page, tiny_server: LiveServer) -> None:
-    tiny_page.get_by_text("Parameters", exact=True).click()
-    tiny_page.get_by_label("Most tokens").fill("450")
-    ask(tiny_page, "Go on.")
-    tiny_page.locator(".turn.assistant .text", has_text=re.compile(r"\S")).wait_for()
-    for engine in tiny_server.engines:
-        engine.suspend()  # or the answer could end before the click
-    try:
-        tiny_page.get_by_role("button", name="Stop").click()
-        tiny_page.locator(".turn.assistant footer", has_text="stopped").wait_for()
-    finally:
-        for engine in tiny_server.engines:
-            engine.resume()
-    tiny_page.get_by_role("tab", name="Watch").click()
-    tiny_page.get_by_text("No request is running.").wait_for()
-    assert tiny_server.metrics()["lmi_requests_running"] == 0
+def test_stop_ends_an_answer_in_the_engine_too(browser: Browser, tmp_path: Path) -> None:
+    from tests.support.models import make_llava  # imports torch
+
+    model = make_llava(tmp_path / "long", max_position_embeddings=32768)
+    with LiveServer(model) as server, browser.new_context() as context:
+        page = context.new_page()
+
+        def never_ends_by_itself(route: Route) -> None:
+            route.continue_(
+                post_data={**route.request.post_data_json, "max_tokens": 32000, "ignore_eos": True}
+            )
+
+        page.route("**/v1/chat/completions", never_ends_by_itself)
+        page.goto(server.url)
+        page.locator("#facts dd").first.wait_for(state="attached")
+        ask(page, "Go on.")
+        page.locator(".turn.assistant .text", has_text=re.compile(r"\S")).wait_for()
+        page.get_by_role("button", name="Stop").click()
+        page.locator(".turn.assistant footer", has_text="stopped").wait_for()
+        page.get_by_role("tab", name="Watch").click()
+        page.get_by_text("No request is running.").wait_for()
+        assert server.metrics()["lmi_requests_running"] == 0
 
 
 def test_the_batch_shows_each_request(tiny_page: Page, tiny_server: LiveServer) -> None:

@@ -230,7 +230,8 @@ def test_a_hung_replica_is_noticed_while_another_answers(text_model: Path) -> No
                     while (await client.get("/ping")).status_code == 200:
                         pass
                     assert "has not answered for" not in server.log, "it is suspected before it is given up"
-                    assert sum(asked.count(200) for asked in answers) > 10, "the other replica answers"
+                    # Some, not many: vLLM may send every later request to the hung replica, which looks idle.
+                    assert any(200 in asked for asked in answers), "the other replica answers"
                     await asyncio.gather(*asking)
             assert {asked[-1] for asked in answers} <= {500, 503}
 
