@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 from msgspec import Meta, Struct
 
 from engine.sampling_params import MAX_INTEGER, MAX_SEED
-from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
+from handlers.deltas import Delta, FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import InvalidParameter, InvalidRequest, ServingError
 from handlers.parsers.base import AnswerFormats
 from handlers.protocols.body import warning

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import msgspec
 from msgspec import UNSET
 
-from handlers.backends.base import Delta, PromptStats
+from handlers.deltas import Delta, PromptStats
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.parsers.base import (
