@@ -299,7 +299,6 @@ ROUTES = (
 TOKENS = Api(
     OPENAI_ERRORS,
     claims=lambda route, headers, keys: False,
-    reads=lambda keys, route: None,
     routes=ROUTES,
     calls={"tokenize": _tokenize, "detokenize": _detokenize},
 )
