@@ -18,11 +18,18 @@ from PIL import Image
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
 from handlers.images import ImageProblem
-from handlers.images.decoder import QUESTION, SLACK_BYTES, Question, Settings
+from handlers.images.decoder import (
+    QUESTION,
+    REUSED_BYTES,
+    SLACK_BYTES,
+    PixelMemory,
+    Question,
+    Settings,
+    new_memory,
+    read_pixels,
+)
 from handlers.images.formats import Header, unknown_header
-from handlers.images.limits import ImageLimits
-from handlers.images.memory import ImageMemory, Share
-from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
+from handlers.images.limits import ImageLimits, ImageMemory, Share
 from processes.child import Child, Limits, Log
 
 T = TypeVar("T")
