@@ -314,16 +314,13 @@ class PixelMemory:
 
 
 def read_pixels(descriptor: int, size: tuple[int, int]) -> Image.Image:
-    """Return the RGB image without copying it; takes over the descriptor. Raises OSError."""
+    """Return the RGB image without copying it; the descriptor may be closed then. Raises OSError."""
     length = size[0] * size[1] * 4
-    try:
-        # Python's own mapping would keep the descriptor open. Private, so that it cannot be changed by mistake.
-        address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, 0)
-        if address is None or address == ctypes.c_void_p(-1).value:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-    finally:
-        os.close(descriptor)
+    # Python's own mapping would keep a descriptor open. Private, so that it cannot be changed by mistake.
+    address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
     mapped = (ctypes.c_char * length).from_address(address)
     weakref.finalize(mapped, _libc.munmap, address, length).atexit = False
     image = _image_on(mapped, size)
