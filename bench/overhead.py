@@ -21,11 +21,11 @@ from typing import Any
 import msgspec
 
 from bench.load import jpegs
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
+from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.protocols.base import Answer, Answered, ServerContext, Task
 from handlers.protocols.body import read_body
-from handlers.protocols.select import read_task
 from handlers.request import Incoming
+from handlers.service import read_task
 
 TOKENS = 200
 WORDS = (" The", " small", " round", " shape", " is", " ré", "d", ",", "\n", ' "so')

@@ -50,9 +50,9 @@ from handlers.generation_task import RETRY_AFTER, overloaded
 from handlers.model_names import accepted_names, public_names
 from handlers.protocols.base import Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
-from handlers.protocols.lmi.sagemaker import MOST_SECONDS, are_lines
-from handlers.protocols.select import error_format
+from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, MOST_SECONDS, are_lines
 from handlers.request import Incoming, Reply
+from handlers.service import error_format
 from handlers.version import VERSION
 from properties.configuration import Configuration
 
@@ -221,7 +221,7 @@ class App:
         longest = settings.predict_timeout
         if route.action == REGISTRY:
             longest = settings.model_loading_timeout
-        elif are_lines(call.template, call.headers):
+        elif call.template in INVOKE_ROUTES and are_lines(call.headers):
             longest = max(longest, MOST_SECONDS)
         self.calls.add(call)
         self.idle.clear()

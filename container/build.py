@@ -20,9 +20,8 @@ from handlers.images.loader import ImageLoader
 from handlers.model_names import accepted_names, public_names
 from handlers.parsers.select import answer_formats
 from handlers.pipeline import Pipeline
-from handlers.protocols.select import gates
 from handlers.request import Observer
-from handlers.service import Service
+from handlers.service import Service, gates
 from properties.configuration import Configuration
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from container.config import SERVE_DEFAULTS, configured, unreadable
 from engine.machine import Machine, this_machine
 from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import here
-from handlers.backends.base import Backend
+from handlers.backends.backend import Backend
 from handlers.backends.instances import Instance
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed

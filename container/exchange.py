@@ -21,8 +21,8 @@ from urllib.parse import parse_qs
 
 from handlers.errors import Overloaded, PayloadTooLarge, ServingError
 from handlers.protocols.base import Route
-from handlers.protocols.select import REQUEST_ID_HEADERS
 from handlers.request import Reply, RequestFacts
+from handlers.service import REQUEST_ID_HEADERS
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -15,7 +15,7 @@ from msgspec import Struct
 from container.models.models import REGISTRY
 from container.routes import ONE, Router
 from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
-from handlers.protocols.select import ERRORS_ANYWHERE
+from handlers.service import ERRORS_ANYWHERE
 from handlers.version import VERSION
 
 _STATUSES = {

@@ -17,7 +17,7 @@ from handlers.errors import NotFound, ServingError
 from handlers.protocols.base import READ, Route
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
-from handlers.protocols.select import ROUTES as API_ROUTES
+from handlers.service import ROUTES as API_ROUTES
 
 
 class MethodNotAllowed(ServingError):

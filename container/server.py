@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
@@ -407,11 +407,11 @@ class HttpServer(uvicorn.Server):
             )
         )
 
-    async def listen(self, listener: socket.socket) -> None:
-        accepts = min(
-            _ACCEPTS, max(1, self.connections.limit // 8)
-        )  # Each of them needs a descriptor of its own.
-        await self.serve([listener, *(listener.dup() for _ in range(accepts - 1))])
+    def listen(self, listener: socket.socket) -> Coroutine[Any, Any, None]:
+        """Return what serves until `should_exit`."""
+        # Each accept needs a descriptor of its own.
+        accepts = min(_ACCEPTS, max(1, self.connections.limit // 8))
+        return self.serve([listener, *(listener.dup() for _ in range(accepts - 1))])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence, Set
 from pathlib import Path
 
-from handlers.backends.base import Backend, Lifecycle
+from handlers.backends.backend import Backend
+from handlers.backends.base import Lifecycle
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions

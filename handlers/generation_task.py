@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from handlers.backends.base import Delta, PromptStats, total
+from handlers.deltas import Delta, PromptStats, total
 from handlers.errors import (
     DeadlineExceeded,
     EngineFailed,

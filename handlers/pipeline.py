@@ -19,23 +19,18 @@ from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import (
     BackendStats,
     Capabilities,
-    Delta,
     Engine,
     EngineRequest,
-    FinishReason,
     Health,
-    PositionLogprobs,
     PromptModel,
-    PromptStats,
-    TokenizedPrompt,
-    TokenLogprob,
     TokenOutput,
     TokenStream,
 )
+from handlers.deltas import Delta, FinishReason, PositionLogprobs, PromptStats, TokenizedPrompt, TokenLogprob
 from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
-from handlers.prompts.detokenizer import Detokenizer, TokenTexts
 from handlers.prompts.renderer import RenderedPrompt
+from handlers.prompts.tokenizer import Detokenizer, TokenTexts
 from handlers.request import (
     MOST_TOKEN_IDS,
     ChatPrompt,

@@ -1,11 +1,14 @@
-"""The whole way of one request: body, API, admission, images, pipeline, reply."""
+"""The whole way of one request: body, API, admission, images, pipeline, reply.
+
+`APIS` lists the APIs; each says which requests it reads.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -16,12 +19,24 @@ from handlers.generation_task import Admission, GenerationTask, ReplyStream, is_
 from handlers.images.loader import ImageLoader
 from handlers.parsers.base import AnswerFormats
 from handlers.pipeline import Pipeline
-from handlers.protocols.base import JSON, JSON_LINES, Answered, Gate, ServerContext, Task
-from handlers.protocols.body import SHORT_BYTES, read_body
+from handlers.protocols.base import JSON, JSON_LINES, Answered, ErrorFormat, Gate, ServerContext, Task
+from handlers.protocols.body import SHORT_BYTES, read_body, warning
 from handlers.protocols.body_limits import MOST_TEXT_BYTES
-from handlers.protocols.lmi.sagemaker import answer_lines, are_lines
-from handlers.protocols.select import CALLS, error_format, read_task
-from handlers.request import GenerationRequest, Incoming, Observer, Reply, RequestFacts
+from handlers.protocols.lmi.requests import LMI
+from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, answer_lines, are_lines
+from handlers.protocols.openai.requests import OPENAI
+from handlers.protocols.tgi.replies import TgiError
+from handlers.protocols.tgi.requests import TGI
+from handlers.protocols.tokens import TOKENS
+from handlers.request import (
+    GenerationRequest,
+    Incoming,
+    Observer,
+    Reply,
+    RequestFacts,
+    TextPart,
+    prompt_parts,
+)
 from properties.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -29,6 +44,24 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Work = Callable[[dict[str, Any], Incoming, RequestFacts, bool], Awaitable[Reply]]
 """Its arguments: the body, its request, the facts to fill in, and whether the body is long."""
+
+APIS = (TGI, OPENAI, LMI, TOKENS)
+"""In order: the first API that claims a request gets it."""
+
+ROUTES = tuple(route for api in APIS for route in api.routes)
+"""All routes of all APIs."""
+
+ERRORS_ANYWHERE = (TgiError,)
+"""Structs of errors that a client may get on every route: TGI's own clients, which are known by a header."""
+
+REQUEST_ID_HEADERS = (*(api.request_id for api in APIS if api.request_id), "x-request-id")
+"""The headers in which a caller may name a request, the one that wins first."""
+
+_CALLS = {name: call for api in APIS for name, call in api.calls.items()}
+_FRAMES = {route: frame for api in APIS for route, frame in api.frames.items()}
+_TIMED = frozenset(route.template for route in ROUTES if route.timed)
+
+_AROUND_AN_IMAGE = len("![]()")
 
 LONG_REPLY_BYTES = 2**20
 """A larger reply is written in a thread, so that other requests' tokens do not wait."""
@@ -117,7 +150,7 @@ class Service:
 
         A stream is returned together with its first token, so that any earlier failure has a status code of its own.
         """
-        if not are_lines(incoming.route, incoming.headers):
+        if incoming.route not in INVOKE_ROUTES or not are_lines(incoming.headers):
             return await self.reply(incoming, self._answer)
         facts = RequestFacts(incoming.request_id, incoming.route)
         try:
@@ -132,12 +165,12 @@ class Service:
             return refusal(error, facts, error_format(incoming.route, incoming.headers), self._observer)
 
     async def call(self, action: str, incoming: Incoming) -> Reply:
-        """Answer a request that does not generate text. action: a key of `handlers.protocols.select.CALLS`."""
-        return await CALLS[action](self, incoming)
+        """Answer a request that does not generate text. action: a key of an API's `calls`."""
+        return await _CALLS[action](self, incoming)
 
     def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         """Whether a body of this size, or this very body, may be answered without the model."""
-        return any(gate.may_answer(route, size, content) for gate in self._gates)
+        return any(route in gate.routes and gate.may_answer(size, content) for gate in self._gates)
 
     async def reply(self, incoming: Incoming, work: Work) -> Reply:
         """Return the reply that `work` makes of a body, or the refusal.
@@ -169,6 +202,8 @@ class Service:
         self, body: dict[str, Any], incoming: Incoming, facts: RequestFacts, long: bool
     ) -> Reply:
         for gate in self._gates:
+            if incoming.route not in gate.routes and gate.header not in incoming.headers:
+                continue
             if (reply := gate.answer(body, incoming)) is not None:
                 return reply
         if self._formatters is not None and self._formatters.reads:
@@ -244,12 +279,12 @@ class Service:
         permit = self.admission.admit(sum(request.n for request in task.requests))
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         deadline = facts.arrival + self.settings.predict_timeout
-        facts.stream = task.stream
+        facts.stream = task.requests[0].stream
         run = GenerationTask(task, permit, self.images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None
         try:
             async with run.time_limit():
-                if not task.stream:
+                if not facts.stream:
                     answered = await run.answers(self.backend)
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
                     body = await _aside(size > LONG_REPLY_BYTES, task.writer.whole, answered)
@@ -278,13 +313,46 @@ class Service:
         finally:
             if stream is None:
                 await run.close()
-        headers = task.headers(self.backend.capabilities.compute_type, facts)
+        headers = warning(task.misspelt)
+        if facts.route in _TIMED:
+            headers |= _timing_headers(task.requests, self.backend.capabilities.compute_type, facts)
         if stream is not None:
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)
                 return Reply(200, JSON_LINES, chunks=events, headers=headers, facts=facts)
             return Reply(200, task.writer.stream_type, chunks=stream, headers=headers, facts=facts)
         return Reply(200, JSON, body, headers=headers, facts=facts)
+
+
+def error_format(route: str, headers: Mapping[str, str], keys: Collection[str] = ()) -> ErrorFormat:
+    """Return the format of errors for a request. keys: those of its body, as soon as they are known."""
+    return next(api.errors for api in APIS if api.claims(route, headers, keys))
+
+
+def gates(settings: Settings) -> tuple[Gate, ...]:
+    """Return the gates of a server, one for each API that has one."""
+    return tuple(api.gate(settings) for api in APIS if api.gate is not None)
+
+
+def read_task(body: dict[str, Any], server: ServerContext, incoming: Incoming) -> Task:
+    """Read a body with the API that it belongs to. Raises InvalidRequest naming the field at fault."""
+    route = incoming.route
+    asked = (api.reads(body.keys(), route) for api in APIS if not api.reads_on or route in api.reads_on)
+    read = next((found for found in asked if found is not None), None)
+    if read is None:
+        raise InvalidRequest("the body has neither messages, prompt nor inputs", param="messages")
+    adapter = _named_adapter(incoming)
+    if (frame := _FRAMES.get(route)) is None:
+        return read(body, server, incoming, adapter)
+    return frame(read, body, server, incoming, adapter)
+
+
+def _named_adapter(incoming: Incoming) -> str | None:
+    """Return the adapter that the request's head names."""
+    for api in APIS:
+        if api.adapter is not None and not incoming.headers.keys().isdisjoint(api.headers):
+            return api.adapter(incoming)
+    return incoming.query.get("adapter") or None
 
 
 def _check_totals(requests: Sequence[GenerationRequest]) -> None:
@@ -316,3 +384,44 @@ def _is_long(body: bytes) -> bool:
 async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
     """Do the work, in a thread if it takes long."""
     return await asyncio.to_thread(work, *given) if long else work(*given)
+
+
+def _timing_headers(
+    requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
+) -> dict[str, str]:
+    """Return TGI's headers of counts and times, which are whole milliseconds; only `x-compute-time` is in seconds.
+
+    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
+    sent with its first token, when its times are not known yet.
+    """
+    own = {
+        "x-compute-type": compute_type or "unknown",
+        "x-compute-characters": str(sum(map(_characters, requests))),
+    }
+    if facts.stream:
+        return {**own, "x-accel-buffering": "no"}
+    total = facts.total or 0.0
+    inference = max(0.0, total - facts.prepared - facts.queued)
+    return {
+        **own,
+        "x-compute-time": f"{total:.6f}",
+        "x-total-time": _milliseconds(total),
+        "x-validation-time": _milliseconds(facts.prepared),
+        "x-queue-time": _milliseconds(facts.queued),
+        "x-inference-time": _milliseconds(inference),
+        "x-time-per-token": _milliseconds(inference / max(1, facts.completion_tokens)),
+        "x-prompt-tokens": str(facts.prompt_tokens),
+        "x-generated-tokens": str(facts.completion_tokens),
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))
+
+
+def _characters(request: GenerationRequest) -> int:
+    """Return the number of characters of the prompt as it was sent, images included."""
+    return sum(
+        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
+        for part in prompt_parts(request.prompt)
+    )

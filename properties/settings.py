@@ -9,9 +9,10 @@ from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr
 from pydantic.fields import FieldInfo
 
-from properties.field import ROLLING, VLLM, Level, Option, Variable, option, server_key
-from properties.values import (
+from properties.field import (
+    ROLLING,
     TRUE,
+    VLLM,
     Allowed,
     Amount,
     Count,
@@ -22,17 +23,22 @@ from properties.values import (
     Fraction,
     JsonObject,
     Length,
+    Level,
     Limits,
     MediaOptions,
     Names,
     Networks,
+    Option,
     Port,
     Positive,
     Seconds,
     Seed,
     Task,
     Tokens,
+    Variable,
     Word,
+    option,
+    server_key,
 )
 
 STANDARD_HANDLER = "CUSTOM_FASTAPI_INVOCATION_HANDLER"

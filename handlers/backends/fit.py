@@ -11,7 +11,7 @@ from typing import Any
 from engine.attention.select import DEFAULT_BLOCK_SIZE
 from engine.machine import Device, Machine
 from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE, encoder_share
-from handlers.backends.base import Backend, Needs
+from handlers.backends.backend import Backend, Needs
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration

@@ -24,7 +24,7 @@ from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from handlers.backends.base import Backend
+    from handlers.backends.backend import Backend
     from properties.configuration import Configuration
     from properties.settings import Settings
 

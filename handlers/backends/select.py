@@ -16,7 +16,7 @@ from properties.field import BackendName
 from properties.problem import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from handlers.backends.base import Backend
+    from handlers.backends.backend import Backend
 
 BACKENDS: dict[BackendName, str] = {
     "rolling": "handlers.backends.rolling.backend:RollingBackend",

@@ -17,8 +17,8 @@ from handlers.protocols.base import JSON_LINES
 from handlers.protocols.errors import error_reply, log_error, own_words_of
 from handlers.protocols.lmi.replies import lmi_error
 from handlers.protocols.lmi.sagemaker import execution_reply, request_properties
-from handlers.protocols.select import error_format
 from handlers.request import Incoming, Observer, Reply, RequestFacts
+from handlers.service import error_format
 from properties.settings import Settings
 
 _GRACE_SECONDS = 1.0

@@ -52,8 +52,8 @@ class GrammarCompiler:
         self._known_bytes = 0
         self._running: dict[Job, asyncio.Task[Outcome]] = {}
         self._slots = asyncio.Semaphore(MOST_WORKERS)
-        self._idle: list[_Worker] = []
-        self._busy: set[_Worker] = set()
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
         self._ending: set[asyncio.Task[None]] = set()
 
     async def compile(self, constraint: Constraint) -> str:
@@ -109,7 +109,7 @@ class GrammarCompiler:
             used = worker.alive
             outcome = await self._ask(worker, job)
             if outcome is _DIED and used:  # an earlier constraint may be to blame
-                outcome = await self._ask(_Worker(), job)
+                outcome = await self._ask(Worker(), job)
         if outcome is not _TOO_SLOW:
             self._remember(job, outcome)
             return outcome
@@ -118,7 +118,7 @@ class GrammarCompiler:
             reason=f"{outcome.reason} {self._timeout:g} s (option.guided_decoding_timeout): make it simpler"
         )
 
-    async def _ask(self, worker: _Worker, job: Job) -> Outcome:
+    async def _ask(self, worker: Worker, job: Job) -> Outcome:
         self._busy.add(worker)
         try:
             await worker.start(self._vocabulary)
@@ -139,16 +139,16 @@ class GrammarCompiler:
             self._idle.append(worker)
         return outcome
 
-    def _free(self) -> _Worker:
+    def _free(self) -> Worker:
         """Return an idle process that is alive, else a new one."""
         while self._idle:
             worker = self._idle.pop()
             if worker.alive:
                 return worker
             self._end(worker)
-        return _Worker()
+        return Worker()
 
-    def _end(self, worker: _Worker) -> None:
+    def _end(self, worker: Worker) -> None:
         task = asyncio.create_task(worker.end(), name="end-grammar-worker")
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -160,10 +160,11 @@ class GrammarCompiler:
             self._known_bytes -= _size(*self._known.popitem(last=False))
 
 
-class _Worker:
-    """A process of `handlers.grammars.worker`."""
+class Worker:
+    """A process that compiles grammars. module: what it runs, `handlers.grammars.worker` or a double of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "handlers.grammars.worker") -> None:
+        self._module = module
         self._child: Child | None = None
         self._working = False
 
@@ -178,7 +179,7 @@ class _Worker:
             return
         try:
             self._child = await Child.start(
-                "handlers.grammars.worker", "plain", Log(worker_log, logging.WARNING, bounded=True)
+                self._module, "plain", Log(worker_log, logging.WARNING, bounded=True)
             )
             async with asyncio.timeout(START_SECONDS):
                 self._child.send(msgspec.msgpack.encode(vocabulary))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from handlers.backends.base import FinishReason, PositionLogprobs, PromptStats
+from handlers.deltas import FinishReason, PositionLogprobs, PromptStats
 from handlers.errors import ServingError
 from handlers.protocols.base import Answer
 

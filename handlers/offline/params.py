@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from handlers.errors import InvalidRequest
-from handlers.protocols.base import sampling_params
 from handlers.protocols.body import convert
-from handlers.protocols.fields import read_constraint
+from handlers.protocols.fields import read_constraint, sampling_params
 from handlers.request import Constraint
 from handlers.request import RequestSampling as EngineParams
 

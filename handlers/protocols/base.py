@@ -1,6 +1,6 @@
 """What an API consists of: routes, readers that make a `Task` of a body, and the writer of the task's reply.
 
-`select.py` lists the APIs.
+`handlers/service.py` lists the APIs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from msgspec import Meta, Struct
 
-from engine.sampling_params import MAX_INTEGER, MAX_SEED
-from handlers.backends.base import Delta, FinishReason, PositionLogprobs, PromptStats
-from handlers.errors import InvalidParameter, InvalidRequest, ServingError
+from engine.sampling_params import MAX_INTEGER
+from handlers.deltas import Delta, FinishReason, PositionLogprobs, PromptStats
+from handlers.errors import ServingError
 from handlers.parsers.base import AnswerFormats
-from handlers.protocols.body import warning
-from handlers.request import GenerationRequest, Incoming, Reply, RequestFacts, RequestSampling
+from handlers.request import GenerationRequest, Incoming, Reply
 from properties.settings import OutputFormat, Settings
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ class Route:
         light: Answered from the head of the request, unlimited and without a line in the log, as monitoring asks it.
         queued: Takes a place in the queue.
         open: Answered without the server's key, as the platform asks it.
+        timed: Its replies have headers with TGI's counts and times, whichever API has read the body.
         appended: Also answered where a client appends the path to that of any route that answers.
         bodies: Structs of the request's body.
         plain_text: The body may also be a prompt as plain text.
@@ -75,6 +75,7 @@ class Route:
     light: bool = False
     queued: bool = False
     open: bool = False
+    timed: bool = False
     appended: bool = False
     bodies: Sequence[type] = ()
     plain_text: bool = False
@@ -227,13 +228,6 @@ class Writer(Protocol):
         """Return the last part of a stream that failed after its first chunk."""
 
 
-ReplyHeaders = Callable[[Sequence[GenerationRequest], str, RequestFacts], dict[str, str]]
-"""Makes the headers that an API adds to a reply, from its requests, the kind of device, and the facts so far.
-
-For a stream, they are sent with the first token. A whole reply's facts are complete.
-"""
-
-
 @dataclass(slots=True)
 class Task:
     """What a body asks for. Several requests are several prompts, answered together and in order.
@@ -241,25 +235,12 @@ class Task:
     Attributes:
         misspelt: A sentence for each name in the body that nobody reads (`handlers.protocols.body`).
         names: A field of `SamplingParams` -> what the client calls it, where that is another name.
-        route_headers: What its route adds to the headers of the reply.
     """
 
     requests: list[GenerationRequest]
     writer: Writer
     misspelt: Sequence[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
-    route_headers: ReplyHeaders | None = None
-
-    @property
-    def stream(self) -> bool:
-        return self.requests[0].stream
-
-    def headers(self, compute_type: str, facts: RequestFacts) -> dict[str, str]:
-        """Return the headers of its reply. compute_type: the device's name, empty where it is not known."""
-        own = warning(self.misspelt)
-        if self.route_headers is None:
-            return own
-        return own | self.route_headers(self.requests, compute_type, facts)
 
 
 Reader = Callable[[dict[str, Any], ServerContext, Incoming, str | None], Task]
@@ -278,7 +259,15 @@ Call = Callable[["Service", Incoming], Awaitable[Reply]]
 
 
 class Gate(Protocol):
-    """Sees every request for an answer before it is parsed, and may answer it without the model."""
+    """Sees requests for an answer before their bodies are read into tasks, and may answer them without the model.
+
+    Attributes:
+        routes: The routes whose requests it sees.
+        header: It also sees every other request with this header.
+    """
+
+    routes: Collection[str]
+    header: str
 
     def answer(self, body: Mapping[str, Any], incoming: Incoming) -> Reply | None:
         """Return the reply to a body that does not ask the model; None for all others.
@@ -287,8 +276,11 @@ class Gate(Protocol):
             ServingError: The request cannot be answered.
         """
 
-    def may_answer(self, route: str, size: int, content: bytes | None = None) -> bool:
-        """Whether `answer` may reply to a body of this size, or to this very body, which then needs no queue place."""
+    def may_answer(self, size: int, content: bytes | None = None) -> bool:
+        """Whether `answer` may reply to a body of this size, or to this very body, which then needs no queue place.
+
+        It is asked about requests on its routes.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,11 +291,12 @@ class Api:
         errors: How it writes errors.
         claims: Says whether it writes the errors of a request, by the route's template, the headers (names in lower
             case) and the keys of the body, which are empty before the body has been read.
-        reads: Returns the reader of a body with these keys on a route; None if the body belongs to another API.
         routes: Its routes, for the router and the OpenAPI document.
-        headers: Route -> what it adds to the headers of replies there, whichever API has read the body.
+        reads: Returns the reader of a body with these keys on a route; None if the body belongs to another API.
+        reads_on: The only routes on which it reads bodies; empty for all.
         frames: Route -> how replies are framed there, whichever API has read the body.
-        adapter: Returns the adapter that a request's head names.
+        headers: The headers of its platform that may name an adapter.
+        adapter: Returns the adapter that the head of a request with one of them names.
         calls: Action of a route -> what answers it, for routes that generate no text.
         request_id: The header in which the caller names the request.
         gate: Makes the gate of a server.
@@ -311,48 +304,15 @@ class Api:
 
     errors: ErrorFormat
     claims: Callable[[str, Mapping[str, str], Collection[str]], bool]
-    reads: Callable[[Collection[str], str], Reader | None]
     routes: Sequence[Route]
-    headers: Mapping[str, ReplyHeaders] = field(default_factory=dict)
+    reads: Callable[[Collection[str], str], Reader | None] = lambda keys, route: None
+    reads_on: Collection[str] = ()
     frames: Mapping[str, Frame] = field(default_factory=dict)
+    headers: Collection[str] = ()
     adapter: Callable[[Incoming], str | None] | None = None
     calls: Mapping[str, Call] = field(default_factory=dict)
     request_id: str = ""
     gate: Callable[[Settings], Gate] | None = None
-
-
-def sampling_params(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
-) -> RequestSampling:
-    """Return the client's values over the model's defaults; None counts as not given.
-
-    The seed -1 means none, as in vLLM; another negative one, which OpenAI allows, stands for the seed 2^63 above it.
-    names: as in `Task`.
-
-    Raises:
-        InvalidRequest: A value is not allowed.
-    """
-    known = RequestSampling.__struct_fields__
-    values = {name: value for name, value in defaults.items() if name in known and value is not None}
-    values.update((name, value) for name, value in given.items() if value is not None)
-    try:
-        if (seed := values.get("seed")) is not None:
-            if not -MAX_SEED - 1 <= seed <= MAX_SEED:
-                raise InvalidParameter("seed", "must be a whole number from -2^63 to 2^63-1")
-            values["seed"] = None if seed == -1 else seed & MAX_SEED
-        return _checked(RequestSampling(**values))
-    except InvalidRequest as error:
-        error.rename(names or {})
-        raise
-
-
-def _checked(params: RequestSampling) -> RequestSampling:
-    try:
-        params.validate()
-    except ValueError as error:
-        name, _, problem = str(error).partition(" ")
-        raise InvalidParameter(name, problem) from error
-    return params
 
 
 def finite(logprob: float) -> float:

@@ -21,11 +21,12 @@ from engine.sampling_params import (
     MAX_BREAKERS,
     MAX_INTEGER,
     MAX_LOGPROBS,
+    MAX_SEED,
     MAX_STOP_TOKEN_IDS,
     RANGES,
     SAMPLERS,
 )
-from handlers.errors import InvalidRequest
+from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.protocols.base import MAX_ANSWERS, TokenId, described
 from handlers.protocols.body import refuse_unknown, shown_value
@@ -145,6 +146,40 @@ def sampler_names(asked: SamplerFields) -> dict[str, str]:
         for alias, name in _ALIASES.items()
         if getattr(asked, alias) is not None and getattr(asked, name, None) is None
     }
+
+
+def sampling_params(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> RequestSampling:
+    """Return the client's values over the model's defaults; None counts as not given.
+
+    The seed -1 means none, as in vLLM; another negative one, which OpenAI allows, stands for the seed 2^63 above it.
+    names: as in `Task`.
+
+    Raises:
+        InvalidRequest: A value is not allowed.
+    """
+    known = RequestSampling.__struct_fields__
+    values = {name: value for name, value in defaults.items() if name in known and value is not None}
+    values.update((name, value) for name, value in given.items() if value is not None)
+    try:
+        if (seed := values.get("seed")) is not None:
+            if not -MAX_SEED - 1 <= seed <= MAX_SEED:
+                raise InvalidParameter("seed", "must be a whole number from -2^63 to 2^63-1")
+            values["seed"] = None if seed == -1 else seed & MAX_SEED
+        return _checked(RequestSampling(**values))
+    except InvalidRequest as error:
+        error.rename(names or {})
+        raise
+
+
+def _checked(params: RequestSampling) -> RequestSampling:
+    try:
+        params.validate()
+    except ValueError as error:
+        name, _, problem = str(error).partition(" ")
+        raise InvalidParameter(name, problem) from error
+    return params
 
 
 def _texts(text: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from handlers.backends.base import TokenizedPrompt
+from handlers.deltas import TokenizedPrompt
 from handlers.errors import DeadlineExceeded, InvalidRequest
 from handlers.pipeline import longest_prompt
 from handlers.protocols.base import JSON, Api, Route, ServerContext, Task, TokenCount, TokenId
@@ -299,7 +299,6 @@ ROUTES = (
 TOKENS = Api(
     OPENAI_ERRORS,
     claims=lambda route, headers, keys: False,
-    reads=lambda keys, route: None,
     routes=ROUTES,
     calls={"tokenize": _tokenize, "detokenize": _detokenize},
 )

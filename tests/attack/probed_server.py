@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from handlers.backends.base import Delta
+from handlers.deltas import Delta
 from handlers.request import GenerationRequest
 from tests.support.scripted import Step
 from tests.support.scripted_server import ObedientBackend, ordered

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from pathlib import Path
 
 import httpx
 import pytest
 
+from engine.config import Vocabulary
 from handlers.custom.messages import MAX_PART_BYTES
-from handlers.grammars.compiler import MOST_OUTCOME_BYTES, _Worker
+from handlers.grammars.compiler import MOST_OUTCOME_BYTES, Worker
 from handlers.grammars.messages import Job
-from processes.child import Child, Log
 from tests.support.live import LiveServer
 
 HANDLER = """
@@ -57,13 +56,10 @@ def test_a_grammar_compilers_reply_is_bounded() -> None:
     """The length comes first: a process gone wrong is not waited for, nor its gigabytes kept."""
 
     async def main() -> None:
-        worker = _Worker()
-        child = worker._child = await Child.start(
-            "tests.support.echoing_child", "plain", Log(logging.getLogger(__name__))
-        )
-        child.send(b"flood")
+        worker = Worker("tests.support.long_reply_worker")
+        await worker.start(Vocabulary("{}", 10, 10))
         with pytest.raises(EOFError, match=f"allowed: {MOST_OUTCOME_BYTES}$"):
-            await worker.ask(Job("regex", "a", None))
+            await worker.ask(Job("regex", "flood", None))
         await worker.end()
         assert not worker.alive
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats
+from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, ImageFetchFailed, ImagesLost, InvalidRequest, Unavailable
 from handlers.protocols.openai.writers import ChatWriter
 from handlers.request import GenerationRequest, Reply

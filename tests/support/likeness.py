@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from engine.families.base import Preprocessor
 from engine.loader import load_preprocessor
-from handlers.backends.base import Delta
+from handlers.deltas import Delta
 from handlers.request import (
     ChatPrompt,
     Constraint,

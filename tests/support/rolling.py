@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from handlers.backends.base import Delta
 from handlers.backends.rolling.engine import RollingEngine
+from handlers.deltas import Delta
 from handlers.pipeline import Pipeline
 from handlers.request import (
     ChatPrompt,

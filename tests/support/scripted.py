@@ -8,16 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from handlers.backends.adapters import AdapterStore
-from handlers.backends.base import (
-    BackendStats,
-    Capabilities,
-    Delta,
-    Health,
-    PositionLogprobs,
-    PromptStats,
-    TokenizedPrompt,
-    TokenLogprob,
-)
+from handlers.backends.base import BackendStats, Capabilities, Health
+from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenizedPrompt, TokenLogprob
 from handlers.errors import InvalidRequest
 from handlers.request import (
     GenerationRequest,

@@ -25,7 +25,8 @@ from typing import Any
 
 from handlers import progress
 from handlers.backends.adapters import AdapterStore
-from handlers.backends.base import BackendStats, Delta, Health
+from handlers.backends.base import BackendStats, Health
+from handlers.deltas import Delta
 from handlers.errors import EngineFailed, Unavailable
 from handlers.request import ChatPrompt, GenerationRequest, TextPart
 from tests.support.scripted import ScriptedBackend, Step

@@ -8,7 +8,7 @@ from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from handlers.backends.base import Delta
+from handlers.deltas import Delta
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
 from handlers.protocols.base import ServerContext

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
-from handlers.backends.base import DevicePlan, Needs, PromptCheck
+from handlers.backends.backend import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import remedy
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RollingBackend:
-    """See `handlers.backends.base.Backend`."""
+    """See `handlers.backends.backend.Backend`."""
 
     tool_parsers: frozenset[str] = frozenset()
     reasoning_parsers: frozenset[str] = frozenset()

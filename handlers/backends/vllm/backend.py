@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.backends.base import DevicePlan, Needs, PromptCheck
+from handlers.backends.backend import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.checkpoint import format_warnings, served_dtype, stored_dtype, weight_problems
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class VllmBackend:
-    """See `handlers.backends.base.Backend`."""
+    """See `handlers.backends.backend.Backend`."""
 
     takes_engine_arguments = True
 

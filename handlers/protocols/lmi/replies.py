@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
+from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
 from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer, finite
 from handlers.protocols.tgi.replies import FinishReason, finish_reason

@@ -29,7 +29,6 @@ from handlers.protocols.base import (
     TokenCount,
     TokenId,
     described_as,
-    sampling_params,
 )
 from handlers.protocols.body import KnownNames, convert
 from handlers.protocols.fields import (
@@ -39,6 +38,7 @@ from handlers.protocols.fields import (
     SamplerFields,
     read_constraint,
     sampler_values,
+    sampling_params,
 )
 from handlers.protocols.lmi import adapters
 from handlers.protocols.lmi.replies import (
@@ -51,6 +51,7 @@ from handlers.protocols.lmi.replies import (
     LmiWriter,
 )
 from handlers.protocols.lmi.sagemaker import (
+    ADAPTER_HEADERS,
     INVOKE_ROUTES,
     PREFIX,
     ExecutionParameters,
@@ -381,8 +382,9 @@ def _framed(
         body = {**body, "stream": True}
     task = read(body, server, incoming, adapter)
     accept = accept_of(incoming.headers)
+    stream = task.requests[0].stream
     lines = formatter == "jsonlines_chat" and "text/event-stream" not in accept
-    if task.stream and (lines or wants_lines(accept)) and not server.custom_output:
+    if stream and (lines or wants_lines(accept)) and not server.custom_output:
         task.writer = JsonLines(task.writer)
     return task
 
@@ -419,9 +421,10 @@ ROUTES = (
 LMI = Api(
     LMI_ERRORS,
     _claims,
-    _reads,
     ROUTES,
+    _reads,
     frames=dict.fromkeys(INVOKE_ROUTES, _framed),
+    headers=ADAPTER_HEADERS,
     adapter=adapter_of,
     calls={"adapters": adapters.answer_adapters, "execution": execution_parameters},
     request_id=f"{PREFIX}inference-id",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ INVOKE_ROUTES = frozenset({"/invocations", "/predictions/{model}", "/models/{mod
 PREFIX = "x-amzn-sagemaker-"
 _ADAPTER = f"{PREFIX}adapter-identifier"
 _ATTRIBUTES = f"{PREFIX}custom-attributes"
+ADAPTER_HEADERS = (_ADAPTER, _ATTRIBUTES)
 _MOST_ATTRIBUTES = 1024
 """The most characters of the header: SageMaker's own limit."""
 
@@ -93,7 +94,10 @@ class SessionReply(Struct, forbid_unknown_fields=True):
 
 
 class Sessions:
-    """The open sessions of this server, in the order in which they end: each lasts equally long."""
+    """The open sessions of this server, in the order in which they end: each lasts equally long. See `Gate`."""
+
+    routes: Collection[str] = INVOKE_ROUTES
+    header = _ID
 
     def __init__(
         self, *, enabled: bool = True, expiration: float = 1200.0, clock: Callable[[], float] = time.time
@@ -119,13 +123,9 @@ class Sessions:
             self._find(named)
         return None
 
-    def may_answer(self, route: str, size: int, content: bytes | None = None) -> bool:
-        return (
-            self._enabled
-            and route in INVOKE_ROUTES
-            and 0 < size <= _MOST_BYTES
-            and (content is None or b'"requestType"' in content)
-        )
+    def may_answer(self, size: int, content: bytes | None = None) -> bool:
+        fits = self._enabled and 0 < size <= _MOST_BYTES
+        return fits and (content is None or b'"requestType"' in content)
 
     def _control(self, asked: object, named: str) -> Reply:
         if asked not in (_NEW, _CLOSE):
@@ -212,11 +212,9 @@ class _Refused(Exception):
         self.reply = reply
 
 
-def are_lines(route: str, headers: Mapping[str, str]) -> bool:
-    """Whether a request's body is JSON lines, by its declared type. headers: names in lower case."""
-    return (
-        route in INVOKE_ROUTES and headers.get("content-type", "").partition(";")[0].strip().lower() in _TYPES
-    )
+def are_lines(headers: Mapping[str, str]) -> bool:
+    """Whether a body on one of `INVOKE_ROUTES` is JSON lines, by its declared type. headers: names in lower case."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower() in _TYPES
 
 
 async def execution_parameters(service: Service, incoming: Incoming) -> Reply:

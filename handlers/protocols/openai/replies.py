@@ -10,7 +10,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from handlers.backends.base import PositionLogprobs, PromptStats, TokenLogprob
+from handlers.deltas import PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
 from handlers.protocols.base import ErrorFormat, finite
 

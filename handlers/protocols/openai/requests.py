@@ -25,7 +25,6 @@ from handlers.protocols.base import (
     TokenId,
     described,
     reference,
-    sampling_params,
 )
 from handlers.protocols.body import KnownNames, convert, refuse_unknown
 from handlers.protocols.fields import (
@@ -37,6 +36,7 @@ from handlers.protocols.fields import (
     read_constraint,
     sampler_names,
     sampler_values,
+    sampling_params,
 )
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
@@ -49,7 +49,7 @@ from handlers.protocols.openai.replies import (
     Models,
     OpenAIError,
 )
-from handlers.protocols.openai.tools import Tools, answer_form, read_tools
+from handlers.protocols.openai.tools import AnswerForm, Tools, answer_form, read_tools
 from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
 from handlers.request import (
     MAX_STOP_STRINGS,
@@ -202,14 +202,16 @@ def read_chat(
     asked = convert(body, ChatBody)
     if asked.modalities is not None and asked.modalities != ["text"]:
         raise InvalidRequest('modalities: this server answers with ["text"] only', param="modalities")
-    tools = read_tools(
-        tools=asked.tools,
-        choice=asked.tool_choice,
-        parallel=asked.parallel_tool_calls,
-        functions=asked.functions,
-        function_call=asked.function_call,
-        formats=server.formats,
-    )
+    tools = None
+    if asked.tools or asked.functions or asked.tool_choice is not None:
+        tools = read_tools(
+            tools=asked.tools,
+            choice=asked.tool_choice,
+            parallel=asked.parallel_tool_calls,
+            functions=asked.functions,
+            function_call=asked.function_call,
+            formats=server.formats,
+        )
     stream, n = check_stream(asked), count_answers(asked)
     names = sampler_names(asked)
     if asked.max_completion_tokens is not None:
@@ -221,17 +223,16 @@ def read_chat(
     )
     values = _chat_sampling(asked)
     sampling = sampling_params(values, server.sampling, names)
-    form = answer_form(
-        tools,
-        constraint,
-        server,
-        prompt.template_kwargs,
-        hide_reasoning=asked.include_reasoning is False,
-    )
+    form = AnswerForm(constraint)
+    if tools is not None or server.formats.reasoning is not None:
+        hide = asked.include_reasoning is False
+        form = answer_form(tools, constraint, server, prompt.template_kwargs, hide_reasoning=hide)
+    if form.keeps_special_tokens and sampling.skip_special_tokens:
+        sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
     request = GenerationRequest(
         request_id=request_id,
         prompt=prompt,
-        sampling=form.applied(sampling),
+        sampling=sampling,
         n=n,
         stream=stream,
         model=asked.model,
@@ -536,6 +537,7 @@ ROUTES = (
         "answer",
         "Chat completion (OpenAI)",
         queued=True,
+        timed=True,
         appended=True,
         bodies=(ChatBody,),
         replies=(ChatCompletion,),
@@ -547,6 +549,7 @@ ROUTES = (
         "answer",
         "Text completion (OpenAI); images stand in the prompt as `![](url)`",
         queued=True,
+        timed=True,
         appended=True,
         bodies=(CompletionBody,),
         replies=(Completion,),
@@ -573,4 +576,4 @@ def _reads(keys: Collection[str], route: str) -> Reader | None:
     return read_completion if "prompt" in keys and "inputs" not in keys else None
 
 
-OPENAI = Api(OPENAI_ERRORS, _claims, _reads, ROUTES)
+OPENAI = Api(OPENAI_ERRORS, _claims, ROUTES, _reads)

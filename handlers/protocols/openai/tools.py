@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import msgspec
 from msgspec import UNSET
 
-from handlers.backends.base import Delta, PromptStats
+from handlers.deltas import Delta, PromptStats
 from handlers.errors import InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.parsers.base import (
@@ -43,7 +43,7 @@ from handlers.protocols.openai.replies import (
     ToolCall,
     ToolCallDelta,
 )
-from handlers.request import Constraint, RequestSampling
+from handlers.request import Constraint
 
 MAX_TOOLS = 128
 """OpenAI's limit."""
@@ -313,11 +313,6 @@ class AnswerForm:
     parsed: ParsedAnswers | None = None
     keeps_special_tokens: bool = False
     hides_tokens: bool = False
-
-    def applied(self, sampling: RequestSampling) -> RequestSampling:
-        if self.keeps_special_tokens and sampling.skip_special_tokens:
-            return msgspec.structs.replace(sampling, skip_special_tokens=False)
-        return sampling
 
 
 def answer_form(

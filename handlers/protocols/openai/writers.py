@@ -11,7 +11,7 @@ from typing import Any, cast
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
+from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
 from handlers.protocols.base import SSE, Answer, Answered, finite
 from handlers.protocols.openai.replies import (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats, TokenLogprob
+from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import (
     ContextExceeded,
     DeadlineExceeded,

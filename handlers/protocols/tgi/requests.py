@@ -7,7 +7,7 @@ are wider, the wording has our number.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -25,7 +25,6 @@ from handlers.protocols.base import (
     ServerContext,
     Task,
     described_as,
-    sampling_params,
 )
 from handlers.protocols.body import KnownNames, convert
 from handlers.protocols.fields import (
@@ -37,6 +36,7 @@ from handlers.protocols.fields import (
     Temperature,
     TopK,
     read_constraint,
+    sampling_params,
 )
 from handlers.protocols.markdown_images import image_parts
 from handlers.protocols.openai.replies import ChatCompletion, ChatCompletionChunk, Completion
@@ -54,11 +54,8 @@ from handlers.request import (
     MAX_STOP_STRINGS,
     GenerationRequest,
     Incoming,
-    RequestFacts,
     RequestSampling,
-    TextPart,
     TextPrompt,
-    prompt_parts,
 )
 
 log = logging.getLogger(__name__)
@@ -265,56 +262,9 @@ def _sampling(asked: TgiParameters, seeds: list[int | None], *, shows_tokens: bo
 
 
 _ERROR_ROUTES = frozenset({*GENERATE_ROUTES, "/chat_tokenize", "/info"})
-_HEADER_ROUTES = frozenset({*GENERATE_ROUTES, "/v1/chat/completions", "/v1/completions"})
-"""The routes that TGI has for answers."""
-
 _BROWSER_CLIENT = "@huggingface/"
 """Hugging Face's JavaScript client shows an error only where it is a string, on every route, and calls again at once
 and for ever where the status is 503: it gets TGI's errors."""
-
-
-_AROUND_AN_IMAGE = len("![]()")
-
-
-def _compute_headers(
-    requests: Sequence[GenerationRequest], compute_type: str, facts: RequestFacts
-) -> dict[str, str]:
-    """Return the headers. Times are whole milliseconds, except `x-compute-time`, which is in seconds.
-
-    Validation ends when the engine has the prompt, and inference begins with its first step. A stream's headers are
-    sent with its first token, when its times are not known yet.
-    """
-    own = {
-        "x-compute-type": compute_type or "unknown",
-        "x-compute-characters": str(sum(map(_characters, requests))),
-    }
-    if facts.stream:
-        return {**own, "x-accel-buffering": "no"}
-    total = facts.total or 0.0
-    inference = max(0.0, total - facts.prepared - facts.queued)
-    return {
-        **own,
-        "x-compute-time": f"{total:.6f}",
-        "x-total-time": _milliseconds(total),
-        "x-validation-time": _milliseconds(facts.prepared),
-        "x-queue-time": _milliseconds(facts.queued),
-        "x-inference-time": _milliseconds(inference),
-        "x-time-per-token": _milliseconds(inference / max(1, facts.completion_tokens)),
-        "x-prompt-tokens": str(facts.prompt_tokens),
-        "x-generated-tokens": str(facts.completion_tokens),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(int(seconds * 1000))
-
-
-def _characters(request: GenerationRequest) -> int:
-    """Return the number of characters of the prompt as it was sent, images included."""
-    return sum(
-        len(part.text) if isinstance(part, TextPart) else part.characters + _AROUND_AN_IMAGE
-        for part in prompt_parts(request.prompt)
-    )
 
 
 def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bool:
@@ -326,9 +276,7 @@ def _claims(route: str, headers: Mapping[str, str], keys: Collection[str]) -> bo
 
 
 def _reads(keys: Collection[str], route: str) -> Reader | None:
-    if route not in GENERATE_ROUTES or "messages" in keys:
-        return None
-    return read_tgi if "inputs" in keys or "prompt" not in keys else None
+    return read_tgi if "messages" not in keys and ("inputs" in keys or "prompt" not in keys) else None
 
 
 _ANSWER = Route(
@@ -336,6 +284,7 @@ _ANSWER = Route(
     "answer",
     "Generate text (TGI)",
     queued=True,
+    timed=True,
     bodies=(TgiBody, ChatBody, CompletionBody),
     replies=(TgiReply, list[TgiReply], ChatCompletion, Completion),
     events={SSE_TYPE: (TgiEvent, ChatCompletionChunk, Completion)},
@@ -350,11 +299,4 @@ ROUTES = (
     Route("/info", "info", "What is served, and its limits (TGI)", methods=READ, light=True, replies=(Info,)),
 )
 
-TGI = Api(
-    TGI_ERRORS,
-    _claims,
-    _reads,
-    ROUTES,
-    headers=dict.fromkeys(_HEADER_ROUTES, _compute_headers),
-    calls={"info": info},
-)
+TGI = Api(TGI_ERRORS, _claims, ROUTES, _reads, GENERATE_ROUTES, calls={"info": info})

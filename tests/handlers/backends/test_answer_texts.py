@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from handlers.backends.base import Delta, PromptStats
 from handlers.backends.vllm.outputs import VllmStream
+from handlers.deltas import Delta, PromptStats
 from handlers.errors import EngineFailed
 from handlers.pipeline import Generation, texts_of
-from handlers.prompts.detokenizer import TokenTexts
+from handlers.prompts.tokenizer import TokenTexts
 from handlers.request import (
     ChatPrompt,
     Constraint,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -18,10 +17,10 @@ from hypothesis import strategies as st
 from engine.config import Vocabulary
 from engine.guidance import GrammarError, Guidance
 from handlers.errors import InvalidRequest, Unavailable
-from handlers.grammars.compiler import GrammarCompiler, _Worker
+from handlers.grammars.compiler import GrammarCompiler, Worker
+from handlers.grammars.messages import Job
 from handlers.grammars.source import grammar_of
 from handlers.request import Constraint
-from processes.child import Child, Log
 from tests.support.models import VOCAB, make_tokenizer
 
 TOKENIZER = make_tokenizer().backend_tokenizer
@@ -296,16 +295,14 @@ def test_a_broken_tokenizer_is_said_at_once() -> None:
 
 def test_a_worker_that_is_ended_within_a_long_reply_holds_nobody_up() -> None:
     async def run() -> None:
-        worker = _Worker()
-        child = worker._child = await Child.start(
-            "tests.support.echoing_child", "plain", Log(logging.getLogger(__name__))
-        )
-        worker._working = True
-        child.send(b"reply 20000000")
-        receiving = asyncio.create_task(child.receive(2**25))
+        worker = Worker("tests.support.long_reply_worker")
+        await worker.start(VOCABULARY)
+        child = worker._child
+        assert child is not None
+        asking = asyncio.create_task(worker.ask(Job("regex", "20000000", None)))
         while not child._message:  # noqa: ASYNC110  the first part of the reply
             await asyncio.sleep(0)
-        receiving.cancel()
+        asking.cancel()
         async with asyncio.timeout(10):
             await worker.end()
         assert not worker.alive

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from handlers.backends.base import Delta, Health
+from handlers.backends.base import Health
+from handlers.deltas import Delta
 from handlers.errors import EngineFailed, InvalidRequest, ServingError, Unavailable
 from handlers.offline.core import Batch, Outcome
 from handlers.protocols.base import Answered

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats
+from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.lmi.requests import read_lmi

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.backends.base import Delta, PositionLogprobs
+from handlers.deltas import Delta, PositionLogprobs
 from handlers.errors import EngineFailed
 from tests.support.scripted import ScriptedBackend, Step, chat, everything, incoming, said, service, token
 

@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats
+from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import InvalidRequest, ServingError, UnsupportedMediaType
 from handlers.protocols.base import ServerContext
 from handlers.protocols.body import read_body

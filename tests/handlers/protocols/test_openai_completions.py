@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from openai.types import Completion
 
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats
+from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import EngineFailed, InvalidRequest
 from handlers.protocols.base import MAX_PROMPTS, ServerContext, Task
 from handlers.protocols.openai.requests import read_chat, read_completion

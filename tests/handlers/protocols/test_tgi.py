@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from engine.sampling_params import MAX_SEED
-from handlers.backends.base import Delta, PositionLogprobs, PromptStats
+from handlers.deltas import Delta, PositionLogprobs, PromptStats
 from handlers.errors import ContextExceeded, EngineFailed, InvalidRequest, Unavailable
 from handlers.protocols.base import ServerContext, Task
 from handlers.protocols.tgi.requests import read_tgi

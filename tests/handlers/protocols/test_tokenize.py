@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from handlers.backends.base import TokenizedPrompt
+from handlers.deltas import TokenizedPrompt
 from handlers.prompts.renderer import PromptRenderer
 from handlers.request import Prompt, Reply, TextPart, TextPrompt
 from tests.support.backend import VLLM

@@ -16,8 +16,8 @@ import pytest
 
 from container.check import describe
 from engine.machine import Device, Machine
-from handlers.backends.base import Delta
 from handlers.build import build_backend
+from handlers.deltas import Delta
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
 from handlers.parsers.select import answer_formats
