@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from handlers.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
+from handlers.errors import InvalidRequest, MalformedBody, PayloadTooLarge, UnsupportedMediaType
 from handlers.protocols.body_limits import MOST_TEXT_BYTES, MOST_WIDE_BYTES, check_body, with_plain_slashes
+from handlers.request import Incoming
 
 T = TypeVar("T")
 
@@ -102,6 +103,19 @@ def read_body(
     if not body:
         raise MalformedBody("the body is empty")
     return _object(body, context, longest_text) if is_json else {"inputs": _plain_text(body, longest_text)}
+
+
+def read_options(incoming: Incoming, shape: type[T]) -> T:
+    """Return what a request asks for whose body, if it has one, is a small JSON object.
+
+    Raises:
+        PayloadTooLarge: The body has more than `SHORT_BYTES`.
+        InvalidRequest: It is not a JSON object, or a field is wrong.
+    """
+    body = incoming.body
+    if len(body) > SHORT_BYTES:
+        raise PayloadTooLarge(f"the body has {len(body)} bytes; allowed: at most {SHORT_BYTES}")
+    return convert(read_body(body, {}) if body.strip() else {}, shape)
 
 
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
