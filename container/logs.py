@@ -56,7 +56,7 @@ _LINK_END = re.compile(r"[\s)\"'<>]")
 _SCHEME = 8
 """Longer than the beginning of any link, in characters."""
 
-_WINDOW = 2**16
+WINDOW = 2**16
 """Characters that are searched for a link in one step."""
 
 
@@ -291,11 +291,11 @@ class _Blotter:
         pieces: list[str] = []
         position = 0
         while position < len(text) and self._left > 0:
-            window = text[position : position + _WINDOW]
+            window = text[position : position + WINDOW]
             link = _LINK.search(window)
             if link is None:
                 # The beginning of a link may be cut off at the window's end.
-                whole = window if position + _WINDOW >= len(text) else window[:-_SCHEME]
+                whole = window if position + WINDOW >= len(text) else window[:-_SCHEME]
                 position += len(whole)
                 self._add(pieces, whole)
             else:
@@ -309,7 +309,7 @@ class _Blotter:
 
 
 def _end_of_link(text: str, start: int) -> int:
-    for at in range(start, len(text), _WINDOW):
-        if (end := _LINK_END.search(text, at, at + _WINDOW)) is not None:
+    for at in range(start, len(text), WINDOW):
+        if (end := _LINK_END.search(text, at, at + WINDOW)) is not None:
             return end.start()
     return len(text)
