@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ import msgspec
 from handlers.errors import InvalidRequest, MalformedBody, PayloadTooLarge, UnsupportedMediaType
 from handlers.protocols.body_limits import MOST_TEXT_BYTES, MOST_WIDE_BYTES, check_body, with_plain_slashes
 from handlers.request import Incoming
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -322,9 +325,13 @@ class KnownNames:
     def misspelt(self, given: Mapping[str, Any], under: str = "", *, only_missing: bool = False) -> list[str]:
         """Return a sentence for each of the first few unread names that look like one that is read.
 
-        under: the object's path. only_missing: skip names whose known neighbour is given as well.
+        All unread names are logged for the developer, unless only_missing says to skip those whose known neighbour is
+        given as well. under: the object's path.
         """
         path = f"{under}." if under else ""
+        if not only_missing:
+            for name in given.keys() - self._own:
+                log.debug("unknown %s ignored: %.80s", "parameter" if under else "field", name)
         near = (pair for pair in self.nearest(given) if not (only_missing and given.get(pair[1])))
         found = [_sentence(path, name, known) for name, known in islice(near, _MOST_WARNINGS)]
         if given.get(_WRAPPER) is not None and _WRAPPER not in self._own:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -60,8 +59,6 @@ from handlers.request import (
     TextPart,
     TextPrompt,
 )
-
-log = logging.getLogger(__name__)
 
 MOST_NAMES = 8
 """The most names of templates that an error lists."""
@@ -493,8 +490,6 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
         if name == "best_of" and body[name] not in (None, 1):
             raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
-        if name not in IGNORED and name not in READ_ELSEWHERE:
-            log.debug("unknown field ignored: %.80s", name)
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
