@@ -134,8 +134,12 @@ class LightReplies:
                 return Reply(200, JSON, await asyncio.to_thread(document, router))
             case "page" if call.path.endswith("/page/"):
                 return Reply(308, JSON, b"{}\n", headers={"location": "../page"})
+            case "page" | "model" if not self._page_is_on:
+                raise NotFound("there is no page here (option.page)")
+            case "page" if name.startswith("examples/") and self.model_page is not None:
+                return self.model_page.example(name.removeprefix("examples/"))
             case "page":
-                return self._page(name)
+                return page.file(name or "index.html")
             case "model":
                 return self._model_page()
             case "state":
@@ -144,17 +148,7 @@ class LightReplies:
                 incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
                 return await self._service().call(action, incoming)
 
-    def _page(self, name: str) -> Reply:
-        """Return a file of the page; "" stands for the page itself. Raises NotFound."""
-        if not self._page_is_on:
-            raise NotFound("there is no page here (option.page)")
-        if name.startswith("examples/") and self.model_page is not None:
-            return self.model_page.example(name.removeprefix("examples/"))
-        return page.file(name or "index.html")
-
     def _model_page(self) -> Reply:
-        if not self._page_is_on:
-            raise NotFound("there is no page here (option.page)")
         if self._state.phase == "loading":
             raise Unavailable(f"not ready: {self._state.health().reason}", retry_after=5)
         self._service()
