@@ -67,7 +67,7 @@ def main() -> None:
                 _add_idle(rounds[name][-1], runs, pair)
                 lines = {f"{k}: {one}": report.timeline(run, pair[k].samples) for k, run in runs.items()}
 
-    medians = {name: {k: _median([r[k] for r in of]) for k in of[0]} for name, of in rounds.items()}
+    medians = {name: {k: medians_of([r[k] for r in of]) for k in of[0]} for name, of in rounds.items()}
     ours, peer = pair
     ratios = {name: report.times_better([(r[ours], r[peer]) for r in of]) for name, of in rounds.items()}
     save(
@@ -144,10 +144,10 @@ def _add_idle(
         row[name]["idle_cores"] = report.cores(runs[other], pair[name].samples)
 
 
-def _median(rows: list[Any]) -> Any:
+def medians_of(rows: list[Any]) -> Any:
     first = rows[0]
     if isinstance(first, dict):
-        return {key: _median([row[key] for row in rows if key in row]) for key in first}
+        return {key: medians_of([row[key] for row in rows if key in row]) for key in first}
     if isinstance(first, float):
         return statistics.median(rows)
     return first

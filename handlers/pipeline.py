@@ -29,8 +29,8 @@ from handlers.backends.base import (
 from handlers.deltas import Delta, FinishReason, PositionLogprobs, PromptStats, TokenizedPrompt, TokenLogprob
 from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest, Unavailable
 from handlers.grammars.compiler import GrammarCompiler
-from handlers.prompts.detokenizer import Detokenizer, TokenTexts
 from handlers.prompts.renderer import RenderedPrompt
+from handlers.prompts.tokenizer import Detokenizer, TokenTexts
 from handlers.request import (
     MOST_TOKEN_IDS,
     ChatPrompt,

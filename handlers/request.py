@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL.Image import Image
 
-    from handlers.images.memory import Share
+    from handlers.images.limits import Share
 
 
 @dataclass(slots=True)

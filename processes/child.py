@@ -118,12 +118,9 @@ class Child:
         self._socket = sock
         self._connection: Connection | None = None
         self._gone = False
-        self._watched = False
         self._unsent: list[memoryview] = []
         self._rights: list[tuple[int, int, bytes]] = []
         self._message = bytearray()
-        self._most = 0
-        self._waiter: asyncio.Future[bytearray] | None = None
         assert process.stdout is not None
         self._log = _Relay(log)
         self._relay = asyncio.create_task(self._log.relay(process.stdout), name="child-log")
@@ -234,17 +231,29 @@ class Child:
         Raises:
             EOFError: The child is gone, announces more than `most` bytes, or sends more than one message.
         """
-        self._most = most
-        if self._waiter is None or self._waiter.cancelled():
-            self._waiter = asyncio.get_running_loop().create_future()
-        self._watch(True)
-        try:
-            message = await self._waiter
-        except EOFError:
-            self._waiter = None
-            raise
-        self._waiter = None
-        return message
+        message = self._message
+        while True:
+            size = FRAME.unpack_from(message)[0] if len(message) >= FRAME.size else 0
+            if size > most:
+                raise EOFError(f"the child announced a message of {size} bytes; allowed: {most}")
+            if len(message) > FRAME.size + size:
+                raise EOFError("the child said more than one message")
+            if len(message) == FRAME.size + size:
+                break
+            await self._readable()
+            try:
+                data = self._socket.recv(2**16)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                raise EOFError("the child is gone")
+            message += data
+        if self._unsent:
+            raise EOFError("the child answered before it had the whole message")
+        self._message = bytearray()
+        return message[FRAME.size :]
 
     def kill(self) -> None:
         """Kill the process and its process group. Does nothing after `wait`."""
@@ -261,12 +270,11 @@ class Child:
         self._relay.cancel()
         if self._connection is not None:
             self._connection.close()
-            return code
-        self._watch(False)
-        if self._unsent:
-            asyncio.get_running_loop().remove_writer(self._socket)
-            self._unsent = []
-        self._socket.close()
+        elif self._socket.fileno() >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._socket)
+            loop.remove_writer(self._socket)
+            self._socket.close()
         return code
 
     async def stop(self, seconds: float) -> int:
@@ -283,44 +291,15 @@ class Child:
             self.kill()
             return await self.wait()
 
-    def _watch(self, on: bool) -> None:
-        """Have the event loop call `_readable` when something arrives, or not any more.
-
-        It stays on after a message: the next one is awaited soon, and nothing arrives until then.
-        """
-        if on and not self._watched:
-            asyncio.get_running_loop().add_reader(self._socket, self._readable)
-        elif self._watched and not on:
-            asyncio.get_running_loop().remove_reader(self._socket)
-        self._watched = on
-
-    def _readable(self) -> None:
-        waiter = self._waiter
-        if waiter is None or waiter.done():
-            self._watch(False)  # what has arrived stays in the socket, for `receive` or `has_ended`
-            return
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._socket, lambda: None if ready.done() else ready.set_result(None))
         try:
-            data = self._socket.recv(2**16)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        message = self._message
-        message += data
-        size = FRAME.unpack_from(message)[0] if len(message) >= FRAME.size else 0
-        if not data:
-            waiter.set_exception(EOFError("the child is gone"))
-        elif size > self._most:
-            waiter.set_exception(
-                EOFError(f"the child announced a message of {size} bytes; allowed: {self._most}")
-            )
-        elif len(message) > FRAME.size + size:
-            waiter.set_exception(EOFError("the child said more than one message"))
-        elif len(message) == FRAME.size + size and self._unsent:
-            waiter.set_exception(EOFError("the child answered before it had the whole message"))
-        elif len(message) == FRAME.size + size:
-            self._message = bytearray()
-            waiter.set_result(message[FRAME.size :])
+            await ready
+        finally:
+            if self._socket.fileno() >= 0:  # not closed by `wait`
+                loop.remove_reader(self._socket)
 
     def _write(self) -> None:
         """Send as much as the socket takes."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from properties.field import BackendName, Level
+from properties.field import TRUE, BackendName, Level
 from properties.lmi import PACKAGE, RENAMED, handler_named
 from properties.model import SCRIPTS, ModelLocation, context_length, find_home, holds_model, locate
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
@@ -28,7 +28,6 @@ from properties.sources import (
     read_environment,
     read_file,
 )
-from properties.values import TRUE
 
 MODEL_STORE = Path("/opt/ml/model")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")

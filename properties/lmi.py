@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from properties.field import TRUE
 from properties.names import PREFIX, by_name, key_of
 from properties.problem import Report
 from properties.sources import RawValue
-from properties.values import TRUE
 
 _IGNORED_OPTIONS = {
     "there is one mode": "mpi_mode use_passive_workers",

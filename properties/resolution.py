@@ -11,13 +11,12 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from properties.field import Level
+from properties.field import TRUE, Allowed, Level
 from properties.lmi import REPLACED_BECAUSE, SILENT, TRUE_MEANS, Meaning, ignored_because, taken_together
 from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
 from properties.problem import DEFAULT, MASK, Report, Source
 from properties.settings import Settings
 from properties.sources import RawValue
-from properties.values import TRUE, Allowed
 
 
 @dataclass(frozen=True)

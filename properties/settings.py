@@ -9,9 +9,10 @@ from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr
 from pydantic.fields import FieldInfo
 
-from properties.field import ROLLING, VLLM, Level, Option, Variable, option, server_key
-from properties.values import (
+from properties.field import (
+    ROLLING,
     TRUE,
+    VLLM,
     Allowed,
     Amount,
     Count,
@@ -22,17 +23,22 @@ from properties.values import (
     Fraction,
     JsonObject,
     Length,
+    Level,
     Limits,
     MediaOptions,
     Names,
     Networks,
+    Option,
     Port,
     Positive,
     Seconds,
     Seed,
     Task,
     Tokens,
+    Variable,
     Word,
+    option,
+    server_key,
 )
 
 STANDARD_HANDLER = "CUSTOM_FASTAPI_INVOCATION_HANDLER"
@@ -467,8 +473,8 @@ class ServerSettings(BaseModel):
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )
     max_workers: Positive | None = server_key(
-        "Replicas of the model. Default: devices divided by tensor_parallel_degree; min_workers or 1 without "
-        "accelerators.",
+        "Replicas of the model. Default: devices divided by tensor_parallel_degree; without accelerators min_workers, "
+        "else 2 with rolling where the weights take at most 1 GiB and there are 2 cores and enough memory, else 1.",
         aliases=("maxWorkers",),
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )

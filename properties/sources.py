@@ -14,11 +14,10 @@ from pathlib import Path
 
 import javaproperties
 
-from properties.field import Level, Variable
+from properties.field import TRUE, Level, Variable
 from properties.names import KEYS, OPTIONS, by_name, key_from_command_line, key_from_environment, key_of
 from properties.problem import Report
 from properties.settings import Settings
-from properties.values import TRUE
 
 FILE_NAME = "serving.properties"
 

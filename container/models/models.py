@@ -19,8 +19,8 @@ from container.models.messages import Prepared
 from container.models.model import Model, looked_at
 from container.models.prepare import SUFFIXES
 from engine.machine import host_memory
+from handlers.artefacts import local_path
 from handlers.artefacts.fetch import download_root
-from handlers.artefacts.local import local_path
 from handlers.backends.base import BackendStats, Capabilities, Health
 from handlers.errors import (
     Conflict,

@@ -188,7 +188,7 @@ def _measured(directory: Path, options: list[str]) -> Prepared:
     from handlers.artefacts.fetch import fetch
 
     try:
-        configuration = configured(str(directory), options, os.environ, {})
+        configuration = configured(str(directory), options, os.environ, {}).with_default("min_workers", 1)
         files = fetch(configuration.model_location, configuration.settings, threading.Event())
         configuration = configuration.with_model_directory(files)
         return _estimated(replace(configuration, home=configuration.home or files), directory, files)

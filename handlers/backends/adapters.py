@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from handlers.artefacts.local import local_path
+from handlers.artefacts import local_path
 from handlers.errors import InvalidConfiguration, InvalidRequest, NotFound, short_of
 from processes.shortage import shortage
 from properties.secure_mode import OPEN, SecureMode

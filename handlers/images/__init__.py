@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from handlers.errors import ImageError, ImageTooLarge
+
+MAX_PARTS = 2**16
+"""Greatest number of chunks, blocks, boxes or directory entries of a file that are looked at. Each costs half
+a microsecond."""
+
+LOOKS = 2**10
+"""Segments, blocks or entries of a file that are looked at to find its size. Real files need far fewer."""
+
+Pieces = list[bytes | bytearray | memoryview]
+
+Size = tuple[int, ...] | None
+"""Width and height, with a third number for a progressive JPEG; None if a quick look does not find them."""
 
 
 class ImageProblem(Exception):
@@ -29,3 +43,22 @@ def too_many_pixels(max_pixels: int) -> ImageProblem:
 def too_many_bytes(max_bytes: int) -> ImageProblem:
     """Describe a file that is larger than allowed."""
     return ImageProblem(f"it has more than {max_bytes} bytes (option.max_image_bytes)", ImageTooLarge)
+
+
+def counted(kind: str, most: int = MAX_PARTS) -> Iterator[None]:
+    """Yield once for each part of a file; raise ImageProblem for more than `most`."""
+    for _ in range(most):
+        yield
+    raise ImageProblem(f"its {kind} data has more than {most} parts")
+
+
+def check_count(kind: str, what: str, count: int, most: int) -> None:
+    """Raise ImageProblem for a count above `most`."""
+    if count > most:
+        raise ImageProblem(f"its {kind} data has {count} {what}; at most {most} are accepted")
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raise ImageProblem for an image with more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise too_many_pixels(max_pixels)

@@ -6,19 +6,26 @@ when the time is up. It must stay small.
 
 It receives `Settings`, with the memory for small images; then for each image a `Question` and the file, with separate
 memory for a large image. It sends an empty message when it is ready, and one JSON object for each image (see
-`_answer`).
+`_answer`). The pixels come back in anonymous memory that both processes map. The kernel frees it when the last of them
+unmaps it or dies; nothing appears in /dev/shm.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import gc
 import io
 import json
+import mmap
+import os
 import resource
 import signal
 import struct
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypedDict
@@ -32,13 +39,13 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    _imaging,
     features,
 )
 
 from handlers.errors import ImageTooLarge
-from handlers.images import ImageProblem, too_many_pixels
+from handlers.images import ImageProblem, check_pixels, too_many_pixels
 from handlers.images.formats import kind_of, without_metadata
-from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory
 from processes.inside import Parent, data_bytes
 
 PLUGINS = (
@@ -111,8 +118,7 @@ def convert(image: Image.Image, max_pixels: int, background: Color = WHITE) -> I
     Raises:
         ImageProblem: The image cannot be used.
     """
-    if image.width * image.height > max_pixels:
-        raise too_many_pixels(max_pixels)
+    check_pixels(image.width, image.height, max_pixels)
     if not image.width * image.height:
         raise ImageProblem("it has no pixels")
     try:
@@ -140,8 +146,7 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         data = without_metadata(data, max_pixels)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             part = "pixel data"
-            if image.width * image.height > max_pixels:
-                raise too_many_pixels(max_pixels)
+            check_pixels(image.width, image.height, max_pixels)
             yield image
     except ImageProblem:
         raise
@@ -220,6 +225,117 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
 
 def _too_much_memory() -> ImageProblem:
     return ImageProblem("decoding it takes more memory than an image of its size may take", ImageTooLarge)
+
+
+REUSED_BYTES = 2**23
+"""Size of the memory that each decoder uses for images up to full HD, one after the other.
+
+They are copied from it: that costs a tenth of what new shared pages cost, and a process may have at most
+65,530 mappings. Copying a larger image would block the event loop for too long.
+"""
+
+_HUGE_PAGE = 2**21
+"""From this size on, a copy gets a mapping of its own, in huge pages if the kernel has them, which are
+allocated in a tenth of the time."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def new_memory(size: int) -> int:
+    """Create memory of that many bytes and return its descriptor. Raises OSError.
+
+    Where anonymous memory can be sealed, its size is final: whoever receives the descriptor can neither grow
+    it nor remove what another process has mapped.
+    """
+    try:
+        descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except AttributeError:  # not on this system
+        return _new_file(size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EACCES):  # not in this sandbox
+            raise
+        return _new_file(size)
+    try:
+        os.ftruncate(descriptor, size)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _new_file(size: int) -> int:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return os.dup(file.fileno())
+
+
+class PixelMemory:
+    """One side's mapping of such memory, for one image after the other; it takes over the descriptor."""
+
+    def __init__(self, descriptor: int, length: int) -> None:
+        try:
+            self._memory = mmap.mmap(descriptor, length)
+        finally:
+            os.close(descriptor)
+        self._canvas: Image.Image | None = None
+
+    def canvas(self, size: tuple[int, int]) -> Image.Image:
+        """Return an RGB image of zeros; what is decoded into it need not be copied."""
+        fresh = self._canvas is None
+        self._canvas = _image_on(self._memory, size)
+        if not fresh:  # the previous image is still there, and a decoder may leave pixels out
+            self._canvas.im.paste((0, 0, 0, 0), (0, 0, *size))
+        return self._canvas
+
+    def write(self, image: Image.Image) -> None:
+        if self._canvas is None or image.im is not self._canvas.im:
+            _image_on(self._memory, image.size).paste(image)
+
+    def copy(self, size: tuple[int, int]) -> Image.Image:
+        """Copy the RGB image. Raises OSError."""
+        image = _image_on(self._memory, size)
+        length = size[0] * size[1] * 4
+        if length < _HUGE_PAGE:
+            return image.copy()
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):  # not on this system, or not in this kernel
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        copy = _image_on(memory, size)
+        copy.paste(image)
+        copy.readonly = 1  # Pillow copies it before it changes it
+        return copy
+
+
+def read_pixels(descriptor: int, size: tuple[int, int]) -> Image.Image:
+    """Return the RGB image without copying it; the descriptor may be closed then. Raises OSError."""
+    length = size[0] * size[1] * 4
+    # Python's own mapping would keep a descriptor open. Private, so that it cannot be changed by mistake.
+    address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    mapped = (ctypes.c_char * length).from_address(address)
+    weakref.finalize(mapped, _libc.munmap, address, length).atexit = False
+    image = _image_on(mapped, size)
+    image.readonly = 1  # Pillow copies it before it changes it
+    return image
+
+
+def _image_on(memory: object, size: tuple[int, int]) -> Image.Image:
+    """Make an image of memory.
+
+    Pillow's `frombuffer` does the same for modes that files have; RGB of four bytes is only internal to
+    Pillow.
+    """
+    pixels = _imaging.map_buffer(memory, size, "raw", 0, ("RGB", 0, 1))
+    return Image.Image()._new(pixels)
 
 
 SLACK_BYTES = 48 << 20

@@ -18,11 +18,18 @@ from PIL import Image
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageTooLarge, Unavailable
 from handlers.images import ImageProblem
-from handlers.images.decoder import QUESTION, SLACK_BYTES, Question, Settings
+from handlers.images.decoder import (
+    QUESTION,
+    REUSED_BYTES,
+    SLACK_BYTES,
+    PixelMemory,
+    Question,
+    Settings,
+    new_memory,
+    read_pixels,
+)
 from handlers.images.formats import Header, unknown_header
-from handlers.images.limits import ImageLimits
-from handlers.images.memory import ImageMemory, Share
-from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory, read_pixels
+from handlers.images.limits import ImageLimits, ImageMemory, Share
 from processes.child import Child, Limits, Log
 
 T = TypeVar("T")
@@ -156,21 +163,19 @@ class DecoderPool:
     ) -> tuple[tuple[int, int], Image.Image | None]:
         """Own the decoder and the memory for the pixels, and release both, however it ends."""
         memory: int | None = None
-        try:
+        if question.pixel_bytes > REUSED_BYTES:
             try:
-                if question.pixel_bytes > REUSED_BYTES:
-                    memory = new_memory(question.pixel_bytes)
+                memory = new_memory(question.pixel_bytes)
             except OSError as error:
                 self._give(worker)
                 raise _short_of_memory(error) from error
+        try:
             answer = await self._answer(worker, share, question, memory, data)
             image: Image.Image | None = None
             try:
-                if answer.decoded and memory is None:
-                    image = worker.reused.copy(answer.size)
-                elif answer.decoded and memory is not None:
-                    taken, memory = memory, None
-                    image = read_pixels(taken, answer.size)
+                if answer.decoded:
+                    reused = worker.reused
+                    image = reused.copy(answer.size) if memory is None else read_pixels(memory, answer.size)
             except OSError as error:
                 raise _short_of_memory(error) from error
             finally:
@@ -332,26 +337,23 @@ class DecoderPool:
         descriptor = new_memory(REUSED_BYTES)
         try:
             reused = PixelMemory(os.dup(descriptor), REUSED_BYTES)
-            return _Decoder(await self._ready_child(descriptor), reused)
+            child = await Child.start(
+                "handlers.images.decoder",
+                "plain",
+                Log(decoder_log, logging.DEBUG, bounded=True),
+                limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
+            )
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    child.send(msgspec.json.encode(self._settings), descriptor=descriptor)
+                    await child.receive()
+            except BaseException:
+                child.kill()
+                self._stop(child)
+                raise
+            return _Decoder(child, reused)
         finally:
             os.close(descriptor)
-
-    async def _ready_child(self, descriptor: int) -> Child:
-        child = await Child.start(
-            "handlers.images.decoder",
-            "plain",
-            Log(decoder_log, logging.DEBUG, bounded=True),
-            limits=Limits(_RESERVE_BYTES + SLACK_BYTES + self._largest, _OPEN_FILES),
-        )
-        try:
-            async with asyncio.timeout(START_SECONDS):
-                child.send(msgspec.json.encode(self._settings), descriptor=descriptor)
-                await child.receive()
-        except BaseException:
-            child.kill()
-            self._stop(child)
-            raise
-        return child
 
     def _fail_waiting(self) -> None:
         for turn in self._waiting:
@@ -364,13 +366,11 @@ class DecoderPool:
     def _task(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # those who wait get it anyway
         return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # retrieved, so that it is not logged; those who wait get it anyway
 
 
 @dataclass(frozen=True, slots=True, eq=False)

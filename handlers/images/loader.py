@@ -6,27 +6,29 @@ import asyncio
 import hashlib
 import itertools
 import ssl
+import string
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
+import numpy as np
+import pybase64
 from PIL.Image import Image
 
 from engine.machine import usable_cores
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
-from handlers.images import ImageProblem, too_many_pixels
+from handlers.images import ImageProblem, too_many_bytes, too_many_pixels
 from handlers.images.decoder import convert, decoded_bytes, prepare_pillow
 from handlers.images.decoder_pool import DecoderPool
 from handlers.images.embeddings import read_embeddings
-from handlers.images.encoding import decode_data_url, is_data_url, without_codings
-from handlers.images.fetch import Body, Fetcher
+from handlers.images.fetch import Body, Fetcher, without_codings
 from handlers.images.formats import Header, read_header
-from handlers.images.limits import ImageLimits
-from handlers.images.memory import DecodedCache, ImageMemory
+from handlers.images.limits import DecodedCache, ImageLimits, ImageMemory
 from handlers.images.target import Resolver
 from handlers.request import EmbeddingsPart, LoadedEmbeddings, LoadedImage, MediaPart
 
@@ -240,3 +242,109 @@ async def _until_one_fails(work: Sequence[Coroutine[Any, Any, T]]) -> tuple[list
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return done, None
+
+
+MAX_HEADER = 1024
+ACCEPTED_TYPES = {"", "image", "application/octet-stream", "binary/octet-stream"}
+SLICE = 2**18
+"""Number of characters of a URL that are decoded in one step."""
+
+_DISCARDED = b" \t\r\n\f\v="
+_STANDARD = bytes.maketrans(b"-_", b"+/")
+"""Translates the URL-safe alphabet to the standard one."""
+
+_PERCENT = ord("%")
+_HEX = np.array(
+    [int(chr(code), 16) if chr(code) in string.hexdigits else 255 for code in range(256)], np.uint8
+)
+
+
+def is_data_url(url: str) -> bool:
+    """Tell whether a URL is a `data:` URL."""
+    return url[:5].lower() == "data:"
+
+
+def decode_data_url(url: str, max_bytes: int) -> bytes:
+    """Decode a `data:` URL. Run it in a thread: it costs a few milliseconds per megabyte.
+
+    The declared type is not trusted (the content decides), but a type that is not an image's is refused.
+    Base64 may be wrapped, percent-encoded, URL-safe or without padding. It is decoded in slices, between
+    which other threads run, and no further than `max_bytes`: in addition to the URL at most twice the decoded
+    bytes are held.
+
+    Raises:
+        ImageProblem: The URL cannot be decoded, or holds too much.
+    """
+    comma = url.find(",", 5, 5 + MAX_HEADER)
+    if comma < 0:
+        raise ImageProblem("its data URL has no comma; write data:image/jpeg;base64,...")
+    media_type, *parameters = (field.strip().lower() for field in unquote(url[5:comma]).split(";"))
+    _check_type(media_type)
+    if len(url) - comma > 4 * max_bytes + MAX_HEADER:  # 4: base64 and percent-encoding both, at their worst
+        raise too_many_bytes(max_bytes)
+    decoded = _base64 if "base64" in parameters else _percent
+    pieces: list[bytes] = []
+    size = 0
+    for piece in decoded(url, comma + 1):
+        size += len(piece)
+        if size > max_bytes:
+            raise too_many_bytes(max_bytes)
+        pieces.append(piece)
+    if not size:
+        raise ImageProblem("its data URL is empty")
+    return b"".join(pieces)
+
+
+def _check_type(media_type: str) -> None:
+    if media_type.startswith("image/svg"):
+        raise ImageProblem("SVG images are not supported; send PNG, JPEG or WebP")
+    if not media_type.startswith("image/") and media_type not in ACCEPTED_TYPES:
+        raise ImageProblem("its data URL does not declare an image; write data:image/jpeg;base64,...")
+
+
+def _base64(url: str, start: int) -> Iterator[bytes]:
+    rest = b""
+    for coded in _slices(url, start):
+        letters = rest + _unquoted(coded).translate(_STANDARD, _DISCARDED)
+        whole = len(letters) - len(letters) % 4
+        letters, rest = letters[:whole], letters[whole:]
+        yield _decoded(letters)
+    yield _decoded(rest + b"=" * (-len(rest) % 4))
+
+
+def _decoded(letters: bytes) -> bytes:
+    try:
+        return pybase64.b64decode(letters, validate=True)
+    except ValueError as error:
+        raise ImageProblem("its data URL is not valid base64") from error
+
+
+def _percent(url: str, start: int) -> Iterator[bytes]:
+    for coded in _slices(url, start):
+        yield _unquoted(coded)
+
+
+def _slices(url: str, start: int) -> Iterator[bytes]:
+    """Yield the text from `start` on; no slice ends within a `%41`."""
+    while start < len(url):
+        end = start + SLICE
+        if end < len(url) and (cut := url.find("%", end - 2, end)) >= 0:
+            end = cut
+        yield url[start:end].encode("utf-8", "replace")
+        start = end
+
+
+def _unquoted(coded: bytes) -> bytes:
+    """Unquote like urllib.parse.unquote_to_bytes, but without an object for each escape."""
+    if b"%" not in coded:
+        return coded
+    letters = np.frombuffer(coded, np.uint8)
+    at = np.flatnonzero(letters[:-2] == _PERCENT)
+    high, low = _HEX[letters[at + 1]], _HEX[letters[at + 2]]
+    escapes = (high | low) < 16
+    at = at[escapes]
+    out = letters.copy()
+    out[at] = (high[escapes] << 4) | low[escapes]
+    kept = np.ones(len(out), bool)
+    kept[at + 1] = kept[at + 2] = False
+    return out[kept].tobytes()

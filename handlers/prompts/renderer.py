@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,8 @@ from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_pa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from engine.families.base import PlaceholderText, Preprocessor
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +73,8 @@ class PromptRenderer:
         content_format: Literal["auto", "string", "openai"] = "auto",
         image_token: str | None = None,
         *,
-        placeholder: str | None = None,
-        printed: str | None = None,
-        texts_apart: bool = False,
-        adds_special_tokens: bool = True,
-        arrange: Callable[[str, str], str] | None = None,
-        around: Callable[[int], tuple[list[int], list[int]]] | None = None,
-        max_images: int | None = None,
+        written: PlaceholderText | None = None,
+        preprocessor: Preprocessor[Any] | None = None,
     ) -> None:
         """Prepare to render prompts.
 
@@ -87,24 +84,16 @@ class PromptRenderer:
                 refused.
             content_format: The form in which templates expect a message's content; "auto" derives it from their source.
             image_token: The token that stands for an image; None for a model that takes no images.
-            placeholder: The text for an image where the template does not print one: `image_token`, unless the family
-                wraps it (Qwen2-VL: "<|vision_start|><|image_pad|><|vision_end|>"). It contains image_token once.
-            printed: What the template prints for an image if that is not the placeholder, which replaces it before
-                the prompt is tokenised (Gemma 3 prints "<start_of_image>").
-            texts_apart: The texts before, between and after images are tokenised separately (Phi-3 Vision).
-            adds_special_tokens: See `engine.families.base.Preprocessor`, as for the next three.
-            arrange: Arranges the text of a prompt without turns (`arranged`).
-            around: The tokens before and after a prompt with so many images.
-            max_images: The most images of one prompt; None for any number.
+            written: How an image is written, if not as `image_token` alone. The placeholder contains it once.
+            preprocessor: What else the model's family does with prompts; None for a model without images, or if the
+                backend does it.
 
         Raises:
             ValueError: The arguments contradict each other.
         """
         self.longest = _LONGEST_PROMPT
-        self._adds_special_tokens = adds_special_tokens
-        self._arrange = arrange
-        self._around = around
-        self._max_images = max_images
+        self._preprocessor = preprocessor
+        self._adds_special_tokens = preprocessor is None or preprocessor.adds_special_tokens
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -115,20 +104,19 @@ class PromptRenderer:
         self.templates = ChatTemplates() if chat_template is None else chat_template
         self._sources = {text: _parse(text, what) for text, what in self.templates.all.items()}
         self._bos = tokenizer.bos_token
-        apart = around is not None and bool(around(1)[0])
+        before = [] if preprocessor is None else preprocessor.around(1)[0]
         self.image_token_id: int | None = None
         if image_token is not None:
-            self.image_token_id = around(1)[0][0] if around and apart else _single_id(tokenizer, image_token)
-        whole = image_token if placeholder is None else placeholder
+            self.image_token_id = before[0] if before else _single_id(tokenizer, image_token)
+        whole = image_token if written is None else written.placeholder
+        printed = None if written is None else written.printed
         self.placeholder = whole if printed is None else printed
-        if apart:
+        if before:
             self.placeholder = ""
-        self._texts_apart = texts_apart
+        self._texts_apart = written is not None and written.texts_apart
         self._substitute = None if printed is None or whole is None else (printed, whole)
         if image_token is not None and (whole or "").count(image_token) != 1:
-            raise ValueError(
-                f"the placeholder {placeholder!r} must hold the image token {image_token!r} once"
-            )
+            raise ValueError(f"the placeholder {whole!r} must hold the image token {image_token!r} once")
 
         images = [token for token in (image_token, printed) if token is not None]
         control = ControlTokens(_control_tokens(tokenizer, images, self._sources.values()))
@@ -200,8 +188,8 @@ class PromptRenderer:
             for part in prompt.parts
         ]
         text, add_special_tokens = "".join(pieces), prompt.add_special_tokens and self._adds_special_tokens
-        if self._arrange is not None:
-            text = self._arrange(text, self._bos or "")
+        if self._preprocessor is not None:
+            text = self._preprocessor.arranged(text, self._bos or "")
         return self._encoded(text, hidden, n_images, add_special_tokens, spans)
 
     def _decoded(self, token_ids: list[int]) -> str:
@@ -291,7 +279,7 @@ class PromptRenderer:
         if self._substitute is not None:
             rendered = rendered.replace(*self._substitute)
         self._require_room(len(rendered))
-        before, after = ([], []) if self._around is None else self._around(n_images)
+        before, after = ([], []) if self._preprocessor is None else self._preprocessor.around(n_images)
         add_special_tokens = add_special_tokens and not before
         if self._texts_apart and self.placeholder is not None:
             ids, spans = self._ids_apart(
@@ -356,9 +344,10 @@ class PromptRenderer:
     def _require_images(self, n_images: int) -> None:
         if n_images and self.image_token_id is None:
             raise InvalidRequest("this model does not take images", param="messages")
-        if self._max_images is not None and n_images > self._max_images:
+        most = None if self._preprocessor is None else self._preprocessor.max_images
+        if most is not None and n_images > most:
             raise InvalidRequest(
-                f"the request has {n_images} images, but a prompt of this model holds at most {self._max_images}",
+                f"the request has {n_images} images, but a prompt of this model holds at most {most}",
                 param="messages",
             )
 

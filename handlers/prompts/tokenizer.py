@@ -1,14 +1,22 @@
-"""The tokenizer of a model: how it is loaded, and what others must know of its vocabulary."""
+"""The tokenizer of a model: how it is loaded, what others must know of its vocabulary, and text from its tokens.
+
+Text is made as tokens arrive: whole characters only, with stop strings found across tokens.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError, one_line
 from handlers.backends.mistral_format import mistral_tokenizer, only_mistral
+from handlers.request import RequestSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,3 +62,230 @@ def vocabulary_of(
 def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     """Return the tokens that are left out of a text without special tokens."""
     return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+UNDECODABLE = "\ufffd"
+
+LONGEST_CHARACTER = 4
+"""Bytes, and so tokens."""
+
+MOST_TEXTLESS = 16
+"""Tokens that may wait for the rest of a character."""
+
+
+class Detokenizer:
+    """The text of one answer.
+
+    Text that may be the beginning of a stop string is held back until that is decided.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+        prime: Sequence[int] = (),
+        anew: bool = False,
+        skipped: Set[int] = frozenset(),
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: The model's.
+            stop: Strings that end the answer.
+            include_stop: Whether the text includes the stop string.
+            min_tokens: A stop string that is complete within this many tokens does not count.
+            skip_special_tokens: Whether special tokens are left out of the text.
+            prime: The prompt's last tokens, since a word's space depends on what precedes it.
+            anew: Whether the answer begins a new text: a first space that only separates it from the prompt is not
+                shown, but stop strings may begin with it.
+            skipped: Tokens that never have text.
+        """
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._skipped = skipped
+        self._anew = anew
+        self._parting = False
+        self._textless: list[int] = []
+        self._last: list[int] = []
+        self._unsaid = 0
+        self._stream = self._primed(list(prime), goes_on=not anew)
+        self._stop = tuple(text for text in stop if text)
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._longest_stop = max((len(text) for text in self._stop), default=0)
+        self._count = 0
+        self._held = ""
+        self._early = 0
+        self.stopped_by: str | None = None
+        """The stop string that ended the answer."""
+
+    def pieces(self, token_ids: Sequence[int], *, silent: bool = False, finished: bool = False) -> list[str]:
+        """Return the text that each token makes certain.
+
+        Args:
+            token_ids: The new tokens.
+            silent: The last one has no text itself.
+            finished: No token follows, so the last one makes certain what was held back. Without a token, the text held
+                back gets an entry of its own.
+        """
+        pieces = [self.push(token) for token in (token_ids[:-1] if silent else token_ids)]
+        if silent and token_ids:
+            pieces.append("")
+        if finished and (held := self.finish()):
+            pieces.append(pieces.pop() + held if pieces else held)
+        return pieces
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token makes certain; after a stop string it is always empty."""
+        if self.stopped_by is not None:
+            return ""
+        self._count += 1
+        text = self._step(token_id)
+        if not self._stop or not text:
+            return self._shown(text)
+        pending = self._held + text
+        if self._count <= self._min_tokens:
+            self._early = len(pending)
+        end = self._find_stop(pending)
+        if end is not None:
+            self._held = ""
+            return self._shown(pending[:end])
+        decided = len(pending) - self._undecided(pending)
+        self._held = pending[decided:]
+        self._early = max(0, self._early - decided)
+        return self._shown(pending[:decided])
+
+    def finish(self) -> str:
+        """Return what was held back for a stop string that was not completed."""
+        held, self._held = self._held, ""
+        return self._shown(held)
+
+    def _shown(self, text: str) -> str:
+        if self._parting and text:
+            self._parting, text = False, text[1:]
+        return text
+
+    def _step(self, token_id: int) -> str:
+        """Return the text that one more token adds.
+
+        Bytes that are not text appear as U+FFFD once they cannot become a character any more. The stream then starts
+        over: otherwise it would decode all of them again for each further token.
+        """
+        if token_id in self._skipped:
+            return ""
+        self._textless.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # tokenizers raises a bare Exception when earlier text changes under a later token
+            text = self._begun_anew()
+        if not text and len(self._textless) >= MOST_TEXTLESS:
+            text = self._begun_anew()
+        if not text:
+            return ""
+        while self._unsaid and text.startswith(UNDECODABLE):
+            self._unsaid, text = self._unsaid - 1, text[1:]
+        self._unsaid = 0
+        if self._anew and text:
+            self._anew = False
+            self._parting = text.startswith(" ") and not self._decoded(self._textless).startswith(" ")
+        self._last = self._textless[-1:]
+        self._textless.clear()
+        return text
+
+    def _begun_anew(self) -> str:
+        """Return the text that is waiting, after the last token that had text; further tokens follow it."""
+        before, both = self._decoded(self._last), self._decoded(self._last + self._textless)
+        text = both[len(before) :] if both.startswith(before) else self._decoded(self._textless)
+        self._stream = self._primed(self._textless[-1:] if text else self._last, goes_on=True)
+        if not text:
+            self._textless.clear()
+        return text
+
+    def _primed(self, token_ids: list[int], *, goes_on: bool) -> DecodeStream:
+        """Return a stream of the text that follows these tokens, without theirs.
+
+        A stream would show them, too, if their text ended within a character: so it gets fewer of them, and what it
+        makes of the rest is removed. If they begin within a character, some tokenizers lose all bytes that follow: so
+        the first is left out. goes_on: whether a character that they begin may be completed.
+        """
+        for last in range(len(token_ids), 0, -1):
+            for first in range(min(LONGEST_CHARACTER, last)):
+                known = token_ids[first:last]
+                if self._decoded(known).endswith(UNDECODABLE):
+                    continue
+                stream = DecodeStream(ids=known, skip_special_tokens=self._skip_special_tokens)
+                if goes_on:
+                    for token_id in token_ids[last:]:
+                        stream.step(self._tokenizer, token_id)
+                    whole = self._decoded(token_ids[first:])
+                    self._unsaid = len(whole) - len(whole.rstrip(UNDECODABLE))
+                return stream
+        return DecodeStream(skip_special_tokens=self._skip_special_tokens)
+
+    def _decoded(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens))
+
+    def _find_stop(self, pending: str) -> int | None:
+        """Return where the text ends because of a stop string; None if it goes on.
+
+        Of several stop strings the one that is complete first counts and, of those that end at the same character, the
+        one named first, as in vLLM.
+        """
+        best: tuple[int, int, str] | None = None
+        for stop in self._stop:
+            at = pending.find(stop, max(0, self._early - len(stop) + 1))
+            if at >= 0 and (best is None or at + len(stop) < best[0]):
+                best = (at + len(stop), at, stop)
+        if best is None:
+            return None
+        end, at, self.stopped_by = best
+        return end if self._include_stop else at
+
+    def _undecided(self, pending: str) -> int:
+        """Return how many of the last characters could be the beginning of a stop string."""
+        for length in range(min(self._longest_stop - 1, len(pending)), 0, -1):
+            tail = pending[-length:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return length
+        return 0
+
+
+class TokenTexts:
+    """The texts of single tokens, remembered, and what makes the texts of answers; shared by all requests.
+
+    skipped: texts of all tokens that `skip_special_tokens` skips.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.skipped = skipped_tokens(tokenizer)
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, token_id: int) -> str:
+        """Return the text of one token."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = str(self._backend.decode([token_id], skip_special_tokens=False))
+            self._texts[token_id] = text
+        return text
+
+    def detokenizer(
+        self, params: RequestSampling, *, prime: Sequence[int] = (), anew: bool = False
+    ) -> Detokenizer:
+        """Return a detokenizer for one answer. prime, anew: see `Detokenizer`."""
+        return Detokenizer(
+            self._backend,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            prime=prime,
+            anew=anew,
+            skipped=self._special if params.skip_special_tokens else frozenset(),
+        )

@@ -23,12 +23,11 @@ from PIL import Image
 
 from handlers.errors import ImageTooLarge, Unavailable
 from handlers.images import ImageProblem, decoder_pool
-from handlers.images.decoder import FORMATS, decode
+from handlers.images.decoder import FORMATS, REUSED_BYTES, PixelMemory, decode, new_memory
 from handlers.images.decoder_pool import DecoderPool
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
-from handlers.images.shared_pixels import REUSED_BYTES, PixelMemory, new_memory
 from handlers.request import ImagePart
 from tests.attack import corpus
 from tests.support.live import LiveServer, chat_body, data_url

@@ -22,7 +22,7 @@ from handlers.images.embeddings import (
     read_embeddings,
     read_tensor,
 )
-from handlers.images.encoding import without_codings
+from handlers.images.fetch import without_codings
 from handlers.request import EmbeddingsPart
 
 MEGA = 2**20

@@ -173,13 +173,8 @@ class ModelFront:
                 templates,
                 settings.chat_template_content_format,
                 image_token if preprocessor is not None else None,
-                placeholder=None if written is None else written.placeholder,
-                printed=None if written is None else written.printed,
-                texts_apart=written is not None and written.texts_apart,
-                adds_special_tokens=preprocessor is None or preprocessor.adds_special_tokens,
-                arrange=None if preprocessor is None else preprocessor.arranged,
-                around=None if preprocessor is None else preprocessor.around,
-                max_images=None if preprocessor is None else preprocessor.max_images,
+                written=written,
+                preprocessor=preprocessor,
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error

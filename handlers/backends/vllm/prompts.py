@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ModelLoadError
+from engine.families.base import PlaceholderText
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.mistral_format import mistral_weights_alone
 from handlers.backends.vllm.compat import ImageProcessing, image_placeholder
@@ -78,7 +79,9 @@ class VllmPrompts:
                 templates,
                 settings.chat_template_content_format,
                 None if self._placeholders is None else self._placeholders.token,
-                placeholder=None if self._placeholders is None else self._placeholders.placeholder,
+                written=None
+                if self._placeholders is None
+                else PlaceholderText(self._placeholders.placeholder),
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error

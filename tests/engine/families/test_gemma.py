@@ -163,9 +163,8 @@ def test_the_line_breaks_around_an_image_are_tokenised_with_the_text(tmp_path: P
     written = Gemma3Preprocessor(metadata).written(tokenizer)
     for content_format in ("openai", "string"):
         renderer = PromptRenderer(
-            tokenizer, GEMMA3_TEMPLATE, content_format, "<image_soft_token>",
-            placeholder=written.placeholder, printed=written.printed,
-        )  # fmt: skip
+            tokenizer, GEMMA3_TEMPLATE, content_format, "<image_soft_token>", written=written
+        )
         parts = [ImagePart("data:"), TextPart("\nWhat? <start_of_image>")]
         rendered = renderer.render(ChatPrompt([Message("user", parts)], add_generation_prompt=False))
         between = "" if content_format == "openai" else "\n"

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from engine.errors import ModelLoadError
+from engine.families.base import PlaceholderText
 from engine.families.phi3_v import Phi3VPreprocessor, classes
 from engine.loader import load_preprocessor, read_config
 from engine.messages import EMBEDDINGS, TensorData
@@ -247,7 +248,8 @@ def test_prompts_are_tokenised_as_the_checkpoints_processor_does(
         space = pre_tokenizers.Metaspace(replacement="Ġ", prepend_scheme="first", split=False)
         bytes_of = tokenizer.backend_tokenizer.pre_tokenizer
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([space, bytes_of])
-    renderer = PromptRenderer(tokenizer, TEMPLATE, image_token="<|image|>", texts_apart=True)
+    apart = PlaceholderText("<|image|>", texts_apart=True)
+    renderer = PromptRenderer(tokenizer, TEMPLATE, image_token="<|image|>", written=apart)
     parts: list[Any] = [TextPart(texts[0])]
     for text in texts[1:]:
         parts += [ImagePart("data:"), TextPart(text)]

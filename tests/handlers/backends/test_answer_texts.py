@@ -15,7 +15,7 @@ from handlers.backends.vllm.outputs import VllmStream
 from handlers.deltas import Delta, PromptStats
 from handlers.errors import EngineFailed
 from handlers.pipeline import Generation, texts_of
-from handlers.prompts.detokenizer import TokenTexts
+from handlers.prompts.tokenizer import TokenTexts
 from handlers.request import (
     ChatPrompt,
     Constraint,

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from handlers.images import ImageProblem
+from handlers.images import MAX_PARTS, ImageProblem
 from handlers.images.decoder import convert, decode
-from handlers.images.formats import without_metadata
-from handlers.images.formats.jpeg import MAX_SCANS, MAX_SEGMENTS
-from handlers.images.formats.parts import MAX_PARTS
+from handlers.images.formats import MAX_SCANS, MAX_SEGMENTS, without_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 

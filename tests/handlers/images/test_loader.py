@@ -11,9 +11,8 @@ from PIL import Image
 
 from handlers.errors import ImageError, ImageTooLarge
 from handlers.images import ImageProblem
-from handlers.images.limits import ImageLimits
+from handlers.images.limits import DecodedCache, ImageLimits
 from handlers.images.loader import ImageLoader
-from handlers.images.memory import DecodedCache
 from handlers.request import ImagePart, LoadedImage
 from tests.support.image_files import BAD, data_url
 

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
-from handlers.images.limits import ImageLimits
+from handlers.images.limits import ImageLimits, ImageMemory, Share
 from handlers.images.loader import ImageLoader
-from handlers.images.memory import ImageMemory, Share
 from handlers.request import ImagePart
 from tests.support.image_files import BAD, data_url
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from handlers.prompts.detokenizer import Detokenizer
+from handlers.prompts.tokenizer import Detokenizer
 from tests.support.models import make_tokenizer
 
 TOKENIZER = make_tokenizer().backend_tokenizer

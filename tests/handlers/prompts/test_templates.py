@@ -18,6 +18,7 @@ from tokenizers import (
 )
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
+from engine.families.base import PlaceholderText
 from handlers.errors import InvalidRequest
 from handlers.prompts.chat_templates import TemplateSource
 from handlers.prompts.renderer import PromptRenderer
@@ -167,10 +168,12 @@ def test_images_stand_where_they_were_put(plain: PreTrainedTokenizerFast) -> Non
 
 
 def test_a_family_can_wrap_its_image_token(plain: PreTrainedTokenizerFast) -> None:
-    renderer = PromptRenderer(plain, STRINGS, "string", "<image>", placeholder="[INST]<image>[INST]")
+    renderer = PromptRenderer(
+        plain, STRINGS, "string", "<image>", written=PlaceholderText("[INST]<image>[INST]")
+    )
     assert "[INST]<image>[INST]\nwhat" in renderer.render(ChatPrompt([said(None, "what")])).text
     with pytest.raises(ValueError, match="once"):
-        PromptRenderer(plain, STRINGS, "string", "<image>", placeholder="[INST]")
+        PromptRenderer(plain, STRINGS, "string", "<image>", written=PlaceholderText("[INST]"))
 
 
 # the same ids as transformers' own processor

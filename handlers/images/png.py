@@ -5,17 +5,8 @@ from __future__ import annotations
 import struct
 import zlib
 
-from handlers.images import ImageProblem
-from handlers.images.formats.parts import (
-    MAX_TEXT,
-    Pieces,
-    Size,
-    check_pixels,
-    counted,
-    exif_orientation,
-    orientation_exif,
-    xmp_orientation,
-)
+from handlers.images import ImageProblem, Pieces, Size, check_pixels, counted
+from handlers.images.tiff import MAX_TEXT, exif_orientation, orientation_exif, xmp_orientation
 
 _CHUNK = struct.Struct(">I4s")
 _FEW = 2**12  # chunks of pixels that are not joined: decoders take two microseconds for each

@@ -1,13 +1,16 @@
-"""TIFF and BigTIFF: directories of entries that describe how and where the pixels are stored (TIFF 6.0)."""
+"""TIFF and BigTIFF: directories of entries that describe how and where the pixels are stored (TIFF 6.0).
+
+EXIF, with which other formats say how an image was turned, is such a directory, too.
+"""
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from handlers.images import ImageProblem
-from handlers.images.formats.parts import LOOKS, MAX_PARTS, Pieces, Size, check_count, check_pixels
+from handlers.images import LOOKS, MAX_PARTS, ImageProblem, Pieces, Size, check_count, check_pixels
 
 MAX_STRIPS = 2**17
 """Greatest number of strips or tiles. libtiff takes about 40 bytes and a microsecond for each."""
@@ -42,6 +45,11 @@ _NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q"}
 """Types of integers, with their codes for `struct`."""
 
 _SIZE_TYPES = (3, 4, 16)
+
+_ORIENTATION = 0x0112
+_IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+MAX_TEXT = 2**20
+"""Bytes of one text, unpacked, that are searched for an orientation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +227,34 @@ class _Directory:
                 number = struct.pack(self.layout.order + self.layout.word, value)
                 self.entries[tag] = self.layout.entry(tag, 16 if self.layout.big else 4, 1, number)
         return joined
+
+
+def exif_orientation(exif: bytes) -> int | None:
+    """Return the orientation, 1 to 8, from the first directory only; None if it is missing or damaged."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None or len(exif) < 10:
+        return None
+    (offset,) = struct.unpack_from(order + "L", exif, 4)
+    if offset + 2 > len(exif):
+        return None
+    (count,) = struct.unpack_from(order + "H", exif, offset)
+    table = exif[offset + 2 : offset + 2 + count * 12]
+    whole = table[: len(table) // 12 * 12]
+    for tag, kind, number, value in struct.iter_unpack(order + "HHL4s", whole):
+        if tag == _ORIENTATION:
+            code = {1: "B", 3: "H", 4: "L"}.get(kind)
+            (orientation,) = struct.unpack_from(order + code, value) if code and number else (0,)
+            return orientation if 1 <= orientation <= 8 else None
+    return None
+
+
+def xmp_orientation(xmp: bytes | memoryview) -> int | None:
+    """Return the orientation, 1 to 8, from the first MAX_TEXT bytes; None if it is missing."""
+    found = _IN_XMP.search(xmp[:MAX_TEXT])
+    return int(found[1]) if found else None
+
+
+def orientation_exif(orientation: int) -> bytes:
+    """Build the smallest EXIF with that orientation."""
+    return struct.pack(">2sHLHHHLHHL", b"MM", 42, 8, 1, _ORIENTATION, 3, 1, orientation, 0, 0)

@@ -6,8 +6,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from handlers.images import ImageProblem, too_many_pixels
-from handlers.images.formats.parts import LOOKS, Pieces, Size, check_count, check_pixels, counted
+from handlers.images import (
+    LOOKS,
+    ImageProblem,
+    Pieces,
+    Size,
+    check_count,
+    check_pixels,
+    counted,
+    too_many_pixels,
+)
 
 MAX_ITEMS = 2**12
 """Greatest number of images, tiles and metadata; libavif searches all of them for each."""
