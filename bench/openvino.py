@@ -248,36 +248,42 @@ def markdown(
     medians: Mapping[str, Mapping[str, dict[str, Any]]],
     ratios: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> str:
-    """Return the tables of a run."""
-    columns = ["", "tokens/s", "times", "ms per token", "times", "TTFT p50/p99 ms", "times (p50)"]
-    columns += ["ITL p50/p99 ms", "cores", "MB"]
+    """Return the tables of a run. Each "times" is the ratio of the column before it to that of the side's peer."""
+    columns = ["", "tokens/s", "times", "ms per token", "times", "TTFT p50 / p99 ms", "times (p50)"]
+    columns += ["ITL p50 / p99 ms", "cores", "tokens per CPU second", "MB"]
     lines = []
     for name, of in medians.items():
         lines += [f"## {name}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for side, row in of.items():
-            better = ratios[name].get(side)
-            times = [
-                f"{better[key]:.2f}" if better else ""
-                for key in ("tokens_per_s", "tpot_ms p50", "ttft_ms p50")
-            ]
-            ttft, itl = (
-                " / ".join(f"{row[key][p]:.0f}" for p in ("p50", "p99")) for key in ("ttft_ms", "itl_ms")
-            )
-            cells = [
-                SIDES[side].about,
-                f"{row['tokens_per_s']:.0f}",
-                times[0],
-                f"{row['tpot_ms']['p50']:.1f}",
-            ]
-            cells += [times[1], ttft, times[2], itl, f"{row['cpu_cores']:.2f}", f"{row['memory_mb']:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {SIDES[side].about} | {' | '.join(_cells(row, ratios[name].get(side, {})))} |")
         lines.append("")
     lines += [
-        f"{SIDES[side].about}: {row['computes_in']}; {row['prompt_tokens']:.0f} prompt tokens  "
+        f"- {SIDES[side].about}: {row['computes_in']}; {row['prompt_tokens']:.0f} prompt tokens"
         for side, row in next(iter(medians.values())).items()
         if row["computes_in"]
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Mapping[str, Any], better: Mapping[str, float]) -> list[str]:
+    def times(key: str) -> str:
+        return f"{better[key]:.2f}" if better else ""
+
+    def two(key: str) -> str:
+        return f"{row[key]['p50']:.0f} / {row[key]['p99']:.0f}"
+
+    return [
+        f"{row['tokens_per_s']:.0f}",
+        times("tokens_per_s"),
+        f"{row['tpot_ms']['p50']:.1f}",
+        times("tpot_ms p50"),
+        two("ttft_ms"),
+        times("ttft_ms p50"),
+        two("itl_ms"),
+        f"{row['cpu_cores']:.2f}",
+        f"{row['tokens_per_s'] / row['cpu_cores']:.0f}",
+        f"{row['memory_mb']:.0f}",
+    ]
 
 
 if __name__ == "__main__":

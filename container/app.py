@@ -1,5 +1,8 @@
 """The HTTP application: it finds the route of each request, checks its key, answers it, and logs it in one line.
 
+Clients append paths of their own to the address that they are given. A path built from an address that ends in `/v1`,
+`/invocations` or `/generate`, or with a slash too many, finds the route that the client means (`Router`).
+
 `Keys` decides who may call the server, and `Cors` which web pages may call it from a browser.
 """
 
@@ -11,13 +14,13 @@ import hmac
 import json
 import logging
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from urllib.parse import parse_qs
 
 from pydantic import SecretStr
 
-from container import page
 from container.exchange import (
     Bodies,
     Body,
@@ -33,11 +36,9 @@ from container.exchange import (
 )
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
-from container.models.models import REGISTRY, Models
-from container.openapi import document
-from container.page import ModelPage
-from container.routes import ONE, SEVERAL, Match, MethodNotAllowed
-from container.state import Answers, ServerState, Version, json_reply
+from container.models.models import REGISTRY
+from container.routes import ROUTES, ROUTES_OF_SEVERAL, LightReplies
+from container.state import Answers, ServerState
 from handlers.errors import (
     DeadlineExceeded,
     InsufficientStorage,
@@ -47,18 +48,17 @@ from handlers.errors import (
     Unavailable,
 )
 from handlers.generation_task import RETRY_AFTER, overloaded
-from handlers.model_names import accepted_names, public_names
-from handlers.protocols.base import Route
+from handlers.model_names import accepted_names
+from handlers.protocols.base import JSON, Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, MOST_SECONDS, are_lines
 from handlers.request import Incoming, Reply
 from handlers.service import error_format
-from handlers.version import VERSION
 from properties.configuration import Configuration
 
 logger = logging.getLogger("container.request")
 
-_JSON = "application/json"
+
 _UNCACHED = {"cache-control": "no-cache, no-store, must-revalidate, private", "pragma": "no-cache"}
 _GRACE_SECONDS = 5.0
 """Extra time in which the handlers can report a timeout themselves."""
@@ -73,6 +73,32 @@ _DROPPED_BYTES = 64 * 1024
 """The most bytes of a refused request's body that are read and discarded to keep the connection."""
 
 
+class MethodNotAllowed(ServingError):
+    """The path has routes, but none for this method.
+
+    Attributes:
+        route: The first one of the path.
+        allowed: The methods of all of them.
+    """
+
+    status = 405
+    kind = "method_not_allowed"
+
+    def __init__(self, method: str, routes: tuple[Route, ...]) -> None:
+        self.allowed = tuple(one for route in routes for one in route.methods)
+        super().__init__(f"{method[:20]} is not allowed here; use {' or '.join(self.allowed)}")
+        self.route = routes[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A route, and the names of a model and of an adapter in the path; "" if there are none."""
+
+    route: Route
+    name: str = ""
+    adapter: str = ""
+
+
 class Unauthorized(ServingError):
     """The request does not carry one of the server's keys."""
 
@@ -80,12 +106,72 @@ class Unauthorized(ServingError):
     kind = "authentication_failed"
 
 
+_NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
+_SLASHES = re.compile(r"//+")
+
+
+class Router:
+    """A table of routes, which finds the route of a request."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        paths: dict[str, tuple[Route, ...]] = {}
+        for route in self.routes:
+            paths[route.path] = (*paths.get(route.path, ()), route)
+        self._appended = {route.path: route for route in self.routes if route.appended}
+        self._plain = {path: found for path, found in paths.items() if "{" not in path}
+        self._named = [(_pattern(path), found) for path, found in paths.items() if "{" in path]
+
+    def find(self, path: str, method: str) -> Match:
+        """Return the route of a request.
+
+        Raises:
+            NotFound: There is no route with this path.
+            MethodNotAllowed: The path has routes for other methods only.
+        """
+        found, names = self._at(_SLASHES.sub("/", path).rstrip("/") or "/")
+        if not found:
+            raise NotFound(
+                "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer "
+                "requests"
+            )
+        for route in found:
+            if method in route.methods:
+                return Match(route, **names)
+        raise MethodNotAllowed(method, found)
+
+    def _at(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
+        for tail, route in self._appended.items():
+            if path.endswith(tail) and path != tail:
+                found, names = self._listed(path.removesuffix(tail))
+                return ((route,), names) if any(one.action == "answer" for one in found) else ((), {})
+        return self._listed(path)
+
+    def _listed(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
+        if path in self._plain:
+            return self._plain[path], {}
+        for pattern, routes in self._named:
+            if match := pattern.fullmatch(path):
+                return routes, match.groupdict()
+        return (), {}
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    for name, group in _NAMES.items():
+        path = path.replace(name, group)
+    return re.compile(path)
+
+
+ONE, SEVERAL = Router(ROUTES), Router(ROUTES_OF_SEVERAL)
+"""The routes of a server of one model, and those of a server of several."""
+
+
 class App:
     """The ASGI application.
 
     Attributes:
         calls: The requests with a body that are being answered.
-        model_page: What the page shows of the model, once it is loaded; None if there is nothing to show.
+        light: Replies to requests without bodies.
         idle: Set while `calls` is empty.
         bodies: The memory of the requests' bodies.
     """
@@ -94,7 +180,7 @@ class App:
         self._state = state
         self._metrics = metrics
         self.calls: set[Call] = set()
-        self.model_page: ModelPage | None = None
+        self.light = LightReplies(state, metrics, self._service)
         self.idle = asyncio.Event()
         self.idle.set()
         self.bodies = metrics.bodies = Bodies()
@@ -104,13 +190,11 @@ class App:
     def configure(self, configuration: Configuration) -> None:
         """Apply a configuration. It is called again if the model's files contain options."""
         self._settings = configuration.settings
-        self._public = public_names(configuration)
+        self.light.configure(configuration)
         self._accepted = accepted_names(configuration)
         self._cors = Cors(configuration.settings.cors_allowed_origin)
         self._keys = Keys(configuration.settings.api_key)
-        several = configuration.settings.multi_model
-        self._router = SEVERAL if several else ONE
-        self._page_is_on = page.is_on(configuration) and not several
+        self._router = SEVERAL if configuration.settings.multi_model else ONE
         self.bodies.limit = max(self._settings.request_memory_mb * 2**20, self._settings.max_request_size)
 
     def on_malformed(self, status: int) -> None:
@@ -155,7 +239,7 @@ class App:
     async def _respond(self, call: Call) -> None:
         preflight = self._cors.preflight(call.method, call.headers)
         if preflight is not None:
-            await self._reply(call, Reply(200, _JSON, b"{}\n", headers=preflight))
+            await self._reply(call, Reply(200, JSON, b"{}\n", headers=preflight))
             return
         try:
             match = self._router.find(call.path, call.method)
@@ -171,43 +255,18 @@ class App:
             call.logged = True
             await self._reply(call, error_reply(refusal, error_format(call.template, call.headers)))
             return
-        match match.route.action:
-            case "ping":
-                await self._reply(call, self._state.ping())
-            case "health":
-                shown = (
-                    call.path == "/" and self._page_is_on and "text/html" in call.headers.get("accept", "")
-                )
-                await self._reply(call, page.file("index.html") if shown else self._state.health_page())
-            case "metrics":
-                await self._reply(call, await self._metrics_page(call))
-            case "models":
-                models = self._models()
-                names = self._public if models is None else models.names
-                await self._reply(call, self._state.models(names, match.name))
-            case "version":
-                await self._reply(call, json_reply(Version(VERSION)))
-            case "openapi":
-                await self._reply(call, Reply(200, _JSON, await asyncio.to_thread(document, self._router)))
-            case "page" if call.path.endswith("/page/"):
-                await self._reply(call, Reply(308, _JSON, b"{}\n", headers={"location": "../page"}))
-            case "page":
-                await self._reply(call, self._page(match.name))
-            case "model":
-                await self._reply(call, self._model_page())
-            case "state":
-                await self._reply(call, self._state.requests(self._metrics.running.values()))
-            case action if match.route.light:
-                incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
-                await self._reply(call, await self._service().call(action, incoming))
-            case _:
-                named = match.name
-                if not named and match.route.action != REGISTRY:
-                    named = parse_qs(call.query).get("model_name", [""])[0]
-                call.model = self._known(named) if named else None
-                await self._work(call, match)
+        if match.route.light:
+            reply = await self.light.reply(call, match.route.action, match.name, self._router)
+            await self._reply(call, reply)
+            return
+        named = match.name
+        if not named and match.route.action != REGISTRY:
+            named = parse_qs(call.query).get("model_name", [""])[0]
+        call.model = self._known(named) if named else None
+        await self._work(call, match)
 
     def _service(self) -> Answers:
+        """Return the service. Raises Unavailable while nothing can be answered."""
         if self._state.phase != "serving":
             raise Unavailable(f"not ready: {self._state.reason}", retry_after=5)
         if self._state.service is None:
@@ -286,46 +345,16 @@ class App:
             log_answer(call.request_id, reply)
         return reply
 
-    def _models(self) -> Models | None:
-        """Return what a server of several models serves, once it is ready; None for any other server."""
-        service = self._state.service
-        return service if isinstance(service, Models) else None
-
     def _known(self, path: str) -> str:
         """Return the model that a path names, `NAME` or `NAME/VERSION`. Raises NotFound with LMI's message."""
         if self._settings.multi_model:
             self._service()  # Before the server is ready, no model is known.
-        models = self._models()
+        models = self._state.several
         accepted = self._accepted if models is None else models.names
         for name in (path, path.rpartition("/")[0]):
             if name in accepted:
                 return name
         raise NotFound(f"Model or workflow not found: {path[:200]}")
-
-    def _page(self, name: str) -> Reply:
-        """Return a file of the page; "" stands for the page itself. Raises NotFound."""
-        if not self._page_is_on:
-            raise NotFound("there is no page here (option.page)")
-        if name.startswith("examples/") and self.model_page is not None:
-            return self.model_page.example(name.removeprefix("examples/"))
-        return page.file(name or "index.html")
-
-    def _model_page(self) -> Reply:
-        if not self._page_is_on:
-            raise NotFound("there is no page here (option.page)")
-        if self._state.phase == "loading":
-            raise Unavailable(f"not ready: {self._state.health().reason}", retry_after=5)
-        self._service()
-        if self.model_page is None or self._state.backend is None:
-            raise NotFound("the model's own code answers: the page has nothing to show of it")
-        return self.model_page.describe(self._state.backend)
-
-    async def _metrics_page(self, call: Call) -> Reply:
-        names = parse_qs(call.query).get("name[]", [])
-        models = self._models()
-        texts = None if models is None else await models.metrics()
-        body, content_type = self._metrics.export(call.headers.get("accept", ""), names, texts)
-        return Reply(200, content_type, body)
 
     async def _reply(self, call: Call, reply: Reply, close: bool = False) -> None:
         await call.exchange.send(reply, self._headers(call), close)

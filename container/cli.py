@@ -25,8 +25,16 @@ _FLAGS_HELP = (
 )
 
 
-def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
-    """Run the `lmi` command and return its exit status. build: makes the backend; None for what the options select."""
+def main(
+    argv: Sequence[str] | None = None,
+    build: BackendBuilder | None = None,
+    defaults: Mapping[str, str] | None = None,
+) -> int:
+    """Run the `lmi` command and return its exit status.
+
+    build: makes the backend; None for what the options select. defaults: values of options that no source sets; None
+    for the command's own.
+    """
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["bench"]:
         return _bench(given[1:])
@@ -52,7 +60,8 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
         )
     from container.config import RUN_DEFAULTS, SERVE_DEFAULTS
 
-    defaults = RUN_DEFAULTS if arguments.command == "run" else SERVE_DEFAULTS
+    if defaults is None:
+        defaults = RUN_DEFAULTS if arguments.command == "run" else SERVE_DEFAULTS
     if arguments.print_config:
         return _print_config(arguments.model, options, defaults)
     return _serve(arguments.model, options, defaults, flags.warnings, build)
@@ -60,13 +69,7 @@ def main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None)
 
 def serve_main(argv: Sequence[str] | None = None, build: BackendBuilder | None = None) -> int:
     """Run the `serve` command: `lmi serve` on all addresses, as a container needs it."""
-    parser = _parser()
-    flags = _flags(parser, sys.argv[1:] if argv is None else list(argv))
-    arguments = parser.parse_args(["serve", *flags.rest])
-    options = [*arguments.option, *flags.options, *flags.secret]
-    if arguments.print_config:
-        return _print_config(arguments.model, options, {})
-    return _serve(arguments.model, options, {}, flags.warnings, build)
+    return main(["serve", *(sys.argv[1:] if argv is None else argv)], build, defaults={})
 
 
 def _parser() -> argparse.ArgumentParser:

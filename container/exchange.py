@@ -234,7 +234,7 @@ FLOOR_BYTES = 1024
 
 FLOOR_SECONDS = 30.0
 
-_SWEEP_SECONDS = 1.0
+SWEEP_SECONDS = 1.0
 _PROMPT_SECONDS = 2.0
 """How long a body that is still arriving may reserve a place for its answer; a slower one competes again."""
 
@@ -377,7 +377,7 @@ class Bodies:
     def watch(self, body: Body) -> None:
         self.reading.add(body)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -388,7 +388,7 @@ class Bodies:
         self._timer = None
         self._order.clear()
         if self.reading:
-            self._timer = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
     def overloaded(self) -> Overloaded:
         """Count a refusal and return its error."""
@@ -514,7 +514,7 @@ class Body:
         now = time.monotonic()
         rest = self._declared - self.size if self._declared else self.size
         age = now - self._began
-        pace = self.size / max(age, 0.01) if age < 2 * _SWEEP_SECONDS else self._pace
+        pace = self.size / max(age, 0.01) if age < 2 * SWEEP_SECONDS else self._pace
         return self.size * (max(rest, 1) / max(pace, 1.0) + now - self._last)
 
     def look(self, now: float) -> BodyTimeout | None:

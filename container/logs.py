@@ -56,7 +56,7 @@ _LINK_END = re.compile(r"[\s)\"'<>]")
 _SCHEME = 8
 """Longer than the beginning of any link, in characters."""
 
-_WINDOW = 2**16
+WINDOW = 2**16
 """Characters that are searched for a link in one step."""
 
 
@@ -65,58 +65,45 @@ def one_line(text: str) -> str:
     return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
-class _Formatter(logging.Formatter):
-    """What both forms share: facts are in a record's `facts`, an exception in its `exc_info`."""
+class LineFormatter(logging.Formatter):
+    """Makes the lines of a record: facts are in its `facts`, an exception in its `exc_info`.
 
-    def __init__(self, model: str | None) -> None:
+    As text: `TIME LEVEL logger: message key=value ...`, and a traceback's lines, each marked with `  | `. As JSON: one
+    object, with a traceback in its field `traceback`.
+    """
+
+    def __init__(self, form: LogFormat, model: str | None) -> None:
         super().__init__()
-        self._more = {"model": model}
+        self._form = form
+        self._model = model
 
     def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
         if record.name == WRITTEN:
-            return record.getMessage()
-        return self.line(record, {**self._more, **getattr(record, "facts", {})})
-
-    def line(self, record: logging.LogRecord, facts: dict[str, Any]) -> str:
-        raise NotImplementedError
-
-    @staticmethod
-    def stamp(record: logging.LogRecord) -> str:
-        whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        return f"{whole}.{int(record.msecs):03d}Z"
-
-    @staticmethod
-    def trace(record: logging.LogRecord) -> list[str]:
-        if not record.exc_info or record.exc_info[0] is None:
-            return []
-        lines = traceback.format_exception(*record.exc_info)
-        return [line for block in lines for line in block.rstrip("\n").split("\n")]
-
-
-class TextFormatter(_Formatter):
-    """`TIME LEVEL logger: message key=value ...`; a traceback's lines follow, each marked with `  | `."""
-
-    def line(self, record: logging.LogRecord, facts: dict[str, Any]) -> str:
-        words = [f"{self.stamp(record)} {record.levelname} {record.name}: {one_line(record.getMessage())}"]
-        words += [f"{name}={_text(value)}" for name, value in facts.items() if value is not None]
-        return "\n".join([" ".join(words), *(f"  | {one_line(line)}" for line in self.trace(record))])
-
-
-class JsonFormatter(_Formatter):
-    """One JSON object a line, a traceback in its field `traceback`."""
-
-    def line(self, record: logging.LogRecord, facts: dict[str, Any]) -> str:
-        line: dict[str, Any] = {
-            "time": self.stamp(record),
+            return message
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        head = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message,
         }
-        line.update((name, value) for name, value in facts.items() if value is not None)
-        trace = self.trace(record)
-        if trace:
-            line["traceback"] = "\n".join(trace)
-        return json.dumps(line, default=str)
+        given = {"model": self._model, **getattr(record, "facts", {})}
+        facts = {name: value for name, value in given.items() if value is not None}
+        trace = _trace(record)
+        if self._form == "json":
+            shown = {"traceback": "\n".join(trace)} if trace else {}
+            return json.dumps({**head, **facts, **shown}, default=str)
+        words = [f"{head['time']} {record.levelname} {record.name}: {one_line(message)}"]
+        words += [f"{name}={_text(value)}" for name, value in facts.items()]
+        return "\n".join([" ".join(words), *(f"  | {one_line(line)}" for line in trace)])
+
+
+def _trace(record: logging.LogRecord) -> list[str]:
+    if not record.exc_info or record.exc_info[0] is None:
+        return []
+    lines = traceback.format_exception(*record.exc_info)
+    return [line for block in lines for line in block.rstrip("\n").split("\n")]
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -172,7 +159,7 @@ def logging_to(
     """
     lowest = logging.getLevelNamesMapping()[level.upper()]
     handler = _Handler(stream or sys.stdout)
-    handler.setFormatter(JsonFormatter(model) if form == "json" else TextFormatter(model))
+    handler.setFormatter(LineFormatter(form, model))
     lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_WAITING)
     listener = QueueListener(lines, handler)
     root = logging.getLogger()
@@ -291,11 +278,11 @@ class _Blotter:
         pieces: list[str] = []
         position = 0
         while position < len(text) and self._left > 0:
-            window = text[position : position + _WINDOW]
+            window = text[position : position + WINDOW]
             link = _LINK.search(window)
             if link is None:
                 # The beginning of a link may be cut off at the window's end.
-                whole = window if position + _WINDOW >= len(text) else window[:-_SCHEME]
+                whole = window if position + WINDOW >= len(text) else window[:-_SCHEME]
                 position += len(whole)
                 self._add(pieces, whole)
             else:
@@ -309,7 +296,7 @@ class _Blotter:
 
 
 def _end_of_link(text: str, start: int) -> int:
-    for at in range(start, len(text), _WINDOW):
-        if (end := _LINK_END.search(text, at, at + _WINDOW)) is not None:
+    for at in range(start, len(text), WINDOW):
+        if (end := _LINK_END.search(text, at, at + WINDOW)) is not None:
             return end.start()
     return len(text)

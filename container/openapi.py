@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
 
 from container.models.models import REGISTRY
-from container.routes import ONE, Router
 from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
 from handlers.service import ERRORS_ANYWHERE
 from handlers.version import VERSION
+
+if TYPE_CHECKING:
+    from container.app import Router
 
 _STATUSES = {
     400: "The body is not a valid request; the message names the field.",
@@ -47,7 +49,7 @@ _HEADERS = {
 
 
 @functools.cache
-def document(router: Router = ONE) -> bytes:
+def document(router: Router) -> bytes:
     """Return the document as JSON."""
     paths: dict[str, dict[str, Any]] = {}
     for route in router.routes:

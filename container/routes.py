@@ -1,49 +1,31 @@
-"""The table of routes: those of every API and the server's own, by path and method.
-
-Clients append paths of their own to the address that they are given. A path built from an address that ends in `/v1`,
-`/invocations` or `/generate`, or with a slash too many, finds the route that the client means.
-"""
+"""The routes of every API and the server's own, and the replies that need no body: those of probes and of the page."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
+from container import page
+from container.exchange import Call
+from container.metrics import Metrics
 from container.models.models import ROUTES as MODEL_ROUTES
-from container.state import EngineState, Healthy, Ping, Unhealthy, Version
-from handlers.errors import NotFound, ServingError
-from handlers.protocols.base import READ, Route
+from container.openapi import document
+from container.page import ModelPage
+from container.state import Answers, EngineState, Healthy, Ping, ServerState, Unhealthy, Version, json_reply
+from handlers.errors import NotFound, Unavailable
+from handlers.model_names import public_names
+from handlers.protocols.base import JSON, READ, Route
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
+from handlers.request import Incoming, Reply
 from handlers.service import ROUTES as API_ROUTES
+from handlers.version import VERSION
+from properties.configuration import Configuration
 
-
-class MethodNotAllowed(ServingError):
-    """The path has routes, but none for this method.
-
-    Attributes:
-        route: The first one of the path.
-        allowed: The methods of all of them.
-    """
-
-    status = 405
-    kind = "method_not_allowed"
-
-    def __init__(self, method: str, routes: tuple[Route, ...]) -> None:
-        self.allowed = tuple(one for route in routes for one in route.methods)
-        super().__init__(f"{method[:20]} is not allowed here; use {' or '.join(self.allowed)}")
-        self.route = routes[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A route, and the names of a model and of an adapter in the path; "" if there are none."""
-
-    route: Route
-    name: str = ""
-    adapter: str = ""
+if TYPE_CHECKING:
+    from container.app import Router
 
 
 def _own(path: str, action: str, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
@@ -98,62 +80,85 @@ ROUTES = (
 _OF_ONE = frozenset({"state", "model", "page"})
 """Actions of routes that only the server of one model has."""
 
-_NAMES = {"{name}": "(?P<name>.+)", "{adapter}": "(?P<adapter>[^/]+)"}
-_SLASHES = re.compile(r"//+")
+ROUTES_OF_SEVERAL = (*(route for route in ROUTES if route.action not in _OF_ONE), *MODEL_ROUTES)
+"""All routes of a server of several models."""
 
 
-class Router:
-    """A table of routes, which finds the route of a request."""
+class LightReplies:
+    """Makes the replies of the routes that are `light`.
 
-    def __init__(self, routes: Iterable[Route]) -> None:
-        self.routes = tuple(routes)
-        paths: dict[str, tuple[Route, ...]] = {}
-        for route in self.routes:
-            paths[route.path] = (*paths.get(route.path, ()), route)
-        self._appended = {route.path: route for route in self.routes if route.appended}
-        self._plain = {path: found for path, found in paths.items() if "{" not in path}
-        self._named = [(_pattern(path), found) for path, found in paths.items() if "{" in path]
+    Attributes:
+        model_page: What the page shows of the model, once it is loaded; None if there is nothing to show.
+    """
 
-    def find(self, path: str, method: str) -> Match:
-        """Return the route of a request.
+    def __init__(self, state: ServerState, metrics: Metrics, service: Callable[[], Answers]) -> None:
+        """service: returns what answers, or raises Unavailable."""
+        self.model_page: ModelPage | None = None
+        self._state = state
+        self._metrics = metrics
+        self._service = service
+        self._public: Sequence[str] = ()
+        self._page_is_on = False
+
+    def configure(self, configuration: Configuration) -> None:
+        self._public = public_names(configuration)
+        self._page_is_on = page.is_on(configuration) and not configuration.settings.multi_model
+
+    async def reply(self, call: Call, action: str, name: str, router: Router) -> Reply:
+        """Return the reply to a request without a body.
+
+        Args:
+            call: The request.
+            action: That of its route.
+            name: What the path names.
+            router: Finds the server's routes.
 
         Raises:
-            NotFound: There is no route with this path.
-            MethodNotAllowed: The path has routes for other methods only.
+            ServingError: There is no such thing here, or not yet.
         """
-        found, names = self._at(_SLASHES.sub("/", path).rstrip("/") or "/")
-        if not found:
-            raise NotFound(
-                "no such route; POST /v1/chat/completions, /v1/completions, /invocations, /generate and / answer "
-                "requests"
-            )
-        for route in found:
-            if method in route.methods:
-                return Match(route, **names)
-        raise MethodNotAllowed(method, found)
+        state = self._state
+        match action:
+            case "ping":
+                return state.ping()
+            case "health":
+                wanted = call.path == "/" and "text/html" in call.headers.get("accept", "")
+                return page.file("index.html") if wanted and self._page_is_on else state.health_page()
+            case "metrics":
+                return await self._metrics_page(call)
+            case "models":
+                models = state.several
+                return state.models(self._public if models is None else models.names, name)
+            case "version":
+                return json_reply(Version(VERSION))
+            case "openapi":
+                return Reply(200, JSON, await asyncio.to_thread(document, router))
+            case "page" if call.path.endswith("/page/"):
+                return Reply(308, JSON, b"{}\n", headers={"location": "../page"})
+            case "page" | "model" if not self._page_is_on:
+                raise NotFound("there is no page here (option.page)")
+            case "page" if name.startswith("examples/") and self.model_page is not None:
+                return self.model_page.example(name.removeprefix("examples/"))
+            case "page":
+                return page.file(name or "index.html")
+            case "model":
+                return self._model_page()
+            case "state":
+                return state.requests(self._metrics.running.values())
+            case _:
+                incoming = Incoming(call.template, b"", call.headers, call.request_id, method=call.method)
+                return await self._service().call(action, incoming)
 
-    def _at(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
-        for tail, route in self._appended.items():
-            if path.endswith(tail) and path != tail:
-                found, names = self._listed(path.removesuffix(tail))
-                return ((route,), names) if any(one.action == "answer" for one in found) else ((), {})
-        return self._listed(path)
+    def _model_page(self) -> Reply:
+        if self._state.phase == "loading":
+            raise Unavailable(f"not ready: {self._state.health().reason}", retry_after=5)
+        self._service()
+        if self.model_page is None or self._state.backend is None:
+            raise NotFound("the model's own code answers: the page has nothing to show of it")
+        return self.model_page.describe(self._state.backend)
 
-    def _listed(self, path: str) -> tuple[tuple[Route, ...], dict[str, str]]:
-        if path in self._plain:
-            return self._plain[path], {}
-        for pattern, routes in self._named:
-            if match := pattern.fullmatch(path):
-                return routes, match.groupdict()
-        return (), {}
-
-
-def _pattern(path: str) -> re.Pattern[str]:
-    for name, group in _NAMES.items():
-        path = path.replace(name, group)
-    return re.compile(path)
-
-
-ONE = Router(ROUTES)
-SEVERAL = Router((*(route for route in ROUTES if route.action not in _OF_ONE), *MODEL_ROUTES))
-"""The routes of a server of one model, and those of a server of several."""
+    async def _metrics_page(self, call: Call) -> Reply:
+        names = parse_qs(call.query).get("name[]", [])
+        models = self._state.several
+        texts = None if models is None else await models.metrics()
+        body, content_type = self._metrics.export(call.headers.get("accept", ""), names, texts)
+        return Reply(200, content_type, body)

@@ -189,6 +189,7 @@ class Server:
             await models.load()
         except (ServingError, ArtefactError) as error:
             raise LoadFailed(str(error)) from error
+        self.state.several = models
         self.state.serve(models, models)
 
     def _tell(self, progress: Progress) -> None:
@@ -239,7 +240,7 @@ class Server:
         gc.collect()
         gc.freeze()  # What is loaded stays; collecting it again would stop all threads for 0.2 s each time.
         if page.is_on(configuration) and served.choice is not None:
-            self._app.model_page = page.ModelPage(configuration, directory, served.choice)
+            self._app.light.model_page = page.ModelPage(configuration, directory, served.choice)
         self.state.serve(backend, service)
         if backend.capabilities.images:
             self._images.decoders.warm_up()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -17,6 +17,9 @@ from handlers.progress import Progress
 from handlers.protocols.base import JSON
 from handlers.protocols.openai.replies import Model, Models
 from handlers.request import Incoming, Reply, RequestFacts
+
+if TYPE_CHECKING:
+    from container.models import models
 
 Phase = Literal["loading", "serving", "draining", "failed"]
 
@@ -97,6 +100,7 @@ class ServerState:
         reason: Why it is not serving; safe to show to a client.
         backend: None until the model can generate.
         service: None until then, too; it stays None on a machine that holds a part of the model for another one.
+        several: The models of a server of several, once it is ready; None for any other server.
         progress: How far loading is, which is reported with the reason; None before and after it.
         created: When the process started, in Unix seconds.
     """
@@ -105,6 +109,7 @@ class ServerState:
     reason: str = "the model is loading"
     backend: Lifecycle | None = None
     service: Answers | None = None
+    several: models.Models | None = None
     progress: Progress | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 

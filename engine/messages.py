@@ -131,7 +131,13 @@ class Ping(msgspec.Struct, tag=True):
     number: int
 
 
-ToEngine = Add | Abort | Ping
+class Cores(msgspec.Struct, tag=True):
+    """The part of a CPU's cores that the engine may use from now on; the rest is for other replicas."""
+
+    share: float
+
+
+ToEngine = Add | Abort | Ping | Cores
 
 
 class Answer(msgspec.Struct, tag=True):

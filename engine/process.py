@@ -27,6 +27,7 @@ from engine.messages import (
     Add,
     Answer,
     Ask,
+    Cores,
     FromEngine,
     Loaded,
     LoadFailed,
@@ -42,6 +43,7 @@ from processes.inside import Parent
 
 if TYPE_CHECKING:
     from engine.guidance import Built
+    from engine.runner import ModelRunner
 
 logger = logging.getLogger("engine.process")
 
@@ -95,10 +97,7 @@ def serve(channel: Channel, config: EngineConfig) -> None:
     try:
         engine = Engine.load(config)
         keep_freed_memory()
-        threads = threads_for(config, engine.runner.weight_bytes)
-        torch.set_num_threads(threads)
-        if os.environ.get(WAIT_POLICY) == SLEEP:
-            engine.runner.sleeping_threads = threads
+        use_cores(engine.runner, config)
         channel.send(Loaded())
         engine.warm_up()
     except EngineError as error:
@@ -143,9 +142,23 @@ def serve(channel: Channel, config: EngineConfig) -> None:
                     engine.abort(request_id)
             elif isinstance(message, Ping):
                 channel.send(Pong(message.number, engine.stats()))
+            elif isinstance(message, Cores) and config.tensor_parallel_degree == 1:
+                use_cores(runner, msgspec.structs.replace(config, cpu_share=message.share))
         outputs = refused + engine.step()
         if outputs or changed:
             channel.send(StepDone(outputs, engine.stats()))
+
+
+def use_cores(runner: ModelRunner, config: EngineConfig) -> None:
+    """Use the configuration's part of the cores from the next step on."""
+    import torch
+
+    from engine.executor import threads_for
+
+    threads = threads_for(config, runner.weight_bytes)
+    torch.set_num_threads(threads)
+    if os.environ.get(WAIT_POLICY) == SLEEP:
+        runner.sleeping_threads = threads
 
 
 def _take(

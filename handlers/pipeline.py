@@ -137,8 +137,10 @@ class Pipeline:
             token_ids = checked_tokens(request, token_ids, longest, model.vocab_size)
         # A request that is refused in any case is refused before its images cost anything. Whether the prompt is too
         # long together with its images is checked once their length is known.
-        early = dataclasses.replace(request, max_tokens_is_default=True) if parts else request
-        params = await self._spelled(checked_sampling(early, len(token_ids), longest, model.vocab_size))
+        params = checked_sampling(
+            request, len(token_ids), longest, model.vocab_size, images_follow=bool(parts)
+        )
+        params = await self._spelled(params)
         # Greedy choices are identical, so a single one is generated for all of them.
         copies = request.n if params.greedy else 1
         asked = EngineRequest(
@@ -154,7 +156,7 @@ class Pipeline:
         prompt = await self._engine.prepare(token_ids, parts, asked)
         try:
             if parts:
-                most = checked_sampling(request, len(prompt.token_ids), longest, model.vocab_size).max_tokens
+                most = fitting_max_tokens(request, len(prompt.token_ids), longest)
                 if most != params.max_tokens:
                     asked.params = msgspec.structs.replace(params, max_tokens=most)
             stats = PromptStats(
@@ -437,24 +439,43 @@ def checked_tokens(
     return token_ids[:most] if request.truncation_side == "right" else token_ids[-most:]
 
 
+def fitting_max_tokens(
+    request: GenerationRequest, used: int, max_model_len: int, *, images_follow: bool = False
+) -> int | None:
+    """Return the `max_tokens` with which an answer fits behind the `used` tokens of its prompt.
+
+    images_follow: the tokens of images are still to be counted, so that a long answer is refused only then. Raises
+    InvalidRequest if the prompt is empty, or if it or the answer does not fit.
+    """
+    wanted = request.sampling.max_tokens
+    if used == 0:
+        raise InvalidRequest("the prompt is empty")
+    if used >= max_model_len:
+        raise ContextExceeded(prompt_tokens=used, max_tokens=None, context=max_model_len)
+    if wanted is None or used + wanted <= max_model_len:
+        return wanted
+    if not (request.max_tokens_is_default or images_follow):
+        raise ContextExceeded(prompt_tokens=used, max_tokens=wanted, context=max_model_len)
+    return max_model_len - used
+
+
 def checked_sampling(
-    request: GenerationRequest, used: int, max_model_len: int, vocab_size: int
+    request: GenerationRequest,
+    used: int,
+    max_model_len: int,
+    vocab_size: int,
+    *,
+    images_follow: bool = False,
 ) -> RequestSampling:
-    """Return the sampling parameters to use. used: tokens of the prompt, including images.
+    """Return the sampling parameters to use. The arguments are those of `fitting_max_tokens`.
 
     Raises:
         InvalidRequest: The engine would have to refuse them.
     """
     params = request.sampling
-    wanted = params.max_tokens
-    if used == 0:
-        raise InvalidRequest("the prompt is empty")
-    if used >= max_model_len:
-        raise ContextExceeded(prompt_tokens=used, max_tokens=None, context=max_model_len)
-    if wanted is not None and used + wanted > max_model_len:
-        if not request.max_tokens_is_default:
-            raise ContextExceeded(prompt_tokens=used, max_tokens=wanted, context=max_model_len)
-        params = msgspec.structs.replace(params, max_tokens=max_model_len - used)
+    most = fitting_max_tokens(request, used, max_model_len, images_follow=images_follow)
+    if most != params.max_tokens:
+        params = msgspec.structs.replace(params, max_tokens=most)
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
         if len(ids) > MOST_TOKEN_IDS:
             raise InvalidParameter(name, f"names {len(ids)} tokens; allowed: {MOST_TOKEN_IDS}")

@@ -75,6 +75,10 @@ class Supervisor(Generic[T]):
         self._keeping = asyncio.create_task(self._keep(), name=f"keep {self._name}")
         return first
 
+    def start_later(self) -> None:
+        """Start the first one in the background, as often as a lost one is restarted, and keep it running."""
+        self._keeping = asyncio.create_task(self._keep(), name=f"keep {self._name}")
+
     @property
     def short(self) -> str | None:
         """The resource that the machine was short of at the last start; None if it did not fail for that reason."""
@@ -98,6 +102,9 @@ class Supervisor(Generic[T]):
 
     async def _keep(self) -> None:
         try:
+            if self.current is None:
+                self.current = await self._started()
+                self._changed()
             while (one := self.current) is not None:
                 reason = await one.lost()
                 self.current, self._stopping = None, one
@@ -107,27 +114,29 @@ class Supervisor(Generic[T]):
                 await self._stop(one)
                 self._stopping = None
                 del one  # its resources must be free before the next one starts
-                self.current = await self._restarted()
+                self.current = await self._started()
                 self._changed()
         except Exception:
             logger.exception("%s is not watched any more", self._name)
             self.given_up = True
             self._changed()
 
-    async def _restarted(self) -> T | None:
-        """Try to start it until it runs again; return None when it has failed too often."""
+    async def _started(self) -> T | None:
+        """Try to start it until it runs; return None when it has failed too often."""
+        again = self._tries.failures > 0
         while not self._tries.exhausted:
             await asyncio.sleep(self._tries.pause)
-            self.restarts += 1
+            self.restarts += again
             try:
                 async with asyncio.timeout(self._start_seconds):
                     one = await self._start()
             except Exception as error:
-                logger.error("%s did not start again: %s", self._name, error or type(error).__name__)
+                what = "did not start again" if again else "did not start"
+                logger.error("%s %s: %s", self._name, what, error or type(error).__name__)
                 self._tries.failed(error)
             else:
                 self._tries.succeeded()
-                logger.info("%s is back", self._name)
+                logger.info("%s is %s", self._name, "back" if again else "ready")
                 return one
         logger.critical("%s is given up after %d failures", self._name, self._tries.failures)
         self.given_up = True

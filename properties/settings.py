@@ -472,8 +472,8 @@ class ServerSettings(BaseModel):
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )
     max_workers: Positive | None = server_key(
-        "Replicas of the model. Default: devices divided by tensor_parallel_degree; min_workers or 1 without "
-        "accelerators.",
+        "Replicas of the model. Default: devices divided by tensor_parallel_degree; without accelerators min_workers, "
+        "else 2 with rolling where the weights take at most 1 GiB and there are 2 cores and enough memory, else 1.",
         aliases=("maxWorkers",),
         variables=(Variable("SAGEMAKER_NUM_MODEL_WORKERS", Level.SAGEMAKER),),
     )

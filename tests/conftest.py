@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.support.backend import VLLM
 from tests.support.live import LiveServer
 from tests.support.shapes import SHAPES
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not VLLM:  # one engine process, with the only caches
+    os.environ.setdefault("SERVING_MAX_WORKERS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -27,12 +27,11 @@ from handlers.errors import (
     InsufficientStorage,
     InvalidRequest,
     NotFound,
-    PayloadTooLarge,
     ServingError,
     Unavailable,
 )
-from handlers.protocols.base import JSON, READ, Route
-from handlers.protocols.body import SHORT_BYTES, convert, read_body
+from handlers.protocols.base import READ, Route, struct_reply
+from handlers.protocols.body import SHORT_BYTES, read_options
 from handlers.protocols.lmi.adapters import page_of
 from handlers.protocols.lmi.replies import LmiError
 from handlers.request import Incoming, Reply
@@ -178,11 +177,11 @@ class Models:
             return await self._load(incoming)
         if incoming.model is None:
             shown, token = page_of(list(self._models.values()), incoming.query)
-            return _reply(LoadedModels([_shown(model) for model in shown], token))
+            return struct_reply(LoadedModels([_shown(model) for model in shown], token))
         if incoming.method in READ:
-            return _reply(_shown(self._get(incoming.model)))
+            return struct_reply(_shown(self._get(incoming.model)))
         await asyncio.shield(self._background(self._unload(self._get(incoming.model))))
-        return _reply(ModelStatus(f'Model or workflow "{incoming.model}" unregistered'))
+        return struct_reply(ModelStatus(f'Model or workflow "{incoming.model}" unregistered'))
 
     async def metrics(self) -> dict[str, str]:
         """Return what the server of each running model exports for Prometheus, by the model's name."""
@@ -210,10 +209,7 @@ class Models:
         )
 
     async def _load(self, incoming: Incoming) -> Reply:
-        if len(incoming.body) > SHORT_BYTES:
-            raise PayloadTooLarge(f"the body has {len(incoming.body)} bytes; allowed: at most {SHORT_BYTES}")
-        body = read_body(incoming.body, {"content-type": JSON}) if incoming.body.strip() else {}
-        given = convert(body, LoadBody)
+        given = read_options(incoming, LoadBody)
         url = incoming.query.get("url", given.url)
         if not url:
             raise InvalidRequest("Parameter url is required.", param="url")
@@ -226,9 +222,9 @@ class Models:
         path = await asyncio.to_thread(self._source, url)
         load = self._background(self._add(name, url, path))
         if incoming.query.get("synchronous", "true").lower() == "false":
-            return _reply(ModelStatus(f'Model "{name}" registration scheduled.'), 202)
+            return struct_reply(ModelStatus(f'Model "{name}" registration scheduled.'), 202)
         await asyncio.shield(load)
-        return _reply(ModelStatus(f'Model "{name}" registered.'))
+        return struct_reply(ModelStatus(f'Model "{name}" registered.'))
 
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run work that continues even if the client that asked for it leaves."""
@@ -339,10 +335,6 @@ def _read_name(body: bytes) -> str | None:
 
 def _shown(model: Model) -> LoadedModel:
     return LoadedModel(model.name, model.url, model.status)
-
-
-def _reply(body: msgspec.Struct, status: int = 200) -> Reply:
-    return Reply(status, JSON, msgspec.json.encode(body) + b"\n")
 
 
 ROUTES = (

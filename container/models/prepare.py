@@ -37,7 +37,7 @@ _RATIO = 100
 _SMALL_BYTES = 64 * 2**20
 """An archive may unpack to this and `_RATIO` times its size. Weights shrink to a half, tokenizers to a fifth."""
 
-_SPARE_BYTES = 256 * 2**20
+SPARE_BYTES = 256 * 2**20
 """Bytes of the disk that stay free."""
 
 _COPY_BYTES = 2**20
@@ -138,7 +138,7 @@ def _unpack(tar: tarfile.TarFile, place: Path, most: int) -> None:
         total += member.size
         if total > most:
             raise _refused(f"it unpacks to more than {most / 2**20:.0f} MiB, which its size does not explain")
-        if member.size > (free := max(0, shutil.disk_usage(place).free - _SPARE_BYTES)):
+        if member.size > (free := max(0, shutil.disk_usage(place).free - SPARE_BYTES)):
             raise InsufficientStorage(
                 f"url: {_shown(member.name)} has {member.size / 2**30:.2f} GiB; {free / 2**30:.2f} GiB of the disk are "
                 "left for models: unload one, or set SERVING_DOWNLOAD_DIR"
@@ -188,7 +188,7 @@ def _measured(directory: Path, options: list[str]) -> Prepared:
     from handlers.artefacts.fetch import fetch
 
     try:
-        configuration = configured(str(directory), options, os.environ, {})
+        configuration = configured(str(directory), options, os.environ, {}).with_default("min_workers", 1)
         files = fetch(configuration.model_location, configuration.settings, threading.Event())
         configuration = configuration.with_model_directory(files)
         return _estimated(replace(configuration, home=configuration.home or files), directory, files)

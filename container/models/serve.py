@@ -49,7 +49,8 @@ def configuration_of(order: Start, environ: Mapping[str, str]) -> Configuration:
     """Return the options of a model's server. Raises ConfigurationError."""
     defaults = {"served_model_name": order.name, "page": "false"}
     found = configured(order.directory, order.options, environ, defaults)
-    return found.with_default("spare_engine", False)  # nobody has counted the memory of one for each model
+    # Memory is for as many models as possible: no spare process of each, and one replica.
+    return found.with_default("spare_engine", False).with_default("min_workers", 1)
 
 
 def _serve(order: Start, parent: Parent) -> int:

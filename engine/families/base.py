@@ -136,6 +136,8 @@ class Preprocessor(ABC, Generic[F]):
         tensor_names: Arrays of transformers' processor that the engine needs.
         chat_template: The template of the model's card, for families whose checkpoints have none.
         takes_embeddings: Whether clients may send rows in place of an image; each becomes one image token.
+        takes_features: Whether scripts may send features of the vision tower in place of an image; the projector has
+            two linear layers then.
         adds_special_tokens: Whether the tokenizer adds its own to a prompt that does not begin with one, as
             in most processors.
         max_images: Greatest number of images in a prompt; None where only its length limits them.
@@ -147,6 +149,7 @@ class Preprocessor(ABC, Generic[F]):
     tensor_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
     chat_template: ClassVar[str | None] = None
     takes_embeddings: ClassVar[bool] = True
+    takes_features: ClassVar[bool] = False
     adds_special_tokens: ClassVar[bool] = True
     max_images: ClassVar[int | None] = None
     probes: ClassVar[tuple[tuple[int, int], ...]] = _PROBES

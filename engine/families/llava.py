@@ -20,6 +20,7 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 class LlavaPreprocessor(FixedPreprocessor[FixedMetadata]):
     metadata_type = FixedMetadata
+    takes_features = True
 
     @classmethod
     def read(cls, model: ModelFiles) -> FixedMetadata:

@@ -113,7 +113,9 @@ class Backend(Protocol):
     def chat_template(self, config: Mapping[str, Any]) -> object:
         """Return the template of the model's family, for a model without one; None if there is none."""
 
-    def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
+    def plan(
+        self, configuration: Configuration, directory: Path, machine: Machine, shapes: Mapping[str, Any]
+    ) -> DevicePlan:
         """Return replicas and their devices. shapes: see `Needs`. Raises InvalidConfiguration for too few devices."""
 
     def estimate(

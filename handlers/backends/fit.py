@@ -91,7 +91,7 @@ def fit(
     result.image_bytes = needs.image_bytes
     result.cache_bytes_per_token = needs.token_bytes or cache_bytes_per_token(needs.shapes, needs.dtype)
     try:
-        plan = backend.plan(configuration, machine, needs.shapes)
+        plan = backend.plan(configuration, directory, machine, needs.shapes)
     except InvalidConfiguration as error:
         result.devices = len(machine.accelerators)
         result.errors.append(Problem(error.message))

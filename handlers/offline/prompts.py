@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine.errors import ModelLoadError
+from engine.families.registry import family_of
 from engine.sampling_params import MAX_INTEGER
 from engine.weights import weight_files
 from handlers.errors import ImageError, InvalidRequest
@@ -191,7 +192,13 @@ class PromptImages:
         weights = self._projector
         config = read_model_config(self._path) or {}
         wide = weights.get("linear_1.weight")
-        if config.get("model_type") != "llava" or wide is None:
+        family = family_of(str(config.get("model_type")))
+        if (
+            wide is None
+            or family is None
+            or not family.preprocessor
+            or not family.preprocessor.takes_features
+        ):
             raise ImageError(index, "features are taken by Llava only: give the image itself, or embeddings")
         if features.shape[1] != wide.shape[1]:
             raise ImageError(

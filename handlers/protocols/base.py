@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, json
 
 from engine.sampling_params import MAX_INTEGER
 from handlers.deltas import Delta, FinishReason, PositionLogprobs, PromptStats
@@ -108,6 +108,11 @@ def described_as(part: type[Struct]) -> Meta:
 def reference(part: type[Struct]) -> dict[str, str]:
     """Return the JSON Schema that names a struct."""
     return {"$ref": REFERENCE.format(name=part.__name__)}
+
+
+def struct_reply(body: Struct, status: int = 200) -> Reply:
+    """Return the reply that consists of a struct, as JSON with a line end."""
+    return Reply(status, JSON, json.encode(body) + b"\n")
 
 
 SSE = "text/event-stream; charset=utf-8"

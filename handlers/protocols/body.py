@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,8 +19,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from handlers.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
+from handlers.errors import InvalidRequest, MalformedBody, PayloadTooLarge, UnsupportedMediaType
 from handlers.protocols.body_limits import MOST_TEXT_BYTES, MOST_WIDE_BYTES, check_body, with_plain_slashes
+from handlers.request import Incoming
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -102,6 +106,19 @@ def read_body(
     if not body:
         raise MalformedBody("the body is empty")
     return _object(body, context, longest_text) if is_json else {"inputs": _plain_text(body, longest_text)}
+
+
+def read_options(incoming: Incoming, shape: type[T]) -> T:
+    """Return what a request asks for whose body, if it has one, is a small JSON object.
+
+    Raises:
+        PayloadTooLarge: The body has more than `SHORT_BYTES`.
+        InvalidRequest: It is not a JSON object, or a field is wrong.
+    """
+    body = incoming.body
+    if len(body) > SHORT_BYTES:
+        raise PayloadTooLarge(f"the body has {len(body)} bytes; allowed: at most {SHORT_BYTES}")
+    return convert(read_body(body, {}) if body.strip() else {}, shape)
 
 
 def convert(body: dict[str, Any], shape: type[T], *, under: str = "") -> T:
@@ -308,9 +325,13 @@ class KnownNames:
     def misspelt(self, given: Mapping[str, Any], under: str = "", *, only_missing: bool = False) -> list[str]:
         """Return a sentence for each of the first few unread names that look like one that is read.
 
-        under: the object's path. only_missing: skip names whose known neighbour is given as well.
+        All unread names are logged for the developer, unless only_missing says to skip those whose known neighbour is
+        given as well. under: the object's path.
         """
         path = f"{under}." if under else ""
+        if not only_missing:
+            for name in given.keys() - self._own:
+                log.debug("unknown %s ignored: %.80s", "parameter" if under else "field", name)
         near = (pair for pair in self.nearest(given) if not (only_missing and given.get(pair[1])))
         found = [_sentence(path, name, known) for name, known in islice(near, _MOST_WARNINGS)]
         if given.get(_WRAPPER) is not None and _WRAPPER not in self._own:

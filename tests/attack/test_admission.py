@@ -484,7 +484,7 @@ def test_a_turn_of_the_event_loop_takes_in_many_connections(tmp_path: Path) -> N
 def test_what_drips_ends_with_the_time_of_a_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes, drip: bytes
 ) -> None:
-    monkeypatch.setattr(protocol, "_HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
 
     async def check() -> None:
         async with listening(tmp_path) as (_, address), asyncio.timeout(60):
@@ -505,7 +505,7 @@ def test_a_head_that_begins_during_a_reply_does_not_cut_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its time starts once the reply has ended."""
-    monkeypatch.setattr(protocol, "_HEAD_SECONDS", 0.0)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.0)
 
     class Streams(App):
         go: asyncio.Event
@@ -705,7 +705,7 @@ def test_a_body_is_read_up_to_its_limit() -> None:
 @pytest.mark.parametrize("dripping", [False, True])
 def test_a_body_that_is_too_slow_ends(monkeypatch: pytest.MonkeyPatch, dripping: bool) -> None:
     monkeypatch.setattr(exchange, "FLOOR_SECONDS", 0.2)
-    monkeypatch.setattr(exchange, "_SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(exchange, "SWEEP_SECONDS", 0.02)
 
     async def drip() -> MutableMapping[str, Any]:
         await (asyncio.sleep(0.001) if dripping else asyncio.Event().wait())

@@ -407,7 +407,7 @@ def test_a_long_body_is_logged_without_its_links_and_with_what_stands_behind_the
 
 @pytest.mark.parametrize("window", [16, 40, 2**16])
 def test_links_are_blotted_out_across_any_border(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_WINDOW", window)
+    monkeypatch.setattr(logs, "WINDOW", window)
     draw = random.Random(window)
     words = ["data:", "http://x", "https:", "s3:", "a", "b c", ")", "'", " ", "dat"]
     for _ in range(500):

@@ -23,4 +23,4 @@ def test_both_workloads_are_measured_with_two_stub_engines(tmp_path: Path) -> No
         assert row["loop_cores"] < row["front_cores"] + 0.001
         assert f"| {name} | {row['load']['streams']} | {row['requests_per_s']:.0f} |" in done.stdout
     log = (tmp_path / "2.log").read_text()
-    assert "2 replicas, float32, attention stub" in log
+    assert "2 of 2 replicas, float32, attention stub" in log

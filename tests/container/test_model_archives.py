@@ -166,6 +166,6 @@ def test_what_is_no_whole_archive_is_refused(
 def test_a_disk_without_space_is_said_to_be_full(
     tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_SPARE_BYTES", 2**60)
+    monkeypatch.setattr(prepare, "SPARE_BYTES", 2**60)
     with pytest.raises(InsufficientStorage, match=r"0\.00 GiB of the disk are left"):
         unpack(packed(tmp_path / "m.tar.gz", plain("weights")), place)

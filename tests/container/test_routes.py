@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from container.app import App, Cors
+from container.app import ONE, App, Cors, MethodNotAllowed
 from container.metrics import Metrics
-from container.routes import ONE, ROUTES, MethodNotAllowed
+from container.routes import ROUTES
 from container.state import ServerState
 from handlers.errors import NotFound
 from properties.configuration import resolve

@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.executor import threads_for
 from engine.machine import usable_cores
 from engine.messages import Add
+from engine.process import use_cores
 from engine.runner import FEW_ROWS
 from engine.sampling_params import SamplingParams
 from tests.support.engine_driver import load_engine
@@ -106,3 +107,18 @@ def test_freed_memory_is_kept_unless_the_operator_says_otherwise(environ: dict[s
         check=True,
     )
     assert (int(done.stdout) > 90 << 20) is kept
+
+
+def test_the_cores_of_an_idle_replica_are_used_by_the_others(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("engine.executor.usable_cores", lambda: 5)
+    monkeypatch.setattr("engine.executor.BYTES_PER_THREAD", 1)
+    runner, before = load_engine(tiny_llava).runner, torch.get_num_threads()
+    try:
+        for share, threads in ((1.0, 4), (0.5, 2), (1.0, 4)):
+            use_cores(runner, EngineConfig(model_path="", cpu_share=share))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -107,6 +107,53 @@ def test_tokens_are_right_whatever_the_number_of_ranks(
     assert got == want * 3
 
 
+def test_further_replicas_start_behind_the_first_and_share_the_cores(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, float]] = []
+    send = EngineClient.use_cores
+
+    def use_cores(client: EngineClient, share: float) -> None:
+        told.append((client.pid, share))
+        send(client, share)
+
+    monkeypatch.setattr(EngineClient, "use_cores", use_cores)
+
+    async def scenario() -> None:
+        async with running_group([config(llava)] * 2, wait_for_all=False) as group:
+            assert len(group.alive) == 1
+            assert await finish(group.submit(endless(3)))
+            while len(group.alive) == 1:
+                await group.changed()
+            pids = [replica.client.pid for replica in group.replicas]
+            told.clear()
+            streams = [group.submit(endless()) for _ in pids]
+            assert told == [(pid, share) for share in (1.0, 0.5) for pid in pids]
+            assert [stream.client.pid for stream in streams] == pids
+            told.clear()
+            streams[0].abort()
+            assert told == [(pid, 1.0) for pid in pids]
+            assert await finish(streams[1])
+            assert group.restarts == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_further_replica_that_cannot_start_is_given_up(
+    llava: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        configs = [config(llava), config(tmp_path)]
+        async with running_group(configs, wait_for_all=False, retry_threshold=0) as group:
+            while not group.replicas[1].supervisor.given_up:
+                await group.changed()
+            assert await finish(group.submit(endless(3)))
+            assert not group.given_up
+
+    asyncio.run(scenario())
+    assert "replica 1 did not start: " in caplog.text
+
+
 def test_a_degree_that_does_not_divide_the_heads_is_refused(llava: Path) -> None:
     async def scenario() -> None:
         async with running(config(llava, devices=("cpu",) * 4)):

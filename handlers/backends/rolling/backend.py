@@ -70,10 +70,12 @@ class RollingBackend:
         family = family_of(str(config.get("model_type")))
         return None if family is None or family.preprocessor is None else family.preprocessor.chat_template
 
-    def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
+    def plan(
+        self, configuration: Configuration, directory: Path, machine: Machine, shapes: Mapping[str, Any]
+    ) -> DevicePlan:
         """See `Backend`."""
         settings, accelerators = configuration.settings, len(machine.accelerators)
-        engines = plan_engines(settings, "", accelerators)
+        engines = plan_engines(settings, str(directory), accelerators, machine=machine)
         return DevicePlan(
             len(engines),
             engines[0].tensor_parallel_degree,

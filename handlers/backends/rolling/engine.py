@@ -32,7 +32,7 @@ from handlers.backends.base import (
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
 from handlers.backends.rolling.model_front import ModelFront
-from handlers.backends.rolling.plan import plan_engines, unused_devices
+from handlers.backends.rolling.plan import plan_engines, replicas_named, unused_devices
 from handlers.backends.rolling.replicas import (
     SPARE_AFTER_SECONDS,
     STUCK_SECONDS,
@@ -97,6 +97,7 @@ class RollingEngine:
                 stuck_seconds=self._settings.engine_stuck_timeout or STUCK_SECONDS,
                 spawned=engine,
                 spare_after=SPARE_AFTER_SECONDS if self._settings.spare_engine else None,
+                wait_for_all=replicas_named(self._settings) or front.accelerators > 0,
             )
         except BaseException as error:
             await engine.stop()
@@ -117,9 +118,9 @@ class RollingEngine:
         if (crowded := front.crowded(images, pixels, facts.max_model_len)) is not None:
             logger.warning("%s", crowded)
         logger.info(
-            "embedded engine ready: %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",
-            len(self._group.replicas), facts.dtype, facts.attention, facts.max_model_len, facts.num_blocks,
-            facts.block_size,
+            "embedded engine ready: %d of %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",
+            len(self._group.alive), len(self._group.replicas), facts.dtype, facts.attention, facts.max_model_len,
+            facts.num_blocks, facts.block_size,
         )  # fmt: skip
         self._capabilities = Capabilities(
             max_model_len=facts.max_model_len,

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from engine.config import EngineConfig, LookupConfig, Vocabulary
+from engine.machine import Machine, host_memory, usable_cores
 from handlers.backends.unused import unused_on
+from handlers.backends.weights_read import WeightsRead
 from handlers.errors import InvalidConfiguration
 
 if TYPE_CHECKING:
     from properties.problem import Problem
     from properties.settings import Settings
 
+SMALL_MODEL = 1 << 30
+"""Bytes of weight files up to which a CPU of several cores gets two replicas unless the user says otherwise. They
+use the cores better than two threads of one replica: see docs/performance.md."""
+
+PROCESS_BYTES = 1 << 29
+"""What an engine's process takes beside weights and cache."""
+
 _Drafted = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
 def plan_engines(
-    settings: Settings, model_path: str, accelerators: int, vocabulary: Vocabulary | None = None
+    settings: Settings,
+    model_path: str,
+    accelerators: int,
+    vocabulary: Vocabulary | None = None,
+    machine: Machine | None = None,
 ) -> list[EngineConfig]:
-    """One config per replica. vocabulary: for constrained answers.
+    """One config per replica. vocabulary: for constrained answers. machine: None for this one.
 
     With accelerators: as many replicas as the devices divided by tensor_parallel_degree, or max_workers where
-    that is fewer. Without: max_workers replicas (1 by default) of tensor_parallel_degree processes (`max` is 1).
+    that is fewer. Without: max_workers or min_workers replicas of tensor_parallel_degree processes (`max` is 1); where
+    neither is set, two of a small model if the machine has the cores and memory, else one.
     Raises InvalidConfiguration when there are too few devices, or for what this engine lacks: int8 on an
     accelerator, other kinds of speculative decoding.
     """
@@ -40,7 +55,9 @@ def plan_engines(
         groups = groups[: settings.max_workers or len(groups)]
     else:
         ranks = 1 if degree == "max" else degree
-        workers = settings.max_workers or settings.min_workers or 1
+        workers = settings.max_workers or settings.min_workers
+        if workers is None:
+            workers = 2 if ranks == 1 and _two_fit(settings, Path(model_path), machine) else 1
         groups = [("cpu",) * ranks] * workers
     int8 = settings.quantize == "int8"
     if int8 and devices:
@@ -72,6 +89,23 @@ def plan_engines(
         )
         for group in groups
     ]
+
+
+def replicas_named(settings: Settings) -> bool:
+    """Whether the user chose the number of replicas."""
+    return settings.max_workers is not None or settings.min_workers is not None
+
+
+def _two_fit(settings: Settings, directory: Path, machine: Machine | None) -> bool:
+    """Whether this CPU serves the model better with two replicas, which take at most half of the memory."""
+    cores = 2 if machine is not None and machine.name is not None else usable_cores()
+    if cores < 2 or settings.rolling_batch == "disable":
+        return False
+    memory = host_memory() if machine is None else machine.host.memory
+    weights = WeightsRead(directory).total
+    asked = settings.kv_cache_memory_mb
+    cache = memory // 8 if asked is None else asked << 20  # engine.memory.CPU_SHARE, halved
+    return 0 < weights <= SMALL_MODEL and 2 * (weights + cache + PROCESS_BYTES) <= memory // 2
 
 
 def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:

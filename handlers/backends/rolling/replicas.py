@@ -19,6 +19,7 @@ from engine.messages import (
     Add,
     Answer,
     Ask,
+    Cores,
     FromEngine,
     Loaded,
     LoadFailed,
@@ -173,12 +174,18 @@ class EngineClient:
     """An engine process with its model, until it dies (see `processes.supervisor.Supervised`)."""
 
     def __init__(self, child: Child, connection: Connection, ready: Ready, stuck_seconds: float) -> None:
-        """Take over a process; use `start` or `EngineProcess.load`."""
+        """Take over a process; use `start` or `EngineProcess.load`.
+
+        Attributes:
+            ready: What the process reported when it had loaded the model.
+            load_changed: Called when the process gets its first request, and when it has none any more.
+        """
         self.ready = ready
         self.stats = Stats()
         """The last values that it reported; of a process that has died, only the counters."""
         self.served = False
         """Whether any request has received a token from this process."""
+        self.load_changed: Callable[[], None] = lambda: None
         self._child = child
         self._connection = connection
         self._stuck_seconds = stuck_seconds
@@ -231,7 +238,10 @@ class EngineClient:
         _send(self._connection, body)
         self._next_id += len(add.seeds)
         stream = OutputStream(self, add.choice_ids)
+        idle = not self._streams
         self._streams.update(dict.fromkeys(stream.ids, stream))
+        if idle:
+            self.load_changed()
         return stream
 
     def abort(self, request_ids: Iterable[int]) -> None:
@@ -240,6 +250,14 @@ class EngineClient:
         if held and self.alive:
             with suppress(EngineDead):
                 self._send(Abort(held))
+                if not self._streams:
+                    self.load_changed()
+
+    def use_cores(self, share: float) -> None:
+        """Have the engine use a part of the cores from its next step on. Never raises."""
+        if self.alive:
+            with suppress(EngineDead):
+                self._send(Cores(share))
 
     async def ping(self, number: int, seconds: float) -> bool:
         """Whether the engine's loop answers within that many seconds. Never raises."""
@@ -317,6 +335,8 @@ class EngineClient:
                 if stream is not None:
                     stream.put(output)
                     self.served = self.served or bool(output.token_ids)
+            if message.outputs and not streams:
+                self.load_changed()
         elif isinstance(message, Pong):
             self.stats = message.stats
             self._asked = None
@@ -434,6 +454,7 @@ class Replica:
         loading_seconds: float,
         stuck_seconds: float,
         changed: Callable[[], None],
+        load_changed: Callable[[], None],
     ) -> None:
         self.number = number
         self.supervisor = Supervisor(
@@ -446,6 +467,7 @@ class Replica:
         self._config = config
         self._spare = spare
         self._stuck_seconds = stuck_seconds
+        self._load_changed = load_changed
         self._client: EngineClient | None = None
         self._past = Stats()
         """The sum of the counters of earlier processes."""
@@ -466,6 +488,7 @@ class Replica:
 
     async def _start(self) -> EngineClient:
         client = await (await self._spare.take()).load(self._config, self._stuck_seconds)
+        client.load_changed = self._load_changed
         self._past, self._client = self.stats, client
         self._spare.replace()
         return client
@@ -492,10 +515,14 @@ class EngineGroup:
                 loading_seconds=loading_seconds,
                 stuck_seconds=stuck_seconds,
                 changed=self._announce,
+                load_changed=self._share_cores,
             )
             for number, config in enumerate(configs)
         ]
         self._spare = spare
+        self._on_cpu = configs[0].devices[0] == "cpu"
+        self._busy = 0
+        """How many replicas have work."""
         self._change = asyncio.Event()
         self._places: OrderedDict[bytes, int] = OrderedDict()
 
@@ -509,11 +536,14 @@ class EngineGroup:
         stuck_seconds: float = STUCK_SECONDS,
         spawned: EngineProcess | None = None,
         spare_after: float | None = None,
+        wait_for_all: bool = True,
     ) -> EngineGroup:
         """Start the first replica, then the others at the same time. Raises what `EngineClient.start` raises.
 
         Args:
             configs: One for each replica.
+            wait_for_all: Whether all must have started; else the others start in the background, and one that cannot
+                is given up.
             retry_threshold: The number of failures of a replica, with no answered request between them, after which it
                 is still restarted; it is given up after one more.
             loading_seconds: The time limit of one restart.
@@ -527,6 +557,10 @@ class EngineGroup:
         try:
             first, *others = (replica.supervisor for replica in group.replicas)
             await first.start()
+            if not wait_for_all:
+                for other in others:
+                    other.start_later()
+                return group
             results = await asyncio.gather(*(other.start() for other in others), return_exceptions=True)
             for result in results:
                 if isinstance(result, BaseException):
@@ -611,7 +645,17 @@ class EngineGroup:
                 return known
         return least
 
+    def _share_cores(self) -> None:
+        """Give all of a CPU's cores to the replicas that have work."""
+        busy = sum(replica.client.num_requests > 0 for replica in self.alive)
+        if busy != self._busy and len(self.replicas) > 1 and self._on_cpu:
+            self._busy = busy
+            for replica in self.alive:
+                replica.client.use_cores(1.0 / max(1, busy))
+
     def _announce(self) -> None:
+        self._busy = -1  # a new process does not know its share
+        self._share_cores()
         self._change.set()
         self._change = asyncio.Event()
 

@@ -67,7 +67,9 @@ class VllmBackend:
     def chat_template(self, config: Mapping[str, Any]) -> object:
         return None
 
-    def plan(self, configuration: Configuration, machine: Machine, shapes: Mapping[str, Any]) -> DevicePlan:
+    def plan(
+        self, configuration: Configuration, directory: Path, machine: Machine, shapes: Mapping[str, Any]
+    ) -> DevicePlan:
         settings, extra, heads = configuration.settings, configuration.extra_texts, heads_of(shapes)
         plan = plan_devices(settings, extra, len(machine.accelerators), heads)
         if plan.problems:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from handlers.backends.adapters import AdapterInfo, AdapterStore
-from handlers.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
-from handlers.protocols.base import JSON, READ, Route
-from handlers.protocols.body import SHORT_BYTES, convert, read_body
+from handlers.errors import Conflict, InvalidRequest, NotFound
+from handlers.protocols.base import READ, Route, struct_reply
+from handlers.protocols.body import read_options
 from handlers.protocols.lmi.replies import LmiError
 from handlers.request import Incoming, Reply
 
@@ -69,9 +69,9 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
             "option.enable_lora=true"
         )
     if incoming.method in READ:
-        return _reply(
-            _one(store, incoming.adapter) if incoming.adapter else _list(store.infos(), incoming.query)
-        )
+        if incoming.adapter:
+            return struct_reply(_one(store, incoming.adapter))
+        return struct_reply(_list(store.infos(), incoming.query))
     if incoming.method == "DELETE":
         await store.remove(incoming.adapter)
         return _status(incoming, incoming.adapter, "unregistered")
@@ -92,12 +92,7 @@ async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
 
 def _asked(incoming: Incoming) -> AdapterBody:
     """Read query and body; the query wins. Raises InvalidRequest."""
-    body: dict[str, Any] = {}
-    if len(incoming.body) > SHORT_BYTES:
-        raise PayloadTooLarge(f"the body has {len(incoming.body)} bytes; allowed: at most {SHORT_BYTES}")
-    if incoming.body.strip():
-        body = read_body(incoming.body, {"content-type": JSON})
-    asked = convert(body, AdapterBody)
+    asked = read_options(incoming, AdapterBody)
     asked.name = incoming.query.get("name", asked.name)
     asked.src = incoming.query.get("src", asked.src)
     for name in ("preload", "pin"):
@@ -151,11 +146,7 @@ def _shown(info: AdapterInfo) -> Adapter:
 
 def _status(incoming: Incoming, name: str, done: str) -> Reply:
     alias = incoming.headers.get(_ALIAS, "")[:_LONGEST_ALIAS]
-    return _reply(AdapterStatus(f"Adapter {alias or name} {done}"))
-
-
-def _reply(body: msgspec.Struct) -> Reply:
-    return Reply(200, JSON, msgspec.json.encode(body) + b"\n")
+    return struct_reply(AdapterStatus(f"Adapter {alias or name} {done}"))
 
 
 _PLACE = {

@@ -5,7 +5,6 @@ Names, defaults and bounds are those of LMI's input and output schema (djl-servi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -75,8 +74,6 @@ from handlers.request import (
     RequestSampling,
     TextPrompt,
 )
-
-log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 30
 
@@ -149,7 +146,6 @@ _WITHOUT_EFFECT = frozenset(
 _CONSTRAINTS = frozenset(
     {*GUIDED, "guided_whitespace_pattern", "grammar", "response_format", "structured_outputs"}
 )
-_KNOWN = _CONSTRAINTS | {*LmiParameters.__struct_fields__, *_WITHOUT_EFFECT}
 _PARAMETER_NAMES = KnownNames(_CONSTRAINTS | {*LmiParameters.__struct_fields__}, _WITHOUT_EFFECT)
 _READ = {name: f"parameters.{name}" for name in (*LmiParameters.__struct_fields__, *_CONSTRAINTS)}
 """A parameter -> its path in a body."""
@@ -163,8 +159,6 @@ def read_lmi(
 ) -> Task:
     """See `Reader`."""
     asked = convert(body, LmiBody)
-    for name in body.keys() - LmiBody.__struct_fields__:
-        log.debug("unknown field ignored: %.80s", name)
     given = asked.parameters or {}
     parameters = _read_parameters(given)
     if server.tgi_compat and parameters.details is None:
@@ -299,8 +293,6 @@ def _read_parameters(given: dict[str, Any]) -> LmiParameters:
             f"parameters.n is {parameters.n}, more than parameters.best_of ({parameters.best_of})",
             param="parameters.n",
         )
-    for name in given.keys() - _KNOWN:
-        log.debug("unknown parameter ignored: %.80s", name)
     return parameters
 
 

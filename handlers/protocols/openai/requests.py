@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -60,8 +58,6 @@ from handlers.request import (
     TextPart,
     TextPrompt,
 )
-
-log = logging.getLogger(__name__)
 
 MOST_NAMES = 8
 """The most names of templates that an error lists."""
@@ -320,14 +316,6 @@ def _chat_sampling(asked: ChatBody) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """A prompt, and what `echo` shows of it; None stands for the text of its tokens."""
-
-    prompt: TextPrompt
-    echo: str | None
-
-
 def read_completion(
     body: dict[str, Any], server: ServerContext, incoming: Incoming, adapter: str | None = None
 ) -> Task:
@@ -349,11 +337,11 @@ def read_completion(
     sampling = sampling_params(
         _completion_sampling(body, asked, best_of > n, echo_only), server.sampling, names
     )
-    prompts = _prompts(asked)
+    prompts = _prompts(asked.prompt)
     requests = [
         GenerationRequest(
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
-            prompt=one.prompt,
+            prompt=_text_prompt(given, asked.add_special_tokens is not False),
             sampling=sampling,
             n=best_of,
             stream=stream,
@@ -365,7 +353,7 @@ def read_completion(
             max_tokens_is_default=asked.max_tokens is None and sampling.max_tokens is not None,
             constraint=constraint,
         )
-        for i, one in enumerate(prompts)
+        for i, given in enumerate(prompts)
     ]
     options = asked.stream_options or StreamOptions()
     writer = CompletionWriter(
@@ -374,7 +362,7 @@ def read_completion(
         n=n,
         logprobs=asked.logprobs,
         prompt_logprobs=asked.prompt_logprobs,
-        echo=[one.echo for one in prompts] if asked.echo else None,
+        echo=[given if isinstance(given, str) else None for given in prompts] if asked.echo else None,
         echo_only=echo_only,
         include_usage=bool(options.include_usage),
         continuous_usage=bool(options.continuous_usage_stats),
@@ -412,33 +400,29 @@ def _completion_sampling(
     return values
 
 
-def _prompts(asked: CompletionBody) -> list[_Shown]:
-    given, special = asked.prompt, asked.add_special_tokens is not False
+def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """Return the prompts, all of them texts or all of them lists of token ids."""
     if isinstance(given, str):
-        return [_text(given, special)]
+        return [given]
     if not given:
         raise InvalidRequest("prompt is an empty list", param="prompt")
     if all(isinstance(item, int) for item in given):
-        return [_ids(given)]  # type: ignore[arg-type]
+        return [given]  # type: ignore[list-item]
     if len(given) > MAX_PROMPTS:
         raise InvalidRequest(f"prompt is a list of {len(given)}; allowed: {MAX_PROMPTS}", param="prompt")
-    if all(isinstance(item, str) for item in given):
-        return [_text(item, special) for item in given]  # type: ignore[arg-type]
-    if all(isinstance(item, list) for item in given):
-        return [_ids(item) for item in given]  # type: ignore[arg-type]
+    if all(isinstance(item, str) for item in given) or all(isinstance(item, list) for item in given):
+        return given  # type: ignore[return-value]
     raise InvalidRequest(
         "prompt mixes texts, token ids and lists of token ids: send one kind", param="prompt"
     )
 
 
-def _text(text: str, add_special_tokens: bool) -> _Shown:
-    return _Shown(TextPrompt(image_parts(text), add_special_tokens=add_special_tokens), text)
-
-
-def _ids(token_ids: list[int]) -> _Shown:
-    if not token_ids:
+def _text_prompt(given: str | list[int], add_special_tokens: bool) -> TextPrompt:
+    if isinstance(given, str):
+        return TextPrompt(image_parts(given), add_special_tokens=add_special_tokens)
+    if not given:
         raise InvalidRequest("prompt holds an empty list of token ids", param="prompt")
-    return _Shown(TextPrompt([], token_ids=token_ids), None)
+    return TextPrompt([], token_ids=given)
 
 
 def common_sampling(asked: CommonBody) -> dict[str, Any]:
@@ -493,8 +477,6 @@ def refuse_unsupported(body: dict[str, Any], shape: type[CommonBody]) -> None:
             raise InvalidRequest(f"{name} is not supported by this server: leave it out", param=name)
         if name == "best_of" and body[name] not in (None, 1):
             raise InvalidRequest("best_of is not supported by this server: ask for n answers", param=name)
-        if name not in IGNORED and name not in READ_ELSEWHERE:
-            log.debug("unknown field ignored: %.80s", name)
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:

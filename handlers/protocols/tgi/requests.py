@@ -6,7 +6,6 @@ are wider, the wording has our number.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -57,8 +56,6 @@ from handlers.request import (
     RequestSampling,
     TextPrompt,
 )
-
-log = logging.getLogger(__name__)
 
 GENERATE_ROUTES = frozenset({"/", "/generate", "/generate_stream"})
 
@@ -132,8 +129,6 @@ def read_tgi(
     """
     route = incoming.route
     asked = convert(body, TgiBody)
-    for name in body.keys() - TgiBody.__struct_fields__:
-        log.debug("unknown field ignored: %.80s", name)
     stream = route == "/generate_stream" or (route == "/" and bool(asked.stream))
     # Without any parameters TGI draws; with an empty object it does not.
     given = {"do_sample": True} if asked.parameters is None else asked.parameters
@@ -173,8 +168,6 @@ def read_tgi(
 def _read_parameters(given: dict[str, Any], *, stream: bool) -> TgiParameters:
     """Read and check parameters in TGI's order. Raises InvalidRequest in TGI's words."""
     asked = convert(given, TgiParameters, under="parameters")
-    for name in given.keys() - TgiParameters.__struct_fields__:
-        log.debug("unknown parameter ignored: %.80s", name)
     _check_best_of(asked, stream)
     for name in ("temperature", "repetition_penalty", "top_k", "max_new_tokens"):
         value = getattr(asked, name)

@@ -81,7 +81,7 @@ def start(configuration: Configuration, model: Path) -> None:
     configuration = configuration.with_model_directory(model)
     build_backend(configuration, model)
     front = ModelFront.load(configuration.settings, str(model))
-    (engine,) = plan_engines(configuration.settings, str(model), 0)
+    engine, *_ = plan_engines(configuration.settings, str(model), 0)
     assert front.tokenizer is not None
     load_runner(engine)
 
