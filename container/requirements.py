@@ -14,7 +14,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from handlers.custom.find import find_formatters, find_handler, own_directory
+from handlers.custom.find import find_code, own_directory
 from handlers.errors import InvalidConfiguration
 from processes.environment import child_command, child_environment
 from properties.configuration import Configuration
@@ -39,7 +39,7 @@ def requirements_to_install(configuration: Configuration, model_path: Path) -> P
     """
     wanted = configuration.settings.install_requirements
     home = own_directory(configuration, model_path)
-    own = find_handler(configuration, model_path) or find_formatters(configuration, model_path)
+    own = find_code(configuration, model_path)
     if home is None:
         if wanted and (model_path / _FILE).is_file():
             logger.warning(

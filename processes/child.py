@@ -160,9 +160,7 @@ class Child:
         child = cls(process, ours, log)
         try:
             _limit(process.pid, limits or Limits())
-        except (
-            PermissionError
-        ) as error:  # a sandbox may refuse it, and a child without limits still does its work
+        except PermissionError as error:  # in a sandbox; a child without limits still does its work
             _own_log.warning("the limits of a child process could not be set: %s", error.strerror)
         except BaseException:
             child.kill()

@@ -227,6 +227,14 @@ def _length(value: object) -> object:
     return None if str(value).strip().lower() in ("auto", "-1") else _tokens(value)
 
 
+def _shape(value: object) -> object:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
+    if isinstance(value, list) and len(value) != 4:
+        raise ValueError("four numbers are needed")
+    return value
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -251,6 +259,11 @@ Seed = Annotated[int, Ge(0), Le(2**64 - 1), Allowed("a whole number from 0 to 2^
 Degree = Annotated[
     Annotated[int, Ge(1)] | Literal["max"],
     Allowed("a whole number from 1, or max"),
+]
+Shape = Annotated[
+    list[Annotated[int, Ge(1)]],
+    BeforeValidator(_shape),
+    Allowed("images, channels, height and width, each from 1: 1,3,336,336"),
 ]
 Word = Annotated[str, BeforeValidator(_lower)]
 """A name that a backend knows; all of these are written in lower case."""

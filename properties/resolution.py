@@ -67,23 +67,23 @@ def resolve_values(
 
 def allowed(name: str) -> str:
     """Describe what an option accepts."""
-    info = Settings.model_fields[name]
-    texts = [item.text for item in info.metadata if isinstance(item, Allowed)]
-    texts = texts or list(_allowed_in(info.annotation))
-    return texts[0] if texts else "text"
-
-
-def _allowed_in(annotation: Any) -> Iterator[str]:
-    if annotation is bool:
-        yield "true or false"
-    for part in getattr(annotation, "__metadata__", ()):
+    field = Settings.model_fields[name]
+    for part in (*field.metadata, *_parts(field.annotation)):
         if isinstance(part, Allowed):
-            yield part.text
-    choices = get_args(annotation)
-    if choices and all(isinstance(choice, str) for choice in choices):
-        yield ", ".join(choices)
-    for choice in choices:
-        yield from _allowed_in(choice)
+            return part.text
+        if part is bool:
+            return "true or false"
+        choices = get_args(part)
+        if choices and all(isinstance(choice, str) for choice in choices):
+            return ", ".join(choices)
+    return "text"
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation and all that it is made of, metadata first."""
+    yield annotation
+    for part in (*getattr(annotation, "__metadata__", ()), *get_args(annotation)):
+        yield from _parts(part)
 
 
 def _expanded(written: Iterable[RawValue], result: Resolution) -> Iterator[RawValue]:
@@ -164,15 +164,8 @@ def _prepare(name: str, item: RawValue, result: Resolution) -> RawValue | None:
 @cache
 def _words(name: str) -> dict[str, str]:
     """Return the words that an option may be, by their lower case: `HF_TASK=Text-Generation` is not another value."""
-    return {word.lower(): word for word in _words_in(Settings.model_fields[name].annotation)}
-
-
-def _words_in(annotation: Any) -> Iterator[str]:
-    for part in get_args(annotation):
-        if isinstance(part, str):
-            yield part
-        else:
-            yield from _words_in(part)
+    parts = _parts(Settings.model_fields[name].annotation)
+    return {part.lower(): part for part in parts if isinstance(part, str)}
 
 
 def _agree(name: str, items: Sequence[RawValue]) -> bool:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr
 from pydantic.fields import FieldInfo
 
 from properties.field import (
     ROLLING,
     TRUE,
     VLLM,
-    Allowed,
     Amount,
     Count,
     Degree,
@@ -33,6 +31,7 @@ from properties.field import (
     Positive,
     Seconds,
     Seed,
+    Shape,
     Task,
     Tokens,
     Variable,
@@ -561,25 +560,6 @@ class ServerSettings(BaseModel):
     )
     log_prompts: bool = server_key("Write prompts and answers to the log. Images never are.", default=False)
     strict_options: bool = server_key("Make an unknown option an error instead of a warning.", default=False)
-
-
-def _sizes(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    return [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
-
-
-def _four(sizes: list[int]) -> list[int]:
-    if len(sizes) != 4:
-        raise ValueError("four numbers are needed")
-    return sizes
-
-
-Shape = Annotated[
-    list[Annotated[int, Ge(1)]],
-    BeforeValidator(lambda value: _four(found) if isinstance(found := _sizes(value), list) else found),
-    Allowed("images, channels, height and width, each from 1: 1,3,336,336"),
-]
 
 
 class RetiredSettings(BaseModel):

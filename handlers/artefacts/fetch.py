@@ -80,8 +80,6 @@ def _completed(directory: Path, settings: Settings) -> Path:
     try:
         return completed(directory, download_root(settings.download_dir))
     except ArtefactError:
-        if (
-            directory / "model.py"
-        ).is_file():  # The model's own code may read formats that this server does not.
+        if (directory / "model.py").is_file():  # It may read formats that this server does not.
             return directory
         raise

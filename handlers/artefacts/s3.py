@@ -186,7 +186,7 @@ class _Transfer:
         self._manifest = place / "manifest.json"
         self._cancelled = cancelled
         self._progress = progress.current()
-        self._ended: queue.SimpleQueue[tuple[S3Object, Any]] = queue.SimpleQueue()
+        self.ended: queue.SimpleQueue[tuple[S3Object, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
     def run(self, objects: Sequence[S3Object]) -> int:
@@ -257,7 +257,7 @@ class _Transfer:
             if self._cancelled.is_set():
                 raise Cancelled
             try:
-                item, download = self._ended.get(timeout=_POLL_SECONDS)
+                item, download = self.ended.get(timeout=_POLL_SECONDS)
                 download.result()
                 known[str(item.path)] = (item.size, item.etag)
                 draft = self._manifest.with_suffix(".new")
@@ -279,10 +279,6 @@ class _Transfer:
         if count < 0:
             logger.warning("%s: %s: the connection broke; trying again", self._bucket, item.key)
 
-    def end(self, item: S3Object, download: Any) -> None:
-        """Register a download that succeeded, failed or was cancelled."""
-        self._ended.put((item, download))
-
 
 class _Download:
     """Receives what the transfer manager's threads report about one object."""
@@ -299,7 +295,7 @@ class _Download:
         self._transfer.advance(self._item, bytes_transferred)
 
     def on_done(self, future: Any, **_: Any) -> None:
-        self._transfer.end(self._item, future)
+        self._transfer.ended.put((self._item, future))
 
 
 _CHANGED = "an object changed while it was fetched; start again"

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from handlers.backends.adapters import AdapterStore
 from handlers.backends.base import BackendStats, Capabilities, Health
-from handlers.custom.find import OwnFormatters, OwnHandler, refuse_unusable
+from handlers.custom.find import OwnCode, refuse_unusable
 from handlers.custom.messages import (
     Answer,
     Call,
@@ -68,7 +68,7 @@ class CustomBackend:
 
     @classmethod
     def from_configuration(
-        cls, configuration: Configuration, model_path: Path, own: OwnHandler
+        cls, configuration: Configuration, model_path: Path, own: OwnCode
     ) -> CustomBackend:
         """model_path: directory of the model's files, which may not be the handler's. Raises InvalidConfiguration."""
         refuse_unusable(own)
@@ -78,7 +78,7 @@ class CustomBackend:
             "model_dir": directory,
             "model_id": str(model_path.resolve()),
         }
-        if isinstance(own, OwnFormatters):
+        if own.function is None:
             # The engine would be of no use without them, so they are restarted forever.
             return cls(Start(directory, own.file, None, properties), 1, sys.maxsize)
         start = Start(directory, own.file, own.function, properties, own.standard)

@@ -15,79 +15,81 @@ _OWN_PACKAGES = ("container", "engine", "handlers", "properties")
 _BUILT_IN = "djl_python"
 _STANDARD_FUNCTION = "custom_sagemaker_invocation_handler"
 _STANDARD_DECORATOR = "custom_invocation_handler"
+_FORMATTERS = ("input_formatter", "output_formatter")
 
 
 @dataclass(frozen=True)
-class OwnHandler:
-    """A Python file of the model, and its handler if there is one.
+class OwnCode:
+    """A Python file of the model, with a handler or else with formatters.
 
     Attributes:
         directory: The model's.
         file: In that directory, as configured.
-        function: Its name; None for formatters.
+        function: The handler's name; None for formatters.
         standard: Whether it is written for model-hosting-container-standards (see `worker.adapted`).
+        reads: Whether there is a formatter of requests.
+        writes: Whether there is one of replies.
     """
 
     directory: Path
     file: str
     function: str | None = None
     standard: bool = False
-
-
-@dataclass(frozen=True)
-class OwnFormatters(OwnHandler):
-    """reads, writes: whether the user formats requests, and replies."""
-
     reads: bool = False
     writes: bool = False
 
 
-def find_handler(configuration: Configuration, fetched: Path | None = None) -> OwnHandler | None:
-    """Return the user's own handler, if there is one.
+def find_code(configuration: Configuration, fetched: Path | None = None) -> OwnCode | None:
+    """Return the user's own handler, or else formatters, if there are any.
 
-    model.py counts only if it defines the function and, as in LMI, not beside an entry point that names one of LMI's
-    own handlers. Code that came from the hub does not count: its author is not the operator. Nothing is run.
+    model.py counts only if it defines the function or formatters and, as in LMI, a handler not beside an entry point
+    that names one of LMI's own. Code that came from the hub does not count: its author is not the operator. Nothing is
+    run.
 
     Args:
         configuration: The options.
         fetched: The model's directory, once it is on this machine.
     """
-    if configuration.lmi_handler is not None:
-        return None
     settings, home = configuration.settings, own_directory(configuration, fetched)
     explicit = settings.entry_point is not None
-    named = configuration.sources["handler"].location == STANDARD_HANDLER
-    own = OwnHandler(home or Path.cwd(), settings.entry_point or _script(home), settings.handler, named)
-    functions = _functions(own.directory / own.file) if explicit or home is not None else []
-    if any(one.name == settings.handler for one in functions):
-        return own
-    for one in functions:
-        if one.name == _STANDARD_FUNCTION or _STANDARD_DECORATOR in map(_decorator, one.decorator_list):
-            return replace(own, function=one.name, standard=True)
-    return own if explicit and not _kinds(functions) else None
-
-
-def find_formatters(configuration: Configuration, fetched: Path | None = None) -> OwnFormatters | None:
-    """Return the formatters in the same file, if there are any and no handler; see `find_handler`."""
-    home, entry_point = own_directory(configuration, fetched), configuration.settings.entry_point
-    if (home is None and entry_point is None) or find_handler(configuration, fetched) is not None:
+    if home is None and not explicit:
         return None
-    directory, file = home or Path.cwd(), entry_point or _script(home)
-    kinds = _kinds(_functions(directory / file))
+    named = configuration.sources["handler"].location == STANDARD_HANDLER
+    own = OwnCode(home or Path.cwd(), settings.entry_point or _script(home), settings.handler, named)
+    functions = _functions(own.directory / own.file)
+    kinds = {name for one in functions for name in map(_decorator, one.decorator_list)} & {*_FORMATTERS}
+    if configuration.lmi_handler is None:
+        if any(one.name == settings.handler for one in functions):
+            return own
+        for one in functions:
+            if one.name == _STANDARD_FUNCTION or _STANDARD_DECORATOR in map(_decorator, one.decorator_list):
+                return replace(own, function=one.name, standard=True)
+        if explicit and not kinds:
+            return own
     if not kinds:
         return None
-    return OwnFormatters(
-        directory, file, reads="input_formatter" in kinds, writes="output_formatter" in kinds
-    )
+    reads, writes = (kind in kinds for kind in _FORMATTERS)
+    return OwnCode(own.directory, own.file, reads=reads, writes=writes)
+
+
+def find_handler(configuration: Configuration, fetched: Path | None = None) -> OwnCode | None:
+    """Return the user's own handler, if there is one; see `find_code`."""
+    code = find_code(configuration, fetched)
+    return None if code is None or code.function is None else code
+
+
+def find_formatters(configuration: Configuration, fetched: Path | None = None) -> OwnCode | None:
+    """Return the user's own formatters, if there are any and no handler; see `find_code`."""
+    code = find_code(configuration, fetched)
+    return None if code is None or code.function is not None else code
 
 
 def find_unused(configuration: Configuration, fetched: Path | None = None) -> Path | None:
-    """Return a model.py that is not used although its author may think so; see `find_handler`."""
+    """Return a model.py that is not used although its author may think so; see `find_code`."""
     home = own_directory(configuration, fetched)
     if home is None or not (home / _script(home)).is_file():
         return None
-    used = find_handler(configuration, fetched) or find_formatters(configuration, fetched)
-    return None if used else home / _script(home)
+    return None if find_code(configuration, fetched) else home / _script(home)
 
 
 def own_directory(configuration: Configuration, fetched: Path | None) -> Path | None:
@@ -111,11 +113,6 @@ def _functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-def _kinds(functions: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> set[str]:
-    names = {name for one in functions for name in map(_decorator, one.decorator_list)}
-    return names & {"input_formatter", "output_formatter"}
-
-
 def _decorator(node: ast.expr) -> str:
     if isinstance(node, ast.Call):
         node = node.func
@@ -124,7 +121,7 @@ def _decorator(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def refuse_unusable(own: OwnHandler) -> None:
+def refuse_unusable(own: OwnCode) -> None:
     """Raises InvalidConfiguration if the file is missing, or would import the server's modules instead of its own."""
     if own.file.startswith(("http:", "https:", _BUILT_IN)) or not (own.directory / own.file).is_file():
         raise InvalidConfiguration(

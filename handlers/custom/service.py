@@ -138,7 +138,7 @@ class Visit:
             return
         self._closed = True
         if self.call is not None:
-            left = 0.0 if self._end is None else self._end - asyncio.get_running_loop().time()
+            left = self._end - asyncio.get_running_loop().time()
             self.call.abandon(max(0.0, left) + _GRACE_SECONDS)
         self._permit.release()
         self.facts.total = time.monotonic() - self._began

@@ -367,9 +367,8 @@ class DecoderPool:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # those who wait get it anyway
+        # Retrieved, so that it is not logged; those who wait get it anyway.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
 

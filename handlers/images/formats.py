@@ -147,7 +147,7 @@ _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 
 
 def _jpeg_size(data: bytes) -> Size:
-    """JPEG: segments, each a marker and its length (ITU-T T.81, annex B). The third number: it is progressive."""
+    """JPEG: segments, each a marker and its length (ITU-T T.81, annex B)."""
     at = 2
     for _ in range(LOOKS):
         at = data.find(b"\xff", at)

@@ -40,17 +40,11 @@ def read_eos_token_ids(generation: dict[str, Any], text_config: Any, tokenizer: 
     return ()
 
 
-_DEFAULTS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "typical_p": "typical_p",
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "max_new_tokens": "max_tokens",
-}
+_SAME_NAME = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty",
+)  # fmt: skip
+_DEFAULTS = {name: name for name in _SAME_NAME} | {"max_new_tokens": "max_tokens"}
 """A field of generation_config.json -> of SamplingParams: those that vLLM takes, and typical_p."""
 
 _OF_SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
