@@ -144,19 +144,18 @@ class Ours:
         from engine.engine import Engine
         from engine.executor import threads_for
         from engine.loader import load_preprocessor
+        from engine.process import use_cores
         from handlers.backends.rolling.plan import plan_engines
         from handlers.offline.options import configure
         from handlers.prompts.tokenizer import load_tokenizer
 
-        settings = configure(str(folder), dict(option.split("=", 1) for option in options)).settings
+        configuration = configure(str(folder), dict(option.split("=", 1) for option in options))
+        settings = configuration.with_default("max_workers", 1).settings  # this process has all cores
         config = plan_engines(settings, str(folder), 0)[0]
         torch.set_num_threads(threads_for(config))
         self._engine = Engine.load(config)
         keep_freed_memory()
-        threads = threads_for(config, self._engine.runner.weight_bytes)
-        torch.set_num_threads(threads)
-        if os.environ.get("OMP_WAIT_POLICY") == "PASSIVE":
-            self._engine.runner.sleeping_threads = threads
+        use_cores(self._engine.runner, config)
         self._engine.warm_up()
         preprocessor = load_preprocessor(str(folder))
         assert preprocessor is not None
