@@ -105,7 +105,9 @@ class Configuration:
         """Give an option another default, which holds where no source sets it."""
         if self.sources[name].level is not Level.DEFAULT:
             return self
-        return replace(self, settings=self.settings.model_copy(update={name: value}))
+        settings = self.settings.model_copy(update={name: value})
+        settings.model_fields_set.discard(name)  # nobody has written it
+        return replace(self, settings=settings)
 
     def with_model_config(self, config: Mapping[str, Any]) -> Configuration:
         """Add the context length that the model's config.json states, below everything that the user wrote.

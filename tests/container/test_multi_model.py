@@ -22,6 +22,7 @@ import schemathesis
 
 from container.models.messages import Start
 from container.models.serve import configuration_of
+from handlers.backends.unused import unused_on
 from tests.support.live import LiveServer, chat_body, message
 from tests.support.sagemaker_front import ENDPOINT, SageMakerFront
 from tests.support.shapes import SHAPES, circle, square
@@ -166,6 +167,13 @@ def test_models_are_listed_by_pages_and_described(server: LiveServer, models: Pa
 def test_no_model_keeps_a_spare_engine_unless_asked_to(models: Path, options: list[str], kept: bool) -> None:
     order = Start("m", str(models / "hash1" / "model"), "", options, "text", "info")
     assert configuration_of(order, {}).settings.spare_engine is kept
+
+
+def test_that_a_model_has_one_replica_is_no_option_without_effect(models: Path) -> None:
+    order = Start("m", str(models / "hash1" / "model"), "", [], "text", "info")
+    settings = configuration_of(order, {}).settings
+    assert settings.min_workers == 1
+    assert not unused_on(settings, accelerators=2, replicas=2, per_replica=1)
 
 
 def test_what_is_not_loaded_is_404(server: LiveServer) -> None:
