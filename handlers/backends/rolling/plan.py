@@ -10,9 +10,13 @@ import msgspec
 
 from engine.config import EngineConfig, LookupConfig, Vocabulary
 from engine.machine import Machine, host_memory, usable_cores
+from handlers.backends.estimate import cache_bytes_per_token
 from handlers.backends.unused import unused_on
 from handlers.backends.weights_read import WeightsRead
 from handlers.errors import InvalidConfiguration
+from properties.configuration import read_model_config
+from properties.model import context_length
+from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from properties.problem import Problem
@@ -97,15 +101,30 @@ def replicas_named(settings: Settings) -> bool:
 
 
 def _two_fit(settings: Settings, directory: Path, machine: Machine | None) -> bool:
-    """Whether this CPU serves the model better with two replicas, which take at most half of the memory."""
+    """Whether this CPU serves the model better with two replicas.
+
+    They take at most half of the memory, and the cache of each holds the longest request.
+    """
     cores = 2 if machine is not None and machine.name is not None else usable_cores()
     if cores < 2 or settings.rolling_batch == "disable":
         return False
     memory = host_memory() if machine is None else machine.host.memory
     weights = WeightsRead(directory).total
     asked = settings.kv_cache_memory_mb
-    cache = memory // 8 if asked is None else asked << 20  # engine.memory.CPU_SHARE, halved
-    return 0 < weights <= SMALL_MODEL and 2 * (weights + cache + PROCESS_BYTES) <= memory // 2
+    half = min(2 << 30, memory // 8)  # of engine.memory's CPU_MOST and CPU_SHARE
+    cache = half if asked is None else asked << 20
+    fit = 0 < weights <= SMALL_MODEL and 2 * (weights + cache + PROCESS_BYTES) <= memory // 2
+    return fit and (asked is not None or _longest_bytes(settings, directory) <= half)
+
+
+def _longest_bytes(settings: Settings, directory: Path) -> int:
+    """Return the bytes of cache that the longest request takes, at most; 0 where config.json does not say."""
+    try:
+        config = read_model_config(directory) or {}
+    except ConfigurationError:
+        return 0  # the engine will say what is wrong
+    length = settings.max_model_len or context_length(config) or 0
+    return length * (cache_bytes_per_token(config, "float32") or 0)
 
 
 def unused_devices(settings: Settings, plan: Sequence[EngineConfig], accelerators: int) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,24 @@ def test_a_small_model_gets_two_replicas_where_they_fit(
     planned = plan_engines(Settings(**settings), str(tmp_path), 0, machine=machine)
     assert len(planned) == replicas
     assert {engine.cpu_share for engine in planned} == {1 / replicas}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "positions", "settings"),
+    [
+        (2, 16384, {}),
+        (1, 16385, {}),
+        (2, 16385, {"max_model_len": 16384}),
+        (2, 16385, {"kv_cache_memory_mb": 256}),
+    ],
+)
+def test_a_model_whose_longest_request_takes_more_than_half_of_the_cache_gets_one_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, positions: int, settings: dict[str, Any]
+) -> None:
+    shapes = {"num_hidden_layers": 32, "num_attention_heads": 8, "head_dim": 64}  # 128 KiB a token in float32
+    (tmp_path / "config.json").write_text(json.dumps({**shapes, "max_position_embeddings": positions}))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(GIB // 4)
+    monkeypatch.setattr("handlers.backends.rolling.plan.usable_cores", lambda: 2)
+    machine = Machine((), Device("host memory", 16 * GIB))
+    assert len(plan_engines(Settings(**settings), str(tmp_path), 0, machine=machine)) == replicas
