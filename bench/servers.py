@@ -216,7 +216,8 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path, patience: floa
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the server exited with {process.returncode}; {log} ends:\n{_tail(log)}")
-        if _get(HOST, port, "/ping") is not None:
+        health = _get(HOST, port, "/ping")
+        if health is not None and b"replicas" not in health:  # "ready: 1 of 2 replicas" until all of ours are
             model = _model(HOST, port)
             if model is not None:
                 return model
