@@ -254,12 +254,12 @@ def new_memory(size: int) -> int:
     """
     try:
         descriptor = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except AttributeError:  # not on this system
-        return _new_file(size)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EACCES):  # not in this sandbox
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.EPERM, errno.EACCES):
             raise
-        return _new_file(size)
+        with tempfile.TemporaryFile() as file:  # such memory is not there on this system, or in this sandbox
+            file.truncate(size)
+            return os.dup(file.fileno())
     try:
         os.ftruncate(descriptor, size)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -268,12 +268,6 @@ def new_memory(size: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _new_file(size: int) -> int:
-    with tempfile.TemporaryFile() as file:
-        file.truncate(size)
-        return os.dup(file.fileno())
 
 
 class PixelMemory:
