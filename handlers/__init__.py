@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from handlers.offline.images import ImageFeatureData, ImagePixelData, MultiModalData
     from handlers.offline.llm import LLM
     from handlers.offline.outputs import CompletionOutput, Logprob, RequestOutput
     from handlers.offline.params import GuidedDecodingParams, SamplingParams, StructuredOutputsParams
-    from handlers.offline.prompts import ImageFeatureData, ImagePixelData, MultiModalData
 
 __all__ = [
     "LLM",
@@ -32,9 +32,9 @@ _FROM = {
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "RequestOutput": "outputs",
-    "ImageFeatureData": "prompts",
-    "ImagePixelData": "prompts",
-    "MultiModalData": "prompts",
+    "ImageFeatureData": "images",
+    "ImagePixelData": "images",
+    "MultiModalData": "images",
     "GuidedDecodingParams": "params",
     "SamplingParams": "params",
     "StructuredOutputsParams": "params",

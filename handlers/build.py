@@ -12,7 +12,7 @@ from handlers.backends.base import Lifecycle
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
-from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
+from handlers.backends.vllm.compat import parser_names
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, VLLM_PARSER, of_vllm
@@ -99,22 +99,11 @@ def parser_problems(configuration: Configuration, backend: Backend | None = None
         backend: None if it is not known yet.
     """
     problems = []
-    for option, ours, theirs, usable in (
-        (
-            "tool_call_parser",
-            TOOL_FORMATS,
-            tool_parser_names(),
-            None if backend is None else backend.tool_parsers,
-        ),
-        (
-            "reasoning_parser",
-            REASONING_FORMATS,
-            reasoning_parser_names(),
-            None if backend is None else backend.reasoning_parsers,
-        ),
-    ):
+    for option, ours in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_FORMATS)):
+        theirs = parser_names(option)
+        usable = theirs if backend is None else backend.parser_names(option)
         name, source = getattr(configuration.settings, option), configuration.sources[option]
-        text = _parser_problem(name, sorted(ours), sorted(theirs), theirs if usable is None else usable)
+        text = _parser_problem(name, sorted(ours), sorted(theirs), usable)
         if text is not None:
             text = f"{key_of(option)} = {name!r} ({source.location}): {text}"
             problems.append(Problem(text, option))

@@ -80,16 +80,11 @@ class Backend(Protocol):
     Unless a method says otherwise, neither torch nor transformers nor the engine is imported.
     """
 
-    @property
-    def tool_parsers(self) -> Set[str]:
-        """The names of its own tool parsers."""
-
-    @property
-    def reasoning_parsers(self) -> Set[str]:
-        """The names of its own reasoning parsers."""
-
     takes_engine_arguments: bool
     """Whether unknown options are passed to its engine by their own names and checked there."""
+
+    def parser_names(self, option: str) -> Set[str]:
+        """Return the names of its own parsers for that option, "tool_call_parser" or "reasoning_parser"."""
 
     def build(self, configuration: Configuration, model_path: Path) -> Engine[Any]:
         """Return the engine, not yet loaded. Slow, since it imports what it needs. Raises ServingError."""

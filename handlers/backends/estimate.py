@@ -63,7 +63,7 @@ def completed(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def shared_output(config: Mapping[str, Any], dtype: str) -> int:
-    """Bytes of the output layer where it is the embedding's: on a CPU the embedded engine keeps a packed copy of it."""
+    """Return the bytes of an output layer that is the embedding: on a CPU the embedded engine keeps a packed copy."""
     text = text_config(config)
     if not text.get("tie_word_embeddings", config.get("tie_word_embeddings")):
         return 0

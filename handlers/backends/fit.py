@@ -15,6 +15,7 @@ from handlers.backends.backend import Backend, Needs
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
+from properties.names import key_of
 from properties.problem import Problem
 from properties.settings import Settings
 
@@ -23,9 +24,13 @@ from properties.settings import Settings
 class Fit:
     """The estimate. Sizes in bytes; None where config.json and the files do not tell.
 
-    dtype_reason: why it is the type. replicas: how many are started. devices, machines: what is there for them, on
-    a CPU none. cache_tokens: tokens that the caches of one replica hold. image_bytes: kept for each image of a running
-    request, beside its tokens.
+    Attributes:
+        dtype: Of the weights.
+        dtype_reason: Why this one.
+        device: One of those that are there, or the host.
+        replicas: How many are started.
+        devices: How many accelerators are there for them; 0 on a CPU.
+        image_bytes: Kept for each image of a running request, beside its tokens.
     """
 
     dtype: str
@@ -39,9 +44,9 @@ class Fit:
     weights_basis: str | None = None
     cache_bytes_per_token: int | None = None
     image_bytes: int | None = None
+    cache_per_device: int | None = None
     errors: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
-    cache_per_device: int | None = None
 
     @property
     def weights_per_device(self) -> int | None:
@@ -49,6 +54,7 @@ class Fit:
 
     @property
     def cache_tokens(self) -> int | None:
+        """How many tokens the caches of one replica hold."""
         if self.cache_per_device is None or self.cache_bytes_per_token is None:
             return None
         return self.cache_per_device * self.devices_per_replica // self.cache_bytes_per_token
@@ -165,10 +171,9 @@ def _useful(
         tokens = batch * _blocks(settings, length)
         fills = tokens * result.cache_bytes_per_token // result.devices_per_replica
         if asked is not None and fills < cache:
-            source = configuration.sources["kv_cache_memory_mb"]
             text = (
-                f"option.kv_cache_memory_mb = {asked} ({source.location}): about {fills / 2**20:.0f} MiB are used, "
-                f"which {batch} requests of {length} tokens fill (option.max_rolling_batch_size, option.max_model_len)"
+                f"{_said(configuration, 'kv_cache_memory_mb', asked)}: about {fills / 2**20:.0f} MiB are used, which "
+                f"{batch} requests of {length} tokens fill (option.max_rolling_batch_size, option.max_model_len)"
             )
             result.warnings.append(Problem(text, "kv_cache_memory_mb"))
         cache = min(cache, fills)
@@ -192,23 +197,30 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
     )
 
 
+def _said(configuration: Configuration, name: str, value: object) -> str:
+    return f"{key_of(name)} = {value} ({configuration.sources[name].location})"
+
+
 def _compare_with_cache(result: Fit, configuration: Configuration, name: str | None) -> None:
-    length, room = configuration.effective("max_model_len"), result.cache_tokens
-    if result.errors or length is None or room is None or room >= _blocks(configuration.settings, length):
+    settings, length, room = (
+        configuration.settings,
+        configuration.effective("max_model_len"),
+        result.cache_tokens,
+    )
+    if result.errors or length is None or room is None or room >= _blocks(settings, length):
         return
-    if room < (configuration.settings.block_size or DEFAULT_BLOCK_SIZE):
+    if room < (settings.block_size or DEFAULT_BLOCK_SIZE):
         text = (
             f"the model does not fit: its weights leave {room} tokens of key/value cache on {name or 'this machine'}; "
             "use more devices, a smaller dtype or a smaller model"
         )
         result.errors.append(Problem(text))
         return
-    source = configuration.sources["max_model_len"]
     text = (
-        f"the key/value cache holds {room} tokens, fewer than one request of option.max_model_len = {length} "
-        f"({source.location})"
+        f"the key/value cache holds {room} tokens, fewer than one request of "
+        f"{_said(configuration, 'max_model_len', length)}"
     )
-    if configuration.settings.max_model_len is None:
+    if settings.max_model_len is None:
         result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len"))
     else:
         result.errors.append(Problem(f"{text}; lower it or enlarge the cache", "max_model_len"))
@@ -220,20 +232,20 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
     If it is too large, it ends a server that started well.
     """
     asked = configuration.settings.encoder_cache_mb
-    memory = result.device.memory
+    if asked is None:
+        return
+    said, memory = _said(configuration, "encoder_cache_mb", asked), result.device.memory
     sharing = result.replicas * result.devices_per_replica if result.devices == 0 else 1
-    if asked is not None and asked * 2**20 * sharing > memory:
-        source = configuration.sources["encoder_cache_mb"]
+    if asked * 2**20 * sharing > memory:
         text = (
-            f"option.encoder_cache_mb = {asked} ({source.location}) is more than the {memory / 2**30:.2f} GiB of "
-            f"{result.device.name}: memory runs out before the cache is full; lower it"
+            f"{said} is more than the {memory / 2**30:.2f} GiB of {result.device.name}: memory runs out before the "
+            "cache is full; lower it"
         )
         result.warnings.append(Problem(text, "encoder_cache_mb"))
     each = (result.image_bytes or 0) // result.devices_per_replica
-    if asked is not None and asked * 2**20 < each:
-        source = configuration.sources["encoder_cache_mb"]
+    if asked * 2**20 < each:
         text = (
-            f"option.encoder_cache_mb = {asked} ({source.location}) is less than the {math.ceil(each / 2**20)} MiB "
-            "that one image of a running request takes: it is raised to that"
+            f"{said} is less than the {math.ceil(each / 2**20)} MiB that one image of a running request takes: it is "
+            "raised to that"
         )
         result.warnings.append(Problem(text, "encoder_cache_mb"))

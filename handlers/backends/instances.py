@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.machine import Device, Machine
@@ -56,57 +55,21 @@ _H200 = Device("NVIDIA H200", 143771 << 20)
 # Size -> GPUs, vCPUs, GiB of host memory. From the list that Karpenter generates from AWS's DescribeInstanceTypes,
 # https://karpenter.sh/docs/reference/instance-types/; AWS's own pages are
 # https://docs.aws.amazon.com/ec2/latest/instancetypes/ac.html (GPUs), gp.html (m7i) and co.html (c7i).
+_G5_AND_G6 = {
+    "xlarge": (1, 4, 16), "2xlarge": (1, 8, 32), "4xlarge": (1, 16, 64), "8xlarge": (1, 32, 128),
+    "16xlarge": (1, 64, 256), "12xlarge": (4, 48, 192), "24xlarge": (4, 96, 384), "48xlarge": (8, 192, 768),
+}  # fmt: skip
 _FAMILIES: dict[str, tuple[Device | None, dict[str, tuple[int, int, int]]]] = {
-    "g4dn": (
-        _T4,
-        {
-            "xlarge": (1, 4, 16),
-            "2xlarge": (1, 8, 32),
-            "4xlarge": (1, 16, 64),
-            "8xlarge": (1, 32, 128),
-            "16xlarge": (1, 64, 256),
-            "12xlarge": (4, 48, 192),
-        },
-    ),
-    "g5": (
-        _A10G,
-        {
-            "xlarge": (1, 4, 16),
-            "2xlarge": (1, 8, 32),
-            "4xlarge": (1, 16, 64),
-            "8xlarge": (1, 32, 128),
-            "16xlarge": (1, 64, 256),
-            "12xlarge": (4, 48, 192),
-            "24xlarge": (4, 96, 384),
-            "48xlarge": (8, 192, 768),
-        },
-    ),
-    "g6": (
-        _L4,
-        {
-            "xlarge": (1, 4, 16),
-            "2xlarge": (1, 8, 32),
-            "4xlarge": (1, 16, 64),
-            "8xlarge": (1, 32, 128),
-            "16xlarge": (1, 64, 256),
-            "12xlarge": (4, 48, 192),
-            "24xlarge": (4, 96, 384),
-            "48xlarge": (8, 192, 768),
-        },
-    ),
-    "g6e": (
-        _L40S,
-        {
-            "xlarge": (1, 4, 32),
-            "2xlarge": (1, 8, 64),
-            "4xlarge": (1, 16, 128),
-            "8xlarge": (1, 32, 256),
-            "16xlarge": (1, 64, 512),
-            "12xlarge": (4, 48, 384),
-            "24xlarge": (4, 96, 768),
-            "48xlarge": (8, 192, 1536),
-        },
-    ),
+    "g4dn": (_T4, {
+        "xlarge": (1, 4, 16), "2xlarge": (1, 8, 32), "4xlarge": (1, 16, 64), "8xlarge": (1, 32, 128),
+        "16xlarge": (1, 64, 256), "12xlarge": (4, 48, 192),
+    }),
+    "g5": (_A10G, _G5_AND_G6),
+    "g6": (_L4, _G5_AND_G6),
+    "g6e": (_L40S, {
+        "xlarge": (1, 4, 32), "2xlarge": (1, 8, 64), "4xlarge": (1, 16, 128), "8xlarge": (1, 32, 256),
+        "16xlarge": (1, 64, 512), "12xlarge": (4, 48, 384), "24xlarge": (4, 96, 768), "48xlarge": (8, 192, 1536),
+    }),
     "p4d": (_A100_40, {"24xlarge": (8, 96, 1152)}),
     "p4de": (_A100_80, {"24xlarge": (8, 96, 1152)}),
     "p5": (_H100, {"4xlarge": (1, 16, 256), "48xlarge": (8, 192, 2048)}),
@@ -114,21 +77,19 @@ _FAMILIES: dict[str, tuple[Device | None, dict[str, tuple[int, int, int]]]] = {
     "p5en": (_H200, {"48xlarge": (8, 192, 2048)}),
     "m7i": (None, {"2xlarge": (0, 8, 32), "4xlarge": (0, 16, 64), "8xlarge": (0, 32, 128)}),
     "c7i": (None, {"4xlarge": (0, 16, 32), "8xlarge": (0, 32, 64), "16xlarge": (0, 64, 128)}),
+}  # fmt: skip
+
+
+INSTANCES = {
+    f"{family}.{size}": Instance(f"{family}.{size}", gpus, gpu, vcpus, memory << 30)
+    for family, (gpu, sizes) in _FAMILIES.items()
+    for size, (gpus, vcpus, memory) in sizes.items()
 }
-
-
-def _instances() -> Iterator[Instance]:
-    for family, (gpu, sizes) in _FAMILIES.items():
-        for size, (gpus, vcpus, memory) in sizes.items():
-            yield Instance(f"{family}.{size}", gpus, gpu, vcpus, memory << 30)
-
-
-INSTANCES = {instance.name: instance for instance in _instances()}
 """By EC2's name."""
 
 
 def instance_of(name: str) -> Instance:
-    """Return the instance of that name, EC2's or SageMaker's. Raises ValueError, which tells names that are near."""
+    """Return the instance of that name, EC2's or SageMaker's. Raises ValueError, which suggests similar names."""
     bare = name.strip().lower().removeprefix(_PREFIX)
     if bare in INSTANCES:
         return INSTANCES[bare]

@@ -1,4 +1,4 @@
-"""Models in Mistral's own format: what cannot be served of it, once `handlers.artefacts.mistral` has completed it."""
+"""Models in Mistral's own format: what cannot be served after `handlers.artefacts.mistral` has completed a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from properties.problem import Problem
 
 
 def format_problems(model_path: Path) -> list[Problem]:
-    """Why a model in that format cannot be served."""
+    """Return why a model in that format cannot be served."""
     if (model_path / "params.json").is_file() and not (model_path / "config.json").is_file():
         return [
             Problem(
@@ -30,13 +30,13 @@ def mistral_weights_alone(model_path: Path) -> bool:
 
 
 def mistral_tokenizer(model_path: Path) -> str | None:
-    """The file that holds Mistral's own tokenizer; None where there is none."""
+    """Return the name of the file that holds Mistral's own tokenizer; None if there is none."""
     found = [*model_path.glob("tekken.json"), *model_path.glob("tokenizer.model.v*")]
     return found[0].name if found else None
 
 
 def only_mistral(file: str) -> str:
-    """What to say of a model that has no other tokenizer than that file."""
+    """Return the problem of a model that has no other tokenizer than that file."""
     return (
         f"the model has its tokenizer as {file} only, Mistral's own format, and no tokenizer.json: serve the model in "
         "the Hugging Face format, or put the tokenizer.json and tokenizer_config.json of that beside it"

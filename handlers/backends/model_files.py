@@ -1,11 +1,11 @@
-"""What can be known of a model from its files, without loading it: `lmi check` tells it, and the start refuses by it.
+"""What is wrong with a model, judged by its files without loading it: `lmi check` reports it and a start is refused.
 
 Neither torch nor transformers is imported here; what only they can tell, `model_front` finds out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class Findings:
     errors: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
-    def add(self, texts: Iterator[str]) -> None:
+    def add(self, texts: Iterable[str]) -> None:
         """Add errors that concern the model itself."""
         self.errors += [Problem(text, "model_id") for text in texts]
 
@@ -81,7 +81,7 @@ def model_findings(configuration: Configuration, directory: Path, backend: Backe
 
 
 def too_long(configuration: Configuration, positions: int | None) -> list[Problem]:
-    """Whether more tokens are asked for than the model has positions."""
+    """Return a problem if option.max_model_len is more than the model has positions."""
     asked, source = configuration.settings.max_model_len, configuration.sources["max_model_len"]
     if asked is None or positions is None or asked <= positions:
         return []
@@ -103,9 +103,9 @@ def _read_all(directory: Path, found: Findings) -> dict[str, dict[str, Any]]:
         except (FileNotFoundError, IsADirectoryError):
             continue
         except OSError as error:
-            found.add(iter([unreadable(directory / name, error)]))
+            found.add([unreadable(directory / name, error)])
         except (msgspec.MsgspecError, ValueError):
-            found.add(iter([f"{directory / name} holds no JSON object: it is damaged; fetch it again"]))
+            found.add([f"{directory / name} holds no JSON object: it is damaged; fetch it again"])
     return contents
 
 
@@ -120,7 +120,7 @@ def _tokenizer(directory: Path, settings: Settings) -> Iterator[str]:
 
 
 def no_processor(directory: Path) -> str:
-    """What to say of a model of images without what says how they are prepared."""
+    """Return the problem of a model that takes images and does not say how they are prepared."""
     return (
         f"the model takes images, and there is no preprocessor_config.json in {directory} to say how they are "
         "prepared: complete the download"

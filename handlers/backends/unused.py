@@ -35,10 +35,14 @@ def unused_by_text(settings: Settings) -> list[Problem]:
 def unused_on(
     settings: Settings, accelerators: int, replicas: int, per_replica: int, *, memory: bool = False
 ) -> list[Problem]:
-    """A warning for each option that was written and that the machine leaves without effect.
+    """Return a warning for each option that was set and has no effect on this machine.
 
-    accelerators: that may be used. replicas: how many are started, each on per_replica devices.
-    memory: option.gpu_memory_utilization is about accelerators alone.
+    Args:
+        settings: The options.
+        accelerators: How many may be used.
+        replicas: How many are started, each on `per_replica` devices.
+        per_replica: See `replicas`.
+        memory: Whether option.gpu_memory_utilization has an effect on accelerators only.
     """
     problems = []
 

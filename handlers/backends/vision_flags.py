@@ -1,4 +1,4 @@
-"""Whether what an operator says of a model's images, as old versions of vLLM wanted it, is what the model says."""
+"""Whether what an operator says of a model's images, as old versions of vLLM wanted it, is true of the model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from properties.settings import Settings
 
 
-def wanted(settings: Settings) -> bool:
-    """Whether there is anything to check."""
-    return any(getattr(settings, name) is not None for name in RETIRED)
+def wanted(settings: Settings) -> dict[str, object]:
+    """Return the options to check, by their names."""
+    return {name: value for name in RETIRED if (value := getattr(settings, name)) is not None}
 
 
 def contradictions(settings: Settings, model_path: Path, preprocessor: Preprocessor[Any] | None) -> list[str]:
-    """What is not as the model has it, each with both values; slow where there is a preprocessor to ask.
+    """Return each option that differs from the model, with both values. Slow if there is a preprocessor.
 
-    preprocessor: None for a model without images, and where only another backend knows the model, which leaves
-    shape and size unchecked. Raises ConfigurationError for a config.json that cannot be read.
+    preprocessor: None for a model without images, and if only another backend knows the model; shape and size are then
+    not checked. Raises ConfigurationError for a config.json that cannot be read.
     """
-    given = {name: value for name in RETIRED if (value := getattr(settings, name)) is not None}
+    given = wanted(settings)
     if not given:
         return []
     config = read_model_config(model_path) or {}

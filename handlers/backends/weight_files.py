@@ -1,9 +1,9 @@
-"""Which files hold a model's weights, and whether they are complete, judged by their headers without loading them."""
+"""Which files hold a model's weights, and whether they are complete: their headers tell, without loading them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ class TensorEntry:
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The checkpoint's files, there or not; [] where it has none of this format.
+    """Return the checkpoint's files, whether they exist or not; empty if it has none of this format.
 
-    Mistral's second copy (consolidated*) is left out where there is another. Raises ValueError naming an index that
-    is damaged.
+    Mistral's second copy (consolidated*) is left out if there is another. Raises ValueError, which names the index, if
+    that is damaged.
     """
     if (directory / INDEX).is_file():
         return [directory / name for name in sorted(set(_weight_map(directory / INDEX).values()))]
@@ -69,33 +69,35 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def engine_weight_problems(directory: Path, *, pickled: bool, named: object = None) -> Iterator[str]:
-    """Why the embedded engine cannot load the weights; the arguments are those of `engine.weights.weight_files`."""
+    """Yield why the embedded engine cannot load the weights; the arguments are those of `weight_files`."""
     try:
         files = weight_files(directory, pickled=pickled, named=named if isinstance(named, str) else None)
     except ModelLoadError as error:
         yield str(error)
         return
-    if (directory / SINGLE).is_file() or not (directory / INDEX).is_file():
-        for path in files:
-            if path.suffix == ".safetensors":
-                yield from _damage(path)
+    if (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
+        yield from _indexed(directory)
     else:
-        yield from _indexed(directory, INDEX)
+        yield from _damaged(path for path in files if path.suffix == ".safetensors")
 
 
 def vllm_weight_problems(directory: Path) -> Iterator[str]:
-    """Why vLLM cannot load the weights that are there, which it takes whatever their names are."""
+    """Yield why vLLM cannot load the weights that are there, which it takes whatever their names are."""
     if (directory / INDEX).is_file():
-        yield from _indexed(directory, INDEX)
+        yield from _indexed(directory)
     else:
-        for path in safetensors_files(directory):
-            yield from _damage(path)
+        yield from _damaged(safetensors_files(directory))
 
 
-def _indexed(directory: Path, index: str) -> Iterator[str]:
-    """What is wrong with the files that an index names."""
+def _damaged(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        yield from _damage(path)
+
+
+def _indexed(directory: Path) -> Iterator[str]:
+    """Yield what is wrong with the files that the index names."""
     try:
-        places = _weight_map(directory / index)
+        places = _weight_map(directory / INDEX)
     except ValueError as error:
         yield str(error)
         return
@@ -103,22 +105,22 @@ def _indexed(directory: Path, index: str) -> Iterator[str]:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        yield f"{missing[0]}{more}, which {index} names, is not in {directory}: complete the download"
+        yield f"{missing[0]}{more}, which {INDEX} names, is not in {directory}: complete the download"
     for name in names:
-        if name in missing or not name.endswith(".safetensors"):
-            continue
-        tensors = {tensor for tensor, place in places.items() if place == name}
-        yield from _damage(directory / name, tensors)
+        if name not in missing and name.endswith(".safetensors"):
+            yield from _damage(
+                directory / name, {tensor for tensor, place in places.items() if place == name}
+            )
 
 
 def unreadable(path: Path, error: OSError) -> str:
-    """What is wrong with a file that the operating system does not let us read, and what to do where we may not."""
+    """Return why the operating system does not let us read a file, and what to do if permission is missing."""
     remedy = f"; let user {os.getuid()} read it" if isinstance(error, PermissionError) else ""
     return f"{path} cannot be read: {error.strerror}{remedy}"
 
 
 def _damage(path: Path, wanted: Set[str] = frozenset()) -> Iterator[str]:
-    """wanted: tensors that must be in the file."""
+    """Yield what is wrong with a file, in which the `wanted` tensors must be."""
     try:
         lacking = wanted - read_header(path).keys()
     except ValueError as error:

@@ -33,7 +33,7 @@ _ENTRIES = 2**17
 
 @asynccontextmanager
 async def weights_told(folder: Path, roots: Callable[[], Iterable[int]]) -> AsyncIterator[None]:
-    """Tell the progress of the current load how far an engine is, while the context is open.
+    """Report to the progress of the current load how far an engine is, while the context is open.
 
     Args:
         folder: Directory of the model.

@@ -21,8 +21,8 @@ from handlers.backends.select import backend_of
 from handlers.build import build_backend, build_images, build_part, choose_backend
 from handlers.errors import EngineFailed, InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.images.loader import ImageLoader
+from handlers.offline.images import ImageTokens
 from handlers.offline.options import check_names, warn_of_names
-from handlers.offline.prompts import ImageTokens
 from handlers.pipeline import Pipeline
 from handlers.protocols.base import Answer, Answered
 from handlers.protocols.errors import client_error
@@ -38,7 +38,7 @@ _AHEAD = 64
 """How many requests are fetched, prepared and queued beyond those that generate."""
 
 _CLOSE_SECONDS = 10.0
-_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 _TRIES = 3
 """How often a request is passed to an engine that turns out to be restarting."""
 
@@ -229,7 +229,7 @@ class Batch:
         while not (health := self._backend.health()).ready:
             if health.lost or time.monotonic() > end:
                 return False
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         return True
 
 

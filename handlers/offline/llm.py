@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from handlers.errors import InvalidRequest, ServingError
 from handlers.offline.core import Core, Outcome
+from handlers.offline.images import PromptImages
 from handlers.offline.options import configure
 from handlers.offline.outputs import RequestOutput, answered, failed
 from handlers.offline.params import SamplingParams
 from handlers.offline.prompts import (
-    PromptImages,
     conversations_in,
     prompts_in,
     prompts_with_data,

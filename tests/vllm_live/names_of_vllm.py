@@ -40,10 +40,9 @@ from handlers.backends.vllm.compat import (
     load_parsing,
     logits_processor_classes,
     newer_runner_limits,
+    parser_names,
     process_dict_updates,
-    reasoning_parser_names,
     registered_names,
-    tool_parser_names,
 )
 from handlers.backends.vllm.sampling import SAME, TRANSLATED
 from properties.lmi import IGNORED
@@ -197,8 +196,14 @@ has(PrefixCacheStats, "queries hits")
 has(MultiModalCacheStats, "queries hits")
 
 # Parsers.
-assert tool_parser_names() == set(ToolParserManager.list_registered()) > {"hermes", "qwen3_coder", "kimi_k2"}
-assert reasoning_parser_names() == set(ReasoningParserManager.list_registered()) > {"qwen3", "granite"}
+assert (
+    parser_names("tool_call_parser")
+    == set(ToolParserManager.list_registered())
+    > {"hermes", "qwen3_coder", "kimi_k2"}
+)
+assert (
+    parser_names("reasoning_parser") == set(ReasoningParserManager.list_registered()) > {"qwen3", "granite"}
+)
 parsing = load_parsing()
 kind = parsing.ParserManager.get_parser(
     tool_parser_name="hermes", reasoning_parser_name="granite", enable_auto_tools=True, is_harmony=False

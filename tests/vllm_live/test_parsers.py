@@ -114,7 +114,7 @@ def configured(*options: str) -> Configuration:
 
 
 def formats(tokenizer: Any, *options: str) -> AnswerFormats:
-    return VllmParsers(tokenizer).formats(configured(*options).settings)
+    return VllmParsers(configured(*options).settings, tokenizer).formats
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -275,6 +275,13 @@ class _Trips:
         raise KeyError("secret answer")
 
 
+def tripping(parser: Parser, at: int) -> VllmParser:
+    """The same parser, where vLLM's trips."""
+    assert isinstance(parser, VllmParser)
+    real, request = parser.open_parser()
+    return VllmParser(lambda: (_Trips(real, at), request), parser.tokenizer, (), "tripping")
+
+
 @pytest.mark.parametrize("name", ["vllm:hermes", "qwen3_coder", "kimi_k2"])
 def test_a_parser_that_raises_loses_nothing_and_is_logged_once(
     name: str, tokenizer: Any, caplog: pytest.LogCaptureFixture
@@ -284,10 +291,7 @@ def test_a_parser_that_raises_loses_nothing_and_is_logged_once(
     assert found is not None
     cut = list(deltas(tokenizer, text, 1))
     for at in range(len(cut) + 1):
-        parser = found.parser(Asked(TOOLS))
-        assert isinstance(parser, VllmParser)
-        real, request = parser._open_parser()
-        parser._opened = (_Trips(real, at), request)
+        parser = tripping(found.parser(Asked(TOOLS)), at)
         caplog.clear()
         with caplog.at_level(logging.ERROR, "handlers"):
             pieces = streamed(parser, cut)
@@ -306,9 +310,7 @@ def test_a_parser_that_raises_loses_nothing_and_is_logged_once(
                 p.text for p in pieces if isinstance(p, CallArguments) and p.index == start.index
             )
             assert start.index in broken or isinstance(json.loads(arguments), dict)
-    parser = found.parser(Asked(TOOLS))
-    assert isinstance(parser, VllmParser)
-    parser._opened = (_Trips(None, 0), None)
+    parser = tripping(found.parser(Asked(TOOLS)), 0)
     caplog.clear()
     assert parse_whole(parser, text) == [Content(text)]
     assert len(caplog.records) == 1

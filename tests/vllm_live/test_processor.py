@@ -124,7 +124,7 @@ def test_the_older_runners_batch_gives_our_samplers_tokens(
     rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes, goes, is preempted or changes places; and everyone else's rows are as without us."""
-    monkeypatch.setattr(processor_rows, "_ELEMENTS", rows_at_a_time * VOCABULARY)
+    monkeypatch.setattr(processor_rows, "MOST_LOGITS", rows_at_a_time * VOCABULARY)
     rng = np.random.default_rng(5)
     side, waiting, running = OlderBatch(), requests(), list[Request]()
     seen: set[int] = set()
@@ -212,8 +212,8 @@ def test_tokens_that_are_taken_back_are_forgotten() -> None:
 
 
 def test_few_mirostats_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor_rows, "_REMEMBERED", 3)
-    rows = processor_rows.Rows()
+    monkeypatch.setattr(processor_rows, "REMEMBERED", 3)
+    rows = processor_rows.SamplerProcessor(None, CPU)
     made = [
         to_vllm(
             compat.load(), RequestSampling(mirostat_mode=2, mirostat_tau=2.0, mirostat_eta=0.1, seed=seed), 1

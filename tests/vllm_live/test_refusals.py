@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,8 +13,8 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValida
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineGenerateError
 
+from handlers.backends.base import EngineRequest
 from handlers.backends.vllm.compat import load
-from handlers.backends.vllm.engine import VllmEngine
 from handlers.backends.vllm.outputs import VllmStream, failed
 from handlers.backends.vllm.prompts import place_images
 from handlers.errors import (
@@ -27,7 +26,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.request import ImagePart, RequestSampling
+from handlers.request import Constraint, ImagePart, RequestSampling
 from tests.support.shapes import SHAPES
 
 VLLM = load()
@@ -78,14 +77,14 @@ def stream(
     constrained: bool = False,
     failure: Callable[[Exception, bool], ServingError] | None = None,
 ) -> VllmStream:
+    constraint = Constraint("json_object") if constrained else None
+    serving = SimpleNamespace(errored=False)
     return VllmStream(
         outputs.given(),
-        RequestSampling(temperature=1.0),
-        choices=n,
+        EngineRequest("r", RequestSampling(temperature=1.0), n, constraint),
         images=images,
-        constrained=constrained,
         eos_token_ids=[0],
-        failure=failure or (lambda error, begun: failed(VLLM, error, accepted=begun)),
+        failure=failure or (lambda error, begun: failed(VLLM, serving, error, begun=begun)),
         ended=lambda stream: None,
     )
 
@@ -139,10 +138,12 @@ def test_what_vllm_raises_after_an_output_is_no_refusal(error: Exception) -> Non
 @pytest.mark.parametrize("error", REFUSALS)
 def test_a_failure_of_vllms_own_loop_is_not_the_requests_fault(error: Exception) -> None:
     """It is handed to all requests as it is, those that wait for their first output included."""
-    backend: Any = VllmEngine(SimpleNamespace(settings=None), None)  # type: ignore[arg-type]
-    backend._vllm, backend._loaded = VLLM, True
     for errored in (False, True):
-        failure = partial(backend._failure, SimpleNamespace(errored=errored), None)
+        engine = SimpleNamespace(errored=errored)
+
+        def failure(error: Exception, begun: bool, engine: Any = engine) -> ServingError:
+            return failed(VLLM, engine, error, begun=begun)
+
         with pytest.raises(ServingError) as raised:
             asyncio.run(stream(Outputs(error), failure=failure).start())
         assert isinstance(raised.value, EngineFailed if errored else InvalidRequest | Overloaded)

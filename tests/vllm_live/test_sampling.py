@@ -12,9 +12,9 @@ import pytest
 from vllm.config import VllmConfig
 
 from engine.sampling_params import MAX_INTEGER, MAX_SEED
-from handlers.backends.vllm import compat, sampling
+from handlers.backends.vllm import compat
 from handlers.backends.vllm.compat import RunnerLimits, load
-from handlers.backends.vllm.sampling import to_vllm
+from handlers.backends.vllm.sampling import check_runner_limits, to_vllm
 from handlers.errors import InvalidRequest
 from handlers.request import RequestSampling
 
@@ -56,8 +56,8 @@ def test_min_tokens_without_an_end_stays_a_length() -> None:
 
 def check(config: VllmConfig, made: Any) -> None:
     """For a model with two ends of its own."""
-    engine = SimpleNamespace(vllm_config=config, get_tokenizer=lambda: LETTERS)
-    sampling.check_runner_limits(load(), engine, made, (8, 9))
+    if (limits := compat.runner_limits(config)) is not None:
+        check_runner_limits(load(), limits, made, (8, 9), LETTERS)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +151,11 @@ class TestVllmsOwn:
 
         most = getattr(limits, name)
         states(params(most))
-        sampling.check_ids(limits, params(most), ())
+        check_runner_limits(load(), limits, params(most), (), LETTERS)
         with pytest.raises(ValueError, match="Too many"):
             states(params(most + 1))
         with pytest.raises(InvalidRequest, match=f"^{name} "):
-            sampling.check_ids(limits, params(most + 1), ())
+            check_runner_limits(load(), limits, params(most + 1), (), LETTERS)
 
     def test_words(self) -> None:
         states = Taking("bad_words", "BadWordsState")
@@ -172,14 +172,14 @@ class TestVllmsOwn:
 
         most = limits.bad_word_tokens
         states(spelled(most))
-        sampling.check_bad_words(load(), limits, params(most), LETTERS)
+        check_runner_limits(load(), limits, params(most), (), LETTERS)
         with pytest.raises(ValueError, match="Too many"):
             states(spelled(most + 1))
         with pytest.raises(InvalidRequest, match=f"^bad_words are {most + 1} tokens"):
-            sampling.check_bad_words(load(), limits, params(most + 1), LETTERS)
+            check_runner_limits(load(), limits, params(most + 1), (), LETTERS)
 
     def test_it_counts_the_words_itself(self) -> None:
         made = asked(bad_words=tuple(map(str, range(200))))
         with pytest.raises(InvalidRequest, match="Too many bad words") as caught:
-            sampling.check_bad_words(load(), compat.newer_runner_limits(), made, LETTERS)
+            check_runner_limits(load(), compat.newer_runner_limits(), made, (), LETTERS)
         assert caught.value.param == "bad_words"

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 class RollingBackend:
     """See `handlers.backends.backend.Backend`."""
 
-    tool_parsers: frozenset[str] = frozenset()
-    reasoning_parsers: frozenset[str] = frozenset()
     takes_engine_arguments = False
+
+    def parser_names(self, option: str) -> frozenset[str]:
+        """See `Backend`."""
+        return frozenset()
 
     def build(self, configuration: Configuration, model_path: Path) -> RollingEngine:
         """See `Backend`."""
@@ -60,7 +62,7 @@ class RollingBackend:
         there = (directory / "preprocessor_config.json").is_file()
         there = there or "image_processor" in contents.get("processor_config.json", {})
         if sees and not there and not configuration.settings.trust_remote_code:
-            found.add(iter([no_processor(directory)]))
+            found.add([no_processor(directory)])
         pickled = configuration.settings.load_format.lower() == "pt"
         named = config.get("transformers_weights")
         found.add(engine_weight_problems(directory, pickled=pickled, named=named))

@@ -65,6 +65,10 @@ class LoadedAdapter:
     def __post_init__(self) -> None:
         self.free.set()
 
+    def take(self) -> None:
+        self.users += 1
+        self.free.clear()
+
     def give_back(self) -> None:
         self.users -= 1
         if self.users == 0:
@@ -123,8 +127,7 @@ class VllmAdapters:
                     f"there is no model and no adapter {model[:80]!r}; /v1/models lists them", param="model"
                 )
         if found is not None:
-            found.users += 1
-            found.free.clear()
+            found.take()
         return found
 
     async def load(self, engine: Any, *, again: bool = False) -> None:

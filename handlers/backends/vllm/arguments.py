@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields as fields_of
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,56 +95,61 @@ def engine_arguments(
     vllm: Vllm, configuration: Configuration, model_path: Path, machine: Machine
 ) -> dict[str, Any]:
     """Return keyword arguments for `AsyncEngineArgs`. Raises ConfigurationError with all problems."""
-    settings = configuration.settings
-    cpu = not machine.accelerators
+    settings, cpu = configuration.settings, not machine.accelerators
     fields = _Fields(vllm, cpu=cpu)
     given = {
         field: name
         for name, field in (WHERE_GIVEN | ALWAYS).items()
         if configuration.sources[name].level < Level.RECOMMENDED
     }
-    arguments: dict[str, Any] = {field: getattr(settings, name) for name, field in ALWAYS.items()}
-    arguments |= {field: getattr(settings, name) for field, name in given.items()}
     problems: list[Problem] = []
     extra = _extra(configuration, fields, problems)
     problems += _refused_values(configuration, given, fields)
+    arguments: dict[str, Any] = {field: getattr(settings, name) for name, field in ALWAYS.items()}
+    arguments |= {field: getattr(settings, name) for field, name in given.items()}
     if settings.kv_cache_memory_mb is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_mb << 20
     if settings.request_priorities:
         arguments["scheduling_policy"] = "priority"
     images = settings.limit_mm_per_prompt.get("image", 1)
     arguments["limit_mm_per_prompt"] = {"image": images, "video": 0, "audio": 0}
-    for field in sorted(extra.keys() & given.keys()):
-        if arguments[field] != extra[field]:
-            written, name = configuration.extra[field], given[field]
-            text = (
-                f"option.{field} = {written.value!r} ({written.source.location}) and {key_of(name)} = "
-                f"{getattr(settings, name)!r} ({configuration.sources[name].location}) differ, but mean the same: "
-                "keep one"
-            )
-            problems.append(Problem(text, name))
+    problems += _differing(configuration, given, arguments, extra)
     arguments |= extra
 
     config = read_model_config(model_path) or {}
     heads = model_heads(model_path, config, trust_remote_code=settings.trust_remote_code)
     plan = plan_devices(settings, configuration.extra_texts, len(machine.accelerators), heads)
     arguments |= plan.sizes() | replaced_formats(configuration, model_path)
-    problems += plan.problems
     for warning in plan.warnings:
         logger.info("%s", warning)  # info, because `lmi check` prints it itself
     stored = stored_dtype(model_path, config)
     dtype, reason = served_dtype(settings.dtype, stored, bfloat16=cpu or machine.computes_bfloat16())
     logger.info("vLLM computes in %s: %s", dtype, reason)
-    said = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
-    if cpu and not said & (given.keys() | extra.keys()) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+    if problems := problems + plan.problems:
+        raise ConfigurationError(problems)
+    sizes = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
+    if cpu and not sizes & (given.keys() | extra.keys()) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         cache = min(CPU_CACHE_MOST, machine.host.memory // 4)
         arguments["kv_cache_memory_bytes"] = cache // (plan.tensor * plan.data)
-    if problems:
-        raise ConfigurationError(problems)
     location = configuration.model_location
     name = location.value if location.kind == "hub" else location.name
     arguments["served_model_name"] = settings.served_model_name or [name]
     return {"model": str(model_path.absolute()), **arguments}
+
+
+def _differing(
+    configuration: Configuration, given: Mapping[str, str], ours: Mapping[str, Any], extra: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Yield a problem for each of vLLM's fields that has another value than our option. given: field -> option."""
+    for field in sorted(extra.keys() & given.keys()):
+        if ours[field] != extra[field]:
+            written, name = configuration.extra[field], given[field]
+            text = (
+                f"option.{field} = {written.value!r} ({written.source.location}) and {key_of(name)} = "
+                f"{getattr(configuration.settings, name)!r} ({configuration.sources[name].location}) differ, but mean "
+                "the same: keep one"
+            )
+            yield Problem(text, name)
 
 
 def refused_options(configuration: Configuration, model_path: Path | None, machine: Machine) -> list[Problem]:
@@ -283,9 +288,10 @@ def _extra(configuration: Configuration, fields: _Fields, problems: list[Problem
     return values
 
 
-def _refused_values(configuration: Configuration, given: Mapping[str, str], fields: _Fields) -> list[Problem]:
-    """Return a problem for each of our options that vLLM's command line would refuse. given: field -> option."""
-    problems = []
+def _refused_values(
+    configuration: Configuration, given: Mapping[str, str], fields: _Fields
+) -> Iterator[Problem]:
+    """Yield a problem for each of our options that vLLM's command line would refuse. given: field -> option."""
     for field, name in given.items():
         value = getattr(configuration.settings, name)
         if field in _CONVERTED or value is None:
@@ -295,9 +301,7 @@ def _refused_values(configuration: Configuration, given: Mapping[str, str], fiel
         except BadValue as bad:
             source = configuration.sources[name]
             shown = source.raw if source.raw is not None else value
-            text = f"{key_of(name)} = {shown!r} ({source.location}): {bad}"
-            problems.append(Problem(text, name))
-    return problems
+            yield Problem(f"{key_of(name)} = {shown!r} ({source.location}): {bad}", name)
 
 
 def _check_name(field: str, value: str) -> None:

@@ -10,7 +10,7 @@ from handlers.backends.backend import DevicePlan, Needs, PromptCheck
 from handlers.backends.model_files import Findings, no_processor, too_long
 from handlers.backends.vision_flags import contradictions
 from handlers.backends.vllm.checkpoint import format_warnings, served_dtype, stored_dtype, weight_problems
-from handlers.backends.vllm.compat import reasoning_parser_names, tool_parser_names
+from handlers.backends.vllm.compat import parser_names
 from handlers.backends.vllm.devices import follows, heads_of, plan_devices
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length
@@ -28,13 +28,8 @@ class VllmBackend:
 
     takes_engine_arguments = True
 
-    @property
-    def tool_parsers(self) -> frozenset[str]:
-        return tool_parser_names()
-
-    @property
-    def reasoning_parsers(self) -> frozenset[str]:
-        return reasoning_parser_names()
+    def parser_names(self, option: str) -> frozenset[str]:
+        return parser_names(option)
 
     def build(self, configuration: Configuration, model_path: Path) -> VllmEngine:
         from handlers.backends.vllm.engine import VllmEngine
@@ -56,11 +51,12 @@ class VllmBackend:
         config: Mapping[str, Any],
         contents: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        there = any(
-            (directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+        names = ("preprocessor_config.json", "processor_config.json")
+        there = configuration.settings.trust_remote_code or any(
+            (directory / name).is_file() for name in names
         )
-        if "vision_config" in config and not there and not configuration.settings.trust_remote_code:
-            found.add(iter([no_processor(directory)]))
+        if "vision_config" in config and not there:
+            found.add([no_processor(directory)])
         found.add(weight_problems(directory, configuration.settings.load_format))
         found.warnings += format_warnings(configuration, directory)
 

@@ -9,7 +9,7 @@ import ast
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -60,6 +60,7 @@ _PARSING = {
     "ParserManager": "vllm.parser",
     "get_cached_tokenizer": "vllm.tokenizers.hf",
 }
+"""The names that only its parsers need."""
 
 
 class Vllm(SimpleNamespace):
@@ -78,17 +79,14 @@ class Vllm(SimpleNamespace):
 
 def installed_version() -> str | None:
     """Return the version of the installed vLLM without importing it; None if it is not installed."""
-    spec = find_spec("vllm")
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        try:
-            text = Path(place, "_version.py").read_text("utf-8")
-        except OSError:
-            continue
-        for line in text.splitlines():
-            name, equals, value = line.partition("= '")
-            if equals and name.split("=")[0].strip() == "__version__":
-                return value.rstrip("'\n")
-    return None
+    return next(
+        (
+            str(node.value)
+            for node in _assigned("__version__", "_version.py")
+            if isinstance(node, ast.Constant)
+        ),
+        None,
+    )
 
 
 def check_version(version: str | None) -> None:
@@ -234,46 +232,41 @@ def expect_the_end(engine: Any) -> None:
     engine.engine_core.resources.engine_dead = True
 
 
-class ImageProcessing:
-    """How an engine prepares images. Only for a model that accepts images or other media."""
+def accepts_images(engine: Any) -> bool:
+    """Whether the model of an `AsyncLLM` accepts images."""
+    multimodal = engine.model_config.is_multimodal_model
+    return multimodal and "image" in engine.renderer.get_mm_processor().info.supported_mm_limits
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._info = engine.renderer.get_mm_processor().info
 
-    @property
-    def takes_images(self) -> bool:
-        return "image" in self._info.supported_mm_limits
+def embedding_fields(engine: Any) -> frozenset[str]:
+    """Return the embeddings that its model accepts in place of an image, and what it needs to know beside them."""
+    parser = engine.renderer.get_mm_processor().info.data_parser
+    return frozenset(parser.embedding_fields.get("image", ()))
 
-    @property
-    def mistral_tokens(self) -> Callable[[int, tuple[int, int]], list[int]] | None:
-        """`ImagePlaceholders.written` for a model in Mistral's own format, else None.
 
-        vLLM expects every token of such a model's images in the prompt, as mistral_common writes them.
-        """
-        processor = self._info.get_hf_processor()
-        break_id, end_id = (getattr(processor, f"image_{name}_id", None) for name in ("break", "end"))
-        pixels: Any = getattr(processor, "image_processor", None)
-        if break_id is None or not hasattr(pixels, "get_number_of_image_patches"):
-            return None
+def mistral_tokens(engine: Any) -> Callable[[int, tuple[int, int]], list[int]] | None:
+    """Return `ImagePlaceholders.written` for a model in Mistral's own format; None for another one.
 
-        def written(number: int, size: tuple[int, int]) -> list[int]:
-            _, rows, columns = pixels.get_number_of_image_patches(size[1], size[0])
-            tokens = [*[processor.image_token_id] * columns, break_id] * rows
-            tokens[-1] = end_id
-            return tokens
+    vLLM expects every token of such a model's images in the prompt, as mistral_common writes them.
+    """
+    processor = engine.renderer.get_mm_processor().info.get_hf_processor()
+    break_id, end_id = (getattr(processor, f"image_{name}_id", None) for name in ("break", "end"))
+    pixels: Any = getattr(processor, "image_processor", None)
+    if break_id is None or not hasattr(pixels, "get_number_of_image_patches"):
+        return None
 
-        return written
+    def written(number: int, size: tuple[int, int]) -> list[int]:
+        _, rows, columns = pixels.get_number_of_image_patches(size[1], size[0])
+        tokens = [*[processor.image_token_id] * columns, break_id] * rows
+        tokens[-1] = end_id
+        return tokens
 
-    @property
-    def embedding_fields(self) -> frozenset[str]:
-        """The embeddings that the model accepts in place of an image, and what it needs to know beside them."""
-        return frozenset(self._info.data_parser.embedding_fields.get("image", ()))
+    return written
 
-    @property
-    def most_rows(self) -> int:
-        """The most encoder rows of one image; 0 if there is no such limit."""
-        return int(self._engine.input_processor.mm_encoder_cache_size)
+
+def most_rows(engine: Any) -> int:
+    """Return the most encoder rows of one image; 0 if there is no such limit."""
+    return int(engine.input_processor.mm_encoder_cache_size)
 
 
 def image_placeholder(vllm: Vllm, config: Any) -> tuple[Callable[[int], str | None], bool]:
@@ -289,11 +282,11 @@ def image_placeholder(vllm: Vllm, config: Any) -> tuple[Callable[[int], str | No
 
     def placeholder(number: int) -> str | None:
         try:
-            text = cls.get_placeholder_str("image", number)
+            text: str | None = cls.get_placeholder_str("image", number)
         except (AttributeError, ValueError, NotImplementedError) as error:
             logger.debug("vLLM names no placeholder: %s", error)
             return None
-        return None if text is None else str(text)
+        return text
 
     # A processor that inserts is the only kind whose module knows how to.
     inserts = placeholder(1) is None and hasattr(sys.modules.get(cls.__module__), "PromptInsertion")
@@ -305,6 +298,12 @@ def multiproc_executor() -> Any:
     return _find("vllm.v1.executor.multiproc_executor", "MultiprocExecutor")
 
 
+_PARSERS = {
+    "tool_call_parser": ("_TOOL_PARSERS_TO_REGISTER", "tool_parsers"),
+    "reasoning_parser": ("_REASONING_PARSERS_TO_REGISTER", "reasoning"),
+}
+"""Our option -> the table of vLLM's parsers and its folder."""
+
 SECRET = frozenset({"hf_token"})
 """Fields of `AsyncEngineArgs` whose value is never shown."""
 
@@ -312,9 +311,8 @@ SECRET = frozenset({"hf_token"})
 @cache
 def architectures() -> frozenset[str]:
     """Return the architectures with which the installed vLLM generates; empty if it cannot be read."""
-    statements = _source("model_executor", "models", "registry.py")
     tables = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
-    return frozenset[str]().union(*(_keys(statements, table) for table in tables))
+    return frozenset().union(*(_keys(table, "model_executor", "models", "registry.py") for table in tables))
 
 
 @cache
@@ -335,28 +333,25 @@ def engine_argument_names() -> frozenset[str]:
 
 
 @cache
-def tool_parser_names() -> frozenset[str]:
-    """Return the tool parsers of the installed vLLM; empty if it is not installed."""
-    return _keys(_source("tool_parsers", "__init__.py"), "_TOOL_PARSERS_TO_REGISTER")
+def parser_names(option: str) -> frozenset[str]:
+    """Return the parsers of the installed vLLM for that option; empty if it is not installed."""
+    table, folder = _PARSERS[option]
+    return _keys(table, folder, "__init__.py")
 
 
-@cache
-def reasoning_parser_names() -> frozenset[str]:
-    """Return its reasoning parsers."""
-    return _keys(_source("reasoning", "__init__.py"), "_REASONING_PARSERS_TO_REGISTER")
+def _keys(table: str, *path: str) -> frozenset[str]:
+    """Return the keys of a table in a file of the installed vLLM; none if it cannot be read."""
+    keys = (key for value in _assigned(table, *path) if isinstance(value, ast.Dict) for key in value.keys)
+    return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
 
 
-def _keys(statements: list[ast.stmt], table: str) -> frozenset[str]:
-    """Return the keys of a module's table."""
-    return frozenset(
-        str(key.value)
-        for node in statements
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
-        for target in node.targets
-        if isinstance(target, ast.Name) and target.id == table
-        for key in node.value.keys
-        if isinstance(key, ast.Constant)
-    )
+def _assigned(name: str, *path: str) -> Iterator[ast.expr]:
+    """Yield what a file of the installed vLLM assigns to a name."""
+    for node in _source(*path):
+        if isinstance(node, ast.Assign) and any(
+            isinstance(to, ast.Name) and to.id == name for to in node.targets
+        ):
+            yield node.value
 
 
 def _source(*path: str) -> list[ast.stmt]:

@@ -27,11 +27,11 @@ from handlers.backends.base import (
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_slots
 from handlers.backends.vllm.arguments import engine_arguments
-from handlers.backends.vllm.compat import replica_count
+from handlers.backends.vllm.compat import replica_count, runner_limits
 from handlers.backends.vllm.devices import choose_devices, share_cores
 from handlers.backends.vllm.outputs import VllmStream, failed, refusal_reason
 from handlers.backends.vllm.parsers import VllmParsers, vllm_parsers
-from handlers.backends.vllm.probes import Counters, Probes, series, stat_logger
+from handlers.backends.vllm.probes import Counters, accepted_embeddings, ask, stat_logger, warm
 from handlers.backends.vllm.processes import engine_children
 from handlers.backends.vllm.prompts import VllmPrompts, place_images, placeholders
 from handlers.backends.vllm.sampling import (
@@ -54,8 +54,9 @@ from properties.problem import ConfigurationError
 
 if TYPE_CHECKING:
     from handlers.backends.adapters import AdapterStore
-    from handlers.parsers.base import AnswerFormats
-    from handlers.request import Constraint, MediaPart
+    from handlers.backends.vllm.compat import Vllm
+    from handlers.backends.vllm.sampling import Samplers
+    from handlers.request import MediaPart
 
 logger = logging.getLogger(__name__)
 
@@ -65,44 +66,42 @@ T = TypeVar("T")
 
 
 class EngineBuilder:
-    """Builds engines. Everything here blocks.
+    """Builds engines, all with the same arguments. Everything here blocks.
 
     Attributes:
         vllm: The imported names.
-        machine: This one.
+        accelerators: This machine's.
         arguments: For `AsyncEngineArgs`.
         samplers: Those of ours that the engines have.
-        adapter_directories: The adapters to load at the start, by their names.
-        most_adapters: How many adapters there may be.
-        adapter_files: Which others may be loaded.
+        adapters: Which may be loaded, the directories of those that are from the start, and how many there may be.
     """
 
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
         """Import vLLM. Raises InvalidConfiguration if it cannot serve this model."""
-        settings = configuration.settings
-        self.machine = this_machine()
-        choose_devices(settings, len(self.machine.accelerators))
+        settings, machine = configuration.settings, this_machine()
+        self.accelerators = machine.accelerators
+        choose_devices(settings, len(self.accelerators))
         self.vllm = compat.load()
-        self.arguments = engine_arguments(self.vllm, configuration, model_path, self.machine)
+        self.arguments = engine_arguments(self.vllm, configuration, model_path, machine)
         self.samplers = offer(self.arguments)
-        self.adapter_files = AdapterFiles(
+        files = AdapterFiles(
             configuration.home or model_path, settings.allowed_adapter_path, configuration.secure
         )
-        self.most_adapters = settings.max_cpu_loras or settings.max_loras
-        self.adapter_directories: dict[str, Path] = {}
+        most = settings.max_cpu_loras or settings.max_loras
+        at_start = files.at_start() if settings.enable_lora else {}
+        self.adapters = files, at_start, most
         if settings.enable_lora:
-            self.adapter_directories = self.adapter_files.at_start()
-            count, cpu = len(self.adapter_directories), not self.machine.accelerators
-            if count > self.most_adapters:
+            if len(at_start) > most:
                 text = "%d adapters, but option.max_cpu_loras is %d: they will take turns in memory"
-                logger.warning(text, count, self.most_adapters)
-            most = max(self.most_adapters, count if cpu else 0)
-            self.arguments |= adapter_slots(self.arguments, most, cpu=cpu)
+                logger.warning(text, len(at_start), most)
+            cpu = not self.accelerators
+            places = max(most, len(at_start)) if cpu else most
+            self.arguments |= adapter_slots(self.arguments, places, cpu=cpu)
 
     def build(self, tokenizer: Any, counters: Counters) -> Any:
         """Return an `AsyncLLM`. Raises InvalidConfiguration with vLLM's reason if it refuses the configuration."""
         vllm, given = self.vllm, self.arguments
-        if not self.machine.accelerators:
+        if not self.accelerators:
             share_cores(
                 given["tensor_parallel_size"] * given["pipeline_parallel_size"] * given["data_parallel_size"]
             )
@@ -120,6 +119,25 @@ class EngineBuilder:
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What `VllmEngine.load` has made.
+
+    Attributes:
+        blocks: Those of the caches of all replicas.
+    """
+
+    vllm: Vllm
+    samplers: Samplers
+    adapters: VllmAdapters
+    supervisor: EngineSupervisor
+    prompts: VllmPrompts
+    model: PromptModel
+    capabilities: Capabilities
+    blocks: int
+    replicas: int
+
+
 class VllmEngine:
     """See `handlers.backends.base.Engine`."""
 
@@ -129,61 +147,84 @@ class VllmEngine:
         self._path = model_path
         self._counters = Counters()
         self._supervisor: EngineSupervisor | None = None
-        self._capabilities: Capabilities | None = None
-        self._loaded = False
+        self._serving: Serving | None = None
+        self._closed = False
         self._open: set[VllmStream] = set()
         self._numbers = itertools.count()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="vllm-prompts")
 
     async def load(self) -> None:
-        settings = self._settings
         progress.current().begin("starting vLLM")
-        builder = await self._in_thread(EngineBuilder, self._configuration, self._path)
-        self._vllm, self._samplers = builder.vllm, builder.samplers
         try:
-            # Read before the engine starts, which takes long: what a model lacks is often its tokenizer.
-            tokenizer, parsers, formats = await self._in_thread(self._read_answers)
-            names = {*accepted_names(self._configuration), *ANYBODYS} if settings.enable_lora else None
-            self._adapters = VllmAdapters(
-                self._vllm,
-                builder.adapter_files,
-                builder.adapter_directories,
-                builder.most_adapters,
-                self._engine,
-                names,
+            self._serving = await self._load(
+                await self._in_thread(EngineBuilder, self._configuration, self._path)
             )
-            self._probes = Probes(self._vllm, self._numbers)
-            self._supervisor = EngineSupervisor(
-                lambda: builder.build(tokenizer, self._counters),
-                self._probes.ask,
-                self._counters,
-                prepare=self._prepare,
-                retry_threshold=settings.retry_threshold,
-                loading_seconds=settings.model_loading_timeout,
-                suspect_seconds=settings.engine_suspect_timeout,
-                stuck_seconds=settings.engine_stuck_timeout or 300.0,
-            )
-            others = engine_children()
-            async with weights_told(self._path, lambda: engine_children() - others):
-                await self._supervisor.start()
-            engine = self._supervisor.engine
-            config = engine.vllm_config
-            self._prompts = prompts = await self._in_thread(
-                VllmPrompts, settings, self._path, tokenizer, self._vllm, engine
-            )
-            structured = config.structured_outputs_config
-            vocabulary = await self._in_thread(constraint_vocabulary, structured, prompts)
-            if settings.enable_mm_embeds and prompts.images:
-                prompts.embeddings = await self._probes.embeddings(engine, prompts)
         except EngineError as error:
             await self.close()
             raise Unavailable(f"the model cannot be loaded: {error}") from error
         except BaseException:
             await self.close()
             raise
+
+    async def _load(self, builder: EngineBuilder) -> Serving:
+        settings, vllm = self._settings, builder.vllm
+        # Read before the engine starts, which takes long: what a model lacks is often its tokenizer.
+        tokenizer, parsers = await self._in_thread(self._read_answers)
+        names = {*accepted_names(self._configuration), *ANYBODYS} if settings.enable_lora else None
+        adapters = VllmAdapters(vllm, *builder.adapters, self._engine, names)
+
+        async def prepare(engine: Any) -> None:
+            await engine.reset_mm_cache()  # vLLM's profiling leaves dummy images there
+            await asyncio.gather(*(warm(vllm, engine, replica) for replica in range(replica_count(engine))))
+            await adapters.load(engine, again=self._serving is not None)
+
+        self._supervisor = supervisor = EngineSupervisor(
+            lambda: builder.build(tokenizer, self._counters),
+            partial(ask, vllm),
+            self._counters,
+            prepare=prepare,
+            retry_threshold=settings.retry_threshold,
+            loading_seconds=settings.model_loading_timeout,
+            suspect_seconds=settings.engine_suspect_timeout,
+            stuck_seconds=settings.engine_stuck_timeout or 300.0,
+        )
+        others = engine_children()
+        async with weights_told(self._path, lambda: engine_children() - others):
+            await supervisor.start()
+        engine = supervisor.engine
+        config = engine.vllm_config
+        prompts = await self._in_thread(VllmPrompts, settings, self._path, tokenizer, vllm, engine)
+        structured = config.structured_outputs_config
+        vocabulary = await self._in_thread(constraint_vocabulary, structured, prompts)
+        if settings.enable_mm_embeds and prompts.images:
+            prompts.embeddings = await accepted_embeddings(vllm, engine, prompts)
         if parsers is not None:
             parsers.model_config = config.model_config
-        self._model = PromptModel(
+        parallel, accelerators, replicas = config.parallel_config, builder.accelerators, replica_count(engine)
+        blocks, block_size = int(config.cache_config.num_gpu_blocks or 0), int(config.cache_config.block_size)
+        ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
+        capabilities = Capabilities(
+            max_model_len=int(config.model_config.max_model_len),
+            images=prompts.images,
+            embeddings=settings.enable_mm_embeds,
+            default_sampling=usual_sampling(prompts.default_sampling, builder.samplers),
+            adapters=settings.enable_lora,
+            structured_outputs=True,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            device_type="cuda" if accelerators else "cpu",
+            compute_type=compute_type(accelerators[0].name if accelerators else "cpu", ranks),
+            cache_tokens=blocks * block_size,
+            prompt_threads=_THREADS,
+            formats=None if parsers is None else parsers.formats,
+        )
+        logger.info(
+            "vLLM %s ready: %s, %d x %d x %d devices, %d tokens of context, %d blocks of %d tokens, "
+            "steps of at most %d requests and %d tokens",
+            vllm.version, config.model_config.dtype, replicas, parallel.pipeline_parallel_size,
+            parallel.tensor_parallel_size, capabilities.max_model_len, blocks, block_size,
+            config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens,
+        )  # fmt: skip
+        model = PromptModel(
             prompts.tokenizer,
             prompts.renderer,
             prompts.vocab_size,
@@ -192,76 +233,45 @@ class VllmEngine:
             json_whitespace="" if structured.disable_any_whitespace else None,
             spells_words=True,
         )
-        parallel, accelerators = config.parallel_config, builder.machine.accelerators
-        self._blocks = int(config.cache_config.num_gpu_blocks or 0)  # of all replicas
-        self._replicas = replica_count(engine)
-        self._capabilities = Capabilities(
-            max_model_len=int(config.model_config.max_model_len),
-            images=prompts.images,
-            embeddings=settings.enable_mm_embeds,
-            default_sampling=usual_sampling(prompts.default_sampling, self._samplers),
-            adapters=settings.enable_lora,
-            structured_outputs=True,
-            dtype=str(config.model_config.dtype).removeprefix("torch."),
-            device_type="cuda" if accelerators else "cpu",
-            compute_type=compute_type(
-                accelerators[0].name if accelerators else "cpu",
-                int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size),
-            ),
-            cache_tokens=self._blocks * int(config.cache_config.block_size),
-            prompt_threads=_THREADS,
-            formats=formats,
+        return Serving(
+            vllm, builder.samplers, adapters, supervisor, prompts, model, capabilities, blocks, replicas
         )
-        self._loaded = True
-        logger.info(
-            "vLLM %s ready: %s, %d x %d x %d devices, %d tokens of context, %d blocks of %d tokens, "
-            "steps of at most %d requests and %d tokens",
-            self._vllm.version, config.model_config.dtype, self._replicas, parallel.pipeline_parallel_size,
-            parallel.tensor_parallel_size, self._capabilities.max_model_len, self._blocks,
-            config.cache_config.block_size, config.scheduler_config.max_num_seqs,
-            config.scheduler_config.max_num_batched_tokens,
-        )  # fmt: skip
 
-    def _read_answers(self) -> tuple[Any, VllmParsers | None, AnswerFormats | None]:
-        """Return the tokenizer, and vLLM's parsers and formats if the options name its parsers. Blocks."""
+    def _read_answers(self) -> tuple[Any, VllmParsers | None]:
+        """Return the tokenizer, and vLLM's parsers if the options name any. Blocks."""
         settings = self._settings
         tokenizer = load_tokenizer(str(self._path), trust_remote_code=settings.trust_remote_code)
-        parsers = vllm_parsers(settings, tokenizer)
-        return tokenizer, parsers, None if parsers is None else parsers.formats(settings)
-
-    async def _prepare(self, engine: Any) -> None:
-        """Make a new engine ready to serve."""
-        await engine.reset_mm_cache()  # vLLM's profiling leaves dummy images there
-        await asyncio.gather(
-            *(self._probes.warm(engine, replica) for replica in range(replica_count(engine)))
-        )
-        await self._adapters.load(engine, again=self._loaded)
+        return tokenizer, vllm_parsers(settings, tokenizer)
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
 
     @property
+    def _loaded(self) -> Serving:
+        assert self._serving is not None, "load() has not returned"
+        return self._serving
+
+    @property
     def capabilities(self) -> Capabilities:
-        assert self._capabilities is not None, "load() has not returned"
-        return self._capabilities
+        return self._loaded.capabilities
 
     @property
     def model(self) -> PromptModel:
-        return self._model
+        return self._loaded.model
 
     @property
     def adapters(self) -> AdapterStore | None:
-        return self._adapters if self._settings.enable_lora else None
+        return self._loaded.adapters if self._settings.enable_lora else None
 
     async def prepare(
         self, token_ids: list[int], parts: Sequence[MediaPart], request: EngineRequest | None
     ) -> VllmPrompt:
-        engine = self._engine()
-        adapter = None if request is None else self._adapters.taken(request.adapter, request.model)
+        engine, serving = self._engine(), self._loaded
+        adapter = None if request is None else serving.adapters.taken(request.adapter, request.model)
         try:
             theirs = None if request is None else await self._parameters(engine, request)
-            written = self._prompts.with_placeholders(token_ids, parts)
-            prompt = await place_images(self._vllm, engine, written, parts, self._prompts.embeddings)
+            written = serving.prompts.with_placeholders(token_ids, parts)
+            prompt = await place_images(serving.vllm, engine, written, parts, serving.prompts.embeddings)
         except BaseException:
             if adapter is not None:
                 adapter.give_back()
@@ -269,20 +279,27 @@ class VllmEngine:
         return VllmPrompt(engine, prompt, theirs, adapter)
 
     async def _parameters(self, engine: Any, request: EngineRequest) -> Any:
-        constraint = request.constraint
+        """Return vLLM's parameters of a request. Raises InvalidRequest."""
+        serving, constraint = self._loaded, request.constraint
         if constraint is not None and request.grammar is not None:
             constraint = constraint_for_vllm(constraint, request.grammar)
-        theirs = to_vllm(self._vllm, request.params, request.n, constraint, self._samplers)
-        check = partial(check_runner_limits, self._vllm, engine, theirs, self._prompts.eos_token_ids)
-        if theirs.bad_words:
-            await self._in_thread(check)  # which makes tokens of them
-        else:
-            check()
+        theirs = to_vllm(serving.vllm, request.params, request.n, constraint, serving.samplers)
+        if (limits := runner_limits(engine.vllm_config)) is not None:
+            ends, tokenizer = serving.prompts.eos_token_ids, engine.get_tokenizer()
+            check = partial(check_runner_limits, serving.vllm, limits, theirs, ends, tokenizer)
+            if theirs.bad_words:
+                await self._in_thread(check)  # which makes tokens of them
+            else:
+                check()
         return theirs
 
     async def generate(self, prompt: VllmPrompt, request: EngineRequest) -> VllmStream:
-        engine, theirs, most = prompt.engine, prompt.parameters, request.params.max_tokens
-        assert self._supervisor is not None, "load() has not returned"
+        engine, theirs, most, serving = (
+            prompt.engine,
+            prompt.parameters,
+            request.params.max_tokens,
+            self._loaded,
+        )
         try:
             check_prompt_logprobs(request.params, len(prompt.token_ids), request.n)
         except InvalidRequest:
@@ -290,88 +307,85 @@ class VllmEngine:
             raise
         if most is not None and most != theirs.max_tokens:
             theirs.max_tokens, theirs.min_tokens = most, min(theirs.min_tokens, most)
+        outputs = engine.generate(
+            prompt.prompt,
+            theirs,
+            f"{request.request_id}-{next(self._numbers)}",
+            lora_request=None if prompt.adapter is None else prompt.adapter.request,
+            priority=request.priority,
+        )
+        param = None if request.constraint is None else request.constraint.param
+
+        def failure(error: Exception, begun: bool) -> ServingError:
+            if isinstance(error, serving.vllm.EngineDeadError) and self._closed:
+                return Unavailable("the server is stopping", retry_after=5)
+            return failed(serving.vllm, engine, error, param, begun=begun)
+
+        def ended(stream: VllmStream) -> None:
+            prompt.discard()
+            self._open.discard(stream)
+            serving.supervisor.in_flight = len(self._open)
+
         stream = VllmStream(
-            engine.generate(
-                prompt.prompt,
-                theirs,
-                f"{request.request_id}-{next(self._numbers)}",
-                lora_request=None if prompt.adapter is None else prompt.adapter.request,
-                priority=request.priority,
-            ),
-            request.params,
-            choices=request.n,
+            outputs,
+            request,
             images=bool(prompt.images),
-            constrained=request.constraint is not None,
-            eos_token_ids=self._prompts.eos_token_ids,
-            failure=partial(self._failure, engine, request.constraint),
-            ended=partial(self._forget, prompt=prompt),
+            eos_token_ids=serving.prompts.eos_token_ids,
+            failure=failure,
+            ended=ended,
         )
         self._open.add(stream)
-        self._supervisor.in_flight = len(self._open)
+        serving.supervisor.in_flight = len(self._open)
         await stream.start()
-        self._supervisor.answered = True
+        serving.supervisor.answered = True
         return stream
 
     def health(self) -> Health:
-        if self._supervisor is None or not self._loaded:
+        if self._serving is None or self._closed:
             return Health(False, "the model is loading")
-        return self._supervisor.health()
+        return self._serving.supervisor.health()
 
     def stats(self) -> BackendStats:
-        supervisor, counters = self._supervisor, self._counters
-        if supervisor is None or not self._loaded:
+        serving, counters = self._serving, self._counters
+        if serving is None or self._closed:
             return BackendStats()
         # vLLM reports nothing after the last request has ended, so its last report is outdated then.
         usage = list(counters.cache_usage.values()) if self._open else []
         running = sum(stream.started for stream in self._open)
+        families = serving.vllm.get_prometheus_registry().collect()
         return BackendStats(
             running=running,
             waiting=len(self._open) - running,
-            kv_blocks_used=round(self._blocks * sum(usage) / self._replicas),
-            kv_blocks_total=self._blocks,
+            kv_blocks_used=round(serving.blocks * sum(usage) / serving.replicas),
+            kv_blocks_total=serving.blocks,
             prefix_cache_queries=counters.prefix_queries,
             prefix_cache_hits=counters.prefix_hits,
             encoder_cache_queries=counters.mm_queries,
             encoder_cache_hits=counters.mm_hits,
             preemptions=counters.preemptions,
-            engine_restarts=supervisor.restarts,
-            replicas=self._replicas,
-            replicas_ready=self._replicas if supervisor.health().ready else 0,
-            series=tuple(series(self._vllm)),
+            engine_restarts=serving.supervisor.restarts,
+            replicas=serving.replicas,
+            replicas_ready=serving.replicas if serving.supervisor.health().ready else 0,
+            series=[family for family in families if family.name.startswith("vllm:")],
         )
 
     async def close(self) -> None:
-        if self._loaded:
-            self._adapters.close()
-        self._loaded = False
+        self._closed = True
+        if self._serving is not None:
+            self._serving.adapters.close()
         if self._supervisor is not None:
             await self._supervisor.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _engine(self) -> Any:
         """Return the engine that serves now. Raises Unavailable."""
-        supervisor = self._supervisor
-        if supervisor is None or not self._loaded:
+        if self._serving is None or self._closed:
             raise Unavailable("the model is still loading", retry_after=5)
+        supervisor = self._serving.supervisor
         if supervisor.engine is None or supervisor.engine.errored:
             reason = "failed too often" if supervisor.given_up else "is being restarted; try again"
             raise Unavailable(f"the engine {reason}", retry_after=5)
         return supervisor.engine
-
-    def _forget(self, stream: VllmStream, prompt: VllmPrompt) -> None:
-        prompt.discard()
-        self._open.discard(stream)
-        if self._supervisor is not None:
-            self._supervisor.in_flight = len(self._open)
-
-    def _failure(
-        self, engine: Any, constraint: Constraint | None, error: Exception, begun: bool
-    ) -> ServingError:
-        if isinstance(error, self._vllm.EngineDeadError) and not self._loaded:
-            return Unavailable("the server is stopping", retry_after=5)
-        param = None if constraint is None else constraint.param
-        # If vLLM's output loop has failed, its exception can arrive before the first output, too.
-        return failed(self._vllm, error, param, accepted=begun or engine.errored)
 
 
 @dataclass(slots=True)

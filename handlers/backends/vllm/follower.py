@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_JOINED = b""
+_PART = "this machine's part of the engine"
 
 
 class VllmFollower:
@@ -41,7 +41,6 @@ class VllmFollower:
 
     def __init__(self, configuration: Configuration, model_path: Path) -> None:
         self._configuration = configuration
-        self._settings = configuration.settings
         self._path = model_path
         self._supervisor: Supervisor[Workers] | None = None
 
@@ -51,26 +50,27 @@ class VllmFollower:
         progress.current().begin("starting vLLM")
         # Made as on the first machine, so that the parts of the engine agree about samplers and adapters.
         arguments = (await asyncio.to_thread(EngineBuilder, self._configuration, self._path)).arguments
+        settings = self._configuration.settings
         supervisor = Supervisor(
-            "this machine's part of the engine",
-            lambda: Workers.start(arguments, self._settings.model_loading_timeout),
+            _PART,
+            lambda: Workers.start(arguments, settings.model_loading_timeout),
             # One more, since their end with the engine is not a failure of theirs.
-            retry_threshold=self._settings.retry_threshold + 1,
+            retry_threshold=settings.retry_threshold + 1,
         )
         await supervisor.start()
         self._supervisor = supervisor
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(max_model_len=self._settings.max_model_len or 0, images=False)
+        return Capabilities(max_model_len=self._configuration.settings.max_model_len or 0, images=False)
 
     def health(self) -> Health:
-        if self._supervisor is None:
-            return Health(False, "this machine's part of the engine is being started")
-        if self._supervisor.current is not None:
+        supervisor = self._supervisor
+        if supervisor is None:
+            return Health(False, f"{_PART} is being started")
+        if supervisor.current is not None:
             return Health(True, "ready")
-        reason = self._supervisor.reason("this machine's part of the engine")
-        return Health(False, reason, lost=self._supervisor.given_up)
+        return Health(False, supervisor.reason(_PART), lost=supervisor.given_up)
 
     def stats(self) -> BackendStats:
         return BackendStats(engine_restarts=0 if self._supervisor is None else self._supervisor.restarts)
@@ -103,24 +103,23 @@ class Workers:
             OSError: The process cannot be started.
         """
         child = await Child.start(__name__, "vllm", Log(logger))
-        failed = "the workers of this machine did not start: "
+        workers = cls(child)
         try:
             child.send(pickle.dumps(arguments))
             async with asyncio.timeout(seconds), weights_told(Path(arguments["model"]), lambda: (child.pid,)):
-                reason = await child.receive()
-            if reason != _JOINED:
-                raise InvalidConfiguration(failed + reason.decode(errors="replace"))
+                failure = (await child.receive()).decode(errors="replace")
         except BaseException as error:
-            child.kill()
-            await child.wait()
+            await workers.stop()
             if isinstance(error, TimeoutError):
-                raise InvalidConfiguration(
-                    "the first machine did not accept the workers of this one in time"
-                ) from error
-            if isinstance(error, EOFError):
-                raise InvalidConfiguration(failed + "their process ended") from error
-            raise
-        return cls(child)
+                text = "the first machine did not accept the workers of this one in time"
+                raise InvalidConfiguration(text) from error
+            if not isinstance(error, EOFError):
+                raise
+            failure = "their process ended"
+        if failure:
+            await workers.stop()
+            raise InvalidConfiguration(f"the workers of this machine did not start: {failure}")
+        return workers
 
     async def lost(self) -> str:
         await self._child.wait()
@@ -132,7 +131,7 @@ class Workers:
 
 
 def main() -> None:
-    """Run the workers until one of them ends, as all do with the engine."""
+    """Run the workers until one of them ends, as all do with the engine; the reply is empty, or why they failed."""
     parent = Parent(die_with_it=False)
     arguments = parent.receive()
     if arguments is None:
@@ -143,7 +142,7 @@ def main() -> None:
     except Exception as error:
         parent.send((str(error) or type(error).__name__).encode())
         raise
-    parent.send(_JOINED)
+    parent.send(b"")
     executor.start_worker_monitor(inline=True)
 
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import NO_TOKEN_LEFT
 from engine.messages import Logprobs
-from handlers.backends.base import TokenOutput
+from handlers.backends.base import EngineRequest, TokenOutput
 from handlers.errors import EngineFailed, ImagesLost, InvalidRequest, Overloaded, ServingError
 
 if TYPE_CHECKING:
-    from engine.sampling_params import SamplingParams
     from handlers.backends.vllm.compat import Vllm
 
 _LONGEST_REASON = 300
@@ -31,27 +30,30 @@ class VllmStream:
     def __init__(
         self,
         outputs: AsyncGenerator[Any, None],
-        params: SamplingParams,
+        request: EngineRequest,
         *,
-        choices: int,
         images: bool,
-        constrained: bool,
         eos_token_ids: Sequence[int],
         failure: Callable[[Exception, bool], ServingError],
         ended: Callable[[VllmStream], None],
     ) -> None:
-        """Prepare to read a request's outputs, each with what is new; `start` waits for the first.
+        """Prepare to read a request's outputs; `start` waits for the first.
 
-        failure makes the client's error of vLLM's exception, and of whether an output came before it. ended is called
-        once, when nothing runs any more.
+        Args:
+            outputs: vLLM's, each with what is new.
+            request: What was asked for.
+            images: Whether its prompt has any.
+            eos_token_ids: The model's own.
+            failure: Makes the client's error of vLLM's exception, and of whether an output came before it.
+            ended: Called once, when nothing runs any more.
         """
         self.started = False
         self._outputs = outputs
-        self._params = params
-        self._open = set(range(choices))
+        self._params = request.params
+        self._open = set(range(request.n))
         self._images = images
-        self._constrained = constrained
-        self._eos = frozenset(eos_token_ids) - frozenset(params.stop_token_ids)
+        self._constrained = request.constraint is not None
+        self._eos = frozenset(eos_token_ids) - frozenset(request.params.stop_token_ids)
         self._failure = failure
         self._ended: Callable[[VllmStream], None] | None = ended
         self._first: Any = None
@@ -117,8 +119,8 @@ class VllmStream:
             self._end()
 
     def _end(self) -> None:
-        if self._ended is not None:
-            ended, self._ended = self._ended, None
+        ended, self._ended = self._ended, None
+        if ended is not None:
             ended(self)
 
     def _read(self, completion: Any) -> TokenOutput:
@@ -142,6 +144,7 @@ class VllmStream:
 
 
 def _read_all(token_ids: Sequence[int], entries: Sequence[Any], count: int) -> list[Any]:
+    """Return for each position its token and the `count` most likely ones; None where vLLM has nothing."""
     return [
         _position(token, entry, count) if entry else None
         for token, entry in zip(token_ids, entries, strict=False)
@@ -149,29 +152,27 @@ def _read_all(token_ids: Sequence[int], entries: Sequence[Any], count: int) -> l
 
 
 def _position(token: int, entry: dict[int, Any], count: int) -> Logprobs:
-    """Return the chosen token and the `count` most likely ones."""
     ranked = sorted(entry.items(), key=lambda item: item[1].rank or 0)
-    items = [(token, entry[token]), *ranked[:count]]
-    return Logprobs(
-        [each for each, _ in items],
-        [float(one.logprob) for _, one in items],
-        [int(one.rank or 0) for _, one in items],
-    )
+    ids, found = zip((token, entry[token]), *ranked[:count], strict=True)
+    return Logprobs(list(ids), [float(one.logprob) for one in found], [int(one.rank or 0) for one in found])
 
 
-def failed(vllm: Vllm, error: Exception, param: str | None = None, *, accepted: bool = False) -> ServingError:
+def failed(
+    vllm: Vllm, engine: Any, error: Exception, param: str | None = None, *, begun: bool = False
+) -> ServingError:
     """Return the client's error for a request that ended with an exception of vLLM's.
 
     Args:
         vllm: The imported names.
+        engine: The one that had the request.
         error: vLLM's exception.
         param: The client's field, if a refusal names none.
-        accepted: Whether the engine had accepted the request. A later failure is not a refusal, whatever its type: vLLM
-            passes a failure of its own loop to all requests.
+        begun: Whether an output came before it. A later failure is not a refusal, whatever its type: vLLM passes a
+            failure of its own loop to all requests, which may also be before their first output.
     """
     if isinstance(error, vllm.EngineDeadError):
         return EngineFailed("the engine process died while it worked on this request; try again")
-    if not accepted:
+    if not (begun or engine.errored):
         if isinstance(error, vllm.GracefulHTTPError):
             return Overloaded("the engine's queue is full; try again later", retry_after=1)
         cause = error.__cause__ if isinstance(error, vllm.EngineGenerateError) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from handlers.backends.vllm.compat import load_parsing
@@ -22,7 +22,7 @@ from handlers.parsers.base import (
     ReasoningFormat,
     ToolFormat,
 )
-from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, answer_formats, of_vllm, openai_call_id
+from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, of_vllm, openai_call_id
 from handlers.prompts.tokenizer import skipped_tokens
 from properties.names import key_of
 
@@ -42,47 +42,42 @@ _EXAMPLE: dict[str, Any] = {
 
 def vllm_parsers(settings: Settings, tokenizer: Any) -> VllmParsers | None:
     """Return vLLM's parsers; None if the options name none of them. Blocks. Raises InvalidConfiguration."""
-    if of_vllm(settings.tool_call_parser, TOOL_FORMATS) or of_vllm(
-        settings.reasoning_parser, REASONING_FORMATS
-    ):
-        return VllmParsers(tokenizer)
-    return None
+    tools = of_vllm(settings.tool_call_parser, TOOL_FORMATS)
+    reasoning = of_vllm(settings.reasoning_parser, REASONING_FORMATS)
+    return None if tools is None and reasoning is None else VllmParsers(settings, tokenizer)
 
 
 class VllmParsers:
     """Makes vLLM's parsers for the completions of one model.
 
     Attributes:
+        formats: How completions are parsed: by vLLM's parsers where the options name them, by ours otherwise.
         model_config: vLLM's, once the engine has it; in some families the ids of calls depend on it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Import vLLM. Blocks. Raises InvalidConfiguration."""
+    def __init__(self, settings: Settings, tokenizer: Any) -> None:
+        """Import vLLM. Blocks.
+
+        Raises InvalidConfiguration if vLLM has no such parser, or if it cannot read this model's completions.
+        """
         self._vllm = load_parsing()
         # The parsers ask for the whole vocabulary, which takes a tenth of a second unless it is cached.
         self.tokenizer = self._vllm.get_cached_tokenizer(tokenizer)
         self.model_config: Any = None
-
-    def formats(self, settings: Settings) -> AnswerFormats:
-        """Return how completions are parsed: by vLLM's parsers where the options name them, by ours otherwise.
-
-        Raises InvalidConfiguration if vLLM has no such parser, or if it cannot read this model's completions.
-        """
         tools, reasoning = settings.tool_call_parser, settings.reasoning_parser
         their_tools, their_reasoning = of_vllm(tools, TOOL_FORMATS), of_vllm(reasoning, REASONING_FORMATS)
-        formats = answer_formats(
-            tools if their_tools is None else None,
-            settings.enable_auto_tool_choice,
-            reasoning if their_reasoning is None else None,
+        self.formats = AnswerFormats(
+            tools=TOOL_FORMATS.get(tools or "")
+            if their_tools is None
+            else ToolFormat(*self._maker(their_tools, None), openai_call_id),
+            auto=tools is not None and settings.enable_auto_tool_choice,
+            reasoning=REASONING_FORMATS.get(reasoning or "")
+            if their_reasoning is None
+            else ReasoningFormat(*self._maker(None, their_reasoning)),
+            together=self._maker(their_tools, their_reasoning)[0]
+            if their_tools and their_reasoning
+            else None,
         )
-        if their_tools is not None:
-            tool_format = ToolFormat(*self._maker(their_tools, None), openai_call_id)
-            formats = replace(formats, tools=tool_format, auto=settings.enable_auto_tool_choice)
-        if their_reasoning is not None:
-            formats = replace(formats, reasoning=ReasoningFormat(*self._maker(None, their_reasoning)))
-        if their_tools is not None and their_reasoning is not None:
-            formats = replace(formats, together=self._maker(their_tools, their_reasoning)[0])
-        return formats
 
     def _maker(
         self, tools: str | None, reasoning: str | None
@@ -106,33 +101,29 @@ class VllmParsers:
         markers = frozenset(skipped_tokens(self.tokenizer)) if special else frozenset[str]()
 
         def make(asked: Asked) -> VllmParser:
-            return VllmParser(self, lambda: self._opened(kind, asked), asked.prompt_token_ids, str(name))
+            return VllmParser(
+                lambda: self._opened(kind, asked), self.tokenizer, asked.prompt_token_ids, str(name)
+            )
 
         return make, markers
 
     def _opened(self, kind: Any, asked: Asked) -> tuple[Any, Any]:
         """Return vLLM's parser and the request that it is given, with only those parts of tools that we check."""
         checked = ("name", "description", "parameters")
-        kept = [
-            {
-                "type": "function",
-                "function": {key: part for key, part in tool["function"].items() if key in checked},
-            }
-            for tool in asked.tools
+        functions = [
+            {key: part for key, part in tool["function"].items() if key in checked} for tool in asked.tools
         ]
+        variables = dict(asked.template_kwargs)
         request = self._vllm.ChatCompletionRequest(
             messages=[{"role": "user", "content": ""}],
-            tools=kept or None,
+            tools=[{"type": "function", "function": function} for function in functions] or None,
             # Since 0.33 the default is None, which would hide whether the parser changes it.
             skip_special_tokens=True,
-            tool_choice="auto" if kept else "none",
-            chat_template_kwargs=dict(asked.template_kwargs),
+            tool_choice="auto" if functions else "none",
+            chat_template_kwargs=variables,
         )
         parser = kind(
-            self.tokenizer,
-            request.tools,
-            chat_template_kwargs=dict(asked.template_kwargs),
-            model_config=self.model_config,
+            self.tokenizer, request.tools, chat_template_kwargs=variables, model_config=self.model_config
         )
         return parser, request
 
@@ -157,19 +148,22 @@ class VllmParser:
 
     def __init__(
         self,
-        model: VllmParsers,
         open_parser: Callable[[], tuple[Any, Any]],
+        tokenizer: Any,
         prompt_token_ids: Sequence[int],
         name: str,
     ) -> None:
-        """open_parser: makes vLLM's parser and the request that it is given."""
-        self._model = model
-        self._open_parser = open_parser
+        """open_parser: makes vLLM's parser and the request that it is given. name: for the log."""
+        self.open_parser = open_parser
+        self.tokenizer = tokenizer
         self._prompt_token_ids = list(prompt_token_ids)
         self._name = name
-        self._opened: tuple[Any, Any] | None = None
         self._failed = False
         self._shown = _Shown()
+
+    @cached_property
+    def _opened(self) -> tuple[Any, Any]:
+        return self.open_parser()
 
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
         if self._failed:
@@ -185,7 +179,7 @@ class VllmParser:
 
     def whole(self, text: str, token_ids: Sequence[int] = ()) -> list[Piece]:
         try:
-            parser, request = self._parser()
+            parser, request = self._opened
             if hasattr(parser, "set_prompt_token_ids"):
                 parser.set_prompt_token_ids(self._prompt_token_ids)
             reasoning, content, calls = parser.parse(
@@ -206,7 +200,7 @@ class VllmParser:
             return [Content(text)] if text else []
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._model.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _cut(self, text: str, token_ids: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
         """Cut a delta into its tokens, unless their texts are not those of the delta.
@@ -219,7 +213,7 @@ class VllmParser:
         at = 0
         for token_id in token_ids if len(token_ids) > 1 else ():
             held.append(token_id)
-            more = str(self._model.tokenizer.decode(held, skip_special_tokens=False))
+            more = str(self.tokenizer.decode(held, skip_special_tokens=False))
             if more.endswith("\ufffd"):
                 continue
             if not text.startswith(more, at):
@@ -230,16 +224,11 @@ class VllmParser:
             at, held = at + len(more), []
         return parts if parts and not held and at == len(text) else [(text, token_ids)]
 
-    def _parser(self) -> tuple[Any, Any]:
-        if self._opened is None:
-            self._opened = self._open_parser()
-        return self._opened
-
     def _read(self, text: str, token_ids: Sequence[int], *, finished: bool) -> list[Piece]:
         if self._failed:
             return []
         try:
-            parser, request = self._parser()
+            parser, request = self._opened
             message = parser.parse_delta(
                 text, list(token_ids), request, self._prompt_token_ids, finished=finished
             )

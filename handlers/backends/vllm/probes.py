@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from handlers.backends.vllm.compat import replica_count
 from handlers.backends.vllm.outputs import failed
@@ -48,6 +48,10 @@ def stat_logger(vllm: Vllm, counters: Counters) -> Any:
     vLLM does not promise that this interface is stable, so a missing field counts as 0.
     """
 
+    def number(source: Any, name: str) -> float:
+        value = getattr(source, name, 0)
+        return value if isinstance(value, int | float) else 0
+
     class Recorder(vllm.StatLoggerBase):  # type: ignore[misc, name-defined]
         def __init__(self, *_: Any) -> None:
             pass
@@ -62,13 +66,13 @@ def stat_logger(vllm: Vllm, counters: Counters) -> Any:
         ) -> None:
             counters.signs[engine_idx] = time.monotonic()
             if scheduler_stats is not None:
-                counters.cache_usage[engine_idx] = float(_number(scheduler_stats, "kv_cache_usage"))
+                counters.cache_usage[engine_idx] = float(number(scheduler_stats, "kv_cache_usage"))
                 prefix = getattr(scheduler_stats, "prefix_cache_stats", None)
-                counters.prefix_queries += int(_number(prefix, "queries"))
-                counters.prefix_hits += int(_number(prefix, "hits"))
-            counters.preemptions += int(_number(iteration_stats, "num_preempted_reqs"))
-            counters.mm_queries += int(_number(mm_cache_stats, "queries"))
-            counters.mm_hits += int(_number(mm_cache_stats, "hits"))
+                counters.prefix_queries += int(number(prefix, "queries"))
+                counters.prefix_hits += int(number(prefix, "hits"))
+            counters.preemptions += int(number(iteration_stats, "num_preempted_reqs"))
+            counters.mm_queries += int(number(mm_cache_stats, "queries"))
+            counters.mm_hits += int(number(mm_cache_stats, "hits"))
 
         def log_engine_initialized(self) -> None:
             pass
@@ -76,85 +80,62 @@ def stat_logger(vllm: Vllm, counters: Counters) -> Any:
     return Recorder
 
 
-def _number(source: Any, name: str) -> float:
-    value = getattr(source, name, 0)
-    return value if isinstance(value, int | float) else 0
+async def ask(vllm: Vllm, engine: Any, replica: int, prompt: Any = None, **params: Any) -> None:
+    """Have one replica answer a request, by default with a single token to any prompt."""
+    fields = {"temperature": 0.0, "max_tokens": 1, "detokenize": False, **params}
+    if engine.model_config.return_sampling_mask:
+        # Requests must sample then, and from a bounded number of tokens.
+        fields |= {"temperature": 1.0, "top_k": 1}
+    outputs = engine.generate(
+        prompt or _tokens(1),
+        vllm.SamplingParams(**fields),
+        f"probe-{uuid4()}",
+        data_parallel_rank=replica if replica_count(engine) > 1 else None,
+    )
+    async for _ in outputs:
+        pass
 
 
-def series(vllm: Vllm) -> Iterator[Any]:
-    """Yield vLLM's own metric families."""
-    for family in vllm.get_prometheus_registry().collect():
-        if family.name.startswith("vllm:"):
-            yield family
+async def warm(vllm: Vllm, engine: Any, replica: int) -> None:
+    """Have one replica compile what the first requests would otherwise wait for.
+
+    The first request with log probabilities waits seconds for a compiler, and again for several rows, as with a prompt
+    of three tokens. Features that the options forbid are skipped.
+    """
+    count = min(1, engine.model_config.max_logprobs % 2**31)  # -1: no limit
+    fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 2, "logprobs": count}
+    if not engine.vllm_config.cache_config.kv_sharing_fast_prefill:
+        fields["prompt_logprobs"] = count
+    try:
+        await ask(vllm, engine, replica, _tokens(3), **fields)
+    except Exception as error:
+        known = failed(vllm, engine, error)
+        if not isinstance(known, InvalidRequest):
+            raise
+        logger.warning("first requests may wait for a compiler: %s", known.message)
+        await ask(vllm, engine, replica)
 
 
-class Probes:
-    """Sends requests of our own to an engine."""
+async def accepted_embeddings(vllm: Vllm, engine: Any, prompts: VllmPrompts) -> EmbeddingsWanted | None:
+    """Return the embeddings that the model accepts; None if it accepts none.
 
-    def __init__(self, vllm: Vllm, numbers: Iterator[int]) -> None:
-        """numbers: make the ids of all requests to an engine unique."""
-        self._vllm = vllm
-        self._numbers = numbers
-
-    async def ask(self, engine: Any, replica: int) -> None:
-        """Have one replica generate a token."""
-        await self._generate(engine, replica, _tokens(1), max_tokens=1)
-
-    async def warm(self, engine: Any, replica: int) -> None:
-        """Have one replica compile what the first requests would otherwise wait for.
-
-        The first request with log probabilities waits seconds for a compiler, and again for several rows, as with a
-        prompt of three tokens. Features that the options forbid are skipped.
-        """
-        count = min(1, engine.model_config.max_logprobs % 2**31)  # -1: no limit
-        fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "logprobs": count}
-        if not engine.vllm_config.cache_config.kv_sharing_fast_prefill:
-            fields["prompt_logprobs"] = count
-        try:
-            await self._generate(engine, replica, _tokens(3), max_tokens=2, **fields)
-        except Exception as error:
-            known = failed(self._vllm, error, accepted=engine.errored)
-            if not isinstance(known, InvalidRequest):
-                raise
-            logger.warning("first requests may wait for a compiler: %s", known.message)
-            await self.ask(engine, replica)
-
-    async def embeddings(self, engine: Any, prompts: VllmPrompts) -> EmbeddingsWanted | None:
-        """Return the embeddings that the model accepts; None if it accepts none.
-
-        Raises InvalidConfiguration if the engine fails on them.
-        """
-        wanted, token = embeddings_wanted(engine), prompts.renderer.image_token_id
-        if wanted is None or token is None:
-            return None
-        parts = [smallest_embeddings(wanted)]
-        try:
-            prompt = await place_images(
-                self._vllm, engine, prompts.with_placeholders([token], parts), parts, wanted
-            )
-            await self._generate(engine, 0, prompt, max_tokens=1)
-        except ServingError as error:
-            logger.warning("embeddings of images are refused: %s", error.message)
-            return None
-        except Exception as error:
-            raise InvalidConfiguration(
-                "option.enable_mm_embeds: the engine fails on embeddings of this model's images; leave it out"
-            ) from error
-        return wanted
-
-    async def _generate(self, engine: Any, replica: int, prompt: Any, **params: Any) -> None:
-        fields = {"temperature": 0.0, "detokenize": False, **params}
-        if engine.model_config.return_sampling_mask:
-            # Requests must sample then, and from a bounded number of tokens.
-            fields |= {"temperature": 1.0, "top_k": 1}
-        outputs = engine.generate(
-            prompt,
-            self._vllm.SamplingParams(**fields),
-            f"probe-{next(self._numbers)}",
-            data_parallel_rank=replica if replica_count(engine) > 1 else None,
-        )
-        async for _ in outputs:
-            pass
+    Raises InvalidConfiguration if the engine fails on them.
+    """
+    wanted, token = embeddings_wanted(engine), prompts.renderer.image_token_id
+    if wanted is None or token is None:
+        return None
+    parts = [smallest_embeddings(wanted)]
+    try:
+        written = prompts.with_placeholders([token], parts)
+        await ask(vllm, engine, 0, await place_images(vllm, engine, written, parts, wanted))
+    except ServingError as error:
+        logger.warning("embeddings of images are refused: %s", error.message)
+        return None
+    except Exception as error:
+        raise InvalidConfiguration(
+            "option.enable_mm_embeds: the engine fails on embeddings of this model's images; leave it out"
+        ) from error
+    return wanted
 
 
 def _tokens(count: int) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from engine.warping import Warping
 from handlers.backends.vllm.compat import RunnerRequests, logits_processor_classes, process_dict_updates
 from handlers.backends.vllm.sampling import KEY, Carried
 
-_REMEMBERED = 4096
+REMEMBERED = 4096
 """Completions whose Mirostat state outlasts a preemption."""
 
-_ELEMENTS = 1 << 22
+MOST_LOGITS = 1 << 22
 """The most logits that are sampled at a time, since vLLM leaves little memory."""
 
 _Older, _Newer = logits_processor_classes()
@@ -39,10 +39,10 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
 
     def __init__(self, vllm_config: Any, where: Any, pinned: bool = False) -> None:
         """where: the older runner's device, or the newer one's state of its requests."""
-        self._made = Rows()
         self._requests = RunnerRequests(where)
         self._asking: dict[int, Any] = {}
         self._rows: dict[int, Row] = {}
+        self._mirostats: OrderedDict[tuple[int, int], Warping] = OrderedDict()
         self._update = process_dict_updates()
 
     def is_argmax_invariant(self) -> bool:
@@ -50,7 +50,7 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
 
     def update_state(self, batch_update: Any) -> None:
         if batch_update is not None:
-            self._update(self._rows, batch_update, self._made.row)
+            self._update(self._rows, batch_update, self.row)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Return whether this request needs the processor."""
@@ -87,12 +87,30 @@ class SamplerProcessor(_Older, _Newer):  # type: ignore[misc, valid-type]
         row = self._rows.get(place)
         known = 0 if row is None else len(row.prompt) + len(row.output)
         if row is None or not known <= length <= known + 1:
-            row = self._made.row(self._asking[place], *self._requests.tokens(place, length))
+            row = self.row(self._asking[place], *self._requests.tokens(place, length))
             assert row is not None, "asked for it when it was added"
             self._rows[place] = row
         elif length > known:
             row.output.append(last)
         return row
+
+    def row(self, params: Any, prompt: Sequence[int] | None, output: list[int]) -> Row | None:
+        """Return the row of a completion; None if vLLM samples it by itself. params: vLLM's SamplingParams.
+
+        The Mirostat state of a completion that was preempted is remembered.
+        """
+        if not _asks(params):
+            return None
+        carried = msgspec.msgpack.decode(params.extra_args[KEY], type=Carried)
+        seed = (params.seed or 0) % 2**63
+        warping = Warping.of(carried.params, seed)
+        if warping is not None and warping.mirostat:
+            completion = (carried.request, seed)
+            warping = self._mirostats.setdefault(completion, warping)
+            self._mirostats.move_to_end(completion)
+            if len(self._mirostats) > REMEMBERED:
+                self._mirostats.popitem(last=False)
+        return Row(carried.params, seed, prompt or (), output, warping, params.structured_outputs is not None)
 
 
 class Row:
@@ -134,28 +152,6 @@ class Row:
         return state
 
 
-class Rows:
-    """Makes the rows of one engine, and remembers the Mirostat state of completions that were preempted."""
-
-    def __init__(self) -> None:
-        self._mirostats: OrderedDict[tuple[int, int], Warping] = OrderedDict()
-
-    def row(self, params: Any, prompt: Sequence[int] | None, output: list[int]) -> Row | None:
-        """Return the row of a completion; None if vLLM samples it by itself. params: vLLM's SamplingParams."""
-        if not _asks(params):
-            return None
-        carried = msgspec.msgpack.decode(params.extra_args[KEY], type=Carried)
-        seed = (params.seed or 0) % 2**63
-        warping = Warping.of(carried.params, seed)
-        if warping is not None and warping.mirostat:
-            completion = (carried.request, seed)
-            warping = self._mirostats.setdefault(completion, warping)
-            self._mirostats.move_to_end(completion)
-            if len(self._mirostats) > _REMEMBERED:
-                self._mirostats.popitem(last=False)
-        return Row(carried.params, seed, prompt or (), output, warping, params.structured_outputs is not None)
-
-
 def _asks(params: Any) -> bool:
     return KEY in (params.extra_args or ())
 
@@ -168,7 +164,7 @@ def leave_chosen(logits: Tensor, rows: Mapping[int, Row]) -> None:
     """
     vocab_size = logits.shape[-1]
     sampler = Sampler(vocab_size, logits.device)
-    some = max(1, _ELEMENTS // vocab_size)
+    some = max(1, MOST_LOGITS // vocab_size)
     numbers = list(rows)
     for start in range(0, len(numbers), some):
         part = numbers[start : start + some]

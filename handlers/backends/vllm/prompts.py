@@ -11,9 +11,8 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +20,13 @@ from engine.errors import ModelLoadError
 from engine.families.base import PlaceholderText
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.mistral_format import mistral_weights_alone
-from handlers.backends.vllm.compat import ImageProcessing, image_placeholder
+from handlers.backends.vllm.compat import (
+    accepts_images,
+    embedding_fields,
+    image_placeholder,
+    mistral_tokens,
+    most_rows,
+)
 from handlers.backends.vllm.outputs import refused
 from handlers.errors import ImageError, InvalidRequest, Unavailable
 from handlers.prompts.chat_templates import read_chat_templates
@@ -57,13 +62,13 @@ class VllmPrompts:
         """Read the model's files. Blocks. Raises ModelLoadError."""
         config = engine.model_config
         self.tokenizer = tokenizer
-        self.images = bool(config.is_multimodal_model) and ImageProcessing(engine).takes_images
         templates = read_chat_templates(settings.chat_template, path, tokenizer.chat_template)
         logger.info("chat template: %s", templates.told())
-        self._placeholders: ImagePlaceholders | None = None
+        self.images = accepts_images(engine)
+        token = text = self._written = None
         if self.images:
             placeholder, inserts = image_placeholder(vllm, config)
-            self._placeholders = image_placeholders(
+            token, text, self._written = image_placeholders(
                 tokenizer,
                 placeholder,
                 _image_token_id(config.hf_config),
@@ -71,17 +76,12 @@ class VllmPrompts:
                 inserts=inserts,
                 printed="\x00".join(templates.all),
             )
-            if mistral_weights_alone(path) and (written := ImageProcessing(engine).mistral_tokens):
-                self._placeholders = replace(self._placeholders, written=written)
+            if mistral_weights_alone(path):
+                self._written = mistral_tokens(engine) or self._written
         try:
+            written = None if text is None else PlaceholderText(text)
             self.renderer = PromptRenderer(
-                tokenizer,
-                templates,
-                settings.chat_template_content_format,
-                None if self._placeholders is None else self._placeholders.token,
-                written=None
-                if self._placeholders is None
-                else PlaceholderText(self._placeholders.placeholder),
+                tokenizer, templates, settings.chat_template_content_format, token, written=written
             )
         except ValueError as error:
             raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
@@ -92,11 +92,11 @@ class VllmPrompts:
 
     def with_placeholders(self, token_ids: list[int], parts: Sequence[MediaPart]) -> list[int]:
         """Return a rendered prompt with the tokens that vLLM wants for these images."""
-        if self._placeholders is None or not parts:
+        if self._written is None or not parts:
             return token_ids
         images = [part.loaded.image for part in parts if isinstance(part, ImagePart) and part.loaded]
         sizes = [(image.width, image.height) for image in images]
-        return self._placeholders.replaced(token_ids, self.renderer.image_token_id, sizes)
+        return replaced(token_ids, self.renderer.image_token_id, self._written, sizes)
 
 
 def generation_defaults(config: Any, path: str) -> dict[str, Any]:
@@ -115,8 +115,7 @@ def _image_token_id(config: Any) -> int | None:
     return None
 
 
-@dataclass(frozen=True)
-class ImagePlaceholders:
+class ImagePlaceholders(NamedTuple):
     """What stands for an image.
 
     Attributes:
@@ -130,14 +129,16 @@ class ImagePlaceholders:
     placeholder: str
     written: Callable[[int, tuple[int, int]], list[int]] | None = None
 
-    def replaced(
-        self, token_ids: Sequence[int], token_id: int | None, sizes: Sequence[tuple[int, int]] = ()
-    ) -> list[int]:
-        """Return a rendered prompt as vLLM wants it. sizes: of its images; unknown for embeddings."""
-        if self.written is None:
-            return list(token_ids)
-        images = map(self.written, itertools.count(), itertools.chain(sizes, itertools.repeat((0, 0))))
-        return [each for token in token_ids for each in (next(images) if token == token_id else [token])]
+
+def replaced(
+    token_ids: Sequence[int],
+    token_id: int | None,
+    written: Callable[[int, tuple[int, int]], list[int]],
+    sizes: Sequence[tuple[int, int]] = (),
+) -> list[int]:
+    """Return a prompt with each `token_id` replaced. sizes: of its images; unknown for embeddings."""
+    images = map(written, itertools.count(), itertools.chain(sizes, itertools.repeat((0, 0))))
+    return [each for token in token_ids for each in (next(images) if token == token_id else [token])]
 
 
 def image_placeholders(
@@ -196,9 +197,9 @@ def image_placeholders(
 
 def _stand_in(tokenizer: Any, printed: str) -> str:
     """Return a special token that nothing else prints."""
+    ends = (tokenizer.bos_token, tokenizer.eos_token)
     for token in tokenizer.added_tokens_decoder.values():
         text = str(token.content)
-        ends = (tokenizer.bos_token, tokenizer.eos_token)
         if token.special and text not in ends and text not in printed:
             return text
     raise ModelLoadError(
@@ -301,8 +302,7 @@ def embeddings_wanted(engine: Any) -> EmbeddingsWanted | None:
     """Return what this model accepts in place of images; None if it wants more than is read here."""
     config = engine.model_config
     vision = getattr(config.hf_config, "vision_config", None)
-    processing = ImageProcessing(engine)
-    also = processing.embedding_fields - {_ROWS}
+    also = embedding_fields(engine) - {_ROWS}
     if also - {_GRID}:
         logger.warning("embeddings of images are refused: this model wants %s with them", ", ".join(also))
         return None
@@ -311,7 +311,7 @@ def embeddings_wanted(engine: Any) -> EmbeddingsWanted | None:
     longest = int(config.max_model_len) - 1
     return EmbeddingsWanted(
         hidden_size=int(config.get_inputs_embeds_size()) * layers,
-        most_tokens=min(longest, processing.most_rows or longest),
+        most_tokens=min(longest, most_rows(engine) or longest),
         dtype=str(config.dtype).removeprefix("torch."),
         merge=int(getattr(vision, "spatial_merge_size", None) or 1) if _GRID in also else None,
     )

@@ -22,7 +22,6 @@ from msgspec.structs import replace
 from engine.repetition import Repetition
 from engine.sampling_params import MAX_SEED, SamplingParams
 from engine.warping import Warping
-from handlers.backends.vllm.compat import runner_limits
 from handlers.backends.vllm.outputs import refused
 from handlers.errors import InvalidParameter
 from handlers.model_json import read_object
@@ -107,9 +106,14 @@ HAS_ALL = Samplers()
 
 def offer(arguments: MutableMapping[str, Any]) -> Samplers:
     """Add the processor to the arguments for `AsyncEngineArgs`, unless that would cost a feature of vLLM's."""
+    try:
+        config = read_object(Path(arguments["model"]) / "config.json")
+    except (OSError, ValueError):
+        config = {}
     given = list(arguments.get("logits_processors") or ())
     lacking = None
-    if arguments.get("speculative_config") or _drafts_by_itself(Path(arguments["model"])):
+    # With `speculators_config`, vLLM switches speculative decoding on by itself.
+    if arguments.get("speculative_config") or config.get("speculators_config"):
         lacking = "with speculative decoding"
     elif arguments.get("return_sampling_mask"):
         lacking = "with option.return_sampling_mask"
@@ -117,14 +121,6 @@ def offer(arguments: MutableMapping[str, Any]) -> Samplers:
         arguments["logits_processors"] = [*given, PROCESSOR]
     mode = str(arguments.get("logprobs_mode") or "raw_logprobs")
     return Samplers(lacking, mode.startswith("processed"))
-
-
-def _drafts_by_itself(model: Path) -> bool:
-    """Whether the model's config.json has vLLM switch speculative decoding on."""
-    try:
-        return bool(read_object(model / "config.json").get("speculators_config"))
-    except (OSError, ValueError):
-        return False
 
 
 def wanted(params: SamplingParams) -> bool:
@@ -148,8 +144,17 @@ def to_vllm(
     params are checked, and a constraint is as `constraint_for_vllm` returns it. Raises InvalidRequest if the engine
     does not have a sampler, or if vLLM refuses a value.
     """
-    fields: dict[str, Any] = {name: getattr(params, name) for name in SAME}
-    fields["logit_bias"] = params.logit_bias or None
+    fields: dict[str, Any] = {name: getattr(params, name) for name in SAME} | {
+        "logit_bias": params.logit_bias or None,
+        # A prompt that has more than 31 bits together with min_tokens ends the newer model runner.
+        "min_tokens": min(params.min_tokens, params.max_tokens or _LONGEST),
+        "stop": list(params.stop),
+        "detokenize": bool(params.stop),  # only to find them: the reply's text is made by the pipeline
+        "stop_token_ids": list(params.stop_token_ids),
+        "bad_words": list(params.bad_words) or None,
+    }
+    if params.allowed_token_ids is not None:
+        fields["allowed_token_ids"] = list(dict.fromkeys(params.allowed_token_ids))
     if wanted(params):
         _check_samplers(params, samplers)
         fields |= NEUTRAL | {"extra_args": extra_args(params)}
@@ -160,21 +165,11 @@ def to_vllm(
     if fields["seed"] is not None:
         # Choice i is drawn with seed + i, and a seed of more than 63 bits ends the newer model runner.
         fields["seed"] = min(fields["seed"], MAX_SEED + 1 - n)
-    # So does a prompt that has more than 31 bits together with min_tokens.
-    fields["min_tokens"] = min(params.min_tokens, params.max_tokens or _LONGEST)
-    fields["stop"] = list(params.stop)
-    fields["detokenize"] = bool(params.stop)  # only to find them: the reply's text is made by the pipeline
-    fields["stop_token_ids"] = list(params.stop_token_ids)
-    if params.allowed_token_ids is not None:
-        fields["allowed_token_ids"] = list(dict.fromkeys(params.allowed_token_ids))
-    if params.bad_words:
-        fields["bad_words"] = list(params.bad_words)
     try:
         if constraint is not None:
             fields["structured_outputs"] = _structured(vllm, constraint)
-            fields["ignore_eos"] = (
-                False  # otherwise vLLM continues after the grammar's end, without the grammar
-            )
+            # Otherwise vLLM continues after the grammar's end, without the grammar.
+            fields["ignore_eos"] = False
         return vllm.SamplingParams(n=n, output_kind=vllm.RequestOutputKind.DELTA, **fields)
     except vllm.refusals as error:
         raise refused(error) from error
@@ -195,28 +190,23 @@ def usual_sampling(defaults: Mapping[str, float | int], samplers: Samplers) -> d
 
 def _check_samplers(params: RequestSampling, samplers: Samplers) -> None:
     """Raise InvalidParameter, naming a sampler that the engine does not have."""
-    if samplers.lacking is None and not (samplers.reports_choice and params.logprobs is not None):
-        return
-    temperature = min(params.temperature, HOTTEST)
-    asked = (
-        name
-        for name in params.__struct_fields__
-        if name not in (*SAME, *TRANSLATED)
-        and wanted(replace(_PLAIN, temperature=temperature, **{name: getattr(params, name)}))
-    )
-    name = next(asked, "temperature")
-    value = f"{params.temperature:g}, above {HOTTEST:g}, " if name == "temperature" else ""
     if samplers.lacking is not None:
-        raise InvalidParameter(
-            name,
-            f"{value}is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
-            "option.rolling_batch=rolling",
+        problem = (
+            f"is not a sampler of vLLM {samplers.lacking}: leave it out, or let the operator set "
+            "option.rolling_batch=rolling"
         )
-    raise InvalidParameter(
-        name,
-        f"{value}and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or "
-        "let the operator choose raw_logprobs",
-    )
+    elif samplers.reports_choice and params.logprobs is not None:
+        problem = (
+            "and log probabilities do not go together with option.logprobs_mode=processed_...: leave one out, or let "
+            "the operator choose raw_logprobs"
+        )
+    else:
+        return
+    plain = replace(_PLAIN, temperature=min(params.temperature, HOTTEST))
+    for name in params.__struct_fields__:
+        if name not in (*SAME, *TRANSLATED) and wanted(replace(plain, **{name: getattr(params, name)})):
+            raise InvalidParameter(name, problem)
+    raise InvalidParameter("temperature", f"{params.temperature:g}, above {HOTTEST:g}, {problem}")
 
 
 def check_prompt_logprobs(params: RequestSampling, prompt_tokens: int, choices: int) -> None:
@@ -235,21 +225,13 @@ def check_prompt_logprobs(params: RequestSampling, prompt_tokens: int, choices: 
         )
 
 
-def check_runner_limits(vllm: Vllm, engine: Any, theirs: Any, eos_token_ids: Collection[int]) -> None:
-    """Raise InvalidParameter for lists that are too long for vLLM's newer model runner: there they end the engine.
+def check_runner_limits(
+    vllm: Vllm, limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int], tokenizer: Any
+) -> None:
+    """Raise InvalidParameter for more than vLLM's newer model runner has slots for, which would end the engine.
 
     theirs are vLLM's SamplingParams. With bad words this is slow, since they become tokens.
     """
-    if not (theirs.allowed_token_ids or theirs.logit_bias or theirs.min_tokens or theirs.bad_words):
-        return
-    if (limits := runner_limits(engine.vllm_config)) is not None:
-        check_ids(limits, theirs, eos_token_ids)
-        if theirs.bad_words:
-            check_bad_words(vllm, limits, theirs, engine.get_tokenizer())
-
-
-def check_ids(limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int]) -> None:
-    """Raise InvalidParameter if a request names more token ids than the runner has slots for."""
     for name, most in (("allowed_token_ids", limits.allowed_token_ids), ("logit_bias", limits.logit_bias)):
         count = len(getattr(theirs, name) or ())
         if count > most:
@@ -258,10 +240,8 @@ def check_ids(limits: RunnerLimits, theirs: Any, eos_token_ids: Collection[int])
     if theirs.min_tokens and count > most:
         text = f"and the model's own ends are {count} tokens; allowed: {most} with min_tokens"
         raise InvalidParameter("stop_token_ids", text)
-
-
-def check_bad_words(vllm: Vllm, limits: RunnerLimits, theirs: Any, tokenizer: Any) -> None:
-    """Raise InvalidParameter if the bad words are more tokens than the runner has slots for."""
+    if not theirs.bad_words:
+        return
     spelled = theirs.clone()
     try:
         spelled.update_from_tokenizer(tokenizer)
@@ -323,15 +303,11 @@ def constraint_for_vllm(constraint: Constraint, grammar: str) -> Constraint:
 def _structured(vllm: Vllm, constraint: Constraint) -> Any:
     """Return vLLM's StructuredOutputsParams. Raises InvalidRequest."""
     kind, value = constraint.kind, constraint.value
-    match kind:
-        case "json_object":
-            fields: dict[str, Any] = {"json_object": True}
-        case "json_schema":
-            fields = {"json": value}
-        case "choice":
-            fields = {"choice": json.loads(value or "[]")}
-        case _:
-            fields = {kind: value}
+    fields: dict[str, Any] = {"json" if kind == "json_schema" else kind: value}
+    if kind == "json_object":
+        fields = {kind: True}
+    elif kind == "choice":
+        fields = {kind: json.loads(value or "[]")}
     if constraint.whitespace_pattern == "":
         fields["disable_any_whitespace"] = True
     elif constraint.whitespace_pattern is not None:

@@ -31,8 +31,13 @@ Ask = Callable[[Any, int], Awaitable[None]]
 """Has one replica of an engine, by its number, generate a token."""
 
 
-class EngineSupervisor(Supervisor["_Running"]):
-    """Keeps an engine running; `engine` is None while there is none."""
+class EngineSupervisor(Supervisor["RunningEngine"]):
+    """Keeps an engine running; `engine` is None while there is none.
+
+    Attributes:
+        in_flight: How many requests are in flight.
+        answered: Whether the engine that serves now has answered a request.
+    """
 
     def __init__(
         self,
@@ -53,8 +58,7 @@ class EngineSupervisor(Supervisor["_Running"]):
             ask: Has one replica generate a token.
             counters: The progress that vLLM last reported.
             prepare: Makes a new engine ready to serve.
-            retry_threshold: The number of failures, with no answered request between them, after which the engine is
-                still restarted.
+            retry_threshold: See `Supervisor`.
             loading_seconds: The time limit of one restart.
             suspect_seconds: How long a replica may be silent, with requests in flight, before the engine counts as not
                 ready. For the first half of that time it is only waited for; then it is asked for a token.
@@ -63,17 +67,16 @@ class EngineSupervisor(Supervisor["_Running"]):
         super().__init__(
             "the engine", self._launched, retry_threshold=retry_threshold, start_seconds=loading_seconds
         )
-        self._build = build
         self.ask = ask
-        self._prepare = prepare
         self.signs = counters.signs
         self.quiet = suspect_seconds / 2
         self.stuck = stuck_seconds
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
-        self._guard = Guard()
         self.in_flight = 0
         self.answered = False
-        """Whether the engine that serves now has answered a request."""
+        self._build = build
+        self._prepare = prepare
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="vllm-engine")
+        self._guard = Guard()
 
     @property
     def engine(self) -> Any:
@@ -83,7 +86,7 @@ class EngineSupervisor(Supervisor["_Running"]):
         """Return whether the engine serves now."""
         if self.current is None or self.current.engine.errored:
             return Health(False, self.reason("the engine"), lost=self.given_up)
-        if self.current.suspect:
+        if any(time.monotonic() - asked > self.quiet for asked in self.current.asked.values()):
             return Health(False, "the engine does not answer")
         return Health(True, "ready")
 
@@ -93,7 +96,7 @@ class EngineSupervisor(Supervisor["_Running"]):
         await self._guard.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _launched(self) -> _Running:
+    async def _launched(self) -> RunningEngine:
         others = engine_children()
         building = asyncio.get_running_loop().run_in_executor(self._threads, self._build)
         engine = tree = None
@@ -111,7 +114,7 @@ class EngineSupervisor(Supervisor["_Running"]):
             await self.end(engine, tree or ProcessTree(engine_children() - others))
             raise
         self.answered = False
-        return _Running(self, engine, tree)
+        return RunningEngine(self, engine, tree)
 
     async def end(self, engine: Any, tree: ProcessTree) -> None:
         """End an engine's processes and free what the front end holds of it. engine: None if it was not built."""
@@ -123,10 +126,13 @@ class EngineSupervisor(Supervisor["_Running"]):
             await self._guard.protect([])
 
 
-class _Running:
+class RunningEngine:
     """An engine that serves (see `processes.supervisor.Supervised`).
 
     With data parallelism each replica is watched by itself: one may hang while the others answer.
+
+    Attributes:
+        asked: The time since which a replica owes a token, for those that do.
     """
 
     def __init__(self, owner: EngineSupervisor, engine: Any, tree: ProcessTree) -> None:
@@ -134,7 +140,7 @@ class _Running:
         self._owner = owner
         self._tree = tree
         self._replicas = replica_count(engine)
-        self._asked: dict[int, float] = {}
+        self.asked: dict[int, float] = {}
         self._ending: asyncio.Future[None] | None = None
         self._lost = False
 
@@ -142,23 +148,17 @@ class _Running:
     def served(self) -> bool:
         return self._owner.answered
 
-    @property
-    def suspect(self) -> bool:
-        """Whether a replica has owed its token for too long."""
-        now = time.monotonic()
-        return any(now - asked > self._owner.quiet for asked in self._asked.values())
-
     async def lost(self) -> str:
         watching = [asyncio.create_task(self._until_dead())]
         watching += [asyncio.create_task(self._until_silent(replica)) for replica in range(self._replicas)]
         try:
             done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
-            self._lost = True
-            return done.pop().result()
         finally:
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
+        self._lost = True
+        return done.pop().result()
 
     async def stop(self) -> None:
         """Fail the requests of a lost engine at once; vLLM would do so only after all of its processes have ended."""
@@ -192,27 +192,30 @@ class _Running:
     async def _answers(self, replica: int) -> bool:
         """Ask for a token. Progress of any other request counts as an answer too; a death is not noticed here."""
         owner = self._owner
-        asking = asyncio.ensure_future(owner.ask(self.engine, replica))
-        asked = self._asked[replica] = time.monotonic()
+        asking = asyncio.create_task(self._until_answered(replica))
+        asked = self.asked[replica] = time.monotonic()
         try:
-            while True:
-                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
-                if owner.signs[replica] > asked:
-                    return True
-                if asking.done():
-                    # A refusal is no answer, since the requests that a hung engine holds fill its queue. Replicas share
-                    # one queue, which the other ones may have filled.
-                    if (not asking.cancelled() and asking.exception() is None) or self._replicas > 1:
-                        return True
-                    await asyncio.sleep(LOOK_SECONDS)
-                    asking = asyncio.ensure_future(owner.ask(self.engine, replica))
+            while not asking.done() and owner.signs[replica] <= asked:
                 if time.monotonic() - asked > owner.stuck:
                     return False
+                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
+            return True
         finally:
-            del self._asked[replica]
+            del self.asked[replica]
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             owner.signs[replica] = max(asked, owner.signs[replica])
+
+    async def _until_answered(self, replica: int) -> None:
+        while True:
+            try:
+                return await self._owner.ask(self.engine, replica)
+            except Exception:
+                # A refusal is no answer, since the requests that a hung engine holds fill its queue. Replicas share one
+                # queue, which the other ones may have filled.
+                if self._replicas > 1:
+                    return
+                await asyncio.sleep(LOOK_SECONDS)
 
 
 def _kill(engine: Any, tree: ProcessTree) -> None:

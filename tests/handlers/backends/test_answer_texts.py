@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from handlers.backends.base import EngineRequest
 from handlers.backends.vllm.outputs import VllmStream
 from handlers.deltas import Delta, PromptStats
 from handlers.errors import EngineFailed
@@ -85,10 +86,8 @@ def deltas(*outputs: SimpleNamespace, n: int = 1, **params: Any) -> tuple[list[D
         request = GenerationRequest("r", ChatPrompt(SAID), sampling, n=n)
         stream = VllmStream(
             given(),
-            sampling,
-            choices=n,
+            EngineRequest("r", sampling, n),
             images=False,
-            constrained=False,
             eos_token_ids=[END],
             failure=lambda error, begun: EngineFailed(str(error)),
             ended=lambda stream: None,
@@ -148,10 +147,8 @@ def test_a_choice_that_fails_ends_the_others() -> None:
         request = GenerationRequest("r", ChatPrompt(SAID), sampling, n=2)
         stream = VllmStream(
             given(),
-            sampling,
-            choices=2,
+            EngineRequest("r", sampling, 2),
             images=False,
-            constrained=False,
             eos_token_ids=[END],
             failure=lambda error, begun: EngineFailed(str(error)),
             ended=lambda stream: None,

@@ -68,7 +68,7 @@ def text(outcome: Outcome) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.offline.core._POLL_SECONDS", 0.001)
+    monkeypatch.setattr("handlers.offline.core.POLL_SECONDS", 0.001)
 
 
 def test_no_more_than_the_window_are_under_way() -> None:

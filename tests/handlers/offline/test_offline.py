@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw
 
 from handlers import LLM, SamplingParams, StructuredOutputsParams
 from handlers.errors import ImageError, ImageTooLarge, InvalidRequest
-from handlers.offline.prompts import ImageTokens, PromptImages, read_prompt
+from handlers.offline.images import ImageTokens, PromptImages
+from handlers.offline.prompts import read_prompt
 from handlers.request import ImagePart, TextPart
 from handlers.request import RequestSampling as EngineParams
 from properties.problem import ConfigurationError

@@ -23,7 +23,8 @@ from transformers import (
 
 from handlers import LLM, ImageFeatureData, ImagePixelData, MultiModalData, SamplingParams
 from handlers.errors import ImageError, InvalidRequest
-from handlers.offline.prompts import ImageTokens, PromptImages, prompts_with_data, read_prompt
+from handlers.offline.images import ImageTokens, PromptImages
+from handlers.offline.prompts import prompts_with_data, read_prompt
 from handlers.request import EmbeddingsPart, ImagePart, TextPart
 from tests.support.models import text_config
 from tests.support.shapes import SHAPES, drawing, tower_features, tower_pixels

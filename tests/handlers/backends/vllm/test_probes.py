@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from handlers.backends.vllm.probes import Probes
+from handlers.backends.vllm.probes import ask, warm
 
 
 class ClientError(Exception):
@@ -78,10 +77,6 @@ class Engine:
         yield
 
 
-def probes() -> Probes:
-    return Probes(VLLM, itertools.count())
-
-
 @pytest.mark.parametrize(
     ("options", "logprobs", "prompt_logprobs"),
     [
@@ -97,11 +92,11 @@ def test_nothing_is_asked_for_that_an_option_forbids(
 ) -> None:
     engine = Engine(**options)
     with caplog.at_level(logging.WARNING):
-        asyncio.run(probes().warm(engine, 0))
+        asyncio.run(warm(VLLM, engine, 0))
     assert not caplog.messages
     (warmed,) = engine.served
     assert (warmed.logprobs, warmed.prompt_logprobs) == (logprobs, prompt_logprobs)
-    asyncio.run(probes().ask(engine, 0))
+    asyncio.run(ask(VLLM, engine, 0))
     assert len(engine.served) == 2
 
 
@@ -110,11 +105,11 @@ def test_a_refused_warm_up_is_logged_and_the_engine_asked_all_the_same(
 ) -> None:
     engine = Engine(max_model_len=2)
     with caplog.at_level(logging.WARNING):
-        asyncio.run(probes().warm(engine, 0))
+        asyncio.run(warm(VLLM, engine, 0))
     assert "the prompt is too long" in caplog.text
     assert len(engine.served) == 1
 
 
 def test_an_engine_that_fails_on_its_warm_up_does_not_serve() -> None:
     with pytest.raises(EngineGenerateError):
-        asyncio.run(probes().warm(Engine(fails=True), 0))
+        asyncio.run(warm(VLLM, Engine(fails=True), 0))

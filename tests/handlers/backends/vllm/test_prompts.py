@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import ModelLoadError
-from handlers.backends.vllm.prompts import image_placeholders
+from handlers.backends.vllm.prompts import ImagePlaceholders, image_placeholders, replaced
 from tests.support.models import CHAT_TEMPLATE, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -18,6 +18,10 @@ def text(ids: list[int]) -> str:
     return str(TOKENIZER.decode(ids))
 
 
+def written(places: ImagePlaceholders, ids: list[int], token_id: int) -> list[int]:
+    return ids if places.written is None else replaced(ids, token_id, places.written)
+
+
 def always(placeholder: str | None) -> Callable[[int], str | None]:
     return lambda number: placeholder
 
@@ -25,13 +29,13 @@ def always(placeholder: str | None) -> Callable[[int], str | None]:
 def test_a_placeholder_of_one_token_stands_for_itself() -> None:
     places = image_placeholders(TOKENIZER, always("<image>"), None)
     assert (places.token, places.placeholder) == ("<image>", "<image>")
-    assert places.replaced([USER, IMAGE, 5], IMAGE) == [USER, IMAGE, 5]
+    assert written(places, [USER, IMAGE, 5], IMAGE) == [USER, IMAGE, 5]
 
 
 def test_the_configs_token_within_a_longer_placeholder() -> None:
     places = image_placeholders(TOKENIZER, always("<|user|><image><|end|>"), IMAGE)
     assert (places.token, places.placeholder) == ("<image>", "<|user|><image><|end|>")
-    assert places.replaced([IMAGE], IMAGE) == [IMAGE]
+    assert written(places, [IMAGE], IMAGE) == [IMAGE]
 
 
 def test_the_configs_token_where_vllm_writes_another_ones() -> None:
@@ -42,18 +46,18 @@ def test_the_configs_token_where_vllm_writes_another_ones() -> None:
 def test_a_placeholder_of_many_tokens_has_a_stand_in_that_no_template_prints() -> None:
     places = image_placeholders(TOKENIZER, always("[IMG]"), None, printed=CHAT_TEMPLATE)
     assert places.token == "<pad>"
-    assert text(places.replaced([USER, PAD, 5, PAD], PAD)) == "<|user|>[IMG]&[IMG]"
+    assert text(written(places, [USER, PAD, 5, PAD], PAD)) == "<|user|>[IMG]&[IMG]"
 
 
 def test_placeholders_that_count() -> None:
     places = image_placeholders(TOKENIZER, lambda number: f"<|image_{number}|>", None, printed=CHAT_TEMPLATE)
-    assert text(places.replaced([PAD, 5, PAD], PAD)) == "<|image_1|>&<|image_2|>"
+    assert text(written(places, [PAD, 5, PAD], PAD)) == "<|image_1|>&<|image_2|>"
 
 
 def test_a_processor_that_inserts_wants_nothing_in_the_prompt() -> None:
     places = image_placeholders(TOKENIZER, always(None), IMAGE, inserts=True)
     assert places.token == "<image>"
-    assert places.replaced([IMAGE, USER, IMAGE], IMAGE) == [USER]
+    assert written(places, [IMAGE, USER, IMAGE], IMAGE) == [USER]
 
 
 def test_the_operators_token_wins() -> None:
