@@ -63,6 +63,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
         threads: Intra-op threads per process on a CPU; None chooses from the cores and the number of
             processes.
         int8: Whether the decoder computes with weights and rows of 8 bits, which changes its answers. CPU only.
+        enforce_eager: Whether decode steps run without CUDA graphs.
         attention: Name of the attention kernel, or "auto".
         vocabulary: Needed to constrain output by grammars; None where no request may ask for it.
         lookup: Speculative decoding; None for one token at a step.
@@ -84,6 +85,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True, tag=True):
     pickled_weights: bool = False
     threads: int | None = None
     int8: bool = False
+    enforce_eager: bool = False
     attention: str = "auto"
     vocabulary: Vocabulary | None = None
     lookup: LookupConfig | None = None

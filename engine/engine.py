@@ -145,7 +145,7 @@ class Engine:
         return outputs
 
     def warm_up(self) -> None:
-        """Complete a first request, so that "ready" means that the model can generate.
+        """Complete a first request, so that "ready" means that the model can generate; then capture CUDA graphs.
 
         Raises:
             ModelLoadError: The model cannot generate.
@@ -160,6 +160,8 @@ class Engine:
         if not outputs or outputs[-1].finish != "length":
             reason = outputs[-1].error if outputs else "it gave no token"
             raise ModelLoadError(f"the model was loaded but cannot generate: {reason}")
+        if self.runner.graphs is not None:
+            self.runner.graphs.capture()
         self.pool.queries = self.pool.hits = self._steps = self._drafted = self._accepted = 0
 
     def abort(self, request_id: int) -> None:

@@ -54,7 +54,7 @@ class LongRope(torch.nn.Module):
         Returns:
             Cosines and sines, [1, tokens, rotary dim] each.
         """
-        angles = position_ids[..., None].float() * self.frequencies[self.is_long.long()]
+        angles = position_ids[..., None].float() * self.frequencies.index_select(0, self.is_long.long())
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling
         return cos.to(x.dtype), sin.to(x.dtype)

@@ -37,9 +37,17 @@ The CPU's value is lower because images and the key/value cache compete for the 
 CUDA_RESERVE = 1 << 30
 """Bytes left free for activations beside the cache on an accelerator."""
 
+GRAPHS_RESERVE = 1 << 30
+"""Bytes left free for CUDA graphs, where there are any; no more are captured when they take this much."""
+
 
 def cache_blocks(
-    config: EngineConfig, shape: CacheShape, text: PretrainedConfig, image_bytes: int = 0
+    config: EngineConfig,
+    shape: CacheShape,
+    text: PretrainedConfig,
+    image_bytes: int = 0,
+    *,
+    graphs: bool = False,
 ) -> tuple[int, int]:
     """Compute the longest request and the number of key/value blocks.
 
@@ -48,9 +56,10 @@ def cache_blocks(
         shape: Shape of the cache; its `num_blocks` is ignored.
         text: Configuration of the language model.
         image_bytes: Bytes of each image of a running request, as for `encoder_budget`.
+        graphs: Whether there are CUDA graphs, whose padding takes a block.
 
     Returns:
-        `max_model_len` in tokens, and the number of blocks.
+        `max_model_len` in tokens, and the number of blocks for requests.
 
     Raises:
         ModelLoadError: A length that was asked for does not fit.
@@ -66,11 +75,11 @@ def cache_blocks(
     if config.kv_cache_bytes is not None:
         budget = config.kv_cache_bytes
     else:
-        budget = _default_budget(config, shape.device)
+        budget = _default_budget(config, shape.device, graphs=graphs)
         budget -= encoder_share(
             budget, requests, image_bytes, config.encoder_cache_bytes, on_cpu=shape.device.type == "cpu"
         )
-    affordable = budget // shape.bytes_per_block
+    affordable = budget // shape.bytes_per_block - graphs
     useful = requests * -(-wanted // shape.block_size)
     num_blocks = min(affordable, useful)
     if config.kv_cache_bytes is not None and useful < affordable:
@@ -92,13 +101,16 @@ def cache_blocks(
     return min(wanted, capacity), num_blocks
 
 
-def encoder_budget(config: EngineConfig, device: torch.device, image_bytes: int) -> int:
+def encoder_budget(
+    config: EngineConfig, device: torch.device, image_bytes: int, *, graphs: bool = False
+) -> int:
     """Return the bytes for encoder outputs.
 
     Args:
         config: Settings of the engine.
         device: Device that holds them beside the key/value cache.
         image_bytes: Bytes of each image of a running request, for models whose tokens attend to images; else 0.
+        graphs: Whether there are CUDA graphs.
     """
     given = config.encoder_cache_bytes
     cuda = device.type == "cuda"
@@ -118,9 +130,8 @@ def encoder_budget(config: EngineConfig, device: torch.device, image_bytes: int)
     if not image_bytes or given is not None or config.kv_cache_bytes is not None:
         return max(usual, image_bytes)
     requests = config.max_num_seqs if cuda else min(config.max_num_seqs, CPU_REQUESTS)
-    return max(
-        usual, encoder_share(_default_budget(config, device), requests, image_bytes, given, on_cpu=not cuda)
-    )
+    budget = _default_budget(config, device, graphs=graphs)
+    return max(usual, encoder_share(budget, requests, image_bytes, given, on_cpu=not cuda))
 
 
 def encoder_share(budget: int, requests: int, image_bytes: int, given: int | None, *, on_cpu: bool) -> int:
@@ -144,9 +155,9 @@ def encoder_share(budget: int, requests: int, image_bytes: int, given: int | Non
     return min(budget, share)
 
 
-def _default_budget(config: EngineConfig, device: torch.device) -> int:
+def _default_budget(config: EngineConfig, device: torch.device, *, graphs: bool) -> int:
     """Return the smallest budget of all ranks, because their caches must have the same size."""
-    budget = _own_budget(config, device)
+    budget = max(0, _own_budget(config, device) - (GRAPHS_RESERVE if graphs else 0))
     if config.tensor_parallel_degree > 1:
         least = torch.tensor(budget, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from engine.attention.kernel import CacheShape, PackedStep
 from engine.attention.select import choose_kernel
 from engine.config import EngineConfig
+from engine.decode_graphs import DecodeGraphs, has_graphs
 from engine.families.base import AttendedChunk, FamilyModel
 from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
@@ -101,6 +102,8 @@ class ModelRunner:
     Attributes:
         sleeping_threads: Threads of a step with at least FEW_ROWS rows, where those that wait sleep; with 1 their
             number is left alone.
+        num_blocks: Number of blocks that requests may use.
+        graphs: Runs decode steps, where they are CUDA graphs.
     """
 
     def __init__(self, config: EngineConfig, model: FamilyModel, device: torch.device) -> None:
@@ -127,7 +130,8 @@ class ModelRunner:
         )
         self.block_size = shape.block_size
         image_bytes = layout.image_values // config.tensor_parallel_degree * self.dtype.itemsize
-        images = encoder_budget(config, device, image_bytes)
+        graphs = has_graphs(config, model, kernel, device)
+        images = encoder_budget(config, device, image_bytes, graphs=graphs)
         self.image_slots = images // image_bytes if image_bytes else None
         if image_bytes:
             logger.info(
@@ -137,12 +141,13 @@ class ModelRunner:
             )
         self.encoder_cache = EncoderCache(images)
         self.sleeping_threads = 1
-        self.max_model_len, num_blocks = cache_blocks(config, shape, text, image_bytes)
-        self.kernel = kernel(replace(shape, num_blocks=num_blocks))
-
-    @property
-    def num_blocks(self) -> int:
-        return self.kernel.shape.num_blocks
+        self.max_model_len, self.num_blocks = cache_blocks(config, shape, text, image_bytes, graphs=graphs)
+        self.kernel = kernel(replace(shape, num_blocks=self.num_blocks + graphs))
+        self.graphs: DecodeGraphs | None = None
+        if graphs:
+            self.graphs = DecodeGraphs(
+                model, self.kernel, max_num_seqs=config.max_num_seqs, max_model_len=self.max_model_len
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -192,47 +197,56 @@ class ModelRunner:
     def run(self, chunks: Items[ChunkInput]) -> StepLogits:
         """Compute the chunks' keys and values, and the logits of those that sample or need prompt log probabilities."""
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
-        step, token_ids, positions = self._pack([chunks[i] for i in order])
-        if self.sleeping_threads > 1:
-            torch.set_num_threads(self.sleeping_threads if step.num_tokens >= FEW_ROWS else 1)
-        embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
+        ordered = [chunks[i] for i in order]
+        step, token_ids, positions = self._pack(ordered)
+        run = self.graphs.run if self.graphs is not None and self.graphs.take(ordered) else self._forward
+        hidden = run(ordered, step, token_ids, positions)
         rows: dict[int, range] = {}
         whole: dict[int, slice] = {}
-        attended: list[AttendedChunk] = []
-        beyond: list[tuple[torch.Tensor, torch.Tensor]] = []
         for place, index in enumerate(order):
             chunk, start = chunks[index], step.query_starts[place]
+            if chunk.samples:
+                rows[index] = range(start + chunk.length - chunk.samples, start + chunk.length)
+            if chunk.prompt_logits:
+                whole[index] = slice(start, start + chunk.length)
+        wanted = [row for i in range(len(chunks)) for row in rows.get(i, ())]
+        picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]
+        return StepLogits(
+            samples=self.model.logits(picked)[: len(wanted)],
+            prompts={index: hidden[span] for index, span in whole.items()},
+        )
+
+    def _forward(
+        self, chunks: Items[ChunkInput], step: PackedStep, token_ids: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor:
+        """Return the hidden states [tokens, D] of packed chunks."""
+        if self.sleeping_threads > 1:
+            torch.set_num_threads(self.sleeping_threads if step.num_tokens >= FEW_ROWS else 1)
+        step.slots = step.slots.to(self.device)
+        embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
+        attended: list[AttendedChunk] = []
+        beyond: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for chunk, start in zip(chunks, step.query_starts, strict=False):
             if not self.model.attends_images:
                 beyond += self._merge_images(embeddings, chunk, start)
             elif chunk.images:
                 features = [self.encoder_cache[image.digest] for image in chunk.images]
                 attended.append(AttendedChunk(start, chunk.start, chunk.stop, chunk.images, features))
-            if chunk.samples:
-                rows[index] = range(start + chunk.length - chunk.samples, start + chunk.length)
-            if chunk.prompt_logits:
-                whole[index] = slice(start, start + chunk.length)
         self.kernel.begin(step)
         padding = self._padding(step.num_tokens)
         if self.model.long_rope is not None:
-            ordered = [chunks[index] for index in order]
-            is_long = np.repeat([chunk.is_long for chunk in ordered], [chunk.length for chunk in ordered])
+            is_long = np.repeat([chunk.is_long for chunk in chunks], [chunk.length for chunk in chunks])
             self.model.long_rope.is_long = torch.from_numpy(np.pad(is_long, (0, padding))).to(self.device)
         if padding:
             embeddings = F.pad(embeddings, (0, 0, 0, padding))
             positions = np.pad(positions, ((0, 0), (0, padding)))
-        hidden = self.model.forward(
+        return self.model.forward(
             embeddings,
             torch.from_numpy(positions if len(positions) > 1 else positions[0]).to(self.device),
             kernel=self.kernel,
             tokens=step.num_tokens,
             **({"attended": attended} if attended else {}),
             **({"beyond": tuple(torch.cat(parts) for parts in zip(*beyond, strict=True))} if beyond else {}),
-        )
-        wanted = [row for i in range(len(chunks)) for row in rows.get(i, ())]
-        picked = hidden[torch.tensor(wanted + wanted[:1] * self._padding(len(wanted)), dtype=torch.long)]
-        return StepLogits(
-            samples=self.model.logits(picked)[: len(wanted)],
-            prompts={index: hidden[span] for index, span in whole.items()},
         )
 
     def _padding(self, rows: int) -> int:
@@ -247,7 +261,7 @@ class ModelRunner:
         return -rows % unit if rows > 4 else 0
 
     def _pack(self, chunks: Items[ChunkInput]) -> tuple[PackedStep, np.ndarray, np.ndarray]:
-        """Pack the chunks; those of one token come first.
+        """Pack the chunks, on the host; those of one token come first.
 
         Most steps have no others, and are filled without a loop over numpy calls.
         """
@@ -276,7 +290,7 @@ class ModelRunner:
             query_starts=starts,
             context_lens=[chunk.stop for chunk in chunks],
             block_tables=[chunk.block_table for chunk in chunks],
-            slots=torch.from_numpy(slots).to(self.device),
+            slots=torch.from_numpy(slots),
             num_decodes=num_decodes,
             block_size=size,
             spans=[chunk.spans for chunk in chunks] if any(chunk.spans for chunk in chunks) else (),

@@ -265,9 +265,8 @@ class EngineSettings(BaseModel):
         "Cut long prompts over several steps. The embedded engine always does.", default=True, backends=VLLM
     )
     enforce_eager: bool = option(
-        "Disable graph capture and compilation: faster start, slower steps.",
+        "Disable CUDA graphs, and vLLM's compilation: faster start, slower steps.",
         default=False,
-        backends=VLLM,
         variables=(Variable("ENABLE_CUDA_GRAPHS", Level.TGI, _cuda_graphs),),
     )
     cpu_offload_gb_per_gpu: Amount = option(

@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
+from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
 
 _QUERIES = 64
 """Number of queries whose scores are computed at a time, where they are stored."""
@@ -36,13 +36,17 @@ class _DecodeGroup:
         rows: [n]: their indices in the packed row; None if the group holds all decodes, in order.
         blocks: [n * width]: block tables, padded with each sequence's own last block.
         contexts: Context length of each decode.
+        shortest: Least of them, or less.
+        longest: Greatest of them, or more.
         width: Blocks per decode.
         bias: Masks by window; see `GatherKernel._decode_bias`.
     """
 
     rows: torch.Tensor | None
     blocks: torch.Tensor
-    contexts: list[int]
+    contexts: list[int] | torch.Tensor
+    shortest: int
+    longest: int
     width: int
     bias: dict[int | None, torch.Tensor | None]
 
@@ -75,6 +79,7 @@ class GatherKernel(AttentionKernel):
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
         self._step: PackedStep | None = None
+        self._slots = torch.empty(0, dtype=torch.long)
         self._groups: list[_DecodeGroup] = []
         self._chunks: list[_Chunk] = []
 
@@ -82,9 +87,17 @@ class GatherKernel(AttentionKernel):
         return torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
 
     def begin(self, step: PackedStep) -> None:
-        self._step = step
+        self._step, self._slots = step, step.slots
         self._groups = self._group_decodes(step)
         self._chunks = [self._chunk(step, i) for i in range(step.num_decodes, step.num_sequences)]
+
+    def begin_static(self, step: StaticStep) -> None:
+        width = step.block_tables.shape[1]
+        longest = width * self.shape.block_size
+        self._slots, self._chunks = step.slots, []
+        self._groups = [
+            _DecodeGroup(None, step.block_tables.flatten(), step.context_lens, 1, longest, width, {})
+        ]
 
     def attend(
         self,
@@ -97,14 +110,14 @@ class GatherKernel(AttentionKernel):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        step = self._step
-        assert step is not None, "begin() was not called"
         _, _, key_slots, value_slots = self._layers[layer]
         key_heads, value_heads = key.transpose(0, 1), value.transpose(0, 1)
-        key_slots.index_copy_(1, step.slots, key_heads)
-        value_slots.index_copy_(1, step.slots, value_heads)
+        key_slots.index_copy_(1, self._slots, key_heads)
+        value_slots.index_copy_(1, self._slots, value_heads)
         if not self._chunks:
             return self._attend_decodes(layer, query, scale, window, softcap)
+        step = self._step
+        assert step is not None, "begin() was not called"
         out = torch.empty_like(query)
         if step.num_decodes:
             out[: step.num_decodes] = self._attend_decodes(
@@ -171,14 +184,14 @@ class GatherKernel(AttentionKernel):
 
     def _decode_bias(self, group: _DecodeGroup, window: int | None) -> torch.Tensor | None:
         """[n, 1, padded context]: 0 where the query may look, -inf elsewhere; the same for all layers."""
-        if window is not None and window >= max(group.contexts):
+        if window is not None and window >= group.longest:
             window = None
         if window not in group.bias:
             padded = group.width * self.shape.block_size
             bias = None
-            if window is not None or min(group.contexts) < padded:
+            if window is not None or group.shortest < padded:
                 place = torch.arange(padded, device=self.shape.device)
-                contexts = torch.tensor(group.contexts, device=self.shape.device)[:, None]
+                contexts = torch.as_tensor(group.contexts, device=self.shape.device)[:, None]
                 hidden = place >= contexts
                 if window is not None:
                     hidden = hidden | (place < contexts - window)
@@ -314,7 +327,7 @@ class GatherKernel(AttentionKernel):
         tables = padded_tables(step, members)
         contexts = [step.context_lens[i] for i in members]
         blocks = torch.tensor(tables, device=self.shape.device).flatten()
-        return _DecodeGroup(rows, blocks, contexts, len(tables[0]), {})
+        return _DecodeGroup(rows, blocks, contexts, min(contexts), max(contexts), len(tables[0]), {})
 
 
 class CpuKernel(GatherKernel):

@@ -99,6 +99,21 @@ class PackedStep:
         return self.query_starts[index + 1] - self.query_starts[index]
 
 
+@dataclass(frozen=True, slots=True)
+class StaticStep:
+    """One token of each of several sequences, described by tensors on the device alone (see `DecodeGraphs`).
+
+    Attributes:
+        slots: [rows]: where the key and value of each token are written, as in `PackedStep`.
+        context_lens: [rows], int32: number of tokens that each attends to, itself included.
+        block_tables: [rows, width], int32. What is behind a sequence's last block is any block without NaN.
+    """
+
+    slots: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+
+
 class AttentionKernel(ABC):
     """Owns the paged cache in its own layout, writes each step's keys and values, and attends over them.
 
@@ -110,11 +125,14 @@ class AttentionKernel(ABC):
         name: Name in the configuration and the log.
         block_multiple: The cache's block size must be a multiple of this.
         special: Whether the kernel supports models with `CacheShape.special`.
+        capturable: Whether CUDA graphs of decode steps pay: the kernel has `begin_static`, and reads no more of the
+            cache than the sequences hold, although tables are as wide as for the longest.
     """
 
     name: ClassVar[str]
     block_multiple: ClassVar[int] = 1
     special: ClassVar[bool] = True
+    capturable: ClassVar[bool] = False
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape
@@ -131,6 +149,10 @@ class AttentionKernel(ABC):
     @abstractmethod
     def begin(self, step: PackedStep) -> None:
         """Do the work shared by all layers, such as building index tensors."""
+
+    def begin_static(self, step: StaticStep) -> None:
+        """Do the same for a step whose sizes are those of its tensors, without reading their values on the CPU."""
+        raise NotImplementedError(f"the attention kernel {self.name} has no static steps")
 
     @abstractmethod
     def attend(

@@ -10,7 +10,7 @@ from torch.nn.attention import current_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 
 from engine.attention.gather import padded_tables
-from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
+from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
 
 MAX_HEAD_DIM = 256
 
@@ -38,6 +38,7 @@ class VarlenKernel(AttentionKernel):
     name: ClassVar[str] = "varlen"
     block_multiple: ClassVar[int] = 256
     special: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
@@ -70,16 +71,27 @@ class VarlenKernel(AttentionKernel):
             flat += table
         host = torch.tensor(flat, dtype=torch.int32, pin_memory=self.shape.device.type == "cuda")
         index = host.to(self.shape.device, non_blocking=True)
-        # FlashAttention 2 requires the keys' starts although pages make them meaningless; 3 rejects them with pages.
-        needs_key_starts = current_flash_attention_impl() is None
         self._index = _Index(
             slots=step.slots,
             query_starts=index[: count + 1],
-            key_starts=index[count + 1 : 2 * count + 2] if needs_key_starts else None,
+            key_starts=index[count + 1 : 2 * count + 2] if _needs_key_starts() else None,
             context_lens=index[2 * count + 2 : 3 * count + 2],
             block_table=index[3 * count + 2 :].view(count, -1),
             max_query=max(step.query_length(i) for i in range(count)),
             max_context=max(step.context_lens),
+        )
+
+    def begin_static(self, step: StaticStep) -> None:
+        rows, width = step.block_tables.shape
+        starts = torch.nn.functional.pad(step.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+        self._index = _Index(
+            slots=step.slots,
+            query_starts=torch.arange(rows + 1, dtype=torch.int32, device=self.shape.device),
+            key_starts=starts if _needs_key_starts() else None,
+            context_lens=step.context_lens,
+            block_table=step.block_tables,
+            max_query=1,
+            max_context=width * self.shape.block_size,
         )
 
     def attend(
@@ -120,6 +132,11 @@ class VarlenKernel(AttentionKernel):
         index = torch.tensor(blocks, device=self.shape.device)
         self._keys[:, index] = 0
         self._values[:, index] = 0
+
+
+def _needs_key_starts() -> bool:
+    """Whether FlashAttention wants the keys' starts: 2 does, although pages make them meaningless; 3 rejects them."""
+    return current_flash_attention_impl() is None
 
 
 def _window_size(window: int | None, index: _Index) -> tuple[int, int]:

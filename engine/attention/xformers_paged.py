@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from engine.attention.gather import GatherKernel, padded_tables
-from engine.attention.kernel import CacheShape, PackedStep
+from engine.attention.kernel import CacheShape, PackedStep, StaticStep
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 
@@ -25,8 +25,13 @@ class XformersKernel(GatherKernel):
 
     name: ClassVar[str] = "xformers"
     block_multiple: ClassVar[int] = 64
+    capturable: ClassVar[bool] = True
 
     _bias: Any = None
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        self._static: dict[int, Any] = {}
 
     @classmethod
     def unsupported(cls, shape: CacheShape) -> str | None:
@@ -52,13 +57,29 @@ class XformersKernel(GatherKernel):
         if count:
             tables = torch.tensor(padded_tables(step, list(range(count))), dtype=torch.int32)
             self._longest = max(step.context_lens[:count])
-            self._bias = _xformers().bias.from_seqlens(
-                q_seqlen=[1] * count,
-                kv_seqlen=step.context_lens[:count],
-                block_tables=tables.to(self.shape.device, non_blocking=True),
-                page_size=self.shape.block_size,
-                device=self.shape.device,
-            )
+            tables = tables.to(self.shape.device, non_blocking=True)
+            self._bias = self._describe(step.context_lens[:count], tables)
+
+    def begin_static(self, step: StaticStep) -> None:
+        """Describe the step by an object that was made when so many rows were first seen, before a graph is captured.
+
+        Of the lengths in it the kernel reads the tensor on the device alone.
+        """
+        super().begin_static(step)
+        rows, width = step.block_tables.shape
+        if rows not in self._static:
+            self._static[rows] = self._describe([1] * rows, step.block_tables)
+        self._bias, self._longest = self._static[rows], width * self.shape.block_size
+        self._bias.block_tables, self._bias.k_seqinfo.seqlen = step.block_tables, step.context_lens
+
+    def _describe(self, context_lens: list[int], tables: torch.Tensor) -> Any:
+        return _xformers().bias.from_seqlens(
+            q_seqlen=[1] * len(context_lens),
+            kv_seqlen=context_lens,
+            block_tables=tables,
+            page_size=self.shape.block_size,
+            device=self.shape.device,
+        )
 
     def _attend_decodes(
         self,

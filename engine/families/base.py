@@ -475,6 +475,15 @@ class FamilyModel:
         return CacheLayout.of(config.get_text_config())
 
     @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph of a decode step is right for later steps: the CPU reads no values in `forward`.
+
+        transformers reads the greatest position where the rotary frequencies depend on it.
+        """
+        kind = str(getattr(getattr(self.decoder, "rotary_emb", None), "rope_type", ""))
+        return "dynamic" not in kind and "longrope" not in kind
+
+    @property
     def special_attention(self) -> bool:
         """Whether the kernel must support spans, or caps of attention scores."""
         return bool(getattr(self.text_config, "attn_logit_softcapping", None))

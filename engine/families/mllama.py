@@ -250,7 +250,8 @@ class MllamaModel(FamilyModel):
         hidden = embeddings[None]
         rotary = self.decoder.rotary_emb(hidden, positions[None])  # type: ignore[operator]
         segments, places = _segments(attended)
-        where = torch.tensor(places, dtype=torch.long, device=embeddings.device)
+        if segments:
+            where = torch.tensor(places, dtype=torch.long, device=embeddings.device)
         crossing = 0
         for layer in self._layers:
             if hasattr(layer, "self_attn"):

@@ -42,7 +42,7 @@ def unused_on(
         accelerators: How many may be used.
         replicas: How many are started, each on `per_replica` devices.
         per_replica: See `replicas`.
-        memory: Whether option.gpu_memory_utilization has an effect on accelerators only.
+        memory: Whether option.gpu_memory_utilization and option.enforce_eager have an effect on accelerators only.
     """
     problems = []
 
@@ -56,6 +56,7 @@ def unused_on(
             ignored("load_on_devices", "no accelerator is visible")
         if memory:
             ignored("gpu_memory_utilization", "no accelerator is visible; see option.kv_cache_memory_mb")
+            ignored("enforce_eager", "no accelerator is visible, and CUDA graphs are for those")
         return problems
     if settings.max_workers is None:
         ignored("min_workers", "on accelerators max_workers counts")

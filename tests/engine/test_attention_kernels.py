@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 import engine.attention.varlen
 from engine.attention import gather
 from engine.attention.gather import CpuKernel, GatherKernel
-from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
+from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
 from engine.attention.reference import ReferenceKernel
 from engine.attention.select import AUTO, choose_kernel, trial
 from engine.attention.varlen import VarlenKernel
@@ -52,10 +53,10 @@ class Traffic:
         self.shape, self.heads = shape, heads
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        blocks = list(range(shape.num_blocks))
+        blocks = list(range(shape.num_blocks - 1))  # the last one is for padding
         self.random.shuffle(blocks)
         width = -(-longest // shape.block_size)
-        assert sequences * width <= shape.num_blocks
+        assert sequences * width <= len(blocks)
         self.tables = [blocks[i * width : (i + 1) * width] for i in range(sequences)]
         self.targets = [self.random.randint(1, longest) for _ in range(sequences)]
         self.lengths = [0] * sequences
@@ -114,6 +115,20 @@ def packed(shape: CacheShape, parts: list[tuple[list[int], int, int]]) -> Packed
     )
 
 
+def static(shape: CacheShape, step: PackedStep, width: int) -> StaticStep:
+    """A step of decodes with three rows of padding, which have the last block."""
+    last, rows = shape.num_blocks - 1, step.num_sequences
+    tables = torch.tensor(
+        [(table + table[-1:] * width)[:width] for table in step.block_tables], dtype=torch.int32
+    )
+    contexts = torch.tensor(step.context_lens, dtype=torch.int32)
+    return StaticStep(
+        slots=torch.cat([step.slots.cpu(), torch.tensor([last * shape.block_size] * 3)]).to(shape.device),
+        context_lens=torch.cat([contexts, torch.ones(3, dtype=torch.int32)]).to(shape.device),
+        block_tables=torch.nn.functional.pad(tables, (0, 0, 0, 3), value=last).to(shape.device)[: rows + 3],
+    )
+
+
 def litter(kernel: AttentionKernel, heads: int) -> None:
     """Leave large numbers everywhere in the cache, as another request's old keys and values would lie there."""
     shape = kernel.shape
@@ -134,24 +149,35 @@ def compare(
     seed: int,
     *,
     softcap: float | None = None,
+    graphs: bool = False,
     **traffic: int,
 ) -> None:
-    """Run the same traffic through the kernel and the reference, two layers, of which one has the window."""
+    """Run the same traffic through the kernel and the reference, two layers, of which one has the window.
+
+    graphs: every second step of decodes alone is described by tensors alone, with padding.
+    """
     candidate, reference = kernel(shape), ReferenceKernel(shape)
     litter(candidate, heads)
     flow = Traffic(shape, heads, seed, **traffic)
+    width = max(map(len, flow.tables))
     scale = shape.head_dim**-0.5
     steps = 0
     while (step := flow.next_step()) is not None or flow.lengths != flow.targets:
         if step is None:
             continue
         steps += 1
-        candidate.begin(step)
+        padding = 3 if step.num_decodes == step.num_tokens and graphs and steps % 2 else 0
+        if padding:
+            candidate.begin_static(static(shape, step, width))
+        else:
+            candidate.begin(step)
         reference.begin(step)
         for layer in range(shape.num_layers):
             query, key, value = flow.tokens(step.num_tokens)
             sliding = window if layer == 0 else None
-            got = candidate.attend(layer, query, key, value, scale=scale, window=sliding, softcap=softcap)
+            padded = (torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, padding)) for rows in (query, key, value))
+            got = candidate.attend(layer, *padded, scale=scale, window=sliding, softcap=softcap)
+            got = got[: step.num_tokens]
             wanted = reference.attend(layer, query, key, value, scale=scale, window=sliding, softcap=softcap)
             tolerance = TOLERANCE[shape.dtype]
             torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
@@ -189,6 +215,7 @@ unhurried = settings(deadline=None, max_examples=40, suppress_health_check=list(
 def test_plain_torch_answers_as_the_formula(drawn: tuple[CacheShape, int, int | None], seed: int) -> None:
     shape, heads, window = drawn
     compare(GatherKernel, shape, heads, window, seed, sequences=6, longest=70)
+    compare(GatherKernel, shape, heads, window, seed, sequences=6, longest=70, graphs=True)
 
 
 @settings(unhurried, max_examples=15)
@@ -215,6 +242,7 @@ def test_spans_seen_both_ways_and_capped_scores(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "MASK_ENTRIES", entries)
         compare(CpuKernel, shape, heads, window, seed, softcap=softcap, sequences=5, longest=150, spans=True)
+        compare(CpuKernel, shape, heads, window, seed, softcap=softcap, sequences=5, longest=150, graphs=True)
 
 
 @pytest.mark.parametrize(("pass_windows", "seen"), [(False, {3, 4, 5, 6}), (True, {2, 3, 4, 5, 6})])
@@ -328,6 +356,25 @@ def test_varlen_describes_each_step_as_varlen_attn_wants_it(
         compare(VarlenKernel, shape, heads, window, seed, sequences=4, longest=300)
 
 
+@settings(unhurried, max_examples=20)
+@given(shapes(block_sizes=[256], head_dims=[16, 64], dtypes=[torch.bfloat16], longest=300), SEEDS)
+def test_varlen_describes_steps_of_graphs_as_varlen_attn_wants_them(
+    drawn: tuple[CacheShape, int, int | None], seed: int
+) -> None:
+    """There the greatest context is the longest possible one."""
+
+    def attend(*tensors: torch.Tensor, **named: Any) -> torch.Tensor:
+        *others, max_q, max_k = tensors
+        longest = max(named["seqused_k"].tolist())
+        assert max_k >= longest
+        return contract_of_varlen_attn(*others, max_q, longest, **named)
+
+    shape, heads, window = drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.attention.varlen, "varlen_attn", attend)
+        compare(VarlenKernel, shape, heads, window, seed, sequences=4, longest=300, graphs=True)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "reason"),
     [
@@ -387,6 +434,7 @@ def test_interpreted_xformers_answers_as_the_formula(
     shape, heads, window = drawn
     assert XformersKernel.unsupported(shape) is None
     compare(XformersKernel, shape, heads, window, seed, sequences=3, longest=150)
+    compare(XformersKernel, shape, heads, window, seed, sequences=3, longest=150, graphs=True)
 
 
 @interpreted
@@ -495,7 +543,8 @@ def test_kernels_on_cuda_answer_as_the_formula(kernel: type[AttentionKernel], dt
         reason = kernel.unsupported(shape)
         if reason is not None:
             pytest.skip(f"{kernel.name}: {reason}")
-        compare(kernel, shape, 8, window, seed, sequences=5, longest=300)
+        for graphs in (False, True):
+            compare(kernel, shape, 8, window, seed, sequences=5, longest=300, graphs=graphs)
 
 
 @on_cuda

@@ -88,6 +88,7 @@ def plan_engines(
             enable_prefix_caching=settings.enable_prefix_caching,
             pickled_weights=settings.load_format.lower() == "pt",
             int8=int8,
+            enforce_eager=settings.enforce_eager,
             vocabulary=vocabulary,
             lookup=lookup,
         )

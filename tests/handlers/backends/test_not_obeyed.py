@@ -118,6 +118,14 @@ def test_8_bits_are_for_a_cpu_and_said_to_change_answers() -> None:
     assert configure("quantize=INT8").without_effect("rolling") == []
 
 
+def test_cuda_graphs_are_left_out_where_asked() -> None:
+    assert [plan_engines(Settings(enforce_eager=off), "", 1)[0].enforce_eager for off in (True, False)] == [
+        True,
+        False,
+    ]
+    assert configure("enforce_eager=true").without_effect("rolling") == []
+
+
 def unused(accelerators: int, **settings: Any) -> list[str]:
     chosen = Settings(**settings)
     found = unused_devices(chosen, plan_engines(chosen, "", accelerators), accelerators)
@@ -135,6 +143,7 @@ def unused(accelerators: int, **settings: Any) -> list[str]:
             {"gpu_memory_utilization": 0.5},
             "option.gpu_memory_utilization = 0.5 has no effect: no accelerator",
         ),
+        (0, {"enforce_eager": True}, "option.enforce_eager = True has no effect: no accelerator is visible"),
         (0, {"load_on_devices": [0]}, "load_on_devices = [0] has no effect: no accelerator is visible"),
         (4, {"min_workers": 2}, "min_workers = 2 has no effect: on accelerators max_workers counts"),
         (2, {"max_workers": 8, "tensor_parallel_degree": 1}, "max_workers = 8: only 2 are started"),

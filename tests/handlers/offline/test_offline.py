@@ -440,12 +440,14 @@ def test_vllms_arguments_are_taken_and_what_has_no_effect_is_said(
         dtype="bfloat16",
         gpu_memory_utilization=0.8,
         enforce_eager=True,
+        cpu_offload_gb=1,
         swap_space=4,
         tokenizer=None,
         limit_mm_per_prompt={"image": 1},
         media_io_kwargs={"image": {"rgba_background_color": [255, 0, 0]}},
     )
-    assert "enforce_eager" in caplog.text
+    assert "cpu_offload_gb" in caplog.text
+    assert "enforce_eager" not in caplog.text
     assert "swap_space has no effect here" in caplog.text
     assert "gpu_memory_utilization" not in caplog.text
     clear = Image.new("RGBA", (200, 200))
