@@ -112,9 +112,8 @@ class DecodeGraphs:
         for row, (table, context) in enumerate(zip(step.block_tables, step.context_lens, strict=True)):
             used = -(-context // step.block_size)
             tables[row, :used] = table[:used]
-            tables[row, used:] = table[
-                used - 1
-            ]  # a kernel that reads and hides what is behind must find no NaN
+            # A kernel that reads and hides what is behind must find no NaN.
+            tables[row, used:] = table[used - 1]
         self._send(rows)
         self.replays[rows]()
         return self._hidden[:count]

@@ -27,6 +27,7 @@ class Needs:
         token_bytes: Keys and values of one token; None if they follow from the shapes.
         image_bytes: Bytes kept for each image of a running request.
         beside_weights: Bytes of what is held beside the weights.
+        graphs: Bytes kept free for CUDA graphs, where one device serves a replica.
         takes_all: Whether the cache is as large as it was asked to be, even if nothing can fill it.
         encoder_cache: Whether option.encoder_cache_mb has an effect.
         errors: Why it cannot be served.
@@ -39,6 +40,7 @@ class Needs:
     token_bytes: int | None = None
     image_bytes: int | None = None
     beside_weights: int = 0
+    graphs: int = 0
     takes_all: bool = False
     encoder_cache: bool = True
     errors: Sequence[Problem] = ()

@@ -127,7 +127,8 @@ def _fit_accelerator(result: Fit, configuration: Configuration, needs: Needs, na
     usable = int(result.device.memory * settings.gpu_memory_utilization)
     held = result.weights_per_device or 0
     asked = settings.kv_cache_memory_mb
-    cache = _useful(result, configuration, needs, max(usable - held - CUDA_RESERVE, 0))
+    reserve = CUDA_RESERVE + (needs.graphs if result.devices_per_replica == 1 else 0)
+    cache = _useful(result, configuration, needs, max(usable - held - reserve, 0))
     if held > usable or (asked is not None and held + cache > usable):
         where = "each device" if name is None else f"each device of {name}"
         _too_large(result, held + (cache if asked is not None else 0), usable, where)

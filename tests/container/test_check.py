@@ -24,7 +24,7 @@ from container.check import check, describe, run_check
 from container.cli import main
 from engine.families.registry import served
 from engine.machine import Device, Machine, host_memory
-from engine.memory import CUDA_RESERVE
+from engine.memory import CUDA_RESERVE, GRAPHS_RESERVE
 from handlers.artefacts import ArtefactError
 from handlers.artefacts.fetch import fetch
 from handlers.backends.estimate import cache_bytes_per_token, weights
@@ -249,6 +249,9 @@ def test_a_model_of_7b_fits_an_instance_that_has_the_memory(large: Path) -> None
     assert memory["cache_tokens"] == memory["cache_per_device"] * 4 // (2 * 32 * 32 * 128 * 2)
     copies = on_instance(large, "g6.12xlarge", "tensor_parallel_degree=1")["memory"]
     assert (copies["copies"], copies["devices_per_copy"]) == (4, 1)
+    assert copies["cache_per_device"] == usable - 2 * LARGE - CUDA_RESERVE - GRAPHS_RESERVE
+    eager = on_instance(large, "g6.12xlarge", "tensor_parallel_degree=1", "enforce_eager=true")["memory"]
+    assert eager["cache_per_device"] == copies["cache_per_device"] + GRAPHS_RESERVE
 
 
 def test_a_model_that_leaves_an_instance_no_cache_needs_several_devices(large: Path) -> None:

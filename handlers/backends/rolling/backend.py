@@ -92,6 +92,7 @@ class RollingBackend:
         from transformers import PretrainedConfig
 
         from engine.loader import read_config, resolve_dtype
+        from engine.memory import GRAPHS_RESERVE
         from handlers.backends.estimate import DTYPE_BYTES, completed, shared_output
 
         device = "cuda" if machine.accelerators else "cpu"
@@ -118,6 +119,8 @@ class RollingBackend:
             layout.token_values * width,
             layout.image_values * width or None,
             0 if machine.accelerators else shared_output(shapes, dtype),
+            # At most: float32 has no kernel for them, and some families have none without xformers.
+            graphs=0 if configuration.settings.enforce_eager or dtype == "float32" else GRAPHS_RESERVE,
             warnings=unused_by_text(configuration.settings) if family.preprocessor is None else (),
         )
 
