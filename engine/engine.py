@@ -10,19 +10,17 @@ from typing import TypeVar
 
 import torch
 
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig, Vocabulary
 from engine.errors import NO_TOKEN_LEFT, EngineError, ModelLoadError
 from engine.executor import Executor
 from engine.guidance import Built, GrammarError, Guidance, Guide
-from engine.logits import INVALID
 from engine.messages import Add, FinishReason, ImageInput, Logprobs, Output, Stats
 from engine.prompt_lookup import PromptLookup
 from engine.runner import StepLogits
-from engine.sampler import Sampler, prompt_logprobs
+from engine.sampler import INVALID, Sampler, prompt_logprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Chunk, ChunkInput, Scheduler
-from engine.sequence import Sequence
+from engine.sequence import BlockPool, Sequence
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -23,7 +23,7 @@ from engine.machine import usable_cores
 from engine.messages import Add
 
 if TYPE_CHECKING:
-    from engine.sampler import SamplingState
+    from engine.sampling_state import SamplingState
 
 logger = logging.getLogger(__name__)
 

@@ -11,32 +11,26 @@ preemption, or on how the prompt was cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.logits import (
-    Ids,
-    LogitsEdits,
-    TokenCounts,
-    Weights,
-    best,
-    keep_likeliest,
-    keep_only,
-    keep_typical,
-    masses,
-    mix64,
-    pick,
-)
-from engine.logits import uniform as uniform_of
 from engine.messages import Logprobs
-from engine.repetition import Repetition
-from engine.sampling_params import SamplingParams
-from engine.warping import Warping, surprises, warp
+from engine.sampling_state import Ids, SamplingState, Weights
+from engine.warping import SMALLEST_TEMPERATURE, keep_likeliest, keep_typical, surprises, warp
 
+INVALID = -1
+"""Token of a row that has none, because its best score is NaN or infinite."""
+
+_AMOUNTS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
+)
+_AMOUNTS = _AMOUNTS.astype(np.float32)
+"""For each byte of a mask, 0 for the bits that are set and -inf for the others. Bit 0 comes first."""
+
+_BLOCK = 64
 _PROMPT_LOGPROBS_ELEMENTS = 1 << 24
 
 
@@ -260,108 +254,142 @@ def _unpack_logprobs(packed: list[float], k: int) -> Logprobs:
     )
 
 
-@dataclass(slots=True, eq=False)
-class SamplingState:
-    """State of sampling for one sequence; it lives as long as the sequence and survives preemption.
+class LogitsEdits:
+    """Changes of one kind to single logits, collected row by row on the host and applied in one indexed write.
 
-    Attributes:
-        params: Sampling parameters of the request.
-        prompt_token_ids: The prompt; shared with the sequence, not copied.
-        output_token_ids: The completion; shared with the engine, which appends to it after each step and
-            never removes.
-        eos_token_ids: Tokens that end the completion.
-        seed: `params.seed` or the engine's own; the completions of one request have different seeds.
-        constrained: The completion must match a grammar.
-        grammar_mask: Tokens that the grammar allows next, set before each step. It already respects
-            min_tokens (see `engine.guidance`).
-        plain: Only the argmax of the logits is needed, at every step.
-        penalised: The request has penalties, a bias or masks of its own.
-        filters: temperature, top_k, top_p, min_p and typical_p.
-        bias: Token ids and the values to add to their logits; None without a bias.
-        ending_ids: Tokens that would end the completion; they are masked while it is shorter than min_tokens.
-        allowed: The only tokens that can be chosen; None means all.
-        repetition: State of the rules against repetition; None where the request has none.
-        warping: State of the rarer samplers; None where the request uses none.
+    An id may occur only once in a row. Ids outside the vocabulary, as image placeholders may be, are ignored.
     """
 
-    params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: list[int]
-    eos_token_ids: tuple[int, ...]
-    seed: int
-    constrained: bool = False
-    grammar_mask: npt.NDArray[np.uint32] | None = field(init=False, repr=False, default=None)
-    plain: bool = field(init=False, repr=False)
-    penalised: bool = field(init=False, repr=False)
-    filters: tuple[float, int, float, float, float] = field(init=False, repr=False)
-    bias: tuple[Ids, Weights] | None = field(init=False, repr=False, default=None)
-    ending_ids: Ids = field(init=False, repr=False)
-    allowed: Ids | None = field(init=False, repr=False, default=None)
-    repetition: Repetition | None = field(init=False, repr=False)
-    warping: Warping | None = field(init=False, repr=False)
-    _key: int = field(init=False, repr=False)
-    _all_counts: TokenCounts | None = field(init=False, repr=False, default=None)
-    _output_counts: TokenCounts | None = field(init=False, repr=False, default=None)
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._ids: list[Ids] = []
+        self._values: list[Weights | float] = []
 
-    def __post_init__(self) -> None:
-        params = self.params
-        if params.logit_bias:
-            biases = sorted(params.logit_bias.items())
-            self.bias = (
-                np.array([token for token, _ in biases], np.int64),
-                np.array([amount for _, amount in biases], np.float32),
-            )
-        if params.allowed_token_ids is not None:
-            self.allowed = np.array(sorted(set(params.allowed_token_ids)), np.int64)
-        self.repetition = Repetition.of(params, self.prompt_token_ids)
-        self.warping = Warping.of(params, self.seed)
-        self.penalised = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-            or self.bias is not None
-            or self.allowed is not None
-            or self.repetition is not None
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, row: int, token_ids: Ids, values: Weights | float) -> None:
+        self._rows.append(row)
+        self._ids.append(token_ids)
+        self._values.append(values)
+
+    def penalise_repetition(self, scores: Tensor) -> None:
+        """Divide positive logits [S, V] and multiply the others (Keskar et al. 2019, CTRL, section 4.1)."""
+        flat, where, penalty = self._on(scores)
+        old = flat.index_select(0, where)
+        flat.scatter_(0, where, torch.where(old < 0, old * penalty, old / penalty))
+
+    def shift(self, scores: Tensor) -> None:
+        """Add the values; -inf masks. NaN and +inf become NaN, so that the row is recognised as invalid."""
+        flat, where, amount = self._on(scores)
+        flat.scatter_(0, where, flat.index_select(0, where) + amount)
+
+    def mask_others(self, scores: Tensor) -> None:
+        """In the rows that were added, mask all tokens but those that were added, as `shift` would."""
+        flat, where, _ = self._on(scores)
+        rows = torch.tensor(self._rows, dtype=torch.int64).to(scores.device, non_blocking=True)
+        best = scores.index_select(0, rows).amax(-1)
+        bad = torch.zeros_like(scores[:, 0]).index_copy_(0, rows, best - best)  # 0 for a sound row, else NaN
+        kept = flat.index_select(0, where) + bad[where // scores.shape[-1]]
+        scores.index_fill_(0, rows, -torch.inf)
+        flat.scatter_(0, where, kept)
+
+    def _on(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        vocab_size = scores.shape[-1]
+        ids = np.concatenate(self._ids)
+        where = ids + np.repeat(np.array(self._rows) * vocab_size, [len(ids) for ids in self._ids])
+        values = np.concatenate(
+            [
+                value if isinstance(value, np.ndarray) else np.full(len(ids), value, np.float32)
+                for ids, value in zip(self._ids, self._values, strict=True)
+            ]
         )
-        self.plain = (
-            params.greedy
-            and not self.penalised
-            and not self.constrained
-            and params.min_tokens == 0
-            and params.logprobs is None
-        )
-        self.filters = (params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
-        ending_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos_token_ids))
-        self.ending_ids = np.array(sorted(ending_ids), np.int64)
-        self._key = mix64(self.seed)
+        known = (ids >= 0) & (ids < vocab_size)
+        if not known.all():
+            where, values = where[known], values[known]
+        on_device = [
+            torch.from_numpy(array).to(scores.device, non_blocking=True) for array in (where, values)
+        ]
+        return scores.view(-1), on_device[0], on_device[1]
 
-    @property
-    def too_short(self) -> bool:
-        """Whether the completion may not end yet."""
-        return len(self.output_token_ids) < self.params.min_tokens
 
-    @property
-    def edited(self) -> bool:
-        """Whether the logits of this step need penalties, a bias or a mask."""
-        return self.penalised or self.too_short or self.constrained
+def keep_only(scores: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:
+    """Mask all but a set of tokens in some rows, as `LogitsEdits.shift` would.
 
-    @property
-    def uniform(self) -> float:
-        """The random number in [0, 1) of this position."""
-        return uniform_of(self._key, len(self.output_token_ids))
+    Args:
+        scores: [S, V], changed in place.
+        rows: Rows to mask.
+        masks: [len(rows), words]; bit t % 32 of word t // 32 keeps token t.
+    """
+    vocab_size = scores.shape[-1]
+    if scores.device.type == "cpu":  # several times faster than anything in torch
+        array = scores.numpy()
+        with np.errstate(invalid="ignore"):  # +inf becomes NaN
+            for row, mask in zip(rows, masks, strict=True):
+                array[row] += np.take(_AMOUNTS, mask.view(np.uint8), axis=0).reshape(-1)[:vocab_size]
+        return
+    words = torch.from_numpy(masks.view(np.int32)).to(scores.device, non_blocking=True)
+    where = torch.tensor(rows, dtype=torch.int64).to(scores.device, non_blocking=True)
+    some = scores[where]
+    scores[where] = torch.where(unpacked(words, vocab_size), some, some - torch.inf)
 
-    @property
-    def all_counts(self) -> TokenCounts:
-        """Counts of the tokens of prompt and completion."""
-        if self._all_counts is None:
-            self._all_counts = TokenCounts(self.prompt_token_ids)
-        self._all_counts.follow(self.output_token_ids)
-        return self._all_counts
 
-    @property
-    def output_counts(self) -> TokenCounts:
-        """Counts of the tokens of the completion."""
-        if self._output_counts is None:
-            self._output_counts = TokenCounts()
-        self._output_counts.follow(self.output_token_ids)
-        return self._output_counts
+def unpacked(words: Tensor, size: int) -> Tensor:
+    """Unpack the bits of 32-bit words [S, W] to booleans [S, size], on the words' own device."""
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> places) & 1).flatten(1)[:, :size].bool()
+
+
+def best(scores: Tensor) -> Tensor:
+    """Return the lowest id of the highest score of each row, [S] int64; INVALID where that score is not finite."""
+    if scores.device.type == "cpu":  # numpy's is several times faster than torch's
+        ids = torch.from_numpy(scores.detach().float().numpy().argmax(-1))
+        values = scores.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    else:
+        values, ids = scores.max(dim=-1)
+    return torch.where(values.isfinite(), ids, INVALID)
+
+
+def masses(scores: Tensor, temperature: Tensor) -> Tensor:
+    """Compute exp(scores / temperature), scaled to a maximum of 1, so that no temperature overflows.
+
+    A row with a NaN or +inf, or with nothing but -inf, becomes one with a NaN.
+
+    Args:
+        scores: [S, V].
+        temperature: [S, 1].
+    """
+    shifted = scores.float() - scores.amax(-1, keepdim=True)
+    return shifted.div_(temperature.clamp_min(SMALLEST_TEMPERATURE).float()).exp_()
+
+
+def pick(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Draw the token at which the cumulative distribution, in the order of ids, first exceeds `uniform`.
+
+    Sums run in float64 over blocks of ids and then inside one block. A token without mass is never drawn.
+
+    Args:
+        mass: [S, V].
+        uniform: [S, 1] float64 in [0, 1).
+
+    Returns:
+        Tokens [S]; INVALID where a row has a NaN.
+    """
+    rows, vocab_size = mass.shape
+    if vocab_size % _BLOCK:
+        mass = torch.nn.functional.pad(mass, (0, -vocab_size % _BLOCK))
+    blocks = mass.view(rows, -1, _BLOCK)
+    reached = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = reached[:, -1:]
+    goal = uniform * total
+    block = _first_above(reached, goal)
+    before = torch.where(block > 0, reached.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(-1)
+    token = block * _BLOCK + _first_above(inside, goal - before)
+    return torch.where(total.isfinite(), token, INVALID).squeeze(-1)
+
+
+def _first_above(reached: Tensor, goal: Tensor) -> Tensor:
+    """The first index [S, 1] where `reached` exceeds `goal`, at most the last one that adds anything."""
+    last = (reached < reached[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum((reached <= goal).sum(-1, keepdim=True), last)

@@ -1,4 +1,8 @@
-"""Samplers that reshape a distribution, each as published, and the order in which a request applies them.
+"""Samplers that reshape a distribution, each as published; those of a request are in its `Warping`.
+
+`mass` is [S, V] float32: the probabilities of a row up to a factor, scaled so that the best token has 1. A filter sets
+the mass of what it removes to 0. Apart from ties (where transformers' top-p drops an arbitrary token) each filter keeps
+what the warper of the same name in transformers keeps.
 
 `scores` is [S, V] float32, the logits of a row minus their maximum: the best token has 0, a removed one -inf.
 `own` holds the parameters of the rows by the names of SamplingParams, [S, 1] float64. Each sampler returns
@@ -12,94 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.logits import (
-    SMALLEST_TEMPERATURE,
-    falling,
-    keep_typical,
-    lowest_kept,
-    masses,
-    mix64,
-    uniform,
-)
-from engine.sampling_params import FIRST_SAMPLERS, SamplingParams, sampler_order
+from engine.sampling_state import COLUMN, Warping
 
-_OTHER_STREAM = 0xD1B54A32D192ED03
-"""Separates XTC's random numbers from those of the draw."""
-
-_OWN = (
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "top_a", "tfs", "eta_cutoff", "epsilon_cutoff",
-    "smoothing_factor", "smoothing_curve", "dynatemp_min", "dynatemp_max", "dynatemp_exponent", "xtc_threshold",
-    "xtc_probability", "nsigma", "skew",
-)  # fmt: skip
-_COLUMN = {name: place for place, name in enumerate((*_OWN, "xtc_number", "mu"))}
-
-
-class Warping:
-    """The samplers of one request; it lives as long as its sequence (see `SamplingState`).
-
-    Attributes:
-        order: Names in WARPERS, in the order in which they are applied.
-        used: Those of them that have an effect.
-        mirostat: Whether Mirostat is used.
-        skewed: Whether skew is used.
-    """
-
-    __slots__ = (
-        "_eta",
-        "_key",
-        "_mu",
-        "_next_mu",
-        "_own",
-        "_position",
-        "_tau",
-        "mirostat",
-        "order",
-        "skewed",
-        "used",
-    )
-
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.order = _order(params)
-        self.used = _used(params)
-        self.mirostat = "MIROSTAT" in self.used
-        self.skewed = params.skew != 0.0
-        self._own = tuple(float(getattr(params, name)) for name in _OWN)
-        self._key = mix64(seed ^ _OTHER_STREAM)
-        self._tau, self._eta = params.mirostat_tau, params.mirostat_eta
-        self._position = 0
-        self._mu = self._next_mu = 2.0 * params.mirostat_tau
-
-    @classmethod
-    def of(cls, params: SamplingParams, seed: int) -> Warping | None:
-        """Return the samplers of a request, or None where `Sampler` can do without them.
-
-        That is a greedy request, and one that samples only by temperature, top_k, top_p, min_p and typical_p
-        in this order, which the sampler does faster by itself.
-        """
-        if params.greedy:
-            return None
-        plain = {"TEMPERATURE", "TOP_P_TOP_K", "MIN_P", "TYPICAL_P"}
-        moved = bool(params.sampler_priority) or (params.temperature_last and params.temperature != 1.0)
-        dynamic = params.dynatemp_min > 0.0 or params.dynatemp_max > 0.0
-        if moved or dynamic or params.skew != 0.0 or _used(params) - plain:
-            return cls(params, seed)
-        return None
-
-    def values(self, position: int) -> tuple[float, ...]:
-        """Return the parameters for token number `position` of the completion, in the order of `_COLUMN`."""
-        if position == self._position + 1:
-            self._mu, self._position = self._next_mu, position
-        return (*self._own, uniform(self._key, position), self._mu)
-
-    def chose(self, surprise: float) -> None:
-        """Update Mirostat with the surprise of the newest token in bits.
-
-        Calling it twice for one token changes nothing.
-        """
-        self._next_mu = self._mu - self._eta * (surprise - self._tau)
+SMALLEST_TEMPERATURE = 1e-30
+_PREFIX = 512
 
 
 class _Columns:
@@ -107,7 +31,7 @@ class _Columns:
         self._table = table
 
     def __getitem__(self, name: str) -> Tensor:
-        place = _COLUMN[name]
+        place = COLUMN[name]
         return self._table[:, place : place + 1]
 
     def rows(self, rows: Tensor) -> _Columns:
@@ -123,7 +47,7 @@ def warp(scores: Tensor, warpings: Sequence[Warping], values: Tensor) -> Tensor:
         values: [S, columns] float64 on the same device, one row of `Warping.values` for each.
 
     Returns:
-        The mass of each row, as in `engine.logits`. A row with a NaN or +inf, or with nothing but -inf,
+        The mass of each row, scaled to a maximum of 1. A row with a NaN or +inf, or with nothing but -inf,
             becomes one with a NaN.
     """
     own = _Columns(values)
@@ -140,7 +64,7 @@ def warp(scores: Tensor, warpings: Sequence[Warping], values: Tensor) -> Tensor:
             elif asking:
                 rows = torch.tensor(asking, dtype=torch.int64).to(scores.device, non_blocking=True)
                 scores.index_copy_(0, rows, WARPERS[name](scores[rows], own.rows(rows)))
-    mass = masses(scores, torch.ones_like(best))
+    mass = _rescaled(scores).exp()
     bent = [row for row, warping in enumerate(warpings) if warping.skewed]
     if bent:
         rows = torch.tensor(bent, dtype=torch.int64).to(scores.device, non_blocking=True)
@@ -152,36 +76,6 @@ def surprises(mass: Tensor, tokens: Tensor) -> Tensor:
     """Return the surprise of the drawn tokens [S] in bits, from which Mirostat learns."""
     drawn = mass.gather(-1, tokens.clamp_min(0).unsqueeze(-1)).double()
     return (mass.sum(-1, keepdim=True, dtype=torch.float64).log2() - drawn.log2()).squeeze(-1)
-
-
-def _used(params: SamplingParams) -> frozenset[str]:
-    """The samplers that have an effect; temperature is always among them."""
-    asked = {
-        "TEMPERATURE": True,
-        "TOP_NSIGMA": params.nsigma > 0.0,
-        "TOP_P_TOP_K": params.top_k > 0 or params.top_p < 1.0,
-        "TOP_A": params.top_a > 0.0,
-        "MIN_P": params.min_p > 0.0,
-        "TFS": params.tfs < 1.0,
-        "ETA_CUTOFF": params.eta_cutoff > 0.0,
-        "EPSILON_CUTOFF": params.epsilon_cutoff > 0.0,
-        "TYPICAL_P": params.typical_p < 1.0,
-        "QUADRATIC": params.smoothing_factor > 0.0,
-        "XTC": params.xtc_probability > 0.0,
-        "MIROSTAT": params.mirostat_mode == 2,
-    }
-    return frozenset(name for name, wanted in asked.items() if wanted)
-
-
-def _order(params: SamplingParams) -> tuple[str, ...]:
-    if params.sampler_priority:
-        order = [name for name in sampler_order(params.sampler_priority) if name not in FIRST_SAMPLERS]
-    else:
-        order = [name for name in WARPERS if name != "MIROSTAT"]
-    if params.temperature_last:
-        order.remove("TEMPERATURE")
-        order.insert(order.index("XTC") + 1, "TEMPERATURE")
-    return (*order, "MIROSTAT")
 
 
 class RowParameters(Protocol):
@@ -339,7 +233,7 @@ WARPERS: Mapping[str, Callable[[Tensor, RowParameters], Tensor]] = {
     "XTC": xtc,
     "MIROSTAT": mirostat,
 }
-"""Samplers by their names in `sampler_priority`, in their default order; Mirostat always comes last."""
+"""Samplers by their names."""
 
 
 def _cut(scores: Tensor, kept: Tensor) -> Tensor:
@@ -362,3 +256,88 @@ def _entropy(scores: Tensor, mass: Tensor) -> Tensor:
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     weighed = torch.where(mass > 0.0, mass * scores, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
     return total.log() - weighed / total
+
+
+def keep_likeliest(mass: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, ordered: bool) -> Tensor:
+    """Apply top_k, then top_p (Holtzman et al. 2020), then min_p (Nguyen et al. 2024).
+
+    Args:
+        mass: [S, V].
+        top_k: [S, 1] float64 from 1 to V; V keeps all.
+        top_p: [S, 1] float64; 1 keeps all.
+        min_p: [S, 1] float64; 0 keeps all. It compares with the best token, so it shares the cut of the
+            others.
+        ordered: False if no row asks for top_k or top_p, which saves the sort.
+    """
+    lowest = min_p.float()
+    if ordered:
+        lowest = torch.maximum(lowest, lowest_kept(mass, top_k.long(), top_p))
+    return mass * (mass >= lowest)
+
+
+def lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Return the smallest mass [S, 1] float32 that survives top-k and top-p.
+
+    Args:
+        mass: [S, V].
+        top_k: [S, 1] int64 from 1 to V.
+        top_p: [S, 1] float64.
+    """
+    return _lowest_kept(mass, top_k, top_p, _PREFIX if mass.device.type == "cpu" else mass.shape[-1])
+
+
+def _lowest_kept(mass: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
+    """Look at the `width` likeliest tokens only, and at more of them for the rows whose cut lies deeper.
+
+    Asking whether there are such rows costs nothing on a CPU; on other devices `width` must be V.
+    """
+    vocab_size = mass.shape[-1]
+    width = width if 2 * width < vocab_size else vocab_size
+    likeliest = falling(mass, width)
+    limited = top_k < vocab_size
+    kth = torch.where(limited, likeliest.gather(-1, (top_k - 1).clamp_max(width - 1)), 0.0)
+    kept = torch.where(likeliest >= kth, likeliest, 0.0).double()
+    everything = torch.where(
+        limited, kept.sum(-1, keepdim=True), mass.sum(-1, keepdim=True, dtype=kept.dtype)
+    )
+    before = kept.cumsum(-1) - kept
+    count = (before < top_p * everything).sum(-1, keepdim=True)
+    lowest = torch.where(top_p < 1.0, likeliest.gather(-1, (count - 1).clamp_min(0)), 0.0)
+    lowest = torch.maximum(lowest, kth)
+    if width < vocab_size:
+        deeper_k = (kth > 0.0) & (likeliest[:, -1:] >= kth)
+        deeper_p = ~limited & (top_p < 1.0) & (count == width)
+        rows = (deeper_k | deeper_p).squeeze(-1).nonzero().squeeze(-1)
+        if len(rows):
+            lowest[rows] = _lowest_kept(mass[rows], top_k[rows], top_p[rows], 16 * width)
+    return lowest
+
+
+def falling(mass: Tensor, width: int) -> Tensor:
+    """Return the `width` greatest values of each row in falling order."""
+    if mass.device.type != "cpu":
+        return mass.sort(-1, descending=True).values[:, :width]
+    array = mass.detach().numpy()  # numpy's partition and sort are tens of times faster than torch's
+    if width < array.shape[-1]:
+        array = np.partition(array, -width, axis=-1)[:, -width:]
+    return torch.from_numpy(np.sort(array, axis=-1)[:, ::-1].copy())
+
+
+def keep_typical(mass: Tensor, typical_p: Tensor) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the row's entropy (Meister et al. 2022).
+
+    Args:
+        mass: [S, V].
+        typical_p: [S, 1] float64 below 1, the probability to keep.
+    """
+    probs = mass / mass.sum(-1, keepdim=True)
+    logprobs = probs.log()
+    entropy = -(probs * logprobs).nansum(-1, keepdim=True)
+    distance = (logprobs + entropy).abs()
+    if mass.device.type == "cpu":
+        order = torch.from_numpy(distance.detach().numpy().argsort(-1))
+    else:
+        order = distance.argsort(-1)
+    reached = probs.gather(-1, order).double().cumsum(-1)
+    last = (reached < typical_p).sum(-1, keepdim=True).clamp_max(mass.shape[-1] - 1)
+    return mass * (distance <= distance.gather(-1, order.gather(-1, last)))

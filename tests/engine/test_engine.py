@@ -14,8 +14,8 @@ import torch
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.messages import Add, Logprobs
-from engine.sampler import SamplingState
 from engine.sampling_params import SamplingParams
+from engine.sampling_state import SamplingState
 from tests.support.engine_driver import (
     EOS,
     Oracle,

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from engine.config import Vocabulary
 from engine.engine import Engine
 from engine.guidance import MOST_STEPS, Built, GrammarError, Guidance, GuideBuilder
-from engine.logits import keep_only, unpacked
 from engine.messages import Add
+from engine.sampler import keep_only, unpacked
 from engine.sampling_params import SamplingParams
 from handlers.grammars.source import grammar_of
 from handlers.grammars.worker import _try_out

@@ -21,10 +21,11 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from engine.logits import TokenCounts, keep_likeliest, keep_typical, masses, mix64, pick, uniform
 from engine.messages import Logprobs
-from engine.sampler import Sampler, SamplingState, prompt_logprobs
+from engine.sampler import Sampler, masses, pick, prompt_logprobs
 from engine.sampling_params import SamplingParams
+from engine.sampling_state import SamplingState, TokenCounts, mix64, uniform
+from engine.warping import keep_likeliest, keep_typical
 
 CPU = torch.device("cpu")
 EOS = 2

@@ -17,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
-from engine.logits import mix64
 from engine.messages import Add
-from engine.repetition import Repetition
-from engine.sampler import Sampler, SamplingState
+from engine.sampler import Sampler
 from engine.sampling_params import RANGES, SAMPLERS
-from engine.warping import _OTHER_STREAM, uniform, warp
+from engine.sampling_state import _OTHER_STREAM, Repetition, SamplingState, mix64, uniform
+from engine.warping import warp
 from handlers.backends.vllm.sampling import (
     KEY,
     NEUTRAL,

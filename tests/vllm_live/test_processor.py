@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.logits import best
-from engine.sampler import Sampler, SamplingState
+from engine.sampler import Sampler, best
+from engine.sampling_state import SamplingState
 from handlers.backends.vllm import compat
 from handlers.backends.vllm import processor as processor_rows
 from handlers.backends.vllm.sampling import KEY, PROCESSOR, to_vllm, wanted

@@ -14,9 +14,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.sampler import Sampler, SamplingState
+from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
-from engine.warping import Warping
+from engine.sampling_state import SamplingState, Warping
 from handlers.backends.vllm.compat import RunnerRequests, logits_processor_classes, process_dict_updates
 from handlers.backends.vllm.sampling import KEY, Carried
 

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from engine.repetition import Repetition
 from engine.sampling_params import MAX_SEED, SamplingParams
-from engine.warping import Warping
+from engine.sampling_state import Repetition, Warping
 from handlers.backends.vllm.outputs import refused
 from handlers.errors import InvalidParameter
 from handlers.model_json import read_object
