@@ -149,9 +149,8 @@ class Ours:
         from handlers.offline.options import configure
         from handlers.prompts.tokenizer import load_tokenizer
 
-        configuration = configure(str(folder), dict(option.split("=", 1) for option in options))
-        settings = configuration.with_default("max_workers", 1).settings  # this process has all cores
-        config = plan_engines(settings, str(folder), 0)[0]
+        settings = configure(str(folder), dict(option.split("=", 1) for option in options)).settings
+        config = plan_engines(settings, str(folder), 0)[0]  # the only one: scripts have one replica
         torch.set_num_threads(threads_for(config))
         self._engine = Engine.load(config)
         keep_freed_memory()

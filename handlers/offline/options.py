@@ -83,6 +83,8 @@ def configure(model: str, given: Mapping[str, Any]) -> Configuration:
     if configuration.sources["limit_mm_per_prompt"].level is Level.DEFAULT:
         configuration = _resolve(model, [*options, f"limit_mm_per_prompt=image={_MAX_IMAGES}"])
     configuration = configuration.with_default("spare_engine", False)  # a script can be run again
+    # A script's prompts come at once, before a second replica would be there, which would only take processor time.
+    configuration = configuration.with_default("min_workers", 1)
     own = tuple(f"option.{name} (--option" for name in WITHOUT_EFFECT)
     for problem in configuration.warnings:
         if not problem.message.startswith(own):

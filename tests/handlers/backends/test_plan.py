@@ -10,6 +10,7 @@ import pytest
 
 from engine.machine import Device, Machine
 from handlers.backends.rolling.plan import plan_engines
+from handlers.offline.options import configure
 from properties.settings import Settings
 
 GIB = 1 << 30
@@ -70,3 +71,18 @@ def test_a_model_whose_longest_request_takes_more_than_half_of_the_cache_gets_on
     monkeypatch.setattr("handlers.backends.rolling.plan.usable_cores", lambda: 2)
     machine = Machine((), Device("host memory", 16 * GIB))
     assert len(plan_engines(Settings(**settings), str(tmp_path), 0, machine=machine)) == replicas
+
+
+@pytest.mark.parametrize(("options", "replicas"), [({}, 1), ({"max_workers": 2}, 2)])
+def test_a_script_has_one_replica_unless_it_asks_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], replicas: int
+) -> None:
+    monkeypatch.delenv("SERVING_MAX_WORKERS", raising=False)
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(GIB // 4)
+    monkeypatch.setattr("handlers.backends.rolling.plan.usable_cores", lambda: 2)
+    machine = Machine((), Device("host memory", 16 * GIB))
+    settings = configure(str(tmp_path), options).settings
+    assert len(plan_engines(settings, str(tmp_path), 0, machine=machine)) == replicas
+    assert len(plan_engines(Settings(**options), str(tmp_path), 0, machine=machine)) == 2
