@@ -132,7 +132,7 @@ class Supervisor(Generic[T]):
                     one = await self._start()
             except Exception as error:
                 what = "did not start again" if again else "did not start"
-                logger.error("%s %s: %s", self._name, what, error or type(error).__name__)
+                logger.error("%s %s: %s", self._name, what, str(error) or type(error).__name__)
                 self._tries.failed(error)
             else:
                 self._tries.succeeded()

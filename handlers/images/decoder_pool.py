@@ -322,7 +322,7 @@ class DecoderPool:
         try:
             worker = await self._started()
         except Exception as error:  # whatever it was, those who wait get an error
-            logger.error("an image decoder could not be started: %s", error or type(error).__name__)
+            logger.error("an image decoder could not be started: %s", str(error) or type(error).__name__)
         finally:
             self._starting -= 1
         if worker is None:

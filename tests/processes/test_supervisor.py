@@ -141,13 +141,46 @@ def test_a_shortage_is_waited_for_and_not_counted() -> None:
     run(scenario)
 
 
-def test_a_start_that_takes_too_long_is_a_failure() -> None:
+def test_a_start_that_takes_too_long_is_a_failure(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         house = House(retry_threshold=1, start_seconds=0.01)
         await house.supervisor.start()
         house.hanging = True
         await house.lose()
         assert house.supervisor.given_up
+
+    run(scenario)
+    assert "it did not start again: TimeoutError" in caplog.messages
+
+
+def test_a_start_in_the_background_is_tried_again_and_is_no_restart(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        house = House()
+        house.errors = [ValueError("no memory"), ValueError("no memory")]
+        house.supervisor.start_later()
+        await house.news.wait()
+        assert house.supervisor.current is house.made[0]
+        assert house.supervisor.restarts == 0
+        await house.lose(served=True)
+        assert house.supervisor.restarts == 1
+        await house.supervisor.close()
+
+    caplog.set_level("INFO")
+    run(scenario)
+    assert caplog.messages == [*["it did not start: no memory"] * 2, "it is ready", "it ended", "it is back"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_close_ends_a_start_in_the_background(begun: bool) -> None:
+    async def scenario() -> None:
+        house = House()
+        house.hanging = True
+        house.supervisor.start_later()
+        if begun:
+            await asyncio.sleep(0.01)
+        await house.supervisor.close()
+        assert not house.made
+        assert house.supervisor.current is None
 
     run(scenario)
 
