@@ -174,7 +174,7 @@ def test_stop_strings_end_the_answer_and_are_not_part_of_it(server: LiveServer) 
 
 
 def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> None:
-    stop = threading.Event()
+    served, stop = threading.Event(), threading.Event()
     answers: list[float] = []
 
     def load(number: int) -> None:
@@ -182,11 +182,13 @@ def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> N
             while not stop.is_set():
                 body = chat_body(random_image(number), "go", max_tokens=60, ignore_eos=True)
                 answers.append(http_client.post("/v1/chat/completions", json=body).elapsed.total_seconds())
+                served.set()
 
     with ThreadPoolExecutor(8) as pool:
         for number in range(8):
             pool.submit(load, number)
         try:
+            assert served.wait(60)
             latencies = []
             for _ in range(30):
                 began = time.perf_counter()
