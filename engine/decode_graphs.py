@@ -15,6 +15,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from engine.attention.kernel import AttentionKernel, PackedStep, StaticStep
 from engine.config import EngineConfig
@@ -34,12 +35,20 @@ def has_graphs(
     reasons = {
         "tensor-parallel ranks run without them": config.tensor_parallel_degree > 1,
         f"the attention kernel {kernel.name} runs without them": not kernel.capturable,
+        f"the attention kernel {kernel.name} runs layers with windows or score caps without them": (
+            not kernel.capturable_windows and (model.special_attention or _has_windows(model.text_config))
+        ),
         "the model's rotary frequencies depend on the length of the step": not model.capturable,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
         logger.info("no CUDA graphs: %s", reason)
     return reason is None
+
+
+def _has_windows(text: PretrainedConfig) -> bool:
+    kinds = getattr(text, "layer_types", None)
+    return bool(getattr(text, "sliding_window", None)) and (kinds is None or "sliding_attention" in kinds)
 
 
 def batch_sizes(most: int) -> list[int]:

@@ -127,12 +127,14 @@ class AttentionKernel(ABC):
         special: Whether the kernel supports models with `CacheShape.special`.
         capturable: Whether CUDA graphs of decode steps pay: the kernel has `begin_static`, and reads no more of the
             cache than the sequences hold, although tables are as wide as for the longest.
+        capturable_windows: Whether that holds for layers with windows or score caps, too.
     """
 
     name: ClassVar[str]
     block_multiple: ClassVar[int] = 1
     special: ClassVar[bool] = True
     capturable: ClassVar[bool] = False
+    capturable_windows: ClassVar[bool] = False
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape

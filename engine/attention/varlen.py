@@ -39,6 +39,7 @@ class VarlenKernel(AttentionKernel):
     block_multiple: ClassVar[int] = 256
     special: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
+    capturable_windows: ClassVar[bool] = True
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)

@@ -23,10 +23,13 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
+from handlers.backends.rolling.plan import plan_engines
+from properties.settings import Settings
 from tests.support.backend import BACK, VLLM
 from tests.support.engine_driver import CAPITALS, Oracle, Prompt, random_image
 from tests.support.image_files import png
 from tests.support.live import LiveServer, chat_body, data_url, running, until_idle
+from tests.support.shapes import SHAPES
 
 FLOAT32 = "dtype=float32"
 
@@ -366,6 +369,28 @@ def test_a_killed_engine_is_replaced_and_nobody_hangs(mortal_server: LiveServer,
     assert server.http.get("/ping").status_code == 200
     assert same(server.chat("hello").json()["choices"][0]["message"]["content"], truth.answer("hello"))
     assert server.metrics()["lmi_engine_restarts_total"] == 1
+
+
+@pytest.mark.skipif(VLLM, reason="vLLM has one replica on a CPU by default")
+def test_a_small_model_has_two_replicas_by_default(
+    shapes_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request does not wait for the second, and goes to it when the first has died."""
+    if len(plan_engines(Settings(), str(SHAPES), 0)) == 1:
+        pytest.skip("this machine has too few cores or too little memory")
+    monkeypatch.delenv("SERVING_MAX_WORKERS")
+    want = shapes_server.chat("hello").json()["choices"][0]["message"]["content"]
+    with LiveServer(SHAPES) as server:
+        assert server.chat("hello").json()["choices"][0]["message"]["content"] == want
+        server.wait_for("replica 1 is ready")
+        first, second = sorted(server.engines, key=lambda engine: engine.create_time())
+        first.kill()
+        server.wait_for("replica 0 ended")
+        assert server.http.get("/ping").status_code == 200
+        assert server.chat("hello").json()["choices"][0]["message"]["content"] == want
+        server.wait_for(BACK)
+        assert second in server.engines
+        assert server.metrics()["lmi_replicas_ready"] == 2
 
 
 @pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, with workers and replicas")

@@ -20,6 +20,7 @@ import engine.decode_graphs
 from engine.attention.gather import CpuKernel, GatherKernel
 from engine.attention.kernel import CacheShape
 from engine.attention.varlen import VarlenKernel
+from engine.attention.xformers_paged import XformersKernel
 from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs, batch_sizes, has_graphs
 from engine.engine import Engine
@@ -173,19 +174,25 @@ def test_who_has_no_graphs_is_told_why(tmp_path: Path, caplog: pytest.LogCapture
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     path = make_text_model(tmp_path / "text", "llama", rope_parameters=rope)
     dynamic = loaded(path, static=False, **SMALL).runner.model
+    path = make_text_model(tmp_path / "windows", "mistral")
+    windows = loaded(path, static=False, **SMALL).runner.model
     one, two = (EngineConfig(model_path="", devices=names) for names in (("cuda:0",), ("cuda:0", "cuda:1")))
     eager = EngineConfig(model_path="", devices=("cuda:0",), enforce_eager=True)
     cuda = torch.device("cuda:0")
     assert has_graphs(one, plain, VarlenKernel, cuda)
+    assert has_graphs(one, windows, VarlenKernel, cuda)
+    assert has_graphs(one, plain, XformersKernel, cuda)
     assert not has_graphs(one, plain, CpuKernel, torch.device("cpu"))
     assert not has_graphs(eager, plain, VarlenKernel, cuda)
     assert caplog.messages == []
     assert not has_graphs(two, plain, VarlenKernel, cuda)
     assert not has_graphs(one, plain, GatherKernel, cuda)
+    assert not has_graphs(one, windows, XformersKernel, cuda)
     assert not has_graphs(one, dynamic, VarlenKernel, cuda)
     assert [message.partition(": ")[2] for message in caplog.messages] == [
         "tensor-parallel ranks run without them",
         "the attention kernel torch runs without them",
+        "the attention kernel xformers runs layers with windows or score caps without them",
         "the model's rotary frequencies depend on the length of the step",
     ]
 
