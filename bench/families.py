@@ -157,7 +157,7 @@ class Measured:
     Attributes:
         family: Name of the family.
         parameters: Number of parameters.
-        ours: Requests per second of processor time of the embedded engine in one process.
+        ours: Requests per second of processor time of the embedded engine in one process; None without `generate`.
         generate: Requests per second of processor time of `generate`.
         over_generate: The former divided by the latter.
         served: Requests per second of our server; None where vLLM does not serve the family.
@@ -169,9 +169,9 @@ class Measured:
 
     family: str
     parameters: int
-    ours: float
-    generate: float
-    over_generate: float
+    ours: float | None
+    generate: float | None
+    over_generate: float | None
     served: float | None
     vllm: float | None
     over_vllm: float | None
@@ -462,19 +462,21 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> Measured:
     bench = Bench(name, path, dtype)
     parameters = sum(parameter.numel() for parameter in bench._model().parameters())
     ours, theirs = [], []
-    for _ in range(options.rounds):
+    for _ in range(0 if options.no_generate else options.rounds):
         ours.append(bench.ours())
         gc.collect()
         theirs.append(bench.generate())
         gc.collect()
-    mine, other = statistics.median(ours), statistics.median(theirs)
-    served = vllm = ratio = None
+    mine = other = over = served = vllm = ratio = None
+    if ours:
+        mine, other = statistics.median(ours), statistics.median(theirs)
+        over = mine / other
     if FAMILIES[name].vllm is not None and not options.no_vllm:
         with both_servers(name, path, options.vllm_python, options.output.parent) as targets:
             served, vllm = compare(targets, options.rounds)
         ratio = served / vllm
     return Measured(
-        name, parameters, mine, other, mine / other, served, vllm, ratio, bench.prepared_per_second,
+        name, parameters, mine, other, over, served, vllm, ratio, bench.prepared_per_second,
         bench.tokens_per_image,
     )  # fmt: skip
 
@@ -495,6 +497,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--no-vllm", action="store_true", help="leave vLLM's server out")
+    parser.add_argument("--no-generate", action="store_true", help="leave transformers' generate out")
     parser.add_argument(
         "--vllm-python", type=Path, default=Path(".venv-vllm/bin/python"), help="(%(default)s)"
     )
