@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import os
@@ -130,10 +131,11 @@ def test_large_images_are_not_copied_and_their_memory_goes_with_them() -> None:
 
     async def work(pool: DecoderPool) -> None:
         await decoded(pool, saved(noise(0), "PNG"))
+        gc.collect()  # or files of earlier tests would be closed in between
         before, descriptors = mappings(), psutil.Process().num_fds()
         images = [await decoded(pool, saved(noise(side, side), "PNG")) for side in (1500, 1600)]
         assert mappings() == before + 2
-        assert psutil.Process().num_fds() == descriptors
+        assert psutil.Process().num_fds() <= descriptors
         changed = images[0]._new(images[0].im)
         images[0].putpixel((0, 0), (1, 2, 3))  # Pillow copies it first
         assert changed.getpixel((0, 0)) == noise(1500, 1500).getpixel((0, 0))
@@ -505,12 +507,13 @@ def test_a_decoder_that_gets_no_memory_for_pixels_leaves_no_descriptor(
 ) -> None:
     async def work(pool: DecoderPool) -> None:
         await asyncio.sleep(0)
+        gc.collect()
         before = psutil.Process().num_fds()
         for _ in range(3):
             monkeypatch.setattr(decoder_pool, "REUSED_BYTES", 0)  # which cannot be mapped
             with pytest.raises(Unavailable, match="images cannot be decoded now"):
                 await pool.measure(saved(noise(1), "PNG"))
-        assert psutil.Process().num_fds() == before
+        assert psutil.Process().num_fds() <= before
         monkeypatch.undo()
         assert (await decoded(pool, saved(noise(1), "PNG"))).size == (64, 64)
 
