@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import engine.attention.varlen
 from engine.attention import gather
-from engine.attention.gather import CpuKernel, GatherKernel
+from engine.attention.gather import CpuKernel, GatherKernel, cap_scores
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
 from engine.attention.reference import ReferenceKernel
 from engine.attention.select import AUTO, choose_kernel, trial
@@ -553,3 +553,12 @@ def test_cuda_always_gets_a_kernel(dtype: torch.dtype) -> None:
     shape = replace(TEXT, dtype=dtype, device=torch.device("cuda"))
     kernel, _ = choose_kernel("auto", shape, None, query_heads=4)
     assert dtype != torch.float32 or kernel is GatherKernel
+
+
+def test_the_faster_score_cap_is_as_close_as_it_says() -> None:
+    scores = torch.linspace(-400, 400, 200_001)
+    for cap in (3.0, 50.0):
+        exact, fast = scores.clone(), scores.clone()
+        cap_scores(exact, cap, exact=True)
+        cap_scores(fast, cap, exact=False)
+        assert (exact - fast).abs().max() < 1e-6 * cap
