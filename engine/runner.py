@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -149,8 +150,9 @@ class ModelRunner:
                 model, self.kernel, max_num_seqs=config.max_num_seqs, max_model_len=self.max_model_len
             )
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
+        """Bytes of this rank's weights as they are computed with; asked for whenever the cores are shared anew."""
         packed = (m.weight_bytes for m in self.model.model.modules() if isinstance(m, PackedLinear))
         return sum(packed, sum(p.nbytes for p in self.model.model.parameters()))
 
