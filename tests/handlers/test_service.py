@@ -8,7 +8,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from handlers.errors import EngineFailed, ImageFetchFailed, ImagesLost, InvalidR
 from handlers.protocols.openai.writers import ChatWriter
 from handlers.request import GenerationRequest, Reply
 from handlers.service import KEEP_ALIVE_SECONDS
+from tests.support.coroutines import run
 from tests.support.scripted import (
     ScriptedBackend,
     ScriptedImages,
@@ -34,17 +35,6 @@ from tests.support.scripted import (
 )
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "https://images.example/cat.png"}}]
-
-
-def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """Test functions are coroutines; a test that hangs fails."""
-
-    def wrapped() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20))
-
-    wrapped.__name__ = test.__name__
-    wrapped.__doc__ = test.__doc__
-    return wrapped
 
 
 @contextmanager

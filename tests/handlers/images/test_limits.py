@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
@@ -14,16 +12,8 @@ from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
 from handlers.images.limits import ImageLimits, ImageMemory, Share
 from handlers.images.loader import ImageLoader
 from handlers.request import ImagePart
+from tests.support.coroutines import run
 from tests.support.image_files import BAD, data_url
-
-
-def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    def wrapped() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20))
-
-    wrapped.__name__ = test.__name__
-    wrapped.__doc__ = test.__doc__
-    return wrapped
 
 
 def taking(memory: ImageMemory, *images: tuple[str, int]) -> asyncio.Task[list[Share]]:
