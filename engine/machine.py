@@ -91,6 +91,14 @@ def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return total
 
 
+def cpu_cache_bytes(memory: int) -> int:
+    """Return the bytes that all key/value caches on a CPU take: a quarter of the memory, and at most 4 GiB.
+
+    Everything else on the machine shares that memory. memory: bytes of the host.
+    """
+    return min(4 << 30, memory // 4)
+
+
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Count the cores of the affinity mask, or fewer where the control group's quota (version 2 or 1) allows fewer.
 

@@ -11,21 +11,15 @@ from transformers import PretrainedConfig
 from engine.attention.kernel import CacheShape
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
-from engine.machine import host_memory
+from engine.machine import cpu_cache_bytes, host_memory
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_LEN = 4096
 """Used where config.json names no length."""
 
-CPU_SHARE = 0.25
-CPU_MOST = 4 << 30
 CPU_REQUESTS = 16
-"""Limits of the cache on a CPU, whose memory is shared with everything else on the machine.
-
-The cache takes this share of the memory, at most this many bytes, and at most what this many requests of the
-greatest length fill.
-"""
+"""On a CPU the cache takes no more than what this many requests of the greatest length fill."""
 
 ENCODER_CACHE = 256 << 20
 CPU_ENCODER_CACHE = 32 << 20
@@ -169,4 +163,4 @@ def _own_budget(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free - total * (1 - config.gpu_memory_utilization)) - CUDA_RESERVE)
-    return int(min(CPU_MOST, host_memory() * CPU_SHARE) * config.cpu_share / config.tensor_parallel_degree)
+    return int(cpu_cache_bytes(host_memory()) * config.cpu_share / config.tensor_parallel_degree)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.attention.select import DEFAULT_BLOCK_SIZE
-from engine.machine import Device, Machine
-from engine.memory import CPU_MOST, CPU_REQUESTS, CPU_SHARE, CUDA_RESERVE, encoder_share
+from engine.machine import Device, Machine, cpu_cache_bytes
+from engine.memory import CPU_REQUESTS, CUDA_RESERVE, encoder_share
 from handlers.backends.backend import Backend, Needs
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.errors import InvalidConfiguration
@@ -137,7 +137,7 @@ def _fit_accelerator(result: Fit, configuration: Configuration, needs: Needs, na
 def _fit_host(result: Fit, configuration: Configuration, needs: Needs, name: str | None) -> None:
     memory = result.device.memory
     ranks = result.replicas * result.devices_per_replica
-    room = min(CPU_MOST, int(memory * CPU_SHARE)) // ranks
+    room = cpu_cache_bytes(memory) // ranks
     cache = _useful(result, configuration, needs, room, requests=CPU_REQUESTS)
     held = (result.weights or 0) * result.replicas
     if held + cache * ranks > memory:

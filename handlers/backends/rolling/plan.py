@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from engine.config import EngineConfig, LookupConfig, Vocabulary
-from engine.machine import Machine, host_memory, usable_cores
+from engine.machine import Machine, cpu_cache_bytes, host_memory, usable_cores
 from handlers.backends.estimate import cache_bytes_per_token
 from handlers.backends.unused import unused_on
 from handlers.backends.weights_read import WeightsRead
@@ -112,7 +112,7 @@ def _two_fit(settings: Settings, directory: Path, machine: Machine | None) -> bo
     memory = host_memory() if machine is None else machine.host.memory
     weights = WeightsRead(directory).total
     asked = settings.kv_cache_memory_mb
-    half = min(2 << 30, memory // 8)  # of engine.memory's CPU_MOST and CPU_SHARE
+    half = cpu_cache_bytes(memory) // 2
     cache = half if asked is None else asked << 20
     fit = 0 < weights <= SMALL_MODEL and 2 * (weights + cache + PROCESS_BYTES) <= memory // 2
     return fit and (asked is not None or _longest_bytes(settings, directory) <= half)
