@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
+# The most by which two differences of processor times can disagree: user and system time are each cut to whole ticks.
+READING = 4 / os.sysconf("SC_CLK_TCK")
 
 
 def test_both_workloads_are_measured_with_two_stub_engines(tmp_path: Path) -> None:
@@ -19,8 +22,8 @@ def test_both_workloads_are_measured_with_two_stub_engines(tmp_path: Path) -> No
     assert [*runs] == ["streams, 2 replicas", "images, 2 replicas"]
     for name, row in runs.items():
         assert row["outcomes"] == {"200": row["requests"]}
-        assert row["front_cores"] > 0
-        assert row["loop_cores"] < row["front_cores"] + 0.001
+        beyond = (row["loop_cores"] - row["front_cores"]) * row["seconds"]
+        assert beyond < READING, "the event loop's thread is one of the process"
         assert f"| {name} | {row['load']['streams']} | {row['requests_per_s']:.0f} |" in done.stdout
     log = (tmp_path / "2.log").read_text()
     assert "2 of 2 replicas, float32, attention stub" in log
