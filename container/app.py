@@ -48,7 +48,6 @@ from handlers.errors import (
     Unavailable,
 )
 from handlers.generation_task import RETRY_AFTER, overloaded
-from handlers.model_names import accepted_names
 from handlers.protocols.base import JSON, Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, MOST_SECONDS, are_lines
@@ -191,7 +190,7 @@ class App:
         """Apply a configuration. It is called again if the model's files contain options."""
         self._settings = configuration.settings
         self.light.configure(configuration)
-        self._accepted = accepted_names(configuration)
+        self._accepted = configuration.accepted_names
         self._cors = Cors(configuration.settings.cors_allowed_origin)
         self._keys = Keys(configuration.settings.api_key)
         self._router = SEVERAL if configuration.settings.multi_model else ONE

@@ -15,7 +15,6 @@ from container.openapi import document
 from container.page import ModelPage
 from container.state import Answers, EngineState, Healthy, Ping, ServerState, Unhealthy, Version, json_reply
 from handlers.errors import NotFound, Unavailable
-from handlers.model_names import public_names
 from handlers.protocols.base import JSON, READ, Route
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
@@ -101,7 +100,7 @@ class LightReplies:
         self._page_is_on = False
 
     def configure(self, configuration: Configuration) -> None:
-        self._public = public_names(configuration)
+        self._public = configuration.public_names
         self._page_is_on = page.is_on(configuration) and not configuration.settings.multi_model
 
     async def reply(self, call: Call, action: str, name: str, router: Router) -> Reply:

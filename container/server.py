@@ -288,8 +288,8 @@ class Server:
         """Close the backend, which fails the requests still running; they get a moment to reply to their clients."""
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
-                if self._backend is not None:
-                    await self._backend.close()
+                if (closing := self.state.service or self._backend) is not None:
+                    await closing.close()
                 if self._formatters is not None:
                     await self._formatters.close()
                 if self._images is not None:

@@ -90,6 +90,9 @@ class Answers(Protocol):
 
     def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool: ...
 
+    async def close(self) -> None:
+        """Close the backend, and what belongs to the service alone. Never raises."""
+
 
 @dataclass(slots=True)
 class ServerState:

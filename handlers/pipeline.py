@@ -73,44 +73,35 @@ _FEWEST = 2**17
 
 
 class Pipeline:
-    """One engine, and everything between it and the requests; `Lifecycle` describes what is not described here."""
+    """One loaded engine, and everything between it and the requests.
+
+    Attributes:
+        capabilities: What requests may ask for.
+    """
 
     def __init__(self, engine: Engine[Any], compile_seconds: float) -> None:
-        """Put a pipeline in front of an engine, which `load` loads.
+        """Put a pipeline in front of an engine, which `close` closes.
 
         Args:
-            engine: Not loaded yet.
+            engine: Loaded.
             compile_seconds: The time limit for compiling one constraint.
         """
+        model, context = engine.model, engine.capabilities.max_model_len
+        model.renderer.longest = longest_prompt(context)
         self._engine = engine
-        self._compile_seconds = compile_seconds
-        self._compiler: GrammarCompiler | None = None
-        self._capabilities: Capabilities | None = None
-        self._loaded = False
-
-    async def load(self) -> None:
-        """Return when the engine can generate. Raises ServingError."""
-        await self._engine.load()
-        model, loaded = self._engine.model, self._engine.capabilities
-        model.renderer.longest = longest_prompt(loaded.max_model_len)
-        if model.vocabulary is not None:
-            self._compiler = GrammarCompiler(model.vocabulary, self._compile_seconds)
-        self._model: PromptModel = model
+        self._model = model
         self._token_texts = TokenTexts(model.tokenizer)
-        self._capabilities = dataclasses.replace(
-            loaded,
+        self._compiler = (
+            None if model.vocabulary is None else GrammarCompiler(model.vocabulary, compile_seconds)
+        )
+        self._closed = False
+        self.capabilities: Capabilities = dataclasses.replace(
+            engine.capabilities,
             image_placeholder=model.renderer.placeholder or None,
             special_token_ids=frozenset(model.tokenizer.all_special_ids),
             special_tokens=self._token_texts.skipped,
             chat_templates=model.renderer.variables,
         )
-        self._loaded = True
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What requests may ask for. Valid once `load` has returned."""
-        assert self._capabilities is not None, "load() has not returned"
-        return self._capabilities
 
     @property
     def adapters(self) -> AdapterStore | None:
@@ -125,8 +116,8 @@ class Pipeline:
         Raises:
             ServingError: The request is refused, or the engine cannot take it.
         """
-        if not self._loaded:
-            raise Unavailable("the model is still loading", retry_after=5)
+        if self._closed:
+            raise Unavailable("the server is stopping", retry_after=5)
         model, longest = self._model, self.capabilities.max_model_len
         constraint, grammar = await self.compiled(request.constraint)
         rendered = await self._rendered(request)
@@ -210,13 +201,16 @@ class Pipeline:
         return await self._aside(partial(_detokenized, token_ids, self._model))
 
     def health(self) -> Health:
+        """Return whether the engine can generate now."""
         return self._engine.health()
 
     def stats(self) -> BackendStats:
+        """Return the engine's counts."""
         return self._engine.stats()
 
     async def close(self) -> None:
-        self._loaded = False
+        """Abort what is running, and close the engine. Never raises."""
+        self._closed = True
         if self._compiler is not None:
             await self._compiler.close()
         await self._engine.close()

@@ -91,11 +91,11 @@ KEEP_ALIVE_SECONDS = 15.0
 
 
 class Service:
-    """Answers requests of every API with one backend."""
+    """Answers requests of every API with one model."""
 
     def __init__(
         self,
-        backend: Pipeline,
+        pipeline: Pipeline,
         images: ImageLoader,
         settings: Settings,
         *,
@@ -107,10 +107,10 @@ class Service:
         observer: Observer | None = None,
         keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        """Prepare to answer requests; the backend may still be loading.
+        """Prepare to answer requests.
 
         Args:
-            backend: Generates the answers.
+            pipeline: Generates the answers.
             images: Loads the requests' images.
             settings: The options.
             model_name: Shown in replies to requests that name no model.
@@ -121,7 +121,7 @@ class Service:
             observer: Notified of what happens to requests, for metrics.
             keep_alive: See `KEEP_ALIVE_SECONDS`.
         """
-        self.backend = backend
+        self.pipeline = pipeline
         self.images = images
         self.settings = settings
         self.model_name = model_name
@@ -144,6 +144,10 @@ class Service:
     def free(self) -> int:
         """The number of further answers that would be admitted now."""
         return self.admission.free
+
+    async def close(self) -> None:
+        """Abort what is running, and close the engine. Never raises."""
+        await self.pipeline.close()
 
     async def answer(self, incoming: Incoming) -> Reply:
         """Generate the reply to a body.
@@ -192,7 +196,7 @@ class Service:
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
         longest_text = max(MOST_TEXT_BYTES, 4 * self.settings.max_image_bytes // 3 + SHORT_BYTES)  # in base64
-        context = self.backend.capabilities.max_model_len
+        context = self.pipeline.capabilities.max_model_len
         given = (incoming.take_body(), incoming.headers, context, longest_text)
         if not long:
             return read_body(*given)
@@ -228,7 +232,7 @@ class Service:
     @cached_property
     def context(self) -> ServerContext:
         """What holds for every request of this server."""
-        capabilities = self.backend.capabilities
+        capabilities = self.pipeline.capabilities
         return ServerContext(
             self.model_name,
             capabilities.default_sampling,
@@ -245,7 +249,7 @@ class Service:
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
-        capabilities = self.backend.capabilities
+        capabilities = self.pipeline.capabilities
         task = read_task(body, self.context, incoming)
         _check_totals(task.requests)
         for request in task.requests:
@@ -266,7 +270,7 @@ class Service:
 
     def check_images(self, count: int) -> None:
         """Raise InvalidRequest if a prompt may not have this many images."""
-        if count and not self.backend.capabilities.images:
+        if count and not self.pipeline.capabilities.images:
             raise InvalidRequest("this model does not take images")
         most = self.settings.limit_mm_per_prompt.get("image", 1)
         if count > most:
@@ -285,13 +289,13 @@ class Service:
         try:
             async with run.time_limit():
                 if not facts.stream:
-                    answered = await run.answers(self.backend)
+                    answered = await run.answers(self.pipeline)
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
                     body = await _aside(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
-                    deltas = run.deltas(self.backend)
+                    deltas = run.deltas(self.pipeline)
                     first = await anext(deltas)
                     stream = ReplyStream(
                         run,
@@ -315,7 +319,7 @@ class Service:
                 await run.close()
         headers = warning(task.misspelt)
         if facts.route in _TIMED:
-            headers |= _timing_headers(task.requests, self.backend.capabilities.compute_type, facts)
+            headers |= _timing_headers(task.requests, self.pipeline.capabilities.compute_type, facts)
         if stream is not None:
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,16 @@ from typing import Any
 
 from properties.field import TRUE, BackendName, Level
 from properties.lmi import PACKAGE, RENAMED, handler_named
-from properties.model import SCRIPTS, ModelLocation, context_length, find_home, holds_model, locate
+from properties.model import (
+    LMI_NAME,
+    SCRIPTS,
+    ModelLocation,
+    context_length,
+    find_home,
+    holds_model,
+    locate,
+    read_object,
+)
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
 from properties.problem import ConfigurationError, Problem, Report, Source
 from properties.resolution import Resolution, Sourced, resolve_values
@@ -100,6 +108,18 @@ class Configuration:
     def extra_texts(self) -> dict[str, str]:
         """The values of `extra`."""
         return {name: item.value for name, item in self.extra.items()}
+
+    @property
+    def public_names(self) -> list[str]:
+        """The model's names to show to clients; replies use the first. Never a path of this machine."""
+        location = self.model_location
+        own = location.value if location.kind == "hub" else location.name
+        return self.settings.served_model_name or [own]
+
+    @property
+    def accepted_names(self) -> frozenset[str]:
+        """All names that a route such as /predictions/{model} and, with adapters, a request's `model` may have."""
+        return frozenset((*self.public_names, self.model_location.name, LMI_NAME))
 
     def with_default(self, name: str, value: object) -> Configuration:
         """Give an option another default, which holds where no source sets it."""
@@ -265,12 +285,9 @@ def read_model_config(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text("utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError([Problem(f"the model's config.json cannot be read: {error}")]) from None
-    if not isinstance(config, dict):
-        raise ConfigurationError([Problem("the model's config.json is not a JSON object")])
-    return config
 
 
 def _renamed(written: Iterable[RawValue], report: Report) -> Iterator[RawValue]:

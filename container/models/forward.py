@@ -8,9 +8,9 @@ from urllib.parse import quote, urlencode
 import httpcore
 
 from handlers.errors import Unavailable
-from handlers.model_names import LMI_DEFAULT
 from handlers.protocols.base import JSON
 from handlers.request import Incoming, Reply
+from properties.model import LMI_NAME
 
 _NOT_SENT = frozenset(
     {
@@ -70,7 +70,7 @@ class Line:
         Raises:
             Unavailable: The server is gone.
         """
-        path = incoming.route.replace("{model}", LMI_DEFAULT).replace(
+        path = incoming.route.replace("{model}", LMI_NAME).replace(
             "{adapter}", quote(incoming.adapter, safe="")
         )
         query = {name: value for name, value in incoming.query.items() if name != "model_name"}

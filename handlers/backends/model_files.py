@@ -17,9 +17,9 @@ from engine.errors import ModelLoadError
 from handlers.artefacts.mistral import TEKKEN
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.weight_files import unreadable
-from handlers.model_json import read_object
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource, read_chat_templates
 from properties.configuration import read_model_config
+from properties.model import read_object
 from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 

@@ -60,6 +60,10 @@ class CustomService:
             written = error_format(incoming.route, incoming.headers)
             return refusal(error, facts, written, self._observer)
 
+    async def close(self) -> None:
+        """End the handler's processes. Never raises."""
+        await self._backend.close()
+
     async def call(self, action: str, incoming: Incoming) -> Reply:
         """Refuse what only an engine could answer."""
         if action == "execution":

@@ -14,7 +14,7 @@ import msgspec
 from jinja2 import meta, nodes
 
 from engine.errors import ModelLoadError, one_line
-from handlers.model_json import read_object
+from properties.model import read_object
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """The names that transformers uses to choose a template."""

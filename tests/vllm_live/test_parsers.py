@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.vllm.engine import VllmEngine
 from handlers.backends.vllm.parsers import VllmParser, VllmParsers, vllm_parsers
-from handlers.build import build_backend
+from handlers.build import build_engine
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import (
     AnswerFormats,
@@ -331,16 +331,16 @@ def test_an_unknown_name_is_refused_with_the_list_and_the_nearest(tmp_path: Path
     for backend in ("vllm", "rolling"):
         configuration = configured(f"rolling_batch={backend}", *options)
         with pytest.raises(ConfigurationError) as caught:
-            build_backend(configuration, SHAPES)
+            build_engine(configuration, SHAPES)
         tools, reasoning = (str(problem) for problem in caught.value.problems)
         assert "allowed: hermes, " in tools
         assert ("did you mean qwen3_coder?" in tools) == (backend == "vllm")
         assert ("did you mean granite?" in reasoning) == (backend == "vllm")
         assert ("kimi_k2" in reasoning) == (backend == "vllm")
     with pytest.raises(ConfigurationError, match="a parser of vLLM, and vLLM is not what serves"):
-        build_backend(configured("rolling_batch=rolling", "tool_call_parser=qwen3_coder"), SHAPES)
-    built = build_backend(configured("rolling_batch=vllm", "tool_call_parser=qwen3_coder"), SHAPES)
-    assert isinstance(built._engine, VllmEngine)
+        build_engine(configured("rolling_batch=rolling", "tool_call_parser=qwen3_coder"), SHAPES)
+    built = build_engine(configured("rolling_batch=vllm", "tool_call_parser=qwen3_coder"), SHAPES)
+    assert isinstance(built, VllmEngine)
 
 
 def test_a_tokenizer_without_the_marks_is_told_at_the_start() -> None:

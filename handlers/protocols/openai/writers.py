@@ -32,9 +32,12 @@ from handlers.protocols.openai.replies import (
     token_text,
 )
 from handlers.protocols.openai.tools import ParsedAnswers, first_deltas
-from handlers.version import FINGERPRINT
+from handlers.version import VERSION
 
 _encode = msgspec.json.Encoder().encode
+
+_FINGERPRINT = f"lmi-{VERSION}"
+"""OpenAI's `system_fingerprint`, without which TGI's client does not recognise a chat."""
 
 _TEXT = "\0"
 _ENCODED_TEXT = _encode(_TEXT)
@@ -69,7 +72,7 @@ class _OpenAIWriter:
     keep_alive = b": keep-alive\n\n"
 
     def __post_init__(self) -> None:
-        self._head = (self.reply_id, int(time.time()), self.model, FINGERPRINT)
+        self._head = (self.reply_id, int(time.time()), self.model, _FINGERPRINT)
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """Choice that has begun -> what stands before and after the text of its plain chunks."""
         self._start = _event(self._reply([], UNSET)).removesuffix(b"]}\n\n")

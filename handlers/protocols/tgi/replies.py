@@ -330,7 +330,7 @@ class Info(Struct):
 
 async def info(service: Service, incoming: Incoming) -> Reply:
     """Answer `GET /info`."""
-    capabilities = service.backend.capabilities
+    capabilities = service.pipeline.capabilities
     longest = capabilities.max_model_len
     body = Info(
         model_id=service.model_name,
