@@ -18,7 +18,6 @@ from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, VLLM_PARSER, of_vllm
 from properties.configuration import Configuration, read_model_config
-from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 from properties.settings import Settings
 
@@ -101,11 +100,10 @@ def parser_problems(configuration: Configuration, backend: Backend | None = None
     for option, ours in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_FORMATS)):
         theirs = parser_names(option)
         usable = theirs if backend is None else backend.parser_names(option)
-        name, source = getattr(configuration.settings, option), configuration.sources[option]
+        name = getattr(configuration.settings, option)
         text = _parser_problem(name, sorted(ours), sorted(theirs), usable)
         if text is not None:
-            text = f"{key_of(option)} = {name!r} ({source.location}): {text}"
-            problems.append(Problem(text, option))
+            problems.append(Problem(f"{configuration.assigned(option)}: {text}", option))
     return problems
 
 

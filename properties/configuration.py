@@ -22,7 +22,7 @@ from properties.model import (
     read_object,
 )
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
-from properties.problem import ConfigurationError, Problem, Report, Source
+from properties.problem import ConfigurationError, Problem, Report, Source, assigned
 from properties.resolution import Resolution, Sourced, resolve_values
 from properties.secure_mode import OPEN, SecureMode, secure_mode
 from properties.settings import RETIRED, Settings
@@ -177,6 +177,11 @@ class Configuration:
     def of_the_command_line(self) -> list[str]:
         """Return what the command line sets, each as NAME=VALUE."""
         return [f"{item.key}={item.raw}" for item in self._written if item.level is Level.COMMAND_LINE]
+
+    def assigned(self, name: str, value: object = None) -> str:
+        """Return how messages show an option's value, or another text in its place."""
+        shown = repr(getattr(self.settings, name)) if value is None else value
+        return assigned(key_of(name), shown, self.sources[name].location)
 
     def effective(self, name: str) -> Any:
         """Return an option's value, or the recommended one if nobody wrote any."""
@@ -392,7 +397,9 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
     try:
         location = locate(settings.model_id, settings.revision, home)
     except ValueError as error:
-        result.problem(f"option.model_id = {settings.model_id!r} ({source.location}): {error}", "model_id")
+        result.problem(
+            f"{assigned(_MODEL_KEY, repr(settings.model_id), source.location)}: {error}", "model_id"
+        )
         return None
     custom = settings.entry_point is not None
     if location.kind == "directory" and not custom and not holds_model(Path(location.value)):
@@ -409,7 +416,7 @@ def _check_together(result: Resolution, home: Path | None) -> None:
             result.warn(f"{message}; it is checked against the model and changes nothing", name)
 
     def written(name: str) -> str:
-        return f"{key_of(name)} = {getattr(settings, name)!r} ({sources[name].location})"
+        return assigned(key_of(name), repr(getattr(settings, name)), sources[name].location)
 
     low, high = settings.min_workers, settings.max_workers
     if low is not None and high is not None and low > high:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from properties.field import TRUE
 from properties.names import PREFIX, by_name, key_of
-from properties.problem import Report
+from properties.problem import Report, assigned
 from properties.sources import RawValue
 
 _IGNORED_OPTIONS = {
@@ -315,7 +315,7 @@ def _built_in(meaning: Meaning, report: Report) -> LmiHandler | None:
     if written is None or written.raw.partition(".")[0] != PACKAGE:
         return None
     del meaning.values["entry_point"]
-    described = f"{key_of('entry_point')} = {written.raw!r} ({written.location})"
+    described = assigned(key_of("entry_point"), repr(written.raw), written.location)
     module = handler_named(written.raw)
     if module is None:
         known = ", ".join(f"{PACKAGE}.{name}" for name, one in HANDLERS.items() if not one.refused)
@@ -348,4 +348,4 @@ def _dynamic_batch(ignored: Collection[RawValue]) -> RawValue | None:
 
 
 def _told(item: RawValue) -> str:
-    return f"{item.key} = {item.raw.strip()} ({item.location})"
+    return assigned(item.key, item.raw.strip(), item.location)

@@ -73,7 +73,7 @@ def _answer(order: Prepare) -> Answer:
     try:
         return _prepared(order)
     except ConfigurationError as error:
-        return Failure("the model cannot be served: " + "; ".join(map(str, error.problems)), 400)
+        return Failure.of_configuration(error)
     except ServingError as error:
         return Failure(error.message, error.status)
 

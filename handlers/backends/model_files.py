@@ -82,12 +82,12 @@ def model_findings(configuration: Configuration, directory: Path, backend: Backe
 
 def too_long(configuration: Configuration, positions: int | None) -> list[Problem]:
     """Return a problem if option.max_model_len is more than the model has positions."""
-    asked, source = configuration.settings.max_model_len, configuration.sources["max_model_len"]
+    asked = configuration.settings.max_model_len
     if asked is None or positions is None or asked <= positions:
         return []
     text = (
-        f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
-        "model's config.json states; lower it"
+        f"{configuration.assigned('max_model_len')} is more than the {positions} positions that the model's "
+        "config.json states; lower it"
     )
     return [Problem(text, "max_model_len")]
 
