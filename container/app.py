@@ -21,19 +21,8 @@ from urllib.parse import parse_qs
 
 from pydantic import SecretStr
 
-from container.exchange import (
-    Bodies,
-    Body,
-    Call,
-    ClientGone,
-    Exchange,
-    Receive,
-    Scope,
-    Send,
-    declared_size,
-    has_body,
-    request_id,
-)
+from container.bodies import Bodies, Body, declared_size, has_body
+from container.exchange import Call, ClientGone, Exchange, Receive, Scope, Send, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
 from container.models.models import REGISTRY

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEAD_SECONDS = 30.0
+"""How long a head may take to arrive."""
+
 _HEAD_BYTES = 64 * 1024
 _MOST_HEADERS = 256
 
@@ -51,8 +53,11 @@ _UNREAD_SECONDS = 120.0
 class Protocol(HttpToolsProtocol):
     """Limits a connection's heads (time, bytes, headers), simultaneous requests, body framing and unread replies."""
 
-    def __init__(self, *, application: App, connections: Connections, **given: Any) -> None:
+    def __init__(
+        self, *, application: App, connections: Connections, head_seconds: float = HEAD_SECONDS, **given: Any
+    ) -> None:
         super().__init__(**given)
+        self._head_seconds = head_seconds
         self._application = application
         self._connections = connections
         self._timer: asyncio.TimerHandle | None = None
@@ -124,7 +129,7 @@ class Protocol(HttpToolsProtocol):
         self._parsed, self._began = 0, False
         in_body = self._in_body
         if self._timer is None and self._is_free():
-            self._start_timer(HEAD_SECONDS, self._socket.abort)
+            self._start_timer(self._head_seconds, self._socket.abort)
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade:
@@ -176,7 +181,7 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = self._head_read = self._fields = self._hosts = 0
         self._chunked = False
         if self._is_free():  # or else once the earlier reply has ended: it must not be cut off
-            self._start_timer(HEAD_SECONDS, self._socket.abort)
+            self._start_timer(self._head_seconds, self._socket.abort)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -240,7 +245,7 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if not self.pipeline and not self.transport.is_closing():
             if (self._in_head or self._in_body) and self._timer is None:
-                self._start_timer(HEAD_SECONDS, self._socket.abort)
+                self._start_timer(self._head_seconds, self._socket.abort)
             self._connections.rest(self)
 
     def pause_writing(self) -> None:

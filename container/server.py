@@ -28,7 +28,7 @@ from container.config import configured, unreadable
 from container.logs import logging_to, on_terminal
 from container.metrics import Metrics
 from container.models.models import Models
-from container.protocol import Connections, Protocol, raise_descriptor_limit
+from container.protocol import HEAD_SECONDS, Connections, Protocol, raise_descriptor_limit
 from container.requirements import install, requirements_to_install
 from container.state import ServerState
 from handlers.artefacts import ArtefactError
@@ -389,12 +389,13 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 class HttpServer(uvicorn.Server):
     """Uvicorn with our protocol. It serves until `should_exit`; its owner handles signals."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, head_seconds: float = HEAD_SECONDS) -> None:
         self.connections = Connections(raise_descriptor_limit())
+        protocol = partial(Protocol, application=app, connections=self.connections, head_seconds=head_seconds)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(Protocol, application=app, connections=self.connections),  # type: ignore[arg-type]
+                http=protocol,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 interface="asgi3",

@@ -48,13 +48,6 @@ GRACE_SECONDS = 1.0
 """How long decoding of an abandoned image may continue before its decoder is killed. Starting another one costs more
 than most images."""
 
-CPU_SECONDS, CPU_SECONDS_PER_MEGAPIXEL = 2.0, 0.25
-"""Greatest processor time for an image: many times what any format needs on a slow machine."""
-
-WALL_FACTOR, WALL_SECONDS = 10, 30.0
-"""A decoder that has not answered after this many seconds, plus this many times the processor time, is not running at
-all: it is killed."""
-
 _MAX_PASSES = 64
 """Number of images that may overtake a large one that waits for memory."""
 
@@ -69,6 +62,32 @@ _RESERVE_BYTES = 256 << 20
 _ERRORS = {error.__name__: error for error in (ImageError, ImageTooLarge)}
 
 
+@dataclass(frozen=True, slots=True)
+class TimeLimits:
+    """How long an image may take.
+
+    Attributes:
+        cpu: Seconds of processor time for any image: many times what any format needs on a slow machine.
+        cpu_per_megapixel: Further seconds of it for each million pixels.
+        wall: A decoder that has not answered after this many seconds, and `wall_factor` times the processor time, is
+            not running at all: it is killed.
+        wall_factor: See `wall`.
+    """
+
+    cpu: float = 2.0
+    cpu_per_megapixel: float = 0.25
+    wall: float = 30.0
+    wall_factor: float = 10.0
+
+    def cpu_for(self, pixels: int) -> float:
+        """Return the seconds of processor time that an image may take."""
+        return self.cpu + self.cpu_per_megapixel * pixels / 1e6
+
+    def wall_for(self, cpu: float) -> float:
+        """Return the seconds after which a decoder is killed that may use `cpu` seconds of processor time."""
+        return self.wall + self.wall_factor * cpu
+
+
 class DecoderPool:
     """Decodes images in processes, which start when they are first needed, or with `warm_up`. Used on one event loop.
 
@@ -78,6 +97,7 @@ class DecoderPool:
         killed: Number of decoders killed while decoding: because nobody waited for their image any more,
             because they did not run, or by the system.
         memory: Memory that decoders may use for all images being decoded.
+        times: The time limits of an image; they may be changed at any time.
     """
 
     def __init__(self, limits: ImageLimits, most: int | None = None) -> None:
@@ -86,6 +106,7 @@ class DecoderPool:
         self.started = 0
         self.died = 0
         self.killed = 0
+        self.times = TimeLimits()
         self.memory = ImageMemory(limits.memory_bytes, _MAX_PASSES)
         self._settings: Settings = {"max_pixels": limits.max_pixels, "background": list(limits.background)}
         self._largest = unknown_header(limits.max_pixels).working_bytes + 2 * limits.max_bytes
@@ -110,7 +131,7 @@ class DecoderPool:
             ImageProblem: The file cannot be used.
             Unavailable: No decoder can be started.
         """
-        size, _ = await self._ask(data, None, 2 * len(data), CPU_SECONDS)
+        size, _ = await self._ask(data, None, 2 * len(data), self.times.cpu)
         return unknown_header(size[0] * size[1])
 
     async def decode(self, data: bytes, header: Header) -> Image.Image:
@@ -123,9 +144,8 @@ class DecoderPool:
             ImageProblem: The file cannot be used, or has more pixels than `header` says.
             Unavailable: No decoder can be started, or the second one does not run either.
         """
-        seconds = CPU_SECONDS + CPU_SECONDS_PER_MEGAPIXEL * header.pixels / 1e6
         working = header.working_bytes + 2 * len(data)
-        _, image = await self._ask(data, header.pixels * 4, working, seconds)
+        _, image = await self._ask(data, header.pixels * 4, working, self.times.cpu_for(header.pixels))
         if image is None:
             raise ImageProblem("its file gives its size twice, and the two sizes differ")
         return image
@@ -194,7 +214,7 @@ class DecoderPool:
 
         Cancelled, the share is kept as long as needed.
         """
-        wall = WALL_SECONDS + WALL_FACTOR * question.seconds
+        wall = self.times.wall_for(question.seconds)
         watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, worker)
         try:
             async with asyncio.timeout(wall):

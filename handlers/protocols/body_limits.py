@@ -112,22 +112,22 @@ def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -
     return count
 
 
-def with_plain_slashes(body: bytes) -> memoryview:
+def with_plain_slashes(body: bytes, slice_bytes: int = SLICE_BYTES) -> memoryview:
     r"""Return the body with `/` for each `\/`, which means the same inside JSON's texts and is an error outside."""
     plain, size = np.empty(len(body), np.uint8), 0
-    for _, piece in _slices(body):
+    for _, piece in _slices(body, slice_bytes):
         short = b"\\\\".join(part.replace(b"\\/", b"/") for part in piece.split(b"\\\\"))
         plain[size : size + len(short)] = np.frombuffer(short, np.uint8)
         size += len(short)
     return plain[:size].data
 
 
-def counted(body: bytes) -> Iterator[BodyCount]:
+def counted(body: bytes, slice_bytes: int = SLICE_BYTES) -> Iterator[BodyCount]:
     """Yield the count after each slice: always the same object, which grows. Takes memory for one slice."""
     count = BodyCount()
     inside = False  # in a text
     opened, flags = 0, 0  # where the text began, and of what was seen of it
-    for at, piece in _slices(body):
+    for at, piece in _slices(body, slice_bytes):
         if b"\\" in piece:
             piece, escapes, slashes = _without_escapes(piece)
             count.escapes += escapes
@@ -147,13 +147,13 @@ def counted(body: bytes) -> Iterator[BodyCount]:
         yield count
 
 
-def _slices(body: bytes) -> Iterator[tuple[int, bytes]]:
+def _slices(body: bytes, size: int) -> Iterator[tuple[int, bytes]]:
     """Yield the start of each slice, and the slice. None ends between a backslash and what it escapes."""
     at = 0
     while at < len(body):
-        piece = body[at : at + SLICE_BYTES]
+        piece = body[at : at + size]
         if (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1:
-            piece = body[at : at + SLICE_BYTES + 1]
+            piece = body[at : at + size + 1]
         yield at, piece
         at += len(piece)
 
