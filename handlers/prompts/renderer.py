@@ -21,8 +21,7 @@ from handlers.prompts.special_tokens import (
     token_places,
 )
 from handlers.protocols.body import SHORT_BYTES
-from handlers.protocols.body_limits import check_body
-from handlers.protocols.fields import MAX_DEPTH, depth
+from handlers.protocols.body_limits import MAX_DEPTH, check_body, depth
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_parts, prompt_parts
 
 if TYPE_CHECKING:

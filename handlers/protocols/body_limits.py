@@ -1,4 +1,4 @@
-"""Bounds what a JSON body may hold, before it is parsed.
+"""Bounds what JSON from clients may hold: a body before it is parsed, and how deeply a value in it is nested.
 
 Parsing is one call of C code that no other thread interrupts, so what it may cost is bounded before it begins. The
 count goes through the body in slices, with numpy, which lets other threads run. It does not check that the body is
@@ -36,6 +36,9 @@ MOST_CONTAINERS = 2**16
 
 MOST_KEYS = 2**17
 """Most keys of all objects together."""
+
+MAX_DEPTH = 100
+"""Most levels of lists and objects in a schema, a function or the arguments of a call."""
 
 _FEWEST_VALUES, _MOST_VALUES = 2**19, 2**20
 _FEWEST_ESCAPES, _MOST_ESCAPES = 2**20, 2**22
@@ -110,6 +113,18 @@ def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -
             if found > allowed:
                 raise MalformedBody(f"the body has {found} {what} or more; allowed: at most {allowed}")
     return count
+
+
+def depth(value: object) -> int:
+    """Return how deeply lists and objects are nested, counted up to one level beyond the limit."""
+    level, deep = [value], 0
+    while deep <= MAX_DEPTH:
+        nodes = [node for node in level if isinstance(node, dict | list)]
+        if not nodes:
+            return deep
+        level = [inner for node in nodes for inner in (node.values() if isinstance(node, dict) else node)]
+        deep += 1
+    return deep
 
 
 def with_plain_slashes(body: bytes, slice_bytes: int = SLICE_BYTES) -> memoryview:

@@ -14,6 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
 from handlers.protocols.base import SSE, Answer, Answered, finite
+from handlers.protocols.openai.answer_form import ParsedAnswers, first_deltas
 from handlers.protocols.openai.replies import (
     ChatChoice,
     ChatCompletion,
@@ -31,7 +32,6 @@ from handlers.protocols.openai.replies import (
     prompt_position,
     token_text,
 )
-from handlers.protocols.openai.tools import ParsedAnswers, first_deltas
 from handlers.version import VERSION
 
 _encode = msgspec.json.Encoder().encode
