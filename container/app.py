@@ -196,8 +196,8 @@ class App:
         declared = declared_size(call.headers)
         if call.crowded:
             return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
-        full = route.queued and service.free <= self.bodies.expected
-        if full and not service.takes_no_place(route.template, declared):
+        full = route.queued and service.free <= self.bodies.reserved
+        if full and not service.needs_no_place(route.template, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -275,12 +275,12 @@ class App:
         body = Body(self.bodies, call.headers, settings.max_request_size, settings.predict_timeout)
         try:
             size = declared_size(call.headers)
-            if route.queued and not service.takes_no_place(call.template, size):
-                self._expect(body)
+            if route.queued and not service.needs_no_place(call.template, size):
+                self._reserve_place(body)
             content = await body.read(call.receive)
             call.body_read = True
-            if route.queued and not service.takes_no_place(call.template, size, content):
-                self._expect(body)
+            if route.queued and not service.needs_no_place(call.template, size, content):
+                self._reserve_place(body)
             if settings.log_prompts:
                 if len(content) > LONG_BYTES:
                     await asyncio.to_thread(log_prompt, call.request_id, content)
@@ -292,7 +292,7 @@ class App:
                 call.headers,
                 call.request_id,
                 call.model,
-                body.settle,
+                body.end_reservation,
                 body.keep,
                 method=call.method,
                 query=call.parameters(),
@@ -318,13 +318,13 @@ class App:
                 "the server stopped before the answer was complete; send it again", retry_after=5
             )
 
-    def _expect(self, body: Body) -> None:
+    def _reserve_place(self, body: Body) -> None:
         """Reserve a place in the queue, unless one is reserved; a slow body loses it. Raises Overloaded."""
-        if body.expected:
+        if body.reserved:
             return
-        if self._service().free <= self.bodies.expected:
+        if self._service().free <= self.bodies.reserved:
             raise overloaded()
-        body.expect()
+        body.reserve_place()
 
     async def _answer(self, call: Call, answering: Awaitable[Reply]) -> Reply:
         reply = await answering

@@ -32,7 +32,7 @@ FLOOR_SECONDS = 30.0
 SWEEP_SECONDS = 1.0
 """The time between two looks at the pace of every body."""
 
-_PROMPT_SECONDS = 2.0
+_RESERVED_SECONDS = 2.0
 """How long a body that is still arriving may reserve a place for its answer; a slower one competes again."""
 
 _PARTS_PER_ORDER = 16
@@ -70,7 +70,7 @@ class Bodies:
     Attributes:
         limit: Bytes that may be held, `option.request_memory_mb`; one body of the largest size always fits.
         held: Bytes that are held now.
-        expected: Requests that were let in and have not entered the queue yet.
+        reserved: Places in the queue that are reserved for requests whose bodies are still arriving.
         refused: Requests that were refused for lack of memory.
         reading: Bodies that have not arrived completely.
     """
@@ -81,7 +81,7 @@ class Bodies:
         self.floor_seconds = floor_seconds
         self.sweep_seconds = sweep_seconds
         self.held = 0
-        self.expected = 0
+        self.reserved = 0
         self.refused = 0
         self.reading: set[Body] = set()
         self._arriving = 0  # bytes of `reading`
@@ -178,7 +178,7 @@ class Bodies:
     def _sweep(self) -> None:
         now = time.monotonic()
         for body in list(self.reading):
-            error = body.look(now)
+            error = body.check_pace(now)
             if error is not None:
                 self.refuse(body, error)
         self._timer = None
@@ -210,18 +210,19 @@ class Body:
         self._pace = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._error: ServingError | None = None
-        self.expected = False
+        self.reserved = False
 
-    def expect(self) -> None:
-        """Reserve a place for its answer until `settle`."""
-        if not self.expected:
-            self.expected = True
-            self._bodies.expected += 1
+    def reserve_place(self) -> None:
+        """Reserve a place for its answer until `end_reservation`."""
+        if not self.reserved:
+            self.reserved = True
+            self._bodies.reserved += 1
 
-    def settle(self) -> None:
-        if self.expected:
-            self.expected = False
-            self._bodies.expected -= 1
+    def end_reservation(self) -> None:
+        """Give up the reserved place, if there is one: the request is in the queue now, or has failed."""
+        if self.reserved:
+            self.reserved = False
+            self._bodies.reserved -= 1
 
     async def read(self, receive: Receive) -> bytes:
         """Read the whole body. It is kept in pieces and joined once, a large one in a thread.
@@ -292,7 +293,7 @@ class Body:
 
     def release(self) -> None:
         """Release its memory and its place in the queue. Safe to call twice."""
-        self.settle()
+        self.end_reservation()
         self._bodies.held -= self.size
         self.size = 0
 
@@ -313,12 +314,12 @@ class Body:
         pace = self.size / max(age, 0.01) if age < 2 * self._bodies.sweep_seconds else self._pace
         return self.size * (max(rest, 1) / max(pace, 1.0) + now - self._last)
 
-    def look(self, now: float) -> BodyTimeout | None:
+    def check_pace(self, now: float) -> BodyTimeout | None:
         """Measure its pace; called once a second. Returns an error if the body is too slow."""
         self._pace = (self._pace + self.size - self._at_sweep) / 2
         self._at_sweep = self.size
-        if now - self._began > _PROMPT_SECONDS:
-            self.settle()
+        if now - self._began > _RESERVED_SECONDS:
+            self.end_reservation()
         if now - self._began > self._longest:
             return BodyTimeout(
                 f"the request's body took longer than {self._longest:.0f} s (predict_timeout); send less or faster"

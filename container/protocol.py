@@ -64,7 +64,7 @@ class Protocol(HttpToolsProtocol):
         self._unread: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._left: int | None = None  # bytes to throw away before the connection is closed
-        self._lost = self._deaf = False
+        self._lost = self._ignores_input = False
         self._in_head = self._in_body = self._upgrades = False
         self._head_bytes = self._head_read = self._fields = self._hosts = self._parsed = 0
         self._chunked = self._began = False
@@ -123,7 +123,7 @@ class Protocol(HttpToolsProtocol):
             if self._left <= 0:
                 self.hang_up()
             return
-        if self._deaf:
+        if self._ignores_input:
             return
         self._unset_keepalive_if_required()
         self._parsed, self._began = 0, False
@@ -133,7 +133,7 @@ class Protocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade:
-            self._deaf = True  # What follows is not in a protocol that this server speaks.
+            self._ignores_input = True  # What follows is not in a protocol that this server speaks.
             self.cycle.keep_alive = False
             return
         except httptools.HttpParserError:
@@ -278,7 +278,7 @@ class Protocol(HttpToolsProtocol):
             self._application.on_malformed(status)
             own = self._is_free()
             if not own and not in_body:  # The requests before it get their replies first.
-                self._deaf, self.cycle.keep_alive = True, False
+                self._ignores_input, self.cycle.keep_alive = True, False
                 return
         if own:
             lines = [

@@ -154,7 +154,7 @@ class GenerationTask:
         return self._limit
 
     def failure(self, error: Exception | asyncio.CancelledError) -> ServingError:
-        """Convert an exception of this run to the error that the client gets, and note it in the facts.
+        """Convert an exception of this task to the error that the client gets, and note it in the facts.
 
         Args:
             error: If it is a CancelledError, one for which `is_cancelled` is false.
@@ -390,16 +390,16 @@ MOST_WAITING = 2**20
 
 
 class ReplyStream:
-    """The chunks of one run that has its first delta. Exhaust it or `aclose` it.
+    """The chunks of one `GenerationTask` that has its first delta. Exhaust it or `aclose` it.
 
     A separate task reads the engine, so that a slow client delays nobody and gets everything that has waited in one
-    chunk. It stops the run at the end of generation; the run is closed, and its places are free, once everything has
+    chunk. It stops the task at the end of generation; the task is closed, and its places are free, once everything has
     been read. While more than `MOST_WAITING` bytes are waiting it stops reading, and it gives up after `read_timeout`.
     """
 
     def __init__(
         self,
-        run: GenerationTask,
+        generating: GenerationTask,
         first: Delta,
         rest: AsyncIterator[Delta],
         observer: Observer,
@@ -408,10 +408,10 @@ class ReplyStream:
         read_timeout: float,
     ) -> None:
         """keep_alive: seconds of silence after which a comment is sent."""
-        self._run = run
+        self._generating = generating
         self._rest = rest
         self._observer = observer
-        self._writer = run.task.writer
+        self._writer = generating.task.writer
         self._read_timeout = read_timeout
         self._ready: list[bytes] = []
         self._size = 0
@@ -420,7 +420,7 @@ class ReplyStream:
         self._silent = False
         self._timer: asyncio.TimerHandle | None = None
         self._interval = keep_alive if self._writer.keep_alive else None
-        self._put(self._writer.chunk(first, run.stats_of(first.index)))
+        self._put(self._writer.chunk(first, generating.stats_of(first.index)))
         self._reader = asyncio.create_task(self._read())
         self._tick()
 
@@ -447,28 +447,28 @@ class ReplyStream:
         try:
             await asyncio.wait([self._reader])
         finally:
-            await self._run.close()
+            await self._generating.close()
             self._wake()
 
     async def _read(self) -> None:
-        run, writer = self._run, self._writer
+        generating, writer = self._generating, self._writer
         try:
-            async with run.time_limit():
+            async with generating.time_limit():
                 async for delta in self._rest:
-                    self._put(writer.chunk(delta, run.stats_of(delta.index)))
+                    self._put(writer.chunk(delta, generating.stats_of(delta.index)))
                     if self._size > MOST_WAITING:
                         await self._wait_for_room()
-            self._put(writer.end(run.stats))
+            self._put(writer.end(generating.stats))
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_cancelled():
                 raise
-            known = run.failure(error)
-            log_error(known, run.facts.request_id)
+            known = generating.failure(error)
+            log_error(known, generating.facts.request_id)
             self._observer.on_error(known.kind)
             self._put(writer.failed(known))
         finally:
             self._reader.add_done_callback(lambda _: self._wake())
-            await run.stop()
+            await generating.stop()
 
     async def _wait_for_room(self) -> None:
         self._room = asyncio.get_running_loop().create_future()

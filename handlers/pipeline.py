@@ -131,7 +131,7 @@ class Pipeline:
         params = checked_sampling(
             request, len(token_ids), longest, model.vocab_size, images_follow=bool(parts)
         )
-        params = await self._spelled(params)
+        params = await self._tokenise_words(params)
         # Greedy choices are identical, so a single one is generated for all of them.
         copies = request.n if params.greedy else 1
         asked = EngineRequest(
@@ -188,17 +188,17 @@ class Pipeline:
             Unavailable: The engine cannot prepare it now.
         """
         model, parts = self._model, list(media_parts(prompt))
-        rendered = await self._aside(partial(model.renderer.render, prompt, spans=True))
+        rendered = await self._in_thread(partial(model.renderer.render, prompt, spans=True))
         placed: list[list[int]] = []
         if parts:
             prepared = await self._engine.prepare(rendered.token_ids, parts, None)
             placed = [prepared.token_ids[at : at + length] for at, length in prepared.images]
             prepared.discard()
-        return await self._aside(partial(_tokenized, rendered, model, placed))
+        return await self._in_thread(partial(_tokenized, rendered, model, placed))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, including special ones. Raises InvalidRequest for an id outside the vocabulary."""
-        return await self._aside(partial(_detokenized, token_ids, self._model))
+        return await self._in_thread(partial(_detokenized, token_ids, self._model))
 
     def health(self) -> Health:
         """Return whether the engine can generate now."""
@@ -225,14 +225,16 @@ class Pipeline:
         short = request.text_bytes <= LONG_PROMPT_BYTES and (
             isinstance(prompt, TextPrompt) or len(prompt.messages) <= MANY_MESSAGES
         )
-        return renderer.render(prompt) if trusted and short else await self._aside(renderer.render, prompt)
+        return (
+            renderer.render(prompt) if trusted and short else await self._in_thread(renderer.render, prompt)
+        )
 
-    async def _spelled(self, params: RequestSampling) -> RequestSampling:
+    async def _tokenise_words(self, params: RequestSampling) -> RequestSampling:
         model = self._model
-        work = partial(spelled, params, model.tokenizer, words=not model.spells_words)
-        return work() if count_characters(params) <= MANY_CHARACTERS else await self._aside(work)
+        work = partial(tokenise_words, params, model.tokenizer, words=not model.spells_words)
+        return work() if count_characters(params) <= MANY_CHARACTERS else await self._in_thread(work)
 
-    async def _aside(self, work: Callable[..., T], *given: Any) -> T:
+    async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._model.threads, work, *given)
 
 
@@ -347,10 +349,10 @@ def texts_of(
     """Return a detokenizer for each of `count` choices. token_ids: those of the prompt."""
     # The answer to a chat begins a new text, while a completion continues its prompt. A constrained answer keeps a
     # leading space, because its grammar has counted it.
-    anew = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
-    anew = anew and request.constraint is None
+    new_text = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
+    new_text = new_text and request.constraint is None
     prime = token_ids[-PRIMING_TOKENS:]
-    return [token_texts.detokenizer(params, prime=prime, anew=anew) for _ in range(count)]
+    return [token_texts.detokenizer(params, prime=prime, new_text=new_text) for _ in range(count)]
 
 
 def _tokenized(
@@ -495,7 +497,7 @@ def count_characters(params: RequestSampling) -> int:
     return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
 
 
-def spelled(
+def tokenise_words(
     params: RequestSampling, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
 ) -> RequestSampling:
     """Return the parameters with token ids instead of the words; unchanged if there are none. words: also bad_words.

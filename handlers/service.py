@@ -172,7 +172,7 @@ class Service:
         """Answer a request that does not generate text. action: a key of an API's `calls`."""
         return await _CALLS[action](self, incoming)
 
-    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+    def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         """Whether a body of this size, or this very body, may be answered without the model."""
         return any(route in gate.routes and gate.may_answer(size, content) for gate in self._gates)
 
@@ -212,7 +212,7 @@ class Service:
                 return reply
         if self._formatters is not None and self._formatters.reads:
             body = await self._formatters.read(body)
-        task = await _aside(long, self._task, body, incoming)
+        task = await _in_thread_if(long, self._task, body, incoming)
         body.clear()
         facts.model = task.requests[0].model
         if task.misspelt:
@@ -284,21 +284,21 @@ class Service:
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         deadline = facts.arrival + self.settings.predict_timeout
         facts.stream = task.requests[0].stream
-        run = GenerationTask(task, permit, self.images, facts, self._observer, deadline, keep)
+        generating = GenerationTask(task, permit, self.images, facts, self._observer, deadline, keep)
         stream: ReplyStream | None = None
         try:
-            async with run.time_limit():
+            async with generating.time_limit():
                 if not facts.stream:
-                    answered = await run.answers(self.pipeline)
+                    answered = await generating.answers(self.pipeline)
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
-                    body = await _aside(size > LONG_REPLY_BYTES, task.writer.whole, answered)
+                    body = await _in_thread_if(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
-                    deltas = run.deltas(self.pipeline)
+                    deltas = generating.deltas(self.pipeline)
                     first = await anext(deltas)
                     stream = ReplyStream(
-                        run,
+                        generating,
                         first,
                         deltas,
                         self._observer,
@@ -309,14 +309,14 @@ class Service:
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_cancelled():
                 raise
-            known = run.failure(error)
+            known = generating.failure(error)
             facts.status = known.status
             if known is error:
                 raise
             raise known from error
         finally:
             if stream is None:
-                await run.close()
+                await generating.close()
         headers = warning(task.misspelt)
         if facts.route in _TIMED:
             headers |= _timing_headers(task.requests, self.pipeline.capabilities.compute_type, facts)
@@ -385,7 +385,7 @@ def _is_long(body: bytes) -> bool:
     return len(body) > SHORT_BYTES or 8 * body.count(b"{") + body.count(b",") > _MOST_READ_HERE
 
 
-async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
+async def _in_thread_if(long: bool, work: Callable[..., T], *given: Any) -> T:
     """Do the work, in a thread if it takes long."""
     return await asyncio.to_thread(work, *given) if long else work(*given)
 

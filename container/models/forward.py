@@ -50,7 +50,7 @@ _KEEP_ALIVE_SECONDS = 60.0
 """Shorter than the model's server keeps an idle connection, so that no request meets one that is being closed."""
 
 
-class Line:
+class ModelClient:
     """The connections to one model's server."""
 
     def __init__(self, path: str, id_header: str) -> None:

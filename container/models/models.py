@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from container.models.messages import Prepared
-from container.models.model import Model, looked_at
+from container.models.model import Model, retrieve_failure
 from container.models.prepare import SUFFIXES
 from engine.machine import host_memory
 from handlers.artefacts import local_path
@@ -137,7 +137,7 @@ class Models:
     def stats(self) -> BackendStats:
         return BackendStats()
 
-    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+    def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         return True
 
     async def load(self) -> None:
@@ -231,7 +231,7 @@ class Models:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(looked_at)
+        task.add_done_callback(retrieve_failure)
         return task
 
     def _source(self, url: str) -> Path:

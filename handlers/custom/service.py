@@ -72,7 +72,7 @@ class CustomService:
             raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
         return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
 
-    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+    def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         return False
 
     async def _answer(self, incoming: Incoming, facts: RequestFacts) -> Reply:

@@ -214,9 +214,9 @@ def _reduced_jpeg(data: bytes, max_pixels: int) -> Pieces | None:
         pieces.append(view[start:at])
     if scans_matter or data[start + 4] < components:  # else the first scan is the whole image
         _check_scans(data, start, pixels)
-    turned = in_exif or in_xmp or 1
-    if turned != 1:
-        exif = b"Exif\0\0" + orientation_exif(turned)
+    orientation = in_exif or in_xmp or 1
+    if orientation != 1:
+        exif = b"Exif\0\0" + orientation_exif(orientation)
         pieces.append(b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif)
     pieces.append(view[start:])
     return pieces if dropped else None
@@ -298,8 +298,8 @@ def _reduced_webp(data: bytes, max_pixels: int) -> Pieces | None:
             in_xmp = xmp_orientation(content) or 0
     if size == len(data) == 8 + int.from_bytes(view[4:8], "little"):
         return None
-    turned = in_exif or in_xmp or 1
-    exif = orientation_exif(turned) if turned != 1 and chunks and chunks[0][0] == b"VP8X" else b""
+    orientation = in_exif or in_xmp or 1
+    exif = orientation_exif(orientation) if orientation != 1 and chunks and chunks[0][0] == b"VP8X" else b""
     pieces: Pieces = [b"WEBP"]
     for name, content in [*chunks, *([(b"EXIF", memoryview(exif))] if exif else [])]:
         kept: bytes | memoryview = content

@@ -553,7 +553,7 @@ def test_requests_before_bytes_that_are_not_http_get_their_replies(
             while not http.server_state.connections:  # noqa: ASYNC110 - without an event
                 await asyncio.sleep(0)
             (connection,) = http.server_state.connections
-            while not connection._deaf:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
+            while not connection._ignores_input:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
                 await asyncio.sleep(0)
             Waits.go.set()
             replies = await reader.read()

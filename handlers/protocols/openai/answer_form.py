@@ -15,12 +15,12 @@ from msgspec import UNSET
 from handlers.deltas import Delta, PromptStats
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import (
-    Asked,
     CallArguments,
     CallBroken,
     CallStart,
     Content,
     Parser,
+    ParserContext,
     Piece,
     Reasoning,
     parse_whole,
@@ -100,7 +100,7 @@ def answer_form(
     definitions = [] if tools is None else tools.callable
 
     def make(stats: PromptStats) -> Parser:
-        asked = Asked(definitions, stats.prompt_text, stats.prompt_token_ids, template_kwargs)
+        asked = ParserContext(definitions, stats.prompt_text, stats.prompt_token_ids, template_kwargs)
         if reasoning is None or calls is None:
             return (calls or reasoning).parser(asked)  # type: ignore[union-attr]
         if formats.together is not None:
