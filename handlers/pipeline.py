@@ -63,13 +63,13 @@ DRY_BREAKERS = ("\n", ":", '"', "*")
 """DRY's own sequence breakers, for requests that name none."""
 
 MANY_CHARACTERS = 2000
-"""Of words: more are tokenised in a thread, not on the event loop."""
+"""Bad words and sequence breakers of more characters together are tokenised in a thread, not on the event loop."""
 
 _CHARACTERS_PER_TOKEN = 32
 """Far more than the tokens of any text have on average."""
 
 _FEWEST = 2**17
-"""Where the context is short. While it is tokenised, a character takes about 210 bytes."""
+"""The limit for models with a short context. While a prompt is tokenised, each character takes about 210 bytes."""
 
 
 class Pipeline:

@@ -1,6 +1,6 @@
-"""A request on its way: as it arrived, as every API is read into and every engine is driven by, and its reply.
+"""The types of a request: as it arrived (`Incoming`), as every API reads it (`GenerationRequest`), and its `Reply`.
 
-`GenerationRequest` is the one type in the middle. Metrics get the events of requests through an `Observer`.
+Metrics get the events of requests through an `Observer`.
 """
 
 from __future__ import annotations

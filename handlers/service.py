@@ -81,10 +81,12 @@ HIGHEST_PRIORITY = 1000
 
 
 MOST_ALLOWED_TOKENS = 2**20
-"""Some vocabularies are 260,000 tokens; a million hold the others up for about half a second."""
+"""The most entries of allowed_token_ids, counted for each answer of a body. Some vocabularies have 260,000 tokens; a
+million entries delay other requests by about half a second."""
 
 MOST_BAD_WORDS = 2**14
-"""Spelled with a space and without, these take about as long."""
+"""The most bad words, counted for each prompt of a body. Each is tokenised with a space before it and without, so that
+these take about as long."""
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds of silence in a stream of server-sent events after which a comment is sent."""

@@ -67,7 +67,7 @@ def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
 UNDECODABLE = "\ufffd"
 
 LONGEST_CHARACTER = 4
-"""Bytes, and so tokens."""
+"""The most bytes of a character, and so the most tokens of which it can consist."""
 
 MOST_TEXTLESS = 16
 """Tokens that may wait for the rest of a character."""

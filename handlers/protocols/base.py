@@ -24,8 +24,24 @@ if TYPE_CHECKING:
 
 
 READ = ("GET", "HEAD")
-SSE_TYPE = "text/event-stream"
 REFERENCE = "#/components/schemas/{name}"
+
+JSON = "application/json"
+JSON_LINES = "application/jsonlines"
+SSE_TYPE = "text/event-stream"
+SSE = f"{SSE_TYPE}; charset=utf-8"
+
+MAX_PROMPTS = 1024
+"""The most prompts in one body."""
+
+MAX_ANSWERS = 128
+"""The most answers to one prompt (`n`): OpenAI's limit."""
+
+_LEAST_LOGPROB = -9999.0
+"""OpenAI's number for "impossible"; JSON has no infinity."""
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +129,6 @@ def reference(part: type[Struct]) -> dict[str, str]:
 def struct_reply(body: Struct, status: int = 200) -> Reply:
     """Return the reply that consists of a struct, as JSON with a line end."""
     return Reply(status, JSON, json.encode(body) + b"\n")
-
-
-SSE = "text/event-stream; charset=utf-8"
-JSON = "application/json"
-JSON_LINES = "application/jsonlines"
-
-MAX_PROMPTS = 1024
-"""The most prompts in one body."""
-
-MAX_ANSWERS = 128
-"""The most answers to one prompt (`n`): OpenAI's limit."""
-
-_LEAST_LOGPROB = -9999.0
-"""OpenAI's number for "impossible"; JSON has no infinity."""
-
-TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
-TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
 
 @dataclass(frozen=True, slots=True)
