@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOWEST_LOGPROB = -9999.0
-"""Stands for a probability of zero, which JSON has no logarithm for; vLLM's own value."""
+"""OpenAI's and vLLM's number for a probability of zero, since JSON has no infinity."""
 
 LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, images not counted, are rendered and tokenised in a thread, not on the event loop."""
@@ -333,7 +333,9 @@ class Generation:
 
     def _position(self, entry: Logprobs) -> PositionLogprobs:
         chosen, *top = (
-            TokenLogprob(token, self._token_text(token), max(logprob, LOWEST_LOGPROB), rank)
+            TokenLogprob(
+                token, self._token_text(token), logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB, rank
+            )
             for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
         )
         return PositionLogprobs(chosen, tuple(top))

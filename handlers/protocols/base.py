@@ -37,9 +37,6 @@ MAX_PROMPTS = 1024
 MAX_ANSWERS = 128
 """The most answers to one prompt (`n`): OpenAI's limit."""
 
-_LEAST_LOGPROB = -9999.0
-"""OpenAI's number for "impossible"; JSON has no infinity."""
-
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
@@ -317,8 +314,3 @@ class Api:
     calls: Mapping[str, Call] = field(default_factory=dict)
     request_id: str = ""
     gate: Callable[[Settings], Gate] | None = None
-
-
-def finite(logprob: float) -> float:
-    """Return a log probability that JSON can hold."""
-    return logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB

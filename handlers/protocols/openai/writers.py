@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
-from handlers.protocols.base import SSE, Answer, Answered, finite
+from handlers.protocols.base import SSE, Answer, Answered
 from handlers.protocols.openai.answer_form import ParsedAnswers, first_deltas
 from handlers.protocols.openai.replies import (
     ChatChoice,
@@ -390,7 +390,7 @@ class _TokenLists:
                 token, logprob, top = position, None, None
             else:
                 token = position.chosen
-                logprob, top = finite(token.logprob), self._alternatives(position)
+                logprob, top = token.logprob, self._alternatives(position)
             lists.tokens.append(token_text(token, self._as_ids))
             lists.token_logprobs.append(logprob)
             lists.top_logprobs.append(top)
@@ -401,7 +401,7 @@ class _TokenLists:
         """Return the chosen token and the most likely others; of several that look the same, the most likely."""
         shown: dict[str, float] = {}
         for token in (position.chosen, *position.top[: self._top]):
-            shown.setdefault(token_text(token, self._as_ids), finite(token.logprob))
+            shown.setdefault(token_text(token, self._as_ids), token.logprob)
         return shown
 
     def _offset(self, text: str) -> int:
