@@ -18,7 +18,7 @@ from handlers.errors import (
     InvalidRequest,
     Overloaded,
     ServingError,
-    Unavailable,
+    stopping,
 )
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Generation, Pipeline
@@ -160,7 +160,7 @@ class GenerationTask:
             error: If it is a CancelledError, one for which `is_cancelled` is false.
         """
         if isinstance(error, TimeoutError) and self._limit.expired():
-            known: ServingError = DeadlineExceeded("the request's time (option.predict_timeout) is up")
+            known: ServingError = DeadlineExceeded()
             known.__cause__ = error
         elif isinstance(error, asyncio.CancelledError):
             known = stopping(error)
@@ -319,7 +319,7 @@ class GenerationTask:
 
     def _aborted(self) -> DeadlineExceeded | EngineFailed:
         if time.monotonic() >= self._deadline:
-            return DeadlineExceeded("the request's time (option.predict_timeout) is up")
+            return DeadlineExceeded()
         return EngineFailed("the engine aborted the request")
 
     def _complete_facts(self) -> None:
@@ -346,7 +346,10 @@ async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def is_cancelled() -> bool:
-    """Whether a CancelledError is about this task, rather than about something that it awaited."""
+    """Whether a CancelledError is about this task, rather than about something that it awaited.
+
+    What a request awaits is cancelled only when the server stops (see `stopping`).
+    """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -371,13 +374,6 @@ def refusal(
     facts.status, facts.error, facts.reason = reply.status, known.kind, own_words_of(known)
     reply.facts = facts
     return reply
-
-
-def stopping(error: asyncio.CancelledError) -> Unavailable:
-    """Return the error for work that was cancelled while a request waited for it: only a stopping server does that."""
-    known = Unavailable("the server is stopping; send the request again", retry_after=5)
-    known.__cause__ = error
-    return known
 
 
 def _release(parts: Sequence[MediaPart]) -> None:

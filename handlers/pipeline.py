@@ -27,7 +27,7 @@ from handlers.backends.base import (
     TokenStream,
 )
 from handlers.deltas import Delta, FinishReason, PositionLogprobs, PromptStats, TokenizedPrompt, TokenLogprob
-from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest, Unavailable
+from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest, stopping
 from handlers.grammars.compiler import GrammarCompiler
 from handlers.prompts.renderer import RenderedPrompt
 from handlers.prompts.tokenizer import Detokenizer, TokenTexts
@@ -117,7 +117,7 @@ class Pipeline:
             ServingError: The request is refused, or the engine cannot take it.
         """
         if self._closed:
-            raise Unavailable("the server is stopping", retry_after=5)
+            raise stopping()
         model, longest = self._model, self.capabilities.max_model_len
         constraint, grammar = await self.compiled(request.constraint)
         rendered = await self._rendered(request)

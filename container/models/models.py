@@ -28,7 +28,7 @@ from handlers.errors import (
     InvalidRequest,
     NotFound,
     ServingError,
-    Unavailable,
+    stopping,
 )
 from handlers.protocols.base import READ, Route, struct_reply
 from handlers.protocols.body import SHORT_BYTES, read_options
@@ -258,7 +258,7 @@ class Models:
                 f"{len(self._models)} models are loaded, which is as many as may be (max_models); unload one"
             )
         if self._closing or self._place is None:
-            raise Unavailable("the server is stopping")
+            raise stopping()
         place = Path(tempfile.mkdtemp(dir=self._place))
         socket = os.path.join(self._sockets, place.name)
         model = self._models[name] = Model(

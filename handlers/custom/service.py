@@ -121,7 +121,7 @@ class Visit:
         return asyncio.timeout_at(self._end)
 
     def overdue(self) -> DeadlineExceeded:
-        return DeadlineExceeded("the request's time (option.predict_timeout) is up")
+        return DeadlineExceeded()
 
     async def rest(self) -> bytes:
         """Return the body of an answer that is not streamed."""

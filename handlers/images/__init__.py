@@ -13,6 +13,9 @@ a microsecond."""
 LOOKS = 2**10
 """Segments, blocks or entries of a file that are looked at to find its size. Real files need far fewer."""
 
+NO_SVG = "SVG images are not supported; send PNG, JPEG or WebP"
+"""The reason why an SVG image cannot be used."""
+
 Pieces = list[bytes | bytearray | memoryview]
 
 Size = tuple[int, ...] | None

@@ -16,7 +16,7 @@ import msgspec
 from PIL import Image
 
 from engine.machine import usable_cores
-from handlers.errors import ImageError, ImageTooLarge, Unavailable
+from handlers.errors import ImageError, ImageTooLarge, Unavailable, stopping
 from handlers.images import ImageProblem
 from handlers.images.decoder import (
     QUESTION,
@@ -226,7 +226,7 @@ class DecoderPool:
             raise _DecoderLost("an image could not be decoded in time; try again", retry_after=5) from error
         except (EOFError, OSError, msgspec.MsgspecError) as error:
             if self._closed:
-                raise _stopping() from error
+                raise stopping() from error
             raise await self._death(decoder, question.seconds) from error
         except asyncio.CancelledError:
             # The caller gives up its share for the pixels, which must therefore be counted here.
@@ -275,7 +275,7 @@ class DecoderPool:
     async def _take(self) -> _Decoder:
         """Take a decoder that nobody else uses; it must be given back, ended or killed. Raises Unavailable."""
         if self._closed:
-            raise _stopping()
+            raise stopping()
         while self._idle:
             decoder = self._idle.pop()
             if not decoder.child.has_ended():
@@ -425,10 +425,6 @@ async def _received(decoder: _Decoder, question: Question) -> _Answer:
     if answer.decoded and not 0 < width * height * 4 <= question.pixel_bytes:
         raise EOFError("the decoder claims pixels that cannot be there")
     return answer
-
-
-def _stopping() -> Unavailable:
-    return Unavailable("the server is stopping", retry_after=5)
 
 
 def _short_of_memory(error: OSError) -> Unavailable:

@@ -21,8 +21,8 @@ import pybase64
 from PIL.Image import Image
 
 from engine.machine import usable_cores
-from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
-from handlers.images import ImageProblem, too_many_bytes, too_many_pixels
+from handlers.errors import ImageError, ImageFetchTimeout, stopping
+from handlers.images import NO_SVG, ImageProblem, too_many_bytes, too_many_pixels
 from handlers.images.decoder import convert, decoded_bytes, prepare_pillow
 from handlers.images.decoder_pool import DecoderPool
 from handlers.images.embeddings import read_embeddings
@@ -220,7 +220,7 @@ class ImageLoader:
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         if self._closed:
-            raise Unavailable("the server is stopping", retry_after=5)
+            raise stopping()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
 
@@ -297,7 +297,7 @@ def decode_data_url(url: str, max_bytes: int, slice_characters: int = SLICE) -> 
 
 def _check_type(media_type: str) -> None:
     if media_type.startswith("image/svg"):
-        raise ImageProblem("SVG images are not supported; send PNG, JPEG or WebP")
+        raise ImageProblem(NO_SVG)
     if not media_type.startswith("image/") and media_type not in ACCEPTED_TYPES:
         raise ImageProblem("its data URL does not declare an image; write data:image/jpeg;base64,...")
 

@@ -219,7 +219,7 @@ async def _place(service: Service) -> AsyncIterator[None]:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded("the request's time (option.predict_timeout) is up") from error
+            raise DeadlineExceeded() from error
 
 
 def _noted(reply: Reply, facts: RequestFacts) -> Reply:
