@@ -32,11 +32,10 @@ from handlers.errors import (
     DeadlineExceeded,
     InsufficientStorage,
     NotFound,
-    Overloaded,
     ServingError,
     Unavailable,
+    overloaded,
 )
-from handlers.generation_task import RETRY_AFTER, overloaded
 from handlers.protocols.base import JSON, Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, MOST_SECONDS, are_lines
@@ -195,7 +194,7 @@ class App:
             return None
         declared = declared_size(call.headers)
         if call.crowded:
-            return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
+            return overloaded("too many connections are open")
         full = route.queued and service.free <= self.bodies.reserved
         if full and not service.needs_no_place(route.template, declared):
             return overloaded()
@@ -244,7 +243,7 @@ class App:
             await self._reply(call, error_reply(refusal, error_format(call.template, call.headers)))
             return
         if match.route.light:
-            reply = await self.light.reply(call, match.route.action, match.name, self._router)
+            reply = await self.light.reply(call, match.route.action, match.name)
             await self._reply(call, reply)
             return
         named = match.name

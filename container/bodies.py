@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from container.exchange import ClientGone, Receive
-from handlers.errors import Overloaded, PayloadTooLarge, ServingError
+from handlers.errors import Overloaded, PayloadTooLarge, ServingError, overloaded
 
 
 def has_body(headers: Mapping[str, str]) -> bool:
@@ -49,8 +49,6 @@ _JOINER = ThreadPoolExecutor(1, "join-body")
 
 _PARTS_AT_ONCE = 4
 """Parts of up to 256 KiB that one pass of the event loop reads; each takes half a millisecond."""
-
-_RETRY_AFTER = 1.0
 
 
 class BodyTimeout(ServingError):
@@ -189,10 +187,7 @@ class Bodies:
     def overloaded(self) -> Overloaded:
         """Count a refusal and return its error."""
         self.refused += 1
-        return Overloaded(
-            "the server holds as many bytes of requests as it may (option.request_memory_mb): try again later",
-            retry_after=_RETRY_AFTER,
-        )
+        return overloaded("the server holds as many bytes of requests as it may (option.request_memory_mb)")
 
 
 class Body:

@@ -8,14 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
-
-if TYPE_CHECKING:
-    from container.app import App
-
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +51,24 @@ class Protocol(HttpToolsProtocol):
     """Limits a connection's heads (time, bytes, headers), simultaneous requests, body framing and unread replies."""
 
     def __init__(
-        self, *, application: App, connections: Connections, head_seconds: float = HEAD_SECONDS, **given: Any
+        self,
+        *,
+        connections: Connections,
+        on_malformed: Callable[[int], None],
+        head_seconds: float = HEAD_SECONDS,
+        **given: Any,
     ) -> None:
+        """Begin a connection of uvicorn's.
+
+        Args:
+            connections: All connections of the server.
+            on_malformed: Called with the status of the reply to input that is not a request.
+            head_seconds: See `HEAD_SECONDS`.
+            given: What uvicorn's protocol takes.
+        """
         super().__init__(**given)
         self._head_seconds = head_seconds
-        self._application = application
+        self._on_malformed = on_malformed
         self._connections = connections
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
@@ -275,7 +285,7 @@ class Protocol(HttpToolsProtocol):
             if own:
                 self.cycle.scope["state"]["refused"] = status
         else:
-            self._application.on_malformed(status)
+            self._on_malformed(status)
             own = self._is_free()
             if not own and not in_body:  # The requests before it get their replies first.
                 self._ignores_input, self.cycle.keep_alive = True, False

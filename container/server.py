@@ -391,7 +391,9 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, app: App, head_seconds: float = HEAD_SECONDS) -> None:
         self.connections = Connections(raise_descriptor_limit())
-        protocol = partial(Protocol, application=app, connections=self.connections, head_seconds=head_seconds)
+        protocol = partial(
+            Protocol, connections=self.connections, on_malformed=app.on_malformed, head_seconds=head_seconds
+        )
         super().__init__(
             uvicorn.Config(
                 app,

@@ -206,6 +206,15 @@ class InvalidConfiguration(ServingError):
     kind = "invalid_configuration"
 
 
+RETRY_AFTER = 1.0
+"""Seconds after which a request that found the queue full may be sent again."""
+
+
+def overloaded(problem: str = "too many requests are waiting") -> Overloaded:
+    """Return the refusal for a request that finds the queue full, or too many connections."""
+    return Overloaded(f"{problem}: try again later", retry_after=RETRY_AFTER)
+
+
 def short_of(what: str) -> Unavailable:
     """Return the error for a request that failed because the server ran out of something (see `shortage`)."""
     return Unavailable(f"the server is short of {what}; try again", retry_after=5)

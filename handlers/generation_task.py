@@ -16,8 +16,8 @@ from handlers.errors import (
     EngineFailed,
     ImagesLost,
     InvalidRequest,
-    Overloaded,
     ServingError,
+    overloaded,
     stopping,
 )
 from handlers.images.loader import ImageLoader
@@ -25,8 +25,6 @@ from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
 from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
 from handlers.request import GenerationRequest, MediaPart, Observer, Reply, RequestFacts
-
-RETRY_AFTER = 1.0
 
 
 class Admission:
@@ -56,11 +54,6 @@ class Admission:
             raise overloaded()
         self.taken += answers
         return Permit(self, answers)
-
-
-def overloaded() -> Overloaded:
-    """Return the refusal for a request that finds the queue full."""
-    return Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
 
 
 class Permit:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from msgspec import Struct
 
-from handlers.errors import InvalidRequest, MalformedBody, Overloaded, PayloadTooLarge
-from handlers.generation_task import RETRY_AFTER
+from handlers.errors import RETRY_AFTER, InvalidRequest, MalformedBody, Overloaded, PayloadTooLarge
 from handlers.protocols.base import JSON, JSON_LINES
 from handlers.protocols.body import shown_value
 from handlers.request import Incoming, Reply, RequestFacts
