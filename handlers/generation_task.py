@@ -98,6 +98,7 @@ class GenerationTask:
         self,
         task: Task,
         permit: Permit,
+        pipeline: Pipeline,
         images: ImageLoader,
         facts: RequestFacts,
         observer: Observer,
@@ -109,6 +110,7 @@ class GenerationTask:
         Args:
             task: What the client asked for.
             permit: The admission, released by `close`.
+            pipeline: Generates the answers.
             images: Loads the task's images.
             facts: Filled in as the task proceeds.
             observer: Notified of what happens to the task, for metrics.
@@ -117,6 +119,7 @@ class GenerationTask:
         """
         self.task = task
         self.facts = facts
+        self._pipeline = pipeline
         self._images = images
         self._permit = permit
         self._observer = observer
@@ -162,28 +165,28 @@ class GenerationTask:
         self.facts.error, self.facts.reason = known.kind, own_words_of(known)
         return known
 
-    async def answers(self, pipeline: Pipeline) -> list[Answered]:
+    async def answers(self) -> list[Answered]:
         """Return the complete answers to all prompts.
 
         The prompts are generated together; the first failure ends all of them.
         """
         requests = self.task.requests
         if len(requests) == 1:
-            return [await self._answer(pipeline, 0)]
-        return await _together(self._answer(pipeline, number) for number in range(len(requests)))
+            return [await self._answer(0)]
+        return await _together(self._answer(number) for number in range(len(requests)))
 
-    async def deltas(self, pipeline: Pipeline) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncIterator[Delta]:
         """Yield the deltas of a stream. Answer i of prompt p has the index p * n + i.
 
         All prompts are given to the engine before the first delta arrives, so a mistake in any of them is raised first.
         """
         count = len(self.task.requests)
         if count == 1:
-            await self._generate(pipeline, 0)
+            await self._generate(0)
             async for delta in self._checked(0):
                 yield delta
             return
-        await _together(self._generate(pipeline, number) for number in range(count))
+        await _together(self._generate(number) for number in range(count))
         merged: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MOST_MERGED)
         self._forwarding = [asyncio.create_task(self._forward(number, merged)) for number in range(count)]
         while count:
@@ -249,14 +252,14 @@ class GenerationTask:
             self._complete_facts()
             self._observer.on_finished(self.facts)
 
-    async def _generate(self, pipeline: Pipeline, number: int) -> Generation:
+    async def _generate(self, number: int) -> Generation:
         """Start the generation of prompt `number`. Its images are loaded, and held until its answer ends at most."""
         request, parts = self.task.requests[number], self._media[number]
         for left in reversed(range(_TRIES)):
             if parts:
                 await self._images.load(parts, self._deadline, sum(map(len, self._media[:number])))
             try:
-                generation = await pipeline.generate(request)
+                generation = await self._pipeline.generate(request)
                 break
             except ImagesLost:
                 if not left:
@@ -278,9 +281,9 @@ class GenerationTask:
                 part.forget()
         self._keep(self.task.requests[0].text_bytes)
 
-    async def _answer(self, pipeline: Pipeline, number: int) -> Answered:
+    async def _answer(self, number: int) -> Answered:
         try:
-            return await self._answered(await self._generate(pipeline, number), self.task.requests[number])
+            return await self._answered(await self._generate(number), self.task.requests[number])
         finally:
             _release(self._media[number])
 

@@ -286,18 +286,20 @@ class Service:
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         deadline = facts.arrival + self.settings.predict_timeout
         facts.stream = task.requests[0].stream
-        generating = GenerationTask(task, permit, self.images, facts, self._observer, deadline, keep)
+        generating = GenerationTask(
+            task, permit, self.pipeline, self.images, facts, self._observer, deadline, keep
+        )
         stream: ReplyStream | None = None
         try:
             async with generating.time_limit():
                 if not facts.stream:
-                    answered = await generating.answers(self.pipeline)
+                    answered = await generating.answers()
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
                     body = await _in_thread_if(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
-                    deltas = generating.deltas(self.pipeline)
+                    deltas = generating.deltas()
                     first = await anext(deltas)
                     stream = ReplyStream(
                         generating,
