@@ -87,7 +87,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)
-        super().connection_made(Wire(self._socket, self))  # type: ignore[arg-type]
+        super().connection_made(ClosingTransport(self._socket, self))  # type: ignore[arg-type]
         self._connections.add(self)
         self._start_keep_alive()
 
@@ -101,7 +101,7 @@ class Protocol(HttpToolsProtocol):
             self._running.message_event.set()
         super().connection_lost(exc)
 
-    def hang_up(self) -> None:
+    def close_now(self) -> None:
         if self.lingers:
             self._socket.abort()
         else:
@@ -121,7 +121,7 @@ class Protocol(HttpToolsProtocol):
         share = _LINGER_BYTES // (len(self._connections.lingering) + 1)
         rest = max(1, self._declared - self._body_bytes) if self._declared else share
         self._left = min(share, rest)
-        self._start_timer(_LINGER_SECONDS, self.hang_up)
+        self._start_timer(_LINGER_SECONDS, self.close_now)
         self.flow.resume_reading()
         if self._socket.can_write_eof():
             self._socket.write_eof()
@@ -131,7 +131,7 @@ class Protocol(HttpToolsProtocol):
         if self._left is not None:
             self._left -= len(data)
             if self._left <= 0:
-                self.hang_up()
+                self.close_now()
             return
         if self._ignores_input:
             return
@@ -330,7 +330,7 @@ _OWN_DESCRIPTORS = 256
 _MOST_LINGERING = 64
 
 
-class Wire:
+class ClosingTransport:
     """A transport whose `close` lets the client read the reply first (see `Protocol.finish`)."""
 
     __slots__ = ("_connection", "_transport", "get_extra_info", "pause_reading", "resume_reading", "write")
@@ -411,7 +411,7 @@ class Connections:
 
     def _close(self, connection: Protocol) -> None:
         self.remove(connection)
-        connection.hang_up()
+        connection.close_now()
 
 
 def raise_descriptor_limit() -> int:

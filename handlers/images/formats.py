@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from handlers.images import (
-    LOOKS,
+    MAX_PARTS_FOR_SIZE,
     ImageProblem,
     Pieces,
     Size,
@@ -149,7 +149,7 @@ _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 def _jpeg_size(data: bytes) -> Size:
     """JPEG: segments, each a marker and its length (ITU-T T.81, annex B)."""
     at = 2
-    for _ in range(LOOKS):
+    for _ in range(MAX_PARTS_FOR_SIZE):
         at = data.find(b"\xff", at)
         if at < 0:
             return None
@@ -335,7 +335,7 @@ def _gif_size(data: bytes) -> Size:
 
     The size is the larger of the screen and the area that the first frame covers.
     """
-    at, _ = _gif_first_frame(data, iter(range(LOOKS)))
+    at, _ = _gif_first_frame(data, iter(range(MAX_PARTS_FOR_SIZE)))
     return _gif_canvas(data, at)
 
 
