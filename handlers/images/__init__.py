@@ -11,7 +11,7 @@ MAX_PARTS = 2**16
 a microsecond."""
 
 MAX_PARTS_FOR_SIZE = 2**10
-"""Greatest number of segments, blocks or entries of a file that are read to find its size. Real files need far fewer."""
+"""Greatest number of segments, blocks or entries that are read to find a file's size. Real files need far fewer."""
 
 NO_SVG = "SVG images are not supported; send PNG, JPEG or WebP"
 """The reason why an SVG image cannot be used."""
