@@ -5,8 +5,7 @@ Neither torch nor transformers is imported here; what only they can tell, `model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import msgspec
 
 from engine.errors import ModelLoadError
 from handlers.artefacts.mistral import TEKKEN
+from handlers.backends.backend import Backend, Findings
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.weight_files import unreadable
 from handlers.model_json import read_object
@@ -24,7 +24,6 @@ from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 
 if TYPE_CHECKING:
-    from handlers.backends.backend import Backend
     from properties.configuration import Configuration
     from properties.settings import Settings
 
@@ -41,23 +40,6 @@ _JSON = (
 
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "*.bpe", "tekken.json")
 """Files from which a tokenizer can be made."""
-
-
-@dataclass
-class Findings:
-    """What is wrong with a model.
-
-    Attributes:
-        errors: Why it cannot be served.
-        warnings: What will not work.
-    """
-
-    errors: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
-
-    def add(self, texts: Iterable[str]) -> None:
-        """Add errors that concern the model itself."""
-        self.errors += [Problem(text, "model_id") for text in texts]
 
 
 def model_findings(configuration: Configuration, directory: Path, backend: Backend) -> Findings:

@@ -22,7 +22,7 @@ import schemathesis
 
 from container.models.messages import Start
 from container.models.serve import configuration_of
-from handlers.backends.unused import unused_on
+from handlers.backends.devices import unused_on
 from tests.support.live import LiveServer, chat_body, message
 from tests.support.sagemaker_front import ENDPOINT, SageMakerFront
 from tests.support.shapes import SHAPES, circle, square

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.messages import Add, Output
-from handlers.backends.rolling.replicas import EngineClient, OutputStream
+from handlers.backends.rolling.engine_client import EngineClient, OutputStream
 
 
 def config(path: Path, **settings: object) -> EngineConfig:

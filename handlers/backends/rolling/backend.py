@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelLoadError
 from engine.families.registry import family_of, kind_of, served
-from handlers.backends.backend import DevicePlan, Needs, PromptCheck
-from handlers.backends.model_files import Findings, no_processor, too_long
+from handlers.backends.backend import DevicePlan, Findings, Needs, PromptCheck
+from handlers.backends.image_options import contradictions, unused_by_text, wanted
+from handlers.backends.model_files import no_processor, too_long
 from handlers.backends.rolling.plan import plan_engines, unused_devices
 from handlers.backends.select import remedy
-from handlers.backends.unused import unused_by_text
-from handlers.backends.vision_flags import contradictions, wanted
 from handlers.backends.weight_files import engine_weight_problems
 from handlers.errors import InvalidConfiguration
 from properties.model import context_length, model_dtype
@@ -149,7 +148,7 @@ class RollingBackend:
         images = settings.limit_mm_per_prompt.get("image", 1)
         crowded = None if length is None else front.crowded(images, settings.max_image_pixels, length)
         return PromptCheck(
-            front.template,
+            front.text.renderer.templates.told(),
             None if front.preprocessor is None else sizes,
             warnings=[] if crowded is None else [Problem(crowded, "limit_mm_per_prompt")],
         )

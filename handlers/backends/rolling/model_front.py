@@ -5,31 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import Vocabulary
 from engine.errors import ModelLoadError, RequestRejected, one_line
+from handlers.backends.image_options import contradictions
+from handlers.backends.model_text import ModelText
 from handlers.backends.rolling.model_facts import (
     TOKENIZER,
-    FactsFinder,
+    Asking,
     ModelFacts,
     ModelQuestion,
+    ask_new_process,
     model_facts,
 )
-from handlers.backends.vision_flags import contradictions
 from handlers.prompts.chat_templates import read_chat_templates
-from handlers.prompts.generation_config import (
-    read_default_sampling,
-    read_eos_token_ids,
-    read_generation_config,
-)
-from handlers.prompts.renderer import PromptRenderer
-from handlers.prompts.tokenizer import load_tokenizer, vocabulary_of
+from handlers.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from engine.families.base import Preprocessor
     from properties.settings import Settings
 
@@ -48,28 +43,13 @@ _NO_LIMIT = 100
 """A limit as high as this means that images are not limited, as in scripts."""
 
 
+@dataclass(frozen=True, slots=True)
 class ModelFront:
-    """What the front end knows of the model; `template` describes the chat template that is used."""
+    """What the front end knows of the model. accelerators: how many devices torch sees."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        renderer: PromptRenderer,
-        preprocessor: Preprocessor[Any] | None,
-        eos_token_ids: tuple[int, ...],
-        default_sampling: dict[str, float | int],
-        vocab_size: int,
-        accelerators: int,
-        template: str,
-    ) -> None:
-        self.template = template
-        self.tokenizer = tokenizer
-        self.renderer = renderer
-        self.preprocessor = preprocessor
-        self.eos_token_ids = eos_token_ids
-        self.default_sampling = default_sampling
-        self.vocab_size = vocab_size
-        self.accelerators = accelerators
+    text: ModelText
+    preprocessor: Preprocessor[Any] | None
+    accelerators: int
 
     def image_tokens(self, width: int, height: int) -> int | None:
         """Return the tokens that one image of that size takes in a prompt; None if the model does not accept it."""
@@ -110,29 +90,29 @@ class ModelFront:
     def vocabulary(self) -> Vocabulary:
         """Return the vocabulary, for answers that must match a grammar."""
         forbidden = () if self.preprocessor is None else tuple(self.preprocessor.forbidden_token_ids)
-        return vocabulary_of(self.tokenizer, self.vocab_size, self.eos_token_ids, forbidden)
+        return self.text.vocabulary(forbidden)
 
     @classmethod
-    def load(cls, settings: Settings, path: str, find: FactsFinder = model_facts) -> ModelFront:
+    def load(cls, settings: Settings, path: str, ask: Asking = ask_new_process) -> ModelFront:
         """Read the model's files. Blocking: a few seconds, nearly all of them in another process.
 
         Args:
             settings: The options.
             path: The model's directory.
-            find: Finds out what transformers knows about the model.
+            ask: Asks another process what transformers knows about the model.
 
         Raises:
             ModelLoadError: The model cannot be served.
         """
         try:
-            return cls._load(settings, path, find)
+            return cls._load(settings, path, ask)
         except ModelLoadError:
             raise
         except Exception as error:  # a damaged file can raise anything
             raise ModelLoadError(f"the model's files cannot be used: {one_line(error)}") from error
 
     @classmethod
-    def _load(cls, settings: Settings, path: str, find: FactsFinder) -> ModelFront:
+    def _load(cls, settings: Settings, path: str, ask: Asking) -> ModelFront:
         degree = settings.tensor_parallel_degree
         question = ModelQuestion(
             path,
@@ -142,7 +122,7 @@ class ModelFront:
             1 if degree == "max" else degree,
         )
         with tempfile.TemporaryDirectory(prefix="lmi-") as folder:
-            facts = find(question, Path(folder), settings.model_loading_timeout)
+            facts = model_facts(question, Path(folder), settings.model_loading_timeout, ask)
             if facts.tokenizer_is_plain:
                 from transformers import PreTrainedTokenizerFast
 
@@ -165,30 +145,18 @@ class ModelFront:
                 image_token = str(tokenizer.convert_ids_to_tokens(preprocessor.image_token_id))
             own_template, written = preprocessor.chat_template, preprocessor.written(tokenizer)
         otherwise = tokenizer.chat_template or own_template
-        templates = read_chat_templates(settings.chat_template, Path(path), otherwise)
-        log.info("chat template: %s", templates.told())
-        try:
-            renderer = PromptRenderer(
-                tokenizer,
-                templates,
-                settings.chat_template_content_format,
-                image_token if preprocessor is not None else None,
-                written=written,
-                preprocessor=preprocessor,
-            )
-        except ValueError as error:
-            raise ModelLoadError(f"prompts cannot be rendered: {error}") from error
-        generation = read_generation_config(path)
-        return cls(
+        text = ModelText(
+            settings,
+            Path(path),
             tokenizer,
-            renderer,
-            preprocessor,
-            read_eos_token_ids(generation, facts, tokenizer),
-            read_default_sampling(generation),
+            read_chat_templates(settings.chat_template, Path(path), otherwise),
+            facts,
             facts.vocab_size,
-            facts.accelerators,
-            templates.told(),
+            image_token=image_token if preprocessor is not None else None,
+            written=written,
+            preprocessor=preprocessor,
         )
+        return cls(text, preprocessor, facts.accelerators)
 
 
 def _shapes(max_pixels: int) -> list[tuple[int, int]]:

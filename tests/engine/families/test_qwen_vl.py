@@ -25,7 +25,7 @@ from engine.families.base import GRID, PreparedImage
 from engine.families.qwen2_vl import Qwen2VLPreprocessor
 from engine.loader import load_preprocessor
 from engine.messages import ImageInput, TensorData
-from handlers.backends.vision_flags import contradictions
+from handlers.backends.image_options import contradictions
 from handlers.errors import ImageError
 from handlers.request import (
     ChatPrompt,

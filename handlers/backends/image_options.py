@@ -1,4 +1,4 @@
-"""Whether what an operator says of a model's images, as old versions of vLLM wanted it, is true of the model."""
+"""Which options about images do not fit the model: it takes none, or its images are not what the options say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from properties.configuration import read_model_config
 from properties.names import key_of
+from properties.problem import Problem
 from properties.settings import RETIRED
 
 if TYPE_CHECKING:
@@ -14,8 +15,29 @@ if TYPE_CHECKING:
     from properties.settings import Settings
 
 
+ABOUT_IMAGES = (
+    "limit_mm_per_prompt",
+    "enable_mm_embeds",
+    "image_placeholder_token",
+    "image_processor_backend",
+    "encoder_cache_mb",
+    "mm_processor_kwargs",
+)
+
+
+def unused_by_text(settings: Settings) -> list[Problem]:
+    """Return a warning for each option about images that was set for a model without images."""
+    written = {name: getattr(settings, name) for name in ABOUT_IMAGES if name in settings.model_fields_set}
+    return [
+        Problem(f"{key_of(name)} has no effect: the model takes no images", name)
+        for name, value in written.items()
+        if value != type(settings).model_fields[name].default
+        and value != {"image": 0, "video": 0, "audio": 0}
+    ]
+
+
 def wanted(settings: Settings) -> dict[str, object]:
-    """Return the options to check, by their names."""
+    """Return what the operator says of the model's images, as old versions of vLLM wanted it, by the options' names."""
     return {name: value for name in RETIRED if (value := getattr(settings, name)) is not None}
 
 
