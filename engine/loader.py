@@ -14,8 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError, one_line
-from engine.families.base import Family, FamilyModel, Preprocessor
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import ProcessorBackend
+from engine.families.preprocessor import Preprocessor
 from engine.families.registry import family_of, kind_of, register, served
 from engine.fused import FusedDecoder, stack
 from engine.machine import computes_bfloat16

@@ -23,17 +23,9 @@ import numpy.typing as npt
 from PIL.Image import Resampling, Transpose
 
 from engine.errors import ModelLoadError
-from engine.families.base import (
-    Arrays,
-    Family,
-    FamilyModel,
-    Layout,
-    Metadata,
-    ModelFiles,
-    PlaceholderText,
-    Preprocessor,
-)
+from engine.families.base import Family, FamilyModel
 from engine.families.pixels import Pixels, ProcessorBackend, Recipe
+from engine.families.preprocessor import Arrays, Layout, Metadata, ModelFiles, PlaceholderText, Preprocessor
 from engine.families.tiles import encode_tiles
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from properties.problem import Problem
 from properties.settings import RETIRED
 
 if TYPE_CHECKING:
-    from engine.families.base import PreparedImage, Preprocessor
+    from engine.families.preprocessor import PreparedImage, Preprocessor
     from properties.settings import Settings
 
 

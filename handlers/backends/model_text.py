@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from engine.config import Vocabulary
-    from engine.families.base import PlaceholderText, Preprocessor
+    from engine.families.preprocessor import PlaceholderText, Preprocessor
     from handlers.prompts.chat_templates import ChatTemplates
     from properties.settings import Settings
 

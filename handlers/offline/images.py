@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine.errors import ModelLoadError
-from engine.families.base import GRID
+from engine.families.preprocessor import GRID
 from engine.families.registry import family_of
 from engine.messages import EMBEDDINGS
 from engine.weights import weight_files

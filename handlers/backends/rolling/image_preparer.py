@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import RequestRejected
-from engine.families.base import GRID, Arrays, PreparedImage, Preprocessor
+from engine.families.preprocessor import GRID, Arrays, PreparedImage, Preprocessor
 from engine.messages import EMBEDDINGS, ImageInput, TensorData
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.errors import ImageError, short_of

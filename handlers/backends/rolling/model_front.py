@@ -25,7 +25,7 @@ from handlers.prompts.chat_templates import read_chat_templates
 from handlers.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from engine.families.base import Preprocessor
+    from engine.families.preprocessor import Preprocessor
     from properties.settings import Settings
 
 log = logging.getLogger(__name__)

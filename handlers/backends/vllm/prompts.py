@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engine.errors import ModelLoadError
-from engine.families.base import GRID, PlaceholderText
+from engine.families.preprocessor import GRID, PlaceholderText
 from engine.messages import EMBEDDINGS
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.mistral_format import mistral_weights_alone

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engine.errors import ModelLoadError, RequestRejected
-from engine.families.base import Preprocessor
+from engine.families.preprocessor import Preprocessor
 from engine.loader import load_preprocessor
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.rolling.image_preparer import ImagePreparer
