@@ -1,10 +1,12 @@
-"""Which options about images do not fit the model: it takes none, or its images are not what the options say."""
+"""Which options about images do not fit the model: unused, untrue of it, or more than its context holds."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import RequestRejected
 from properties.configuration import read_model_config
 from properties.names import key_of
 from properties.problem import Problem
@@ -23,6 +25,15 @@ ABOUT_IMAGES = (
     "encoder_cache_mb",
     "mm_processor_kwargs",
 )
+
+_SMALLEST = 1 << 12
+"""Pixels of the smallest image that is examined for whether it fills the context."""
+
+_ASPECTS = 12
+"""Half powers of two between the sides of the widest and tallest images that are examined: 64:1 and 1:64."""
+
+_NO_LIMIT = 100
+"""A limit as high as this means that images are not limited, as in scripts."""
 
 
 def unused_by_text(settings: Settings) -> list[Problem]:
@@ -102,3 +113,51 @@ def _count(prepared: PreparedImage) -> int:
 
 def _told(name: str, given: object, own: object) -> str:
     return f"{key_of(name)} is {given}, but the model's is {own}: leave it out"
+
+
+def image_tokens(preprocessor: Preprocessor[Any], width: int, height: int) -> int | None:
+    """Return the tokens that one image of that size takes in a prompt; None if the model does not accept it."""
+    try:
+        return len(preprocessor.layout(width, height).token_ids)
+    except RequestRejected:
+        return None
+
+
+def crowded(settings: Settings, preprocessor: Preprocessor[Any], max_model_len: int) -> str | None:
+    """Return a message if as many images as are allowed, or one of them, can fill the context; else None.
+
+    Of the shapes that option.max_image_pixels allows, it names the smallest that fills the context, and the one of the
+    most tokens.
+    """
+    images = settings.limit_mm_per_prompt.get("image", 1)
+    counts = {size: image_tokens(preprocessor, *size) or 0 for size in _sizes(settings.max_image_pixels)}
+    most = max(counts, key=lambda size: counts[size])
+    images = 1 if images >= _NO_LIMIT or counts[most] >= max_model_len else images
+    first = next((size for size, count in counts.items() if images * count >= max_model_len), None)
+    if first is None:
+        return None
+    told, verb = "an image", "takes"
+    if images > 1:
+        told, verb = f"{images} images (option.limit_mm_per_prompt)", "take"
+    if len({count for count in counts.values() if count}) > 1:
+        told += f" of {first[0]}x{first[1]} pixels"
+    told += f" {verb} {images * counts[first]} tokens"
+    if counts[most] > counts[first]:
+        told += f" (of {most[0]}x{most[1]}, which option.max_image_pixels allows, {images * counts[most]})"
+    return (
+        f"{told}, and the context holds {max_model_len}: such requests are refused; raise option.max_model_len, or "
+        "lower the number or the size of images"
+    )
+
+
+def _sizes(max_pixels: int) -> list[tuple[int, int]]:
+    """Return the (width, height) of images from small ones to those of `max_pixels`, squares first in each size."""
+    areas = [max_pixels]
+    while areas[-1] > _SMALLEST:
+        areas.append(areas[-1] // 2)
+    found = []
+    for area in reversed(areas):
+        for step in sorted(range(-_ASPECTS, _ASPECTS + 1), key=abs):
+            width = max(1, int(math.sqrt(area * 2 ** (step / 2))))
+            found.append((width, max(1, area // width)))
+    return found

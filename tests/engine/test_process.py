@@ -21,7 +21,7 @@ from engine.sampling_params import SamplingParams
 from handlers.backends.rolling.engine_client import EngineClient, EngineProcess, OutputStream
 from handlers.backends.rolling.replicas import EngineGroup
 from tests.support.engine_driver import EOS, Oracle, Prompt, random_image
-from tests.support.engine_process import answer, config, finish, running
+from tests.support.engine_process import answer, config, finish, running, started
 from tests.support.models import make_llava
 
 
@@ -42,7 +42,7 @@ Kept = tuple[asyncio.Runner, EngineClient]
 @contextmanager
 def kept(config: EngineConfig) -> Iterator[Kept]:
     with asyncio.Runner() as runner:
-        client = runner.run(EngineClient.start(config))
+        client = runner.run(started(config))
         try:
             yield runner, client
         finally:
@@ -360,7 +360,7 @@ def test_two_replicas_share_the_load_and_remember_who_saw_what(llava: Path) -> N
 
 def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
     async def scenario() -> int:
-        client = await EngineClient.start(config(llava))
+        client = await started(config(llava))
         client.submit(endless())
         client.process.connection.close()
         async with asyncio.timeout(10):
@@ -374,7 +374,7 @@ def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
 
 def test_a_missing_model_is_reported_with_a_reason(tmp_path: Path) -> None:
     async def scenario() -> None:
-        await EngineClient.start(config(tmp_path))
+        await started(config(tmp_path))
 
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         asyncio.run(scenario())

@@ -23,9 +23,12 @@ from handlers.backends.base import (
     PromptModel,
     TokenOutput,
     compute_type,
+    engine_died,
+    engine_stopped,
+    no_engine,
 )
 from handlers.backends.embeddings import EmbeddingsWanted
-from handlers.backends.image_options import unused_by_text
+from handlers.backends.image_options import crowded, unused_by_text
 from handlers.backends.rolling.engine_client import STUCK_SECONDS, EngineProcess, OutputStream
 from handlers.backends.rolling.image_preparer import ImagePreparer, place_images
 from handlers.backends.rolling.model_facts import ModelFacts, ModelQuestion, ask_engine
@@ -105,10 +108,8 @@ class RollingEngine:
             )
             cache_bytes = self._settings.image_cache_mb << 19
             self._preparer = ImagePreparer(front.preprocessor, self._pool, cache_bytes, wanted)
-        images = self._settings.limit_mm_per_prompt.get("image", 1)
-        pixels = self._settings.max_image_pixels
-        if (crowded := front.crowded(images, pixels, facts.max_model_len)) is not None:
-            logger.warning("%s", crowded)
+            if (full := crowded(self._settings, front.preprocessor, facts.max_model_len)) is not None:
+                logger.warning("%s", full)
         logger.info(
             "embedded engine ready: %d of %d replicas, %s, attention %s, %d tokens of context, %d blocks of %d tokens",
             len(group.alive), len(group.replicas), facts.dtype, facts.attention, facts.max_model_len,
@@ -170,12 +171,7 @@ class RollingEngine:
         try:
             outputs = group.submit(add, keys)
         except EngineDead as error:
-            reason = (
-                "the engine failed too often"
-                if group.given_up
-                else "the engine is being restarted; try again"
-            )
-            raise Unavailable(reason, retry_after=5) from error
+            raise no_engine(given_up=group.given_up) from error
         except RequestRejected as error:
             raise InvalidRequest(str(error)) from error
         return RollingStream(outputs, self._front.text.eos_token_ids)
@@ -256,11 +252,9 @@ class RollingStream:
                     if output.request_id in self._open:
                         yield self._read(output)
         except EngineStopped as error:
-            raise Unavailable("the server is stopping", retry_after=5) from error
+            raise engine_stopped() from error
         except EngineDead as error:
-            raise EngineFailed(
-                "the engine process died while it worked on this request; try again"
-            ) from error
+            raise engine_died() from error
 
     def abort(self, index: int) -> None:
         """See `TokenStream`."""

@@ -207,7 +207,7 @@ class EngineClient:
     """An engine process with its model, until it dies (see `processes.supervisor.Supervised`)."""
 
     def __init__(self, process: EngineProcess, ready: Ready, stuck_seconds: float) -> None:
-        """Take over a process; use `start` or `EngineProcess.load`.
+        """Take over a process; use `EngineProcess.load`.
 
         Attributes:
             process: The process.
@@ -229,11 +229,6 @@ class EngineClient:
         self._next_id = 0
         self._died = asyncio.Event()
         self._receiving = asyncio.create_task(self._receive(), name="engine-receive")
-
-    @classmethod
-    async def start(cls, config: EngineConfig) -> EngineClient:
-        """Start a process and load the model. Raises OSError, and whatever `EngineProcess.load` raises."""
-        return await (await EngineProcess.spawn()).load(config)
 
     @property
     def alive(self) -> bool:
@@ -313,11 +308,11 @@ class EngineClient:
         while self.alive:
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(PING_SECONDS, stuck)):
-                    await self._died.wait()
+                    await self.wait_dead()
             if self.alive and not await self.ping(stuck) and self.alive:
                 reason = f"has not answered for {stuck:.0f} s: killed"
                 self.kill()
-                await self._died.wait()
+                await self.wait_dead()
         return reason or f"ended with code {await self.process.stop(SHUTDOWN_SECONDS)}"
 
     def kill(self) -> None:

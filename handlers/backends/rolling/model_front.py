@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import Vocabulary
-from engine.errors import ModelLoadError, RequestRejected, one_line
+from engine.errors import ModelLoadError, one_line
 from handlers.backends.image_options import contradictions
 from handlers.backends.model_text import ModelText
 from handlers.backends.rolling.model_facts import (
@@ -30,18 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IMAGE_SIZES = ((336, 336), (1344, 1344), (1920, 1080))
-"""The (width, height) of images whose number of tokens is reported to operators."""
-
-_SMALLEST = 1 << 12
-"""Pixels of the smallest image that is examined for whether it fills the context."""
-
-_ASPECTS = 12
-"""Half powers of two between the sides of the widest and tallest images that are examined: 64:1 and 1:64."""
-
-_NO_LIMIT = 100
-"""A limit as high as this means that images are not limited, as in scripts."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelFront:
@@ -50,41 +37,6 @@ class ModelFront:
     text: ModelText
     preprocessor: Preprocessor[Any] | None
     accelerators: int
-
-    def image_tokens(self, width: int, height: int) -> int | None:
-        """Return the tokens that one image of that size takes in a prompt; None if the model does not accept it."""
-        try:
-            layout = None if self.preprocessor is None else self.preprocessor.layout(width, height)
-        except RequestRejected:
-            return None
-        return None if layout is None else len(layout.token_ids)
-
-    def crowded(self, images: int, max_pixels: int, max_model_len: int) -> str | None:
-        """Return a message if that many images, or one of them, can fill the context; else None.
-
-        Of the shapes that `max_pixels` allows, it names the smallest that fills the context, and the one of the most
-        tokens.
-        """
-        counts = {size: self.image_tokens(*size) or 0 for size in _shapes(max_pixels)}
-        most = max(counts, key=lambda size: counts[size])
-        images = 1 if images >= _NO_LIMIT or counts[most] >= max_model_len else images
-        first = next((size for size, count in counts.items() if images * count >= max_model_len), None)
-        if first is None:
-            return None
-        told, verb = "an image", "takes"
-        if images > 1:
-            told, verb = f"{images} images (option.limit_mm_per_prompt)", "take"
-        if len({count for count in counts.values() if count}) > 1:
-            told += f" of {first[0]}x{first[1]} pixels"
-        told += f" {verb} {images * counts[first]} tokens"
-        if counts[most] > counts[first]:
-            told += (
-                f" (of {most[0]}x{most[1]}, which option.max_image_pixels allows, {images * counts[most]})"
-            )
-        return (
-            f"{told}, and the context holds {max_model_len}: such requests are refused; raise option.max_model_len, or "
-            "lower the number or the size of images"
-        )
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -157,19 +109,6 @@ class ModelFront:
             preprocessor=preprocessor,
         )
         return cls(text, preprocessor, facts.accelerators)
-
-
-def _shapes(max_pixels: int) -> list[tuple[int, int]]:
-    """Return the (width, height) of images from small ones to those of `max_pixels`, squares first in each size."""
-    areas = [max_pixels]
-    while areas[-1] > _SMALLEST:
-        areas.append(areas[-1] // 2)
-    found = []
-    for area in reversed(areas):
-        for step in sorted(range(-_ASPECTS, _ASPECTS + 1), key=abs):
-            width = max(1, int(math.sqrt(area * 2 ** (step / 2))))
-            found.append((width, max(1, area // width)))
-    return found
 
 
 def _preprocessor(facts: ModelFacts, question: ModelQuestion) -> Preprocessor[Any] | None:

@@ -178,7 +178,7 @@ class EngineGroup:
     async def start(self, *, wait_for_all: bool = True) -> None:
         """Start the first replica, then the others at the same time.
 
-        If this fails, nothing is left running. Raises what `EngineClient.start` raises.
+        If this fails, nothing is left running. Raises what `EngineProcess.load` raises, and OSError.
 
         Args:
             wait_for_all: Whether all must have started; else the others start in the background, and one that cannot

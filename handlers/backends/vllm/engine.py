@@ -23,6 +23,8 @@ from handlers.backends.base import (
     Health,
     PromptModel,
     compute_type,
+    engine_stopped,
+    no_engine,
 )
 from handlers.backends.vllm import compat
 from handlers.backends.vllm.adapters import LoadedAdapter, VllmAdapters, adapter_slots
@@ -318,7 +320,7 @@ class VllmEngine:
 
         def failure(error: Exception, begun: bool) -> ServingError:
             if isinstance(error, serving.vllm.EngineDeadError) and self._closed:
-                return Unavailable("the server is stopping", retry_after=5)
+                return engine_stopped()
             return failed(serving.vllm, engine, error, param, begun=begun)
 
         def ended(stream: VllmStream) -> None:
@@ -379,12 +381,11 @@ class VllmEngine:
 
     def _engine(self) -> Any:
         """Return the engine that serves now. Raises Unavailable."""
-        if self._serving is None or self._closed:
-            raise Unavailable("the model is still loading", retry_after=5)
-        supervisor = self._serving.supervisor
+        if self._closed:
+            raise engine_stopped()
+        supervisor = self._loaded.supervisor
         if supervisor.engine is None or supervisor.engine.errored:
-            reason = "failed too often" if supervisor.given_up else "is being restarted; try again"
-            raise Unavailable(f"the engine {reason}", retry_after=5)
+            raise no_engine(given_up=supervisor.given_up)
         return supervisor.engine
 
 

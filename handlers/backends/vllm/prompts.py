@@ -19,6 +19,7 @@ import numpy as np
 from engine.errors import ModelLoadError
 from engine.families.preprocessor import GRID, PlaceholderText
 from engine.messages import EMBEDDINGS
+from handlers.backends.base import no_engine
 from handlers.backends.embeddings import EmbeddingsWanted
 from handlers.backends.mistral_format import mistral_weights_alone
 from handlers.backends.model_text import ModelText
@@ -30,7 +31,7 @@ from handlers.backends.vllm.compat import (
     most_rows,
 )
 from handlers.backends.vllm.outputs import refused
-from handlers.errors import ImageError, InvalidRequest, Unavailable
+from handlers.errors import ImageError, InvalidRequest
 from handlers.prompts.chat_templates import read_chat_templates
 from handlers.prompts.generation_config import read_generation_config
 from handlers.request import EmbeddingsPart, ImagePart, LoadedEmbeddings
@@ -236,7 +237,7 @@ async def place_images(
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         if engine.errored:
             # The renderer has been shut down, which is not the fault of the request.
-            raise Unavailable("the engine is being restarted; try again", retry_after=5) from error
+            raise no_engine() from error
         if not parts:
             raise refused(error) from error
         raise ImageError(0, "the model's processor cannot prepare these images") from error
