@@ -275,7 +275,7 @@ def test_other_methods_are_refused_with_those_that_there_are(server: LiveServer)
     for route in ROUTES:
         path = route.path
         allowed.setdefault(path.replace("{name}", "shapes"), set()).update(route.methods)
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         for path, methods in allowed.items():
             for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"} - methods:
                 reply = client.request(method, path)
