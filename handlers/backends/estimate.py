@@ -10,8 +10,7 @@ from typing import Any
 
 from engine.families.registry import register
 from handlers.backends.weight_files import BITS, INDEX, PICKLED_INDEX, read_header, safetensors_files
-from handlers.model_json import read_object
-from properties.model import model_dtype, text_config
+from properties.model import model_dtype, read_object, text_config
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

@@ -69,7 +69,7 @@ class ModelText:
         Raises:
             ModelLoadError: The files cannot be used.
         """
-        logger.info("chat template: %s", templates.told())
+        logger.info("chat template: %s", templates.described())
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         try:

@@ -20,7 +20,6 @@ from engine.families.registry import family_of
 from engine.messages import EMBEDDINGS
 from engine.weights import weight_files
 from handlers.errors import ImageError, InvalidRequest
-from handlers.model_json import read_object
 from handlers.request import (
     EmbeddingsPart,
     Grid,
@@ -29,6 +28,7 @@ from handlers.request import (
     MediaPart,
 )
 from properties.configuration import read_model_config
+from properties.model import read_object
 
 Floats = npt.NDArray[np.float32]
 

@@ -193,6 +193,12 @@ def test_commands(image: str) -> None:
     assert run(image, "sh", "-c", "echo any program").stdout == "any program\n"
 
 
+def test_attention_is_compiled_though_there_is_no_compiler(image: str) -> None:
+    script = "from engine.attention.cpu import compiled; print(compiled() is not None)"
+    assert run(image, "python3", "-c", script).stdout == "True\n"
+    assert run(image, "sh", "-c", "command -v gcc").returncode != 0
+
+
 def commands_of_the_page() -> list[list[str]]:
     """The words after `docker run --rm` of each command of docker/README.md that needs neither registry nor GPU."""
     text = (ROOT / "docker" / "README.md").read_text().replace("\\\n", " ").replace("$PWD", str(ROOT))

@@ -147,7 +147,7 @@ class RollingBackend:
             front = ModelFront.load(settings, str(directory))
         except (InvalidConfiguration, ModelLoadError) as error:
             return PromptCheck(errors=[Problem(str(error))])
-        template, preprocessor = front.text.renderer.templates.told(), front.preprocessor
+        template, preprocessor = front.text.renderer.templates.described(), front.preprocessor
         if preprocessor is None:
             return PromptCheck(template)
         sizes = {
