@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from engine.errors import ModelLoadError
 from engine.families.pixels import DirectPixels, ProcessorBackend, Recipe, processor_options
+from engine.weights import JUDGED, complete
 
 if TYPE_CHECKING:
     import torch
@@ -437,7 +438,7 @@ class FamilyModel:
 
         loader = getattr(transformers, cls.auto_class)
         options["attn_implementation"] = cls.attention(config)
-        return cls(loader.from_pretrained(model_path, **options))
+        return cls(complete(loader.from_pretrained(model_path, **options, **JUDGED)))
 
     @classmethod
     def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:
