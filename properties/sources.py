@@ -137,7 +137,6 @@ VLLM_WITHOUT = by_name(
         ),
         "the tokenizer is the model's own": "tokenizer",
         "prompts are tokenised here": "skip_tokenizer_init",
-        "images are never read from files: send them as data: URLs": "allowed_local_media_path",
         "the role of replies is assistant": "response_role",
         "the parsers are this server's and the installed vLLM's": "tool_parser_plugin",
         "tools are called by the client": "tool_server",
