@@ -335,9 +335,6 @@ TOOLS = [
 ]
 
 
-VERSIONS = ("v3", "v7", "v11", "v13", "v15")
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_are_written_as_mistral_common_writes_them(tmp_path: Path, version: str, chat: str) -> None:
