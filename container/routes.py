@@ -101,8 +101,9 @@ class LightReplies:
         self._page_is_on = False
 
     def configure(self, configuration: Configuration) -> None:
-        self._public = public_names(configuration)
-        self._page_is_on = page.is_on(configuration) and not configuration.settings.multi_model
+        several = configuration.settings.multi_model
+        self._public = () if several else public_names(configuration)
+        self._page_is_on = page.is_on(configuration) and not several
 
     async def reply(self, call: Call, action: str, name: str, router: Router) -> Reply:
         """Return the reply to a request without a body.

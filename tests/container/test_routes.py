@@ -277,6 +277,19 @@ def test_a_machine_that_holds_a_part_of_the_model_says_who_answers(tmp_path: Pat
     assert reply.json()["error"]["message"].startswith("this machine holds a part of the model")
 
 
+def test_a_server_of_several_models_lists_none_before_one_is_loaded(tmp_path: Path) -> None:
+    """Not the directory of them, as a server of one model lists the one that it loads."""
+    state = ServerState()
+    configuration = resolve(model=str(tmp_path), environ={}, options=["multi_model=true"])
+    transport = httpx.ASGITransport(app=App(configuration, state, Metrics(state.stats)))
+
+    async def asked() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/v1/models")
+
+    assert asyncio.run(asked()).json() == {"object": "list", "data": []}
+
+
 PAGE = "https://app.example"
 PREFLIGHT = {
     "origin": PAGE,
