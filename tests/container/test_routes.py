@@ -15,8 +15,10 @@ import pytest
 from container.app import ONE, App, Cors, MethodNotAllowed
 from container.metrics import Metrics
 from container.routes import ROUTES
+from container.server import Server
 from container.state import ServerState
 from handlers.errors import NotFound
+from handlers.protocols.errors import own_words
 from properties.configuration import resolve
 from tests.support.scripted import ScriptedBackend
 from tests.support.scripted_server import ServerProcess
@@ -288,6 +290,26 @@ def test_a_server_of_several_models_lists_none_before_one_is_loaded(tmp_path: Pa
             return await client.get("/v1/models")
 
     assert asyncio.run(asked()).json() == {"object": "list", "data": []}
+
+
+def test_a_server_of_several_models_can_refuse_a_request_without_holding_up_others(tmp_path: Path) -> None:
+    """The words that a refusal's line in the log may hold are collected before the first request."""
+    own_words.cache_clear()
+    collected: list[int] = []
+
+    def stop() -> None:
+        collected.append(own_words.cache_info().currsize)
+        server.request_stop()
+
+    async def run() -> int:
+        nonlocal server
+        options = ["multi_model=true", "host=127.0.0.1", "port=0"]
+        server = Server(resolve(model=str(tmp_path), environ={}, options=options), ready=stop)
+        return await server.run()
+
+    server: Server
+    assert asyncio.run(run()) == 0
+    assert collected == [1]
 
 
 PAGE = "https://app.example"
