@@ -22,10 +22,10 @@ import uvloop
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from container import exchange, protocol
 from container.app import App
-from container.exchange import Bodies, Body, BodyTimeout
+from container.bodies import FLOOR_SECONDS, Bodies, Body, BodyTimeout
 from container.metrics import Metrics
+from container.protocol import HEAD_SECONDS
 from container.server import HttpServer, bind
 from container.state import ServerState
 from handlers.errors import Overloaded, PayloadTooLarge
@@ -137,11 +137,14 @@ def status(reply: bytes) -> int:
 
 
 @asynccontextmanager
-async def listening(folder: Path, kind: type[App] = App) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
+async def listening(
+    folder: Path, kind: type[App] = App, head_seconds: float = HEAD_SECONDS
+) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
     """The HTTP server in this process, without a model."""
     (folder / "config.json").write_text("{}")
     life = ServerState()
-    http = HttpServer(kind(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
+    app = kind(resolve(model=str(folder), environ={}), life, Metrics(life.stats))
+    http = HttpServer(app, head_seconds)
     listener = bind("127.0.0.1", 0)
     address = listener.getsockname()
     serving = asyncio.create_task(http.listen(listener))
@@ -481,13 +484,9 @@ def test_a_turn_of_the_event_loop_takes_in_many_connections(tmp_path: Path) -> N
         (PING + b"\r\n", b"\r\n"),
     ],
 )
-def test_what_drips_ends_with_the_time_of_a_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes, drip: bytes
-) -> None:
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
-
+def test_what_drips_ends_with_the_time_of_a_head(tmp_path: Path, first: bytes, drip: bytes) -> None:
     async def check() -> None:
-        async with listening(tmp_path) as (_, address), asyncio.timeout(60):
+        async with listening(tmp_path, head_seconds=0.2) as (_, address), asyncio.timeout(60):
             reader, writer = await asyncio.open_connection(*address)
             writer.write(first)
             ended = asyncio.create_task(reader.read())
@@ -501,11 +500,8 @@ def test_what_drips_ends_with_the_time_of_a_head(
     uvloop.run(check())
 
 
-def test_a_head_that_begins_during_a_reply_does_not_cut_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_that_begins_during_a_reply_does_not_cut_it(tmp_path: Path) -> None:
     """Its time starts once the reply has ended."""
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.0)
 
     class Streams(App):
         go: asyncio.Event
@@ -518,7 +514,7 @@ def test_a_head_that_begins_during_a_reply_does_not_cut_it(
 
     async def check() -> None:
         Streams.go = asyncio.Event()
-        async with listening(tmp_path, Streams) as (http, address), asyncio.timeout(60):
+        async with listening(tmp_path, Streams, 0.0) as (http, address), asyncio.timeout(60):
             reader, writer = await asyncio.open_connection(*address)
             writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
             await reader.readuntil(b"first\r\n")
@@ -557,7 +553,7 @@ def test_requests_before_bytes_that_are_not_http_get_their_replies(
             while not http.server_state.connections:  # noqa: ASYNC110 - without an event
                 await asyncio.sleep(0)
             (connection,) = http.server_state.connections
-            while not connection._deaf:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
+            while not connection._ignores_input:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
                 await asyncio.sleep(0)
             Waits.go.set()
             replies = await reader.read()
@@ -703,17 +699,13 @@ def test_a_body_is_read_up_to_its_limit() -> None:
 
 
 @pytest.mark.parametrize("dripping", [False, True])
-def test_a_body_that_is_too_slow_ends(monkeypatch: pytest.MonkeyPatch, dripping: bool) -> None:
-    if not dripping:
-        monkeypatch.setattr(exchange, "FLOOR_SECONDS", 0.2)
-    monkeypatch.setattr(exchange, "SWEEP_SECONDS", 0.02)
-
+def test_a_body_that_is_too_slow_ends(dripping: bool) -> None:
     async def drip() -> MutableMapping[str, Any]:
         await (asyncio.sleep(0.001) if dripping else asyncio.Event().wait())
         return {"type": "http.request", "body": b"a", "more_body": True}
 
     async def check() -> None:
-        budget = Bodies()
+        budget = Bodies(FLOOR_SECONDS if dripping else 0.2, sweep_seconds=0.02)
         budget.limit = MIB
         body = Body(budget, {"content-length": "100000"}, MIB, 60 if not dripping else 0.1)
         with pytest.raises(BodyTimeout, match="took longer" if dripping else "slower than 1024 bytes/s"):

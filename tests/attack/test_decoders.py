@@ -25,7 +25,7 @@ from PIL import Image
 from handlers.errors import ImageTooLarge, Unavailable
 from handlers.images import ImageProblem, decoder_pool
 from handlers.images.decoder import FORMATS, REUSED_BYTES, PixelMemory, decode, new_memory
-from handlers.images.decoder_pool import DecoderPool
+from handlers.images.decoder_pool import DecoderPool, TimeLimits
 from handlers.images.formats import Header, read_header
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
@@ -284,33 +284,31 @@ def test_an_image_that_nobody_waits_for_ends_with_its_decoder_and_others_go_on()
     with_pool(work, most=1)
 
 
-def test_a_decoder_that_does_not_run_is_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_does_not_run_is_our_fault() -> None:
     large = saved(Image.new("RGB", (8000, 8000)), "PNG")  # takes longer than no time at all
 
     async def work(pool: DecoderPool) -> None:
         await decoded(pool, saved(noise(0), "PNG"))
-        monkeypatch.setattr(decoder_pool, "WALL_SECONDS", 0.0)
-        monkeypatch.setattr(decoder_pool, "WALL_FACTOR", 0)
+        pool.times = TimeLimits(wall=0.0, wall_factor=0.0)
         with pytest.raises(Unavailable, match="could not be decoded in time"):
             await decoded(pool, large)
-        monkeypatch.undo()
+        pool.times = TimeLimits()
         assert (await decoded(pool, saved(noise(1), "PNG"))).size == (64, 64)
         assert (pool.started, pool.died, pool.killed) == (3, 0, 2)
 
     with_pool(work, most=1)
 
 
-def test_processor_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_pool, "CPU_SECONDS_PER_MEGAPIXEL", 0.0001)
-    monkeypatch.setattr(decoder_pool, "CPU_SECONDS", 0.02)
+def test_processor_time_is_limited() -> None:
     large = saved(Image.new("RGB", (8000, 8000)), "PNG")
 
     async def work(pool: DecoderPool) -> None:
+        pool.times = TimeLimits(cpu=0.02, cpu_per_megapixel=0.0001)
         with pytest.raises(
             ImageProblem, match=r"takes too long to decode: more than 0\.0 s of processor time"
         ):
             await decoded(pool, large)
-        monkeypatch.undo()
+        pool.times = TimeLimits()
         assert (await decoded(pool, large)).size == (8000, 8000)
         assert (pool.died, pool.killed) == (1, 0)
 

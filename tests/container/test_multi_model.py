@@ -408,7 +408,7 @@ def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -
         until = time.monotonic() + 60
         while live.http.get("/models/shapes").json()["status"] != "IDLE":
             assert time.monotonic() < until
-        live.wait_for("model shapes was put out")
+        live.wait_for("model shapes had no requests")
         assert psutil.Process(live.process.pid).children() == []
         with live.http.stream("POST", "/models/shapes/invoke", json=LONG) as reply:
             parts = reply.iter_bytes()

@@ -94,7 +94,7 @@ def test_what_it_prints_is_logged_line_by_line_within_a_rate(caplog: pytest.LogC
         await ask(child, "print 300000 a line of a library that has much to say")
         await ask(child, "print 1 the last words")
         assert await child.stop(60) == 0
-        assert child.last_words.endswith("the last words")
+        assert child.last_output.endswith("the last words")
 
     with_child(work, level=logging.DEBUG)
     said = [
