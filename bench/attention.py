@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.attention.gather import GatherKernel
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 from engine.attention.reference import ReferenceKernel
 from engine.attention.select import DEFAULT_BLOCK_SIZE, KERNELS
@@ -43,6 +42,7 @@ class Case:
 CASES = [
     *(Case(16, 192, 16, 8, dim, dtype) for dim in (64, 128) for dtype in (torch.bfloat16, torch.float32)),
     *(Case(32, 150, 4, 4, 32, dtype) for dtype in (torch.bfloat16, torch.float32)),
+    Case(16, 704, 32, 8, 128, torch.bfloat16),
 ]
 
 
@@ -123,8 +123,7 @@ def candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Callable
     for name, kernel in KERNELS.items():
         size = max(DEFAULT_BLOCK_SIZE, kernel.block_multiple)
         sized = replace(shape, block_size=size, num_blocks=case.batch * -(-case.context // size))
-        same = kernel is GatherKernel and device.type == "cpu"  # as CpuKernel
-        if kernel is not ReferenceKernel and not same and kernel.unsupported(sized) is None:
+        if kernel is not ReferenceKernel and kernel.unsupported(sized) is None:
             yield name, kernel_step(case, kernel(sized))
     yield "sdpa, no gather", sdpa_step(case, device)
 

@@ -21,19 +21,8 @@ from urllib.parse import parse_qs
 
 from pydantic import SecretStr
 
-from container.exchange import (
-    Bodies,
-    Body,
-    Call,
-    ClientGone,
-    Exchange,
-    Receive,
-    Scope,
-    Send,
-    declared_size,
-    has_body,
-    request_id,
-)
+from container.bodies import Bodies, Body, declared_size, has_body
+from container.exchange import Call, ClientGone, Exchange, Receive, Scope, Send, request_id
 from container.logs import LONG_BYTES, Refusals, log_answer, log_prompt
 from container.metrics import Metrics
 from container.models.models import REGISTRY
@@ -43,12 +32,10 @@ from handlers.errors import (
     DeadlineExceeded,
     InsufficientStorage,
     NotFound,
-    Overloaded,
     ServingError,
     Unavailable,
+    overloaded,
 )
-from handlers.generation_task import RETRY_AFTER, overloaded
-from handlers.model_names import accepted_names
 from handlers.protocols.base import JSON, Route
 from handlers.protocols.errors import client_error, error_reply, own_words_of
 from handlers.protocols.lmi.sagemaker import INVOKE_ROUTES, MOST_SECONDS, are_lines
@@ -191,7 +178,7 @@ class App:
         """Apply a configuration. It is called again if the model's files contain options."""
         self._settings = configuration.settings
         self.light.configure(configuration)
-        self._accepted = accepted_names(configuration)
+        self._accepted = configuration.accepted_names
         self._cors = Cors(configuration.settings.cors_allowed_origin)
         self._keys = Keys(configuration.settings.api_key)
         self._router = SEVERAL if configuration.settings.multi_model else ONE
@@ -207,9 +194,9 @@ class App:
             return None
         declared = declared_size(call.headers)
         if call.crowded:
-            return Overloaded("too many connections are open: try again later", retry_after=RETRY_AFTER)
-        full = route.queued and service.free <= self.bodies.expected
-        if full and not service.takes_no_place(route.template, declared):
+            return overloaded("too many connections are open")
+        full = route.queued and service.free <= self.bodies.reserved
+        if full and not service.needs_no_place(route.template, declared):
             return overloaded()
         if declared <= self._settings.max_request_size and not self.bodies.fits(declared):
             return self.bodies.overloaded()
@@ -256,7 +243,7 @@ class App:
             await self._reply(call, error_reply(refusal, error_format(call.template, call.headers)))
             return
         if match.route.light:
-            reply = await self.light.reply(call, match.route.action, match.name, self._router)
+            reply = await self.light.reply(call, match.route.action, match.name)
             await self._reply(call, reply)
             return
         named = match.name
@@ -287,12 +274,12 @@ class App:
         body = Body(self.bodies, call.headers, settings.max_request_size, settings.predict_timeout)
         try:
             size = declared_size(call.headers)
-            if route.queued and not service.takes_no_place(call.template, size):
-                self._expect(body)
+            if route.queued and not service.needs_no_place(call.template, size):
+                self._reserve_place(body)
             content = await body.read(call.receive)
             call.body_read = True
-            if route.queued and not service.takes_no_place(call.template, size, content):
-                self._expect(body)
+            if route.queued and not service.needs_no_place(call.template, size, content):
+                self._reserve_place(body)
             if settings.log_prompts:
                 if len(content) > LONG_BYTES:
                     await asyncio.to_thread(log_prompt, call.request_id, content)
@@ -304,7 +291,7 @@ class App:
                 call.headers,
                 call.request_id,
                 call.model,
-                body.settle,
+                body.end_reservation,
                 body.keep,
                 method=call.method,
                 query=call.parameters(),
@@ -330,13 +317,13 @@ class App:
                 "the server stopped before the answer was complete; send it again", retry_after=5
             )
 
-    def _expect(self, body: Body) -> None:
+    def _reserve_place(self, body: Body) -> None:
         """Reserve a place in the queue, unless one is reserved; a slow body loses it. Raises Overloaded."""
-        if body.expected:
+        if body.reserved:
             return
-        if self._service().free <= self.bodies.expected:
+        if self._service().free <= self.bodies.reserved:
             raise overloaded()
-        body.expect()
+        body.reserve_place()
 
     async def _answer(self, call: Call, answering: Awaitable[Reply]) -> Reply:
         reply = await answering

@@ -9,15 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from container.state import Answers
-from handlers import build
 from handlers.backends.base import Lifecycle
 from handlers.backends.select import Choice
+from handlers.build import build_engine, build_part, choose_backend
 from handlers.custom.backend import CustomBackend
 from handlers.custom.find import find_formatters, find_handler, find_unused
 from handlers.custom.formatters import Formatters
 from handlers.custom.service import CustomService
 from handlers.images.loader import ImageLoader
-from handlers.model_names import accepted_names, public_names
 from handlers.parsers.select import answer_formats
 from handlers.pipeline import Pipeline
 from handlers.request import Observer
@@ -37,7 +36,7 @@ class Served:
 
     Attributes:
         backend: Not loaded at first.
-        service: Makes what answers requests; None if another machine answers them.
+        service: Makes what answers requests, once the backend is loaded; None if another machine answers them.
         choice: The backend and why it serves; None if the model's own code answers.
     """
 
@@ -46,9 +45,9 @@ class Served:
     choice: Choice | None = None
 
     @classmethod
-    def by(cls, pipeline: Pipeline, choice: Choice | None = None) -> Served:
-        """Return an engine that answers requests on this machine."""
-        return cls(pipeline, partial(_service, pipeline), choice)
+    def by(cls, engine: Lifecycle, pipeline: Callable[[], Pipeline], choice: Choice | None = None) -> Served:
+        """Return an engine that answers requests on this machine. pipeline: puts a pipeline in front of it."""
+        return cls(engine, partial(_service, pipeline), choice)
 
 
 def build_backend(configuration: Configuration, model_path: Path) -> Served:
@@ -71,11 +70,13 @@ def build_backend(configuration: Configuration, model_path: Path) -> Served:
                 if named is None
                 else f"option.entryPoint names {named}",
             )
-        choice = build.choose_backend(configuration, model_path)
-        part = build.build_part(configuration, model_path, choice)
+        choice = choose_backend(configuration, model_path)
+        part = build_part(configuration, model_path, choice)
         if part is not None:
             return Served(part, None)
-        return Served.by(build.build_backend(configuration, model_path, choice), choice)
+        engine = build_engine(configuration, model_path, choice)
+        seconds = configuration.settings.guided_decoding_timeout
+        return Served.by(engine, lambda: Pipeline(engine, seconds), choice)
     logger.warning("%s of the model answers requests; no engine is started", own.file)
     backend = CustomBackend.from_configuration(configuration, model_path, own)
     return Served(backend, partial(_custom_service, backend))
@@ -102,19 +103,19 @@ def _custom_service(
 
 
 def _service(
-    pipeline: Pipeline,
+    make_pipeline: Callable[[], Pipeline],
     configuration: Configuration,
     images: ImageLoader,
     observer: Observer,
     formatters: Formatters | None,
 ) -> Answers:
-    settings = configuration.settings
+    settings, pipeline = configuration.settings, make_pipeline()
     return Service(
         pipeline,
         images,
         settings,
-        model_name=public_names(configuration)[0],
-        other_names=accepted_names(configuration),
+        model_name=configuration.public_names[0],
+        other_names=configuration.accepted_names,
         formats=pipeline.capabilities.formats
         or answer_formats(
             settings.tool_call_parser, settings.enable_auto_tool_choice, settings.reasoning_parser

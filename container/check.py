@@ -27,7 +27,6 @@ from handlers.backends.vllm.compat import SECRET
 from handlers.build import parser_problems
 from handlers.custom.find import find_formatters, find_handler, refuse_unusable
 from handlers.errors import InvalidConfiguration
-from handlers.model_names import public_names
 from handlers.progress import size_text
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
@@ -156,7 +155,7 @@ def describe(configuration: Configuration, machine: Machine) -> dict[str, Any]:
         "warnings": _texts(warnings),
         "model": {
             **asdict(location),
-            "served_as": public_names(configuration),
+            "served_as": configuration.public_names,
             "directory": None if directory is None else str(directory),
             "home": None if configuration.home is None else str(configuration.home),
         },

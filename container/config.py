@@ -46,10 +46,10 @@ def configured(
             raise ConfigurationError([unreadable(error)]) from error
 
     found = resolved(options)
-    unsaid = [name for name in defaults if found.sources[name].level is Level.DEFAULT]
-    if unsaid:
-        found = resolved([*options, *(f"{name}={defaults[name]}" for name in unsaid)])
-        found = replace(found, sources=found.sources | dict.fromkeys(unsaid, DEFAULT))
+    missing = [name for name in defaults if found.sources[name].level is Level.DEFAULT]
+    if missing:
+        found = resolved([*options, *(f"{name}={defaults[name]}" for name in missing)])
+        found = replace(found, sources=found.sources | dict.fromkeys(missing, DEFAULT))
     return found
 
 

@@ -51,7 +51,7 @@ LONG_BYTES = 2**16
 _SHOWN = 32_768
 """Characters of a body, and bytes of an answer, that are logged."""
 
-_LINK = re.compile(r"(?:data|https?|s3):[^\s)\"'<>]+", re.IGNORECASE)
+LINK = re.compile(r"(?:data|https?|s3):[^\s)\"'<>]+", re.IGNORECASE)
 _LINK_END = re.compile(r"[\s)\"'<>]")
 _SCHEME = 8
 """Longer than the beginning of any link, in characters."""
@@ -222,7 +222,7 @@ def log_prompt(request_id: str, body: bytes) -> None:
     try:
         if len(body) > LONG_BYTES:
             check_body(body, 0)
-        shown = json.dumps(_Blotter().blotted(msgspec.json.decode(body)), ensure_ascii=False)
+        shown = json.dumps(without_links(msgspec.json.decode(body)), ensure_ascii=False)
     except (ValueError, RecursionError, msgspec.MsgspecError, ServingError):
         shown = f"[{len(body)} bytes that are no JSON, or hold too much of something]"
     _prompts.info("prompt", extra={"facts": {"request_id": request_id, "body": shown[:_SHOWN]}})
@@ -254,23 +254,25 @@ def _log_answer(request_id: str, body: bytes) -> None:
     _prompts.info("answer", extra={"facts": {"request_id": request_id, "body": text}})
 
 
-class _Blotter:
-    """Copies a JSON value without its links, up to the number of characters that are shown."""
+def without_links(value: Any, window: int = WINDOW) -> Any:
+    """Copy a JSON value with `[link]` for each link, up to the number of characters that are shown."""
+    return _LinkRemover(window).copied(value)
 
-    def __init__(self) -> None:
+
+class _LinkRemover:
+    def __init__(self, window: int) -> None:
         self._left = _SHOWN
+        self._window = window
 
-    def blotted(self, value: Any) -> Any:
+    def copied(self, value: Any) -> Any:
         self._left -= 1
         if isinstance(value, str):
             return self._text(value)
         if isinstance(value, list):
-            return [self.blotted(item) for item in value if self._left > 0]
+            return [self.copied(item) for item in value if self._left > 0]
         if isinstance(value, dict):
             return {
-                self._text(name[:_SHOWN]): self.blotted(item)
-                for name, item in value.items()
-                if self._left > 0
+                self._text(name[:_SHOWN]): self.copied(item) for name, item in value.items() if self._left > 0
             }
         return value
 
@@ -278,25 +280,24 @@ class _Blotter:
         pieces: list[str] = []
         position = 0
         while position < len(text) and self._left > 0:
-            window = text[position : position + WINDOW]
-            link = _LINK.search(window)
+            piece = text[position : position + self._window]
+            link = LINK.search(piece)
             if link is None:
                 # The beginning of a link may be cut off at the window's end.
-                whole = window if position + WINDOW >= len(text) else window[:-_SCHEME]
+                whole = piece if position + self._window >= len(text) else piece[:-_SCHEME]
                 position += len(whole)
                 self._add(pieces, whole)
             else:
-                self._add(pieces, window[: link.start()] + "[link]")
-                position = _end_of_link(text, position + link.start())
+                self._add(pieces, piece[: link.start()] + "[link]")
+                position = self._end_of_link(text, position + link.start())
         return "".join(pieces)
 
     def _add(self, pieces: list[str], piece: str) -> None:
         pieces.append(piece[: self._left])
         self._left -= len(piece)
 
-
-def _end_of_link(text: str, start: int) -> int:
-    for at in range(start, len(text), WINDOW):
-        if (end := _LINK_END.search(text, at, at + WINDOW)) is not None:
-            return end.start()
-    return len(text)
+    def _end_of_link(self, text: str, start: int) -> int:
+        for at in range(start, len(text), self._window):
+            if (end := _LINK_END.search(text, at, at + self._window)) is not None:
+                return end.start()
+        return len(text)

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
-from container.exchange import Bodies
+from container.bodies import Bodies
 from container.protocol import Connections
 from handlers.backends.base import BackendStats
 from handlers.images.loader import ImageLoader

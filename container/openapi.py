@@ -5,9 +5,8 @@ It is made from the routes, and from the structs that read their bodies and writ
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -16,9 +15,6 @@ from container.models.models import REGISTRY
 from handlers.protocols.base import JSON, JSON_LINES, REFERENCE, Route
 from handlers.service import ERRORS_ANYWHERE
 from handlers.version import VERSION
-
-if TYPE_CHECKING:
-    from container.app import Router
 
 _STATUSES = {
     400: "The body is not a valid request; the message names the field.",
@@ -48,11 +44,10 @@ _HEADERS = {
 }
 
 
-@functools.cache
-def document(router: Router) -> bytes:
-    """Return the document as JSON."""
+def document(routes: Sequence[Route]) -> bytes:
+    """Return the document of these routes as JSON."""
     paths: dict[str, dict[str, Any]] = {}
-    for route in router.routes:
+    for route in routes:
         for method in route.methods:
             paths.setdefault(route.path, {})[method.lower()] = _operation(route, method)
     body = {
@@ -66,7 +61,7 @@ def document(router: Router) -> bytes:
         "servers": [{"url": "/"}],
         "paths": paths,
         "components": {
-            "schemas": _schemas(router.routes),
+            "schemas": _schemas(routes),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }

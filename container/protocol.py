@@ -8,18 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-if TYPE_CHECKING:
-    from container.app import App
-
-
 logger = logging.getLogger(__name__)
 
 HEAD_SECONDS = 30.0
+"""How long a head may take to arrive."""
+
 _HEAD_BYTES = 64 * 1024
 _MOST_HEADERS = 256
 
@@ -51,15 +50,31 @@ _UNREAD_SECONDS = 120.0
 class Protocol(HttpToolsProtocol):
     """Limits a connection's heads (time, bytes, headers), simultaneous requests, body framing and unread replies."""
 
-    def __init__(self, *, application: App, connections: Connections, **given: Any) -> None:
+    def __init__(
+        self,
+        *,
+        connections: Connections,
+        on_malformed: Callable[[int], None],
+        head_seconds: float = HEAD_SECONDS,
+        **given: Any,
+    ) -> None:
+        """Begin a connection of uvicorn's.
+
+        Args:
+            connections: All connections of the server.
+            on_malformed: Called with the status of the reply to input that is not a request.
+            head_seconds: See `HEAD_SECONDS`.
+            given: What uvicorn's protocol takes.
+        """
         super().__init__(**given)
-        self._application = application
+        self._head_seconds = head_seconds
+        self._on_malformed = on_malformed
         self._connections = connections
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._left: int | None = None  # bytes to throw away before the connection is closed
-        self._lost = self._deaf = False
+        self._lost = self._ignores_input = False
         self._in_head = self._in_body = self._upgrades = False
         self._head_bytes = self._head_read = self._fields = self._hosts = self._parsed = 0
         self._chunked = self._began = False
@@ -72,7 +87,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)
-        super().connection_made(Wire(self._socket, self))  # type: ignore[arg-type]
+        super().connection_made(ClosingTransport(self._socket, self))  # type: ignore[arg-type]
         self._connections.add(self)
         self._start_keep_alive()
 
@@ -86,7 +101,7 @@ class Protocol(HttpToolsProtocol):
             self._running.message_event.set()
         super().connection_lost(exc)
 
-    def hang_up(self) -> None:
+    def close_now(self) -> None:
         if self.lingers:
             self._socket.abort()
         else:
@@ -106,7 +121,7 @@ class Protocol(HttpToolsProtocol):
         share = _LINGER_BYTES // (len(self._connections.lingering) + 1)
         rest = max(1, self._declared - self._body_bytes) if self._declared else share
         self._left = min(share, rest)
-        self._start_timer(_LINGER_SECONDS, self.hang_up)
+        self._start_timer(_LINGER_SECONDS, self.close_now)
         self.flow.resume_reading()
         if self._socket.can_write_eof():
             self._socket.write_eof()
@@ -116,19 +131,19 @@ class Protocol(HttpToolsProtocol):
         if self._left is not None:
             self._left -= len(data)
             if self._left <= 0:
-                self.hang_up()
+                self.close_now()
             return
-        if self._deaf:
+        if self._ignores_input:
             return
         self._unset_keepalive_if_required()
         self._parsed, self._began = 0, False
         in_body = self._in_body
         if self._timer is None and self._is_free():
-            self._start_timer(HEAD_SECONDS, self._socket.abort)
+            self._start_timer(self._head_seconds, self._socket.abort)
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade:
-            self._deaf = True  # What follows is not in a protocol that this server speaks.
+            self._ignores_input = True  # What follows is not in a protocol that this server speaks.
             self.cycle.keep_alive = False
             return
         except httptools.HttpParserError:
@@ -176,7 +191,7 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = self._head_read = self._fields = self._hosts = 0
         self._chunked = False
         if self._is_free():  # or else once the earlier reply has ended: it must not be cut off
-            self._start_timer(HEAD_SECONDS, self._socket.abort)
+            self._start_timer(self._head_seconds, self._socket.abort)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -240,7 +255,7 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if not self.pipeline and not self.transport.is_closing():
             if (self._in_head or self._in_body) and self._timer is None:
-                self._start_timer(HEAD_SECONDS, self._socket.abort)
+                self._start_timer(self._head_seconds, self._socket.abort)
             self._connections.rest(self)
 
     def pause_writing(self) -> None:
@@ -270,10 +285,10 @@ class Protocol(HttpToolsProtocol):
             if own:
                 self.cycle.scope["state"]["refused"] = status
         else:
-            self._application.on_malformed(status)
+            self._on_malformed(status)
             own = self._is_free()
             if not own and not in_body:  # The requests before it get their replies first.
-                self._deaf, self.cycle.keep_alive = True, False
+                self._ignores_input, self.cycle.keep_alive = True, False
                 return
         if own:
             lines = [
@@ -315,7 +330,7 @@ _OWN_DESCRIPTORS = 256
 _MOST_LINGERING = 64
 
 
-class Wire:
+class ClosingTransport:
     """A transport whose `close` lets the client read the reply first (see `Protocol.finish`)."""
 
     __slots__ = ("_connection", "_transport", "get_extra_info", "pause_reading", "resume_reading", "write")
@@ -396,7 +411,7 @@ class Connections:
 
     def _close(self, connection: Protocol) -> None:
         self.remove(connection)
-        connection.hang_up()
+        connection.close_now()
 
 
 def raise_descriptor_limit() -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 from urllib.parse import parse_qs
 
 from container import page
@@ -15,7 +16,6 @@ from container.openapi import document
 from container.page import ModelPage
 from container.state import Answers, EngineState, Healthy, Ping, ServerState, Unhealthy, Version, json_reply
 from handlers.errors import NotFound, Unavailable
-from handlers.model_names import public_names
 from handlers.protocols.base import JSON, READ, Route
 from handlers.protocols.lmi.replies import LmiError
 from handlers.protocols.openai.replies import OpenAIError
@@ -23,9 +23,6 @@ from handlers.request import Incoming, Reply
 from handlers.service import ROUTES as API_ROUTES
 from handlers.version import VERSION
 from properties.configuration import Configuration
-
-if TYPE_CHECKING:
-    from container.app import Router
 
 
 def _own(path: str, action: str, summary: str, *, methods: tuple[str, ...] = READ, **more: Any) -> Route:
@@ -84,6 +81,11 @@ ROUTES_OF_SEVERAL = (*(route for route in ROUTES if route.action not in _OF_ONE)
 """All routes of a server of several models."""
 
 
+@cache
+def _document(several: bool) -> bytes:
+    return document(ROUTES_OF_SEVERAL if several else ROUTES)
+
+
 class LightReplies:
     """Makes the replies of the routes that are `light`.
 
@@ -98,21 +100,21 @@ class LightReplies:
         self._metrics = metrics
         self._service = service
         self._public: Sequence[str] = ()
+        self._several = False
         self._page_is_on = False
 
     def configure(self, configuration: Configuration) -> None:
-        several = configuration.settings.multi_model
-        self._public = () if several else public_names(configuration)
-        self._page_is_on = page.is_on(configuration) and not several
+        self._several = configuration.settings.multi_model
+        self._public = () if self._several else configuration.public_names
+        self._page_is_on = page.is_on(configuration) and not self._several
 
-    async def reply(self, call: Call, action: str, name: str, router: Router) -> Reply:
+    async def reply(self, call: Call, action: str, name: str) -> Reply:
         """Return the reply to a request without a body.
 
         Args:
             call: The request.
             action: That of its route.
             name: What the path names.
-            router: Finds the server's routes.
 
         Raises:
             ServingError: There is no such thing here, or not yet.
@@ -132,7 +134,7 @@ class LightReplies:
             case "version":
                 return json_reply(Version(VERSION))
             case "openapi":
-                return Reply(200, JSON, await asyncio.to_thread(document, router))
+                return Reply(200, JSON, await asyncio.to_thread(_document, self._several))
             case "page" if call.path.endswith("/page/"):
                 return Reply(308, JSON, b"{}\n", headers={"location": "../page"})
             case "page" | "model" if not self._page_is_on:

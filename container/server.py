@@ -28,7 +28,7 @@ from container.config import configured, unreadable
 from container.logs import logging_to, on_terminal
 from container.metrics import Metrics
 from container.models.models import Models
-from container.protocol import Connections, Protocol, raise_descriptor_limit
+from container.protocol import HEAD_SECONDS, Connections, Protocol, raise_descriptor_limit
 from container.requirements import install, requirements_to_install
 from container.state import ServerState
 from handlers.artefacts import ArtefactError
@@ -289,8 +289,8 @@ class Server:
         """Close the backend, which fails the requests still running; they get a moment to reply to their clients."""
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
-                if self._backend is not None:
-                    await self._backend.close()
+                if (closing := self.state.service or self._backend) is not None:
+                    await closing.close()
                 if self._formatters is not None:
                     await self._formatters.close()
                 if self._images is not None:
@@ -395,12 +395,15 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 class HttpServer(uvicorn.Server):
     """Uvicorn with our protocol. It serves until `should_exit`; its owner handles signals."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, head_seconds: float = HEAD_SECONDS) -> None:
         self.connections = Connections(raise_descriptor_limit())
+        protocol = partial(
+            Protocol, connections=self.connections, on_malformed=app.on_malformed, head_seconds=head_seconds
+        )
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(Protocol, application=app, connections=self.connections),  # type: ignore[arg-type]
+                http=protocol,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 interface="asgi3",

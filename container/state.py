@@ -88,7 +88,10 @@ class Answers(Protocol):
 
     async def call(self, action: str, incoming: Incoming) -> Reply: ...
 
-    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool: ...
+    def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool: ...
+
+    async def close(self) -> None:
+        """Close the backend, and what belongs to the service alone. Never raises."""
 
 
 @dataclass(slots=True)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("engine.process")
 
 WAIT_POLICY, SLEEP = "OMP_WAIT_POLICY", "PASSIVE"
+SPIN_COUNT, SPINS = "GOMP_SPINCOUNT", "5000"
 
 MESSAGES_PER_STEP = 64
 """Greatest number of messages taken between two steps, so that a flood of new requests does not stop the
@@ -154,11 +155,12 @@ def use_cores(runner: ModelRunner, config: EngineConfig) -> None:
     import torch
 
     from engine.executor import threads_for
+    from engine.threads import StepThreads
 
     threads = threads_for(config, runner.weight_bytes)
     torch.set_num_threads(threads)
     if os.environ.get(WAIT_POLICY) == SLEEP:
-        runner.sleeping_threads = threads
+        runner.threads = StepThreads(threads)
 
 
 def _take(
@@ -188,11 +190,13 @@ def _import_engine() -> None:
     """Import the engine, which takes seconds.
 
     What is imported stays, so the garbage collector need not search it, now or later: that would take a fifth
-    of the time. On two cores, both of which the engine uses, threads that wait for each other must sleep: where the
-    front end or another program has taken a core, one that spins keeps the one it waits for from running.
+    of the time. On two cores, both of which the engine uses, threads that wait for each other must sleep before long:
+    where the front end or another program has taken a core, one that spins keeps the one it waits for from running.
     """
     if usable_cores() == 2:
-        os.environ.setdefault(WAIT_POLICY, SLEEP)  # read once, when torch is imported
+        # Read once, when torch is imported.
+        os.environ.setdefault(SPIN_COUNT, SPINS)
+        os.environ.setdefault(WAIT_POLICY, SLEEP)
     gc.disable()
     import engine.engine  # noqa: F401
 

@@ -24,11 +24,9 @@ from engine.memory import cache_blocks, encoder_budget
 from engine.messages import EMBEDDINGS, ImageInput
 from engine.packed_linear import PackedLinear
 from engine.scheduler import ChunkInput, Command, Encode, Run, Scrub, Trim
+from engine.threads import StepThreads
 
 logger = logging.getLogger(__name__)
-
-FEW_ROWS = 16
-"""Below so many rows, waking a thread that sleeps costs more than it saves."""
 
 
 @dataclass(slots=True)
@@ -101,8 +99,7 @@ class ModelRunner:
     """Holds the model, the paged cache and the encoder cache of one rank.
 
     Attributes:
-        sleeping_threads: Threads of a step with at least FEW_ROWS rows, where those that wait sleep; with 1 their
-            number is left alone.
+        threads: How many threads compute a step.
         num_blocks: Number of blocks that requests may use.
         graphs: Runs decode steps, where they are CUDA graphs.
     """
@@ -141,7 +138,7 @@ class ModelRunner:
                 image_bytes / 2**20,
             )
         self.encoder_cache = EncoderCache(images)
-        self.sleeping_threads = 1
+        self.threads = StepThreads(1)
         self.max_model_len, self.num_blocks = cache_blocks(config, shape, text, image_bytes, graphs=graphs)
         self.kernel = kernel(replace(shape, num_blocks=self.num_blocks + graphs))
         self.graphs: DecodeGraphs | None = None
@@ -174,8 +171,7 @@ class ModelRunner:
 
         The images must differ in digest and must not be cached.
         """
-        if self.sleeping_threads > 1:
-            torch.set_num_threads(self.sleeping_threads)
+        self.threads.use_all()
         batch = self.model.encode_batch
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
@@ -198,6 +194,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, chunks: Items[ChunkInput]) -> StepLogits:
         """Compute the chunks' keys and values, and the logits of those that sample or need prompt log probabilities."""
+        with self.threads.step(sum(chunk.length for chunk in chunks)):
+            return self._run(chunks)
+
+    def _run(self, chunks: Items[ChunkInput]) -> StepLogits:
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].length != 1)
         ordered = [chunks[i] for i in order]
         step, token_ids, positions = self._pack(ordered)
@@ -222,8 +222,6 @@ class ModelRunner:
         self, chunks: Items[ChunkInput], step: PackedStep, token_ids: np.ndarray, positions: np.ndarray
     ) -> torch.Tensor:
         """Return the hidden states [tokens, D] of packed chunks."""
-        if self.sleeping_threads > 1:
-            torch.set_num_threads(self.sleeping_threads if step.num_tokens >= FEW_ROWS else 1)
         step.slots = step.slots.to(self.device)
         embeddings = self.model.embed(torch.from_numpy(token_ids).to(self.device))
         attended: list[AttendedChunk] = []

@@ -1,4 +1,4 @@
-"""From a configuration and a model directory to the backend and the image loader."""
+"""From a configuration and a model directory to the engine and the image loader."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import difflib
 import logging
 from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from handlers.backends.backend import Backend
-from handlers.backends.base import Lifecycle
+from handlers.backends.base import Engine, Lifecycle
 from handlers.backends.model_files import model_findings
 from handlers.backends.select import Choice, backend_of, choose_for, vllm_installed
 from handlers.backends.vision_flags import contradictions
@@ -16,9 +17,7 @@ from handlers.backends.vllm.compat import parser_names
 from handlers.images.limits import ImageLimits
 from handlers.images.loader import ImageLoader
 from handlers.parsers.select import REASONING_FORMATS, TOOL_FORMATS, VLLM_PARSER, of_vllm
-from handlers.pipeline import Pipeline
 from properties.configuration import Configuration, read_model_config
-from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 from properties.settings import Settings
 
@@ -44,7 +43,7 @@ def _accelerators() -> int:
 def build_part(configuration: Configuration, model_path: Path, choice: Choice) -> Lifecycle | None:
     """Return what runs on a machine that holds a part of the model for another one; None on all other machines.
 
-    It is not loaded yet. Raises as `build_backend` does.
+    It is not loaded yet. Raises as `build_engine` does.
     """
     part = backend_of(choice.backend).part(configuration, model_path)
     if part is not None:
@@ -52,8 +51,8 @@ def build_part(configuration: Configuration, model_path: Path, choice: Choice) -
     return part
 
 
-def build_backend(configuration: Configuration, model_path: Path, choice: Choice | None = None) -> Pipeline:
-    """Return the engine that serves the model, with its pipeline, not loaded yet.
+def build_engine(configuration: Configuration, model_path: Path, choice: Choice | None = None) -> Engine[Any]:
+    """Return the engine that serves the model, not loaded yet.
 
     It is slow, because it imports what it needs; call it in a thread.
 
@@ -68,8 +67,7 @@ def build_backend(configuration: Configuration, model_path: Path, choice: Choice
     """
     choice = choice or choose_backend(configuration, model_path)
     _examine(configuration, model_path, choice)
-    engine = backend_of(choice.backend).build(configuration, model_path)
-    return Pipeline(engine, configuration.settings.guided_decoding_timeout)
+    return backend_of(choice.backend).build(configuration, model_path)
 
 
 def _examine(configuration: Configuration, model_path: Path, choice: Choice) -> None:
@@ -102,11 +100,10 @@ def parser_problems(configuration: Configuration, backend: Backend | None = None
     for option, ours in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_FORMATS)):
         theirs = parser_names(option)
         usable = theirs if backend is None else backend.parser_names(option)
-        name, source = getattr(configuration.settings, option), configuration.sources[option]
+        name = getattr(configuration.settings, option)
         text = _parser_problem(name, sorted(ours), sorted(theirs), usable)
         if text is not None:
-            text = f"{key_of(option)} = {name!r} ({source.location}): {text}"
-            problems.append(Problem(text, option))
+            problems.append(Problem(f"{configuration.assigned(option)}: {text}", option))
     return problems
 
 

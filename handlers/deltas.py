@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One candidate at one position. `rank` counts from 1, the most likely token."""
+    """One candidate at one position. `logprob` is finite; `rank` counts from 1, the most likely token."""
 
     token_id: int
     text: str

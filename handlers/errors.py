@@ -136,6 +136,9 @@ class DeadlineExceeded(ServingError):
     status = 408
     kind = "deadline_exceeded"
 
+    def __init__(self, message: str = "the request's time (option.predict_timeout) is up") -> None:
+        super().__init__(message)
+
 
 class PayloadTooLarge(ServingError):
     """The body is larger than `option.max_request_size`."""
@@ -203,9 +206,25 @@ class InvalidConfiguration(ServingError):
     kind = "invalid_configuration"
 
 
+RETRY_AFTER = 1.0
+"""Seconds after which a request that found the queue full may be sent again."""
+
+
+def overloaded(problem: str = "too many requests are waiting") -> Overloaded:
+    """Return the refusal for a request that finds the queue full, or too many connections."""
+    return Overloaded(f"{problem}: try again later", retry_after=RETRY_AFTER)
+
+
 def short_of(what: str) -> Unavailable:
     """Return the error for a request that failed because the server ran out of something (see `shortage`)."""
     return Unavailable(f"the server is short of {what}; try again", retry_after=5)
+
+
+def stopping(cause: BaseException | None = None) -> Unavailable:
+    """Return the error for a request that the server, which is ending, cannot answer any more."""
+    error = Unavailable("the server is stopping; send the request again", retry_after=5)
+    error.__cause__ = cause
+    return error
 
 
 def raised_at(error: BaseException) -> list[tuple[str, int, str]]:

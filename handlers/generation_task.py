@@ -16,17 +16,15 @@ from handlers.errors import (
     EngineFailed,
     ImagesLost,
     InvalidRequest,
-    Overloaded,
     ServingError,
-    Unavailable,
+    overloaded,
+    stopping,
 )
 from handlers.images.loader import ImageLoader
 from handlers.pipeline import Generation, Pipeline
 from handlers.protocols.base import Answer, Answered, ErrorFormat, Task
 from handlers.protocols.errors import client_error, error_reply, log_error, own_words_of
 from handlers.request import GenerationRequest, MediaPart, Observer, Reply, RequestFacts
-
-RETRY_AFTER = 1.0
 
 
 class Admission:
@@ -56,11 +54,6 @@ class Admission:
             raise overloaded()
         self.taken += answers
         return Permit(self, answers)
-
-
-def overloaded() -> Overloaded:
-    """Return the refusal for a request that finds the queue full."""
-    return Overloaded("too many requests are waiting: try again later", retry_after=RETRY_AFTER)
 
 
 class Permit:
@@ -105,6 +98,7 @@ class GenerationTask:
         self,
         task: Task,
         permit: Permit,
+        pipeline: Pipeline,
         images: ImageLoader,
         facts: RequestFacts,
         observer: Observer,
@@ -116,6 +110,7 @@ class GenerationTask:
         Args:
             task: What the client asked for.
             permit: The admission, released by `close`.
+            pipeline: Generates the answers.
             images: Loads the task's images.
             facts: Filled in as the task proceeds.
             observer: Notified of what happens to the task, for metrics.
@@ -124,6 +119,7 @@ class GenerationTask:
         """
         self.task = task
         self.facts = facts
+        self._pipeline = pipeline
         self._images = images
         self._permit = permit
         self._observer = observer
@@ -154,13 +150,13 @@ class GenerationTask:
         return self._limit
 
     def failure(self, error: Exception | asyncio.CancelledError) -> ServingError:
-        """Convert an exception of this run to the error that the client gets, and note it in the facts.
+        """Convert an exception of this task to the error that the client gets, and note it in the facts.
 
         Args:
             error: If it is a CancelledError, one for which `is_cancelled` is false.
         """
         if isinstance(error, TimeoutError) and self._limit.expired():
-            known: ServingError = DeadlineExceeded("the request's time (option.predict_timeout) is up")
+            known: ServingError = DeadlineExceeded()
             known.__cause__ = error
         elif isinstance(error, asyncio.CancelledError):
             known = stopping(error)
@@ -169,28 +165,28 @@ class GenerationTask:
         self.facts.error, self.facts.reason = known.kind, own_words_of(known)
         return known
 
-    async def answers(self, backend: Pipeline) -> list[Answered]:
+    async def answers(self) -> list[Answered]:
         """Return the complete answers to all prompts.
 
         The prompts are generated together; the first failure ends all of them.
         """
         requests = self.task.requests
         if len(requests) == 1:
-            return [await self._answer(backend, 0)]
-        return await _together(self._answer(backend, number) for number in range(len(requests)))
+            return [await self._answer(0)]
+        return await _together(self._answer(number) for number in range(len(requests)))
 
-    async def deltas(self, backend: Pipeline) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncIterator[Delta]:
         """Yield the deltas of a stream. Answer i of prompt p has the index p * n + i.
 
         All prompts are given to the engine before the first delta arrives, so a mistake in any of them is raised first.
         """
         count = len(self.task.requests)
         if count == 1:
-            await self._generate(backend, 0)
+            await self._generate(0)
             async for delta in self._checked(0):
                 yield delta
             return
-        await _together(self._generate(backend, number) for number in range(count))
+        await _together(self._generate(number) for number in range(count))
         merged: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MOST_MERGED)
         self._forwarding = [asyncio.create_task(self._forward(number, merged)) for number in range(count)]
         while count:
@@ -240,7 +236,7 @@ class GenerationTask:
                 if is_cancelled():
                     cancelled = error
             except Exception:
-                log.exception("request %s: the backend failed to abort", self.facts.request_id)
+                log.exception("request %s: the engine failed to abort", self.facts.request_id)
         if cancelled is not None:
             raise cancelled
 
@@ -256,14 +252,14 @@ class GenerationTask:
             self._complete_facts()
             self._observer.on_finished(self.facts)
 
-    async def _generate(self, backend: Pipeline, number: int) -> Generation:
+    async def _generate(self, number: int) -> Generation:
         """Start the generation of prompt `number`. Its images are loaded, and held until its answer ends at most."""
         request, parts = self.task.requests[number], self._media[number]
         for left in reversed(range(_TRIES)):
             if parts:
                 await self._images.load(parts, self._deadline, sum(map(len, self._media[:number])))
             try:
-                generation = await backend.generate(request)
+                generation = await self._pipeline.generate(request)
                 break
             except ImagesLost:
                 if not left:
@@ -285,9 +281,9 @@ class GenerationTask:
                 part.forget()
         self._keep(self.task.requests[0].text_bytes)
 
-    async def _answer(self, backend: Pipeline, number: int) -> Answered:
+    async def _answer(self, number: int) -> Answered:
         try:
-            return await self._answered(await self._generate(backend, number), self.task.requests[number])
+            return await self._answered(await self._generate(number), self.task.requests[number])
         finally:
             _release(self._media[number])
 
@@ -319,7 +315,7 @@ class GenerationTask:
 
     def _aborted(self) -> DeadlineExceeded | EngineFailed:
         if time.monotonic() >= self._deadline:
-            return DeadlineExceeded("the request's time (option.predict_timeout) is up")
+            return DeadlineExceeded()
         return EngineFailed("the engine aborted the request")
 
     def _complete_facts(self) -> None:
@@ -346,7 +342,10 @@ async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def is_cancelled() -> bool:
-    """Whether a CancelledError is about this task, rather than about something that it awaited."""
+    """Whether a CancelledError is about this task, rather than about something that it awaited.
+
+    What a request awaits is cancelled only when the server stops (see `stopping`).
+    """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -373,13 +372,6 @@ def refusal(
     return reply
 
 
-def stopping(error: asyncio.CancelledError) -> Unavailable:
-    """Return the error for work that was cancelled while a request waited for it: only a stopping server does that."""
-    known = Unavailable("the server is stopping; send the request again", retry_after=5)
-    known.__cause__ = error
-    return known
-
-
 def _release(parts: Sequence[MediaPart]) -> None:
     for part in parts:
         part.release()
@@ -390,16 +382,16 @@ MOST_WAITING = 2**20
 
 
 class ReplyStream:
-    """The chunks of one run that has its first delta. Exhaust it or `aclose` it.
+    """The chunks of one `GenerationTask` that has its first delta. Exhaust it or `aclose` it.
 
     A separate task reads the engine, so that a slow client delays nobody and gets everything that has waited in one
-    chunk. It stops the run at the end of generation; the run is closed, and its places are free, once everything has
+    chunk. It stops the task at the end of generation; the task is closed, and its places are free, once everything has
     been read. While more than `MOST_WAITING` bytes are waiting it stops reading, and it gives up after `read_timeout`.
     """
 
     def __init__(
         self,
-        run: GenerationTask,
+        generating: GenerationTask,
         first: Delta,
         rest: AsyncIterator[Delta],
         observer: Observer,
@@ -408,10 +400,10 @@ class ReplyStream:
         read_timeout: float,
     ) -> None:
         """keep_alive: seconds of silence after which a comment is sent."""
-        self._run = run
+        self._generating = generating
         self._rest = rest
         self._observer = observer
-        self._writer = run.task.writer
+        self._writer = generating.task.writer
         self._read_timeout = read_timeout
         self._ready: list[bytes] = []
         self._size = 0
@@ -420,7 +412,7 @@ class ReplyStream:
         self._silent = False
         self._timer: asyncio.TimerHandle | None = None
         self._interval = keep_alive if self._writer.keep_alive else None
-        self._put(self._writer.chunk(first, run.stats_of(first.index)))
+        self._put(self._writer.chunk(first, generating.stats_of(first.index)))
         self._reader = asyncio.create_task(self._read())
         self._tick()
 
@@ -447,28 +439,28 @@ class ReplyStream:
         try:
             await asyncio.wait([self._reader])
         finally:
-            await self._run.close()
+            await self._generating.close()
             self._wake()
 
     async def _read(self) -> None:
-        run, writer = self._run, self._writer
+        generating, writer = self._generating, self._writer
         try:
-            async with run.time_limit():
+            async with generating.time_limit():
                 async for delta in self._rest:
-                    self._put(writer.chunk(delta, run.stats_of(delta.index)))
+                    self._put(writer.chunk(delta, generating.stats_of(delta.index)))
                     if self._size > MOST_WAITING:
                         await self._wait_for_room()
-            self._put(writer.end(run.stats))
+            self._put(writer.end(generating.stats))
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_cancelled():
                 raise
-            known = run.failure(error)
-            log_error(known, run.facts.request_id)
+            known = generating.failure(error)
+            log_error(known, generating.facts.request_id)
             self._observer.on_error(known.kind)
             self._put(writer.failed(known))
         finally:
             self._reader.add_done_callback(lambda _: self._wake())
-            await run.stop()
+            await generating.stop()
 
     async def _wait_for_room(self) -> None:
         self._room = asyncio.get_running_loop().create_future()

@@ -27,7 +27,7 @@ from handlers.backends.base import (
     TokenStream,
 )
 from handlers.deltas import Delta, FinishReason, PositionLogprobs, PromptStats, TokenizedPrompt, TokenLogprob
-from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest, Unavailable
+from handlers.errors import ContextExceeded, InvalidParameter, InvalidRequest, stopping
 from handlers.grammars.compiler import GrammarCompiler
 from handlers.prompts.renderer import RenderedPrompt
 from handlers.prompts.tokenizer import Detokenizer, TokenTexts
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOWEST_LOGPROB = -9999.0
-"""Stands for a probability of zero, which JSON has no logarithm for; vLLM's own value."""
+"""OpenAI's and vLLM's number for a probability of zero, since JSON has no infinity."""
 
 LONG_PROMPT_BYTES = 20_000
 """Prompts of larger bodies, images not counted, are rendered and tokenised in a thread, not on the event loop."""
@@ -63,54 +63,45 @@ DRY_BREAKERS = ("\n", ":", '"', "*")
 """DRY's own sequence breakers, for requests that name none."""
 
 MANY_CHARACTERS = 2000
-"""Of words: more are tokenised in a thread, not on the event loop."""
+"""Bad words and sequence breakers of more characters together are tokenised in a thread, not on the event loop."""
 
 _CHARACTERS_PER_TOKEN = 32
 """Far more than the tokens of any text have on average."""
 
 _FEWEST = 2**17
-"""Where the context is short. While it is tokenised, a character takes about 210 bytes."""
+"""The limit for models with a short context. While a prompt is tokenised, each character takes about 210 bytes."""
 
 
 class Pipeline:
-    """One engine, and everything between it and the requests; `Lifecycle` describes what is not described here."""
+    """One loaded engine, and everything between it and the requests.
+
+    Attributes:
+        capabilities: What requests may ask for.
+    """
 
     def __init__(self, engine: Engine[Any], compile_seconds: float) -> None:
-        """Put a pipeline in front of an engine, which `load` loads.
+        """Put a pipeline in front of an engine, which `close` closes.
 
         Args:
-            engine: Not loaded yet.
+            engine: Loaded.
             compile_seconds: The time limit for compiling one constraint.
         """
+        model, context = engine.model, engine.capabilities.max_model_len
+        model.renderer.longest = longest_prompt(context)
         self._engine = engine
-        self._compile_seconds = compile_seconds
-        self._compiler: GrammarCompiler | None = None
-        self._capabilities: Capabilities | None = None
-        self._loaded = False
-
-    async def load(self) -> None:
-        """Return when the engine can generate. Raises ServingError."""
-        await self._engine.load()
-        model, loaded = self._engine.model, self._engine.capabilities
-        model.renderer.longest = longest_prompt(loaded.max_model_len)
-        if model.vocabulary is not None:
-            self._compiler = GrammarCompiler(model.vocabulary, self._compile_seconds)
-        self._model: PromptModel = model
+        self._model = model
         self._token_texts = TokenTexts(model.tokenizer)
-        self._capabilities = dataclasses.replace(
-            loaded,
+        self._compiler = (
+            None if model.vocabulary is None else GrammarCompiler(model.vocabulary, compile_seconds)
+        )
+        self._closed = False
+        self.capabilities: Capabilities = dataclasses.replace(
+            engine.capabilities,
             image_placeholder=model.renderer.placeholder or None,
             special_token_ids=frozenset(model.tokenizer.all_special_ids),
             special_tokens=self._token_texts.skipped,
             chat_templates=model.renderer.variables,
         )
-        self._loaded = True
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What requests may ask for. Valid once `load` has returned."""
-        assert self._capabilities is not None, "load() has not returned"
-        return self._capabilities
 
     @property
     def adapters(self) -> AdapterStore | None:
@@ -125,8 +116,8 @@ class Pipeline:
         Raises:
             ServingError: The request is refused, or the engine cannot take it.
         """
-        if not self._loaded:
-            raise Unavailable("the model is still loading", retry_after=5)
+        if self._closed:
+            raise stopping()
         model, longest = self._model, self.capabilities.max_model_len
         constraint, grammar = await self.compiled(request.constraint)
         rendered = await self._rendered(request)
@@ -140,7 +131,7 @@ class Pipeline:
         params = checked_sampling(
             request, len(token_ids), longest, model.vocab_size, images_follow=bool(parts)
         )
-        params = await self._spelled(params)
+        params = await self._tokenise_words(params)
         # Greedy choices are identical, so a single one is generated for all of them.
         copies = request.n if params.greedy else 1
         asked = EngineRequest(
@@ -197,26 +188,29 @@ class Pipeline:
             Unavailable: The engine cannot prepare it now.
         """
         model, parts = self._model, list(media_parts(prompt))
-        rendered = await self._aside(partial(model.renderer.render, prompt, spans=True))
+        rendered = await self._in_thread(partial(model.renderer.render, prompt, spans=True))
         placed: list[list[int]] = []
         if parts:
             prepared = await self._engine.prepare(rendered.token_ids, parts, None)
             placed = [prepared.token_ids[at : at + length] for at, length in prepared.images]
             prepared.discard()
-        return await self._aside(partial(_tokenized, rendered, model, placed))
+        return await self._in_thread(partial(_tokenized, rendered, model, placed))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, including special ones. Raises InvalidRequest for an id outside the vocabulary."""
-        return await self._aside(partial(_detokenized, token_ids, self._model))
+        return await self._in_thread(partial(_detokenized, token_ids, self._model))
 
     def health(self) -> Health:
+        """Return whether the engine can generate now."""
         return self._engine.health()
 
     def stats(self) -> BackendStats:
+        """Return the engine's counts."""
         return self._engine.stats()
 
     async def close(self) -> None:
-        self._loaded = False
+        """Abort what is running, and close the engine. Never raises."""
+        self._closed = True
         if self._compiler is not None:
             await self._compiler.close()
         await self._engine.close()
@@ -231,14 +225,16 @@ class Pipeline:
         short = request.text_bytes <= LONG_PROMPT_BYTES and (
             isinstance(prompt, TextPrompt) or len(prompt.messages) <= MANY_MESSAGES
         )
-        return renderer.render(prompt) if trusted and short else await self._aside(renderer.render, prompt)
+        return (
+            renderer.render(prompt) if trusted and short else await self._in_thread(renderer.render, prompt)
+        )
 
-    async def _spelled(self, params: RequestSampling) -> RequestSampling:
+    async def _tokenise_words(self, params: RequestSampling) -> RequestSampling:
         model = self._model
-        work = partial(spelled, params, model.tokenizer, words=not model.spells_words)
-        return work() if count_characters(params) <= MANY_CHARACTERS else await self._aside(work)
+        work = partial(tokenise_words, params, model.tokenizer, words=not model.spells_words)
+        return work() if count_characters(params) <= MANY_CHARACTERS else await self._in_thread(work)
 
-    async def _aside(self, work: Callable[..., T], *given: Any) -> T:
+    async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._model.threads, work, *given)
 
 
@@ -337,7 +333,9 @@ class Generation:
 
     def _position(self, entry: Logprobs) -> PositionLogprobs:
         chosen, *top = (
-            TokenLogprob(token, self._token_text(token), max(logprob, LOWEST_LOGPROB), rank)
+            TokenLogprob(
+                token, self._token_text(token), logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB, rank
+            )
             for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
         )
         return PositionLogprobs(chosen, tuple(top))
@@ -353,10 +351,10 @@ def texts_of(
     """Return a detokenizer for each of `count` choices. token_ids: those of the prompt."""
     # The answer to a chat begins a new text, while a completion continues its prompt. A constrained answer keeps a
     # leading space, because its grammar has counted it.
-    anew = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
-    anew = anew and request.constraint is None
+    new_text = isinstance(request.prompt, ChatPrompt) and not request.prompt.continue_final_message
+    new_text = new_text and request.constraint is None
     prime = token_ids[-PRIMING_TOKENS:]
-    return [token_texts.detokenizer(params, prime=prime, anew=anew) for _ in range(count)]
+    return [token_texts.detokenizer(params, prime=prime, new_text=new_text) for _ in range(count)]
 
 
 def _tokenized(
@@ -501,7 +499,7 @@ def count_characters(params: RequestSampling) -> int:
     return sum(map(len, params.bad_words)) + sum(map(len, params.dry_sequence_breakers or ()))
 
 
-def spelled(
+def tokenise_words(
     params: RequestSampling, tokenizer: PreTrainedTokenizerFast, *, words: bool = True
 ) -> RequestSampling:
     """Return the parameters with token ids instead of the words; unchanged if there are none. words: also bad_words.

@@ -1,13 +1,13 @@
-"""A request on its way: as it arrived, as every API is read into and every engine is driven by, and its reply.
+"""The types of a request: as it arrived (`Incoming`), as every API reads it (`GenerationRequest`), and its `Reply`.
 
-`GenerationRequest` is the one type in the middle. Metrics get the events of requests through an `Observer`.
+Metrics get the events of requests through an `Observer`.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from engine.sampling_params import MAX_BAD_WORDS, MAX_BREAKERS, SamplingParams, bounded
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL.Image import Image
-
-    from handlers.images.limits import Share
 
 
 @dataclass(slots=True)
@@ -60,6 +58,13 @@ class Incoming:
 
 Role = str
 """system, developer, user, assistant, tool, or another word that the model's chat template knows."""
+
+
+class MemoryShare(Protocol):
+    """A part's share of the memory for decoded images (see `handlers.images.limits`)."""
+
+    def release(self) -> None:
+        """Give it back. Safe to call twice."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -117,7 +122,7 @@ class ImagePart:
 
     url: str
     loaded: LoadedImage | None = None
-    share: Share | None = field(default=None, repr=False)
+    share: MemoryShare | None = field(default=None, repr=False)
     given: Image | None = field(default=None, repr=False)
     characters: int = field(init=False)
     """The length of this part in the request's body, in characters."""
@@ -151,7 +156,7 @@ class EmbeddingsPart:
     rows: str = field(repr=False)
     grid: str | Grid | None = field(default=None, repr=False)
     loaded: LoadedEmbeddings | None = None
-    share: Share | None = field(default=None, repr=False)
+    share: MemoryShare | None = field(default=None, repr=False)
     given: LoadedEmbeddings | None = field(default=None, repr=False)
     characters: int = field(init=False)
     """The length of this part in the request's body, in characters."""

@@ -81,21 +81,23 @@ HIGHEST_PRIORITY = 1000
 
 
 MOST_ALLOWED_TOKENS = 2**20
-"""Some vocabularies are 260,000 tokens; a million hold the others up for about half a second."""
+"""The most entries of allowed_token_ids, counted for each answer of a body. Some vocabularies have 260,000 tokens; a
+million entries delay other requests by about half a second."""
 
 MOST_BAD_WORDS = 2**14
-"""Spelled with a space and without, these take about as long."""
+"""The most bad words, counted for each prompt of a body. Each is tokenised with a space before it and without, so that
+these take about as long."""
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds of silence in a stream of server-sent events after which a comment is sent."""
 
 
 class Service:
-    """Answers requests of every API with one backend."""
+    """Answers requests of every API with one model."""
 
     def __init__(
         self,
-        backend: Pipeline,
+        pipeline: Pipeline,
         images: ImageLoader,
         settings: Settings,
         *,
@@ -107,10 +109,10 @@ class Service:
         observer: Observer | None = None,
         keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        """Prepare to answer requests; the backend may still be loading.
+        """Prepare to answer requests.
 
         Args:
-            backend: Generates the answers.
+            pipeline: Generates the answers.
             images: Loads the requests' images.
             settings: The options.
             model_name: Shown in replies to requests that name no model.
@@ -121,7 +123,7 @@ class Service:
             observer: Notified of what happens to requests, for metrics.
             keep_alive: See `KEEP_ALIVE_SECONDS`.
         """
-        self.backend = backend
+        self.pipeline = pipeline
         self.images = images
         self.settings = settings
         self.model_name = model_name
@@ -144,6 +146,10 @@ class Service:
     def free(self) -> int:
         """The number of further answers that would be admitted now."""
         return self.admission.free
+
+    async def close(self) -> None:
+        """Abort what is running, and close the engine. Never raises."""
+        await self.pipeline.close()
 
     async def answer(self, incoming: Incoming) -> Reply:
         """Generate the reply to a body.
@@ -168,7 +174,7 @@ class Service:
         """Answer a request that does not generate text. action: a key of an API's `calls`."""
         return await _CALLS[action](self, incoming)
 
-    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+    def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         """Whether a body of this size, or this very body, may be answered without the model."""
         return any(route in gate.routes and gate.may_answer(size, content) for gate in self._gates)
 
@@ -192,7 +198,7 @@ class Service:
 
     async def _parsed(self, incoming: Incoming, long: bool) -> dict[str, Any]:
         longest_text = max(MOST_TEXT_BYTES, 4 * self.settings.max_image_bytes // 3 + SHORT_BYTES)  # in base64
-        context = self.backend.capabilities.max_model_len
+        context = self.pipeline.capabilities.max_model_len
         given = (incoming.take_body(), incoming.headers, context, longest_text)
         if not long:
             return read_body(*given)
@@ -208,7 +214,7 @@ class Service:
                 return reply
         if self._formatters is not None and self._formatters.reads:
             body = await self._formatters.read(body)
-        task = await _aside(long, self._task, body, incoming)
+        task = await _in_thread_if(long, self._task, body, incoming)
         body.clear()
         facts.model = task.requests[0].model
         if task.misspelt:
@@ -228,7 +234,7 @@ class Service:
     @cached_property
     def context(self) -> ServerContext:
         """What holds for every request of this server."""
-        capabilities = self.backend.capabilities
+        capabilities = self.pipeline.capabilities
         return ServerContext(
             self.model_name,
             capabilities.default_sampling,
@@ -245,7 +251,7 @@ class Service:
         )
 
     def _task(self, body: dict[str, Any], incoming: Incoming) -> Task:
-        capabilities = self.backend.capabilities
+        capabilities = self.pipeline.capabilities
         task = read_task(body, self.context, incoming)
         _check_totals(task.requests)
         for request in task.requests:
@@ -266,7 +272,7 @@ class Service:
 
     def check_images(self, count: int) -> None:
         """Raise InvalidRequest if a prompt may not have this many images."""
-        if count and not self.backend.capabilities.images:
+        if count and not self.pipeline.capabilities.images:
             raise InvalidRequest("this model does not take images")
         most = self.settings.limit_mm_per_prompt.get("image", 1)
         if count > most:
@@ -280,21 +286,23 @@ class Service:
         formatters = self._formatters if self._formatters is not None and self._formatters.writes else None
         deadline = facts.arrival + self.settings.predict_timeout
         facts.stream = task.requests[0].stream
-        run = GenerationTask(task, permit, self.images, facts, self._observer, deadline, keep)
+        generating = GenerationTask(
+            task, permit, self.pipeline, self.images, facts, self._observer, deadline, keep
+        )
         stream: ReplyStream | None = None
         try:
-            async with run.time_limit():
+            async with generating.time_limit():
                 if not facts.stream:
-                    answered = await run.answers(self.backend)
+                    answered = await generating.answers()
                     size = _JSON_PER_LOGPROB * sum(map(_logprobs, answered))
-                    body = await _aside(size > LONG_REPLY_BYTES, task.writer.whole, answered)
+                    body = await _in_thread_if(size > LONG_REPLY_BYTES, task.writer.whole, answered)
                     if formatters is not None:
                         body = await formatters.write(body)
                 else:
-                    deltas = run.deltas(self.backend)
+                    deltas = generating.deltas()
                     first = await anext(deltas)
                     stream = ReplyStream(
-                        run,
+                        generating,
                         first,
                         deltas,
                         self._observer,
@@ -305,17 +313,17 @@ class Service:
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_cancelled():
                 raise
-            known = run.failure(error)
+            known = generating.failure(error)
             facts.status = known.status
             if known is error:
                 raise
             raise known from error
         finally:
             if stream is None:
-                await run.close()
+                await generating.close()
         headers = warning(task.misspelt)
         if facts.route in _TIMED:
-            headers |= _timing_headers(task.requests, self.backend.capabilities.compute_type, facts)
+            headers |= _timing_headers(task.requests, self.pipeline.capabilities.compute_type, facts)
         if stream is not None:
             if formatters is not None:
                 events = FormattedStream(stream, formatters, facts.request_id)
@@ -381,7 +389,7 @@ def _is_long(body: bytes) -> bool:
     return len(body) > SHORT_BYTES or 8 * body.count(b"{") + body.count(b",") > _MOST_READ_HERE
 
 
-async def _aside(long: bool, work: Callable[..., T], *given: Any) -> T:
+async def _in_thread_if(long: bool, work: Callable[..., T], *given: Any) -> T:
     """Do the work, in a thread if it takes long."""
     return await asyncio.to_thread(work, *given) if long else work(*given)
 

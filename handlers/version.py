@@ -13,6 +13,3 @@ def _installed() -> str:
 
 
 VERSION = _installed()
-
-FINGERPRINT = f"lmi-{VERSION}"
-"""OpenAI's `system_fingerprint`, without which TGI's client does not recognise a chat."""

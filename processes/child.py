@@ -35,7 +35,7 @@ _SEND_BYTES = 2**20
 
 _LONGEST_LINE = 2**16
 _LONGEST_BOUNDED_LINE = 2**10
-_LAST_WORDS = 400
+_LAST_OUTPUT_BYTES = 400
 
 _LEFT_OPEN_SECONDS = 1.0
 """How long after a child's end its log counts as complete, even if a process that it started holds it open."""
@@ -183,9 +183,9 @@ class Child:
         return self._process.returncode
 
     @property
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """The end of its output, in one line: for the operator's log, after an unexpected death."""
-        return self._log.last_words
+        return self._log.last_output
 
     def has_ended(self) -> bool:
         """Whether the process has ended; known at once, also before its exit code is.
@@ -345,7 +345,7 @@ class _Relay:
         self._tail = b""
 
     @property
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         return " | ".join(self._tail.decode(errors="replace").split("\n")).strip(" |")
 
     async def relay(self, stream: asyncio.StreamReader) -> None:
@@ -357,7 +357,7 @@ class _Relay:
         burst = _LOG_BURST if self._to.bounded else sys.maxsize
         room, dropped, begun, before = float(burst), 0, b"", loop.time()
         while data := await stream.read(2**16):
-            self._tail = (self._tail + data)[-_LAST_WORDS:]
+            self._tail = (self._tail + data)[-_LAST_OUTPUT_BYTES:]
             now = loop.time()
             room = min(burst, room + (now - before) * _LOG_BYTES_PER_SECOND)
             before = now

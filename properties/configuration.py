@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,9 +11,18 @@ from typing import Any
 
 from properties.field import TRUE, BackendName, Level
 from properties.lmi import PACKAGE, RENAMED, handler_named
-from properties.model import SCRIPTS, ModelLocation, context_length, find_home, holds_model, locate
+from properties.model import (
+    LMI_NAME,
+    SCRIPTS,
+    ModelLocation,
+    context_length,
+    find_home,
+    holds_model,
+    locate,
+    read_object,
+)
 from properties.names import KEYS, OPTIONS, PREFIX, key_of
-from properties.problem import ConfigurationError, Problem, Report, Source
+from properties.problem import ConfigurationError, Problem, Report, Source, assigned
 from properties.resolution import Resolution, Sourced, resolve_values
 from properties.secure_mode import OPEN, SecureMode, secure_mode
 from properties.settings import RETIRED, Settings
@@ -101,6 +109,18 @@ class Configuration:
         """The values of `extra`."""
         return {name: item.value for name, item in self.extra.items()}
 
+    @property
+    def public_names(self) -> list[str]:
+        """The model's names to show to clients; replies use the first. Never a path of this machine."""
+        location = self.model_location
+        own = location.value if location.kind == "hub" else location.name
+        return self.settings.served_model_name or [own]
+
+    @property
+    def accepted_names(self) -> frozenset[str]:
+        """All names that a route such as /predictions/{model} and, with adapters, a request's `model` may have."""
+        return frozenset((*self.public_names, self.model_location.name, LMI_NAME))
+
     def with_default(self, name: str, value: object) -> Configuration:
         """Give an option another default, which holds where no source sets it."""
         if self.sources[name].level is not Level.DEFAULT:
@@ -157,6 +177,11 @@ class Configuration:
     def of_the_command_line(self) -> list[str]:
         """Return what the command line sets, each as NAME=VALUE."""
         return [f"{item.key}={item.raw}" for item in self._written if item.level is Level.COMMAND_LINE]
+
+    def assigned(self, name: str, value: object = None) -> str:
+        """Return how messages show an option's value, or another text in its place."""
+        shown = repr(getattr(self.settings, name)) if value is None else value
+        return assigned(key_of(name), shown, self.sources[name].location)
 
     def effective(self, name: str) -> Any:
         """Return an option's value, or the recommended one if nobody wrote any."""
@@ -265,12 +290,9 @@ def read_model_config(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text("utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError([Problem(f"the model's config.json cannot be read: {error}")]) from None
-    if not isinstance(config, dict):
-        raise ConfigurationError([Problem("the model's config.json is not a JSON object")])
-    return config
 
 
 def _renamed(written: Iterable[RawValue], report: Report) -> Iterator[RawValue]:
@@ -375,7 +397,9 @@ def _locate(result: Resolution, home: Path | None) -> ModelLocation | None:
     try:
         location = locate(settings.model_id, settings.revision, home)
     except ValueError as error:
-        result.problem(f"option.model_id = {settings.model_id!r} ({source.location}): {error}", "model_id")
+        result.problem(
+            f"{assigned(_MODEL_KEY, repr(settings.model_id), source.location)}: {error}", "model_id"
+        )
         return None
     custom = settings.entry_point is not None
     if location.kind == "directory" and not custom and not holds_model(Path(location.value)):
@@ -394,7 +418,7 @@ def _check_together(result: Resolution, home: Path | None) -> None:
     def written(name: str) -> str:
         value = getattr(settings, name)
         shown = str(value).lower() if isinstance(value, bool) else repr(value)
-        return f"{key_of(name)} = {shown} ({sources[name].location})"
+        return assigned(key_of(name), shown, sources[name].location)
 
     low, high = settings.min_workers, settings.max_workers
     if low is not None and high is not None and low > high:

@@ -136,12 +136,12 @@ def _default(field: FieldInfo) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Write the files, or compare them with --check; return the exit status."""
+def main(arguments: Sequence[str], root: Path = ROOT) -> int:
+    """Write the files below `root`, or compare them with --check; return the exit status."""
     stale = []
     for path, text in (
-        (ROOT / "serving.properties.example", example()),
-        (ROOT / "docs/configuration.md", page()),
+        (root / "serving.properties.example", example()),
+        (root / "docs/configuration.md", page()),
     ):
         if "--check" not in arguments:
             path.write_text(text, "utf-8")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from properties.field import TRUE
 from properties.names import PREFIX, by_name, key_of
-from properties.problem import Report
+from properties.problem import Report, assigned
 from properties.sources import RawValue
 
 _IGNORED_OPTIONS = {
@@ -284,19 +284,19 @@ def taken_together(values: Mapping[str, RawValue], ignored: Collection[RawValue]
     module = _built_in(meaning, report)
     cause = values["entry_point"] if module is not None and module.asynchronous else _switched_on(values)
     if cause is not None and (module is None or module.vllm):
-        meaning.asked_by = _told(cause)
+        meaning.asked_by = _described(cause)
     batching = values.get("rolling_batch")
     if batching is None or batching.raw != "disable":
         return meaning
     size = _dynamic_batch(ignored)
     if cause is not None:
         meaning.values["rolling_batch"] = replace(
-            batching, raw="auto", location=f"{batching.location}, beside {_told(cause)}"
+            batching, raw="auto", location=f"{batching.location}, beside {_described(cause)}"
         )
     elif size is not None:
         meaning.used = (size,)
         meaning.values["rolling_batch"] = replace(
-            batching, raw="rolling", location=f"{batching.location}, beside {_told(size)}"
+            batching, raw="rolling", location=f"{batching.location}, beside {_described(size)}"
         )
         most = replace(size, key=key_of("max_rolling_batch_size"), raw=size.raw.strip(), name=size.key)
         meaning.values.setdefault("max_rolling_batch_size", most)
@@ -316,7 +316,7 @@ def _built_in(meaning: Meaning, report: Report) -> LmiHandler | None:
     if written is None or written.raw.partition(".")[0] != PACKAGE:
         return None
     del meaning.values["entry_point"]
-    described = f"{key_of('entry_point')} = {written.raw!r} ({written.location})"
+    described = assigned(key_of("entry_point"), repr(written.raw), written.location)
     module = handler_named(written.raw)
     if module is None:
         known = ", ".join(f"{PACKAGE}.{name}" for name, one in HANDLERS.items() if not one.refused)
@@ -348,5 +348,5 @@ def _dynamic_batch(ignored: Collection[RawValue]) -> RawValue | None:
     return min(sizes, key=lambda item: (item.level, item.key), default=None)
 
 
-def _told(item: RawValue) -> str:
-    return f"{item.key} = {item.raw.strip()} ({item.location})"
+def _described(item: RawValue) -> str:
+    return assigned(item.key, item.raw.strip(), item.location)

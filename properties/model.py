@@ -1,7 +1,8 @@
-"""Which model is served, where it is, and what its config.json suggests."""
+"""Which model is served, where it is, and what its JSON files say."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ SCRIPTS = ("model.py", "code/model.py")
 """Where a model's own code may lie."""
 
 _ARTEFACTS = ("config.json", "params.json", *SCRIPTS)
+
+LMI_NAME = "model"
+"""LMI's name for the model in /opt/ml/model, which its clients use in /predictions/model."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,24 @@ def _visible(store: Path) -> Sequence[Path]:
 
 def _name(text: str) -> str:
     return re.sub(r"\W", "_", text) or "model"
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in one of a model's files, in which Infinity and NaN are numbers.
+
+    transformers writes them, too (`model_max_length`, limits in a config).
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It does not contain a JSON object.
+    """
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

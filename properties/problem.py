@@ -32,6 +32,11 @@ class Source:
 DEFAULT = Source(Level.DEFAULT, "default")
 
 
+def assigned(key: str, value: object, location: str) -> str:
+    """Return how messages show a value: with its key and where it was written, `option.dtype = half (OPTION_DTYPE)`."""
+    return f"{key} = {value} ({location})"
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something wrong or doubtful in the configuration.

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from properties.field import TRUE, Allowed, Level
 from properties.lmi import REPLACED_BECAUSE, SILENT, TRUE_MEANS, Meaning, ignored_because, taken_together
 from properties.names import KEYS, OPTIONS, PREFIX, key_of, nearest
-from properties.problem import DEFAULT, MASK, Report, Source
+from properties.problem import DEFAULT, MASK, Report, Source, assigned
 from properties.settings import Settings
 from properties.sources import RawValue
 
@@ -111,9 +111,8 @@ def _address(item: RawValue, result: Resolution) -> Iterator[RawValue]:
         host = port = None
         url = urlsplit("")
     if url.scheme != "http" or host is None:
-        result.problem(
-            f"inference_address = {item.raw.strip()!r} ({item.location}): allowed: http://HOST:PORT"
-        )
+        written = assigned(item.key, repr(item.raw.strip()), item.location)
+        result.problem(f"{written}: allowed: http://HOST:PORT")
         return
     yield replace(item, key="host", raw=host, rank=1)
     if port is not None:
@@ -131,10 +130,8 @@ def _choose(name: str, items: Sequence[RawValue], result: Resolution) -> RawValu
     if len(ready) < len(chosen):
         return None
     if len(ready) > 1 and not _agree(name, ready):
-        described = " and ".join(
-            f"{item.name or item.key} = {_shown(name, item.raw)} ({item.location})" for item in ready
-        )
-        result.problem(f"{key_of(name)} has two different values: {described}", name)
+        written = " and ".join(_assigned(item.name or item.key, name, item) for item in ready)
+        result.problem(f"{key_of(name)} has two different values: {written}", name)
         return None
     return ready[0]
 
@@ -156,7 +153,8 @@ def _prepare(name: str, item: RawValue, result: Resolution) -> RawValue | None:
     meaning = {old.lower(): new for old, new in option.replaced}.get(raw.lower())
     if meaning is not None:
         why = f": {REPLACED_BECAUSE[raw.lower()]}" if raw.lower() in REPLACED_BECAUSE else ""
-        result.warn(f"{key_of(name)} = {raw!r} ({item.location}) is deprecated: {meaning} is used{why}", name)
+        written = assigned(key_of(name), repr(raw), item.location)
+        result.warn(f"{written} is deprecated: {meaning} is used{why}", name)
         raw = meaning
     return replace(item, raw=raw)
 
@@ -201,8 +199,8 @@ def _validate(meaning: Meaning, result: Resolution) -> None:
 
 def _bad_value(name: str, item: RawValue, detail: str) -> str:
     hint = " (a comment needs a line of its own)" if item.level is Level.FILE and " #" in item.raw else ""
-    value = f"{item.name or key_of(name)} = {_shown(name, item.raw)} ({item.location})"
-    return f"{value}: {detail}allowed: {allowed(name)}{hint}"
+    written = _assigned(item.name or key_of(name), name, item)
+    return f"{written}: {detail}allowed: {allowed(name)}{hint}"
 
 
 def _report_unknown(
@@ -228,5 +226,6 @@ def _source(name: str, item: RawValue) -> Source:
     return Source(item.level, item.location, MASK if OPTIONS[name].secret else item.raw)
 
 
-def _shown(name: str, raw: str) -> str:
-    return MASK if OPTIONS[name].secret else repr(raw)
+def _assigned(key: str, name: str, item: RawValue) -> str:
+    """Return how messages show what was written for the option `name`; a secret is masked."""
+    return assigned(key, MASK if OPTIONS[name].secret else repr(item.raw), item.location)

@@ -8,9 +8,9 @@ from urllib.parse import quote, urlencode
 import httpcore
 
 from handlers.errors import Unavailable
-from handlers.model_names import LMI_DEFAULT
 from handlers.protocols.base import JSON
 from handlers.request import Incoming, Reply
+from properties.model import LMI_NAME
 
 _NOT_SENT = frozenset(
     {
@@ -50,7 +50,7 @@ _KEEP_ALIVE_SECONDS = 60.0
 """Shorter than the model's server keeps an idle connection, so that no request meets one that is being closed."""
 
 
-class Line:
+class ModelClient:
     """The connections to one model's server."""
 
     def __init__(self, path: str, id_header: str) -> None:
@@ -70,7 +70,7 @@ class Line:
         Raises:
             Unavailable: The server is gone.
         """
-        path = incoming.route.replace("{model}", LMI_DEFAULT).replace(
+        path = incoming.route.replace("{model}", LMI_NAME).replace(
             "{adapter}", quote(incoming.adapter, safe="")
         )
         query = {name: value for name, value in incoming.query.items() if name != "model_name"}

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 
 import msgspec
 
+from properties.problem import ConfigurationError
+
 
 class Failure(msgspec.Struct, tag=True):
     """Answers that it cannot be done. message: for the client. status: of the HTTP reply."""
 
     message: str
     status: int
+
+    @classmethod
+    def of_configuration(cls, error: ConfigurationError) -> Failure:
+        """Return the answer for options with which the model cannot be served."""
+        return cls("the model cannot be served: " + "; ".join(map(str, error.problems)), 400)
 
 
 class Prepare(msgspec.Struct):

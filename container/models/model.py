@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from container.logs import WRITTEN
-from container.models.forward import Line
+from container.models.forward import ModelClient
 from container.models.messages import Answer, Failure, Prepare, Prepared, Start
 from handlers.errors import InsufficientStorage, InvalidRequest, NotFound, ServingError, Unavailable
 from handlers.request import Incoming, Reply
@@ -73,9 +73,9 @@ class Model:
         self._prepared: Prepared | None = None
         self._measured = asyncio.Event()
         self._child: Child | None = None
-        self._line: Line | None = None
+        self._client: ModelClient | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._starting: asyncio.Task[Line] | None = None
+        self._starting: asyncio.Task[ModelClient] | None = None
         self._changing = asyncio.Lock()
         self._calls = 0
         self._unasked = asyncio.Event()
@@ -86,7 +86,7 @@ class Model:
 
     @property
     def status(self) -> Literal["PENDING", "READY", "IDLE"]:
-        if self._line is not None:
+        if self._client is not None:
             return "READY"
         return "PENDING" if self._prepared is None or self._starting is not None else "IDLE"
 
@@ -122,9 +122,9 @@ class Model:
 
     async def metrics(self) -> str:
         """Return what its server exports for Prometheus. Raises Unavailable."""
-        if self._line is None:
+        if self._client is None:
             raise Unavailable("no process of the model runs")
-        return await self._line.read("/metrics")
+        return await self._client.read("/metrics")
 
     async def close(self, seconds: float = 0.0) -> None:
         """Answer no more requests, give those that are being answered time to end, and free everything."""
@@ -140,22 +140,22 @@ class Model:
             await self._stop()
         await asyncio.to_thread(shutil.rmtree, self._place, ignore_errors=True)
 
-    async def _running(self) -> Line:
-        if self._line is not None:
-            return self._line
+    async def _running(self) -> ModelClient:
+        if self._client is not None:
+            return self._client
         await self._measured.wait()
         if self._closed or self._prepared is None:
             raise NotFound(f"Model or workflow not found: {self.name}")
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(self._prepared), name=f"start {self.name}")
-            self._starting.add_done_callback(looked_at)  # Whoever waits for it may leave.
+            self._starting.add_done_callback(retrieve_failure)  # Whoever waits for it may leave.
         starting = self._starting
         await asyncio.wait({starting})
         if starting.cancelled():
             raise NotFound(f"Model or workflow not found: {self.name}")
         return starting.result()
 
-    async def _start(self, needs: Prepared) -> Line:
+    async def _start(self, needs: Prepared) -> ModelClient:
         try:
             async with self._changing:
                 self._admit(self, needs)
@@ -165,10 +165,12 @@ class Model:
                 except BaseException:
                     self.taken = None
                     raise
-                self._line = line = Line(self._socket, self._settings.request_id_header_key or "x-request-id")
+                self._client = client = ModelClient(
+                    self._socket, self._settings.request_id_header_key or "x-request-id"
+                )
                 self._watching = asyncio.create_task(self._watch(self._child), name=f"watch {self.name}")
                 self._rest()
-                return line
+                return client
         finally:
             self._starting = None
 
@@ -207,16 +209,16 @@ class Model:
 
     async def _stop(self) -> None:
         """End its server, if one runs. Requests that it still answers are not notified."""
-        child, line, watching = self._child, self._line, self._watching
-        self._child = self._line = self._watching = None
+        child, client, watching = self._child, self._client, self._watching
+        self._child = self._client = self._watching = None
         if watching is not None:
             watching.cancel()
             await asyncio.wait({watching})
         if child is not None and child.returncode is None:
             await child.stop(_STOP_SECONDS)
         self.taken = None
-        if line is not None:
-            await line.close()
+        if client is not None:
+            await client.close()
 
     def _answered(self) -> None:
         self._calls -= 1
@@ -228,16 +230,18 @@ class Model:
         """Begin to count the time without requests."""
         seconds = self._settings.model_idle_timeout
         if seconds is not None and self._calls == 0 and not self._closed:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._put_out)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._stop_idle)
 
-    def _put_out(self) -> None:
+    def _stop_idle(self) -> None:
         async def stop() -> None:
             async with self._changing:
-                if self._calls == 0 and self._line is not None:
+                if self._calls == 0 and self._client is not None:
                     await self._stop()
-                    logger.info("model %s was put out: nobody asked for it", self.name)
+                    logger.info(
+                        "model %s had no requests; its processes were ended until the next one", self.name
+                    )
 
-        self._idling = asyncio.create_task(stop(), name=f"put out {self.name}")
+        self._idling = asyncio.create_task(stop(), name=f"stop idle {self.name}")
 
     def _error(self, failure: Failure, *paths: Path) -> ServingError:
         """Return the error for the client, with the url that it gave in place of paths of this machine."""
@@ -250,7 +254,7 @@ class Model:
         return kind(message)
 
 
-def looked_at(task: asyncio.Task[Any]) -> None:
+def retrieve_failure(task: asyncio.Task[Any]) -> None:
     """Keep asyncio from logging a failure for which nobody waits any more."""
     if not task.cancelled():
         task.exception()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from container.models.messages import Prepared
-from container.models.model import Model, looked_at
+from container.models.model import Model, retrieve_failure
 from container.models.prepare import SUFFIXES
 from engine.machine import host_memory
 from handlers.artefacts import local_path
@@ -28,7 +28,7 @@ from handlers.errors import (
     InvalidRequest,
     NotFound,
     ServingError,
-    Unavailable,
+    stopping,
 )
 from handlers.protocols.base import READ, Route, struct_reply
 from handlers.protocols.body import SHORT_BYTES, read_options
@@ -137,7 +137,7 @@ class Models:
     def stats(self) -> BackendStats:
         return BackendStats()
 
-    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+    def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         return True
 
     async def load(self) -> None:
@@ -231,7 +231,7 @@ class Models:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(looked_at)
+        task.add_done_callback(retrieve_failure)
         return task
 
     def _source(self, url: str) -> Path:
@@ -258,7 +258,7 @@ class Models:
                 f"{len(self._models)} models are loaded, which is as many as may be (max_models); unload one"
             )
         if self._closing or self._place is None:
-            raise Unavailable("the server is stopping")
+            raise stopping()
         place = Path(tempfile.mkdtemp(dir=self._place))
         socket = os.path.join(self._sockets, place.name)
         model = self._models[name] = Model(

@@ -38,7 +38,6 @@ _SMALL_BYTES = 64 * 2**20
 """An archive may unpack to this and `_RATIO` times its size. Weights shrink to a half, tokenizers to a fifth."""
 
 SPARE_BYTES = 256 * 2**20
-"""Bytes of the disk that stay free."""
 
 _COPY_BYTES = 2**20
 _MOST_READS_AFTER = 16
@@ -73,7 +72,7 @@ def _answer(order: Prepare) -> Answer:
     try:
         return _prepared(order)
     except ConfigurationError as error:
-        return Failure("the model cannot be served: " + "; ".join(map(str, error.problems)), 400)
+        return Failure.of_configuration(error)
     except ServingError as error:
         return Failure(error.message, error.status)
 
@@ -97,7 +96,7 @@ def _limited() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def unpack(archive: Path, place: Path) -> None:
+def unpack(archive: Path, place: Path, spare_bytes: int = SPARE_BYTES) -> None:
     """Unpack an archive into an empty directory of ours; if this raises, the caller removes what is there.
 
     The memory that it takes must be limited from outside: a header may claim any size, and Python's reader believes it.
@@ -105,6 +104,7 @@ def unpack(archive: Path, place: Path) -> None:
     Args:
         archive: The file.
         place: The directory.
+        spare_bytes: Bytes of the disk that stay free.
 
     Raises:
         InvalidRequest: It is not such an archive, is cut off, or holds what a model does not.
@@ -113,7 +113,7 @@ def unpack(archive: Path, place: Path) -> None:
     try:
         most = _SMALL_BYTES + _RATIO * archive.stat().st_size
         with tarfile.open(archive, "r:gz") as tar:
-            _unpack(tar, place, most)
+            _unpack(tar, place, most, spare_bytes)
     except MemoryError:
         raise _refused("one of its headers is too long") from None
     except (tarfile.TarError, zlib.error, EOFError, ValueError, UnicodeError) as error:
@@ -124,7 +124,7 @@ def unpack(archive: Path, place: Path) -> None:
         raise _refused(f"it cannot be unpacked: {error.strerror or error}") from error
 
 
-def _unpack(tar: tarfile.TarFile, place: Path, most: int) -> None:
+def _unpack(tar: tarfile.TarFile, place: Path, most: int, spare_bytes: int) -> None:
     total = 0
     for count, member in enumerate(tar, 1):
         if count > _MOST_ENTRIES:
@@ -138,7 +138,7 @@ def _unpack(tar: tarfile.TarFile, place: Path, most: int) -> None:
         total += member.size
         if total > most:
             raise _refused(f"it unpacks to more than {most / 2**20:.0f} MiB, which its size does not explain")
-        if member.size > (free := max(0, shutil.disk_usage(place).free - SPARE_BYTES)):
+        if member.size > (free := max(0, shutil.disk_usage(place).free - spare_bytes)):
             raise InsufficientStorage(
                 f"url: {_shown(member.name)} has {member.size / 2**30:.2f} GiB; {free / 2**30:.2f} GiB of the disk are "
                 "left for models: unload one, or set SERVING_DOWNLOAD_DIR"

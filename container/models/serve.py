@@ -63,7 +63,7 @@ def _serve(order: Start, parent: Parent) -> int:
     try:
         configuration = configuration_of(order, os.environ)
     except ConfigurationError as error:
-        answer(_failure(error))
+        answer(Failure.of_configuration(error))
         return 1
     for problem in configuration.warnings:
         logger.warning("%s", problem)
@@ -97,7 +97,7 @@ def _until_the_parent_ends(parent: Parent, loop: asyncio.AbstractEventLoop, serv
 
 def _failure(error: BaseException) -> Failure:
     if isinstance(error, ConfigurationError):
-        return Failure("the model cannot be served: " + "; ".join(map(str, error.problems)), 400)
+        return Failure.of_configuration(error)
     if shortage(error) == "memory" or any(text in str(error).lower() for text in _NO_MEMORY):
         return Failure("there was not enough memory to load the model", 507)
     if isinstance(error, InvalidConfiguration):

@@ -13,7 +13,6 @@ from container.check import effective_options
 from handlers.backends.base import Lifecycle
 from handlers.backends.select import Choice
 from handlers.errors import NotFound
-from handlers.model_names import accepted_names, public_names
 from handlers.request import Reply
 from handlers.version import VERSION
 from properties.configuration import Configuration
@@ -81,8 +80,8 @@ class ModelPage:
         settings, can = self._configuration.settings, backend.capabilities
         choice = self._choice
         body = {
-            "name": public_names(self._configuration)[0],
-            "names": list(accepted_names(self._configuration)),
+            "name": self._configuration.public_names[0],
+            "names": list(self._configuration.accepted_names),
             "backend": choice.backend,
             "reason": choice.reason,
             "dtype": can.dtype,

@@ -9,8 +9,6 @@ slower in bfloat16, so there chunks do not use it either.
 from __future__ import annotations
 
 import math
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +27,7 @@ up to 8 bytes while `scaled_dot_product_attention` runs, so a mask takes up to 2
 
 
 @dataclass(slots=True)
-class _DecodeGroup:
+class DecodeGroup:
     """Decodes of similar context length, gathered together: padding at most doubles their work.
 
     Attributes:
@@ -92,7 +90,7 @@ class GatherKernel(AttentionKernel):
         ]
         self._step: PackedStep | None = None
         self._slots = torch.empty(0, dtype=torch.long)
-        self._groups: list[_DecodeGroup] = []
+        self._groups: list[DecodeGroup] = []
         self._chunks: list[_Chunk] = []
 
     def _zeros(self, size: tuple[int, ...]) -> torch.Tensor:
@@ -108,7 +106,7 @@ class GatherKernel(AttentionKernel):
         longest = width * self.shape.block_size
         self._slots, self._chunks = step.slots, []
         self._groups = [
-            _DecodeGroup(None, step.block_tables.flatten(), step.context_lens, 1, longest, width, {})
+            DecodeGroup(None, step.block_tables.flatten(), step.context_lens, 1, longest, width, {})
         ]
 
     def attend(
@@ -166,7 +164,7 @@ class GatherKernel(AttentionKernel):
     def _decode(
         self,
         layer: int,
-        group: _DecodeGroup,
+        group: DecodeGroup,
         query: torch.Tensor,
         scale: float,
         window: int | None,
@@ -194,7 +192,7 @@ class GatherKernel(AttentionKernel):
         out = torch.bmm(weights, values)
         return out.view(kv_heads, count, heads // kv_heads, dim).transpose(0, 1).reshape(count, heads, dim)
 
-    def _decode_bias(self, group: _DecodeGroup, window: int | None) -> torch.Tensor | None:
+    def _decode_bias(self, group: DecodeGroup, window: int | None) -> torch.Tensor | None:
         """[n, 1, padded context]: 0 where the query may look, -inf elsewhere; the same for all layers."""
         if window is not None and window >= group.longest:
             window = None
@@ -317,7 +315,7 @@ class GatherKernel(AttentionKernel):
         blocks = None if fresh else torch.tensor(step.block_tables[index][:used], device=self.shape.device)
         return _Chunk(index, start, stop, context, blocks, {})
 
-    def _group_decodes(self, step: PackedStep) -> list[_DecodeGroup]:
+    def _group_decodes(self, step: PackedStep) -> list[DecodeGroup]:
         count, size = step.num_decodes, step.block_size
         if count == 0:
             return []
@@ -325,7 +323,7 @@ class GatherKernel(AttentionKernel):
         if max(widths) <= 2 * min(widths):
             return [self._decode_group(step, list(range(count)), None)]
         order = sorted(range(count), key=widths.__getitem__, reverse=True)
-        groups: list[_DecodeGroup] = []
+        groups: list[DecodeGroup] = []
         start = 0
         for place in range(1, count + 1):
             if place == count or 2 * widths[order[place]] < widths[order[start]]:
@@ -335,49 +333,11 @@ class GatherKernel(AttentionKernel):
                 start = place
         return groups
 
-    def _decode_group(self, step: PackedStep, members: list[int], rows: torch.Tensor | None) -> _DecodeGroup:
+    def _decode_group(self, step: PackedStep, members: list[int], rows: torch.Tensor | None) -> DecodeGroup:
         tables = padded_tables(step, members)
         contexts = [step.context_lens[i] for i in members]
         blocks = torch.tensor(tables, device=self.shape.device).flatten()
-        return _DecodeGroup(rows, blocks, contexts, min(contexts), max(contexts), len(tables[0]), {})
-
-
-class CpuKernel(GatherKernel):
-    """`GatherKernel` with its cache in huge pages, where the system has them for who asks.
-
-    A request's blocks lie anywhere in the cache, and finding their pages takes a third of a gather's time otherwise.
-    """
-
-    name: ClassVar[str] = "cpu"
-
-    def _zeros(self, size: tuple[int, ...]) -> torch.Tensor:
-        length = math.prod(size) * self.shape.dtype.itemsize
-        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(AttributeError, OSError):  # not on this system, or not in this kernel
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=self.shape.dtype).view(size)
-
-    def _attend_decodes(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Use one thread where there are two: to wake the other takes longer than it saves."""
-        threads = torch.get_num_threads()
-        if threads != 2:
-            return super()._attend_decodes(layer, query, scale, window, softcap)
-        torch.set_num_threads(1)
-        try:
-            return super()._attend_decodes(layer, query, scale, window, softcap)
-        finally:
-            torch.set_num_threads(threads)
-
-    @classmethod
-    def unsupported(cls, shape: CacheShape) -> str | None:
-        return None if shape.device.type == "cpu" else f"it runs on a CPU only, not on {shape.device.type}"
+        return DecodeGroup(rows, blocks, contexts, min(contexts), max(contexts), len(tables[0]), {})
 
 
 def _masked(

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from engine.attention.gather import CpuKernel, GatherKernel
+from engine.attention.cpu import CpuKernel
+from engine.attention.gather import GatherKernel
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep
 from engine.attention.reference import ReferenceKernel
 from engine.attention.varlen import VarlenKernel

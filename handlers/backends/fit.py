@@ -15,7 +15,6 @@ from handlers.backends.backend import Backend, Needs
 from handlers.backends.estimate import cache_bytes_per_token, weights
 from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration
-from properties.names import key_of
 from properties.problem import Problem
 from properties.settings import Settings
 
@@ -173,7 +172,7 @@ def _useful(
         fills = tokens * result.cache_bytes_per_token // result.devices_per_replica
         if asked is not None and fills < cache:
             text = (
-                f"{_said(configuration, 'kv_cache_memory_mb', asked)}: about {fills / 2**20:.0f} MiB are used, which "
+                f"{configuration.assigned('kv_cache_memory_mb', asked)}: about {fills / 2**20:.0f} MiB are used, which "
                 f"{batch} requests of {length} tokens fill (option.max_rolling_batch_size, option.max_model_len)"
             )
             result.warnings.append(Problem(text, "kv_cache_memory_mb"))
@@ -198,10 +197,6 @@ def _too_large(result: Fit, needed: int, usable: int, where: str) -> None:
     )
 
 
-def _said(configuration: Configuration, name: str, value: object) -> str:
-    return f"{key_of(name)} = {value} ({configuration.sources[name].location})"
-
-
 def _compare_with_cache(result: Fit, configuration: Configuration, name: str | None) -> None:
     settings, length, room = (
         configuration.settings,
@@ -219,7 +214,7 @@ def _compare_with_cache(result: Fit, configuration: Configuration, name: str | N
         return
     text = (
         f"the key/value cache holds {room} tokens, fewer than one request of "
-        f"{_said(configuration, 'max_model_len', length)}"
+        f"{configuration.assigned('max_model_len', length)}"
     )
     if settings.max_model_len is None:
         result.warnings.append(Problem(f"{text}; it will be lowered", "max_model_len"))
@@ -235,7 +230,7 @@ def _compare_with_encoder_cache(result: Fit, configuration: Configuration) -> No
     asked = configuration.settings.encoder_cache_mb
     if asked is None:
         return
-    said, memory = _said(configuration, "encoder_cache_mb", asked), result.device.memory
+    said, memory = configuration.assigned("encoder_cache_mb", asked), result.device.memory
     sharing = result.replicas * result.devices_per_replica if result.devices == 0 else 1
     if asked * 2**20 * sharing > memory:
         text = (

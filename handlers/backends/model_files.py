@@ -17,9 +17,9 @@ from engine.errors import ModelLoadError
 from handlers.artefacts.mistral import TEKKEN, VERSIONS
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.weight_files import unreadable
-from handlers.model_json import read_object
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource, read_chat_templates
 from properties.configuration import read_model_config
+from properties.model import read_object
 from properties.names import key_of
 from properties.problem import ConfigurationError, Problem
 
@@ -82,12 +82,12 @@ def model_findings(configuration: Configuration, directory: Path, backend: Backe
 
 def too_long(configuration: Configuration, positions: int | None) -> list[Problem]:
     """Return a problem if option.max_model_len is more than the model has positions."""
-    asked, source = configuration.settings.max_model_len, configuration.sources["max_model_len"]
+    asked = configuration.settings.max_model_len
     if asked is None or positions is None or asked <= positions:
         return []
     text = (
-        f"option.max_model_len = {asked} ({source.location}) is more than the {positions} positions that the "
-        "model's config.json states; lower it"
+        f"{configuration.assigned('max_model_len')} is more than the {positions} positions that the model's "
+        "config.json states; lower it"
     )
     return [Problem(text, "max_model_len")]
 

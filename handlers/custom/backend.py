@@ -30,7 +30,14 @@ from handlers.custom.messages import (
     Start,
     ToHandler,
 )
-from handlers.errors import CustomCodeError, EngineFailed, PayloadTooLarge, ServingError, Unavailable
+from handlers.errors import (
+    CustomCodeError,
+    EngineFailed,
+    PayloadTooLarge,
+    ServingError,
+    Unavailable,
+    stopping,
+)
 from processes.child import Child, Connection, Log
 from processes.inside import MAX_FRAME_BYTES
 from processes.supervisor import Supervisor, why_down
@@ -133,7 +140,7 @@ class CustomBackend:
         )
 
     async def close(self) -> None:
-        self._fail_waiting(Unavailable("the server is stopping; send the request again", retry_after=5))
+        self._fail_waiting(stopping())
         await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors))
 
     @property
@@ -328,7 +335,7 @@ class HandlerProcess:
 
     async def stop(self) -> None:
         """End the process, and what it has started. Never raises."""
-        self._bury(Unavailable("the server is stopping; send the request again", retry_after=5))
+        self._fail_calls(stopping())
         await self._child.stop(_STOP_SECONDS)
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         if tasks:
@@ -353,10 +360,10 @@ class HandlerProcess:
         except Exception:
             logger.exception("what the handler's process sent cannot be used; it is killed")
         finally:
-            self._bury(EngineFailed("the process of the model's own handler ended; try again"))
+            self._fail_calls(EngineFailed("the process of the model's own handler ended; try again"))
             self.kill()
 
-    def _bury(self, error: ServingError) -> None:
+    def _fail_calls(self, error: ServingError) -> None:
         self.died.set()
         calls, self._calls = self._calls, {}
         for call in calls.values():

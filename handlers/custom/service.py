@@ -60,6 +60,10 @@ class CustomService:
             written = error_format(incoming.route, incoming.headers)
             return refusal(error, facts, written, self._observer)
 
+    async def close(self) -> None:
+        """End the handler's processes. Never raises."""
+        await self._backend.close()
+
     async def call(self, action: str, incoming: Incoming) -> Reply:
         """Refuse what only an engine could answer."""
         if action == "execution":
@@ -68,38 +72,38 @@ class CustomService:
             raise InvalidRequest("the model's own handler answers here: no adapters can be managed")
         return error_reply(_NO_TOKENS, error_format(incoming.route, incoming.headers))
 
-    def takes_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
+    def needs_no_place(self, route: str, size: int, content: bytes | None = None) -> bool:
         return False
 
     async def _answer(self, incoming: Incoming, facts: RequestFacts) -> Reply:
         incoming.parsed()
         permit = self._admission.admit(1)
-        visit = Visit(permit, facts, self._observer, self._settings.predict_timeout)
+        task = HandlerTask(permit, facts, self._observer, self._settings.predict_timeout)
         try:
-            async with visit.time_limit():
-                visit.call = await self._backend.call(_properties(incoming), incoming.body)
-                head = await visit.call.next()
+            async with task.time_limit():
+                task.call = await self._backend.call(_properties(incoming), incoming.body)
+                head = await task.call.next()
                 assert isinstance(head, Head)
                 facts.status, facts.stream = head.status, head.streams
-                body = b"" if head.streams else await visit.rest()
+                body = b"" if head.streams else await task.rest()
         except BaseException as error:
-            visit.close()
+            task.close()
             if isinstance(error, TimeoutError):
-                raise visit.overdue() from error
+                raise task.overdue() from error
             raise
         if not head.streams:
-            visit.close()
+            task.close()
         kind = next(
             (v for n, v in head.properties.items() if n.lower() == "content-type"), "application/octet-stream"
         )
         headers = _headers(head.properties)
         if head.streams:
-            chunks = HandlerStream(visit, kind)
+            chunks = HandlerStream(task, kind)
             return Reply(head.status, kind, chunks=chunks, headers=headers, facts=facts)
         return Reply(head.status, kind, body, headers=headers, facts=facts)
 
 
-class Visit:
+class HandlerTask:
     """One admitted request: its queue place, its time limit and its call, all of which `close` gives back."""
 
     def __init__(self, permit: Permit, facts: RequestFacts, observer: Observer, seconds: float) -> None:
@@ -117,7 +121,7 @@ class Visit:
         return asyncio.timeout_at(self._end)
 
     def overdue(self) -> DeadlineExceeded:
-        return DeadlineExceeded("the request's time (option.predict_timeout) is up")
+        return DeadlineExceeded()
 
     async def rest(self) -> bytes:
         """Return the body of an answer that is not streamed."""
@@ -148,8 +152,8 @@ class Visit:
 class HandlerStream:
     """The parts of a streamed answer. An error becomes a line or an event if the content type has them."""
 
-    def __init__(self, visit: Visit, content_type: str) -> None:
-        self._visit = visit
+    def __init__(self, task: HandlerTask, content_type: str) -> None:
+        self._task = task
         self._type = content_type.partition(";")[0].strip().lower()
         self._done = False
 
@@ -157,40 +161,40 @@ class HandlerStream:
         return self
 
     async def __anext__(self) -> bytes:
-        visit = self._visit
-        assert visit.call is not None
+        task = self._task
+        assert task.call is not None
         if self._done:
-            visit.close()
+            task.close()
             raise StopAsyncIteration
         try:
-            async with visit.time_limit():
-                message = await visit.call.next()
+            async with task.time_limit():
+                message = await task.call.next()
         except TimeoutError:
-            return self._failed(visit.overdue())
+            return self._failed(task.overdue())
         except ServingError as error:
             return self._failed(error)
         if isinstance(message, End):
-            visit.close()
+            task.close()
             raise StopAsyncIteration
         assert isinstance(message, Part)
-        visit.first_part()
+        task.first_part()
         return message.data
 
     async def aclose(self) -> None:
-        self._visit.close()
+        self._task.close()
 
     def _failed(self, error: ServingError) -> bytes:
         self._done = True
-        facts = self._visit.facts
+        facts = self._task.facts
         facts.error, facts.reason = error.kind, own_words_of(error)
         log_error(error, facts.request_id)
-        self._visit.observer.on_error(error.kind)
+        self._task.observer.on_error(error.kind)
         line = msgspec.json.encode(lmi_error(error))
         if self._type == JSON_LINES:
             return line + b"\n"
         if self._type == "text/event-stream":
             return b"data: " + line + b"\n\n"
-        self._visit.close()
+        self._task.close()
         raise error
 
 

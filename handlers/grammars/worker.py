@@ -74,7 +74,7 @@ def main() -> None:
         return
     guidance = Guidance(msgspec.msgpack.decode(first, type=Vocabulary), most_compiled=0)
     compiled(Job("json_object", None, None), guidance)  # starts all threads
-    _quiet()
+    _discard_output()
     _limit_memory()
     start = resident_bytes() or 0
     parent.send(b"")
@@ -87,7 +87,7 @@ def main() -> None:
             return
 
 
-def _quiet() -> None:
+def _discard_output() -> None:
     """Discard the compiler's output, which may contain what the client wrote."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from handlers.errors import ImageError, ImageTooLarge
 
 MAX_PARTS = 2**16
-"""Greatest number of chunks, blocks, boxes or directory entries of a file that are looked at. Each costs half
+"""Greatest number of chunks, blocks, boxes or directory entries of a file that are read. Each costs half
 a microsecond."""
 
-LOOKS = 2**10
-"""Segments, blocks or entries of a file that are looked at to find its size. Real files need far fewer."""
+MAX_PARTS_FOR_SIZE = 2**10
+"""Greatest number of segments, blocks or entries that are read to find a file's size. Real files need far fewer."""
+
+NO_SVG = "SVG images are not supported; send PNG, JPEG or WebP"
+"""The reason why an SVG image cannot be used."""
 
 Pieces = list[bytes | bytearray | memoryview]
 

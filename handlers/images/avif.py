@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from handlers.images import (
-    LOOKS,
+    MAX_PARTS_FOR_SIZE,
     ImageProblem,
     Pieces,
     Size,
@@ -37,7 +37,7 @@ def size(data: bytes) -> Size:
     """Return the largest of the items' sizes (`ispe`: ISO/IEC 23008-12, section 6.5.3)."""
     largest: Size = None
     at = 0
-    for _ in range(LOOKS):
+    for _ in range(MAX_PARTS_FOR_SIZE):
         at = data.find(b"ispe", at, 2**16)
         if at < 0:
             break

@@ -44,7 +44,7 @@ from PIL import (
 )
 
 from handlers.errors import ImageTooLarge
-from handlers.images import ImageProblem, check_pixels, too_many_pixels
+from handlers.images import NO_SVG, ImageProblem, check_pixels, too_many_pixels
 from handlers.images.formats import kind_of, without_metadata
 from processes.inside import Parent, data_bytes
 
@@ -216,7 +216,7 @@ def _damaged(data: bytes, part: str, error: Exception) -> str:
         if data[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
             return "it is a web page, not an image"
         if b"<svg" in data[:1024]:
-            return "SVG images are not supported; send PNG, JPEG or WebP"
+            return NO_SVG
         return (
             f"its data is not in a supported format ({', '.join(FORMATS)})" if data else "its file is empty"
         )

@@ -16,7 +16,7 @@ import msgspec
 from PIL import Image
 
 from engine.machine import usable_cores
-from handlers.errors import ImageError, ImageTooLarge, Unavailable
+from handlers.errors import ImageError, ImageTooLarge, Unavailable, stopping
 from handlers.images import ImageProblem
 from handlers.images.decoder import (
     QUESTION,
@@ -48,13 +48,6 @@ GRACE_SECONDS = 1.0
 """How long decoding of an abandoned image may continue before its decoder is killed. Starting another one costs more
 than most images."""
 
-CPU_SECONDS, CPU_SECONDS_PER_MEGAPIXEL = 2.0, 0.25
-"""Greatest processor time for an image: many times what any format needs on a slow machine."""
-
-WALL_FACTOR, WALL_SECONDS = 10, 30.0
-"""A decoder that has not answered after this many seconds, plus this many times the processor time, is not running at
-all: it is killed."""
-
 _MAX_PASSES = 64
 """Number of images that may overtake a large one that waits for memory."""
 
@@ -69,6 +62,32 @@ _RESERVE_BYTES = 256 << 20
 _ERRORS = {error.__name__: error for error in (ImageError, ImageTooLarge)}
 
 
+@dataclass(frozen=True, slots=True)
+class TimeLimits:
+    """How long an image may take.
+
+    Attributes:
+        cpu: Seconds of processor time for any image: many times what any format needs on a slow machine.
+        cpu_per_megapixel: Further seconds of it for each million pixels.
+        wall: A decoder that has not answered after this many seconds, and `wall_factor` times the processor time, is
+            not running at all: it is killed.
+        wall_factor: See `wall`.
+    """
+
+    cpu: float = 2.0
+    cpu_per_megapixel: float = 0.25
+    wall: float = 30.0
+    wall_factor: float = 10.0
+
+    def cpu_for(self, pixels: int) -> float:
+        """Return the seconds of processor time that an image may take."""
+        return self.cpu + self.cpu_per_megapixel * pixels / 1e6
+
+    def wall_for(self, cpu: float) -> float:
+        """Return the seconds after which a decoder is killed that may use `cpu` seconds of processor time."""
+        return self.wall + self.wall_factor * cpu
+
+
 class DecoderPool:
     """Decodes images in processes, which start when they are first needed, or with `warm_up`. Used on one event loop.
 
@@ -78,6 +97,7 @@ class DecoderPool:
         killed: Number of decoders killed while decoding: because nobody waited for their image any more,
             because they did not run, or by the system.
         memory: Memory that decoders may use for all images being decoded.
+        times: The time limits of an image; they may be changed at any time.
     """
 
     def __init__(self, limits: ImageLimits, most: int | None = None) -> None:
@@ -86,6 +106,7 @@ class DecoderPool:
         self.started = 0
         self.died = 0
         self.killed = 0
+        self.times = TimeLimits()
         self.memory = ImageMemory(limits.memory_bytes, _MAX_PASSES)
         self._settings: Settings = {"max_pixels": limits.max_pixels, "background": list(limits.background)}
         self._largest = unknown_header(limits.max_pixels).working_bytes + 2 * limits.max_bytes
@@ -110,7 +131,7 @@ class DecoderPool:
             ImageProblem: The file cannot be used.
             Unavailable: No decoder can be started.
         """
-        size, _ = await self._ask(data, None, 2 * len(data), CPU_SECONDS)
+        size, _ = await self._ask(data, None, 2 * len(data), self.times.cpu)
         return unknown_header(size[0] * size[1])
 
     async def decode(self, data: bytes, header: Header) -> Image.Image:
@@ -123,9 +144,8 @@ class DecoderPool:
             ImageProblem: The file cannot be used, or has more pixels than `header` says.
             Unavailable: No decoder can be started, or the second one does not run either.
         """
-        seconds = CPU_SECONDS + CPU_SECONDS_PER_MEGAPIXEL * header.pixels / 1e6
         working = header.working_bytes + 2 * len(data)
-        _, image = await self._ask(data, header.pixels * 4, working, seconds)
+        _, image = await self._ask(data, header.pixels * 4, working, self.times.cpu_for(header.pixels))
         if image is None:
             raise ImageProblem("its file gives its size twice, and the two sizes differ")
         return image
@@ -138,8 +158,8 @@ class DecoderPool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_waiting()
-        for worker in [*self._alive]:
-            self._end(worker)
+        for decoder in [*self._alive]:
+            self._end(decoder)
         self._idle.clear()
         await asyncio.gather(*self._ending)
 
@@ -159,7 +179,7 @@ class DecoderPool:
             share.release()
 
     async def _work(
-        self, worker: _Decoder, share: Share, question: Question, data: bytes
+        self, decoder: _Decoder, share: Share, question: Question, data: bytes
     ) -> tuple[tuple[int, int], Image.Image | None]:
         """Own the decoder and the memory for the pixels, and release both, however it ends."""
         memory: int | None = None
@@ -167,19 +187,19 @@ class DecoderPool:
             try:
                 memory = new_memory(question.pixel_bytes)
             except OSError as error:
-                self._give(worker)
+                self._give(decoder)
                 raise _short_of_memory(error) from error
         try:
-            answer = await self._answer(worker, share, question, memory, data)
+            answer = await self._answer(decoder, share, question, memory, data)
             image: Image.Image | None = None
             try:
                 if answer.decoded:
-                    reused = worker.reused
+                    reused = decoder.reused
                     image = reused.copy(answer.size) if memory is None else read_pixels(memory, answer.size)
             except OSError as error:
                 raise _short_of_memory(error) from error
             finally:
-                self._answered(worker, answer)
+                self._answered(decoder, answer)
             if answer.problem is not None:
                 raise ImageProblem(answer.problem, _ERRORS[answer.error])
             return answer.size, image
@@ -188,55 +208,55 @@ class DecoderPool:
                 os.close(memory)
 
     async def _answer(
-        self, worker: _Decoder, share: Share, question: Question, memory: int | None, data: bytes
+        self, decoder: _Decoder, share: Share, question: Question, memory: int | None, data: bytes
     ) -> _Answer:
         """Return the decoder's answer; a decoder that fails is replaced.
 
         Cancelled, the share is kept as long as needed.
         """
-        wall = WALL_SECONDS + WALL_FACTOR * question.seconds
-        watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, worker)
+        wall = self.times.wall_for(question.seconds)
+        watch = asyncio.get_running_loop().call_later(STOPPED_SECONDS, _kill_stopped, decoder)
         try:
             async with asyncio.timeout(wall):
-                worker.child.send(QUESTION.pack(*question), data, descriptor=memory)
-                return await _received(worker, question)
+                decoder.child.send(QUESTION.pack(*question), data, descriptor=memory)
+                return await _received(decoder, question)
         except TimeoutError as error:
             logger.warning("an image decoder did not answer for %.0f s; it is replaced", wall)
-            self._kill(worker)
+            self._kill(decoder)
             raise _DecoderLost("an image could not be decoded in time; try again", retry_after=5) from error
         except (EOFError, OSError, msgspec.MsgspecError) as error:
             if self._closed:
-                raise _stopping() from error
-            raise await self._death(worker, question.seconds) from error
+                raise stopping() from error
+            raise await self._death(decoder, question.seconds) from error
         except asyncio.CancelledError:
             # The caller gives up its share for the pixels, which must therefore be counted here.
             kept = share.handed_over(question.pixel_bytes)
-            task = self._task(self._see_out(worker, question), "see-out-image")
+            task = self._task(self._await_abandoned(decoder, question), "await-abandoned-image")
             task.add_done_callback(lambda _: kept.release())
             raise
         except BaseException:
-            self._kill(worker)
+            self._kill(decoder)
             raise
         finally:
             watch.cancel()
 
-    async def _see_out(self, worker: _Decoder, question: Question) -> None:
+    async def _await_abandoned(self, decoder: _Decoder, question: Question) -> None:
         """Wait briefly for an abandoned image; a decoder that finishes soon can be used for others."""
         try:
             async with asyncio.timeout(GRACE_SECONDS):
-                answer = await _received(worker, question)
+                answer = await _received(decoder, question)
         except (EOFError, msgspec.MsgspecError):
-            await self._death(worker, question.seconds)
+            await self._death(decoder, question.seconds)
         except BaseException:
-            self._kill(worker)
+            self._kill(decoder)
             raise
         else:
-            self._answered(worker, answer)
+            self._answered(decoder, answer)
 
-    async def _death(self, worker: _Decoder, seconds: float) -> ImageProblem | _DecoderLost:
+    async def _death(self, decoder: _Decoder, seconds: float) -> ImageProblem | _DecoderLost:
         """Return what the end of a decoder says about its image."""
-        child = worker.child
-        code = await asyncio.shield(self._end(worker))
+        child = decoder.child
+        code = await asyncio.shield(self._end(decoder))
         if code == -signal.SIGKILL:  # sent by the system, short of memory, or by somebody: no image does that
             self.killed += 1
             logger.warning("an image decoder was killed at work; it is replaced")
@@ -249,18 +269,18 @@ class DecoderPool:
                 f"it takes too long to decode: more than {seconds:.1f} s of processor time; send it smaller, or "
                 "save it again"
             )
-        logger.warning("an image decoder ended with %d; it printed: %s", code, child.last_words or "nothing")
+        logger.warning("an image decoder ended with %d; it printed: %s", code, child.last_output or "nothing")
         return ImageProblem("its decoder failed on it; save the image again, as PNG or JPEG")
 
     async def _take(self) -> _Decoder:
         """Take a decoder that nobody else uses; it must be given back, ended or killed. Raises Unavailable."""
         if self._closed:
-            raise _stopping()
+            raise stopping()
         while self._idle:
-            worker = self._idle.pop()
-            if not worker.child.has_ended():
-                return worker
-            self._end(worker)
+            decoder = self._idle.pop()
+            if not decoder.child.has_ended():
+                return decoder
+            self._end(decoder)
         turn: asyncio.Future[_Decoder] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._start_as_needed()
@@ -271,35 +291,35 @@ class DecoderPool:
                 self._give(turn.result())
             raise
 
-    def _give(self, worker: _Decoder) -> None:
+    def _give(self, decoder: _Decoder) -> None:
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
-                turn.set_result(worker)
+                turn.set_result(decoder)
                 return
-        self._idle.append(worker)
+        self._idle.append(decoder)
 
-    def _answered(self, worker: _Decoder, answer: _Answer) -> None:
+    def _answered(self, decoder: _Decoder, answer: _Answer) -> None:
         if answer.last:
-            self._end(worker)
+            self._end(decoder)
         else:
-            self._give(worker)
+            self._give(decoder)
 
-    def _kill(self, worker: _Decoder) -> None:
+    def _kill(self, decoder: _Decoder) -> None:
         self.killed += 1
-        worker.child.kill()
-        self._end(worker)
+        decoder.child.kill()
+        self._end(decoder)
 
     def _end_stopped(self) -> None:
-        for worker in [worker for worker in self._idle if worker.child.is_stopped()]:
-            self._idle.remove(worker)
-            self._kill(worker)
+        for decoder in [decoder for decoder in self._idle if decoder.child.is_stopped()]:
+            self._idle.remove(decoder)
+            self._kill(decoder)
 
-    def _end(self, worker: _Decoder) -> asyncio.Task[int]:
+    def _end(self, decoder: _Decoder) -> asyncio.Task[int]:
         """Remove the decoder; if somebody waits for one, another takes its place."""
-        self._alive.discard(worker)
+        self._alive.discard(decoder)
         self._start_as_needed()
-        return self._stop(worker.child)
+        return self._stop(decoder.child)
 
     def _stop(self, child: Child) -> asyncio.Task[int]:
         """End a child and return its exit code. `aclose` waits for this task instead of cancelling it."""
@@ -318,20 +338,20 @@ class DecoderPool:
         self._task(self._start(), "start-decoder")
 
     async def _start(self) -> None:
-        worker = None
+        decoder = None
         try:
-            worker = await self._started()
+            decoder = await self._started()
         except Exception as error:  # whatever it was, those who wait get an error
             logger.error("an image decoder could not be started: %s", str(error) or type(error).__name__)
         finally:
             self._starting -= 1
-        if worker is None:
+        if decoder is None:
             if not self._alive and not self._starting:
                 self._fail_waiting()
             return
         self.started += 1
-        self._alive.add(worker)
-        self._give(worker)
+        self._alive.add(decoder)
+        self._give(decoder)
 
     async def _started(self) -> _Decoder:
         descriptor = new_memory(REUSED_BYTES)
@@ -394,21 +414,17 @@ class _Answer(msgspec.Struct):
     error: Literal["ImageError", "ImageTooLarge"] = "ImageError"
 
 
-def _kill_stopped(worker: _Decoder) -> None:
-    if worker.child.is_stopped():
-        worker.child.kill()
+def _kill_stopped(decoder: _Decoder) -> None:
+    if decoder.child.is_stopped():
+        decoder.child.kill()
 
 
-async def _received(worker: _Decoder, question: Question) -> _Answer:
-    answer = msgspec.json.decode(await worker.child.receive(_MAX_ANSWER_BYTES), type=_Answer)
+async def _received(decoder: _Decoder, question: Question) -> _Answer:
+    answer = msgspec.json.decode(await decoder.child.receive(_MAX_ANSWER_BYTES), type=_Answer)
     width, height = answer.size
     if answer.decoded and not 0 < width * height * 4 <= question.pixel_bytes:
         raise EOFError("the decoder claims pixels that cannot be there")
     return answer
-
-
-def _stopping() -> Unavailable:
-    return Unavailable("the server is stopping", retry_after=5)
 
 
 def _short_of_memory(error: OSError) -> Unavailable:

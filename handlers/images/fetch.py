@@ -45,8 +45,8 @@ logging.getLogger("httpcore").setLevel(logging.INFO)  # below, it writes redirec
 
 REDIRECTS = {301, 302, 303, 307, 308}
 USER_AGENT = "lmi-handler"
-BREATH = 64  # pieces of a body after which other tasks get a turn
-MIN_PIECE_BYTES = 64  # average size of a piece, after the first BREATH pieces
+PIECES_PER_TURN = 64  # pieces of a body after which other tasks get a turn
+MIN_PIECE_BYTES = 64  # average size of a piece, after the first PIECES_PER_TURN pieces
 HEAD_BYTES = 32 * 1024
 HEAD_READ = 2 * 1024
 BODY_READ = 64 * 1024
@@ -261,8 +261,8 @@ class Fetcher:
             if left < 0:
                 raise too_many_bytes(self._limits.max_bytes)
             pieces.append(piece)
-            if len(pieces) % BREATH == 0:
-                if self._limits.max_bytes - left < (len(pieces) - BREATH) * MIN_PIECE_BYTES:
+            if len(pieces) % PIECES_PER_TURN == 0:
+                if self._limits.max_bytes - left < (len(pieces) - PIECES_PER_TURN) * MIN_PIECE_BYTES:
                     raise ImageProblem("its host sends it in absurdly small pieces", ImageFetchFailed)
                 await asyncio.sleep(0)
         return pieces

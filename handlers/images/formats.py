@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from handlers.images import (
-    LOOKS,
+    MAX_PARTS_FOR_SIZE,
     ImageProblem,
     Pieces,
     Size,
@@ -149,7 +149,7 @@ _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 def _jpeg_size(data: bytes) -> Size:
     """JPEG: segments, each a marker and its length (ITU-T T.81, annex B)."""
     at = 2
-    for _ in range(LOOKS):
+    for _ in range(MAX_PARTS_FOR_SIZE):
         at = data.find(b"\xff", at)
         if at < 0:
             return None
@@ -214,9 +214,9 @@ def _reduced_jpeg(data: bytes, max_pixels: int) -> Pieces | None:
         pieces.append(view[start:at])
     if scans_matter or data[start + 4] < components:  # else the first scan is the whole image
         _check_scans(data, start, pixels)
-    turned = in_exif or in_xmp or 1
-    if turned != 1:
-        exif = b"Exif\0\0" + orientation_exif(turned)
+    orientation = in_exif or in_xmp or 1
+    if orientation != 1:
+        exif = b"Exif\0\0" + orientation_exif(orientation)
         pieces.append(b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif)
     pieces.append(view[start:])
     return pieces if dropped else None
@@ -298,8 +298,8 @@ def _reduced_webp(data: bytes, max_pixels: int) -> Pieces | None:
             in_xmp = xmp_orientation(content) or 0
     if size == len(data) == 8 + int.from_bytes(view[4:8], "little"):
         return None
-    turned = in_exif or in_xmp or 1
-    exif = orientation_exif(turned) if turned != 1 and chunks and chunks[0][0] == b"VP8X" else b""
+    orientation = in_exif or in_xmp or 1
+    exif = orientation_exif(orientation) if orientation != 1 and chunks and chunks[0][0] == b"VP8X" else b""
     pieces: Pieces = [b"WEBP"]
     for name, content in [*chunks, *([(b"EXIF", memoryview(exif))] if exif else [])]:
         kept: bytes | memoryview = content
@@ -335,7 +335,7 @@ def _gif_size(data: bytes) -> Size:
 
     The size is the larger of the screen and the area that the first frame covers.
     """
-    at, _ = _gif_first_frame(data, iter(range(LOOKS)))
+    at, _ = _gif_first_frame(data, iter(range(MAX_PARTS_FOR_SIZE)))
     return _gif_canvas(data, at)
 
 

@@ -21,8 +21,8 @@ import pybase64
 from PIL.Image import Image
 
 from engine.machine import usable_cores
-from handlers.errors import ImageError, ImageFetchTimeout, Unavailable
-from handlers.images import ImageProblem, too_many_bytes, too_many_pixels
+from handlers.errors import ImageError, ImageFetchTimeout, stopping
+from handlers.images import NO_SVG, ImageProblem, too_many_bytes, too_many_pixels
 from handlers.images.decoder import convert, decoded_bytes, prepare_pillow
 from handlers.images.decoder_pool import DecoderPool
 from handlers.images.embeddings import read_embeddings
@@ -220,7 +220,7 @@ class ImageLoader:
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         if self._closed:
-            raise Unavailable("the server is stopping", retry_after=5)
+            raise stopping()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
 
@@ -264,7 +264,7 @@ def is_data_url(url: str) -> bool:
     return url[:5].lower() == "data:"
 
 
-def decode_data_url(url: str, max_bytes: int) -> bytes:
+def decode_data_url(url: str, max_bytes: int, slice_characters: int = SLICE) -> bytes:
     """Decode a `data:` URL. Run it in a thread: it costs a few milliseconds per megabyte.
 
     The declared type is not trusted (the content decides), but a type that is not an image's is refused.
@@ -285,7 +285,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     decoded = _base64 if "base64" in parameters else _percent
     pieces: list[bytes] = []
     size = 0
-    for piece in decoded(url, comma + 1):
+    for piece in decoded(_slices(url, comma + 1, slice_characters)):
         size += len(piece)
         if size > max_bytes:
             raise too_many_bytes(max_bytes)
@@ -297,14 +297,14 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 
 def _check_type(media_type: str) -> None:
     if media_type.startswith("image/svg"):
-        raise ImageProblem("SVG images are not supported; send PNG, JPEG or WebP")
+        raise ImageProblem(NO_SVG)
     if not media_type.startswith("image/") and media_type not in ACCEPTED_TYPES:
         raise ImageProblem("its data URL does not declare an image; write data:image/jpeg;base64,...")
 
 
-def _base64(url: str, start: int) -> Iterator[bytes]:
+def _base64(slices: Iterator[bytes]) -> Iterator[bytes]:
     rest = b""
-    for coded in _slices(url, start):
+    for coded in slices:
         letters = rest + _unquoted(coded).translate(_STANDARD, _DISCARDED)
         whole = len(letters) - len(letters) % 4
         letters, rest = letters[:whole], letters[whole:]
@@ -319,15 +319,14 @@ def _decoded(letters: bytes) -> bytes:
         raise ImageProblem("its data URL is not valid base64") from error
 
 
-def _percent(url: str, start: int) -> Iterator[bytes]:
-    for coded in _slices(url, start):
-        yield _unquoted(coded)
+def _percent(slices: Iterator[bytes]) -> Iterator[bytes]:
+    return map(_unquoted, slices)
 
 
-def _slices(url: str, start: int) -> Iterator[bytes]:
+def _slices(url: str, start: int, size: int) -> Iterator[bytes]:
     """Yield the text from `start` on; no slice ends within a `%41`."""
     while start < len(url):
-        end = start + SLICE
+        end = start + size
         if end < len(url) and (cut := url.find("%", end - 2, end)) >= 0:
             end = cut
         yield url[start:end].encode("utf-8", "replace")

@@ -33,7 +33,7 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
     pixels: list[memoryview] = []
     rest: memoryview = view[:0]
     at = 8
-    turns: dict[bytes, int] = {}
+    orientations: dict[bytes, int] = {}
     seen: set[bytes] = set()
     for _ in counted("PNG"):
         length, name = _CHUNK.unpack_from(data, at) if at + 8 <= len(data) else (0, b"")
@@ -62,15 +62,15 @@ def reduced(data: bytes, max_pixels: int) -> Pieces | None:
             if name not in seen and least <= length <= most and _intact(chunk):
                 pieces.append(chunk)
             seen.add(name)
-        elif name in _ORIENTATION and name not in turns:
-            turned = _turned(name, content)
-            if turned is not None and _intact(chunk):
-                turns[name] = turned
+        elif name in _ORIENTATION and name not in orientations:
+            orientation = _orientation_in(name, content)
+            if orientation is not None and _intact(chunk):
+                orientations[name] = orientation
     if sum(map(len, pieces)) + sum(map(len, pixels)) + len(rest) == len(data) and len(pixels) <= _FEW:
         return None
-    turned = next((turns[name] for name in _ORIENTATION if turns.get(name)), 1)
-    if turned != 1:
-        pieces += _chunk(b"eXIf", orientation_exif(turned))
+    orientation = next((orientations[name] for name in _ORIENTATION if orientations.get(name)), 1)
+    if orientation != 1:
+        pieces += _chunk(b"eXIf", orientation_exif(orientation))
     if len(pixels) > _FEW:
         pieces += _chunk(b"IDAT", *(chunk[8:-4] for chunk in pixels))
     else:
@@ -89,7 +89,7 @@ def _chunk(name: bytes, *content: bytes | memoryview) -> Pieces:
     return [_CHUNK.pack(sum(map(len, content)), name), *content, checksum.to_bytes(4, "big")]
 
 
-def _turned(name: bytes, content: memoryview) -> int | None:
+def _orientation_in(name: bytes, content: memoryview) -> int | None:
     """Read the orientation from EXIF, from ImageMagick's older form of it, or from XMP.
 
     Returns:

@@ -145,13 +145,13 @@ def is_public(address: IPAddress) -> bool:
         )
     if address.scope_id is not None:
         return False
-    carried = _carried(address)
-    if carried is not None:
-        return is_public(carried)
+    embedded = _embedded_ipv4(address)
+    if embedded is not None:
+        return is_public(embedded)
     return address in GLOBAL_UNICAST and address.is_global and address not in DOCUMENTATION
 
 
-def _carried(address: IPv6Address) -> IPv4Address | None:
+def _embedded_ipv4(address: IPv6Address) -> IPv4Address | None:
     """Return the IPv4 address that packets end up at. Teredo is missing because `is_global` denies all of it."""
     if address in NAT64:
         return IPv4Address(int(address) & 0xFFFFFFFF)
@@ -176,8 +176,8 @@ class AllowedPrivate:
         if host in self.hosts:
             return True
         candidates = [address]
-        if isinstance(address, IPv6Address) and (carried := _carried(address)) is not None:
-            candidates.append(carried)
+        if isinstance(address, IPv6Address) and (embedded := _embedded_ipv4(address)) is not None:
+            candidates.append(embedded)
         return any(candidate in network for candidate in candidates for network in self.networks)
 
 

@@ -10,7 +10,15 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from handlers.images import LOOKS, MAX_PARTS, ImageProblem, Pieces, Size, check_count, check_pixels
+from handlers.images import (
+    MAX_PARTS,
+    MAX_PARTS_FOR_SIZE,
+    ImageProblem,
+    Pieces,
+    Size,
+    check_count,
+    check_pixels,
+)
 
 MAX_STRIPS = 2**17
 """Greatest number of strips or tiles. libtiff takes about 40 bytes and a microsecond for each."""
@@ -81,7 +89,7 @@ def size(data: bytes) -> Size:
     """Read the size from the first directory."""
     layout, start, count = _first_directory(data)
     entries: dict[int, bytes] = {}
-    for at in range(start, start + min(count, LOOKS) * layout.entry_bytes, layout.entry_bytes):
+    for at in range(start, start + min(count, MAX_PARTS_FOR_SIZE) * layout.entry_bytes, layout.entry_bytes):
         entry = data[at : at + layout.entry_bytes]
         tag, kind = struct.unpack_from(layout.order + "HH", entry)
         if tag in (_WIDTH, _HEIGHT) and kind in _SIZE_TYPES:

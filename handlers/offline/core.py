@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from handlers import progress
 from handlers.artefacts.fetch import fetch
 from handlers.backends.select import backend_of
-from handlers.build import build_backend, build_images, build_part, choose_backend
+from handlers.build import build_engine, build_images, build_part, choose_backend
 from handlers.errors import EngineFailed, InvalidConfiguration, InvalidRequest, ServingError, Unavailable
 from handlers.images.loader import ImageLoader
 from handlers.offline.images import ImageTokens
@@ -68,12 +68,15 @@ class Core:
                 "node_rank: a script generates on the first machine only; on the others, which hold parts of the "
                 "model, run lmi serve with the same options"
             )
-        self.backend = build_backend(configuration, self.directory, choice)
+        engine = build_engine(configuration, self.directory, choice)
+        self._close_backend = engine.close
         self._images: ImageLoader | None = None
         self._loop = LoopThread()
         try:
             with _script_not_run_again():
-                self._loop.run(self.backend.load())
+                self._loop.run(engine.load())
+            self.backend = Pipeline(engine, settings.guided_decoding_timeout)
+            self._close_backend = self.backend.close
             self._images = build_images(settings)
         except BaseException:
             self.close()
@@ -144,7 +147,7 @@ class Core:
     async def _close(self) -> None:
         if self._images is not None:
             await self._images.aclose()
-        await self.backend.close()
+        await self._close_backend()
 
 
 class Batch:

@@ -120,7 +120,7 @@ def parse_whole(parser: Parser, text: str, token_ids: Sequence[int] = ()) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParserContext:
     """What a parser may know of the request whose completion it parses.
 
     Attributes:
@@ -150,7 +150,7 @@ class ToolFormat:
         call_id: Makes an id in the form that the family's chat template accepts.
     """
 
-    parser: Callable[[Asked], Parser]
+    parser: Callable[[ParserContext], Parser]
     markers: frozenset[str]
     call_id: Callable[[], str]
 
@@ -164,7 +164,7 @@ class ReasoningFormat:
         markers: See `ToolFormat`.
     """
 
-    parser: Callable[[Asked], Parser]
+    parser: Callable[[ParserContext], Parser]
     markers: frozenset[str]
 
 
@@ -182,7 +182,7 @@ class AnswerFormats:
     tools: ToolFormat | None = None
     auto: bool = False
     reasoning: ReasoningFormat | None = None
-    together: Callable[[Asked], Parser] | None = None
+    together: Callable[[ParserContext], Parser] | None = None
 
 
 SPACE = " \t\r\n"

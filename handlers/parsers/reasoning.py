@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from handlers.parsers.base import Asked, Content, Parser, Piece, Reasoning, parse_whole, possible_beginning
+from handlers.parsers.base import (
+    Content,
+    Parser,
+    ParserContext,
+    Piece,
+    Reasoning,
+    parse_whole,
+    possible_beginning,
+)
 from handlers.parsers.json_scanner import skip_space
 
 Begins = Literal["reasoning", "content", "tagged"]
@@ -124,7 +132,7 @@ class ReasoningThenCalls:
         return out
 
 
-def in_prompt(asked: Asked, opening: str, closing: str) -> Begins | None:
+def in_prompt(asked: ParserContext, opening: str, closing: str) -> Begins | None:
     """Return what the chat template has begun for the model; None if it has begun nothing, or is unknown."""
     end = asked.prompt_text[-200:].rstrip()
     if end.endswith(opening):

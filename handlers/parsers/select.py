@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection
 
-from handlers.parsers.base import AnswerFormats, Asked, Parser, Pieces, ReasoningFormat, ToolFormat
+from handlers.parsers.base import AnswerFormats, Parser, ParserContext, Pieces, ReasoningFormat, ToolFormat
 from handlers.parsers.json_calls import (
     ARGS,
     CALL_ID,
@@ -75,7 +75,7 @@ def named_parser(name: str, call_id: Callable[[], str]) -> Parser:
 def _tags(begins: Begins, opening: str = "<think>", closing: str = "</think>") -> ReasoningFormat:
     """begins: how a completion begins of which the prompt has opened and closed no reasoning (see `ThinkParser`)."""
 
-    def parser(asked: Asked) -> Parser:
+    def parser(asked: ParserContext) -> Parser:
         return ThinkParser(opening, closing, in_prompt(asked, opening, closing) or begins)
 
     return ReasoningFormat(parser, frozenset({opening, closing}))
@@ -88,7 +88,7 @@ def _switched(variables: tuple[str, ...], default: bool, *, interrupt: str = "")
     have contained the tag.
     """
 
-    def parser(asked: Asked) -> Parser:
+    def parser(asked: ParserContext) -> Parser:
         given = [asked.template_kwargs[name] for name in variables if name in asked.template_kwargs]
         begins: Begins | None = in_prompt(asked, "<think>", "</think>")
         if begins is None and not (any(given) if given else default):

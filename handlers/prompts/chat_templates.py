@@ -14,7 +14,7 @@ import msgspec
 from jinja2 import meta, nodes
 
 from engine.errors import ModelLoadError, one_line
-from handlers.model_json import read_object
+from properties.model import read_object
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """The names that transformers uses to choose a template."""
@@ -66,16 +66,16 @@ class ChatTemplates:
         usual = (self.default, self.with_tools)
         return found | {template.text: "the chat template" for template in usual if template is not None}
 
-    def told(self) -> str:
+    def described(self) -> str:
         """Describe which is used, as "chat_template.jinja; with tools tool_use of tokenizer_config.json"."""
         if self.default is None and self.with_tools is None:
             return f"none by default, of {', '.join(sorted(self.named))}" if self.named else "none"
-        told = "none without tools" if self.default is None else self._told(self.default)
+        text = "none without tools" if self.default is None else self._described(self.default)
         if self.with_tools is not None and self.with_tools != self.default:
-            told += f"; with tools {self._told(self.with_tools)}"
-        return told
+            text += f"; with tools {self._described(self.with_tools)}"
+        return text
 
-    def _told(self, template: Template) -> str:
+    def _described(self, template: Template) -> str:
         names = [name for name, other in self.named.items() if other == template]
         return f"{names[0]} of {template.origin}" if len(self.named) > 1 and names else template.origin
 

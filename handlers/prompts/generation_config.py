@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import ModelLoadError, one_line
 from engine.sampling_params import MAX_INTEGER, SamplingParams
-from handlers.model_json import read_object
+from properties.model import read_object
 
 log = logging.getLogger(__name__)
 

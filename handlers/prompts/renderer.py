@@ -12,10 +12,16 @@ import jinja2
 
 from handlers.errors import InvalidRequest, ServingError
 from handlers.prompts.chat_templates import ChatTemplates, TemplateSource
-from handlers.prompts.special_tokens import ControlTokens, Hidden, LiteralEncoder, encode, token_places
+from handlers.prompts.special_tokens import (
+    SEARCH_WINDOW,
+    ControlTokens,
+    Hidden,
+    LiteralEncoder,
+    encode,
+    token_places,
+)
 from handlers.protocols.body import SHORT_BYTES
-from handlers.protocols.body_limits import check_body
-from handlers.protocols.fields import MAX_DEPTH, depth
+from handlers.protocols.body_limits import MAX_DEPTH, check_body, depth
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt, media_parts, prompt_parts
 
 if TYPE_CHECKING:
@@ -75,6 +81,7 @@ class PromptRenderer:
         *,
         written: PlaceholderText | None = None,
         preprocessor: Preprocessor[Any] | None = None,
+        search_window: int = SEARCH_WINDOW,
     ) -> None:
         """Prepare to render prompts.
 
@@ -87,6 +94,7 @@ class PromptRenderer:
             written: How an image is written, if not as `image_token` alone. The placeholder contains it once.
             preprocessor: What else the model's family does with prompts; None for a model without images, or if the
                 backend does it.
+            search_window: Characters of a prompt that are searched in one step.
 
         Raises:
             ValueError: The arguments contradict each other.
@@ -119,9 +127,9 @@ class PromptRenderer:
             raise ValueError(f"the placeholder {whole!r} must hold the image token {image_token!r} once")
 
         images = [token for token in (image_token, printed) if token is not None]
-        control = ControlTokens(_control_tokens(tokenizer, images, self._sources.values()))
+        control = ControlTokens(_control_tokens(tokenizer, images, self._sources.values()), search_window)
         self._chat_control = control
-        self._text_control = ControlTokens(images)
+        self._text_control = ControlTokens(images, search_window)
         self._literal = LiteralEncoder(self._backend, control)
         self._normalised = self._backend.normalizer is not None and any(
             token.normalized and token.content in set(control.tokens)

@@ -23,7 +23,7 @@ _MARK = f"(?P<mark>[\ue000-\ue0ff]{{10}}[0-9]+{_END})"
 _MARKS = re.compile(_MARK)
 _LONGEST_MARK = 32
 
-_WINDOW = 2**17
+SEARCH_WINDOW = 2**17
 """Characters searched in one step, since no other thread runs during a search."""
 
 LONG_TEXT = 10_000
@@ -37,11 +37,11 @@ def encode(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> Encodin
     return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
-def _matches(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[re.Match[str]]:
+def _matches(pattern: re.Pattern[str], text: str, longest: int, window: int) -> Iterator[re.Match[str]]:
     """As `finditer`, in windows. longest: characters of a match at most; it is never empty."""
     at = 0
     while at < len(text):
-        end = at + _WINDOW
+        end = at + window
         for match in pattern.finditer(text, at, end + longest):
             if match.start() >= end:
                 break
@@ -64,9 +64,14 @@ def _fresh_name() -> str:
 
 
 class ControlTokens:
-    """Strings that must not act as control tokens when a client types them."""
+    """Strings that must not act as control tokens when a client types them.
 
-    def __init__(self, tokens: Iterable[str]) -> None:
+    Attributes:
+        window: Characters of a prompt that are searched in one step.
+    """
+
+    def __init__(self, tokens: Iterable[str], window: int = SEARCH_WINDOW) -> None:
+        self.window = window
         self.tokens = sorted(set(tokens), key=lambda token: (-len(token), token))
         self.pattern = "|".join(map(re.escape, self.tokens)) or r"(?!)"
         self._whole = re.compile(self.pattern)
@@ -81,7 +86,7 @@ class ControlTokens:
             text: The client's text.
             alone: Whether to include a text that is, as a whole, the middle of a control token.
         """
-        spans = [match.span() for match in _matches(self._whole, text, self._longest + 1)]
+        spans = [match.span() for match in _matches(self._whole, text, self._longest + 1, self.window)]
         if not self.tokens or not text:
             return spans
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
@@ -148,7 +153,7 @@ class Hidden:
         if not self.literals:
             return text
         pieces, position = [], 0
-        for match in _matches(_MARKS, text, _LONGEST_MARK):
+        for match in _matches(_MARKS, text, _LONGEST_MARK, self._control.window):
             pieces += [text[position : match.start()], self.literals.get(match[0], match[0])]
             position = match.end()
         return "".join([*pieces, text[position:]])
@@ -223,6 +228,7 @@ class LiteralEncoder:
         self._text_of = {i: token for token, i in self._id_of.items()}
         self._pattern = re.compile(f"{_MARK}|{control.pattern}")
         self._longest = max(_LONGEST_MARK, *map(len, control.tokens), 0)
+        self._window = control.window
 
     def encode(
         self,
@@ -244,7 +250,7 @@ class LiteralEncoder:
         counted: list[int] = []
         borders = [(0, 0)]
         position = encoded = seen = 0
-        for match in _matches(self._pattern, rendered, self._longest):
+        for match in _matches(self._pattern, rendered, self._longest, self._window):
             pieces.append(rendered[position : match.start()])
             if match["mark"] is not None:
                 piece = shown = hidden.literals.get(match[0], match[0])

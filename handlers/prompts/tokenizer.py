@@ -67,7 +67,7 @@ def skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
 UNDECODABLE = "\ufffd"
 
 LONGEST_CHARACTER = 4
-"""Bytes, and so tokens."""
+"""The most bytes of a character, and so the most tokens of which it can consist."""
 
 MOST_TEXTLESS = 16
 """Tokens that may wait for the rest of a character."""
@@ -88,7 +88,7 @@ class Detokenizer:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         prime: Sequence[int] = (),
-        anew: bool = False,
+        new_text: bool = False,
         skipped: Set[int] = frozenset(),
     ) -> None:
         """Begin an answer.
@@ -100,19 +100,19 @@ class Detokenizer:
             min_tokens: A stop string that is complete within this many tokens does not count.
             skip_special_tokens: Whether special tokens are left out of the text.
             prime: The prompt's last tokens, since a word's space depends on what precedes it.
-            anew: Whether the answer begins a new text: a first space that only separates it from the prompt is not
+            new_text: Whether the answer begins a new text: a first space that only separates it from the prompt is not
                 shown, but stop strings may begin with it.
             skipped: Tokens that never have text.
         """
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._skipped = skipped
-        self._anew = anew
-        self._parting = False
+        self._new_text = new_text
+        self._drop_space = False
         self._textless: list[int] = []
         self._last: list[int] = []
-        self._unsaid = 0
-        self._stream = self._primed(list(prime), goes_on=not anew)
+        self._marks_to_drop = 0
+        self._stream = self._primed(list(prime), continues=not new_text)
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -165,8 +165,8 @@ class Detokenizer:
         return self._shown(held)
 
     def _shown(self, text: str) -> str:
-        if self._parting and text:
-            self._parting, text = False, text[1:]
+        if self._drop_space and text:
+            self._drop_space, text = False, text[1:]
         return text
 
     def _step(self, token_id: int) -> str:
@@ -181,36 +181,36 @@ class Detokenizer:
         try:
             text = self._stream.step(self._tokenizer, token_id) or ""
         except Exception:  # tokenizers raises a bare Exception when earlier text changes under a later token
-            text = self._begun_anew()
+            text = self._restarted()
         if not text and len(self._textless) >= MOST_TEXTLESS:
-            text = self._begun_anew()
+            text = self._restarted()
         if not text:
             return ""
-        while self._unsaid and text.startswith(UNDECODABLE):
-            self._unsaid, text = self._unsaid - 1, text[1:]
-        self._unsaid = 0
-        if self._anew and text:
-            self._anew = False
-            self._parting = text.startswith(" ") and not self._decoded(self._textless).startswith(" ")
+        while self._marks_to_drop and text.startswith(UNDECODABLE):
+            self._marks_to_drop, text = self._marks_to_drop - 1, text[1:]
+        self._marks_to_drop = 0
+        if self._new_text and text:
+            self._new_text = False
+            self._drop_space = text.startswith(" ") and not self._decoded(self._textless).startswith(" ")
         self._last = self._textless[-1:]
         self._textless.clear()
         return text
 
-    def _begun_anew(self) -> str:
+    def _restarted(self) -> str:
         """Return the text that is waiting, after the last token that had text; further tokens follow it."""
         before, both = self._decoded(self._last), self._decoded(self._last + self._textless)
         text = both[len(before) :] if both.startswith(before) else self._decoded(self._textless)
-        self._stream = self._primed(self._textless[-1:] if text else self._last, goes_on=True)
+        self._stream = self._primed(self._textless[-1:] if text else self._last, continues=True)
         if not text:
             self._textless.clear()
         return text
 
-    def _primed(self, token_ids: list[int], *, goes_on: bool) -> DecodeStream:
+    def _primed(self, token_ids: list[int], *, continues: bool) -> DecodeStream:
         """Return a stream of the text that follows these tokens, without theirs.
 
         A stream would show them, too, if their text ended within a character: so it gets fewer of them, and what it
         makes of the rest is removed. If they begin within a character, some tokenizers lose all bytes that follow: so
-        the first is left out. goes_on: whether a character that they begin may be completed.
+        the first is left out. continues: whether a character that they begin may be completed.
         """
         for last in range(len(token_ids), 0, -1):
             for first in range(min(LONGEST_CHARACTER, last)):
@@ -218,11 +218,11 @@ class Detokenizer:
                 if self._decoded(known).endswith(UNDECODABLE):
                     continue
                 stream = DecodeStream(ids=known, skip_special_tokens=self._skip_special_tokens)
-                if goes_on:
+                if continues:
                     for token_id in token_ids[last:]:
                         stream.step(self._tokenizer, token_id)
                     whole = self._decoded(token_ids[first:])
-                    self._unsaid = len(whole) - len(whole.rstrip(UNDECODABLE))
+                    self._marks_to_drop = len(whole) - len(whole.rstrip(UNDECODABLE))
                 return stream
         return DecodeStream(skip_special_tokens=self._skip_special_tokens)
 
@@ -276,9 +276,9 @@ class TokenTexts:
         return text
 
     def detokenizer(
-        self, params: RequestSampling, *, prime: Sequence[int] = (), anew: bool = False
+        self, params: RequestSampling, *, prime: Sequence[int] = (), new_text: bool = False
     ) -> Detokenizer:
-        """Return a detokenizer for one answer. prime, anew: see `Detokenizer`."""
+        """Return a detokenizer for one answer. prime, new_text: see `Detokenizer`."""
         return Detokenizer(
             self._backend,
             stop=params.stop,
@@ -286,6 +286,6 @@ class TokenTexts:
             min_tokens=params.min_tokens,
             skip_special_tokens=params.skip_special_tokens,
             prime=prime,
-            anew=anew,
+            new_text=new_text,
             skipped=self._special if params.skip_special_tokens else frozenset(),
         )

@@ -24,8 +24,21 @@ if TYPE_CHECKING:
 
 
 READ = ("GET", "HEAD")
-SSE_TYPE = "text/event-stream"
 REFERENCE = "#/components/schemas/{name}"
+
+JSON = "application/json"
+JSON_LINES = "application/jsonlines"
+SSE_TYPE = "text/event-stream"
+SSE = f"{SSE_TYPE}; charset=utf-8"
+
+MAX_PROMPTS = 1024
+"""The most prompts in one body."""
+
+MAX_ANSWERS = 128
+"""The most answers to one prompt (`n`): OpenAI's limit."""
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +126,6 @@ def reference(part: type[Struct]) -> dict[str, str]:
 def struct_reply(body: Struct, status: int = 200) -> Reply:
     """Return the reply that consists of a struct, as JSON with a line end."""
     return Reply(status, JSON, json.encode(body) + b"\n")
-
-
-SSE = "text/event-stream; charset=utf-8"
-JSON = "application/json"
-JSON_LINES = "application/jsonlines"
-
-MAX_PROMPTS = 1024
-"""The most prompts in one body."""
-
-MAX_ANSWERS = 128
-"""The most answers to one prompt (`n`): OpenAI's limit."""
-
-_LEAST_LOGPROB = -9999.0
-"""OpenAI's number for "impossible"; JSON has no infinity."""
-
-TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
-TokenCount = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +314,3 @@ class Api:
     calls: Mapping[str, Call] = field(default_factory=dict)
     request_id: str = ""
     gate: Callable[[Settings], Gate] | None = None
-
-
-def finite(logprob: float) -> float:
-    """Return a log probability that JSON can hold."""
-    return logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB

@@ -1,4 +1,4 @@
-"""Bounds what a JSON body may hold, before it is parsed.
+"""Bounds what JSON from clients may hold: a body before it is parsed, and how deeply a value in it is nested.
 
 Parsing is one call of C code that no other thread interrupts, so what it may cost is bounded before it begins. The
 count goes through the body in slices, with numpy, which lets other threads run. It does not check that the body is
@@ -36,6 +36,9 @@ MOST_CONTAINERS = 2**16
 
 MOST_KEYS = 2**17
 """Most keys of all objects together."""
+
+MAX_DEPTH = 100
+"""Most levels of lists and objects in a schema, a function or the arguments of a call."""
 
 _FEWEST_VALUES, _MOST_VALUES = 2**19, 2**20
 _FEWEST_ESCAPES, _MOST_ESCAPES = 2**20, 2**22
@@ -112,22 +115,34 @@ def check_body(body: bytes, context: int, longest_text: int = MOST_TEXT_BYTES) -
     return count
 
 
-def with_plain_slashes(body: bytes) -> memoryview:
+def depth(value: object) -> int:
+    """Return how deeply lists and objects are nested, counted up to one level beyond the limit."""
+    level, deep = [value], 0
+    while deep <= MAX_DEPTH:
+        nodes = [node for node in level if isinstance(node, dict | list)]
+        if not nodes:
+            return deep
+        level = [inner for node in nodes for inner in (node.values() if isinstance(node, dict) else node)]
+        deep += 1
+    return deep
+
+
+def with_plain_slashes(body: bytes, slice_bytes: int = SLICE_BYTES) -> memoryview:
     r"""Return the body with `/` for each `\/`, which means the same inside JSON's texts and is an error outside."""
     plain, size = np.empty(len(body), np.uint8), 0
-    for _, piece in _slices(body):
+    for _, piece in _slices(body, slice_bytes):
         short = b"\\\\".join(part.replace(b"\\/", b"/") for part in piece.split(b"\\\\"))
         plain[size : size + len(short)] = np.frombuffer(short, np.uint8)
         size += len(short)
     return plain[:size].data
 
 
-def counted(body: bytes) -> Iterator[BodyCount]:
+def counted(body: bytes, slice_bytes: int = SLICE_BYTES) -> Iterator[BodyCount]:
     """Yield the count after each slice: always the same object, which grows. Takes memory for one slice."""
     count = BodyCount()
     inside = False  # in a text
     opened, flags = 0, 0  # where the text began, and of what was seen of it
-    for at, piece in _slices(body):
+    for at, piece in _slices(body, slice_bytes):
         if b"\\" in piece:
             piece, escapes, slashes = _without_escapes(piece)
             count.escapes += escapes
@@ -147,13 +162,13 @@ def counted(body: bytes) -> Iterator[BodyCount]:
         yield count
 
 
-def _slices(body: bytes) -> Iterator[tuple[int, bytes]]:
+def _slices(body: bytes, size: int) -> Iterator[tuple[int, bytes]]:
     """Yield the start of each slice, and the slice. None ends between a backslash and what it escapes."""
     at = 0
     while at < len(body):
-        piece = body[at : at + SLICE_BYTES]
+        piece = body[at : at + size]
         if (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1:
-            piece = body[at : at + SLICE_BYTES + 1]
+            piece = body[at : at + size + 1]
         yield at, piece
         at += len(piece)
 

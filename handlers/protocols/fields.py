@@ -30,6 +30,7 @@ from handlers.errors import InvalidParameter, InvalidRequest
 from handlers.grammars.json_schema import subschemas
 from handlers.protocols.base import MAX_ANSWERS, TokenId, described
 from handlers.protocols.body import refuse_unknown, shown_value
+from handlers.protocols.body_limits import MAX_DEPTH, depth
 from handlers.request import Constraint, RequestSampling
 
 _Texts = Annotated[list[str], Meta(max_length=MAX_BREAKERS)]
@@ -194,9 +195,6 @@ def _texts(text: str) -> tuple[str, ...]:
 
 MAX_BYTES = 2**18
 """The most bytes of a schema, an expression, a grammar, or all choices together."""
-
-MAX_DEPTH = 100
-"""The most levels of lists and objects in a schema."""
 
 MAX_WHITESPACE_PATTERN = 200
 
@@ -404,18 +402,6 @@ def _with_whitespace(constraint: Constraint, pattern: object, where: str) -> Con
             param=constraint.param,
         )
     return replace(constraint, whitespace_pattern=pattern.replace(r"\s", _SPACE))
-
-
-def depth(value: object) -> int:
-    """Return how deeply lists and objects are nested, counted up to one level beyond the limit."""
-    level, deep = [value], 0
-    while deep <= MAX_DEPTH:
-        nodes = [node for node in level if isinstance(node, dict | list)]
-        if not nodes:
-            return deep
-        level = [inner for node in nodes for inner in (node.values() if isinstance(node, dict) else node)]
-        deep += 1
-    return deep
 
 
 def _only(fields: dict[str, Any], param: str) -> str:

@@ -170,7 +170,7 @@ async def _tokens(
     parts = list(media_parts(task.prompt))
     service.check_images(len(parts))
     size = max(0, incoming.size - sum(part.characters for part in parts))
-    most = min(MOST_TOKENIZED_BYTES, longest_prompt(service.backend.capabilities.max_model_len))
+    most = min(MOST_TOKENIZED_BYTES, longest_prompt(service.pipeline.capabilities.max_model_len))
     if size > most:
         raise InvalidRequest(f"the text is too long to be tokenised at once: {size} bytes; allowed: {most}")
     deadline = time.monotonic() + service.settings.predict_timeout
@@ -180,7 +180,7 @@ async def _tokens(
             if parts:
                 await service.images.load(parts, deadline)
             async with service.long_texts if size > LONG_TEXT_BYTES else nullcontext():
-                found = await service.backend.tokenize(task.prompt)
+                found = await service.pipeline.tokenize(task.prompt)
                 if len(found.token_ids) <= LONG_TEXT_BYTES // 8:
                     written = _written(task, found)
                 else:
@@ -203,7 +203,7 @@ async def _text(
     asked = await asyncio.to_thread(read) if long else read()
     incoming.parsed()
     async with _place(service), service.long_texts if incoming.size > LONG_TEXT_BYTES else nullcontext():
-        reply = Detokenized(await service.backend.detokenize(asked.tokens))
+        reply = Detokenized(await service.pipeline.detokenize(asked.tokens))
     long = len(reply.prompt) > MOST_TOKENIZED_BYTES
     written = await asyncio.to_thread(_encode, reply) if long else _encode(reply)
     return _noted(Reply(200, JSON, written), facts)
@@ -219,7 +219,7 @@ async def _place(service: Service) -> AsyncIterator[None]:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded("the request's time (option.predict_timeout) is up") from error
+            raise DeadlineExceeded() from error
 
 
 def _noted(reply: Reply, facts: RequestFacts) -> Reply:

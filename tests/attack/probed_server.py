@@ -54,6 +54,6 @@ if __name__ == "__main__":
 
     def _build(configuration: object, path: Path) -> Served:
         backend: Any = ProbedBackend()
-        return Served.by(backend)
+        return Served.by(backend, lambda: backend)
 
     sys.exit(main(["serve", *sys.argv[2:]], _build))

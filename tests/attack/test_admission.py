@@ -22,10 +22,10 @@ import uvloop
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from container import exchange, protocol
 from container.app import App
-from container.exchange import Bodies, Body, BodyTimeout
+from container.bodies import FLOOR_SECONDS, Bodies, Body, BodyTimeout
 from container.metrics import Metrics
+from container.protocol import HEAD_SECONDS
 from container.server import HttpServer, bind
 from container.state import ServerState
 from handlers.errors import Overloaded, PayloadTooLarge
@@ -56,16 +56,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def connect(server: ServerProcess) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
 
 
 def metrics(server: ServerProcess) -> dict[str, float]:
-    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=20).text)
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=60).text)
     return {s.name: s.value for family in families for s in family.samples if not s.labels}
 
 
 def refused(server: ServerProcess, kind: str = "overloaded") -> float:
-    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=20).text)
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=60).text)
     return sum(
         s.value
         for family in families
@@ -84,7 +84,7 @@ def until(server: ServerProcess, name: str, value: float) -> None:
 @contextmanager
 def full(server: ServerProcess) -> Iterator[int]:
     """Both places of `small` are taken. Yields the size of a body that holds one; the clients leave at the end."""
-    running = chat(tokens=2, pause=60)
+    running = chat(tokens=2, pause=600)
     with connect(server) as one, connect(server) as two:
         for connection in (one, two):
             connection.sendall(head(len(running)) + running)
@@ -137,11 +137,14 @@ def status(reply: bytes) -> int:
 
 
 @asynccontextmanager
-async def listening(folder: Path, kind: type[App] = App) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
+async def listening(
+    folder: Path, kind: type[App] = App, head_seconds: float = HEAD_SECONDS
+) -> AsyncIterator[tuple[HttpServer, tuple[str, int]]]:
     """The HTTP server in this process, without a model."""
     (folder / "config.json").write_text("{}")
     life = ServerState()
-    http = HttpServer(kind(resolve(model=str(folder), environ={}), life, Metrics(life.stats)))
+    app = kind(resolve(model=str(folder), environ={}), life, Metrics(life.stats))
+    http = HttpServer(app, head_seconds)
     listener = bind("127.0.0.1", 0)
     address = listener.getsockname()
     serving = asyncio.create_task(http.listen(listener))
@@ -208,7 +211,7 @@ def test_declared_bytes_take_nothing_until_they_come(server: ServerProcess) -> N
 
 
 def test_a_body_is_counted_until_its_reply_has_ended(server: ServerProcess) -> None:
-    content = chat(3 * MIB, tokens=2, pause=30)
+    content = chat(3 * MIB, tokens=2, pause=600)
     with connect(server) as connection:
         connection.sendall(head(len(content)) + content)
         until(server, "lmi_requests_in_flight", 1)
@@ -222,7 +225,7 @@ def test_images_are_held_no_longer_than_until_the_engine_has_them(server: Server
     noise = Image.frombytes("RGB", (1500, 1500), random.Random(1).randbytes(1500 * 1500 * 3))
     noise.save(png := io.BytesIO(), "png", compress_level=0)
     url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    order = {"type": "text", "text": json.dumps({"tokens": 2, "pause": 60})}
+    order = {"type": "text", "text": json.dumps({"tokens": 2, "pause": 600})}
     parts = [order, {"type": "image_url", "image_url": {"url": url}}]
     content = json.dumps({"messages": [{"role": "user", "content": parts}], "stream": True}).encode()
     count = MEMORY_MB * MIB // len(content) + 4
@@ -270,14 +273,14 @@ def test_a_full_server_refuses_by_the_head_alone(
         assert metrics(small)["lmi_request_bodies_held_bytes"] == 2 * size
         assert refused(small) - before == 3
         for probe in ("/ping", "/health", "/metrics"):
-            assert httpx.get(small.url + probe, timeout=20).status_code == 200
+            assert httpx.get(small.url + probe, timeout=60).status_code == 200
     until(small, "lmi_requests_in_flight", 0)
     assert ask(small) == 200
     small.wait_for("refused 1 requests before reading their bodies: too many requests are waiting")
 
 
 def test_a_refused_client_keeps_its_connection_where_its_body_is_short(small: ServerProcess) -> None:
-    with full(small), httpx.Client(base_url=small.url) as client:
+    with full(small), httpx.Client(base_url=small.url, timeout=60) as client:
         ports = set()
         for _ in range(5):
             reply = client.post("/v1/chat/completions", content=chat(tokens=1))
@@ -289,7 +292,7 @@ def test_a_refused_client_keeps_its_connection_where_its_body_is_short(small: Se
 
 
 def test_sessions_are_opened_and_closed_where_no_place_is_free(small: ServerProcess) -> None:
-    with full(small), httpx.Client(base_url=small.url) as client:
+    with full(small), httpx.Client(base_url=small.url, timeout=60) as client:
         opened = client.post("/invocations", json={"requestType": "NEW_SESSION"})
         assert opened.status_code == 200
         name = {
@@ -326,7 +329,7 @@ def test_idle_connections_make_room_under_a_small_descriptor_limit(tmp_path: Pat
             with suppress(ConnectionError):
                 connection.sendall(b"GET /pi")  # A head that is never complete is idle, too.
         for _ in range(20):
-            assert httpx.get(f"{server.url}/ping", timeout=20).status_code == 200
+            assert httpx.get(f"{server.url}/ping", timeout=60).status_code == 200
         assert ask(server) == 200
         assert metrics(server)["lmi_connections"] <= 65
         assert received(idle[0]) == b""  # closed, as the oldest
@@ -340,12 +343,12 @@ def test_probes_are_answered_where_every_connection_is_busy(tmp_path: Path) -> N
     with ServerProcess(tmp_path / "shapes") as server, ExitStack() as stack:
         resource.prlimit(server._process.pid, resource.RLIMIT_NOFILE, (128, 128))
         server.ready()
-        stream = chat(tokens=2, pause=60, stream=True)
+        stream = chat(tokens=2, pause=600, stream=True)
         for _ in range(64):
             stack.enter_context(connect(server)).sendall(head(len(stream)) + stream)
         until(server, "lmi_requests_in_flight", 64)
         for _ in range(20):
-            assert httpx.get(f"{server.url}/ping", timeout=20).status_code == 200
+            assert httpx.get(f"{server.url}/ping", timeout=60).status_code == 200
         reply = reply_to(server, head(len(stream), extra="Connection: close\r\n") + stream)
         assert status(reply) == 429
         assert b"too many connections are open" in reply
@@ -481,13 +484,9 @@ def test_a_turn_of_the_event_loop_takes_in_many_connections(tmp_path: Path) -> N
         (PING + b"\r\n", b"\r\n"),
     ],
 )
-def test_what_drips_ends_with_the_time_of_a_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes, drip: bytes
-) -> None:
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
-
+def test_what_drips_ends_with_the_time_of_a_head(tmp_path: Path, first: bytes, drip: bytes) -> None:
     async def check() -> None:
-        async with listening(tmp_path) as (_, address), asyncio.timeout(60):
+        async with listening(tmp_path, head_seconds=0.2) as (_, address), asyncio.timeout(60):
             reader, writer = await asyncio.open_connection(*address)
             writer.write(first)
             ended = asyncio.create_task(reader.read())
@@ -501,11 +500,8 @@ def test_what_drips_ends_with_the_time_of_a_head(
     uvloop.run(check())
 
 
-def test_a_head_that_begins_during_a_reply_does_not_cut_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_that_begins_during_a_reply_does_not_cut_it(tmp_path: Path) -> None:
     """Its time starts once the reply has ended."""
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.0)
 
     class Streams(App):
         go: asyncio.Event
@@ -518,7 +514,7 @@ def test_a_head_that_begins_during_a_reply_does_not_cut_it(
 
     async def check() -> None:
         Streams.go = asyncio.Event()
-        async with listening(tmp_path, Streams) as (http, address), asyncio.timeout(60):
+        async with listening(tmp_path, Streams, 0.0) as (http, address), asyncio.timeout(60):
             reader, writer = await asyncio.open_connection(*address)
             writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
             await reader.readuntil(b"first\r\n")
@@ -557,7 +553,7 @@ def test_requests_before_bytes_that_are_not_http_get_their_replies(
             while not http.server_state.connections:  # noqa: ASYNC110 - without an event
                 await asyncio.sleep(0)
             (connection,) = http.server_state.connections
-            while not connection._deaf:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
+            while not connection._ignores_input:  # type: ignore[union-attr]  # noqa: ASYNC110 - without an event
                 await asyncio.sleep(0)
             Waits.go.set()
             replies = await reader.read()
@@ -579,7 +575,7 @@ def test_a_connection_is_closed_whose_refused_body_came_with_its_head(server: Se
 
 
 def test_a_long_body_behind_an_unfinished_reply_is_not_kept(server: ServerProcess) -> None:
-    first, second = chat(tokens=2, pause=60), chat(200_000)
+    first, second = chat(tokens=2, pause=600), chat(200_000)
     assert reply_to(server, head(len(first)) + first + head(len(second)) + second) == b""
     until(server, "lmi_requests_in_flight", 0)
 
@@ -603,7 +599,7 @@ def test_an_upgrade_is_ignored_and_its_body_read(server: ServerProcess, chunked:
 
 def test_a_request_that_is_refused_amid_its_body_is_counted_once(server: ServerProcess) -> None:
     def counted() -> dict[tuple[str, str], float]:
-        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=20).text)
+        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=60).text)
         return {
             (s.labels["route"], s.labels["status"]): s.value
             for family in families
@@ -703,16 +699,13 @@ def test_a_body_is_read_up_to_its_limit() -> None:
 
 
 @pytest.mark.parametrize("dripping", [False, True])
-def test_a_body_that_is_too_slow_ends(monkeypatch: pytest.MonkeyPatch, dripping: bool) -> None:
-    monkeypatch.setattr(exchange, "FLOOR_SECONDS", 0.2)
-    monkeypatch.setattr(exchange, "SWEEP_SECONDS", 0.02)
-
+def test_a_body_that_is_too_slow_ends(dripping: bool) -> None:
     async def drip() -> MutableMapping[str, Any]:
         await (asyncio.sleep(0.001) if dripping else asyncio.Event().wait())
         return {"type": "http.request", "body": b"a", "more_body": True}
 
     async def check() -> None:
-        budget = Bodies()
+        budget = Bodies(FLOOR_SECONDS if dripping else 0.2, sweep_seconds=0.02)
         budget.limit = MIB
         body = Body(budget, {"content-length": "100000"}, MIB, 60 if not dripping else 0.1)
         with pytest.raises(BodyTimeout, match="took longer" if dripping else "slower than 1024 bytes/s"):

@@ -10,7 +10,7 @@ import pytest
 from processes.environment import SERVER_KEYS, child_environment, forget_keys
 from properties.configuration import resolve
 from tests.support.backend import VLLM
-from tests.support.live import LiveServer, chat_body
+from tests.support.live import LiveServer, chat_body, children_running
 from tests.support.shapes import ROOT, SHAPES
 
 KEY = "sk-the-clients-key"
@@ -35,7 +35,7 @@ def environ_of(process: psutil.Process) -> str:
 
 def children_of(server: LiveServer) -> dict[str, psutil.Process]:
     """All descendants, by command line."""
-    found = psutil.Process(server.process.pid).children(recursive=True)
+    found = children_running(server.process.pid, "", recursive=True)
     return {" ".join(process.cmdline()): process for process in found}
 
 

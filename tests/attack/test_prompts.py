@@ -15,8 +15,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from handlers.errors import InvalidRequest
-from handlers.prompts import special_tokens
 from handlers.prompts.renderer import PromptRenderer
+from handlers.prompts.special_tokens import SEARCH_WINDOW
 from handlers.protocols.errors import own_words
 from handlers.request import ChatPrompt, Message, TextPart, TextPrompt
 from tests.attack.sending import TRIES
@@ -110,13 +110,17 @@ PROMPTS: dict[str, Callable[[], ChatPrompt | TextPrompt]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def renderer() -> PromptRenderer:
+def _renderer(search_window: int = SEARCH_WINDOW) -> PromptRenderer:
     tokenizer = AutoTokenizer.from_pretrained("examples/shapes")
     template = Path("examples/shapes/chat_template.jinja").read_text()
-    rendering = PromptRenderer(tokenizer, template, "auto", "<image>")
+    rendering = PromptRenderer(tokenizer, template, "auto", "<image>", search_window=search_window)
     rendering.longest = 2**22
     return rendering
+
+
+@pytest.fixture(scope="module")
+def renderer() -> PromptRenderer:
+    return _renderer()
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
@@ -166,24 +170,20 @@ def test_all_that_a_template_may_print_counts_towards_the_longest_prompt(
         renderer.render(prompt)
 
 
-def test_too_many_tokens_are_refused_before_they_are_listed(
-    renderer: PromptRenderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("handlers.prompts.renderer._FEWEST_TOKENS", 2**10)
+def test_too_many_tokens_are_refused_before_they_are_listed(renderer: PromptRenderer) -> None:
     with pytest.raises(InvalidRequest, match=r"the prompt has 11000.. tokens.* at most 1048576"):
         renderer.render(_chat("a" * 1_100_000))
 
 
 @pytest.mark.parametrize("window", [1, 7, 2**17])
 def test_control_tokens_are_hidden_and_restored_across_any_border(
-    renderer: PromptRenderer, window: int, monkeypatch: pytest.MonkeyPatch
+    renderer: PromptRenderer, window: int
 ) -> None:
     draw = random.Random(window)
     words = ["<image>", "<ima", "ge>", "<", ">", "a", " ", "</s>", "<pad>"]
     texts = ["".join(draw.choices(words, k=draw.randint(0, 30))) for _ in range(100)]
-    expected = [renderer.render(_chat(text, text)) for text in texts]
-    monkeypatch.setattr(special_tokens, "_WINDOW", window)
-    for text, before in zip(texts, expected, strict=True):
-        found = renderer.render(_chat(text, text))
+    in_windows = _renderer(window)
+    for text in texts:
+        before, found = renderer.render(_chat(text, text)), in_windows.render(_chat(text, text))
         assert (found.text, found.token_ids) == (before.text, before.token_ids)
         assert found.text.count(text) >= 2 * bool(text)

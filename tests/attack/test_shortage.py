@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from handlers.custom.backend import CustomBackend
@@ -39,7 +40,9 @@ def no_descriptors(process: int) -> Iterator[None]:
 def server() -> Iterator[LiveServer]:
     options = ("retry_threshold=1", "image_fetch_allow_private=127.0.0.1")
     with LiveServer(SHAPES, *options) as live:
-        assert live.chat("hello").status_code == 200  # over a connection that is kept
+        # Over a connection that is kept: without descriptors the server takes no other.
+        live.http = httpx.Client(base_url=live.url, timeout=60, limits=httpx.Limits(keepalive_expiry=None))
+        assert live.chat("hello").status_code == 200
         yield live
 
 

@@ -66,7 +66,7 @@ def test_our_server_is_measured_with_images(
 
 
 def test_as_many_requests_as_asked_for_are_sent_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    with StandIn(first=0.05, gap=0.01, tokens=3).open() as server:
+    with StandIn(first=0.05, gap=0.04, tokens=3).open() as server:
         status, found, said = bench(capsys, server.url, *SMALL, "--streams", "1,2", "--requests", "6")
     assert status == 0
     assert len(server.log) == 12
@@ -75,9 +75,10 @@ def test_as_many_requests_as_asked_for_are_sent_and_timed(capsys: pytest.Capture
     for level in found["levels"]:
         times = level["servers"][0]
         assert times["ttft_ms"]["p50"] >= 50
-        assert times["itl_ms"]["p50"] >= 10
-        assert times["e2e_ms"]["p50"] >= 70
-        assert times["tpot_ms"]["p50"] >= 10
+        assert times["e2e_ms"]["p50"] >= 170
+        # A token that was read late came sooner after the one before it: half of the gap is enough.
+        assert times["itl_ms"]["p50"] >= 20
+        assert times["tpot_ms"]["p50"] >= 20
     assert "1 stream, " in said
     assert "6 requests" in said
 

@@ -418,7 +418,7 @@ class TestServer:
         assert reply["choices"][0]["message"]["content"] == "a green triangle"
 
     def test_without_a_key_only_health_and_metrics_answer(self, server: LiveServer) -> None:
-        with httpx.Client(base_url=server.url) as anybody:
+        with httpx.Client(base_url=server.url, timeout=60) as anybody:
             for path in ("/ping", "/health", "/metrics"):
                 assert anybody.get(path).status_code == 200
             for method, path in (

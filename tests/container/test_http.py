@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=20) as session:
+    with httpx.Client(base_url=server.url, timeout=60) as session:
         yield session
 
 
@@ -50,10 +50,10 @@ def metric(client: httpx.Client, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def until(condition: Any, seconds: float) -> None:
-    began = time.monotonic()
+def until(condition: Any) -> None:
+    end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() - began < seconds, "it did not happen in time"
+        assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
 
 
@@ -141,7 +141,7 @@ def test_a_body_over_the_limit_is_refused_by_its_length(client: httpx.Client) ->
 
 
 def test_a_chunked_body_over_the_limit_is_refused_while_it_comes(server: ServerProcess) -> None:
-    connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
     chunk = b"x" * 50_000
     connection.request("POST", "/invocations", body=iter([chunk] * 5), headers=HEADERS, encode_chunked=True)
     reply = connection.getresponse()
@@ -151,7 +151,7 @@ def test_a_chunked_body_over_the_limit_is_refused_while_it_comes(server: ServerP
 
 
 def test_a_chunked_body_within_the_limit_is_read(server: ServerProcess) -> None:
-    connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
     body = json.dumps(ask(tokens=2)).encode()
     connection.request("POST", "/invocations", body=iter([body[:20], body[20:]]), headers=HEADERS)
     assert connection.getresponse().status == 200
@@ -160,7 +160,7 @@ def test_a_chunked_body_within_the_limit_is_read(server: ServerProcess) -> None:
 
 def test_a_client_may_ask_before_it_sends(server: ServerProcess) -> None:
     body = json.dumps(ask(tokens=1)).encode()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         head = "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
@@ -216,21 +216,21 @@ def test_an_engine_error_in_a_stream_ends_it(client: httpx.Client) -> None:
 
 
 def test_a_client_that_leaves_a_stream_is_noticed(server: ServerProcess, client: httpx.Client) -> None:
-    connection = send(server, json.dumps(ask(stream=True, tokens=1000, pause=0.05)).encode())
+    connection = send(server, json.dumps(ask(stream=True, tokens=10_000, pause=0.05)).encode())
     assert connection.recv(100).startswith(b"HTTP/1.1 200")
     assert metric(client, "lmi_requests_running") == 1
     connection.close()
-    until(lambda: metric(client, "lmi_requests_running") == 0, 10)  # sooner than the 50 s of the answer
+    until(lambda: metric(client, "lmi_requests_running") == 0)  # sooner than the 500 s of the answer
     server.wait_for("container.request.*ended=client_gone")
 
 
 def test_a_client_that_leaves_before_its_whole_answer_is_noticed(
     server: ServerProcess, client: httpx.Client
 ) -> None:
-    connection = send(server, json.dumps(ask(tokens=2, pause=30)).encode())
-    until(lambda: metric(client, "lmi_requests_running") == 1, 5)
+    connection = send(server, json.dumps(ask(tokens=2, pause=600)).encode())
+    until(lambda: metric(client, "lmi_requests_running") == 1)
     connection.close()
-    until(lambda: metric(client, "lmi_requests_running") == 0, 10)
+    until(lambda: metric(client, "lmi_requests_running") == 0)
     server.wait_for("container.request.*status=499.*ended=client_gone")
 
 
@@ -241,13 +241,13 @@ def test_a_client_that_leaves_while_its_image_is_fetched_is_noticed(
         url = f"http://127.0.0.1:{slow.getsockname()[1]}/cat.png"
         connection = send(server, json.dumps(ask(images=(url,))).encode())
         fetching, _ = slow.accept()
-        fetching.settimeout(10)
+        fetching.settimeout(60)
         assert fetching.recv(4).startswith(b"GET")
         connection.close()
         while fetching.recv(4096):
             pass
         fetching.close()
-    until(lambda: metric(client, "lmi_requests_in_flight") == 0, 10)
+    until(lambda: metric(client, "lmi_requests_in_flight") == 0)
 
 
 def test_a_client_that_does_not_finish_its_body_costs_nothing(
@@ -257,11 +257,11 @@ def test_a_client_that_does_not_finish_its_body_costs_nothing(
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"POST /predictions/model HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
     name = 'lmi_http_requests_total{route="/predictions/{model}",status="499"}'
-    until(lambda: metric(client, name) == before + 1, 10)
+    until(lambda: metric(client, name) == before + 1)
 
 
 def test_a_head_without_end_is_cut_off(server: ServerProcess) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n")
         try:
             for _ in range(200):
@@ -305,7 +305,7 @@ def test_ping_is_answered_while_few_chunks_are_under_load(
 
     reader = threading.Thread(target=drain)
     reader.start()
-    until(lambda: metric(client, "lmi_inter_token_latency_seconds_count") > 1000, 10)
+    until(lambda: metric(client, "lmi_inter_token_latency_seconds_count") > 1000)
     meanwhile = []
     ping = HTTPConnection("127.0.0.1", server.port)
     for _ in range(50):
@@ -319,7 +319,7 @@ def test_ping_is_answered_while_few_chunks_are_under_load(
     reader.join()
     for connection in connections:
         connection.close()
-    until(lambda: metric(client, "lmi_requests_running") == 0, 5)
+    until(lambda: metric(client, "lmi_requests_running") == 0)
     assert sorted(meanwhile)[-3] < 320, meanwhile
 
 
@@ -355,7 +355,7 @@ def test_a_key_guards_everything_but_health(tmp_path: Path) -> None:
         server.wait_for('"message": "ready after')
         line = json.loads(server.wait_for("listening on"))
         server.port = int(line["message"].rpartition(":")[2])
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.get("/ping").status_code == 200
             assert client.get("/v1/models").status_code == 401
             wrong = client.post("/v1/chat/completions", json=ask(), headers={"authorization": "Bearer no"})

@@ -32,7 +32,7 @@ def test_the_fields_of_the_queries_are_logged(tmp_path: Path) -> None:
         server = container.ready()
         for tokens in (3, 0):
             body = {"inputs": "{}", "parameters": {"max_new_tokens": tokens}}
-            httpx.post(f"{server.url}/invocations", json=body)
+            httpx.post(f"{server.url}/invocations", json=body, timeout=60)
         lines = [
             json.loads(container.wait_for(rf'"message": "request".*"status": {status}'))
             for status in (200, 400)

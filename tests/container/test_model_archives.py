@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from container.models import prepare
 from container.models.prepare import unpack
 from handlers.errors import InsufficientStorage, InvalidRequest
 
@@ -163,9 +162,6 @@ def test_what_is_no_whole_archive_is_refused(
         unpack(path, place)
 
 
-def test_a_disk_without_space_is_said_to_be_full(
-    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare, "SPARE_BYTES", 2**60)
+def test_a_disk_without_space_is_said_to_be_full(tmp_path: Path, place: Path) -> None:
     with pytest.raises(InsufficientStorage, match=r"0\.00 GiB of the disk are left"):
-        unpack(packed(tmp_path / "m.tar.gz", plain("weights")), place)
+        unpack(packed(tmp_path / "m.tar.gz", plain("weights")), place, spare_bytes=2**60)

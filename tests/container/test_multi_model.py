@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import signal
 import tarfile
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from container.models.messages import Start
 from container.models.serve import configuration_of
 from handlers.backends.unused import unused_on
-from tests.support.live import LiveServer, chat_body, message
+from tests.support.live import LiveServer, chat_body, children_running, message
 from tests.support.sagemaker_front import ENDPOINT, SageMakerFront
 from tests.support.shapes import SHAPES, circle, square
 
@@ -109,18 +108,14 @@ def said(reply: httpx.Response) -> str:
 
 def process_of(live: LiveServer, name: str, module: str) -> psutil.Process:
     """The process of a model that runs this module; its server writes its name on its request's line."""
-    servers = [
-        child
-        for child in psutil.Process(live.process.pid).children()
-        if "container.models.serve" in child.cmdline()
-    ]
+    servers = children_running(live.process.pid, "container.models.serve")
     servers.sort(key=psutil.Process.create_time)
     order = [one["modelName"] for one in live.http.get("/models").json()["models"]]
     assert len(servers) == len(order)
     server = servers[order.index(name)]
     if module == "container.models.serve":
         return server
-    return next(child for child in server.children() if module in child.cmdline())
+    return children_running(server.pid, module)[0]
 
 
 def test_two_models_answer_at_the_same_time(server: LiveServer) -> None:
@@ -143,7 +138,7 @@ def test_the_model_is_named_by_path_query_header_or_body(server: LiveServer) -> 
         reply = server.http.post(path, json={**body, **more}, headers={**headers, "x-request-id": "by-name"})
         assert said(reply) == "a red circle"
         assert reply.headers["x-request-id"] == "by-name"
-        server.wait_for(r"container.request: request model=two request_id=by-name .*status=200", 10)
+        server.wait_for(r"container.request: request model=two request_id=by-name .*status=200")
     lmi = {"inputs": "Hello!", "parameters": {"max_new_tokens": 3}}
     assert "generated_text" in server.http.post("/models/one/invoke", json=lmi).json()
     assert server.http.post("/tokenize?model_name=one", json={"prompt": "Hello!"}).json()["count"] > 0
@@ -331,7 +326,7 @@ def test_a_request_for_a_model_that_is_being_loaded_waits_for_it(server: LiveSer
 def test_a_client_that_leaves_aborts_its_request(server: LiveServer) -> None:
     with server.http.stream("POST", "/models/one/invoke", json=LONG | {"max_tokens": 3000}) as reply:
         next(reply.iter_bytes())
-    server.wait_for(r"container.request: request model=one .*ended=client_gone", 20)
+    server.wait_for(r"container.request: request model=one .*ended=client_gone")
 
 
 def test_metrics_have_the_models_name(server: LiveServer) -> None:
@@ -399,9 +394,15 @@ def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -
     archived(model_at(store / "shapes"))
     shutil.rmtree(store / "shapes")
     key = {"authorization": "Bearer secret"}
-    with LiveServer(
-        store, "multi_model=true", "model_idle_timeout=2", "max_models=1", "api_key=secret", "log_format=json"
-    ) as live:
+    (temporary := tmp_path / "tmp").mkdir()
+    options = (
+        "multi_model=true",
+        "model_idle_timeout=2",
+        "max_models=1",
+        "api_key=secret",
+        "log_format=json",
+    )
+    with LiveServer(store, *options, TMPDIR=str(temporary)) as live:
         live.wait_for(r"ready after")  # The model's server and the one in front of it each say so.
         assert live.http.get("/ping").status_code == 200
         for method, path in (("GET", "/models"), ("POST", "/models"), ("DELETE", "/models/shapes")):
@@ -414,7 +415,7 @@ def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -
         until = time.monotonic() + 60
         while live.http.get("/models/shapes").json()["status"] != "IDLE":
             assert time.monotonic() < until
-        live.wait_for("model shapes was put out")
+        live.wait_for("model shapes had no requests")
         assert psutil.Process(live.process.pid).children() == []
         with live.http.stream("POST", "/models/shapes/invoke", json=LONG) as reply:
             parts = reply.iter_bytes()
@@ -426,12 +427,8 @@ def test_models_of_the_directory_a_key_idle_models_and_sigterm(tmp_path: Path) -
     assert {
         line.get("model") for line in lines if line["message"] == "request" and line["status"] == 200
     } >= {"shapes"}
-    until = time.monotonic() + 10
-    while list(
-        Path(os.environ.get("TMPDIR", "/tmp")).glob(
-            f"lmi-models-{os.getuid()}/models-*/*/files/model.safetensors"
-        )
-    ):
+    until = time.monotonic() + 60
+    while list(temporary.rglob("model.safetensors")):
         assert time.monotonic() < until
 
 

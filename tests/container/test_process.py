@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.live import free_port
 from tests.support.scripted_server import ServerProcess
 from tests.support.shapes import ROOT, SHAPES
 
@@ -30,7 +31,7 @@ def order(**fields: object) -> dict[str, object]:
 def begin(server: ServerProcess, **fields: object) -> socket.socket:
     """Send a request and read nothing."""
     body = json.dumps(order(**fields)).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     connection.sendall(
         b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         + f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -40,26 +41,28 @@ def begin(server: ServerProcess, **fields: object) -> socket.socket:
 
 
 def until_running(server: ServerProcess) -> None:
-    end = time.monotonic() + 10
-    with httpx.Client(base_url=server.url) as client:
+    end = time.monotonic() + 60
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         while "in_flight 1.0" not in client.get("/metrics").text:
             assert time.monotonic() < end
             time.sleep(0.01)
 
 
 def test_the_port_answers_while_the_model_loads(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD="1") as server:
+    os.mkfifo(go := tmp_path / "go")
+    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD=f"until {go}") as server:
         server.listening()
-        ping = httpx.get(f"{server.url}/ping")
+        ping = httpx.get(f"{server.url}/ping", timeout=60)
         assert ping.status_code == 503
         assert ping.json() == {"status": "Loading", "reason": "the model is loading"}
-        early = httpx.post(f"{server.url}/v1/chat/completions", json=order())
+        early = httpx.post(f"{server.url}/v1/chat/completions", json=order(), timeout=60)
         assert early.status_code == 503
         assert int(early.headers["retry-after"]) > 0
-        assert httpx.get(f"{server.url}/health").status_code == 503
-        assert httpx.get(f"{server.url}/v1/models").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 503
+        assert httpx.get(f"{server.url}/v1/models", timeout=60).status_code == 200
+        go.write_bytes(b"")
         server.ready()
-        assert httpx.get(f"{server.url}/ping").status_code == 200
+        assert httpx.get(f"{server.url}/ping", timeout=60).status_code == 200
 
 
 def test_a_probe_is_told_how_far_loading_is(tmp_path: Path) -> None:
@@ -67,11 +70,11 @@ def test_a_probe_is_told_how_far_loading_is(tmp_path: Path) -> None:
         server.listening()
         reason = ""
         while "GiB" not in reason:
-            ping = httpx.get(f"{server.url}/ping")
+            ping = httpx.get(f"{server.url}/ping", timeout=60)
             assert ping.status_code == 503
             assert ping.json()["status"] == "Loading"
             reason = ping.json()["reason"]
-        assert re.fullmatch(r"the model is loading: 1\.00 GiB of 2\.00 GiB, \S+ GiB/s, \S+ s left", reason)
+        assert re.fullmatch(r"the model is loading: 1\.00 GiB of 2\.00 GiB, \S+ [GM]iB/s, \S+ s left", reason)
 
 
 def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
     os.close(theirs)
     try:
         shown = b""
-        while re.search(rb"\[#{8}\.{8}\] 1\.00 GiB of 2\.00 GiB, \S+ GiB/s, \d+ s left", shown) is None:
+        while re.search(rb"\[#{8}\.{8}\] 1\.00 GiB of 2\.00 GiB, \S+ [GM]iB/s, \d+ s left", shown) is None:
             shown += os.read(ours, 1000)
     finally:
         server.kill()
@@ -94,19 +97,24 @@ def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_runs_finish(tmp_path: Path, number: int) -> None:
+    os.mkfifo(go := tmp_path / "go")
     with ServerProcess(tmp_path / "m") as server:
         server.ready()
         with httpx.stream(
-            "POST", f"{server.url}/v1/chat/completions", json=order(tokens=6, pause=0.1, stream=True)
+            "POST",
+            f"{server.url}/v1/chat/completions",
+            json=order(tokens=2, until=str(go), stream=True),
+            timeout=60,
         ) as reply:
             lines = reply.iter_lines()
             next(lines)
             server.signal(number)
             server.wait_for("stopping; running requests may finish")
-            refused = httpx.post(f"{server.url}/v1/chat/completions", json=order())
+            refused = httpx.post(f"{server.url}/v1/chat/completions", json=order(), timeout=60)
             assert refused.status_code == 503
             assert "stopping" in refused.json()["error"]["message"]
-            assert httpx.get(f"{server.url}/ping").json()["status"] == "Draining"
+            assert httpx.get(f"{server.url}/ping", timeout=60).json()["status"] == "Draining"
+            go.write_bytes(b"")
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""]
         assert server.wait() == 0
@@ -116,30 +124,30 @@ def test_a_signal_lets_what_runs_finish(tmp_path: Path, number: int) -> None:
 def test_what_does_not_finish_in_time_is_told_and_the_exit_is_clean(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "m", "--option", "drain_timeout=0.6") as server:
         server.ready()
-        with begin(server, tokens=2, pause=60) as connection:
+        with begin(server, tokens=2, pause=600) as connection:
             until_running(server)
             server.signal()
             assert connection.recv(100).startswith(b"HTTP/1.1 503 ")
-        assert server.wait() == 0  # sooner than the 60 s of the request
+        assert server.wait() == 0  # sooner than the 600 s of the request
         assert "aborting 1 requests" in server.log
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "m") as server:
         server.ready()
-        with begin(server, tokens=2, pause=30):
+        with begin(server, tokens=2, pause=600):
             until_running(server)
             server.signal()
             server.wait_for("stopping")
             server.signal()
-            assert server.wait() == 128 + signal.SIGTERM  # sooner than the 30 s of the request
+            assert server.wait() == 128 + signal.SIGTERM  # sooner than the 600 s of the request
 
 
 def test_a_signal_while_the_model_loads_ends_it(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD="60") as server:
+    with ServerProcess(tmp_path / "m", SCRIPTED_LOAD="600") as server:
         server.listening()
         server.signal()
-        assert server.wait() == 0  # sooner than the 60 s of the model
+        assert server.wait() == 0  # sooner than the 600 s of the model
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path: Path, plan: st
 
 
 def test_loading_has_a_time_limit(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "m", "--option", "model_loading_timeout=0.3", SCRIPTED_LOAD="60") as server:
+    with ServerProcess(
+        tmp_path / "m", "--option", "model_loading_timeout=0.3", SCRIPTED_LOAD="600"
+    ) as server:
         assert server.wait() == 1
         assert "raise option.model_loading_timeout" in server.log
 
@@ -248,8 +258,7 @@ def test_only_the_serve_command_listens_on_all_addresses(tmp_path: Path) -> None
 
 
 def test_the_platform_may_choose_the_port(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with ServerProcess(tmp_path / "m", port=None, SAGEMAKER_BIND_TO_PORT=str(port)) as server:
         assert server.listening().port == port
 
@@ -261,9 +270,9 @@ def test_a_variable_alone_names_the_model(tmp_path: Path, variable: str) -> None
     (model / "config.json").write_text("{}")
     with ServerProcess(None, **{variable: str(model)}) as server:
         server.ready()
-        (listed,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        (listed,) = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]
         assert listed["id"] == "named"
-        assert httpx.post(f"{server.url}/invocations", json=order()).status_code == 200
+        assert httpx.post(f"{server.url}/invocations", json=order(), timeout=60).status_code == 200
 
 
 def test_lmis_options_reach_the_service(tmp_path: Path) -> None:
@@ -271,15 +280,21 @@ def test_lmis_options_reach_the_service(tmp_path: Path) -> None:
     opening, prompt = {"requestType": "NEW_SESSION"}, {"inputs": '{"tokens": 2}'}
     with ServerProcess(tmp_path / "m", *options) as server:
         url = f"{server.ready().url}/invocations"
-        assert httpx.post(url, json=prompt).headers["content-type"].startswith("text/event-stream")
-        end = httpx.post(url, json=opening).headers["X-Amzn-SageMaker-Session-Id"].partition("Expires=")[2]
+        assert (
+            httpx.post(url, json=prompt, timeout=60).headers["content-type"].startswith("text/event-stream")
+        )
+        end = (
+            httpx.post(url, json=opening, timeout=60)
+            .headers["X-Amzn-SageMaker-Session-Id"]
+            .partition("Expires=")[2]
+        )
         left = datetime.strptime(end, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC) - datetime.now(UTC)
         assert 60 < left.total_seconds() <= 90
     options = ("--option", "tgi_compat=true", "--option", "enable_stateful_sessions=false")
     with ServerProcess(tmp_path / "m", *options) as server:
         url = f"{server.ready().url}/invocations"
-        assert httpx.post(url, json=prompt).json()[0]["details"]["generated_tokens"] == 2
-        refused = httpx.post(url, json=opening)
+        assert httpx.post(url, json=prompt, timeout=60).json()[0]["details"]["generated_tokens"] == 2
+        refused = httpx.post(url, json=opening, timeout=60)
         assert refused.status_code == 400
         assert "enable_stateful_sessions" in refused.text
 
@@ -322,11 +337,13 @@ def test_prompts_are_logged_when_asked_for_and_images_never(tmp_path: Path) -> N
         server.ready()
         url = f"{server.url}/v1/chat/completions"
         httpx.post(
-            url, json=order(say="the answer", note="see data:image/png;base64,QUJD and https://x.example/y")
+            url,
+            json=order(say="the answer", note="see data:image/png;base64,QUJD and https://x.example/y"),
+            timeout=60,
         )
         assert "see [link] and [link]" in server.wait_for("container.prompts: prompt")
         assert "the answer" in server.wait_for("container.prompts: answer")
-        httpx.post(url, json=order(say="in parts", stream=True), headers={"x-request-id": "s-1"})
+        httpx.post(url, json=order(say="in parts", stream=True), headers={"x-request-id": "s-1"}, timeout=60)
         assert "in parts" in server.wait_for("container.prompts: answer request_id=s-1")
         server.signal()
         assert server.wait() == 0

@@ -8,10 +8,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.support.live import LiveServer
+from tests.support.live import LiveServer, children_running
 from tests.support.shapes import SHAPES
 from tests.support.wheels import wheel
 
@@ -73,6 +72,8 @@ def test_code_is_also_found_where_sagemakers_sdk_packs_it(model: Path) -> None:
     )
     with LiveServer(model) as live:
         assert live.http.post("/invocations", json={}).text == "hello from a wheel and its neighbour"
+        live.terminate()
+        assert live.wait() == 0
         assert f"model_dir is {model}\n" in live.log
 
 
@@ -152,9 +153,7 @@ def test_an_installation_that_hangs_is_ended_by_the_time_limit_and_by_sigterm(mo
     log = ended(model, "model_loading_timeout=3")
     assert "the model was not ready within 3 s (requirements.txt is being installed); raise" in log
     with LiveServer(model, ready=False) as live:
-        while not (
-            pips := [one for one in psutil.Process(live.process.pid).children() if "pip" in one.cmdline()]
-        ):
+        while not (pips := children_running(live.process.pid, "pip install")):
             assert live.process.poll() is None
         assert "requirements.txt is being installed" in json.dumps(live.http.get("/ping").json())
         live.process.send_signal(signal.SIGTERM)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine.attention.varlen
-from engine.attention import gather
-from engine.attention.gather import CpuKernel, GatherKernel, cap_scores
+from engine.attention import cpu, gather
+from engine.attention.cpu import CpuKernel
+from engine.attention.gather import GatherKernel, cap_scores
 from engine.attention.kernel import AttentionKernel, CacheShape, PackedStep, StaticStep
 from engine.attention.reference import ReferenceKernel
 from engine.attention.select import AUTO, choose_kernel, trial
@@ -225,6 +228,53 @@ def test_cpu_kernel_answers_as_the_formula_on_long_contexts(
 ) -> None:
     shape, heads, window = drawn
     compare(CpuKernel, shape, heads, window, seed, sequences=5, longest=300)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler")
+def test_decodes_are_compiled_where_there_is_a_compiler() -> None:
+    assert cpu.compiled() is not None
+
+
+@pytest.mark.parametrize(
+    ("capability", "spec", "reason"),
+    [
+        ("DEFAULT", None, "no C compiler"),
+        ("DEFAULT", "missing.so", "no AVX2"),
+        ("AVX2", "missing.so", "missing.so"),
+    ],
+)
+def test_without_compiled_code_torch_attends_and_the_log_says_why(
+    capability: str,
+    spec: str | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = None if spec is None else ModuleSpec("engine.attention._decodes", None, origin=spec)
+    monkeypatch.setattr(cpu, "find_spec", lambda name: found)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    cpu.compiled.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, "engine.attention.cpu"):
+            shape = replace(TEXT, num_layers=2, num_blocks=23, block_size=16)
+            compare(CpuKernel, shape, 4, 7, 0, sequences=4, longest=70)
+    finally:
+        cpu.compiled.cache_clear()
+    [record] = caplog.records
+    assert reason in record.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_within_its_sequence_and_is_not_lost(dtype: torch.dtype) -> None:
+    shape = CacheShape(1, 4, 16, 2, 64, dtype, CPU)
+    kernel = CpuKernel(shape)
+    query, key, value = (torch.randn(2, 2, 64).to(dtype) for _ in range(3))
+    key[1] = float("nan")
+    kernel.begin(packed(shape, [([1], 0, 1), ([2], 0, 1)]))
+    out = kernel.attend(0, query, key, value, scale=0.125)
+    torch.testing.assert_close(out[0], value[0])
+    assert out[1].isnan().all()
 
 
 @unhurried

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from engine.executor import threads_for
 from engine.machine import usable_cores
 from engine.messages import Add
 from engine.process import use_cores
-from engine.runner import FEW_ROWS
 from engine.sampling_params import SamplingParams
+from engine.threads import MANY_ROWS, RECENT, RETRY, StepThreads
 from tests.support.engine_driver import load_engine
 from tests.support.shapes import ROOT
 
@@ -67,21 +68,76 @@ def test_a_small_model_takes_no_more_threads_than_its_weights_keep_busy(
     assert threads_for(EngineConfig(model_path="", threads=5), 4 << 20) == 5
 
 
-def test_threads_that_sleep_are_not_woken_for_a_few_rows(tiny_llava: Path) -> None:
-    engine = load_engine(tiny_llava)
-    engine.runner.sleeping_threads = 2
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    try:
+    yield
+    torch.set_num_threads(before)
+
+
+class Steps:
+    """Steps of a virtual duration, computed with threads that `threads` chooses."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self.threads = StepThreads(2, lambda: self._now)
+
+    def run(self, count: int, rows: int, seconds: dict[int, float]) -> list[int]:
+        """Run so many steps that take the seconds of their number of threads; return these numbers."""
+        used = []
+        for _ in range(count):
+            with self.threads.step(rows):
+                used.append(torch.get_num_threads())
+                self._now += seconds[used[-1]]
+        return used
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_small_steps_get_the_number_of_threads_that_was_faster_of_late() -> None:
+    steps = Steps()
+    idle, busy = {1: 0.016, 2: 0.012}, {1: 0.016, 2: 0.028}
+    assert steps.run(2 * RECENT + 7 * RETRY, 1, idle).count(1) == RECENT + 7
+    used = steps.run(8 * RETRY, 1, busy)
+    assert used[0] == 2
+    assert 2 not in used[RECENT : RETRY - 1]
+    assert used.count(2) <= RECENT + 8
+    used = steps.run(RECENT * RETRY + 200, 1, idle)
+    assert used[-RETRY:].count(2) >= RETRY - 1
+    assert steps.run(2 * RECENT + 1, 8, busy)[-1] == 1, "other sizes are timed apart"
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_prompts_get_all_threads_and_a_single_thread_is_left_alone() -> None:
+    torch.set_num_threads(1)
+    with StepThreads(2).step(MANY_ROWS):
+        assert torch.get_num_threads() == 2
+    for rows in (1, MANY_ROWS):
+        with StepThreads(1).step(rows):
+            assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_tokens_do_not_depend_on_the_number_of_threads(tiny_llava: Path) -> None:
+    engine = load_engine(tiny_llava)
+    answers = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        engine.runner.threads = StepThreads(count)
         engine.add(
-            Add(0, [65] * FEW_ROWS, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True), [0], ())
+            Add(
+                count,
+                [65] * MANY_ROWS,
+                SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+                [0],
+                (),
+            )
         )
-        threads = []
+        outputs = []
         while engine.has_work:
-            engine.step()
-            threads.append(torch.get_num_threads())
-        assert threads == [2, 1]
-    finally:
-        torch.set_num_threads(before)
+            outputs += engine.step()
+        answers.append([token for output in outputs for token in output.token_ids])
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 24
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")

@@ -172,7 +172,7 @@ def test_killing_one_rank_ends_the_group_and_fails_its_requests(two_ranks: Kept)
         await stream.get()
         (rank,) = psutil.Process(client.pid).children()
         rank.kill()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await fails(stream)
             await client.wait_dead()
 
@@ -186,7 +186,7 @@ def test_a_killed_engine_fails_its_requests_at_once_and_is_restarted(llava: Path
             await stream.get()
             pid = group.replicas[0].client.pid
             os.kill(pid, signal.SIGKILL)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(60):
                 await fails(stream)
             assert not group.alive
             with pytest.raises(EngineDead):
@@ -228,7 +228,7 @@ def test_a_spare_process_takes_the_place_of_one_that_dies(llava: Path) -> None:
             assert group.replicas[0].client.pid == first.pid
             second = await next_spare(group)
             second.kill()  # one that has died itself is of no use
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while second.is_running() and second.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             await dies(group)
@@ -242,7 +242,7 @@ def test_a_spare_process_takes_the_place_of_one_that_dies(llava: Path) -> None:
 
 def test_an_engine_that_hangs_is_killed_and_restarted(llava: Path) -> None:
     async def scenario() -> None:
-        async with running_group([config(llava)], stuck_seconds=1.0) as group:
+        async with running_group([config(llava)], stuck_seconds=3.0) as group:
             stream = group.submit(endless())
             await stream.get()
             pid = group.replicas[0].client.pid
@@ -268,7 +268,7 @@ def test_a_crash_loop_is_given_up_although_the_watchdog_asks_in_between(
                 for _ in range(2):
                     while not group.alive:
                         await group.changed()
-                    assert await group.replicas[0].client.ping(10**6, 5.0)
+                    assert await group.replicas[0].client.ping(10**6, 30.0)
                     group.replicas[0].client.kill()
                     while group.alive:
                         await group.changed()
@@ -318,7 +318,7 @@ def test_an_aborted_request_leaves_the_engine_within_a_step(one_rank: Kept) -> N
         stream = client.submit(endless())
         await stream.get()
         stream.abort()
-        assert await client.ping(1, 5.0)
+        assert await client.ping(1, 30.0)
         assert client.stats.running == 0
         assert client.stats.blocks_used == 0
 
@@ -359,7 +359,7 @@ def test_the_engine_ends_when_the_front_is_gone(llava: Path) -> None:
         client = await EngineClient.start(config(llava))
         client.submit(endless())
         client._connection.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await client.wait_dead()
             await client.stop()
         assert client.returncode is not None

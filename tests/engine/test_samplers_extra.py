@@ -32,7 +32,7 @@ from handlers.backends.vllm.sampling import (
     to_vllm,
 )
 from handlers.errors import InvalidRequest
-from handlers.pipeline import DRY_BREAKERS, spelled
+from handlers.pipeline import DRY_BREAKERS, tokenise_words
 from handlers.request import RequestSampling
 from tests.support.engine_driver import EOS as MODELS_EOS
 from tests.support.engine_driver import load_engine, run_all
@@ -741,14 +741,16 @@ class TestWords:
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text).input_ids)
 
-        params = spelled(RequestSampling(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer)
+        params = tokenise_words(
+            RequestSampling(bad_words=("no", " né"), bad_words_token_ids=((5,),)), tokenizer
+        )
         assert params.bad_words == ()
         assert set(params.bad_words_token_ids) == {(5,), ids("no"), ids(" no"), ids("né"), ids(" né")}
 
     def test_words_of_too_many_tokens_are_refused(self) -> None:
         words = tuple(f"{number:04}" * 200 for number in range(20))
         with pytest.raises(InvalidRequest, match=r"bad_words are 32020 tokens") as caught:
-            spelled(RequestSampling(bad_words=words), make_tokenizer())
+            tokenise_words(RequestSampling(bad_words=words), make_tokenizer())
         assert caught.value.param == "bad_words"
         runs = tuple((number, *range(1000)) for number in range(20))
         with pytest.raises(ValueError, match=r"^bad_words_token_ids holds 20020 ids in all"):
@@ -761,17 +763,19 @@ class TestWords:
             return tuple(sorted(tokenizer(text).input_ids[-1] for text in texts))
 
         dry = {"dry_multiplier": 0.8}
-        assert spelled(RequestSampling(**dry), tokenizer).dry_sequence_breaker_ids == last(*DRY_BREAKERS)
-        named = spelled(
+        assert tokenise_words(RequestSampling(**dry), tokenizer).dry_sequence_breaker_ids == last(
+            *DRY_BREAKERS
+        )
+        named = tokenise_words(
             RequestSampling(dry_sequence_breakers=("!?",), dry_sequence_breaker_ids=(9,), **dry), tokenizer
         )
         assert named.dry_sequence_breaker_ids == tuple(sorted((9, *last("?"))))
-        none = spelled(RequestSampling(dry_sequence_breakers=(), **dry), tokenizer)
+        none = tokenise_words(RequestSampling(dry_sequence_breakers=(), **dry), tokenizer)
         assert none.dry_sequence_breaker_ids == ()
-        only_ids = spelled(RequestSampling(dry_sequence_breaker_ids=(9,), **dry), tokenizer)
+        only_ids = tokenise_words(RequestSampling(dry_sequence_breaker_ids=(9,), **dry), tokenizer)
         assert only_ids.dry_sequence_breaker_ids == (9,)
         off = RequestSampling(dry_sequence_breakers=("x",))
-        assert spelled(off, tokenizer) is off
+        assert tokenise_words(off, tokenizer) is off
 
 
 class TestVllm:
@@ -844,8 +848,8 @@ class TestVllm:
     def test_breakers_are_spelled_and_unwanted_words_left_to_it(self) -> None:
         tokenizer = make_tokenizer()
         given = RequestSampling(dry_multiplier=1.0, bad_words=("blue",))
-        params = spelled(given, tokenizer, words=False)
-        assert params.dry_sequence_breaker_ids == spelled(given, tokenizer).dry_sequence_breaker_ids
+        params = tokenise_words(given, tokenizer, words=False)
+        assert params.dry_sequence_breaker_ids == tokenise_words(given, tokenizer).dry_sequence_breaker_ids
         assert (params.bad_words, params.bad_words_token_ids) == (("blue",), ())
 
     def test_the_operators_own_processors_stay(self, tmp_path: Path) -> None:

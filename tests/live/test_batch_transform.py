@@ -189,7 +189,7 @@ def test_a_client_that_leaves_ends_all_its_lines(tmp_path: Path) -> None:
                 b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/jsonlines\r\n"
                 b"content-length: %d\r\n\r\n%b" % (len(body), body)
             )
-            while "lmi_requests_in_flight 4.0" not in httpx.get(f"{server.url}/metrics").text:
+            while "lmi_requests_in_flight 4.0" not in httpx.get(f"{server.url}/metrics", timeout=60).text:
                 pass
-        while "lmi_requests_in_flight 0.0" not in httpx.get(f"{server.url}/metrics").text:
+        while "lmi_requests_in_flight 0.0" not in httpx.get(f"{server.url}/metrics", timeout=60).text:
             pass

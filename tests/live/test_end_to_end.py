@@ -9,9 +9,7 @@ import asyncio
 import base64
 import http.server
 import socket
-import statistics
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +26,7 @@ from properties.settings import Settings
 from tests.support.backend import BACK, VLLM
 from tests.support.engine_driver import CAPITALS, Oracle, Prompt, random_image
 from tests.support.image_files import png
-from tests.support.live import LiveServer, chat_body, data_url, running, until_idle
+from tests.support.live import LiveServer, asked, chat_body, data_url, running, until_idle
 from tests.support.shapes import SHAPES
 
 FLOAT32 = "dtype=float32"
@@ -176,30 +174,25 @@ def test_stop_strings_end_the_answer_and_are_not_part_of_it(server: LiveServer) 
     assert reply["finish_reason"] == "stop"
 
 
-def test_ping_answers_quickly_while_everybody_is_served(server: LiveServer) -> None:
-    served, stop = threading.Event(), threading.Event()
-    answers: list[float] = []
-
-    def load(number: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=60) as http_client:
-            while not stop.is_set():
-                body = chat_body(random_image(number), "go", max_tokens=60, ignore_eos=True)
-                answers.append(http_client.post("/v1/chat/completions", json=body).elapsed.total_seconds())
-                served.set()
-
-    with ThreadPoolExecutor(8) as pool:
-        for number in range(8):
-            pool.submit(load, number)
-        try:
-            assert served.wait(60)
-            latencies = []
+def test_ping_answers_many_times_while_one_answer_is_made(server: LiveServer) -> None:
+    async def ask() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http_client:
+            bodies = [
+                chat_body(random_image(number), "go", max_tokens=450, ignore_eos=True) for number in range(8)
+            ]
+            asking = [
+                asyncio.create_task(http_client.post("/v1/chat/completions", json=body)) for body in bodies
+            ]
+            while " 8.0" not in (await http_client.get("/metrics?name[]=lmi_requests_running")).text:
+                assert not all(one.done() for one in asking)
             for _ in range(30):
-                began = time.perf_counter()
-                assert server.http.get("/ping").status_code == 200
-                latencies.append(time.perf_counter() - began)
-        finally:
-            stop.set()
-    assert sorted(latencies)[-3] < statistics.median(answers) / 2, (latencies, answers)
+                assert (await http_client.get("/ping")).status_code == 200
+            assert not any(one.done() for one in asking), (
+                "450 steps of the model took less time than 30 pings"
+            )
+            assert [reply.status_code for reply in await asyncio.gather(*asking)] == [200] * 8
+
+    asyncio.run(ask())
 
 
 def test_a_client_that_goes_away_frees_the_engine_before_its_answer_ends(server: LiveServer) -> None:
@@ -207,25 +200,20 @@ def test_a_client_that_goes_away_frees_the_engine_before_its_answer_ends(server:
         return server.metrics()["lmi_generation_tokens_total"]
 
     before = generated()
-    body = chat_body("hello", stream=True, max_tokens=450, ignore_eos=True)
+    body = chat_body("hello", stream=True, max_tokens=450, ignore_eos=True, n=4)
     with (
-        httpx.Client(base_url=server.url) as leaving,
+        httpx.Client(base_url=server.url, timeout=60) as leaving,
         leaving.stream("POST", "/v1/chat/completions", json=body) as r,
     ):
         next(r.iter_lines())
-    until_idle(server, 20)
-    assert generated() - before < 450
+    until_idle(server, 60)
+    assert generated() - before < 4 * 450
     before = generated()
-    leaving_plain = socket.create_connection(server.url.removeprefix("http://").split(":"))
-    payload = httpx.Request("POST", server.url, json={**body, "stream": False}).content
-    head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}"
-    leaving_plain.sendall(head.encode() + b"\r\n\r\n" + payload)
-    end = time.monotonic() + 5
-    while running(server) == 0 and time.monotonic() < end:
-        pass
-    leaving_plain.close()
-    until_idle(server, 20)
-    assert generated() - before < 450
+    with asked(server, {**body, "stream": False}):
+        while running(server) == 0 and generated() == before:
+            pass
+    until_idle(server, 60)
+    assert generated() - before < 4 * 450
 
 
 class SilentHost:
@@ -288,9 +276,9 @@ def test_bad_images_are_named_by_index(server: LiveServer) -> None:
 
 @pytest.fixture(scope="module")
 def small_server(model: Path) -> Iterator[LiveServer]:
-    """Two places in the batch, two in the queue, three seconds a request, loopback images allowed, no restart."""
+    """Two places in the batch, two in the queue, five seconds a request, loopback images allowed, no restart."""
     with LiveServer(
-        model, FLOAT32, "max_rolling_batch_size=2", "job_queue_size=2", "predict_timeout=3",
+        model, FLOAT32, "max_rolling_batch_size=2", "job_queue_size=2", "predict_timeout=5",
         "image_fetch_allow_private=127.0.0.1", "image_fetch_timeout=60", "max_model_len=512", "retry_threshold=0",
     ) as live:  # fmt: skip
         yield live
@@ -308,19 +296,18 @@ def test_the_deadline_holds_while_an_image_is_fetched(small_server: LiveServer) 
     reply = small_server.chat(host.url, "hello")
     assert reply.status_code == 408
     assert "predict_timeout" in reply.json()["error"]["message"]
-    assert host.hung_up.wait(2)
+    assert host.hung_up.wait(60)
 
 
 def test_a_client_that_goes_away_while_its_image_is_fetched_frees_everything(
     small_server: LiveServer,
 ) -> None:
     host = SilentHost()
-    with httpx.Client(base_url=small_server.url, timeout=httpx.Timeout(5, read=0.5)) as leaving:
-        with pytest.raises(httpx.ReadTimeout):
-            leaving.post("/v1/chat/completions", json=chat_body(host.url, "hello"))
-        assert host.connected.is_set()
-    assert host.hung_up.wait(2)
-    until_idle(small_server, 20)
+    with asked(small_server, chat_body(host.url, "hello")):
+        assert host.connected.wait(60)
+    assert host.hung_up.wait(60)
+    small_server.wait_for("ended=client_gone")  # and not by its deadline
+    until_idle(small_server, 60)
 
 
 def test_past_the_queue_the_answer_is_429_at_once(small_server: LiveServer) -> None:
@@ -332,7 +319,7 @@ def test_past_the_queue_the_answer_is_429_at_once(small_server: LiveServer) -> N
 
     with ThreadPoolExecutor(4) as pool:
         held = [pool.submit(hold, host) for host in hosts]
-        assert all(host.connected.wait(5) for host in hosts)
+        assert all(host.connected.wait(60) for host in hosts)
         reply = small_server.chat("hello")
         assert not any(future.done() for future in held), "it did not wait for a place"
         assert reply.status_code == 429
@@ -352,11 +339,11 @@ def mortal_server(model: Path) -> Iterator[LiveServer]:
 @pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, under load and twice")
 def test_a_killed_engine_is_replaced_and_nobody_hangs(mortal_server: LiveServer, truth: Truth) -> None:
     server = mortal_server
-    body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
+    body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True, n=4)
+    (engine,) = server.engines
     with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
         lines = reply.iter_lines()
         next(lines)
-        (engine,) = server.engines
         engine.kill()
         rest = "\n".join(lines)
     assert "error" in rest
@@ -396,11 +383,11 @@ def test_a_small_model_has_two_replicas_by_default(
 @pytest.mark.skipif(VLLM, reason="tests/vllm_live/test_failure.py has it, with workers and replicas")
 def test_an_engine_that_hangs_is_replaced_after_the_time_that_an_option_says(model: Path) -> None:
     with LiveServer(model, FLOAT32, "engine_stuck_timeout=3") as server:
-        body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True)
+        body = chat_body("hello", stream=True, max_tokens=480, ignore_eos=True, n=4)
+        (engine,) = server.engines
         with server.http.stream("POST", "/v1/chat/completions", json=body) as reply:
             lines = reply.iter_lines()
             next(lines)
-            (engine,) = server.engines
             engine.suspend()
             assert "the engine process died" in "\n".join(lines)
         server.wait_for(BACK)

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from tests.support.embeddings import answer, body, post
+from tests.support.likeness import noise
 from tests.support.live import LiveServer, chat_body, message
 from tests.support.saved_tensors import encoded
 from tests.support.tiny_qwen_vl import FAMILIES, HIDDEN, IMAGE, make_qwen_vl
@@ -96,10 +97,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )  # fmt: skip
     with LiveServer(path, *options) as live:
         yield Served(live, path, HIDDEN * (4 if request.param == "qwen3_vl" else 1))
-
-
-def noise(width: int, height: int) -> Image.Image:
-    return Image.effect_noise((width, height), 80).convert("RGB")
 
 
 def scores(reply: dict[str, Any]) -> list[tuple[str, float]]:

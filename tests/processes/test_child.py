@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,8 +93,8 @@ def test_what_it_prints_is_logged_line_by_line_within_a_rate(caplog: pytest.LogC
         await ask(child, "print 1 WARNING with a level")
         await ask(child, "print 300000 a line of a library that has much to say")
         await ask(child, "print 1 the last words")
-        assert await child.stop(10) == 0
-        assert child.last_words.endswith("the last words")
+        assert await child.stop(60) == 0
+        assert child.last_output.endswith("the last words")
 
     with_child(work, level=logging.DEBUG)
     said = [
@@ -101,7 +102,10 @@ def test_what_it_prints_is_logged_line_by_line_within_a_rate(caplog: pytest.LogC
     ]
     assert said[:2] == [("DEBUG", "hello"), ("WARNING", "with a level")]
     assert sum(len(text) for _, text in said) < 200_000  # of 13 MB
-    assert "bytes that the process printed were not logged" in said[-1][1]
+    left_out = [
+        re.fullmatch(r"(\d+) bytes that the process printed were not logged", text) for _, text in said
+    ]
+    assert sum(int(found[1]) for found in left_out if found) > 12_000_000
     assert all("\n" not in text for _, text in said)
 
 
@@ -192,8 +196,10 @@ asyncio.run(main())
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    psutil.wait_procs([child], timeout=30)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    end = time.monotonic() + 30
+    while not _ended(child):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_messages_go_both_ways_at_any_time_over_a_connection() -> None:
@@ -234,7 +240,7 @@ def test_the_log_of_one_that_is_not_bounded_is_whole(caplog: pytest.LogCaptureFi
     async def work(child: Child) -> None:
         await ask(child, "print 20000 a line of a handler")
         await ask(child, "print 1 " + "x" * 10_000)
-        await child.stop(10)
+        assert await child.stop(60) == 0
 
     caplog.set_level(logging.INFO)
     with_child(work, bounded=False)

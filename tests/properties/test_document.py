@@ -15,15 +15,14 @@ def test_generated_files_are_fresh(capsys: pytest.CaptureFixture[str]) -> None:
     assert document.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_stale_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document, "ROOT", tmp_path)
+def test_stale_files_are_found(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    assert document.main(["--check"]) == 1
-    assert document.main([]) == 0
-    assert document.main(["--check"]) == 0
+    assert document.main(["--check"], tmp_path) == 1
+    assert document.main([], tmp_path) == 0
+    assert document.main(["--check"], tmp_path) == 0
     with (tmp_path / "serving.properties.example").open("a") as file:
         file.write("#\n")
-    assert document.main(["--check"]) == 1
+    assert document.main(["--check"], tmp_path) == 1
 
 
 def test_every_option_and_every_name_is_documented() -> None:

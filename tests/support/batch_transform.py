@@ -36,7 +36,7 @@ class BatchTransform:
 
     def run(self, file: bytes) -> bytes:
         """Return the output for one input file."""
-        asked = httpx.get(f"{self.container}/execution-parameters")
+        asked = httpx.get(f"{self.container}/execution-parameters", timeout=60)
         wanted = asked.json() if asked.status_code == 200 else {}
         strategy = self.strategy or wanted.get("BatchStrategy", "MULTI_RECORD")
         single = strategy.replace("_", "").lower() == "singlerecord"

@@ -20,13 +20,15 @@ from tests.support.engine_driver import Prompt, Result, collect, load_engine
 
 
 def loaded(path: Path, *, static: bool, **settings: object) -> Engine:
-    """An engine whose modules are those of a GPU (on a CPU their linear layers are stacked and packed), and its decode
-    steps if `static`."""
+    """An engine whose modules are those of a GPU, and its decode steps if `static`.
+
+    On a CPU linear layers are stacked and packed, and decodes attend in compiled code, which torch does not see.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.loader, "stack", lambda _: None)
         patch.setattr(engine.loader, "pack", lambda _: None)
         patch.setattr(engine.runner, "has_graphs", lambda *_: static)
-        made = load_engine(path, **settings)
+        made = load_engine(path, attention="torch", **settings)
     graphs = made.runner.graphs
     assert (graphs is not None) == static
     if graphs is not None:

@@ -44,7 +44,7 @@ class Host:
 
     async def idle(self) -> None:
         """Returns when every connection has ended at this side too."""
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(30):
             await asyncio.gather(*self.tasks)
 
     @contextlib.asynccontextmanager

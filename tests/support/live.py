@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import queue
+import random
 import re
 import signal
 import socket
@@ -55,7 +57,8 @@ class LiveServer:
         )  # fmt: skip
         self._lines: list[str] = []
         self._arrivals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.url = "http://" + self.wait_for(r"listening on ([^\s\"]+)")
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
@@ -80,8 +83,7 @@ class LiveServer:
     @property
     def engines(self) -> list[psutil.Process]:
         """The engine processes, one per replica."""
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if any(ENGINE_PROCESS in part for part in child.cmdline())]
+        return children_running(self.process.pid, ENGINE_PROCESS)
 
     def wait_for(self, pattern: str, seconds: float = READY_SECONDS) -> str:
         """The first group of the first log line, from now on, that matches."""
@@ -110,7 +112,10 @@ class LiveServer:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self, seconds: float = STOP_SECONDS) -> int:
-        return self.process.wait(seconds)
+        """The exit status; the log is complete afterwards."""
+        status = self.process.wait(seconds)
+        self._reader.join(seconds)
+        return status
 
     def kill(self) -> None:
         """End it, its engines included, whatever its state."""
@@ -153,6 +158,15 @@ def chat_body(*content: str | Image.Image, **fields: Any) -> dict[str, Any]:
     return {"messages": [message(*content)], "temperature": 0, "max_tokens": 16, **fields}
 
 
+def asked(server: LiveServer, body: dict[str, Any]) -> socket.socket:
+    """The connection of a client that has asked, reads nothing, and leaves when it is closed."""
+    connection = socket.create_connection(server.url.removeprefix("http://").split(":"))
+    payload = httpx.Request("POST", server.url, json=body).content
+    head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + payload)
+    return connection
+
+
 def running(server: LiveServer) -> float:
     metrics = server.metrics()
     return metrics["lmi_requests_running"] + metrics["lmi_requests_in_flight"]
@@ -164,8 +178,21 @@ def until_idle(server: LiveServer, seconds: float) -> None:
         assert time.monotonic() < end, f"still running after {seconds} s"
 
 
+def children_running(pid: int, words: str, recursive: bool = False) -> list[psutil.Process]:
+    """The children of a process whose command line has the words; some may end while they are looked at."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=recursive):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if words in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody is given by chance before it is bound: not one of those that the kernel gives out."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("0.0.0.0", port))
+            return port

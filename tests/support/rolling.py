@@ -27,9 +27,14 @@ from tests.support.engine_driver import CAPITALS, random_image
 @asynccontextmanager
 async def loaded(model: Path, **settings: Any) -> AsyncIterator[Pipeline]:
     configuration: Any = SimpleNamespace(settings=Settings(**{"dtype": "float32", **settings}))
-    backend = Pipeline(RollingEngine(configuration, model), 20.0)
+    engine = RollingEngine(configuration, model)
     try:
-        await backend.load()
+        await engine.load()
+    except BaseException:
+        await engine.close()
+        raise
+    backend = Pipeline(engine, 20.0)
+    try:
         yield backend
     finally:
         await backend.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from handlers.backends.adapters import AdapterStore
@@ -24,8 +24,8 @@ from handlers.request import (
 from handlers.service import Service
 from properties.settings import Settings
 
-Step = Delta | float | BaseException
-"""A delta to give, seconds to wait, or an error to raise."""
+Step = Delta | float | Callable[[], Awaitable[object]] | BaseException
+"""A delta to give, seconds or something else to wait for, or an error to raise."""
 
 
 def token(token_id: int, text: str, logprob: float = -0.5, rank: int = 1) -> TokenLogprob:
@@ -68,7 +68,7 @@ class ScriptedGeneration:
                 return step
             if isinstance(step, BaseException):
                 raise step
-            await asyncio.sleep(step)
+            await (step() if callable(step) else asyncio.sleep(step))
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -128,12 +128,14 @@ class ScriptedImages:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
+        self.asked = False
         self.loaded: list[str] = []
         self.cancelled = False
 
     async def load(
         self, parts: Sequence[ImagePart], deadline: float | None = None, first_index: int = 0
     ) -> None:
+        self.asked = True
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:

@@ -1,9 +1,9 @@
 """The real server, in a process of its own, around a backend that does what the prompt says.
 
 The user's message is JSON: `tokens` to say, `pause` seconds before each, `fail` to raise after them, `say` for the
-text of each, to which `digests` adds those of the images. The environment says how loading goes: `SCRIPTED_LOAD`
-is seconds to take, `halfway` to stay there, or the text of an error; `SCRIPTED_ADAPTERS` is how many adapters have a
-place.
+text of each, to which `digests` adds those of the images; the last one waits until somebody writes into the FIFO
+`until`. The environment says how loading goes: `SCRIPTED_LOAD` is seconds to take, `halfway` to stay there, `until` and
+such a FIFO, or the text of an error; `SCRIPTED_ADAPTERS` is how many adapters have a place.
 Tests use `ServerProcess`; the process itself runs this file.
 """
 
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,6 +60,8 @@ class ObedientBackend(ScriptedBackend):
             loading.begin("", 2 << 30)
             loading.done = 1 << 30
             await asyncio.Event().wait()
+        elif plan.startswith("until "):
+            await opened(plan.removeprefix("until "))
         elif plan == "crash":
             raise RuntimeError("secret detail")
         else:
@@ -71,12 +74,19 @@ class ObedientBackend(ScriptedBackend):
         return BackendStats(running=self.running, replicas=1, replicas_ready=int(not self.sick))
 
 
+async def opened(fifo: str) -> None:
+    """Return when somebody has written into it."""
+    await asyncio.to_thread(Path(fifo).read_bytes)
+
+
 def _steps(order: dict[str, Any]) -> Iterator[Step]:
     said = order.get("say")  # A list holds the text of each token.
     for number in range(count := len(said) if isinstance(said, list) else order.get("tokens", 1)):
         last = number == count - 1 and "fail" not in order
         if "pause" in order:
             yield order["pause"]
+        if last and "until" in order:
+            yield partial(opened, order["until"])
         text = said[number] if isinstance(said, list) else f"t{number} " if said is None else said
         yield Delta(0, [number], text, finish_reason="stop" if last else None)
     if "fail" in order:
@@ -151,7 +161,7 @@ class ServerProcess:
     def log(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern: str, seconds: float = 20) -> str:
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
         """The first log line that matches, waiting for it."""
         seen = 0
         while True:
@@ -185,7 +195,7 @@ class ServerProcess:
     def signal(self, number: int = signal.SIGTERM) -> None:
         self._process.send_signal(number)
 
-    def wait(self, seconds: float = 20) -> int:
+    def wait(self, seconds: float = 60) -> int:
         """The exit status; the log is complete afterwards."""
         status = self._process.wait(seconds)
         self._reader.join()
@@ -199,7 +209,7 @@ if __name__ == "__main__":
     def _build(configuration: object, path: Path) -> Served:
         places = os.environ.get("SCRIPTED_ADAPTERS")
         backend: Any = ObedientBackend(scripted_adapters(path, int(places))[0] if places else None)
-        return Served.by(backend)
+        return Served.by(backend, lambda: backend)
 
     command, *rest = sys.argv[1:]
     sys.exit(serve_main(rest, _build) if command == "serve" else main(["serve", *rest], _build))

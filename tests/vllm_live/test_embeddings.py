@@ -13,7 +13,7 @@ import asyncio, os, sys
 from dataclasses import replace
 from pathlib import Path
 from handlers.backends.vllm import probes as module
-from handlers.build import build_backend
+from handlers.build import build_engine
 from properties.configuration import resolve
 
 options = ["rolling_batch=vllm", "enforce_eager=true", "kv_cache_memory_mb=256", "enable_mm_embeds=true"]
@@ -25,12 +25,12 @@ def wrong(engine):
 
 async def main():
     module.embeddings_wanted = wrong
-    backend = build_backend(resolve(model=sys.argv[1], environ=os.environ, options=options), Path(sys.argv[1]))
+    engine = build_engine(resolve(model=sys.argv[1], environ=os.environ, options=options), Path(sys.argv[1]))
     try:
-        await backend.load()
+        await engine.load()
     except Exception as error:
         print("FAILED", type(error).__name__, error)
-    await backend.close()
+    await engine.close()
 
 if __name__ == "__main__":
     asyncio.run(main())

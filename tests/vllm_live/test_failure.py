@@ -137,7 +137,7 @@ def test_clients_that_leave_under_load_leave_nothing_behind(server: LiveServer) 
             await asyncio.gather(*(leave(client, number) for number in range(8)))
 
     asyncio.run(crowd())
-    until_idle(server, 1.0)
+    until_idle(server, 5.0)  # sooner than their answers would have ended
 
 
 def test_a_full_queue_is_answered_429_and_drains(server: LiveServer) -> None:
@@ -150,7 +150,7 @@ def test_a_full_queue_is_answered_429_and_drains(server: LiveServer) -> None:
     statuses = asyncio.run(crowd())
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= 16
-    until_idle(server, 1.0)
+    until_idle(server, 60)
 
 
 def test_a_killed_server_leaves_no_engine_behind() -> None:
@@ -159,7 +159,7 @@ def test_a_killed_server_leaves_no_engine_behind() -> None:
         assert len(family) > 1
         server.process.kill()
         server.wait()
-        _, alive = psutil.wait_procs(family, timeout=15)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -14,16 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from handlers.backends.vllm.engine import VllmEngine
 from handlers.backends.vllm.parsers import VllmParser, VllmParsers, vllm_parsers
-from handlers.build import build_backend
+from handlers.build import build_engine
 from handlers.errors import InvalidConfiguration
 from handlers.parsers.base import (
     AnswerFormats,
-    Asked,
     CallArguments,
     CallBroken,
     CallStart,
     Content,
     Parser,
+    ParserContext,
     Piece,
     Reasoning,
     parse_whole,
@@ -157,7 +157,7 @@ def test_calls_are_those_of_the_whole_extraction_wherever_the_stream_is_cut(
     text, content, calls = CALLS[name]
     found = formats(tokenizer, f"tool_call_parser={name}").tools
     assert found is not None
-    asked = Asked(TOOLS)
+    asked = ParserContext(TOOLS)
     assert told(parse_whole(found.parser(asked), text, ids_of(tokenizer, text))) == ("", content, calls)
     for count in (1, 2, 3, 7, 1000):
         cut = list(deltas(tokenizer, text, count))
@@ -179,9 +179,9 @@ def test_reasoning_is_that_of_the_whole_extraction(name: str, tokenizer: Any) ->
     found = formats(tokenizer, f"reasoning_parser={name}").reasoning
     assert found is not None
     expected = ("Hmm, the square is red.", "It is red.", list[Any]())
-    assert told(parse_whole(found.parser(Asked()), text, ids_of(tokenizer, text))) == expected
+    assert told(parse_whole(found.parser(ParserContext()), text, ids_of(tokenizer, text))) == expected
     for count in (1, 2, 1000):
-        assert told(streamed(found.parser(Asked()), list(deltas(tokenizer, text, count)))) == expected
+        assert told(streamed(found.parser(ParserContext()), list(deltas(tokenizer, text, count)))) == expected
 
 
 def test_reasoning_is_found_in_deltas_of_a_tokenizer_of_sentencepiece() -> None:
@@ -204,7 +204,7 @@ def test_reasoning_is_found_in_deltas_of_a_tokenizer_of_sentencepiece() -> None:
     found = formats(own, "reasoning_parser=vllm:deepseek_r1").reasoning
     assert found is not None
     for count in (1, 2, 7, 1000):
-        pieces = streamed(found.parser(Asked()), list(deltas(own, text, count)))
+        pieces = streamed(found.parser(ParserContext()), list(deltas(own, text, count)))
         assert told(pieces) == ("Hmm, the square is red.", "It is red.", []), count
 
 
@@ -232,7 +232,7 @@ def test_reasoning_and_calls_may_each_be_ours_or_vllms(
     text = f"<think>They want the weather.</think>{calls}"
 
     def parser() -> Parser:
-        asked = Asked(TOOLS)
+        asked = ParserContext(TOOLS)
         if found.together is not None:
             return found.together(asked)
         assert found.tools is not None
@@ -250,10 +250,10 @@ def test_what_both_have_is_ours_and_special_marks_are_kept_for_vllms(tokenizer: 
     assert vllm_parsers(configured("tool_call_parser=hermes").settings, tokenizer) is None
     ours = formats(tokenizer, "tool_call_parser=hermes", "reasoning_parser=granite")
     assert ours.tools is not None
-    assert not isinstance(ours.tools.parser(Asked(TOOLS)), VllmParser)
+    assert not isinstance(ours.tools.parser(ParserContext(TOOLS)), VllmParser)
     theirs = formats(tokenizer, "tool_call_parser=vllm:hermes").tools
     assert theirs is not None
-    assert isinstance(theirs.parser(Asked(TOOLS)), VllmParser)
+    assert isinstance(theirs.parser(ParserContext(TOOLS)), VllmParser)
     kimi = formats(tokenizer, "tool_call_parser=kimi_k2").tools
     assert kimi is not None
     assert "<|tool_call_begin|>" in kimi.markers
@@ -291,7 +291,7 @@ def test_a_parser_that_raises_loses_nothing_and_is_logged_once(
     assert found is not None
     cut = list(deltas(tokenizer, text, 1))
     for at in range(len(cut) + 1):
-        parser = tripping(found.parser(Asked(TOOLS)), at)
+        parser = tripping(found.parser(ParserContext(TOOLS)), at)
         caplog.clear()
         with caplog.at_level(logging.ERROR, "handlers"):
             pieces = streamed(parser, cut)
@@ -310,7 +310,7 @@ def test_a_parser_that_raises_loses_nothing_and_is_logged_once(
                 p.text for p in pieces if isinstance(p, CallArguments) and p.index == start.index
             )
             assert start.index in broken or isinstance(json.loads(arguments), dict)
-    parser = tripping(found.parser(Asked(TOOLS)), 0)
+    parser = tripping(found.parser(ParserContext(TOOLS)), 0)
     caplog.clear()
     assert parse_whole(parser, text) == [Content(text)]
     assert len(caplog.records) == 1
@@ -322,7 +322,7 @@ def test_tools_that_vllms_own_reader_would_refuse_reach_the_parser_all_the_same(
     odd[0]["function"]["strict"] = {"no": "boolean"}
     found = formats(tokenizer, "tool_call_parser=qwen3_coder").tools
     assert found is not None
-    asked = Asked(odd, template_kwargs={"enable_thinking": "perhaps"})
+    asked = ParserContext(odd, template_kwargs={"enable_thinking": "perhaps"})
     assert told(parse_whole(found.parser(asked), text)) == ("", content, calls)
 
 
@@ -331,16 +331,16 @@ def test_an_unknown_name_is_refused_with_the_list_and_the_nearest(tmp_path: Path
     for backend in ("vllm", "rolling"):
         configuration = configured(f"rolling_batch={backend}", *options)
         with pytest.raises(ConfigurationError) as caught:
-            build_backend(configuration, SHAPES)
+            build_engine(configuration, SHAPES)
         tools, reasoning = (str(problem) for problem in caught.value.problems)
         assert "allowed: hermes, " in tools
         assert ("did you mean qwen3_coder?" in tools) == (backend == "vllm")
         assert ("did you mean granite?" in reasoning) == (backend == "vllm")
         assert ("kimi_k2" in reasoning) == (backend == "vllm")
     with pytest.raises(ConfigurationError, match="a parser of vLLM, and vLLM is not what serves"):
-        build_backend(configured("rolling_batch=rolling", "tool_call_parser=qwen3_coder"), SHAPES)
-    built = build_backend(configured("rolling_batch=vllm", "tool_call_parser=qwen3_coder"), SHAPES)
-    assert isinstance(built._engine, VllmEngine)
+        build_engine(configured("rolling_batch=rolling", "tool_call_parser=qwen3_coder"), SHAPES)
+    built = build_engine(configured("rolling_batch=vllm", "tool_call_parser=qwen3_coder"), SHAPES)
+    assert isinstance(built, VllmEngine)
 
 
 def test_a_tokenizer_without_the_marks_is_told_at_the_start() -> None:

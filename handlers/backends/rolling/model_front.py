@@ -166,7 +166,7 @@ class ModelFront:
             own_template, written = preprocessor.chat_template, preprocessor.written(tokenizer)
         otherwise = tokenizer.chat_template or own_template
         templates = read_chat_templates(settings.chat_template, Path(path), otherwise)
-        log.info("chat template: %s", templates.told())
+        log.info("chat template: %s", templates.described())
         try:
             renderer = PromptRenderer(
                 tokenizer,
@@ -187,7 +187,7 @@ class ModelFront:
             read_default_sampling(generation),
             facts.vocab_size,
             facts.accelerators,
-            templates.told(),
+            templates.described(),
         )
 
 

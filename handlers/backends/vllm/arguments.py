@@ -26,7 +26,7 @@ from handlers.errors import InvalidConfiguration
 from properties.configuration import Configuration, read_model_config
 from properties.field import Level
 from properties.names import key_of
-from properties.problem import MASK, ConfigurationError, Problem
+from properties.problem import MASK, ConfigurationError, Problem, assigned
 
 if TYPE_CHECKING:
     from engine.machine import Machine
@@ -144,12 +144,10 @@ def _differing(
     for field in sorted(extra.keys() & given.keys()):
         if ours[field] != extra[field]:
             written, name = configuration.extra[field], given[field]
-            text = (
-                f"option.{field} = {written.value!r} ({written.source.location}) and {key_of(name)} = "
-                f"{getattr(configuration.settings, name)!r} ({configuration.sources[name].location}) differ, but mean "
-                "the same: keep one"
+            theirs = assigned(f"option.{field}", repr(written.value), written.source.location)
+            yield Problem(
+                f"{theirs} and {configuration.assigned(name)} differ, but mean the same: keep one", name
             )
-            yield Problem(text, name)
 
 
 def refused_options(configuration: Configuration, model_path: Path | None, machine: Machine) -> list[Problem]:
@@ -277,7 +275,7 @@ def _extra(configuration: Configuration, fields: _Fields, problems: list[Problem
         if name not in fields:
             continue
         shown = MASK if name in SECRET else repr(written.value[:_LONGEST])
-        option = f"option.{name} = {shown} ({written.source.location})"
+        option = assigned(f"option.{name}", shown, written.source.location)
         try:
             if name in REFUSED:
                 problems.append(Problem(f"{option}: not to be set here: {REFUSED[name]}"))
@@ -299,9 +297,9 @@ def _refused_values(
         try:
             fields.read(field, json.dumps(value) if isinstance(value, dict | list | bool) else str(value))
         except BadValue as bad:
-            source = configuration.sources[name]
-            shown = source.raw if source.raw is not None else value
-            yield Problem(f"{key_of(name)} = {shown!r} ({source.location}): {bad}", name)
+            raw = configuration.sources[name].raw
+            shown = repr(value if raw is None else raw)
+            yield Problem(f"{configuration.assigned(name, shown)}: {bad}", name)
 
 
 def _check_name(field: str, value: str) -> None:

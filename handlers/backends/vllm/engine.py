@@ -47,7 +47,6 @@ from handlers.backends.vllm.sampling import (
 from handlers.backends.vllm.supervisor import EngineSupervisor
 from handlers.backends.weights_read import weights_told
 from handlers.errors import InvalidConfiguration, InvalidRequest, ServingError, Unavailable
-from handlers.model_names import ANYBODYS, accepted_names
 from handlers.prompts.tokenizer import load_tokenizer
 from properties.configuration import Configuration
 from properties.problem import ConfigurationError
@@ -61,6 +60,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
+
+_ANY_MODEL = ("lmi", "tgi")
+"""What clients of LMI and TGI write in `model` when they do not know the model's name."""
 
 T = TypeVar("T")
 
@@ -170,7 +172,7 @@ class VllmEngine:
         settings, vllm = self._settings, builder.vllm
         # Read before the engine starts, which takes long: what a model lacks is often its tokenizer.
         tokenizer, parsers = await self._in_thread(self._read_answers)
-        names = {*accepted_names(self._configuration), *ANYBODYS} if settings.enable_lora else None
+        names = {*self._configuration.accepted_names, *_ANY_MODEL} if settings.enable_lora else None
         adapters = VllmAdapters(vllm, *builder.adapters, self._engine, names)
 
         async def prepare(engine: Any) -> None:

@@ -12,11 +12,11 @@ from handlers.backends.vllm.compat import load_parsing
 from handlers.errors import InvalidConfiguration, raised_at
 from handlers.parsers.base import (
     AnswerFormats,
-    Asked,
     CallArguments,
     CallBroken,
     CallStart,
     Content,
+    ParserContext,
     Piece,
     Reasoning,
     ReasoningFormat,
@@ -81,7 +81,7 @@ class VllmParsers:
 
     def _maker(
         self, tools: str | None, reasoning: str | None
-    ) -> tuple[Callable[[Asked], VllmParser], frozenset[str]]:
+    ) -> tuple[Callable[[ParserContext], VllmParser], frozenset[str]]:
         """Return what makes a parser, and the special tokens that it needs to see."""
         option, name = ("tool_call_parser", tools) if tools is not None else ("reasoning_parser", reasoning)
         try:
@@ -91,7 +91,7 @@ class VllmParsers:
                 enable_auto_tools=True,
                 is_harmony=bool(_HARMONY & {tools, reasoning}),
             )
-            parser, request = self._opened(kind, Asked([_EXAMPLE] if tools is not None else []))
+            parser, request = self._opened(kind, ParserContext([_EXAMPLE] if tools is not None else []))
         # Whatever one of several dozen parsers raises for a tokenizer that is not its model's.
         except Exception as error:
             raise InvalidConfiguration(
@@ -100,14 +100,14 @@ class VllmParsers:
         special = _wants_special(parser, request)
         markers = frozenset(skipped_tokens(self.tokenizer)) if special else frozenset[str]()
 
-        def make(asked: Asked) -> VllmParser:
+        def make(asked: ParserContext) -> VllmParser:
             return VllmParser(
                 lambda: self._opened(kind, asked), self.tokenizer, asked.prompt_token_ids, str(name)
             )
 
         return make, markers
 
-    def _opened(self, kind: Any, asked: Asked) -> tuple[Any, Any]:
+    def _opened(self, kind: Any, asked: ParserContext) -> tuple[Any, Any]:
         """Return vLLM's parser and the request that it is given, with only those parts of tools that we check."""
         checked = ("name", "description", "parameters")
         functions = [

@@ -63,7 +63,7 @@ class VllmPrompts:
         config = engine.model_config
         self.tokenizer = tokenizer
         templates = read_chat_templates(settings.chat_template, path, tokenizer.chat_template)
-        logger.info("chat template: %s", templates.told())
+        logger.info("chat template: %s", templates.described())
         self.images = accepts_images(engine)
         token = text = self._written = None
         if self.images:

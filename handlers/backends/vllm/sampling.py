@@ -23,9 +23,9 @@ from engine.sampling_params import MAX_SEED, SamplingParams
 from engine.sampling_state import Repetition, Warping
 from handlers.backends.vllm.outputs import refused
 from handlers.errors import InvalidParameter
-from handlers.model_json import read_object
 from handlers.prompts.tokenizer import vocabulary_of
 from handlers.request import Constraint, RequestSampling
+from properties.model import read_object
 
 if TYPE_CHECKING:
     from engine.config import Vocabulary

@@ -62,7 +62,7 @@ class AdapterStatus(msgspec.Struct, forbid_unknown_fields=True):
 
 async def answer_adapters(service: Service, incoming: Incoming) -> Reply:
     """Lists, shows, adds, updates or removes adapters, as the route and the method say. Raises ServingError."""
-    store = service.backend.adapters
+    store = service.pipeline.adapters
     if store is None:
         raise InvalidRequest(
             "LoRA is not enabled. Adapters need the vLLM backend (option.rolling_batch=vllm) with "

@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer, finite
+from handlers.protocols.base import JSON_LINES, SSE, Answer, Answered, ErrorFormat, Writer
 from handlers.protocols.tgi.replies import FinishReason, finish_reason
 
 _encode = msgspec.json.Encoder().encode
@@ -246,4 +246,4 @@ def _prefill(stats: PromptStats) -> list[LmiToken]:
 
 
 def _token(token: TokenLogprob) -> LmiToken:
-    return LmiToken(token.token_id, token.text, finite(token.logprob))
+    return LmiToken(token.token_id, token.text, token.logprob)

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from msgspec import Struct
 
-from handlers.errors import InvalidRequest, MalformedBody, Overloaded, PayloadTooLarge
-from handlers.generation_task import RETRY_AFTER
+from handlers.errors import RETRY_AFTER, InvalidRequest, MalformedBody, Overloaded, PayloadTooLarge
 from handlers.protocols.base import JSON, JSON_LINES
 from handlers.protocols.body import shown_value
 from handlers.request import Incoming, Reply, RequestFacts
@@ -100,9 +99,22 @@ class Sessions:
     header = _ID
 
     def __init__(
-        self, *, enabled: bool = True, expiration: float = 1200.0, clock: Callable[[], float] = time.time
+        self,
+        *,
+        enabled: bool = True,
+        expiration: float = 1200.0,
+        most: int = MOST_SESSIONS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """expiration: seconds from a session's opening to its end, used or not. clock: seconds since 1970."""
+        """Open no session yet.
+
+        Args:
+            enabled: Whether sessions may be opened.
+            expiration: Seconds from a session's opening to its end, used or not.
+            most: How many may be open at a time.
+            clock: Returns seconds since 1970.
+        """
+        self._most = most
         self._enabled = enabled
         self._expiration = expiration
         self._clock = clock
@@ -137,7 +149,7 @@ class Sessions:
 
     def _open(self) -> Reply:
         self._forget_ended()
-        if len(self._ends) >= MOST_SESSIONS:
+        if len(self._ends) >= self._most:
             raise Overloaded("too many sessions are open: close some, or try again later", retry_after=60)
         name, end = str(uuid.uuid4()), self._clock() + self._expiration
         self._ends[name] = end

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.deltas import PositionLogprobs, PromptStats, TokenLogprob
 from handlers.errors import ServingError
-from handlers.protocols.base import ErrorFormat, finite
+from handlers.protocols.base import ErrorFormat
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
@@ -283,7 +283,7 @@ def prompt_position(position: PositionLogprobs | None, top: int | None = None) -
     if position is None:
         return None
     return {
-        str(token.token_id): PromptCandidate(finite(token.logprob), token.rank, token.text)
+        str(token.token_id): PromptCandidate(token.logprob, token.rank, token.text)
         for token in (position.chosen, *position.top[:top])
     }
 
@@ -295,4 +295,4 @@ def token_text(token: TokenLogprob, as_id: bool) -> str:
 
 def _token(token: TokenLogprob, as_id: bool) -> tuple[str, float, list[int] | None]:
     piece = "\ufffd" in token.text
-    return token_text(token, as_id), finite(token.logprob), None if piece else list(token.text.encode())
+    return token_text(token, as_id), token.logprob, None if piece else list(token.text.encode())

@@ -37,6 +37,7 @@ from handlers.protocols.fields import (
     sampling_params,
 )
 from handlers.protocols.markdown_images import image_parts
+from handlers.protocols.openai.answer_form import AnswerForm, answer_form
 from handlers.protocols.openai.messages import AssistantMessage, RequestMessage, misspelt, read_messages
 from handlers.protocols.openai.replies import (
     OPENAI_ERRORS,
@@ -47,7 +48,7 @@ from handlers.protocols.openai.replies import (
     Models,
     OpenAIError,
 )
-from handlers.protocols.openai.tools import AnswerForm, Tools, answer_form, read_tools
+from handlers.protocols.openai.tools import Tools, read_tools
 from handlers.protocols.openai.writers import ChatWriter, CompletionWriter
 from handlers.request import (
     MAX_STOP_STRINGS,

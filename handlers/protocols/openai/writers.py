@@ -13,7 +13,8 @@ from msgspec import UNSET, Struct, UnsetType
 
 from handlers.deltas import Delta, PositionLogprobs, PromptStats, TokenLogprob, total
 from handlers.errors import ServingError
-from handlers.protocols.base import SSE, Answer, Answered, finite
+from handlers.protocols.base import SSE, Answer, Answered
+from handlers.protocols.openai.answer_form import ParsedAnswers, first_deltas
 from handlers.protocols.openai.replies import (
     ChatChoice,
     ChatCompletion,
@@ -31,10 +32,12 @@ from handlers.protocols.openai.replies import (
     prompt_position,
     token_text,
 )
-from handlers.protocols.openai.tools import ParsedAnswers, first_deltas
-from handlers.version import FINGERPRINT
+from handlers.version import VERSION
 
 _encode = msgspec.json.Encoder().encode
+
+_FINGERPRINT = f"lmi-{VERSION}"
+"""OpenAI's `system_fingerprint`, without which TGI's client does not recognise a chat."""
 
 _TEXT = "\0"
 _ENCODED_TEXT = _encode(_TEXT)
@@ -69,7 +72,7 @@ class _OpenAIWriter:
     keep_alive = b": keep-alive\n\n"
 
     def __post_init__(self) -> None:
-        self._head = (self.reply_id, int(time.time()), self.model, FINGERPRINT)
+        self._head = (self.reply_id, int(time.time()), self.model, _FINGERPRINT)
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """Choice that has begun -> what stands before and after the text of its plain chunks."""
         self._start = _event(self._reply([], UNSET)).removesuffix(b"]}\n\n")
@@ -387,7 +390,7 @@ class _TokenLists:
                 token, logprob, top = position, None, None
             else:
                 token = position.chosen
-                logprob, top = finite(token.logprob), self._alternatives(position)
+                logprob, top = token.logprob, self._alternatives(position)
             lists.tokens.append(token_text(token, self._as_ids))
             lists.token_logprobs.append(logprob)
             lists.top_logprobs.append(top)
@@ -398,7 +401,7 @@ class _TokenLists:
         """Return the chosen token and the most likely others; of several that look the same, the most likely."""
         shown: dict[str, float] = {}
         for token in (position.chosen, *position.top[: self._top]):
-            shown.setdefault(token_text(token, self._as_ids), finite(token.logprob))
+            shown.setdefault(token_text(token, self._as_ids), token.logprob)
         return shown
 
     def _offset(self, text: str) -> int:

@@ -25,7 +25,7 @@ from handlers.errors import (
     ServingError,
     Unavailable,
 )
-from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Answer, Answered, ErrorFormat, finite
+from handlers.protocols.base import JSON, MAX_ANSWERS, MAX_PROMPTS, Answer, Answered, ErrorFormat
 from handlers.request import (
     MAX_STOP_STRINGS,
     Incoming,
@@ -222,7 +222,7 @@ class TgiWriter:
             special[-1] = True
         shown = zip(delta.token_ids, delta.pieces, special, positions, strict=False)
         for token_id, text, no_text, position in shown:
-            logprob = None if position is None else finite(position.chosen.logprob)
+            logprob = None if position is None else position.chosen.logprob
             yield TgiToken(token_id, text, logprob, no_text and not text), position
         if not delta.token_ids and (delta.text or delta.finish_reason is not None):
             yield TgiToken(0, delta.text, None, not delta.text), None
@@ -231,9 +231,7 @@ class TgiWriter:
         return [self._token(candidate) for candidate in position.top[: self.top_tokens]]
 
     def _token(self, token: TokenLogprob) -> TgiToken:
-        return TgiToken(
-            token.token_id, token.text, finite(token.logprob), token.token_id in self.special_token_ids
-        )
+        return TgiToken(token.token_id, token.text, token.logprob, token.token_id in self.special_token_ids)
 
 
 def finish_reason(answer: Answer) -> FinishReason:
@@ -252,7 +250,7 @@ def shown_seeds(seed: int | None, answers: int) -> list[int | None]:
 def _prefill(stats: PromptStats) -> list[TgiPrefillToken]:
     ids = stats.prompt_token_ids
     return [
-        TgiPrefillToken(position.chosen.token_id, position.chosen.text, finite(position.chosen.logprob))
+        TgiPrefillToken(position.chosen.token_id, position.chosen.text, position.chosen.logprob)
         if position is not None
         else TgiPrefillToken(ids[i] if i < len(ids) else 0, stats.first_token_text, None)
         for i, position in enumerate(stats.prompt_logprobs or ())
@@ -330,7 +328,7 @@ class Info(Struct):
 
 async def info(service: Service, incoming: Incoming) -> Reply:
     """Answer `GET /info`."""
-    capabilities = service.backend.capabilities
+    capabilities = service.pipeline.capabilities
     longest = capabilities.max_model_len
     body = Info(
         model_id=service.model_name,

@@ -15,6 +15,7 @@ from handlers import SamplingParams as OfflineParams
 from tests.support.engine_driver import CAPITALS, Oracle, Prompt, load_engine, random_image, run_all
 from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with
+from tests.support.likeness import noise
 from tests.support.tiny_chameleon import CODES, END, FIRST_WORD, SEPARATOR, START, make_chameleon
 
 WORDS = range(FIRST_WORD, FIRST_WORD + CODES)
@@ -23,8 +24,7 @@ WORDS = range(FIRST_WORD, FIRST_WORD + CODES)
 def images() -> list[Image.Image]:
     """All of the size that the model sees, so that their codes do not hang on a resize; and one that is not."""
     flat = [Image.new("RGB", (32, 32), color) for color in ("red", "white", "black")]
-    noise = [Image.effect_noise((32, 32), 90 + seed).convert("RGB") for seed in range(3)]
-    return [*flat, *noise, random_image(1)]
+    return [*flat, *(noise(32, 32, seed) for seed in range(3)), random_image(1)]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["7b", "swin"])

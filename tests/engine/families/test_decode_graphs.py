@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import engine.decode_graphs
-from engine.attention.gather import CpuKernel, GatherKernel
+from engine.attention.cpu import CpuKernel
+from engine.attention.gather import GatherKernel
 from engine.attention.kernel import CacheShape
 from engine.attention.varlen import VarlenKernel
 from engine.attention.xformers_paged import XformersKernel

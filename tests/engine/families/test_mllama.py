@@ -26,6 +26,7 @@ from handlers.request import EmbeddingsPart, LoadedEmbeddings
 from tests.support.engine_driver import Oracle, Prompt, Result, collect, load_engine, run_all
 from tests.support.engine_process import answer, config, running
 from tests.support.exactness import check_random_load, prompts_with
+from tests.support.likeness import noise
 from tests.support.models import VOCAB
 from tests.support.tiny_mllama import inputs, make_mllama
 
@@ -175,7 +176,7 @@ def test_pixels_equal_the_processors(model: tuple[Path, Oracle], width: int, hei
 def test_extreme_sizes_equal_the_processors(model: tuple[Path, Oracle], width: int, height: int) -> None:
     _, oracle = model
     assert oracle.preprocessor is not None
-    image = Image.effect_noise((width, height), 80).convert("RGB")
+    image = noise(width, height)
     want, got = oracle.preprocessor.reference(image), oracle.preprocessor.direct(image)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])

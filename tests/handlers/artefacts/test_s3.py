@@ -212,7 +212,7 @@ def test_the_server_serves_a_model_from_s3_as_its_own_properties_say(s3: Any, tm
     s3.put_object(Bucket=BUCKET, Key="llava/serving.properties", Body=b"option.served_model_name=mine\n")
     with ServerProcess(f"s3://{BUCKET}/llava/", SERVING_DOWNLOAD_DIR=str(tmp_path)) as server:
         server.ready()
-        models = httpx.get(f"{server.url}/v1/models").json()
+        models = httpx.get(f"{server.url}/v1/models", timeout=60).json()
         assert [model["id"] for model in models["data"]] == ["mine"]
         assert str(tmp_path) not in json.dumps(models)
 
@@ -234,12 +234,12 @@ def test_errors_say_what_to_do(s3: Any, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_role_without_rights_is_told_which_it_needs(s3: Any, endpoint: str, tmp_path: Path) -> None:
     put(s3, weights=b"123456")
-    httpx.post(f"{endpoint}/moto-api/reset-auth", content="0")
+    httpx.post(f"{endpoint}/moto-api/reset-auth", content="0", timeout=60)
     try:
         with pytest.raises(ArtefactError, match="access is denied; the role needs s3:ListBucket"):
             get(tmp_path)
     finally:
-        httpx.post(f"{endpoint}/moto-api/reset-auth", content="inf")
+        httpx.post(f"{endpoint}/moto-api/reset-auth", content="inf", timeout=60)
 
 
 def test_without_credentials_the_error_says_so(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from handlers.backends.base import EngineRequest
+from engine.messages import Logprobs
+from handlers.backends.base import EngineRequest, TokenOutput
 from handlers.backends.vllm.outputs import VllmStream
 from handlers.deltas import Delta, PromptStats
 from handlers.errors import EngineFailed
@@ -54,6 +55,29 @@ def test_only_a_chats_answer_begins_anew(prompt: Prompt, constraint: Constraint 
     request = GenerationRequest("r", prompt, RequestSampling(), constraint=constraint)
     for one in texts_of(request, request.sampling, [A], 2, TokenTexts(tokenizer())):
         assert "".join(one.pieces([RED, CIRCLE], finished=True)) == text
+
+
+@pytest.mark.parametrize("impossible", [float("-inf"), float("nan"), -1e9])
+def test_an_impossible_token_has_a_log_probability_that_json_can_hold(impossible: float) -> None:
+    class Stream:
+        async def __aiter__(self) -> AsyncIterator[TokenOutput]:
+            yield TokenOutput(0, [RED], "stop", [Logprobs([RED, A], [impossible, -0.5], [2, 1])])
+
+        def abort(self, index: int) -> None:
+            raise AssertionError
+
+        async def aclose(self) -> None:
+            pass
+
+    async def answer() -> list[Delta]:
+        sampling = RequestSampling(logprobs=1)
+        texts = [TokenTexts(tokenizer()).detokenizer(sampling)]
+        generation = Generation(Stream(), PromptStats(1), sampling, texts, 1, str)
+        return [delta async for delta in generation]
+
+    (delta,) = asyncio.run(answer())
+    assert delta.logprobs is not None
+    assert (delta.logprobs[0].chosen.logprob, delta.logprobs[0].top[0].logprob) == (-9999.0, -0.5)
 
 
 def output(

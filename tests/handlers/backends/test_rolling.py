@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from handlers.errors import InvalidRequest, ServingError
@@ -16,6 +16,7 @@ from handlers.request import (
     TextPart,
     TextPrompt,
 )
+from tests.support.live import children_running
 from tests.support.models import CHAT_TEMPLATE, make_llava
 from tests.support.rolling import answer, loaded, request, tokens
 
@@ -111,7 +112,7 @@ def test_what_cannot_be_loaded_is_said_plainly(model: Path, settings: dict[str, 
 
     with pytest.raises(ServingError, match=message):
         asyncio.run(scenario())
-    assert not [child for child in psutil.Process().children() if "engine.process" in child.cmdline()]
+    assert not children_running(os.getpid(), "engine.process")
 
 
 def test_images_that_fill_the_context_are_told_at_the_start(

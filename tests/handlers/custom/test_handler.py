@@ -19,7 +19,7 @@ from PIL import Image
 from handlers.custom.backend import CustomBackend
 from handlers.custom.messages import Start
 from handlers.errors import CustomCodeError, EngineFailed, Unavailable
-from tests.support.live import LiveServer
+from tests.support.live import LiveServer, asked, children_running
 
 ONE_BY_ONE = """
 import os, sys, time
@@ -109,6 +109,7 @@ async def handle(inputs):
         return generate(asked["items"])
     if asked["do"] == "hang":
         try:
+            print("hang has begun")
             await asyncio.sleep(3600)
         finally:
             print("hang was cancelled")
@@ -208,7 +209,7 @@ def test_errors(server: LiveServer, do: str, fields: dict[str, Any], status: int
     assert "secret" not in reply.text
     assert reply.reason_phrase not in reply.json()["error"]
     if do == "raise":
-        server.wait_for("ValueError: a secret detail", 10)
+        server.wait_for("ValueError: a secret detail")
 
 
 def test_headers_are_the_handlers_but_for_those_of_the_transport(server: LiveServer) -> None:
@@ -280,20 +281,19 @@ def test_asynchronous_handlers_work_together(together: LiveServer) -> None:
 
 
 def test_a_call_that_nobody_waits_for_is_cancelled(together: LiveServer) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        together.http.post("/invocations", json={"do": "hang"}, timeout=0.2)
-    together.wait_for("hang was cancelled", 10)
+    with asked(together, {"do": "hang"}):
+        together.wait_for("hang has begun")
+    together.wait_for("hang was cancelled")
 
 
 def test_a_call_whose_time_is_up_is_ended_and_its_process_replaced(tmp_path: Path) -> None:
-    with LiveServer(model(tmp_path / "own", ONE_BY_ONE, helper="NAME = ''"), "predict_timeout=1") as live:
+    with LiveServer(model(tmp_path / "own", ONE_BY_ONE, helper="NAME = ''"), "predict_timeout=3") as live:
         reply = ask(live, "sleep", seconds=600)
         assert reply.status_code == 408
-        live.wait_for("its process is restarted", 10)
-        live.wait_for("process 0 of the model's own handler is back", 10)
+        live.wait_for("its process is restarted")
+        live.wait_for("process 0 of the model's own handler is back")
         assert ask(live, "echo", a=1).json() == {"a": 1}
-        children = psutil.Process(live.process.pid).children()
-        assert len([child for child in children if "handlers.custom.worker" in child.cmdline()]) == 1
+        assert len(children_running(live.process.pid, "handlers.custom.worker")) == 1
 
 
 @pytest.mark.parametrize(
@@ -415,18 +415,18 @@ def test_processes_of_the_handlers_own_hide_no_death_and_do_not_stay(
     async def run() -> None:
         backend = CustomBackend(Start(str(path), "model.py", "handle", {}), 1, 3)
         await backend.load()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             call = await backend.call({"Content-Type": "text/plain"}, f"{how} {end}".encode())
             if end == "dies":
                 with pytest.raises(EngineFailed):
                     await call.next()
             else:
                 await call.next()
-        async with asyncio.timeout(2.5):
+        async with asyncio.timeout(30):  # half of what those processes would take
             await backend.close()
 
     asyncio.run(run())
-    pid, deadline = int((path / "pid").read_text()), time.monotonic() + 5
+    pid, deadline = int((path / "pid").read_text()), time.monotonic() + 30
     while runs(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -21,6 +22,7 @@ from handlers.grammars.compiler import GrammarCompiler, Worker
 from handlers.grammars.messages import Job
 from handlers.grammars.source import grammar_of
 from handlers.request import Constraint
+from tests.support.live import children_running
 from tests.support.models import VOCAB, make_tokenizer
 
 TOKENIZER = make_tokenizer().backend_tokenizer
@@ -41,7 +43,7 @@ def matches(constraint: Constraint, text: str) -> bool:
 
 def workers() -> list[psutil.Process]:
     """The processes of ours that compile, among others that the tests share."""
-    return [child for child in psutil.Process().children() if "handlers.grammars.worker" in child.cmdline()]
+    return children_running(os.getpid(), "handlers.grammars.worker")
 
 
 def compiling(work: Callable[[GrammarCompiler], Coroutine[Any, Any, None]], timeout: float = 20.0) -> None:
@@ -303,7 +305,7 @@ def test_a_worker_that_is_ended_within_a_long_reply_holds_nobody_up() -> None:
         while not child._message:  # noqa: ASYNC110  the first part of the reply
             await asyncio.sleep(0)
         asking.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await worker.end()
         assert not worker.alive
         assert not psutil.pid_exists(child.pid)

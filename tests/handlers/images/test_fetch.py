@@ -212,7 +212,7 @@ def test_an_address_that_never_answers_leaves_time_for_the_next(run: Run) -> Non
                 waiting.connect_ex(address)
             server = await asyncio.start_server(Host(serve_image()).handle, "127.0.0.2", address[1])
             addresses = ["127.0.0.1", "127.0.0.2"]
-            await load(f"http://two.test:{address[1]}/", resolver=lambda *_: addresses, fetch_timeout=0.8)
+            await load(f"http://two.test:{address[1]}/", resolver=lambda *_: addresses, fetch_timeout=2.0)
             server.close()
             error = await refused(f"http://127.0.0.1:{address[1]}/", fetch_timeout=0.2)
             assert type(error) is ImageFetchTimeout
@@ -571,7 +571,7 @@ def test_cancellation_closes_the_socket_at_once(run: Run, reply: bytes) -> None:
             loading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await loading
-            await asyncio.wait_for(gone.wait(), 2)
+            await asyncio.wait_for(gone.wait(), 30)
             await loader.aclose()
 
     run(main())
@@ -598,7 +598,7 @@ def test_cancellation_in_the_middle_of_a_tls_handshake(run: Run) -> None:
         loading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await loading
-        await asyncio.wait_for(gone.wait(), 1)
+        await asyncio.wait_for(gone.wait(), 30)
         server.close()
         await loader.aclose()
 
@@ -642,6 +642,7 @@ def test_no_socket_is_left_whenever_the_cancellation_comes(run: Run, turns: int)
     async def main() -> None:
         async with Host(silence).open() as host:
             loader = opened()
+            gc.collect()  # or files of earlier tests would be closed in between
             before = descriptors()
             for passes in range(10 * turns, 10 * turns + 10):
                 loading = asyncio.create_task(loader.load([ImagePart(host.url), ImagePart(host.url)]))
@@ -651,7 +652,7 @@ def test_no_socket_is_left_whenever_the_cancellation_comes(run: Run, turns: int)
                 with pytest.raises(asyncio.CancelledError):
                     await loading
             await host.idle()
-            assert descriptors() == before
+            assert descriptors() <= before
             await loader.aclose()
 
     run(main())
@@ -662,7 +663,7 @@ def test_turns_are_shared_and_given_back(run: Run) -> None:
 
     async def main() -> None:
         async with Host(silence).open() as stuck, Host(serve_image()).open() as host:
-            loader = opened(max_concurrent_fetches=1, fetch_timeout=0.3)
+            loader = opened(max_concurrent_fetches=1, fetch_timeout=1.0)
             with pytest.raises(ImageFetchTimeout):
                 await loader.load([ImagePart(stuck.url), *(ImagePart(host.url) for _ in range(3))])
             part = ImagePart(host.url)

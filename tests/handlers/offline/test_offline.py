@@ -27,7 +27,7 @@ from handlers.offline.prompts import read_prompt
 from handlers.request import ImagePart, TextPart
 from handlers.request import RequestSampling as EngineParams
 from properties.problem import ConfigurationError
-from tests.support.live import data_url
+from tests.support.live import children_running, data_url
 from tests.support.s3 import BUCKET
 from tests.support.shapes import IMAGES, ROOT, SHAPES
 
@@ -40,7 +40,7 @@ def drawing(name: str) -> Image.Image:
 
 
 def engines() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "engine.process" in child.cmdline()]
+    return children_running(os.getpid(), "engine.process")
 
 
 def prompt(image: object, question: str = WHAT) -> dict:
@@ -478,8 +478,10 @@ def test_an_engine_that_dies_costs_no_answer(llm: LLM) -> None:
     asking.join(90)
     assert len(outputs) == 24
     assert [output.error for output in outputs] == [None] * 24
-    want = llm.chat(conversations[:2], slow, use_tqdm=False)
-    assert texts(outputs) == texts(want) * 12
+    # What is written behind an answer's end may hang on what shares the batch, where numbers are short.
+    for text, right in zip(texts(outputs), ("a red circle", "a yellow star") * 12, strict=True):
+        assert text.startswith(right)
+    assert {len(output.outputs[0].token_ids) for output in outputs} == {32}
 
 
 def _busy(llm: LLM) -> bool:

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.parsers.base import (
-    Asked,
     CallArguments,
     CallBroken,
     CallStart,
     Content,
     Parser,
+    ParserContext,
     Piece,
     Reasoning,
     joined,
@@ -36,7 +36,7 @@ from handlers.parsers.select import (
 )
 
 NAMES = ("get_weather", "search", "geo.locate", "now")
-ASKED = Asked(tools=[{"type": "function", "function": {"name": name}} for name in NAMES])
+ASKED = ParserContext(tools=[{"type": "function", "function": {"name": name}} for name in NAMES])
 
 Make = Callable[[], Parser]
 
@@ -310,7 +310,7 @@ def test_a_call_that_breaks_after_it_began_says_so_and_the_rest_is_content() -> 
 def test_reasoning_is_told_from_the_answer_wherever_it_is_cut(
     name: str, text: str, expected: dict[str, Any]
 ) -> None:
-    assert shown(cut_everywhere(lambda: REASONING_FORMATS[name].parser(Asked()), text)) == expected
+    assert shown(cut_everywhere(lambda: REASONING_FORMATS[name].parser(ParserContext()), text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_reasoning_is_told_from_the_answer_wherever_it_is_cut(
 def test_the_prompt_and_the_templates_variables_say_whether_an_untagged_answer_is_reasoning(
     name: str, prompt: str, variables: dict[str, Any], reasons: bool
 ) -> None:
-    parser = REASONING_FORMATS[name].parser(Asked(prompt_text=prompt, template_kwargs=variables))
+    parser = REASONING_FORMATS[name].parser(ParserContext(prompt_text=prompt, template_kwargs=variables))
     expected = Reasoning("a") if reasons else Content("a</think>b")
     assert parsed(parser, "a</think>b")[0] == expected
 
@@ -381,7 +381,9 @@ MAKERS: dict[str, Make] = {
     **{name: calls(name) for name in ("hermes", "llama3_json", "mistral", "pythonic")},
     "required": lambda: required_parser(openai_call_id),
     "named": lambda: named_parser("f", openai_call_id),
-    **{name: lambda name=name: REASONING_FORMATS[name].parser(Asked()) for name in ("qwen3", "think")},  # type: ignore[misc]
+    **{
+        name: lambda name=name: REASONING_FORMATS[name].parser(ParserContext()) for name in ("qwen3", "think")
+    },  # type: ignore[misc]
 }
 MARKS = re.compile(
     r"</?tool_call>|<\|python_(?:tag|start|end)\|>|\[TOOL_CALLS\]|\[ARGS\]|\[CALL_ID\]|</?think>"

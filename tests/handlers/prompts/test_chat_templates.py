@@ -107,7 +107,7 @@ def test_tools_get_the_template_for_them_and_a_name_any(bare: Path) -> None:
     assert rendered("rag", [TOOL]).startswith("rag")
     assert rendered("tool_use").startswith("tool_use")
     assert rendered("another one: {{ messages[0].role }}") == "another one: user"
-    assert renderer.templates.told() == (
+    assert renderer.templates.described() == (
         "default of tokenizer_config.json; with tools tool_use of tokenizer_config.json"
     )
 
@@ -121,7 +121,7 @@ def test_an_operator_may_choose_by_name_or_bring_another(bare: Path) -> None:
     ):
         (path / "own.txt").write_text("of the operator's")
         found = read_chat_templates(setting, path)
-        assert (found.chosen(None, False), found.chosen(None, True), found.told()) == (want, want, told)
+        assert (found.chosen(None, False), found.chosen(None, True), found.described()) == (want, want, told)
     assert set(read_chat_templates("{{ 1 }}", path).named) == {"default"}
     with pytest.raises(ModelLoadError, match=r"'tool-use' is neither .* \(the model has default, tool_use\)"):
         read_chat_templates("tool-use", path)
@@ -171,7 +171,7 @@ def test_what_only_the_tokenizer_knows_is_used(tmp_path: Path) -> None:
     found = read_chat_templates(None, tmp_path, {"default": "d", "tool_use": "t"})
     assert (found.chosen(None, False), found.chosen(None, True)) == ("d", "t")
     assert read_chat_templates(None, tmp_path).chosen(None, False) is None
-    assert ChatTemplates().told() == "none"
+    assert ChatTemplates().described() == "none"
 
 
 def test_several_templates_without_a_default_are_named(bare: Path) -> None:

@@ -157,9 +157,9 @@ def byte_fallback() -> Tokenizer:
 
 
 @pytest.mark.parametrize("prompt", ["", "नमस", "สวัสดี", "日本語" * 5, "a😀é😀", "a\ufffd"])
-@pytest.mark.parametrize(("anew", "text"), [(False, " worlda"), (True, "worlda")])
+@pytest.mark.parametrize(("new_text", "text"), [(False, " worlda"), (True, "worlda")])
 def test_a_first_space_is_known_by_the_prompt_and_shown_where_the_answer_goes_on(
-    prompt: str, anew: bool, text: str
+    prompt: str, new_text: bool, text: str
 ) -> None:
     backend = byte_fallback()
     known = [
@@ -167,7 +167,7 @@ def test_a_first_space_is_known_by_the_prompt_and_shown_where_the_answer_goes_on
         *(backend.token_to_id(f"<0x{byte:02X}>") for byte in prompt.encode()),
     ]
     answer = [backend.token_to_id(token) for token in ("▁world", "a")]
-    assert "".join(feed(Detokenizer(backend, prime=known[-8:], anew=anew), answer)) == text
+    assert "".join(feed(Detokenizer(backend, prime=known[-8:], new_text=new_text), answer)) == text
 
 
 WORDS = st.lists(st.sampled_from(["▁Hello", "▁world", "a", *"é🙂न म\n "]), max_size=9)
@@ -196,7 +196,7 @@ def test_the_text_is_that_of_all_tokens_together(
         answer.insert(place, end)
     goes_on = Detokenizer(backend, prime=prompt[-8:], skipped={end})
     assert "".join(feed(goes_on, answer)) == backend.decode(prompt + answer)[len(backend.decode(prompt)) :]
-    begins = Detokenizer(backend, prime=prompt[: len(prompt) - cut][-8:], anew=True, skipped={end})
+    begins = Detokenizer(backend, prime=prompt[: len(prompt) - cut][-8:], new_text=True, skipped={end})
     assert "".join(feed(begins, answer)) == backend.decode(answer)
 
 
@@ -204,7 +204,7 @@ def test_a_stop_string_may_begin_with_the_space_that_is_not_shown() -> None:
     backend = byte_fallback()
     answer = [backend.token_to_id(token) for token in ("▁world", "a")]
     for stop, text in ((" world", ""), (" worlda", ""), ("da", "worl"), (" worldb", "worlda")):
-        detokenizer = Detokenizer(backend, prime=answer[-1:], anew=True, stop=[stop])
+        detokenizer = Detokenizer(backend, prime=answer[-1:], new_text=True, stop=[stop])
         assert "".join(feed(detokenizer, answer)) == text
 
 

@@ -30,7 +30,7 @@ ROOTS = ("/adapters", "/models/shapes/adapters", "/models/model/adapters")
 def run(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     @functools.wraps(test)
     def ran(*given: Any, **named: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*given, **named), 10))  # type: ignore[arg-type]
+        asyncio.run(asyncio.wait_for(test(*given, **named), 60))  # type: ignore[arg-type]
 
     return ran
 
@@ -255,7 +255,7 @@ def test_a_backend_without_adapters_says_so(tmp_path: Path) -> None:
             ("POST", "/adapters?name=a&src=b"),
             ("DELETE", "/adapters/a"),
         ):
-            reply = httpx.request(method, server.url + path)
+            reply = httpx.request(method, server.url + path, timeout=60)
             assert reply.status_code == 400
             assert "option.enable_lora=true" in reply.json()["message"]
 

@@ -645,16 +645,16 @@ def test_logprobs_whole_and_streamed() -> None:
     assert reply.choices[0].logprobs.content[0].top_logprobs == []  # type: ignore[union-attr,index]
 
 
-def test_impossible_tokens_and_pieces_of_characters_have_no_strange_numbers() -> None:
-    chosen = token(1, "\ufffd", float("-inf"))
+def test_pieces_of_characters_have_no_bytes() -> None:
+    chosen = token(1, "\ufffd", -1.5)
     steps: list[Step] = [
-        Delta(0, [1], "x", [PositionLogprobs(chosen, (chosen, token(2, "b", float("nan"))))], "stop")
+        Delta(0, [1], "x", [PositionLogprobs(chosen, (chosen, token(2, "b", -2.5)))], "stop")
     ]
     logprobs = completion(steps, chat(logprobs=True, top_logprobs=5)).choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
-    assert (logprobs.content[0].logprob, logprobs.content[0].bytes) == (-9999.0, None)
-    assert logprobs.content[0].top_logprobs[1].logprob == -9999.0
+    assert (logprobs.content[0].logprob, logprobs.content[0].bytes) == (-1.5, None)
+    assert logprobs.content[0].top_logprobs[1].bytes == [ord("b")]
 
 
 def test_prompt_logprobs_have_vllms_shape() -> None:

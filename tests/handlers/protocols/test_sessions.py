@@ -120,10 +120,9 @@ def test_a_body_with_a_prompt_is_answered_whatever_its_request_type() -> None:
     assert send(serving(), OPEN, route="/v1/chat/completions").status == 400
 
 
-def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.protocols.lmi.sagemaker.MOST_SESSIONS", 2)
+def test_sessions_are_bounded() -> None:
     clock = Clock()
-    sessions, call = Sessions(clock=clock), incoming(OPEN, "/invocations")
+    sessions, call = Sessions(most=2, clock=clock), incoming(OPEN, "/invocations")
     for _ in range(2):
         sessions.answer(OPEN, call)
     with pytest.raises(Overloaded):

@@ -279,12 +279,12 @@ def test_other_threads_run_while_a_long_prompt_is_encoded() -> None:
     prompt = TextPrompt([TextPart("What is this? <image> " * 40_000)])
     for image_token in (None, "<image>"):
         renderer = PromptRenderer(tokenizer, None, image_token=image_token)
-        began = last = time.monotonic()
+        began = last = time.process_time()
         longest = 0.0
         with ThreadPoolExecutor(1) as pool:
             rendering = pool.submit(renderer.render, prompt, spans=True)
             while not rendering.done():
                 time.sleep(0.001)
-                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+                longest, last = max(longest, time.process_time() - last), time.process_time()
         assert len(rendering.result().token_ids) > 100_000
-        assert longest < (time.monotonic() - began) / 2
+        assert longest < (time.process_time() - began) / 2

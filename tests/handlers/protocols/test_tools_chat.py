@@ -16,7 +16,7 @@ import pytest
 
 from container.check import describe
 from engine.machine import Device, Machine
-from handlers.build import build_backend
+from handlers.build import build_engine
 from handlers.deltas import Delta
 from handlers.errors import InvalidRequest
 from handlers.parsers.base import AnswerFormats
@@ -220,7 +220,7 @@ def test_a_parser_that_does_not_exist_is_an_error_before_anything_is_loaded(tmp_
     options = ["tool_call_parser=hermés", "reasoning_parser=deepthought", "enable_auto_tool_choice=true"]
     configuration = resolve(model=str(tmp_path), environ={}, options=options)
     with pytest.raises(ConfigurationError) as caught:
-        build_backend(configuration, tmp_path)
+        build_engine(configuration, tmp_path)
     first, second = (str(problem) for problem in caught.value.problems)
     assert "option.tool_call_parser = 'hermés'" in first
     assert "allowed: hermes, llama3_json, " in first

@@ -40,11 +40,8 @@ def checked(constraint: Constraint, library: str = "guidance", *, compact: bool 
             vocabulary,
             json_whitespace="" if compact else None,
         )
-        engine: Any = SimpleNamespace(
-            load=nothing, close=nothing, model=model, capabilities=Capabilities(64, images=False)
-        )
+        engine: Any = SimpleNamespace(close=nothing, model=model, capabilities=Capabilities(64, images=False))
         pipeline = Pipeline(engine, 20.0)
-        await pipeline.load()
         try:
             meant, grammar = await pipeline.compiled(constraint)
         finally:

@@ -84,7 +84,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110 - the supervisor itself looks at intervals
             await asyncio.sleep(0.002)
 
@@ -113,7 +113,7 @@ def test_a_dead_engine_is_replaced() -> None:
 
 def test_a_silent_engine_is_suspected_then_replaced() -> None:
     async def scenario() -> None:
-        house = House(stuck=0.2)
+        house = House(stuck=1.0)
         await house.supervisor.start()
         house.built[0].answers = [False]
         await until(lambda: house.supervisor.health().reason == "the engine does not answer")
@@ -128,12 +128,12 @@ def test_a_silent_engine_is_suspected_then_replaced() -> None:
 
 def test_a_silent_replica_is_noticed_while_another_answers() -> None:
     async def scenario() -> None:
-        house = House(replicas=2, stuck=0.3)
+        house = House(replicas=2, stuck=1.0)
         await house.supervisor.start()
         house.supervisor.in_flight = 1
         house.built[0].answers[1] = False
         suspected = False
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(house.built) < 2:
                 house.counters.signs[0] = time.monotonic()
                 suspected |= house.supervisor.health().reason == "the engine does not answer"
@@ -148,11 +148,11 @@ def test_a_silent_replica_is_noticed_while_another_answers() -> None:
 
 def test_a_word_about_any_request_clears_the_suspicion() -> None:
     async def scenario() -> None:
-        house = House(stuck=0.3)
+        house = House(stuck=1.0)
         await house.supervisor.start()
         house.supervisor.in_flight = 1
         house.built[0].answers = [False]
-        for _ in range(50):
+        for _ in range(150):
             house.counters.signs[0] = time.monotonic()
             await asyncio.sleep(0.01)
         assert len(house.built) == 1
@@ -163,7 +163,7 @@ def test_a_word_about_any_request_clears_the_suspicion() -> None:
 
 def test_a_silent_engine_whose_queue_is_full_is_replaced() -> None:
     async def scenario() -> None:
-        house = House(stuck=0.2)
+        house = House(stuck=1.0)
         await house.supervisor.start()
         house.supervisor.in_flight = 1
         house.full = True
