@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.families.preprocessor import Preprocessor
+from engine.weights import JUDGED, complete
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,7 @@ class FamilyModel:
 
         loader = getattr(transformers, cls.auto_class)
         options["attn_implementation"] = cls.attention(config)
-        return cls(loader.from_pretrained(model_path, **options))
+        return cls(complete(loader.from_pretrained(model_path, **options, **JUDGED)))
 
     @classmethod
     def attention(cls, config: PretrainedConfig) -> str | dict[str, str]:

@@ -13,7 +13,7 @@ import jinja2
 import msgspec
 
 from engine.errors import ModelLoadError
-from handlers.artefacts.mistral import TEKKEN
+from handlers.artefacts.mistral import TEKKEN, VERSIONS
 from handlers.backends.backend import Backend, Findings
 from handlers.backends.mistral_format import format_problems
 from handlers.backends.weight_files import unreadable
@@ -127,9 +127,8 @@ def _templates(directory: Path, settings: Settings, of_family: object, found: Fi
             other = "" if settings.chat_template is not None else ", or set option.chat_template"
             found.errors.append(Problem(f"{text}; mend it{other}", "chat_template"))
     if not found.errors and not templates.named and used == (None, None):
-        mistrals = (
-            "; for tekken.json one is known of versions v3 and v7" if (directory / TEKKEN).is_file() else ""
-        )
+        known = f"; for tekken.json of the versions {', '.join(VERSIONS)} there is one"
+        mistrals = known if (directory / TEKKEN).is_file() else ""
         found.warnings.append(
             Problem(
                 "the model has no chat template, so every chat request will be refused: set option.chat_template to "

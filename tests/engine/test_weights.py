@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
@@ -89,6 +90,43 @@ def test_a_planted_upload_in_place_of_an_image_is_refused_and_never_run(tmp_path
         with pytest.raises(ImageError, match="image_embeds"):
             uploaded(part(saved(planted)))
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda found: found.pop("language_model.lm_head.weight"),
+            r"lack lm_head\.weight \(transformers' names\)",
+        ),
+        (
+            lambda found: [found.pop(name) for name in list(found) if "language_model.model.layers" in name],
+            r"lack model\.language_model\.layers\.\S+, \S+, \S+, and \d+ more",
+        ),
+        (
+            lambda found: found.update({"language_model.lm_head.weight": torch.zeros(3, 5)}),
+            r"lm_head\.weight is \[3, 5\] in the files and should be \[\d+, \d+\]: fetch",
+        ),
+    ],
+    ids=["one", "many", "another shape"],
+)
+def test_a_checkpoint_without_all_of_its_weights_is_refused(
+    model: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    """transformers would answer with random numbers in their place."""
+    tensors = load_file(model / SAFE)
+    change(tensors)
+    save_file(tensors, model / SAFE, {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=message):
+        loaded(model)
+
+
+def test_tensors_that_the_model_does_not_have_change_nothing(model: Path) -> None:
+    tensors = load_file(model / SAFE)
+    before = loaded(model)
+    save_file({**tensors, "language_model.further.weight": torch.zeros(3)}, model / SAFE, {"format": "pt"})
+    after = loaded(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
