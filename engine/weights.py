@@ -29,6 +29,9 @@ PREFIX = "consolidated"
 JUDGED: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Arguments with which transformers' `from_pretrained` returns what `complete` judges."""
 
+_POOLING = "vision_tower.head."
+"""SigLIP's pooling, which no family uses. Checkpoints leave it out, and not every config.json says so."""
+
 _MOST_NAMED = 3
 """The most tensors that a message names."""
 
@@ -115,8 +118,8 @@ def weight_files(folder: Path, *, pickled: bool = False, named: str | None = Non
 def complete(loaded: tuple[PreTrainedModel, Mapping[str, Any]]) -> PreTrainedModel:
     """Return a model that was loaded with `JUDGED`, if its files held all of it.
 
-    transformers initialises at random what is missing or has another shape, and only logs it. Buffers may be missing:
-    they are computed.
+    transformers initialises at random what is missing or has another shape, and only logs it. Buffers may be missing,
+    since they are computed.
 
     Raises:
         ModelLoadError: Names the tensors that are missing, or one of another shape.
@@ -129,7 +132,8 @@ def complete(loaded: tuple[PreTrainedModel, Mapping[str, Any]]) -> PreTrainedMod
             f"the model's weights do not fit its config.json: {name} is {list(stored)} in the files and should be "
             f"{list(expected)}{_and_more(len(wrong) - 1)}: fetch both from one place"
         )
-    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    needed = {name for name, _ in model.named_parameters() if _POOLING not in name}
+    missing = sorted(set(info["missing_keys"]) & needed)
     if missing:
         raise ModelLoadError(
             f"the model's files lack {', '.join(missing[:_MOST_NAMED])}{_and_more(len(missing) - _MOST_NAMED)} "

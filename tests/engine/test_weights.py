@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.loader import load_model
-from engine.weights import weight_files
+from engine.weights import complete, weight_files
 from handlers.backends.rolling.model_front import ModelFront
 from handlers.backends.rolling.plan import plan_engines
 from handlers.backends.vllm.checkpoint import replaced_formats
@@ -119,6 +119,16 @@ def test_a_checkpoint_without_all_of_its_weights_is_refused(
     save_file(tensors, model / SAFE, {"format": "pt"})
     with pytest.raises(ModelLoadError, match=message):
         loaded(model)
+
+
+def test_pooling_that_no_family_uses_may_be_missing() -> None:
+    tower = torch.nn.ModuleDict({"head": torch.nn.Linear(1, 1), "layer": torch.nn.Linear(1, 1)})
+    model: Any = torch.nn.ModuleDict({"vision_tower": tower})
+    info = {"mismatched_keys": [], "missing_keys": ["vision_tower.head.weight"]}
+    assert complete((model, info)) is model
+    info["missing_keys"].append("vision_tower.layer.bias")
+    with pytest.raises(ModelLoadError, match=r"lack vision_tower\.layer\.bias \("):
+        complete((model, info))
 
 
 def test_tensors_that_the_model_does_not_have_change_nothing(model: Path) -> None:
